@@ -1,0 +1,1 @@
+"""Shards, labels and the order of samples."""

@@ -1,0 +1,1 @@
+"""Readers of raw data, a file a data set."""

@@ -1,0 +1,1 @@
+"""The network: a timm ViT encoder, the DPT head, and every weight format."""

@@ -1,0 +1,1 @@
+"""The stages as Lightning modules, and what runs them."""
