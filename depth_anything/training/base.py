@@ -1,0 +1,192 @@
+"""What the fitting stages share: two Adam groups, a schedule, a step whose batch is exact."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from depth_anything.data.transforms import normalize, perturb
+from depth_anything.losses import gradient_matching_loss, scale_shift_invariant_loss
+from depth_anything.model.accelerate import accelerate
+from depth_anything.model.depth_anything import DepthAnything
+
+
+def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
+    """Compute the share of the full learning rate at an optimizer step.
+
+    Args:
+        step: Optimizer steps done, 0 at the first.
+        steps: Length of the run in optimizer steps.
+        warmup: Share of the run, 0 to 1, over which the rate climbs linearly from near zero.
+        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine" or "poly" (power 0.9).
+
+    Returns:
+        A factor between 0 and 1.
+
+    Raises:
+        ValueError: For an unknown schedule.
+    """
+    climb = round(warmup * steps)
+    if step < climb:
+        return (step + 1) / (climb + 1)
+    done = (step - climb) / max(1, steps - climb)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
+    if schedule == "poly":
+        return max(0.0, 1.0 - done) ** 0.9
+    raise ValueError(f"schedule={schedule} is unknown; type schedule=constant, linear, cosine or poly")
+
+
+def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into the encoder's group and the head's, each with its rate.
+
+    Raises:
+        AssertionError: If a trainable parameter is in no group or in two.
+    """
+    groups = [
+        {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
+        {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
+    ]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The numbers of a training recipe; configs/stage/*.yaml hold the paper's, docs/recipe.md the reasons.
+
+    Attributes:
+        steps: Optimizer steps of the whole run; the schedule ends there.
+        encoder_lr: Adam's rate for the encoder.
+        head_lr: Adam's rate for the DPT head.
+        betas: Adam's.
+        weight_decay: Decoupled; 0 is plain Adam, as the paper has it.
+        schedule: "constant", "linear", "cosine" or "poly".
+        warmup: Share of the run over which the rate climbs.
+        clip_norm: Largest global gradient norm; None leaves gradients alone.
+        ssi_weight: Weight of the scale-and-shift-invariant loss.
+        gm_weight: Weight of the gradient-matching loss.
+        gm_scales: Its strided scales.
+        trim: Share of the largest residuals of each image left out of ssi.
+        gm_trim: The same for gradient matching.
+        alignment_weight: Weight of the feature-alignment term (student); 0 leaves it out.
+        alignment_tolerance: Cosine above which a token is near enough.
+        checkpointing: Recompute encoder blocks in the backward pass.
+        compile: Compile encoder blocks in place.
+    """
+
+    steps: int
+    encoder_lr: float
+    head_lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    warmup: float = 0.0
+    clip_norm: float | None = None
+    ssi_weight: float = 1.0
+    gm_weight: float = 2.0
+    gm_scales: int = 4
+    trim: float = 0.0
+    gm_trim: float = 0.0
+    alignment_weight: float = 0.0
+    alignment_tolerance: float = 0.85
+    checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule nobody knows before anything is built."""
+        rate_factor(0, steps=self.steps, warmup=self.warmup, schedule=self.schedule)
+
+
+class DepthModule(pl.LightningModule):
+    """A depth network under training: its step, its optimizer and its logged numbers.
+
+    The value a stage minimises is the mean over the images of the global batch, so that neither the number of
+    devices nor the accumulation changes it (DESIGN.md §3, §4).
+    """
+
+    def __init__(self, model: DepthAnything, recipe: Recipe) -> None:
+        """Hold a network, its weights as they should start, and its recipe."""
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.parts: list[dict[str, Tensor]] = []
+        self.grad_norm: Tensor | None = None
+        self._accelerated = False
+
+    def configure_model(self) -> None:
+        """Apply checkpointing and compilation, in that order, before data parallelism wraps the module."""
+        if not self._accelerated:  # Lightning may call this hook more than once
+            accelerate(self.model, checkpoint=self.recipe.checkpointing, compile=self.recipe.compile)
+            self._accelerated = True
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build Adam over two groups and its schedule, stepped with the optimizer."""
+        r = self.recipe
+        groups = parameter_groups(self.model, encoder_lr=r.encoder_lr, head_lr=r.head_lr)
+        optimizer = torch.optim.AdamW(groups, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay)
+
+        def factor(step: int) -> float:
+            return rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Make the clean and the student's view of a batch on the device.
+
+        Args:
+            batch: "image" uint8 (B,S,S,3); "perturbation" float32 (B,P) where the stage asked for it.
+
+        Returns:
+            Both (B,3,S,S), ImageNet-normalised, in the parameters' dtype; the same tensor without perturbation.
+        """
+        dtype = next(self.model.parameters()).dtype
+        clean = normalize(batch["image"]).to(dtype)
+        if "perturbation" not in batch:
+            return clean, clean
+        return clean, normalize(perturb(batch["image"], batch["perturbation"])).to(dtype)
+
+    def map_losses(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars."""
+        r = self.recipe
+        with torch.autocast(prediction.device.type, enabled=False):
+            return {
+                "ssi": scale_shift_invariant_loss(prediction, target, valid, trim=r.trim),
+                "gm": gradient_matching_loss(prediction, target, valid, scales=r.gm_scales, trim=r.gm_trim),
+            }
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute the stage's terms and their weighted sum under "loss"; each stage writes its own."""
+        _, image = self.inputs(batch)
+        parts = self.map_losses(self.model(image), batch["target"], batch["valid"])
+        return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the micro-batch's loss and keep its parts on the device until the step is logged."""
+        parts = self.losses(batch)
+        self.parts.append({name: value.detach() for name, value in parts.items()})
+        return parts["loss"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the gradient's norm and clip it by hand: Lightning's own clipping refuses fused Adam."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
+
+
+def trainable(parameters: Iterable[Tensor]) -> int:
+    """Count the values that get a gradient."""
+    return sum(p.numel() for p in parameters if p.requires_grad)

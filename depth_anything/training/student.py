@@ -1,0 +1,45 @@
+"""stage=student: a network of any size on the teacher's labels of real photographs, and on nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depth_anything.losses import feature_alignment_loss
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.training.base import DepthModule, Recipe
+
+
+class Student(DepthModule):
+    """The student's stage (paper §5.2; V1 §3.3 for feature alignment).
+
+    The largest residuals of each image are left out (`recipe.trim`), and the encoder's last features are held
+    near those of a frozen DINOv2 of the same size, which sees the clean image and stays outside the state dict.
+    """
+
+    def __init__(self, model: DepthAnything, recipe: Recipe, *, frozen: DepthAnything | None = None) -> None:
+        """Hold a student, its recipe and, where features are aligned, its frozen twin with DINOv2's weights."""
+        super().__init__(model, recipe)
+        assert recipe.alignment_weight == 0 or frozen is not None
+        # a tuple hides the frozen network from state_dict, DDP and the optimizer
+        self._frozen = (frozen.eval().requires_grad_(False),) if frozen is not None else ()
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen network to the device; Lightning moves only what it can see."""
+        for network in self._frozen:
+            network.to(device=self.device, dtype=next(self.model.parameters()).dtype)
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute ssi, gradient matching and feature alignment, and their weighted sum under "loss"."""
+        r = self.recipe
+        if r.alignment_weight == 0:
+            return super().losses(batch)
+        clean, image = self.inputs(batch)
+        prediction, features = self.model(image, return_features=True)
+        parts = self.map_losses(prediction, batch["target"], batch["valid"])
+        with torch.no_grad():
+            wanted = self._frozen[0].features(clean)
+        with torch.autocast(prediction.device.type, enabled=False):
+            parts["alignment"] = feature_alignment_loss(features, wanted, tolerance=r.alignment_tolerance)
+        loss = r.ssi_weight * parts["ssi"] + r.gm_weight * parts["gm"] + r.alignment_weight * parts["alignment"]
+        return {"loss": loss, **parts}
