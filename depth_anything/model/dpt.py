@@ -1,0 +1,120 @@
+"""The DPT head: four levels of tokens to one map, with the authors' parameter names.
+
+Shapes: B images, h w patches, D width of a token, F features of the fusion path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualConvUnit(nn.Module):
+    """Two 3×3 convolutions, each after a ReLU, added to what came in."""
+
+    def __init__(self, features: int) -> None:
+        """Build the unit for a fixed number of channels."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, F, h, w) to the same shape."""
+        # The first ReLU must not write into x: the sum below takes x as it came.
+        return x + self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))
+
+
+class FusionBlock(nn.Module):
+    """Add a level to the path from the coarser ones, refine it, and bring it to the next size."""
+
+    def __init__(self, features: int) -> None:
+        """Build the block for a fixed number of channels."""
+        super().__init__()
+        self.out_conv = nn.Conv2d(features, features, 1)
+        self.resConfUnit1 = ResidualConvUnit(features)
+        self.resConfUnit2 = ResidualConvUnit(features)
+
+    def forward(self, path: Tensor, level: Tensor | None, size: Sequence[int]) -> Tensor:
+        """Fuse path and level, both (B, F, h, w), into (B, F, *size)."""
+        if level is not None:
+            path = path + self.resConfUnit1(level)
+        path = self.resConfUnit2(path)
+        path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
+        return self.out_conv(path)
+
+
+class DPTHead(nn.Module):
+    """Depth Anything V2's decoder (its dpt.py and util/blocks.py; no class token, no batch norm)."""
+
+    def __init__(
+        self, width: int, *, features: int, out_channels: Sequence[int], max_depth: float | None = None
+    ) -> None:
+        """Build the head with random weights from which it can learn.
+
+        Args:
+            width: Channels D of the tokens.
+            features: Channels F of the fusion path.
+            out_channels: Channels of the four levels, from fine to coarse.
+            max_depth: None for disparity ≥ 0; a number of metres for depth between 0 and it.
+        """
+        super().__init__()
+        self.max_depth = max_depth
+        self.projects = nn.ModuleList([nn.Conv2d(width, channels, 1) for channels in out_channels])
+        self.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(out_channels[0], out_channels[0], 4, stride=4),
+                nn.ConvTranspose2d(out_channels[1], out_channels[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(out_channels[3], out_channels[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.scratch = nn.Module()
+        for i, channels in enumerate(out_channels, 1):
+            setattr(
+                self.scratch, f"layer{i}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False)
+            )
+            setattr(self.scratch, f"refinenet{i}", FusionBlock(features))
+        self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
+        self.scratch.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, 1, 1)
+        )
+        # The coarsest level has no path to join, so this unit never runs; official files have it.
+        self.scratch.refinenet4.resConfUnit1.requires_grad_(False)
+        self._init_output()
+
+    def _init_output(self) -> None:
+        """Make the output positive wherever one looks."""
+        nn.init.constant_(self.scratch.output_conv2[2].bias, 0.5)
+
+    def forward(self, tokens: Sequence[Tensor], grid: Sequence[int], size: Sequence[int]) -> Tensor:
+        """Read the map off four levels of tokens.
+
+        Args:
+            tokens: Four (B, h·w, D), from the first tap to the last.
+            grid: (h, w).
+            size: (H, W) of the result, in pixels.
+
+        Returns:
+            (B, H, W): disparity ≥ 0, or metres if max_depth was given.
+        """
+        scratch = self.scratch
+        levels = [
+            resize(project(x.transpose(1, 2).unflatten(2, grid)))
+            for x, project, resize in zip(tokens, self.projects, self.resize_layers, strict=True)
+        ]
+        one, two, three, four = (
+            getattr(scratch, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1)
+        )
+        path = scratch.refinenet4(four, None, three.shape[2:])
+        path = scratch.refinenet3(path, three, two.shape[2:])
+        path = scratch.refinenet2(path, two, one.shape[2:])
+        path = scratch.refinenet1(path, one, (one.shape[2] * 2, one.shape[3] * 2))
+        path = scratch.output_conv1(path)
+        path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
+        output = scratch.output_conv2(path).squeeze(1)
+        if self.max_depth is None:
+            return F.relu(output)
+        return torch.sigmoid(output) * self.max_depth

@@ -1,0 +1,151 @@
+"""The image encoder: a timm Vision Transformer, with DINOv2's names and position rule.
+
+Shapes: B images, H W pixels, h w patches, N = h·w patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What sets one encoder apart from another, and the size of the head that goes with it.
+
+    Attributes:
+        width: Channels D of a token.
+        depth: Transformer blocks.
+        heads: Attention heads.
+        taps: The four blocks (from 0) that the head reads.
+        features: Channels of the head's fusion path.
+        out_channels: Channels of the four levels before fusion.
+        grid: Side, in patches, of the square that the position embedding was made for.
+        hub: Name of DINOv2's weights in timm; None for sizes that nobody has published.
+        swiglu: A gated feed-forward instead of GELU.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    taps: tuple[int, int, int, int]
+    features: int
+    out_channels: tuple[int, int, int, int]
+    grid: int = 37
+    hub: str | None = None
+    swiglu: bool = False
+
+
+PATCH = 14
+
+# The authors' four: their dinov2.py and dpt.py. The two tiny ones are ours; their grid is that of the 98 px
+# crops they learn from, for a larger one would be trained only where 98 px happens to sample it.
+ENCODERS = {
+    "vits": EncoderSpec(
+        384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384), hub="vit_small_patch14_dinov2.lvd142m"
+    ),
+    "vitb": EncoderSpec(
+        768, 12, 12, (2, 5, 8, 11), 128, (96, 192, 384, 768), hub="vit_base_patch14_dinov2.lvd142m"
+    ),
+    "vitl": EncoderSpec(
+        1024, 24, 16, (4, 11, 17, 23), 256, (256, 512, 1024, 1024), hub="vit_large_patch14_dinov2.lvd142m"
+    ),
+    "vitg": EncoderSpec(
+        1536,
+        40,
+        24,
+        (9, 19, 29, 39),
+        384,
+        (1536, 1536, 1536, 1536),
+        hub="vit_giant_patch14_dinov2.lvd142m",
+        swiglu=True,
+    ),
+    "vitt": EncoderSpec(192, 4, 3, (0, 1, 2, 3), 32, (24, 48, 96, 192), grid=7),
+    "vitn": EncoderSpec(96, 4, 3, (0, 1, 2, 3), 32, (12, 24, 48, 96), grid=7),
+}
+
+
+def resample_positions(positions: Tensor, height: int, width: int) -> Tensor:
+    """Fit a position embedding to another grid, exactly as the released models do.
+
+    The authors add 0.1 to both sides and pass a scale factor, and so sample the grid with a step of
+    side / (n + 0.1); only a square of the original side is left as it is (DINOv2, vision_transformer.py,
+    interpolate_pos_encoding).
+
+    Args:
+        positions: (1, 1 + side·side, D), the class position first.
+        height: Patches down.
+        width: Patches across.
+
+    Returns:
+        (1, 1 + height·width, D), in float32 at least.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    if height == side and width == side:
+        return positions
+    positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((height + 0.1) / side, (width + 0.1) / side)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
+    return torch.cat((positions[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward of DINOv2's giant, under the names its weights have."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: object = None,
+        norm_layer: object = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take what timm gives any feed-forward; activation, norm and dropout have no place here."""
+        super().__init__()
+        # Two thirds, as there are three matrices where a plain feed-forward has two; then a multiple of 8.
+        hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
+        self.w3 = nn.Linear(hidden, in_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, D) to (B, N, D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class DINOv2(VisionTransformer):
+    """timm's ViT made DINOv2's: its parameter names, its position rule, LayerScale from 1."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        """Build the encoder with random weights."""
+        super().__init__(
+            img_size=spec.grid * PATCH,
+            patch_size=PATCH,
+            num_classes=0,
+            embed_dim=spec.width,
+            depth=spec.depth,
+            num_heads=spec.heads,
+            init_values=1.0,
+            dynamic_img_size=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            mlp_layer=SwiGLU if spec.swiglu else Mlp,
+        )
+        # Never used here; official files have it and are read strictly.
+        self.mask_token = nn.Parameter(torch.zeros(1, spec.width), requires_grad=False)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
+        return tokens + resample_positions(self.pos_embed, height, width).to(tokens.dtype)
