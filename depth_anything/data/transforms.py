@@ -1,0 +1,218 @@
+"""From a decoded frame to what the network sees: resize, crop and flip in the worker, colours on the device.
+
+The worker draws every random choice about sample n from (seed, n) and sends small numbers along; the device
+applies them to the whole micro-batch at once, without waiting for the host.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from depth_anything.data.stream import CUTMIX, PERTURBATION, VIEW, uniform
+from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+# The strengths of UniMatch (`dataset/semi.py`), by V1's first author; the papers of V1 and V2 give none.
+# A blur of 6 px to each side reaches three times the widest sigma.
+BRIGHTNESS = CONTRAST = SATURATION = 0.5
+HUE = 0.25
+BLUR_SIGMA = (0.1, 2.0)
+BLUR_RADIUS = 6
+PERTURBATIONS = ("brightness", "contrast", "saturation", "hue", "grey", "sigma")  # columns of a perturbation
+_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision weighs it
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sample shows of its frame: a square cut from the resized whole, mirrored or not, in pixels."""
+
+    height: int  # of the whole frame after resizing
+    width: int
+    top: int
+    left: int
+    side: int
+    flip: bool
+
+
+def draw_view(height: int, width: int, side: int, *, seed: int, n: int) -> View:
+    """Return sample `n`'s square of `side` px in a frame of (height, width); half of all are mirrored."""
+    down, right, mirror = uniform(seed, n, 3, purpose=VIEW)
+    top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+    return View(height, width, top, left, side, bool(mirror < 0.5))
+
+
+def view_image(image: np.ndarray, view: View) -> np.ndarray:
+    """Return what `view` shows of an image, uint8 (H, W, 3), as uint8 (side, side, 3), contiguous.
+
+    The image is resized by antialiased bicubic; one that already has the view's size is not resampled.
+    """
+    if image.shape[:2] != (view.height, view.width):
+        # The batch axis first: torch then sees channels_last strides and takes its fast uint8 path.
+        pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+        pixels = F.interpolate(pixels, size=(view.height, view.width), mode="bicubic", antialias=True)
+        image = pixels.permute(0, 2, 3, 1)[0].numpy()
+    square = image[view.top : view.top + view.side, view.left : view.left + view.side]
+    return cv2.flip(square, 1) if view.flip else np.ascontiguousarray(square)
+
+
+def view_map(values: np.ndarray, view: View) -> np.ndarray:
+    """Return what `view` shows of a map (H, W), as (side, side): the values nearest to the pixels' centres.
+
+    Values are never blended, so edges stay sharp and unknown or infinite pixels keep to themselves. cv2's
+    INTER_NEAREST, the authors' choice, would lean up to half a pixel to the upper left of the image instead.
+    """
+    rows = _nearest(values.shape[0], view.height, view.top, view.side)
+    columns = _nearest(values.shape[1], view.width, view.left, view.side)
+    return values.take(rows, 0).take(columns[::-1] if view.flip else columns, 1)
+
+
+def _nearest(source: int, target: int, start: int, count: int) -> np.ndarray:
+    """Return which of `source` pixels hold the centres of pixels start … start + count - 1 of `target`."""
+    return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
+
+
+def draw_perturbation(seed: int, n: int) -> np.ndarray:
+    """Return sample `n`'s perturbation, float32 (6,), columns as in PERTURBATIONS.
+
+    Colours jitter in 8 of 10 samples, 2 of 10 turn grey and half are blurred, each independently of the others.
+    1, 1, 1, 0, 0, 0 changes nothing.
+    """
+    jitter, light, contrast, saturation, hue, grey, blur, width = uniform(seed, n, 8, purpose=PERTURBATION)
+    values = [1.0, 1.0, 1.0, 0.0, float(grey < 0.2), 0.0]
+    if jitter < 0.8:
+        values[0] += BRIGHTNESS * (2 * light - 1)
+        values[1] += CONTRAST * (2 * contrast - 1)
+        values[2] += SATURATION * (2 * saturation - 1)
+        values[3] += HUE * (2 * hue - 1)
+    if blur < 0.5:
+        values[5] = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * width
+    return np.array(values, np.float32)
+
+
+def normalize(image: torch.Tensor, perturbation: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the network's input: ImageNet-normalised float32 (B, 3, H, W) on the image's device.
+
+    Args:
+        image: uint8 (B, H, W, 3), RGB. The result keeps these strides, which is channels_last.
+        perturbation: float32 (B, 6) of draw_perturbation, applied before; None: none.
+    """
+    unit = image.permute(0, 3, 1, 2).float() / 255
+    if perturbation is not None:
+        unit = perturb(unit, perturbation)
+    mean, std = _imagenet(image.device)
+    return (unit - mean) / std
+
+
+@cache
+def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation; kept, since to copy them over makes the host wait."""
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return mean, std
+
+
+def perturb(image: torch.Tensor, perturbation: torch.Tensor) -> torch.Tensor:
+    """Return the images with colours jittered, greyed and blurred, each by its own row of `perturbation`.
+
+    Each step is torchvision's, in the order of the columns (its ColorJitter shuffles the first four).
+
+    Args:
+        image: float (B, 3, H, W), RGB in [0, 1], sides over 6 px.
+        perturbation: float (B, 6): factors of brightness, contrast and saturation, turn of the hue in cycles,
+            1 for grey, and the blur's sigma in pixels (up to 2), 0 for none.
+    """
+    brightness, contrast, saturation, hue, grey, sigma = (
+        perturbation.to(image.dtype).view(-1, 6, 1, 1, 1).unbind(1)
+    )
+    image = (image * brightness).clamp(0, 1)
+    mean = _luma(image).mean((2, 3), keepdim=True)
+    image = torch.lerp(mean, image, contrast).clamp(0, 1)
+    image = torch.lerp(_luma(image), image, saturation).clamp(0, 1)
+    image = _turn_hue(image, hue)
+    image = torch.lerp(image, _luma(image), grey)
+    return _blur(image, sigma)
+
+
+def _luma(image: torch.Tensor) -> torch.Tensor:
+    red, green, blue = image.split(1, 1)
+    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
+
+
+def _turn_hue(image: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn the hue by `turn` cycles, (B, 1, 1, 1), at the same value and saturation (of HSV)."""
+    high, low = image.amax(1, keepdim=True), image.amin(1, keepdim=True)
+    chroma = high - low
+    red, green, blue = (image / chroma.clamp_min(1e-12)).split(1, 1)
+    sixths = torch.where(
+        image[:, :1] == high,
+        green - blue,
+        torch.where(image[:, 1:2] == high, 2 + blue - red, 4 + red - green),
+    )
+    sixths = torch.cat([sixths + start for start in (5, 3, 1)], 1) + 6 * turn
+    sixths = sixths.remainder(6)
+    return high - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
+
+
+def _blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blur each image by a Gaussian of its own `sigma`, (B, 1, 1, 1) in pixels; the border is mirrored."""
+    batch, channels, height, width = image.shape
+    reach = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=image.device, dtype=image.dtype)
+    # A sigma of 0 leaves the middle weight 1 and the others 0.
+    kernel = torch.exp(-0.5 * (reach / sigma.view(-1, 1).clamp_min(1e-3)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    planes = F.pad(image, [BLUR_RADIUS] * 4, mode="reflect").reshape(
+        1, batch * channels, height + 12, width + 12
+    )
+    with torch.autocast(image.device.type, enabled=False):  # half precision would leave bands in smooth skies
+        planes = F.conv2d(planes, kernel[:, None, :, None], groups=batch * channels)
+        planes = F.conv2d(planes, kernel[:, None, None, :], groups=batch * channels)
+    return planes.reshape(image.shape)
+
+
+def draw_cutmix(seed: int, n: int) -> np.ndarray:
+    """Return sample `n`'s CutMix box, float32 (4,): top, left, bottom, right as shares of the sides.
+
+    Half the boxes are empty; the others cover 2 to 40 % of the image, three times as long as wide at most.
+    """
+    mix, area, aspect, down, right = uniform(seed, n, 5, purpose=CUTMIX)
+    if mix >= 0.5:
+        return np.zeros(4, np.float32)
+    area, aspect = 0.02 + 0.38 * area, 3 ** (2 * aspect - 1)
+    height, width = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
+    top, left = down * (1 - height), right * (1 - width)
+    return np.array([top, left, top + height, left + width], np.float32)
+
+
+def cutmix(
+    image: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, box: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fill each sample's box from the sample before it in the micro-batch.
+
+    The two parts have disparities of different scale and shift: take the loss of `valid & region` and that of
+    `valid & ~region` apart (V1, equations 5 to 8), never over both at once.
+
+    Args:
+        image: (B, 3, H, W).
+        target: (B, H, W).
+        valid: bool (B, H, W).
+        box: float (B, 4) of draw_cutmix.
+
+    Returns:
+        image, target and valid mixed, and region, bool (B, H, W): what lies in the box.
+    """
+    height, width = target.shape[1:]
+    top, left, bottom, right = box[:, :, None].unbind(1)
+    y = (torch.arange(height, device=box.device) + 0.5) / height
+    x = (torch.arange(width, device=box.device) + 0.5) / width
+    region = ((top <= y) & (y < bottom))[:, :, None] & ((left <= x) & (x < right))[:, None, :]
+    image = torch.where(region[:, None], image.roll(1, 0), image)
+    return (
+        image,
+        torch.where(region, target.roll(1, 0), target),
+        torch.where(region, valid.roll(1, 0), valid),
+        region,
+    )
