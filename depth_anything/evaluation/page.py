@@ -1,0 +1,144 @@
+"""The report as one HTML page: pictures, curves and captions in, a text that needs no other file out."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+
+from depth_anything.evaluation.evaluate import METRICS, Result
+from depth_anything.evaluation.table import arrow, best_result, mean_cells, notes, number
+from depth_anything.visualize import colorize
+
+ERROR_RANGE = 0.5
+"""Relative error at which the error maps' colours end."""
+
+PICTURE_SIDE = 448
+"""Longest side of a picture in the page, in pixels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the report.
+
+    Attributes:
+        key: the record.
+        why: what brought it here ("first", "best", "median", "worst").
+        image: uint8 (H,W,3) RGB.
+        truth: float32 (H,W) metres, NaN where the protocol compares nothing.
+        predictions: per model name float32 (H,W) metres as compared, that is after the protocol's fit.
+    """
+
+    key: str
+    why: str
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: dict[str, np.ndarray]
+
+
+def render_page(
+    results: Sequence[Result], examples: Sequence[Example], facts: Mapping[str, Any], title: str
+) -> str:
+    """The page as HTML. `facts` holds date, data, settings and versions; the rest is as in `write_report`."""
+    source = (
+        resources.files("depth_anything.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    ramp = np.linspace(0.0, 1.0, 256, dtype=np.float32)[None].repeat(8, axis=0)
+    return environment.from_string(source).render(
+        title=title,
+        facts=facts,
+        results=results,
+        heads=[(label, arrow(metric)) for metric, label in METRICS.items()],
+        cells=mean_cells(results),
+        notes=notes(results)[1:],
+        curves=_curves(results),
+        examples=[_example_context(example, results) for example in examples],
+        leader=best_result(results).name,
+        near_to_far=_picture(_colors(ramp[:, ::-1], low=0.0, high=1.0)),
+        error_ramp=_picture(_error_colors(ramp, low=0.0, high=1.0)),
+        error_range=f"{ERROR_RANGE:.0%}",
+    )
+
+
+def _example_context(example: Example, results: Sequence[Result]) -> dict[str, Any]:
+    """What the template shows of one example: pictures as data addresses, captions as text."""
+    compared = np.isfinite(example.truth)
+    disparity = np.where(compared, 1.0 / np.where(compared, example.truth, 1.0), 0.0).astype(np.float32)
+    low, high = np.percentile(disparity[compared], (2, 98)) if compared.any() else (0.0, 1.0)
+    models = []
+    for result in results:
+        depth = example.predictions[result.name]
+        error = np.abs(depth - example.truth) / np.where(compared, example.truth, 1.0)
+        row = next(row for row in result.rows if row["key"] == example.key)
+        models.append(
+            {
+                "name": result.name,
+                "map": _picture(_colors(1.0 / depth, low=low, high=high)),
+                "error": _picture(_error_colors(error, valid=compared, low=0.0, high=ERROR_RANGE)),
+                "abs_rel": number(row["abs_rel"]),
+                "d1": number(row["d1"]),
+            }
+        )
+    scores = [row["abs_rel"] for result in results for row in result.rows if row["key"] == example.key]
+    for model, score in zip(models, scores, strict=True):
+        model["best"] = len(scores) > 1 and score == min(scores)
+    nearest, farthest = (
+        (np.nanmin(example.truth), np.nanmax(example.truth)) if compared.any() else (np.nan, np.nan)
+    )
+    height, width = example.truth.shape
+    return {
+        "key": example.key,
+        "why": example.why,
+        "image": _picture(example.image),
+        "truth": _picture(_colors(disparity, valid=compared, low=low, high=high)),
+        "facts": f"{width}×{height}, {nearest:.3g}–{farthest:.3g} m, {compared.mean():.0%} compared",
+        "models": models,
+    }
+
+
+def _colors(disparity: np.ndarray, *, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
+    return colorize(disparity, valid=valid, low=float(low), high=float(high))
+
+
+def _error_colors(
+    error: np.ndarray, *, low: float, high: float, valid: np.ndarray | None = None
+) -> np.ndarray:
+    return colorize(error, valid=valid, low=low, high=high, colormap="inferno")
+
+
+def _picture(rgb: np.ndarray) -> str:
+    """A data address of the picture, shrunk to what the page shows."""
+    shrink = PICTURE_SIDE / max(rgb.shape[:2])
+    if shrink < 1:
+        size = [max(1, round(side * shrink)) for side in rgb.shape[1::-1]]
+        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
+
+
+def _curves(results: Sequence[Result], *, width: int = 640, height: int = 220) -> dict[str, Any]:
+    """Polylines of AbsRel over the images, sorted for each model: does it win everywhere or on average?"""
+    sorted_errors = [
+        sorted(row["abs_rel"] for row in result.rows if row["valid"] and math.isfinite(row["abs_rel"]))
+        for result in results
+    ]
+    highest = max((np.percentile(errors, 98) for errors in sorted_errors if errors), default=1.0) or 1.0
+    lines = []
+    for errors in sorted_errors:
+        span = max(len(errors) - 1, 1)
+        lines.append(
+            " ".join(
+                f"{i / span * width:.1f},{height * (1 - min(e / highest, 1)):.1f}"
+                for i, e in enumerate(errors)
+            )
+        )
+    ticks = [(f"{highest * share:.2g}", round(height * (1 - share), 1)) for share in (0.25, 0.5, 0.75, 1.0)]
+    return {"width": width, "height": height, "lines": lines, "ticks": ticks}

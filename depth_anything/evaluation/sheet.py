@@ -1,0 +1,81 @@
+"""What is inside a set, before anyone trains on it: its records on a contact sheet, their ranges in words."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from depth_anything.data.sample import Frame
+from depth_anything.visualize import colorize, panel
+
+TILE_PX = 224
+"""Width of one picture on the sheet."""
+
+LINE_PX = 18
+
+
+def contact_sheet(frames: Sequence[Frame], *, columns: int = 3) -> np.ndarray:
+    """Draw frames in a grid: each its image, its target in colours (near is red), and its facts below.
+
+    Args:
+        frames: with depth, disparity or neither.
+        columns: frames side by side.
+
+    Returns:
+        uint8 (height,width,3) RGB.
+    """
+    tiles = [_tile(frame) for frame in frames]
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    return panel(rows, max_width=max(tile.shape[1] for tile in tiles))
+
+
+def describe(frame: Frame) -> list[str]:
+    """The facts of one frame as lines: its key, its size, its target's range, and what of it has no value."""
+    height, width = frame.image.shape[:2]
+    lines = [frame.key]
+    target = frame.depth if frame.depth is not None else frame.disparity
+    if target is None:
+        return [*lines, f"{width}×{height}, no target"]
+    size = "" if target.shape == (height, width) else f" (target {target.shape[1]}×{target.shape[0]})"
+    values = target[np.isfinite(target)]
+    kind, unit = ("depth", " m") if frame.depth is not None else ("disparity", "")
+    low, middle, high = np.percentile(values, (0, 50, 100)) if values.size else (np.nan,) * 3
+    lines.append(f"{width}×{height}{size}, {kind} {low:.3g} – {middle:.3g} – {high:.3g}{unit}")
+    lines.append(f"{values.size / target.size:.0%} known, {np.isinf(target).mean():.0%} sky")
+    return lines
+
+
+def _tile(frame: Frame) -> np.ndarray:
+    pictures = [_fit(frame.image)]
+    if frame.depth is not None:
+        known = np.isfinite(frame.depth) & (frame.depth > 0)
+        pictures.append(_fit(_paint(1.0 / np.where(known, frame.depth, 1.0), known)))
+    elif frame.disparity is not None:
+        pictures.append(_fit(_paint(frame.disparity, np.isfinite(frame.disparity))))
+    height = max(picture.shape[0] for picture in pictures)
+    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in pictures]
+    strip = np.concatenate(padded, axis=1)
+    return np.concatenate([strip, _caption(describe(frame), strip.shape[1])], axis=0)
+
+
+def _paint(disparity: np.ndarray, known: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(disparity[known], (2, 98)) if known.any() else (0.0, 1.0)
+    return colorize(disparity, valid=known, low=float(low), high=float(high))
+
+
+def _fit(picture: np.ndarray) -> np.ndarray:
+    height = max(1, round(picture.shape[0] * TILE_PX / picture.shape[1]))
+    way = cv2.INTER_AREA if picture.shape[1] > TILE_PX else cv2.INTER_NEAREST
+    return cv2.resize(picture, (TILE_PX, height), interpolation=way)
+
+
+def _caption(lines: list[str], width: int) -> np.ndarray:
+    picture = Image.new("RGB", (width, LINE_PX * 3 + 6), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    for line, text in enumerate(lines):
+        while font.getlength(text) > width - 4:
+            text = "…" + text[2:]  # keys differ at their ends
+        draw.text((2, 2 + line * LINE_PX), text, fill="black" if line == 0 else "#555555", font=font)
+    return np.asarray(picture)

@@ -1,0 +1,73 @@
+"""The table of results as text, and the pieces of it that the page shows too."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from depth_anything.evaluation.evaluate import METRICS, RISING, Result
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """The results as text: a line a model, the best of each column starred, images and protocol below."""
+    heads = ["model", *(f"{label} {arrow(metric)}" for metric, label in METRICS.items())]
+    rows = [
+        [cell["text"] + ("*" if cell["best"] else " ") for cell in cells] for cells in mean_cells(results)
+    ]
+    lines = [[heads[0], *(head + " " for head in heads[1:])]]
+    lines += [[result.name, *row] for result, row in zip(results, rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for name, *numbers in lines:
+        cells = [
+            name.ljust(widths[0]),
+            *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)),
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], "", *notes(results)])
+
+
+def best_result(results: Sequence[Result]) -> Result:
+    """The result with the lowest mean AbsRel; one without a mean is last."""
+    return min(results, key=lambda result: (math.isnan(result.means["abs_rel"]), result.means["abs_rel"]))
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What must be read with the table: how many images, by which protocol, and what went wrong on which."""
+    first = results[0]
+    lines = [f"{first.images} images. Protocol {first.protocol.text}."]
+    if first.empty:
+        lines.append(f"Without a valid pixel, and left out of the means: {_some(first.empty)}.")
+    for result in results:
+        if result.broken:
+            lines.append(f"{result.name} gave values that are not finite on {_some(result.broken)}.")
+    return lines
+
+
+def _some(keys: list[str]) -> str:
+    count = f"{len(keys)} image{'s' if len(keys) > 1 else ''}"
+    return f"{count} ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})"
+
+
+def arrow(metric: str) -> str:
+    """Which way a metric improves."""
+    return "↑" if metric in RISING else "↓"
+
+
+def mean_cells(results: Sequence[Result]) -> list[list[dict[str, Any]]]:
+    """Per result, per metric, the printed mean and whether it is the best of several."""
+    best = {}
+    for metric in METRICS:
+        values = [r.means[metric] for r in results if math.isfinite(r.means[metric])]
+        if len(results) > 1 and values:
+            best[metric] = max(values) if metric in RISING else min(values)
+    return [
+        [{"text": number(result.means[m]), "best": m in best and result.means[m] == best[m]} for m in METRICS]
+        for result in results
+    ]
+
+
+def number(value: float) -> str:
+    """A metric as printed."""
+    if math.isnan(value):
+        return "nan"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
