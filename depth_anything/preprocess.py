@@ -1,0 +1,68 @@
+"""The authors' preprocessing, to the digit: which size an image is given, and the numbers the network sees.
+
+Source: `util/transform.py` and `image2tensor` of the official Depth Anything V2 repository.
+"""
+
+import math
+
+import cv2
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of red, green and blue in [0, 1]."""
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of red, green and blue in [0, 1]."""
+
+
+def resize_shape(height: int, width: int, short_side: int = 518, multiple: int = 14) -> tuple[int, int]:
+    """Compute the size that an image is resized to before the network.
+
+    The shorter side becomes `short_side` and the longer follows; then each is rounded to a multiple of the
+    patch, half to even, or up where that would fall below `short_side`. The aspect ratio is therefore kept
+    only nearly.
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        short_side: at least so many pixels a side.
+        multiple: of which both sides shall be; the patch size.
+
+    Returns:
+        height and width, pixels.
+
+    Example:
+        >>> resize_shape(480, 640)
+        (518, 686)
+        >>> resize_shape(500, 300)
+        (868, 518)
+    """
+    scale = max(short_side / height, short_side / width)
+    new_height, new_width = (_round_to(scale * side, multiple, short_side) for side in (height, width))
+    return new_height, new_width
+
+
+def preprocess_image(rgb: np.ndarray, short_side: int = 518, multiple: int = 14) -> np.ndarray:
+    """Resize and normalise an image as the authors do: in float64, bicubic without antialiasing.
+
+    Args:
+        rgb: uint8 (H, W, 3), red first.
+        short_side: as in `resize_shape`.
+        multiple: as in `resize_shape`.
+
+    Returns:
+        float32 (3, h, w), contiguous, ImageNet-normalised; bicubic overshoot is not clipped.
+
+    Example:
+        >>> preprocess_image(np.zeros((20, 30, 3), np.uint8), short_side=28).shape
+        (3, 28, 42)
+    """
+    height, width = resize_shape(rgb.shape[0], rgb.shape[1], short_side, multiple)
+    resized = cv2.resize(rgb / 255.0, (width, height), interpolation=cv2.INTER_CUBIC)
+    normalised = (resized - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _round_to(side: float, multiple: int, least: int) -> int:
+    rounded = round(side / multiple) * multiple
+    return rounded if rounded >= least else math.ceil(side / multiple) * multiple

@@ -1,0 +1,119 @@
+"""Maps as colours, and pictures side by side."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GREY = 128
+"""Level of red, green and blue of a pixel without a value."""
+
+GAP_PX = 4
+FONT_PX = 16
+
+
+def colorize(
+    map: np.ndarray,
+    *,
+    valid: np.ndarray | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    colormap: str = "Spectral_r",
+) -> np.ndarray:
+    """Paint a map with 256 colours, to the digit as the authors' `run.py` paints its pictures.
+
+    Args:
+        map: (H, W), disparity or depth, any real dtype and unit.
+        valid: (H, W) bool; what lies outside becomes grey, and so does NaN and infinity.
+        low: value of the first colour, that of the smallest valid one unless given; what lies below has it
+            too.
+        high: value of the last colour, that of the largest valid one unless given; what lies above has it
+            too.
+        colormap: a name matplotlib knows.
+
+    Returns:
+        uint8 (H, W, 3), RGB. A constant map gets the first colour.
+
+    Raises:
+        ValueError: if matplotlib knows no such colormap.
+
+    Example:
+        >>> colorize(np.array([[0.0, 0.5, 1.0, np.nan]]), colormap="gray")[0, :, 0].tolist()
+        [0, 127, 255, 128]
+    """
+    table = _table(colormap)
+    shown = np.isfinite(map) if valid is None else np.isfinite(map) & valid
+    values = map[shown].astype(np.float64)
+    picture = np.full((*map.shape, 3), GREY, dtype=np.uint8)
+    if not values.size:
+        return picture
+    low = values.min() if low is None else low
+    high = values.max() if high is None else high
+    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    picture[shown] = table[(share.clip(0, 1) * 255).astype(np.uint8)]
+    return picture
+
+
+def panel(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] | None = None, *, max_width: int = 320
+) -> np.ndarray:
+    """Lay pictures out on white, row by row, with a title above each column.
+
+    Args:
+        rows: uint8 (H, W, 3) pictures, RGB, of any sizes; rows may differ in length.
+        titles: one for each column.
+        max_width: wider pictures are shrunk to it, in pixels, keeping their shape; none is enlarged.
+
+    Returns:
+        uint8 (height, width, 3), RGB.
+
+    Example:
+        >>> picture = np.zeros((30, 40, 3), np.uint8)
+        >>> panel([[picture, picture], [picture]]).shape
+        (72, 92, 3)
+    """
+    cells = [[_shrink(picture, max_width) for picture in row] for row in rows]
+    font = ImageFont.load_default(FONT_PX)
+    widths = [0] * max(len(row) for row in [*cells, titles or ()])
+    for row in cells:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], cell.width)
+    for column, title in enumerate(titles or ()):
+        widths[column] = max(widths[column], math.ceil(font.getlength(title)))
+    heights = [max((cell.height for cell in row), default=0) for row in cells]
+    top = GAP_PX + (FONT_PX + 2 * GAP_PX if titles else 0)
+    lefts = list(accumulate((width + GAP_PX for width in widths), initial=GAP_PX))
+    tops = list(accumulate((height + GAP_PX for height in heights), initial=top))
+
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles or ()):
+        draw.text((lefts[column], GAP_PX), title, fill="black", font=font)
+    for line, row in enumerate(cells):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (lefts[column], tops[line]))
+    return np.asarray(sheet)
+
+
+@cache
+def _table(colormap: str) -> np.ndarray:
+    import matplotlib  # 0.2 s that only those who look at pictures shall pay
+
+    if colormap not in matplotlib.colormaps:
+        raise ValueError(
+            f"matplotlib knows no colormap {colormap!r}; among those it knows are Spectral_r, inferno, gray"
+        )
+    colours = matplotlib.colormaps[colormap](np.linspace(0, 1, 256))[:, :3]
+    # Cut off as the authors do; the summand, smaller than any fraction in use, keeps gray level i at i.
+    return (colours * 255 + 1e-6).astype(np.uint8)
+
+
+def _shrink(picture: np.ndarray, max_width: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    if image.width <= max_width:
+        return image
+    height = max(1, round(image.height * max_width / image.width))
+    return image.resize((max_width, height), Image.Resampling.LANCZOS)

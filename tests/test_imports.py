@@ -1,0 +1,149 @@
+"""The house holds: imports point down, heavy libraries keep to their rooms, functions and files are small."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import depth_anything
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "depth_anything"
+SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
+
+# A room may import itself and lower floors; rooms on one floor do not know each other.
+FLOORS = (
+    {"geometry", "preprocess"},
+    {"model", "data", "losses", "metrics", "visualize"},
+    {"inference"},
+    {"evaluation", "export"},
+    {"demo", "training"},
+    {"cli"},
+    {"__main__"},
+    set(SCRIPTS),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# Who alone may import what.
+KEPT_IN = {
+    "pytorch_lightning": ("depth_anything/training/",),
+    "lightning": ("depth_anything/training/",),
+    "lightning_fabric": ("depth_anything/training/",),
+    "wandb": ("depth_anything/training/",),
+    "hydra": ("train.py", "depth_anything/training/run.py"),
+    "omegaconf": ("train.py", "depth_anything/training/run.py"),
+}
+
+
+def sources() -> list[str]:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / name for name in SCRIPTS)]
+    return sorted(file.relative_to(ROOT).as_posix() for file in files if file.exists())
+
+
+def imported(tree: ast.AST, path: str) -> Iterator[str]:
+    """Yield every module a file imports, at its top or inside functions, by its full name."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                public = depth_anything._PUBLIC.get(alias.name) if module == "depth_anything" else None
+                yield public or f"{module}.{alias.name}"
+
+
+def room_of(path: str) -> str:
+    return path if path in SCRIPTS else path.split("/")[1].removesuffix(".py")
+
+
+def faults(tree: ast.AST, path: str) -> list[str]:
+    """Name the imports of a file that point up or sideways, or take a library out of its rooms."""
+    found = []
+    here = room_of(path)
+    for module in imported(tree, path):
+        top, _, rest = module.partition(".")
+        if top in KEPT_IN and not path.startswith(KEPT_IN[top]):
+            found.append(f"{path} imports {top}, which belongs to {' and '.join(KEPT_IN[top])}")
+        room = rest.partition(".")[0]
+        if top == "depth_anything" and here != "__init__" and room in FLOOR and room != here:
+            if FLOOR[room] >= FLOOR[here]:
+                found.append(f"{path} imports {module}, which does not lie below it")
+    return found
+
+
+@pytest.mark.parametrize("path", sources())
+def test_a_file_keeps_to_the_house(path):
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert room_of(path) in {*FLOOR, "__init__"}, f"{path} is a room without a floor"
+    assert not faults(tree, path)
+    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    most = {"train.py": 12, "depth_anything/training/run.py": 100}.get(path, 500)
+    assert lines <= most, f"{path} has {lines} lines, more than {most}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 80, f"{path}: {node.name} has {length} lines, more than 80"
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "fault"),
+    [
+        ("depth_anything/losses.py", "from depth_anything.geometry import masked_float", None),
+        ("depth_anything/losses.py", "from depth_anything import __version__", None),
+        ("depth_anything/losses.py", "from depth_anything.metrics import depth_metrics", "lie below"),
+        ("depth_anything/losses.py", "from . import metrics", "lie below"),
+        ("depth_anything/data/shards.py", "from ..model import dpt", "lie below"),
+        ("depth_anything/data/shards.py", "from . import codec\nfrom .codec import encode", None),
+        ("depth_anything/model/dpt.py", "from depth_anything import Predictor", "lie below"),
+        ("depth_anything/model/dpt.py", "def f():\n    import depth_anything.training.run", "lie below"),
+        ("depth_anything/training/base.py", "from depth_anything.evaluation.evaluate import evaluate", None),
+        ("depth_anything/training/base.py", "import pytorch_lightning as pl", None),
+        ("depth_anything/training/base.py", "from omegaconf import DictConfig", "belongs to"),
+        ("depth_anything/training/run.py", "import hydra.utils", None),
+        (
+            "depth_anything/inference/video.py",
+            "def f():\n    from lightning.fabric import Fabric",
+            "belongs to",
+        ),
+        ("depth_anything/cli.py", "import depth_anything.training.run", None),
+        ("run.py", "from depth_anything.cli import main", None),
+        ("depth_anything/cli.py", "import wandb", "belongs to"),
+    ],
+)
+def test_the_check_sees_what_it_should(path, code, fault):
+    found = faults(ast.parse(code), path)
+    assert len(found) == (fault is not None)
+    assert fault is None or fault in found[0]
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_importing_the_package_is_cheap():
+    heavy = {
+        "torch",
+        "numpy",
+        "cv2",
+        "timm",
+        "lightning",
+        "pytorch_lightning",
+        "hydra",
+        "wandb",
+        "matplotlib",
+    }
+    assert not modules_after("import depth_anything") & heavy
+    assert "torch" in modules_after("import depth_anything.losses")
+
+
+def test_public_names_are_listed_and_others_refused():
+    assert sorted(depth_anything.__all__) == sorted(depth_anything._PUBLIC)
+    with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
+        depth_anything.predictor  # noqa: B018
