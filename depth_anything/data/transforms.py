@@ -44,16 +44,22 @@ def draw_view(height: int, width: int, side: int, *, seed: int, n: int) -> View:
     return View(height, width, top, left, side, bool(mirror < 0.5))
 
 
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 (H, W, 3) by antialiased bicubic; an image of that size already is not resampled."""
+    if image.shape[:2] == (height, width):
+        return image
+    # The batch axis first: torch then sees channels_last strides and takes its fast uint8 path.
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return pixels.permute(0, 2, 3, 1)[0].numpy()
+
+
 def view_image(image: np.ndarray, view: View) -> np.ndarray:
     """Return what `view` shows of an image, uint8 (H, W, 3), as uint8 (side, side, 3), contiguous.
 
     The image is resized by antialiased bicubic; one that already has the view's size is not resampled.
     """
-    if image.shape[:2] != (view.height, view.width):
-        # The batch axis first: torch then sees channels_last strides and takes its fast uint8 path.
-        pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-        pixels = F.interpolate(pixels, size=(view.height, view.width), mode="bicubic", antialias=True)
-        image = pixels.permute(0, 2, 3, 1)[0].numpy()
+    image = resize_image(image, view.height, view.width)
     square = image[view.top : view.top + view.side, view.left : view.left + view.side]
     return cv2.flip(square, 1) if view.flip else np.ascontiguousarray(square)
 
@@ -77,7 +83,7 @@ def _nearest(source: int, target: int, start: int, count: int) -> np.ndarray:
 def draw_perturbation(seed: int, n: int) -> np.ndarray:
     """Return sample `n`'s perturbation, float32 (6,), columns as in PERTURBATIONS.
 
-    Colours jitter in 8 of 10 samples, 2 of 10 turn grey and half are blurred, each independently of the others.
+    Colours jitter in 8 of 10 samples, 2 of 10 turn grey and half are blurred, each by a draw of its own.
     1, 1, 1, 0, 0, 0 changes nothing.
     """
     jitter, light, contrast, saturation, hue, grey, blur, width = uniform(seed, n, 8, purpose=PERTURBATION)
