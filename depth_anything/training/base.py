@@ -113,9 +113,17 @@ class DepthModule(pl.LightningModule):
     devices nor the accumulation changes it (DESIGN.md §3, §4).
     """
 
-    def __init__(self, model: DepthAnything, recipe: Recipe) -> None:
-        """Hold a network, its weights as they should start, and its recipe."""
+    def __init__(self, model: DepthAnything, recipe: Recipe, *, frozen: DepthAnything | None = None) -> None:
+        """Hold a network, its weights as they should start, and its recipe.
+
+        Args:
+            model: The network to train.
+            recipe: Its numbers.
+            frozen: The same encoder with DINOv2's weights, for stages that align features; kept outside the
+                state dict, the optimizer and data parallelism.
+        """
         super().__init__()
+        self._frozen = (frozen.eval().requires_grad_(False),) if frozen is not None else ()  # a tuple hides it
         self.model = model
         self.recipe = recipe
         self.parts: list[dict[str, Tensor]] = []
@@ -127,6 +135,19 @@ class DepthModule(pl.LightningModule):
         if not self._accelerated:  # Lightning may call this hook more than once
             accelerate(self.model, checkpoint=self.recipe.checkpointing, compile=self.recipe.compile)
             self._accelerated = True
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen network to the device; Lightning moves only what it can see."""
+        for network in self._frozen:
+            network.to(device=self.device, dtype=next(self.model.parameters()).dtype)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count the batches done in micro-batches of today; Lightning stored them in those of the old run."""
+        done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
+        loop = checkpoint["loops"]["fit_loop"]
+        for span in ("total", "current"):
+            loop["epoch_loop.batch_progress"][span].update(ready=done, started=done, processed=done, completed=done)
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build Adam over two groups and its schedule, stepped with the optimizer."""

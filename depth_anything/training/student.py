@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from depth_anything.losses import feature_alignment_loss
-from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.base import DepthModule
 
 
 class Student(DepthModule):
@@ -16,18 +15,6 @@ class Student(DepthModule):
     The largest residuals of each image are left out (`recipe.trim`), and the encoder's last features are held
     near those of a frozen DINOv2 of the same size, which sees the clean image and stays outside the state dict.
     """
-
-    def __init__(self, model: DepthAnything, recipe: Recipe, *, frozen: DepthAnything | None = None) -> None:
-        """Hold a student, its recipe and, where features are aligned, its frozen twin with DINOv2's weights."""
-        super().__init__(model, recipe)
-        assert recipe.alignment_weight == 0 or frozen is not None
-        # a tuple hides the frozen network from state_dict, DDP and the optimizer
-        self._frozen = (frozen.eval().requires_grad_(False),) if frozen is not None else ()
-
-    def on_fit_start(self) -> None:
-        """Bring the frozen network to the device; Lightning moves only what it can see."""
-        for network in self._frozen:
-            network.to(device=self.device, dtype=next(self.model.parameters()).dtype)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute ssi, gradient matching and feature alignment, and their weighted sum under "loss"."""

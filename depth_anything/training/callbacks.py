@@ -1,0 +1,364 @@
+"""What happens at a step boundary: numbers, pictures, validation, checkpoints, and stopping together.
+
+Lightning's batch hooks fire once a micro-batch. Everything here happens once an optimizer step, so that a
+checkpoint never lands in the middle of an accumulation, and every rank does the same things at the same step.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins import TorchCheckpointIO
+from PIL import Image
+from tqdm import tqdm
+
+from depth_anything.data.sample import Frame
+from depth_anything.evaluation.benchmarks import read_frames
+from depth_anything.evaluation.evaluate import evaluate, merge
+from depth_anything.inference.predictor import Predictor
+from depth_anything.training.base import DepthModule
+from depth_anything.training.folder import RunFolder
+from depth_anything.visualize import colorize, panel
+
+CHECKPOINT = "step-{:09d}.ckpt"
+
+
+class StepCallback(pl.Callback):
+    """A callback whose `on_step` runs once an optimizer step, after the last of its micro-batches."""
+
+    _last = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Remember where the run stands, so that the step it resumed from is not handled twice."""
+        self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        """Call `on_step` when the optimizer has stepped."""
+        if trainer.global_step != self._last:
+            self._last = trainer.global_step
+            self.on_step(trainer, module, trainer.global_step)
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Act after optimizer step number `step`, counted from 1."""
+
+
+class Metrics(StepCallback):
+    """Log losses, rates, gradient norm, images/s, data wait and memory, with one synchronisation a log line.
+
+    The logged loss is that of the logged step: the mean over all its micro-batches on all ranks.
+    """
+
+    def __init__(self, *, every: int, batch_size: int) -> None:
+        """Log every `every` steps of `batch_size` images."""
+        self.every, self.batch_size = every, batch_size
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, module)
+        self._since = self._idle = time.perf_counter()
+        self._wait, self._steps = 0.0, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
+        """Add the time since the last micro-batch ended: what the step waited for data."""
+        self._wait += time.perf_counter() - self._idle
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        """Log on a step boundary, then start waiting for data."""
+        super().on_train_batch_end(trainer, module, outputs, batch, index)
+        self._idle = time.perf_counter()
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Log when due and forget the step's parts."""
+        self._steps += 1
+        if step % self.every == 0 or step == trainer.max_steps:
+            self._log(trainer, module, step)
+        module.parts.clear()
+
+    def _log(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        names = list(module.parts[0])
+        values = torch.stack([torch.stack([part[name] for name in names]) for part in module.parts]).mean(0)
+        if trainer.world_size > 1:
+            dist.all_reduce(values)
+            values /= trainer.world_size
+        numbers = dict(zip(names, values.double().tolist(), strict=True))
+        if module.grad_norm is not None:
+            numbers["grad_norm"] = float(module.grad_norm)
+        if not numbers["loss"] < float("inf"):
+            raise ValueError(
+                f"the loss is {numbers['loss']} at step {step}; the last checkpoint is from before it: "
+                "lower optimizer.encoder_lr and optimizer.head_lr, or set optimizer.clip_norm=1"
+            )
+        for group in trainer.optimizers[0].param_groups:
+            numbers[f"lr_{group['name']}"] = group["lr"]
+        elapsed = time.perf_counter() - self._since
+        numbers["images_per_s"] = self._steps * self.batch_size / elapsed
+        numbers["data_wait"] = self._wait / elapsed
+        if module.device.type == "cuda":
+            numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.latest = numbers
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=step)
+        self._since, self._wait, self._steps = time.perf_counter(), 0.0, 0
+
+
+class Progress(StepCallback):
+    """A bar with ETA on a terminal, a line now and then elsewhere; rank 0 alone."""
+
+    def __init__(self, metrics: Metrics, *, seconds: float = 20.0) -> None:
+        """Show `metrics.latest`; without a terminal print at most every `seconds`."""
+        self.metrics, self.seconds = metrics, seconds
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar where the run stands."""
+        super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            self._bar = tqdm(
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else self.seconds,
+                ascii=not sys.stderr.isatty(),
+            )
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Advance the bar; show the numbers of the last log line."""
+        if self._bar is None:
+            return
+        latest = self.metrics.latest
+        if latest:
+            shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar before the message."""
+        self.on_train_end(trainer, module)
+
+
+class Validation(StepCallback):
+    """Evaluate held-out frames with the function the command line uses, and paint the first few."""
+
+    def __init__(
+        self, root: str | None, folder: Path, *, every: int, limit: int, input_size: int, pictures: int = 4
+    ) -> None:
+        """Evaluate the labelled set at `root` every `every` steps and at the end; None: never.
+
+        Args:
+            root: Folder of a labelled set no stage trains on.
+            folder: Where pictures go.
+            every: In optimizer steps.
+            limit: Frames at most, spread evenly over the set; each rank holds and evaluates its share.
+            input_size: Short side the network sees, pixels.
+            pictures: How many frames are painted.
+        """
+        self.root, self.folder = root, folder
+        self.every, self.limit, self.input_size, self.pictures = every, limit, input_size, pictures
+        self.frames: list[Frame] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Read this rank's share of the frames."""
+        super().on_train_start(trainer, module)
+        if self.root is not None:
+            ranks = {"rank": trainer.global_rank, "ranks": trainer.world_size}
+            self.frames = list(read_frames(self.root, limit=self.limit, **ranks))
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Validate when due."""
+        if self.root is None or (step % self.every and step != trainer.max_steps):
+            return
+        training = module.model.training
+        predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
+        shares: list[Any] = [evaluate(predictor, self.frames)]
+        if trainer.world_size > 1:
+            mine, shares = shares[0], [None] * trainer.world_size
+            dist.all_gather_object(shares, mine)
+        numbers = {f"val_{name}": float(value) for name, value in merge(shares).means.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=step)
+        if trainer.is_global_zero:
+            self._paint(trainer, predictor, step)
+        module.model.train(training)
+
+    def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
+        frames = self.frames[: self.pictures]
+        maps = predictor.predict_batch([frame.image for frame in frames])
+        rows = []
+        for frame, disparity in zip(frames, maps, strict=True):
+            assert frame.depth is not None
+            rows.append([frame.image, colorize(1.0 / frame.depth), colorize(disparity)])
+        picture = panel(rows, titles=["image", "truth", f"step {step}"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / f"step-{step:09d}.jpg", quality=90)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("depth", [picture], step=step)
+
+
+class Checkpoints(StepCallback):
+    """Keep the newest checkpoints of a run, each complete or absent."""
+
+    def __init__(self, folder: Path, *, every: int, keep: int = 2) -> None:
+        """Save into `folder` every `every` steps and at the end; keep the newest `keep`."""
+        self.folder, self.every, self.keep = folder, every, keep
+        self._saved = -1
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Save when due."""
+        if step % self.every == 0 or step == trainer.max_steps:
+            self.save(trainer, step)
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
+        """Save now, unless this step is saved already. Every rank must call it at the same step."""
+        if step == self._saved:
+            return
+        trainer.save_checkpoint(self.folder / CHECKPOINT.format(step))
+        self._saved = step
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its final name and rename it: Lightning's own goes through the system's /tmp."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write, flush to the disk, rename; a kill at any moment leaves the older checkpoints as they were."""
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+
+
+class Agreement(StepCallback):
+    """Stop all ranks at the same step boundary: a signal was caught on one, or too many records are bad.
+
+    Signal handlers only set a flag. Lightning 2.6 instead saves inside the handler, which deadlocks when ranks
+    stand at different places, and broadcasts from the device at every step (engine notes §1).
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, *, every: int = 1, ceiling: float = 0.01, at_least: int = 1000
+    ) -> None:
+        """Agree every `every` steps.
+
+        Args:
+            checkpoints: Saves before the run stops for a signal.
+            every: Steps between agreements; one rank alone agrees with itself at every step.
+            ceiling: Share of the records read that may fail.
+            at_least: Records read before the ceiling counts.
+        """
+        self.checkpoints, self.every, self.ceiling, self.at_least = checkpoints, every, ceiling, at_least
+        self.signalled = 0
+        self.failed = self.read = 0
+        self._here: list[str] = []
+        self._group: Any = None
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = number
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the signals over from Lightning and open a CPU group, so that agreeing never waits for the GPU."""
+        super().on_train_start(trainer, module)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        if trainer.world_size > 1:
+            loop = trainer.fit_loop.epoch_loop
+            assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning renamed what this replaces"
+            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
+        """Count the records of a micro-batch, and name the ones that failed."""
+        failed = batch["failed"]
+        self.read += len(batch["sample"]) + len(failed)
+        self.failed += len(failed)
+        if failed:
+            self._name(Path(trainer.default_root_dir), trainer.global_rank, failed)
+
+    def _name(self, folder: Path, rank: int, failed: list[str]) -> None:
+        with open(folder / f"failed-records-{rank}.txt", "a") as file:
+            file.writelines(f"{name}\n" for name in failed)
+        self._here = (self._here + failed)[-3:]
+        if self.failed <= 20:
+            for name in failed:
+                print(f"replaced a bad record: {name}", file=sys.stderr)
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Add the ranks' counts and signals up and act on them, all at once."""
+        totals = [self.signalled, self.failed, self.read]
+        if trainer.world_size > 1:
+            if step % self.every:
+                return
+            shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
+            dist.all_reduce(shared[1:], group=self._group)
+            dist.all_reduce(shared[:1], op=dist.ReduceOp.MAX, group=self._group)
+            totals = [int(n) for n in shared.tolist()]
+        self.signalled, failed, read = totals[0], totals[1], totals[2]
+        if self.signalled and step < trainer.max_steps:
+            self.checkpoints.save(trainer, step)
+            trainer.should_stop = True
+        if read >= self.at_least and failed > self.ceiling * read:
+            raise ValueError(
+                f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}; "
+                "look at the set with `depth-anything verify` and start the same command again"
+            )
+
+
+def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callback]:
+    """Build the callbacks of a fitting stage, in the order they act in at a step boundary."""
+    metrics = Metrics(every=config["logging"]["every"], batch_size=config["batch_size"])
+    validation = Validation(
+        config["sources"]["validation"],
+        folder.path / "pictures",
+        every=config["validation"]["every"],
+        limit=config["validation"]["limit"],
+        input_size=config["image_size"],
+    )
+    checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
+    return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
+
+
+def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """End the process when a signal ended the run before its last step; under Slurm, queue the job again.
+
+    Raises:
+        SystemExit: With 128 + the signal's number.
+    """
+    number = next(c.signalled for c in callbacks if isinstance(c, Agreement))
+    if not number or trainer.global_step >= trainer.max_steps:
+        return
+    job = os.environ.get("SLURM_JOB_ID")
+    if trainer.is_global_zero:
+        print(f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr)
+        if job is not None:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+    sys.exit(128 + number)

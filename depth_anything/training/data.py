@@ -1,0 +1,167 @@
+"""The DataModule of the fitting stages: sets in, whole micro-batches out, the position kept as one integer."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.labels import open_labels
+from depth_anything.data.shards import JoinedRecords, Records, open_set
+from depth_anything.data.sources.scenes import write_scenes
+from depth_anything.data.stream import MicroBatches
+
+
+def identity(batch: Any) -> Any:
+    """Hand a batch over as the dataset made it; module-level, so that spawned workers can find it."""
+    return batch
+
+
+def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
+    """Write the procedural sets among `needed` folders, where they are not complete yet."""
+    for settings in scenes.values():
+        root = str(settings["root"])
+        if root in needed:
+            write_scenes(root, **{key: value for key, value in settings.items() if key != "root"})
+
+
+class TrainData(pl.LightningDataModule):
+    """Labelled sets, or image sets joined with labels, as one endless stream of micro-batches."""
+
+    def __init__(
+        self,
+        *,
+        sets: Mapping[str, str],
+        labels: str | None,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        streams: int,
+        image_size: int,
+        workers: int,
+        sky: str,
+        perturb: bool,
+        repeat: Mapping[str, int] | None = None,
+        allow_partial: bool = False,
+        run_dir: str,
+    ) -> None:
+        """Describe the data; `open` reads the manifests.
+
+        Args:
+            sets: Set name to folder or URL prefix: labelled sets, or image sets when `labels` is given.
+            labels: Folder of label sets, one a set of the same name.
+            seed: Of the order and of every random choice.
+            batch_size: Global.
+            micro_batch: Images a device takes at once.
+            streams: C of the stream; fixed for the life of a run.
+            image_size: Side of the square crop, pixels; also the short side frames are resized to.
+            workers: Loader processes a device.
+            sky: "far" (disparity 0) or "invalid".
+            perturb: Send parameters of strong perturbations along.
+            repeat: Times a pass for the sets named.
+            allow_partial: Train on the finished shards of an unfinished label set.
+            run_dir: Where the list of an unfinished label set is frozen.
+        """
+        super().__init__()
+        self.sets, self.labels = dict(sets), labels
+        self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
+        self.image_size, self.workers, self.sky, self.perturb = image_size, workers, sky, perturb
+        self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
+        self._dataset: StreamDataset | None = None
+
+    def open(self) -> StreamDataset:
+        """Open every set, once.
+
+        Raises:
+            ValueError: If a set is missing, empty, damaged, or its labels unfinished or another teacher's.
+        """
+        if self._dataset is None:
+            sources: list[Records] = []
+            for name, root in self.sets.items():
+                images = open_set(root, name=name)
+                if self.labels is None:
+                    sources.append(Records(images))
+                else:
+                    sources.append(JoinedRecords(images, self._open_labels(name, images)))
+            self._dataset = StreamDataset(
+                sources,
+                seed=self.seed,
+                streams=self.streams,
+                image_size=self.image_size,
+                sky=self.sky,
+                perturb=self.perturb,
+                repeat=self.repeat or None,
+            )
+        return self._dataset
+
+    def _open_labels(self, name: str, images: Any) -> Any:
+        root = os.path.join(str(self.labels), name)
+        if not self.allow_partial:
+            return open_labels(root, images)
+        frozen = self.run_dir / f"labels-{name}.json"
+        if frozen.is_file():
+            return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
+        labels = open_labels(root, images, allow_partial=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = frozen.with_name(f".{frozen.name}.{os.getpid()}")
+        temporary.write_text(json.dumps([shard.name for shard in labels.shards]))
+        os.replace(temporary, frozen)
+        return labels
+
+    def setup(self, stage: str) -> None:
+        """Open the sets on every rank."""
+        self.open()
+
+    def train_dataloader(self) -> DataLoader:
+        """Build the endless loader from the step the run stands at (restored before Lightning calls this)."""
+        trainer = self.trainer
+        assert trainer is not None
+        batches = MicroBatches(
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            size=self.micro_batch,
+            start=trainer.global_step * trainer.accumulate_grad_batches,
+        )
+        return DataLoader(
+            self.open(),
+            batch_sampler=batches,
+            collate_fn=identity,
+            num_workers=self.workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            prefetch_factor=2 if self.workers else None,
+            persistent_workers=self.workers > 0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell where the stream stands and what it was cut from; kept in every checkpoint."""
+        assert self.trainer is not None
+        return {
+            "samples": self.trainer.global_step * self.batch_size,
+            "seed": self.seed,
+            "streams": self.streams,
+            "sets": self.digests(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold the sets of today against those of the checkpoint.
+
+        Raises:
+            ValueError: If a set has changed, or the seed or the number of streams.
+        """
+        for name, digest in self.digests().items():
+            if state["sets"].get(name) != digest:
+                raise ValueError(
+                    f"the set {name} is not the one this run was begun with (its manifest has another digest); "
+                    "put the old shards back, or type name=ANOTHER_NAME for a new run"
+                )
+        for key, now in (("seed", self.seed), ("streams", self.streams)):
+            if state[key] != now:
+                raise ValueError(f"this run was begun with {key}={state[key]}; type {key}={state[key]}")
+
+    def digests(self) -> dict[str, str]:
+        """Name every set and the digest of its manifest."""
+        return {source.name: source.digest for source in self.open().sources}

@@ -1,0 +1,236 @@
+"""A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Keys that may differ between the sittings of one run: where it runs, what it prints, and paths whose content
+#: the checkpoint and the label sets hold to account by digest.
+FREE_KEYS = frozenset(
+    """accelerator devices num_nodes strategy workers micro_batch logger logging checkpoint validation resume overwrite
+    dry_run name run_dir output_dir data_dir photos sources sets labels teacher allow_partial tiny""".split()
+)
+#: Keys that repeat another key's value.
+ECHOES = ("module.recipe.", "recipe.steps")
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+
+
+class Lock:
+    """One process writes to a run folder at a time.
+
+    A POSIX record lock (which the kernel drops when its process dies, and which forked workers do not hold)
+    keeps out processes of the same host; the heartbeat keeps out those of other hosts, where the file system
+    may not carry locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Name the lock of `folder`."""
+        self.path = folder / "lock.json"
+        self._file: int | None = None
+        self._stop = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock and keep its heartbeat going.
+
+        Raises:
+            ValueError: If another process holds it, naming host and pid.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except OSError:
+            ours = False
+        holder = self._read(file)
+        age = time.time() - holder.get("heartbeat", 0.0)
+        elsewhere = holder.get("host") != socket.gethostname()
+        if not ours or (elsewhere and age < STALE_S):
+            os.close(file)
+            raise ValueError(
+                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "
+                f"(last sign of life {age:.0f} s ago); wait for it, stop it, or type name=ANOTHER_NAME"
+            )
+        self._file = file
+        self._beat()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lock back; a dead process needs no release."""
+        if self._file is not None:
+            self._stop.set()
+            file, self._file = self._file, None
+            os.ftruncate(file, 0)
+            os.close(file)
+
+    @staticmethod
+    def _read(file: int) -> dict[str, Any]:
+        try:
+            return dict(json.loads(os.pread(file, 4096, 0)))
+        except ValueError:
+            return {}
+
+    def _beat(self) -> None:
+        file = self._file
+        if file is not None:
+            sign = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
+            text = json.dumps(sign).encode()
+            os.pwrite(file, text, 0)
+            os.ftruncate(file, len(text))
+
+    def _run(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            self._beat()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """List the dotted keys that make two configs different runs, each with its old and new value."""
+    before, after = flatten(old), flatten(new)
+    changed = {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and FREE_KEYS.isdisjoint(key.split("."))
+        and not key.startswith(ECHOES)
+    }
+    longer = "steps" in changed and (changed["steps"][1] or 0) > (changed["steps"][0] or 0)
+    if longer and after.get("recipe.schedule") == "constant":
+        del changed["steps"]
+    return changed
+
+
+class RunFolder:
+    """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Name a folder; nothing is created yet."""
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model.safetensors"
+        self.lock = Lock(self.path)
+
+    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+        """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
+
+        In this order: the folder's newest complete checkpoint, then `resume=`, then none, which leaves the
+        weights to `init=`.
+
+        Raises:
+            ValueError: As `claim`; or if `resume=` is no file, or the main rank gave no sign for two minutes.
+        """
+        decision = self.path / "launch.json"
+        if main:
+            self.claim(config)
+            checkpoint = self.newest_checkpoint() or config["resume"]
+            if checkpoint is not None and not Path(checkpoint).is_file():
+                raise ValueError(f"resume={checkpoint} is no file; type resume=RUN_FOLDER/checkpoints/step-….ckpt")
+            write(decision, json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}))
+        else:
+            deadline = time.monotonic() + 120
+            while not (decision.is_file() and json.loads(decision.read_text())["launch"] == launch(main=False)):
+                if time.monotonic() > deadline:
+                    raise ValueError(f"rank 0 did not open {self.path} within two minutes; see its own message")
+                time.sleep(0.2)
+        chosen = json.loads(decision.read_text())["checkpoint"]
+        return Path(chosen) if chosen else None
+
+    def finished(self, steps: int) -> bool:
+        """Tell whether the run has its model and needs no further step."""
+        newest = self.newest_checkpoint()
+        return self.model.is_file() and newest is not None and step_of(newest) >= steps
+
+    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+        """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
+
+        Args:
+            config: The composed config, plain values. overwrite=true renames an existing folder to NAME.1, .2 …
+                first; after a requeue it is ignored.
+            exclusive: Refuse a second process; labelling, which any number may do, passes False.
+
+        Raises:
+            ValueError: If another process writes to it or the saved config is another run's.
+        """
+        if exclusive:
+            self.lock.acquire()
+        if config["overwrite"] and self.config.is_file() and not requeued():
+            self._move_away()
+            if exclusive:
+                self.lock = Lock(self.path)
+                self.lock.acquire()
+        if self.config.is_file():
+            self._compare(config)
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+        write(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+
+    def _move_away(self) -> None:
+        number = 1
+        while (old := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.rename(self.path, old)
+        self.lock.release()
+
+    def _compare(self, config: Mapping[str, Any]) -> None:
+        old = yaml.safe_load(self.config.read_text()) or {}
+        changed = differences(old, config)
+        if changed:
+            key, (before, after) = next(iter(changed.items()))
+            more = f" (and {', '.join(list(changed)[1:4])})" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{self.path} was begun with {key}={before}, now {key}={after}{more}; type {key}={before} to "
+                "continue it, name=ANOTHER_NAME for a run beside it, or overwrite=true to set it aside"
+            )
+
+    def newest_checkpoint(self) -> Path | None:
+        """Find the newest complete checkpoint, or None."""
+        for path in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
+            if zipfile.is_zipfile(path):
+                return path
+        return None
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Read the optimizer step from a checkpoint's name; 0 for none."""
+    return int(checkpoint.stem.rpartition("-")[2]) if checkpoint is not None else 0
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def launch(*, main: bool) -> str:
+    """Name this start of the job, alike on all its ranks: by Slurm, torchrun, or the process that started them."""
+    for keys in (("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID",)):
+        if keys[0] in os.environ:
+            return ":".join(os.environ.get(key, "0") for key in keys)
+    return str(os.getpid() if main else os.getppid())
+
+
+def requeued() -> bool:
+    """Tell whether a cluster has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0

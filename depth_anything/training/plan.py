@@ -1,0 +1,94 @@
+"""The arithmetic of a batch, and the plan that dry_run=true prints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depth_anything.model.depth_anything import DepthAnything
+
+
+def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:
+    """Split the global batch into what a device takes at once and how often it does so a step.
+
+    Args:
+        batch_size: Images an optimizer step sees; the recipe's.
+        devices: Over all nodes.
+        micro_batch: Images a device takes at once; None: all of its share.
+
+    Returns:
+        (micro_batch, accumulation) with micro_batch × accumulation × devices = batch_size.
+
+    Raises:
+        ValueError: If that does not come out even, with the nearest values that do.
+    """
+    if batch_size % devices:
+        below, above = batch_size // devices * devices, (batch_size // devices + 1) * devices
+        fewer = max(d for d in range(1, devices) if batch_size % d == 0)
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over {devices} devices; type trainer.devices={fewer}, "
+            f"or batch_size={nearest} and know that the recipe is another"
+        )
+    share = batch_size // devices
+    micro = share if micro_batch is None else micro_batch
+    if micro < 1 or share % micro:
+        workable = [m for m in range(1, share + 1) if share % m == 0]
+        below = max((m for m in workable if m < micro), default=workable[0])
+        above = min((m for m in workable if m > micro), default=workable[-1])
+        nearest = " or ".join(f"micro_batch={m}" for m in sorted({below, above}))
+        raise ValueError(
+            f"micro_batch={micro} does not divide the {share} images a device sees in a step "
+            f"(batch_size={batch_size} over {devices} devices); type {nearest}"
+        )
+    return micro, share // micro
+
+
+def count(parameters: Any) -> str:
+    """Print a number of values with commas."""
+    return f"{sum(p.numel() for p in parameters):,}"
+
+
+def print_plan(config: Mapping[str, Any]) -> None:
+    """Build the network on the meta device and print what a run would do, touching neither data nor weights."""
+    with torch.device("meta"):
+        model = DepthAnything(config["encoder"])
+    head = list(model.depth_head.parameters())
+    encoder = list(model.pretrained.parameters())
+    print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
+    print(f"network     {config['encoder']}: {count(model.parameters())} parameters")
+    print(f"            encoder {count(encoder)}, head {count(head)}")
+    if config["stage"] == "pseudolabel":
+        print(f"teacher     {config['teacher']}")
+        print(f"labels      {config['labels']}")
+        _print_sets(config["sources"]["images"])
+        print(f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}")
+        return
+    recipe = config["recipe"]
+    for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
+        print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
+    print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
+    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
+    if recipe["alignment_weight"]:
+        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
+    print(f"loss        {' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out")
+    print(f"start       {config['init'] or 'random weights'}")
+    _print_sets(config["data"]["sets"])
+    if config["data"]["labels"]:
+        print(f"labels      {config['data']['labels']}")
+    batch, side = config["batch_size"], config["image_size"]
+    print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
+    for devices in (1, 8, 64):
+        try:
+            micro, accumulation = split_batch(batch, devices, config["micro_batch"])
+            split = f"{micro} a device × {accumulation} accumulated"
+        except ValueError as error:
+            split = str(error)
+        print(f"            {devices:2d} device{'s' if devices > 1 else ' '}: {split}")
+
+
+def _print_sets(sets: Mapping[str, str]) -> None:
+    for name, root in sets.items():
+        there = "://" in root or (Path(root) / "manifest.json").is_file()
+        print(f"set         {name}: {root}{'' if there else ' (not there yet)'}")

@@ -1,0 +1,290 @@
+"""stage=pseudolabel: the teacher labels every photograph exactly once, full frame (DESIGN.md §5).
+
+A shard of images is the unit of work. Whoever starts takes the next shard that is neither labelled nor leased,
+labels it in memory and publishes the whole label shard by rename, so that any number of processes may start, die
+and come back. Batches are formed inside one shard, by shape, in a fixed order: a shard labelled twice has the
+same bytes, and a lease only saves work.
+"""
+
+import io
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from depth_anything.data import codec as codecs
+from depth_anything.data.labels import LabelSet
+from depth_anything.data.reader import Records
+from depth_anything.data.sample import decode_image, image_size
+from depth_anything.data.shards import BadRecord, open_set
+from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.preprocess import resize_shape
+from depth_anything.training.data import identity
+
+PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8"
+STALE_S = 120.0
+
+
+class Lease:
+    """A note beside a label shard that says who is making it; a dead holder's note is void."""
+
+    def __init__(self, path: Path, *, pid: int) -> None:
+        """Name the note; `pid` is the process whose death voids it."""
+        self.path, self.pid = path, pid
+
+    def take(self) -> bool:
+        """Take the lease unless somebody alive holds it."""
+        note = json.dumps({"host": socket.gethostname(), "pid": self.pid})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                if not self._void():
+                    return False
+                self.path.unlink(missing_ok=True)
+                continue
+            with os.fdopen(file, "w") as handle:
+                handle.write(note)
+            return True
+        return False
+
+    def touch(self) -> None:
+        """Show that the holder lives."""
+        if self.path.exists():
+            os.utime(self.path)
+
+    def release(self) -> None:
+        """Give the lease back."""
+        self.path.unlink(missing_ok=True)
+
+    def _void(self) -> bool:
+        try:
+            age = time.time() - self.path.stat().st_mtime
+            holder = json.loads(self.path.read_text() or "{}")
+        except (FileNotFoundError, ValueError):
+            return True
+        if holder.get("host") == socket.gethostname() and not _alive(int(holder.get("pid", -1))):
+            return True
+        return age > STALE_S
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass
+class Batch:
+    """Images of one shape and one shard; the last of a shard is empty and tells what would not decode."""
+
+    set: str
+    shard: str
+    records: int
+    indices: list[int]
+    image: torch.Tensor  # (b,h,w,3) uint8
+    failed: list[tuple[int, str]] = field(default_factory=list)
+
+    @classmethod
+    def stack(cls, set: str, shard: str, records: int, images: list[tuple[int, np.ndarray]]) -> "Batch":
+        """Stack images of one shape."""
+        pixels = torch.from_numpy(np.stack([image for _, image in images]))
+        return cls(set, shard, records, [index for index, _ in images], pixels)
+
+
+class ShardBatches(IterableDataset):
+    """Take unlabelled shards one after another, here and in other processes, and cut them into batches."""
+
+    def __init__(
+        self, labels: Mapping[str, LabelSet], *, image_size: int, patch: int, batch_size: int, rank: int, world: int
+    ) -> None:
+        """Describe the work.
+
+        Args:
+            labels: The label set to fill, by set name.
+            image_size: Short side the images are resized to.
+            patch: What both sides are multiples of.
+            batch_size: Images of one shape at once.
+            rank: This process, of `world`; they begin at different shards.
+            world: Processes of this job.
+        """
+        self.labels = dict(labels)
+        self.image_size, self.patch, self.batch_size = image_size, patch, batch_size
+        self.rank, self.world, self.pid = rank, world, os.getpid()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches until every shard of every set has its labels, by whomever."""
+        worker = get_worker_info()
+        lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
+        lanes = self.world * (worker.num_workers if worker else 1)
+        work = [(name, shard.name) for name, labels in self.labels.items() for shard in labels.images.shards]
+        mine = work[lane::lanes] + [item for other in range(lanes) if other != lane for item in work[other::lanes]]
+        while True:
+            left = [(name, shard) for name, shard in mine if not self.labels[name].done(shard)]
+            if not left:
+                return
+            taken = False
+            for name, shard in left:
+                if not self.labels[name].done(shard) and self.lease(name, shard).take():
+                    taken = True
+                    yield from self.cut(name, shard)
+            if not taken:
+                time.sleep(0.5)  # others hold what is left; one of them may yet die
+
+    def lease(self, name: str, shard: str) -> Lease:
+        """Name the lease of a label shard."""
+        return Lease(Path(self.labels[name].root) / f".{shard}.lease", pid=self.pid)
+
+    def cut(self, name: str, shard: str) -> Iterator[Batch]:
+        """Cut a shard into batches of one shape; each leaves as soon as it is full, the rest at the end.
+
+        The order depends on the shard alone, and a record that fails leaves its place with its reason.
+        """
+        records = Records(self.labels[name].images)
+        count = dict(records.shards)[f"{name}/{shard}"]
+        waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        failed: list[tuple[int, str]] = []
+        for index in range(count):
+            try:
+                frame = decode_record(*records.read(f"{name}/{shard}", index))
+            except ValueError as error:
+                failed.append((index, str(error)))
+                continue
+            height, width = resize_shape(*frame.image.shape[:2], self.image_size, self.patch)
+            same = waiting.setdefault((height, width), [])
+            same.append((index, resize_image(frame.image, height, width)))
+            if len(same) == self.batch_size:
+                yield Batch.stack(name, shard, count, waiting.pop((height, width)))
+        for same in waiting.values():
+            yield Batch.stack(name, shard, count, same)
+        yield Batch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
+
+
+class ShardData(pl.LightningDataModule):
+    """The images to label, and where their labels go."""
+
+    def __init__(
+        self,
+        *,
+        sets: Mapping[str, str],
+        labels: str,
+        batch_size: int,
+        image_size: int,
+        workers: int,
+        patch: int,
+        teacher: Mapping[str, Any],
+        codec: str,
+    ) -> None:
+        """Open the image sets and their label sets.
+
+        Args:
+            sets: Image set name to folder or URL prefix.
+            labels: Folder of label sets.
+            batch_size: Images of one shape and shard at once.
+            image_size: Short side after resizing, pixels.
+            workers: Loader processes a device; each reads a shard of its own.
+            patch: The teacher's patch, pixels.
+            teacher: What the label sets say of the teacher: "fingerprint", "file".
+            codec: Of the labels.
+
+        Raises:
+            ValueError: If a set is missing or damaged, or its labels are another teacher's.
+        """
+        super().__init__()
+        preprocessing = PREPROCESSING.format(size=image_size, patch=patch)
+        self.labels = {
+            name: LabelSet(
+                os.path.join(labels, name),
+                open_set(root, name=name),
+                teacher=teacher,
+                preprocessing=preprocessing,
+                codec=codec,
+            )
+            for name, root in sets.items()
+        }
+        self.batch_size, self.image_size, self.workers, self.patch = batch_size, image_size, workers, patch
+        self.codec = codec
+
+    def finished(self) -> bool:
+        """Tell whether every image of every set has its label; write the manifests that are still missing."""
+        return all([labels.finish() for labels in self.labels.values()])
+
+    def predict_dataloader(self) -> DataLoader:
+        """Build the loader of this process's share, which is whatever nobody else takes."""
+        assert self.trainer is not None
+        batches = ShardBatches(
+            self.labels,
+            image_size=self.image_size,
+            patch=self.patch,
+            batch_size=self.batch_size,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+        gpu = self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(batches, batch_size=None, num_workers=self.workers, pin_memory=gpu, collate_fn=identity)
+
+
+class PseudoLabel(pl.LightningModule):
+    """The teacher at work: labels gathered in memory by shard, each shard published whole."""
+
+    def __init__(self, model: DepthAnything, data: ShardData) -> None:
+        """Hold the teacher and the sets it fills."""
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self._data = (data,)
+        self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
+        self._bar: tqdm | None = None
+
+    def on_predict_start(self) -> None:
+        """Open a bar over the images that had no label when this process began."""
+        left = sum(labels.images_left() for labels in self._data[0].labels.values())
+        quiet = not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=left,
+            unit="image",
+            dynamic_ncols=True,
+            mininterval=10.0 if quiet else 0.5,
+            ascii=quiet,
+            disable=not self.trainer.is_global_zero,
+        )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Label a batch; after a shard's last one, publish the shard."""
+        labels = self._data[0].labels[batch.set]
+        made = self._made.setdefault((batch.set, batch.shard), {})
+        if batch.indices:
+            disparity = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
+            for index, values in zip(batch.indices, disparity.float().cpu().numpy(), strict=True):
+                made[index] = self._pool.submit(encode, values, codec=labels.codec)
+            labels.lease(batch.shard).touch()
+        else:
+            del self._made[batch.set, batch.shard]
+            labels.publish(batch.shard, {index: label.result() for index, label in made.items()}, batch.failed)
+        assert self._bar is not None
+        self._bar.update(len(batch.indices) + len(batch.failed))
+
+    def on_predict_end(self) -> None:
+        """Write the manifests of the sets that are complete now."""
+        self._data[0].finished()
+        assert self._bar is not None
+        self._bar.close()

@@ -1,0 +1,107 @@
+"""From a composed config to objects, and from objects to a fit or a prediction. The only importer of Hydra."""
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+from depth_anything.model.weights import fingerprint, save_model
+from depth_anything.training.callbacks import AtomicCheckpointIO, fit_callbacks, stop_if_signalled
+from depth_anything.training.data import make_scenes
+from depth_anything.training.folder import RunFolder, step_of
+from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.plan import print_plan, split_batch
+from depth_anything.training.start import load_teacher, network, twin
+
+
+def main(cfg: DictConfig) -> None:
+    """Run a stage; what the user can mend ends in one sentence and exit code 1."""
+    try:
+        config = complete(cfg)
+        if config["dry_run"]:
+            print_plan(config)
+        elif config["stage"] == "pseudolabel":
+            predict(cfg, config)
+        else:
+            fit(cfg, config)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def complete(cfg: DictConfig) -> dict[str, Any]:
+    """Fill in what follows from other keys, and return the config as plain values."""
+    if cfg.streams is None:
+        cfg.streams = 8 * cfg.batch_size
+    if cfg.trainer.precision == "auto":
+        gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+        cfg.trainer.precision = "bf16-mixed" if gpu else "32-true"
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return config
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback], *, max_steps: int = -1) -> pl.Trainer:
+    """Build Lightning's Trainer, with everything off that this project does itself."""
+    torch.set_float32_matmul_precision("high")
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return instantiate(cfg.trainer, _partial_=True, _convert_="all")(
+        callbacks=callbacks,
+        plugins=plugins,
+        max_steps=max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        default_root_dir=cfg.run_dir,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
+    """Train, or go on training, and leave model.safetensors in the run folder."""
+    folder, sources, steps = RunFolder(config["run_dir"]), config["sources"], config["steps"]
+    callbacks = fit_callbacks(config, folder)
+    trainer = build_trainer(cfg, callbacks, max_steps=steps)
+    micro, accumulation = split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
+    trainer.accumulate_grad_batches = accumulation
+    checkpoint = folder.begin(config, main=trainer.is_global_zero)
+    if folder.finished(steps):
+        print(f"{folder.path} is finished; its model is {folder.model}")
+        return
+    make_scenes(sources["scenes"], [*config["data"]["sets"].values(), sources["validation"]])
+    data = instantiate(cfg.data, micro_batch=micro, _convert_="all")
+    data.open()  # a set that is missing or damaged is named before a network is built
+    numbers = MetricsCSV(folder.path / "metrics.csv")
+    if trainer.is_global_zero:
+        numbers.rewind(step_of(checkpoint))
+    trainer.loggers = [numbers, *([instantiate(cfg.logger)] if cfg.logger else [])]
+    module = instantiate(cfg.module, network(config), frozen=twin(config), _convert_="object")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    stop_if_signalled(trainer, callbacks)
+    if trainer.is_global_zero:
+        save_model(module.model, folder.model)
+        folder.lock.release()
+        print(f"finished: {folder.model}")
+
+
+def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
+    """Label every photograph once, beside any number of other processes that do the same."""
+    folder = RunFolder(config["run_dir"])
+    folder.claim(config, exclusive=False)
+    make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
+    teacher = load_teacher(config)
+    trainer = build_trainer(cfg, [])
+    data = instantiate(cfg.data, fingerprint=fingerprint(teacher), _convert_="all")
+    if data.finished():
+        print(f"{config['labels']} is finished: every image of {', '.join(data.sets)} has its label")
+        return
+    trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)
+    print(data.summary())
