@@ -1,0 +1,184 @@
+"""The bytes of a depth or disparity map.
+
+`q12` keeps 12 bits between a map's own smallest and largest value: enough for a network's output, whose lower
+bits are noise, at a third of a 16-bit PNG. `f32` keeps every bit, for measured truth. Both store, for each value,
+the difference to the value above it, low bytes apart from high bytes, compressed by zstandard: of the arrangements
+that a few numpy passes can undo this one came out smallest (benchmarks/bench_codec.py holds the comparison).
+
+A file is a header of 28 bytes, little-endian: magic `DAM1`; crc32 of all that follows it; the kind (0 f32, 1 q12);
+flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. Then one zstandard frame: the
+byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q * ((high - low) / steps), computed
+in float64 and rounded once to float32, so that it decodes to the same bits everywhere.
+"""
+
+import math
+import struct
+import zlib
+
+import numpy as np
+import zstandard
+
+_HEADER = struct.Struct("<4sIBBHIIff")
+_CRC_FROM = 8  # the crc covers what stands behind it
+_MAGIC = b"DAM1"
+_F32, _Q12 = 0, 1
+_SPECIALS = (np.nan, np.inf, -np.inf)
+_TYPES = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
+# Added to every difference, so that small negative ones do not set the high byte, which then compresses to nothing.
+_BIAS = {_F32: 0, _Q12: 128}
+# 4095 steps would meet the bound of 1/8190 of the range in exact arithmetic only; rounding to float32 takes a little
+# more, and a map far from zero for its range takes much more. The first that holds is used, else every bit is kept.
+_STEPS = (4160, 65535)
+_BOUND = 1 / 8190
+_MAX_SIDE = 1 << 15
+_MAX_PIXELS = 1 << 26
+_ZSTD_BLOCK = 1 << 17  # a zstandard block holds at most this much, and takes at least four bytes
+_ROWS = 16
+
+
+def encode(values: np.ndarray, *, codec: str) -> bytes:
+    """Encode a map.
+
+    Args:
+        values: (H, W) of any float type, taken as float32; NaN (unknown) and infinities are kept exactly.
+        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends kept) or "f32" (every bit kept).
+
+    Raises:
+        ValueError: values is not a map of at most 2^26 pixels, or the codec is unknown.
+    """
+    values = np.asarray(values, dtype=np.float32)
+    if values.ndim != 2 or not _size_allowed(*values.shape):
+        raise ValueError(
+            f"cannot encode an array of shape {values.shape}: it takes (H, W), up to 2^26 pixels"
+        )
+    if codec == "f32":
+        return _pack(values.view(np.uint32), kind=_F32)
+    if codec != "q12":
+        raise ValueError(f'codec "{codec}" is unknown: use "q12" or "f32"')
+    finite = np.isfinite(values)
+    known = values[finite]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    clean = values if known.size == values.size else np.where(finite, values, np.float32(low))
+    for steps in _STEPS:
+        levels = _quantise(clean, low, high, steps)
+        restored = _restore(levels, low, high, steps)
+        error = np.abs(restored.astype(np.float64) - clean).max()
+        if error <= (high - low) * _BOUND and restored.min() == clean.min() and restored.max() == clean.max():
+            masks = [values != values, values == np.inf, values == -np.inf]
+            return _pack(levels, kind=_Q12, steps=steps, low=low, high=high, masks=masks)
+    return _pack(values.view(np.uint32), kind=_F32)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode what `encode` made to float32 (H, W).
+
+    Raises:
+        ValueError: the bytes are damaged, cut short, or not of this format; nothing is allocated for a size that
+            the bytes could not hold.
+    """
+    if len(data) < _HEADER.size or data[:4] != _MAGIC:
+        raise ValueError("not an encoded map: it does not begin with DAM1 and a whole header")
+    _, crc, kind, flags, steps, height, width, low, high = _HEADER.unpack_from(data)
+    if zlib.crc32(memoryview(data)[_CRC_FROM:]) != crc:
+        raise ValueError("the encoded map is damaged: its checksum differs")
+    if kind not in _TYPES or flags > 7 or not _size_allowed(height, width):
+        raise ValueError(f"the encoded map has an impossible header: kind {kind}, {height}x{width}")
+    if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
+    pixels, mask_bytes = height * width, -(-height * width // 8)
+    size = pixels * _TYPES[kind].itemsize + mask_bytes * flags.bit_count()
+    body = _decompress(memoryview(data)[_HEADER.size :], size)
+    bits = _unpack(body, height, width, kind)
+    if kind == _F32:
+        return bits.view(np.float32)
+    values = _restore(bits, low, high, steps)
+    start = pixels * 2
+    for bit, special in enumerate(_SPECIALS):
+        if flags >> bit & 1:
+            packed = np.frombuffer(body, np.uint8, mask_bytes, start)
+            values[np.unpackbits(packed, count=pixels).reshape(height, width).view(bool)] = special
+            start += mask_bytes
+    return values
+
+
+def _size_allowed(height: int, width: int) -> bool:
+    return 1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE and height * width <= _MAX_PIXELS
+
+
+def _quantise(values: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
+    levels = values.astype(np.float64)
+    levels -= low
+    if high > low:
+        levels *= steps / (high - low)
+    return np.rint(levels, out=levels).astype(np.uint16)
+
+
+def _restore(levels: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
+    values = levels.astype(np.float64)
+    values *= (high - low) / steps
+    values += low
+    return values.astype(np.float32)
+
+
+def _pack(
+    bits: np.ndarray,
+    *,
+    kind: int,
+    steps: int = 0,
+    low: float = 0.0,
+    high: float = 0.0,
+    masks: list[np.ndarray] | None = None,
+) -> bytes:
+    dtype = _TYPES[kind]
+    change = bits.astype(dtype)
+    change[1:] -= bits[:-1].astype(dtype)
+    change += dtype.type(_BIAS[kind])
+    body = [change.reshape(-1).view(np.uint8).reshape(-1, dtype.itemsize).T.tobytes()]
+    flags = 0
+    for bit, mask in enumerate(masks or []):
+        if mask.any():
+            flags |= 1 << bit
+            body.append(np.packbits(mask).tobytes())
+    payload = zstandard.ZstdCompressor(level=1).compress(b"".join(body))
+    height, width = bits.shape
+    header = _HEADER.pack(_MAGIC, 0, kind, flags, steps, height, width, low, high)
+    crc = zlib.crc32(payload, zlib.crc32(header[_CRC_FROM:]))
+    return header[:4] + struct.pack("<I", crc) + header[_CRC_FROM:] + payload
+
+
+def _decompress(payload: memoryview, size: int) -> bytes:
+    if len(payload) < 4 * -(-size // _ZSTD_BLOCK):
+        raise ValueError(f"the encoded map is damaged: {len(payload)} bytes cannot hold {size}")
+    try:
+        declared = zstandard.get_frame_parameters(payload).content_size
+        if declared != size:
+            raise ValueError(f"the encoded map is damaged: it holds {declared} bytes in place of {size}")
+        return zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"the encoded map is damaged: {error}") from error
+
+
+def _unpack(body: bytes, height: int, width: int, kind: int) -> np.ndarray:
+    dtype, pixels = _TYPES[kind], height * width
+    planes = np.frombuffer(body, np.uint8, pixels * dtype.itemsize).reshape(dtype.itemsize, pixels)
+    bits = planes[-1].astype(dtype)
+    for plane in planes[-2::-1]:
+        bits <<= dtype.type(8)
+        bits |= plane
+    bits = bits.reshape(height, width)
+    bits -= dtype.type(_BIAS[kind])
+    _sum_down(bits)
+    return bits
+
+
+def _sum_down(bits: np.ndarray) -> None:
+    # A running sum over rows, in place and modulo the type, by blocks of rows: numpy's own accumulate walks columns
+    # and takes five times as long.
+    height, width = bits.shape
+    blocks = bits[: height - height % _ROWS].reshape(-1, _ROWS, width)
+    for row in range(1, _ROWS):
+        blocks[:, row] += blocks[:, row - 1]
+    for block in range(1, len(blocks)):
+        blocks[block] += blocks[block - 1, -1]
+    for row in range(max(1, height - height % _ROWS), height):
+        bits[row] += bits[row - 1]

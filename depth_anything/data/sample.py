@@ -1,0 +1,227 @@
+"""A frame, and how it lies in a record: image bytes, `json`, and `depth.<codec>` or `disparity.<codec>`."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+)
+from PIL import WebPImagePlugin as WebpImagePlugin
+
+from depth_anything.data import codec as map_codec
+
+MAX_PIXELS = 200_000_000
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELDS = ("depth", "disparity")
+CODECS = ("q12", "f32")
+
+# Pillow's plugins by the bytes a file begins with. Asked for directly: Image.open tries dozens of formats, and
+# its own limit on pixels is a global that belongs to the caller's program.
+_PLUGINS = (
+    (b"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"RIFF", WebpImagePlugin.WebPImageFile),
+    (b"II*\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", TiffImagePlugin.TiffImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"GIF8", GifImagePlugin.GifImageFile),
+)
+_ORIENTATION = 0x0112
+_CV2_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+@dataclass
+class Frame:
+    """One image with what is known about it.
+
+    Attributes:
+        key: <set>/<shard>/<record>.
+        image: uint8 (H, W, 3) RGB.
+        meta: what the record's json holds: source, original size, intrinsics if known, unit, what is sky.
+        depth: float32 metres; +inf is sky (meta["sky"] is then "inf"), NaN unknown. A label's size may differ from
+            the image's: the image is then to be resized to it.
+        disparity: float32, larger is nearer, known up to scale and shift; NaN unknown.
+    """
+
+    key: str
+    image: np.ndarray
+    meta: dict[str, Any] = field(default_factory=dict)
+    depth: np.ndarray | None = None
+    disparity: np.ndarray | None = None
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode an image file to uint8 (H, W, 3) RGB, upright.
+
+    Reads JPEG, PNG, WebP, TIFF, BMP and GIF (first picture). EXIF orientation is applied, grey is repeated, 16-bit
+    values are divided by 257, CMYK is converted, what is transparent shows white. Colour profiles are ignored, as
+    the authors' reader does.
+
+    Raises:
+        ValueError: empty, damaged, cut short, of another format, or over 200 megapixels by its header.
+    """
+    if not data:
+        raise ValueError("the image is empty")
+    try:
+        picture = _open(data)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(
+                f"{picture.width}x{picture.height} pixels are more than the limit of 200 megapixels"
+            )
+        if picture.mode == "RGB" and picture.format == "JPEG" and b"\xff\xd9" in data[-4096:]:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
+            if image is not None:
+                return _upright(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), _orientation(picture))
+        return _to_rgb(picture)
+    except Exception as error:  # hostile bytes make Pillow raise a dozen types
+        raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
+
+
+def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
+    """Decode a record's fields; those it does not know are left alone.
+
+    Raises:
+        ValueError: no image, or a field that cannot be decoded, which is named.
+    """
+    image_field = next((name for name in IMAGE_FIELDS if name in fields), None)
+    if image_field is None:
+        raise ValueError(
+            f"no image among the fields {sorted(fields)}: one of {', '.join(IMAGE_FIELDS)} is needed"
+        )
+    image = _field(decode_image, fields, image_field)
+    meta = _field(_decode_meta, fields, "json") if "json" in fields else {}
+    labels = {}
+    for label in LABEL_FIELDS:
+        name = next((f"{label}.{codec}" for codec in CODECS if f"{label}.{codec}" in fields), None)
+        if name is not None:
+            labels[label] = _field(map_codec.decode, fields, name)
+    return Frame(key, image, meta, **labels)
+
+
+def encode_frame(
+    frame: Frame, *, codec: str, jpeg_quality: int = 95, original: bytes | None = None
+) -> dict[str, bytes]:
+    """Encode a frame to a record's fields.
+
+    Args:
+        frame: its depth and disparity are written where they are given.
+        codec: "q12" or "f32", for depth and disparity.
+        jpeg_quality: of the image, 4:4:4 from 95 up.
+        original: the image file as it came (JPEG, PNG or WebP), kept in place of a JPEG of frame.image.
+    """
+    if original is not None:
+        fields = {image_extension(original): original}
+    else:
+        out = io.BytesIO()
+        subsampling = 0 if jpeg_quality >= 95 else 2
+        Image.fromarray(frame.image).save(out, "JPEG", quality=jpeg_quality, subsampling=subsampling)
+        fields = {"jpg": out.getvalue()}
+    fields["json"] = json.dumps(frame.meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    for label in LABEL_FIELDS:
+        values = getattr(frame, label)
+        if values is not None:
+            fields[f"{label}.{codec}"] = map_codec.encode(values, codec=codec)
+    return fields
+
+
+def image_extension(data: bytes) -> str:
+    """Name the record field an image file belongs in: jpg, png or webp.
+
+    Raises:
+        ValueError: the file is of another kind, and has to be encoded anew.
+    """
+    for start, extension in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"RIFF", "webp")):
+        if data.startswith(start):
+            return extension
+    raise ValueError("only JPEG, PNG and WebP files are kept as they came: encode this image anew")
+
+
+def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.ndarray]:
+    """Make the training target of a labelled frame.
+
+    Args:
+        frame: with disparity (used as it is) or depth (turned to 1 / depth).
+        sky: "far" sets the sky (depth +inf) to disparity 0 and valid; "invalid" leaves it out.
+
+    Returns:
+        disparity float32 (H, W), 0 where not valid, and valid bool (H, W).
+
+    Raises:
+        ValueError: the frame has no label.
+    """
+    if sky not in ("far", "invalid"):
+        raise ValueError(f'sky="{sky}" is unknown: use "far" or "invalid"')
+    if frame.disparity is not None:
+        valid = np.isfinite(frame.disparity)
+        return np.where(valid, frame.disparity, np.float32(0)), valid
+    if frame.depth is None:
+        raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
+    positive = frame.depth > 0
+    disparity = np.divide(np.float32(1), frame.depth, out=np.zeros_like(frame.depth), where=positive)
+    valid = positive & np.isfinite(disparity)
+    if sky == "invalid":
+        valid &= np.isfinite(frame.depth)
+    disparity[~valid] = 0
+    return disparity, valid
+
+
+def _field(decoder: Any, fields: Mapping[str, bytes], name: str) -> Any:
+    try:
+        return decoder(fields[name])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _decode_meta(data: bytes) -> dict[str, Any]:
+    meta = json.loads(data)
+    if not isinstance(meta, dict):
+        raise ValueError("not a JSON object")
+    return meta
+
+
+def _open(data: bytes) -> Any:
+    for start, plugin in _PLUGINS:
+        if data.startswith(start):
+            return plugin(io.BytesIO(data))
+    raise ValueError("neither JPEG, PNG, WebP, TIFF, BMP nor GIF")
+
+
+def _orientation(picture: Any) -> int:
+    return picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    # EXIF 2.32, table 6: which corner of the scene the first row and column of the file show.
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _to_rgb(picture: Any) -> np.ndarray:
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.int64)
+        grey = (np.clip(grey, 0, 65535) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if picture.mode == "F":
+        raise ValueError("it holds 32-bit floats, which have no fixed white")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
