@@ -40,7 +40,7 @@ def depth_metrics(prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str
         # 0 / 0 is the NaN of an image without a valid pixel.
         return torch.where(valid, x, 0).sum((1, 2)) / count
 
-    p, t = (torch.where(valid, masked_float(x, valid), 1) for x in (prediction, target))
+    p, t = masked_float(prediction, valid), masked_float(target, valid)
     error = p - t
     p, t = p.clamp(min=MIN_METRES), t.clamp(min=MIN_METRES)
     logs = p.log() - t.log()

@@ -64,7 +64,7 @@ def panel(
 
     Args:
         rows: uint8 (H, W, 3) pictures, RGB, of any sizes; rows may differ in length.
-        titles: one for each column.
+        titles: one for each column, in ASCII: the font has little else.
         max_width: wider pictures are shrunk to it, in pixels, keeping their shape; none is enlarged.
 
     Returns:
