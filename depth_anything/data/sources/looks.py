@@ -199,7 +199,7 @@ class Material:
     shift: tuple[float, float] = (0.0, 0.0)
 
     def albedo(self, a: np.ndarray, b: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-        """Linear RGB (3, n) at surface coordinates a, b (n,); footprint: what a pixel covers there (metres all)."""
+        """Linear RGB (3, n) at surface coordinates a, b (n,), `footprint` to a pixel; all in metres."""
         high = np.array(self.high, np.float32)[:, None]
         if not self.pattern:
             return np.broadcast_to(high, (3, a.size))

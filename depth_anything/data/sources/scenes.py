@@ -8,10 +8,13 @@ Glass has the depth of its surface, a mirror that of its face.
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 
-from depth_anything.data.sample import Frame
+from depth_anything.data.sample import Frame, encode_frame
+from depth_anything.data.shards import ShardSet
 from depth_anything.data.sources.looks import LOOKS, Draw, air_of, camera, graphics_card, material
 from depth_anything.data.sources.raycast import (
     Scene,
@@ -24,6 +27,7 @@ from depth_anything.data.sources.raycast import (
     shade,
     shadow_of,
 )
+from depth_anything.data.sources.writing import write_set
 
 VERSION = 1  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
 
@@ -292,11 +296,11 @@ def _clear(solid: Solid, eye: np.ndarray) -> bool:
     if solid.shape == "shell":
         return True
     away = np.abs(solid.axes @ (eye - solid.centre)) - solid.half
-    return float(away.max()) > (0.4 if solid.role != "ground" else 0.1)
+    return float(away.max()) > (0.9 if solid.role not in ("ground", "road") else 0.1)
 
 
 def world(seed: int) -> World:
-    """The geometry of a seed: six rooms to four streets; nothing within 0.4 m of the camera."""
+    """The geometry of a seed: six rooms to four streets; nothing within 0.9 m of the camera."""
     draw = Draw(seed, 1)
     made = _room(draw) if draw.chance(0.6) else _street(draw)
     return replace(made, solids=[s for s in made.solids if _clear(s, made.origin)])
@@ -323,7 +327,7 @@ def render(seed: int, *, look: str, height: int, width: int) -> Frame:
         ValueError: If there is no such look.
     """
     if look not in LOOKS:
-        raise ValueError(f"look={look} is unknown; type look=synthetic or look=photographic")
+        raise ValueError(f"look={look} is unknown: type synthetic or photographic")
     image, depth, focal = _paint(seed, look=look, height=height, width=width)
     meta = {
         "source": "scenes",
@@ -335,6 +339,63 @@ def render(seed: int, *, look: str, height: int, width: int) -> Frame:
         "sky": "inf",
     }
     return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
+
+
+def write_scenes(
+    root: str | Path,
+    *,
+    look: str,
+    count: int,
+    seed: int,
+    height: int,
+    width: int,
+    per_shard: int = 128,
+    labelled: bool = True,
+) -> ShardSet:
+    """Write scenes as a set of shards, or return the set if it is there already.
+
+    Scene i is render(seed * 10_000_000 + i), so that sets of different seeds share no scene. May be killed
+    and started again, and several processes may write one set. Synthetic pictures are PNG, for they should
+    stay clean; photographs are JPEG of a quality from 40 to 92, drawn scene by scene.
+
+    Args:
+        root: Folder of the set, which is named after it.
+        look: "synthetic" or "photographic".
+        count: Scenes, up to 10 million.
+        seed: Of the set.
+        height: Pixels.
+        width: Pixels.
+        per_shard: Scenes a shard.
+        labelled: False writes pictures without their depth.
+
+    Raises:
+        ValueError: If there is no such look, or the folder holds another set.
+    """
+    settings = {
+        "source": "scenes",
+        "version": VERSION,
+        "look": look,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "labelled": labelled,
+    }
+
+    def record(prefix: str, number: int) -> tuple[str, dict[str, bytes]]:
+        scene = seed * 10_000_000 + number
+        frame = render(scene, look=look, height=height, width=width)
+        frame.depth = frame.depth if labelled else None
+        key = f"{prefix}/{number:07d}"
+        if look == "photographic":
+            quality = 40 + Draw(scene, 4).integer(53)
+            return key, encode_frame(frame, codec="f32", jpeg_quality=quality)
+        png = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
+        return key, encode_frame(frame, codec="f32", original=png)
+
+    meta = {"unit": "m", "sky": "inf"} if labelled else {}
+    return write_set(
+        root, name=None, settings=settings, meta=meta, count=count, per_shard=per_shard, record=record
+    )
 
 
 def _paint(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
