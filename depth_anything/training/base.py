@@ -1,6 +1,5 @@
 """What the fitting stages share: two Adam groups, a schedule, a step whose batch is exact."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depth_anything.data.transforms import normalize, perturb
-from depth_anything.losses import gradient_matching_loss, scale_shift_invariant_loss
+from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 
@@ -123,7 +122,9 @@ class DepthModule(pl.LightningModule):
                 state dict, the optimizer and data parallelism.
         """
         super().__init__()
-        self._frozen = (frozen.eval().requires_grad_(False),) if frozen is not None else ()  # a tuple hides it
+        self._frozen = (
+            (frozen.eval().requires_grad_(False),) if frozen is not None else ()
+        )  # a tuple hides it
         self.model = model
         self.recipe = recipe
         self.parts: list[dict[str, Tensor]] = []
@@ -146,7 +147,9 @@ class DepthModule(pl.LightningModule):
         done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         for span in ("total", "current"):
-            loop["epoch_loop.batch_progress"][span].update(ready=done, started=done, processed=done, completed=done)
+            loop["epoch_loop.batch_progress"][span].update(
+                ready=done, started=done, processed=done, completed=done
+            )
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -180,10 +183,10 @@ class DepthModule(pl.LightningModule):
         """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars."""
         r = self.recipe
         with torch.autocast(prediction.device.type, enabled=False):
-            return {
-                "ssi": scale_shift_invariant_loss(prediction, target, valid, trim=r.trim),
-                "gm": gradient_matching_loss(prediction, target, valid, scales=r.gm_scales, trim=r.gm_trim),
-            }
+            ssi, gm = invariant_losses(
+                prediction, target, valid, scales=r.gm_scales, trim=r.trim, gradient_trim=r.gm_trim
+            )
+        return {"ssi": ssi, "gm": gm}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the stage's terms and their weighted sum under "loss"; each stage writes its own."""
@@ -206,8 +209,3 @@ class DepthModule(pl.LightningModule):
         """Measure the gradient's norm and clip it by hand: Lightning's own clipping refuses fused Adam."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
-
-
-def trainable(parameters: Iterable[Tensor]) -> int:
-    """Count the values that get a gradient."""
-    return sum(p.numel() for p in parameters if p.requires_grad)

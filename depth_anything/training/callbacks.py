@@ -4,9 +4,7 @@ Lightning's batch hooks fire once a micro-batch. Everything here happens once an
 checkpoint never lands in the middle of an accumulation, and every rank does the same things at the same step.
 """
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +15,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins import TorchCheckpointIO
 from PIL import Image
 from tqdm import tqdm
 
@@ -41,7 +38,9 @@ class StepCallback(pl.Callback):
         """Remember where the run stands, so that the step it resumed from is not handled twice."""
         self._last = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         """Call `on_step` when the optimizer has stepped."""
         if trainer.global_step != self._last:
             self._last = trainer.global_step
@@ -72,7 +71,9 @@ class Metrics(StepCallback):
         """Add the time since the last micro-batch ended: what the step waited for data."""
         self._wait += time.perf_counter() - self._idle
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         """Log on a step boundary, then start waiting for data."""
         super().on_train_batch_end(trainer, module, outputs, batch, index)
         self._idle = time.perf_counter()
@@ -235,23 +236,6 @@ class Checkpoints(StepCallback):
                 old.unlink(missing_ok=True)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its final name and rename it: Lightning's own goes through the system's /tmp."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write, flush to the disk, rename; a kill at any moment leaves the older checkpoints as they were."""
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.tmp")
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-
-
 class Agreement(StepCallback):
     """Stop all ranks at the same step boundary: a signal was caught on one, or too many records are bad.
 
@@ -345,20 +329,3 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
     )
     checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
     return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
-
-
-def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """End the process when a signal ended the run before its last step; under Slurm, queue the job again.
-
-    Raises:
-        SystemExit: With 128 + the signal's number.
-    """
-    number = next(c.signalled for c in callbacks if isinstance(c, Agreement))
-    if not number or trainer.global_step >= trainer.max_steps:
-        return
-    job = os.environ.get("SLURM_JOB_ID")
-    if trainer.is_global_zero:
-        print(f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr)
-        if job is not None:
-            subprocess.run(["scontrol", "requeue", job], check=True)
-    sys.exit(128 + number)

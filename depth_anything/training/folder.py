@@ -145,13 +145,19 @@ class RunFolder:
             self.claim(config)
             checkpoint = self.newest_checkpoint() or config["resume"]
             if checkpoint is not None and not Path(checkpoint).is_file():
-                raise ValueError(f"resume={checkpoint} is no file; type resume=RUN_FOLDER/checkpoints/step-….ckpt")
+                raise ValueError(
+                    f"resume={checkpoint} is no file; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
+                )
             write(decision, json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}))
         else:
             deadline = time.monotonic() + 120
-            while not (decision.is_file() and json.loads(decision.read_text())["launch"] == launch(main=False)):
+            while not (
+                decision.is_file() and json.loads(decision.read_text())["launch"] == launch(main=False)
+            ):
                 if time.monotonic() > deadline:
-                    raise ValueError(f"rank 0 did not open {self.path} within two minutes; see its own message")
+                    raise ValueError(
+                        f"rank 0 did not open {self.path} within two minutes; see its own message"
+                    )
                 time.sleep(0.2)
         chosen = json.loads(decision.read_text())["checkpoint"]
         return Path(chosen) if chosen else None

@@ -63,7 +63,9 @@ def print_plan(config: Mapping[str, Any]) -> None:
         print(f"teacher     {config['teacher']}")
         print(f"labels      {config['labels']}")
         _print_sets(config["sources"]["images"])
-        print(f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}")
+        print(
+            f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}"
+        )
         return
     recipe = config["recipe"]
     for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):

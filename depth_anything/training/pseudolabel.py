@@ -6,7 +6,6 @@ and come back. Batches are formed inside one shard, by shape, in a fixed order: 
 same bytes, and a lease only saves work.
 """
 
-import io
 import json
 import os
 import socket
@@ -21,15 +20,13 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from depth_anything.data import codec as codecs
+from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSet
-from depth_anything.data.reader import Records
-from depth_anything.data.sample import decode_image, image_size
-from depth_anything.data.shards import BadRecord, open_set
+from depth_anything.data.sample import decode_record
+from depth_anything.data.shards import Records, open_set
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
@@ -115,7 +112,14 @@ class ShardBatches(IterableDataset):
     """Take unlabelled shards one after another, here and in other processes, and cut them into batches."""
 
     def __init__(
-        self, labels: Mapping[str, LabelSet], *, image_size: int, patch: int, batch_size: int, rank: int, world: int
+        self,
+        labels: Mapping[str, LabelSet],
+        *,
+        image_size: int,
+        patch: int,
+        batch_size: int,
+        rank: int,
+        world: int,
     ) -> None:
         """Describe the work.
 
@@ -137,7 +141,9 @@ class ShardBatches(IterableDataset):
         lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         lanes = self.world * (worker.num_workers if worker else 1)
         work = [(name, shard.name) for name, labels in self.labels.items() for shard in labels.images.shards]
-        mine = work[lane::lanes] + [item for other in range(lanes) if other != lane for item in work[other::lanes]]
+        mine = work[lane::lanes] + [
+            item for other in range(lanes) if other != lane for item in work[other::lanes]
+        ]
         while True:
             left = [(name, shard) for name, shard in mine if not self.labels[name].done(shard)]
             if not left:
@@ -240,7 +246,9 @@ class ShardData(pl.LightningDataModule):
             world=self.trainer.world_size,
         )
         gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=self.workers, pin_memory=gpu, collate_fn=identity)
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.workers, pin_memory=gpu, collate_fn=identity
+        )
 
 
 class PseudoLabel(pl.LightningModule):
@@ -279,7 +287,9 @@ class PseudoLabel(pl.LightningModule):
             labels.lease(batch.shard).touch()
         else:
             del self._made[batch.set, batch.shard]
-            labels.publish(batch.shard, {index: label.result() for index, label in made.items()}, batch.failed)
+            labels.publish(
+                batch.shard, {index: label.result() for index, label in made.items()}, batch.failed
+            )
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
 

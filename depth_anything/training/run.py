@@ -8,11 +8,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.model.weights import fingerprint, save_model
-from depth_anything.training.callbacks import AtomicCheckpointIO, fit_callbacks, stop_if_signalled
+from depth_anything.training.callbacks import fit_callbacks
 from depth_anything.training.data import make_scenes
+from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.plan import print_plan, split_batch
@@ -45,24 +45,9 @@ def complete(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback], *, max_steps: int = -1) -> pl.Trainer:
-    """Build Lightning's Trainer, with everything off that this project does itself."""
-    torch.set_float32_matmul_precision("high")
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return instantiate(cfg.trainer, _partial_=True, _convert_="all")(
-        callbacks=callbacks,
-        plugins=plugins,
-        max_steps=max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        default_root_dir=cfg.run_dir,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    """Build Lightning's Trainer from its config node."""
+    given = trainer_arguments(callbacks=callbacks, max_steps=max_steps, run_dir=cfg.run_dir)
+    return instantiate(cfg.trainer, _partial_=True, _convert_="all")(**given)
 
 
 def fit(cfg: DictConfig, config: dict[str, Any]) -> None:

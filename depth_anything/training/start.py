@@ -27,9 +27,14 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
         return model
     if source != "hub" and config["stage"] == "student" and _is_teacher(Path(source)):
         raise ValueError(
-            f"init={source} is a teacher; a student starts from DINOv2 of its own size: type init=hub or init=DINOV2_FILE"
+            f"init={source} is a teacher; a student starts from DINOv2 of its size: "
+            "type init=hub or init=DINOV2_FILE"
         )
-    if source != "hub" and Path(source).suffix == ".safetensors" and (Path(source).parent / "config.yaml").is_file():
+    if (
+        source != "hub"
+        and Path(source).suffix == ".safetensors"
+        and (Path(source).parent / "config.yaml").is_file()
+    ):
         model.load_state_dict(load_model(source, encoder=config["encoder"]).state_dict())
     else:
         load_encoder(model, source)

@@ -28,5 +28,7 @@ class Student(DepthModule):
             wanted = self._frozen[0].features(clean)
         with torch.autocast(prediction.device.type, enabled=False):
             parts["alignment"] = feature_alignment_loss(features, wanted, tolerance=r.alignment_tolerance)
-        loss = r.ssi_weight * parts["ssi"] + r.gm_weight * parts["gm"] + r.alignment_weight * parts["alignment"]
+        loss = (
+            r.ssi_weight * parts["ssi"] + r.gm_weight * parts["gm"] + r.alignment_weight * parts["alignment"]
+        )
         return {"loss": loss, **parts}

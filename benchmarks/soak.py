@@ -1,0 +1,175 @@
+"""Kill each stage with SIGKILL, again and again, and hold what comes out against a run that was never touched.
+
+    python benchmarks/soak.py --kills 20 --output outputs/soak      (make soak)
+
+Half the kills fall at random moments, half inside saving: at the n-th fsync or rename the process makes, which is
+where checkpoints, shards, labels and manifests become visible. A teacher and a student must end with the bytes of
+the unbroken run's model; labelling must end with every image labelled once and with the same bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "steps=40",
+    "batch_size=4",
+    "image_size=42",
+    "checkpoint.every=3",
+    "validation.every=20",
+    "validation.limit=4",
+    "sources.scenes.synthetic.count=48",
+    "sources.scenes.photographic.count=48",
+    "sources.scenes.validation.count=8",
+    *(f"++sources.scenes.{name}.{key}" for name in ("synthetic", "photographic", "validation")
+      for key in ("height=42", "width=56", "per_shard=12")),
+)  # fmt: skip
+
+
+def start(arguments: Sequence[str], *, die: str = "") -> subprocess.Popen[bytes]:
+    """Start a stage in a process group of its own; `die` is "fsync:3" or "replace:5"."""
+    environment = {**os.environ, "SOAK_DIE": die, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--child", *arguments],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def child(arguments: list[str]) -> None:
+    """Run train.py in this process; where SOAK_DIE says so, kill it at a numbered system call."""
+    call, _, number = os.environ["SOAK_DIE"].partition(":")
+    if call:
+        genuine, left = getattr(os, call), [int(number)]
+
+        def counted(*args: object, **keywords: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                os.killpg(0, signal.SIGKILL)
+            return genuine(*args, **keywords)
+
+        setattr(os, call, counted)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    import hydra
+
+    from depth_anything.training.run import main
+
+    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(main)()
+
+
+def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng: random.Random) -> int:
+    """Start a stage until it ends by itself, killing it `kills` times on the way.
+
+    Args:
+        arguments: Of train.py.
+        kills: Kills wanted; fewer where the stage ends before.
+        seconds: How long an unbroken run takes; random kills fall within it.
+        rng: Of the moments.
+
+    Returns:
+        How many kills hit a process at work.
+
+    Raises:
+        RuntimeError: If a start that nobody killed fails, with the end of what it said.
+    """
+    hit = 0
+    for attempt in range(3 * kills + 1):
+        die = ""
+        if hit < kills and attempt % 2:
+            die = f"{rng.choice(['fsync', 'replace'])}:{rng.randint(1, 8)}"
+        process = start(arguments, die=die)
+        try:
+            if hit < kills and not die:
+                process.wait(timeout=seconds * rng.uniform(0.2, 1.0))
+            else:
+                process.wait()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            hit += 1
+        elif process.returncode:
+            raise RuntimeError(f"{' '.join(arguments)} failed:\n{errors.decode()[-2000:]}")
+        else:
+            return hit
+    raise RuntimeError(f"{' '.join(arguments)} did not end after {3 * kills + 1} starts")
+
+
+def digests(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
+    """Hash the files below a folder that match, by their relative path."""
+    paths = sorted({path for pattern in patterns for path in folder.rglob(pattern)})
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -> dict[str, object]:
+    """Run a stage unbroken and killed, both from what the stage before left in `folder`, and compare."""
+    calm, broken = folder / "calm", folder / "broken"
+    shared = [f"stage={stage}", *SMALL]
+    if stage == "pseudolabel":
+        shared = [f"stage={stage}", *(a for a in SMALL if not a.startswith("steps"))]
+    elif stage == "student":
+        for other in (calm, broken):
+            shutil.copytree(folder / "labels", other / "data" / "labels-tiny", dirs_exist_ok=True)
+    outcome: dict[str, object] = {"stage": stage}
+    seconds = 0.0
+    for place, wanted in ((calm, 0), (broken, kills)):
+        arguments = [*shared, f"data_dir={place / 'data'}", f"output_dir={place / 'outputs'}"]
+        if stage == "pseudolabel":
+            arguments.append(f"teacher={calm / 'outputs' / 'teacher-vitt-tiny' / 'model.safetensors'}")
+        begin = time.perf_counter()
+        outcome["kills"] = kill_and_finish(arguments, kills=wanted, seconds=seconds, rng=rng)
+        seconds = time.perf_counter() - begin if place == calm else seconds
+    patterns = {"pseudolabel": ["labels-tiny/**/*.tar", "labels-tiny/**/*.json"]}.get(
+        stage, [f"outputs/{stage}-*/model.safetensors", "data/scenes-*/*"]
+    )
+    left, right = digests(calm, patterns), digests(broken, patterns)
+    outcome["files"], outcome["equal"] = len(left), left == right
+    outcome["leftovers"] = [
+        str(p.relative_to(broken)) for p in broken.rglob(".*.tmp*") if stage != "pseudolabel"
+    ]
+    if stage == "pseudolabel":
+        shutil.copytree(calm / "data" / "labels-tiny", folder / "labels", dirs_exist_ok=True)
+    if not left or left != right:
+        differing = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
+        outcome["differing"] = differing
+    return outcome
+
+
+def main() -> None:
+    """Run the three stages one after another and write what came out."""
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="kills a stage (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/soak"), help="folder (default %(default)s)"
+    )
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    rng = random.Random(arguments.seed)
+    outcomes = []
+    for stage in ("teacher", "pseudolabel", "student"):
+        outcomes.append(compare_stage(stage, arguments.output.resolve(), kills=arguments.kills, rng=rng))
+        print(json.dumps(outcomes[-1]), flush=True)
+    (arguments.output / "soak.json").write_text(json.dumps(outcomes, indent=1))
+    if not all(outcome["equal"] for outcome in outcomes):
+        sys.exit("a killed run ended differently from the unbroken one")
+
+
+if __name__ == "__main__":
+    main()

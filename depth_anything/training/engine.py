@@ -1,0 +1,75 @@
+"""What is asked of Lightning, and what is taken from it: checkpoints in place, our own stopping and requeueing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+from depth_anything.training.callbacks import Agreement
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its final name and rename it: Lightning's own goes through the system's /tmp."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write, flush to the disk, rename; a kill at any moment leaves the older checkpoints as they were."""
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+
+
+def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:
+    """Collect the arguments of Lightning's Trainer that are no matter of configuration.
+
+    Everything this project does itself is off; Slurm's signals are ours (callbacks.Agreement).
+    """
+    torch.set_float32_matmul_precision("high")
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return {
+        "callbacks": callbacks,
+        "plugins": plugins,
+        "max_steps": max_steps,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "logger": False,
+        "default_root_dir": run_dir,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """End the process when a signal ended the run before its last step; under Slurm, queue the job again.
+
+    Raises:
+        SystemExit: With 128 + the signal's number.
+    """
+    number = next(c.signalled for c in callbacks if isinstance(c, Agreement))
+    if not number or trainer.global_step >= trainer.max_steps:
+        return
+    job = os.environ.get("SLURM_JOB_ID")
+    if trainer.is_global_zero:
+        print(
+            f"stopped by signal {number} at step {trainer.global_step}; the same command goes on",
+            file=sys.stderr,
+        )
+        if job is not None:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+    sys.exit(128 + number)

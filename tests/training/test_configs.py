@@ -1,0 +1,101 @@
+"""Every shipped combination composes, and every `_target_` takes the arguments it is given."""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STAGES = sorted(path.stem for path in (CONFIGS / "stage").glob("*.yaml"))
+SIZES = sorted(path.stem for path in (CONFIGS / "size").glob("*.yaml"))
+TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
+SOURCES = sorted(path.stem for path in (CONFIGS / "sources").glob("*.yaml"))
+# what run.py adds to a node before it is built
+GIVEN = {
+    "module": ("model", "data", "frozen"),
+    "data": ("micro_batch", "patch", "teacher", "codec"),
+    "trainer": ("callbacks", "plugins", "max_steps"),
+}
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", [*overrides]), resolve=True, throw_on_missing=True)
+
+
+def bind(node: Any, key: str = "") -> int:
+    """Bind every `_target_` below a node; return how many there were."""
+    if not isinstance(node, dict):
+        return 0
+    bound = sum(bind(value, name) for name, value in node.items())
+    if "_target_" not in node:
+        return bound
+    module, _, name = node["_target_"].rpartition(".")
+    target = getattr(import_module(module), name)
+    given = [n for n in GIVEN.get(key, ()) if n in inspect.signature(target).parameters]
+    arguments = {k: v for k, v in node.items() if k != "_target_"} | dict.fromkeys(given)
+    inspect.signature(target).bind(**arguments)
+    return bound + 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("encoder", [None, "vits", "vitb", "vitl", "vitg", "vitt", "vitn"])
+def test_stage_size_encoder(stage: str, size: str, encoder: str | None) -> None:
+    config = composed(f"stage={stage}", f"size={size}", *([f"encoder={encoder}"] if encoder else []))
+    assert bind(config) >= 3
+    assert config["name"] == f"{stage}-{config['encoder']}-{size}"
+    assert config["run_dir"] == f"outputs/{config['name']}"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("sources", SOURCES)
+def test_trainer_sources(trainer: str, sources: str) -> None:
+    config = composed("stage=teacher", f"trainer={trainer}", f"sources={sources}")
+    assert bind(config) >= 3
+    assert config["trainer"]["_target_"] == "pytorch_lightning.Trainer"
+    assert set(config["sources"]) == {"labelled", "images", "validation", "scenes"}
+
+
+def test_paper_numbers() -> None:
+    """The paper's §7.1, to the digit."""
+    teacher = composed("stage=teacher", "size=paper")
+    assert (teacher["encoder"], teacher["batch_size"], teacher["steps"], teacher["image_size"]) == (
+        "vitg", 64, 160_000, 518,
+    )  # fmt: skip
+    student = composed("stage=student", "size=paper")
+    assert (student["batch_size"], student["steps"], student["image_size"]) == (192, 480_000, 518)
+    for config in (teacher, student):
+        recipe = config["recipe"]
+        assert (recipe["encoder_lr"], recipe["head_lr"]) == (5e-6, 5e-5)
+        assert (recipe["ssi_weight"], recipe["gm_weight"]) == (1.0, 2.0)
+        assert config["trainer"]["precision"] == "auto" and config["logger"]["project"]
+        assert config["init"] == "hub"
+    assert teacher["recipe"]["trim"] == 0 and student["recipe"]["trim"] == 0.1
+    assert student["recipe"]["alignment_weight"] > 0 and student["recipe"]["alignment_tolerance"] == 0.85
+    assert set(teacher["data"]["sets"]) == {"blendedmvs", "hypersim", "irs", "tartanair", "vkitti2"}
+    assert set(student["data"]["sets"]) == {
+        "bdd100k", "landmarks", "imagenet21k", "lsun", "objects365", "openimages", "places365", "sa1b",
+    }  # fmt: skip
+    assert student["labels"] == composed("stage=pseudolabel", "size=paper")["labels"]
+
+
+def test_tiny_is_the_default() -> None:
+    config = composed("stage=teacher")
+    assert config["size"] == "tiny" and config["encoder"] == "vitt"
+    student = composed("stage=student", "encoder=vits")
+    assert 10 <= student["steps"] <= 60
+    assert student["recipe"]["alignment_weight"] == 0 and student["init"] is None
+    assert composed("stage=student")["encoder"] == "vitn"
+
+
+def test_first_lines_tell_what_to_expect() -> None:
+    """Each stage file opens with the command, the hardware, the result and the paper's section."""
+    for path in (CONFIGS / "stage").glob("*.yaml"):
+        head = "\n".join(path.read_text().splitlines()[:8])
+        for word in ("Command", "python train.py stage=" + path.stem, "Hardware", "Result", "Paper"):
+            assert word in head, (path, word)

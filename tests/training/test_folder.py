@@ -1,0 +1,178 @@
+"""Who may write to a run folder, which configs are one run, and where it goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depth_anything.training import folder as folder_module
+from depth_anything.training.folder import Lock, RunFolder, differences, launch, step_of
+
+CONFIG = {
+    "stage": "teacher",
+    "steps": 10,
+    "seed": 0,
+    "overwrite": False,
+    "resume": None,
+    "workers": 2,
+    "recipe": {"encoder_lr": 1e-3, "schedule": "linear", "steps": 10},
+    "module": {"recipe": {"encoder_lr": 1e-3, "steps": 10}},
+    "trainer": {"devices": 1, "precision": "32-true"},
+}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    made = json.loads(json.dumps(CONFIG))
+    for key, value in changes.items():
+        node, *rest = key.split("__")
+        if rest:
+            made[node][rest[0]] = value
+        else:
+            made[node] = value
+    return made
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from depth_anything.training.folder import Lock
+Lock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}.*name="):
+        Lock(tmp_path).acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    lock = Lock(tmp_path)
+    lock.acquire()  # at once: the kernel dropped the dead holder's lock
+    lock.release()
+
+
+def test_heartbeat_of_another_host(tmp_path: Path) -> None:
+    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time()}
+    (tmp_path / "lock.json").write_text(json.dumps(sign))
+    with pytest.raises(ValueError, match="process 1 on elsewhere"):
+        Lock(tmp_path).acquire()
+    (tmp_path / "lock.json").write_text(json.dumps(sign | {"heartbeat": time.time() - 300}))
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
+    code = HOLDER.replace(
+        "time.sleep(60)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    holder.wait()
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": 7}, {"trainer__devices": 8}, {"overwrite": True}, {"resume": "x"}, {"recipe__steps": 11}],
+)
+def test_free_keys(changes: dict[str, Any]) -> None:
+    assert differences(config(), config(**changes)) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"steps": 20}, "steps"),
+        ({"recipe__encoder_lr": 1e-4}, "recipe.encoder_lr"),
+        ({"trainer__precision": "bf16-mixed"}, "trainer.precision"),
+        ({"new": 1}, "new"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    first = RunFolder(tmp_path / "run")
+    first.claim(config())
+    first.lock.release()
+    with pytest.raises(ValueError, match=rf"{key}=.*type {key}=.*name=.*overwrite=true"):
+        RunFolder(tmp_path / "run").claim(config(**changes))
+
+
+def test_more_steps_with_a_constant_schedule_only() -> None:
+    constant = {"recipe__schedule": "constant"}
+    assert differences(config(**constant), config(**constant, steps=20)) == {}
+    assert list(differences(config(**constant), config(**constant, steps=5))) == ["steps"]
+
+
+def test_overwrite_sets_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        made = RunFolder(tmp_path / "run")
+        made.claim(config(seed=seed, overwrite=True))
+        made.lock.release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    assert "seed: 0" in (tmp_path / "run.1" / "config.yaml").read_text()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    made = RunFolder(tmp_path / "run")
+    made.claim(config(seed=2, overwrite=True))  # a requeued job goes on
+    made.lock.release()
+    assert not (tmp_path / "run.3").exists()
+
+
+def checkpoint(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", "x")
+
+
+def test_newest_complete_checkpoint(tmp_path: Path) -> None:
+    made = RunFolder(tmp_path)
+    assert made.newest_checkpoint() is None
+    for step in (5, 10):
+        checkpoint(made.checkpoints / f"step-{step:09d}.ckpt")
+    (made.checkpoints / "step-000000015.ckpt").write_bytes(b"torn")
+    (made.checkpoints / ".step-000000020.ckpt.tmp").write_bytes(b"torn")
+    newest = made.newest_checkpoint()
+    assert newest is not None and step_of(newest) == 10
+
+
+def test_other_ranks_hear_the_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    made = RunFolder(tmp_path / "run")
+    checkpoint(made.checkpoints / "step-000000005.ckpt")
+    assert step_of(made.begin(config(), main=True)) == 5
+    assert step_of(RunFolder(tmp_path / "run").begin(config(), main=False)) == 5
+    made.lock.release()
+
+
+def test_launch_tells_starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(key, raising=False)
+    assert launch(main=True) == str(os.getpid())
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first = launch(main=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert launch(main=False) != first
+
+
+def test_missing_resume_file(tmp_path: Path) -> None:
+    made = RunFolder(tmp_path / "run")
+    with pytest.raises(ValueError, match="resume=nowhere.ckpt is no file"):
+        made.begin(config(resume="nowhere.ckpt"), main=True)
+    made.lock.release()
+    assert folder_module.STALE_S > folder_module.HEARTBEAT_S * 3
