@@ -16,6 +16,8 @@ from depth_anything import __version__
 
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
+    from depth_anything.data.sample import Frame
+    from depth_anything.data.shards import ShardSet
 
 T = TypeVar("T")
 
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line, without importing anything that a command needs."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Depth Anything V2: make and look at shards, judge and use models. To train: python train.py",
+        description="Depth Anything V2: shards, reports, predictions. To train: python train.py",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
@@ -98,6 +100,10 @@ def _add_shard(commands: Any) -> None:
         "--per-shard", type=int, default=1000, metavar="N", help="records a shard (%(default)s)"
     )
 
+    images.add_argument(
+        "--short-side", type=int, metavar="N", help="reduce larger images to this short side (as they are)"
+    )
+
     index = _command(kinds, "index", "index tars made elsewhere, so that they can be read", run=_shard_index)
     index.add_argument("source", metavar="FOLDER", help="folder of tars; gets .idx files and manifest.json")
     index.add_argument("--name", help="name of the set (the folder's)")
@@ -126,7 +132,7 @@ def _add_predict(commands: Any) -> None:
         commands, "predict", "map images: a 16-bit PNG and a coloured picture each", run=_predict
     )
     predict.add_argument(
-        "source", metavar="IMAGE|FOLDER", help="an image, or a folder of them (with its tree)"
+        "source", metavar="IMAGE|FOLDER", help="an image, or a folder (its tree is kept), list or tar of them"
     )
     predict.add_argument("--weights", required=True, metavar="PATH", help=_WEIGHTS)
     predict.add_argument("--output", required=True, metavar="DIR", help="folder of the maps")
@@ -190,20 +196,20 @@ def _shard_scenes(options: argparse.Namespace) -> None:
 def _shard_images(options: argparse.Namespace) -> None:
     from depth_anything.data.sources.images import write_images
 
-    _print_set(write_images(options.output, options.source, name=options.name, per_shard=options.per_shard))
+    made = write_images(
+        options.source,
+        options.output,
+        name=options.name,
+        per_shard=options.per_shard,
+        short_side=options.short_side,
+    )
+    _print_set(made)
 
 
 def _shard_index(options: argparse.Namespace) -> None:
-    from depth_anything.data.shards import index_shard, open_set, write_manifest
+    from depth_anything.data.shards import index_set
 
-    tars = sorted(Path(options.source).glob("*.tar"))
-    if not tars:
-        raise ValueError(f"no .tar in {options.source}")
-    shards = [index_shard(tar) for tar in _watch(tars, total=len(tars), what="index")]
-    write_manifest(
-        options.source, name=options.name or Path(options.source).resolve().name, shards=shards, meta={}
-    )
-    _print_set(open_set(options.source))
+    _print_set(index_set(options.source, name=options.name))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -225,13 +231,21 @@ def _view(options: argparse.Namespace) -> None:
 
     shard_set = open_set(options.set)
     _print_set(shard_set)
+    if "images" in shard_set.meta and not options.images:
+        raise ValueError(
+            f"{options.set} holds labels without their images: add --images and the set of those"
+        )
     records = JoinedRecords(open_set(options.images), shard_set) if options.images else shard_set
-    frames = list(read_frames(records, limit=options.count))
-    for frame in frames:
-        print("  ".join(describe(frame)))
-    _parent(options.output)
-    Image.fromarray(contact_sheet(frames)).save(options.output)
-    print(f"{len(frames)} records drawn: {options.output}")
+
+    def told() -> "Iterator[Frame]":
+        for frame in read_frames(records, limit=options.count):
+            print("  ".join(describe(frame)))
+            yield frame
+
+    sheet = contact_sheet(told())
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(options.output)
+    print(f"drawn: {options.output}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -252,6 +266,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, path in named.items():
         model, facts[name] = _load(path)
         predictors[name] = Predictor(model, device=options.device, input_size=options.input_size)
+        facts[name]["device"] = str(predictors[name].device)
     folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")
     results = compare(
         predictors,
@@ -259,7 +274,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         folder,
         limit=options.limit,
         models=facts,
-        settings={"command": options.typed, "input_size": options.input_size, "device": options.device},
+        settings={"command": options.typed, "input_size": options.input_size},
         watch=lambda frames, name: _watch(frames, what=name, total=options.limit),
     )
     print(format_table(results))
@@ -317,12 +332,12 @@ def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
     """The model of a weight file or a run's folder, and what reports say of it."""
     from depth_anything.model.weights import fingerprint, load_model
 
-    if (path / "model.safetensors").exists():
+    if (path / "model.safetensors").exists() and not (path / "config.json").exists():  # that is transformers'
         path = path / "model.safetensors"
     elif (path / "config.yaml").exists():
         raise ValueError(
-            f"the run {path} is not finished and has no model.safetensors yet: start it again to go on, or give "
-            f"one of the files in {path / 'checkpoints'}"
+            f"the run {path} is not finished and has no model.safetensors yet: start it again to go on, "
+            f"or give one of the files in {path / 'checkpoints'}"
         )
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: give {_WEIGHTS}")
@@ -338,16 +353,13 @@ def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
     return model, facts
 
 
-def _print_set(shard_set: Any) -> None:
-    records = sum(shard.records for shard in shard_set.shards)
-    size = sum(shard.bytes for shard in shard_set.shards)
-    print(f"{shard_set.name}: {records:,} records in {len(shard_set.shards)} shards, {size / 1e6:,.1f} MB")
+def _print_set(shard_set: "ShardSet") -> None:
+    count = len(shard_set.shards)
+    print(
+        f"{shard_set.name}: {shard_set.records:,} records in {count} shards, {shard_set.bytes / 1e6:,.1f} MB"
+    )
     for name, value in {"where": shard_set.root, "digest": shard_set.digest, **shard_set.meta}.items():
         print(f"  {name}: {value}")
-
-
-def _parent(file: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:

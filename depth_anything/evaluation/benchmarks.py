@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_record, disparity_target
-from depth_anything.data.shards import JoinedRecords, Records, ShardSet, open_set
+from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader, ShardSet, open_set
 
 DEFAULT_MAX_DEPTH = 80.0
 """Metres, for sets whose manifest names no `max_depth`."""
@@ -19,7 +19,6 @@ def read_frames(
     shards: str | Path | ShardSet | Records | JoinedRecords,
     *,
     limit: int | None = None,
-    keys: Container[str] | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Frame]:
@@ -28,7 +27,6 @@ def read_frames(
     Args:
         shards: folder or URL prefix of a set, or one already open.
         limit: so many frames, evenly spaced over the set; all of them where it has fewer.
-        keys: decode these keys only (of those that `limit` leaves).
         rank: which share to read, of
         ranks: so many; the shares are disjoint and together are everything.
 
@@ -44,9 +42,18 @@ def read_frames(
     for number in spaced(ends[-1], limit)[rank::ranks]:
         shard = bisect_right(ends, number)
         name, count = records.shards[shard]
-        key, fields = records.read(name, number - (ends[shard] - count))
-        if keys is None or key in keys:
-            yield decode_record(key, fields)
+        index = number - (ends[shard] - count)
+        yield _decoded(name, index, *records.read(name, index))
+
+
+def find_frames(shard_set: ShardSet, keys: Container[str]) -> Iterator[Frame]:
+    """Decode the frames with these keys only, in the order of the shards; nothing else is read."""
+    reader = ShardReader()
+    for shard in shard_set.shards:
+        url = shard_set.url(shard.name)
+        for index, key in enumerate(reader.keys(url)):
+            if key in keys:
+                yield _decoded(f"{shard_set.name}/{shard.name}", index, *reader.read(url, index))
 
 
 def spaced(total: int, limit: int | None) -> list[int]:
@@ -56,6 +63,13 @@ def spaced(total: int, limit: int | None) -> list[int]:
     if limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     return [number * total // limit for number in range(limit)]
+
+
+def _decoded(shard: str, index: int, key: str, fields: dict[str, bytes]) -> Frame:
+    try:
+        return decode_record(key, fields)
+    except ValueError as error:
+        raise BadRecord(shard, index, key, str(error)) from error
 
 
 def max_depth_of(shard_set: ShardSet) -> float:

@@ -124,7 +124,7 @@ def _picture(rgb: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
 
 
-def _curves(results: Sequence[Result], *, width: int = 640, height: int = 220) -> dict[str, Any]:
+def _curves(results: Sequence[Result], *, width: int = 1140, height: int = 240) -> dict[str, Any]:
     """Polylines of AbsRel over the images, sorted for each model: does it win everywhere or on average?"""
     sorted_errors = [
         sorted(row["abs_rel"] for row in result.rows if row["valid"] and math.isfinite(row["abs_rel"]))
@@ -140,5 +140,12 @@ def _curves(results: Sequence[Result], *, width: int = 640, height: int = 220) -
                 for i, e in enumerate(errors)
             )
         )
-    ticks = [(f"{highest * share:.2g}", round(height * (1 - share), 1)) for share in (0.25, 0.5, 0.75, 1.0)]
+    ticks = [(f"{tick:g}", round(height * (1 - tick / highest), 1)) for tick in _ticks(highest)]
     return {"width": width, "height": height, "lines": lines, "ticks": ticks}
+
+
+def _ticks(highest: float) -> list[float]:
+    """Three to six round numbers up to the highest."""
+    step = 10.0 ** math.floor(math.log10(highest))
+    step *= next(share for share in (0.2, 0.5, 1.0, 2.0) if highest / (step * share) < 7)
+    return [round(step * count, 10) for count in range(1, int(highest / step) + 1)]

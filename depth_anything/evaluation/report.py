@@ -22,7 +22,7 @@ import torch
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import ShardSet
-from depth_anything.evaluation.benchmarks import max_depth_of, read_frames
+from depth_anything.evaluation.benchmarks import find_frames, max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import Predicts, Protocol, Result, evaluate, judge
 from depth_anything.evaluation.page import Example, render_page
 from depth_anything.evaluation.table import best_result, format_table
@@ -66,13 +66,13 @@ def compare(
         )
     why = choose_examples(results)
     examples = collect_examples(
-        predictors, read_frames(shard_set, limit=limit, keys=why), why=why, protocol=results[0].protocol
+        predictors, find_frames(shard_set, why), why=why, protocol=results[0].protocol
     )
     data = {
         "set": shard_set.name,
         "where": str(shard_set.root),
         "digest": shard_set.digest,
-        "records": sum(shard.records for shard in shard_set.shards),
+        "records": shard_set.records,
         "limit": limit,
         "meta": shard_set.meta,
     }
@@ -147,7 +147,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "date": date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "data": dict(data or {}),
         "settings": dict(settings or {}),
         "versions": versions(),

@@ -1,6 +1,6 @@
 """What is inside a set, before anyone trains on it: its records on a contact sheet, their ranges in words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -15,11 +15,11 @@ TILE_PX = 224
 LINE_PX = 18
 
 
-def contact_sheet(frames: Sequence[Frame], *, columns: int = 3) -> np.ndarray:
+def contact_sheet(frames: Iterable[Frame], *, columns: int = 3) -> np.ndarray:
     """Draw frames in a grid: each its image, its target in colours (near is red), and its facts below.
 
     Args:
-        frames: with depth, disparity or neither.
+        frames: with depth, disparity or neither; one is held at a time.
         columns: frames side by side.
 
     Returns:
@@ -36,13 +36,16 @@ def describe(frame: Frame) -> list[str]:
     lines = [frame.key]
     target = frame.depth if frame.depth is not None else frame.disparity
     if target is None:
-        return [*lines, f"{width}×{height}, no target"]
-    size = "" if target.shape == (height, width) else f" (target {target.shape[1]}×{target.shape[0]})"
+        return [*lines, f"{width} x {height}, no target"]
+    size = "" if target.shape == (height, width) else f" (target {target.shape[1]} x {target.shape[0]})"
     values = target[np.isfinite(target)]
     kind, unit = ("depth", " m") if frame.depth is not None else ("disparity", "")
     low, middle, high = np.percentile(values, (0, 50, 100)) if values.size else (np.nan,) * 3
-    lines.append(f"{width}×{height}{size}, {kind} {low:.3g} – {middle:.3g} – {high:.3g}{unit}")
-    lines.append(f"{values.size / target.size:.0%} known, {np.isinf(target).mean():.0%} sky")
+    lines.append(f"{width} x {height}{size}, {kind} {low:.3g} to {high:.3g}{unit}, median {middle:.3g}{unit}")
+    unknown = np.isnan(target).mean()
+    lines.append(
+        f"{values.size / target.size:.0%} known, {np.isinf(target).mean():.0%} sky, {unknown:.0%} unknown"
+    )
     return lines
 
 
@@ -76,6 +79,6 @@ def _caption(lines: list[str], width: int) -> np.ndarray:
     font = ImageFont.load_default(13)
     for line, text in enumerate(lines):
         while font.getlength(text) > width - 4:
-            text = "…" + text[2:]  # keys differ at their ends
+            text = ".." + text[3:]  # keys differ at their ends
         draw.text((2, 2 + line * LINE_PX), text, fill="black" if line == 0 else "#555555", font=font)
     return np.asarray(picture)

@@ -3,18 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from depth_anything.data.sample import decode_image
+from depth_anything.data.sources.images import Photograph, list_photographs
 from depth_anything.inference.predictor import Predictor
 from depth_anything.visualize import colorize
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""What counts as an image in a folder."""
 
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
@@ -25,7 +23,7 @@ class Outcome:
     """What became of the files: the pictures written, and per skipped file why."""
 
     written: list[Path] = field(default_factory=list)
-    skipped: dict[Path, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def predict_files(
@@ -33,48 +31,44 @@ def predict_files(
     source: str | Path,
     output: str | Path,
     *,
-    watch: Callable[[list[Path]], Iterable[Path]] = iter,
+    watch: Callable[[list[Photograph]], Iterable[Photograph]] = iter,
 ) -> Outcome:
-    """Map an image, or every image of a folder with its tree kept.
+    """Map an image, or every image of a folder (its tree is kept), list file or tar.
 
-    Writes NAME_disparity.png (16 bits, see `write_map`; NAME_depth.png for a metric model) and
-    NAME_color.png.
+    Writes NAME_disparity.png (16 bits, see `write_map`; of a metric model NAME_depth.png) and NAME_color.png.
+    Where two images differ in their ending only, it becomes part of the name: NAME_jpg_disparity.png.
 
     Args:
         predictor: the model.
-        source: an image file or a folder.
-        output: folder of the maps; made if need be.
+        source: what to map.
+        output: folder of the maps; made if need be. Below `source`, it is passed over.
         watch: wraps the pass over the files; for progress bars.
 
     Returns:
-        What was written and what was skipped; in a folder, what is no image does not stop the rest.
+        What was written and what was skipped; what is no image does not stop the rest.
 
     Raises:
-        FileNotFoundError: no such source.
-        ValueError: the one image cannot be read, or the folder holds none that can.
+        ValueError: nothing at `source`, no image among it, or `output` is `source`.
     """
-    source, output = Path(source), Path(output)
-    if not source.exists():
-        raise FileNotFoundError(f"no image or folder {source}")
-    root = source if source.is_dir() else source.parent
-    files = _files(source, output) if source.is_dir() else [source]
-    stems = Counter(file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES)
+    if Path(source).resolve() == Path(output).resolve():
+        raise ValueError(f"{output} holds the images: give another folder for the maps")
+    photographs = list_photographs(source, leave_out=output)
+    stems = Counter(_inside(photograph.name).with_suffix("") for photograph in photographs)
     outcome = Outcome()
-    for file in watch(files):
+    for photograph in watch(photographs):
         try:
-            if source.is_dir() and file.suffix.lower() not in SUFFIXES:
-                raise ValueError("not an image")
-            image = decode_image(file.read_bytes())
+            image = decode_image(photograph.read())
         except ValueError as error:
-            outcome.skipped[file] = str(error)
+            outcome.skipped[photograph.name] = str(error)
             continue
-        stem = file.stem if stems[file.with_suffix("")] < 2 else f"{file.stem}_{file.suffix[1:]}"
-        target = output / file.parent.relative_to(root) / stem
+        path = _inside(photograph.name)
+        stem = path.stem if stems[path.with_suffix("")] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        target = Path(output, path.parent, stem)
         target.parent.mkdir(parents=True, exist_ok=True)
         outcome.written += _write(predictor, image, target)
     if not outcome.written:
-        first, why = next(iter(outcome.skipped.items()), (source, "the folder is empty"))
-        raise ValueError(f"no image in {source}: {first.name}: {why}")
+        first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
+        raise ValueError(f"no image that can be read in {source} ({first or 'it is empty'})")
     return outcome
 
 
@@ -111,7 +105,6 @@ def _write(predictor: Predictor, image: np.ndarray, target: Path) -> list[Path]:
     return [raw, picture]
 
 
-def _files(folder: Path, output: Path) -> list[Path]:
-    """The files below a folder, without what an earlier run wrote there."""
-    inside = output.resolve()
-    return sorted(f for f in folder.rglob("*") if f.is_file() and not f.resolve().is_relative_to(inside))
+def _inside(name: str) -> PurePosixPath:
+    """The name of a file as a path below the output, also where a list says /elsewhere/a.jpg or ../a.jpg."""
+    return PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
