@@ -1,14 +1,16 @@
 """The bytes of a depth or disparity map.
 
 `q12` keeps 12 bits between a map's own smallest and largest value: enough for a network's output, whose lower
-bits are noise, at a third of a 16-bit PNG. `f32` keeps every bit, for measured truth. Both store, for each value,
-the difference to the value above it, low bytes apart from high bytes, compressed by zstandard: of the arrangements
-that a few numpy passes can undo this one came out smallest (benchmarks/bench_codec.py holds the comparison).
+bits are noise, at a third of a 16-bit PNG. `f32` keeps every bit, for measured truth. Both store, for each
+value, the difference to the value above it, low bytes apart from high bytes, compressed by zstandard: of the
+arrangements that a few numpy passes can undo this one came out smallest (benchmarks/bench_codec.py holds the
+comparison).
 
-A file is a header of 28 bytes, little-endian: magic `DAM1`; crc32 of all that follows it; the kind (0 f32, 1 q12);
-flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. Then one zstandard frame: the
-byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q * ((high - low) / steps), computed
-in float64 and rounded once to float32, so that it decodes to the same bits everywhere.
+A file is a header of 28 bytes, little-endian: magic `DAM1`; crc32 of all that follows it; the kind (0 f32, 1
+q12); flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. Then one
+zstandard frame: the byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q *
+((high - low) / steps), computed in float64 and rounded once to float32, so that it decodes to the same bits
+everywhere.
 """
 
 import math
@@ -18,16 +20,19 @@ import zlib
 import numpy as np
 import zstandard
 
+CODECS = ("q12", "f32")
 _HEADER = struct.Struct("<4sIBBHIIff")
 _CRC_FROM = 8  # the crc covers what stands behind it
 _MAGIC = b"DAM1"
 _F32, _Q12 = 0, 1
 _SPECIALS = (np.nan, np.inf, -np.inf)
 _TYPES = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
-# Added to every difference, so that small negative ones do not set the high byte, which then compresses to nothing.
+# Added to every difference, so that small negative ones do not set the high byte, which then compresses to
+# nothing.
 _BIAS = {_F32: 0, _Q12: 128}
-# 4095 steps would meet the bound of 1/8190 of the range in exact arithmetic only; rounding to float32 takes a little
-# more, and a map far from zero for its range takes much more. The first that holds is used, else every bit is kept.
+# 4095 steps would meet the bound of 1/8190 of the range in exact arithmetic only; rounding to float32 takes a
+# little more, and a map far from zero for its range takes much more. The first that holds is used, else every
+# bit is kept.
 _STEPS = (4160, 65535)
 _BOUND = 1 / 8190
 _MAX_SIDE = 1 << 15
@@ -41,7 +46,8 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
 
     Args:
         values: (H, W) of any float type, taken as float32; NaN (unknown) and infinities are kept exactly.
-        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends kept) or "f32" (every bit kept).
+        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends kept) or "f32" (every bit
+            kept).
 
     Raises:
         ValueError: values is not a map of at most 2^26 pixels, or the codec is unknown.
@@ -51,13 +57,13 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
         raise ValueError(
             f"cannot encode an array of shape {values.shape}: it takes (H, W), up to 2^26 pixels"
         )
-    if codec == "f32":
-        return _pack(values.view(np.uint32), kind=_F32)
-    if codec != "q12":
-        raise ValueError(f'codec "{codec}" is unknown: use "q12" or "f32"')
+    if codec not in CODECS:
+        raise ValueError(f'codec "{codec}" is unknown: use {" or ".join(CODECS)}')
     finite = np.isfinite(values)
     known = values[finite]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    if codec == "f32":
+        return _pack(values.view(np.uint32), kind=_F32, low=low, high=high)
     clean = values if known.size == values.size else np.where(finite, values, np.float32(low))
     for steps in _STEPS:
         levels = _quantise(clean, low, high, steps)
@@ -66,19 +72,17 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
         if error <= (high - low) * _BOUND and restored.min() == clean.min() and restored.max() == clean.max():
             masks = [values != values, values == np.inf, values == -np.inf]
             return _pack(levels, kind=_Q12, steps=steps, low=low, high=high, masks=masks)
-    return _pack(values.view(np.uint32), kind=_F32)
+    return _pack(values.view(np.uint32), kind=_F32, low=low, high=high)
 
 
 def decode(data: bytes) -> np.ndarray:
     """Decode what `encode` made to float32 (H, W).
 
     Raises:
-        ValueError: the bytes are damaged, cut short, or not of this format; nothing is allocated for a size that
-            the bytes could not hold.
+        ValueError: the bytes are damaged, cut short, or not of this format; nothing is allocated for a size
+            that the bytes could not hold.
     """
-    if len(data) < _HEADER.size or data[:4] != _MAGIC:
-        raise ValueError("not an encoded map: it does not begin with DAM1 and a whole header")
-    _, crc, kind, flags, steps, height, width, low, high = _HEADER.unpack_from(data)
+    crc, kind, flags, steps, height, width, low, high = _header(data)
     if zlib.crc32(memoryview(data)[_CRC_FROM:]) != crc:
         raise ValueError("the encoded map is damaged: its checksum differs")
     if kind not in _TYPES or flags > 7 or not _size_allowed(height, width):
@@ -99,6 +103,18 @@ def decode(data: bytes) -> np.ndarray:
             values[np.unpackbits(packed, count=pixels).reshape(height, width).view(bool)] = special
             start += mask_bytes
     return values
+
+
+def value_range(data: bytes) -> tuple[float, float]:
+    """Return the smallest and largest finite value of an encoded map from its header; 0, 0 if it has none."""
+    low, high = _header(data)[-2:]
+    return low, high
+
+
+def _header(data: bytes) -> tuple[int, int, int, int, int, int, float, float]:
+    if len(data) < _HEADER.size or data[:4] != _MAGIC:
+        raise ValueError("not an encoded map: it does not begin with DAM1 and a whole header")
+    return _HEADER.unpack_from(data)[1:]
 
 
 def _size_allowed(height: int, width: int) -> bool:
@@ -124,9 +140,9 @@ def _pack(
     bits: np.ndarray,
     *,
     kind: int,
+    low: float,
+    high: float,
     steps: int = 0,
-    low: float = 0.0,
-    high: float = 0.0,
     masks: list[np.ndarray] | None = None,
 ) -> bytes:
     dtype = _TYPES[kind]
@@ -172,8 +188,8 @@ def _unpack(body: bytes, height: int, width: int, kind: int) -> np.ndarray:
 
 
 def _sum_down(bits: np.ndarray) -> None:
-    # A running sum over rows, in place and modulo the type, by blocks of rows: numpy's own accumulate walks columns
-    # and takes five times as long.
+    # A running sum over rows, in place and modulo the type, by blocks of rows: numpy's own accumulate walks
+    # columns and takes five times as long.
     height, width = bits.shape
     blocks = bits[: height - height % _ROWS].reshape(-1, _ROWS, width)
     for row in range(1, _ROWS):

@@ -1,36 +1,55 @@
 """Reading single records out of shards: by offset, checked, from any process."""
 
+import hashlib
+import json
 import os
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 from depth_anything.data import remote
-from depth_anything.data.tars import BadRecord, Index, Member, ShardError, parse_index, scan_index
+from depth_anything.data.sample import LABEL_FIELDS
+from depth_anything.data.tars import (
+    BadRecord,
+    Index,
+    Member,
+    ShardError,
+    ShardInfo,
+    ShardSet,
+    index_text,
+    parse_index,
+)
 
 
 class ShardReader:
-    """Reads records of shards singly; nothing is opened before the first read, and anew in every process.
+    """Reads records of shards singly.
 
-    Local files are read by offset (pread), http and https by range. Other addresses (pipe:, s3://, http servers
-    without ranges) are copied whole into the cache folder on first use, after one line on stderr that says how much
-    disk this takes.
-
-    Args:
-        max_open: files open at a time, and indexes kept are 32 times as many.
-        total_bytes: of all shards that will be read, for that line; None: unknown.
+    Local files are read by offset, http and https by range. Other addresses (pipe:, s3://, http servers
+    without ranges) are copied whole into a cache folder on first use, after one line on stderr that says how
+    much disk this takes. Files are opened when needed, and anew in a forked or spawned process; a thread
+    needs its own.
     """
 
-    def __init__(self, max_open: int = 64, *, total_bytes: int | None = None) -> None:
-        self.max_open = max_open
-        self.total_bytes = total_bytes
-        self._forget()
+    def __init__(
+        self, max_open: int = 64, *, max_indexes: int = 2048, total_bytes: int | None = None
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            max_open: files open at a time.
+            max_indexes: indexes kept in memory, some 70 kB each for a thousand records.
+            total_bytes: of all shards that will be read, for the line on stderr.
+        """
+        self.max_open, self.max_indexes, self.total_bytes = max_open, max_indexes, total_bytes
+        self._process = os.getpid()
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._indexes: OrderedDict[str, Index] = OrderedDict()
 
     def read(self, url: str | Path, index: int) -> tuple[str, dict[str, bytes]]:
         """Read one record: its key, and its fields (extension to bytes), each held against its crc32.
 
         Raises:
-            BadRecord: the shard is missing, cut short or damaged at this place, or its index does not fit it.
+            BadRecord: the shard is missing, cut short or damaged here, or its index does not fit it.
             IndexError: the shard has no such record.
         """
         url, key = str(url), ""
@@ -46,70 +65,52 @@ class ShardReader:
             raise BadRecord(url, index, key, str(error)) from error
 
     def keys(self, url: str | Path) -> list[str]:
-        """Return the keys of a shard in its order; ShardError where it cannot be indexed."""
-        return self.index(str(url)).keys()
+        """Return the keys of a shard in its order; ShardError where there is no index to be had."""
+        return self.index(url).keys()
 
     def find(self, url: str | Path, key: str) -> int:
         """Return the number of the record with this key; KeyError where there is none."""
-        found = self.index(str(url)).find(key)
+        found = self.index(url).find(key)
         if found is None:
             raise KeyError(key)
         return found
 
-    def index(self, url: str) -> Index:
-        """Return a shard's index: NAME.idx, or of a local tar without one the tar read through.
+    def index(self, url: str | Path) -> Index:
+        """Return a shard's index: NAME.idx, or, of a local tar without one, made by reading it through.
 
         Raises:
-            ShardError: there is neither, or the index does not fit the tar's size.
+            ShardError: there is none to be had, or it was made of a tar of another size.
         """
-        self._check_process()
+        url = str(url)
         table = self._indexes.get(url)
         if table is None:
-            table = self._indexes[url] = self._load_index(url)
-            if len(self._indexes) > 32 * self.max_open:
+            table = self._indexes[url] = _load_index(url)
+            if len(self._indexes) > self.max_indexes:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(url)
         return table
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; reading opens them again."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def __getstate__(self) -> dict[str, int | None]:
-        return {"max_open": self.max_open, "total_bytes": self.total_bytes}
+        """Pickle the settings alone."""
+        return {
+            "max_open": self.max_open,
+            "max_indexes": self.max_indexes,
+            "total_bytes": self.total_bytes,
+        }
 
     def __setstate__(self, state: dict[str, int | None]) -> None:
-        self.__init__(state["max_open"], total_bytes=state["total_bytes"])
+        """Begin with nothing open."""
+        ShardReader.__init__(self, **state)  # type: ignore[arg-type]
 
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._indexes: OrderedDict[str, Index] = OrderedDict()
-
-    def _check_process(self) -> None:
-        if self._process != os.getpid():  # forked: the parent's files share their positions and its fate
-            self.close()
-            self._forget()
-
-    def _load_index(self, url: str) -> Index:
-        if remote.is_remote(url):
-            address = url.removesuffix(".tar") + ".idx"
-            return parse_index(remote.read(address).decode(), where=address)
-        path = Path(url)
-        size = path.stat().st_size if path.exists() else 0
-        if size == 0:
-            raise ShardError(f"{url} is empty" if path.exists() else f"{url} is missing")
-        try:
-            table = parse_index(path.with_suffix(".idx").read_text(), where=str(path.with_suffix(".idx")))
-        except FileNotFoundError:
-            return scan_index(path)
-        if table.bytes != size:
-            raise ShardError(
-                f"{url} has {size} bytes, its index was made of {table.bytes}: truncated or replaced"
-            )
-        return table
+    def __del__(self) -> None:
+        """Close all files."""
+        self.close()
 
     def _bytes(self, url: str, start: int, count: int, table: Index) -> bytes:
         if remote.is_remote(url):
@@ -117,10 +118,13 @@ class ShardReader:
         else:
             data = os.pread(self._open(url), count, start)
         if len(data) != count:
-            raise ShardError(f"{len(data)} bytes in place of {count}: truncated")
+            raise ShardError(f"{len(data)} bytes came in place of {count}: the shard is truncated")
         return data
 
     def _open(self, path: str) -> int:
+        if self._process != os.getpid():  # a parent's files are its own
+            self.close()
+            self._process = os.getpid()
         descriptor = self._files.get(path)
         if descriptor is None:
             descriptor = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -130,8 +134,132 @@ class ShardReader:
         return descriptor
 
 
+class Records:
+    """The records of a set, read singly; cheap to make and to send to other processes.
+
+    Attributes:
+        set: the set.
+        name: its name.
+        digest: its digest.
+    """
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        """Open nothing yet."""
+        self.set, self.name, self.digest = shard_set, shard_set.name, shard_set.digest
+        self._infos = {f"{self.name}/{shard.name}": shard for shard in shard_set.shards}
+        self._reader = ShardReader(total_bytes=shard_set.bytes)
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """(set/shard, records) of every shard."""
+        return [(name, info.records) for name, info in self._infos.items()]
+
+    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
+        """Read a record: key and fields.
+
+        Args:
+            shard: set/shard, as in `shards`.
+            index: of the record in it.
+
+        Raises:
+            BadRecord: it cannot be read, or is not what the manifest means.
+        """
+        return _read(self._reader, self.set, self._infos[shard], shard, index)
+
+
+class JoinedRecords:
+    """Label records, each joined by its key with the image record it was made from.
+
+    Attributes:
+        images: the set of images.
+        labels: the set of labels.
+        name: of the labels.
+        digest: of the labels and the image shards they were made from.
+    """
+
+    def __init__(self, images: ShardSet, labels: ShardSet) -> None:
+        """Open nothing yet.
+
+        Raises:
+            ShardError: the labels do not say which images they were made from.
+        """
+        if "images" not in labels.meta:
+            raise ShardError(
+                f"{labels.root} is not a label set, which would say what images it was made from: "
+                "it is read without an image set, or made by  python train.py stage=pseudolabel"
+            )
+        self.images, self.labels, self.name = images, labels, labels.name
+        self._hashes: dict[str, str] = labels.meta["images"]["hashes"]
+        made_from = sorted((shard.name, self._hashes[shard.name]) for shard in labels.shards)
+        text = json.dumps([labels.digest, made_from])
+        self.digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        self._label_infos = {f"{labels.name}/{shard.name}": shard for shard in labels.shards}
+        self._image_infos = {shard.name: shard for shard in images.shards}
+        self._reader = ShardReader(total_bytes=images.bytes + labels.bytes)
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """(set/shard, records) of every label shard."""
+        return [(name, info.records) for name, info in self._label_infos.items()]
+
+    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
+        """Read a label and its image: the key they share; all fields of the image but labels, and the
+        label's.
+
+        Raises:
+            BadRecord: either cannot be read, or they do not belong together.
+        """
+        info = self._label_infos[shard]
+        key, label = _read(self._reader, self.labels, info, shard, index, what="label: ")
+        image_info = self._image_infos.get(info.name)
+        if image_info is None or image_info.hash != self._hashes[info.name]:
+            wrong = "is missing" if image_info is None else "is not the one this label was made from"
+            raise BadRecord(shard, index, key, f"image: the shard {self.images.name}/{info.name} {wrong}")
+        try:
+            number = self._reader.find(self.images.url(info.name), key)
+        except KeyError:
+            reason = f"image: the shard {self.images.name}/{info.name} has no such key"
+            raise BadRecord(shard, index, key, reason) from None
+        except ShardError as error:
+            raise BadRecord(shard, index, key, f"image: {error}") from error
+        _, image = _read(self._reader, self.images, image_info, shard, number, what="image: ")
+        kept = {name: data for name, data in image.items() if name.split(".")[0] not in LABEL_FIELDS}
+        return key, {**label, **kept}
+
+
+def _read(
+    reader: ShardReader, shards: ShardSet, info: ShardInfo, shard: str, index: int, *, what: str = ""
+) -> tuple[str, dict[str, bytes]]:
+    url = shards.url(info.name)
+    try:
+        if reader.index(url).hash != info.hash:
+            raise ShardError(f"{url} is not the tar that the manifest means: its hash differs")
+        return reader.read(url, index)
+    except BadRecord as error:
+        raise BadRecord(shard, index, error.key, what + error.reason) from error
+    except ShardError as error:
+        raise BadRecord(shard, index, "", f"{what}{error}") from error
+
+
+def _load_index(url: str) -> Index:
+    if remote.is_remote(url):
+        address = url.removesuffix(".tar") + ".idx"
+        return parse_index(remote.read(address).decode(errors="replace"), where=address)
+    path = Path(url)
+    size = path.stat().st_size if path.is_file() else None
+    if not size:
+        raise ShardError(f"{url} is missing" if size is None else f"{url} is empty")
+    place = path.with_suffix(".idx")
+    if not place.exists():
+        return parse_index(index_text(path), where=path)
+    table = parse_index(place.read_text(errors="replace"), where=place)
+    if table.bytes != size:
+        raise ShardError(f"{url} has {size} bytes, its index says {table.bytes}: truncated, or another tar")
+    return table
+
+
 def _cut(data: bytes, member: Member, start: int) -> bytes:
     field = data[member.offset - start : member.offset - start + member.size]
     if zlib.crc32(field) != member.crc:
-        raise ShardError(f"the checksum of {member.extension} differs: damaged, or another shard's index")
+        raise ShardError(f"the checksum of its {member.extension} differs: damaged, or another tar's index")
     return field

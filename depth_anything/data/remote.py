@@ -1,4 +1,4 @@
-"""Bytes from addresses that are not folders: http(s) by range, everything else by whole files through a cache."""
+"""Bytes from addresses that are no folders: http and https by range, all else by whole files in a cache."""
 
 import hashlib
 import os

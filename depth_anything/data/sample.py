@@ -24,10 +24,9 @@ from depth_anything.data import codec as map_codec
 MAX_PIXELS = 200_000_000
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")
-CODECS = ("q12", "f32")
 
-# Pillow's plugins by the bytes a file begins with. Asked for directly: Image.open tries dozens of formats, and
-# its own limit on pixels is a global that belongs to the caller's program.
+# Pillow's plugins by the bytes a file begins with. Asked for directly: Image.open tries dozens of formats,
+# and its own limit on pixels is a global that belongs to the caller's program.
 _PLUGINS = (
     (b"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -49,8 +48,8 @@ class Frame:
         key: <set>/<shard>/<record>.
         image: uint8 (H, W, 3) RGB.
         meta: what the record's json holds: source, original size, intrinsics if known, unit, what is sky.
-        depth: float32 metres; +inf is sky (meta["sky"] is then "inf"), NaN unknown. A label's size may differ from
-            the image's: the image is then to be resized to it.
+        depth: float32 metres; +inf is sky (meta["sky"] is then "inf"), NaN unknown. Its size may differ from
+            the image's, which is then to be resized to it.
         disparity: float32, larger is nearer, known up to scale and shift; NaN unknown.
     """
 
@@ -64,9 +63,9 @@ class Frame:
 def decode_image(data: bytes) -> np.ndarray:
     """Decode an image file to uint8 (H, W, 3) RGB, upright.
 
-    Reads JPEG, PNG, WebP, TIFF, BMP and GIF (first picture). EXIF orientation is applied, grey is repeated, 16-bit
-    values are divided by 257, CMYK is converted, what is transparent shows white. Colour profiles are ignored, as
-    the authors' reader does.
+    Reads JPEG, PNG, WebP, TIFF, BMP and GIF (first picture). EXIF orientation is applied, grey is repeated,
+    16-bit values are divided by 257, CMYK is converted, what is transparent shows white. Colour profiles are
+    ignored, as the authors' reader does.
 
     Raises:
         ValueError: empty, damaged, cut short, of another format, or over 200 megapixels by its header.
@@ -88,6 +87,16 @@ def decode_image(data: bytes) -> np.ndarray:
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return height and width of an image file, upright, without decoding it; ValueError as `decode_image`."""
+    try:
+        picture = _open(data)
+        width, height = picture.size
+        return (width, height) if _orientation(picture) >= 5 else (height, width)
+    except Exception as error:
+        raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
+
+
 def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
     """Decode a record's fields; those it does not know are left alone.
 
@@ -101,12 +110,17 @@ def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
         )
     image = _field(decode_image, fields, image_field)
     meta = _field(_decode_meta, fields, "json") if "json" in fields else {}
+    return Frame(key, image, meta, **decode_labels(fields))
+
+
+def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    """Decode the "depth" and the "disparity" among a record's fields; ValueError names the field."""
     labels = {}
     for label in LABEL_FIELDS:
-        name = next((f"{label}.{codec}" for codec in CODECS if f"{label}.{codec}" in fields), None)
+        name = next((f"{label}.{codec}" for codec in map_codec.CODECS if f"{label}.{codec}" in fields), None)
         if name is not None:
             labels[label] = _field(map_codec.decode, fields, name)
-    return Frame(key, image, meta, **labels)
+    return labels
 
 
 def encode_frame(

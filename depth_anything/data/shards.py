@@ -1,7 +1,8 @@
-"""A set of shards: a folder or URL prefix of tars with manifest.json, which says what they are and what made them.
+"""A set of shards: a folder or URL prefix of tars with manifest.json, which says what they are and what made
+them.
 
-The manifest comes last, so that a set with one is finished. Its digest, over the shards' names, sizes and hashes, is
-what a run remembers of its data.
+The manifest is written last, so that a set with one is finished. Its digest, over the shards' names, records,
+bytes and hashes, is what a run remembers of its data. The names of data.tars and data.reader are here, too.
 """
 
 import hashlib
@@ -9,19 +10,23 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from depth_anything.data import remote
-from depth_anything.data.reader import ShardReader
-from depth_anything.data.sample import decode_record
+from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.sample import decode_labels, decode_record
 from depth_anything.data.tars import (
     BadRecord,
     ShardError,
     ShardInfo,
+    ShardSet,
     index_shard,
     index_text,
+    parse_index,
+    remove_stale,
     write_atomically,
     write_shard,
 )
@@ -44,61 +49,58 @@ __all__ = [
 
 _VERSION = 1
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    """A set of shards as its manifest has it.
+def make_set(
+    root: str | Path, *, name: str, shards: Iterable[ShardInfo], meta: Mapping[str, Any]
+) -> ShardSet:
+    """Put shards together to a set, in the order of their names.
 
-    Attributes:
-        name: unique within a run.
-        root: folder or URL prefix.
-        shards: sorted by name.
-        meta: what made the set.
-        digest: "sha256:…" of the shards.
+    Raises:
+        ShardError: a name that cannot be one, or two shards of one name.
     """
-
-    name: str
-    root: str
-    shards: tuple[ShardInfo, ...]
-    meta: dict[str, Any] = field(hash=False)
-    digest: str
-
-    @property
-    def records(self) -> int:
-        """Records of all shards."""
-        return sum(shard.records for shard in self.shards)
-
-    def url(self, shard: str) -> str:
-        """Return the address of a shard's tar."""
-        return f"{self.root}/{shard}.tar"
+    rows = sorted(shards, key=lambda shard: shard.name)
+    if not _SET_NAME.fullmatch(name):
+        raise ShardError(f'"{name}" cannot name a set: use A-Z a-z 0-9 _ -')
+    for before, row in zip([None, *rows], rows, strict=False):
+        if not _SHARD_NAME.fullmatch(row.name):
+            raise ShardError(
+                f'{root}: "{row.name}" cannot name a shard: use A-Z a-z 0-9 _ - and dots between'
+            )
+        if before and before.name == row.name:
+            raise ShardError(f"{root}: two shards are called {row.name}")
+    text = json.dumps([vars(row) for row in rows], sort_keys=True, separators=(",", ":"))
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return ShardSet(name, str(root), tuple(rows), dict(meta), digest)
 
 
 def write_manifest(
     root: str | Path, *, name: str, shards: Iterable[ShardInfo], meta: Mapping[str, Any]
 ) -> ShardSet:
-    """Write manifest.json, which finishes a set, atomically and with the same bytes for the same set.
+    """Write manifest.json, which finishes a set: atomically, and the same bytes for the same set.
 
     Args:
         root: the folder of the tars.
-        name: of the set, of A-Z a-z 0-9 _ -.
+        name: of the set: A-Z a-z 0-9 _ -.
         shards: in any order.
-        meta: what made the set: tool, version, settings, licence, unit, what is sky; JSON.
+        meta: what made the set, as JSON: tool, version, settings, licence, unit, what is sky.
+
+    Raises:
+        ShardError: a name that cannot be one, or two shards of one name.
     """
-    if not _SET_NAME.fullmatch(name):
-        raise ShardError(f'"{name}" cannot name a set: use A-Z a-z 0-9 _ -')
-    rows = sorted(shards, key=lambda shard: shard.name)
-    made = ShardSet(name, str(root), tuple(rows), dict(meta), _digest(rows))
-    content = {
+    made = make_set(root, name=name, shards=shards, meta=meta)
+    head = {
         "version": _VERSION,
         "name": name,
         "digest": made.digest,
         "records": made.records,
         "meta": made.meta,
-        "shards": [asdict(row) for row in rows],
     }
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(head, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
+    rows = ",\n".join(json.dumps(vars(shard)) for shard in made.shards)
+    text = f'{text.removesuffix("}").rstrip()},\n "shards": [\n{rows}\n]}}\n'
+    remove_stale(Path(root))
     write_atomically(Path(root, "manifest.json"), text.encode())
     return made
 
@@ -107,17 +109,34 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
     """Open a finished set.
 
     Args:
-        root: a folder, or a URL prefix that "/manifest.json" can be appended to.
-        name: to call the set by another name than its own.
+        root: a folder, or a URL prefix that "/manifest.json" can follow.
+        name: to call the set otherwise than it calls itself.
         check: hold existence and size of local shards against the manifest.
 
     Raises:
-        ShardError: missing folder, no manifest, no records, a missing shard or one of another size.
+        ShardError: no such folder, no manifest, no records, a shard that is missing or of another size.
     """
-    root = str(root).rstrip("/").removeprefix("file://")
-    made = _parse_manifest(_read_manifest(root), root=root, name=name)
+    root = str(root).removeprefix("file://").rstrip("/")
+    data = _read_manifest(root)
+    try:
+        content = json.loads(data)
+        rows = [
+            ShardInfo(str(r["name"]), int(r["records"]), int(r["bytes"]), str(r["hash"]))
+            for r in content["shards"]
+        ]
+        made = make_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
+        intact = made.digest == content["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{root}/manifest.json is damaged ({error!r}): copy it again") from error
+    if not intact:
+        raise ShardError(f"{root}/manifest.json is damaged (its digest differs): copy it again")
+    if not made.records:
+        raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
     if check and not remote.is_remote(root):
-        _check_files(made)
+        for problem in _missing(made):
+            raise ShardError(
+                f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
+            )
     return made
 
 
@@ -132,143 +151,94 @@ def index_set(
     root = Path(root)
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:
-        raise ShardError(f"{root} holds no .tar files: nothing to index")
-    for path in tars:
-        if not _SHARD_NAME.fullmatch(path.stem):
-            raise ShardError(f'"{path.name}" cannot name a shard: rename it to A-Z a-z 0-9 _ . -')
+        raise ShardError(f"{root} holds no .tar: give the folder that the shards lie in")
     rows = [index_shard(path) for path in tars]
     return write_manifest(root, name=name or root.resolve().name, shards=rows, meta=meta or {})
 
 
 def verify_set(root: str | Path, *, decode: bool = False) -> list[str]:
-    """Read a whole local set and return what is wrong with it, a sentence each; [] is a clean set.
+    """Read a whole local set and say what is wrong with it.
 
     Args:
         root: folder.
         decode: decode every record, too.
+
+    Returns:
+        A sentence a problem; none for a sound set.
     """
     try:
-        made = open_set(root)
+        made = open_set(root, check=False)
     except ShardError as error:
         return [str(error)]
-    problems, reader, owners = [], ShardReader(), {}
-    for shard in made.shards:
-        path = Path(made.url(shard.name))
+    if remote.is_remote(made.root):
+        return [f"{root} is not a local folder: verify it where it lies"]
+    problems, hashes = _missing(made), []
+    known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
+    for entry in sorted(os.listdir(made.root)):
+        if entry.endswith((".tar", ".idx")) and entry not in known and not entry.startswith("."):
+            problems.append(f"{made.root}/{entry} is not in the manifest")
+    present = [shard for shard in made.shards if Path(made.url(shard.name)).is_file()]
+    for shard in present:
         try:
-            text = index_text(path)
-            if not path.with_suffix(".idx").exists():
-                problems.append(f"{path} has no index: type  depth-anything shard index {root}")
-            elif path.with_suffix(".idx").read_text() != text:
-                problems.append(f"{path.with_suffix('.idx')} does not fit its tar")
-            index = reader.index(str(path))
-            if (index.hash, index.records) != (shard.hash, shard.records):
-                problems.append(f"{path} is not the tar the manifest means: its hash differs")
-            for number, key in enumerate(index.keys()):
-                if owners.setdefault(key, shard.name) != shard.name:
-                    problems.append(f'the key "{key}" is in {owners[key]} and in {shard.name}')
-                if decode:
-                    decode_record(*reader.read(path, number))
-        except ValueError as error:
+            hashes.append(_verify_shard(made, shard, problems, decode=decode))
+        except ShardError as error:
+            hashes.append(np.empty(0, np.uint64))
             problems.append(str(error))
-    reader.close()
-    return problems
+    return problems + _repeated_keys(made, [shard.name for shard in present], hashes)
 
 
-class Records:
-    """The records of a set, read singly; cheap to make, to pickle and to fork."""
-
-    def __init__(self, shard_set: ShardSet) -> None:
-        self.set = shard_set
-        self.name = shard_set.name
-        self.digest = shard_set.digest
-        self._infos = {f"{self.name}/{shard.name}": shard for shard in shard_set.shards}
-        self._reader = ShardReader(total_bytes=sum(shard.bytes for shard in shard_set.shards))
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """(set/shard, records) of every shard."""
-        return [(name, info.records) for name, info in self._infos.items()]
-
-    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
-        """Read a record: key and fields.
-
-        Args:
-            shard: set/shard, as in `shards`.
-            index: of the record in it.
-
-        Raises:
-            BadRecord: it cannot be read as the manifest has it.
-        """
-        url = check_index(self._reader, self.set, self._infos[shard], shard, index)
+def _verify_shard(made: ShardSet, shard: ShardInfo, problems: list[str], *, decode: bool) -> np.ndarray:
+    """Verify a shard; return a 64-bit hash of each key."""
+    path = Path(made.url(shard.name))
+    text, place = index_text(path), path.with_suffix(".idx")
+    if not place.is_file():
+        problems.append(f"{place} is missing: type  depth-anything shard index {made.root}")
+    elif place.read_text(errors="replace") != text:
+        problems.append(f"{place} is not the index of its tar: type  depth-anything shard index {made.root}")
+    table = parse_index(text, where=path)
+    if (table.hash, table.records) != (shard.hash, shard.records):
+        problems.append(f"{path} is not the tar that the manifest means: its hash differs")
+    keys, labels, reader = table.keys(), made.meta.get("kind") == "labels", ShardReader()
+    if labels and not _sidecar_fits(path, shard):
+        problems.append(f"{path.with_suffix('.json')} is missing, or is not that of its tar")
+    for index, key in enumerate(keys if decode else ()):
         try:
-            return self._reader.read(url, index)
-        except BadRecord as error:
-            raise BadRecord(shard, index, error.key, error.reason) from error
+            fields = reader.read(path, index)[1]
+            if not labels:
+                decode_record(key, fields)
+            elif not decode_labels(fields):
+                raise ValueError(f"no label among the fields {sorted(fields)}")
+        except ValueError as error:
+            reason = error.reason if isinstance(error, BadRecord) else error
+            problems.append(f"{path}[{index}] {key}: {reason}")
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, np.uint64)
 
 
-class JoinedRecords:
-    """Label records, each joined by its key with the image record it was made from."""
-
-    def __init__(self, images: ShardSet, labels: ShardSet) -> None:
-        self.images, self.labels = images, labels
-        self.name = labels.name
-        text = json.dumps([labels.digest, images.digest])
-        self.digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-        self._label_infos = {f"{labels.name}/{shard.name}": shard for shard in labels.shards}
-        self._image_infos = {shard.name: shard for shard in images.shards}
-        self._reader = ShardReader(total_bytes=sum(s.bytes for s in (*images.shards, *labels.shards)))
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """(set/shard, records) of every label shard."""
-        return [(name, info.records) for name, info in self._label_infos.items()]
-
-    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
-        """Read a label and its image: the key they share, and the fields of both; the label's own win.
-
-        Raises:
-            BadRecord: either cannot be read, or the image shard has no such key.
-        """
-        info = self._label_infos[shard]
-        url = check_index(self._reader, self.labels, info, shard, index)
-        try:
-            key, label = self._reader.read(url, index)
-        except BadRecord as error:
-            raise BadRecord(shard, index, error.key, f"label: {error.reason}") from error
-        image_info = self._image_infos.get(info.name)
-        if image_info is None:
-            raise BadRecord(shard, index, key, f"the image set {self.images.name} has no shard {info.name}")
-        url = check_index(self._reader, self.images, image_info, shard, index)
-        try:
-            number = self._reader.find(url, key)
-            _, image = self._reader.read(url, number)
-        except KeyError:
-            raise BadRecord(
-                shard, index, key, "a label without its image: the image shard lacks the key"
-            ) from None
-        except BadRecord as error:
-            raise BadRecord(shard, index, key, f"image: {error.reason}") from error
-        kept = {
-            name: data for name, data in image.items() if name.split(".")[0] not in ("depth", "disparity")
-        }
-        return key, {**label, **kept}
-
-
-def check_index(reader: ShardReader, made: ShardSet, info: ShardInfo, shard: str, index: int) -> str:
-    """Return a shard's address once its index is the one the manifest means; BadRecord else."""
-    url = made.url(info.name)
+def _sidecar_fits(tar: Path, shard: ShardInfo) -> bool:
     try:
-        table = reader.index(url)
-    except ShardError as error:
-        raise BadRecord(shard, index, "", str(error)) from error
-    if table.hash != info.hash:
-        raise BadRecord(shard, index, "", f"{url} is not the tar the manifest means: its hash differs")
-    return url
+        content = json.loads(tar.with_suffix(".json").read_bytes())
+        found = ShardInfo(content["name"], content["records"], content["bytes"], content["hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == shard
 
 
-def _digest(rows: Sequence[ShardInfo]) -> str:
-    text = json.dumps([asdict(row) for row in rows], sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+def _repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.ndarray]) -> list[str]:
+    # Eight bytes a record stand for the keys, which would not fit in memory.
+    if not hashes:
+        return []
+    owner = np.repeat(np.arange(len(names)), [len(column) for column in hashes])
+    column = np.concatenate(hashes)
+    order = np.argsort(column, kind="stable")
+    twice = np.flatnonzero(column[order][1:] == column[order][:-1])
+    pairs = {(int(owner[order[i]]), int(owner[order[i + 1]])) for i in twice}
+    problems = []
+    for one, other in sorted(pairs):
+        paths = [Path(made.url(names[i])) for i in (one, other)]
+        shared = set.intersection(*(set(parse_index(index_text(p), where=p).keys()) for p in paths))
+        problems += [f'the key "{key}" is in {names[one]} and in {names[other]}' for key in sorted(shared)]
+    return problems
 
 
 def _read_manifest(root: str) -> bytes:
@@ -280,30 +250,20 @@ def _read_manifest(root: str) -> bytes:
         return Path(root, "manifest.json").read_bytes()
     except FileNotFoundError:
         raise ShardError(
-            f"{root} has no manifest.json: type  depth-anything shard index {root}  "
-            "if its tars are whole, or finish writing the set"
+            f"{root} has no manifest.json: finish writing the set, "
+            f"or, if its tars are whole, type  depth-anything shard index {root}"
         ) from None
 
 
-def _parse_manifest(data: bytes, *, root: str, name: str | None) -> ShardSet:
-    try:
-        content = json.loads(data)
-        rows = [ShardInfo(**row) for row in content["shards"]]
-        made = ShardSet(name or content["name"], root, tuple(rows), content["meta"], content["digest"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{root}/manifest.json is damaged: {error!r}") from error
-    if _digest(rows) != made.digest:
-        raise ShardError(f"{root}/manifest.json is damaged: its digest differs")
-    if not made.records:
-        raise ShardError(f"{root} holds no records")
-    return made
-
-
-def _check_files(made: ShardSet) -> None:
+def _missing(made: ShardSet) -> list[str]:
+    # One listing in place of a call a shard: a set has up to 60,000.
     with os.scandir(made.root) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+    problems = []
     for shard in made.shards:
         size = sizes.get(f"{shard.name}.tar")
-        if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes in place of {shard.bytes}"
-            raise ShardError(f"{made.url(shard.name)} {found}: copy it again or write the set anew")
+        if size is None:
+            problems.append(f"{made.url(shard.name)} is missing")
+        elif size != shard.bytes:
+            problems.append(f"{made.url(shard.name)} has {size} bytes in place of {shard.bytes}")
+    return problems
