@@ -3,8 +3,6 @@
 Shapes: B images, H W pixels, N patch tokens of width D.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,11 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.model.dpt import DPTHead
-from depth_anything.model.encoder import ENCODERS, PATCH, DINOv2
+from depth_anything.model.encoder import build_encoder, canonical_name, hub_weights
+from depth_anything.preprocess import preprocess_image
 
 
 class DepthAnything(nn.Module):
-    """Depth Anything V2: an image to disparity, or to depth in metres."""
+    """Depth Anything V2: an image to disparity, or to depth in metres.
+
+    The state dict has the names and shapes of the official files. What the forward pass never uses (the mask
+    token, one unit of the head, blocks after the last tap) does not require a gradient.
+
+    Attributes:
+        encoder: Name of the encoder.
+        taps: The four encoder blocks (from 0) that the head reads.
+        max_depth: None, or the largest depth in metres.
+        patch_size: Side of a patch in pixels; an image's sides are multiples of it.
+        input_size: Shorter side, in pixels, of the images the encoder was made for.
+        licence: Licence of the weights, where one is known.
+        pretrained: The encoder (the official name of the module).
+        depth_head: The head.
+    """
 
     def __init__(
         self,
@@ -27,22 +40,47 @@ class DepthAnything(nn.Module):
         taps: Sequence[int] | None = None,
         pretrained: bool = False,
     ) -> None:
-        """Build the network."""
+        """Build the network with random weights; under `torch.device("meta")` without memory.
+
+        Args:
+            encoder: "vits", "vitb", "vitl", "vitg" (the official sizes), "vitt", "vitn" (192 and 96 wide, for
+                small runs), or the name of any timm ViT.
+            max_depth: None for disparity ≥ 0; else the depth in metres that an output of one stands for.
+            taps: Four encoder blocks, from 0 and ascending, instead of the encoder's own.
+            pretrained: Fetch the encoder's published weights (DINOv2's) through timm; the head stays random.
+
+        Raises:
+            ValueError: For an unknown encoder, impossible taps or depth, or weights that cannot be had.
+        """
         super().__init__()
-        spec = ENCODERS[encoder]
-        self.encoder = encoder
-        self.taps = tuple(taps) if taps is not None else spec.taps
-        self.max_depth = max_depth
-        self.patch_size = PATCH
-        self.pretrained = DINOv2(spec)
+        self.encoder = canonical_name(encoder)
+        self.pretrained, spec = build_encoder(self.encoder)
+        self.taps = _checked_taps(spec.taps if taps is None else taps, spec.depth)
+        if max_depth is not None and not 0 < max_depth < float("inf"):
+            raise ValueError(
+                f"max_depth={max_depth} must be a number of metres above 0, or None for disparity"
+            )
+        self.max_depth = None if max_depth is None else float(max_depth)
+        self.patch_size = spec.patch
+        self.input_size = spec.patch * spec.grid
+        self.licence: str | None = None
+        for block in self.pretrained.blocks[self.taps[-1] + 1 :]:
+            block.requires_grad_(False)
         self.depth_head = DPTHead(
-            spec.width, features=spec.features, out_channels=spec.out_channels, max_depth=max_depth
+            spec.width, features=spec.features, out_channels=spec.out_channels, max_depth=self.max_depth
         )
+        if pretrained:
+            self.pretrained.load_state_dict(hub_weights(self.encoder), strict=False)
 
     @property
     def quantity(self) -> str:
-        """What the output is: "disparity" (relative, larger is nearer) or "depth" (metres)."""
+        """What the output is: "disparity" (larger is nearer) or "depth"."""
         return "disparity" if self.max_depth is None else "depth"
+
+    @property
+    def unit(self) -> str:
+        """What the output counts: "m" for depth; "relative" for disparity (up to a scale and a shift)."""
+        return "relative" if self.max_depth is None else "m"
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """List the encoder's trainable parameters."""
@@ -53,27 +91,64 @@ class DepthAnything(nn.Module):
         return [p for p in self.depth_head.parameters() if p.requires_grad]
 
     def forward(self, image: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict a map the size of the image."""
-        final, tokens = self.pretrained.forward_intermediates(
-            image, indices=list(self.taps), norm=True, output_fmt="NLC"
-        )
+        """Predict a map of the image's size.
+
+        Args:
+            image: (B, 3, H, W), ImageNet-normalised, H and W multiples of `patch_size`.
+            return_features: Give the encoder's final tokens too, at no further cost.
+
+        Returns:
+            (B, H, W): disparity ≥ 0, larger is nearer; or metres, if `max_depth` is set. With
+            `return_features` also what `features` gives.
+
+        Raises:
+            ValueError: If a side is no multiple of the patch.
+        """
+        last = len(self.pretrained.blocks) - 1
+        blocks = self.taps if not return_features else tuple(dict.fromkeys((*self.taps, last)))
+        tokens = self._tokens(image, blocks)
         grid = (image.shape[2] // self.patch_size, image.shape[3] // self.patch_size)
-        output = self.depth_head(tokens, grid, image.shape[2:])
-        if return_features:
-            return output, final[:, self.pretrained.num_prefix_tokens :]
-        return output
+        output = self.depth_head(tokens[:4], grid, image.shape[2:])
+        return (output, tokens[-1]) if return_features else output
 
     def features(self, image: Tensor) -> Tensor:
-        """Encode an image into its final, normalised patch tokens (B, N, D)."""
-        return self.pretrained.forward_features(image)[:, self.pretrained.num_prefix_tokens :]
+        """Encode an image into the final, normalised patch tokens.
+
+        Args:
+            image: As `forward` takes it.
+
+        Returns:
+            (B, N, D), row by row.
+        """
+        return self._tokens(image, (len(self.pretrained.blocks) - 1,))[0]
+
+    def _tokens(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        height, width = image.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"sides of {height}×{width} must be multiples of the patch, {self.patch_size}")
+        return self.pretrained.forward_intermediates(
+            image, indices=list(blocks), norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
 
     @torch.no_grad()
     def infer_image(self, bgr: np.ndarray, input_size: int = 518) -> np.ndarray:
-        """Predict the map of one photograph, as the authors' class of the same name does."""
-        from depth_anything.preprocess import preprocess_image
+        """Predict the map of one photograph, as the authors' class of the same name does.
 
+        Args:
+            bgr: uint8 (H, W, 3), blue first, as cv2 reads it.
+            input_size: What the shorter side becomes, pixels.
+
+        Returns:
+            float32 (H, W).
+        """
         rgb = np.ascontiguousarray(bgr[..., ::-1])
         image = torch.from_numpy(preprocess_image(rgb, input_size, self.patch_size))
-        output = self(image[None].to(next(self.parameters()).device))
+        output = self(image[None].to(next(self.parameters()).device)).float()
         output = F.interpolate(output[:, None], bgr.shape[:2], mode="bilinear", align_corners=True)
-        return output[0, 0].float().cpu().numpy()
+        return output[0, 0].cpu().numpy()
+
+
+def _checked_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
+    if len(taps) != 4 or sorted(set(taps)) != list(taps) or taps[0] < 0 or taps[-1] >= depth:
+        raise ValueError(f"taps={list(taps)} must be four ascending blocks out of 0 to {depth - 1}")
+    return tuple(int(tap) for tap in taps)

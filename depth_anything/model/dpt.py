@@ -1,9 +1,7 @@
 """The DPT head: four levels of tokens to one map, with the authors' parameter names.
 
-Shapes: B images, h w patches, D width of a token, F features of the fusion path.
+Shapes: B images, H W pixels, h w patches, D width of a token, F features of the fusion path.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -41,9 +39,10 @@ class FusionBlock(nn.Module):
         """Fuse path and level, both (B, F, h, w), into (B, F, *size)."""
         if level is not None:
             path = path + self.resConfUnit1(level)
-        path = self.resConfUnit2(path)
-        path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
-        return self.out_conv(path)
+        # The authors resize first. A 1×1 convolution and an interpolation commute, as the weights of the latter
+        # sum to one; this way round the convolution has a quarter of the pixels to compute and to keep.
+        path = self.out_conv(self.resConfUnit2(path))
+        return F.interpolate(path, size=size, mode="bilinear", align_corners=True)
 
 
 class DPTHead(nn.Module):
@@ -73,9 +72,7 @@ class DPTHead(nn.Module):
         )
         self.scratch = nn.Module()
         for i, channels in enumerate(out_channels, 1):
-            setattr(
-                self.scratch, f"layer{i}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False)
-            )
+            setattr(self.scratch, f"layer{i}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
             setattr(self.scratch, f"refinenet{i}", FusionBlock(features))
         self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.scratch.output_conv2 = nn.Sequential(
@@ -105,16 +102,23 @@ class DPTHead(nn.Module):
             resize(project(x.transpose(1, 2).unflatten(2, grid)))
             for x, project, resize in zip(tokens, self.projects, self.resize_layers, strict=True)
         ]
-        one, two, three, four = (
-            getattr(scratch, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1)
-        )
+        one, two, three, four = (getattr(scratch, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1))
         path = scratch.refinenet4(four, None, three.shape[2:])
         path = scratch.refinenet3(path, three, two.shape[2:])
         path = scratch.refinenet2(path, two, one.shape[2:])
         path = scratch.refinenet1(path, one, (one.shape[2] * 2, one.shape[3] * 2))
         path = scratch.output_conv1(path)
         path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
-        output = scratch.output_conv2(path).squeeze(1)
+        output = self._output(path).squeeze(1)
         if self.max_depth is None:
             return F.relu(output)
         return torch.sigmoid(output) * self.max_depth
+
+    def _output(self, path: Tensor) -> Tensor:
+        convolve, activate, project = self.scratch.output_conv2
+        path = activate(convolve(path))
+        if path.dtype == project.weight.dtype:
+            return project(path)
+        # Under autocast: the map itself is summed in full precision, as 8 bits would show as steps.
+        with torch.autocast(path.device.type, enabled=False):
+            return project(path.to(project.weight.dtype))

@@ -1,17 +1,14 @@
-"""The image encoder: a timm Vision Transformer, with DINOv2's names and position rule.
-
-Shapes: B images, H W pixels, h w patches, N = h·w patch tokens, D width.
-"""
-
-from __future__ import annotations
+"""The image encoder: a timm Vision Transformer, for DINOv2's sizes with DINOv2's names and position rule."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import timm
 import torch
 from timm.layers import Mlp
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +25,9 @@ class EncoderSpec:
         taps: The four blocks (from 0) that the head reads.
         features: Channels of the head's fusion path.
         out_channels: Channels of the four levels before fusion.
+        patch: Side of a patch, pixels.
         grid: Side, in patches, of the square that the position embedding was made for.
-        hub: Name of DINOv2's weights in timm; None for sizes that nobody has published.
+        hub: timm's name of published weights; None where there are none.
         swiglu: A gated feed-forward instead of GELU.
     """
 
@@ -39,12 +37,11 @@ class EncoderSpec:
     taps: tuple[int, int, int, int]
     features: int
     out_channels: tuple[int, int, int, int]
+    patch: int = 14
     grid: int = 37
     hub: str | None = None
     swiglu: bool = False
 
-
-PATCH = 14
 
 # The authors' four: their dinov2.py and dpt.py. The two tiny ones are ours; their grid is that of the 98 px
 # crops they learn from, for a larger one would be trained only where 98 px happens to sample it.
@@ -131,8 +128,8 @@ class DINOv2(VisionTransformer):
     def __init__(self, spec: EncoderSpec) -> None:
         """Build the encoder with random weights."""
         super().__init__(
-            img_size=spec.grid * PATCH,
-            patch_size=PATCH,
+            img_size=spec.grid * spec.patch,
+            patch_size=spec.patch,
             num_classes=0,
             embed_dim=spec.width,
             depth=spec.depth,
@@ -149,3 +146,95 @@ class DINOv2(VisionTransformer):
         height, width = x.shape[1], x.shape[2]
         tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
         return tokens + resample_positions(self.pos_embed, height, width).to(tokens.dtype)
+
+
+def canonical_name(name: str) -> str:
+    """Give the table's name for an encoder that timm calls otherwise; any other name stays."""
+    for ours, spec in ENCODERS.items():
+        if spec.hub and name in (spec.hub, spec.hub.partition(".")[0]):
+            return ours
+    return name
+
+
+def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
+    """Build an encoder with random weights.
+
+    Args:
+        name: A key of `ENCODERS`, or the name of any ViT that timm can run at any size.
+
+    Returns:
+        The encoder, and what the head needs to know of it.
+
+    Raises:
+        ValueError: For any other name.
+    """
+    if name in ENCODERS:
+        return DINOv2(ENCODERS[name]), ENCODERS[name]
+    module = _timm_encoder(name, pretrained=False)
+    width, depth = module.embed_dim, len(module.blocks)
+    if depth < 4:
+        raise ValueError(f"encoder={name} has {depth} blocks, and the head reads four")
+    limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
+    patch = module.patch_embed.patch_size[0]
+    spec = EncoderSpec(
+        width,
+        depth,
+        module.blocks[0].attn.num_heads,
+        tuple(depth * i // 4 - 1 for i in (1, 2, 3, 4)),
+        next((features for limit, features in limits.items() if width <= limit), 384),
+        (width // 8, width // 4, width // 2, width),
+        patch=patch,
+        grid=module.patch_embed.grid_size[0],
+        hub=name,
+    )
+    return module, spec
+
+
+def _timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
+    known = f"use one of {', '.join(ENCODERS)}, or a timm ViT such as vit_tiny_patch16_224"
+    if not timm.is_model(name):
+        raise ValueError(f"encoder={name} is unknown; {known}")
+    try:
+        module = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
+        )
+    except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
+        raise ValueError(f"encoder={name} is no ViT that runs at any size; {known}") from error
+    if not isinstance(module, VisionTransformer | Eva):
+        raise ValueError(f"encoder={name} is no plain ViT; {known}")
+    return module
+
+
+def hub_weights(name: str) -> dict[str, Tensor]:
+    """Fetch an encoder's published weights through timm, which keeps them in its cache.
+
+    Args:
+        name: As `build_encoder` takes it.
+
+    Returns:
+        Tensors under the names that the encoder of this name has; without DINOv2's mask token.
+
+    Raises:
+        ValueError: If nobody has published weights for it, or they cannot be had.
+    """
+    hub = ENCODERS[name].hub if name in ENCODERS else name
+    if hub is None:
+        raise ValueError(f"encoder={name} has no published weights; start it from random ones")
+    try:
+        if name not in ENCODERS:
+            return _timm_encoder(name, pretrained=True).state_dict()
+        state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # HTTP, cache and disk have exceptions of their own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"cannot fetch {hub} ({reason}); give a local file of these weights instead"
+        ) from error
+    return gated_names(state) if ENCODERS[name].swiglu else state
+
+
+def gated_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give timm's packed SwiGLU layers DINOv2's names; the tensors are the same."""
+    return {
+        key.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): tensor
+        for key, tensor in state.items()
+    }
