@@ -1,8 +1,10 @@
 """What is asked of Lightning, and what is taken from it: checkpoints in place, our own stopping and requeueing."""
 
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: 
     Everything this project does itself is off; Slurm's signals are ours (callbacks.Agreement).
     """
     torch.set_float32_matmul_precision("high")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advice and advertisements
+    warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")  # its own debt to torch
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -43,6 +43,11 @@ class Lease:
         """Name the note; `pid` is the process whose death voids it."""
         self.path, self.pid = path, pid
 
+    @classmethod
+    def of(cls, labels: LabelSet, shard: str, *, pid: int) -> "Lease":
+        """Name the lease of a label shard."""
+        return cls(Path(labels.root) / f".{shard}.lease", pid=pid)
+
     def take(self) -> bool:
         """Take the lease unless somebody alive holds it."""
         note = json.dumps({"host": socket.gethostname(), "pid": self.pid})
@@ -92,7 +97,10 @@ def _alive(pid: int) -> bool:
 
 @dataclass
 class Batch:
-    """Images of one shape and one shard; the last of a shard is empty and tells what would not decode."""
+    """Images of one shape and one shard; the last of a shard is empty and tells what would not decode.
+
+    A batch of a shard of no records says that this process waits for others.
+    """
 
     set: str
     shard: str
@@ -144,21 +152,16 @@ class ShardBatches(IterableDataset):
         mine = work[lane::lanes] + [
             item for other in range(lanes) if other != lane for item in work[other::lanes]
         ]
-        while True:
-            left = [(name, shard) for name, shard in mine if not self.labels[name].done(shard)]
-            if not left:
-                return
-            taken = False
+        handed: set[tuple[str, str]] = set()  # published as soon as the main process gets to it
+        while left := [item for item in mine if item not in handed and not self.labels[item[0]].done(item[1])]:
+            before = len(handed)
             for name, shard in left:
-                if not self.labels[name].done(shard) and self.lease(name, shard).take():
-                    taken = True
+                if not self.labels[name].done(shard) and Lease.of(self.labels[name], shard, pid=self.pid).take():
                     yield from self.cut(name, shard)
-            if not taken:
-                time.sleep(0.5)  # others hold what is left; one of them may yet die
-
-    def lease(self, name: str, shard: str) -> Lease:
-        """Name the lease of a label shard."""
-        return Lease(Path(self.labels[name].root) / f".{shard}.lease", pid=self.pid)
+                    handed.add((name, shard))
+            if len(handed) == before:  # others hold what is left, and one of them may yet die
+                time.sleep(0.5)
+                yield Batch("", "", 0, [], torch.empty(0, dtype=torch.uint8))  # Lightning looks a batch ahead
 
     def cut(self, name: str, shard: str) -> Iterator[Batch]:
         """Cut a shard into batches of one shape; each leaves as soon as it is full, the rest at the end.
@@ -276,22 +279,28 @@ class PseudoLabel(pl.LightningModule):
             disable=not self.trainer.is_global_zero,
         )
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Label a batch; after a shard's last one, publish the shard."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> int:
+        """Label a batch; after a shard's last one, publish the shard. Returns how many images that was."""
+        if not batch.records:
+            return 0
         labels = self._data[0].labels[batch.set]
+        lease = Lease.of(labels, batch.shard, pid=os.getpid())
         made = self._made.setdefault((batch.set, batch.shard), {})
         if batch.indices:
             disparity = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
             for index, values in zip(batch.indices, disparity.float().cpu().numpy(), strict=True):
-                made[index] = self._pool.submit(encode, values, codec=labels.codec)
-            labels.lease(batch.shard).touch()
+                if np.isfinite(values).all():
+                    made[index] = self._pool.submit(encode, values, codec=labels.codec)
+            lease.touch()
         else:
             del self._made[batch.set, batch.shard]
-            labels.publish(
-                batch.shard, {index: label.result() for index, label in made.items()}, batch.failed
-            )
+            named = {index for index, _ in batch.failed}.union(made)
+            mute = [(i, "the teacher's output is not finite") for i in range(batch.records) if i not in named]
+            labels.publish(batch.shard, {i: label.result() for i, label in made.items()}, batch.failed + mute)
+            lease.release()
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
+        return len(batch.indices)
 
     def on_predict_end(self) -> None:
         """Write the manifests of the sets that are complete now."""

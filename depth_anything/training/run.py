@@ -83,10 +83,9 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     folder.claim(config, exclusive=False)
     make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
     teacher = load_teacher(config)
-    trainer = build_trainer(cfg, [])
-    data = instantiate(cfg.data, fingerprint=fingerprint(teacher), _convert_="all")
-    if data.finished():
-        print(f"{config['labels']} is finished: every image of {', '.join(data.sets)} has its label")
-        return
-    trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)
-    print(data.summary())
+    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"]}
+    data = instantiate(cfg.data, patch=teacher.patch_size, teacher=made_by, _convert_="all")
+    if not data.finished():
+        trainer = build_trainer(cfg, [])
+        trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)
+    print(f"finished: every image of {', '.join(data.labels)} has its label in {config['labels']}")
