@@ -83,8 +83,17 @@ class DPTHead(nn.Module):
         self._init_output()
 
     def _init_output(self) -> None:
-        """Make the output positive wherever one looks."""
-        nn.init.constant_(self.scratch.output_conv2[2].bias, 0.5)
+        """Start the last three convolutions where the final ReLU lets everything through, at any seed.
+
+        As torch draws them, each takes two thirds of the variance and their biases outweigh the rest: the map
+        spreads by 0.005 around some ±0.1, and where that is negative all is zero, with no gradient to leave it.
+        Here they keep the variance, and the map spreads around one (a sigmoid needs no such room).
+        """
+        convolve, _, project = self.scratch.output_conv2
+        for layer in (self.scratch.output_conv1, convolve, project):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(project.bias, 1.0 if self.max_depth is None else 0.0)
 
     def forward(self, tokens: Sequence[Tensor], grid: Sequence[int], size: Sequence[int]) -> Tensor:
         """Read the map off four levels of tokens.

@@ -1,0 +1,388 @@
+"""Weights in and out: which file is what, what it does not say, and never a line of its code.
+
+Read: the authors' .pth (V1, V2, metric), this project's .safetensors and Lightning .ckpt, and any of these as
+wrappers leave them. Files are others' work: whatever is in them ends in a model or in one sentence.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from depth_anything import __version__
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
+
+# The authors' file names. Only V1's end in 14; a metric one names the set it was trained on.
+_OFFICIAL = re.compile(r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?vit[sblg](14)?(?: ?\(\d+\))?")
+_METRIC_RANGES = {"hypersim": 20.0, "vkitti": 80.0}
+_HAS_V1 = ("vits", "vitb", "vitl")
+# What DDP, Lightning, torch.compile, FSDP and checkpointing put before or into the names of parameters.
+_WRAPPERS = re.compile(
+    r"^(?:(?:module|model|_orig_mod)\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
+)
+_UNUSED = "mask_token"  # in official files and in no forward pass; a file may lack it
+_EXPECTED = "expected an official .pth, or a .safetensors or .ckpt of this project"
+_KINDS = {
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"version https://git-lfs": "a Git LFS pointer (fetch the file itself: git lfs pull)",
+    b"<": "a web page",
+    b"\x1f\x8b": "a gzip archive",
+    b"GGUF": "a GGUF file",
+}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    encoder: str | None = None,
+    max_depth: float | None = None,
+    version: int | None = None,
+) -> DepthAnything:
+    """Read a model from a file, in whatever format, without running any code that the file may hold.
+
+    The file's own words settle what it is, else its official name, and the shapes settle the encoder. What
+    nothing says is V2 and disparity, with a warning for each; an argument that contradicts wins, with a warning.
+
+    Args:
+        path: An official .pth (V1, V2 or metric), or a .safetensors or Lightning .ckpt of this project; names may
+            have the prefixes of wrappers, and the state dict may lie under "model" or "state_dict".
+        encoder: Name of the encoder, for a timm ViT in a file that does not say.
+        max_depth: Metres that an output of one stands for in a metric model.
+        version: 1 or 2; it settles which four blocks the head reads.
+
+    Returns:
+        The model, in eval mode, on the CPU, in float32.
+
+    Raises:
+        ValueError: If the file is missing, damaged, of another kind or another size, or holds code.
+    """
+    path = Path(path)
+    if version not in (None, 1, 2):
+        raise ValueError(f"version={version} must be 1 or 2")
+    tensors, said = _read_model(path)
+    said = {**_said_by_name(path), **said}
+    name = canonical_name(encoder or said.get("encoder") or _encoder_of(tensors, path))
+    model = _unfilled(
+        name, taps=_settle_taps(path, name, said, version), max_depth=_settle_depth(path, said, max_depth)
+    )
+    _check_fit(tensors, model, path, name)
+    model.load_state_dict(tensors, strict=False)
+    model.input_size = said.get("input_size", model.input_size)
+    model.licence = said.get("licence")
+    return model.eval()
+
+
+def save_model(model: DepthAnything, path: str | Path, *, format: str = "safetensors") -> None:
+    """Write a model to a file that appears whole or not at all.
+
+    Args:
+        model: On any device.
+        path: The file; its folder is made, and an older file is replaced.
+        format: "safetensors", which keeps everything that `load_model` needs; or "official", the .pth that the
+            authors' code reads, which has tensors alone: its name or `load_model`'s arguments must say the rest.
+
+    Raises:
+        ValueError: For an unknown format.
+    """
+    path = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if format == "safetensors":
+        _write_whole(path, lambda temporary: save_file(state, temporary, metadata=describe(model)))
+    elif format == "official":
+        _warn_unsaid(model, path)
+        _write_whole(path, lambda temporary: _save_torch(state, temporary))
+    else:
+        raise ValueError(f"format={format!r} is unknown; use safetensors or official")
+
+
+def describe(model: DepthAnything) -> dict[str, str]:
+    """Say what the tensors of a model do not: the metadata of its safetensors file.
+
+    A Lightning checkpoint that keeps this under "depth_anything" needs no arguments to be loaded either.
+
+    Returns:
+        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version.
+    """
+    return {
+        "format": "pt",
+        "project": "depth-anything-train",
+        "version": __version__,
+        "encoder": model.encoder,
+        "taps": json.dumps(model.taps),
+        "quantity": model.quantity,
+        "unit": model.unit,
+        "max_depth": json.dumps(model.max_depth),
+        "input_size": json.dumps(model.input_size),
+        "licence": model.licence or "unknown",
+    }
+
+
+def load_encoder(model: DepthAnything, source: str | Path) -> None:
+    """Give a model's encoder published weights, DINOv2's as a rule; the head stays as it is.
+
+    Args:
+        model: Changed in place.
+        source: "hub" for the encoder's weights through timm; else a .pth or .safetensors file of an encoder with
+            DINOv2's names or timm's, or of a whole Depth Anything model.
+
+    Raises:
+        ValueError: If the weights cannot be had or are not those of this encoder.
+    """
+    if source == "hub":
+        tensors = hub_weights(model.encoder)
+    else:
+        tensors = _encoder_tensors(*_read(Path(source)))
+        if "blocks.0.mlp.w12.weight" in model.pretrained.state_dict():
+            tensors = gated_names(tensors)
+    _check_fit(tensors, model.pretrained, source, f"the encoder {model.encoder}")
+    model.pretrained.load_state_dict(tensors, strict=False)
+
+
+def fingerprint(model: nn.Module | str | Path) -> str:
+    """Name a model by its weights: the same for a model and any file of it, whatever the format or device.
+
+    Args:
+        model: A model, or a file as `load_model` reads it.
+
+    Returns:
+        "sha256:" and the hash over names, shapes and bytes of all tensors, in float32 where the file has less.
+    """
+    tensors = model.state_dict() if isinstance(model, nn.Module) else _read_model(Path(model))[0]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(_UNUSED):
+            continue
+        tensor = tensor.detach().cpu()
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _unfilled(name: str, *, taps: tuple[int, ...] | None, max_depth: float | None) -> DepthAnything:
+    """Build a model whose parameters are about to be overwritten, without drawing random ones if possible."""
+    if name not in ENCODERS:  # timm's may hold constants that no file has
+        with torch.random.fork_rng(devices=[]):
+            return DepthAnything(name, taps=taps, max_depth=max_depth)
+    with torch.device("meta"):
+        model = DepthAnything(name, taps=taps, max_depth=max_depth)
+    model.to_empty(device="cpu")
+    nn.init.zeros_(model.pretrained.mask_token)
+    return model
+
+
+def _read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a whole model: its tensors under official names, and what the file says of itself."""
+    tensors, metadata = _read(path)
+    tensors = {
+        name: t for name, t in tensors.items() if name.startswith(("pretrained.", "depth_head."))
+    } or tensors
+    if not any(name.startswith("depth_head.") for name in tensors):
+        if any(name.startswith(("backbone.embeddings.", "neck.")) for name in tensors):
+            raise ValueError(f"{path} is in the format of transformers, which this version does not read")
+        if "patch_embed.proj.weight" in tensors or "pretrained.patch_embed.proj.weight" in tensors:
+            raise ValueError(f"{path} holds an encoder without a depth head; {_EXPECTED}")
+        raise ValueError(f"{path} holds no Depth Anything model (it has {_some(tensors)}); {_EXPECTED}")
+    return tensors, _said_by_metadata(metadata, path)
+
+
+def _encoder_tensors(tensors: dict[str, Tensor], _: Mapping[str, Any]) -> dict[str, Tensor]:
+    if any(name.startswith("pretrained.") for name in tensors):
+        inner = "pretrained."
+        return {name[len(inner) :]: t for name, t in tensors.items() if name.startswith(inner)}
+    return {name: t for name, t in tensors.items() if not name.startswith("head.")}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read any checkpoint into tensors under the names that wrappers had hidden, and its metadata."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; {_EXPECTED}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_EXPECTED}") from error
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
+    elif head[8:9] == b"{":
+        content, metadata = _read_safetensors(path)
+    else:
+        kind = next((kind for start, kind in _KINDS.items() if head.startswith(start)), "no checkpoint")
+        raise ValueError(f"{path} is {kind if head else 'empty'}; {_EXPECTED}")
+    tensors = {_WRAPPERS.sub("", str(name)): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; {_EXPECTED}")
+    return tensors, metadata
+
+
+def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"code to run ({named[1]})" if named else "more than tensors"
+        raise ValueError(f"{path} holds {what}, which is never unpickled; {_EXPECTED}") from error
+    except Exception as error:  # a damaged file can end the reader anywhere
+        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}); fetch it again") from error
+    metadata = content.get("depth_anything", {}) if isinstance(content, Mapping) else {}
+    while isinstance(content, Mapping) and (inner := content.get("state_dict", content.get("model"))):
+        if not isinstance(inner, Mapping):
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {_EXPECTED}")
+    return content, dict(metadata)
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except Exception as error:  # a damaged file can end the reader anywhere
+        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}); fetch it again") from error
+
+
+def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Read what `describe` wrote; a file without it says nothing."""
+    if "encoder" not in metadata:
+        return {}
+    try:
+        return {
+            "encoder": str(metadata["encoder"]),
+            "taps": tuple(json.loads(metadata["taps"])),
+            "max_depth": json.loads(metadata["max_depth"]),
+            "input_size": int(json.loads(metadata["input_size"])),
+            "licence": None if metadata["licence"] == "unknown" else str(metadata["licence"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has metadata that make no sense ({_reason(error)}); save it again"
+        ) from error
+
+
+def _said_by_name(path: Path) -> dict[str, Any]:
+    match = _OFFICIAL.fullmatch(path.stem.lower())
+    if match is None:
+        return {}
+    second, trained_on, fourteen = match.groups()
+    if second:
+        return {"version": 2, "max_depth": _METRIC_RANGES.get(trained_on)}
+    return {"version": 1, "max_depth": None} if fourteen and not trained_on else {}
+
+
+def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
+    width = tensors["pretrained.cls_token"].shape[-1] if "pretrained.cls_token" in tensors else 0
+    blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
+    depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    for name, spec in ENCODERS.items():
+        if (spec.width, spec.depth) == (width, depth):
+            return name
+    raise ValueError(
+        f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}; "
+        "give its timm name as encoder="
+    )
+
+
+def _settle_taps(
+    path: Path, name: str, said: Mapping[str, Any], version: int | None
+) -> tuple[int, ...] | None:
+    """Choose the four blocks; None stands for the encoder's own."""
+    if version is None and "taps" in said:
+        return said["taps"]
+    if name not in _HAS_V1:
+        return None
+    depth = ENCODERS[name].depth
+    of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
+    found = said.get("taps", of_version.get(said.get("version")))
+    if version is not None:
+        if found not in (None, of_version[version]):
+            _warn(f"{path} says that its head reads the blocks {list(found)}; version={version} overrides it")
+        return of_version[version]
+    if found is None:
+        _warn(f"{path} does not say whether it is V1 or V2 and is taken for V2; version=1 or 2 settles it")
+    return found or of_version[2]
+
+
+def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) -> float | None:
+    if max_depth is not None:
+        if "max_depth" in said and said["max_depth"] != max_depth:
+            was = "disparity" if said["max_depth"] is None else f"depth up to {said['max_depth']:g} m"
+            _warn(f"{path} says that it predicts {was}; max_depth={max_depth:g} overrides it")
+        return max_depth
+    if "max_depth" not in said:
+        _warn(
+            f"{path} does not say whether it predicts disparity or depth and is taken for disparity; "
+            "max_depth= settles it for a metric model"
+        )
+    return said.get("max_depth")
+
+
+def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Path, name: str) -> None:
+    """Refuse tensors that are not exactly those of a module."""
+    wanted = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    given = {key: tuple(t.shape) for key, t in tensors.items()}
+    for key in sorted(wanted.keys() & given.keys()):
+        if wanted[key] != given[key]:
+            raise ValueError(f"{path} is not {name}: its {key} is {given[key]}, expected {wanted[key]}")
+    missing = [key for key in wanted if key not in given and not key.endswith(_UNUSED)]
+    if missing:
+        raise ValueError(f"{path} is not {name}: it lacks {_some(missing)}")
+    surplus = [key for key in given if key not in wanted and not key.endswith(_UNUSED)]
+    if surplus:
+        raise ValueError(f"{path} is not {name}: it also has {_some(surplus)}")
+
+
+def _warn_unsaid(model: DepthAnything, path: Path) -> None:
+    said = _said_by_name(path)
+    spec = ENCODERS.get(model.encoder)
+    needed = []
+    if said.get("max_depth") != model.max_depth:
+        needed.append(f"max_depth={model.max_depth:g}" if model.max_depth else "nothing but another name")
+    if spec and model.taps != spec.taps and said.get("version") != 1:
+        needed.append("version=1")
+    if needed:
+        _warn(
+            f"{path} does not keep all of the model: load it with {', '.join(needed)}, or save as safetensors"
+        )
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_torch(state: Mapping[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would write its name into the file
+        torch.save(state, file)
+
+
+def _some(names: Mapping[str, Any] | list[str]) -> str:
+    first, *rest = names
+    return f"{first} and {len(rest)} more" if rest else str(first)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
