@@ -2,7 +2,7 @@
 
 Facts: nothing is known but the pixels, so that a record holds the image and a json with `source`, the file's
 own `name` and its `original_size`. Whatever `decode_image` reads is welcome: JPEG, PNG, WebP, TIFF, BMP, GIF;
-any EXIF orientation, grey, CMYK, 16-bit, alpha. Upright RGB files of JPEG, PNG or WebP are kept byte by byte,
+any EXIF orientation, grey, CMYK, 16-bit, alpha. Upright RGB files of JPEG, PNG or WebP are kept byte for byte,
 others become PNG as they are seen. Nothing is unpacked to disk.
 """
 
@@ -12,6 +12,7 @@ import os
 import stat
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from depth_anything.data.sources.writing import Record, Refused, write_set
 
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
 _ORIENTATION = 0x0112
+_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError)  # what reading a broken tar may raise
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def list_photographs(source: str | Path, *, leave_out: str | Path | None = None)
         return _in_tar(path)
     else:
         found = _in_list(path)
-    return sorted(found, key=lambda photograph: os.fsencode(photograph.name))
+    return sorted(found, key=_name)
 
 
 def iter_images(source: str | Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -157,7 +159,7 @@ def _plain(data: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image has looked at the size
         try:
-            picture = Image.open(io.BytesIO(data), formats=("JPEG", "MPO", "PNG", "WEBP"))
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         except (OSError, Image.DecompressionBombError):
             return False
     still = not getattr(picture, "is_animated", False) or picture.format == "MPO"
@@ -166,6 +168,10 @@ def _plain(data: bytes) -> bool:
 
 
 # Where photographs lie
+
+
+def _name(photograph: Photograph) -> bytes:
+    return os.fsencode(photograph.name)
 
 
 def _in_folder(folder: Path, leave_out: Path | None) -> Iterator[Photograph]:
@@ -193,14 +199,44 @@ def _in_list(path: Path) -> list[Photograph]:
 
 
 def _in_tar(path: Path) -> list[Photograph]:
+    tar = _Tar(path)
+    found = []
     try:
-        tar = tarfile.open(path, "r:")
-    except tarfile.ReadError:
-        tar = tarfile.open(path, "r:*")
-    members = [member for member in tar.getmembers() if not member.isdir()]
-    if isinstance(tar.fileobj, io.BufferedReader):  # not compressed: any member is as near as another
-        members.sort(key=lambda member: os.fsencode(member.name))
-    return [Photograph(member.name, member.size, partial(_read_member, tar, member)) for member in members]
+        for member in tar.file:
+            if not member.isdir():
+                found.append(Photograph(member.name, member.size, partial(tar.read, member)))
+    except _DAMAGE as error:
+        reason = f"the tar is damaged, and nothing after this file can be found: {error}"
+        found.append(Photograph(found[-1].name if found else path.name, -1, partial(_refuse, reason)))
+    return found if tar.compressed else sorted(found, key=_name)
+
+
+class _Tar:
+    """A tar that stays open for as long as anyone may read from it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file, self.compressed = tarfile.open(path, "r:"), False
+        except tarfile.ReadError:
+            self.file, self.compressed = tarfile.open(path, "r:*"), True
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """Read a file of the tar; ValueError with the reason if it is no plain file, or not whole."""
+        if not member.isreg() or member.issparse():
+            raise ValueError("not a regular file")
+        _check_size(member.size)
+        try:
+            file = self.file.extractfile(member)
+            data = file.read() if file else b""
+        except _DAMAGE as error:
+            raise ValueError(f"the tar is damaged here: {error}") from error
+        if len(data) != member.size:
+            raise ValueError("the tar is cut short inside this file")
+        return data
 
 
 def _file(name: str, path: Path) -> Photograph:
@@ -220,20 +256,6 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(error.strerror or type(error).__name__) from error
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if not member.isreg() or member.issparse():
-        raise ValueError("not a regular file")
-    _check_size(member.size)
-    try:
-        file = tar.extractfile(member)
-        data = file.read() if file else b""
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"the tar is damaged here: {error}") from error
-    if len(data) != member.size:
-        raise ValueError("the tar is cut short inside this file")
-    return data
 
 
 def _check_size(size: int) -> None:

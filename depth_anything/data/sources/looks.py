@@ -365,8 +365,8 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
     if look == "synthetic":
         side = _unit(draw.uniform(-1, 1), -draw.uniform(0.5, 1.5), -draw.uniform(0.2, 1))
         sky = (0.55, 0.7, 0.9)
-        density = draw.uniform(0.03, 0.05) if indoors else draw.uniform(0.012, 0.02)
-        return Air((0.6,) * 3, (0.4,) * 3, (Light(side, (0.5,) * 3, True),), sky, density, (0.3, 0.5, 0.9))
+        density = draw.uniform(0.03, 0.07) if indoors else draw.uniform(0.012, 0.03)
+        return Air((0.5,) * 3, (0.3,) * 3, (Light(side, (0.6,) * 3, True),), sky, density, (0.3, 0.5, 0.9))
     tint = temperature(draw.uniform(-1, 1))
     ambient = draw.uniform(0.06, 0.4)
     above = tuple(ambient * c for c in temperature(draw.uniform(-0.8, 0.8)))
@@ -377,7 +377,7 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
             place = (draw.uniform(-2, 2), -height * draw.uniform(0.5, 0.95), draw.uniform(-2.5, 3))
             power = draw.uniform(0.5, 1.6)
             lamps.append(Light(place, _fade(tint, power), False, draw.uniform(2, 6)))
-        density = draw.pick((0.0, 0.0, 0.01, 0.06)) * draw.uniform(0.5, 1.5)
+        density = draw.pick((0.0, 0.02, 0.04, 0.08)) * draw.uniform(0.7, 1.3)
         grey = draw.colour(hue=(0, 1), saturation=(0, 0.3), value=(0.1, 0.8))
         return Air(above, below, tuple(lamps), grey, density, grey)
     sun = _unit(draw.uniform(-1, 1), -draw.uniform(0.25, 1.2), draw.uniform(-1, 0.6))
@@ -386,7 +386,7 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
         hue=(0.02, 0.12) if draw.chance(0.3) else (0.5, 0.65), saturation=(0, 0.5), value=(0.2, 1.0)
     )
     zenith = draw.colour(hue=(0.55, 0.65), saturation=(0.0, 0.7), value=(0.15, 0.9))
-    density = draw.pick((0.002, 0.008, 0.02, 0.05)) * draw.uniform(0.7, 1.4)
+    density = draw.pick((0.004, 0.012, 0.025, 0.045)) * draw.uniform(0.7, 1.3)
     lights = (Light(sun, _fade(tint, strength), True),) if strength else ()
     return Air(above, below, lights, haze, density, zenith, draw.uniform(0, 1))
 
@@ -468,7 +468,7 @@ def camera(image: np.ndarray, depth: np.ndarray, draw: Draw) -> np.ndarray:
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     image = image * (1 - np.float32(draw.uniform(0, 0.3)) * (x * x + y * y))
-    read, shot = draw.uniform(0.002, 0.02), draw.uniform(0.005, 0.05)
+    read, shot = draw.uniform(0.002, 0.012), draw.uniform(0.005, 0.03)
     level = np.sqrt(np.maximum(image, 0)) * np.float32(shot) + np.float32(read)
     image = image + draw.bell(3, height, width) * level
     mean = (image[0] + image[1] + image[2]) * np.float32(1 / 3)

@@ -18,6 +18,7 @@ from depth_anything.data.sources.looks import Air, Light, Material, exponential,
 
 FAR = 150.0  # metres: what lies beyond is sky
 NEAR = 0.1
+TINY = np.float32(1e-20)  # added to what may be zero, a ray that runs along a face; changes no other number
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def _local(solid: Solid, view: View) -> tuple[np.ndarray, np.ndarray]:
 
 def _slab(o: np.float32, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where rays enter and leave -1..1 on one axis."""
-    inverse = 1 / d
+    inverse = 1 / (d + TINY)
     middle, spread = -o * inverse, np.abs(inverse)
     return middle - spread, middle + spread
 
@@ -128,7 +129,7 @@ def _interval(solid: Solid, view: View) -> tuple[np.ndarray, np.ndarray]:
         (near, far), y, z = (_slab(o[k], d[k]) for k in range(3))
         return np.maximum(np.maximum(near, y[0]), z[0]), np.minimum(np.minimum(far, y[1]), z[1])
     round_axes = (0, 1, 2) if solid.shape == "ball" else (0, 2)
-    a = sum(d[k] * d[k] for k in round_axes)
+    a = sum(d[k] * d[k] for k in round_axes) + TINY
     b = sum(o[k] * d[k] for k in round_axes)
     root = b * b - a * (sum(o[k] * o[k] for k in round_axes) - 1)
     miss = root < 0
@@ -157,20 +158,19 @@ def cast(
     """
     depth = np.full((view.v.size, view.u.size), np.float32(FAR))
     number = np.full(depth.shape, -1, np.int16)
-    if solids:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for k, (solid, window) in enumerate(zip(solids, _windows(solids, view), strict=True)):
-                if window is None:
-                    continue
-                near, far = _interval(solid, view.crop(*window))
-                so_far = depth[window]
-                start = np.float32(NEAR) if beyond is None else beyond[window]
-                if solid.shape == "shell":  # seen from within: the wall is where the ray leaves
-                    near, hit = far, (far < so_far) & (far > start)
-                else:
-                    hit = (near < far) & (near < so_far) & (near > start)
-                np.copyto(so_far, near, where=hit)
-                np.copyto(number[window], np.int16(k), where=hit)
+    windows = _windows(solids, view) if solids else []
+    for k, (solid, window) in enumerate(zip(solids, windows, strict=True)):
+        if window is None:
+            continue
+        near, far = _interval(solid, view.crop(*window))
+        so_far = depth[window]
+        start = np.float32(NEAR) if beyond is None else beyond[window]
+        if solid.shape == "shell":  # seen from within: the wall is where the ray leaves
+            near, hit = far, (far < so_far) & (far > start)
+        else:
+            hit = (near < far) & (near < so_far) & (near > start)
+        np.copyto(so_far, near, where=hit)
+        np.copyto(number[window], np.int16(k), where=hit)
     depth[number < 0] = np.inf
     return depth, number
 

@@ -168,44 +168,45 @@ def _stand(place: Place, draw: Draw) -> list[Solid]:
     return [*parts, place.put((count - 1) * 0.09, height * 0.9, 0, count * 0.18, 0.03, 0.03, "thin")]
 
 
-def _room(draw: Draw) -> World:
-    """A furnished box with the camera near one wall."""
-    width, length, height = draw.uniform(3.5, 8), draw.uniform(4, 10), draw.uniform(2.4, 3.6)
-    eye = np.array(
-        [draw.uniform(-0.3, 0.3) * width, -draw.uniform(0.9, 1.9), draw.uniform(-0.46, -0.25) * length]
+def _at_wall(width: float, length: float, gap: float, draw: Draw) -> Place:
+    """A spot `gap` metres before one of a room's walls, its own z axis pointing at the wall."""
+    yaw = draw.integer(4) * math.pi / 2
+    along = draw.uniform(-0.4, 0.4)
+    x, z = math.sin(yaw), math.cos(yaw)
+    return Place(
+        x * (width / 2 - gap) + abs(z) * along * width, z * (length / 2 - gap) + abs(x) * along * length, yaw
     )
+
+
+def _room(draw: Draw) -> World:
+    """A furnished box, the camera near one end of it, facing more or less the other."""
+    width, length, height = draw.uniform(4, 9), draw.uniform(6, 14), draw.uniform(2.4, 3.6)
+    eye = np.array(
+        [draw.uniform(-0.42, 0.42) * width, -draw.uniform(0.7, 2.0), draw.uniform(-0.46, -0.25) * length]
+    )
+
+    def spot() -> Place:
+        x, z = draw.uniform(-0.43, 0.43) * width, draw.uniform(-0.43, 0.43) * length
+        return Place(x, z, draw.uniform(0, 2 * math.pi))
+
     solids = [_box(0, 0, 0, width, height, length, "wall", shape="shell")]
     things = (_table, _table, _chair, _chair, _chair, _cabinet, _sofa, _lamp, _loose, _loose, _screen, _stand)
-    for _ in range(5 + draw.integer(7)):
-        place = Place(
-            draw.uniform(-0.45, 0.45) * width, draw.uniform(-0.3, 0.45) * length, draw.uniform(0, 6.3)
-        )
-        solids += draw.pick(things)(place, draw)
-    for _ in range(1 + draw.integer(3)):  # against the far and side walls
-        side = draw.pick((-1, 0, 1))
-        if side:
-            place = Place(side * (width / 2 - 0.3), draw.uniform(-0.2, 0.4) * length, side * math.pi / 2)
-        else:
-            place = Place(draw.uniform(-0.4, 0.4) * width, length / 2 - 0.3, 0.0)
-        solids += _cabinet(place, draw)
-    for _ in range(1 + draw.integer(6)):
-        wide, tall = draw.uniform(0.3, 1.5), draw.uniform(0.3, 1.2)
-        side, y = draw.pick((-1, 0, 0, 1)), draw.uniform(0.9, height - 1.0)
+    for _ in range(8 + draw.integer(8)):
+        solids += draw.pick(things)(spot(), draw)
+    for _ in range(2 + draw.integer(3)):
+        solids += _cabinet(_at_wall(width, length, 0.3, draw), draw)
+    for _ in range(2 + draw.integer(7)):
         role = draw.pick(("poster", "poster", "poster", "mirror"))
-        if side:
-            z = draw.uniform(-0.3, 0.45) * length
-            solids.append(_box(side * (width / 2 - 0.02), y, z, 0.04, tall, wide, role))
-        else:
-            solids.append(_box(draw.uniform(-0.4, 0.4) * width, y, length / 2 - 0.02, wide, tall, 0.04, role))
-    if draw.chance(0.5):
-        place = Place(draw.uniform(-0.3, 0.3) * width, draw.uniform(-0.2, 0.3) * length, draw.uniform(0, 6.3))
-        solids.append(place.put(0, 0, 0, draw.uniform(1, 2.5), 0.01, draw.uniform(1, 2), "poster"))
-    for _ in range(draw.integer(3)):
-        place = Place(draw.uniform(-0.3, 0.3) * width, draw.uniform(-0.2, 0.4) * length, 0.0)
-        drop, wide = draw.uniform(0.4, 1.0), draw.uniform(0.2, 0.5)
+        place, y = _at_wall(width, length, 0.02, draw), draw.uniform(0.8, height - 1.1)
+        solids.append(place.put(0, y, 0, draw.uniform(0.3, 1.5), draw.uniform(0.3, 1.1), 0.04, role))
+    if draw.chance(0.5):  # a rug
+        solids.append(spot().put(0, 0, 0, draw.uniform(1, 2.5), 0.01, draw.uniform(1, 2), "poster"))
+    for _ in range(draw.integer(3)):  # hanging lamps
+        place, drop, wide = spot(), draw.uniform(0.4, 1.0), draw.uniform(0.2, 0.5)
         solids.append(place.put(0, height - drop, 0, 0.02, drop, 0.02, "thin", shape="tube"))
         solids.append(place.put(0, height - drop - wide / 2, 0, wide, wide, wide, "lamp", shape="ball"))
-    turn = rotation(draw.uniform(-0.6, 0.6), draw.uniform(-0.1, 0.4), draw.uniform(-0.05, 0.05))
+    inward = math.atan2(-eye[0], -eye[2]) + draw.uniform(-0.5, 0.5)
+    turn = rotation(inward, draw.uniform(-0.25, 0.55), draw.uniform(-0.12, 0.12))
     return World(solids, eye, turn, draw.uniform(0.5, 0.75), height, True)
 
 
@@ -287,7 +288,7 @@ def _street(draw: Draw) -> World:
                 "mirror",
             )
         )
-    turn = rotation(draw.uniform(-0.4, 0.4), draw.uniform(-0.15, 0.15), draw.uniform(-0.04, 0.04))
+    turn = rotation(draw.uniform(-0.8, 0.8), draw.uniform(-0.25, 0.35), draw.uniform(-0.1, 0.1))
     return World(solids, eye, turn, draw.uniform(0.45, 0.75), 6.0, False)
 
 
@@ -300,9 +301,9 @@ def _clear(solid: Solid, eye: np.ndarray) -> bool:
 
 
 def world(seed: int) -> World:
-    """The geometry of a seed: six rooms to four streets; nothing within 0.9 m of the camera."""
+    """The geometry of a seed: as many rooms as streets; nothing within 0.9 m of the camera."""
     draw = Draw(seed, 1)
-    made = _room(draw) if draw.chance(0.6) else _street(draw)
+    made = _room(draw) if draw.chance(0.5) else _street(draw)
     return replace(made, solids=[s for s in made.solids if _clear(s, made.origin)])
 
 
