@@ -267,6 +267,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         model, facts[name] = _load(path)
         predictors[name] = Predictor(model, device=options.device, input_size=options.input_size)
         facts[name]["device"] = str(predictors[name].device)
+    total = min(options.limit or shard_set.records, shard_set.records)
     folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")
     results = compare(
         predictors,
@@ -275,7 +276,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         limit=options.limit,
         models=facts,
         settings={"command": options.typed, "input_size": options.input_size},
-        watch=lambda frames, name: _watch(frames, what=name, total=options.limit),
+        watch=lambda frames, name: _watch(frames, what=name, total=total),
     )
     print(format_table(results))
     print(f"report: {folder / 'report.html'}")
@@ -354,12 +355,10 @@ def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
 
 
 def _print_set(shard_set: "ShardSet") -> None:
-    count = len(shard_set.shards)
-    print(
-        f"{shard_set.name}: {shard_set.records:,} records in {count} shards, {shard_set.bytes / 1e6:,.1f} MB"
-    )
-    for name, value in {"where": shard_set.root, "digest": shard_set.digest, **shard_set.meta}.items():
-        print(f"  {name}: {value}")
+    from depth_anything.evaluation.benchmarks import describe_set
+
+    for name, value in describe_set(shard_set).items():
+        print(f"{name + ':':<10} {value}")
 
 
 def _watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:

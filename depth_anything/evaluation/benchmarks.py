@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -75,6 +76,22 @@ def _decoded(shard: str, index: int, key: str, fields: dict[str, bytes]) -> Fram
 def max_depth_of(shard_set: ShardSet) -> float:
     """How far, in metres, a set's truth is compared: `max_depth` of its manifest's meta, else 80."""
     return float(shard_set.meta.get("max_depth", DEFAULT_MAX_DEPTH))
+
+
+def describe_set(shard_set: ShardSet) -> dict[str, Any]:
+    """What a set is, for people: counts, digest, and what of its meta is a number or a word."""
+    facts: dict[str, Any] = {
+        "set": shard_set.name,
+        "where": shard_set.root,
+        "digest": shard_set.digest,
+        "records": f"{shard_set.records:,}",
+        "shards": f"{len(shard_set.shards):,}, {shard_set.bytes / 1e6:,.1f} MB",
+    }
+    for key, value in shard_set.meta.items():
+        for name, inner in value.items() if isinstance(value, dict) else [(key, value)]:
+            if isinstance(inner, str | int | float):
+                facts.setdefault(name, inner)
+    return facts
 
 
 class MeanMap:

@@ -22,7 +22,7 @@ import torch
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import ShardSet
-from depth_anything.evaluation.benchmarks import find_frames, max_depth_of, read_frames
+from depth_anything.evaluation.benchmarks import describe_set, find_frames, max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import Predicts, Protocol, Result, evaluate, judge
 from depth_anything.evaluation.page import Example, render_page
 from depth_anything.evaluation.table import best_result, format_table
@@ -68,14 +68,7 @@ def compare(
     examples = collect_examples(
         predictors, find_frames(shard_set, why), why=why, protocol=results[0].protocol
     )
-    data = {
-        "set": shard_set.name,
-        "where": str(shard_set.root),
-        "digest": shard_set.digest,
-        "records": shard_set.records,
-        "limit": limit,
-        "meta": shard_set.meta,
-    }
+    data = {**describe_set(shard_set), "limit": limit}
     write_report(results, folder, examples=examples, data=data, settings=settings)
     return results
 
