@@ -1,0 +1,50 @@
+"""The three stages one after another through the commands of the README, on small scenes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from depth_anything import load_model
+from depth_anything.data.shards import open_set, verify_set
+
+from .conftest import environment
+
+
+def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
+    for stage in ("teacher", "pseudolabel", "student"):
+        steps = [] if stage == "pseudolabel" else ["steps=12"]
+        result = start(f"stage={stage}", *steps)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "finished" in result.stdout
+    images = open_set(str(tmp_path / "data" / "scenes-photographic"))
+    labels = tmp_path / "data" / "labels-tiny" / "scenes-photographic"
+    assert verify_set(str(labels), decode=True) == []
+    assert open_set(str(labels)).records == images.records == 48
+    for run in ("teacher-vitt-tiny", "student-vitn-tiny"):
+        folder = tmp_path / "outputs" / run
+        load_model(folder / "model.safetensors")
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == list(range(1, 13))
+        assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
+        assert not [p for p in folder.rglob(".*") if p.is_file()]
+    report = tmp_path / "report"
+    command = [
+        str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--data", str(tmp_path / "data" / "scenes-validation"),
+        "--mean-map", str(tmp_path / "data" / "scenes-synthetic"), "--output", str(report), "--weights",
+        f"teacher={tmp_path / 'outputs' / 'teacher-vitt-tiny'}", f"student={tmp_path / 'outputs' / 'student-vitn-tiny'}",
+    ]  # fmt: skip
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((report / "results.json").read_text())
+    assert "teacher" in result.stdout and os.path.getsize(report / "report.html") > 10_000
+
+
+def test_official_encoder_in_a_few_steps(start: Any, tmp_path: Path) -> None:
+    result = start("stage=teacher", "encoder=vits", "steps=2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert load_model(tmp_path / "outputs" / "teacher-vits-tiny" / "model.safetensors").encoder == "vits"

@@ -1,0 +1,73 @@
+"""What a user gets wrong ends in one sentence that says what to type, with a non-zero exit and no traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, SMALL, environment
+
+
+def refused(result: Any, *words: str) -> None:
+    assert result.returncode not in (0, -signal.SIGKILL), result.stderr
+    said = result.stderr.strip()
+    assert "Traceback" not in said, said
+    for word in words:
+        assert word in said, (word, said)
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    if errors:
+        assert len(errors) == 1 and said.endswith(errors[0]), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stage=teacherr"], ["teacherr", "pseudolabel", "student", "teacher"]),
+        ([], ["stage"]),
+        (["stage=teacher", "size=huge"], ["huge", "paper", "tiny"]),
+        (["stage=teacher", "encoder=vitx"], ["vitx", "vits"]),
+        (["stage=teacher", "stepz=3"], ["stepz"]),
+        (["stage=teacher", "+stepz=3"], ["stepz"]),
+        (["stage=teacher", "recipe.trimm=3"], ["trimm"]),
+        (["stage=teacher", "batch_size=16", "micro_batch=5"], ["micro_batch=4 or micro_batch=8"]),
+        (["stage=teacher", "recipe.schedule=step"], ["schedule=step", "linear"]),
+        (["stage=teacher", "sources=own", "photos=nowhere"], ["nowhere"]),
+        (["stage=pseudolabel", "teacher=nowhere.safetensors"], ["nowhere.safetensors", "stage=teacher"]),
+        (["stage=student"], ["labels-tiny", "stage=pseudolabel"]),
+        (["stage=teacher", "init=nowhere.pth"], ["nowhere.pth"]),
+        (["stage=teacher", "resume=nowhere.ckpt"], ["nowhere.ckpt"]),
+    ],
+)
+def test_one_sentence(start: Any, arguments: list[str], words: list[str]) -> None:
+    refused(start(*arguments, small=False), *words)
+
+
+def test_two_processes_on_one_run(tmp_path: Path, start: Any) -> None:
+    places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *places, "stage=teacher", "steps=100000"]
+    first = subprocess.Popen(
+        command, env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        lock = tmp_path / "outputs" / "teacher-vitt-tiny" / "lock.json"
+        deadline = time.monotonic() + 120
+        while not lock.is_file() or not lock.read_text():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        refused(start("stage=teacher", "steps=100000"), f"process {first.pid}", "name=")
+    finally:
+        import os
+
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+def test_a_run_with_other_settings(start: Any) -> None:
+    assert start("stage=teacher", "steps=2").returncode == 0
+    refused(start("stage=teacher", "steps=2", "seed=5"), "seed=0", "name=", "overwrite=true")
+    again = start("stage=teacher", "steps=2")
+    assert again.returncode == 0 and "model.safetensors" in again.stdout
