@@ -8,6 +8,7 @@ import argparse
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     options.typed = shlex.join([PROGRAM, *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        return options.run(options) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -47,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _say_warning(message: Warning | str, *where: Any) -> None:
+    """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,9 +169,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_network(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--input-size", type=int, default=518, metavar="N", help="short side, pixels (%(default)s)"
-    )
+    command.add_argument("--input-size", type=int, metavar="N", help="short side, pixels (the model's own)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
 
 
@@ -264,8 +270,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         predictors["mean map"] = mean_map(_watch(frames, what="mean map"))
         facts["mean map"] = {"baseline": f"mean disparity of {options.mean_map}, the same for every image"}
     for name, path in named.items():
-        model, facts[name] = _load(path)
-        predictors[name] = Predictor(model, device=options.device, input_size=options.input_size)
+        model, facts[name] = _load(path, input_size=options.input_size)
+        predictors[name] = Predictor(model, device=options.device, input_size=model.input_size)
         facts[name]["device"] = str(predictors[name].device)
     total = min(options.limit or shard_set.records, shard_set.records)
     folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")
@@ -275,7 +281,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         folder,
         limit=options.limit,
         models=facts,
-        settings={"command": options.typed, "input_size": options.input_size},
+        settings={"command": options.typed},
         watch=lambda frames, name: _watch(frames, what=name, total=total),
     )
     print(format_table(results))
@@ -286,8 +292,8 @@ def _predict(options: argparse.Namespace) -> None:
     from depth_anything.inference.files import predict_files
     from depth_anything.inference.predictor import Predictor
 
-    model, _ = _load(Path(options.weights))
-    predictor = Predictor(model, device=options.device, input_size=options.input_size)
+    model, _ = _load(Path(options.weights), input_size=options.input_size)
+    predictor = Predictor(model, device=options.device, input_size=model.input_size)
     outcome = predict_files(
         predictor,
         options.source,
@@ -329,7 +335,7 @@ def _names(weights: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
+def _load(path: Path, *, input_size: int | None) -> "tuple[DepthAnything, dict[str, Any]]":
     """The model of a weight file or a run's folder, and what reports say of it."""
     from depth_anything.model.weights import fingerprint, load_model
 
@@ -343,6 +349,7 @@ def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: give {_WEIGHTS}")
     model = load_model(path)
+    model.input_size = input_size or model.input_size
     facts = {
         "weights": str(path),
         "fingerprint": fingerprint(model),
@@ -350,6 +357,8 @@ def _load(path: Path) -> "tuple[DepthAnything, dict[str, Any]]":
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "quantity": model.quantity,
         "max_depth": model.max_depth,
+        "input_size": model.input_size,
+        "licence": model.licence,
     }
     return model, facts
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ SURFACE = {
         "source": None,
         "--weights": None,
         "--output": None,
-        "--input-size": 518,
+        "--input-size": None,
         "--device": "auto",
     },
     "evaluate": {
@@ -57,7 +58,7 @@ SURFACE = {
         "--mean-map": None,
         "--output": None,
         "--limit": None,
-        "--input-size": 518,
+        "--input-size": None,
         "--device": "auto",
     },
 }
@@ -358,6 +359,31 @@ def test_predict_stays_inside_its_output(tmp_path, weights):
     assert main([*line, "--output", str(tmp_path / "maps"), "--input-size", "28"]) == 0
     assert len(list((tmp_path / "maps").rglob("a_disparity.png"))) == 2
     assert not list(tmp_path.glob("a_*"))
+
+
+def test_the_model_says_what_size_it_sees(tmp_path, scenes):
+    model = DepthAnything("vitn")
+    model.input_size = 42
+    save_model(model, tmp_path / "m.safetensors")
+    line = ["evaluate", "--weights", str(tmp_path / "m.safetensors"), "--data", str(scenes), "--limit", "2"]
+    rows = []
+    for number, more in enumerate(([], ["--input-size", "42"], ["--input-size", "56"])):
+        assert main([*line, "--output", str(tmp_path / str(number)), *more]) == 0
+        document = json.loads((tmp_path / str(number) / "results.json").read_text())
+        rows.append(document["models"][0]["rows"])
+        assert document["models"][0]["facts"]["input_size"] == (56 if number == 2 else 42)
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    def warn(options):
+        warnings.warn("the file does not say what it is", stacklevel=2)
+
+    monkeypatch.setattr(cli_module, "_verify", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["verify", "anything"]) == 0
+    assert capsys.readouterr().err == "depth-anything: the file does not say what it is\n"
 
 
 def test_predict_refuses_in_one_sentence(tmp_path, weights, capsys):
