@@ -1,7 +1,9 @@
 """Trade time for memory, and compile, block by block: applied to a finished network from outside."""
 
-from functools import partial
+from types import MethodType
+from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from depth_anything.model.depth_anything import DepthAnything
@@ -20,6 +22,12 @@ def accelerate(model: DepthAnything, *, checkpoint: bool, compile: bool) -> None
     """
     for block in model.pretrained.blocks:
         if checkpoint:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
+            # A bound method, because a copy of the model must run its own blocks (a closure would run these), and
+            # because the compiler passes over a functools.partial without a word.
+            block.forward = MethodType(_forward_recomputed, block)
         if compile:
             block.compile()
+
+
+def _forward_recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    return recompute(type(block).forward, block, *args, use_reentrant=False, **kwargs)

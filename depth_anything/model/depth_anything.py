@@ -70,7 +70,8 @@ class DepthAnything(nn.Module):
             spec.width, features=spec.features, out_channels=spec.out_channels, max_depth=self.max_depth
         )
         if pretrained:
-            self.pretrained.load_state_dict(hub_weights(self.encoder), strict=False)
+            unmatched = self.pretrained.load_state_dict(hub_weights(self.encoder), strict=False)
+            assert set(unmatched.missing_keys) <= {"mask_token"} and not unmatched.unexpected_keys
 
     @property
     def quantity(self) -> str:

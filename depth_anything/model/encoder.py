@@ -1,5 +1,6 @@
 """The image encoder: a timm Vision Transformer, for DINOv2's sizes with DINOv2's names and position rule."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,15 +221,18 @@ def hub_weights(name: str) -> dict[str, Tensor]:
     hub = ENCODERS[name].hub if name in ENCODERS else name
     if hub is None:
         raise ValueError(f"encoder={name} has no published weights; start it from random ones")
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it prints every retry; the sentence below says it once
     try:
         if name not in ENCODERS:
             return _timm_encoder(name, pretrained=True).state_dict()
         state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"cannot fetch {hub} ({reason}); give a local file of these weights instead"
-        ) from error
+        raise ValueError(f"cannot fetch {hub} ({reason}); give a local file of these weights instead") from error
+    finally:
+        logger.setLevel(level)
     return gated_names(state) if ENCODERS[name].swiglu else state
 
 

@@ -1,0 +1,137 @@
+"""The encoder: the position rule to the digit, any timm ViT, published weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from depth_anything.model.encoder import (
+    ENCODERS,
+    DINOv2,
+    build_encoder,
+    canonical_name,
+    gated_names,
+    hub_weights,
+    resample_positions,
+)
+
+
+def cubic_weights(side: int, count: int) -> np.ndarray:
+    """Rows of bicubic weights (a = -0.75, border repeated) that sample `side` values with the released step."""
+    step = side / (count + 0.1)
+    matrix = np.zeros((count, side))
+    for i in range(count):
+        centre = (i + 0.5) * step - 0.5
+        base = int(np.floor(centre))
+        for j in range(base - 1, base + 3):
+            distance, a = abs(centre - j), -0.75
+            if distance <= 1:
+                weight = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+            else:
+                weight = a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
+            matrix[i, min(max(j, 0), side - 1)] += weight
+    return matrix
+
+
+@pytest.mark.parametrize(("side", "height", "width"), [(37, 37, 49), (37, 10, 10), (37, 1, 1369), (7, 12, 7)])
+def test_positions_follow_the_released_rule(side, height, width):
+    positions = torch.randn(1, 1 + side * side, 5, generator=torch.Generator().manual_seed(0))
+    got = resample_positions(positions, height, width)
+    grid = positions[0, 1:].reshape(side, side, 5).double().numpy()
+    down, across = cubic_weights(side, height), cubic_weights(side, width)
+    want = np.einsum("ij,kl,jlc->ikc", down, across, grid).reshape(-1, 5)
+    assert torch.equal(got[0, 0], positions[0, 0])
+    np.testing.assert_allclose(got[0, 1:].numpy(), want, atol=2e-5)
+
+
+def test_positions_stay_on_their_own_square_only():
+    positions = torch.randn(1, 1 + 37 * 37, 3)
+    assert resample_positions(positions, 37, 37) is positions
+
+
+def test_positions_are_resampled_in_full_precision():
+    positions = torch.randn(1, 50, 4, generator=torch.Generator().manual_seed(0))
+    half = resample_positions(positions.bfloat16(), 9, 9)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, resample_positions(positions.bfloat16().float(), 9, 9))
+    assert resample_positions(positions.double(), 9, 9).dtype == torch.float64
+
+
+def test_attention_is_fused():
+    module, _ = build_encoder("vitn")
+    assert all(block.attn.fused_attn for block in module.blocks)
+
+
+def test_other_names_of_dinov2_are_ours():
+    assert canonical_name("vit_small_patch14_dinov2") == "vits"
+    assert canonical_name("vit_giant_patch14_dinov2.lvd142m") == "vitg"
+    assert canonical_name("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "taps"),
+    [
+        ("vit_tiny_patch16_224", 16, (2, 5, 8, 11)),
+        ("vit_small_patch14_reg4_dinov2", 14, (2, 5, 8, 11)),
+        ("vit_small_patch16_dinov3", 16, (2, 5, 8, 11)),
+        ("vit_large_patch16_224", 16, (5, 11, 17, 23)),
+    ],
+)
+def test_timm_vits_are_described(name, patch, taps):
+    with torch.device("meta"):
+        module, spec = build_encoder(name)
+    assert (spec.patch, spec.taps, spec.width, spec.depth) == (patch, taps, module.embed_dim, len(module.blocks))
+
+
+@pytest.mark.parametrize(
+    "name", ["vitx", "resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224"]
+)
+def test_what_is_no_vit_is_refused(name):
+    with pytest.raises(ValueError, match=f"encoder={name} .*use one of vits, vitb"), torch.device("meta"):
+        build_encoder(name)
+
+
+def test_giant_reads_timms_layers():
+    """timm packs the same matrices under other names; its own giant is the judge of ours."""
+    spec = replace(ENCODERS["vitg"], width=48, depth=2, heads=2, grid=5)
+    theirs = timm.create_model(
+        "vit_giant_patch14_dinov2", img_size=70, embed_dim=48, depth=2, num_heads=2, num_classes=0, mlp_ratio=2.66667 * 2
+    )
+    hidden = (int(48 * 4 * 2 / 3) + 7) // 8 * 8
+    for block in theirs.blocks:
+        block.mlp.fc1 = nn.Linear(48, 2 * hidden)
+        block.mlp.fc2 = nn.Linear(hidden, 48)
+    ours = DINOv2(spec)
+    ours.load_state_dict({**gated_names(theirs.state_dict()), "mask_token": torch.zeros(1, 48)})
+    image = torch.randn(1, 3, 70, 70)
+    torch.testing.assert_close(ours.forward_features(image), theirs.forward_features(image), atol=1e-5, rtol=0)
+
+
+def test_weights_nobody_published_are_refused():
+    with pytest.raises(ValueError, match="encoder=vitn has no published weights"):
+        hub_weights("vitn")
+
+
+def test_offline_is_one_sentence(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(ValueError, match=r"^cannot fetch vit_small\S+ \(no route to host\); give a local file"):
+        hub_weights("vits")
+
+
+def test_hub_weights_have_our_names(monkeypatch):
+    spec = replace(ENCODERS["vits"], width=48, depth=4, heads=2, grid=5)
+    monkeypatch.setitem(ENCODERS, "vits", spec)
+    published = timm.models.vision_transformer.VisionTransformer(
+        img_size=70, patch_size=14, embed_dim=48, depth=4, num_heads=2, num_classes=0, init_values=1.0
+    )
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: asked.append((name, settings)) or published)
+    state = hub_weights("vits")
+    assert asked == [("vit_small_patch14_dinov2.lvd142m", {"pretrained": True, "num_classes": 0})]
+    assert DINOv2(spec).state_dict().keys() - state.keys() == {"mask_token"}
