@@ -107,17 +107,20 @@ def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
     Any number of processes may do so. Shards of whose images none has a label are left out.
 
     Returns:
-        The set, or None as long as a shard is not done.
+        The set, or None as long as a shard is not done, or its NAME.json is damaged or another tar's.
 
     Raises:
-        ShardError: shards by different teachers, of other images, or damaged.
+        ShardError: shards by different teachers, or of other images.
     """
     if Path(root, "manifest.json").is_file():
         labels = open_set(root, check=False)
         if len(_image_hashes(labels)) == len(images.shards):
             _check_images(root, images, _image_hashes(labels))
             return labels
-    done = _done_shards(root, images)
+    try:
+        done = _done_shards(root, images)
+    except ShardError:
+        return None
     if len(done) < len(images.shards):
         return None
     rows, meta = _described(root, images, done)
@@ -241,6 +244,7 @@ class LabelSet:
                 f"{self.root}/{shard}: not every image of {image.records} has one label or one reason"
             )
         keys = self._keys(image)
+        Path(self.root).mkdir(parents=True, exist_ok=True)
         Path(self.root, "manifest.json").unlink(missing_ok=True)  # of a finished set a shard is made anew
         path = Path(self.root, f"{shard}.tar")
         info = ShardInfo(shard, 0, 0, "")
@@ -261,7 +265,7 @@ class LabelSet:
 
     def finish(self) -> bool:
         """Write the manifest if every shard is done; say whether."""
-        return finish_labels(self.root, self.images) is not None
+        return all(map(self.done, self._infos)) and finish_labels(self.root, self.images) is not None
 
     def _keys(self, image: ShardInfo) -> list[str]:
         try:

@@ -7,6 +7,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from depth_anything.data.tars import ShardError, temporary_name
 
@@ -15,88 +16,105 @@ _CHUNK = 1 << 20
 
 
 def is_remote(address: str) -> bool:
-    """Say whether an address is a URL or a command in place of a path; file:// is taken for remote, too."""
+    """Say whether an address is a URL or a command, in place of a path."""
     return "://" in address or address.startswith("pipe:")
 
 
 def read(address: str) -> bytes:
-    """Read a whole small file; ShardError where it cannot be had."""
+    """Read a whole small file.
+
+    Raises:
+        ShardError: it cannot be had.
+    """
     try:
-        if address.startswith(("http://", "https://")):
-            with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:
-                return response.read()
         with _open(address) as file:
             return file.read()
     except Exception as error:  # openers raise what they like
-        raise ShardError(f"{address} cannot be read: {error}") from error
+        raise _failure(address, error) from error
 
 
 def read_range(address: str, start: int, count: int, *, shard_bytes: int, total_bytes: int | None) -> bytes:
-    """Read part of a file of known size.
+    """Read part of a shard.
 
     Args:
-        address: of the shard.
+        address: of the tar.
         start: first byte.
-        count: bytes.
-        shard_bytes: of the whole file.
-        total_bytes: of all files that will be read, for the line that announces whole copies.
+        count: bytes; fewer come where the file ends.
+        shard_bytes: of the whole tar.
+        total_bytes: of all shards that will be read, for the line that announces whole copies.
+
+    Raises:
+        ShardError: it cannot be had.
     """
     cached = _cache_path(address)
-    if not cached.exists() or cached.stat().st_size != shard_bytes:
-        if address.startswith(("http://", "https://")):
-            data = _http_range(address, start, count)
+    try:
+        if not cached.exists() or cached.stat().st_size != shard_bytes:
+            data = _http_range(address, start, count) if _is_http(address) else None
             if data is not None:
                 return data
-        _copy(address, cached, shard_bytes=shard_bytes, total_bytes=total_bytes)
-    with open(cached, "rb") as file:
-        file.seek(start)
-        return file.read(count)
+            _copy(address, cached, shard_bytes=shard_bytes, total_bytes=total_bytes)
+        with open(cached, "rb") as file:
+            file.seek(start)
+            return file.read(count)
+    except Exception as error:  # openers raise what they like
+        raise _failure(address, error) from error
+
+
+def _is_http(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
+def _failure(address: str, error: Exception) -> ShardError:
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()  # it holds the connection
+    return ShardError(f"{address} cannot be read: {error or type(error).__name__}")
+
+
+def _open(address: str, headers: dict[str, str] | None = None) -> Any:
+    if _is_http(address):
+        return urllib.request.urlopen(
+            urllib.request.Request(address, headers=headers or {}), timeout=_TIMEOUT_S
+        )
+    if address.startswith("pipe:"):
+        from webdataset import gopen  # takes 1.5 s, and most reading does without
+
+        return gopen(address)
+    import fsspec  # likewise
+
+    return fsspec.open(address, "rb").open()
 
 
 def _http_range(address: str, start: int, count: int) -> bytes | None:
-    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-{start + count - 1}"})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            return response.read() if response.status == 206 else None
-    except OSError as error:
-        raise ShardError(f"{address} cannot be read: {error}") from error
+    """Ask for a part; None from a server that only has wholes."""
+    with _open(address, {"Range": f"bytes={start}-{start + count - 1}"}) as response:
+        return response.read() if response.status == 206 else None
 
 
 def _cache_path(address: str) -> Path:
     folder = os.environ.get("DEPTH_ANYTHING_CACHE") or Path(tempfile.gettempdir(), "depth-anything-shards")
-    return Path(folder, f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar")
+    prefix, _, name = address.rpartition("/")
+    return Path(folder, *(hashlib.sha256(part.encode()).hexdigest()[:24] for part in (prefix, name)))
 
 
 def _copy(address: str, cached: Path, *, shard_bytes: int, total_bytes: int | None) -> None:
     try:
         cached.parent.mkdir(parents=True)
-        need = f"{total_bytes / 1e9:.1f} GB" if total_bytes else "as much disk as the shards have"
+    except FileExistsError:
+        pass
+    else:  # whoever makes the set's folder, of all workers, says what for
+        size = f"{total_bytes / 1e9:.3f} GB" if total_bytes else "as much as the shards have"
         print(
-            f"{address} cannot be read in parts: whole shards are copied to {cached.parent}, up to {need}; "
+            f"{address} cannot be read in parts: whole shards are copied to {cached.parent}, in all {size}; "
             "DEPTH_ANYTHING_CACHE=FOLDER puts them elsewhere",
             file=sys.stderr,
         )
-    except FileExistsError:
-        pass
     temporary = temporary_name(cached)
     try:
         with open(temporary, "xb") as file, _open(address) as source:
             while chunk := source.read(_CHUNK):
                 file.write(chunk)
         if temporary.stat().st_size != shard_bytes:
-            raise ShardError(f"{address} ended after {temporary.stat().st_size} of {shard_bytes} bytes")
+            raise ShardError(f"it ended after {temporary.stat().st_size} of {shard_bytes} bytes")
         os.replace(temporary, cached)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _open(address: str):
-    if address.startswith(("http://", "https://")):
-        return urllib.request.urlopen(address, timeout=_TIMEOUT_S)
-    if address.startswith("pipe:"):
-        from webdataset import gopen
-
-        return gopen(address)
-    import fsspec
-
-    return fsspec.open(address, "rb").open()

@@ -12,12 +12,11 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
+    WebPImagePlugin,
 )
-from PIL import WebPImagePlugin as WebpImagePlugin
 
 from depth_anything.data import codec as map_codec
 
@@ -30,7 +29,7 @@ LABEL_FIELDS = ("depth", "disparity")
 _PLUGINS = (
     (b"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"RIFF", WebpImagePlugin.WebPImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
     (b"II*\0", TiffImagePlugin.TiffImageFile),
     (b"MM\0*", TiffImagePlugin.TiffImageFile),
     (b"BM", BmpImagePlugin.BmpImageFile),
@@ -78,17 +77,19 @@ def decode_image(data: bytes) -> np.ndarray:
             raise ValueError(
                 f"{picture.width}x{picture.height} pixels are more than the limit of 200 megapixels"
             )
-        if picture.mode == "RGB" and picture.format == "JPEG" and b"\xff\xd9" in data[-4096:]:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
-            if image is not None:
-                return _upright(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), _orientation(picture))
-        return _to_rgb(picture)
+        plain = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
+        image = _decode_jpeg(data) if plain else None
+        return _upright(_to_rgb(picture) if image is None else image, _orientation(picture))
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return height and width of an image file, upright, without decoding it; ValueError as `decode_image`."""
+    """Return height and width of an image file, upright, from its header.
+
+    Raises:
+        ValueError: as `decode_image`, as far as the header tells.
+    """
     try:
         picture = _open(data)
         width, height = picture.size
@@ -182,7 +183,8 @@ def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.
     if frame.depth is None:
         raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
     positive = frame.depth > 0
-    disparity = np.divide(np.float32(1), frame.depth, out=np.zeros_like(frame.depth), where=positive)
+    with np.errstate(over="ignore"):  # of depths below 3e-39, which then are not valid
+        disparity = np.divide(np.float32(1), frame.depth, out=np.zeros_like(frame.depth), where=positive)
     valid = positive & np.isfinite(disparity)
     if sky == "invalid":
         valid &= np.isfinite(frame.depth)
@@ -198,7 +200,10 @@ def _field(decoder: Any, fields: Mapping[str, bytes], name: str) -> Any:
 
 
 def _decode_meta(data: bytes) -> dict[str, Any]:
-    meta = json.loads(data)
+    try:
+        meta = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(meta, dict):
         raise ValueError("not a JSON object")
     return meta
@@ -211,30 +216,43 @@ def _open(data: bytes) -> Any:
     raise ValueError("neither JPEG, PNG, WebP, TIFF, BMP nor GIF")
 
 
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    # OpenCV is faster than Pillow, but fills what is missing of a truncated file with grey, and says so on
+    # stderr: a file without the mark of its end is left to Pillow.
+    if b"\xff\xd9" not in data[-4096:]:
+        return None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
 def _orientation(picture: Any) -> int:
-    return picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+    if "exif" not in picture.info:
+        return 1
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF is no reason to lose a picture
+        return 1
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    # EXIF 2.32, table 6: which corner of the scene the first row and column of the file show.
+    # The tag says which edges of the scene the first row and the first column of the file are (EXIF 2.32,
+    # 4.6.4).
     if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
+        image = cv2.transpose(image)
     if orientation in (3, 4, 7, 8):
-        image = image[::-1]
+        image = cv2.flip(image, 0)
     if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+        image = cv2.flip(image, 1)
+    return image
 
 
 def _to_rgb(picture: Any) -> np.ndarray:
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
-        grey = (np.clip(grey, 0, 65535) + 128) // 257
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.mode == "F":
-        raise ValueError("it holds 32-bit floats, which have no fixed white")
+        raise ValueError("it holds 32-bit floats, of which none is white by nature")
+    if picture.mode.startswith("I"):
+        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

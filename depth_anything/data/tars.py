@@ -330,8 +330,11 @@ def _check_key(key: str, *, where: Path) -> None:
 
 def _publish(temporary: Path, path: Path, text: bytes) -> None:
     # Of a new shard the index comes first, and the tar's rename shows both. Of one that is replaced the old
-    # index goes first: a tar without an index is whole, a tar with another's is not.
+    # index goes first: a tar without an index is whole, a tar with another's is not. One that is there already
+    # is left alone, as others may be reading it.
     index, mine = path.with_suffix(".idx"), temporary.stat().st_ino
+    if _is_there(path, text):
+        return
     if path.exists():
         index.unlink(missing_ok=True)
     else:
@@ -341,6 +344,13 @@ def _publish(temporary: Path, path: Path, text: bytes) -> None:
     # Another writer of this very shard may have come between; whoever's tar is seen sees to its index.
     if path.stat().st_ino == mine and not (index.exists() and index.read_bytes() == text):
         write_atomically(index, text)
+
+
+def _is_there(path: Path, text: bytes) -> bool:
+    try:
+        return path.with_suffix(".idx").read_bytes() == text == index_text(path).encode()
+    except (OSError, ShardError):
+        return False
 
 
 def _info(path: Path, text: str) -> ShardInfo:
