@@ -1,0 +1,79 @@
+"""docs/recipe.md says what the configs hold, and leaves no number of the recipe out."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ["Where", "The source says", "Source", "Key", "Default", "Our reason"]
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """Read (file, key, default, statement) from the tables, one for each file a row names."""
+    found: list[tuple[str, str, str, str]] = []
+    for line in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == len(HEADER), line
+        if cells == HEADER or set(cells[0]) == {"-"}:
+            continue
+        key, default = (re.fullmatch(r"`(.+)`", cell) for cell in cells[3:5])
+        assert key and default, line
+        found += [(where.strip(), key[1], default[1], cells[1]) for where in cells[0].split(",")]
+    return found
+
+
+def held(where: str, key: str) -> Any:
+    """Look a dotted key up in configs/WHERE.yaml as it stands, not composed."""
+    file = ROOT / "configs" / f"{where}.yaml"
+    text = file.read_text(encoding="utf-8")
+    value = yaml.safe_load(text)
+    parts = key.split(".")
+    if "@package _global_" not in text.splitlines()[0] and "/" in where:
+        assert parts.pop(0) == where.split("/")[0]
+    for part in parts:
+        assert part in value, f"{key} is not in {file.relative_to(ROOT)}"
+        value = value[part]
+    return value
+
+
+def number(value: Any) -> Any:
+    """Read 5.0e-6, which YAML 1.1 leaves a string where it lacks the dot."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+@pytest.mark.parametrize(("where", "key", "default", "statement"), rows())
+def test_the_default_is_the_configs(where: str, key: str, default: str, statement: str) -> None:
+    assert number(yaml.safe_load(default)) == number(held(where, key))
+
+
+def test_no_row_is_there_twice() -> None:
+    named = [(where, key) for where, key, _, _ in rows()]
+    assert len(named) == len(set(named)) > 40
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "stage" / f"{stage}.yaml").read_text())
+    keys = {"encoder", "batch_size", "steps", "image_size", "init", "data.sky", "data.perturb", "data.repeat"}
+    keys |= {f"recipe.{key}" for key in config["recipe"] if key not in ("_target_", "steps")}
+    told = {key for where, key, _, _ in rows() if where == f"stage/{stage}"}
+    assert keys <= told, f"docs/recipe.md does not tell of {sorted(keys - told)}"
+
+
+def test_the_papers_numbers_are_the_papers() -> None:
+    """Arithmetic on the doc's own words, so that a changed default changes the sentence beside it."""
+    teacher, student = (
+        yaml.safe_load((ROOT / f"configs/stage/{s}.yaml").read_text()) for s in ("teacher", "student")
+    )
+    assert round(teacher["batch_size"] * teacher["steps"] / 1e6, 1) == 10.2
+    assert round(teacher["batch_size"] * teacher["steps"] / 595e3) == 17
+    assert round(student["batch_size"] * student["steps"] / 1e6) == 92
+    assert round(student["batch_size"] * student["steps"] / 62e6, 1) == 1.5
