@@ -92,7 +92,7 @@ class Predictor:
         if self._dtype is not None:
             autocast = torch.autocast(self.device.type, dtype=self._dtype)
         with autocast:
-            return self.model(batch.to(self.device)).float()
+            return self.model(batch.to(self.device, next(self.model.parameters()).dtype)).float()
 
 
 @torch.inference_mode()
