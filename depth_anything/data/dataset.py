@@ -110,7 +110,7 @@ class StreamDataset(Dataset):
         failed = []
         for i, n in enumerate(numbers):
             frame, size, failure = self._frame(n)
-            image[i], target[i], valid[i] = self._crop(frame, size, n)
+            target[i], valid[i] = self._cut(frame, size, n, image=image[i])
             failed += [failure] if failure else []
         batch = {"image": image, "target": target, "valid": valid, "sample": np.array(numbers, np.int64)}
         if self.perturb:
@@ -119,8 +119,10 @@ class StreamDataset(Dataset):
             batch["box"] = np.stack([draw_cutmix(self.seed, n) for n in numbers])
         return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "failed": failed}
 
-    def _crop(self, frame: Frame, size: tuple[int, int], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return image, disparity and valid mask of sample `n`'s square of a frame resized to `size`."""
+    def _cut(
+        self, frame: Frame, size: tuple[int, int], n: int, *, image: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return disparity and mask of sample `n`'s square of a frame resized to `size`, and fill in `image`."""
         if min(size) < self.image_size:
             raise ValueError(
                 f"{frame.key}: a label of {size[0]} x {size[1]} px is too small for {self.image_size}; "
@@ -133,8 +135,8 @@ class StreamDataset(Dataset):
             depth=None if frame.depth is None else view_map(frame.depth, view),
             disparity=None if frame.disparity is None else view_map(frame.disparity, view),
         )
-        disparity, valid = disparity_target(small, sky=self.sky)
-        return view_image(frame.image, view), disparity, valid
+        view_image(frame.image, view, out=image)
+        return disparity_target(small, sky=self.sky)
 
     def _frame(self, n: int) -> tuple[Frame, tuple[int, int], str | None]:
         """Return a frame for sample `n`, the size to give it, and why it is not its own, if so."""

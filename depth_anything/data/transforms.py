@@ -54,14 +54,19 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1)[0].numpy()
 
 
-def view_image(image: np.ndarray, view: View) -> np.ndarray:
+def view_image(image: np.ndarray, view: View, *, out: np.ndarray | None = None) -> np.ndarray:
     """Return what `view` shows of an image, uint8 (H, W, 3), as uint8 (side, side, 3), contiguous.
 
     The image is resized by antialiased bicubic; one that already has the view's size is not resampled.
+    `out` takes the result, a place in a batch perhaps.
     """
+    out = np.empty((view.side, view.side, 3), np.uint8) if out is None else out
     image = resize_image(image, view.height, view.width)
     square = image[view.top : view.top + view.side, view.left : view.left + view.side]
-    return cv2.flip(square, 1) if view.flip else np.ascontiguousarray(square)
+    if view.flip:
+        return cv2.flip(square, 1, dst=out)  # numpy takes 30 times as long to mirror pixels of three bytes
+    out[:] = square
+    return out
 
 
 def view_map(values: np.ndarray, view: View) -> np.ndarray:
@@ -70,6 +75,9 @@ def view_map(values: np.ndarray, view: View) -> np.ndarray:
     Values are never blended, so edges stay sharp and unknown or infinite pixels keep to themselves. cv2's
     INTER_NEAREST, the authors' choice, would lean up to half a pixel to the upper left of the image instead.
     """
+    if values.shape == (view.height, view.width):  # a label, mostly; four times as fast
+        square = values[view.top : view.top + view.side, view.left : view.left + view.side]
+        return np.ascontiguousarray(square[:, ::-1] if view.flip else square)
     rows = _nearest(values.shape[0], view.height, view.top, view.side)
     columns = _nearest(values.shape[1], view.width, view.left, view.side)
     return values.take(rows, 0).take(columns[::-1] if view.flip else columns, 1)
@@ -108,17 +116,17 @@ def normalize(image: torch.Tensor, perturbation: torch.Tensor | None = None) -> 
     unit = image.permute(0, 3, 1, 2).float() / 255
     if perturbation is not None:
         unit = perturb(unit, perturbation)
-    mean, std = _imagenet(image.device)
-    return (unit - mean) / std
+    shift, scale = _imagenet(image.device)
+    return torch.addcmul(shift, unit, scale)
 
 
 @cache
 def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation; kept, since to copy them over makes the host wait."""
+    """Return -mean / std and 1 / std; kept, since to copy them over makes the host wait."""
     mean, std = (
         torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
-    return mean, std
+    return -mean / std, 1 / std
 
 
 def perturb(image: torch.Tensor, perturbation: torch.Tensor) -> torch.Tensor:
