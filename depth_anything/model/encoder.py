@@ -230,7 +230,9 @@ def hub_weights(name: str) -> dict[str, Tensor]:
         state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot fetch {hub} ({reason}); give a local file of these weights instead") from error
+        raise ValueError(
+            f"cannot fetch {hub} ({reason}); give a local file of these weights instead"
+        ) from error
     finally:
         logger.setLevel(level)
     return gated_names(state) if ENCODERS[name].swiglu else state

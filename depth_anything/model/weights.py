@@ -143,7 +143,7 @@ def load_encoder(model: DepthAnything, source: str | Path) -> None:
     if source == "hub":
         tensors = hub_weights(model.encoder)
     else:
-        tensors = _encoder_tensors(*_read(Path(source)))
+        tensors = _encoder_tensors(_read(Path(source))[0])
         if "blocks.0.mlp.w12.weight" in model.pretrained.state_dict():
             tensors = gated_names(tensors)
     _check_fit(tensors, model.pretrained, source, f"the encoder {model.encoder}")
@@ -198,7 +198,7 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _said_by_metadata(metadata, path)
 
 
-def _encoder_tensors(tensors: dict[str, Tensor], _: Mapping[str, Any]) -> dict[str, Tensor]:
+def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(name.startswith("pretrained.") for name in tensors):
         inner = "pretrained."
         return {name[len(inner) :]: t for name, t in tensors.items() if name.startswith(inner)}
@@ -214,10 +214,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             head = file.read(64)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {_EXPECTED}") from error
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
-    elif head[8:9] == b"{":
+    if head[8:9] == b"{":  # first, as the length of a safetensors header may begin like a pickle
         content, metadata = _read_safetensors(path)
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
     else:
         kind = next((kind for start, kind in _KINDS.items() if head.startswith(start)), "no checkpoint")
         raise ValueError(f"{path} is {kind if head else 'empty'}; {_EXPECTED}")

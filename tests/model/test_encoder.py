@@ -83,7 +83,12 @@ def test_other_names_of_dinov2_are_ours():
 def test_timm_vits_are_described(name, patch, taps):
     with torch.device("meta"):
         module, spec = build_encoder(name)
-    assert (spec.patch, spec.taps, spec.width, spec.depth) == (patch, taps, module.embed_dim, len(module.blocks))
+    assert (spec.patch, spec.taps, spec.width, spec.depth) == (
+        patch,
+        taps,
+        module.embed_dim,
+        len(module.blocks),
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,13 @@ def test_giant_reads_timms_layers():
     """timm packs the same matrices under other names; its own giant is the judge of ours."""
     spec = replace(ENCODERS["vitg"], width=48, depth=2, heads=2, grid=5)
     theirs = timm.create_model(
-        "vit_giant_patch14_dinov2", img_size=70, embed_dim=48, depth=2, num_heads=2, num_classes=0, mlp_ratio=2.66667 * 2
+        "vit_giant_patch14_dinov2",
+        img_size=70,
+        embed_dim=48,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        mlp_ratio=2.66667 * 2,
     )
     hidden = (int(48 * 4 * 2 / 3) + 7) // 8 * 8
     for block in theirs.blocks:
@@ -107,7 +118,9 @@ def test_giant_reads_timms_layers():
     ours = DINOv2(spec)
     ours.load_state_dict({**gated_names(theirs.state_dict()), "mask_token": torch.zeros(1, 48)})
     image = torch.randn(1, 3, 70, 70)
-    torch.testing.assert_close(ours.forward_features(image), theirs.forward_features(image), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.forward_features(image), theirs.forward_features(image), atol=1e-5, rtol=0
+    )
 
 
 def test_weights_nobody_published_are_refused():
@@ -120,7 +133,9 @@ def test_offline_is_one_sentence(monkeypatch):
         raise OSError("no route to host\nand much more")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(ValueError, match=r"^cannot fetch vit_small\S+ \(no route to host\); give a local file"):
+    with pytest.raises(
+        ValueError, match=r"^cannot fetch vit_small\S+ \(no route to host\); give a local file"
+    ):
         hub_weights("vits")
 
 
@@ -131,7 +146,9 @@ def test_hub_weights_have_our_names(monkeypatch):
         img_size=70, patch_size=14, embed_dim=48, depth=4, num_heads=2, num_classes=0, init_values=1.0
     )
     asked = []
-    monkeypatch.setattr(timm, "create_model", lambda name, **settings: asked.append((name, settings)) or published)
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **settings: asked.append((name, settings)) or published
+    )
     state = hub_weights("vits")
     assert asked == [("vit_small_patch14_dinov2.lvd142m", {"pretrained": True, "num_classes": 0})]
     assert DINOv2(spec).state_dict().keys() - state.keys() == {"mask_token"}

@@ -1,0 +1,113 @@
+"""Photographs of any size to maps of the same size."""
+
+import numpy as np
+import pytest
+import torch
+
+from depth_anything.inference.predictor import Predictor
+from depth_anything.model.depth_anything import DepthAnything
+
+
+def photograph(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return DepthAnything("vitn")
+
+
+def test_predict_is_the_authors_chain(model):
+    image = photograph(61, 37)
+    got = Predictor(model, device="cpu", input_size=98).predict(image)
+    assert got.dtype == np.float32 and got.shape == (61, 37)
+    np.testing.assert_allclose(got, model.infer_image(image[..., ::-1], input_size=98), atol=1e-6)
+
+
+def test_default_size_is_518(model):
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    Predictor(model, device="cpu").predict(photograph(30, 40))
+    assert seen == [(1, 3, 518, 686)]
+
+
+def test_batches_are_formed_by_shape_and_order_is_kept(model):
+    predictor = Predictor(model, device="cpu", input_size=56)
+    images = [
+        photograph(h, w, seed)
+        for seed, (h, w) in enumerate([(40, 60), (60, 40), (41, 61), (80, 120), (9, 1)])
+    ]
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    together = predictor.predict_batch(images)
+    assert sorted(shape[0] for shape in seen) == [1, 1, 3]  # 40×60, 41×61 and 80×120 all become 56×84
+    for image, got in zip(images, together, strict=True):
+        assert got.shape == image.shape[:2] and got.dtype == np.float32
+        np.testing.assert_allclose(got, predictor.predict(image), atol=1e-5)
+    assert predictor.predict_batch([]) == []
+
+
+def test_patch_size_is_the_models():
+    model = DepthAnything("vit_tiny_patch16_224")
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    Predictor(model, device="cpu", input_size=60).predict(photograph(30, 40))
+    assert seen == [(1, 3, 64, 80)]
+
+
+def test_model_is_kept_in_eval(model):
+    model.train()
+    predictor = Predictor(model, device="cpu")
+    assert predictor.model is model and not model.training
+    assert predictor.device == torch.device("cpu")
+
+
+def test_quantity_and_unit(model):
+    predictor = Predictor(model, device="cpu")
+    assert (predictor.quantity, predictor.unit) == ("disparity", "relative")
+    metric = Predictor(DepthAnything("vitn", max_depth=20), device="cpu", input_size=28)
+    assert (metric.quantity, metric.unit) == ("depth", "m")
+    depth = metric.predict(photograph(28, 28))
+    assert 0 < depth.min() and depth.max() < 20
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions(model, precision):
+    image = photograph(70, 70)
+    exact = Predictor(model, device="cpu", input_size=98).predict(image)
+    got = Predictor(model, device="cpu", input_size=98, precision=precision).predict(image)
+    assert got.dtype == np.float32
+    assert 0 < np.abs(got - exact).max() < 0.02
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_model_on_an_accelerator_stays_there(model, monkeypatch):
+    """ "auto" must not move a network that trains on the second GPU to the first."""
+    meta = model.to("meta")
+    assert Predictor(meta).device == torch.device("meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert Predictor(DepthAnything("vitn")).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_what_is_no_image_is_refused(model, image):
+    with pytest.raises(ValueError, match=r"an image must be uint8 of shape \(height, width, 3\), not"):
+        Predictor(model, device="cpu").predict(image)
+
+
+def test_unknown_precision_and_device(model):
+    with pytest.raises(ValueError, match="precision='int8' is unknown; use one of fp32, bf16, fp16"):
+        Predictor(model, precision="int8")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device='{device}' does not exist here; use auto, cpu"):
+            Predictor(model, device=device)
