@@ -168,6 +168,8 @@ def test_labelling_runs_the_same_command_in_every_task(cluster: Cluster) -> None
 def test_labelling_takes_the_stage_from_the_command_too(cluster: Cluster) -> None:
     cluster.sbatch("pseudolabel.sbatch", "size=paper", "stage=pseudolabel")
     assert cluster.read("srun")[2:4] == ["size=paper", "stage=pseudolabel"]
+    cluster.sbatch("pseudolabel.sbatch", "name=a-stage=b")
+    assert cluster.read("srun")[2:4] == ["stage=pseudolabel", "name=a-stage=b"]
     cluster.sbatch("pseudolabel.sbatch")
     assert cluster.read("srun")[2:] == ["stage=pseudolabel", "trainer.num_nodes=1", "trainer.devices=1"]
 
