@@ -99,7 +99,7 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if format == "safetensors":
-        _write_whole(path, lambda temporary: save_file(state, temporary, metadata=describe(model)))
+        _write_whole(path, lambda temporary: _save_safetensors(state, temporary, describe(model)))
     elif format == "official":
         _warn_unsaid(model, path)
         _write_whole(path, lambda temporary: _save_torch(state, temporary))
@@ -236,14 +236,13 @@ def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[st
         raise ValueError(f"{path} holds {what}, which is never unpickled; {_EXPECTED}") from error
     except Exception as error:  # a damaged file can end the reader anywhere
         raise ValueError(f"{path} is damaged or cut short ({_reason(error)}); fetch it again") from error
-    metadata = content.get("depth_anything", {}) if isinstance(content, Mapping) else {}
-    while isinstance(content, Mapping) and (inner := content.get("state_dict", content.get("model"))):
-        if not isinstance(inner, Mapping):
-            break
-        content = inner
+    metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
+    for _ in range(3):  # a dictionary may hold itself
+        inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {_EXPECTED}")
-    return content, dict(metadata)
+    return content, dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -259,10 +258,11 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
     if "encoder" not in metadata:
         return {}
     try:
+        max_depth = json.loads(metadata["max_depth"])
         return {
             "encoder": str(metadata["encoder"]),
-            "taps": tuple(json.loads(metadata["taps"])),
-            "max_depth": json.loads(metadata["max_depth"]),
+            "taps": tuple(int(tap) for tap in json.loads(metadata["taps"])),
+            "max_depth": None if max_depth is None else float(max_depth),
             "input_size": int(json.loads(metadata["input_size"])),
             "licence": None if metadata["licence"] == "unknown" else str(metadata["licence"]),
         }
@@ -283,7 +283,7 @@ def _said_by_name(path: Path) -> dict[str, Any]:
 
 
 def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
-    width = tensors["pretrained.cls_token"].shape[-1] if "pretrained.cls_token" in tensors else 0
+    width = next((t.shape[-1] for name, t in tensors.items() if name == "pretrained.cls_token" and t.ndim), 0)
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     for name, spec in ENCODERS.items():
@@ -368,6 +368,22 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors and metadata so that the same model makes the same bytes, readable as the umask has it."""
+    save_file(state, path, metadata=metadata)
+    with path.open("rb+") as file:  # the library writes metadata in an order of the day
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # the library makes files for the owner alone
 
 
 def _save_torch(state: Mapping[str, Tensor], path: Path) -> None:

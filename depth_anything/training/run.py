@@ -64,10 +64,10 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
     make_scenes(sources["scenes"], [*config["data"]["sets"].values(), sources["validation"]])
     data = instantiate(cfg.data, micro_batch=micro, _convert_="all")
     data.open()  # a set that is missing or damaged is named before a network is built
-    numbers = MetricsCSV(folder.path / "metrics.csv")
     if trainer.is_global_zero:
+        numbers = MetricsCSV(folder.path / "metrics.csv")
         numbers.rewind(step_of(checkpoint))
-    trainer.loggers = [numbers, *([instantiate(cfg.logger)] if cfg.logger else [])]
+        trainer.loggers = [numbers, *([instantiate(cfg.logger)] if cfg.logger else [])]
     module = instantiate(cfg.module, network(config), frozen=twin(config), _convert_="object")
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     stop_if_signalled(trainer, callbacks)
