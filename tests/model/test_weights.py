@@ -412,9 +412,32 @@ def test_unknown_sizes_are_named(tmp_path):
         assert same(load_model(tmp_path / "model.pth", encoder="vit_tiny_patch16_224"), other)
 
 
-def test_nonsense_metadata_and_version(tmp_path, model):
-    save_file(dict(model.state_dict()), tmp_path / "m.safetensors", metadata={"encoder": "vits", "taps": "x"})
-    assert "has metadata that make no sense" in refusal(tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    ("fact", "message"),
+    [
+        ({"taps": "x"}, "has metadata that make no sense"),
+        ({"taps": '["a"]'}, "has metadata that make no sense"),
+        ({"taps": "[0, 1]"}, "taps=[0, 1] must be four ascending blocks"),
+        ({"max_depth": "[]"}, "has metadata that make no sense"),
+        ({"max_depth": "-1"}, "max_depth=-1.0 must be a number of metres above 0"),
+        ({"input_size": "{}"}, "has metadata that make no sense"),
+        ({"encoder": "vitx"}, "encoder=vitx is unknown"),
+    ],
+)
+def test_nonsense_metadata_is_named(tmp_path, model, fact, message):
+    save_file(dict(model.state_dict()), tmp_path / "m.safetensors", metadata={**describe(model), **fact})
+    assert message in refusal(tmp_path / "m.safetensors")
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path, model):
+    content = {"depth_anything": torch.ones(1), **model.state_dict()}
+    content["model"] = content
+    torch.save(content, tmp_path / RELATIVE)
+    assert same(load_model(tmp_path / RELATIVE), model)
+
+
+def test_version_is_one_or_two(tmp_path, model):
+    save_model(model, tmp_path / "m.safetensors")
     assert "version=3 must be 1 or 2" in refusal(tmp_path / "m.safetensors", version=3)
 
 
