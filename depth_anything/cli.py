@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _say_warning(message: Warning | str, *where: Any) -> None:
+def _say_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 

@@ -198,7 +198,7 @@ def test_view_draws_a_sheet_and_tells_ranges(tmp_path, scenes, capsys):
     assert main(["view", str(scenes), "--count", "4", "--output", str(sheet)]) == 0
     out = capsys.readouterr().out
     assert (
-        re.search(r"set: +scenes\n.*records: +6\nshards: +2,", out, re.DOTALL)
+        re.search(r"set: +scenes\n.*records: +6\nshards: +2\n", out, re.DOTALL)
         and open_set(scenes).digest in out
     )
     assert re.search(r"look: +photographic\n", out)

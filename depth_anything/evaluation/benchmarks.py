@@ -84,8 +84,9 @@ def describe_set(shard_set: ShardSet) -> dict[str, Any]:
         "set": shard_set.name,
         "where": shard_set.root,
         "digest": shard_set.digest,
-        "records": f"{shard_set.records:,}",
-        "shards": f"{len(shard_set.shards):,}, {shard_set.bytes / 1e6:,.1f} MB",
+        "records": shard_set.records,
+        "shards": len(shard_set.shards),
+        "megabytes": round(shard_set.bytes / 1e6, 1),
     }
     for key, value in shard_set.meta.items():
         for name, inner in value.items() if isinstance(value, dict) else [(key, value)]:

@@ -73,7 +73,7 @@ def _example_context(example: Example, results: Sequence[Result]) -> dict[str, A
     compared = np.isfinite(example.truth)
     disparity = np.where(compared, 1.0 / np.where(compared, example.truth, 1.0), 0.0).astype(np.float32)
     low, high = np.percentile(disparity[compared], (2, 98)) if compared.any() else (0.0, 1.0)
-    models = []
+    models: list[dict[str, Any]] = []
     for result in results:
         depth = example.predictions[result.name]
         error = np.abs(depth - example.truth) / np.where(compared, example.truth, 1.0)

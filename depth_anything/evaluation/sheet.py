@@ -31,9 +31,9 @@ def contact_sheet(frames: Iterable[Frame], *, columns: int = 3) -> np.ndarray:
 
 
 def describe(frame: Frame) -> list[str]:
-    """The facts of one frame as lines: its key, its size, its target's range, and what of it has no value."""
+    """The facts of one frame as lines: its key and file, its size, its target's range, and what has no value."""
     height, width = frame.image.shape[:2]
-    lines = [frame.key]
+    lines = [f"{frame.key} {frame.meta.get('name', '')}".rstrip()]
     target = frame.depth if frame.depth is not None else frame.disparity
     if target is None:
         return [*lines, f"{width} x {height}, no target"]
@@ -77,7 +77,7 @@ def _caption(lines: list[str], width: int) -> np.ndarray:
     picture = Image.new("RGB", (width, LINE_PX * 3 + 6), "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13)
-    for line, text in enumerate(lines):
+    for line, text in enumerate(line.encode("ascii", "replace").decode() for line in lines):
         while font.getlength(text) > width - 4:
             text = ".." + text[3:]  # keys differ at their ends
         draw.text((2, 2 + line * LINE_PX), text, fill="black" if line == 0 else "#555555", font=font)

@@ -17,6 +17,9 @@ from depth_anything.visualize import colorize
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
 
+COMPRESSION = 1
+"""Of PNGs: the usual 6 takes as long as a small network."""
+
 
 @dataclass
 class Outcome:
@@ -92,7 +95,7 @@ def write_map(path: Path, map: np.ndarray, *, quantity: str, unit: str) -> None:
     notes = {"quantity": quantity, "unit": unit, "larger": larger, "low": repr(low), "high": repr(high)}
     for key, value in notes.items():
         text.add_text(key, value)
-    Image.fromarray(levels).save(path, pnginfo=text)
+    Image.fromarray(levels).save(path, pnginfo=text, compress_level=COMPRESSION)
 
 
 def _write(predictor: Predictor, image: np.ndarray, target: Path) -> list[Path]:
@@ -101,7 +104,9 @@ def _write(predictor: Predictor, image: np.ndarray, target: Path) -> list[Path]:
     write_map(raw, map_, quantity=predictor.quantity, unit=predictor.unit)
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     near_is_red = "Spectral_r" if predictor.quantity == "disparity" else "Spectral"
-    Image.fromarray(np.hstack([image, gap, colorize(map_, colormap=near_is_red)])).save(picture)
+    Image.fromarray(np.hstack([image, gap, colorize(map_, colormap=near_is_red)])).save(
+        picture, compress_level=COMPRESSION
+    )
     return [raw, picture]
 
 
