@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py [--images FOLDER] [--json FILE]
 
 Both sides start from the same JPEGs and the same maps. Ours: image and label shards as training reads them, the label
-at the short side of 518. Theirs: the chain of the official metric_depth loader (facts: float64, cv2 cubic without
+at the short side of 518. Theirs: the chain of the official metric_depth loader (float64, cv2 cubic without
 antialiasing, whole frames normalised and cut last), reading a JPEG and a 16-bit PNG of full size per sample. Ours
 leaves normalising to the device; a second ratio counts it in. All on one thread, by process CPU time, from warm files.
 """

@@ -1,7 +1,11 @@
 import itertools
+import json
 import pickle
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -274,6 +278,33 @@ def test_a_lost_shard_costs_one_look_each_time():
     batch = data.__getitems__(list(range(100)))
     assert 90 < len(batch["failed"]) <= 100
     assert sum(count for (shard, _), count in source.reads.items() if shard == "m/1") == len(batch["failed"])
+
+
+def test_bad_records_are_tried_twice_at_most():
+    bad = [("m/0", i) for i in range(20)]
+    source = Memory({"0": 30}, bad=bad)
+    batch = StreamDataset([source], **OPTIONS).__getitems__(list(range(30)))
+    assert len(batch["failed"]) == 20
+    assert max(source.reads[place] for place in bad) == 2  # under its own number, and as a stand-in
+
+
+def test_repeat(sets):
+    source = Records(sets["a"])
+    assert StreamDataset([source], **OPTIONS, repeat={"a": 3}).stream.records == 3 * 20
+
+
+def test_benchmark_runs(tmp_path):
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_data.py"
+    command = "--count 2 --height 60 --width 80 --side 28 --batch 2 --repeats 2 --json".split()
+    subprocess.run([sys.executable, path, *command, tmp_path / "out.json"], check=True, capture_output=True)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record.keys() == {"benchmark", "version", "machine", "settings", "results"}
+    results = record["results"]
+    assert results.keys() == {"ratio", "ratio_with_normalise", "images_per_second", "milliseconds", "stages"}
+    assert all(
+        results["milliseconds"][side]["median"] > 0 for side in ("ours", "theirs", "bare", "normalise")
+    )
+    assert {"decode JPEG", "decode label"} < results["stages"]["ours"].keys() and results["ratio"]["iqr"] >= 0
 
 
 @pytest.mark.parametrize(
