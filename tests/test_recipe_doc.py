@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from depth_anything.data import transforms
+
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ["Where", "The source says", "Source", "Key", "Default", "Our reason"]
 
@@ -77,3 +79,8 @@ def test_the_papers_numbers_are_the_papers() -> None:
     assert round(teacher["batch_size"] * teacher["steps"] / 595e3) == 17
     assert round(student["batch_size"] * student["steps"] / 1e6) == 92
     assert round(student["batch_size"] * student["steps"] / 62e6, 1) == 1.5
+
+
+def test_the_perturbations_are_as_strong_as_told() -> None:
+    assert transforms.BRIGHTNESS == transforms.CONTRAST == transforms.SATURATION == 0.5
+    assert (transforms.HUE, transforms.BLUR_SIGMA) == (0.25, (0.1, 2.0))
