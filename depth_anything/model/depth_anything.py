@@ -144,7 +144,7 @@ class DepthAnything(nn.Module):
         """
         rgb = np.ascontiguousarray(bgr[..., ::-1])
         image = torch.from_numpy(preprocess_image(rgb, input_size, self.patch_size))
-        output = self(image[None].to(next(self.parameters()).device)).float()
+        output = self(image[None].to(next(self.parameters()))).float()
         output = F.interpolate(output[:, None], bgr.shape[:2], mode="bilinear", align_corners=True)
         return output[0, 0].cpu().numpy()
 

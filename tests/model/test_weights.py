@@ -131,6 +131,19 @@ def test_official_bytes_do_not_depend_on_the_path(tmp_path, model):
     assert (tmp_path / RELATIVE).read_bytes() == (tmp_path / "sub" / RELATIVE).read_bytes()
 
 
+def test_the_same_model_makes_the_same_bytes(tmp_path, model):
+    for name in "abcd":
+        save_model(model, tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in "abcd"}) == 1
+
+
+@pytest.mark.parametrize("format", ["safetensors", "official"])
+def test_files_are_as_readable_as_any_other(tmp_path, model, format):
+    (tmp_path / "other").write_bytes(b"")
+    save_model(model, tmp_path / RELATIVE, format=format)
+    assert (tmp_path / RELATIVE).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("settings", "name", "advice"),
     [
