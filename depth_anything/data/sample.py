@@ -217,8 +217,8 @@ def _open(data: bytes) -> Any:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    # OpenCV is faster than Pillow, but fills what is missing of a truncated file with grey, and says so on
-    # stderr: a file without the mark of its end is left to Pillow.
+    # OpenCV is faster than Pillow, but before 5.0 it fills what is missing of a truncated file with black, and
+    # says so on stderr only: a file without the mark of its end is left to Pillow.
     if b"\xff\xd9" not in data[-4096:]:
         return None
     image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)

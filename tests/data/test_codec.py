@@ -47,16 +47,19 @@ def test_shapes(shape):
         (0, 1),
         (1, 65504),
         (-3, 0),
+        (-1, 1e-20),  # an end that the formula misses by rounding
         (1e-38, 3e-38),
+        (1, 1.008716644),  # here float32 takes just more than 4160 steps leave
         (1e4, 1e4 + 1),
         (3e8, 3e8 + 64),
         (-3.4e38, 3.4e38),
         (0, 1e-45),
     ],
 )
-def test_bound_holds_in_float32_wherever_the_range_lies(low, high):
+def test_bound_and_ends_hold_in_float32_wherever_the_range_lies(low, high):
     rng = np.random.default_rng(2)
     values = (low + (high - low) * rng.random((300, 300))).astype(np.float32)
+    values[0, 0], values[-1, -1] = low, high
     assert_within_bound(values)
 
 

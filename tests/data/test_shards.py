@@ -141,7 +141,7 @@ def test_bad_fields_are_refused(tmp_path, extension):
 
 
 def test_what_else_is_refused_in_writing(tmp_path):
-    with pytest.raises(ShardError, match="comes twice"):
+    with pytest.raises(ShardError, match=r"/a\.tar: the key \"k\" comes twice"):
         write_shard(tmp_path / "a.tar", [("k", {"a": b""}), ("l", {"a": b""}), ("k", {"b": b""})])
     with pytest.raises(ShardError, match="no fields"):
         write_shard(tmp_path / "a.tar", [("k", {})])
@@ -267,7 +267,7 @@ def test_stale_temporaries_are_removed_and_others_kept(tmp_path):
     mine = temporary_name(tmp_path / "a.tar")
     host, pid = mine.name.split(".")[-3:-1]
     dead = tmp_path / f".tmp.a.tar.{host}.999999999.aa"
-    elsewhere = tmp_path / f".tmp.a.tar.another-host.{pid}.aa"
+    elsewhere = tmp_path / f".tmp.a.tar.another-host.999999999.aa"
     old = tmp_path / f".tmp.b.c.tar.another-host.{pid}.bb"
     for path in (mine, dead, elsewhere, old):
         path.touch()
@@ -325,6 +325,8 @@ def test_long_names_of_others(tmp_path):
         ("ä.jpg", "cannot be a key"),
         ("a.jp g", "cannot name a field"),
         ("k.jpg", "comes twice"),
+        ("k.png", "comes twice"),
+        ("l.jpg", "comes twice"),
     ],
 )
 def test_names_of_others_that_cannot_be_keys_are_named(tmp_path, member, message):
