@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks import read_frames
+from depth_anything.data.shards import open_set
+from depth_anything.evaluation.benchmarks import max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import evaluate, merge
 from depth_anything.inference.predictor import Predictor
 from depth_anything.training.base import DepthModule
@@ -178,7 +179,9 @@ class Validation(StepCallback):
         super().on_train_start(trainer, module)
         if self.root is not None:
             ranks = {"rank": trainer.global_rank, "ranks": trainer.world_size}
-            self.frames = list(read_frames(self.root, limit=self.limit, **ranks))
+            frames = open_set(self.root)
+            self.max_depth = max_depth_of(frames)
+            self.frames = list(read_frames(frames, limit=self.limit, **ranks))
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Validate when due."""
@@ -186,7 +189,7 @@ class Validation(StepCallback):
             return
         training = module.model.training
         predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
-        shares: list[Any] = [evaluate(predictor, self.frames)]
+        shares: list[Any] = [evaluate(predictor, self.frames, max_depth=self.max_depth)]
         if trainer.world_size > 1:
             mine, shares = shares[0], [None] * trainer.world_size
             dist.all_gather_object(shares, mine)

@@ -22,6 +22,7 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     """
     torch.manual_seed(config["seed"])
     model = DepthAnything(config["encoder"])
+    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
     source = config["init"]
     if source is None:
         return model
