@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from depth_anything.data.transforms import normalize, perturb
+from depth_anything.data.transforms import normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
@@ -177,7 +177,7 @@ class DepthModule(pl.LightningModule):
         clean = normalize(batch["image"]).to(dtype)
         if "perturbation" not in batch:
             return clean, clean
-        return clean, normalize(perturb(batch["image"], batch["perturbation"])).to(dtype)
+        return clean, normalize(batch["image"], batch["perturbation"]).to(dtype)
 
     def map_losses(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars."""

@@ -98,7 +98,7 @@ class Metrics(StepCallback):
         if not numbers["loss"] < float("inf"):
             raise ValueError(
                 f"the loss is {numbers['loss']} at step {step}; the last checkpoint is from before it: "
-                "lower optimizer.encoder_lr and optimizer.head_lr, or set optimizer.clip_norm=1"
+                "lower recipe.encoder_lr and recipe.head_lr, or set recipe.clip_norm=1"
             )
         for group in trainer.optimizers[0].param_groups:
             numbers[f"lr_{group['name']}"] = group["lr"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from depth_anything.data.stream import MicroBatches
 def identity(batch: Any) -> Any:
     """Hand a batch over as the dataset made it; module-level, so that spawned workers can find it."""
     return batch
+
+
+def deaf(worker: int) -> None:
+    """Let a loader worker ignore the signals that end a run.
+
+    They may reach the whole process group, and the main process needs batches until the next step boundary.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
@@ -130,6 +140,7 @@ class TrainData(pl.LightningDataModule):
             self.open(),
             batch_sampler=batches,
             collate_fn=identity,
+            worker_init_fn=deaf,
             num_workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             prefetch_factor=2 if self.workers else None,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -60,20 +61,22 @@ def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: 
 
 
 def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """End the process when a signal ended the run before its last step; under Slurm, queue the job again.
+    """End the process when a signal ended the run before its last step.
+
+    Slurm's warning of the time limit (SIGUSR1, see slurm/train.sbatch) also queues the job again. SIGTERM does
+    not: it comes from `scancel`, or from a preemption that requeues by itself.
 
     Raises:
-        SystemExit: With 128 + the signal's number.
+        SystemExit: With 128 + the signal's number on rank 0, 0 on the others, so that no launcher that ends a job
+            at the first bad exit cuts rank 0 short.
     """
     number = next(c.signalled for c in callbacks if isinstance(c, Agreement))
     if not number or trainer.global_step >= trainer.max_steps:
         return
+    if not trainer.is_global_zero:
+        sys.exit(0)
+    print(f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr)
     job = os.environ.get("SLURM_JOB_ID")
-    if trainer.is_global_zero:
-        print(
-            f"stopped by signal {number} at step {trainer.global_step}; the same command goes on",
-            file=sys.stderr,
-        )
-        if job is not None:
-            subprocess.run(["scontrol", "requeue", job], check=True)
+    if job is not None and number == signal.SIGUSR1:
+        subprocess.run(["scontrol", "requeue", job], check=False)  # says itself why it would not
     sys.exit(128 + number)

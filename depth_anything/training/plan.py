@@ -72,7 +72,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
         print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
     print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
     terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
-    if recipe["alignment_weight"]:
+    if recipe.get("alignment_weight"):
         terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
     print(f"loss        {' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out")
     print(f"start       {config['init'] or 'random weights'}")

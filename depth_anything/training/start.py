@@ -48,7 +48,7 @@ def twin(config: Mapping[str, Any]) -> DepthAnything | None:
     Raises:
         ValueError: If features are to be aligned and there are no DINOv2 weights.
     """
-    if not config["recipe"]["alignment_weight"]:
+    if not config["recipe"].get("alignment_weight"):
         return None
     if config["init"] is None:
         raise ValueError(
