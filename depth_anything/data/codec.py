@@ -26,7 +26,7 @@ _CRC_FROM = 8  # the crc covers what stands behind it
 _MAGIC = b"DAM1"
 _F32, _Q12 = 0, 1
 _SPECIALS = (np.nan, np.inf, -np.inf)
-_TYPES = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
+_TYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
 # Added to every difference, so that small negative ones do not set the high byte, which then compresses to
 # nothing.
 _BIAS = {_F32: 0, _Q12: 128}

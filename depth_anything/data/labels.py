@@ -146,7 +146,7 @@ def open_labels(
     if not finished and not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: make the labels of {images.name} with  {_GO_ON}")
     if finished and not allow_partial:
-        labels = open_set(root)
+        labels = open_set(root, name=images.name)
         hashes = _image_hashes(labels)
     else:
         done = _done_shards(root, images)
@@ -196,7 +196,11 @@ class LabelSet:
             ShardError: the folder has labels by another teacher, made otherwise, or of other images.
         """
         self.root, self.images, self.codec = str(root), images, codec
-        self._made = {"teacher": dict(teacher), "preprocessing": preprocessing, "codec": codec}
+        self._made: dict[str, Any] = {
+            "teacher": dict(teacher),
+            "preprocessing": preprocessing,
+            "codec": codec,
+        }
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
         self._reader = ShardReader()

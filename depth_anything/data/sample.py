@@ -84,20 +84,6 @@ def decode_image(data: bytes) -> np.ndarray:
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Return height and width of an image file, upright, from its header.
-
-    Raises:
-        ValueError: as `decode_image`, as far as the header tells.
-    """
-    try:
-        picture = _open(data)
-        width, height = picture.size
-        return (width, height) if _orientation(picture) >= 5 else (height, width)
-    except Exception as error:
-        raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
-
-
 def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
     """Decode a record's fields; those it does not know are left alone.
 

@@ -50,7 +50,8 @@ def values(shard, index):
 
 
 def label(labels, shard, failed=()):
-    made = {i: encode(values(shard, i), codec=labels.codec) for i in range(COUNT) if i not in failed}
+    backwards = reversed(range(COUNT))  # as they come in batches by shape
+    made = {i: encode(values(shard, i), codec=labels.codec) for i in backwards if i not in failed}
     labels.publish(shard, made, [(i, "truncated jpeg") for i in failed])
 
 
@@ -79,6 +80,8 @@ def test_labels_from_start_to_finish(tmp_path, images):
     assert labels.finish() and label_set(root, images).images_left() == 0
     opened = open_labels(root, images)
     assert opened == open_set(root) == finish_labels(root, images)
+    renamed = open_set(images.root, name="other")
+    assert JoinedRecords(renamed, open_labels(root, renamed)).shards[0] == ("other/a", 4)
     assert opened.name == "set" and opened.records == 10 and opened.meta["skipped"] == 2
     assert opened.meta["teacher"] == TEACHER and opened.meta["codec"] == "q12"
     assert verify_set(root, decode=True) == []

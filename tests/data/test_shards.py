@@ -267,7 +267,7 @@ def test_stale_temporaries_are_removed_and_others_kept(tmp_path):
     mine = temporary_name(tmp_path / "a.tar")
     host, pid = mine.name.split(".")[-3:-1]
     dead = tmp_path / f".tmp.a.tar.{host}.999999999.aa"
-    elsewhere = tmp_path / f".tmp.a.tar.another-host.999999999.aa"
+    elsewhere = tmp_path / ".tmp.a.tar.another-host.999999999.aa"
     old = tmp_path / f".tmp.b.c.tar.another-host.{pid}.bb"
     for path in (mine, dead, elsewhere, old):
         path.touch()
@@ -419,6 +419,7 @@ def test_index_set_refuses(tmp_path):
         "depth-anything-index 2\t10240\tsha256:0\t1\t1\nk\tjpg\t512\t4\t00000000\n",
         "depth-anything-index 1\t10240\tsha256:0\t1\t1\nk\tjpg\t512\t4\t00000000",  # cut after the last line
         "depth-anything-index 1\t10240\tsha256:0\t2\t2\nk\tjpg\t512\t4\t00000000\n",
+        "depth-anything-index 1\t10240\tsha256:0\t1\t1\nk\tjpg\t512\t4\t00000000\nand more",
         "depth-anything-index 1\t10240\tsha256:0\t1\t1\nk\tjpg\t512\t99999\t00000000\n",
         "depth-anything-index 1\t10240\tsha256:0\t1\t1\nk\tjpg\t-512\t4\t00000000\n",
         "depth-anything-index 1\t10240\tsha256:0\t1\t1\nk\tjpg\t512\t-4\t00000000\n",
@@ -490,6 +491,7 @@ def test_manifest_refuses_names(tmp_path):
 
 def test_digest_depends_on_the_shards_alone(tmp_path):
     one = make(tmp_path / "one")
+    assert write_manifest(tmp_path, name="set", shards=reversed(one.shards), meta={}).shards == one.shards
     other = make(tmp_path / "other", name="called-otherwise")
     assert one.digest == other.digest != make(tmp_path / "fewer", shards=2).digest
     assert one.digest != make(tmp_path / "larger", size=301).digest
