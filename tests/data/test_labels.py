@@ -243,6 +243,7 @@ def test_images_that_were_added_later_want_labels(tmp_path, images):
     finished(root, images)
     more = make_images(tmp_path / "images", ("a", "b", "c", "d"))
     assert open_labels(root, more).records == 12
+    assert finish_labels(root, more) is None
     labels = label_set(root, more)
     assert labels.images_left() == 4 and not labels.finish()
     label(labels, "d")
