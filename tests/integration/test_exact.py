@@ -1,6 +1,7 @@
 """The order of samples and the losses depend on no number of processes, workers or interruptions."""
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,7 @@ def test_order_over_processes_workers_and_stops(start: Any, tmp_path: Path) -> N
     assert dataset.stream.locate(4 * 15 - 1)[0] == 1  # pass 2
     for step, samples in everything.items():
         assert sorted(samples) == list(range(4 * step, 4 * step + 4))
-        straight = dataset[sorted(samples)]["image"]
-        import hashlib
-
+        straight = dataset.__getitems__(sorted(samples))["image"]
         assert [hashlib.sha256(np.asarray(image).tobytes()).hexdigest()[:16] for image in straight] == [
             samples[n] for n in sorted(samples)
         ]
