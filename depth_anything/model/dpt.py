@@ -89,7 +89,8 @@ class DPTHead(nn.Module):
         spreads by 0.005 around some ±0.1, and where that is negative all is zero, with no gradient to leave it.
         Here they keep the variance, and the map spreads around one (a sigmoid needs no such room).
         """
-        convolve, _, project = self.scratch.output_conv2
+        output = self.scratch.output_conv2
+        convolve, project = output[0], output[2]
         for layer in (self.scratch.output_conv1, convolve, project):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
             nn.init.zeros_(layer.bias)
@@ -124,7 +125,8 @@ class DPTHead(nn.Module):
         return torch.sigmoid(output) * self.max_depth
 
     def _output(self, path: Tensor) -> Tensor:
-        convolve, activate, project = self.scratch.output_conv2
+        output = self.scratch.output_conv2
+        convolve, activate, project = output[0], output[1], output[2]
         path = activate(convolve(path))
         if path.dtype == project.weight.dtype:
             return project(path)

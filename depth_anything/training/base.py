@@ -49,7 +49,7 @@ def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float)
     Raises:
         AssertionError: If a trainable parameter is in no group or in two.
     """
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
         {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
     ]
@@ -122,7 +122,7 @@ class DepthModule(pl.LightningModule):
                 state dict, the optimizer and data parallelism.
         """
         super().__init__()
-        self._frozen = (
+        self._frozen: tuple[DepthAnything, ...] = (
             (frozen.eval().requires_grad_(False),) if frozen is not None else ()
         )  # a tuple hides it
         self.model = model
@@ -152,7 +152,7 @@ class DepthModule(pl.LightningModule):
             )
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Build Adam over two groups and its schedule, stepped with the optimizer."""
         r = self.recipe
         groups = parameter_groups(self.model, encoder_lr=r.encoder_lr, head_lr=r.head_lr)

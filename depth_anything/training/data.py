@@ -90,7 +90,7 @@ class TrainData(pl.LightningDataModule):
             ValueError: If a set is missing, empty, damaged, or its labels unfinished or another teacher's.
         """
         if self._dataset is None:
-            sources: list[Records] = []
+            sources: list[Records | JoinedRecords] = []
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
                 if self.labels is None:

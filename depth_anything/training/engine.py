@@ -41,7 +41,9 @@ def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: 
     """
     torch.set_float32_matmul_precision("high")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advice and advertisements
-    warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")  # its own debt to torch
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec", module="pytorch_lightning"
+    )  # its own debt to torch
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -75,7 +77,9 @@ def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None
         return
     if not trainer.is_global_zero:
         sys.exit(0)
-    print(f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr)
+    print(
+        f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr
+    )
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and number == signal.SIGUSR1:
         subprocess.run(["scontrol", "requeue", job], check=False)  # says itself why it would not

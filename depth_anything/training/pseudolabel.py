@@ -153,10 +153,15 @@ class ShardBatches(IterableDataset):
             item for other in range(lanes) if other != lane for item in work[other::lanes]
         ]
         handed: set[tuple[str, str]] = set()  # published as soon as the main process gets to it
-        while left := [item for item in mine if item not in handed and not self.labels[item[0]].done(item[1])]:
+        while left := [
+            item for item in mine if item not in handed and not self.labels[item[0]].done(item[1])
+        ]:
             before = len(handed)
             for name, shard in left:
-                if not self.labels[name].done(shard) and Lease.of(self.labels[name], shard, pid=self.pid).take():
+                if (
+                    not self.labels[name].done(shard)
+                    and Lease.of(self.labels[name], shard, pid=self.pid).take()
+                ):
                     yield from self.cut(name, shard)
                     handed.add((name, shard))
             if len(handed) == before:  # others hold what is left, and one of them may yet die
@@ -178,7 +183,8 @@ class ShardBatches(IterableDataset):
             except ValueError as error:
                 failed.append((index, str(error)))
                 continue
-            height, width = resize_shape(*frame.image.shape[:2], self.image_size, self.patch)
+            height, width = frame.image.shape[:2]
+            height, width = resize_shape(height, width, self.image_size, self.patch)
             same = waiting.setdefault((height, width), [])
             same.append((index, resize_image(frame.image, height, width)))
             if len(same) == self.batch_size:

@@ -33,11 +33,16 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
         assert not [p for p in folder.rglob(".*") if p.is_file()]
     report = tmp_path / "report"
-    command = [
-        str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--data", str(tmp_path / "data" / "scenes-validation"),
-        "--mean-map", str(tmp_path / "data" / "scenes-synthetic"), "--output", str(report), "--weights",
-        f"teacher={tmp_path / 'outputs' / 'teacher-vitt-tiny'}", f"student={tmp_path / 'outputs' / 'student-vitn-tiny'}",
-    ]  # fmt: skip
+    data, outputs = tmp_path / "data", tmp_path / "outputs"
+    command = [str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--output", str(report)]
+    command += [
+        "--data",
+        str(data / "scenes-validation"),
+        "--mean-map",
+        str(data / "scenes-synthetic"),
+        "--weights",
+    ]
+    command += [f"teacher={outputs / 'teacher-vitt-tiny'}", f"student={outputs / 'student-vitn-tiny'}"]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((report / "results.json").read_text())

@@ -65,7 +65,14 @@ def test_order_over_processes_workers_and_stops(start: Any, tmp_path: Path) -> N
 
 def test_one_and_two_processes_agree_in_float64(start: Any, tmp_path: Path) -> None:
     """Twenty steps, accumulation 1 and 2: the logged losses are the same to 1e-6."""
-    shared = ["stage=student", "steps=20", "trainer.precision=64-true", "labels=null", "workers=0", "data.labels=null"]
+    shared = [
+        "stage=student",
+        "steps=20",
+        "trainer.precision=64-true",
+        "labels=null",
+        "workers=0",
+        "data.labels=null",
+    ]
     shared += ["data.sets=${sources.labelled}", "trainer.accelerator=cpu"]
     one = start(*shared, "name=one", "trainer.devices=1", "micro_batch=2")
     two = start(*shared, "name=two", "trainer=ddp", "trainer.devices=2")

@@ -165,7 +165,9 @@ _PATTERNS: dict[str, Callable[[Draw], np.ndarray]] = {
 @functools.cache
 def texture(name: str) -> np.ndarray:
     """A repeating pattern in [0, 1] and its eight halvings end to end, (1 or 3, 87381); made once."""
-    level = _PATTERNS[name](Draw(sum(ord(c) << 8 * k for k, c in enumerate(name[:7])), 77)).astype(np.float32)
+    level: np.ndarray = _PATTERNS[name](
+        Draw(sum(ord(c) << 8 * k for k, c in enumerate(name[:7])), 77)
+    ).astype(np.float32)
     level = level.reshape(-1, TILE, TILE)
     levels = []
     for _ in range(MIPS):
@@ -369,7 +371,8 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
         return Air((0.5,) * 3, (0.3,) * 3, (Light(side, (0.6,) * 3, True),), sky, density, (0.3, 0.5, 0.9))
     tint = temperature(draw.uniform(-1, 1))
     ambient = draw.uniform(0.06, 0.4)
-    above = tuple(ambient * c for c in temperature(draw.uniform(-0.8, 0.8)))
+    red, green, blue = temperature(draw.uniform(-0.8, 0.8))
+    above = (ambient * red, ambient * green, ambient * blue)
     below = _fade(above, draw.uniform(0.3, 0.9))
     if indoors:
         lamps = []
@@ -377,16 +380,16 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
             place = (draw.uniform(-2, 2), -height * draw.uniform(0.5, 0.95), draw.uniform(-2.5, 3))
             power = draw.uniform(0.5, 1.6)
             lamps.append(Light(place, _fade(tint, power), False, draw.uniform(2, 6)))
-        density = draw.pick((0.0, 0.02, 0.04, 0.08)) * draw.uniform(0.7, 1.3)
-        grey = draw.colour(hue=(0, 1), saturation=(0, 0.3), value=(0.1, 0.8))
+        density = draw.pick((0.01, 0.03, 0.05, 0.08)) * draw.uniform(0.7, 1.3)
+        grey = draw.colour(hue=(0, 1), saturation=(0, 0.3), value=(0.4, 0.9))
         return Air(above, below, tuple(lamps), grey, density, grey)
     sun = _unit(draw.uniform(-1, 1), -draw.uniform(0.25, 1.2), draw.uniform(-1, 0.6))
     strength = draw.pick((0.0, 0.6, 1.1)) * draw.uniform(0.7, 1.2)
     haze = draw.colour(
-        hue=(0.02, 0.12) if draw.chance(0.3) else (0.5, 0.65), saturation=(0, 0.5), value=(0.2, 1.0)
+        hue=(0.02, 0.12) if draw.chance(0.3) else (0.5, 0.65), saturation=(0, 0.4), value=(0.45, 1.0)
     )
     zenith = draw.colour(hue=(0.55, 0.65), saturation=(0.0, 0.7), value=(0.15, 0.9))
-    density = draw.pick((0.004, 0.012, 0.025, 0.045)) * draw.uniform(0.7, 1.3)
+    density = draw.pick((0.006, 0.015, 0.025, 0.045)) * draw.uniform(0.7, 1.3)
     lights = (Light(sun, _fade(tint, strength), True),) if strength else ()
     return Air(above, below, lights, haze, density, zenith, draw.uniform(0, 1))
 
