@@ -27,7 +27,7 @@ def test_no_seed_starts_dead(encoder, seeds):
         generator = torch.Generator().manual_seed(seed)
         tokens = [normalised_tokens(spec.width, generator).requires_grad_() for _ in range(4)]
         output = head(tokens, (3, 4), (42, 56))
-        assert output.min() > 0.2, seed
+        assert output.min() > 0.4, seed
         assert output[:2].flatten(1).std(1).min() > 0.005, seed
         output[:2].std((1, 2)).sum().backward()
         assert all(level.grad[:2].abs().amax((1, 2)).min() > 0 for level in tokens), seed

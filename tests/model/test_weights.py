@@ -131,6 +131,15 @@ def test_official_bytes_do_not_depend_on_the_path(tmp_path, model):
     assert (tmp_path / RELATIVE).read_bytes() == (tmp_path / "sub" / RELATIVE).read_bytes()
 
 
+def test_whoever_reads_the_old_file_keeps_it(tmp_path, model):
+    """A file that is being read, mapped into memory perhaps, is replaced by name and never written into."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        save_model(model, path)
+        assert reader.read() == b"old"
+
+
 def test_the_same_model_makes_the_same_bytes(tmp_path, model):
     for name in "abcd":
         save_model(model, tmp_path / name)
