@@ -129,6 +129,15 @@ def describe(model: DepthAnything) -> dict[str, str]:
     }
 
 
+def has_head(path: str | Path) -> bool:
+    """Say whether a file holds a whole depth network; an encoder alone has no head.
+
+    Raises:
+        ValueError: As `load_model`, for a file that is missing or no checkpoint.
+    """
+    return any(name.startswith("depth_head.") for name in _read(Path(path))[0])
+
+
 def load_encoder(model: DepthAnything, source: str | Path) -> None:
     """Give a model's encoder published weights, DINOv2's as a rule; the head stays as it is.
 

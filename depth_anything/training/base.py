@@ -11,6 +11,7 @@ from depth_anything.data.transforms import normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.weights import describe
 
 
 def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
@@ -28,6 +29,10 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
     Raises:
         ValueError: For an unknown schedule.
     """
+    if schedule not in ("constant", "linear", "cosine", "poly"):
+        raise ValueError(
+            f"recipe.schedule={schedule} is unknown; type recipe.schedule=constant, linear, cosine or poly"
+        )
     climb = round(warmup * steps)
     if step < climb:
         return (step + 1) / (climb + 1)
@@ -38,9 +43,7 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
         return max(0.0, 1.0 - done)
     if schedule == "cosine":
         return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
-    if schedule == "poly":
-        return max(0.0, 1.0 - done) ** 0.9
-    raise ValueError(f"schedule={schedule} is unknown; type schedule=constant, linear, cosine or poly")
+    return max(0.0, 1.0 - done) ** 0.9
 
 
 def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
@@ -141,6 +144,10 @@ class DepthModule(pl.LightningModule):
         """Bring the frozen network to the device; Lightning moves only what it can see."""
         for network in self._frozen:
             network.to(device=self.device, dtype=next(self.model.parameters()).dtype)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint what its tensors do not, so that `load_model` reads it as it reads a model file."""
+        checkpoint["depth_anything"] = describe(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count the batches done in micro-batches of today; Lightning stored them in those of the old run."""

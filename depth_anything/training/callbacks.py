@@ -27,6 +27,7 @@ from depth_anything.training.base import DepthModule
 from depth_anything.training.folder import RunFolder
 from depth_anything.visualize import colorize, panel
 
+LOWER = "the last checkpoint is from before it: lower recipe.encoder_lr and recipe.head_lr, under name=ANOTHER_NAME"
 CHECKPOINT = "step-{:09d}.ckpt"
 
 
@@ -71,6 +72,7 @@ class Metrics(StepCallback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Add the time since the last micro-batch ended: what the step waited for data."""
         self._wait += time.perf_counter() - self._idle
+        self._rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
@@ -96,12 +98,8 @@ class Metrics(StepCallback):
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not numbers["loss"] < float("inf"):
-            raise ValueError(
-                f"the loss is {numbers['loss']} at step {step}; the last checkpoint is from before it: "
-                "lower recipe.encoder_lr and recipe.head_lr, or set recipe.clip_norm=1"
-            )
-        for group in trainer.optimizers[0].param_groups:
-            numbers[f"lr_{group['name']}"] = group["lr"]
+            raise ValueError(f"the loss is {numbers['loss']} at step {step}; {LOWER}")
+        numbers.update(self._rates)
         elapsed = time.perf_counter() - self._since
         numbers["images_per_s"] = self._steps * self.batch_size / elapsed
         numbers["data_wait"] = self._wait / elapsed
@@ -232,6 +230,11 @@ class Checkpoints(StepCallback):
         """Save now, unless this step is saved already. Every rank must call it at the same step."""
         if step == self._saved:
             return
+        norm: Any = trainer.lightning_module.grad_norm
+        if norm is not None and not bool(torch.isfinite(norm)):  # alike on all ranks: gradients are averaged
+            raise ValueError(f"the gradient is not finite at step {step}, which is not saved; {LOWER}")
+        for logger in trainer.loggers:
+            logger.save()  # a row that a kill took would not be written again
         trainer.save_checkpoint(self.folder / CHECKPOINT.format(step))
         self._saved = step
         if trainer.is_global_zero:

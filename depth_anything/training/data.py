@@ -1,8 +1,10 @@
 """The DataModule of the fitting stages: sets in, whole micro-batches out, the position kept as one integer."""
 
+import contextlib
 import json
 import os
 import signal
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
-from depth_anything.data.shards import JoinedRecords, Records, open_set
+from depth_anything.data.shards import BadRecord, JoinedRecords, Records, open_set
 from depth_anything.data.sources.scenes import write_scenes
 from depth_anything.data.stream import MicroBatches
 
@@ -29,6 +31,23 @@ def deaf(worker: int) -> None:
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
+    """Look at the first record that can be read: a set without depth cannot train anything.
+
+    Raises:
+        ValueError: If it has neither depth nor disparity.
+    """
+    for shard, _ in source.shards:
+        with contextlib.suppress(BadRecord):
+            _, fields = source.read(shard, 0)
+            if not any(name.startswith(("depth.", "disparity.")) for name in fields):
+                raise ValueError(
+                    f"{root} holds images without depth; label them first with `python train.py stage=pseudolabel`, "
+                    "or name a labelled set"
+                )
+            return
 
 
 def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
@@ -50,6 +69,7 @@ class TrainData(pl.LightningDataModule):
         seed: int,
         batch_size: int,
         micro_batch: int,
+        patch: int,
         streams: int,
         image_size: int,
         workers: int,
@@ -67,6 +87,7 @@ class TrainData(pl.LightningDataModule):
             seed: Of the order and of every random choice.
             batch_size: Global.
             micro_batch: Images a device takes at once.
+            patch: The encoder's, pixels.
             streams: C of the stream; fixed for the life of a run.
             image_size: Side of the square crop, pixels; also the short side frames are resized to.
             workers: Loader processes a device.
@@ -79,7 +100,13 @@ class TrainData(pl.LightningDataModule):
         super().__init__()
         self.sets, self.labels = dict(sets), labels
         self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
-        self.image_size, self.workers, self.sky, self.perturb = image_size, workers, sky, perturb
+        self.patch, self.image_size, self.workers, self.sky, self.perturb = (
+            patch,
+            image_size,
+            workers,
+            sky,
+            perturb,
+        )
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self._dataset: StreamDataset | None = None
 
@@ -90,6 +117,12 @@ class TrainData(pl.LightningDataModule):
             ValueError: If a set is missing, empty, damaged, or its labels unfinished or another teacher's.
         """
         if self._dataset is None:
+            if self.image_size % self.patch:
+                near = max(1, round(self.image_size / self.patch)) * self.patch
+                raise ValueError(
+                    f"image_size={self.image_size} is no multiple of the encoder's patch, {self.patch} px; "
+                    f"type image_size={near}"
+                )
             sources: list[Records | JoinedRecords] = []
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
@@ -97,11 +130,13 @@ class TrainData(pl.LightningDataModule):
                     sources.append(Records(images))
                 else:
                     sources.append(JoinedRecords(images, self._open_labels(name, images)))
+                refuse_unlabelled(sources[-1], root)
             self._dataset = StreamDataset(
                 sources,
                 seed=self.seed,
                 streams=self.streams,
                 image_size=self.image_size,
+                patch=self.patch,
                 sky=self.sky,
                 perturb=self.perturb,
                 repeat=self.repeat or None,
@@ -117,10 +152,12 @@ class TrainData(pl.LightningDataModule):
             return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
         labels = open_labels(root, images, allow_partial=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = frozen.with_name(f".{frozen.name}.{os.getpid()}")
+        temporary = frozen.with_name(f".{frozen.name}.{uuid.uuid4().hex[:12]}.tmp")
         temporary.write_text(json.dumps([shard.name for shard in labels.shards]))
-        os.replace(temporary, frozen)
-        return labels
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, frozen)  # the first rank's list holds for all
+        temporary.unlink()
+        return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
 
     def setup(self, stage: str) -> None:
         """Open the sets on every rank."""
@@ -152,6 +189,7 @@ class TrainData(pl.LightningDataModule):
         assert self.trainer is not None
         return {
             "samples": self.trainer.global_step * self.batch_size,
+            "batch_size": self.batch_size,
             "seed": self.seed,
             "streams": self.streams,
             "sets": self.digests(),
@@ -163,14 +201,17 @@ class TrainData(pl.LightningDataModule):
         Raises:
             ValueError: If a set has changed, or the seed or the number of streams.
         """
-        for name, digest in self.digests().items():
-            if state["sets"].get(name) != digest:
+        now = self.digests()
+        for name in sorted(now.keys() | state["sets"].keys()):
+            if state["sets"].get(name) != now.get(name):
+                how = "is new to" if name not in state["sets"] else "is not the one of"
+                how = "is missing, and belongs to" if name not in now else how
                 raise ValueError(
-                    f"the set {name} is not the one this run was begun with (its manifest has another digest); "
+                    f"the set {name} {how} this run (its manifest's digest is kept in the checkpoint); "
                     "put the old shards back, or type name=ANOTHER_NAME for a new run"
                 )
-        for key, now in (("seed", self.seed), ("streams", self.streams)):
-            if state[key] != now:
+        for key, today in (("seed", self.seed), ("streams", self.streams), ("batch_size", self.batch_size)):
+            if state[key] != today:
                 raise ValueError(f"this run was begun with {key}={state[key]}; type {key}={state[key]}")
 
     def digests(self) -> dict[str, str]:

@@ -32,6 +32,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, final)
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:

@@ -1,23 +1,25 @@
 """A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-#: Keys that may differ between the sittings of one run: where it runs, what it prints, and paths whose content
-#: the checkpoint and the label sets hold to account by digest.
+#: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
 FREE_KEYS = frozenset(
     """accelerator devices num_nodes strategy workers micro_batch logger logging checkpoint validation resume overwrite
-    dry_run name run_dir output_dir data_dir photos sources sets labels teacher allow_partial tiny""".split()
+    dry_run name run_dir output_dir allow_partial tiny""".split()
 )
 #: Keys that repeat another key's value.
 ECHOES = ("module.recipe.", "recipe.steps")
@@ -50,8 +52,11 @@ class Lock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = True
-        except OSError:
-            ours = False
+        except OSError as error:
+            ours = error.errno not in (
+                errno.EACCES,
+                errno.EAGAIN,
+            )  # a file system without locks says something else
         holder = self._read(file)
         age = time.time() - holder.get("heartbeat", 0.0)
         elsewhere = holder.get("host") != socket.gethostname()
@@ -63,12 +68,14 @@ class Lock:
             )
         self._file = file
         self._beat()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Give the lock back; a dead process needs no release."""
         if self._file is not None:
             self._stop.set()
+            self._thread.join()
             file, self._file = self._file, None
             os.ftruncate(file, 0)
             os.close(file)
@@ -142,11 +149,12 @@ class RunFolder:
         """
         decision = self.path / "launch.json"
         if main:
+            decision.unlink(missing_ok=True)
             self.claim(config)
             checkpoint = self.newest_checkpoint() or config["resume"]
-            if checkpoint is not None and not Path(checkpoint).is_file():
+            if checkpoint is not None and not _is_checkpoint(Path(checkpoint)):
                 raise ValueError(
-                    f"resume={checkpoint} is no file; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
+                    f"resume={checkpoint} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
                 )
             write(decision, json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}))
         else:
@@ -164,8 +172,12 @@ class RunFolder:
 
     def finished(self, steps: int) -> bool:
         """Tell whether the run has its model and needs no further step."""
-        newest = self.newest_checkpoint()
-        return self.model.is_file() and newest is not None and step_of(newest) >= steps
+        done = self.path / "finished.json"
+        return self.model.is_file() and done.is_file() and json.loads(done.read_text())["steps"] >= steps
+
+    def finish(self, steps: int) -> None:
+        """Note that the model of so many steps is there; the checkpoints may go."""
+        write(self.path / "finished.json", json.dumps({"steps": steps}))
 
     def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
@@ -173,22 +185,23 @@ class RunFolder:
         Args:
             config: The composed config, plain values. overwrite=true renames an existing folder to NAME.1, .2 …
                 first; after a requeue it is ignored.
-            exclusive: Refuse a second process; labelling, which any number may do, passes False.
+            exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
+                may do and whose label sets say themselves what made them, passes False.
 
         Raises:
             ValueError: If another process writes to it or the saved config is another run's.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
             self.lock.acquire()
-        if config["overwrite"] and self.config.is_file() and not requeued():
-            self._move_away()
-            if exclusive:
+            if config["overwrite"] and self.config.is_file() and not requeued():
+                self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-        if self.config.is_file():
-            self._compare(config)
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config.is_file() and (self.model.is_file() or self.newest_checkpoint()):
+                self._compare(config)
+            for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+                torn.unlink(missing_ok=True)
         write(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def _move_away(self) -> None:
@@ -218,20 +231,29 @@ class RunFolder:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """Read the optimizer step from a checkpoint's name; 0 for none."""
-    return int(checkpoint.stem.rpartition("-")[2]) if checkpoint is not None else 0
+    """Read the optimizer step from the name of a checkpoint of ours; 0 for none and for others' names."""
+    number = checkpoint.stem.removeprefix("step-") if checkpoint is not None else ""
+    return int(number) if number.isdecimal() else 0
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return {"global_step", "loops", "state_dict"} <= torch.load(path, weights_only=True, mmap=True).keys()
+    except Exception:  # whatever it is, it is not ours
+        return False
 
 
 def write(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def launch(*, main: bool) -> str:
     """Name this start of the job, alike on all its ranks: by Slurm, torchrun, or the process that started them."""
-    for keys in (("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID",)):
+    torchrun = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    for keys in (torchrun, ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")):
         if keys[0] in os.environ:
             return ":".join(os.environ.get(key, "0") for key in keys)
     return str(os.getpid() if main else os.getppid())
@@ -239,4 +261,5 @@ def launch(*, main: bool) -> str:
 
 def requeued() -> bool:
     """Tell whether a cluster has started this job again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    counts = (os.environ.get(key, "0") for key in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(int(count) > 0 for count in counts)

@@ -1,5 +1,6 @@
 """The arithmetic of a batch, and the plan that dry_run=true prints."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,47 @@ from typing import Any
 import torch
 
 from depth_anything.model.depth_anything import DepthAnything
+
+#: The keys of a run, as configs/train.yaml and the groups below it have them.
+KEYS = frozenset(
+    """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
+    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb recipe module data labels
+    teacher sources trainer logger size experiment tiny""".split()
+)
+NESTED = {"checkpoint": {"every", "keep"}, "logging": {"every"}, "validation": {"every", "limit"}}
+
+
+def refuse_nonsense(config: Mapping[str, Any]) -> None:
+    """Refuse keys that nothing reads and numbers that cannot be.
+
+    Raises:
+        ValueError: Naming the key. `+key=value` on the command line adds keys without asking.
+    """
+    for key in config.keys() - KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        raise ValueError(f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    for group, known in NESTED.items():
+        for key in config[group].keys() - known:
+            raise ValueError(f"there is no key {group}.{key}; there are {', '.join(sorted(known))}")
+    counts = {key: config[key] for key in ("batch_size", "steps", "image_size", "streams") if key in config}
+    counts |= {f"{group}.every": config[group]["every"] for group in NESTED}
+    counts |= {
+        "checkpoint.keep": config["checkpoint"]["keep"],
+        "validation.limit": config["validation"]["limit"],
+    }
+    for key, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}={value} must be a whole number above 0")
+    if type(config["workers"]) is not int or config["workers"] < 0:
+        raise ValueError(f"workers={config['workers']} must be a whole number, 0 for none")
+
+
+def one_sentence(error: BaseException) -> str:
+    """Reduce an error to what it says: without Hydra's wrapping, a worker's traceback, or line breaks."""
+    cause = error.__cause__ if type(error).__name__ == "InstantiationException" and error.__cause__ else error
+    lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    said = lines[-1].partition(": ")[2] if any("Traceback" in line for line in lines) else " ".join(lines)
+    return " ".join(said.split())
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ same bytes, and a lease only saves work.
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from depth_anything.data.codec import encode
-from depth_anything.data.labels import LabelSet
+from depth_anything.data.labels import LabelSet, open_labels
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
 from depth_anything.data.transforms import normalize, resize_image
@@ -32,8 +33,9 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
 from depth_anything.training.data import identity
 
-PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8"
+PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
 STALE_S = 120.0
+MANY_SHAPES = 16  # batches' worth of images that may wait for others of their shape
 
 
 class Lease:
@@ -80,8 +82,10 @@ class Lease:
             holder = json.loads(self.path.read_text() or "{}")
         except (FileNotFoundError, ValueError):
             return True
-        if holder.get("host") == socket.gethostname() and not _alive(int(holder.get("pid", -1))):
-            return True
+        if holder.get("host") == socket.gethostname():
+            return (
+                not _alive(int(holder.get("pid", -1))) or age > 10 * STALE_S
+            )  # a pid may have been given anew
         return age > STALE_S
 
 
@@ -108,6 +112,11 @@ class Batch:
     indices: list[int]
     image: torch.Tensor  # (b,h,w,3) uint8
     failed: list[tuple[int, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> "Batch":
+        """Let the loader put the pixels where the GPU can fetch them while it works."""
+        self.image = self.image.pin_memory()
+        return self
 
     @classmethod
     def stack(cls, set: str, shard: str, records: int, images: list[tuple[int, np.ndarray]]) -> "Batch":
@@ -189,6 +198,10 @@ class ShardBatches(IterableDataset):
             same.append((index, resize_image(frame.image, height, width)))
             if len(same) == self.batch_size:
                 yield Batch.stack(name, shard, count, waiting.pop((height, width)))
+            elif sum(map(len, waiting.values())) > MANY_SHAPES * self.batch_size:
+                yield Batch.stack(
+                    name, shard, count, waiting.pop(max(waiting, key=lambda s: len(waiting[s])))
+                )
         for same in waiting.values():
             yield Batch.stack(name, shard, count, same)
         yield Batch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
@@ -206,6 +219,7 @@ class ShardData(pl.LightningDataModule):
         image_size: int,
         workers: int,
         patch: int,
+        precision: str,
         teacher: Mapping[str, Any],
         codec: str,
     ) -> None:
@@ -218,6 +232,7 @@ class ShardData(pl.LightningDataModule):
             image_size: Short side after resizing, pixels.
             workers: Loader processes a device; each reads a shard of its own.
             patch: The teacher's patch, pixels.
+            precision: The trainer's; labels of two precisions are not mixed.
             teacher: What the label sets say of the teacher: "fingerprint", "file".
             codec: Of the labels.
 
@@ -225,7 +240,7 @@ class ShardData(pl.LightningDataModule):
             ValueError: If a set is missing or damaged, or its labels are another teacher's.
         """
         super().__init__()
-        preprocessing = PREPROCESSING.format(size=image_size, patch=patch)
+        preprocessing = PREPROCESSING.format(size=image_size, patch=patch, precision=precision)
         self.labels = {
             name: LabelSet(
                 os.path.join(labels, name),
@@ -242,6 +257,26 @@ class ShardData(pl.LightningDataModule):
     def finished(self) -> bool:
         """Tell whether every image of every set has its label; write the manifests that are still missing."""
         return all([labels.finish() for labels in self.labels.values()])
+
+    def summary(self) -> str:
+        """Say what every image has come to.
+
+        Raises:
+            ValueError: If a set is not finished after all.
+        """
+        if not self.finished():
+            raise ValueError(
+                "not every shard has its labels; look at the messages above and start the same command again"
+            )
+        told = []
+        for name, labels in self.labels.items():
+            made = open_labels(labels.root, labels.images)
+            skipped = labels.images.records - made.records
+            told.append(
+                f"{made.records} labels of {name} in {labels.root}"
+                + (f" ({skipped} skipped)" if skipped else "")
+            )
+        return "finished: " + "; ".join(told)
 
     def predict_dataloader(self) -> DataLoader:
         """Build the loader of this process's share, which is whatever nobody else takes."""
@@ -271,9 +306,15 @@ class PseudoLabel(pl.LightningModule):
         self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
         self._bar: tqdm | None = None
+        self._read = self._failed = 0
 
     def on_predict_start(self) -> None:
-        """Open a bar over the images that had no label when this process began."""
+        """Open a bar over the images that had no label when this process began.
+
+        Signals end the process at once, as they may: a shard is published whole or not at all.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)  # Lightning's handler only takes a note
         left = sum(labels.images_left() for labels in self._data[0].labels.values())
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
@@ -300,6 +341,7 @@ class PseudoLabel(pl.LightningModule):
             lease.touch()
         else:
             del self._made[batch.set, batch.shard]
+            self._refuse(batch)
             named = {index for index, _ in batch.failed}.union(made)
             mute = [(i, "the teacher's output is not finite") for i in range(batch.records) if i not in named]
             labels.publish(batch.shard, {i: label.result() for i, label in made.items()}, batch.failed + mute)
@@ -307,6 +349,17 @@ class PseudoLabel(pl.LightningModule):
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
+
+    def _refuse(self, batch: Batch) -> None:
+        """Name what failed; stop before a shard is published when it is the disk rather than the images."""
+        self._read, self._failed = self._read + batch.records, self._failed + len(batch.failed)
+        for index, reason in batch.failed[: max(0, 20 - self._failed + len(batch.failed))]:
+            print(f"no label for {batch.set}/{batch.shard}[{index}]: {reason}", file=sys.stderr)
+        if len(batch.failed) == batch.records or (self._read >= 1000 and self._failed > 0.01 * self._read):
+            raise ValueError(
+                f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
+                f"({batch.failed[-1][1]}); look with `depth-anything verify` and start the same command again"
+            )
 
     def on_predict_end(self) -> None:
         """Write the manifests of the sets that are complete now."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,8 +16,8 @@ from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.plan import print_plan, split_batch
-from depth_anything.training.start import load_teacher, network, twin
+from depth_anything.training.plan import one_sentence, print_plan, refuse_nonsense, split_batch
+from depth_anything.training.start import load_teacher, network, patch_of, twin
 
 
 def main(cfg: DictConfig) -> None:
@@ -29,18 +30,19 @@ def main(cfg: DictConfig) -> None:
             predict(cfg, config)
         else:
             fit(cfg, config)
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
+        sys.exit(f"error: {one_sentence(error)}")
 
 
 def complete(cfg: DictConfig) -> dict[str, Any]:
     """Fill in what follows from other keys, and return the config as plain values."""
-    if cfg.streams is None:
+    if cfg.streams is None and isinstance(cfg.batch_size, int):
         cfg.streams = 8 * cfg.batch_size
     if cfg.trainer.precision == "auto":
         gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
         cfg.trainer.precision = "bf16-mixed" if gpu else "32-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    refuse_nonsense(config)
     return config
 
 
@@ -62,7 +64,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
         print(f"{folder.path} is finished; its model is {folder.model}")
         return
     make_scenes(sources["scenes"], [*config["data"]["sets"].values(), sources["validation"]])
-    data = instantiate(cfg.data, micro_batch=micro, _convert_="all")
+    data = instantiate(cfg.data, micro_batch=micro, patch=patch_of(config["encoder"]), _convert_="all")
     data.open()  # a set that is missing or damaged is named before a network is built
     if trainer.is_global_zero:
         numbers = MetricsCSV(folder.path / "metrics.csv")
@@ -73,6 +75,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
     stop_if_signalled(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)
+        folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}")
 
@@ -85,7 +88,8 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     teacher = load_teacher(config)
     made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"]}
     data = instantiate(cfg.data, patch=teacher.patch_size, teacher=made_by, _convert_="all")
-    if not data.finished():
-        trainer = build_trainer(cfg, [])
+    trainer = build_trainer(cfg, [])
+    if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come
         trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)
-    print(f"finished: every image of {', '.join(data.labels)} has its label in {config['labels']}")
+    if trainer.is_global_zero:
+        print(data.summary())

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import load_encoder, load_model
+from depth_anything.model.weights import has_head, load_encoder, load_model
 
 
 def network(config: Mapping[str, Any]) -> DepthAnything:
@@ -26,20 +26,22 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     source = config["init"]
     if source is None:
         return model
-    if source != "hub" and config["stage"] == "student" and _is_teacher(Path(source)):
+    if config["stage"] == "student" and _is_teacher(Path(source)):
         raise ValueError(
             f"init={source} is a teacher; a student starts from DINOv2 of its size: "
             "type init=hub or init=DINOV2_FILE"
         )
-    if (
-        source != "hub"
-        and Path(source).suffix == ".safetensors"
-        and (Path(source).parent / "config.yaml").is_file()
-    ):
+    if source != "hub" and has_head(source):
         model.load_state_dict(load_model(source, encoder=config["encoder"]).state_dict())
     else:
         load_encoder(model, source)
     return model
+
+
+def patch_of(encoder: str) -> int:
+    """Look up the side of an encoder's patch, pixels, without building its weights."""
+    with torch.device("meta"):
+        return DepthAnything(encoder).patch_size
 
 
 def twin(config: Mapping[str, Any]) -> DepthAnything | None:
@@ -50,12 +52,14 @@ def twin(config: Mapping[str, Any]) -> DepthAnything | None:
     """
     if not config["recipe"].get("alignment_weight"):
         return None
-    if config["init"] is None:
+    source = config["init"]
+    if source is None or (source != "hub" and has_head(source)):
         raise ValueError(
-            "feature alignment needs DINOv2's weights; type init=hub, init=DINOV2_FILE or recipe.alignment_weight=0"
+            f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
+            "or recipe.alignment_weight=0"
         )
     frozen = DepthAnything(config["encoder"])
-    load_encoder(frozen, config["init"])
+    load_encoder(frozen, source)
     return frozen
 
 
@@ -75,5 +79,8 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
 
 
 def _is_teacher(path: Path) -> bool:
-    config = path.parent / "config.yaml"
-    return config.is_file() and (yaml.safe_load(config.read_text()) or {}).get("stage") == "teacher"
+    for folder in path.parents[:2]:  # a run's model, or one of its checkpoints
+        config = folder / "config.yaml"
+        if path.is_file() and config.is_file():
+            return (yaml.safe_load(config.read_text()) or {}).get("stage") == "teacher"
+    return False

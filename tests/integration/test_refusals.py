@@ -1,5 +1,6 @@
 """What a user gets wrong ends in one sentence that says what to type, with a non-zero exit and no traceback."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from depth_anything import DepthAnything, save_model
+
 from .conftest import ROOT, SMALL, environment
+
+TEACHER = "some-teacher.safetensors"
 
 
 def refused(result: Any, *words: str) -> None:
@@ -18,9 +23,10 @@ def refused(result: Any, *words: str) -> None:
     assert "Traceback" not in said, said
     for word in words:
         assert word in said, (word, said)
+    assert "step/s" not in said, "training had begun"
     errors = [line for line in said.splitlines() if line.startswith("error:")]
-    if errors:
-        assert len(errors) == 1 and said.endswith(errors[0]), said
+    hydra = "HYDRA_FULL_ERROR" in said  # Hydra's own words for what it cannot compose
+    assert (len(errors) == 1 and said.endswith(errors[0])) != hydra, said
 
 
 @pytest.mark.parametrize(
@@ -31,18 +37,25 @@ def refused(result: Any, *words: str) -> None:
         (["stage=teacher", "size=huge"], ["huge", "paper", "tiny"]),
         (["stage=teacher", "encoder=vitx"], ["vitx", "vits"]),
         (["stage=teacher", "stepz=3"], ["stepz"]),
-        (["stage=teacher", "+stepz=3"], ["stepz"]),
+        (["stage=teacher", "+stepz=3"], ["stepz", "steps"]),
         (["stage=teacher", "recipe.trimm=3"], ["trimm"]),
         (["stage=teacher", "batch_size=16", "micro_batch=5"], ["micro_batch=4 or micro_batch=8"]),
         (["stage=teacher", "recipe.schedule=step"], ["schedule=step", "linear"]),
         (["stage=teacher", "sources=own", "photos=nowhere"], ["nowhere"]),
+        (["stage=pseudolabel", "sources=own", "photos=nowhere", f"teacher={TEACHER}"], ["nowhere"]),
+        (["stage=teacher", "batch_size=0"], ["batch_size=0"]),
+        (["stage=teacher", "steps=-1"], ["steps=-1"]),
+        (["stage=teacher", "image_size=100"], ["image_size=98"]),
+        (["stage=teacher", "checkpoint.often=1"], ["often"]),
         (["stage=pseudolabel", "teacher=nowhere.safetensors"], ["nowhere.safetensors", "stage=teacher"]),
         (["stage=student"], ["labels-tiny", "stage=pseudolabel"]),
         (["stage=teacher", "init=nowhere.pth"], ["nowhere.pth"]),
         (["stage=teacher", "resume=nowhere.ckpt"], ["nowhere.ckpt"]),
     ],
 )
-def test_one_sentence(start: Any, arguments: list[str], words: list[str]) -> None:
+def test_one_sentence(start: Any, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    if f"teacher={TEACHER}" in arguments:
+        save_model(DepthAnything("vitt"), tmp_path / TEACHER)
     refused(start(*arguments, small=False), *words)
 
 
@@ -60,8 +73,6 @@ def test_two_processes_on_one_run(tmp_path: Path, start: Any) -> None:
             time.sleep(0.1)
         refused(start("stage=teacher", "steps=100000"), f"process {first.pid}", "name=")
     finally:
-        import os
-
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
 

@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from depth_anything.training import folder as folder_module
 from depth_anything.training.folder import Lock, RunFolder, differences, launch, step_of
@@ -38,6 +38,11 @@ def config(**changes: Any) -> dict[str, Any]:
         else:
             made[node] = value
     return made
+
+
+def checkpoint(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, path)
 
 
 HOLDER = """
@@ -110,6 +115,11 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], key: st
     first = RunFolder(tmp_path / "run")
     first.claim(config())
     first.lock.release()
+    again = RunFolder(tmp_path / "run")
+    again.claim(config(**changes))  # nothing was trained yet: the first start may have been the mistake
+    again.claim(config())
+    again.lock.release()
+    checkpoint(first.checkpoints / "step-000000005.ckpt")
     with pytest.raises(ValueError, match=rf"{key}=.*type {key}=.*name=.*overwrite=true"):
         RunFolder(tmp_path / "run").claim(config(**changes))
 
@@ -134,12 +144,6 @@ def test_overwrite_sets_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "run.3").exists()
 
 
-def checkpoint(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data", "x")
-
-
 def test_newest_complete_checkpoint(tmp_path: Path) -> None:
     made = RunFolder(tmp_path)
     assert made.newest_checkpoint() is None
@@ -160,6 +164,26 @@ def test_other_ranks_hear_the_decision(tmp_path: Path, monkeypatch: pytest.Monke
     made.lock.release()
 
 
+def test_finished(tmp_path: Path) -> None:
+    """A run is finished by its model and a note, not by checkpoints, which may be deleted for their size."""
+    made = RunFolder(tmp_path)
+    assert not made.finished(10)
+    made.model.write_bytes(b"x")
+    made.finish(10)
+    assert made.finished(10) and made.finished(5) and not made.finished(20)
+
+
+def test_torn_files_of_killed_writers_go(tmp_path: Path) -> None:
+    made = RunFolder(tmp_path)
+    made.checkpoints.mkdir()
+    torn = [made.checkpoints / ".step-000000015.ckpt.tmp", tmp_path / ".config.yaml.abc.tmp"]
+    for path in torn:
+        path.write_bytes(b"half")
+    made.claim(config())
+    made.lock.release()
+    assert not [path for path in torn if path.exists()]
+
+
 def test_launch_tells_starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(key, raising=False)
@@ -172,7 +196,7 @@ def test_launch_tells_starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_resume_file(tmp_path: Path) -> None:
     made = RunFolder(tmp_path / "run")
-    with pytest.raises(ValueError, match="resume=nowhere.ckpt is no file"):
+    with pytest.raises(ValueError, match="resume=nowhere.ckpt is no checkpoint"):
         made.begin(config(resume="nowhere.ckpt"), main=True)
     made.lock.release()
     assert folder_module.STALE_S > folder_module.HEARTBEAT_S * 3
