@@ -22,6 +22,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from depth_anything import Predictor, load_model
+from depth_anything.data.shards import open_set
+from depth_anything.evaluation.benchmarks import read_frames
+from depth_anything.evaluation.evaluate import find_protocol
+from depth_anything.evaluation.evaluate import judge as judge_map
+from depth_anything.visualize import colorize, panel
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes
 
@@ -62,6 +71,31 @@ def judge(folder: Path, data: Path, look: str) -> dict[str, dict[str, float]]:
     run("-m", "depth_anything", *command)
     results = json.loads((report / "results.json").read_text())["results"]
     return {result["name"]: {key: result["means"][key] for key in ("abs_rel", "d1")} for result in results}
+
+
+def paint(folder: Path, data: Path, output: Path, *, count: int = 6) -> None:
+    """Put some held-out photographs, their truth and three models' maps, in the truth's colours, into one picture."""
+    test = open_set(str(data / "scenes-test-photographic"))
+    frames = list(read_frames(test, limit=count))
+    protocol = find_protocol("da2")
+    names = {
+        "teacher": "teacher-vitt-tiny",
+        "student": "student-vitn-tiny",
+        "no labels": "student-synthetic-only",
+    }
+    models = {title: load_model(folder / name / "model.safetensors") for title, name in names.items()}
+    predictors = [Predictor(model, device="cpu", input_size=model.input_size) for model in models.values()]
+    rows = []
+    for frame in frames:
+        truth = 1.0 / frame.depth.clip(protocol.min_depth, protocol.max_depth)
+        row = [frame.image, colorize(truth)]
+        for predictor in predictors:
+            prediction = predictor.predict(frame.image)
+            depth, _ = judge_map(prediction, frame, quantity="disparity", protocol=protocol)
+            row.append(colorize(1.0 / depth, low=float(truth.min()), high=float(truth.max())))
+        rows.append(row)
+    picture = panel(rows, titles=["image", "truth", *names])
+    Image.fromarray(picture).save(output, quality=88)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -155,6 +189,7 @@ def main() -> None:
     text = markdown(summary, shlex.join(["python", *sys.argv]), (time.monotonic() - begin) / 60, len(seeds))
     (options.output / "claim.json").write_text(json.dumps(summary, indent=1))
     (options.output / "claim.md").write_text(text)
+    paint(options.output / f"seed-{options.seeds[0]}", options.data, options.output / "claim.jpg")
     print(text)
 
 
