@@ -69,7 +69,7 @@ def judge(folder: Path, data: Path, look: str) -> dict[str, dict[str, float]]:
     test, mean = str(data / f"scenes-test-{look}"), str(data / "scenes-synthetic")
     command = ["evaluate", "--data", test, "--mean-map", mean, "--output", str(report), "--weights", *weights]
     run("-m", "depth_anything", *command)
-    results = json.loads((report / "results.json").read_text())["results"]
+    results = json.loads((report / "results.json").read_text())["models"]
     return {result["name"]: {key: result["means"][key] for key in ("abs_rel", "d1")} for result in results}
 
 

@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -36,7 +38,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(arguments: Sequence[str], *, die: str = "") -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], *, errors: IO[bytes], die: str = "") -> subprocess.Popen[bytes]:
     """Start a stage in a process group of its own; `die` is "fsync:3" or "replace:5"."""
     environment = {**os.environ, "SOAK_DIE": die, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
@@ -44,7 +46,7 @@ def start(arguments: Sequence[str], *, die: str = "") -> subprocess.Popen[bytes]
         env=environment,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=errors,
     )
 
 
@@ -90,19 +92,19 @@ def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng
         die = ""
         if hit < kills and attempt % 2:
             die = f"{rng.choice(['fsync', 'replace'])}:{rng.randint(1, 8)}"
-        process = start(arguments, die=die)
-        try:
-            if hit < kills and not die:
-                process.wait(timeout=seconds * rng.uniform(0.2, 1.0))
-            else:
+        with tempfile.TemporaryFile() as errors:
+            process = start(arguments, errors=errors, die=die)
+            try:
+                process.wait(timeout=seconds * rng.uniform(0.2, 1.0) if hit < kills and not die else None)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")
         if process.returncode == -signal.SIGKILL:
             hit += 1
         elif process.returncode:
-            raise RuntimeError(f"{' '.join(arguments)} failed:\n{errors.decode()[-2000:]}")
+            raise RuntimeError(f"{' '.join(arguments)} failed:\n{said[-2000:]}")
         else:
             return hit
     raise RuntimeError(f"{' '.join(arguments)} did not end after {3 * kills + 1} starts")
@@ -114,38 +116,53 @@ def digests(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
+def arguments_of(stage: str, place: Path, folder: Path) -> list[str]:
+    """Prepare a place for a stage, with what the stages before left in `folder`, and say what to type."""
+    if stage == "student":
+        shutil.copytree(folder / "labels", place / "data" / "labels-tiny", dirs_exist_ok=True)
+    arguments = [f"stage={stage}", f"data_dir={place / 'data'}", f"output_dir={place / 'outputs'}"]
+    if stage == "pseudolabel":
+        teacher = folder / "calm-teacher" / "outputs" / "teacher-vitt-tiny" / "model.safetensors"
+        return [*arguments, f"teacher={teacher}", *(a for a in SMALL if not a.startswith("steps"))]
+    return [*arguments, *SMALL]
+
+
 def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -> dict[str, object]:
-    """Run a stage unbroken and killed, both from what the stage before left in `folder`, and compare."""
-    calm, broken = folder / "calm", folder / "broken"
-    shared = [f"stage={stage}", *SMALL]
+    """Run a stage unbroken, then killed, from scratch again and again until there were `kills` kills; compare each.
+
+    Args:
+        stage: "teacher", "pseudolabel" or "student"; each needs what the one before left in `folder`.
+        folder: Of everything.
+        kills: At least so many in all, and at most five a run.
+        rng: Of the moments.
+
+    Returns:
+        stage, kills, runs, files compared, equal, leftovers (torn files) and differing (names).
+    """
+    calm = folder / f"calm-{stage}"
+    begin = time.perf_counter()
+    kill_and_finish(arguments_of(stage, calm, folder), kills=0, seconds=0, rng=rng)
+    seconds = time.perf_counter() - begin
+    patterns = [f"outputs/{stage}-*/model.safetensors", "data/scenes-*/*"]
     if stage == "pseudolabel":
-        shared = [f"stage={stage}", *(a for a in SMALL if not a.startswith("steps"))]
-    elif stage == "student":
-        for other in (calm, broken):
-            shutil.copytree(folder / "labels", other / "data" / "labels-tiny", dirs_exist_ok=True)
-    outcome: dict[str, object] = {"stage": stage}
-    seconds = 0.0
-    for place, wanted in ((calm, 0), (broken, kills)):
-        arguments = [*shared, f"data_dir={place / 'data'}", f"output_dir={place / 'outputs'}"]
-        if stage == "pseudolabel":
-            arguments.append(f"teacher={calm / 'outputs' / 'teacher-vitt-tiny' / 'model.safetensors'}")
-        begin = time.perf_counter()
-        outcome["kills"] = kill_and_finish(arguments, kills=wanted, seconds=seconds, rng=rng)
-        seconds = time.perf_counter() - begin if place == calm else seconds
-    patterns = {"pseudolabel": ["labels-tiny/**/*.tar", "labels-tiny/**/*.json"]}.get(
-        stage, [f"outputs/{stage}-*/model.safetensors", "data/scenes-*/*"]
-    )
-    left, right = digests(calm, patterns), digests(broken, patterns)
-    outcome["files"], outcome["equal"] = len(left), left == right
-    outcome["leftovers"] = [
-        str(p.relative_to(broken)) for p in broken.rglob(".*.tmp*") if stage != "pseudolabel"
-    ]
-    if stage == "pseudolabel":
-        shutil.copytree(calm / "data" / "labels-tiny", folder / "labels", dirs_exist_ok=True)
-    if not left or left != right:
-        differing = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
-        outcome["differing"] = differing
-    return outcome
+        patterns = ["labels-tiny/**/*.tar", "labels-tiny/**/*.json"]
+        shutil.copytree(calm / "data" / "labels-tiny", folder / "labels")
+    whole = digests(calm, patterns)
+    hits, runs, leftovers, differing = 0, 0, [], []
+    while hits < kills and runs < 4 * kills:
+        broken = folder / f"broken-{stage}-{runs}"
+        wanted = min(5, kills - hits)
+        hits += kill_and_finish(arguments_of(stage, broken, folder), kills=wanted, seconds=seconds, rng=rng)
+        runs += 1
+        found = digests(broken, patterns)
+        differing += [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
+        leftovers += [str(path) for path in broken.rglob(".*.tmp*")]
+        shutil.rmtree(broken)
+    equal = bool(whole) and not differing and hits >= kills
+    return {
+        "stage": stage, "kills": hits, "runs": runs, "files": len(whole), "equal": equal,
+        "leftovers": leftovers, "differing": differing,
+    }  # fmt: skip
 
 
 def main() -> None:
