@@ -369,9 +369,9 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
         sky = (0.55, 0.7, 0.9)
         density = draw.uniform(0.03, 0.07) if indoors else draw.uniform(0.012, 0.03)
         return Air((0.5,) * 3, (0.3,) * 3, (Light(side, (0.6,) * 3, True),), sky, density, (0.3, 0.5, 0.9))
-    tint = temperature(draw.uniform(-0.7, 0.7))
+    tint = temperature(draw.uniform(-1, 1))
     ambient = draw.uniform(0.06, 0.4)
-    red, green, blue = temperature(draw.uniform(-0.6, 0.6))
+    red, green, blue = temperature(draw.uniform(-0.8, 0.8))
     above = (ambient * red, ambient * green, ambient * blue)
     below = _fade(above, draw.uniform(0.3, 0.9))
     if indoors:
@@ -381,12 +381,12 @@ def air_of(look: str, *, indoors: bool, height: float, draw: Draw) -> Air:
             power = draw.uniform(0.5, 1.6)
             lamps.append(Light(place, _fade(tint, power), False, draw.uniform(2, 6)))
         density = draw.pick((0.01, 0.03, 0.05, 0.08)) * draw.uniform(0.7, 1.3)
-        grey = draw.colour(hue=(0, 1), saturation=(0, 0.2), value=(0.55, 0.95))
+        grey = draw.colour(hue=(0, 1), saturation=(0, 0.3), value=(0.4, 0.9))
         return Air(above, below, tuple(lamps), grey, density, grey)
     sun = _unit(draw.uniform(-1, 1), -draw.uniform(0.25, 1.2), draw.uniform(-1, 0.6))
     strength = draw.pick((0.0, 0.6, 1.1)) * draw.uniform(0.7, 1.2)
     haze = draw.colour(
-        hue=(0.02, 0.12) if draw.chance(0.3) else (0.5, 0.65), saturation=(0, 0.25), value=(0.6, 1.0)
+        hue=(0.02, 0.12) if draw.chance(0.3) else (0.5, 0.65), saturation=(0, 0.4), value=(0.45, 1.0)
     )
     zenith = draw.colour(hue=(0.55, 0.65), saturation=(0.0, 0.7), value=(0.15, 0.9))
     density = draw.pick((0.006, 0.015, 0.025, 0.045)) * draw.uniform(0.7, 1.3)
@@ -456,8 +456,8 @@ def camera(image: np.ndarray, depth: np.ndarray, draw: Draw) -> np.ndarray:
     grey = (
         int((image[1] * 4096).astype(np.int64).sum()) / (4096 * depth.size) + 0.02
     )  # integers add up exactly
-    gain = draw.uniform(0.3, 0.5) / grey
-    balance = temperature(draw.uniform(-0.4, 0.4))
+    gain = draw.uniform(0.25, 0.5) / grey
+    balance = temperature(draw.uniform(-0.6, 0.6))
     image = image * np.array([gain * c for c in balance], np.float32)[:, None, None]
     if draw.chance(0.35):  # out of focus: the further from the focal plane, the softer
         focus = 1 / np.float32(draw.uniform(1.5, 10))
@@ -475,8 +475,8 @@ def camera(image: np.ndarray, depth: np.ndarray, draw: Draw) -> np.ndarray:
     level = np.sqrt(np.maximum(image, 0)) * np.float32(shot) + np.float32(read)
     image = image + draw.bell(3, height, width) * level
     mean = (image[0] + image[1] + image[2]) * np.float32(1 / 3)
-    image = mean + (image - mean) * np.float32(draw.uniform(0.5, 1.25))
-    gamma, contrast = draw.uniform(1.9, 2.5), draw.uniform(-0.2, 0.4)
+    image = mean + (image - mean) * np.float32(draw.uniform(0.4, 1.3))
+    gamma, contrast = draw.uniform(1.7, 2.6), draw.uniform(-0.3, 0.6)
 
     def curve(x: np.ndarray) -> np.ndarray:
         tone = x ** (1 / gamma)
