@@ -98,6 +98,7 @@ def invariant_losses(
     scales: int = 4,
     trim: float = 0.0,
     gradient_trim: float = 0.0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute both invariant losses for the price of one: they share the normalised maps.
 
@@ -108,6 +109,7 @@ def invariant_losses(
         scales: as in `gradient_matching_loss`.
         trim: as in `scale_shift_invariant_loss`.
         gradient_trim: `trim` of `gradient_matching_loss`.
+        weight: (B,), what each image counts in the sum over images; None: 1.
 
     Returns:
         `scale_shift_invariant_loss` and `gradient_matching_loss`, two scalars.
@@ -124,7 +126,7 @@ def invariant_losses(
     residual, valid = _residual(prediction, target, valid)
     kept = _trimmed(residual, valid, trim)
     gradient_kept = kept if gradient_trim == trim else _trimmed(residual, valid, gradient_trim)
-    return _mean_absolute(residual, kept), _mean_gradient(residual, gradient_kept, scales)
+    return _mean_absolute(residual, kept, weight), _mean_gradient(residual, gradient_kept, scales, weight)
 
 
 def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, *, variance_focus: float = 0.5) -> Tensor:
@@ -222,18 +224,22 @@ def _trimmed(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
     return (mask & ~(size > limit) & ~surplus).view_as(valid)
 
 
-def _mean_absolute(residual: Tensor, kept: Tensor) -> Tensor:
-    return (torch.where(kept, residual.abs(), 0).sum((1, 2)) / _count(kept)).mean()
+def _mean_absolute(residual: Tensor, kept: Tensor, weight: Tensor | None = None) -> Tensor:
+    return _mean(torch.where(kept, residual.abs(), 0).sum((1, 2)) / _count(kept), weight)
 
 
-def _mean_gradient(residual: Tensor, kept: Tensor, scales: int) -> Tensor:
+def _mean_gradient(residual: Tensor, kept: Tensor, scales: int, weight: Tensor | None = None) -> Tensor:
     total = residual.new_zeros(residual.shape[0])
     for stride in (2**level for level in range(scales)):
         r, m = residual[:, ::stride, ::stride], kept[:, ::stride, ::stride]
         across = torch.where(m[:, :, 1:] & m[:, :, :-1], (r[:, :, 1:] - r[:, :, :-1]).abs(), 0)
         down = torch.where(m[:, 1:] & m[:, :-1], (r[:, 1:] - r[:, :-1]).abs(), 0)
         total = total + (across.sum((1, 2)) + down.sum((1, 2))) / _count(m)
-    return total.mean()
+    return _mean(total, weight)
+
+
+def _mean(per_image: Tensor, weight: Tensor | None) -> Tensor:
+    return (per_image if weight is None else per_image * weight).mean()
 
 
 def _masked_log(depth: Tensor, valid: Tensor) -> Tensor:

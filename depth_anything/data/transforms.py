@@ -201,32 +201,24 @@ def draw_cutmix(seed: int, n: int) -> np.ndarray:
     return np.array([top, left, top + height, left + width], np.float32)
 
 
-def cutmix(
-    image: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, box: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fill each sample's box from the sample before it in the micro-batch.
+def cutmix(given: dict[str, torch.Tensor], box: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Fill each sample's box from the sample before it in the micro-batch, the first one's from the last.
 
     The two parts have disparities of different scale and shift: take the loss of `valid & region` and that of
     `valid & ~region` apart (V1, equations 5 to 8), never over both at once.
 
     Args:
-        image: (B, 3, H, W).
-        target: (B, H, W).
-        valid: bool (B, H, W).
+        given: Images (B, 3, H, W) and maps (B, H, W), float or bool, "target" among them; all are mixed.
         box: float (B, 4) of draw_cutmix.
 
     Returns:
-        image, target and valid mixed, and region, bool (B, H, W): what lies in the box.
+        What was given, mixed, and "region", bool (B, H, W): what lies in the box.
     """
-    height, width = target.shape[1:]
+    height, width = given["target"].shape[-2:]
     top, left, bottom, right = box[:, :, None].unbind(1)
     y = (torch.arange(height, device=box.device) + 0.5) / height
     x = (torch.arange(width, device=box.device) + 0.5) / width
     region = ((top <= y) & (y < bottom))[:, :, None] & ((left <= x) & (x < right))[:, None, :]
-    image = torch.where(region[:, None], image.roll(1, 0), image)
-    return (
-        image,
-        torch.where(region, target.roll(1, 0), target),
-        torch.where(region, valid.roll(1, 0), valid),
-        region,
-    )
+    inside = {3: region, 4: region[:, None]}
+    mixed = {name: torch.where(inside[v.ndim], v.roll(1, 0), v) for name, v in given.items()}
+    return {**mixed, "region": region}

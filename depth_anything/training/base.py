@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from depth_anything.data.transforms import normalize
+from depth_anything.data.transforms import cutmix, normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
@@ -171,34 +171,53 @@ class DepthModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Make the clean and the student's view of a batch on the device.
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Make what the network sees of a batch, and what it should answer, on the device.
 
         Args:
-            batch: "image" uint8 (B,S,S,3); "perturbation" float32 (B,P) where the stage asked for it.
+            batch: "image" uint8 (B,S,S,3), "target" (B,S,S), "valid" bool (B,S,S); where the stage asked for
+                them "perturbation" float32 (B,P) and "box" float32 (B,4), CutMix's.
 
         Returns:
-            Both (B,3,S,S), ImageNet-normalised, in the parameters' dtype; the same tensor without perturbation.
+            "clean" and "image" (B,3,S,S), ImageNet-normalised, in the parameters' dtype, the same tensor without
+            perturbation; "target"; "valid"; with CutMix "region", bool (B,S,S): what comes from another sample.
         """
         dtype = next(self.model.parameters()).dtype
-        clean = normalize(batch["image"]).to(dtype)
-        if "perturbation" not in batch:
-            return clean, clean
-        return clean, normalize(batch["image"], batch["perturbation"]).to(dtype)
+        clean = image = normalize(batch["image"]).to(dtype)
+        if "perturbation" in batch:
+            image = normalize(batch["image"], batch["perturbation"]).to(dtype)
+        given = {"clean": clean, "image": image, "target": batch["target"], "valid": batch["valid"]}
+        return cutmix(given, batch["box"]) if "box" in batch else given
 
-    def map_losses(self, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars."""
-        r = self.recipe
+    def map_losses(self, prediction: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars.
+
+        With CutMix each image's two parts are normalised and compared apart, and their losses weigh as their
+        areas (V1, equations 5 to 8).
+        """
+        r, target, valid, weight = self.recipe, given["target"], given["valid"], None
+        if "region" in given:
+            region = given["region"]
+            share = region.float().mean((1, 2))
+            prediction, target = prediction.repeat(2, 1, 1), target.repeat(2, 1, 1)
+            valid = torch.cat([valid & region, valid & ~region])
+            weight = 2 * torch.cat([share, 1 - share])  # the mean is over twice as many
         with torch.autocast(prediction.device.type, enabled=False):
             ssi, gm = invariant_losses(
-                prediction, target, valid, scales=r.gm_scales, trim=r.trim, gradient_trim=r.gm_trim
+                prediction,
+                target,
+                valid,
+                scales=r.gm_scales,
+                trim=r.trim,
+                gradient_trim=r.gm_trim,
+                weight=weight,
             )
         return {"ssi": ssi, "gm": gm}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the stage's terms and their weighted sum under "loss"; each stage writes its own."""
-        _, image = self.inputs(batch)
-        parts = self.map_losses(self.model(image), batch["target"], batch["valid"])
+        given = self.inputs(batch)
+        parts = self.map_losses(self.model(given["image"]), given)
         return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -75,6 +75,7 @@ class TrainData(pl.LightningDataModule):
         workers: int,
         sky: str,
         perturb: bool,
+        cutmix: bool = False,
         repeat: Mapping[str, int] | None = None,
         allow_partial: bool = False,
         run_dir: str,
@@ -93,6 +94,7 @@ class TrainData(pl.LightningDataModule):
             workers: Loader processes a device.
             sky: "far" (disparity 0) or "invalid".
             perturb: Send parameters of strong perturbations along.
+            cutmix: Send boxes along that are filled from another image of the micro-batch.
             repeat: Times a pass for the sets named.
             allow_partial: Train on the finished shards of an unfinished label set.
             run_dir: Where the list of an unfinished label set is frozen.
@@ -100,13 +102,8 @@ class TrainData(pl.LightningDataModule):
         super().__init__()
         self.sets, self.labels = dict(sets), labels
         self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
-        self.patch, self.image_size, self.workers, self.sky, self.perturb = (
-            patch,
-            image_size,
-            workers,
-            sky,
-            perturb,
-        )
+        self.patch, self.image_size, self.workers, self.sky = patch, image_size, workers, sky
+        self.perturb, self.cutmix = perturb, cutmix
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self._dataset: StreamDataset | None = None
 
@@ -139,6 +136,7 @@ class TrainData(pl.LightningDataModule):
                 patch=self.patch,
                 sky=self.sky,
                 perturb=self.perturb,
+                cutmix=self.cutmix,
                 repeat=self.repeat or None,
             )
         return self._dataset

@@ -21,11 +21,11 @@ class Student(DepthModule):
         r = self.recipe
         if r.alignment_weight == 0:
             return super().losses(batch)
-        clean, image = self.inputs(batch)
-        prediction, features = self.model(image, return_features=True)
-        parts = self.map_losses(prediction, batch["target"], batch["valid"])
+        given = self.inputs(batch)
+        prediction, features = self.model(given["image"], return_features=True)
+        parts = self.map_losses(prediction, given)
         with torch.no_grad():
-            wanted = self._frozen[0].features(clean)
+            wanted = self._frozen[0].features(given["clean"])
         with torch.autocast(prediction.device.type, enabled=False):
             parts["alignment"] = feature_alignment_loss(features, wanted, tolerance=r.alignment_tolerance)
         loss = (

@@ -193,11 +193,12 @@ def test_cutmix():
     target = torch.arange(3.0).view(3, 1, 1).expand(3, 20, 10)
     valid = torch.tensor([True, False, True]).view(3, 1, 1).expand(3, 20, 10)
     box = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0, 0, 0, 0], [0, 0, 1, 1]])
-    mixed, mixed_target, mixed_valid, region = cutmix(image, target, valid, box)
+    mixed = cutmix({"image": image, "target": target, "valid": valid}, box)
+    region = mixed["region"]
     assert region[0, 2:10, 2:6].all() and region[0].sum() == 32 and not region[1].any() and region[2].all()
-    assert (mixed[0, :, region[0]] == 2).all() and (mixed[0, :, ~region[0]] == 0).all()
-    assert torch.equal(mixed_target, mixed[:, 0])
-    assert mixed_valid[0].all() and not mixed_valid[1:].any()
+    assert (mixed["image"][0, :, region[0]] == 2).all() and (mixed["image"][0, :, ~region[0]] == 0).all()
+    assert torch.equal(mixed["target"], mixed["image"][:, 0])
+    assert mixed["valid"][0].all() and not mixed["valid"][1:].any()
 
 
 def test_cutmix_boxes():

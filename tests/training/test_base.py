@@ -1,0 +1,131 @@
+"""The step of the fitting stages: rates, groups, terms, and what CutMix and the frozen encoder change."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from depth_anything import DepthAnything
+from depth_anything.data.transforms import draw_cutmix, draw_perturbation, normalize
+from depth_anything.losses import (
+    feature_alignment_loss,
+    gradient_matching_loss,
+    scale_shift_invariant_loss,
+)
+from depth_anything.training.base import DepthModule, Recipe, parameter_groups, rate_factor
+from depth_anything.training.student import Student
+
+SIDE = 28
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Give the numbers of a short run."""
+    return Recipe(**{"steps": 100, "encoder_lr": 1e-4, "head_lr": 1e-3, **changes})
+
+
+def network(seed: int = 0) -> DepthAnything:
+    """Build the smallest network with weights of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DepthAnything("vitn").eval()
+
+
+def batch(size: int = 4, **more: torch.Tensor) -> dict[str, Any]:
+    """Make images and disparities with a few invalid pixels."""
+    generator = torch.Generator().manual_seed(size)
+    return {
+        "image": torch.randint(0, 256, (size, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator),
+        "target": torch.rand(size, SIDE, SIDE, generator=generator),
+        "valid": torch.rand(size, SIDE, SIDE, generator=generator) > 0.1,
+        **more,
+    }
+
+
+def drawn(draw: Any, size: int = 4) -> torch.Tensor:
+    """Draw what the loader would send along."""
+    return torch.stack([torch.from_numpy(draw(1, n)) for n in range(size)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1 / 11, 1, 1, 1]),
+        ("linear", [1 / 11, 1, 0.5, 0]),
+        ("cosine", [1 / 11, 1, 0.5, 0]),
+        ("poly", [1 / 11, 1, 0.5**0.9, 0]),
+    ],
+)
+def test_rate(schedule: str, factors: list[float]) -> None:
+    got = [rate_factor(step, steps=100, warmup=0.1, schedule=schedule) for step in (0, 10, 55, 100)]
+    assert got == pytest.approx(factors)
+
+
+def test_unknown_schedule_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"recipe\.schedule=step is unknown; type recipe\.schedule="):
+        recipe(schedule="step")
+
+
+def test_two_groups_hold_every_trainable_parameter() -> None:
+    model = network()
+    encoder, head = parameter_groups(model, encoder_lr=1.0, head_lr=2.0)
+    assert (encoder["lr"], head["lr"]) == (1.0, 2.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in encoder["params"]} == {"pretrained"}
+    assert {names[id(p)].split(".")[0] for p in head["params"]} == {"depth_head"}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(encoder["params"]) + len(head["params"]) + len(frozen) == len(names)
+    assert "pretrained.mask_token" in frozen
+
+
+def test_terms_and_their_weights() -> None:
+    given, model = batch(), network()
+    parts = DepthModule(model, recipe(ssi_weight=3.0, gm_weight=5.0, trim=0.1, gm_trim=0.2)).losses(given)
+    maps = model(normalize(given["image"])), given["target"], given["valid"]
+    ssi = scale_shift_invariant_loss(*maps, trim=0.1)
+    gm = gradient_matching_loss(*maps, trim=0.2)
+    torch.testing.assert_close(parts["loss"], 3 * ssi + 5 * gm)
+    assert (parts["ssi"], parts["gm"]) == (ssi, gm)
+
+
+def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
+    given, model, frozen = batch(perturbation=drawn(draw_perturbation)), network(), network(1)
+    module = Student(model, recipe(alignment_weight=7.0), frozen=frozen)
+    parts = module.losses(given)
+    seen = model.features(normalize(given["image"], given["perturbation"]))
+    wanted = frozen.features(normalize(given["image"]))
+    torch.testing.assert_close(parts["alignment"], feature_alignment_loss(seen, wanted))
+    torch.testing.assert_close(parts["loss"], parts["ssi"] + 2 * parts["gm"] + 7 * parts["alignment"])
+    parts["loss"].backward()
+    assert all(p.grad is None for p in frozen.parameters())
+    assert module.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
+
+
+def test_cutmix_compares_the_parts_apart_and_weighs_them_by_area() -> None:
+    boxes = drawn(draw_cutmix)
+    boxes[0], boxes[1] = torch.tensor([0.25, 0.25, 0.75, 0.5]), 0  # one that is mixed, one that is not
+    given, model = batch(box=boxes), network()
+    parts = DepthModule(model, recipe(trim=0.1)).losses(given)
+
+    clean, expected = normalize(given["image"]), torch.zeros(2)
+    for i, box in enumerate((boxes * SIDE - 0.5).ceil().int().tolist()):
+        top, left, bottom, right = box
+        region = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+        region[top:bottom, left:right] = True
+        image = torch.where(region, clean[i - 1], clean[i])
+        target = torch.where(region, given["target"][i - 1], given["target"][i])[None]
+        valid = torch.where(region, given["valid"][i - 1], given["valid"][i])
+        prediction = model(image[None])
+        for part in (region, ~region):
+            maps = prediction, target, (valid & part)[None]
+            share = part.float().mean()
+            expected[0] += share * scale_shift_invariant_loss(*maps, trim=0.1).detach()
+            expected[1] += share * gradient_matching_loss(*maps).detach()
+    got = torch.stack([parts["ssi"], parts["gm"]]).detach()
+    torch.testing.assert_close(got, expected / len(boxes), rtol=1e-4, atol=1e-5)
+
+
+def test_cutmix_without_boxes_changes_nothing() -> None:
+    module = DepthModule(network(), recipe())
+    plain, mixed = module.losses(batch()), module.losses(batch(box=torch.zeros(4, 4)))
+    for name in plain:
+        torch.testing.assert_close(plain[name], mixed[name])
