@@ -272,7 +272,7 @@ def remove_stale(folder: Path) -> None:
     for path in folder.glob(".tmp.*"):
         *_, writer_host, pid, _ = path.name.split(".")
         with suppress(OSError):  # its writer may have finished meanwhile
-            dead = writer_host == host and not _alive(int(pid))
+            dead = writer_host == host and not is_alive(int(pid))
             if dead or time.time() - path.stat().st_mtime > _STALE_S:
                 path.unlink()
 
@@ -286,7 +286,8 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 import yaml
+
+from depth_anything.data.tars import remove_stale, write_atomically
 
 #: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
 FREE_KEYS = frozenset(
@@ -156,7 +157,10 @@ class RunFolder:
                 raise ValueError(
                     f"resume={checkpoint} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
                 )
-            write(decision, json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}))
+            write_atomically(
+                decision,
+                json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
+            )
         else:
             deadline = time.monotonic() + 120
             while not (
@@ -177,7 +181,7 @@ class RunFolder:
 
     def finish(self, steps: int) -> None:
         """Note that the model of so many steps is there; the checkpoints may go."""
-        write(self.path / "finished.json", json.dumps({"steps": steps}))
+        write_atomically(self.path / "finished.json", json.dumps({"steps": steps}).encode())
 
     def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
@@ -202,7 +206,8 @@ class RunFolder:
                 self._compare(config)
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
-        write(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+        remove_stale(self.path)
+        write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def _move_away(self) -> None:
         number = 1
@@ -241,13 +246,6 @@ def _is_checkpoint(path: Path) -> bool:
         return {"global_step", "loops", "state_dict"} <= torch.load(path, weights_only=True, mmap=True).keys()
     except Exception:  # whatever it is, it is not ours
         return False
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def launch(*, main: bool) -> str:

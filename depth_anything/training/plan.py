@@ -12,8 +12,8 @@ from depth_anything.model.depth_anything import DepthAnything
 #: The keys of a run, as configs/train.yaml and the groups below it have them.
 KEYS = frozenset(
     """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
-    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix recipe module data labels
-    teacher sources trainer logger size experiment tiny""".split()
+    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix recipe module data
+    labels teacher sources trainer logger size experiment tiny""".split()
 )
 NESTED = {"checkpoint": {"every", "keep"}, "logging": {"every"}, "validation": {"every", "limit"}}
 

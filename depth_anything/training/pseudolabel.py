@@ -28,6 +28,7 @@ from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSet, open_labels
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
+from depth_anything.data.tars import is_alive
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
@@ -84,19 +85,9 @@ class Lease:
             return True
         if holder.get("host") == socket.gethostname():
             return (
-                not _alive(int(holder.get("pid", -1))) or age > 10 * STALE_S
+                not is_alive(int(holder.get("pid", -1))) or age > 10 * STALE_S
             )  # a pid may have been given anew
         return age > STALE_S
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @dataclass

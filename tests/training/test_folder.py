@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from depth_anything.training import folder as folder_module
+from depth_anything.data.tars import temporary_name
 from depth_anything.training.folder import Lock, RunFolder, differences, launch, step_of
 
 CONFIG = {
@@ -173,13 +174,21 @@ def test_finished(tmp_path: Path) -> None:
     assert made.finished(10) and made.finished(5) and not made.finished(20)
 
 
-def test_torn_files_of_killed_writers_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_torn_files_of_killed_writers_go(tmp_path: Path, exclusive: bool) -> None:
     made = RunFolder(tmp_path)
     made.checkpoints.mkdir()
-    torn = [made.checkpoints / ".step-000000015.ckpt.tmp", tmp_path / ".config.yaml.abc.tmp"]
-    for path in torn:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ended = temporary_name(made.config).name.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    torn = [tmp_path / ended]
+    if exclusive:  # these tell nothing of their writer
+        torn += [made.checkpoints / ".step-000000015.ckpt.tmp", tmp_path / ".model.safetensors.5.tmp"]
+    alive = temporary_name(made.config)
+    for path in (*torn, alive):
         path.write_bytes(b"half")
-    made.claim(config())
+    made.claim(config(), exclusive=exclusive)
+    assert alive.exists()
     made.lock.release()
     assert not [path for path in torn if path.exists()]
 
