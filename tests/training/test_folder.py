@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from depth_anything.training import folder as folder_module
 from depth_anything.data.tars import temporary_name
+from depth_anything.training import folder as folder_module
 from depth_anything.training.folder import Lock, RunFolder, differences, launch, step_of
 
 CONFIG = {
