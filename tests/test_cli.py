@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from depth_anything import DepthAnything, __version__, load_model, save_model
-from depth_anything import cli as cli_module
-from depth_anything.cli import build_parser, main
+from depth_anything.cli import build_parser, main, options, shards
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import open_set, write_manifest, write_shard
 
@@ -379,7 +378,7 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     def warn(options):
         warnings.warn("the file does not say what it is", stacklevel=2)
 
-    monkeypatch.setattr(cli_module, "_verify", warn)
+    monkeypatch.setattr(shards, "_verify", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["verify", "anything"]) == 0
@@ -405,15 +404,15 @@ def test_interrupted(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_module, "_verify", interrupt)
+    monkeypatch.setattr(shards, "_verify", interrupt)
     assert main(["verify", "anything"]) == 130
     assert capsys.readouterr().err.strip() == "depth-anything: interrupted"
 
 
 def test_long_passes_tell_how_far_they_are_where_there_is_no_terminal(monkeypatch, capsys):
     clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(cli_module.time, "monotonic", lambda: next(clock))
-    assert list(cli_module._watch(range(4), what="pass", total=4)) == [0, 1, 2, 3]
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
+    assert list(options.watch(range(4), what="pass", total=4)) == [0, 1, 2, 3]
     assert capsys.readouterr().err.splitlines() == [
         "pass: 2 of 4, 0.1 a second, 40 s to go",
         "pass: 4 of 4, 0.1 a second, 0 s to go",

@@ -110,9 +110,9 @@ def test_a_file_keeps_to_the_house(path):
             "def f():\n    from lightning.fabric import Fabric",
             "belongs to",
         ),
-        ("depth_anything/cli.py", "import depth_anything.training.run", None),
+        ("depth_anything/cli/predict.py", "import depth_anything.training.run", None),
         ("run.py", "from depth_anything.cli import main", None),
-        ("depth_anything/cli.py", "import wandb", "belongs to"),
+        ("depth_anything/cli/predict.py", "import wandb", "belongs to"),
     ],
 )
 def test_the_check_sees_what_it_should(path, code, fault):

@@ -1,0 +1,61 @@
+"""The command line: `depth-anything <command>`, a file here for each family of commands.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once. What the user did wrong is
+one sentence and exit code 2; a set with problems is exit code 1; Ctrl-C is 130.
+"""
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from depth_anything import __version__
+from depth_anything.cli import evaluate, predict, shards
+
+PROGRAM = "depth-anything"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; those of the process by default.
+    """
+    options = build_parser().parse_args(arguments)
+    options.typed = shlex.join([PROGRAM, *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return options.run(options) or 0
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _say_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, without importing anything that a command needs."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Depth Anything V2: shards, reports, predictions. To train: python train.py",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    shards.add_shard(commands)
+    shards.add_verify(commands)
+    shards.add_view(commands)
+    predict.add_predict(commands)
+    evaluate.add_evaluate(commands)
+    return parser
