@@ -7,10 +7,10 @@ checkpoint never lands in the middle of an accumulation, and every rank does the
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -26,6 +26,8 @@ from depth_anything.inference.predictor import Predictor
 from depth_anything.training.base import DepthModule
 from depth_anything.training.folder import RunFolder
 from depth_anything.visualize import colorize, panel
+
+T = TypeVar("T")
 
 LOWER = "the last checkpoint is from before it: lower recipe.encoder_lr and recipe.head_lr, under name=ANOTHER_NAME"
 CHECKPOINT = "step-{:09d}.ckpt"
@@ -152,6 +154,29 @@ class Progress(StepCallback):
         self.on_train_end(trainer, module)
 
 
+def together(ranks: int, work: Callable[[], T]) -> list[T]:
+    """Do something on every rank and share what came out; where one fails, all stop with its sentence.
+
+    A rank that stopped alone would leave the others waiting for it until a timeout.
+
+    Raises:
+        ValueError: As the first rank on which `work` raised it.
+    """
+    if ranks == 1:
+        return [work()]
+    mine: tuple[T | None, str]
+    try:
+        mine = work(), ""
+    except ValueError as error:
+        mine = None, str(error)
+    shares: list[Any] = [None] * ranks
+    dist.all_gather_object(shares, mine)
+    for _, sentence in shares:
+        if sentence:
+            raise ValueError(sentence)
+    return [result for result, _ in shares]
+
+
 class Validation(StepCallback):
     """Evaluate held-out frames with the function the command line uses, and paint the first few."""
 
@@ -179,7 +204,11 @@ class Validation(StepCallback):
             ranks = {"rank": trainer.global_rank, "ranks": trainer.world_size}
             frames = open_set(self.root)
             self.max_depth = max_depth_of(frames)
-            self.frames = list(read_frames(frames, limit=self.limit, **ranks))
+
+            def read() -> None:
+                self.frames = list(read_frames(frames, limit=self.limit, **ranks))
+
+            together(trainer.world_size, read)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Validate when due."""
@@ -187,10 +216,9 @@ class Validation(StepCallback):
             return
         training = module.model.training
         predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
-        shares: list[Any] = [evaluate(predictor, self.frames, max_depth=self.max_depth)]
-        if trainer.world_size > 1:
-            mine, shares = shares[0], [None] * trainer.world_size
-            dist.all_gather_object(shares, mine)
+        shares = together(
+            trainer.world_size, lambda: evaluate(predictor, self.frames, max_depth=self.max_depth)
+        )
         numbers = {f"val_{name}": float(value) for name, value in merge(shares).means.items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
