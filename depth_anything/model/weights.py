@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from depth_anything import __version__
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
+from depth_anything.model.published import said_by_name
 
-# The authors' file names. Only V1's end in 14; a metric one names the set it was trained on.
-_OFFICIAL = re.compile(r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?vit[sblg](14)?(?: ?\(\d+\))?")
-_METRIC_RANGES = {"hypersim": 20.0, "vkitti": 80.0}
 _HAS_V1 = ("vits", "vitb", "vitl")
 # What DDP, Lightning, torch.compile, FSDP and checkpointing put before or into the names of parameters.
 _WRAPPERS = re.compile(
@@ -72,7 +70,8 @@ def load_model(
     if version not in (None, 1, 2):
         raise ValueError(f"version={version} must be 1 or 2")
     tensors, said = _read_model(path)
-    said = {**_said_by_name(path), **said}
+    named = said_by_name(path)
+    said = {**named, **said}
     name = canonical_name(encoder or said.get("encoder") or _encoder_of(tensors, path))
     model = _unfilled(
         name, taps=_settle_taps(path, name, said, version), max_depth=_settle_depth(path, said, max_depth)
@@ -80,7 +79,7 @@ def load_model(
     _check_fit(tensors, model, path, name)
     model.load_state_dict(tensors, strict=False)
     model.input_size = said.get("input_size", model.input_size)
-    model.licence = said.get("licence")
+    model.licence = said.get("licence") or named.get("licence")
     return model.eval()
 
 
@@ -281,16 +280,6 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
         ) from error
 
 
-def _said_by_name(path: Path) -> dict[str, Any]:
-    match = _OFFICIAL.fullmatch(path.stem.lower())
-    if match is None:
-        return {}
-    second, trained_on, fourteen = match.groups()
-    if second:
-        return {"version": 2, "max_depth": _METRIC_RANGES.get(trained_on)}
-    return {"version": 1, "max_depth": None} if fourteen and not trained_on else {}
-
-
 def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
     width = next((t.shape[-1] for name, t in tensors.items() if name == "pretrained.cls_token" and t.ndim), 0)
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
@@ -354,7 +343,7 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Pat
 
 
 def _warn_unsaid(model: DepthAnything, path: Path) -> None:
-    said = _said_by_name(path)
+    said = said_by_name(path)
     spec = ENCODERS.get(model.encoder)
     needed = []
     if said.get("max_depth") != model.max_depth:

@@ -1,0 +1,123 @@
+"""What the authors published: file names, where the files are, and under which licence."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+_SIZES = {"vits": "Small", "vitb": "Base", "vitl": "Large"}
+_SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
+_RANGES_M = {"hypersim": 20.0, "vkitti": 80.0}
+# Only V1's names end in 14; a metric one names the set it was trained on. A browser adds (1) to a second download.
+_NAME = re.compile(r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?(vit[sblg])(14)?(?: ?\(\d+\))?")
+_PERMISSIVE, _NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
+
+
+def find_weights(
+    encoder: str,
+    *,
+    metric: str | None = None,
+    version: int = 2,
+    folder: str | Path = "checkpoints",
+) -> Path:
+    """Find the authors' weights: in a folder under their official name, else in the hub's cache or the hub.
+
+    Args:
+        encoder: "vits", "vitb" or "vitl"; "vitg" only from the folder.
+        metric: None for disparity; "hypersim" (rooms, up to 20 m) or "vkitti" (streets, up to 80 m) for depth.
+        version: 2, or 1 for the weights of the first paper.
+        folder: Where files of one's own lie.
+
+    Returns:
+        The file, under its official name.
+
+    Raises:
+        ValueError: If there are no such weights, or they are not here and cannot be fetched; the sentence says
+            which file is wanted, where it comes from and under which licence.
+    """
+    file = _file_name(encoder, metric, version)
+    here = Path(folder) / file
+    if here.is_file():
+        return here
+    if encoder not in _SIZES:
+        raise ValueError(
+            f"there is no {here}, and the authors never published {encoder}; take vitl, or train one"
+        )
+    repository, kind, inside = _address(encoder, metric, version)
+    page = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}"
+    licence = licence_of(file)
+    try:
+        return _fetch(repository, kind, inside, warning=_warning(file, page))
+    except Exception as error:  # HTTP, cache and disk have exceptions of their own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"there is no {here}, and it cannot be fetched ({reason}): get {file} (licence {licence}) "
+            f"from {page} and put it there"
+        ) from error
+
+
+def licence_of(name: str | Path) -> str | None:
+    """Look up the licence of an official file by its name; None for any other name.
+
+    The authors put V1 and V2's small models under Apache-2.0, V2's others under CC-BY-NC-4.0. Of the metric models
+    the hub's pages say Apache-2.0, but they were trained on from V2's, so the stricter one stands here.
+    """
+    match = _NAME.fullmatch(Path(name).stem.lower())
+    if match is None or not (match[1] or (match[4] and not match[2])):
+        return None
+    return _NON_COMMERCIAL if match[1] and match[3] != "vits" else _PERMISSIVE
+
+
+def said_by_name(name: str | Path) -> dict[str, Any]:
+    """Tell what an official file name says of its model: version, max_depth (metres or None) and licence."""
+    match = _NAME.fullmatch(Path(name).stem.lower())
+    licence = licence_of(name)
+    if match is None or licence is None:
+        return {}
+    if match[1]:
+        return {"version": 2, "max_depth": _RANGES_M.get(match[2]), "licence": licence}
+    return {"version": 1, "max_depth": None, "licence": licence}
+
+
+def _file_name(encoder: str, metric: str | None, version: int) -> str:
+    if encoder not in (*_SIZES, "vitg"):
+        raise ValueError(
+            f"there are no published weights of encoder={encoder}; use one of {', '.join(_SIZES)}"
+        )
+    if metric not in (None, *_SETS):
+        raise ValueError(f"metric={metric} is unknown; use one of {', '.join(_SETS)}, or None for disparity")
+    if version == 1:
+        if metric or encoder == "vitg":
+            raise ValueError(f"version 1 has no {metric or encoder} weights of this network; use version=2")
+        return f"depth_anything_{encoder}14.pth"
+    if version != 2:
+        raise ValueError(f"version={version} must be 1 or 2")
+    return f"depth_anything_v2_{f'metric_{metric}_' if metric else ''}{encoder}.pth"
+
+
+def _address(encoder: str, metric: str | None, version: int) -> tuple[str, str, str]:
+    """Tell a file's repository, the repository's kind, and the file's path in it."""
+    file = _file_name(encoder, metric, version)
+    if version == 1:
+        return "LiheYoung/Depth-Anything", "space", f"checkpoints/{file}"
+    trained_on = f"Metric-{_SETS[metric]}-" if metric else ""
+    return f"depth-anything/Depth-Anything-V2-{trained_on}{_SIZES[encoder]}", "model", file
+
+
+def _warning(file: str, page: str) -> str | None:
+    if licence_of(file) != _NON_COMMERCIAL:
+        return None
+    return f"{file} comes from {page} under {_NON_COMMERCIAL}: no commercial use"
+
+
+def _fetch(repository: str, kind: str, file: str, *, warning: str | None) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, file, repo_type=kind)
+    if isinstance(cached, str):
+        return Path(cached)
+    # Asked once: hf_hub_download asks six times over half a minute before it says that there is no network.
+    get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind))
+    if warning:
+        warnings.warn(warning, stacklevel=3)
+    return Path(hf_hub_download(repository, file, repo_type=kind))
