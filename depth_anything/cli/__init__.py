@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import evaluate, predict, shards
+from depth_anything.cli import evaluate, predict, shards, video
 
 PROGRAM = "depth-anything"
 
@@ -23,19 +23,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; those of the process by default.
     """
-    options = build_parser().parse_args(arguments)
-    options.typed = shlex.join([PROGRAM, *(sys.argv[1:] if arguments is None else arguments)])
+    return run(build_parser(), arguments)
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Run what a parser's `run` says and return the exit code; for `main`, and for the doors with one command.
+
+    Args:
+        parser: sets `run` to what is called with the options.
+        arguments: what follows the program's name; those of the process by default.
+    """
+    options = parser.parse_args(arguments)
+    options.typed = shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    command = getattr(options, "command", None)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
             return options.run(options) or 0
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        if options.traceback:
+        if getattr(options, "traceback", False):
             raise
-        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        print(f"{parser.prog}{f' {command}' if command else ''}: {error}", file=sys.stderr)
         return 2
 
 
@@ -57,5 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_verify(commands)
     shards.add_view(commands)
     predict.add_predict(commands)
+    video.add_video(commands)
     evaluate.add_evaluate(commands)
+    video.add_demo(commands)
     return parser

@@ -1,0 +1,6 @@
+"""The web page, as the authors' app.py; the same as `depth-anything demo`."""
+
+from depth_anything.cli.video import run_demo
+
+if __name__ == "__main__":
+    raise SystemExit(run_demo())

@@ -1,0 +1,207 @@
+"""`depth-anything video` and `depth-anything demo`, which need the extras of these names."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from depth_anything.cli.evaluate import names_of
+from depth_anything.cli.options import (
+    WEIGHTS,
+    add_command,
+    add_network,
+    add_tiles,
+    add_weights,
+    load,
+    load_predictor,
+    watch,
+)
+
+RANGES = ("clip", "running", "frame")
+FORMATS = ("mp4", "png16", "npy", "exr")
+
+
+def add_video(commands: Any) -> None:
+    """Declare `video`."""
+    video = add_command(
+        commands, "video", "map videos: a film with the sound, and the maps of its frames", run=_video
+    )
+    video.add_argument(
+        "source",
+        metavar="VIDEO|FOLDER|LIST",
+        help="a video, a folder of videos (its tree is kept) or of frames, or a .txt with a path a line",
+    )
+    video.add_argument("--output", required=True, metavar="DIR", help="folder of the films")
+    _add_film(video)
+
+
+def add_demo(commands: Any) -> None:
+    """Declare `demo`."""
+    _add_page(add_command(commands, "demo", "a page that maps the images it is given", run=_demo))
+
+
+def run_video(arguments: Sequence[str] | None = None) -> int:
+    """Run `run_video.py`: the authors' flags and defaults, and those of `depth-anything video`.
+
+    Args:
+        arguments: what follows the program's name; those of the process by default.
+    """
+    from depth_anything.cli import run
+
+    parser = argparse.ArgumentParser(
+        prog="run_video.py", description="Map videos; see depth-anything video --help."
+    )
+    parser.add_argument("--video-path", dest="source", required=True, metavar="VIDEO|FOLDER|LIST")
+    parser.add_argument(
+        "--outdir", dest="output", default="./vis_video_depth", metavar="DIR", help="%(default)s"
+    )
+    _add_film(parser)
+    parser.set_defaults(run=_video)
+    return run(parser, arguments)
+
+
+def run_demo(arguments: Sequence[str] | None = None) -> int:
+    """Run `app.py`, which is `depth-anything demo`.
+
+    Args:
+        arguments: what follows the program's name; those of the process by default.
+    """
+    from depth_anything.cli import run
+
+    parser = argparse.ArgumentParser(prog="app.py", description="A page that maps the images it is given.")
+    _add_page(parser)
+    parser.set_defaults(run=_demo)
+    return run(parser, arguments)
+
+
+def _add_page(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--weights",
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]PATH",
+        help=f"models to choose from: {WEIGHTS}; without it the published weights of --encoder",
+    )
+    demo.add_argument("--encoder", metavar="NAME", help="vits, vitb, vitl or vitg, for published weights")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)"
+    )
+    demo.add_argument("--port", type=int, default=7860, metavar="N", help="%(default)s")
+    demo.add_argument(
+        "--max-megapixels", type=float, default=50.0, metavar="N", help="of an image (%(default)s)"
+    )
+    demo.add_argument(
+        "--max-megabytes", type=float, default=30.0, metavar="N", help="of a file (%(default)s)"
+    )
+    demo.add_argument("--queue", type=int, default=16, metavar="N", help="who may wait at once (%(default)s)")
+    add_network(demo)
+
+
+def _add_film(command: argparse.ArgumentParser) -> None:
+    add_weights(command)
+    command.add_argument(
+        "--pred-only", action="store_true", help="only the map, without the picture beside it"
+    )
+    command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
+    command.add_argument("--colormap", metavar="NAME", help="of matplotlib (theirs: Spectral_r, near is red)")
+    command.add_argument(
+        "--range",
+        choices=RANGES,
+        default="clip",
+        help="values that the colours span: of the whole clip (two passes), running, of each frame (%(default)s)",
+    )
+    command.add_argument(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="share of the last map in the next where the picture holds still, 0 to below 1 (%(default)s)",
+    )
+    command.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=("mp4",),
+        help="what to write: a film, and frames as files of values (mp4)",
+    )
+    command.add_argument(
+        "--fps",
+        default="24",
+        metavar="RATE",
+        help="of folders of frames: 24, 29.97, 30000/1001 (%(default)s)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="N",
+        help="frames at once through the network (%(default)s)",
+    )
+    add_network(command)
+    add_tiles(command)
+
+
+def _video(options: argparse.Namespace) -> None:
+    need("av", extra="video", what="PyAV")
+    from depth_anything.inference.clips import parse_rate
+    from depth_anything.inference.video import Settings, predict_videos
+
+    settings = Settings(
+        range=options.range,
+        smooth=options.smooth,
+        formats=tuple(dict.fromkeys(options.format)),
+        pred_only=options.pred_only,
+        grayscale=options.grayscale,
+        colormap=options.colormap,
+        batch_size=options.batch_size,
+        rate=parse_rate(options.fps),
+    )
+    if not Path(options.source).exists():  # before a large model is read
+        raise ValueError(f"{options.source} does not exist: give a video, a folder or a list of them")
+    predictor, _ = load_predictor(options)
+    outcome = predict_videos(predictor, options.source, options.output, settings=settings, watch=watch)
+    for name, why in outcome.skipped.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    for name, notes in outcome.notes.items():
+        for note in notes:
+            print(f"{name}: {note}", file=sys.stderr)
+    for name, written in outcome.written.items():
+        print(f"{', '.join(str(path) for path in written)}: {outcome.frames[name]} frames")
+    larger = "nearer" if predictor.quantity == "disparity" else "farther"
+    print(
+        f"{len(outcome.written)} videos mapped, {len(outcome.skipped)} files skipped: {options.output} "
+        f"({predictor.quantity}, {predictor.unit}, larger is {larger})"
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    need("gradio", extra="demo", what="Gradio")
+    from depth_anything.demo import Limits, serve
+    from depth_anything.inference.predictor import Predictor
+
+    named: Iterable[tuple[str, Path | None]]
+    named = names_of(options.weights).items() if options.weights else [(options.encoder or "vitl", None)]
+    predictors = {}
+    for name, path in named:
+        model, _ = load(path, input_size=options.input_size, encoder=options.encoder)
+        predictors[name] = Predictor(
+            model,
+            device=options.device,
+            input_size=model.input_size,
+            precision=options.precision,
+            resample=options.resample,
+        )
+    limits = Limits(megapixels=options.max_megapixels, megabytes=options.max_megabytes, queue=options.queue)
+    serve(predictors, host=options.host, port=options.port, limits=limits)
+
+
+def need(module: str, *, extra: str, what: str) -> None:
+    """Refuse to go on without a library of an extra.
+
+    Raises:
+        ValueError: it is not there; the sentence says what to type.
+    """
+    if find_spec(module) is None:
+        raise ValueError(f"{extra} needs {what}: type  pip install 'depth-anything-train[{extra}]'")

@@ -1,0 +1,216 @@
+"""What is made of clips: H.264 that plays in a browser, with the clip's sound; and folders of maps."""
+
+import os
+import shutil
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from depth_anything.data.tars import remove_stale, temporary_name
+from depth_anything.inference.formats import ENDINGS, encode, png
+
+MAP_FORMATS = ("png16", "npy", "exr")
+"""What a map is written as, a file a frame."""
+
+ENCODERS: dict[str, dict[str, str]] = {
+    "libx264": {"crf": "18", "preset": "medium"},
+    "libopenh264": {"rc_mode": "quality"},
+    "h264_videotoolbox": {},
+}
+"""H.264 encoders, the best first, and what each is told. PyAV's wheels have the first."""
+
+_BITS_PER_PIXEL = 0.15  # of encoders that know no constant quality
+_BT709, _LIMITED = 1, 1
+_KEY_S = 2  # seconds between frames one can jump to
+
+
+class Film:
+    """An MP4 in the making: H.264, yuv420p, BT.709, index in front; seen under its name only when whole.
+
+    H.264 in yuv420p has even sides only: an odd one gets its last row or column twice.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        height: int,
+        width: int,
+        rate: Fraction,
+        time_base: Fraction,
+        pixel_aspect: Fraction = Fraction(1),
+        notes: dict[str, str],
+    ) -> None:
+        """Begin a film.
+
+        Args:
+            path: of the film, ending in .mp4; one of this name is replaced when this one is done.
+            height: of its pictures, pixels.
+            width: of its pictures, pixels.
+            rate: frames a second, nominal.
+            time_base: seconds a tick.
+            pixel_aspect: width of a pixel over its height.
+            notes: go into the file's metadata.
+
+        Raises:
+            ValueError: this PyAV has no H.264 encoder.
+        """
+        self._path, self._temporary = path, temporary_name(path)
+        self._time_base = time_base
+        self._audio: dict[int, tuple[Any, Any]] = {}
+        self.notes: list[str] = []
+        name = encoder()
+        remove_stale(path.parent)
+        self._container: Any = av.open(
+            str(self._temporary), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
+        )
+        self._container.metadata.update(notes)
+        stream: Any = self._container.add_stream(name, rate=rate, options=ENCODERS[name])
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = time_base
+        context = stream.codec_context
+        context.gop_size = max(1, round(rate * _KEY_S))
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED
+        if pixel_aspect != 1:
+            context.sample_aspect_ratio = pixel_aspect
+        if name != "libx264":
+            context.bit_rate = round(stream.width * stream.height * rate * _BITS_PER_PIXEL)
+        self._stream = stream
+
+    def __enter__(self) -> "Film":
+        """Return itself; leaving finishes the film, or removes it after an exception."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the film, or remove what there is of it."""
+        try:
+            if kind is None:
+                self._mux(self._stream.encode())
+                for source, target in self._audio.values():
+                    if source is not None:
+                        self._mux(target.encode())
+                self._container.close()
+                os.replace(self._temporary, self._path)
+        finally:
+            with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
+                self._container.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def add_audio(self, stream: Any) -> None:
+        """Make room for a stream: copied where MP4 takes its codec, else encoded as AAC."""
+        name = stream.codec_context.name
+        codec = stream.codec_context.codec.canonical_name
+        if {name, codec} & set(self._container.supported_codecs):
+            self._audio[stream.index] = (None, self._container.add_stream_from_template(stream))
+            return
+        target = self._container.add_stream("aac", rate=stream.codec_context.sample_rate)
+        target.layout = "mono" if stream.codec_context.channels == 1 else "stereo"
+        self._audio[stream.index] = (stream, target)
+        self.notes.append(f"sound encoded anew, {codec} to aac, since MP4 does not take {codec}")
+
+    def write_audio(self, packet: Any, start: Fraction) -> None:
+        """Take a packet; `start` seconds are its clip's zero."""
+        source, target = self._audio[packet.stream.index]
+        ticks = round(start / packet.time_base)
+        if source is None:
+            packet.dts -= ticks
+            if packet.pts is not None:
+                packet.pts -= ticks
+            packet.stream = target
+            self._container.mux(packet)
+            return
+        for frame in packet.decode():
+            if frame.pts is not None:
+                frame.pts -= ticks
+            self._mux(target.encode(frame))
+
+    def write(self, image: np.ndarray, pts: int) -> None:
+        """Take a picture, uint8 (height, width, 3) RGB, of a time in ticks."""
+        odd = [(0, side % 2) for side in image.shape[:2]]
+        if any(more for _, more in odd):
+            image = np.pad(image, [*odd, (0, 0)], mode="edge")
+        frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        frame.pts, frame.time_base = pts, self._time_base
+        self._mux(self._stream.encode(frame))
+
+    def _mux(self, packets: list[Any]) -> None:
+        for packet in packets:
+            self._container.mux(packet)
+
+
+class MapFolder:
+    """A folder of maps in the making, a file a frame; seen under its name only when whole."""
+
+    def __init__(
+        self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str, replace: bool
+    ) -> None:
+        """Begin a folder.
+
+        Args:
+            path: of the folder.
+            formats: of `MAP_FORMATS`.
+            quantity: "disparity" or "depth".
+            unit: of the values.
+            replace: a folder of this name is an earlier one of ours, and goes when this one is done.
+
+        Raises:
+            ValueError: there is a folder of this name that is not ours.
+        """
+        if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is in the way and was not made by this command: move it")
+        self._path, self._temporary = path, temporary_name(path)
+        self._formats, self._quantity, self._unit = formats, quantity, unit
+        self._temporary.mkdir()
+
+    def __enter__(self) -> "MapFolder":
+        """Return itself; leaving finishes the folder, or removes it after an exception."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the folder, or remove what there is of it."""
+        try:
+            if kind is None:
+                old = temporary_name(self._path)
+                if self._path.exists():
+                    os.replace(self._path, old)
+                os.replace(self._temporary, self._path)
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def write(self, name: str, map: np.ndarray, low: float, high: float) -> None:
+        """Write a frame's map; `low` and `high` become the first and last of a PNG's levels."""
+        for format in self._formats:
+            if format == "png16":
+                data = png(map, bits=16, quantity=self._quantity, unit=self._unit, low=low, high=high)
+            else:
+                data = encode(map, format, quantity=self._quantity, unit=self._unit)
+            (self._temporary / f"{name}{ENDINGS[format]}").write_bytes(data)
+
+
+def encoder() -> str:
+    """Name the best H.264 encoder of this PyAV.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ENCODERS:
+        try:
+            av.codec.Codec(name, "w")
+        except ValueError:  # av.codec.UnknownCodecError
+            continue
+        return name
+    raise ValueError(
+        "this PyAV has no H.264 encoder: type  pip install --force-reinstall --only-binary av av"
+    )

@@ -1,0 +1,175 @@
+"""What keeps a video from flickering: one range of values for many frames, and maps that hold still.
+
+Nothing here looks at a later frame; what is seen twice is seen in two passes.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+RANGES = ("clip", "running", "frame")
+
+TAIL = 0.1
+"""Percent of a frame's pixels that may lie outside a range at either end, so that no speck sets the colours."""
+
+ATTACK_S, RELEASE_S = 0.1, 2.0
+"""How fast a running range widens and narrows, as time constants."""
+
+SPOOL_BYTES = 8 << 30
+"""How much disk the maps of a first pass may take."""
+
+_SAMPLE_PX = 1 << 16  # pixels whose percentiles stand for a frame's
+_SAME = 6.0  # levels of 255 by which a pixel of a still scene may change
+_LEAST_STILL = 0.05  # share of the picture that must hold still, or it is another scene
+_LEAK = 0.02  # how much of the correction is forgotten a frame
+
+
+def spread(map: np.ndarray) -> tuple[float, float]:
+    """Measure what a frame's colours shall span: its percentiles `TAIL` and 100 - `TAIL`.
+
+    Args:
+        map: (H, W) finite float.
+
+    Example:
+        >>> low, high = spread(np.linspace(0, 1, 10_001).reshape(1, -1))
+        >>> round(low, 4), round(high, 4)
+        (0.001, 0.999)
+    """
+    flat = map.ravel()
+    sample = flat[:: -(-flat.size // _SAMPLE_PX)]
+    low, high = np.percentile(sample, (TAIL, 100 - TAIL))
+    return float(low), float(high)
+
+
+class Running:
+    """A range that follows the frames, out quickly and in slowly; it looks at no later frame."""
+
+    def __init__(self) -> None:
+        """Begin with nothing seen."""
+        self._range: tuple[float, float] | None = None
+
+    def update(self, low: float, high: float, seconds: float) -> tuple[float, float]:
+        """Take a frame's range and the seconds since the last one; return the range to show the frame in."""
+        if self._range is None:
+            self._range = (low, high)
+        else:
+            before_low, before_high = self._range
+            self._range = (
+                before_low + _pace(low < before_low, seconds) * (low - before_low),
+                before_high + _pace(high > before_high, seconds) * (high - before_high),
+            )
+        return self._range
+
+
+def _pace(outward: bool, seconds: float) -> float:
+    return float(-np.expm1(-max(seconds, 0.0) / (ATTACK_S if outward else RELEASE_S)))
+
+
+class Smoother:
+    """Averages each map with those before it, where the picture holds still.
+
+    A disparity is known up to a scale and a shift only, and they wobble from frame to frame. So each map is
+    first brought to the scale and shift of the last result, as they are where the picture held still: by means
+    and standard deviations, since least squares would shrink the map a little every frame. The correction leaks
+    away at 2 % a frame, so that slow changes of the whole scene stay. Metres are not touched by it. Then the
+    map moves from the last result by 1 - strength where the picture held still, wholly where it moved. At a
+    cut everything starts anew.
+    """
+
+    def __init__(self, strength: float, *, align: bool) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            strength: 0 to below 1; share of the last result.
+            align: bring each map to the last one's scale and shift.
+        """
+        self._strength, self._align = strength, align
+        self._gain, self._offset = 1.0, 0.0
+        self._grey: np.ndarray | None = None
+        self._map: np.ndarray | None = None
+
+    def __call__(self, image: np.ndarray, map: np.ndarray) -> np.ndarray:
+        """Smooth the next map.
+
+        Args:
+            image: uint8 (H, W, 3), RGB, of the frame.
+            map: float32 (H, W).
+
+        Returns:
+            float32 (H, W).
+        """
+        grey = cv2.blur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (5, 5))
+        last, before = self._map, self._grey
+        self._grey = grey
+        if last is not None and before is not None:
+            change = cv2.absdiff(grey, before).astype(np.float32) / _SAME
+            still = np.exp(-change * change)
+            if still.mean() >= _LEAST_STILL:
+                map = self._aligned(map, last, still)
+                map = map + (self._strength * still) * (last - map)
+                self._map = map
+                return map
+        self._gain, self._offset = 1.0, 0.0
+        self._map = map
+        return map
+
+    def _aligned(self, map: np.ndarray, last: np.ndarray, still: np.ndarray) -> np.ndarray:
+        if not self._align:
+            return map
+        mean, deviation = _moments(map, still)
+        wanted_mean, wanted_deviation = _moments(last, still)
+        if deviation > 1e-6 * max(abs(mean), 1e-6) and wanted_deviation > 0:
+            gain = float(np.clip(wanted_deviation / deviation, 0.5, 2.0))
+            self._gain, self._offset = gain, wanted_mean - gain * mean
+        self._gain **= 1 - _LEAK
+        self._offset *= 1 - _LEAK
+        return np.float32(self._gain) * map + np.float32(self._offset)
+
+
+def _moments(map: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    total = float(weight.sum(dtype=np.float64))
+    mean = float((weight * map).sum(dtype=np.float64)) / total
+    away = map - np.float32(mean)
+    return mean, float(np.sqrt((weight * away * away).sum(dtype=np.float64) / total))
+
+
+class Spool:
+    """Maps kept on disk between two passes, exact, in a file without a name that goes with the process."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int], *, most_bytes: int = SPOOL_BYTES) -> None:
+        """Open a spool.
+
+        Args:
+            folder: on whose disk; at most half of what is free there is used.
+            shape: of the maps, which are float32.
+            most_bytes: how much to keep.
+        """
+        self._shape, self._bytes = shape, 4 * shape[0] * shape[1]
+        self._most = min(most_bytes, shutil.disk_usage(folder).free // 2) // self._bytes
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.count = 0
+
+    def __enter__(self) -> "Spool":
+        """Return itself; leaving gives the disk back."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the disk back."""
+        self._file.close()
+
+    def append(self, map: np.ndarray) -> bool:
+        """Keep a map, if there is room: from the first that is not kept on, none is."""
+        if self.count >= self._most:
+            return False
+        self._file.seek(self.count * self._bytes)
+        self._file.write(np.ascontiguousarray(map, np.float32).data)
+        self.count += 1
+        return True
+
+    def read(self, number: int) -> np.ndarray:
+        """Read a map back."""
+        self._file.seek(number * self._bytes)
+        return np.frombuffer(self._file.read(self._bytes), np.float32).reshape(self._shape).copy()

@@ -1,0 +1,370 @@
+"""From clips to films of their depth: frame after frame, in memory that does not grow with the length."""
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+
+from depth_anything.data.tars import write_atomically
+from depth_anything.inference.clips import Clip, FrameFolder, Picture, list_clips
+from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder
+from depth_anything.inference.formats import GAP_PX, direction
+from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
+from depth_anything.visualize import colorize
+
+FORMATS = ("mp4", *MAP_FORMATS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How films are made.
+
+    Attributes:
+        range: which values the colours span: of the whole "clip" (two passes), "running", or of each "frame".
+        smooth: share of the last map in the next where the picture holds still, 0 to below 1.
+        formats: "mp4", and maps as files, a frame a file: "png16", "npy", "exr".
+        pred_only: the film shows the map alone, not picture and map side by side.
+        grayscale: grey levels in place of colours.
+        colormap: a name matplotlib knows; None: near is red, far is blue.
+        batch_size: frames that go through the network at once.
+        rate: frames a second of folders of frames.
+    """
+
+    range: str = "clip"
+    smooth: float = 0.0
+    formats: tuple[str, ...] = ("mp4",)
+    pred_only: bool = False
+    grayscale: bool = False
+    colormap: str | None = None
+    batch_size: int = 4
+    rate: Fraction = Fraction(24)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: a value is outside what the attributes say.
+        """
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ValueError(
+                f"format {' '.join(unknown) or 'of nothing'} is unknown; use {', '.join(FORMATS)}"
+            )
+        if self.range not in RANGES:
+            raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGES)}")
+        if not 0 <= self.smooth < 1:
+            raise ValueError(f"smooth={self.smooth} must be 0 or more and below 1")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
+
+    @property
+    def map_formats(self) -> tuple[str, ...]:
+        """Those of the formats that are a file a frame."""
+        return tuple(name for name in self.formats if name in MAP_FORMATS)
+
+
+class Watch(Protocol):
+    """Shows how far a pass has come; gives the items on as they are."""
+
+    def __call__(self, items: Iterable[Any], *, what: str, total: int | None) -> Iterable[Any]:
+        """Pass items through."""
+
+
+@dataclass
+class Outcome:
+    """What became of the clips.
+
+    Attributes:
+        written: per clip its film, its folder of maps, or both.
+        frames: per clip how many there were.
+        skipped: per clip, or file, that gave nothing, why.
+        notes: per clip what went otherwise than it should.
+    """
+
+    written: dict[str, list[Path]] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def predict_videos(
+    predictor: Predictor,
+    source: str | Path,
+    output: str | Path,
+    *,
+    settings: Settings | None = None,
+    watch: Watch = lambda items, what, total: items,
+) -> Outcome:
+    """Map a video, every video of a folder (its tree is kept) or list, or folders of frames.
+
+    Writes NAME.mp4, a folder NAME_disparity (of a metric model NAME_depth) of maps if `settings` ask for them,
+    and NAME.json, which says what the values are. Where two clips differ in their ending only, it becomes part
+    of the name: NAME_mov.mp4.
+
+    Args:
+        predictor: the model.
+        source: what to map, as `list_clips` takes it.
+        output: folder of what is written; made if need be. Below `source`, it is passed over.
+        settings: how; the default ones unless given.
+        watch: wraps each pass over a clip's frames; for progress bars.
+
+    Returns:
+        What was written and what was skipped; what is no video does not stop the rest.
+
+    Raises:
+        ValueError: nothing at `source`, no video among it, or what is to be written is what is read.
+    """
+    settings = settings or Settings()
+    clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
+    targets = _targets(clips, Path(output), keep_tree=Path(source).is_dir())
+    for clip, target in zip(clips, targets, strict=True):
+        if _ending(target, ".mp4").resolve() == clip.path.resolve():
+            raise ValueError(f"{output} holds the videos: give another folder for what is made of them")
+    outcome = Outcome(skipped=skipped)
+    for clip, target in zip(clips, targets, strict=True):
+        try:
+            outcome.frames[clip.name] = predict_video(predictor, clip, target, settings=settings, watch=watch)
+        except ValueError as error:
+            outcome.skipped[clip.name] = str(error)
+            continue
+        outcome.written[clip.name] = [
+            *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
+            *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
+        ]
+        if clip.notes:
+            outcome.notes[clip.name] = list(clip.notes)
+    if not outcome.written:
+        first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
+        raise ValueError(f"nothing could be made of {source} ({first})")
+    return outcome
+
+
+def predict_video(
+    predictor: Predictor,
+    clip: Clip,
+    target: Path,
+    *,
+    settings: Settings,
+    watch: Watch = lambda items, what, total: items,
+) -> int:
+    """Map one clip.
+
+    With range="clip" there are two passes. The first keeps its maps, exact, in a file of at most 8 GiB beside the
+    output; frames beyond that go through the network a second time.
+
+    Args:
+        predictor: the model.
+        clip: what to map.
+        target: what is written is called this, and an ending.
+        settings: how.
+        watch: wraps each pass over the frames.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        ValueError: a frame cannot be read, or a folder of others' files is in the way.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flow = _Flow(predictor, settings)
+    seen, spool, count = _Seen(), None, 0
+    with ExitStack() as stack:
+        if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
+            spool = stack.enter_context(Spool(target.parent, (clip.height, clip.width)))
+            for _, map_ in flow.maps(watch(clip.read(), what=f"{clip.name} (1 of 2)", total=clip.frames)):
+                seen.add(map_)
+                flow.keep(map_, spool)
+        film, folder = _writers(stack, predictor, clip, target, settings, seen)
+        scale = _Scale(settings.range, seen, clip.time_base)
+        what = f"{clip.name} (2 of 2)" if spool else clip.name
+        for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
+            if not spool:
+                seen.add(map_)
+            shown, kept = scale(map_, picture.pts)
+            if film:
+                film.write(_drawn(picture.image, map_, shown, predictor.quantity, settings), picture.pts)
+            if folder:
+                folder.write(picture.name, map_, *kept)
+            count += 1
+        if not count:
+            raise ValueError("it has no frame")
+        clip.notes += film.notes if film else []
+        facts = _facts(predictor, clip, settings, seen, count)
+        write_atomically(_ending(target, ".json"), json.dumps(facts, indent=1, ensure_ascii=False).encode())
+    return count
+
+
+@dataclass
+class _Seen:
+    """What the values of a clip span: what the colours show of them, and all of them."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    least: float = np.inf
+    most: float = -np.inf
+
+    def add(self, map_: np.ndarray) -> None:
+        low, high = spread(map_)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.least, self.most = min(self.least, float(map_.min())), max(self.most, float(map_.max()))
+
+
+class _Flow:
+    """Frames to maps: through the network in batches, then through the smoother, one after the other."""
+
+    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+        self._predictor, self._batch_size = predictor, settings.batch_size
+        align = predictor.quantity == "disparity"
+        self._smoother = Smoother(settings.smooth, align=align) if settings.smooth else None
+        self._kept = copy.copy(self._smoother)
+
+    def maps(
+        self, pictures: Iterable[Picture], spool: Spool | None = None
+    ) -> Iterator[tuple[Picture, np.ndarray]]:
+        """Yield each picture with its map: those that `spool` has from there."""
+        left, smoother = iter(pictures), self._smoother
+        if spool:
+            smoother = self._kept
+            for number, picture in enumerate(islice(left, spool.count)):
+                yield picture, spool.read(number)
+        while batch := list(islice(left, self._batch_size)):
+            maps = self._predictor.predict_batch([picture.image for picture in batch])
+            for picture, map_ in zip(batch, maps, strict=True):
+                yield picture, smoother(picture.image, map_) if smoother else map_
+
+    def keep(self, map_: np.ndarray, spool: Spool) -> None:
+        """Keep a map, and how the smoother stood after the last one that found room."""
+        if spool.append(map_):
+            self._kept = copy.copy(self._smoother)
+
+
+class _Scale:
+    """Which range a frame is shown in, and which it is written as integers in, which cuts nothing off."""
+
+    def __init__(self, mode: str, seen: _Seen, time_base: Fraction) -> None:
+        self._mode, self._seen, self._time_base = mode, seen, time_base
+        self._running, self._last = Running(), 0
+
+    def __call__(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        if self._mode == "clip":
+            return (self._seen.low, self._seen.high), (self._seen.least, self._seen.most)
+        least, most = float(map_.min()), float(map_.max())
+        if self._mode == "frame":
+            return (least, most), (least, most)
+        low, high = self._running.update(*spread(map_), float((pts - self._last) * self._time_base))
+        self._last = pts
+        return (low, high), (min(low, least), max(high, most))
+
+
+def _writers(
+    stack: ExitStack, predictor: Predictor, clip: Clip, target: Path, settings: Settings, seen: _Seen
+) -> tuple[Film | None, MapFolder | None]:
+    film = folder = None
+    if settings.map_formats:
+        path = _ending(target, f"_{predictor.quantity}")
+        ours = _ending(target, ".json").exists()
+        folder = stack.enter_context(
+            MapFolder(
+                path,
+                formats=settings.map_formats,
+                quantity=predictor.quantity,
+                unit=predictor.unit,
+                replace=ours,
+            )
+        )
+    if "mp4" in settings.formats:
+        width = clip.width if settings.pred_only else 2 * clip.width + GAP_PX
+        notes = {
+            "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
+        }
+        if np.isfinite(seen.low):
+            notes["comment"] += f", colours from {seen.low:.6g} to {seen.high:.6g}"
+        film = stack.enter_context(
+            Film(
+                _ending(target, ".mp4"),
+                height=clip.height,
+                width=width,
+                rate=clip.rate,
+                time_base=clip.time_base,
+                pixel_aspect=clip.pixel_aspect,
+                notes=notes,
+            )
+        )
+    return film, folder
+
+
+def _drawn(
+    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], quantity: str, settings: Settings
+) -> np.ndarray:
+    near_is_red = "Spectral_r" if quantity == "disparity" else "Spectral"
+    colormap = "gray" if settings.grayscale else settings.colormap or near_is_red
+    picture = colorize(map_, low=shown[0], high=shown[1], colormap=colormap)
+    if settings.pred_only:
+        return picture
+    return np.hstack([image, np.full((image.shape[0], GAP_PX, 3), 255, np.uint8), picture])
+
+
+def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, count: int) -> dict[str, Any]:
+    """What NAME.json says."""
+    return {
+        "source": clip.path.name,
+        "quantity": predictor.quantity,
+        "unit": predictor.unit,
+        "larger": direction(predictor.quantity),
+        "frames": count,
+        "rate": str(clip.rate),
+        "height": clip.height,
+        "width": clip.width,
+        "range": settings.range,
+        "smooth": settings.smooth,
+        "colours": {"low": seen.low, "high": seen.high} if settings.range == "clip" else "differ by frame",
+        "values": {"low": seen.least, "high": seen.most},
+        "notes": clip.notes,
+    }
+
+
+def _ending(target: Path, ending: str) -> Path:
+    return target.with_name(target.name + ending)
+
+
+def _targets(clips: list[Clip], output: Path, *, keep_tree: bool) -> list[Path]:
+    """Name what each clip becomes, no two alike, on disks that ignore case, too."""
+    names = [_inside(clip.name) for clip in clips]
+    if not keep_tree and len(names) > 1:
+        common = os.path.commonpath([name.parent for name in names])
+        names = [name.relative_to(common) for name in names]
+    elif not keep_tree:
+        names = [PurePosixPath(names[0].name)]
+    plain = [
+        n if isinstance(clip, FrameFolder) else n.with_suffix("")
+        for n, clip in zip(names, clips, strict=True)
+    ]
+    count = Counter(str(name).casefold() for name in plain)
+    taken: set[str] = set()
+    targets = []
+    for name, stem, clip in zip(names, plain, clips, strict=True):
+        if count[str(stem).casefold()] > 1:
+            ending = "frames" if isinstance(clip, FrameFolder) else name.suffix[1:] or "video"
+            stem = stem.with_name(f"{stem.name}_{ending}")
+        free, number = stem, 1
+        while str(free).casefold() in taken:
+            number += 1
+            free = stem.with_name(f"{stem.name}_{number}")
+        taken.add(str(free).casefold())
+        targets.append(output / free)
+    return targets
+
+
+def _inside(name: str) -> PurePosixPath:
+    """The name of a clip as a path below the output, also where a list says /elsewhere/a.mp4 or ../a.mp4."""
+    return PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
