@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.model.dpt import DPTHead
-from depth_anything.model.encoder import build_encoder, canonical_name, hub_weights
+from depth_anything.model.encoder import POSITION_RULES, DINOv2, build_encoder, canonical_name, hub_weights
 from depth_anything.preprocess import preprocess_image
 
 
@@ -28,6 +28,8 @@ class DepthAnything(nn.Module):
         patch_size: Side of a patch in pixels; an image's sides are multiples of it.
         input_size: Shorter side, in pixels, of the images the encoder was made for.
         licence: Licence of the weights, where one is known.
+        calibration: None, or scale and shift that make metres of a disparity: 1 / (scale · output + shift). They are
+            kept with the model and applied by whoever predicts or exports; `forward` gives the disparity.
         pretrained: The encoder (the official name of the module).
         depth_head: The head.
     """
@@ -64,6 +66,7 @@ class DepthAnything(nn.Module):
         self.patch_size = spec.patch
         self.input_size = spec.patch * spec.grid
         self.licence: str | None = None
+        self.calibration: tuple[float, float] | None = None
         for block in self.pretrained.blocks[self.taps[-1] + 1 :]:
             block.requires_grad_(False)
         self.depth_head = DPTHead(
@@ -82,6 +85,23 @@ class DepthAnything(nn.Module):
     def unit(self) -> str:
         """What the output counts: "m" for depth; "relative" for disparity (up to a scale and a shift)."""
         return "relative" if self.max_depth is None else "m"
+
+    @property
+    def position_rule(self) -> str:
+        """How the position embedding is fitted to other sizes: "official", "transformers", or "timm" for its ViTs."""
+        return self.pretrained.position_rule if isinstance(self.pretrained, DINOv2) else "timm"
+
+    @position_rule.setter
+    def position_rule(self, rule: str) -> None:
+        if rule == self.position_rule:
+            return
+        if not isinstance(self.pretrained, DINOv2):
+            raise ValueError(
+                f"position_rule={rule!r} is for DINOv2's encoders; {self.encoder} keeps timm's rule"
+            )
+        if rule not in POSITION_RULES:
+            raise ValueError(f"position_rule={rule!r} is unknown; use one of {', '.join(POSITION_RULES)}")
+        self.pretrained.position_rule = rule
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """List the encoder's trainable parameters."""

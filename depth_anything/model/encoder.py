@@ -71,29 +71,62 @@ ENCODERS = {
 }
 
 
-def resample_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Fit a position embedding to another grid, exactly as the released models do.
+POSITION_RULES = ("official", "transformers")
+
+
+def resample_positions(positions: Tensor, height: int, width: int, rule: str = "official") -> Tensor:
+    """Fit a position embedding to another grid, exactly as the released models or as transformers does.
 
     The authors add 0.1 to both sides and pass a scale factor, and so sample the grid with a step of
     side / (n + 0.1); only a square of the original side is left as it is (DINOv2, vision_transformer.py,
-    interpolate_pos_encoding).
+    interpolate_pos_encoding). transformers passes the size, and samples with a step of side / n.
 
     Args:
         positions: (1, 1 + side·side, D), the class position first.
         height: Patches down.
         width: Patches across.
+        rule: One of `POSITION_RULES`.
 
     Returns:
         (1, 1 + height·width, D), in float32 at least.
     """
     side = math.isqrt(positions.shape[1] - 1)
-    if height == side and width == side:
+    exporting = torch.compiler.is_exporting()
+    if not exporting and height == side and width == side:
         return positions
     positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
     grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    scale = ((height + 0.1) / side, (width + 0.1) / side)
-    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
+    if rule == "transformers":
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=False)
+    elif exporting:  # a scale factor would stay what it is in the example
+        grid = _resample_by_matrices(grid, height, width)
+    else:
+        scale = ((height + 0.1) / side, (width + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
     return torch.cat((positions[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+def _resample_by_matrices(grid: Tensor, height: int, width: int) -> Tensor:
+    """Do what the official rule does to (1, D, side, side) in operations that sizes may be unknown to."""
+    side = grid.shape[2]
+    # As sums over tensors, since a number read from a size would be a constant in the exported graph.
+    down, across = torch.ones(height, device=grid.device).sum(), torch.ones(width, device=grid.device).sum()
+    kept = (down == side) & (across == side)
+    rows = _cubic_weights(side, height, torch.where(kept, 1.0, side / (down.double() + 0.1)).float())
+    columns = _cubic_weights(side, width, torch.where(kept, 1.0, side / (across.double() + 0.1)).float())
+    return rows.to(grid.dtype) @ grid @ columns.to(grid.dtype).T
+
+
+def _cubic_weights(side: int, length: int, step: Tensor) -> Tensor:
+    """Weigh `side` samples for each of `length` new ones, (length, side): Keys' cubic, a = −0.75, edges repeated."""
+    source = (torch.arange(length, device=step.device) + 0.5) * step - 0.5
+    nearby = source.floor()[:, None] + torch.arange(-1, 3, device=step.device)
+    x = (source[:, None] - nearby).abs()
+    near = (1.25 * x - 2.25) * x * x + 1
+    far = ((-0.75 * x + 3.75) * x - 6) * x + 3
+    weight = torch.where(x <= 1, near, far)
+    taken = nearby.clamp(0, side - 1)[..., None] == torch.arange(side, device=step.device)
+    return (weight[..., None] * taken).sum(1)
 
 
 class SwiGLU(nn.Module):
@@ -140,13 +173,15 @@ class DINOv2(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             mlp_layer=SwiGLU if spec.swiglu else Mlp,
         )
+        self.position_rule = "official"
         # Never used here; official files have it and are read strictly.
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width), requires_grad=False)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
         tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
-        return tokens + resample_positions(self.pos_embed, height, width).to(tokens.dtype)
+        positions = resample_positions(self.pos_embed, height, width, self.position_rule)
+        return tokens + positions.to(tokens.dtype)
 
 
 def canonical_name(name: str) -> str:

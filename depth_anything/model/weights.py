@@ -6,6 +6,7 @@ wrappers leave them. Files are others' work: whatever is in them ends in a model
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -80,6 +81,7 @@ def load_model(
     model.load_state_dict(tensors, strict=False)
     model.input_size = said.get("input_size", model.input_size)
     model.licence = said.get("licence") or named.get("licence")
+    model.calibration = said.get("calibration")
     return model.eval()
 
 
@@ -112,7 +114,8 @@ def describe(model: DepthAnything) -> dict[str, str]:
     A Lightning checkpoint that keeps this under "depth_anything" needs no arguments to be loaded either.
 
     Returns:
-        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version.
+        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version;
+        of a calibrated model also calibration (JSON).
     """
     return {
         "format": "pt",
@@ -125,6 +128,7 @@ def describe(model: DepthAnything) -> dict[str, str]:
         "max_depth": json.dumps(model.max_depth),
         "input_size": json.dumps(model.input_size),
         "licence": model.licence or "unknown",
+        **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
     }
 
 
@@ -267,17 +271,26 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
         return {}
     try:
         max_depth = json.loads(metadata["max_depth"])
+        calibration = json.loads(metadata.get("calibration", "null"))
         return {
             "encoder": str(metadata["encoder"]),
             "taps": tuple(int(tap) for tap in json.loads(metadata["taps"])),
             "max_depth": None if max_depth is None else float(max_depth),
             "input_size": int(json.loads(metadata["input_size"])),
+            "calibration": calibration and _two_numbers(calibration),
             "licence": None if metadata["licence"] == "unknown" else str(metadata["licence"]),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has metadata that make no sense ({_reason(error)}); save it again"
         ) from error
+
+
+def _two_numbers(values: Any) -> tuple[float, float]:
+    scale, shift = (float(value) for value in values)
+    if not (math.isfinite(scale) and math.isfinite(shift)):
+        raise ValueError(f"calibration={values} must be two finite numbers")
+    return scale, shift
 
 
 def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
@@ -346,6 +359,10 @@ def _warn_unsaid(model: DepthAnything, path: Path) -> None:
     said = said_by_name(path)
     spec = ENCODERS.get(model.encoder)
     needed = []
+    if model.calibration is not None:
+        _warn(
+            f"{path} does not keep the calibration, and will give disparity; save as safetensors to keep it"
+        )
     if said.get("max_depth") != model.max_depth:
         needed.append(f"max_depth={model.max_depth:g}" if model.max_depth else "nothing but another name")
     if spec and model.taps != spec.taps and said.get("version") != 1:

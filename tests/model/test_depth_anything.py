@@ -320,3 +320,29 @@ def test_infer_image_is_the_authors_chain():
 def test_float64_stays():
     model = DepthAnything("vitn").double()
     assert model(torch.randn(1, 3, 56, 70, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_position_rule_is_the_models(monkeypatch):
+    torch.manual_seed(0)
+    model = DepthAnything("vitn").eval()
+    model.pretrained.pos_embed.data.normal_()
+    image = torch.randn(1, 3, model.patch_size * 5, model.patch_size * 4)
+    assert model.position_rule == "official"
+    with torch.no_grad():
+        official = model(image)
+        model.position_rule = "transformers"
+        theirs = model(image)
+        model.position_rule = "official"
+        assert torch.equal(model(image), official)
+    assert not torch.equal(theirs, official)
+    with pytest.raises(ValueError, match="position_rule='bilinear' is unknown; use one of official, transf"):
+        model.position_rule = "bilinear"
+
+
+def test_timms_encoders_keep_their_rule():
+    with torch.device("meta"):
+        model = DepthAnything("vit_tiny_patch16_224")
+    assert model.position_rule == "timm"
+    model.position_rule = "timm"
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 keeps timm's rule"):
+        model.position_rule = "transformers"

@@ -10,6 +10,7 @@ from torch import nn
 
 from depth_anything.model.encoder import (
     ENCODERS,
+    POSITION_RULES,
     DINOv2,
     build_encoder,
     canonical_name,
@@ -58,6 +59,23 @@ def test_positions_are_resampled_in_full_precision():
     assert half.dtype == torch.float32
     assert torch.equal(half, resample_positions(positions.bfloat16().float(), 9, 9))
     assert resample_positions(positions.double(), 9, 9).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 49), (37, 37), (16, 10), (74, 74), (1, 3), (123, 37)])
+@pytest.mark.parametrize("rule", POSITION_RULES)
+def test_exported_positions_are_the_eager_ones(monkeypatch, rule, height, width):
+    positions = torch.randn(1, 1 + 37 * 37, 5, generator=torch.Generator().manual_seed(0))
+    eager = resample_positions(positions, height, width, rule)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    exported = resample_positions(positions, height, width, rule)
+    torch.testing.assert_close(exported, eager, rtol=0, atol=2e-5)
+
+
+def test_the_two_rules_agree_on_their_square_and_nowhere_else():
+    positions = torch.randn(1, 1 + 25, 5, generator=torch.Generator().manual_seed(0))
+    assert resample_positions(positions, 5, 5, "transformers") is positions
+    official, theirs = (resample_positions(positions, 5, 7, rule) for rule in POSITION_RULES)
+    assert (official - theirs).abs().max() > 0.05
 
 
 def test_attention_is_fused():

@@ -103,6 +103,17 @@ def test_metadata_of_the_file(tmp_path, model):
     }
 
 
+def test_a_calibration_is_kept(tmp_path, model):
+    save_model(model, tmp_path / "plain.safetensors")
+    assert load_model(tmp_path / "plain.safetensors").calibration is None
+    model.calibration = (0.1 + 0.2, -1e-7)
+    save_model(model, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
+    assert again.calibration == model.calibration and again.quantity == "disparity"
+    with pytest.warns(UserWarning, match="does not keep the calibration"):
+        save_model(model, tmp_path / RELATIVE, format="official")
+
+
 def test_any_length_of_header_is_read(tmp_path, model):
     """A safetensors file begins with a length, whose first byte may be that of a pickle."""
     starts = set()
@@ -444,6 +455,10 @@ def test_unknown_sizes_are_named(tmp_path):
         ({"max_depth": "-1"}, "max_depth=-1.0 must be a number of metres above 0"),
         ({"input_size": "{}"}, "has metadata that make no sense"),
         ({"encoder": "vitx"}, "encoder=vitx is unknown"),
+        ({"calibration": "[1]"}, "has metadata that make no sense"),
+        ({"calibration": "3"}, "has metadata that make no sense"),
+        ({"calibration": '[1, "a"]'}, "has metadata that make no sense"),
+        ({"calibration": "[1, NaN]"}, "must be two finite numbers"),
     ],
 )
 def test_nonsense_metadata_is_named(tmp_path, model, fact, message):
