@@ -45,10 +45,25 @@ SURFACE = {
     "predict": {
         "--help": None,
         "source": None,
+        "--img-path": None,
+        "--outdir": "./vis_depth",
         "--weights": None,
-        "--output": None,
+        "--encoder": None,
+        "--dataset": None,
+        "--max-depth": None,
+        "--pred-only": False,
+        "--grayscale": False,
+        "--colormap": None,
+        "--format": ("png16",),
+        "--save-numpy": False,
+        "--focal": None,
+        "--max-points": 1_000_000,
+        "--batch-size": 1,
         "--input-size": None,
         "--device": "auto",
+        "--precision": "fp32",
+        "--resample": "official",
+        "--tiles": None,
     },
     "video": {
         "--help": None,
@@ -95,6 +110,8 @@ SURFACE = {
         "--limit": None,
         "--input-size": None,
         "--device": "auto",
+        "--precision": "fp32",
+        "--resample": "official",
     },
 }
 
@@ -352,13 +369,13 @@ def test_predict_maps_a_folder(tmp_path, weights, capsys):
     out, err = capsys.readouterr()
     assert "3 images mapped, 1 files skipped" in out and "larger is nearer" in out
     assert err.startswith("skipped notes.txt: ") and err.count("\n") == 1
-    made = sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png"))
+    made = sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.*"))
     stems = ("a_jpg", "a_png", "deep/ünï")
-    assert made == sorted(f"{stem}_{end}.png" for stem in stems for end in ("color", "disparity"))
+    assert made == sorted(f"{stem}{end}" for stem in stems for end in (".json", ".png", "_disparity.png"))
     raw, text = read_png(maps / "a_jpg_disparity.png")
     assert raw.dtype == np.uint16 and raw.shape == (40, 60)
     assert text["quantity"] == "disparity" and text["larger"] == "nearer"
-    assert read_png(maps / "a_jpg_color.png")[0].shape == (40, 60 + 50 + 60, 3)
+    assert read_png(maps / "a_jpg.png")[0].shape == (40, 60 + 50 + 60, 3)
 
 
 def test_predict_keeps_values(tmp_path, weights):
@@ -392,7 +409,10 @@ def test_predict_stays_inside_its_output(tmp_path, weights):
     (tmp_path / "lists" / "list.txt").write_text(f"../a.png\n{tmp_path / 'a.png'}\n")
     line = ["predict", str(tmp_path / "lists" / "list.txt"), "--weights", str(weights)]
     assert main([*line, "--output", str(tmp_path / "maps"), "--input-size", "28"]) == 0
-    assert len(list((tmp_path / "maps").rglob("a_disparity.png"))) == 2
+    made = sorted(
+        path.relative_to(tmp_path / "maps").as_posix() for path in (tmp_path / "maps").rglob("*.png")
+    )
+    assert made == ["a_png.png", "a_png_2.png", "a_png_2_disparity.png", "a_png_disparity.png"]
     assert not list(tmp_path.glob("a_*"))
 
 

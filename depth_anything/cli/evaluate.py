@@ -52,7 +52,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         facts["mean map"] = {"baseline": f"mean disparity of {options.mean_map}, the same for every image"}
     for name, path in named.items():
         model, facts[name] = load(path, input_size=options.input_size)
-        predictors[name] = Predictor(model, device=options.device, input_size=model.input_size)
+        predictors[name] = Predictor(
+            model,
+            device=options.device,
+            input_size=model.input_size,
+            precision=options.precision,
+            resample=options.resample,
+        )
         facts[name]["device"] = str(predictors[name].device)
     total = min(options.limit or shard_set.records, shard_set.records)
     folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
+    from depth_anything.inference.predictor import Predictor
 
 T = TypeVar("T")
 
-WEIGHTS = ".safetensors, .pth, .ckpt, or a finished run's folder"
+WEIGHTS = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
+
+ENCODER = "vitl"
+"""Whose published weights are taken where nothing else is said; theirs."""
+
+FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
 
 QUIET_S = 30.0
 """Seconds between lines of progress where there is no terminal."""
@@ -25,26 +31,94 @@ def add_command(commands: Any, name: str, text: str, *, run: Any = None) -> argp
     return parser
 
 
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Declare which model a command runs: a file, or published weights by the names of their encoder and data."""
+    command.add_argument(
+        "--weights",
+        "--load-from",
+        metavar="PATH",
+        help=f"{WEIGHTS}; without it the published weights of --encoder, from checkpoints/ or the hub",
+    )
+    command.add_argument(
+        "--encoder", metavar="NAME", help=f"vits, vitb, vitl or vitg, for published weights ({ENCODER})"
+    )
+    command.add_argument(
+        "--dataset",
+        choices=("hypersim", "vkitti"),
+        help="published weights that give metres: hypersim indoors, vkitti outdoors",
+    )
+    command.add_argument(
+        "--max-depth", type=float, metavar="M", help="metres of a metric model whose file does not say it"
+    )
+
+
 def add_network(command: argparse.ArgumentParser) -> None:
     """Declare how any command that runs a network runs it."""
     command.add_argument("--input-size", type=int, metavar="N", help="short side, pixels (the model's own)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    command.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network (%(default)s)"
+    )
+    command.add_argument(
+        "--resample",
+        choices=("official", "transformers"),
+        default="official",
+        help="whose sizes and interpolation, to the digit (%(default)s)",
+    )
 
 
-def load(path: Path, *, input_size: int | None) -> "tuple[DepthAnything, dict[str, Any]]":
-    """Return the model of a weight file or a run's folder, and what reports say of it."""
+def add_tiles(command: argparse.ArgumentParser) -> None:
+    """Declare the tiles of large images."""
+    command.add_argument(
+        "--tiles",
+        type=_tiles,
+        metavar="N|RxC",
+        help="so many overlapping tiles down and across, each seen at --input-size; for 4K and more",
+    )
+
+
+def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
+    """Declare what is written: the picture as theirs, and files that keep the values."""
+    command.add_argument("--pred-only", action="store_true", help="only the map, without the image beside it")
+    command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
+    command.add_argument("--colormap", metavar="NAME", help="of matplotlib (theirs: Spectral_r, near is red)")
+    command.add_argument(
+        "--format",
+        nargs="*",
+        choices=FORMATS,
+        default=formats,
+        help=f"also files of values, or of points in space ({' '.join(formats) or 'none'})",
+    )
+
+
+def load(
+    path: str | Path | None,
+    *,
+    input_size: int | None,
+    encoder: str | None = None,
+    dataset: str | None = None,
+    max_depth: float | None = None,
+) -> "tuple[DepthAnything, dict[str, Any]]":
+    """Return a model, and what reports say of it.
+
+    Args:
+        path: A weight file or a run's folder; None for published weights.
+        input_size: Pixels of the short side; None leaves the model's own.
+        encoder: Of the published weights; with a path, what the file shall be.
+        dataset: "hypersim" or "vkitti" for published weights that give metres.
+        max_depth: Metres, where the file does not say.
+
+    Raises:
+        ValueError: No weights there, or not such ones.
+    """
     from depth_anything.model.weights import fingerprint, load_model
 
-    if (path / "model.safetensors").exists() and not (path / "config.json").exists():  # that is transformers'
-        path = path / "model.safetensors"
-    elif (path / "config.yaml").exists():
-        raise ValueError(
-            f"the run {path} is not finished and has no model.safetensors yet: start it again to go on, "
-            f"or give one of the files in {path / 'checkpoints'}"
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: give {WEIGHTS}")
-    model = load_model(path)
+    if path is None:
+        from depth_anything.model.published import find_weights
+
+        path, encoder = find_weights(encoder or ENCODER, metric=dataset), None
+    path = _weight_file(Path(path))
+    model = load_model(path, encoder=encoder, max_depth=max_depth)
     model.input_size = input_size or model.input_size
     facts = {
         "weights": str(path),
@@ -57,6 +131,28 @@ def load(path: Path, *, input_size: int | None) -> "tuple[DepthAnything, dict[st
         "licence": model.licence,
     }
     return model, facts
+
+
+def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, Any]]":
+    """Return the predictor that a command's `add_weights` and `add_network` ask for, and what reports say of it."""
+    from depth_anything.inference.predictor import Predictor
+
+    model, facts = load(
+        options.weights,
+        input_size=options.input_size,
+        encoder=options.encoder,
+        dataset=options.dataset,
+        max_depth=options.max_depth,
+    )
+    predictor = Predictor(
+        model,
+        device=options.device,
+        input_size=model.input_size,
+        precision=options.precision,
+        resample=options.resample,
+        tiles=getattr(options, "tiles", None),
+    )
+    return predictor, facts
 
 
 def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
@@ -74,3 +170,26 @@ def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterato
             said, rate = now, (done + 1) / (now - begin)
             rest = f", {(total - done - 1) / rate:.0f} s to go" if total else ""
             print(f"{what}: {done + 1} of {total or '?'}, {rate:.1f} a second{rest}", file=sys.stderr)
+
+
+def _weight_file(path: Path) -> Path:
+    if (path / "model.safetensors").exists() and not (path / "config.json").exists():  # that is transformers'
+        return path / "model.safetensors"
+    if (path / "config.yaml").exists():
+        raise ValueError(
+            f"the run {path} is not finished and has no model.safetensors yet: start it again to go on, "
+            f"or give one of the files in {path / 'checkpoints'}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no weights at {path}: give {WEIGHTS}; or leave it out and name a published encoder, as in --encoder vits"
+        )
+    return path
+
+
+def _tiles(text: str) -> int | tuple[int, int]:
+    rows, by, columns = text.lower().partition("x")
+    try:
+        return (int(rows), int(columns)) if by else int(rows)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor two, as 2x3") from None

@@ -1,42 +1,154 @@
-"""`depth-anything predict`: images to maps."""
+"""`depth-anything predict`, run.py by another name, and `depth-anything calibrate`: images to maps, maps to metres."""
 
 import argparse
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import WEIGHTS, add_command, add_network, load, watch
+from depth_anything.cli.options import (
+    add_command,
+    add_network,
+    add_output_flags,
+    add_tiles,
+    add_weights,
+    load_predictor,
+    watch,
+)
+
+FOLDER = "./vis_depth"
+"""Where pictures go unless told; theirs."""
 
 
 def add_predict(commands: Any) -> None:
     """Declare `predict`."""
-    predict = add_command(
-        commands, "predict", "map images: a 16-bit PNG and a coloured picture each", run=_predict
-    )
+    predict = add_command(commands, "predict", "map images: a picture, and files of values", run=_predict)
     predict.add_argument(
-        "source", metavar="IMAGE|FOLDER", help="an image, or a folder (its tree is kept), list or tar of them"
+        "source",
+        nargs="?",
+        metavar="IMAGE|FOLDER",
+        help="an image, or a folder (its tree is kept), .txt list or tar of them",
     )
-    predict.add_argument("--weights", required=True, metavar="PATH", help=WEIGHTS)
-    predict.add_argument("--output", required=True, metavar="DIR", help="folder of the maps")
-    add_network(predict)
+    _add_images(predict, formats=("png16",))
+
+
+def run_images(arguments: Sequence[str] | None = None) -> int:
+    """Run `run.py`: `depth-anything predict`, but that it writes what theirs writes, the picture alone.
+
+    Args:
+        arguments: what follows the program's name; those of the process by default.
+    """
+    from depth_anything.cli import run
+
+    parser = argparse.ArgumentParser(
+        prog="run.py", description="Map images; see depth-anything predict --help."
+    )
+    _add_images(parser, formats=())
+    parser.set_defaults(run=_predict, source=None)
+    return run(parser, arguments)
+
+
+def add_calibrate(commands: Any) -> None:
+    """Declare `calibrate`."""
+    calibrate = add_command(
+        commands, "calibrate", "make a metric model of a relative one and a few known depths", run=_calibrate
+    )
+    calibrate.add_argument("images", nargs="+", metavar="IMAGE", help="of one camera and kind of scene")
+    calibrate.add_argument(
+        "--points",
+        nargs="+",
+        default=(),
+        metavar="CSV",
+        help="x,y,metres a line, pixels from the upper left; a file for each image",
+    )
+    calibrate.add_argument(
+        "--point", action="append", default=[], metavar="X,Y,METRES", help="one point, of a single image"
+    )
+    calibrate.add_argument("--output", required=True, metavar="PATH", help="the metric model, .safetensors")
+    calibrate.add_argument(
+        "--threshold",
+        type=float,
+        default=0.1,
+        metavar="T",
+        help="a point further off than this share of its depth is left out (%(default)s)",
+    )
+    add_weights(calibrate)
+    add_network(calibrate)
+
+
+def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
+    command.add_argument(
+        "--img-path", metavar="PATH", help="the images, as theirs: image, folder, list or tar"
+    )
+    command.add_argument(
+        "--outdir", "--output", default=FOLDER, metavar="DIR", help="folder of the maps (%(default)s)"
+    )
+    add_weights(command)
+    add_output_flags(command, formats=formats)
+    command.add_argument(
+        "--save-numpy", action="store_true", help="metres as NAME_raw_depth_meter.npy, as their metric run.py"
+    )
+    command.add_argument(
+        "--focal",
+        type=float,
+        metavar="PX",
+        help="focal length for points (of EXIF, else assumed)",
+    )
+    command.add_argument(
+        "--max-points", type=int, default=1_000_000, metavar="N", help="in a file of points (%(default)s)"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images at once through the network (%(default)s)",
+    )
+    add_network(command)
+    add_tiles(command)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from depth_anything.inference.files import predict_files
-    from depth_anything.inference.predictor import Predictor
+    from depth_anything.inference.files import Products, predict_files
 
-    model, _ = load(Path(options.weights), input_size=options.input_size)
-    predictor = Predictor(model, device=options.device, input_size=model.input_size)
+    given = [source for source in (options.source, options.img_path) if source]
+    if len(given) != 1:
+        raise ValueError("give the images once: as in --img-path PHOTOS")
+    if not Path(given[0]).exists():  # before a large model is read, or fetched
+        raise ValueError(f"{given[0]} does not exist: give an image, or a folder, list or tar of them")
+    predictor, facts = load_predictor(options)
+    products = Products(
+        formats=tuple(dict.fromkeys(options.format)),
+        pred_only=options.pred_only,
+        grayscale=options.grayscale,
+        colormap=options.colormap,
+        focal_px=options.focal,
+        max_points=options.max_points,
+        save_numpy=options.save_numpy,
+    )
+    begin = time.monotonic()
     outcome = predict_files(
         predictor,
-        options.source,
-        options.output,
+        given[0],
+        options.outdir,
+        products=products,
+        batch_size=options.batch_size,
+        facts=facts,
         watch=lambda files: watch(files, what="predict", total=len(files)),
     )
+    seconds = time.monotonic() - begin
     for file, why in outcome.skipped.items():
         print(f"skipped {file}: {why}", file=sys.stderr)
+    for whence, images in outcome.focals.items():
+        print(f"focal length of {images} images: {whence}")
     larger = "nearer" if predictor.quantity == "disparity" else "farther"
     print(
-        f"{len(outcome.written) // 2} images mapped, {len(outcome.skipped)} files skipped: {options.output} "
+        f"{outcome.images} images mapped, {len(outcome.skipped)} files skipped in {seconds:.1f} s "
+        f"({outcome.images / seconds:.2f} a second): {options.outdir} "
         f"({predictor.quantity}, {predictor.unit}, larger is {larger})"
     )
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    raise NotImplementedError

@@ -1,17 +1,25 @@
 """From photographs to maps of their own size."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from depth_anything.inference.tiles import Box, blend, grid_of
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.preprocess import preprocess_image
+from depth_anything.preprocess import preprocess_as_transformers, preprocess_image
 
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREPARE = {"official": preprocess_image, "transformers": preprocess_as_transformers}
+
+FARTHEST_M = 1000.0
+"""What a calibrated model puts beyond stands here, as does what it puts behind the camera."""
+
+NEAREST_M = 1e-4
+"""No depth is smaller, so that its inverse is a number."""
 
 
 class Predictor:
@@ -22,31 +30,52 @@ class Predictor:
         device: Where it runs.
         quantity: "disparity" (larger is nearer) or "depth".
         unit: "m" for depth; "relative" for disparity, which is known up to a scale and a shift.
+        calibrated: Whether metres come from disparity, by the scale and shift that the model was given.
+        farthest: The largest depth possible, metres; None for disparity.
     """
 
     def __init__(
-        self, model: DepthAnything, *, device: str = "auto", input_size: int = 518, precision: str = "fp32"
+        self,
+        model: DepthAnything,
+        *,
+        device: str = "auto",
+        input_size: int = 518,
+        precision: str = "fp32",
+        resample: str = "official",
+        tiles: int | tuple[int, int] | None = None,
     ) -> None:
         """Move a network to its device and put it into eval mode.
 
         Args:
-            model: The network; moved, not copied.
+            model: The network; moved, not copied. A relative one that is calibrated gives metres.
             device: "auto" leaves a network that is on an accelerator there, and takes the first accelerator,
                 else the CPU, for any other; or what torch calls a device, as "cuda:1".
             input_size: What the shorter side of an image becomes, pixels; more is sharper and slower.
             precision: "fp32", or "bf16" or "fp16" for the matrix products.
+            resample: "official" resizes images, positions and maps as the authors do; "transformers" as its
+                depth-estimation pipeline does.
+            tiles: Rows and columns of overlapping tiles, each seen at `input_size`, or one number for both; None
+                sees the image as a whole.
 
         Raises:
-            ValueError: For a precision or device that does not exist here.
+            ValueError: For a precision, device or way to resample that does not exist, or a grid without tiles.
         """
-        if precision not in _PRECISIONS:
-            raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(_PRECISIONS)}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        if resample not in PREPARE:
+            raise ValueError(f"resample={resample!r} is unknown; use one of {', '.join(PREPARE)}")
+        with _positions(model, resample):
+            pass  # an encoder that has no such rule says so now
         self.device = _device(device, model)
         self.model = model.to(self.device).eval()
-        self.quantity = model.quantity
-        self.unit = model.unit
+        self.calibrated = model.calibration is not None
+        self.quantity = "depth" if self.calibrated else model.quantity
+        self.unit = "m" if self.calibrated else model.unit
+        self.farthest = FARTHEST_M if self.calibrated else model.max_depth
         self.input_size = input_size
-        self._dtype = _PRECISIONS[precision]
+        self.precision = precision
+        self.resample = resample
+        self.tiles = None if tiles is None else grid_of(tiles)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Predict one image's map.
@@ -62,11 +91,14 @@ class Predictor:
         """
         return self.predict_batch([image])[0]
 
-    def predict_batch(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def predict_batch(
+        self, images: Sequence[np.ndarray], *, prepared: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Predict the maps of several images; those that the network sees at one size run as one batch.
 
         Args:
             images: Each as `predict` takes it; sizes may differ.
+            prepared: What `prepare` made of each, where another thread has done so already.
 
         Returns:
             A map for each image, in the same order and each of its image's size.
@@ -74,32 +106,85 @@ class Predictor:
         Raises:
             ValueError: For an array that is no image.
         """
-        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-        for i, image in enumerate(images):
-            _check_image(image)
-            tensor = preprocess_image(image, self.input_size, self.model.patch_size)
-            groups.setdefault(tensor.shape, []).append((i, tensor))
+        prepared = [self.prepare(image) for image in images] if prepared is None else prepared
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, pixels in enumerate(prepared):
+            groups.setdefault(pixels.shape, []).append(i)
         maps: dict[int, np.ndarray] = {}
         for group in groups.values():
-            outputs = self._run(torch.from_numpy(np.stack([tensor for _, tensor in group])))
-            for (i, _), output in zip(group, outputs, strict=True):
-                maps[i] = _resize(output, images[i].shape[:2])
+            outputs = self._run(np.stack([prepared[i] for i in group]))
+            for i, output in zip(group, outputs, strict=True):
+                shape = images[i].shape[:2]
+                whole = self._resize(output, shape) if self.tiles is None else self._tiled(images[i], output)
+                maps[i] = self._in_metres(whole)
         return [maps[i] for i in range(len(images))]
 
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """Resize and normalise an image for the network; any thread may.
+
+        Args:
+            image: uint8 (H, W, 3), RGB.
+
+        Returns:
+            float32 (3, h, w).
+
+        Raises:
+            ValueError: For an array that is no such image.
+        """
+        _check_image(image)
+        return PREPARE[self.resample](image, self.input_size, self.model.multiple)
+
     @torch.inference_mode()
-    def _run(self, batch: Tensor) -> Tensor:
+    def _run(self, batch: np.ndarray) -> Tensor:
+        """Images to maps of the size that the network sees, on its device."""
         autocast: AbstractContextManager[object] = nullcontext()
-        if self._dtype is not None:
-            autocast = torch.autocast(self.device.type, dtype=self._dtype)
-        with autocast:
-            return self.model(batch.to(self.device, next(self.model.parameters()).dtype)).float()
+        if (dtype := PRECISIONS[self.precision]) is not None:
+            autocast = torch.autocast(self.device.type, dtype=dtype)
+        with autocast, _positions(self.model, self.resample):
+            image = torch.from_numpy(batch).to(self.device, next(self.model.parameters()).dtype)
+            return self.model(image).float()
+
+    @torch.inference_mode()
+    def _resize(self, output: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        # The authors' infer_image aligns corners; transformers' post_process_depth_estimation is cubic.
+        official = self.resample == "official"
+        mode = "bilinear" if official else "bicubic"
+        resized = F.interpolate(output[None, None], size=shape, mode=mode, align_corners=official)
+        return resized[0, 0].cpu().numpy()
+
+    def _tiled(self, image: np.ndarray, output: Tensor) -> np.ndarray:
+        """Join tiles in disparity, whatever the network gives: there the far is near zero and cannot pull."""
+        assert self.tiles is not None
+        max_depth = self.model.max_depth
+
+        def disparity(values: Tensor) -> Tensor:
+            return 1 / values.clamp(min=NEAREST_M) if max_depth else values
+
+        def tile_at(box: Box) -> Tensor:
+            return disparity(self._run(self.prepare(image[box])[None])[0])
+
+        joined = blend(disparity(output), tile_at, image.shape[:2], self.tiles)
+        return 1 / np.maximum(joined, 1 / max_depth) if max_depth else joined
+
+    def _in_metres(self, map: np.ndarray) -> np.ndarray:
+        if self.model.calibration is None:
+            return map
+        scale, shift = self.model.calibration
+        inverse = map.astype(np.float64) * scale + shift
+        return (1 / inverse.clip(1 / FARTHEST_M, 1 / NEAREST_M)).astype(np.float32)
 
 
-@torch.inference_mode()
-def _resize(output: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    # align_corners as in the authors' infer_image
-    resized = F.interpolate(output[None, None], size=shape, mode="bilinear", align_corners=True)
-    return resized[0, 0].cpu().numpy()
+@contextmanager
+def _positions(model: DepthAnything, resample: str) -> Iterator[None]:
+    """Have the position embedding resampled by transformers' rule for a while; the model is others', too."""
+    if resample == "official":
+        yield
+        return
+    before, model.position_rule = model.position_rule, resample
+    try:
+        yield
+    finally:
+        model.position_rule = before
 
 
 def _check_image(image: np.ndarray) -> None:

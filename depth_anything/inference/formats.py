@@ -1,0 +1,133 @@
+"""A map as bytes: the picture to look at, and the files that keep its values, their unit and their direction."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from depth_anything.data.tars import write_atomically
+from depth_anything.visualize import colorize
+
+GAP_PX = 50
+"""White between picture and map, as in the authors' output."""
+
+COMPRESSION = 1
+"""Of PNGs: the usual 6 takes as long as a small network."""
+
+ENDINGS = {"png8": "_8bit.png", "png16": ".png", "npy": ".npy", "npz": ".npz", "exr": ".exr"}
+"""What follows NAME_disparity or NAME_depth."""
+
+MEANINGS = {
+    "png8": "8-bit PNG: value = low + level / 255 * (high - low); low and high in its text and here",
+    "png16": "16-bit PNG: value = low + level / 65535 * (high - low); low and high in its text and here",
+    "npy": "NumPy float32 (H, W): the values",
+    "npz": "NumPy archive: `map` float32 (H, W), the values; `quantity`, `unit`, `larger` as here",
+    "exr": "OpenEXR, channel Y float32: the values; quantity, unit and larger in its header",
+}
+
+
+def direction(quantity: str) -> str:
+    """Say what larger values are: "nearer" for disparity, "farther" for depth."""
+    return "nearer" if quantity == "disparity" else "farther"
+
+
+def write_map(
+    path: Path,
+    map: np.ndarray,
+    *,
+    quantity: str,
+    unit: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """Write a map as a 16-bit PNG whose text says how to get the values back, their unit and their direction.
+
+    value = low + level / 65535 · (high - low), with `low` and `high` from the PNG's text.
+
+    Args:
+        path: of the PNG.
+        map: (H,W) finite float.
+        quantity: "disparity" or "depth".
+        unit: of the values.
+        low: value of level 0, the smallest one unless given; what lies below has it too.
+        high: value of level 65535, the largest one unless given; what lies above has it too.
+    """
+    write_atomically(path, png(map, bits=16, quantity=quantity, unit=unit, low=low, high=high))
+
+
+def encode(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
+    """Make the bytes of a file of values.
+
+    Args:
+        map: (H,W) float32, finite.
+        format: a key of `ENDINGS`.
+        quantity: "disparity" or "depth".
+        unit: of the values.
+    """
+    notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
+    if format == "exr":
+        return _exr(map, notes)
+    if format in ("png8", "png16"):
+        return png(map, bits=int(format[3:]), quantity=quantity, unit=unit)
+    out = io.BytesIO()
+    if format == "npz":
+        arrays = {"map": map, **{key: np.array(value) for key, value in notes.items()}}
+        np.savez_compressed(out, allow_pickle=False, **arrays)
+    else:
+        np.save(out, map, allow_pickle=False)
+    return out.getvalue()
+
+
+def png(
+    map: np.ndarray,
+    *,
+    bits: int,
+    quantity: str,
+    unit: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> bytes:
+    """Make a grey PNG of 8 or 16 bits, as `write_map` describes it."""
+    low = float(map.min()) if low is None else low
+    high = float(map.max()) if high is None else high
+    top = 2**bits - 1
+    share = (map.astype(np.float64) - low) / (high - low) if high > low else np.zeros(map.shape)
+    levels = np.rint(share.clip(0, 1) * top).astype(np.uint8 if bits == 8 else np.uint16)
+    text = PngInfo()
+    notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
+    for key, value in {**notes, "low": repr(low), "high": repr(high)}.items():
+        text.add_text(key, value)
+    out = io.BytesIO()
+    Image.fromarray(levels).save(out, "PNG", pnginfo=text, compress_level=COMPRESSION)
+    return out.getvalue()
+
+
+def picture(image: np.ndarray, map: np.ndarray, *, colormap: str, pred_only: bool = False) -> bytes:
+    """Make the authors' picture, a PNG: the image, white, and the map between its own extremes in colours.
+
+    Args:
+        image: uint8 (H,W,3) RGB.
+        map: (H,W).
+        colormap: a name matplotlib knows.
+        pred_only: the map alone.
+    """
+    painted = colorize(map, colormap=colormap)
+    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
+    out = io.BytesIO()
+    whole = painted if pred_only else np.hstack([image, gap, painted])
+    Image.fromarray(whole).save(out, "PNG", compress_level=COMPRESSION)
+    return out.getvalue()
+
+
+def _exr(map: np.ndarray, notes: dict[str, str]) -> bytes:
+    import OpenEXR
+
+    header: dict[str, Any] = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage, **notes}
+    with tempfile.TemporaryDirectory() as folder:  # the library writes to a path only
+        path = Path(folder, "map.exr")
+        OpenEXR.File(header, {"Y": np.ascontiguousarray(map, np.float32)}).write(str(path))
+        return path.read_bytes()
