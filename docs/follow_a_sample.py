@@ -27,7 +27,7 @@ from depth_anything.preprocess import resize_shape
 from depth_anything.training.base import Recipe
 from depth_anything.training.teacher import Teacher
 
-SEED, IMAGE_SIZE, STREAMS, BATCH = 0, 98, 8, 4
+SEED, IMAGE_SIZE, STREAMS, BATCH = 0, 70, 8, 4
 
 
 def show(name: str, values: np.ndarray | Tensor) -> None:

@@ -57,7 +57,7 @@ def test_the_recipe_is_the_papers(bench_train: ModuleType, tmp_path: Path) -> No
     assert (module.recipe.trim, module.recipe.gm_weight, module.recipe.clip_norm) == (0.1, 2.0, 1.0)
 
 
-def dpt_flops(side: int, *, width: int, features: int, out: tuple[int, ...]) -> int:
+def dpt_flops(side: int, *, patch: int, width: int, features: int, out: tuple[int, ...]) -> int:
     """Count the head's convolutions by hand: twice the weights' values for each place they are applied at."""
     sides = (4 * side, 2 * side, side, (side + 1) // 2)
     macs = sum(side**2 * width * channels for channels in out)
@@ -67,17 +67,18 @@ def dpt_flops(side: int, *, width: int, features: int, out: tuple[int, ...]) -> 
     macs += units * (sides[3] ** 2 + 2 * sum(s**2 for s in sides[:3]))
     macs += features**2 * sum(s**2 for s in sides)  # the head mixes channels before the step up, not after
     macs += (2 * sides[0]) ** 2 * 9 * features * (features // 2)
-    macs += (14 * side) ** 2 * (9 * features // 2 * 32 + 32)
+    macs += (patch * side) ** 2 * (9 * features // 2 * 32 + 32)
     return 2 * macs
 
 
 @pytest.mark.parametrize("image_size", [56, 98])
 def test_flops_are_those_of_the_formula(bench_train: ModuleType, image_size: int) -> None:
-    side, width, depth = image_size // 14, 96, 4
+    patch, width, depth = 7, 96, 4
+    side = image_size // patch
     tokens = side**2 + 1
-    encoder = 2 * side**2 * 3 * 14**2 * width
+    encoder = 2 * side**2 * 3 * patch**2 * width
     encoder += depth * (24 * tokens * width**2 + 4 * tokens**2 * width)  # the second term is attention's
-    forward = encoder + dpt_flops(side, width=width, features=32, out=(12, 24, 48, 96))
+    forward = encoder + dpt_flops(side, patch=patch, width=width, features=32, out=(12, 24, 48, 96))
     counted = bench_train.count_flops("vitn", image_size)
     assert counted["forward"] == forward
     assert 2.9 * forward < counted["step"] < 3 * forward

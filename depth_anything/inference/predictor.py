@@ -91,6 +91,20 @@ class Predictor:
         """
         return self.predict_batch([image])[0]
 
+    def predict_relative(self, image: np.ndarray) -> np.ndarray:
+        """Predict one image's map as the network gives it, without the model's calibration.
+
+        Args:
+            image: As `predict` takes it.
+
+        Returns:
+            float32 (H, W): what `model.quantity` says.
+
+        Raises:
+            ValueError: As `predict`.
+        """
+        return self._maps([image], [self.prepare(image)])[0]
+
     def predict_batch(
         self, images: Sequence[np.ndarray], *, prepared: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
@@ -107,17 +121,7 @@ class Predictor:
             ValueError: For an array that is no image.
         """
         prepared = [self.prepare(image) for image in images] if prepared is None else prepared
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, pixels in enumerate(prepared):
-            groups.setdefault(pixels.shape, []).append(i)
-        maps: dict[int, np.ndarray] = {}
-        for group in groups.values():
-            outputs = self._run(np.stack([prepared[i] for i in group]))
-            for i, output in zip(group, outputs, strict=True):
-                shape = images[i].shape[:2]
-                whole = self._resize(output, shape) if self.tiles is None else self._tiled(images[i], output)
-                maps[i] = self._in_metres(whole)
-        return [maps[i] for i in range(len(images))]
+        return [self._in_metres(map) for map in self._maps(images, prepared)]
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Resize and normalise an image for the network; any thread may.
@@ -132,7 +136,24 @@ class Predictor:
             ValueError: For an array that is no such image.
         """
         _check_image(image)
+        height, width = image.shape[:2]
+        if max(height, width) > MAX_RATIO * min(height, width) and max(height, width) > self.input_size:
+            raise ValueError(
+                f"an image {width} wide and {height} high would be stretched beyond measure: crop it, or join rows"
+            )
         return PREPARE[self.resample](image, self.input_size, self.model.multiple)
+
+    def _maps(self, images: Sequence[np.ndarray], prepared: Sequence[np.ndarray]) -> list[np.ndarray]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, pixels in enumerate(prepared):
+            groups.setdefault(pixels.shape, []).append(i)
+        maps: dict[int, np.ndarray] = {}
+        for group in groups.values():
+            outputs = self._run(np.stack([prepared[i] for i in group]))
+            for i, output in zip(group, outputs, strict=True):
+                shape = images[i].shape[:2]
+                maps[i] = self._tiled(images[i], output) if self.tiles else self._resize(output, shape)
+        return [maps[i] for i in range(len(images))]
 
     @torch.inference_mode()
     def _run(self, batch: np.ndarray) -> Tensor:

@@ -14,6 +14,9 @@ from depth_anything.model.dpt import DPTHead
 from depth_anything.model.encoder import POSITION_RULES, DINOv2, build_encoder, canonical_name, hub_weights
 from depth_anything.preprocess import preprocess_image
 
+MULTIPLE = 14
+"""Pixels: the authors' patch. Smaller patches that fit into it see photographs at the authors' sizes."""
+
 
 class DepthAnything(nn.Module):
     """Depth Anything V2: an image to disparity, or to depth in metres.
@@ -26,6 +29,7 @@ class DepthAnything(nn.Module):
         taps: The four encoder blocks (from 0) that the head reads.
         max_depth: None, or the largest depth in metres.
         patch_size: Side of a patch in pixels; an image's sides are multiples of it.
+        multiple: What photographs are resized to multiples of: the authors' 14 wherever whole patches fit.
         input_size: Shorter side, in pixels, of the images the encoder was made for.
         licence: Licence of the weights, where one is known.
         calibration: None, or scale and shift that make metres of a disparity: 1 / (scale · output + shift). They are
@@ -64,6 +68,7 @@ class DepthAnything(nn.Module):
             )
         self.max_depth = None if max_depth is None else float(max_depth)
         self.patch_size = spec.patch
+        self.multiple = MULTIPLE if MULTIPLE % spec.patch == 0 else spec.patch
         self.input_size = spec.patch * spec.grid
         self.licence: str | None = None
         self.calibration: tuple[float, float] | None = None
@@ -163,7 +168,7 @@ class DepthAnything(nn.Module):
             float32 (H, W).
         """
         rgb = np.ascontiguousarray(bgr[..., ::-1])
-        image = torch.from_numpy(preprocess_image(rgb, input_size, self.patch_size))
+        image = torch.from_numpy(preprocess_image(rgb, input_size, self.multiple))
         output = self(image[None].to(next(self.parameters()))).float()
         output = F.interpolate(output[:, None], bgr.shape[:2], mode="bilinear", align_corners=True)
         return output[0, 0].cpu().numpy()

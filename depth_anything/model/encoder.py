@@ -44,8 +44,9 @@ class EncoderSpec:
     swiglu: bool = False
 
 
-# The authors' four: their dinov2.py and dpt.py. The two tiny ones are ours; their grid is that of the 98 px
-# crops they learn from, for a larger one would be trained only where 98 px happens to sample it.
+# The authors' four: their dinov2.py and dpt.py. The two tiny ones are ours: from random weights they learn several
+# times as much a second from 10 × 10 small patches as from 7 × 7 large ones. Their grid is that of the 70 px crops
+# they learn from, for a larger one would be trained only where 70 px happens to sample it.
 ENCODERS = {
     "vits": EncoderSpec(
         384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384), hub="vit_small_patch14_dinov2.lvd142m"
@@ -66,8 +67,8 @@ ENCODERS = {
         hub="vit_giant_patch14_dinov2.lvd142m",
         swiglu=True,
     ),
-    "vitt": EncoderSpec(192, 4, 3, (0, 1, 2, 3), 32, (24, 48, 96, 192), grid=7),
-    "vitn": EncoderSpec(96, 4, 3, (0, 1, 2, 3), 32, (12, 24, 48, 96), grid=7),
+    "vitt": EncoderSpec(192, 4, 3, (0, 1, 2, 3), 32, (24, 48, 96, 192), patch=7, grid=10),
+    "vitn": EncoderSpec(96, 4, 3, (0, 1, 2, 3), 32, (12, 24, 48, 96), patch=7, grid=10),
 }
 
 

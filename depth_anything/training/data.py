@@ -117,7 +117,7 @@ class TrainData(pl.LightningDataModule):
             if self.image_size % self.patch:
                 near = max(1, round(self.image_size / self.patch)) * self.patch
                 raise ValueError(
-                    f"image_size={self.image_size} is no multiple of the encoder's patch, {self.patch} px; "
+                    f"image_size={self.image_size} is no multiple of {self.patch}, as the encoder needs; "
                     f"type image_size={near}"
                 )
             sources: list[Records | JoinedRecords] = []

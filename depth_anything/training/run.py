@@ -17,7 +17,7 @@ from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.plan import one_sentence, print_plan, refuse_nonsense, split_batch
-from depth_anything.training.start import load_teacher, network, patch_of, twin
+from depth_anything.training.start import load_teacher, network, multiple_of, twin
 
 
 def main(cfg: DictConfig) -> None:
@@ -64,7 +64,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
         print(f"{folder.path} is finished; its model is {folder.model}")
         return
     make_scenes(sources["scenes"], [*config["data"]["sets"].values(), sources["validation"]])
-    data = instantiate(cfg.data, micro_batch=micro, patch=patch_of(config["encoder"]), _convert_="all")
+    data = instantiate(cfg.data, micro_batch=micro, patch=multiple_of(config["encoder"]), _convert_="all")
     data.open()  # a set that is missing or damaged is named before a network is built
     if trainer.is_global_zero:
         numbers = MetricsCSV(folder.path / "metrics.csv")
@@ -87,7 +87,7 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
     teacher = load_teacher(config)
     made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"]}
-    data = instantiate(cfg.data, patch=teacher.patch_size, teacher=made_by, _convert_="all")
+    data = instantiate(cfg.data, patch=teacher.multiple, teacher=made_by, _convert_="all")
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come
         trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)

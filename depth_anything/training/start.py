@@ -38,10 +38,10 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     return model
 
 
-def patch_of(encoder: str) -> int:
-    """Look up the side of an encoder's patch, pixels, without building its weights."""
+def multiple_of(encoder: str) -> int:
+    """Look up what an encoder's images are resized to multiples of, pixels, without building its weights."""
     with torch.device("meta"):
-        return DepthAnything(encoder).patch_size
+        return DepthAnything(encoder).multiple
 
 
 def twin(config: Mapping[str, Any]) -> DepthAnything | None:

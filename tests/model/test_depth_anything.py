@@ -40,7 +40,7 @@ def test_tiny_sizes(encoder, width):
     model = DepthAnything(encoder)
     assert model.pretrained.embed_dim == width
     assert len(model.pretrained.blocks) == 4 and model.taps == (0, 1, 2, 3)
-    assert model.patch_size == 14 and model.input_size == 98
+    assert (model.patch_size, model.multiple, model.input_size) == (7, 14, 70)
 
 
 # --- an independent network: state dict in, map out, float64 ---------------------------------------------------
@@ -292,7 +292,7 @@ def test_impossible_settings_are_one_sentence(settings, message):
 
 
 def test_sides_that_are_no_multiples_are_refused():
-    with pytest.raises(ValueError, match="sides of 98×100 must be multiples of the patch, 14"):
+    with pytest.raises(ValueError, match="sides of 98×100 must be multiples of the patch, 7"):
         DepthAnything("vitn")(torch.randn(1, 3, 98, 100))
 
 

@@ -29,7 +29,7 @@ from depth_anything.data.sources.raycast import (
 )
 from depth_anything.data.sources.writing import write_set
 
-VERSION = 1  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
+VERSION = 2  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def _lamp(place: Place, draw: Draw) -> list[Solid]:
 
 
 def _loose(place: Place, draw: Draw) -> list[Solid]:
-    size, shape = draw.uniform(0.2, 0.8), draw.pick(("box", "ball", "tube"))
+    size, shape = draw.uniform(0.3, 1.1), draw.pick(("box", "ball", "tube"))
     return [place.put(0, 0, 0, size, size * draw.uniform(0.6, 1.6), size, "furniture", shape=shape)]
 
 
@@ -178,6 +178,13 @@ def _at_wall(width: float, length: float, gap: float, draw: Draw) -> Place:
     )
 
 
+def _ahead(eye: np.ndarray, yaw: float, distance: float, draw: Draw) -> Place:
+    """A spot on the floor within half a radian of where the camera looks."""
+    angle = yaw + draw.uniform(-0.5, 0.5)
+    x, z = eye[0] + distance * math.sin(angle), eye[2] + distance * math.cos(angle)
+    return Place(float(x), float(z), draw.uniform(0, 2 * math.pi))
+
+
 def _room(draw: Draw) -> World:
     """A furnished box, the camera near one end of it, facing more or less the other."""
     width, length, height = draw.uniform(4, 9), draw.uniform(6, 14), draw.uniform(2.4, 3.6)
@@ -191,8 +198,15 @@ def _room(draw: Draw) -> World:
 
     solids = [_box(0, 0, 0, width, height, length, "wall", shape="shell")]
     things = (_table, _table, _chair, _chair, _chair, _cabinet, _sofa, _lamp, _loose, _loose, _screen, _stand)
-    for _ in range(8 + draw.integer(8)):
+    for _ in range(3 + draw.integer(6)):
         solids += draw.pick(things)(spot(), draw)
+    inward = math.atan2(-eye[0], -eye[2]) + draw.uniform(-0.5, 0.5)
+    for _ in range(1 + draw.integer(4)):  # close by, large in the picture
+        place = _ahead(eye, inward, draw.uniform(1.6, 3.6), draw)
+        x, z = (
+            min(max(p, 0.5 - side / 2), side / 2 - 0.5) for p, side in ((place.x, width), (place.z, length))
+        )
+        solids += draw.pick((_cabinet, _sofa, _loose, _loose, _table, _chair))(Place(x, z, place.yaw), draw)
     for _ in range(2 + draw.integer(3)):
         solids += _cabinet(_at_wall(width, length, 0.3, draw), draw)
     for _ in range(2 + draw.integer(7)):
@@ -205,7 +219,6 @@ def _room(draw: Draw) -> World:
         place, drop, wide = spot(), draw.uniform(0.4, 1.0), draw.uniform(0.2, 0.5)
         solids.append(place.put(0, height - drop, 0, 0.02, drop, 0.02, "thin", shape="tube"))
         solids.append(place.put(0, height - drop - wide / 2, 0, wide, wide, wide, "lamp", shape="ball"))
-    inward = math.atan2(-eye[0], -eye[2]) + draw.uniform(-0.5, 0.5)
     turn = rotation(inward, draw.uniform(-0.25, 0.55), draw.uniform(-0.12, 0.12))
     return World(solids, eye, turn, draw.uniform(0.5, 0.75), height, True)
 
@@ -235,6 +248,12 @@ def _person(x: float, z: float, draw: Draw) -> list[Solid]:
         _box(x, 0, z, 0.45, tall, 0.35, "furniture", shape="tube"),
         _box(x, tall - 0.02, z, 0.24, 0.28, 0.24, "furniture", shape="ball"),
     ]
+
+
+def _bin(x: float, z: float, draw: Draw) -> list[Solid]:
+    size, shape = draw.uniform(0.7, 1.8), draw.pick(("box", "box", "tube", "ball"))
+    tall, yaw = size * draw.uniform(0.7, 1.4), draw.uniform(0, math.pi)
+    return [_box(x, 0, z, size, tall, size, "furniture", yaw=yaw, shape=shape)]
 
 
 def _pole(x: float, z: float, draw: Draw) -> list[Solid]:
@@ -288,7 +307,12 @@ def _street(draw: Draw) -> World:
                 "mirror",
             )
         )
-    turn = rotation(draw.uniform(-0.8, 0.8), draw.uniform(-0.25, 0.35), draw.uniform(-0.1, 0.1))
+    ahead = draw.uniform(-0.8, 0.8)
+    for _ in range(1 + draw.integer(3)):  # close by, large in the picture
+        place = _ahead(eye, ahead, draw.uniform(3, 9), draw)
+        x = min(max(place.x, 1 - walk), walk - 1)
+        solids += draw.pick((_car, _car, _person, _tree, _bin))(x, place.z, draw)
+    turn = rotation(ahead, draw.uniform(-0.25, 0.35), draw.uniform(-0.1, 0.1))
     return World(solids, eye, turn, draw.uniform(0.45, 0.75), 6.0, False)
 
 
