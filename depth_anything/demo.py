@@ -1,0 +1,412 @@
+"""A web page that maps the image it is given: picture and map under a slider, the values to download, points.
+
+Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere, no address is fetched for a
+visitor. A visitor sends one image and a choice among given names; files are decoded, never unpickled, and what
+the page is told of the server's disk is an alias.
+"""
+
+import html
+import io
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+
+from depth_anything.data.sample import decode_image  # noqa: E402
+from depth_anything.inference.formats import encode  # noqa: E402
+from depth_anything.inference.pointcloud import choose_focal, encode_points, unproject  # noqa: E402
+from depth_anything.inference.predictor import Predictor  # noqa: E402
+from depth_anything.visualize import colorize  # noqa: E402
+
+COLOURS = {"Spectral": "Spectral", "Inferno": "inferno", "Grey": "gray"}
+"""What the page calls them, and matplotlib's names; near is red, bright or white."""
+
+_SHOWN_PX = 2048  # longer side of what the slider shows; the download has every pixel
+_MAX_POINTS = 250_000
+_SWEEP_S, _KEEP_S = 300, 3600  # how often old files are looked for, and how old they may get
+_STOPS = 24
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the page takes.
+
+    Attributes:
+        megapixels: of an image.
+        megabytes: of a file.
+        queue: visitors who may wait; one is served at a time, since the network has one device.
+    """
+
+    megapixels: float = 50.0
+    megabytes: float = 30.0
+    queue: int = 16
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What one image became: files and words for the page."""
+
+    pair: tuple[str, str]
+    legend: str
+    png16: str
+    exr: str
+    points: str
+    facts: str
+
+
+def serve(predictors: Mapping[str, Predictor], *, host: str, port: int, limits: Limits) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        predictors: by the names they are offered under.
+        host: address to listen on; 127.0.0.1 is seen by this machine only.
+        port: to listen on.
+        limits: what is taken.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # else temporary files would stay
+    with running(predictors, host=host, port=port, limits=limits) as address:
+        print(f"{address}  ({', '.join(predictors)}; Ctrl-C ends it)", flush=True)
+        stop.wait()
+
+
+@contextmanager
+def running(
+    predictors: Mapping[str, Predictor],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    limits: Limits | None = None,
+) -> Iterator[str]:
+    """Run the page in the background; yields its address. Leaving stops it and removes its files.
+
+    Args:
+        predictors: by the names they are offered under.
+        host: address to listen on.
+        port: to listen on; 0 takes a free one.
+        limits: what is taken.
+    """
+    limits = limits or Limits()
+    folder = Path(tempfile.mkdtemp(prefix="depth-anything-")).resolve()
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    page = build_page(predictors, limits=limits)
+    try:
+        _, address, _ = page.queue(max_size=limits.queue, default_concurrency_limit=1).launch(
+            server_name=host,
+            server_port=port or None,
+            max_file_size=round(limits.megabytes * 1_000_000),
+            theme=_theme(),
+            css=_CSS,
+            js="() => document.body.classList.add('dark')",
+            footer_links=[],
+            app_kwargs={
+                "middleware": [Middleware(_Alias, folder=str(folder))],
+                "docs_url": None,
+                "redoc_url": None,
+            },
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            share=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            quiet=True,
+        )
+        yield address
+    finally:
+        page.close(verbose=False)
+        if before is None:
+            del os.environ["GRADIO_TEMP_DIR"]
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blocks:
+    """Lay out the page and wire it.
+
+    Args:
+        predictors: by the names they are offered under.
+        limits: what is taken.
+    """
+    names = list(predictors)
+    with gr.Blocks(
+        title="Depth Anything", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEEP_S), fill_width=True
+    ) as page:
+        gr.HTML('<h1>Depth Anything</h1><p class="lead">A picture in, its depth out.</p>', elem_id="head")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=300, elem_id="side"):
+                image = _Drop(
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    label="Picture",
+                    height=230,
+                    elem_id="drop",
+                )
+                model = gr.Dropdown(
+                    names, value=names[0], label="Model", visible=len(names) > 1, elem_id="model"
+                )
+                colours = gr.Radio(list(COLOURS), value="Spectral", label="Colours", elem_id="colours")
+                with gr.Row(elem_id="save"):
+                    png16 = gr.DownloadButton(
+                        "16-bit PNG", interactive=False, size="sm", min_width=80, elem_id="png16"
+                    )
+                    exr = gr.DownloadButton(
+                        "Float EXR", interactive=False, size="sm", min_width=80, elem_id="exr"
+                    )
+                facts = gr.HTML(_describe(names[0], predictors[names[0]], limits), elem_id="facts")
+            with gr.Column(scale=3, min_width=420):
+                with gr.Tab("Picture and depth"):
+                    slider = gr.ImageSlider(
+                        show_label=False, interactive=False, height=580, max_height=580, elem_id="slider"
+                    )
+                    legend = gr.HTML(elem_id="legend")
+                with gr.Tab("Points in space"):
+                    points = gr.Model3D(
+                        show_label=False, height=640, clear_color=(0.055, 0.06, 0.07, 1.0), elem_id="points"
+                    )
+
+        def show(path: str | None, name: str, colour: str) -> list[Any]:
+            empty = gr.DownloadButton(interactive=False, value=None)
+            if path is None:
+                facts_now = _describe(name, predictors[name], limits) if name in predictors else ""
+                return [None, "", empty, empty, None, facts_now]
+            made = _map(path, name, colour, predictors, limits)
+            return [
+                made.pair,
+                made.legend,
+                gr.DownloadButton(value=made.png16, interactive=True),
+                gr.DownloadButton(value=made.exr, interactive=True),
+                made.points,
+                made.facts,
+            ]
+
+        gr.on(
+            [image.change, model.input, colours.input],
+            show,
+            [image, model, colours],
+            [slider, legend, png16, exr, points, facts],
+            api_visibility="private",
+            show_progress_on=slider,
+            trigger_mode="always_last",
+        )
+    return page
+
+
+class _Drop(gr.Image):
+    """Where an image is dropped: it hands on the file as it came, so that what is wrong with it is told by us."""
+
+    is_template = True  # the page shows it as its parent
+
+    def preprocess(self, payload: Any) -> str | None:  # noqa: D102
+        return None if payload is None else payload.path
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:  # noqa: D102
+        if "://" in str(url_or_file_path):
+            raise gr.Error("Send the picture itself: this page fetches nothing.", print_exception=False)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor], limits: Limits) -> _Made:
+    """Map a visitor's image; what is wrong with it is a message on the page."""
+    if name not in predictors or colour not in COLOURS:
+        raise gr.Error("There is no such model, or no such colours.", print_exception=False)
+    data = Path(path).read_bytes()
+    image = _decoded(data, limits)
+    predictor = predictors[name]
+    map_ = predictor.predict(image)
+    folder = Path(tempfile.mkdtemp(dir=Path(path).parent))
+    painted = colorize(map_, colormap=_colormap(colour, predictor.quantity))
+    focal_px, origin = choose_focal(data, image.shape)
+    origin = origin.partition(";")[0]  # what follows is about the command line
+    cloud = unproject(image, map_, quantity=predictor.quantity, focal_px=focal_px, max_points=_MAX_POINTS)
+    return _Made(
+        pair=(_saved(folder / "picture.webp", image), _saved(folder / "depth.webp", painted)),
+        legend=_legend(map_, colour, predictor),
+        png16=_written(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
+        exr=_written(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
+        points=_bytes(folder / "points.glb", encode_points(cloud, "glb")),
+        facts=_describe(name, predictor, limits)
+        + f"<p>{image.shape[1]} × {image.shape[0]} px. Points: focal {focal_px:.0f} px, {html.escape(origin)}.</p>",
+    )
+
+
+def _decoded(data: bytes, limits: Limits) -> np.ndarray:
+    if len(data) > limits.megabytes * 1_000_000:
+        raise gr.Error(
+            f"This file is over {limits.megabytes:g} MB, the most this page takes.", print_exception=False
+        )
+    try:
+        with Image.open(io.BytesIO(data)) as header:  # the size, before a pixel is decoded
+            megapixels = header.width * header.height / 1e6
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        megapixels = 0.0  # no image, which the decoder says better, or one that Pillow thinks a bomb
+    if megapixels > limits.megapixels:
+        raise gr.Error(
+            f"This picture has {megapixels:.0f} megapixels; this page takes {limits.megapixels:g}: reduce it first.",
+            print_exception=False,
+        )
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        raise gr.Error(f"That is no picture this page can read ({error}).", print_exception=False) from error
+
+
+def _written(path: Path, map_: np.ndarray, format: str, predictor: Predictor) -> str:
+    return _bytes(path, encode(map_, format, quantity=predictor.quantity, unit=predictor.unit))
+
+
+def _bytes(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+def _saved(path: Path, image: np.ndarray) -> str:
+    picture = Image.fromarray(image)
+    picture.thumbnail((_SHOWN_PX, _SHOWN_PX), Image.Resampling.LANCZOS)
+    picture.save(path, quality=90, method=2)
+    return str(path)
+
+
+def _colormap(colour: str, quantity: str) -> str:
+    """Turn matplotlib's map so that what is near is red, bright or white."""
+    name = COLOURS[colour]
+    near_last = quantity == "disparity"
+    if name == "Spectral":  # whose first colour is the red one
+        near_last = not near_last
+    return name if near_last else f"{name}_r"
+
+
+def _legend(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
+    """Say what the colours mean: a bar from near to far with values."""
+    low, high = float(map_.min()), float(map_.max())
+    disparity = predictor.quantity == "disparity"
+    near, far = (high, low) if disparity else (low, high)
+    table = matplotlib.colormaps[_colormap(colour, predictor.quantity)]
+    shares = np.linspace(1, 0, _STOPS) if disparity else np.linspace(0, 1, _STOPS)
+    stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in table(s)[:3])) for s in shares)
+    unit = " m" if predictor.unit == "m" else ""
+    ticks = "".join(f"<span>{near + (far - near) * part / 4:.3g}{unit}</span>" for part in range(5))
+    means = (
+        "relative disparity, larger is nearer: it has no unit; distances are one over it, up to a scale and a shift"
+        if disparity
+        else "depth in metres, along the line of sight of the camera's axis"
+    )
+    return (
+        f'<div class="bar" style="background: linear-gradient(to right, {stops})"></div>'
+        f'<div class="ticks">{ticks}</div>'
+        f'<div class="ends"><b>near</b><span>{means}</span><b>far</b></div>'
+    )
+
+
+def _describe(name: str, predictor: Predictor, limits: Limits) -> str:
+    model = predictor.model
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    gives = "depth in metres" if predictor.unit == "m" else "relative disparity"
+    facts = [
+        f"<b>{html.escape(name)}</b>",
+        f"{html.escape(model.encoder)}, {millions:.3g} M parameters, gives {gives}",
+        f"Licence of the weights: {html.escape(model.licence or 'not stated')}",
+        f"Takes JPEG, PNG, WebP, TIFF up to {limits.megapixels:g} megapixels and {limits.megabytes:g} MB",
+    ]
+    return "".join(f"<p>{fact}</p>" for fact in facts)
+
+
+class _Alias:
+    """Shows another name for the folder of temporary files than it has on the server's disk.
+
+    The alias is as long as the name, so that lengths of responses stay; and no address is fetched for anyone.
+    """
+
+    def __init__(self, app: Any, folder: str) -> None:
+        self._app, self._real = app, folder.encode()
+        self._alias = f"/{secrets.token_hex(len(folder))}"[: len(folder)].encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if "file=http" in scope["path"]:
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        headers = dict(scope["headers"])
+        wanted = {**scope, "path": scope["path"].replace(self._alias.decode(), self._real.decode())}
+        for key in ("raw_path", "query_string"):
+            wanted[key] = (scope.get(key) or b"").replace(self._alias, self._real)
+        asked_in_text = b"multipart" not in headers.get(b"content-type", b"")
+        answers_in_text = False
+
+        async def receive_real() -> Any:
+            message = await receive()
+            if asked_in_text and message.get("body"):
+                message = {**message, "body": message["body"].replace(self._alias, self._real)}
+            return message
+
+        async def send_alias(message: Any) -> None:
+            nonlocal answers_in_text
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                answers_in_text = kind.startswith((b"text/", b"application/json"))
+                message = {
+                    **message,
+                    "headers": [
+                        (key, value.replace(self._real, self._alias)) for key, value in message["headers"]
+                    ],
+                }
+            elif answers_in_text and message.get("body"):
+                message = {**message, "body": bytes(message["body"]).replace(self._real, self._alias)}
+            await send(message)
+
+        await self._app(wanted, receive_real, send_alias)
+
+
+def _theme() -> gr.themes.Base:
+    """Neutral greys, as in a grading suite; and only fonts that the visitor's machine has."""
+    return gr.themes.Base(
+        primary_hue="orange",
+        neutral_hue="zinc",
+        font=["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+        radius_size="md",
+    )
+
+
+_CSS = """
+.gradio-container, .gradio-container main, .gradio-container .wrap.fillable { width: 100% !important; }
+.gradio-container { max-width: 1500px !important; margin: 0 auto; padding: 18px 22px !important; }
+.dark, .dark body, .dark .gradio-container { background: #0e0f12 !important; }
+#head h1 { font-size: 21px; font-weight: 650; letter-spacing: -.01em; margin: 0; }
+#head .lead { color: #8d9099; margin: 2px 0 6px; font-size: 14px; }
+#facts p { margin: 0 0 3px; font-size: 12.5px; line-height: 1.45; color: #9a9da6; overflow-wrap: anywhere; }
+#facts b { color: #e6e7ea; font-size: 14px; }
+#slider, #points { background: #08090a; border-color: #23252b; }
+#legend .bar { height: 12px; border-radius: 3px; margin-top: 2px; }
+#legend .ticks { display: flex; justify-content: space-between; font: 12px ui-monospace, Menlo, monospace;
+  font-variant-numeric: tabular-nums; color: #d5d7db; margin-top: 5px; }
+#legend .ends { display: flex; justify-content: space-between; gap: 16px; color: #9a9da6;
+  font-size: 12.5px; margin-top: 3px; }
+#legend .ends b { color: #e6e7ea; text-transform: uppercase; font-size: 11px; letter-spacing: .08em; }
+#legend .ends span { text-align: center; }
+footer { display: none !important; }
+"""
