@@ -1,7 +1,8 @@
 """The arithmetic of a batch, and the plan that dry_run=true prints."""
 
 import difflib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def one_sentence(error: BaseException) -> str:
     lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     said = lines[-1].partition(": ")[2] if any("Traceback" in line for line in lines) else " ".join(lines)
     return " ".join(said.split())
+
+
+def as_typed(sentence: str, typed: Sequence[str]) -> str:
+    """Complete the labelling command of a refusal by what the user typed of where things are.
+
+    Args:
+        sentence: Of a refusal; one without that command stays as it is.
+        typed: The overrides of this command.
+    """
+    where = ("sources", "size", "photos", "data_dir", "output_dir", "labels")
+    kept = [shlex.quote(override) for override in typed if override.partition("=")[0] in where]
+    command = "python train.py stage=pseudolabel"
+    return sentence.replace(command, " ".join([command, *kept]))
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.plan import one_sentence, print_plan, refuse_nonsense, split_batch
+from depth_anything.training.plan import as_typed, one_sentence, print_plan, refuse_nonsense, split_batch
 from depth_anything.training.start import load_teacher, network, multiple_of, twin
 
 
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
         else:
             fit(cfg, config)
     except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
-        sys.exit(f"error: {one_sentence(error)}")
+        sys.exit(f"error: {as_typed(one_sentence(error), sys.argv[1:])}")
 
 
 def complete(cfg: DictConfig) -> dict[str, Any]:
