@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import evaluate, predict, shards, video
+from depth_anything.cli import calibrate, evaluate, predict, shards, video
 
 PROGRAM = "depth-anything"
 
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_view(commands)
     predict.add_predict(commands)
     video.add_video(commands)
+    calibrate.add_calibrate(commands)
     evaluate.add_evaluate(commands)
     video.add_demo(commands)
     return parser

@@ -1,4 +1,4 @@
-"""`depth-anything predict`, run.py by another name, and `depth-anything calibrate`: images to maps, maps to metres."""
+"""`depth-anything predict`, and run.py, which is the same: images to maps."""
 
 import argparse
 import sys
@@ -47,34 +47,6 @@ def run_images(arguments: Sequence[str] | None = None) -> int:
     _add_images(parser, formats=())
     parser.set_defaults(run=_predict, source=None)
     return run(parser, arguments)
-
-
-def add_calibrate(commands: Any) -> None:
-    """Declare `calibrate`."""
-    calibrate = add_command(
-        commands, "calibrate", "make a metric model of a relative one and a few known depths", run=_calibrate
-    )
-    calibrate.add_argument("images", nargs="+", metavar="IMAGE", help="of one camera and kind of scene")
-    calibrate.add_argument(
-        "--points",
-        nargs="+",
-        default=(),
-        metavar="CSV",
-        help="x,y,metres a line, pixels from the upper left; a file for each image",
-    )
-    calibrate.add_argument(
-        "--point", action="append", default=[], metavar="X,Y,METRES", help="one point, of a single image"
-    )
-    calibrate.add_argument("--output", required=True, metavar="PATH", help="the metric model, .safetensors")
-    calibrate.add_argument(
-        "--threshold",
-        type=float,
-        default=0.1,
-        metavar="T",
-        help="a point further off than this share of its depth is left out (%(default)s)",
-    )
-    add_weights(calibrate)
-    add_network(calibrate)
 
 
 def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
@@ -148,7 +120,3 @@ def _predict(options: argparse.Namespace) -> None:
         f"({outcome.images / seconds:.2f} a second): {options.outdir} "
         f"({predictor.quantity}, {predictor.unit}, larger is {larger})"
     )
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    raise NotImplementedError

@@ -10,10 +10,21 @@ from torch.nn import functional as F
 
 from depth_anything.inference.tiles import Box, blend, grid_of
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.preprocess import preprocess_as_transformers, preprocess_image
+from depth_anything.preprocess import (
+    closest_shape,
+    preprocess_as_transformers,
+    preprocess_image,
+    resize_shape,
+)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PREPARE = {"official": preprocess_image, "transformers": preprocess_as_transformers}
+PREPARE = {
+    "official": (resize_shape, preprocess_image),
+    "transformers": (closest_shape, preprocess_as_transformers),
+}
+
+MAX_RATIO = 32
+"""Of an image's sides. As the shorter one is enlarged to `input_size`, a longer image would fill any memory."""
 
 FARTHEST_M = 1000.0
 """What a calibrated model puts beyond stands here, as does what it puts behind the camera."""
@@ -136,12 +147,14 @@ class Predictor:
             ValueError: For an array that is no such image.
         """
         _check_image(image)
-        height, width = image.shape[:2]
-        if max(height, width) > MAX_RATIO * min(height, width) and max(height, width) > self.input_size:
+        shape_of, preprocess = PREPARE[self.resample]
+        (height, width), multiple = image.shape[:2], self.model.multiple
+        seen = shape_of(height, width, self.input_size, multiple)
+        if seen[0] * seen[1] > MAX_RATIO * max(self.input_size, multiple) ** 2:
             raise ValueError(
-                f"an image {width} wide and {height} high would be stretched beyond measure: crop it, or join rows"
+                f"{width}x{height} is too long an image: it would be seen at {seen[1]}x{seen[0]}; cut it into pieces"
             )
-        return PREPARE[self.resample](image, self.input_size, self.model.multiple)
+        return preprocess(image, self.input_size, multiple)
 
     def _maps(self, images: Sequence[np.ndarray], prepared: Sequence[np.ndarray]) -> list[np.ndarray]:
         groups: dict[tuple[int, ...], list[int]] = {}

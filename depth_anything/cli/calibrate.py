@@ -1,0 +1,131 @@
+"""`depth-anything calibrate`: a relative model and a few known depths, made a model that gives metres."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depth_anything.cli.options import add_command, add_network, add_weights, load_predictor, watch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from depth_anything.inference.calibrate import Fit, KnownPoint
+    from depth_anything.inference.predictor import Predictor
+
+
+def add_calibrate(commands: Any) -> None:
+    """Declare `calibrate`."""
+    calibrate = add_command(
+        commands, "calibrate", "make a metric model of a relative one and a few known depths", run=_calibrate
+    )
+    calibrate.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="one or several, of one camera and kind of scene"
+    )
+    calibrate.add_argument(
+        "--points",
+        nargs="+",
+        default=(),
+        metavar="CSV",
+        help="x,y,metres a line, pixels from the upper left; a file for each image",
+    )
+    calibrate.add_argument(
+        "--point",
+        action="append",
+        default=[],
+        metavar="X,Y,METRES",
+        help="one point of a single image; repeat it",
+    )
+    calibrate.add_argument(
+        "--output", required=True, metavar="PATH", help="the new model, .safetensors; it gives metres"
+    )
+    calibrate.add_argument(
+        "--threshold",
+        type=float,
+        default=0.1,
+        metavar="T",
+        help="a point that is off by more than this share of its depth is left out (%(default)s)",
+    )
+    add_weights(calibrate)
+    add_network(calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from depth_anything import save_model
+    from depth_anything.inference.calibrate import fit_points
+
+    if Path(options.output).suffix != ".safetensors":
+        raise ValueError(f"--output {options.output} must end in .safetensors, which keeps the calibration")
+    known = _known_points(options)
+    predictor, facts = load_predictor(options)
+    if predictor.model.quantity == "depth":
+        raise ValueError(f"{facts['weights']} gives metres already: calibrate a relative model")
+    values = _values_at(predictor, known)
+    metres = np.array([point.metres for points in known.values() for point in points])
+    fit = fit_points(np.concatenate(list(values.values())), metres, threshold=options.threshold)
+    _tell(fit, known, values, options.threshold)
+    predictor.model.calibration = (fit.scale, fit.shift)
+    save_model(predictor.model, options.output)
+    print(f"{options.output}: gives metres, for this camera and this kind of scene")
+
+
+def _known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
+    """Read the points of each image."""
+    from depth_anything.inference.calibrate import parse_point, read_points
+
+    images = list(dict.fromkeys(options.images))
+    if options.point and (options.points or len(images) > 1):
+        raise ValueError("--point is for a single image without --points: give a CSV for each image")
+    if options.point:
+        return {images[0]: [parse_point(text) for text in options.point]}
+    if len(options.points) != len(images):
+        raise ValueError(
+            f"{len(images)} images need as many files of points, in their order, and {len(options.points)} were "
+            "given: --points a.csv b.csv, or for a single image --point 320,240,2.5"
+        )
+    return {image: read_points(path) for image, path in zip(images, options.points, strict=True)}
+
+
+def _values_at(predictor: "Predictor", known: "Mapping[str, list[KnownPoint]]") -> "dict[str, np.ndarray]":
+    """What the model gives at the points of each image, in disparity even if it is calibrated already."""
+    from depth_anything.data.sample import decode_image
+    from depth_anything.inference.calibrate import look_up
+
+    values = {}
+    for image, points in watch(known.items(), what="calibrate", total=len(known)):
+        try:
+            pixels = decode_image(Path(image).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{image}: {error}") from error
+        values[image] = look_up(predictor.predict_relative(pixels), points, image=image)
+    return values
+
+
+def _tell(
+    fit: "Fit", known: "Mapping[str, list[KnownPoint]]", values: "Mapping[str, np.ndarray]", threshold: float
+) -> None:
+    from depth_anything.inference.calibrate import fit_points
+
+    rows = [(Path(image).name, point) for image, points in known.items() for point in points]
+    width = max(len(name) for name, _ in rows)
+    print(f"{'image':{width}}       x       y    known    model      off")
+    for (name, point), depth, used in zip(rows, fit.depth, fit.used, strict=True):
+        off = f"{depth / point.metres - 1:+8.1%}" + ("" if used else "  left out")
+        print(f"{name:{width}} {point.x:7.0f} {point.y:7.0f} {point.metres:6.2f} m {depth:6.2f} m {off}")
+    left_out = len(rows) - int(fit.used.sum())
+    print(f"depth = 1 / ({fit.scale:.6g} * disparity + {fit.shift:.6g}) metres")
+    print(
+        f"{int(fit.used.sum())} of {len(rows)} points used, {left_out} left out (off by more than {threshold:.0%}); "
+        f"on those used AbsRel {fit.abs_rel:.4f}, RMSE {fit.rmse_m:.3f} m"
+    )
+    if fit.used.sum() == 2:
+        print("two points are always met exactly: their error says nothing; give more")
+    if len(known) > 1:
+        for image, points in known.items():
+            try:
+                alone = fit_points(values[image], [point.metres for point in points], threshold=threshold)
+                print(f"{image} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
+            except ValueError as error:
+                print(f"{image} alone: {error}")
