@@ -17,7 +17,7 @@ from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.plan import as_typed, one_sentence, print_plan, refuse_nonsense, split_batch
-from depth_anything.training.start import load_teacher, network, multiple_of, twin
+from depth_anything.training.start import load_teacher, multiple_of, network, twin
 
 
 def main(cfg: DictConfig) -> None:
