@@ -46,10 +46,13 @@ def colorize(
     """
     table = _table(colormap)
     shown = np.isfinite(map) if valid is None else np.isfinite(map) & valid
-    values = map[shown].astype(np.float64)
     picture = np.full((*map.shape, 3), GREY, dtype=np.uint8)
-    if not values.size:
+    if not shown.any():
         return picture
+    values = map[shown]
+    # The authors compute in float32, whose last bits decide a colour here and there; that needs a span it can hold.
+    if values.dtype != np.float32 or low is not None or high is not None or np.abs(values).max() > 1e30:
+        values = values.astype(np.float64)
     low = values.min() if low is None else low
     high = values.max() if high is None else high
     share = (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -30,7 +30,7 @@ def test_default_size_is_518(model):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     Predictor(model, device="cpu").predict(photograph(30, 40))
-    assert seen == [(1, 3, *resize_shape(30, 40, 518, model.patch_size))]
+    assert seen == [(1, 3, *resize_shape(30, 40, 518, model.multiple))]
 
 
 def test_batches_are_formed_by_shape_and_order_is_kept(model):
