@@ -1,28 +1,35 @@
 """Weights in and out: which file is what, what it does not say, and never a line of its code.
 
-Read: the authors' .pth (V1, V2, metric), this project's .safetensors and Lightning .ckpt, and any of these as
-wrappers leave them. Files are others' work: whatever is in them ends in a model or in one sentence.
+Read: the authors' .pth (V1, V2, metric), this project's .safetensors and Lightning .ckpt, transformers folders, and
+any of these as wrappers leave them. Files are others' work: whatever is in them ends in a model or in one sentence.
 """
 
 import hashlib
 import json
 import math
-import os
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from depth_anything import __version__
+from depth_anything.model import transformers
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
+from depth_anything.model.files import (
+    EXPECTED,
+    read_file,
+    reason,
+    save_safetensors,
+    save_torch,
+    some,
+    write_folder,
+    write_whole,
+)
 from depth_anything.model.published import said_by_name
 
 _HAS_V1 = ("vits", "vitb", "vitl")
@@ -31,15 +38,6 @@ _WRAPPERS = re.compile(
     r"^(?:(?:module|model|_orig_mod)\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
 )
 _UNUSED = "mask_token"  # in official files and in no forward pass; a file may lack it
-_EXPECTED = "expected an official .pth, or a .safetensors or .ckpt of this project"
-_KINDS = {
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"\x89PNG": "a PNG picture",
-    b"version https://git-lfs": "a Git LFS pointer (fetch the file itself: git lfs pull)",
-    b"<": "a web page",
-    b"\x1f\x8b": "a gzip archive",
-    b"GGUF": "a GGUF file",
-}
 
 
 def load_model(
@@ -55,8 +53,9 @@ def load_model(
     nothing says is V2 and disparity, with a warning for each; an argument that contradicts wins, with a warning.
 
     Args:
-        path: An official .pth (V1, V2 or metric), or a .safetensors or Lightning .ckpt of this project; names may
-            have the prefixes of wrappers, and the state dict may lie under "model" or "state_dict".
+        path: An official .pth (V1, V2 or metric), a .safetensors or Lightning .ckpt of this project, a finished run's
+            folder, or a folder of transformers; names may have the prefixes of wrappers, and the state dict may lie
+            under "model" or "state_dict".
         encoder: Name of the encoder, for a timm ViT in a file that does not say.
         max_depth: Metres that an output of one stands for in a metric model.
         version: 1 or 2; it settles which four blocks the head reads.
@@ -90,22 +89,35 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
 
     Args:
         model: On any device.
-        path: The file; its folder is made, and an older file is replaced.
-        format: "safetensors", which keeps everything that `load_model` needs; or "official", the .pth that the
-            authors' code reads, which has tensors alone: its name or `load_model`'s arguments must say the rest.
+        path: The file, or for transformers the folder; what it lies in is made, and an older one is replaced.
+        format: "safetensors", which keeps everything that `load_model` needs; "transformers", a folder that
+            `DepthAnythingForDepthEstimation.from_pretrained` reads; or "official", the .pth that the authors' code
+            reads, which has tensors alone: its name or `load_model`'s arguments must say the rest.
 
     Raises:
-        ValueError: For an unknown format.
+        ValueError: For an unknown format, a model that the format cannot hold, or a folder that is something else.
+        OSError: If it cannot be written.
     """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if format == "safetensors":
-        _write_whole(path, lambda temporary: _save_safetensors(state, temporary, describe(model)))
+        write_whole(path, lambda temporary: save_safetensors(state, temporary, describe(model)))
     elif format == "official":
         _warn_unsaid(model, path)
-        _write_whole(path, lambda temporary: _save_torch(state, temporary))
+        write_whole(path, lambda temporary: save_torch(state, temporary))
+    elif format == "transformers":
+        _save_folder(model, state, path)
     else:
-        raise ValueError(f"format={format!r} is unknown; use safetensors or official")
+        raise ValueError(f"format={format!r} is unknown; use safetensors, official or transformers")
+
+
+def _save_folder(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
+    files = transformers.folder_files(model, state, describe(model))
+    if not transformers.is_replaceable(path):
+        raise ValueError(f"{path} exists and is no transformers folder of a depth model; give another name")
+    if model.calibration is not None:
+        _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
+    write_folder(path, files)
 
 
 def describe(model: DepthAnything) -> dict[str, str]:
@@ -196,18 +208,35 @@ def _unfilled(name: str, *, taps: tuple[int, ...] | None, max_depth: float | Non
 
 
 def _read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a whole model: its tensors under official names, and what the file says of itself."""
-    tensors, metadata = _read(path)
-    tensors = {
-        name: t for name, t in tensors.items() if name.startswith(("pretrained.", "depth_head."))
-    } or tensors
+    """Read a whole model: its tensors under official names, and what its files say of it."""
+    tensors, said = _read(path)
+    # A checkpoint of a training may hold other networks, too; what is left of transformers' names is a surplus.
+    ours = ("pretrained.", "depth_head.", "backbone.", "neck.", "head.")
+    tensors = {name: t for name, t in tensors.items() if name.startswith(ours)} or tensors
     if not any(name.startswith("depth_head.") for name in tensors):
-        if any(name.startswith(("backbone.embeddings.", "neck.")) for name in tensors):
-            raise ValueError(f"{path} is in the format of transformers, which this version does not read")
         if "patch_embed.proj.weight" in tensors or "pretrained.patch_embed.proj.weight" in tensors:
-            raise ValueError(f"{path} holds an encoder without a depth head; {_EXPECTED}")
-        raise ValueError(f"{path} holds no Depth Anything model (it has {_some(tensors)}); {_EXPECTED}")
-    return tensors, _said_by_metadata(metadata, path)
+            raise ValueError(f"{path} holds an encoder without a depth head; {EXPECTED}")
+        raise ValueError(f"{path} holds no Depth Anything model (it has {some(tensors)}); {EXPECTED}")
+    return tensors, said
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read any checkpoint into tensors under the names that wrappers had hidden, and what it says of them."""
+    config: dict[str, Any] = {}
+    if path.is_dir() and not _is_run(path):
+        tensors, metadata, config = transformers.read_folder(path)
+    else:
+        path = path / "model.safetensors" if path.is_dir() else path
+        tensors, metadata = read_file(path)
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if transformers.is_theirs(tensors):
+        tensors = transformers.official_names(tensors)
+    return tensors, {**_said_by_metadata(metadata, path), **config}
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell the folder of a finished run from one of transformers, which has a config.json."""
+    return (folder / "model.safetensors").is_file() and not (folder / "config.json").exists()
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,54 +244,6 @@ def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inner = "pretrained."
         return {name[len(inner) :]: t for name, t in tensors.items() if name.startswith(inner)}
     return {name: t for name, t in tensors.items() if not name.startswith("head.")}
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read any checkpoint into tensors under the names that wrappers had hidden, and its metadata."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; {_EXPECTED}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {_EXPECTED}") from error
-    if head[8:9] == b"{":  # first, as the length of a safetensors header may begin like a pickle
-        content, metadata = _read_safetensors(path)
-    elif head.startswith((b"PK\x03\x04", b"\x80")):
-        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
-    else:
-        kind = next((kind for start, kind in _KINDS.items() if head.startswith(start)), "no checkpoint")
-        raise ValueError(f"{path} is {kind if head else 'empty'}; {_EXPECTED}")
-    tensors = {_WRAPPERS.sub("", str(name)): t for name, t in content.items() if isinstance(t, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; {_EXPECTED}")
-    return tensors, metadata
-
-
-def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"code to run ({named[1]})" if named else "more than tensors"
-        raise ValueError(f"{path} holds {what}, which is never unpickled; {_EXPECTED}") from error
-    except Exception as error:  # a damaged file can end the reader anywhere
-        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}); fetch it again") from error
-    metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
-    for _ in range(3):  # a dictionary may hold itself
-        inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
-        content = inner if isinstance(inner, Mapping) else content
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {_EXPECTED}")
-    return content, dict(metadata) if isinstance(metadata, Mapping) else {}
-
-
-def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except Exception as error:  # a damaged file can end the reader anywhere
-        raise ValueError(f"{path} is damaged or cut short ({_reason(error)}); fetch it again") from error
 
 
 def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -282,7 +263,7 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} has metadata that make no sense ({_reason(error)}); save it again"
+            f"{path} has metadata that make no sense ({reason(error)}); save it again"
         ) from error
 
 
@@ -349,10 +330,10 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Pat
             raise ValueError(f"{path} is not {name}: its {key} is {given[key]}, expected {wanted[key]}")
     missing = [key for key in wanted if key not in given and not key.endswith(_UNUSED)]
     if missing:
-        raise ValueError(f"{path} is not {name}: it lacks {_some(missing)}")
+        raise ValueError(f"{path} is not {name}: it lacks {some(missing)}")
     surplus = [key for key in given if key not in wanted and not key.endswith(_UNUSED)]
     if surplus:
-        raise ValueError(f"{path} is not {name}: it also has {_some(surplus)}")
+        raise ValueError(f"{path} is not {name}: it also has {some(surplus)}")
 
 
 def _warn_unsaid(model: DepthAnything, path: Path) -> None:
@@ -371,48 +352,6 @@ def _warn_unsaid(model: DepthAnything, path: Path) -> None:
         _warn(
             f"{path} does not keep all of the model: load it with {', '.join(needed)}, or save as safetensors"
         )
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and metadata so that the same model makes the same bytes, readable as the umask has it."""
-    save_file(state, path, metadata=metadata)
-    with path.open("rb+") as file:  # the library writes metadata in an order of the day
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length
-        file.seek(8)
-        file.write(text.ljust(length))
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # the library makes files for the owner alone
-
-
-def _save_torch(state: Mapping[str, Tensor], path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch would write its name into the file
-        torch.save(state, file)
-
-
-def _some(names: Mapping[str, Any] | list[str]) -> str:
-    first, *rest = names
-    return f"{first} and {len(rest)} more" if rest else str(first)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
 
 
 def _warn(message: str) -> None:

@@ -1,0 +1,202 @@
+"""Files of tensors as bytes: read without running what they hold, written whole or not at all.
+
+Files are others' work: whatever is in them ends in tensors or in one sentence.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+EXPECTED = "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
+
+_KINDS = {
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"version https://git-lfs": "a Git LFS pointer (fetch the file itself: git lfs pull)",
+    b"<": "a web page",
+    b"\x1f\x8b": "a gzip archive",
+    b"GGUF": "a GGUF file",
+}
+# An ONNX file begins with its format's version, and then with the field of the exporter's name or of the graph.
+_ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", re.DOTALL)
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read any checkpoint: its tensors as it names them, and what it says of itself.
+
+    Raises:
+        ValueError: If the file is missing, damaged, of another kind, or holds code.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {EXPECTED}") from error
+    if head[8:9] == b"{":  # first, as the length of a safetensors header may begin like a pickle
+        content, metadata = _read_safetensors(path)
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
+    else:
+        kind = next((kind for start, kind in _KINDS.items() if head.startswith(start)), "no checkpoint")
+        kind = "an ONNX file, which is for running only" if _ONNX.match(head) else kind
+        raise ValueError(f"{path} is {kind if head else 'empty'}; {EXPECTED}")
+    tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; {EXPECTED}")
+    if any("lora_" in name for name in tensors):
+        raise ValueError(
+            f"{path} is a LoRA adapter, which is no model by itself: merge it into its base; {EXPECTED}"
+        )
+    return tensors, metadata
+
+
+def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"code to run ({named[1]})" if named else "more than tensors"
+        raise ValueError(f"{path} holds {what}, which is never unpickled; {EXPECTED}") from error
+    except Exception as error:  # a damaged file can end the reader anywhere
+        if kind := _kind_of_archive(path):
+            raise ValueError(f"{path} is {kind}; {EXPECTED}") from error
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)}); fetch it again") from error
+    metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
+    for _ in range(3):  # a dictionary may hold itself
+        inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {EXPECTED}")
+    return content, dict(metadata) if isinstance(metadata, Mapping) else {}
+
+
+def _kind_of_archive(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {name.partition("/")[2] for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return None
+    if "archive_format" in inside:
+        return "a program of torch.export, which is for running only"
+    return None if "data.pkl" in inside and "constants.pkl" not in inside else "an archive, but no checkpoint"
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except Exception as error:  # a damaged file can end the reader anywhere
+        raise ValueError(f"{path} is damaged or cut short ({reason(error)}); fetch it again") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file that appears under its name when it is complete; its folder is made.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older file stays.
+    """
+    with _beside(path) as temporary:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+    """Write a folder of files that appears under its name when all are complete, in place of an older one.
+
+    Args:
+        path: The folder. What others put into an older one is carried over.
+        files: What writes each file, by its name.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older folder stays.
+    """
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        for name, write in files.items():
+            write(temporary / name)
+            _sync(temporary / name)
+        if not path.exists():
+            temporary.replace(path)
+            return
+        for other in path.iterdir():
+            if not (temporary / other.name).exists():
+                (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
+        old = temporary.with_suffix(".old")
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the same folder; nothing is left under it, and errors name the path itself."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written ({_root_of(error)})") from error
+    finally:
+        with suppress(OSError):
+            (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
+
+
+def _root_of(error: BaseException) -> str:
+    """Find what the system said: torch, failing to write, complains of its own position in the file."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.strerror
+        first = first.__context__
+    return reason(error)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata so that the same ones make the same bytes, readable as the umask has it."""
+    save_file(dict(state), path, metadata=dict(metadata))
+    with path.open("rb+") as file:  # the library writes metadata in an order of the day
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # the library makes files for the owner alone
+
+
+def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as torch does; the bytes do not depend on the path."""
+    with path.open("wb") as file:  # given a path, torch would write its name into the file
+        torch.save(state, file)
+
+
+def some(names: Mapping[str, Any] | list[str]) -> str:
+    """Name the first of several."""
+    first, *rest = names
+    return f"{first} and {len(rest)} more" if rest else str(first)
+
+
+def reason(error: BaseException) -> str:
+    """Give an error's first line, cut to a length that fits into a sentence."""
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
