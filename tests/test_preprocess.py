@@ -2,8 +2,16 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess_image, resize_shape
+from depth_anything.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    closest_shape,
+    preprocess_as_transformers,
+    preprocess_image,
+    resize_shape,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +96,38 @@ def test_red_comes_first_and_the_constants_are_those_of_imagenet():
     red[..., 0] = 255
     means = preprocess_image(red, short_side=14).mean((1, 2))
     np.testing.assert_allclose(means, [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (240, 320, (392, 518)),  # enlarged as little as possible
+        (480, 640, (518, 686)),
+        (375, 1242, (518, 1722)),
+        (1500, 2000, (518, 686)),
+        (90, 60, (518, 350)),
+        (518, 518, (518, 518)),
+        (1, 100, (14, 518)),  # transformers would ask for no patch at all
+    ],
+)
+def test_the_sizes_transformers_gives(height, width, expected):
+    assert closest_shape(height, width) == expected
+
+
+def test_equals_the_processor_of_transformers():
+    dpt = pytest.importorskip("transformers.models.dpt", reason="type  pip install transformers")
+    processor = dpt.DPTImageProcessor(
+        size={"height": 126, "width": 126},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        resample=3,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+    rng = np.random.default_rng(0)
+    for height, width in [(48, 64), (126, 126), (91, 300), (301, 200), (20, 133), (640, 480)]:
+        rgb = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        expected = processor(Image.fromarray(rgb), return_tensors="pt")["pixel_values"][0].numpy()
+        result = preprocess_as_transformers(rgb, 126)
+        assert result.dtype == np.float32 and result.flags.c_contiguous
+        np.testing.assert_array_equal(result, expected)

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 OVERLAP = 1 / 3
 """Of a tile, shared with each neighbour."""
 
-CELLS = 64
-"""A tile is compared with the whole image in so many cells a side, at most."""
+CELLS = 32
+"""A tile is compared with the whole image in so many cells a side."""
+
+SAMPLES = 8
+"""That a cell is the mean of, a side."""
 
 Box = tuple[slice, slice]
 
@@ -115,9 +118,8 @@ def fit(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[
         box: the part, pixels of the image.
         shape: of the image.
     """
-    cells = (min(CELLS, tile.shape[0]), min(CELLS, tile.shape[1]))
-    own = F.adaptive_avg_pool2d(tile[None, None], cells)[0, 0].double().flatten()
-    goal = _cut(whole, box, shape, cells).double().flatten()
+    everything = (slice(0, shape[0]), slice(0, shape[1]))
+    own, goal = (_means(map, part, shape).flatten() for map, part in ((tile, everything), (whole, box)))
     spread = own - own.mean()
     variance = (spread * spread).sum()
     scale = float((spread * goal).sum() / variance) if variance > 0 else 0.0
@@ -144,6 +146,12 @@ def _cut(whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int])
     points = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1).to(whole.dtype)
     sampled = F.grid_sample(whole[None, None], points[None], padding_mode="border", align_corners=True)
     return sampled[0, 0]
+
+
+def _means(map: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
+    """Average a part of a map in cells, so that what one map is too small to show does not count in the other."""
+    fine = _cut(map, box, shape, (SAMPLES * CELLS, SAMPLES * CELLS))
+    return F.avg_pool2d(fine[None, None], SAMPLES)[0, 0].double()
 
 
 def _rise(share: np.ndarray) -> np.ndarray:
