@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from depth_anything.data.sample import decode_image
 
@@ -28,6 +29,7 @@ _NO_FILM = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
 _COVER = 0x400  # AV_DISPOSITION_ATTACHED_PIC, the picture of a music file
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
 _HD_LINES = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
+_EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
 _FINEST = 1 << 24  # ticks a second, at most
 
 
@@ -90,14 +92,16 @@ class VideoFile(Clip):
             ValueError: it is none, or no video, or one without a frame that can be decoded.
         """
         super().__init__(name, path)
-        self._start = Fraction(0)
+        self._start = self._first = Fraction(0)
+        self._reformatter = VideoReformatter()
         with self._opened() as (container, stream):
             self.rate = Fraction(stream.guessed_rate or stream.average_rate or 24)
             self.time_base, self._grid = _clock(Fraction(stream.time_base), self.rate, stream.average_rate)
             self.frames = stream.frames or None
             self._said = self.frames is not None
-            if not self.frames and container.duration:
-                self.frames = round(container.duration * self.rate / 1_000_000) or None
+            self._seconds = float(container.duration or 0) / 1e6
+            if not self.frames:
+                self.frames = round(self._seconds * self.rate) or None
             if container.start_time is not None:
                 self._start = Fraction(container.start_time, 1_000_000)
             first = next(self._decoded(container, [stream]), None)
@@ -129,6 +133,8 @@ class VideoFile(Clip):
                 yield Picture(self._rgb(frame), last, f"{done + 1:06d}")
         if self._said and done + 1 < (self.frames or 0) and self._is_short():
             self.notes.append(f"cut short: it has {done + 1} of {self.frames} frames")
+        elif not self._said:
+            self._note_early_end(float((last + 1) * self.time_base), done + 1)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -185,13 +191,20 @@ class VideoFile(Clip):
     def _rgb(self, frame: Any) -> np.ndarray:
         height, width = self._size
         said = int(frame.colorspace) != _UNSPECIFIED
-        image = frame.to_ndarray(
+        image = self._reformatter.reformat(
+            frame,
             format="rgb24",
             width=width,
             height=height,
             src_colorspace=None if said or height < _HD_LINES else _BT709,
-        )
+            threads=1,  # to start more takes longer than they save
+        ).to_ndarray()
         return np.ascontiguousarray(np.rot90(image, self._turns)) if self._turns else image
+
+    def _note_early_end(self, end: float, count: int) -> None:
+        missing = self._seconds - end - float(1 / self.rate)
+        if missing > max(_EARLY_S, _EARLY * self._seconds):
+            self.notes.append(f"its pictures end early: {count} frames, {end:.2f} s of {self._seconds:.2f} s")
 
     def _is_short(self) -> bool:
         """Tell a file that lost its end from one whose edit list leaves frames out."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from depth_anything.data.tars import remove_stale, temporary_name
 from depth_anything.inference.formats import ENDINGS, encode, png
@@ -62,7 +62,7 @@ class Film:
             ValueError: this PyAV has no H.264 encoder.
         """
         self._path, self._temporary = path, temporary_name(path)
-        self._time_base = time_base
+        self._time_base, self._reformatter = time_base, VideoReformatter()
         self._audio: dict[int, tuple[Any, Any]] = {}
         self.notes: list[str] = []
         name = encoder()
@@ -138,8 +138,12 @@ class Film:
         odd = [(0, side % 2) for side in image.shape[:2]]
         if any(more for _, more in odd):
             image = np.pad(image, [*odd, (0, 0)], mode="edge")
-        frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        frame: Any = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,  # to start more takes longer than they save
         )
         frame.pts, frame.time_base = pts, self._time_base
         self._mux(self._stream.encode(frame))

@@ -72,11 +72,11 @@ class Smoother:
     """Averages each map with those before it, where the picture holds still.
 
     A disparity is known up to a scale and a shift only, and they wobble from frame to frame. So each map is
-    first brought to the scale and shift of the last result, as they are where the picture held still: by means
-    and standard deviations, since least squares would shrink the map a little every frame. The correction leaks
-    away at 2 % a frame, so that slow changes of the whole scene stay. Metres are not touched by it. Then the
-    map moves from the last result by 1 - strength where the picture held still, wholly where it moved. At a
-    cut everything starts anew.
+    first brought to the scale and shift of the one before, as they are where the picture held still: by means and
+    standard deviations of the two maps as the network gave them, since a fit by least squares, or to the smoothed
+    map, which has less noise, would shrink the result a little every frame. The correction leaks away at 2 % a
+    frame, so that slow changes of the whole scene stay. Metres are left as they are. Then the result moves from
+    the last one by 1 - strength where the picture held still, wholly where it moved. At a cut all starts anew.
     """
 
     def __init__(self, strength: float, *, align: bool) -> None:
@@ -88,8 +88,7 @@ class Smoother:
         """
         self._strength, self._align = strength, align
         self._gain, self._offset = 1.0, 0.0
-        self._grey: np.ndarray | None = None
-        self._map: np.ndarray | None = None
+        self._last: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # grey picture, map, smooth map
 
     def __call__(self, image: np.ndarray, map: np.ndarray) -> np.ndarray:
         """Smooth the next map.
@@ -102,31 +101,30 @@ class Smoother:
             float32 (H, W).
         """
         grey = cv2.blur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (5, 5))
-        last, before = self._map, self._grey
-        self._grey = grey
-        if last is not None and before is not None:
-            change = cv2.absdiff(grey, before).astype(np.float32) / _SAME
+        smooth = map
+        if self._last is not None:
+            grey_before, map_before, smooth_before = self._last
+            change = cv2.absdiff(grey, grey_before).astype(np.float32) / _SAME
             still = np.exp(-change * change)
-            if still.mean() >= _LEAST_STILL:
-                map = self._aligned(map, last, still)
-                map = map + (self._strength * still) * (last - map)
-                self._map = map
-                return map
-        self._gain, self._offset = 1.0, 0.0
-        self._map = map
-        return map
+            if still.mean() < _LEAST_STILL:
+                self._gain, self._offset = 1.0, 0.0
+            else:
+                if self._align:
+                    self._follow(map, map_before, still)
+                    smooth = np.float32(self._gain) * map + np.float32(self._offset)
+                smooth = smooth + (self._strength * still) * (smooth_before - smooth)
+        self._last = (grey, map, smooth)
+        return smooth
 
-    def _aligned(self, map: np.ndarray, last: np.ndarray, still: np.ndarray) -> np.ndarray:
-        if not self._align:
-            return map
-        mean, deviation = _moments(map, still)
-        wanted_mean, wanted_deviation = _moments(last, still)
-        if deviation > 1e-6 * max(abs(mean), 1e-6) and wanted_deviation > 0:
-            gain = float(np.clip(wanted_deviation / deviation, 0.5, 2.0))
-            self._gain, self._offset = gain, wanted_mean - gain * mean
+    def _follow(self, map: np.ndarray, before: np.ndarray, still: np.ndarray) -> None:
+        """Carry the correction on from the map before to this one."""
+        (mean, deviation), (mean_before, deviation_before) = _moments(map, still), _moments(before, still)
+        if min(deviation, deviation_before) > 1e-6 * max(abs(mean), abs(mean_before), 1e-6):
+            gain = float(np.clip(deviation_before / deviation, 0.5, 2.0))
+            self._offset += self._gain * (mean_before - gain * mean)
+            self._gain *= gain
         self._gain **= 1 - _LEAK
         self._offset *= 1 - _LEAK
-        return np.float32(self._gain) * map + np.float32(self._offset)
 
 
 def _moments(map: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
