@@ -109,9 +109,10 @@ def _table(colormap: str) -> np.ndarray:
         raise ValueError(
             f"matplotlib knows no colormap {colormap!r}; among those it knows are Spectral_r, inferno, gray"
         )
-    colours = matplotlib.colormaps[colormap](np.linspace(0, 1, 256))[:, :3]
-    # Cut off as the authors do; the summand, smaller than any fraction in use, keeps gray level i at i.
-    return (colours * 255 + 1e-6).astype(np.uint8)
+    if colormap == "gray":  # theirs takes levels as they are, and matplotlib's end below some
+        return np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    colours = matplotlib.colormaps[colormap](np.arange(256))[:, :3]
+    return (colours * 255).astype(np.uint8)  # cut off, as the authors do
 
 
 def _shrink(picture: np.ndarray, max_width: int) -> Image.Image:

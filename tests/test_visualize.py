@@ -9,7 +9,7 @@ def ramp(height=5, width=300):
     return np.tile(np.linspace(-3, 8, width, dtype=np.float32), (height, 1))
 
 
-@pytest.mark.parametrize("colormap", ["Spectral_r", "inferno", "viridis", "turbo"])
+@pytest.mark.parametrize("colormap", ["Spectral_r", "Spectral", "inferno", "viridis", "turbo"])
 def test_equals_the_authors_painting(colormap):
     """Their run.py: 255 levels between the extremes, cut off, then matplotlib's colours, cut off."""
     values = np.random.default_rng(0).random((400, 500), dtype=np.float32) * 7
