@@ -180,11 +180,11 @@ class VideoFile(Clip):
         if frame.pts is None:
             return round(number / (self.rate * self.time_base))
         seconds = frame.pts * Fraction(frame.time_base) - self._start
-        if (
-            self._grid
-        ):  # times rounded to a coarse tick, as Matroska's milliseconds, go back to where they were
-            exact = round(seconds * self.rate) / self.rate
-            if abs(exact - seconds) < frame.time_base:
+        if number == 0:
+            self._first = seconds
+        if self._grid:  # what a coarse tick rounded, as Matroska's milliseconds, goes back to where it was
+            exact = self._first + round((seconds - self._first) * self.rate) / self.rate
+            if abs(exact - seconds) < Fraction(frame.time_base):
                 seconds = exact
         return round(seconds / self.time_base)
 
