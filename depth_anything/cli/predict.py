@@ -113,7 +113,7 @@ def _predict(options: argparse.Namespace) -> None:
     for file, why in outcome.skipped.items():
         print(f"skipped {file}: {why}", file=sys.stderr)
     for whence, images in outcome.focals.items():
-        print(f"focal length of {images} images: {whence}")
+        print(f"focal length ({images} images, pixels in each .json): {whence}")
     larger = "nearer" if predictor.quantity == "disparity" else "farther"
     print(
         f"{outcome.images} images mapped, {len(outcome.skipped)} files skipped in {seconds:.1f} s "

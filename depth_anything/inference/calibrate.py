@@ -130,7 +130,7 @@ def fit_points(disparity: ArrayLike, metres: ArrayLike, *, threshold: float = TH
         threshold: share of its depth from which on a point is left out.
 
     Raises:
-        ValueError: fewer than two points, all of one disparity, or points that do not agree.
+        ValueError: fewer than two points, all of one disparity, or points of which no majority agrees.
     """
     disparity, metres = np.asarray(disparity, np.float64), np.asarray(metres, np.float64)
     if len(metres) < 2:
@@ -152,7 +152,7 @@ def fit_points(disparity: ArrayLike, metres: ArrayLike, *, threshold: float = TH
         (scale, shift), settled, used = refined, bool((agree == used).all()), agree
         if settled:
             break
-    if 2 * used.sum() < len(metres) or used.sum() < 2:
+    if 2 * used.sum() <= len(metres) and len(metres) > 2:
         raise _disagreement(disparity, metres, int(used.sum()), threshold)
     return Fit(scale, shift, _depth(disparity, scale, shift), metres, used)
 

@@ -182,44 +182,43 @@ class _Writer:
             write_atomically(paths[-1], data)
         notes = self._notes(image, map_, {ending: meaning for ending, (_, meaning) in made.items()})
         paths.append(image.target.with_name(f"{image.target.name}.json"))
-        write_atomically(paths[-1], (json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(paths[-1], (json.dumps(notes, indent=1) + "\n").encode())
         return paths
 
     def _made(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         """Per ending of a file its bytes, and what they mean."""
-        quantity, unit, wanted = self.predictor.quantity, self.predictor.unit, self.products
-        shown = (
-            1 / map_ if self.predictor.calibrated else map_
-        )  # its far is guesswork, and would take all colours
-        alone = "" if wanted.pred_only else f"the image, {GAP_PX} px of white and "
-        what = f"1 / {quantity}" if self.predictor.calibrated else quantity
-        meaning = f"picture: {alone}{what} in colours, {self.colormap} from its smallest value to its largest"
-        made = {
-            ".png": (
-                picture(image.pixels, shown, colormap=self.colormap, pred_only=wanted.pred_only),
-                meaning,
-            )
-        }
-        for format in wanted.values:
+        quantity, unit = self.predictor.quantity, self.predictor.unit
+        made = {".png": self._picture(image, map_)}
+        for format in self.products.values:
             data = encode(map_, format, quantity=quantity, unit=unit)
             made[f"_{quantity}{ENDINGS[format]}"] = data, MEANINGS[format]
-        if wanted.save_numpy:
+        if self.products.save_numpy:
             made[RAW_METRES] = encode(map_, "npy", quantity=quantity, unit=unit), MEANINGS["npy"]
-        if wanted.points:
-            farthest = self.predictor.farthest
-            far = None if farthest is None else SATURATED * farthest
-            cloud = unproject(
-                image.pixels,
-                map_,
-                quantity=quantity,
-                focal_px=image.focal[0],
-                far=far,
-                max_points=wanted.max_points,
-            )
-            for format in wanted.points:
-                axes = "y down, z forward" if format == "ply" else "y up, z back"
-                scale = "metres" if cloud.unit == "m" else "up to scale: the median depth is 1"
-                made[f"_points.{format}"] = encode_points(cloud, format), f"points, x right, {axes}; {scale}"
+        return made | (self._points(image, map_) if self.products.points else {})
+
+    def _picture(self, image: _Opened, map_: np.ndarray) -> tuple[bytes, str]:
+        what, alone = self.predictor.quantity, self.products.pred_only
+        if self.predictor.calibrated:  # its far is guesswork, and would take all colours
+            what, map_ = f"1 / {what}", 1 / map_
+        beside = "" if alone else f"the image, {GAP_PX} px of white and "
+        data = picture(image.pixels, map_, colormap=self.colormap, pred_only=alone)
+        return data, f"picture: {beside}{what} in {self.colormap} from its smallest value to its largest"
+
+    def _points(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
+        farthest = self.predictor.farthest
+        cloud = unproject(
+            image.pixels,
+            map_,
+            quantity=self.predictor.quantity,
+            focal_px=image.focal[0],
+            far=None if farthest is None else SATURATED * farthest,
+            max_points=self.products.max_points,
+        )
+        made = {}
+        for format in self.products.points if len(cloud.points) else ():  # of sky alone there are none
+            axes = "y down, z forward" if format == "ply" else "y up, z back"
+            scale = "metres" if cloud.unit == "m" else "up to scale: the median depth is 1"
+            made[f"_points.{format}"] = encode_points(cloud, format), f"points, x right, {axes}; {scale}"
         return made
 
     def _notes(self, image: _Opened, map_: np.ndarray, meanings: Mapping[str, str]) -> dict[str, Any]:

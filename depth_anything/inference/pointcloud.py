@@ -123,9 +123,14 @@ def encode_points(cloud: PointCloud, format: str) -> bytes:
     Args:
         cloud: the points.
         format: "ply" or "glb".
+
+    Raises:
+        ValueError: if there are none.
     """
     import trimesh
 
+    if not len(cloud.points):
+        raise ValueError("no point is near enough to be drawn: the map is all sky")
     if format == "glb":
         turned = cloud.points * np.array([1, -1, -1], np.float32)
         scene = trimesh.Scene(trimesh.PointCloud(turned, colors=cloud.colors))

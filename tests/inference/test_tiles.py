@@ -37,7 +37,7 @@ def with_own_scales(map, seed=1):
 
 
 def seams(map, columns):
-    """How much steeper a map is where tiles end, and amid what they share, than elsewhere: about 1 if nobody can tell."""
+    """How much steeper a map is where tiles end, and amid what they share, than elsewhere: 1 if nobody can tell."""
     steps = np.abs(np.diff(map, axis=1)).mean(0)
     parts = spans(map.shape[1], columns)
     ends = [end for a, b in itertools.pairwise(parts) for end in (b.start, a.stop)]
