@@ -19,6 +19,17 @@ from depth_anything.data.shards import open_set, write_manifest, write_shard
 # Command → what may follow it: option → default, positionals with None. Public: what is here stays or is renamed
 # with a word in CHANGELOG.md.
 SURFACE = {
+    "export": {
+        "--help": None,
+        "--weights": None,
+        "--encoder": None,
+        "--dataset": None,
+        "--max-depth": None,
+        "--to": None,
+        "--output": None,
+        "--precision": "fp32",
+        "--opset": 18,
+    },
     "": {"--help": None, "--version": None, "--traceback": False, "command": None},
     "shard": {"--help": None, "kind": None},
     "shard scenes": {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import calibrate, evaluate, predict, shards, video
+from depth_anything.cli import calibrate, evaluate, export, predict, shards, video
 
 PROGRAM = "depth-anything"
 
@@ -71,5 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_video(commands)
     calibrate.add_calibrate(commands)
     evaluate.add_evaluate(commands)
+    export.add_export(commands)
     video.add_demo(commands)
     return parser

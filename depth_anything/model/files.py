@@ -140,6 +140,25 @@ def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> Non
         shutil.rmtree(old)
 
 
+def place_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file and what belongs beside it in a folder for the while; all move to `path`'s folder.
+
+    Args:
+        path: The file; it appears last, when what belongs to it is there.
+        write: Given the folder, writes there under the final names.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older file stays. What `write` raises otherwise goes
+            through, and leaves as little.
+    """
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        write(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
+            _sync(file)
+            file.replace(path.with_name(file.name))
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Give a temporary name in the same folder; nothing is left under it, and errors name the path itself."""

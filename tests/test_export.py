@@ -1,0 +1,277 @@
+"""Exported programs: the network's map at every size and batch, in other runtimes; and nothing left that differs."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from depth_anything import DepthAnything, Predictor, export, load_model, save_model
+from depth_anything.cli import main
+from depth_anything.export import Check, Exported, export_model, format_checks, halved
+
+ONNX_NOISE = [
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+]
+pytestmark = [pytest.mark.filterwarnings(line) for line in ONNX_NOISE]
+
+
+def network(**settings):
+    """A tiny network that no layer of leaves at its neutral start."""
+    torch.manual_seed(0)
+    model = DepthAnything("vitn", **settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.uniform_(0.05, 1)
+            elif name.endswith(("bias", "pos_embed")):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def image(batch, height, width, patch=7):
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(batch, 3, height * patch, width * patch, generator=draw)
+
+
+@torch.no_grad()
+def share(model, run, batch):
+    """The largest difference as a share of the range of the network's map."""
+    want = model(batch).numpy()
+    got = run(batch.numpy())
+    assert got.shape == want.shape and got.dtype == np.float32
+    return float(np.abs(got - want).max() / np.ptp(want))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+SIZES = [(1, 8, 6), (1, 6, 8), (3, 4, 4), (1, 10, 10), (1, 3, 25), (2, 3, 3)]
+
+
+@pytest.fixture(scope="module")
+def relative(tmp_path_factory):
+    """A relative network as ONNX, through the command line."""
+    folder = tmp_path_factory.mktemp("mes modèles – 深度")
+    model = network()
+    model.licence = "CC-BY-NC-4.0"
+    save_model(model, folder / "model.safetensors")
+    line = ["export", "--weights", str(folder / "model.safetensors"), "--to", "onnx", "--output"]
+    assert main([*line, str(folder / "le modèle.onnx")]) == 0
+    return model, folder / "le modèle.onnx"
+
+
+def test_onnx_runs_at_any_size(relative):
+    model, path = relative
+    session = onnxruntime.InferenceSession(path)
+    for size in SIZES:
+        assert share(model, lambda x: session.run(None, {"image": x})[0], image(*size)) < 1e-5
+
+
+def test_onnx_says_what_it_is(relative):
+    _, path = relative
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    facts = {entry.key: entry.value for entry in proto.metadata_props}
+    assert (facts["quantity"], facts["unit"], facts["max_depth"]) == ("disparity", "relative", "null")
+    assert (facts["licence"], facts["patch"], facts["multiple"]) == ("CC-BY-NC-4.0", "7", "14")
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    session = onnxruntime.InferenceSession(path)
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, made.name, made.type) == (
+        "image",
+        "tensor(float)",
+        "disparity",
+        "tensor(float)",
+    )
+    assert [isinstance(side, str) for side in given.shape] == [True, False, True, True]
+    assert not any(node.metadata_props for node in proto.graph.node)  # lines of code on this machine
+
+
+def test_the_report_keeps_what_was_measured(relative, capsys):
+    _, path = relative
+    report = json.loads((path.parent / f"{path.name}.json").read_text())
+    assert report["made"]["encoder"] == "vitn" and report["made"]["precision"] == "fp32"
+    shapes = [tuple(row["shape"]) for row in report["checks"]]
+    assert len(shapes) == 6 and {shape[0] for shape in shapes} == {1, 2}
+    assert {(1, 56, 42), (1, 42, 56)} < set(shapes)  # the example's number of tokens, turned round
+    assert all(row["share"] <= report["tolerance"] == 1e-4 for row in report["checks"])
+    assert {"le modèle.onnx", "le modèle.onnx.json", "model.safetensors"} <= set(names(path.parent))
+
+
+def overflowing(**settings):
+    """A network whose scores are all alike and above 65504, the largest number of half precision."""
+    model = network(**settings)
+    with torch.no_grad():
+        for block in model.pretrained.blocks:
+            block.attn.qkv.weight[: 2 * 96] = 0
+            block.attn.qkv.bias[: 2 * 96] = 150
+    return model
+
+
+def test_half_precision_of_a_metric_model(tmp_path):
+    model = overflowing(max_depth=80.0)
+    checks = export_model(model, tmp_path / "half.onnx", to="onnx", precision="fp16")
+    assert all(row.share < 1e-2 for row in checks)
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx")
+    assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"
+    assert session.get_outputs()[0].name == "depth"
+    found = session.run(None, {"image": image(1, 10, 12).numpy()})[0]
+    assert np.isfinite(found).all() and found.min() > 0
+    assert share(model, lambda x: session.run(None, {"image": x})[0], image(2, 10, 12)) < 1e-2
+    kinds = {init.data_type for init in onnx.load(tmp_path / "half.onnx").graph.initializer if init.dims}
+    assert onnx.TensorProto.FLOAT16 in kinds
+
+
+def test_scores_of_half_precision_are_wide():
+    """The reason for it: attention that is half all through ends in NaN here."""
+    model, batch = overflowing(), image(1, 6, 6)
+    plain = copy.deepcopy(model).half()
+    for block in plain.pretrained.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad():
+        assert plain(batch.half()).isnan().all()
+        wide, want = halved(model)(batch.half()), model(batch)
+    assert (wide.float() - want).abs().max() < 1e-2 * (want.max() - want.min())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_calibrated_program_gives_metres(tmp_path):
+    model = network()
+    model.calibration = (0.5, 0.01)
+    export_model(model, tmp_path / "model.pt2", to="torch")
+    with (tmp_path / "model.pt2").open("rb") as file:
+        said = {"metadata.json": ""}
+        run = torch.export.load(file, extra_files=said).module()
+    facts = json.loads(said["metadata.json"])
+    assert (facts["quantity"], facts["unit"], facts["calibration"]) == ("depth", "m", "[0.5, 0.01]")
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 84, 3), dtype=np.uint8)
+    predictor = Predictor(model, device="cpu", input_size=70)
+    prepared = torch.from_numpy(predictor.prepare(pixels))[None]
+    assert prepared.shape[2:] == pixels.shape[:2]
+    with torch.no_grad():
+        np.testing.assert_allclose(run(prepared)[0].numpy(), predictor.predict(pixels), rtol=1e-4)
+        for size in SIZES:
+            torch.testing.assert_close(run(image(*size)), Exported(model, precision="fp32")(image(*size)))
+
+
+def test_the_other_position_rule_goes_along():
+    model = network()
+    model.position_rule = "transformers"
+    program = export.trace(Exported(model, precision="fp32")).module()
+    for size in SIZES:
+        assert share(model, lambda x: program(torch.from_numpy(x)).detach().numpy(), image(*size)) < 1e-5
+
+
+def test_weights_are_read_back(tmp_path):
+    model = network(max_depth=20.0)
+    for to, name in (("safetensors", "m.safetensors"), ("transformers", "hf")):
+        assert export_model(model, tmp_path / name, to=to) == []
+        assert load_model(tmp_path / name).max_depth == 20.0
+    with pytest.warns(UserWarning, match="load it with max_depth=20"):
+        export_model(model, tmp_path / "m.pth", to="official")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+class Wrong:
+    """What an exported program may do: differ, fail, or bake in a size."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, file):
+        def run(batch):
+            if self.how == "fails":
+                raise RuntimeError("broadcast of 37 to 49\nand more")
+            wrong = np.zeros(batch.shape[:1] + batch.shape[2:], np.float32)
+            if self.how == "nan":
+                wrong += np.nan
+            return wrong.transpose(0, 2, 1) if self.how == "turned" else wrong
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("black", "would differ from the network by .* of its range at"),
+        ("nan", "would differ from the network by inf of its range"),
+        ("fails", r"does not run at 56×42 .broadcast of 37 to 49.$"),
+        ("turned", r"gives float32 \(1, 42, 56\), and the network float32 \(1, 56, 42\)"),
+    ],
+)
+def test_a_program_that_differs_is_not_left(tmp_path, monkeypatch, how, message):
+    monkeypatch.setattr(export, "run_torch", Wrong(how))
+    monkeypatch.setattr(export, "trace", lambda _: None)
+    monkeypatch.setattr(export, "_write_torch", lambda program, file, facts, opset: file.write_bytes(b"x"))
+    (tmp_path / "model.pt2").write_bytes(b"old")
+    with pytest.raises(ValueError, match=message) as raised:
+        export_model(network(), tmp_path / "model.pt2", to="torch")
+    assert "\n" not in str(raised.value)
+    assert names(tmp_path) == ["model.pt2"] and (tmp_path / "model.pt2").read_bytes() == b"old"
+
+
+def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
+    model = network()
+    for arguments, message in (
+        (
+            {"to": "coreml"},
+            "to='coreml' is unknown; use one of onnx, torch, transformers, official, safetens",
+        ),
+        ({"to": "onnx", "precision": "int8"}, "precision='int8' is unknown; use one of fp32, fp16"),
+        (
+            {"to": "official", "precision": "fp16"},
+            "precision=fp16 is for onnx and torch; official keeps floa",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_model(model, tmp_path / "m", **arguments)
+    with pytest.raises(ValueError, match=r"is a folder; give the name of a file, as .*model\.onnx"):
+        export_model(model, tmp_path, to="onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(
+        ValueError, match=r"needs onnxscript: type pip install 'depth-anything-train\[export\]'"
+    ):
+        export_model(model, tmp_path / "m.onnx", to="onnx")
+    assert not list(tmp_path.iterdir())
+    assert (
+        main(["export", "--weights", str(tmp_path / "none.pth"), "--to", "onnx", "--output", "m.onnx"]) == 2
+    )
+    assert "no weights at" in capsys.readouterr().err
+
+
+def test_half_precision_is_for_attention_that_is_known():
+    with pytest.raises(
+        ValueError, match="fp16 is for DINOv2's encoders; export vit_tiny_patch16_224 in fp32"
+    ):
+        halved(DepthAnything("vit_tiny_patch16_224"))
+
+
+def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MOST_BYTES", 1000)
+    export_model(network(), tmp_path / "model.onnx", to="onnx")
+    assert names(tmp_path) == ["model.onnx", "model.onnx.data", "model.onnx.json"]
+    assert (
+        (tmp_path / "model.onnx").stat().st_size < 2_000_000 < (tmp_path / "model.onnx.data").stat().st_size
+    )
+    (tmp_path / "moved").mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    onnxruntime.InferenceSession(tmp_path / "moved" / "model.onnx")
+
+
+def test_the_table():
+    rows = [Check((1, 518, 686), 1.5e-6, 3e-7, 2e-7), Check((2, 70, 70), 0.25, 1e-2, 3e-3)]
+    assert format_checks(rows).splitlines() == [
+        "batch × height × width  largest difference  of the range  mean relative",
+        "1 × 518 × 686           1.5e-06             3.0e-07       2.0e-07",
+        "2 × 70 × 70             2.5e-01             1.0e-02       3.0e-03",
+    ]
