@@ -37,8 +37,14 @@ COLOURS = {"Spectral": "Spectral", "Inferno": "inferno", "Grey": "gray"}
 """What the page calls them, and matplotlib's names; near is red, bright or white."""
 
 _SHOWN_PX = 2048  # longer side of what the slider shows; the download has every pixel
-_MAX_POINTS = 250_000
+_MAX_POINTS = 400_000
 _SWEEP_S, _KEEP_S = 300, 3600  # how often old files are looked for, and how old they may get
+_ROUND, _FROM_ABOVE = (
+    90,
+    86,
+)  # degrees: the viewer of the points looks as the photographer did, slightly raised
+_BEHIND = 1.15  # times as far from their middle
+_FAR_MEDIANS = 4.0  # disparity makes the far unsure; farther points would make the near ones small
 _STOPS = 24
 
 
@@ -66,6 +72,7 @@ class _Made:
     png16: str
     exr: str
     points: str
+    distance: float
     facts: str
 
 
@@ -156,13 +163,14 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
         gr.HTML('<h1>Depth Anything</h1><p class="lead">A picture in, its depth out.</p>', elem_id="head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300, elem_id="side"):
-                image = _Drop(
+                image = gr.Image(
                     type="filepath",
                     sources=["upload", "clipboard"],
                     label="Picture",
                     height=230,
                     elem_id="drop",
                 )
+                _take_as_it_came(image)
                 model = gr.Dropdown(
                     names, value=names[0], label="Model", visible=len(names) > 1, elem_id="model"
                 )
@@ -176,55 +184,74 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
                     )
                 facts = gr.HTML(_describe(names[0], predictors[names[0]], limits), elem_id="facts")
             with gr.Column(scale=3, min_width=420):
-                with gr.Tab("Picture and depth"):
+                with gr.Tab("Picture and depth") as picture_tab:
                     slider = gr.ImageSlider(
                         show_label=False, interactive=False, height=580, max_height=580, elem_id="slider"
                     )
                     legend = gr.HTML(elem_id="legend")
-                with gr.Tab("Points in space"):
+                with gr.Tab("Points in space") as points_tab:
                     points = gr.Model3D(
-                        show_label=False, height=640, clear_color=(0.055, 0.06, 0.07, 1.0), elem_id="points"
+                        show_label=False,
+                        height=640,
+                        clear_color=(0.055, 0.06, 0.07, 1.0),
+                        elem_id="points",
                     )
 
-        def show(path: str | None, name: str, colour: str) -> list[Any]:
+        cloud, in_space = gr.State(None), gr.State(False)
+
+        def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
             empty = gr.DownloadButton(interactive=False, value=None)
             if path is None:
                 facts_now = _describe(name, predictors[name], limits) if name in predictors else ""
-                return [None, "", empty, empty, None, facts_now]
+                return [None, "", empty, empty, None, None, facts_now]
             made = _map(path, name, colour, predictors, limits)
             return [
                 made.pair,
                 made.legend,
                 gr.DownloadButton(value=made.png16, interactive=True),
                 gr.DownloadButton(value=made.exr, interactive=True),
-                made.points,
+                made,
+                _viewer(made if in_space else None),
                 made.facts,
             ]
 
         gr.on(
             [image.change, model.input, colours.input],
             show,
-            [image, model, colours],
-            [slider, legend, png16, exr, points, facts],
+            [image, model, colours, in_space],
+            [slider, legend, png16, exr, cloud, points, facts],
             api_visibility="private",
             show_progress_on=slider,
             trigger_mode="always_last",
         )
+        # a hidden canvas draws nothing, later neither: points are handed over when their tab is open
+        points_tab.select(
+            lambda made: (_viewer(made), True), cloud, [points, in_space], api_visibility="private"
+        )
+        picture_tab.select(lambda: (None, False), None, [points, in_space], api_visibility="private")
     return page
 
 
-class _Drop(gr.Image):
-    """Where an image is dropped: it hands on the file as it came, so that what is wrong with it is told by us."""
+def _viewer(made: _Made | None) -> gr.Model3D:
+    if made is None:
+        return gr.Model3D(value=None)
+    return gr.Model3D(value=made.points, camera_position=(_ROUND, _FROM_ABOVE, made.distance))
 
-    is_template = True  # the page shows it as its parent
 
-    def preprocess(self, payload: Any) -> str | None:  # noqa: D102
-        return None if payload is None else payload.path
+def _take_as_it_came(image: gr.Image) -> None:
+    """Have a file handed on as it was sent, so that what is wrong with it is told by us, and no address fetched.
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:  # noqa: D102
-        if "://" in str(url_or_file_path):
+    On the instance: for a subclass, Gradio would write a .pyi file beside this one.
+    """
+    move = image.async_move_resource_to_block_cache
+
+    async def refuse_addresses(path: Any) -> str | None:
+        if "://" in str(path):
             raise gr.Error("Send the picture itself: this page fetches nothing.", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(path)
+
+    setattr(image, "preprocess", lambda payload: payload and payload.path)  # noqa: B010
+    setattr(image, "async_move_resource_to_block_cache", refuse_addresses)  # noqa: B010
 
 
 def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor], limits: Limits) -> _Made:
@@ -239,13 +266,22 @@ def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor],
     painted = colorize(map_, colormap=_colormap(colour, predictor.quantity))
     focal_px, origin = choose_focal(data, image.shape)
     origin = origin.partition(";")[0]  # what follows is about the command line
-    cloud = unproject(image, map_, quantity=predictor.quantity, focal_px=focal_px, max_points=_MAX_POINTS)
+    cloud = unproject(
+        image,
+        map_,
+        quantity=predictor.quantity,
+        focal_px=focal_px,
+        far=None if predictor.unit == "m" else _FAR_MEDIANS,
+        max_points=_MAX_POINTS,
+    )
+    near_far = (cloud.points[:, 2].min(), cloud.points[:, 2].max()) if len(cloud.points) else (1.0, 1.0)
     return _Made(
         pair=(_saved(folder / "picture.webp", image), _saved(folder / "depth.webp", painted)),
         legend=_legend(map_, colour, predictor),
         png16=_written(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
         exr=_written(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
         points=_bytes(folder / "points.glb", encode_points(cloud, "glb")),
+        distance=float(sum(near_far)) / 2 * _BEHIND,
         facts=_describe(name, predictor, limits)
         + f"<p>{image.shape[1]} × {image.shape[0]} px. Points: focal {focal_px:.0f} px, {html.escape(origin)}.</p>",
     )
