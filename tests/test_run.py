@@ -130,6 +130,10 @@ def test_points_with_a_focal_length(folder, capsys):
         ([], "give the images once: as in --img-path PHOTOS"),
         (["--img-path", "none"], "none does not exist: give an image, or a folder"),
         (["--img-path", "photos", "--weights", "none.pth"], "no weights at none.pth"),
+        (
+            ["--img-path", "photos", "--weights", "x/depth_anything_v2_vitb.pth"],
+            "(licence CC-BY-NC-4.0) is at https://huggingface.co/depth-anything/Depth-Anything-V2-Base",
+        ),
         (["--img-path", "photos", "--weights", "photos/a.png"], "is a PNG picture"),
         ([*LINE, "--encoder", "vits"], "is not vits"),
         ([*LINE, "--colormap", "nonsense"], "matplotlib knows no colormap 'nonsense'"),

@@ -181,8 +181,14 @@ def _weight_file(path: Path) -> Path:
             f"or give one of the files in {path / 'checkpoints'}"
         )
     if not path.exists():
+        from depth_anything.model.published import licence_of, page_of
+
+        if page_of(path):
+            raise FileNotFoundError(
+                f"no weights at {path}: {path.name} (licence {licence_of(path)}) is at {page_of(path)}"
+            )
         raise FileNotFoundError(
-            f"no weights at {path}: give {WEIGHTS}; or leave it out and name a published encoder, as in --encoder vits"
+            f"no weights at {path}: give {WEIGHTS}; for published weights leave it out and say --encoder vits"
         )
     return path
 

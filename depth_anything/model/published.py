@@ -44,8 +44,7 @@ def find_weights(
             f"there is no {here}, and the authors never published {encoder}; take vitl, or train one"
         )
     repository, kind, inside = _address(encoder, metric, version)
-    page = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}"
-    licence = licence_of(file)
+    page, licence = page_of(file), licence_of(file)
     try:
         return _fetch(repository, kind, inside, warning=_warning(file, page))
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
@@ -66,6 +65,15 @@ def licence_of(name: str | Path) -> str | None:
     if match is None or not (match[1] or (match[4] and not match[2])):
         return None
     return _NON_COMMERCIAL if match[1] and match[3] != "vits" else _PERMISSIVE
+
+
+def page_of(name: str | Path) -> str | None:
+    """Look up where an official file lies, by its name; None for any other name, and for what was never published."""
+    match = _NAME.fullmatch(Path(name).stem.lower())
+    if match is None or licence_of(name) is None or match[3] not in _SIZES:
+        return None
+    repository, kind, _ = _address(match[3], match[2], 2 if match[1] else 1)
+    return f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}"
 
 
 def said_by_name(name: str | Path) -> dict[str, Any]:

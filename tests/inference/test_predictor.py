@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.predictor import FARTHEST_M, Predictor
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.weights import save_model
 from depth_anything.preprocess import resize_shape
 
 
@@ -112,3 +114,77 @@ def test_unknown_precision_and_device(model):
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"device='{device}' does not exist here; use auto, cpu"):
             Predictor(model, device=device)
+
+
+def test_resample_transformers_is_their_pipeline(tmp_path):
+    """Processor, position rule and post-processing, against the installed transformers, on several aspect ratios."""
+    transformers = pytest.importorskip("transformers", reason="type  pip install transformers")
+    torch.manual_seed(0)
+    model = DepthAnything("vitn")
+    with torch.no_grad():
+        for parameter in model.parameters():  # positions that matter, norms that do something
+            parameter += 0.05 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "hf", format="transformers")
+    theirs = transformers.pipeline("depth-estimation", model=str(tmp_path / "hf"), device="cpu")
+    predictor = Predictor(model, device="cpu", input_size=model.input_size, resample="transformers")
+    for height, width in [(48, 64), (70, 70), (64, 48), (40, 133), (200, 150), (300, 90)]:
+        image = photograph(height, width)
+        expected = theirs(Image.fromarray(image))["predicted_depth"].numpy()
+        got = predictor.predict(image)
+        assert np.abs(got - expected).max() < 1e-5 * np.ptp(expected)
+    assert model.position_rule == "official"
+
+
+def test_resample_official_differs_off_the_square(model):
+    ways = [Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")]
+    official, transformers = (way.predict(photograph(60, 90)) for way in ways)
+    assert np.abs(official - transformers).max() > 1e-3 * np.ptp(official)
+    with pytest.raises(ValueError, match="resample='pil' is unknown; use one of official, transformers"):
+        Predictor(model, resample="pil")
+    with pytest.raises(ValueError, match="position_rule='transformers' is for DINOv2's encoders"):
+        Predictor(DepthAnything("vit_tiny_patch16_224"), device="cpu", resample="transformers")
+
+
+def test_a_failure_leaves_the_position_rule_alone(model):
+    predictor = Predictor(model, device="cpu", input_size=28, resample="transformers")
+    hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predictor.predict(photograph(28, 28))
+    hook.remove()
+    assert model.position_rule == "official"
+
+
+@pytest.mark.parametrize("resample", ["official", "transformers"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 31), (4320, 7680)])
+def test_any_size(model, shape, resample):
+    image = np.full((*shape, 3), 90, np.uint8)
+    map = Predictor(model, device="cpu", input_size=28, resample=resample).predict(image)
+    assert map.shape == shape and np.isfinite(map).all()
+
+
+def test_what_no_memory_holds_is_refused(model):
+    predictor = Predictor(model, device="cpu", input_size=28)
+    with pytest.raises(ValueError, match="2000x1 is too long an image: it would be seen at 56000x28"):
+        predictor.predict(photograph(1, 2000))
+    assert predictor.predict(photograph(3, 90)).shape == (3, 90)
+
+
+def test_images_prepared_elsewhere(model):
+    predictor = Predictor(model, device="cpu", input_size=28)
+    images = [photograph(30, 40, seed) for seed in range(3)]
+    prepared = [predictor.prepare(image) for image in images]
+    for got, expected in zip(
+        predictor.predict_batch(images, prepared=prepared), predictor.predict_batch(images), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_calibration_makes_metres(model):
+    image = photograph(30, 40)
+    disparity = Predictor(model, device="cpu", input_size=28).predict(image)
+    model.calibration = (0.4, 0.1)
+    predictor = Predictor(model, device="cpu", input_size=28)
+    assert (predictor.quantity, predictor.unit, predictor.farthest) == ("depth", "m", FARTHEST_M)
+    np.testing.assert_allclose(predictor.predict(image), 1 / (0.4 * disparity + 0.1), rtol=1e-5)
+    tiled = Predictor(model, device="cpu", input_size=28, tiles=2).predict(image)
+    assert tiled.shape == (30, 40) and (0 < tiled).all() and (tiled <= FARTHEST_M).all()
