@@ -63,6 +63,10 @@ class Limits:
     queue: int = 16
 
 
+class _Refused(ValueError):
+    """What is wrong with what a visitor sent."""
+
+
 @dataclass(frozen=True)
 class _Made:
     """What one image became: files and words for the page."""
@@ -201,10 +205,14 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
 
         def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
             empty = gr.DownloadButton(interactive=False, value=None)
-            if path is None:
-                facts_now = _describe(name, predictors[name], limits) if name in predictors else ""
-                return [None, "", empty, empty, None, None, facts_now]
-            made = _map(path, name, colour, predictors, limits)
+            nothing = [None, "", empty, empty, None, _viewer(None)]
+            try:
+                made = _map(path, name, colour, predictors, limits) if path else None
+            except _Refused as refusal:
+                gr.Warning(html.escape(str(refusal)), title="Not mapped", duration=12)
+                made = None
+            if made is None:
+                return [*nothing, _describe(name, predictors[name], limits) if name in predictors else ""]
             return [
                 made.pair,
                 made.legend,
@@ -257,12 +265,12 @@ def _take_as_it_came(image: gr.Image) -> None:
 def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor], limits: Limits) -> _Made:
     """Map a visitor's image; what is wrong with it is a message on the page."""
     if name not in predictors or colour not in COLOURS:
-        raise gr.Error("There is no such model, or no such colours.", print_exception=False)
+        raise _Refused("There is no such model, or no such colours.")
     data = Path(path).read_bytes()
     image = _decoded(data, limits)
     predictor = predictors[name]
     map_ = predictor.predict(image)
-    folder = Path(tempfile.mkdtemp(dir=Path(path).parent))
+    folder = Path(tempfile.mkdtemp(prefix="made-", dir=Path(path).parent))
     painted = colorize(map_, colormap=_colormap(colour, predictor.quantity))
     focal_px, origin = choose_focal(data, image.shape)
     origin = origin.partition(";")[0]  # what follows is about the command line
@@ -289,23 +297,20 @@ def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor],
 
 def _decoded(data: bytes, limits: Limits) -> np.ndarray:
     if len(data) > limits.megabytes * 1_000_000:
-        raise gr.Error(
-            f"This file is over {limits.megabytes:g} MB, the most this page takes.", print_exception=False
-        )
+        raise _Refused(f"This file is over {limits.megabytes:g} MB, the most this page takes.")
     try:
         with Image.open(io.BytesIO(data)) as header:  # the size, before a pixel is decoded
             megapixels = header.width * header.height / 1e6
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         megapixels = 0.0  # no image, which the decoder says better, or one that Pillow thinks a bomb
     if megapixels > limits.megapixels:
-        raise gr.Error(
-            f"This picture has {megapixels:.0f} megapixels; this page takes {limits.megapixels:g}: reduce it first.",
-            print_exception=False,
+        raise _Refused(
+            f"This picture has {megapixels:.3g} megapixels; this page takes {limits.megapixels:g}: reduce it first."
         )
     try:
         return decode_image(data)
     except ValueError as error:
-        raise gr.Error(f"That is no picture this page can read ({error}).", print_exception=False) from error
+        raise _Refused(f"That is no picture this page can read ({error}).") from error
 
 
 def _written(path: Path, map_: np.ndarray, format: str, predictor: Predictor) -> str:

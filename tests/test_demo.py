@@ -1,0 +1,325 @@
+"""The page as a visitor meets it, in headless Chromium; and what it must not do for a visitor."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depth_anything import DepthAnything, Predictor, save_model
+from depth_anything.cli import main
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # those of others, on import
+    pytest.importorskip("gradio", reason="pip install 'depth-anything-train[demo]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    from depth_anything.demo import Limits, running
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+LIMITS = Limits(megapixels=0.5, megabytes=1.0, queue=4)
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def predictors():
+    relative = Predictor(DepthAnything("vitn"), device="cpu", input_size=70)
+    metric = Predictor(DepthAnything("vitn", max_depth=20.0), device="cpu", input_size=70)
+    return {"relative": relative, "<b>metric</b>": metric}
+
+
+@pytest.fixture(scope="module")
+def looked_up():
+    return []
+
+
+@pytest.fixture(scope="module")
+def address(predictors, looked_up):
+    """The running page; every name that the process looks up is noted."""
+    plain = socket.getaddrinfo
+
+    def noted(host, *args, **kwargs):
+        looked_up.append(host)
+        return plain(host, *args, **kwargs)
+
+    socket.getaddrinfo = noted
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with running(predictors, limits=LIMITS) as url:
+                yield url
+    finally:
+        socket.getaddrinfo = plain
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with playwright.sync_playwright() as runner:
+        chromium = runner.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"],
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("#drop input[type=file]", state="attached", timeout=PATIENCE_MS)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A photograph of a kind, of 90 × 120 pixels."""
+    y, x = np.mgrid[0:90, 0:120]
+    image = np.stack([x * 2, y * 2, (x + y) % 256], axis=2).astype(np.uint8)
+    path = tmp_path / "a photo.png"
+    Image.fromarray(image).save(path)
+    return path
+
+
+def upload(page, path):
+    page.set_input_files("#drop input[type=file]", str(path))
+
+
+def upload_and_wait(page, path):
+    upload(page, path)
+    page.wait_for_selector("#legend .bar", timeout=PATIENCE_MS)
+
+
+def message(page, words):
+    """The message with these words, and with it out of the way."""
+    toast = page.locator(".toast-body", has_text=words)
+    toast.wait_for(timeout=PATIENCE_MS)
+    told = toast.inner_text()
+    toast.locator(".toast-close").click()
+    return told
+
+
+def test_upload_slide_download(page, address, photo, predictors, tmp_path):
+    upload_and_wait(page, photo)
+    page.wait_for_selector("#slider img", timeout=PATIENCE_MS)
+    assert page.locator("#slider img").count() == 2
+    assert re.search(r"near.*larger is nearer.*far", page.inner_text("#legend"), re.I | re.S)
+    handle = page.locator("#slider .inner").first
+    before = handle.bounding_box()
+    page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(before["x"] + 200, before["y"] + before["height"] / 2, steps=5)
+    page.mouse.up()
+    assert handle.bounding_box()["x"] - before["x"] > 100
+
+    with page.expect_download() as coming:
+        page.click("#png16")
+    coming.value.save_as(tmp_path / "got.png")
+    own = predictors["relative"].predict(np.asarray(Image.open(photo)))
+    with Image.open(tmp_path / "got.png") as picture:
+        low, high = float(picture.text["low"]), float(picture.text["high"])
+        assert (picture.text["quantity"], picture.text["larger"]) == ("disparity", "nearer")
+        values = low + np.asarray(picture).astype(np.float64) / 65535 * (high - low)
+    assert (low, high) == (float(own.min()), float(own.max()))
+    assert np.abs(values - own).max() <= (high - low) / 65535 * 0.51
+    with page.expect_download() as coming:
+        page.click("#exr")
+    coming.value.save_as(tmp_path / "got.exr")
+    assert (tmp_path / "got.exr").read_bytes()[:4] == b"\x76\x2f\x31\x01"
+
+    for url in page.asked:  # nothing from elsewhere, no path of the disk
+        assert url.startswith((address, "data:", "blob:")), url
+    assert tempfile.gettempdir() + "/" not in page.content() and "depth-anything-" not in page.content()
+
+
+def test_metres_are_shown_and_names_are_text(page, photo):
+    upload_and_wait(page, photo)
+    page.click("#model input")
+    page.get_by_role("option", name="<b>metric</b>").click()
+    page.wait_for_function("document.querySelector('#legend').innerText.includes(' m')", timeout=PATIENCE_MS)
+    ticks = page.locator("#legend .ticks span").all_inner_texts()
+    assert len(ticks) == 5 and all(re.fullmatch(r"[\d.e+-]+ m", tick) for tick in ticks)
+    assert float(ticks[0][:-2]) <= float(ticks[-1][:-2])  # from near to far
+    assert "depth in metres" in page.inner_text("#facts") and "<b>metric</b>" in page.inner_text("#facts")
+
+
+def test_points_come_when_their_tab_is_opened(page, photo):
+    upload_and_wait(page, photo)
+    with page.expect_response(lambda response: response.url.endswith(".glb"), timeout=PATIENCE_MS) as coming:
+        page.get_by_role("tab", name="Points in space").click()
+    assert coming.value.status == 200 and coming.value.body()[:4] == b"glTF"
+
+
+def test_what_is_no_image_is_told_and_the_page_goes_on(page, photo, tmp_path):
+    upload_and_wait(page, photo)
+    (tmp_path / "notes.txt").write_text("a note")
+    upload(page, tmp_path / "notes.txt")
+    message(page, "Invalid file type: notes.txt")
+    (tmp_path / "notes.jpg").write_text("a note in disguise")
+    upload(page, tmp_path / "notes.jpg")
+    told = message(page, "no picture this page can read")
+    assert str(tmp_path) not in told and "tmp" not in told
+    page.wait_for_selector("#legend .bar", state="detached", timeout=PATIENCE_MS)  # no other picture's depth
+    assert page.locator("#png16").is_disabled()
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "again.webp")
+    upload_and_wait(page, tmp_path / "again.webp")
+
+
+def test_what_is_too_large_is_told(page, tmp_path):
+    Image.new("L", (1000, 800)).save(tmp_path / "wide.png")
+    upload(page, tmp_path / "wide.png")
+    message(page, "has 0.8 megapixels; this page takes 0.5")
+    noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "heavy.png")
+    upload(page, tmp_path / "heavy.png")
+    message(page, re.compile("maximum|too large|exceed", re.I))
+
+
+def ask(url, data=None):
+    request = urllib.request.Request(
+        url, data and json.dumps(data).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def call(address, file):
+    """Press the page's button by hand, with a file of one's own choosing; return all that is answered."""
+    config = json.loads(ask(f"{address}config")[1])
+    number = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 4)
+    body = {"data": [file, "relative", "Spectral", None], "fn_index": number, "session_hash": "abc"}
+    status, text = ask(f"{address}gradio_api/queue/join", body)
+    if status != 200:
+        return text
+    return text + ask(f"{address}gradio_api/queue/data?session_hash=abc")[1]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [__file__, "/etc/passwd", "../../etc/passwd", "http://127.0.0.1:1/x.png", "https://example.com/x.png"],
+)
+def test_a_visitor_reads_no_file_and_sends_no_one_anywhere(address, looked_up, path):
+    answer = call(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
+    assert '"success":false' in answer.replace(" ", "") or "error" in answer.lower()
+    assert "root:" not in answer and tempfile.gettempdir() not in answer
+    status, text = ask(f"{address}gradio_api/file={path}")
+    assert status in (403, 404) and "root:" not in text
+    assert "example.com" not in looked_up
+
+
+def test_only_this_machine_was_looked_up(address, looked_up):
+    assert set(looked_up) <= {"127.0.0.1", "localhost", "::1", None, "0.0.0.0"}
+
+
+def test_the_page_tells_no_path(address):
+    for place in ("", "config", "gradio_api/info", "gradio_api/startup-events", "nowhere"):
+        _, text = ask(address + place)
+        for secret in (os.getcwd(), tempfile.gettempdir() + "/", sys.prefix, str(Path.home()) + "/"):
+            assert secret not in text, f"/{place} tells {secret}"
+
+
+def test_nothing_stays_behind(predictors, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    before = threading.active_count()
+    with running(predictors) as url:
+        assert url.startswith("http://127.0.0.1:")
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+    assert "GRADIO_TEMP_DIR" not in os.environ
+    assert threading.active_count() <= before + 1
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+    save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        "-m",
+        "depth_anything",
+        "demo",
+        "--weights",
+        f"mine={tmp_path / 'model.safetensors'}",
+        "--port",
+        str(port),
+    ]
+    (tmp_path / "temp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temp")}
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            assert f"http://127.0.0.1:{port}" in line and "mine" in line
+            assert ask(f"http://127.0.0.1:{port}/")[0] == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    assert not list((tmp_path / "temp").iterdir())
+
+
+def test_a_taken_port_is_one_sentence(tmp_path, capsys, address):
+    save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
+    taken = address.rstrip("/").rpartition(":")[2]
+    assert main(["demo", "--weights", str(tmp_path / "model.safetensors"), "--port", taken]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("depth-anything demo: ") and taken in told and "\n" not in told
+
+
+def test_a_film_plays_in_the_browser(browser, tmp_path):
+    av = pytest.importorskip("av")
+    from depth_anything.inference.films import Film
+
+    assert av
+    rate = Fraction(30000, 1001)
+    with Film(tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, notes={}) as film:
+        for number in range(60):
+            film.write(np.full((90, 161, 3), (4 * number, 200, 30), np.uint8), number)
+    (tmp_path / "play.html").write_text('<video src="a.mp4" muted autoplay></video>')
+    page = browser.new_page()
+    page.goto((tmp_path / "play.html").as_uri())
+    if not page.evaluate("document.createElement('video').canPlayType('video/mp4; codecs=\"avc1.640028\"')"):
+        pytest.skip("this chromium plays no H.264: apt-get install chromium, Debian's, which does")
+    page.wait_for_function("document.querySelector('video').currentTime > 0.3", timeout=PATIENCE_MS)
+    facts = page.evaluate(
+        "(v => [v.videoWidth, v.videoHeight, v.duration, v.error])(document.querySelector('video'))"
+    )
+    page.close()
+    assert facts[:2] == [162, 90] and facts[3] is None
+    assert facts[2] == pytest.approx(60 * 1001 / 30000, abs=0.002)
+
+
+def test_the_old_door_is_the_same_door(capsys):
+    root = Path(__file__).resolve().parent.parent
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, root / "app.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--weights" in done.stdout and time.monotonic() - start < 60
