@@ -24,7 +24,8 @@ SPOOL_BYTES = 8 << 30
 _SAMPLE_PX = 1 << 16  # pixels whose percentiles stand for a frame's
 _SAME = 6.0  # levels of 255 by which a pixel of a still scene may change
 _LEAST_STILL = 0.05  # share of the picture that must hold still, or it is another scene
-_LEAK = 0.02  # how much of the correction is forgotten a frame
+_LEAK = 0.1  # how much of the correction is forgotten a frame
+_EXPLAINED = 0.6  # what a change of scale and shift must leave of the difference at most to be taken for one
 
 
 def spread(map: np.ndarray) -> tuple[float, float]:
@@ -71,12 +72,13 @@ def _pace(outward: bool, seconds: float) -> float:
 class Smoother:
     """Averages each map with those before it, where the picture holds still.
 
-    A disparity is known up to a scale and a shift only, and they wobble from frame to frame. So each map is
-    first brought to the scale and shift of the one before, as they are where the picture held still: by means and
-    standard deviations of the two maps as the network gave them, since a fit by least squares, or to the smoothed
-    map, which has less noise, would shrink the result a little every frame. The correction leaks away at 2 % a
-    frame, so that slow changes of the whole scene stay. Metres are left as they are. Then the result moves from
-    the last one by 1 - strength where the picture held still, wholly where it moved. At a cut all starts anew.
+    A disparity is known up to a scale and a shift only, and they may wobble from frame to frame. So each map is
+    first brought to the scale and shift of the one before, as they are where the picture held still, if that
+    explains the difference of the two: robustly, by means and standard deviations of the maps as the network gave
+    them, since a fit by least squares, or to the smoothed map, which has less noise, would shrink the result a
+    little every frame. The correction leaks away at 10 % a frame, so that what changes slowly stays. Metres are left
+    as they are. Then the result moves from the last one by 1 - strength where the picture held still, wholly where
+    it moved. At a cut all starts anew.
     """
 
     def __init__(self, strength: float, *, align: bool) -> None:
@@ -118,20 +120,28 @@ class Smoother:
 
     def _follow(self, map: np.ndarray, before: np.ndarray, still: np.ndarray) -> None:
         """Carry the correction on from the map before to this one."""
-        (mean, deviation), (mean_before, deviation_before) = _moments(map, still), _moments(before, still)
-        if min(deviation, deviation_before) > 1e-6 * max(abs(mean), abs(mean_before), 1e-6):
-            gain = float(np.clip(deviation_before / deviation, 0.5, 2.0))
-            self._offset += self._gain * (mean_before - gain * mean)
-            self._gain *= gain
+        step = int(np.ceil(np.sqrt(map.size / _SAMPLE_PX)))
+        held = still[::step, ::step] > 0.5
+        gain, offset = _fit(map[::step, ::step][held], before[::step, ::step][held])
+        self._offset += self._gain * offset
+        self._gain *= gain
         self._gain **= 1 - _LEAK
         self._offset *= 1 - _LEAK
 
 
-def _moments(map: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    total = float(weight.sum(dtype=np.float64))
-    mean = float((weight * map).sum(dtype=np.float64)) / total
-    away = map - np.float32(mean)
-    return mean, float(np.sqrt((weight * away * away).sum(dtype=np.float64) / total))
+def _fit(map: np.ndarray, before: np.ndarray) -> tuple[float, float]:
+    """Fit gain * map + offset to `before`, robustly; (1, 0) where that explains little of the difference."""
+    usual = float(np.median(np.abs(map - before))) if map.size else 0.0
+    gain, offset, kept = 1.0, 0.0, np.ones(map.shape, bool)
+    for _ in range(3):
+        deviation, deviation_before = float(map[kept].std()) if kept.any() else 0.0, float(before[kept].std())
+        if min(deviation, deviation_before) <= 0:
+            return 1.0, 0.0
+        gain = float(np.clip(deviation_before / deviation, 0.5, 2.0))
+        offset = float(before[kept].mean()) - gain * float(map[kept].mean())
+        left = np.abs(gain * map + offset - before)
+        kept = left <= 2.5 * np.median(left)
+    return (gain, offset) if float(np.median(left)) < _EXPLAINED * usual else (1.0, 0.0)
 
 
 class Spool:
