@@ -59,9 +59,13 @@ def preprocess_image(rgb: np.ndarray, short_side: int = 518, multiple: int = 14)
         (3, 28, 42)
     """
     height, width = resize_shape(rgb.shape[0], rgb.shape[1], short_side, multiple)
-    resized = cv2.resize(rgb / 255.0, (width, height), interpolation=cv2.INTER_CUBIC)
-    normalised = (resized - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+    prepared = np.empty((3, height, width), np.float32)
+    for channel, (mean, std) in enumerate(
+        zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    ):  # 8K in float64 is 800 MB
+        resized = cv2.resize(rgb[..., channel] / 255.0, (width, height), interpolation=cv2.INTER_CUBIC)
+        prepared[channel] = (resized - mean) / std
+    return prepared
 
 
 def closest_shape(height: int, width: int, side: int = 518, multiple: int = 14) -> tuple[int, int]:
@@ -115,7 +119,9 @@ def preprocess_as_transformers(rgb: np.ndarray, side: int = 518, multiple: int =
     from torchvision.transforms.v2.functional import normalize, resize
 
     shape = closest_shape(rgb.shape[0], rgb.shape[1], side, multiple)
-    image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1).contiguous()
+    image = torch.from_numpy(
+        np.array(rgb.transpose(2, 0, 1), order="C")
+    )  # a copy, as Pillow's arrays are read-only
     resized = resize(image[None], list(shape), interpolation=InterpolationMode.BICUBIC, antialias=True)
     mean, std = ((torch.tensor(values) * 255).tolist() for values in (IMAGENET_MEAN, IMAGENET_STD))
     return normalize(resized.to(torch.float32), mean, std)[0].numpy()

@@ -18,6 +18,9 @@ OVERLAP = 1 / 3
 CELLS = 32
 """A tile is compared with the whole image in so many cells a side."""
 
+BROAD = 4
+"""Cells a side in which a tile's mean is made that of the whole image: what is broad only the whole can see."""
+
 SAMPLES = 8
 """That a cell is the mean of, a side."""
 
@@ -98,15 +101,23 @@ def blend(
     joined = np.zeros(shape, np.float32)
     for box, window in _layout(shape, grid):
         size = (box[0].stop - box[0].start, box[1].stop - box[1].start)
-        tile = tile_at(box)
-        scale, shift = fit(tile, whole, box, shape)
-        if scale > 0:
-            part = F.interpolate(tile[None, None], size=size, mode="bilinear", align_corners=True)[0, 0]
-            part = part * scale + shift
-        else:
-            part = _cut(whole, box, shape, size)
+        part = _carried_over(tile_at(box), whole, box, shape, size)
         joined[box] += part.cpu().numpy() * window
     return joined.clip(min=0, out=joined)
+
+
+def _carried_over(
+    tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Bring a tile to the scale of the whole image, and its broad shape to what the whole image says of it."""
+    scale, shift = fit(tile, whole, box, shape)
+    if scale <= 0:
+        return _cut(whole, box, shape, size)
+    part = F.interpolate(tile[None, None], size=size, mode="bilinear", align_corners=True) * scale + shift
+    everything = (slice(0, shape[0]), slice(0, shape[1]))
+    residual = _means(whole, box, shape) - (_means(tile, everything, shape) * scale + shift)
+    broad = F.avg_pool2d(residual[None, None], CELLS // BROAD).to(part.dtype)
+    return (part + F.interpolate(broad, size=size, mode="bicubic", align_corners=False))[0, 0]
 
 
 def fit(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[float, float]:

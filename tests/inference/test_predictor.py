@@ -162,6 +162,18 @@ def test_any_size(model, shape, resample):
     assert map.shape == shape and np.isfinite(map).all()
 
 
+@pytest.mark.parametrize("resample", ["official", "transformers"])
+@pytest.mark.parametrize("shape", [(1, 1), (20, 30)])
+def test_read_only_and_turned_images(model, resample, shape):
+    """Pillow's arrays are read-only, and a BGR image turned to RGB has negative strides; neither is a warning."""
+    image = photograph(*shape)
+    predictor = Predictor(model, device="cpu", input_size=28, resample=resample)
+    expected = predictor.predict(image)
+    np.testing.assert_array_equal(predictor.predict(np.asarray(Image.fromarray(image))), expected)
+    np.testing.assert_array_equal(predictor.predict(image[..., ::-1].copy()[..., ::-1]), expected)
+    np.testing.assert_array_equal(predictor.predict(np.asfortranarray(image)), expected)
+
+
 def test_what_no_memory_holds_is_refused(model):
     predictor = Predictor(model, device="cpu", input_size=28)
     with pytest.raises(ValueError, match="2000x1 is too long an image: it would be seen at 56000x28"):

@@ -93,7 +93,7 @@ def test_seams_would_be_seen(monkeypatch):
     """The measure measures: without alignment, or without blending, it is far from 1."""
     map = landscape(560, 784)
     joined = blend(small(map), with_own_scales(map), map.shape, (1, 4))
-    monkeypatch.setattr(tiles, "fit", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(tiles, "_carried_over", lambda tile, *_: tile)
     apart = blend(small(map), with_own_scales(map), map.shape, (1, 4))
     monkeypatch.setattr(tiles, "_rise", np.ones_like)
     hard = blend(small(map), with_own_scales(map), map.shape, (1, 4))
