@@ -7,6 +7,7 @@ import copy
 import importlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.inference.predictor import FARTHEST_M, NEAREST_M
+from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import DINOv2
-from depth_anything.model.files import place_whole, reason
+from depth_anything.model.files import place_whole, reason, save_text
 from depth_anything.model.weights import describe, fingerprint, save_model
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -96,6 +98,8 @@ def export_model(
         if precision != "fp32":
             raise ValueError(f"precision={precision} is for {' and '.join(PROGRAMS)}; {to} keeps float32")
         save_model(model, path, format=to)
+        if to != "transformers":  # that has its own inside
+            _write_card(model, path, to=to)
         if fingerprint(path) != fingerprint(model):
             raise ValueError(f"{path} does not hold the model's weights; the disk or the format failed")
         return []
@@ -115,13 +119,19 @@ def export_model(
         _refuse_difference(checks, path, tolerance=TOLERANCE[precision])
         report = {"file": path.name, "made": facts, "tolerance": TOLERANCE[precision]}
         report["checks"] = [asdict(row) for row in checks]
-        (folder / f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", folder / f"{path.name}.json")
 
     place_whole(path, write)
+    _write_card(model, path, to=to, checks=checks)
     return checks
 
 
 SUFFIX = {"onnx": "onnx", "torch": "pt2"}
+
+
+def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[Check] = ()) -> None:
+    table = {"How far it is from the network": f"```text\n{format_checks(checks)}\n```"} if checks else {}
+    write_card(card(model, file=path.name, form=to, title=path.stem, measured=table), path.parent)
 
 
 def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
@@ -275,7 +285,8 @@ def run_onnx(file: Path) -> Program:
 
 def run_torch(file: Path) -> Program:
     """Load a program of torch.export."""
-    with file.open("rb") as opened:  # given a path, torch looks at how it ends
+    with file.open("rb") as opened, warnings.catch_warnings():  # given a path, torch looks at how it ends
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.11 finds fault with its own buffers
         module = torch.export.load(opened).module()
 
     @torch.no_grad()

@@ -49,8 +49,9 @@ SURFACE = {
         "--name": None,
         "--per-shard": 1000,
         "--short-side": None,
+        "--licence": None,
     },
-    "shard index": {"--help": None, "source": None, "--name": None},
+    "shard index": {"--help": None, "source": None, "--name": None, "--licence": None},
     "verify": {"--help": None, "set": None, "--decode": False},
     "view": {"--help": None, "set": None, "--images": None, "--count": 16, "--output": "sheet.png"},
     "predict": {

@@ -17,6 +17,7 @@ from depth_anything.export import Check, Exported, export_model, format_checks, 
 ONNX_NOISE = [
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
+    "ignore:The given buffer is not writable",  # torch 2.11, reading its own archive
 ]
 pytestmark = [pytest.mark.filterwarnings(line) for line in ONNX_NOISE]
 

@@ -45,12 +45,21 @@ def add_shard(commands: Any) -> None:
     images.add_argument(
         "--short-side", type=int, metavar="N", help="reduce larger images to this short side (as they are)"
     )
+    add_licence(images)
 
     index = add_command(
         kinds, "index", "index tars made elsewhere, so that they can be read", run=_shard_index
     )
     index.add_argument("source", metavar="FOLDER", help="folder of tars; gets .idx files and manifest.json")
     index.add_argument("--name", help="name of the set (the folder's)")
+    add_licence(index)
+
+
+def add_licence(command: argparse.ArgumentParser) -> None:
+    """Declare the licence of a set's images."""
+    command.add_argument(
+        "--licence", metavar="SPDX", help="of the images, as CC-BY-4.0; goes into what is trained on them"
+    )
 
 
 def add_verify(commands: Any) -> None:
@@ -99,14 +108,17 @@ def _shard_images(options: argparse.Namespace) -> None:
         name=options.name,
         per_shard=options.per_shard,
         short_side=options.short_side,
+        licence=options.licence,
     )
     print_set(made)
 
 
 def _shard_index(options: argparse.Namespace) -> None:
     from depth_anything.data.shards import index_set
+    from depth_anything.licences import check_licence
 
-    print_set(index_set(options.source, name=options.name))
+    meta = {"licence": check_licence(options.licence)} if options.licence else {}
+    print_set(index_set(options.source, name=options.name, meta=meta))
 
 
 def _verify(options: argparse.Namespace) -> int:

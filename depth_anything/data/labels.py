@@ -18,6 +18,7 @@ from depth_anything.data import remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import make_set, open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_atomically, write_shard
+from depth_anything.licences import combine
 
 _GO_ON = "python train.py stage=pseudolabel"
 
@@ -41,7 +42,7 @@ def write_label_sidecar(
         info: the label shard, as `write_shard` returned it; records 0 and hash "" when no image had a label.
         image_set: name of the set of images.
         image: the image shard.
-        teacher: "fingerprint" of the weights, and whatever names them: "file".
+        teacher: "fingerprint" of the weights, and what is known of them: "file", "licence".
         preprocessing: what was done to an image.
         codec: of the labels.
         values: smallest and largest value of all labels.
@@ -315,7 +316,7 @@ def _described(
     root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]
 ) -> tuple[list[ShardInfo], dict[str, Any]]:
     """Return the rows and the meta of a manifest; ShardError where shards do not go together."""
-    made = next(iter(done.values()), {"teacher": {}, "preprocessing": "", "codec": ""})
+    made: Mapping[str, Any] = next(iter(done.values()), {"teacher": {}, "preprocessing": "", "codec": ""})
     for name, content in done.items():
         _check_same(root, name, content, made)
     _check_images(root, images, {name: content["image"]["hash"] for name, content in done.items()})
@@ -324,8 +325,10 @@ def _described(
         for name, content in done.items()
         if content["records"]
     ]
+    whose = {"images": images.meta.get("licence"), "teacher": made["teacher"].get("licence")}
     meta = {
         "kind": "labels",
+        "licence": combine(whose.values()),
         "quantity": "disparity",
         "teacher": made["teacher"],
         "preprocessing": made["preprocessing"],
@@ -333,6 +336,7 @@ def _described(
         "skipped": sum(len(content["skipped"]) for content in done.values()),
         "images": {
             "set": images.name,
+            "licence": whose["images"],
             "hashes": {name: content["image"]["hash"] for name, content in done.items()},
         },
     }

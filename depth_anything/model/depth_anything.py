@@ -4,6 +4,7 @@ Shapes: B images, H W pixels, N patch tokens of width D.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class DepthAnything(nn.Module):
         multiple: What photographs are resized to multiples of: the authors' 14 wherever whole patches fit.
         input_size: Shorter side, in pixels, of the images the encoder was made for.
         licence: Licence of the weights, where one is known.
+        origin: Where the weights come from, as far as known: "start" (from, licence, base), "stage" and "data" of the
+            training.
         calibration: None, or scale and shift that make metres of a disparity: 1 / (scale · output + shift). They are
             kept with the model and applied by whoever predicts or exports; `forward` gives the disparity.
         pretrained: The encoder (the official name of the module).
@@ -71,6 +74,7 @@ class DepthAnything(nn.Module):
         self.multiple = MULTIPLE if MULTIPLE % spec.patch == 0 else spec.patch
         self.input_size = spec.patch * spec.grid
         self.licence: str | None = None
+        self.origin: dict[str, Any] = {}
         self.calibration: tuple[float, float] | None = None
         for block in self.pretrained.blocks[self.taps[-1] + 1 :]:
             block.requires_grad_(False)

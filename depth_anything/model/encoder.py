@@ -14,6 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depth_anything.licences import spdx_name
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -272,6 +274,20 @@ def hub_weights(name: str) -> dict[str, Tensor]:
     finally:
         logger.setLevel(level)
     return gated_names(state) if ENCODERS[name].swiglu else state
+
+
+def hub_name(name: str) -> str | None:
+    """Tell where on the hub an encoder's published weights are; None where there are none."""
+    hub = ENCODERS[name].hub if name in ENCODERS else name
+    config = timm.get_pretrained_cfg(hub) if hub else None
+    return config.hf_hub_id if config else None
+
+
+def licence_on_hub(name: str) -> str | None:
+    """Tell the licence of an encoder's published weights, as timm states it."""
+    hub = ENCODERS[name].hub if name in ENCODERS else name
+    config = timm.get_pretrained_cfg(hub) if hub else None
+    return spdx_name(config.license) if config and config.license else None
 
 
 def gated_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

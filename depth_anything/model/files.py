@@ -210,6 +210,11 @@ def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
         torch.save(state, file)
 
 
+def save_text(text: str, path: Path) -> None:
+    """Write text in UTF-8."""
+    path.write_text(text, encoding="utf-8")
+
+
 def some(names: Mapping[str, Any] | list[str]) -> str:
     """Name the first of several."""
     first, *rest = names

@@ -10,6 +10,7 @@ _SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
 _RANGES_M = {"hypersim": 20.0, "vkitti": 80.0}
 # Only V1's names end in 14; a metric one names the set it was trained on. A browser adds (1) to a second download.
 _NAME = re.compile(r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?(vit[sblg])(14)?(?: ?\(\d+\))?")
+_DINOV2 = re.compile(r"dinov2_vit[sblg]14(?:_reg4)?_pretrain(?: ?\(\d+\))?")
 _PERMISSIVE, _NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
 
 
@@ -58,9 +59,11 @@ def find_weights(
 def licence_of(name: str | Path) -> str | None:
     """Look up the licence of an official file by its name; None for any other name.
 
-    The authors put V1 and V2's small models under Apache-2.0, V2's others under CC-BY-NC-4.0. Of the metric models
-    the hub's pages say Apache-2.0, but they were trained on from V2's, so the stricter one stands here.
+    DINOv2's are under Apache-2.0, as are V1's and V2's small ones; V2's others are under CC-BY-NC-4.0. Of the metric
+    models the hub's pages say Apache-2.0, but they were trained on from V2's, so the stricter one stands here.
     """
+    if _DINOV2.fullmatch(Path(name).stem.lower()):
+        return _PERMISSIVE
     match = _NAME.fullmatch(Path(name).stem.lower())
     if match is None or not (match[1] or (match[4] and not match[2])):
         return None
@@ -74,6 +77,14 @@ def page_of(name: str | Path) -> str | None:
         return None
     repository, kind, _ = _address(match[3], match[2], 2 if match[1] else 1)
     return f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}"
+
+
+def repository_of(name: str | Path) -> str | None:
+    """Tell which repository on the hub has an official file; None for any other name, and where none has."""
+    match = _NAME.fullmatch(Path(name).stem.lower())
+    if licence_of(name) is None or match is None or match[3] not in _SIZES:
+        return None
+    return _address(match[3], match[2], 2 if match[1] else 1)[0]
 
 
 def said_by_name(name: str | Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depth_anything.licences import licence_of_card
+from depth_anything.model.card import CARD
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.files import EXPECTED, read_file, reason, save_safetensors
@@ -208,11 +210,21 @@ def _said_by_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has a backbone of the type {other!r}; only 'dinov2' is read")
     try:
         metric = config.get("depth_estimation_type", "relative") == "metric"
-        said = {"taps": _taps(backbone), "max_depth": float(config["max_depth"]) if metric else None}
+        said: dict[str, Any] = {
+            "taps": _taps(backbone),
+            "max_depth": float(config["max_depth"]) if metric else None,
+        }
         size = _read_json(folder / "preprocessor_config.json", {}).get("size", {})
+        said |= {"licence": licence} if (licence := _licence_of(folder)) else {}
         return said | ({"input_size": int(size["height"])} if "height" in size else {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} makes no sense ({reason(error)}); fetch it again") from error
+
+
+def _licence_of(folder: Path) -> str | None:
+    """Read the licence that the folder's card says, as all the hub's do."""
+    path = folder / CARD
+    return licence_of_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
 def _taps(backbone: Mapping[str, Any]) -> tuple[int, ...]:

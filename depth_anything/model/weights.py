@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from depth_anything import __version__
 from depth_anything.model import transformers
+from depth_anything.model.card import CARD, card, is_ours
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
 from depth_anything.model.files import (
@@ -25,12 +26,13 @@ from depth_anything.model.files import (
     read_file,
     reason,
     save_safetensors,
+    save_text,
     save_torch,
     some,
     write_folder,
     write_whole,
 )
-from depth_anything.model.published import said_by_name
+from depth_anything.model.published import licence_of, repository_of, said_by_name
 
 _HAS_V1 = ("vits", "vitb", "vitl")
 # What DDP, Lightning, torch.compile, FSDP and checkpointing put before or into the names of parameters.
@@ -81,7 +83,16 @@ def load_model(
     model.input_size = said.get("input_size", model.input_size)
     model.licence = said.get("licence") or named.get("licence")
     model.calibration = said.get("calibration")
+    model.origin = said.get("origin") or _published_origin(path)
     return model.eval()
+
+
+def _published_origin(path: Path) -> dict[str, Any]:
+    licence = licence_of(path)
+    if licence is None:
+        return {}
+    base = repository_of(path)
+    return {"start": {"from": path.name, "licence": licence, **({"base": base} if base else {})}}
 
 
 def save_model(model: DepthAnything, path: str | Path, *, format: str = "safetensors") -> None:
@@ -113,6 +124,11 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
 
 def _save_folder(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
     files = transformers.folder_files(model, state, describe(model))
+    if is_ours(path / CARD):
+        text = card(
+            model, file="path/to/this/folder", form="transformers", title=f"Depth Anything {model.encoder}"
+        )
+        files[CARD] = lambda temporary: save_text(text, temporary)
     if not transformers.is_replaceable(path):
         raise ValueError(f"{path} exists and is no transformers folder of a depth model; give another name")
     if model.calibration is not None:
@@ -127,7 +143,7 @@ def describe(model: DepthAnything) -> dict[str, str]:
 
     Returns:
         encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version;
-        of a calibrated model also calibration (JSON).
+        where known also origin (JSON); of a calibrated model calibration (JSON).
     """
     return {
         "format": "pt",
@@ -140,8 +156,18 @@ def describe(model: DepthAnything) -> dict[str, str]:
         "max_depth": json.dumps(model.max_depth),
         "input_size": json.dumps(model.input_size),
         "licence": model.licence or "unknown",
+        **({"origin": json.dumps(model.origin, sort_keys=True)} if model.origin else {}),
         **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
     }
+
+
+def licence_in(path: str | Path) -> str | None:
+    """Tell under which licence the weights of a file or folder are, as far as it or its official name says.
+
+    Raises:
+        ValueError: As `load_model`, for a file that is missing or no checkpoint.
+    """
+    return _read(Path(path))[1].get("licence") or licence_of(path)
 
 
 def has_head(path: str | Path) -> bool:
@@ -231,7 +257,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if transformers.is_theirs(tensors):
         tensors = transformers.official_names(tensors)
-    return tensors, {**_said_by_metadata(metadata, path), **config}
+    said = _said_by_metadata(metadata, path)
+    licence = said.get("licence") or config.get("licence")  # a card has no room for several
+    return tensors, {**said, **config, "licence": licence}
 
 
 def _is_run(folder: Path) -> bool:
@@ -258,6 +286,7 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
             "taps": tuple(int(tap) for tap in json.loads(metadata["taps"])),
             "max_depth": None if max_depth is None else float(max_depth),
             "input_size": int(json.loads(metadata["input_size"])),
+            "origin": _mapping(json.loads(metadata.get("origin", "{}"))),
             "calibration": calibration and _two_numbers(calibration),
             "licence": None if metadata["licence"] == "unknown" else str(metadata["licence"]),
         }
@@ -265,6 +294,12 @@ def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]
         raise ValueError(
             f"{path} has metadata that make no sense ({reason(error)}); save it again"
         ) from error
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"origin holds a {type(value).__name__}")
+    return value
 
 
 def _two_numbers(values: Any) -> tuple[float, float]:

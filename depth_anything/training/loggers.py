@@ -68,6 +68,22 @@ class MetricsCSV(Logger):
                 csv.DictWriter(file, self._columns).writerow(self._row)
         self._row = {}
 
+    def last(self, prefix: str) -> dict[str, str]:
+        """Read the newest numbers whose names begin so, without the beginning; none where there are none."""
+        self.save()
+        if not self.path.is_file():
+            return {}
+        with open(self.path, newline="") as file:
+            rows = [
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in row.items()
+                    if name.startswith(prefix) and value
+                }
+                for row in csv.DictReader(file)
+            ]
+        return next((row for row in reversed(rows) if row), {})
+
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()

@@ -17,7 +17,7 @@ from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.plan import as_typed, one_sentence, print_plan, refuse_nonsense, split_batch
-from depth_anything.training.start import load_teacher, multiple_of, network, twin
+from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
 def main(cfg: DictConfig) -> None:
@@ -70,11 +70,13 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
         numbers = MetricsCSV(folder.path / "metrics.csv")
         numbers.rewind(step_of(checkpoint))
         trainer.loggers = [numbers, *([instantiate(cfg.logger)] if cfg.logger else [])]
-    module = instantiate(cfg.module, network(config), frozen=twin(config), _convert_="object")
+    model = credited(network(config), config, data.open().sources)
+    module = instantiate(cfg.module, model, frozen=twin(config), _convert_="object")
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     stop_if_signalled(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)
+        write_run_card(module.model, folder.path, title=config["name"], measured=numbers.last("val_"))
         folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}")
@@ -86,7 +88,7 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     folder.claim(config, exclusive=False)
     make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
     teacher = load_teacher(config)
-    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"]}
+    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"], "licence": teacher.licence}
     data = instantiate(cfg.data, patch=teacher.multiple, teacher=made_by, _convert_="all")
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come

@@ -1,14 +1,18 @@
 """What a run starts from: its weights, and where they may not come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from depth_anything.data.shards import JoinedRecords, Records
+from depth_anything.licences import combine
+from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import has_head, load_encoder, load_model
+from depth_anything.model.encoder import hub_name, licence_on_hub
+from depth_anything.model.weights import has_head, licence_in, load_encoder, load_model
 
 
 def network(config: Mapping[str, Any]) -> DepthAnything:
@@ -32,10 +36,70 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
             "type init=hub or init=DINOV2_FILE"
         )
     if source != "hub" and has_head(source):
-        model.load_state_dict(load_model(source, encoder=config["encoder"]).state_dict())
+        other = load_model(source, encoder=config["encoder"])
+        model.load_state_dict(other.state_dict())
+        base = other.origin.get("start", {}).get("base")
+        model.origin = {"start": {"from": _short(source), "licence": other.licence, "base": base}}
     else:
         load_encoder(model, source)
+        named = hub_name(config["encoder"]) if source == "hub" else None
+        licence = licence_on_hub(config["encoder"]) if named else licence_in(source)
+        model.origin = {"start": {"from": named or _short(source), "licence": licence, "base": named}}
     return model
+
+
+def credited(
+    model: DepthAnything, config: Mapping[str, Any], sources: Sequence[Records | JoinedRecords]
+) -> DepthAnything:
+    """Note in a network what it is trained on, and put together the licences of all that goes into it."""
+    data = [_credit(source) for source in sources]
+    start = model.origin.get("start")
+    licences = [start["licence"]] if start else []
+    for row in data:
+        licences += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
+    model.licence = combine(licences)
+    model.origin = {**model.origin, "stage": config["stage"], "data": data}
+    return model
+
+
+def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
+    """Write the card of a run's model beside it; one that a user has edited stays.
+
+    Args:
+        model: As it is saved.
+        folder: Of the run.
+        title: Its name.
+        measured: Name to value of what the last validation found.
+    """
+    rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
+    table = "\n".join(["On the run's own validation set:", "", "| metric | mean |", "|---|---|", *rows])
+    text = card(
+        model,
+        file="model.safetensors",
+        form="safetensors",
+        title=title,
+        measured={"Evaluation": table} if rows else {},
+    )
+    write_card(text, folder)
+
+
+def _credit(source: Records | JoinedRecords) -> dict[str, Any]:
+    if isinstance(source, Records):
+        licence = source.set.meta.get("licence")
+        return {"set": source.name, "records": source.set.records, "licence": licence, "teacher": None}
+    teacher = source.labels.meta["teacher"]
+    return {
+        "set": source.name,
+        "records": source.labels.records,
+        "licence": source.images.meta.get("licence"),
+        "teacher": {"file": _short(teacher.get("file", "a model")), "licence": teacher.get("licence")},
+    }
+
+
+def _short(path: str | Path) -> str:
+    """Name a file as others may know it: with its folder, if its own name says nothing."""
+    path = Path(path)
+    return "/".join(path.parts[-2:]) if path.stem in ("model", "last") else path.name
 
 
 def multiple_of(encoder: str) -> int:
@@ -70,7 +134,7 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
         ValueError: If there is none where `teacher` points.
     """
     path = Path(config["teacher"])
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
             "or type teacher=FILE"
@@ -79,8 +143,8 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
 
 
 def _is_teacher(path: Path) -> bool:
-    for folder in path.parents[:2]:  # a run's model, or one of its checkpoints
+    for folder in (path, *path.parents[:2]):  # a run, its model, or one of its checkpoints
         config = folder / "config.yaml"
-        if path.is_file() and config.is_file():
+        if path.exists() and config.is_file():
             return (yaml.safe_load(config.read_text()) or {}).get("stage") == "teacher"
     return False

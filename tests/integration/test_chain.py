@@ -26,12 +26,15 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
     assert open_set(str(labels)).records == images.records == 48
     for run in ("teacher-vitt-tiny", "student-vitn-tiny"):
         folder = tmp_path / "outputs" / run
-        load_model(folder / "model.safetensors")
+        assert load_model(folder / "model.safetensors").licence == "Apache-2.0"  # its scenes'
+        text = (folder / "README.md").read_text()
+        assert text.startswith("---\nlicense: apache-2.0\n") and "| abs_rel |" in text
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, 13))
         assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
         assert not [p for p in folder.rglob(".*") if p.is_file()]
+    assert "| `teacher-vitt-tiny/model.safetensors` | Apache-2.0 |" in text  # who labelled for the student
     report = tmp_path / "report"
     data, outputs = tmp_path / "data", tmp_path / "outputs"
     command = [str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--output", str(report)]

@@ -25,6 +25,7 @@ from PIL import Image
 from depth_anything.data.sample import Frame, decode_image, encode_frame
 from depth_anything.data.shards import ShardSet
 from depth_anything.data.sources.writing import Record, Refused, write_set
+from depth_anything.licences import check_licence
 
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
 _ORIENTATION = 0x0112
@@ -94,6 +95,7 @@ def write_images(
     name: str | None = None,
     per_shard: int = 1000,
     short_side: int | None = None,
+    licence: str | None = None,
 ) -> ShardSet:
     """Write photographs as a set of image shards, or return the set if it is there already.
 
@@ -107,6 +109,7 @@ def write_images(
         per_shard: Files a shard.
         short_side: Reduce larger images to this many pixels on the shorter side, as JPEG of quality 95; None
             leaves every image as it is.
+        licence: Of the photographs, an SPDX name; kept in the manifest, and may be given later.
 
     Raises:
         ValueError: If there is nothing at `source`, not one readable image, or `root` holds another set.
@@ -132,7 +135,7 @@ def write_images(
         root,
         name=name,
         settings=settings,
-        meta={},
+        meta={"licence": check_licence(licence)} if licence else {},
         count=len(photographs),
         per_shard=per_shard,
         record=record,

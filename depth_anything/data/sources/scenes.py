@@ -417,7 +417,7 @@ def write_scenes(
         png = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         return key, encode_frame(frame, codec="f32", original=png)
 
-    meta = {"unit": "m", "sky": "inf"} if labelled else {}
+    meta = {"licence": "Apache-2.0", **({"unit": "m", "sky": "inf"} if labelled else {})}
     return write_set(
         root, name=None, settings=settings, meta=meta, count=count, per_shard=per_shard, record=record
     )

@@ -55,7 +55,7 @@ def write_set(
     settings = {**settings, "name": name, "count": count, "per_shard": per_shard}
     _claim(root, settings)
     if (root / "manifest.json").exists():
-        return open_set(root)
+        return _licensed(open_set(root), meta.get("licence"))
     shards, skipped = [], []
     with tqdm(total=count, desc=f"writing {root}", unit="image", disable=None) as bar:
         for k, start in enumerate(range(0, count, per_shard)):
@@ -72,6 +72,15 @@ def write_set(
         named = [list(row) for row in skipped[:_NAMED]]
         meta["skipped"] = {"count": len(skipped), "reasons": dict(reasons), "files": named}
     return write_manifest(root, name=name, shards=shards, meta=meta)
+
+
+def _licensed(made: ShardSet, licence: str | None) -> ShardSet:
+    """Note the licence in the manifest of a set that was written before it was known; no shard changes."""
+    if licence in (None, made.meta.get("licence")):
+        return made
+    return write_manifest(
+        made.root, name=made.name, shards=made.shards, meta={**made.meta, "licence": licence}
+    )
 
 
 def _claim(root: Path, settings: Mapping[str, Any]) -> None:

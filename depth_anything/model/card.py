@@ -1,0 +1,215 @@
+"""Model cards: a README.md in the hub's form, which says what a model is, whence, and what may be done with it."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from depth_anything.licences import hub_fields
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.encoder import ENCODERS
+from depth_anything.model.files import save_text, write_whole
+
+CARD = "README.md"
+_MARK = re.compile(
+    r"\n<!-- written by depth-anything, sha256 ([0-9a-f]{64}): once edited, it is left alone -->\n?$"
+)
+
+
+def card(
+    model: DepthAnything, *, file: str, form: str, title: str, measured: Mapping[str, str] | None = None
+) -> str:
+    """Write the card of a saved model.
+
+    Args:
+        model: What was saved.
+        file: The name of the file, or of the folder.
+        form: "safetensors", "transformers", "official", "onnx" or "torch".
+        title: What the model is called.
+        measured: Heading to text or table, for what was measured.
+
+    Returns:
+        Markdown with a YAML head.
+    """
+    head = _front(model, form)
+    lines = ["---", *head, "---", "", f"# {title}", "", *_what(model), ""]
+    lines += ["## How to use it", "", *_use(model, file, form), ""]
+    lines += ["## Where it comes from", "", *_whence(model), ""]
+    for heading, text in (measured or {}).items():
+        lines += [f"## {heading}", "", text, ""]
+    body = "\n".join(lines).rstrip() + "\n"
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f"{body}\n<!-- written by depth-anything, sha256 {digest}: once edited, it is left alone -->\n"
+
+
+def write_card(text: str, folder: Path) -> bool:
+    """Write a card into a folder, unless a user's own lies there; say whether."""
+    path = folder / CARD
+    if not is_ours(path):
+        return False
+    write_whole(path, lambda temporary: save_text(text, temporary))
+    return True
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a card may be written at `path`: there is none, or one as it was written here."""
+    if not path.exists():
+        return True
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    mark = _MARK.search(text)
+    return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+
+
+def _front(model: DepthAnything, form: str) -> list[str]:
+    tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
+    tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
+    tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
+    base = (model.origin.get("start") or {}).get("base")
+    return [
+        *(f"{key}: {value}" for key, value in hub_fields(model.licence).items()),
+        f"library_name: {'transformers' if form == 'transformers' else 'onnx' if form == 'onnx' else 'depth-anything'}",
+        "pipeline_tag: depth-estimation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        *(["base_model: " + base] if base else []),
+    ]
+
+
+def _what(model: DepthAnything) -> list[str]:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if model.max_depth is not None:
+        gives = f"**Output: depth in metres**, 0 to {model.max_depth:g}; larger is farther."
+    else:
+        gives = (
+            "**Output: disparity** (inverse depth) up to an unknown scale and shift, 0 or more; larger is nearer. "
+            "It is neither metres nor comparable between images."
+        )
+    if model.calibration is not None:
+        scale, shift = model.calibration
+        gives += (
+            f" It is calibrated: 1 / ({scale:.6g} · output + {shift:.6g}) is depth in metres, which `Predictor` and "
+            "exported programs give."
+        )
+    return [
+        "Depth from a single image: the network of Depth Anything "
+        f"(encoder `{model.encoder}`, taps {', '.join(map(str, model.taps))}, DPT head; {parameters:,} parameters).",
+        "",
+        gives,
+        "",
+        f"Input: RGB, ImageNet-normalised, short side {model.input_size} px, sides multiples of {model.multiple}.",
+    ]
+
+
+def _use(model: DepthAnything, file: str, form: str) -> list[str]:
+    ours = [
+        "```python",
+        "import cv2",
+        "from depth_anything import Predictor, load_model",
+        "",
+        f'predictor = Predictor(load_model("{file}"), input_size={model.input_size})',
+        'image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
+        "depth = predictor.predict(image)  # float32 (H, W)",
+        "```",
+    ]
+    typed = ["```sh", f'depth-anything predict photo.jpg --weights "{file}" --output maps', "```"]
+    theirs = [
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'depth = pipeline("depth-estimation", model="{file}")("photo.jpg")["predicted_depth"]',
+        "```",
+    ]
+    official = [
+        "```python",
+        "import torch",
+        "from depth_anything_v2.dpt import DepthAnythingV2  # the authors' code",
+        "",
+        f"model = DepthAnythingV2({_official_arguments(model)})",
+        f'model.load_state_dict(torch.load("{file}", map_location="cpu"))',
+        "```",
+    ]
+    programs = {
+        "onnx": [
+            "```python",
+            "import onnxruntime",
+            "",
+            f'session = onnxruntime.InferenceSession("{file}")',
+            'session.run(None, {"image": image})[0]  # image: float32 (B, 3, H, W), normalised',
+            "```",
+        ],
+        "torch": [
+            "```python",
+            "import torch",
+            "",
+            f'program = torch.export.load("{file}").module()',
+            "program(image)  # image: float32 (B, 3, H, W), normalised",
+            "```",
+        ],
+    }
+    if form in programs:
+        return [
+            *programs[form],
+            "",
+            f"Any batch; sides multiples of the patch ({model.patch_size} px), three patches or more.",
+        ]
+    ways = {"transformers": [theirs, ours, typed], "official": [official, ours, typed]}.get(
+        form, [ours, typed]
+    )
+    lines = [line for way in ways for line in (*way, "")]
+    if form == "safetensors":
+        lines += [
+            "For transformers, ONNX Runtime or the authors' code:",
+            "",
+            "```sh",
+            f'depth-anything export --weights "{file}" --to transformers --output folder',
+            "```",
+            "",
+        ]
+    return lines[:-1]
+
+
+def _official_arguments(model: DepthAnything) -> str:
+    spec = ENCODERS.get(model.encoder)
+    if spec is None:
+        return f'encoder="{model.encoder}"'
+    limit = f", max_depth={model.max_depth:g}" if model.max_depth else ""
+    return (
+        f'encoder="{model.encoder}", features={spec.features}, out_channels={list(spec.out_channels)}{limit}'
+    )
+
+
+def _whence(model: DepthAnything) -> list[str]:
+    origin = model.origin
+    lines = [f"Licence of the weights: **{model.licence or 'unknown'}**."]
+    if origin.get("start"):
+        start = origin["start"]
+        verb = "Started from" if origin.get("stage") else "These are the weights of"
+        lines += ["", f"{verb} `{start['from']}` (licence: {start.get('licence') or 'unknown'})."]
+    elif origin.get("stage"):
+        lines += ["", "Started from random weights."]
+    if origin.get("stage"):
+        lines += [
+            "",
+            f"Trained by `train.py stage={origin['stage']}` on:",
+            "",
+            *_table(origin.get("data", [])),
+        ]
+    elif not origin.get("start"):
+        lines += ["", "Its file says nothing of its training."]
+    return lines
+
+
+def _table(data: list[dict[str, Any]]) -> list[str]:
+    rows = ["| set | records | licence | labelled by | its licence |", "|---|---|---|---|---|"]
+    for row in data:
+        teacher = row.get("teacher")
+        labelled = f"`{teacher['file']}`" if teacher else "its own truth"
+        licence = (teacher.get("licence") or "unknown") if teacher else "–"
+        rows.append(
+            f"| {row['set']} | {row['records']:,} | {row.get('licence') or 'unknown'} | {labelled} | {licence} |"
+        )
+    return rows

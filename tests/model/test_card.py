@@ -1,0 +1,129 @@
+"""Model cards: true, in the hub's form, and never over a user's own."""
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from depth_anything import DepthAnything, load_model, save_model
+from depth_anything.model.card import card, is_ours, write_card
+
+
+def network(**settings):
+    return DepthAnything("vitn", **settings)
+
+
+def front(text):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+
+
+def test_the_head_is_the_hubs():
+    model = network(max_depth=80.0)
+    model.licence = "CC-BY-NC-4.0"
+    model.origin = {"start": {"from": "timm/x", "licence": "Apache-2.0", "base": "timm/x"}}
+    text = card(model, file="hf", form="transformers", title="street depth")
+    assert front(text) == {
+        "license": "cc-by-nc-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "depth-estimation",
+        "tags": ["depth-anything", "metric-depth", "dinov2"],
+        "base_model": "timm/x",
+    }
+    assert ModelCard(text).data.pipeline_tag == "depth-estimation"  # the hub's own reader
+    assert text.splitlines().count("# street depth") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (network(), "**Output: disparity** (inverse depth) up to an unknown scale and shift"),
+        (network(max_depth=12.5), "**Output: depth in metres**, 0 to 12.5; larger is farther"),
+    ],
+)
+def test_unit_and_direction_are_said(model, said):
+    assert said in card(model, file="m.safetensors", form="safetensors", title="m")
+
+
+def test_a_calibration_is_said():
+    model = network()
+    model.calibration = (0.5, 0.25)
+    assert "1 / (0.5 · output + 0.25) is depth in metres" in card(
+        model, file="m", form="safetensors", title="m"
+    )
+
+
+def test_training_data_and_their_licences_are_said():
+    model = network()
+    model.licence = "Apache-2.0 AND CC-BY-NC-4.0 AND unknown"
+    model.origin = {
+        "start": {"from": "timm/vit", "licence": "Apache-2.0", "base": "timm/vit"},
+        "stage": "student",
+        "data": [
+            {
+                "set": "photos",
+                "records": 12345,
+                "licence": None,
+                "teacher": {"file": "depth_anything_v2_vitl.pth", "licence": "CC-BY-NC-4.0"},
+            },
+            {"set": "scenes", "records": 7, "licence": "Apache-2.0", "teacher": None},
+        ],
+    }
+    text = card(model, file="m", form="safetensors", title="m", measured={"Evaluation": "| a |"})
+    assert front(text)["license"] == "other"
+    assert "Licence of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
+    assert "Started from `timm/vit` (licence: Apache-2.0)." in text
+    assert "| photos | 12,345 | unknown | `depth_anything_v2_vitl.pth` | CC-BY-NC-4.0 |" in text
+    assert "| scenes | 7 | Apache-2.0 | its own truth | – |" in text
+    assert "\n## Evaluation\n\n| a |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("form", "lines"),
+    [
+        ("safetensors", ["load_model(", "depth-anything predict", "depth-anything export"]),
+        ("transformers", ["pipeline(", "load_model(", "depth-anything predict"]),
+        ("official", ["DepthAnythingV2(", "load_model(", "depth-anything predict"]),
+        ("onnx", ["onnxruntime.InferenceSession("]),
+        ("torch", ["torch.export.load("]),
+    ],
+)
+def test_ways_to_load(form, lines):
+    text = card(network(max_depth=20.0), file="the file", form=form, title="m")
+    for line in lines:
+        assert line in text and '"the file"' in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, form, "exec")
+
+
+def test_a_users_card_is_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    assert write_card(card(network(), file="m", form="safetensors", title="one"), tmp_path)
+    assert is_ours(path)
+    assert write_card(card(network(), file="m", form="safetensors", title="two"), tmp_path)
+    assert "# two" in path.read_text()
+    path.write_text(path.read_text().replace("# two", "# mine"))
+    assert not write_card(card(network(), file="m", form="safetensors", title="three"), tmp_path)
+    assert "# mine" in path.read_text()
+    path.write_bytes(b"\xff\xfe")
+    assert not is_ours(path)
+
+
+def test_a_folder_of_transformers_has_one(tmp_path):
+    model = network()
+    model.licence = "Apache-2.0 AND CC-BY-NC-4.0"
+    save_model(model, tmp_path / "hf", format="transformers")
+    readme = tmp_path / "hf" / "README.md"
+    assert front(readme.read_text())["license"] == "other"
+    assert load_model(tmp_path / "hf").licence == "Apache-2.0 AND CC-BY-NC-4.0"
+    readme.write_text("---\nlicense: mit\n---\nmine")
+    save_model(model, tmp_path / "hf", format="transformers")
+    assert readme.read_text().endswith("mine")
+
+
+def test_the_licence_of_a_folder_is_its_cards(tmp_path):
+    """As in the authors' -hf repositories, whose files say nothing."""
+    save_model(network(), tmp_path / "hf", format="transformers")
+    assert load_model(tmp_path / "hf").licence is None
+    (tmp_path / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    assert load_model(tmp_path / "hf").licence == "CC-BY-NC-4.0"

@@ -1,0 +1,66 @@
+"""Licences: joined, typed, and as cards on the hub write them."""
+
+import pytest
+
+from depth_anything.licences import check_licence, combine, hub_fields, licence_of_card
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        ([], None),
+        ([None, None], None),
+        (["unknown"], None),
+        (["MIT"], "MIT"),
+        (["CC-BY-NC-4.0", "Apache-2.0", "CC-BY-NC-4.0"], "Apache-2.0 AND CC-BY-NC-4.0"),
+        (["CC-BY-NC-4.0", None], "CC-BY-NC-4.0 AND unknown"),
+        (["B AND unknown", "A AND C"], "A AND B AND C AND unknown"),
+    ],
+)
+def test_all_hold_together(parts, whole):
+    assert combine(parts) == whole
+    assert combine([whole, *parts]) == whole  # once more changes nothing
+
+
+@pytest.mark.parametrize("typed", ["CC-BY-4.0", "Apache-2.0 AND MIT", "LicenseRef-ours", "GPL-2.0+"])
+def test_a_typed_licence(typed):
+    assert check_licence(typed) == typed
+
+
+@pytest.mark.parametrize("typed", ["", "my own", "all rights reserved", "MIT,Apache-2.0", "<b>"])
+def test_what_is_no_licence(typed):
+    with pytest.raises(ValueError, match="is no SPDX name such as CC-BY-4.0"):
+        check_licence(typed)
+
+
+@pytest.mark.parametrize(
+    ("licence", "fields"),
+    [
+        (None, {"license": "unknown"}),
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        (
+            "Apache-2.0 AND CC-BY-NC-4.0",
+            {"license": "other", "license_name": "apache-2.0-and-cc-by-nc-4.0"},
+        ),
+    ],
+)
+def test_the_form_of_the_hub(licence, fields):
+    assert hub_fields(licence) == fields
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags:\n- x\n---\n# Name", "Apache-2.0"),
+        ("---\r\ntags:\r\n- depth\r\nlicense: 'cc-by-nc-4.0'\r\n---\r\n", "CC-BY-NC-4.0"),
+        ("---\nlicense: other\nlicense_name: dinov3-license\n---", "LicenseRef-dinov3-license"),
+        ("---\nlicense: other\n---", None),
+        ("---\nlicense: unknown\n---", None),
+        ("---\nlicense: openrail\n---", "openrail"),
+        ("---\ntags: []\n---\nlicense: mit", None),
+        ("license: mit", None),
+        ("", None),
+    ],
+)
+def test_cards_are_read(text, licence):
+    assert licence_of_card(text) == licence
