@@ -131,7 +131,9 @@ SUFFIX = {"onnx": "onnx", "torch": "pt2"}
 
 def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[Check] = ()) -> None:
     table = {"How far it is from the network": f"```text\n{format_checks(checks)}\n```"} if checks else {}
-    write_card(card(model, file=path.name, form=to, title=path.stem, measured=table), path.parent)
+    write_card(
+        card(model, file=path.name, form=to, title=path.stem, measured=table), path.parent, file=path.name
+    )
 
 
 def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
@@ -237,8 +239,9 @@ def trace(module: Exported) -> torch.export.ExportedProgram:
         raise ValueError(
             f"{module.network.encoder} cannot be exported with open sizes ({reason(error)})"
         ) from error
-    for node in program.graph.nodes:  # lines of code on this machine
-        node.meta.pop("stack_trace", None)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of code on this machine
     return program
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import sys
+import zipfile
 
 import numpy as np
 import onnx
@@ -147,6 +149,8 @@ def test_a_calibrated_program_gives_metres(tmp_path):
     model = network()
     model.calibration = (0.5, 0.01)
     export_model(model, tmp_path / "model.pt2", to="torch")
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:  # no lines of code on this machine
+        assert not any(b"stack_trace" in archive.read(name) for name in archive.namelist())
     with (tmp_path / "model.pt2").open("rb") as file:
         said = {"metadata.json": ""}
         run = torch.export.load(file, extra_files=said).module()
@@ -249,6 +253,20 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert "no weights at" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_may_only_be_read(tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o500)
+    with pytest.raises(OSError, match="m.safetensors cannot be written .Permission denied"):
+        export_model(network(), tmp_path / "shut" / "m.safetensors", to="safetensors")
+
+
+def test_the_card_goes_along(relative):
+    _, path = relative
+    text = (path.parent / "README.md").read_text()
+    assert text.startswith("---\nlicense: cc-by-nc-4.0\nlibrary_name: onnx\n")
+    assert "batch × height × width" in text and str(path.parent) not in text
+
+
 def test_half_precision_is_for_attention_that_is_known():
     with pytest.raises(
         ValueError, match="fp16 is for DINOv2's encoders; export vit_tiny_patch16_224 in fp32"
@@ -259,7 +277,7 @@ def test_half_precision_is_for_attention_that_is_known():
 def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MOST_BYTES", 1000)
     export_model(network(), tmp_path / "model.onnx", to="onnx")
-    assert names(tmp_path) == ["model.onnx", "model.onnx.data", "model.onnx.json"]
+    assert names(tmp_path) == ["README.md", "model.onnx", "model.onnx.data", "model.onnx.json"]
     assert (
         (tmp_path / "model.onnx").stat().st_size < 2_000_000 < (tmp_path / "model.onnx.data").stat().st_size
     )

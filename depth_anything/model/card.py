@@ -13,7 +13,7 @@ from depth_anything.model.files import save_text, write_whole
 
 CARD = "README.md"
 _MARK = re.compile(
-    r"\n<!-- written by depth-anything, sha256 ([0-9a-f]{64}): once edited, it is left alone -->\n?$"
+    r"\n<!-- depth-anything wrote this card of (.+), sha256 (\w{64}); once edited, it stays -->\n?$"
 )
 
 
@@ -40,28 +40,46 @@ def card(
         lines += [f"## {heading}", "", text, ""]
     body = "\n".join(lines).rstrip() + "\n"
     digest = hashlib.sha256(body.encode()).hexdigest()
-    return f"{body}\n<!-- written by depth-anything, sha256 {digest}: once edited, it is left alone -->\n"
+    return (
+        f"{body}\n<!-- depth-anything wrote this card of {file}, sha256 {digest}; once edited, it stays -->\n"
+    )
 
 
-def write_card(text: str, folder: Path) -> bool:
-    """Write a card into a folder, unless a user's own lies there; say whether."""
+def write_card(text: str, folder: Path, *, file: str) -> Path | None:
+    """Write a card into a folder, under the name of its file if another file's card lies there.
+
+    Args:
+        text: What `card` gave.
+        folder: Where the model lies.
+        file: The model's file, as `card` was told.
+
+    Returns:
+        The card; None where a user has edited it, so that it stays.
+    """
     path = folder / CARD
+    if (of := _written_for(path)) is not None and of != file:
+        path = folder / f"{file}.md"
     if not is_ours(path):
-        return False
+        return None
     write_whole(path, lambda temporary: save_text(text, temporary))
-    return True
+    return path
 
 
 def is_ours(path: Path) -> bool:
     """Say whether a card may be written at `path`: there is none, or one as it was written here."""
-    if not path.exists():
-        return True
+    return not path.exists() or _written_for(path) is not None
+
+
+def _written_for(path: Path) -> str | None:
+    """Tell whose card lies at `path`, if it was written here and nobody has edited it since."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return False
+        return None
     mark = _MARK.search(text)
-    return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+    if mark is None or hashlib.sha256(text[: mark.start()].encode()).hexdigest() != mark[2]:
+        return None
+    return mark[1]
 
 
 def _front(model: DepthAnything, form: str) -> list[str]:

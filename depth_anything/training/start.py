@@ -80,7 +80,7 @@ def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: 
         title=title,
         measured={"Evaluation": table} if rows else {},
     )
-    write_card(text, folder)
+    write_card(text, folder, file="model.safetensors")
 
 
 def _credit(source: Records | JoinedRecords) -> dict[str, Any]:

@@ -96,17 +96,30 @@ def test_ways_to_load(form, lines):
         compile(code, form, "exec")
 
 
+def one_card(title, file="m"):
+    return card(network(), file=file, form="safetensors", title=title)
+
+
 def test_a_users_card_is_left_alone(tmp_path):
     path = tmp_path / "README.md"
-    assert write_card(card(network(), file="m", form="safetensors", title="one"), tmp_path)
+    assert write_card(one_card("one"), tmp_path, file="m") == path
     assert is_ours(path)
-    assert write_card(card(network(), file="m", form="safetensors", title="two"), tmp_path)
+    assert write_card(one_card("two"), tmp_path, file="m") == path
     assert "# two" in path.read_text()
     path.write_text(path.read_text().replace("# two", "# mine"))
-    assert not write_card(card(network(), file="m", form="safetensors", title="three"), tmp_path)
+    assert write_card(one_card("three"), tmp_path, file="m") is None
     assert "# mine" in path.read_text()
     path.write_bytes(b"\xff\xfe")
     assert not is_ours(path)
+
+
+def test_two_models_in_a_folder_have_two_cards(tmp_path):
+    write_card(one_card("run", "model.safetensors"), tmp_path, file="model.safetensors")
+    made = write_card(one_card("program", "le modèle.onnx"), tmp_path, file="le modèle.onnx")
+    assert made == tmp_path / "le modèle.onnx.md"
+    assert "# run" in (tmp_path / "README.md").read_text()
+    made.write_text("mine")
+    assert write_card(one_card("program", "le modèle.onnx"), tmp_path, file="le modèle.onnx") is None
 
 
 def test_a_folder_of_transformers_has_one(tmp_path):
