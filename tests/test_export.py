@@ -3,9 +3,13 @@
 import copy
 import json
 import os
+import re
+import shutil
 import sys
 import zipfile
+from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -265,6 +269,16 @@ def test_the_card_goes_along(relative):
     text = (path.parent / "README.md").read_text()
     assert text.startswith("---\nlicense: cc-by-nc-4.0\nlibrary_name: onnx\n")
     assert "batch × height × width" in text and str(path.parent) not in text
+
+
+def test_the_lines_of_the_document_run(relative, tmp_path, monkeypatch, capsys):
+    page = Path(__file__).resolve().parents[1] / "docs" / "weights-and-export.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(relative[1], "model.onnx")
+    cv2.imwrite("photo.jpg", np.zeros((40, 60, 3), np.uint8))
+    exec(code.replace("518)", "70)"), {})
+    assert capsys.readouterr().out == "disparity (40, 60) float32\n"
 
 
 def test_half_precision_is_for_attention_that_is_known():

@@ -80,11 +80,13 @@ def page_of(name: str | Path) -> str | None:
 
 
 def repository_of(name: str | Path) -> str | None:
-    """Tell which repository on the hub has an official file; None for any other name, and where none has."""
+    """Tell which model on the hub has an official file's weights; None for any other name, and where none has."""
     match = _NAME.fullmatch(Path(name).stem.lower())
     if licence_of(name) is None or match is None or match[3] not in _SIZES:
         return None
-    return _address(match[3], match[2], 2 if match[1] else 1)[0]
+    if not match[1]:  # the files lie in a space; their copies, for the code's from_pretrained, in models
+        return f"LiheYoung/depth_anything_{match[3]}14"
+    return _address(match[3], match[2], 2)[0]
 
 
 def said_by_name(name: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import huggingface_hub
 import pytest
 
-from depth_anything.model.published import find_weights, licence_of, said_by_name
+from depth_anything.model.published import find_weights, licence_of, repository_of, said_by_name
 
 
 class Hub:
@@ -137,3 +137,13 @@ def test_a_name_says_version_and_range():
         "licence": "Apache-2.0",
     }
     assert said_by_name("mine.pth") == {}
+
+
+def test_a_name_tells_its_model_on_the_hub():
+    assert repository_of("x/depth_anything_v2_vitb.pth") == "depth-anything/Depth-Anything-V2-Base"
+    metric = "depth_anything_v2_metric_vkitti_vits.pth"
+    assert repository_of(metric) == "depth-anything/Depth-Anything-V2-Metric-VKITTI-Small"
+    assert repository_of("depth_anything_vitl14.pth") == "LiheYoung/depth_anything_vitl14"
+    for name in ("depth_anything_v2_vitg.pth", "dinov2_vits14_pretrain.pth", "model.safetensors"):
+        assert repository_of(name) is None
+    assert licence_of("dinov2_vitg14_reg4_pretrain.pth") == "Apache-2.0"

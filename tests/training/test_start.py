@@ -68,7 +68,7 @@ def test_official_files_start_a_stage(tmp_path):
     state = {name: torch.zeros(t.shape) for name, t in large.state_dict().items()}
     for name, licence, base in (
         ("depth_anything_v2_vits.pth", "Apache-2.0", "depth-anything/Depth-Anything-V2-Small"),
-        ("depth_anything_vits14.pth", "Apache-2.0", "LiheYoung/Depth-Anything"),
+        ("depth_anything_vits14.pth", "Apache-2.0", "LiheYoung/depth_anything_vits14"),
     ):
         torch.save(state, tmp_path / name)
         started = network({**CONFIG, "encoder": "vits", "init": str(tmp_path / name)})
