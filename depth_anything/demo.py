@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,29 +203,9 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
 
         cloud, in_space = gr.State(None), gr.State(False)
 
-        def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
-            empty = gr.DownloadButton(interactive=False, value=None)
-            nothing = [None, "", empty, empty, None, _viewer(None)]
-            try:
-                made = _map(path, name, colour, predictors, limits) if path else None
-            except _Refused as refusal:
-                gr.Warning(html.escape(str(refusal)), title="Not mapped", duration=12)
-                made = None
-            if made is None:
-                return [*nothing, _describe(name, predictors[name], limits) if name in predictors else ""]
-            return [
-                made.pair,
-                made.legend,
-                gr.DownloadButton(value=made.png16, interactive=True),
-                gr.DownloadButton(value=made.exr, interactive=True),
-                made,
-                _viewer(made if in_space else None),
-                made.facts,
-            ]
-
         gr.on(
             [image.change, model.input, colours.input],
-            show,
+            _answer(predictors, limits),
             [image, model, colours, in_space],
             [slider, legend, png16, exr, cloud, points, facts],
             api_visibility="private",
@@ -238,6 +218,32 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
         )
         picture_tab.select(lambda: (None, False), None, [points, in_space], api_visibility="private")
     return page
+
+
+def _answer(predictors: Mapping[str, Predictor], limits: Limits) -> Callable[..., list[Any]]:
+    """Make what answers a visitor: from picture, model, colours and open tab to what the page shows."""
+
+    def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
+        empty = gr.DownloadButton(interactive=False, value=None)
+        nothing = [None, "", empty, empty, None, _viewer(None)]
+        try:
+            made = _map(path, name, colour, predictors, limits) if path else None
+        except _Refused as refusal:
+            gr.Warning(html.escape(str(refusal)), title="Not mapped", duration=12)
+            made = None
+        if made is None:
+            return [*nothing, _describe(name, predictors[name], limits) if name in predictors else ""]
+        return [
+            made.pair,
+            made.legend,
+            gr.DownloadButton(value=made.png16, interactive=True),
+            gr.DownloadButton(value=made.exr, interactive=True),
+            made,
+            _viewer(made if in_space else None),
+            made.facts,
+        ]
+
+    return show
 
 
 def _viewer(made: _Made | None) -> gr.Model3D:
