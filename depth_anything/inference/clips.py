@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from depth_anything.data.sample import decode_image
@@ -26,7 +27,6 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 _NO_FILM = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
 """What FFmpeg opens too: pictures and texts, and playlists, which would lead it to other files."""
 
-_COVER = 0x400  # AV_DISPOSITION_ATTACHED_PIC, the picture of a music file
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
 _HD_LINES = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
 _EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
@@ -149,7 +149,7 @@ class VideoFile(Clip):
             kind = container.format.name
             if kind == "image2" or kind.endswith("_pipe"):
                 raise ValueError("a picture, not a video: for pictures type  depth-anything predict")
-            videos = [s for s in container.streams.video if not int(s.disposition) & _COVER]
+            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not videos or kind in _NO_FILM or videos[0].codec_context is None:
                 raise ValueError("there is no video in it")
             videos[0].thread_type = "AUTO"
