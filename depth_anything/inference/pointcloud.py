@@ -133,13 +133,20 @@ def encode_points(cloud: PointCloud, format: str) -> bytes:
         raise ValueError("no point is near enough to be drawn: the map is all sky")
     if format == "glb":
         turned = cloud.points * np.array([1, -1, -1], np.float32)
-        scene = trimesh.Scene(trimesh.PointCloud(turned, colors=cloud.colors))
+        scene = trimesh.Scene(trimesh.PointCloud(turned, colors=_linear(cloud.colors)))
         scene.metadata.update(unit=cloud.unit, axes="x right, y up, z back", focal_px=cloud.focal_px)
         return bytes(scene.export(file_type="glb"))
     data = bytes(trimesh.PointCloud(cloud.points, colors=cloud.colors).export(file_type="ply"))
     comment = f"comment unit {cloud.unit}; x right, y down, z forward; focal {cloud.focal_px:g} px\n"
     end = data.index(b"\nelement") + 1
     return data[:end] + comment.encode() + data[end:]
+
+
+def _linear(colors: np.ndarray) -> np.ndarray:
+    """Turn sRGB bytes into linear ones, as glTF 2.0 has them in COLOR_0; viewers show others pale."""
+    share = np.arange(256) / 255
+    light = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return np.rint(light * 255).astype(np.uint8)[colors]
 
 
 def _depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:

@@ -50,6 +50,14 @@ def test_files_have_their_axes_and_colours(format):
     assert (points[blue, 1] * up < 0).all() and (points[~blue, 1] * up > 0).all()
 
 
+@pytest.mark.parametrize(("format", "stored"), [("ply", 188), ("glb", 128)])
+def test_colours_are_linear_where_the_format_has_them_so(format, stored):
+    """Half the light is 188 in sRGB (IEC 61966-2-1)."""
+    image = np.full((8, 8, 3), 188, np.uint8)
+    cloud = unproject(image, np.ones((8, 8), np.float32), quantity="depth", focal_px=FOCAL)
+    assert (read(cloud, format)[1] == stored).all()
+
+
 def test_a_floor_seen_aslant_is_a_plane_in_depth_and_in_disparity():
     height, width, camera_m = 80, 100, 1.5
     rows = np.arange(height)[:, None] + 0.5 - height / 2
