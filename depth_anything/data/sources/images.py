@@ -24,7 +24,8 @@ from PIL import Image
 
 from depth_anything.data.sample import Frame, decode_image, encode_frame
 from depth_anything.data.shards import ShardSet
-from depth_anything.data.sources.writing import Record, Refused, write_set
+from depth_anything.data.sources.source import Refused
+from depth_anything.data.sources.writing import Record, write_set
 from depth_anything.licences import check_licence
 
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory

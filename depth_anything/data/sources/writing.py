@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from depth_anything.data.shards import ShardInfo, ShardSet, index_shard, open_set, write_manifest, write_shard
+from depth_anything.data.sources.source import Refused
 from depth_anything.data.tars import write_atomically
 
 Record = tuple[str, dict[str, bytes]]
@@ -132,12 +133,3 @@ def _records(
         bar.update()
     if skipped:
         write_atomically(notes, json.dumps(skipped, ensure_ascii=False, indent=1).encode())
-
-
-class Refused(ValueError):
-    """A file that is not taken into the set."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        """Name the file and say why."""
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason

@@ -1,0 +1,63 @@
+"""What every reader of raw data shares: the facts of its set, and a record as it is read from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before anything of it is read.
+
+    Attributes:
+        name: Of the set and of its command: `depth-anything shard NAME`.
+        title: As its makers call it.
+        records: How many the paper takes, or the set's own count.
+        layout: Where its files lie below the raw folder.
+        get: Where to get it, and how large it is.
+        licence: SPDX name, or LicenceRef-…; goes into the manifest and into what is trained on it.
+        sky: "far" (disparity 0) or "invalid": what training does with the sky unless told otherwise.
+        leave_out: Glob patterns of names that are not taken unless asked for.
+    """
+
+    name: str
+    title: str
+    records: int
+    layout: str
+    get: str
+    licence: str
+    sky: str = "far"
+    leave_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One record as a source reads it, before any rule about what is valid.
+
+    Attributes:
+        image: The image file as it is, or uint8 (H, W, 3) RGB where the set has no file to keep.
+        meta: For the record's json: unit, intrinsics if known, whatever a user of the pixels must know.
+        depth: float (H, W): planar depth (z), in meta["unit"]. NaN, infinite, zero and negative values may
+            stand in it: they are counted and become NaN.
+        disparity: float (H, W), larger is nearer, as the set stores it; likewise.
+        sky: bool (H, W), where the set says that there is sky.
+        invalid: Reason to bool (H, W): what else is not to be trusted.
+    """
+
+    image: bytes | np.ndarray
+    meta: dict[str, Any] = field(default_factory=dict)
+    depth: np.ndarray | None = None
+    disparity: np.ndarray | None = None
+    sky: np.ndarray | None = None
+    invalid: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Refused(ValueError):
+    """A file that is not taken into the set."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Name the file and say why."""
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
