@@ -1,0 +1,329 @@
+"""Maps of depth or disparity as their files hold them: PFM, EXR, NPY, 16-bit PNG, HDF5.
+
+Each reader takes a path or the bytes of a file and returns one channel, (H, W), in the file's own type and by
+the file's own values: units, scales and invalid values are the business of whoever knows the set. What is
+damaged, cut short, too large or of another kind is a ValueError with the reason in a sentence; the caller knows
+the name. Nothing is unpickled, no other file is opened, and nothing is allocated for a size that a header only
+claims.
+"""
+
+import ast
+import io
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+MAX_BYTES = 1 << 29  # of a file
+MAX_PIXELS = 1 << 26  # as much as a record may hold
+_MAX_SIDE = 1 << 15
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def read_pfm(source: str | Path | bytes) -> np.ndarray:
+    """Read a portable float map of one channel.
+
+    Its rows lie bottom-up and are turned; the sign of its scale says the order of bytes, its size is ignored, as
+    every writer of depth maps has it.
+
+    Returns:
+        float32 (H, W), first row on top.
+
+    Raises:
+        ValueError: Not such a file, of three channels, cut short or too large.
+    """
+    data = _bytes(source)
+    words, start = _pfm_header(data)
+    if words[:1] == [b"PF"]:
+        raise ValueError("a PFM of three channels (PF): a map has one (Pf)")
+    if words[:1] != [b"Pf"]:
+        raise ValueError("not a PFM: it does not begin with Pf")
+    try:
+        width, height, scale = int(words[1]), int(words[2]), float(words[3])
+    except (ValueError, IndexError):
+        raise ValueError("the PFM's header has no width, height and scale") from None
+    if scale == 0 or scale != scale:
+        raise ValueError("the PFM's scale is zero or no number, so that the order of its bytes is not known")
+    _check_shape((height, width))
+    if len(data) - start != height * width * 4:
+        held = f"{len(data) - start} bytes follow its header"
+        raise ValueError(
+            f"the PFM is damaged: {held}, {height * width * 4} are needed for {width} x {height}"
+        )
+    rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=start).reshape(height, width)
+    return np.ascontiguousarray(rows[::-1], np.float32)
+
+
+def read_exr(source: str | Path | bytes, *, channel: str | None = None) -> np.ndarray:
+    """Read one channel of an OpenEXR picture.
+
+    Args:
+        source: Path or bytes.
+        channel: Its name, as Y, Z, R or ViewLayer.Depth.Z; None: the only one, or where all channels hold the
+            same (a grey picture written as RGB) the first. An opaque A does not count.
+
+    Returns:
+        float16, float32 or uint32 (H, W).
+
+    Raises:
+        ValueError: Not such a file, damaged, too large, deep, its picture is not the whole of its window, or the
+            channel is not there; those that are, are named.
+    """
+    import OpenEXR
+
+    data = _bytes(source)
+    if not data.startswith(b"\x76\x2f\x31\x01"):
+        raise ValueError("not an OpenEXR file")
+    with tempfile.TemporaryDirectory() as folder:  # the library reads paths only
+        path = Path(folder, "map.exr")
+        path.write_bytes(data)
+        try:
+            with OpenEXR.File(str(path), True, True, 0) as file:  # separate channels, header only, no threads
+                _check_exr([part.header for part in file.parts])
+            with OpenEXR.File(str(path), True, False, 0) as file:
+                found = {name: part.pixels for name, part in file.channels().items()}
+        except ValueError:
+            raise
+        except Exception as error:  # the library has a dozen types of its own for what is damaged
+            raise ValueError(f"the EXR cannot be read: {error or type(error).__name__}") from error
+    return _as_map(_channel(found, channel))
+
+
+def read_npy(source: str | Path | bytes) -> np.ndarray:
+    """Read a NumPy array of numbers, (H, W), (H, W, 1) or (1, H, W).
+
+    Returns:
+        (H, W) in the array's type, bytes in this machine's order.
+
+    Raises:
+        ValueError: Not such a file, cut short, too large, of Python objects (which could run code), or of
+            another shape.
+    """
+    data = _bytes(source)
+    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
+        raise ValueError("not an NPY file: it does not begin with its mark")
+    long = data[6] >= 2
+    start, size = (
+        (12, int.from_bytes(data[8:12], "little")) if long else (10, int.from_bytes(data[8:10], "little"))
+    )
+    try:
+        header = ast.literal_eval(data[start : start + size].decode("latin1")) if size < 10_000 else None
+        shape, dtype = tuple(header["shape"]), np.dtype(header["descr"])
+        columns_first = bool(header["fortran_order"])
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(
+            "the NPY's header is damaged, or says more than the shape and type of numbers"
+        ) from None
+    if dtype.hasobject:
+        raise ValueError("the NPY holds Python objects, which are not read: save numbers")
+    _check_shape(shape)
+    _check_type(dtype)
+    held, needed = len(data) - start - size, int(np.prod(shape)) * dtype.itemsize
+    if held != needed:
+        raise ValueError(f"the NPY is damaged: {held} bytes follow its header, {needed} are needed")
+    values = np.frombuffer(data, dtype, offset=start + size)
+    return _as_map(values.reshape(shape, order="F" if columns_first else "C"))
+
+
+def read_png16(source: str | Path | bytes) -> np.ndarray:
+    """Read a grey PNG of 16 bits.
+
+    Returns:
+        uint16 (H, W).
+
+    Raises:
+        ValueError: Not such a file, of 8 bits or of colours, damaged (every checksum is looked at), too large.
+    """
+    data = _bytes(source)
+    bits, colours, shape = _png_header(data)
+    if (bits, colours) != (16, 0):
+        kind = {0: "grey", 2: "RGB", 3: "of a palette", 4: "grey and alpha", 6: "RGBA"}.get(colours, "?")
+        raise ValueError(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
+    _check_shape(shape)
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.shape != shape or values.dtype != np.uint16:
+        raise ValueError("the PNG is damaged: its pixels cannot be decoded")
+    return values
+
+
+def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
+    """Read a dataset of an HDF5 file, (H, W), (H, W, 1) or (1, H, W).
+
+    Args:
+        source: Path or bytes.
+        key: Its path in the file, as "dataset" or "cameras/depth"; None: the only one at the top.
+
+    Returns:
+        (H, W) in the dataset's type, bytes in this machine's order.
+
+    Raises:
+        ValueError: Not such a file, damaged, too large, the key is not there (those that are, are named), or the
+            numbers lie in another file.
+    """
+    import h5py
+
+    data = _bytes(source)
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            dataset = _dataset(file, key)
+            _check_shape(dataset.shape)
+            _check_type(dataset.dtype)
+            if dataset.is_virtual or dataset.external:
+                raise ValueError(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
+            if dataset.chunks is not None and np.prod(dataset.chunks, dtype=float) > MAX_PIXELS:
+                raise ValueError(
+                    f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large'
+                )
+            return _as_map(dataset[()])
+    except ValueError:
+        raise
+    except (
+        Exception
+    ) as error:  # what damage makes of the library is OSError, RuntimeError, KeyError, TypeError …
+        raise ValueError(f"the HDF5 file cannot be read: {error or type(error).__name__}") from error
+
+
+def _bytes(source: str | Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        about = os.stat(source)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a regular file")
+        if about.st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB, which no map has")
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror or type(error).__name__) from error
+
+
+def _check_shape(shape: Sequence[Any]) -> None:
+    """Refuse what is no map, or larger than a record may be; before anything of that size is made."""
+    whole = all(type(side) is int and 1 <= side <= _MAX_SIDE for side in shape)
+    sides = [side for side in shape if side != 1] if len(shape) == 3 else shape
+    if not whole or len(shape) not in (2, 3) or len(sides) > 2 or (len(shape) == 3 and shape[1] == 1):
+        raise ValueError(
+            f"its shape is {_shown(shape)}: a map is (H, W), (H, W, 1) or (1, H, W), up to 32768 a side"
+        )
+    if np.prod(shape, dtype=float) > MAX_PIXELS:
+        raise ValueError(f"its {_shown(shape)} pixels are more than the limit of 2^26")
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    return f"({', '.join(map(str, shape[:6]))}{', …' if len(shape) > 6 else ''})"
+
+
+def _check_type(dtype: np.dtype) -> None:
+    if dtype.kind not in "fiu" or dtype.itemsize > 8:
+        raise ValueError(f"it holds values of type {dtype}: a map holds integers or floats")
+
+
+def _as_map(values: np.ndarray) -> np.ndarray:
+    _check_shape(values.shape)
+    if values.ndim == 3:
+        values = values[0] if values.shape[0] == 1 else values[..., 0]
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+def _pfm_header(data: bytes) -> tuple[list[bytes], int]:
+    """The four words of a header, and where the data begins: one white byte after the fourth."""
+    words: list[bytes] = []
+    place = 0
+    while len(words) < 4 and place < min(len(data), 200):
+        end = place
+        while end < len(data) and end - place < 40 and not data[end : end + 1].isspace():
+            end += 1
+        if end > place:
+            words.append(data[place:end])
+        place = end + 1
+    return words, place
+
+
+def _check_exr(headers: Sequence[dict[str, Any]]) -> None:
+    if len(headers) != 1:
+        raise ValueError(f"the EXR has {len(headers)} parts: a map has one")
+    header = headers[0]
+    low, high = (np.asarray(corner, np.int64) for corner in header["dataWindow"])
+    width, height = (high - low + 1).tolist()
+    _check_shape((height, width))
+    if "deep" in str(header["type"]).lower():
+        raise ValueError("the EXR is deep: a map has one value a pixel")
+    window = [np.asarray(corner, np.int64).tolist() for corner in header["displayWindow"]]
+    if window != [low.tolist(), high.tolist()]:
+        raise ValueError(
+            f"the EXR holds the pixels {low.tolist()} to {high.tolist()} of a picture from {window[0]} to {window[1]}: "
+            "write the whole picture"
+        )
+
+
+def _channel(found: dict[str, np.ndarray], channel: str | None) -> np.ndarray:
+    names = ", ".join(sorted(found)[:20])
+    if channel is not None:
+        if channel not in found:
+            raise ValueError(f'the EXR has no channel "{channel}", but {names}')
+        return found[channel]
+    values = [found[name] for name in sorted(found) if name != "A"] or list(found.values())
+    if not values:
+        raise ValueError("the EXR has no channel")
+    if any(not np.array_equal(values[0], other, equal_nan=True) for other in values[1:]):
+        raise ValueError(f"the EXR has several channels ({names}): say which is the map")
+    return values[0]
+
+
+def _png_header(data: bytes) -> tuple[int, int, tuple[int, int]]:
+    """Bits, colour type and (height, width), once every chunk's checksum holds and the end is there."""
+    if not data.startswith(_PNG):
+        raise ValueError("not a PNG file")
+    view, place, header, kind = memoryview(data), len(_PNG), b"", b""
+    while kind != b"IEND":
+        if place + 12 > len(data):
+            raise ValueError("the PNG is cut short")
+        size, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 8 + size
+        if end + 4 > len(data):
+            raise ValueError("the PNG is cut short")
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("the PNG is damaged: a checksum differs")
+        if not header:
+            if kind != b"IHDR" or size != 13:
+                raise ValueError("the PNG is damaged: it does not begin with its header")
+            header = data[place + 8 : end]
+        place = end + 4
+    width, height, bits, colours = struct.unpack_from(">IIBB", header)
+    return bits, colours, (height, width)
+
+
+def _dataset(file: Any, key: str | None) -> Any:
+    import h5py
+
+    if key is None:
+        names = [name for name in file if _is_here(file, name) and isinstance(file[name], h5py.Dataset)]
+        if len(names) != 1:
+            raise ValueError(f"the HDF5 file has {_names(file)} at its top: say the key of the map")
+        key = names[0]
+    here = file
+    for part in [part for part in key.split("/") if part]:
+        if not isinstance(here, h5py.Group) or not _is_here(here, part):
+            raise ValueError(f'the HDF5 file has no dataset "{key}", but {_names(here)}')
+        here = here[part]
+    if not isinstance(here, h5py.Dataset):
+        raise ValueError(f'"{key}" of the HDF5 file is no dataset; it holds {_names(here)}')
+    return here
+
+
+def _is_here(group: Any, name: str) -> bool:
+    """Whether a name is no link, which could lead into another file."""
+    import h5py
+
+    return name in group and isinstance(group.get(name, getlink=True), h5py.HardLink)
+
+
+def _names(group: Any) -> str:
+    return ", ".join(list(group)[:20]) if hasattr(group, "keys") and len(group) else "nothing"
