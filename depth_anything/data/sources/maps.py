@@ -10,6 +10,7 @@ claims.
 import ast
 import io
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -24,6 +25,7 @@ import numpy as np
 MAX_BYTES = 1 << 29  # of a file
 MAX_PIXELS = 1 << 26  # as much as a record may hold
 _MAX_SIDE = 1 << 15
+_MAX_HEADER = 10_000  # bytes; a header longer than that says more than a map has to say
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -114,17 +116,16 @@ def read_npy(source: str | Path | bytes) -> np.ndarray:
         (12, int.from_bytes(data[8:12], "little")) if long else (10, int.from_bytes(data[8:10], "little"))
     )
     try:
-        header = ast.literal_eval(data[start : start + size].decode("latin1")) if size < 10_000 else None
-        shape, dtype = tuple(header["shape"]), np.dtype(header["descr"])
-        columns_first = bool(header["fortran_order"])
+        header = ast.literal_eval(data[start : start + min(size, _MAX_HEADER)].decode("latin1"))
+        shape, kind, columns_first = tuple(header["shape"]), header["descr"], bool(header["fortran_order"])
     except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError(
-            "the NPY's header is damaged, or says more than the shape and type of numbers"
-        ) from None
-    if dtype.hasobject:
+        raise ValueError("the NPY's header is damaged, or says more than the shape of a map") from None
+    if kind == "|O":
         raise ValueError("the NPY holds Python objects, which are not read: save numbers")
+    if not isinstance(kind, str) or not re.fullmatch("[<>|=][fiu][1248]", kind) or kind[1:] == "f1":
+        raise ValueError(f"the NPY holds values of type {str(kind)[:40]}: a map holds integers or floats")
+    dtype = np.dtype(kind)
     _check_shape(shape)
-    _check_type(dtype)
     held, needed = len(data) - start - size, int(np.prod(shape)) * dtype.itemsize
     if held != needed:
         raise ValueError(f"the NPY is damaged: {held} bytes follow its header, {needed} are needed")
