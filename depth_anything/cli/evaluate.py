@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import WEIGHTS, add_command, add_network, load, watch
+from depth_anything.cli.options import WEIGHTS, add_command, add_network, load, make_predictor, watch
 
 MEAN_MAP_FRAMES = 1000
 """How many frames of the training set the mean map is made of, at most."""
@@ -40,7 +40,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     from depth_anything.evaluation.benchmarks import mean_map, read_frames
     from depth_anything.evaluation.report import compare
     from depth_anything.evaluation.table import format_table
-    from depth_anything.inference.predictor import Predictor
 
     named = names_of(options.weights)
     shard_set = open_set(options.data)
@@ -52,13 +51,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         facts["mean map"] = {"baseline": f"mean disparity of {options.mean_map}, the same for every image"}
     for name, path in named.items():
         model, facts[name] = load(path, input_size=options.input_size)
-        predictors[name] = Predictor(
-            model,
-            device=options.device,
-            input_size=model.input_size,
-            precision=options.precision,
-            resample=options.resample,
-        )
+        predictors[name] = make_predictor(model, options)
         facts[name]["device"] = str(predictors[name].device)
     total = min(options.limit or shard_set.records, shard_set.records)
     folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")

@@ -77,11 +77,16 @@ def add_tiles(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
-    """Declare what is written: the picture as theirs, and files that keep the values."""
+def add_picture(command: argparse.ArgumentParser) -> None:
+    """Declare how a map is painted: the authors' flags."""
     command.add_argument("--pred-only", action="store_true", help="only the map, without the image beside it")
     command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
     command.add_argument("--colormap", metavar="NAME", help="of matplotlib (theirs: Spectral_r, near is red)")
+
+
+def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
+    """Declare what is written: the picture as theirs, and files that keep the values."""
+    add_picture(command)
     command.add_argument(
         "--format",
         nargs="*",
@@ -135,8 +140,6 @@ def load(
 
 def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, Any]]":
     """Return the predictor that a command's `add_weights` and `add_network` ask for, and what reports say of it."""
-    from depth_anything.inference.predictor import Predictor
-
     model, facts = load(
         options.weights,
         input_size=options.input_size,
@@ -144,7 +147,14 @@ def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, A
         dataset=options.dataset,
         max_depth=options.max_depth,
     )
-    predictor = Predictor(
+    return make_predictor(model, options), facts
+
+
+def make_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Predictor":
+    """Return a predictor of a model, run as the command's `add_network` and `add_tiles` ask for."""
+    from depth_anything.inference.predictor import Predictor
+
+    return Predictor(
         model,
         device=options.device,
         input_size=model.input_size,
@@ -152,7 +162,13 @@ def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, A
         resample=options.resample,
         tiles=getattr(options, "tiles", None),
     )
-    return predictor, facts
+
+
+def describe_values(predictor: "Predictor") -> str:
+    """Say what a predictor's values are: quantity, unit and direction."""
+    from depth_anything.inference.formats import direction
+
+    return f"{predictor.quantity}, {predictor.unit}, larger is {direction(predictor.quantity)}"
 
 
 def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
@@ -170,6 +186,11 @@ def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterato
             said, rate = now, (done + 1) / (now - begin)
             rest = f", {(total - done - 1) / rate:.0f} s to go" if total else ""
             print(f"{what}: {done + 1} of {total or '?'}, {rate:.1f} a second{rest}", file=sys.stderr)
+
+
+def counted(number: int, noun: str) -> str:
+    """Put a number before a noun: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _weight_file(path: Path) -> Path:

@@ -13,6 +13,8 @@ from depth_anything.cli.options import (
     add_output_flags,
     add_tiles,
     add_weights,
+    counted,
+    describe_values,
     load_predictor,
     watch,
 )
@@ -113,10 +115,8 @@ def _predict(options: argparse.Namespace) -> None:
     for file, why in outcome.skipped.items():
         print(f"skipped {file}: {why}", file=sys.stderr)
     for whence, images in outcome.focals.items():
-        print(f"focal length ({images} images, pixels in each .json): {whence}")
-    larger = "nearer" if predictor.quantity == "disparity" else "farther"
+        print(f"focal length ({counted(images, 'image')}, pixels in each .json): {whence}")
     print(
-        f"{outcome.images} images mapped, {len(outcome.skipped)} files skipped in {seconds:.1f} s "
-        f"({outcome.images / seconds:.2f} a second): {options.outdir} "
-        f"({predictor.quantity}, {predictor.unit}, larger is {larger})"
+        f"{counted(outcome.images, 'image')} mapped, {counted(len(outcome.skipped), 'file')} skipped in "
+        f"{seconds:.1f} s ({outcome.images / seconds:.2f} a second): {options.outdir} ({describe_values(predictor)})"
     )

@@ -12,10 +12,14 @@ from depth_anything.cli.options import (
     WEIGHTS,
     add_command,
     add_network,
+    add_picture,
     add_tiles,
     add_weights,
+    counted,
+    describe_values,
     load,
     load_predictor,
+    make_predictor,
     watch,
 )
 
@@ -101,11 +105,7 @@ def _add_page(demo: argparse.ArgumentParser) -> None:
 
 def _add_film(command: argparse.ArgumentParser) -> None:
     add_weights(command)
-    command.add_argument(
-        "--pred-only", action="store_true", help="only the map, without the picture beside it"
-    )
-    command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
-    command.add_argument("--colormap", metavar="NAME", help="of matplotlib (theirs: Spectral_r, near is red)")
+    add_picture(command)
     command.add_argument(
         "--range",
         choices=RANGES,
@@ -169,30 +169,22 @@ def _video(options: argparse.Namespace) -> None:
             print(f"{name}: {note}", file=sys.stderr)
     for name, written in outcome.written.items():
         print(f"{', '.join(str(path) for path in written)}: {outcome.frames[name]} frames")
-    larger = "nearer" if predictor.quantity == "disparity" else "farther"
     print(
-        f"{len(outcome.written)} videos mapped, {len(outcome.skipped)} files skipped: {options.output} "
-        f"({predictor.quantity}, {predictor.unit}, larger is {larger})"
+        f"{counted(len(outcome.written), 'video')} mapped, {counted(len(outcome.skipped), 'file')} skipped: "
+        f"{options.output} ({describe_values(predictor)})"
     )
 
 
 def _demo(options: argparse.Namespace) -> None:
     need("gradio", extra="demo", what="Gradio")
     from depth_anything.demo import Limits, serve
-    from depth_anything.inference.predictor import Predictor
 
     named: Iterable[tuple[str, Path | None]]
     named = names_of(options.weights).items() if options.weights else [(options.encoder or "vitl", None)]
     predictors = {}
     for name, path in named:
         model, _ = load(path, input_size=options.input_size, encoder=options.encoder)
-        predictors[name] = Predictor(
-            model,
-            device=options.device,
-            input_size=model.input_size,
-            precision=options.precision,
-            resample=options.resample,
-        )
+        predictors[name] = make_predictor(model, options)
     limits = Limits(megapixels=options.max_megapixels, megabytes=options.max_megabytes, queue=options.queue)
     serve(predictors, host=options.host, port=options.port, limits=limits)
 

@@ -7,6 +7,7 @@ every frame keeps its own time, so that neither 29.97 nor a variable frame rate 
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Sound(Protocol):
 
 
 @dataclass
-class Clip:
+class Clip(ABC):
     """What is known of a clip before it is read.
 
     Attributes:
@@ -77,9 +78,9 @@ class Clip:
     pixel_aspect: Fraction = Fraction(1)
     notes: list[str] = field(default_factory=list)
 
+    @abstractmethod
     def read(self, sound: Sound | None = None) -> Iterator[Picture]:
         """Yield the frames in order; the audio goes to `sound` on the way, as it lies in the file."""
-        raise NotImplementedError
 
 
 class VideoFile(Clip):

@@ -1,12 +1,11 @@
 """From image files to map files: every image once, nothing overwritten, the network never waiting for a disk."""
 
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +14,17 @@ import numpy as np
 from depth_anything.data.sample import decode_image
 from depth_anything.data.sources.images import Photograph, list_photographs
 from depth_anything.data.tars import write_atomically
-from depth_anything.inference.formats import ENDINGS, GAP_PX, MEANINGS, direction, encode, picture, write_map
+from depth_anything.inference.formats import (
+    ENDINGS,
+    GAP_PX,
+    MEANINGS,
+    direction,
+    encode,
+    near_is_red,
+    picture,
+    write_map,
+)
+from depth_anything.inference.naming import name_apart, tree
 from depth_anything.inference.pointcloud import (
     MAX_POINTS,
     POINT_FORMATS,
@@ -164,11 +173,8 @@ class _Writer:
 
     def __init__(self, predictor: Predictor, products: Products, facts: Mapping[str, Any]) -> None:
         self.predictor, self.products, self.facts = predictor, products, facts
-        # As the authors paint them: near is red, in disparity as in depth.
-        near_is_red = (
-            "Spectral_r" if predictor.quantity == "disparity" or predictor.calibrated else "Spectral"
-        )
-        self.colormap = "gray" if products.grayscale else products.colormap or near_is_red
+        painted = "disparity" if predictor.calibrated else predictor.quantity
+        self.colormap = "gray" if products.grayscale else products.colormap or near_is_red(painted)
         self.endings = [".png", ".json", *([RAW_METRES] if products.save_numpy else [])]
         self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in products.values]
         self.endings += [f"_points.{format}" for format in products.points]
@@ -290,35 +296,11 @@ def _batches(images: Iterable[_Opened], size: int) -> Iterator[list[_Opened]]:
 
 
 def _targets(names: Sequence[str], source: Path, endings: Sequence[str]) -> list[Path]:
-    """Give every file a path without ending, below the output, such that no two files made are one.
-
-    Two that differ in case alone would be one on some disks. What does not look like an image gives way.
-    """
-    paths = _tree(names, source)
-    stems = Counter(str(path.parent / path.stem).casefold() for path in paths if _looks_like_image(path))
-    taken: set[str] = set()
-    targets = []
-    for path in paths:
-        alike = stems[str(path.parent / path.stem).casefold()] - _looks_like_image(path)
-        stem = f"{path.stem}_{path.suffix[1:]}" if alike else path.stem
-        for number in count(1):
-            target = path.parent / (stem if number == 1 else f"{stem}_{number}")
-            made = {f"{target}{ending}".casefold() for ending in endings}
-            if taken.isdisjoint(made):
-                break
-        taken |= made
-        targets.append(Path(target))
-    return targets
-
-
-def _tree(names: Sequence[str], source: Path) -> list[PurePosixPath]:
-    """Names as paths below the output; where a list has /elsewhere/a.jpg or ../a.jpg, from what all have in common."""
-    paths = [PurePosixPath(name) for name in names]
-    if any(path.is_absolute() or ".." in path.parts for path in paths):
-        full = [os.path.abspath(source.parent / name) for name in names]
-        common = os.path.commonpath([os.path.dirname(name) for name in full])
-        paths = [PurePosixPath(Path(os.path.relpath(name, common)).as_posix()) for name in full]
-    return paths
+    """Name what is made of each file; what does not look like an image gives way."""
+    paths = tree(names, source)
+    minor = {i for i, path in enumerate(paths) if not _looks_like_image(path)}
+    stems, marks = [path.parent / path.stem for path in paths], [path.suffix[1:] for path in paths]
+    return name_apart(stems, marks, endings=endings, minor=minor)
 
 
 def _looks_like_image(path: PurePosixPath) -> bool:

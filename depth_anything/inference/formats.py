@@ -35,6 +35,17 @@ def direction(quantity: str) -> str:
     return "nearer" if quantity == "disparity" else "farther"
 
 
+def near_is_red(quantity: str) -> str:
+    """Name the authors' colormap, in which near is red: for disparity, or for depth."""
+    return "Spectral_r" if quantity == "disparity" else "Spectral"
+
+
+def side_by_side(image: np.ndarray, painted: np.ndarray) -> np.ndarray:
+    """Put the image and its painted map next to each other, white between, as in the authors' output."""
+    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
+    return np.hstack([image, gap, painted])
+
+
 def write_map(
     path: Path,
     map: np.ndarray,
@@ -116,9 +127,8 @@ def picture(image: np.ndarray, map: np.ndarray, *, colormap: str, pred_only: boo
         pred_only: the map alone.
     """
     painted = colorize(map, colormap=colormap)
-    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     out = io.BytesIO()
-    whole = painted if pred_only else np.hstack([image, gap, painted])
+    whole = painted if pred_only else side_by_side(image, painted)
     Image.fromarray(whole).save(out, "PNG", compress_level=COMPRESSION)
     return out.getvalue()
 

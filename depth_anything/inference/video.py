@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +15,8 @@ import numpy as np
 from depth_anything.data.tars import write_atomically
 from depth_anything.inference.clips import Clip, FrameFolder, Picture, list_clips
 from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder
-from depth_anything.inference.formats import GAP_PX, direction
+from depth_anything.inference.formats import GAP_PX, direction, near_is_red, side_by_side
+from depth_anything.inference.naming import name_apart, tree
 from depth_anything.inference.predictor import Predictor
 from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
 from depth_anything.visualize import colorize
@@ -126,7 +125,7 @@ def predict_videos(
     """
     settings = settings or Settings()
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
-    targets = _targets(clips, Path(output), keep_tree=Path(source).is_dir())
+    targets = [Path(output) / target for target in _targets(clips, Path(source), predictor.quantity)]
     for clip, target in zip(clips, targets, strict=True):
         if _ending(target, ".mp4").resolve() == clip.path.resolve():
             raise ValueError(f"{output} holds the videos: give another folder for what is made of them")
@@ -306,12 +305,9 @@ def _writers(
 def _drawn(
     image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], quantity: str, settings: Settings
 ) -> np.ndarray:
-    near_is_red = "Spectral_r" if quantity == "disparity" else "Spectral"
-    colormap = "gray" if settings.grayscale else settings.colormap or near_is_red
+    colormap = "gray" if settings.grayscale else settings.colormap or near_is_red(quantity)
     picture = colorize(map_, low=shown[0], high=shown[1], colormap=colormap)
-    if settings.pred_only:
-        return picture
-    return np.hstack([image, np.full((image.shape[0], GAP_PX, 3), 255, np.uint8), picture])
+    return picture if settings.pred_only else side_by_side(image, picture)
 
 
 def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, count: int) -> dict[str, Any]:
@@ -337,34 +333,13 @@ def _ending(target: Path, ending: str) -> Path:
     return target.with_name(target.name + ending)
 
 
-def _targets(clips: list[Clip], output: Path, *, keep_tree: bool) -> list[Path]:
-    """Name what each clip becomes, no two alike, on disks that ignore case, too."""
-    names = [_inside(clip.name) for clip in clips]
-    if not keep_tree and len(names) > 1:
-        common = os.path.commonpath([name.parent for name in names])
-        names = [name.relative_to(common) for name in names]
-    elif not keep_tree:
-        names = [PurePosixPath(names[0].name)]
-    plain = [
-        n if isinstance(clip, FrameFolder) else n.with_suffix("")
-        for n, clip in zip(names, clips, strict=True)
+def _targets(clips: list[Clip], source: Path, quantity: str) -> list[Path]:
+    """Name what each clip becomes; a folder of frames has no ending to lose."""
+    names = tree([clip.name for clip in clips], source)
+    folders = [isinstance(clip, FrameFolder) for clip in clips]
+    stems = [name if folder else name.with_suffix("") for name, folder in zip(names, folders, strict=True)]
+    marks = [
+        "frames" if folder else name.suffix[1:] or "video"
+        for name, folder in zip(names, folders, strict=True)
     ]
-    count = Counter(str(name).casefold() for name in plain)
-    taken: set[str] = set()
-    targets = []
-    for name, stem, clip in zip(names, plain, clips, strict=True):
-        if count[str(stem).casefold()] > 1:
-            ending = "frames" if isinstance(clip, FrameFolder) else name.suffix[1:] or "video"
-            stem = stem.with_name(f"{stem.name}_{ending}")
-        free, number = stem, 1
-        while str(free).casefold() in taken:
-            number += 1
-            free = stem.with_name(f"{stem.name}_{number}")
-        taken.add(str(free).casefold())
-        targets.append(output / free)
-    return targets
-
-
-def _inside(name: str) -> PurePosixPath:
-    """The name of a clip as a path below the output, also where a list says /elsewhere/a.mp4 or ../a.mp4."""
-    return PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
+    return name_apart(stems, marks, endings=(".mp4", ".json", f"_{quantity}"))

@@ -1,0 +1,93 @@
+"""`depth-anything evaluate`."""
+
+import json
+
+import numpy as np
+from typing_commands import complaint
+
+from depth_anything import load_model
+from depth_anything.cli import main
+from depth_anything.data.sample import Frame, encode_frame
+from depth_anything.data.shards import open_set, write_manifest, write_shard
+
+
+def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
+    folder = tmp_path / "report"
+    arguments = [
+        "--data",
+        str(scenes),
+        "--mean-map",
+        str(scenes),
+        "--output",
+        str(folder),
+        "--input-size",
+        "56",
+    ]
+    again = weights / "model.safetensors"
+    assert main(["evaluate", "--weights", str(weights), f"again={again}", *arguments, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "AbsRel ↓" in out and str(folder / "report.html") in out and not err
+    document = json.loads((folder / "results.json").read_text())
+    names = [model["name"] for model in document["models"]]
+    assert names == ["mean map", "student-vitn-tiny", "again"]
+    mean, student, twin = document["models"]
+    assert student["means"] == twin["means"] and student["images"] == 6
+    assert student["facts"]["fingerprint"].startswith("sha256:") and student["facts"]["encoder"] == "vitn"
+    assert mean["means"]["abs_rel"] < student["means"]["abs_rel"]  # the network knows nothing yet
+    assert document["data"]["digest"] == open_set(scenes).digest
+    assert document["settings"]["command"].startswith("depth-anything evaluate --weights ")
+    assert (folder / "report.html").read_text(encoding="utf-8").count("<figure>") >= 6 * 2 * 3
+
+
+def test_evaluate_is_the_function(tmp_path, scenes, weights):
+    from depth_anything import Predictor
+    from depth_anything.evaluation.benchmarks import read_frames
+    from depth_anything.evaluation.evaluate import evaluate
+
+    folder = tmp_path / "r"
+    line = [
+        "evaluate",
+        "--weights",
+        f"m={weights}",
+        "--data",
+        str(scenes),
+        "--output",
+        str(folder),
+        "--limit",
+        "3",
+    ]
+    assert main([*line, "--input-size", "56", "--device", "cpu"]) == 0
+    predictor = Predictor(load_model(weights / "model.safetensors"), device="cpu", input_size=56)
+    expected = evaluate(predictor, read_frames(scenes, limit=3))
+    assert json.loads((folder / "results.json").read_text())["models"][0]["rows"] == list(expected.rows)
+
+
+def test_evaluate_refuses_in_one_sentence(tmp_path, scenes, weights, capsys):
+    assert "is not a folder" in complaint(
+        capsys, "evaluate", "--weights", weights, "--data", tmp_path / "none"
+    )
+    assert "no weights at" in complaint(capsys, "evaluate", "--weights", tmp_path / "x.pth", "--data", scenes)
+    twice = complaint(capsys, "evaluate", "--weights", weights, weights, "--data", scenes)
+    assert "two models are called 'student-vitn-tiny'" in twice
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("stage: teacher\n")
+    assert "not finished" in complaint(capsys, "evaluate", "--weights", unfinished, "--data", scenes)
+
+
+def test_evaluate_refuses_a_set_without_depth(tmp_path, weights, capsys):
+    frame = Frame("bare/a/0", np.zeros((28, 28, 3), np.uint8))
+    info = write_shard(tmp_path / "a.tar", [(frame.key, encode_frame(frame, codec="f32"))])
+    write_manifest(tmp_path, name="bare", shards=[info], meta={})
+    line = (
+        "evaluate",
+        "--weights",
+        weights,
+        "--data",
+        tmp_path,
+        "--output",
+        tmp_path / "r",
+        "--input-size",
+        "28",
+    )
+    assert "no depth in metres" in complaint(capsys, *line)
