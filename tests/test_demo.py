@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 import warnings
@@ -296,10 +295,9 @@ def test_a_taken_port_is_one_sentence(tmp_path, capsys, address):
 
 
 def test_a_film_plays_in_the_browser(browser, tmp_path):
-    av = pytest.importorskip("av")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
     from depth_anything.inference.films import Film
 
-    assert av
     rate = Fraction(30000, 1001)
     with Film(tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, notes={}) as film:
         for number in range(60):
@@ -320,6 +318,5 @@ def test_a_film_plays_in_the_browser(browser, tmp_path):
 
 def test_the_old_door_is_the_same_door(capsys):
     root = Path(__file__).resolve().parent.parent
-    start = time.monotonic()
     done = subprocess.run([sys.executable, root / "app.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--weights" in done.stdout and time.monotonic() - start < 60
+    assert done.returncode == 0 and "--weights" in done.stdout
