@@ -64,8 +64,8 @@ def test_no_row_is_there_twice() -> None:
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "stage" / f"{stage}.yaml").read_text())
-    keys = {"encoder", "batch_size", "steps", "image_size", "init", "data.sky", "perturb", "data.repeat"}
-    keys |= {"cutmix"} & config.keys()
+    keys = {"encoder", "batch_size", "steps", "image_size", "init", "sky", "perturb", "data.repeat"}
+    keys |= {"cutmix", "mix"} & config.keys()
     keys |= {f"recipe.{key}" for key in config["recipe"] if key not in ("_target_", "steps")}
     told = {key for where, key, _, _ in rows() if where == f"stage/{stage}"}
     assert keys <= told, f"docs/recipe.md does not tell of {sorted(keys - told)}"

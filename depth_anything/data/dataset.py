@@ -19,6 +19,8 @@ from depth_anything.data.stream import Stream
 from depth_anything.data.transforms import draw_cutmix, draw_perturbation, draw_view, view_image, view_map
 from depth_anything.preprocess import resize_shape
 
+SKY = ("far", "invalid")
+
 _PLACES = 100_000  # looked at for one sample, where most are known to be bad or lost with their shard
 
 
@@ -30,6 +32,7 @@ class StreamDataset(Dataset):
 
     Attributes:
         sources: the sets.
+        sky: set name to "far" or "invalid".
         stream: the order; `stream.records` samples make a pass.
     """
 
@@ -42,7 +45,7 @@ class StreamDataset(Dataset):
         image_size: int,
         short_side: int | None = None,
         patch: int = 14,
-        sky: str = "far",
+        sky: str | Mapping[str, str] | None = "far",
         perturb: bool = False,
         cutmix: bool = False,
         repeat: Mapping[str, int] | None = None,
@@ -57,16 +60,18 @@ class StreamDataset(Dataset):
             image_size: side of the square crop, pixels.
             short_side: of the resized frames, pixels; image_size if not given.
             patch: pixels that both sides of a resized frame are a multiple of.
-            sky: "far" gives it disparity 0, "invalid" leaves it out.
+            sky: "far" gives it disparity 0, "invalid" leaves it out; or {set: either}; for sets not named, and
+                for None, what `sky_policies` finds.
             perturb: add "perturbation" to the batches.
             cutmix: add "box" to the batches.
             repeat: times a pass that a set or a shard comes.
 
         Raises:
-            ValueError: two sets have one name, the crop exceeds the frames, or there are no records.
+            ValueError: two sets have one name, the crop exceeds the frames, there are no records, or `sky` or
+                `repeat` names what is not there.
         """
         self.sources = list(sources)
-        self.seed, self.image_size, self.sky = seed, image_size, sky
+        self.seed, self.image_size, self.sky = seed, image_size, sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
         self.perturb, self.cutmix = perturb, cutmix
         if self.short_side < image_size:
@@ -109,8 +114,8 @@ class StreamDataset(Dataset):
         target, valid = np.empty((count, side, side), np.float32), np.empty((count, side, side), bool)
         failed = []
         for i, n in enumerate(numbers):
-            frame, size, failure = self._frame(n)
-            target[i], valid[i] = self._cut(frame, size, n, image=image[i])
+            frame, size, sky, failure = self._frame(n)
+            target[i], valid[i] = self._cut(frame, size, n, sky=sky, image=image[i])
             failed += [failure] if failure else []
         batch = {"image": image, "target": target, "valid": valid, "sample": np.array(numbers, np.int64)}
         if self.perturb:
@@ -120,7 +125,7 @@ class StreamDataset(Dataset):
         return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "failed": failed}
 
     def _cut(
-        self, frame: Frame, size: tuple[int, int], n: int, *, image: np.ndarray
+        self, frame: Frame, size: tuple[int, int], n: int, *, sky: str, image: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return disparity and mask of sample `n`'s square of a frame resized to `size`, and fill in `image`."""
         if min(size) < self.image_size:
@@ -136,10 +141,10 @@ class StreamDataset(Dataset):
             disparity=None if frame.disparity is None else view_map(frame.disparity, view),
         )
         view_image(frame.image, view, out=image)
-        return disparity_target(small, sky=self.sky)
+        return disparity_target(small, sky=sky)
 
-    def _frame(self, n: int) -> tuple[Frame, tuple[int, int], str | None]:
-        """Return a frame for sample `n`, the size to give it, and why it is not its own, if so."""
+    def _frame(self, n: int) -> tuple[Frame, tuple[int, int], str, str | None]:
+        """Return a frame for sample `n`, its size and its set's rule for sky, and why it is another's, if so."""
         _, shard, index = self.stream.locate(n)
         try:
             return *self._decode(shard, index), None
@@ -156,8 +161,9 @@ class StreamDataset(Dataset):
             f"sample {n}: {failure}; nor can any other record be read: type  depth-anything verify"
         )
 
-    def _decode(self, shard: str, index: int) -> tuple[Frame, tuple[int, int]]:
+    def _decode(self, shard: str, index: int) -> tuple[Frame, tuple[int, int], str]:
         source = self._source[shard.split("/")[0]]
+        sky = self.sky[source.name]
         key, fields = source.read(shard, index)
         try:
             frame = decode_record(key, fields)
@@ -167,11 +173,48 @@ class StreamDataset(Dataset):
         if label is None:
             raise BadRecord(shard, index, key, "it has neither depth nor disparity: an image without a label")
         if isinstance(source, JoinedRecords):
-            return frame, label.shape
+            return frame, label.shape, sky
         height, width, _ = frame.image.shape
-        return frame, resize_shape(height, width, self.short_side, self.patch)
+        return frame, resize_shape(height, width, self.short_side, self.patch), sky
 
     def _remember(self, place: tuple[str, int], error: BadRecord) -> str | None:
         """Note a bad record, so that no other sample tries it; return its shard if all of that is lost."""
         self._bad.add(place)
         return None if error.key else place[0]
+
+
+def sky_policies(
+    sources: Sequence[Records | JoinedRecords], sky: str | Mapping[str, str] | None
+) -> dict[str, str]:
+    """Say for each set what becomes of its sky: "far" gives it disparity 0, "invalid" leaves it out.
+
+    Args:
+        sources: the sets.
+        sky: one rule for all, or {set: rule}; for sets not named, and for None, the rule is "sky_policy" of
+            their manifest, "far" if it has none. Made labels have a value everywhere and no sky.
+
+    Raises:
+        ValueError: another word, or a set that is not there.
+    """
+    if isinstance(sky, str) and sky in SKY:
+        sky = {source.name: sky for source in sources}
+    if sky is not None and not isinstance(sky, Mapping):
+        raise ValueError(f"sky={sky} is unknown; type sky=far, sky=invalid or sky={{SET: invalid}}")
+    given = dict(sky or {})
+    names = [source.name for source in sources]
+    for name, policy in given.items():
+        if name not in names:
+            raise ValueError(f"sky names {name}, which is none of the sets {', '.join(sorted(names))}")
+        if policy not in SKY:
+            raise ValueError(f"sky={policy} of {name} is unknown; type sky=far or sky=invalid")
+    for source in sources:
+        if source.name in given:
+            continue
+        meta = source.set.meta if isinstance(source, Records) else {}
+        given[source.name] = meta.get("sky_policy", SKY[0])
+        if given[source.name] not in SKY:
+            raise ValueError(
+                f"the manifest of {source.name} has sky_policy={given[source.name]}, which is unknown; "
+                f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}"
+            )
+    return given

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from depth_anything.data.labels import open_labels
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, open_set
 from depth_anything.data.sources.scenes import write_scenes
 from depth_anything.data.stream import MicroBatches
+from depth_anything.training.plan import mixed_sets, override
 
 
 def identity(batch: Any) -> Any:
@@ -73,9 +74,11 @@ class TrainData(pl.LightningDataModule):
         streams: int,
         image_size: int,
         workers: int,
-        sky: str,
+        sky: str | Mapping[str, str] | None,
         perturb: bool,
         cutmix: bool = False,
+        labelled: Mapping[str, str] | None = None,
+        mix: bool | str | Sequence[str] | None = None,
         repeat: Mapping[str, int] | None = None,
         allow_partial: bool = False,
         run_dir: str,
@@ -92,9 +95,11 @@ class TrainData(pl.LightningDataModule):
             streams: C of the stream; fixed for the life of a run.
             image_size: Side of the square crop, pixels; also the short side frames are resized to.
             workers: Loader processes a device.
-            sky: "far" (disparity 0) or "invalid".
+            sky: "far" (disparity 0) or "invalid", {set: either}, or None: as each set's manifest says.
             perturb: Send parameters of strong perturbations along.
             cutmix: Send boxes along that are filled from another image of the micro-batch.
+            labelled: Set name to folder or URL prefix of labelled sets, of which `mix` chooses.
+            mix: Which of them are seen beside `sets`: True, some names, or None.
             repeat: Times a pass for the sets named.
             allow_partial: Train on the finished shards of an unfinished label set.
             run_dir: Where the list of an unfinished label set is frozen.
@@ -104,6 +109,7 @@ class TrainData(pl.LightningDataModule):
         self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
         self.patch, self.image_size, self.workers, self.sky = patch, image_size, workers, sky
         self.perturb, self.cutmix = perturb, cutmix
+        self.mixed = mixed_sets(mix, labelled or {})
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self._dataset: StreamDataset | None = None
 
@@ -127,6 +133,14 @@ class TrainData(pl.LightningDataModule):
                     sources.append(Records(images))
                 else:
                     sources.append(JoinedRecords(images, self._open_labels(name, images)))
+                refuse_unlabelled(sources[-1], root)
+            for name, root in self.mixed.items():
+                if name in self.sets:
+                    raise ValueError(
+                        f"mix names {name}, which is also a set of images with labels; call one of them otherwise: "
+                        f"type '+sources.labelled.{name}2={root}' 'mix=[{name}2]'"
+                    )
+                sources.append(Records(open_set(root, name=name)))
                 refuse_unlabelled(sources[-1], root)
             self._dataset = StreamDataset(
                 sources,
@@ -190,6 +204,8 @@ class TrainData(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "streams": self.streams,
+            "repeat": self.repeat,
+            "sky": self.open().sky,
             "sets": self.digests(),
         }
 
@@ -197,7 +213,8 @@ class TrainData(pl.LightningDataModule):
         """Hold the sets of today against those of the checkpoint.
 
         Raises:
-            ValueError: If a set has changed, or the seed or the number of streams.
+            ValueError: If a set has changed, what its sky means, how often it comes, or the seed or the number of
+                streams.
         """
         now = self.digests()
         for name in sorted(now.keys() | state["sets"].keys()):
@@ -211,6 +228,17 @@ class TrainData(pl.LightningDataModule):
         for key, today in (("seed", self.seed), ("streams", self.streams), ("batch_size", self.batch_size)):
             if state[key] != today:
                 raise ValueError(f"this run was begun with {key}={state[key]}; type {key}={state[key]}")
+        if state.get("repeat", self.repeat) != self.repeat:
+            raise ValueError(
+                f"this run was begun with another repeat; type  {override('data.repeat', state['repeat'] or None)}"
+            )
+        then = state.get("sky", dict.fromkeys(now, "far"))
+        changed = [name for name, policy in self.open().sky.items() if then[name] != policy]
+        if changed:
+            raise ValueError(
+                f"this run was begun with the sky of {changed[0]} {then[changed[0]]}, now it is "
+                f"{self.open().sky[changed[0]]}; type  {override('sky', then)}"
+            )
 
     def digests(self) -> dict[str, str]:
         """Name every set and the digest of its manifest."""

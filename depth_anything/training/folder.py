@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from depth_anything.data.tars import remove_stale, write_atomically
+from depth_anything.training.plan import override
 
 #: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
 FREE_KEYS = frozenset(
@@ -23,7 +24,9 @@ FREE_KEYS = frozenset(
     dry_run name run_dir output_dir allow_partial tiny""".split()
 )
 #: Keys that repeat another key's value.
-ECHOES = ("module.recipe.", "recipe.steps")
+ECHOES = ("module.recipe.", "recipe.steps", "data.sky", "data.mix", "data.labelled")
+#: Keys whose value is the user's own mapping, typed as a whole.
+WHOLE = frozenset(("sky", "repeat"))
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
@@ -105,7 +108,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested mappings into dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and key not in WHOLE:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -223,7 +226,7 @@ class RunFolder:
             key, (before, after) = next(iter(changed.items()))
             more = f" (and {', '.join(list(changed)[1:4])})" if len(changed) > 1 else ""
             raise ValueError(
-                f"{self.path} was begun with {key}={before}, now {key}={after}{more}; type {key}={before} to "
+                f"{self.path} was begun with {key}={before}, now {key}={after}{more}; type {override(key, before)} to "
                 "continue it, name=ANOTHER_NAME for a run beside it, or overwrite=true to set it aside"
             )
 

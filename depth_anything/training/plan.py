@@ -13,7 +13,8 @@ from depth_anything.model.depth_anything import DepthAnything
 #: The keys of a run, as configs/train.yaml and the groups below it have them.
 KEYS = frozenset(
     """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
-    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix recipe module data
+    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix mix sky
+    recipe module data
     labels teacher sources trainer logger size experiment tiny""".split()
 )
 NESTED = {"checkpoint": {"every", "keep"}, "logging": {"every"}, "validation": {"every", "limit"}}
@@ -101,6 +102,55 @@ def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple
     return micro, share // micro
 
 
+def override(key: str, value: Any) -> str:
+    """Write a key and its value as they are typed after train.py, quoted for a shell."""
+    return shlex.quote(f"{key}={_hydra(value)}")
+
+
+def _hydra(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    return str(value)
+
+
+def mixed_sets(mix: bool | str | Sequence[str] | None, labelled: Mapping[str, str]) -> dict[str, str]:
+    """Choose the labelled sets that a student sees beside its labels.
+
+    Args:
+        mix: None or False: none; True: all; or some by their names.
+        labelled: Set name to folder, as sources.labelled has them.
+
+    Raises:
+        ValueError: If there is no set of such a name, or none to mix.
+    """
+    if mix is None or mix is False:
+        return {}
+    if not isinstance(mix, (bool, str, Sequence)):
+        raise ValueError(f"mix={mix} is neither true nor names of sets; type mix=true or mix=null")
+    names = list(labelled) if isinstance(mix, bool) else [mix] if isinstance(mix, str) else list(mix)
+    known = f"sources.labelled has {', '.join(labelled) or 'none'}"
+    if mix is True and not names:
+        raise ValueError(f"mix=true and there are no labelled sets: {known}; type mix=null")
+    for name in names:
+        if name not in labelled:
+            near = difflib.get_close_matches(str(name), labelled, 1) or list(labelled)[:1]
+            raise ValueError(
+                f"mix names {name}, and {known}; type " + (f"mix=[{near[0]}]" if near else "mix=null")
+            )
+    return {name: labelled[name] for name in dict.fromkeys(names)}
+
+
+def needed_sets(config: Mapping[str, Any]) -> list[str]:
+    """List the folders of all sets that a fitting run reads, validation among them."""
+    mixed = mixed_sets(config.get("mix"), config["sources"]["labelled"])
+    folders = [*config["data"]["sets"].values(), *mixed.values(), config["sources"]["validation"]]
+    return [str(folder) for folder in folders if folder is not None]
+
+
 def count(parameters: Any) -> str:
     """Print a number of values with commas."""
     return f"{sum(p.numel() for p in parameters):,}"
@@ -135,6 +185,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
     _print_sets(config["data"]["sets"])
     if config["data"]["labels"]:
         print(f"labels      {config['data']['labels']}")
+    _print_sets(mixed_sets(config.get("mix"), config["sources"]["labelled"]), what="mixed in")
     batch, side = config["batch_size"], config["image_size"]
     print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
     for devices in (1, 8, 64):
@@ -146,7 +197,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
         print(f"            {devices:2d} device{'s' if devices > 1 else ' '}: {split}")
 
 
-def _print_sets(sets: Mapping[str, str]) -> None:
+def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
     for name, root in sets.items():
         there = "://" in root or (Path(root) / "manifest.json").is_file()
-        print(f"set         {name}: {root}{'' if there else ' (not there yet)'}")
+        print(f"{what:<11} {name}: {root}{'' if there else ' (not there yet)'}")

@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.model.weights import fingerprint, save_model
+from depth_anything.training import plan
 from depth_anything.training.callbacks import fit_callbacks
 from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.plan import as_typed, one_sentence, print_plan, refuse_nonsense, split_batch
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
@@ -25,13 +25,13 @@ def main(cfg: DictConfig) -> None:
     try:
         config = complete(cfg)
         if config["dry_run"]:
-            print_plan(config)
+            plan.print_plan(config)
         elif config["stage"] == "pseudolabel":
             predict(cfg, config)
         else:
             fit(cfg, config)
     except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
-        sys.exit(f"error: {as_typed(one_sentence(error), sys.argv[1:])}")
+        sys.exit(f"error: {plan.as_typed(plan.one_sentence(error), sys.argv[1:])}")
 
 
 def complete(cfg: DictConfig) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def complete(cfg: DictConfig) -> dict[str, Any]:
         gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
         cfg.trainer.precision = "bf16-mixed" if gpu else "32-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    refuse_nonsense(config)
+    plan.refuse_nonsense(config)
     return config
 
 
@@ -54,16 +54,16 @@ def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback], *, max_steps: i
 
 def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
     """Train, or go on training, and leave model.safetensors in the run folder."""
-    folder, sources, steps = RunFolder(config["run_dir"]), config["sources"], config["steps"]
+    folder, steps = RunFolder(config["run_dir"]), config["steps"]
     callbacks = fit_callbacks(config, folder)
     trainer = build_trainer(cfg, callbacks, max_steps=steps)
-    micro, accumulation = split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
+    micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
     checkpoint = folder.begin(config, main=trainer.is_global_zero)
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}")
         return
-    make_scenes(sources["scenes"], [*config["data"]["sets"].values(), sources["validation"]])
+    make_scenes(config["sources"]["scenes"], plan.needed_sets(config))
     data = instantiate(cfg.data, micro_batch=micro, patch=multiple_of(config["encoder"]), _convert_="all")
     data.open()  # a set that is missing or damaged is named before a network is built
     if trainer.is_global_zero:

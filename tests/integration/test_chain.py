@@ -35,6 +35,10 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
         assert not [p for p in folder.rglob(".*") if p.is_file()]
     assert "| `teacher-vitt-tiny/model.safetensors` | Apache-2.0 |" in text  # who labelled for the student
+    mixed = start("stage=student", "steps=2", "mix=true", "data.repeat={scenes-synthetic: 2}", "name=mixed")
+    assert mixed.returncode == 0, mixed.stderr[-3000:]
+    card = (tmp_path / "outputs" / "mixed" / "README.md").read_text()
+    assert "| scenes-photographic | 48 |" in card and "| scenes-synthetic | 48 |" in card
     report = tmp_path / "report"
     data, outputs = tmp_path / "data", tmp_path / "outputs"
     command = [str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--output", str(report)]

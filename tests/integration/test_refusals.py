@@ -49,6 +49,8 @@ def refused(result: Any, *words: str) -> None:
         (["stage=teacher", "checkpoint.often=1"], ["often"]),
         (["stage=pseudolabel", "teacher=nowhere.safetensors"], ["nowhere.safetensors", "stage=teacher"]),
         (["stage=student"], ["labels-tiny", "stage=pseudolabel"]),
+        (["stage=student", "mix=[hypersim]"], ["hypersim", "scenes-synthetic"]),
+        (["stage=teacher", "sky=blue"], ["sky=blue", "sky=invalid"]),
         (["stage=teacher", "init=nowhere.pth"], ["nowhere.pth"]),
         (["stage=teacher", "resume=nowhere.ckpt"], ["nowhere.ckpt"]),
     ],

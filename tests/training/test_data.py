@@ -1,0 +1,231 @@
+"""Which sets a run reads, what their sky means, how often they come, and what a checkpoint refuses of it."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from depth_anything.data.labels import finish_labels, write_label_sidecar
+from depth_anything.data.sample import Frame, encode_frame
+from depth_anything.data.shards import Records, open_set, write_manifest, write_shard
+from depth_anything.training.data import TrainData
+from depth_anything.training.plan import mixed_sets, needed_sets, override
+
+SIDE, COUNT = 28, 6
+TEACHER = {"fingerprint": "sha256:0", "file": "teacher"}
+
+
+def write_set(root: Path, *, labelled: bool, policy: str | None = None) -> str:
+    """Write one shard of frames whose upper half is sky."""
+    depth = np.full((SIDE, 42), 2.0, np.float32)
+    depth[: SIDE // 2] = np.inf
+    image = np.zeros((SIDE, 42, 3), np.uint8)
+    records = []
+    for i in range(COUNT):
+        frame = Frame(f"{root.name}/0/{i}", image, {"sky": "inf"}, depth=depth if labelled else None)
+        records.append((frame.key, encode_frame(frame, codec="f32")))
+    meta = {"sky_policy": policy} if policy else {}
+    write_manifest(root, name=root.name, shards=[write_shard(root / "0.tar", records)], meta=meta)
+    return str(root)
+
+
+def write_labels(root: Path, images: str) -> None:
+    """Label every image of a set with 0.5."""
+    made_from = open_set(images)
+    label = Frame("", np.zeros((1, 1, 3), np.uint8), disparity=np.full((SIDE, 42), 0.5, np.float32))
+    field = {"disparity.f32": encode_frame(label, codec="f32")["disparity.f32"]}
+    info = write_shard(root / "0.tar", [(f"{made_from.name}/0/{i}", field) for i in range(COUNT)])
+    write_label_sidecar(
+        root,
+        info,
+        image_set=made_from.name,
+        image=made_from.shards[0],
+        teacher=TEACHER,
+        preprocessing="518",
+        codec="f32",
+        values=(0.5, 0.5),
+        skipped={},
+    )
+    assert finish_labels(root, made_from)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("sets")
+    made = {name: write_set(root / name, labelled=True) for name in ("far", "plain")}
+    made["masked"] = write_set(root / "masked", labelled=True, policy="invalid")
+    made["odd"] = write_set(root / "odd", labelled=True, policy="green")
+    made["photos"] = write_set(root / "photos", labelled=False)
+    write_labels(root / "labels" / "photos", made["photos"])
+    return {**made, "labels": str(root / "labels")}
+
+
+def student(roots: dict[str, str], **changes: Any) -> TrainData:
+    labelled = {name: roots[name] for name in ("plain", "masked", "odd")}
+    return module(
+        roots,
+        **{"sets": {"photos": roots["photos"]}, "labels": roots["labels"], "labelled": labelled, **changes},
+    )
+
+
+def teacher(roots: dict[str, str], *names: str, **changes: Any) -> TrainData:
+    return module(roots, **{"sets": {name: roots[name] for name in names}, "labels": None, **changes})
+
+
+def module(roots: dict[str, str], **changes: Any) -> TrainData:
+    made = TrainData(
+        **{
+            "seed": 0,
+            "batch_size": 2,
+            "micro_batch": 2,
+            "patch": 14,
+            "streams": 4,
+            "image_size": SIDE,
+            "workers": 0,
+            "sky": None,
+            "perturb": False,
+            "run_dir": "nowhere",
+            **changes,
+        }
+    )
+    made.trainer = SimpleNamespace(global_step=0)
+    return made
+
+
+def one_pass(data: TrainData) -> tuple[Counter[str], dict[str, set[float]]]:
+    """Count how often each set comes in a pass, and which targets it has where valid."""
+    opened = data.open()
+    came, targets = Counter[str](), {}
+    for n in range(opened.stream.records):
+        name = opened.stream.locate(n)[1].split("/")[0]
+        batch = opened[n]
+        came[name] += 1
+        targets.setdefault(name, set()).update(batch["target"][batch["valid"]].tolist())
+    return came, targets
+
+
+def test_nothing_is_mixed_by_itself(roots: dict[str, str]) -> None:
+    assert one_pass(student(roots)) == ({"photos": COUNT}, {"photos": {0.5}})
+
+
+def test_labels_and_truth_in_one_run(roots: dict[str, str]) -> None:
+    data = student(roots, mix=["plain", "masked"], repeat={"masked": 3})
+    came, targets = one_pass(data)
+    assert came == {"photos": COUNT, "plain": COUNT, "masked": 3 * COUNT}
+    assert targets == {"photos": {0.5}, "plain": {0.0, 0.5}, "masked": {0.5}}  # 0 is sky, 0.5 is 2 m
+    assert [type(source).__name__ for source in data.open().sources] == [
+        "JoinedRecords",
+        "Records",
+        "Records",
+    ]
+
+
+def test_choice_of_mixed_sets(roots: dict[str, str]) -> None:
+    labelled = {"a": "A", "b": "B"}
+    assert mixed_sets(None, labelled) == mixed_sets(False, labelled) == mixed_sets([], labelled) == {}
+    assert mixed_sets(True, labelled) == labelled
+    assert mixed_sets("b", labelled) == mixed_sets(["b", "b"], labelled) == {"b": "B"}
+    with pytest.raises(
+        ValueError, match=r"mix names hypersin, and sources.labelled has a, hypersim; .*\[hypersim\]"
+    ):
+        mixed_sets(["a", "hypersin"], {"a": "A", "hypersim": "H"})
+    for mix, known in ((True, {}), (3, labelled), ("a", {})):
+        with pytest.raises(ValueError, match="mix.*type mix="):
+            mixed_sets(mix, known)
+    with pytest.raises(ValueError, match="mix names photos, which is also a set of images.*type "):
+        student(roots, labelled={"photos": roots["plain"]}, mix=True).open()
+    with pytest.raises(ValueError, match="holds images without depth"):
+        student(roots, labelled={"bare": roots["photos"]}, mix=True).open()
+
+
+def test_mixed_sets_are_made_before_they_are_read() -> None:
+    config = {
+        "mix": True,
+        "data": {"sets": {"p": "P"}},
+        "sources": {"labelled": {"s": "S", "t": "T"}, "validation": "V"},
+    }
+    assert needed_sets(config) == ["P", "S", "T", "V"]
+    assert needed_sets({**config, "mix": None}) == ["P", "V"]
+    del config["mix"]  # a teacher has no such key
+    assert needed_sets(config) == ["P", "V"]
+
+
+@pytest.mark.parametrize(
+    ("sky", "rules"),
+    [
+        (None, {"far": "far", "masked": "invalid"}),
+        ("far", {"far": "far", "masked": "far"}),
+        ("invalid", {"far": "invalid", "masked": "invalid"}),
+        ({"far": "invalid"}, {"far": "invalid", "masked": "invalid"}),
+        ({"masked": "far"}, {"far": "far", "masked": "far"}),
+    ],
+)
+def test_what_the_sky_of_each_set_is(roots: dict[str, str], sky: Any, rules: dict[str, str]) -> None:
+    data = teacher(roots, "far", "masked", sky=sky)
+    assert data.open().sky == data.state_dict()["sky"] == rules
+    _, targets = one_pass(data)
+    assert targets == {name: {0.0, 0.5} if rule == "far" else {0.5} for name, rule in rules.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "sky", "said"),
+    [
+        (["far"], "green", "sky=green is unknown; type sky=far"),
+        (["far"], {"far": "green"}, "sky=green of far is unknown"),
+        (["far"], {"fra": "far"}, "sky names fra, which is none of the sets far"),
+        (["far"], 3, "sky=3 is unknown"),
+        (["far", "odd"], None, "manifest of odd has sky_policy=green.*type sky={odd: far}"),
+    ],
+)
+def test_unknown_skies(roots: dict[str, str], names: list[str], sky: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        teacher(roots, *names, sky=sky).open()
+
+
+def test_a_checkpoint_keeps_sky_and_repeat(roots: dict[str, str]) -> None:
+    data = teacher(roots, "far", "masked")
+    kept = data.state_dict()
+    data.load_state_dict(kept)
+    teacher(roots, "far", "masked", sky={"masked": "invalid", "far": "far"}).load_state_dict(kept)
+    other = teacher(roots, "far", "masked", sky="far")
+    with pytest.raises(
+        ValueError, match=r"sky of masked invalid, now it is far; type  'sky=\{far:far,masked:invalid\}'"
+    ):
+        other.load_state_dict(kept)
+    with pytest.raises(ValueError, match="another repeat; type  data.repeat=null"):
+        teacher(roots, "far", "masked", repeat={"far": 2}).load_state_dict(kept)
+    with pytest.raises(ValueError, match="plain is new to this run"):
+        student(roots, mix=["plain"]).load_state_dict(student(roots).state_dict())
+    old = {key: value for key, value in kept.items() if key not in ("sky", "repeat")}
+    other.load_state_dict(old)  # of before there was a choice: far
+    with pytest.raises(ValueError, match="sky of masked far"):
+        data.load_state_dict(old)
+
+
+def test_a_manifest_that_changes_its_mind_is_noticed(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "a", labelled=True)
+    kept = teacher({"a": root}, "a").state_dict()
+    made = open_set(root)
+    write_manifest(root, name="a", shards=made.shards, meta={"sky_policy": "invalid"})
+    assert open_set(root).digest == made.digest  # the pixels are the same
+    with pytest.raises(ValueError, match="sky of a far, now it is invalid"):
+        teacher({"a": root}, "a").load_state_dict(kept)
+    assert isinstance(teacher({"a": root}, "a", sky="far").open().sources[0], Records)
+    teacher({"a": root}, "a", sky="far").load_state_dict(kept)
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [
+        (None, "k=null"),
+        (True, "k=true"),
+        (["a", "b"], "'k=[a,b]'"),
+        ({"a": "far", "b": None}, "'k={a:far,b:null}'"),
+        (5, "k=5"),
+    ],
+)
+def test_values_as_they_are_typed(value: Any, typed: str) -> None:
+    assert override("k", value) == typed
