@@ -22,6 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+ENDINGS = (".png", ".npy", ".exr", ".pfm", ".h5", ".hdf5")
 MAX_BYTES = 1 << 29  # of a file
 MAX_PIXELS = 1 << 26  # as much as a record may hold
 _MAX_SIDE = 1 << 15
@@ -41,19 +42,8 @@ def read_pfm(source: str | Path | bytes) -> np.ndarray:
     Raises:
         ValueError: Not such a file, of three channels, cut short or too large.
     """
-    data = _bytes(source)
-    words, start = _pfm_header(data)
-    if words[:1] == [b"PF"]:
-        raise ValueError("a PFM of three channels (PF): a map has one (Pf)")
-    if words[:1] != [b"Pf"]:
-        raise ValueError("not a PFM: it does not begin with Pf")
-    try:
-        width, height, scale = int(words[1]), int(words[2]), float(words[3])
-    except (ValueError, IndexError):
-        raise ValueError("the PFM's header has no width, height and scale") from None
-    if scale == 0 or scale != scale:
-        raise ValueError("the PFM's scale is zero or no number, so that the order of its bytes is not known")
-    _check_shape((height, width))
+    data = read_bytes(source)
+    (height, width), scale, start = _pfm_header(data)
     if len(data) - start != height * width * 4:
         held = f"{len(data) - start} bytes follow its header"
         raise ValueError(
@@ -80,15 +70,14 @@ def read_exr(source: str | Path | bytes, *, channel: str | None = None) -> np.nd
     """
     import OpenEXR
 
-    data = _bytes(source)
+    data = read_bytes(source)
     if not data.startswith(b"\x76\x2f\x31\x01"):
         raise ValueError("not an OpenEXR file")
     with tempfile.TemporaryDirectory() as folder:  # the library reads paths only
         path = Path(folder, "map.exr")
         path.write_bytes(data)
         try:
-            with OpenEXR.File(str(path), True, True, 0) as file:  # separate channels, header only, no threads
-                _check_exr([part.header for part in file.parts])
+            _exr_size(path)
             with OpenEXR.File(str(path), True, False, 0) as file:
                 found = {name: part.pixels for name, part in file.channels().items()}
         except ValueError:
@@ -108,28 +97,12 @@ def read_npy(source: str | Path | bytes) -> np.ndarray:
         ValueError: Not such a file, cut short, too large, of Python objects (which could run code), or of
             another shape.
     """
-    data = _bytes(source)
-    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
-        raise ValueError("not an NPY file: it does not begin with its mark")
-    long = data[6] >= 2
-    start, size = (
-        (12, int.from_bytes(data[8:12], "little")) if long else (10, int.from_bytes(data[8:10], "little"))
-    )
-    try:
-        header = ast.literal_eval(data[start : start + min(size, _MAX_HEADER)].decode("latin1"))
-        shape, kind, columns_first = tuple(header["shape"]), header["descr"], bool(header["fortran_order"])
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError("the NPY's header is damaged, or says more than the shape of a map") from None
-    if kind == "|O":
-        raise ValueError("the NPY holds Python objects, which are not read: save numbers")
-    if not isinstance(kind, str) or not re.fullmatch("[<>|=][fiu][1248]", kind) or kind[1:] == "f1":
-        raise ValueError(f"the NPY holds values of type {str(kind)[:40]}: a map holds integers or floats")
-    dtype = np.dtype(kind)
-    _check_shape(shape)
-    held, needed = len(data) - start - size, int(np.prod(shape)) * dtype.itemsize
+    data = read_bytes(source)
+    shape, dtype, columns_first, start = _npy_header(data)
+    held, needed = len(data) - start, int(np.prod(shape)) * dtype.itemsize
     if held != needed:
         raise ValueError(f"the NPY is damaged: {held} bytes follow its header, {needed} are needed")
-    values = np.frombuffer(data, dtype, offset=start + size)
+    values = np.frombuffer(data, dtype, offset=start)
     return _as_map(values.reshape(shape, order="F" if columns_first else "C"))
 
 
@@ -142,12 +115,9 @@ def read_png16(source: str | Path | bytes) -> np.ndarray:
     Raises:
         ValueError: Not such a file, of 8 bits or of colours, damaged (every checksum is looked at), too large.
     """
-    data = _bytes(source)
-    bits, colours, shape = _png_header(data)
-    if (bits, colours) != (16, 0):
-        kind = {0: "grey", 2: "RGB", 3: "of a palette", 4: "grey and alpha", 6: "RGBA"}.get(colours, "?")
-        raise ValueError(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
-    _check_shape(shape)
+    data = read_bytes(source)
+    shape = _png_header(data)
+    _check_png(data)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.shape != shape or values.dtype != np.uint16:
         raise ValueError("the PNG is damaged: its pixels cannot be decoded")
@@ -170,28 +140,60 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
     """
     import h5py
 
-    data = _bytes(source)
+    data = read_bytes(source)
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             dataset = _dataset(file, key)
-            _check_shape(dataset.shape)
-            _check_type(dataset.dtype)
-            if dataset.is_virtual or dataset.external:
-                raise ValueError(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
-            if dataset.chunks is not None and np.prod(dataset.chunks, dtype=float) > MAX_PIXELS:
-                raise ValueError(
-                    f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large'
-                )
+            _check_dataset(dataset)
             return _as_map(dataset[()])
     except ValueError:
         raise
-    except (
-        Exception
-    ) as error:  # what damage makes of the library is OSError, RuntimeError, KeyError, TypeError …
+    except Exception as error:  # damage makes the library raise a dozen types
         raise ValueError(f"the HDF5 file cannot be read: {error or type(error).__name__}") from error
 
 
-def _bytes(source: str | Path | bytes) -> bytes:
+def read_map(path: Path, *, key: str | None = None, channel: str | None = None) -> np.ndarray:
+    """Read a file by its ending, one of `ENDINGS`; `key` is for HDF5, `channel` for EXR. As the reader it calls."""
+    match path.suffix.lower():
+        case ".pfm":
+            return read_pfm(path)
+        case ".npy":
+            return read_npy(path)
+        case ".png":
+            return read_png16(path)
+        case ".exr":
+            return read_exr(path, channel=channel)
+    return read_hdf5(path, key)
+
+
+def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
+    """Return height and width of a file of one of `ENDINGS` by its header alone; ValueError as `read_map`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_HEADER + 16)
+        match path.suffix.lower():
+            case ".pfm":
+                return _pfm_header(data)[0]
+            case ".npy":
+                return _sides(_npy_header(data)[0])
+            case ".png":
+                return _png_header(data)
+            case ".exr":
+                return _exr_size(path)
+        import h5py
+
+        with h5py.File(path, "r", locking=False) as file:
+            dataset = _dataset(file, key)
+            _check_dataset(dataset)
+            return _sides(dataset.shape)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_bytes(source: str | Path | bytes) -> bytes:
+    """Read a file whole; ValueError if it is not there, no plain file, or larger than any map or photograph."""
     if isinstance(source, bytes):
         return source
     try:
@@ -199,7 +201,7 @@ def _bytes(source: str | Path | bytes) -> bytes:
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file")
         if about.st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES >> 20} MiB, which no map has")
+            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
         return Path(source).read_bytes()
     except OSError as error:
         raise ValueError(error.strerror or type(error).__name__) from error
@@ -228,13 +230,17 @@ def _check_type(dtype: np.dtype) -> None:
 
 def _as_map(values: np.ndarray) -> np.ndarray:
     _check_shape(values.shape)
-    if values.ndim == 3:
-        values = values[0] if values.shape[0] == 1 else values[..., 0]
-    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+    return np.ascontiguousarray(values.reshape(_sides(values.shape)), values.dtype.newbyteorder("="))
 
 
-def _pfm_header(data: bytes) -> tuple[list[bytes], int]:
-    """The four words of a header, and where the data begins: one white byte after the fourth."""
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a map's shape, whose third side, first or last, is 1."""
+    height, width = shape if len(shape) == 2 else shape[:2] if shape[2] == 1 else shape[1:]
+    return int(height), int(width)
+
+
+def _pfm_header(data: bytes) -> tuple[tuple[int, int], float, int]:
+    """Height and width, the scale, and where the data begins: one white byte after the fourth word."""
     words: list[bytes] = []
     place = 0
     while len(words) < 4 and place < min(len(data), 200):
@@ -244,10 +250,47 @@ def _pfm_header(data: bytes) -> tuple[list[bytes], int]:
         if end > place:
             words.append(data[place:end])
         place = end + 1
-    return words, place
+    if words[:1] == [b"PF"]:
+        raise ValueError("a PFM of three channels (PF): a map has one (Pf)")
+    if words[:1] != [b"Pf"]:
+        raise ValueError("not a PFM: it does not begin with Pf")
+    try:
+        width, height, scale = int(words[1]), int(words[2]), float(words[3])
+    except (ValueError, IndexError):
+        raise ValueError("the PFM's header has no width, height and scale") from None
+    if scale == 0 or scale != scale:
+        raise ValueError("the PFM's scale is zero or no number, so that the order of its bytes is not known")
+    _check_shape((height, width))
+    return (height, width), scale, place
 
 
-def _check_exr(headers: Sequence[dict[str, Any]]) -> None:
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Shape, type, whether columns come first, and where the data begins."""
+    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
+        raise ValueError("not an NPY file: it does not begin with its mark")
+    long = data[6] >= 2
+    start, size = (
+        (12, int.from_bytes(data[8:12], "little")) if long else (10, int.from_bytes(data[8:10], "little"))
+    )
+    try:
+        header = ast.literal_eval(data[start : start + min(size, _MAX_HEADER)].decode("latin1"))
+        shape, kind, columns_first = tuple(header["shape"]), header["descr"], bool(header["fortran_order"])
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError("the NPY's header is damaged, or says more than the shape of a map") from None
+    if kind == "|O":
+        raise ValueError("the NPY holds Python objects, which are not read: save numbers")
+    if not isinstance(kind, str) or not re.fullmatch("[<>|=][fiu][1248]", kind) or kind[1:] == "f1":
+        raise ValueError(f"the NPY holds values of type {str(kind)[:40]}: a map holds integers or floats")
+    _check_shape(shape)
+    return shape, np.dtype(kind), columns_first, start + size
+
+
+def _exr_size(path: Path) -> tuple[int, int]:
+    """Height and width of an EXR of one plain picture."""
+    import OpenEXR
+
+    with OpenEXR.File(str(path), True, True, 0) as file:  # separate channels, header only, no threads
+        headers = [dict(part.header) for part in file.parts]
     if len(headers) != 1:
         raise ValueError(f"the EXR has {len(headers)} parts: a map has one")
     header = headers[0]
@@ -259,9 +302,10 @@ def _check_exr(headers: Sequence[dict[str, Any]]) -> None:
     window = [np.asarray(corner, np.int64).tolist() for corner in header["displayWindow"]]
     if window != [low.tolist(), high.tolist()]:
         raise ValueError(
-            f"the EXR holds the pixels {low.tolist()} to {high.tolist()} of a picture from {window[0]} to {window[1]}: "
-            "write the whole picture"
+            f"the EXR holds the pixels {low.tolist()} to {high.tolist()} of a picture from {window[0]} "
+            f"to {window[1]}: write the whole picture"
         )
+    return height, width
 
 
 def _channel(found: dict[str, np.ndarray], channel: str | None) -> np.ndarray:
@@ -278,27 +322,31 @@ def _channel(found: dict[str, np.ndarray], channel: str | None) -> np.ndarray:
     return values[0]
 
 
-def _png_header(data: bytes) -> tuple[int, int, tuple[int, int]]:
-    """Bits, colour type and (height, width), once every chunk's checksum holds and the end is there."""
+def _png_header(data: bytes) -> tuple[int, int]:
+    """Height and width of a grey PNG of 16 bits."""
     if not data.startswith(_PNG):
         raise ValueError("not a PNG file")
-    view, place, header, kind = memoryview(data), len(_PNG), b"", b""
+    if len(data) < 33 or data[8:16] != b"\0\0\0\x0dIHDR":
+        raise ValueError("the PNG is damaged: it does not begin with its header")
+    width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    if (bits, colours) != (16, 0):
+        kind = {0: "grey", 2: "RGB", 3: "of a palette", 4: "grey and alpha", 6: "RGBA"}.get(colours, "?")
+        raise ValueError(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
+    _check_shape((height, width))
+    return height, width
+
+
+def _check_png(data: bytes) -> None:
+    """See that every chunk's checksum holds and that the end is there; the decoder does not."""
+    view, place, kind = memoryview(data), len(_PNG), b""
     while kind != b"IEND":
-        if place + 12 > len(data):
-            raise ValueError("the PNG is cut short")
-        size, kind = struct.unpack_from(">I4s", data, place)
+        size, kind = struct.unpack_from(">I4s", data, place) if place + 12 <= len(data) else (len(data), b"")
         end = place + 8 + size
         if end + 4 > len(data):
             raise ValueError("the PNG is cut short")
         if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError("the PNG is damaged: a checksum differs")
-        if not header:
-            if kind != b"IHDR" or size != 13:
-                raise ValueError("the PNG is damaged: it does not begin with its header")
-            header = data[place + 8 : end]
         place = end + 4
-    width, height, bits, colours = struct.unpack_from(">IIBB", header)
-    return bits, colours, (height, width)
 
 
 def _dataset(file: Any, key: str | None) -> Any:
@@ -317,6 +365,15 @@ def _dataset(file: Any, key: str | None) -> Any:
     if not isinstance(here, h5py.Dataset):
         raise ValueError(f'"{key}" of the HDF5 file is no dataset; it holds {_names(here)}')
     return here
+
+
+def _check_dataset(dataset: Any) -> None:
+    _check_shape(dataset.shape)
+    _check_type(dataset.dtype)
+    if dataset.is_virtual or dataset.external:
+        raise ValueError(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
+    if dataset.chunks is not None and np.prod(dataset.chunks, dtype=float) > MAX_PIXELS:
+        raise ValueError(f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large')
 
 
 def _is_here(group: Any, name: str) -> bool:
