@@ -11,6 +11,21 @@ from typing_commands import complaint
 from depth_anything import __version__
 from depth_anything.cli import build_parser, main, options, shards
 
+# What any command that writes a set of raw data takes.
+WRITING = {
+    "--help": None,
+    "source": None,
+    "output": None,
+    "--name": None,
+    "--per-shard": 1000,
+    "--short-side": None,
+    "--part": (1, 1),
+    "--workers": 0,
+    "--licence": None,
+}
+# And if its records have labels.
+LABELLED = {**WRITING, "--leave-out": None, "--sky": None}
+
 # Command → what may follow it: option → default, positionals with None. Public: what is here stays or is renamed
 # with a word in CHANGELOG.md.
 SURFACE = {
@@ -37,14 +52,19 @@ SURFACE = {
         "--per-shard": 128,
         "--images-only": False,
     },
-    "shard images": {
-        "--help": None,
-        "source": None,
-        "output": None,
-        "--name": None,
-        "--per-shard": 1000,
-        "--short-side": None,
-        "--licence": None,
+    "shard images": WRITING,
+    **{
+        f"shard {name}": {**WRITING, "--leave-out": None}
+        for name in (
+            "bdd100k",
+            "landmarks",
+            "imagenet21k",
+            "lsun",
+            "objects365",
+            "openimages",
+            "places365",
+            "sa1b",
+        )
     },
     "shard index": {"--help": None, "source": None, "--name": None, "--licence": None},
     "verify": {"--help": None, "set": None, "--decode": False},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import add_command
+from depth_anything.data.sources.catalogue import SETS, Entry, load
 
 if TYPE_CHECKING:
     from depth_anything.data.sample import Frame
@@ -37,15 +38,10 @@ def add_shard(commands: Any) -> None:
     images = add_command(kinds, "images", "pack photographs", run=_shard_images)
     images.add_argument("source", metavar="SOURCE", help="folder, text file with a path a line, or tar")
     images.add_argument("output", metavar="OUT", help="folder of the new set")
-    images.add_argument("--name", help="name of the set (the folder's)")
-    images.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="records a shard (%(default)s)"
-    )
+    add_writing(images)
 
-    images.add_argument(
-        "--short-side", type=int, metavar="N", help="reduce larger images to this short side (as they are)"
-    )
-    add_licence(images)
+    for name, entry in SETS.items():
+        _add_set(kinds, name, entry)
 
     index = add_command(
         kinds, "index", "index tars made elsewhere, so that they can be read", run=_shard_index
@@ -53,6 +49,67 @@ def add_shard(commands: Any) -> None:
     index.add_argument("source", metavar="FOLDER", help="folder of tars; gets .idx files and manifest.json")
     index.add_argument("--name", help="name of the set (the folder's)")
     add_licence(index)
+
+
+def _add_set(kinds: Any, name: str, entry: Entry) -> None:
+    """Declare a set of the catalogue."""
+    command = add_command(kinds, name, entry.help, run=_shard_set)
+    command.add_argument("source", metavar="RAW", help="folder that the set was downloaded or unpacked to")
+    command.add_argument("output", metavar="OUT", help="folder of the new set")
+    add_writing(command)
+    command.add_argument(
+        "--leave-out",
+        metavar="GLOB",
+        nargs="*",
+        help="names that are not taken, as 'amusement/*' (the set's)",
+    )
+    if entry.labelled:
+        add_sky(command)
+    for flag in entry.flags:
+        command.add_argument(
+            flag.name,
+            choices=flag.choices,
+            default=flag.default,
+            type=Path if flag.path else str,
+            metavar="FILE" if flag.path else None,
+            help=flag.help,
+        )
+
+
+def add_writing(command: argparse.ArgumentParser) -> None:
+    """Declare how any set is written."""
+    command.add_argument("--name", help="name of the set (the folder's)")
+    command.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="records a shard (%(default)s)"
+    )
+    command.add_argument(
+        "--short-side", type=int, metavar="N", help="reduce larger images to this short side (as they are)"
+    )
+    command.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="write only the K-th of N parts, on as many machines; they may share OUT, else merge (1/1)",
+    )
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that write shards (in this one)"
+    )
+    add_licence(command)
+
+
+def add_sky(command: argparse.ArgumentParser) -> None:
+    """Declare what training does with a set's sky."""
+    command.add_argument(
+        "--sky",
+        choices=("far", "invalid"),
+        help="what training does with it unless told otherwise: disparity 0, or nothing (the set's)",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    return int(k), int(n)
 
 
 def add_licence(command: argparse.ArgumentParser) -> None:
@@ -102,15 +159,49 @@ def _shard_scenes(options: argparse.Namespace) -> None:
 def _shard_images(options: argparse.Namespace) -> None:
     from depth_anything.data.sources.images import write_images
 
-    made = write_images(
+    print_written(write_images(options.source, options.output, **writing(options)), options)
+
+
+def _shard_set(options: argparse.Namespace) -> None:
+    from depth_anything.data.sources.writing import write_source
+
+    flags = {flag.name[2:].replace("-", "_") for flag in SETS[options.kind].flags}
+    made = write_source(
+        load(options.kind),
         options.source,
         options.output,
-        name=options.name,
-        per_shard=options.per_shard,
-        short_side=options.short_side,
-        licence=options.licence,
+        leave_out=options.leave_out,
+        sky=getattr(options, "sky", None),
+        **writing(options),
+        **{flag: getattr(options, flag) for flag in sorted(flags) if getattr(options, flag) is not None},
     )
+    print_written(made, options)
+
+
+def writing(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_writing` has declared, as `write_source` takes it."""
+    names = ("name", "per_shard", "short_side", "part", "workers", "licence")
+    return {name: getattr(options, name) for name in names}
+
+
+def print_written(made: "ShardSet | None", options: argparse.Namespace) -> None:
+    """Print what a set holds and what was not taken; of a part, how to go on."""
+    if made is None:
+        k, n = options.part
+        print(
+            f"part {k} of {n} is written; {options.output} is finished when all are. Where parts share this folder the "
+            "last one finishes it, else bring them together:  depth-anything merge OUT FOLDER FOLDER …"
+        )
+        return
     print_set(made)
+    skipped = made.meta.get("skipped")
+    if skipped:
+        reasons = sorted(skipped["reasons"].items(), key=lambda row: -row[1])
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons[:3])
+        more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+        print(f"not taken:  {skipped['count']} ({told}{more}): see {made.root}/*.skipped.json")
+    for what, count in made.meta.get("left_out", {}).items():
+        print(f"passed over: {count} {what}")
 
 
 def _shard_index(options: argparse.Namespace) -> None:

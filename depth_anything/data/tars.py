@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from depth_anything.data.address import join, told
+
 _MARK = "depth-anything-index 1"
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
@@ -32,7 +34,20 @@ _STALE_S = 86400
 
 
 class ShardError(ValueError):
-    """A set or shard that cannot be used as it is; the sentence says what to do."""
+    """A set or shard that cannot be used as it is; the sentence says what to do, and no secret of an address."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Take the secrets out of the sentence."""
+        super().__init__(*(told(part) if isinstance(part, str) else part for part in arguments))
+
+
+class Outage(OSError):
+    """Shards that cannot be read for now. It is no record's fault: nothing stands in for it, and the run stops,
+    lest a server's bad hour change the training."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Take the secrets out of the sentence."""
+        super().__init__(*(told(part) if isinstance(part, str) else part for part in arguments))
 
 
 class BadRecord(ValueError):
@@ -47,6 +62,7 @@ class BadRecord(ValueError):
 
     def __init__(self, shard: str, index: int, key: str, reason: str) -> None:
         """Hold the four; they survive pickling, as workers send their errors."""
+        shard, reason = told(shard), told(reason)
         super().__init__(shard, index, key, reason)
         self.shard, self.index, self.key, self.reason = shard, index, key, reason
 
@@ -95,7 +111,7 @@ class ShardSet:
 
     def url(self, shard: str) -> str:
         """Return the address of a shard's tar."""
-        return f"{self.root}/{shard}.tar"
+        return join(self.root, f"{shard}.tar")
 
 
 class Member(NamedTuple):
@@ -207,6 +223,24 @@ def index_shard(path: str | Path) -> ShardInfo:
     return _info(path, text)
 
 
+def info_of(path: Path) -> ShardInfo:
+    """Return what the index of a local tar says of it, without reading the tar; made first if there is none.
+
+    Raises:
+        ShardError: the tar is missing, or its index is another one's.
+    """
+    place = path.with_suffix(".idx")
+    if not place.exists():
+        return index_shard(path)
+    with open(place, errors="replace") as file:
+        info = _info(path, file.readline())
+    if not path.is_file() or path.stat().st_size != info.bytes:
+        raise ShardError(
+            f"{path} is missing, or is not the tar of {place.name}: remove both and make it again"
+        )
+    return info
+
+
 def index_text(path: Path) -> str:
     """Read a tar through and return the text of its index; ShardError as `index_shard`."""
     try:
@@ -264,6 +298,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a file that is seen whole, unless there is one of this name: then leave it, and return False."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except PermissionError:  # a file system without links
+            with open(path, "xb") as file:
+                file.write(data)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
 
 
 def remove_stale(folder: Path) -> None:

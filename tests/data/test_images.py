@@ -12,7 +12,7 @@ from PIL import Image
 
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, verify_set
-from depth_anything.data.sources import images
+from depth_anything.data.sources import archives, record
 from depth_anything.data.sources.images import iter_images, list_photographs, write_images
 
 PHOTOS = Path(os.environ.get("DEPTH_ANYTHING_PHOTOS", Path(__file__).parents[3] / "shared" / "photos"))
@@ -164,7 +164,7 @@ def test_what_is_no_image_is_left_out_named_and_counted(tmp_path):
 
 
 def test_files_too_large_for_photographs_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_BYTES", 5000)
+    monkeypatch.setattr(archives, "MAX_BYTES", 5000)
     source = fill(tmp_path / "in", {"a.png": GOOD["a.png"], "video.jpg": GOOD["b/plain.jpg"] + bytes(6000)})
     made = write_images(source, tmp_path / "own")
     assert "no photograph" in dict(made.meta["skipped"]["files"])["video.jpg"]
@@ -271,7 +271,7 @@ def test_shards_do_not_depend_on_who_wrote_them(tmp_path, monkeypatch):
     whole = write_images(source, tmp_path / "a" / "own", per_shard=2)
     assert [shard.name for shard in whole.shards] == ["00000", "00002", "00003"], "00001 has no readable file"
     assert [shard.records for shard in whole.shards] == [2, 1, 2]
-    calls, decode = [], images.decode_image
+    calls, decode = [], record.decode_image
 
     def dying(data):
         calls.append(data)
@@ -279,7 +279,7 @@ def test_shards_do_not_depend_on_who_wrote_them(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return decode(data)
 
-    monkeypatch.setattr(images, "decode_image", dying)
+    monkeypatch.setattr(record, "decode_image", dying)
     root = tmp_path / "b" / "own"
     with pytest.raises(KeyboardInterrupt):
         write_images(source, root, per_shard=2)

@@ -7,8 +7,10 @@ Glass has the depth of its surface, a mirror that of its face.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +29,8 @@ from depth_anything.data.sources.raycast import (
     shade,
     shadow_of,
 )
-from depth_anything.data.sources.writing import write_set
+from depth_anything.data.sources.source import Facts, Raw
+from depth_anything.data.sources.writing import write_source
 
 VERSION = 2  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
 
@@ -396,31 +399,66 @@ def write_scenes(
     Raises:
         ValueError: If there is no such look, or the folder holds another set.
     """
-    settings = {
-        "source": "scenes",
-        "version": VERSION,
-        "look": look,
-        "seed": seed,
-        "height": height,
-        "width": width,
-        "labelled": labelled,
-    }
+    source = Scenes(look, count, seed, height, width, labelled)
+    made = write_source(source, Path(), root, per_shard=per_shard)
+    assert made is not None, "one part of one has every shard"
+    return made
 
-    def record(prefix: str, number: int) -> tuple[str, dict[str, bytes]]:
-        scene = seed * 10_000_000 + number
-        frame = render(scene, look=look, height=height, width=width)
-        frame.depth = frame.depth if labelled else None
-        key = f"{prefix}/{number:07d}"
-        if look == "photographic":
-            quality = 40 + Draw(scene, 4).integer(53)
-            return key, encode_frame(frame, codec="f32", jpeg_quality=quality)
-        png = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
-        return key, encode_frame(frame, codec="f32", original=png)
 
-    meta = {"licence": "Apache-2.0", **({"unit": "m", "sky": "inf"} if labelled else {})}
-    return write_set(
-        root, name=None, settings=settings, meta=meta, count=count, per_shard=per_shard, record=record
-    )
+FACTS = Facts(
+    name="scenes",
+    title="procedural scenes",
+    records=0,
+    layout="nothing: they are drawn",
+    get="python train.py stage=teacher draws them on first use",
+    licence="Apache-2.0",
+)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of a set as a source: a line is the number of a scene in it."""
+
+    look: str
+    count: int
+    seed: int
+    height: int
+    width: int
+    labelled: bool
+    FACTS: Facts = FACTS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scenes."""
+        return {
+            "version": VERSION,
+            "look": self.look,
+            "count": self.count,
+            "seed": self.seed,
+            "height": self.height,
+            "width": self.width,
+            "labelled": self.labelled,
+        }
+
+    def find(self, raw: Path) -> Iterable[str]:
+        """Number the scenes; ValueError if there can be none."""
+        if self.look not in LOOKS:
+            raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
+        if self.count < 1:
+            raise ValueError(f"count={self.count}: at least 1")
+        return map(str, range(self.count))
+
+    def read(self, raw: Path, line: str) -> Raw:
+        """Draw a scene: its picture encoded, its depth if the set has labels."""
+        scene = self.seed * 10_000_000 + int(line)
+        frame = render(scene, look=self.look, height=self.height, width=self.width)
+        quality = 40 + Draw(scene, 4).integer(53)
+        picture = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
+        if self.look == "synthetic":
+            picture = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
+        meta = {**frame.meta, "name": None}
+        sky = np.isinf(frame.depth) if frame.depth is not None else None
+        return Raw(picture, meta, depth=frame.depth if self.labelled else None, sky=sky)
 
 
 def _paint(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -1,135 +1,402 @@
-"""Writing a set shard by shard: it may be killed at any instant, started again, raced by other processes."""
+"""Writing a set shard by shard, whatever its source: killed at any instant, started again, on many machines.
 
+Beside the shards the folder of a set holds settings.json (what decides its bytes), about.json (what its manifest
+will say), the listing (see listing.py), of each shard NAME.skipped.json where files were refused and
+NAME.pixels.json where it has labels, and, when every shard is there, manifest.json.
+"""
+
+import errno
+import hashlib
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
-from tqdm import tqdm
+from depth_anything.data.progress import Progress
+from depth_anything.data.shards import ShardError, ShardSet, open_set, write_manifest, write_shard
+from depth_anything.data.sources.listing import ABOUT_LISTING, Listing, make_listing, shown_name
+from depth_anything.data.sources.record import Made, to_record
+from depth_anything.data.sources.source import Facts, Raw, Refused
+from depth_anything.data.tars import info_of, write_atomically, write_new
+from depth_anything.licences import check_licence
 
-from depth_anything.data.shards import ShardInfo, ShardSet, index_shard, open_set, write_manifest, write_shard
-from depth_anything.data.sources.source import Refused
-from depth_anything.data.tars import write_atomically
-
-Record = tuple[str, dict[str, bytes]]
-Skipped = list[tuple[str, str]]  # name of a file, and why it is not in the set
+SETTINGS, ABOUT = "settings.json", "about.json"
+SKY = ("far", "invalid")
 
 _NAMED = 100  # skipped files that the manifest names; NAME.skipped.json has them all
+_REASONS = 50  # that the manifest counts apart
+_OF_THE_FILE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
-def write_set(
+class Source(Protocol):
+    """What can be written as a set: a module of sources/, or an object that pickles.
+
+    An object may have `settings`, JSON that decides the bytes beside what the options say.
+    """
+
+    @property
+    def FACTS(self) -> Facts:
+        """What is known of the set."""
+
+    @property
+    def find(self) -> Callable[..., Iterable[str]]:
+        """Gives a line a record of a raw folder; options by keyword."""
+
+    @property
+    def read(self) -> Callable[[Path, str], Raw]:
+        """Reads a line's record; ValueError with the reason if it cannot be taken."""
+
+
+def write_source(
+    source: Source | ModuleType,
+    raw: str | Path,
     root: str | Path,
     *,
-    name: str | None,
-    settings: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    count: int,
-    per_shard: int,
-    record: Callable[[str, int], Record],
-) -> ShardSet:
-    """Write a set, or what is missing of it; a complete one of the same settings is returned as it is.
+    name: str | None = None,
+    per_shard: int = 1000,
+    part: tuple[int, int] = (1, 1),
+    workers: int = 0,
+    short_side: int | None = None,
+    sky: str | None = None,
+    leave_out: Sequence[str] | None = None,
+    licence: str | None = None,
+    **options: Any,
+) -> ShardSet | None:
+    """Write a set, or a part of it, or what is missing; a complete one of the same settings is returned as it is.
 
-    Shard k holds the numbers [k * per_shard, (k + 1) * per_shard) less those that `record` refuses, so that
-    every shard can be made alone and comes out the same whoever makes it.
+    Shard k holds the lines [k * per_shard, (k + 1) * per_shard) of the listing less those that are refused, so
+    that every shard can be made alone and comes out the same whoever makes it.
 
     Args:
-        root: Folder, made if need be.
+        source: Reads the raw data.
+        raw: Where they lie.
+        root: Folder of the set, made if need be; parts may share it or not.
         name: Of the set; None: the folder's.
-        settings: JSON that decides the bytes; kept from the first moment in settings.json, compared later.
-        meta: More JSON for the manifest.
-        count: Numbers to go through.
-        per_shard: Numbers a shard.
-        record: Makes record `number` of the shard <set>/<shard>, its key included; Refused leaves it out.
+        per_shard: Lines a shard.
+        part: (k, n): the k-th of n parts, from 1.
+        workers: Processes that make shards; 0 makes them in this one.
+        short_side: See `to_record`.
+        sky: "far" or "invalid": what training does with the sky unless told otherwise; None: the source's.
+        leave_out: Glob patterns of names that are not taken; None: the source's.
+        licence: SPDX name; None: the source's. May be given later, as `sky`.
+        options: Of the source's `find`; a Path stands for the file's content.
+
+    Returns:
+        The set, or None while shards of other parts are missing.
 
     Raises:
-        ValueError: If the folder holds another set, the name cannot name a set, or every number was refused.
+        ValueError: If the folder holds another set, nothing is found in `raw`, or everything is refused.
     """
-    root = Path(root)
-    name = name or root.resolve().name
-    if not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise ValueError(f'"{name}" cannot name a set: use A-Z a-z 0-9 _ -, or type another name')
-    if count < 1 or per_shard < 1:
-        raise ValueError(f"count={count} per_shard={per_shard}: both must be 1 or more")
-    settings = {**settings, "name": name, "count": count, "per_shard": per_shard}
-    _claim(root, settings)
+    raw, root, facts = Path(raw), Path(root), source.FACTS
+    name = _checked(name or root.resolve().name, per_shard=per_shard, part=part, workers=workers, sky=sky)
+    leave_out = list(facts.leave_out if leave_out is None else leave_out)
+    settings = {
+        "source": facts.name,
+        **getattr(source, "settings", {}),
+        **{key: _content(value) for key, value in options.items()},
+        **({"leave_out": leave_out} if leave_out else {}),
+        **({"short_side": short_side} if short_side is not None else {}),
+        "name": name,
+        "per_shard": per_shard,
+    }
+    check_settings(root, settings)
+    told = {"licence": check_licence(licence) if licence else None, "sky_policy": sky}
     if (root / "manifest.json").exists():
-        return _licensed(open_set(root), meta.get("licence"))
-    shards, skipped = [], []
-    with tqdm(total=count, desc=f"writing {root}", unit="image", disable=None) as bar:
-        for k, start in enumerate(range(0, count, per_shard)):
-            numbers = range(start, min(start + per_shard, count))
-            info, left_out = _write_one(root / f"{k:05d}.tar", name, numbers, record, bar)
-            shards += [info] if info else []
-            skipped += left_out
-    if not shards:
-        why = "; ".join(f"{file}: {reason}" for file, reason in skipped[:3])
-        raise ValueError(f"{root}: none of {count} files is an image that can be read ({why})")
-    meta = {**meta, "settings": settings}
-    if skipped:
-        reasons = Counter(reason for _, reason in skipped)
-        named = [list(row) for row in skipped[:_NAMED]]
-        meta["skipped"] = {"count": len(skipped), "reasons": dict(reasons), "files": named}
-    return write_manifest(root, name=name, shards=shards, meta=meta)
-
-
-def _licensed(made: ShardSet, licence: str | None) -> ShardSet:
-    """Note the licence in the manifest of a set that was written before it was known; no shard changes."""
-    if licence in (None, made.meta.get("licence")):
-        return made
-    return write_manifest(
-        made.root, name=made.name, shards=made.shards, meta={**made.meta, "licence": licence}
+        return _note(open_set(root), told)
+    if not (root / ABOUT_LISTING).exists():
+        found = _peeked(source.find(raw, **options), raw, facts)
+        _claim(root, settings)
+        make_listing(root, found, leave_out=leave_out)
+    _claim(root, settings)
+    _write_about(root, facts, told)
+    listing = Listing(root, per_shard=per_shard)
+    k, n = part
+    mine = range((k - 1) * listing.shards // n, k * listing.shards // n)
+    missing = [shard for shard in mine if not _is_done(root, shard, len(listing.numbers(shard)))]
+    jobs = (
+        Job(source, raw, root, name, short_side, shard, listing.numbers(shard), listing.lines(shard))
+        for shard in missing
     )
+    total = sum(len(listing.numbers(shard)) for shard in missing)
+    with Progress(f"writing {root}", total=total) as progress:
+        for job in jobs:
+            write_one(job, progress.update)
+    return finish(root, listing)
 
 
-def _claim(root: Path, settings: Mapping[str, Any]) -> None:
-    """Say in the folder what is being written there, or find that it is something else."""
-    path = root / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True)
+def finish(root: Path, listing: Listing) -> ShardSet | None:
+    """Write the manifest of a set whose shards are all there; None if some are not."""
+    if missing_shards(root, listing):
+        return None
+    settings, about = (json.loads((root / file).read_bytes()) for file in (SETTINGS, ABOUT))
+    there = set(os.listdir(root))
+    names = [shard_name(shard) for shard in range(listing.shards)]
+    shards = [info_of(root / f"{name}.tar") for name in names if f"{name}.tar" in there]
+    skipped = Skipped()
+    for name in names:
+        if f"{name}.skipped.json" in there:
+            skipped.add(json.loads((root / f"{name}.skipped.json").read_bytes()))
+    if not shards:
+        why = "; ".join(f"{file}: {reason}" for file, reason in skipped.named[:3])
+        raise ValueError(f"{root}: none of {listing.count} files can be taken ({why})")
+    labels = [
+        json.loads((root / f"{name}.pixels.json").read_bytes())
+        for name in names
+        if f"{name}.pixels.json" in there
+    ]
+    meta = {**about, **_described(labels), **skipped.told()}
+    meta |= {"settings": {**settings, "count": listing.count}, "listing": listing.digest}
+    if listing.left_out:
+        meta["left_out"] = listing.left_out
+    return write_manifest(root, name=settings["name"], shards=shards, meta=meta)
+
+
+def missing_shards(root: Path, listing: Listing) -> list[str]:
+    """Name the shards of a listing that nobody has made yet."""
+    there = set(os.listdir(root))
+    return [
+        shard_name(shard)
+        for shard in range(listing.shards)
+        if f"{shard_name(shard)}.tar" not in there and not _is_done(root, shard, len(listing.numbers(shard)))
+    ]
+
+
+def shard_name(shard: int) -> str:
+    """Return the name of a set's shard by its number."""
+    return f"{shard:05d}"
+
+
+# One shard
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be made, and all that decides its bytes."""
+
+    source: Any
+    raw: Path
+    root: Path
+    name: str
+    short_side: int | None
+    shard: int
+    numbers: range
+    lines: list[str]
+
+
+def write_one(job: Job, tick: Callable[[], None]) -> None:
+    """Write one shard and the notes on it; `tick` is called after each line.
+
+    Raises:
+        ShardError: The raw folder is gone, or its disk fails: that is no reason to leave records out.
+    """
+    made = _records(job, tick)
+    first = next(made, None)
+    if first is not None:
+        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], made))
+
+
+def _records(job: Job, tick: Callable[[], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Make the records of a shard; what is told of them is written before the shard can be seen."""
+    skipped: list[tuple[str, str]] = []
+    labels: Counter[tuple[str, str | None]] = Counter()
+    pixels: Counter[str] = Counter()
+    stem = shard_name(job.shard)
+    for number, line in zip(job.numbers, job.lines, strict=True):
+        try:
+            made = _make(job, line)
+        except Refused as refusal:
+            skipped.append((refusal.name, refusal.reason))
+        else:
+            pixels.update(made.pixels)
+            labels.update([(made.quantity, made.unit)] if made.quantity else [])
+            yield f"{job.name}/{stem}/{number:07d}", made.fields
+        tick()
+    if skipped:
+        _write_json(job.root / f"{stem}.skipped.json", skipped)
+    if labels:
+        rows = [[quantity, unit, count] for (quantity, unit), count in sorted(labels.items(), key=str)]
+        _write_json(job.root / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
+
+
+def _make(job: Job, line: str) -> Made:
+    """Read a line's record; Refused if it cannot be taken."""
+    name, facts = shown_name(line), job.source.FACTS
+    try:
+        return to_record(
+            job.source.read(job.raw, line), source=facts.name, name=name, short_side=job.short_side
+        )
+    except ShardError:
+        raise
+    except ValueError as error:
+        raise Refused(name, str(error)) from error
+    except OSError as error:
+        if error.errno in _OF_THE_FILE and job.raw.exists():
+            raise Refused(name, error.strerror or type(error).__name__) from error
+        raise ShardError(
+            f"{name} of {job.raw} cannot be read now ({error}): when the disk is there again, "
+            "type the same command, which goes on where it stopped"
+        ) from error
+    except Exception as error:
+        raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
+
+
+# What the folder says of itself
+
+
+def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
+    """Look whether a folder is free, or was begun with these settings.
+
+    Raises:
+        ShardError: It holds another set, or shards from elsewhere.
+    """
+    path = root / SETTINGS
     if path.exists():
-        theirs, ours = json.loads(path.read_text()), json.loads(text)
+        theirs, ours = json.loads(path.read_text()), json.loads(json.dumps(settings))
         keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         if keys:
             differs = ", ".join(f"{key} {theirs.get(key)} in place of {ours.get(key)}" for key in keys)
-            raise ValueError(
+            raise ShardError(
                 f"{root} holds a set made with other settings ({differs}): "
                 f"name another folder, or remove it with  rm -r {root}"
             )
-        return
-    if (root / "manifest.json").exists() or any(root.glob("*.tar")):
-        raise ValueError(f"{root} holds shards from elsewhere: name another folder")
+    elif (root / "manifest.json").exists() or any(root.glob("*.tar")):
+        raise ShardError(f"{root} holds shards from elsewhere: name another folder")
+
+
+def _claim(root: Path, settings: Mapping[str, Any]) -> None:
+    """Say in the folder what is being written there; ShardError if another process was faster with another set."""
     root.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    if not write_new(root / SETTINGS, json.dumps(settings, indent=1, sort_keys=True).encode()):
+        check_settings(root, settings)
 
 
-def _write_one(
-    path: Path, name: str, numbers: range, record: Callable[[str, int], Record], bar: tqdm
-) -> tuple[ShardInfo | None, Skipped]:
-    """Write one shard unless it is there; None if every number of it was refused."""
-    notes = path.with_suffix(".skipped.json")
-    if not path.exists() and not (notes.exists() and len(json.loads(notes.read_text())) == len(numbers)):
-        made = _records(notes, f"{name}/{path.stem}", numbers, record, bar)
-        first = next(made, None)
-        if first is not None:
-            write_shard(path, chain([first], made))
-    else:
-        bar.update(len(numbers))
-    info = index_shard(path) if path.exists() else None
-    return info, [tuple(row) for row in json.loads(notes.read_text())] if notes.exists() else []
+def _write_about(root: Path, facts: Facts, told: Mapping[str, str | None]) -> None:
+    """Note what the manifest shall say; what the user has said stays said."""
+    path = root / ABOUT
+    about = json.loads(path.read_bytes()) if path.exists() else None
+    new = about or {
+        "licence": facts.licence or None,
+        "source": {"title": facts.title, "get": facts.get},
+        "sky_policy": facts.sky,
+    }
+    new = {**new, **{key: value for key, value in told.items() if value is not None}}
+    if new != about:
+        _write_json(path, new)
 
 
-def _records(
-    notes: Path, prefix: str, numbers: range, record: Callable[[str, int], Record], bar: tqdm
-) -> Iterator[Record]:
-    """Make the records of a shard; what was left out is noted before the shard can be seen."""
-    skipped: Skipped = []
-    for number in numbers:
-        try:
-            yield record(prefix, number)
-        except Refused as refusal:
-            skipped.append((refusal.name, refusal.reason))
-        bar.update()
-    if skipped:
-        write_atomically(notes, json.dumps(skipped, ensure_ascii=False, indent=1).encode())
+def _note(made: ShardSet, told: Mapping[str, str | None]) -> ShardSet:
+    """Note in the manifest of a finished set what is only known now; no shard changes."""
+    labelled = "quantity" in made.meta
+    new = {key: value for key, value in told.items() if value and (labelled or key != "sky_policy")}
+    if all(made.meta.get(key) == value for key, value in new.items()):
+        return made
+    return write_manifest(made.root, name=made.name, shards=made.shards, meta={**made.meta, **new})
+
+
+class Skipped:
+    """Files that were not taken, counted by reason.
+
+    Attributes:
+        named: Name and reason of the first hundred.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._reasons: Counter[str] = Counter()
+        self.named: list[list[str]] = []
+
+    def add(self, rows: Iterable[Sequence[str]]) -> None:
+        """Count the rows of a NAME.skipped.json."""
+        for name, reason in rows:
+            self._reasons[reason] += 1
+            if len(self.named) < _NAMED:
+                self.named.append([name, reason])
+
+    def told(self) -> dict[str, Any]:
+        """Return what the manifest says of them; nothing if there are none."""
+        if not self._reasons:
+            return {}
+        reasons = dict(self._reasons.most_common(_REASONS))
+        count = self._reasons.total()
+        if len(self._reasons) > _REASONS:
+            reasons["other"] = count - sum(reasons.values())
+        return {"skipped": {"count": count, "reasons": reasons, "files": self.named}}
+
+
+def _described(labels: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up what the shards' NAME.pixels.json say: quantity, unit, what is sky, pixels by kind."""
+    kinds: Counter[tuple[str, str | None]] = Counter()
+    pixels: Counter[str] = Counter()
+    for label in labels:
+        kinds.update({(quantity, unit): count for quantity, unit, count in label["labels"]})
+        pixels.update(label["pixels"])
+    if not kinds:
+        return {}
+    quantities, units = ({kind[i] for kind in kinds} for i in (0, 1))
+    meta: dict[str, Any] = {"pixels": dict(sorted(pixels.items()))}
+    if len(quantities) == 1:
+        (meta["quantity"],) = quantities
+        meta["sky"] = "inf" if meta["quantity"] == "depth" else "zero"
+    if len(units) == 1 and None not in units:
+        (meta["unit"],) = units
+    return meta
+
+
+def _is_done(root: Path, shard: int, count: int) -> bool:
+    """Say whether a shard is there, or everything in it was refused."""
+    if (root / f"{shard_name(shard)}.tar").exists():
+        return True
+    notes = root / f"{shard_name(shard)}.skipped.json"
+    return notes.exists() and len(json.loads(notes.read_bytes())) == count
+
+
+def _checked(name: str, *, per_shard: int, part: tuple[int, int], workers: int, sky: str | None) -> str:
+    if not re.fullmatch("[A-Za-z0-9_-]+", name):
+        raise ValueError(f'"{name}" cannot name a set: use A-Z a-z 0-9 _ -, or type another name')
+    if per_shard < 1 or workers < 0:
+        raise ValueError(f"per_shard={per_shard} workers={workers}: at least 1 and 0")
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]} is none: of 4 parts the first is 1/4 and the last 4/4")
+    if sky not in (None, *SKY):
+        raise ValueError(f'sky="{sky}" is unknown: use "far" or "invalid"')
+    return name
+
+
+def _peeked(found: Iterable[str], raw: Path, facts: Facts) -> Iterator[str]:
+    """Look for the first line now, so that a wrong folder is told before anything is written."""
+    lines = iter(found)
+    try:
+        first = next(lines)
+    except StopIteration:
+        raise ValueError(f"{raw} holds nothing of {facts.title}: looked for {facts.layout}") from None
+    return _chained(first, lines)
+
+
+def _chained(first: str, rest: Iterator[str]) -> Generator[str, None, Any]:
+    yield first
+    return (yield from rest)
+
+
+def _content(value: Any) -> Any:
+    """Return an option as settings.json has it: of a file its content, which is elsewhere on other machines."""
+    if not isinstance(value, Path):
+        return value
+    return f"sha256:{hashlib.sha256(value.read_bytes()).hexdigest()}"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -1,0 +1,176 @@
+"""Images where they were published: members of tars by their offset, values of lmdb folders. Nothing is unpacked.
+
+A plain tar is walked from header to header and a member is one read. A compressed one (told by its bytes, not by
+its name) can only be read from the front: offsets then are those of the unpacked tar, and a process that goes
+forward reads it once.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
+"""What reading a broken archive may raise."""
+
+_OPENERS: tuple[tuple[bytes, Any], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\0", lzma.open),
+)
+
+
+class Member(NamedTuple):
+    """A file inside a tar: where it lies in the unpacked tar; `fault` is why it cannot be read, if so."""
+
+    name: str
+    offset: int
+    size: int
+    fault: str
+
+
+def is_compressed(path: Path) -> bool:
+    """Say by its first bytes whether a tar is compressed."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    return any(head.startswith(mark) for mark, _ in _OPENERS)
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """List the files of a tar in its order, in memory for one of them.
+
+    Where the tar is damaged or cut short, the last member says so: nothing after it can be found.
+    """
+    last = path.name
+    try:
+        with open_tar(path) as stream:
+            watched = _Watched(stream)
+            with tarfile.open(fileobj=watched, mode="r:") as tar:  # type: ignore[call-overload]
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # or a tar of millions of files would be kept in memory
+                    if not info.isdir():
+                        last = info.name.removeprefix("./")
+                        yield Member(last, info.offset_data, info.size, _fault(info))
+            # tarfile takes a header cut in two, or one of garbage, for the end.
+            if len(watched.last) < tarfile.BLOCKSIZE or any(watched.last):
+                raise EOFError("no mark of the end follows")
+    except DAMAGE as error:
+        reason = f"the tar is damaged, and nothing after this file can be found: {error}"
+        yield Member(last, -1, -1, reason)
+
+
+def read_member(path: Path, offset: int, size: int) -> bytes:
+    """Read a file of a tar by its place; ValueError if it is not whole."""
+    check_size(size)
+    tar = _opened(str(path), os.getpid())
+    try:
+        if tar.compressed:
+            tar.stream.seek(offset)
+            data = tar.stream.read(size)
+        else:
+            data = os.pread(tar.stream.fileno(), size, offset)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"the tar is damaged here: {error}") from error
+    if len(data) != size:
+        raise ValueError("the tar is cut short inside this file")
+    return data
+
+
+def open_tar(path: Path) -> IO[bytes]:
+    """Open a tar for reading, unpacked as it is read."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    opener = next((opener for mark, opener in _OPENERS if head.startswith(mark)), open)
+    return opener(path, "rb")
+
+
+def check_size(size: int) -> None:
+    """Refuse what is too large to be an image, before it is read."""
+    if size > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES >> 20} MiB, which no photograph has")
+
+
+def lmdb_keys(folder: Path) -> Iterator[bytes]:
+    """List the keys of an lmdb folder in their order, without their values.
+
+    Raises:
+        ValueError: It is none, or damaged, or the package is missing.
+    """
+    environment = _lmdb(str(folder), os.getpid())
+    try:
+        with environment.begin() as transaction:
+            yield from transaction.cursor().iternext(keys=True, values=False)
+    except _lmdb_error() as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+
+
+def read_lmdb(folder: Path, key: bytes) -> bytes:
+    """Read a value of an lmdb folder; ValueError if there is none."""
+    try:
+        with _lmdb(str(folder), os.getpid()).begin() as transaction:
+            value = transaction.get(key)
+    except _lmdb_error() as error:
+        raise ValueError(f"the database is damaged here: {error}") from error
+    if value is None:
+        raise ValueError("the database does not have this key any more")
+    check_size(len(value))
+    return value
+
+
+class _Watched:
+    """A file that remembers the last bytes read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.last = file, b""
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.last = self._file.read(size)
+        return self.last
+
+
+def _fault(info: tarfile.TarInfo) -> str:
+    return "" if info.isreg() and not info.issparse() else "not a regular file"
+
+
+class _Opened:
+    """A tar kept open; it is closed when nobody keeps it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.compressed = is_compressed(Path(path))
+        self.stream = open_tar(Path(path))
+
+    def __del__(self) -> None:
+        if hasattr(self, "stream"):
+            self.stream.close()
+
+
+@lru_cache(maxsize=8)
+def _opened(path: str, process: int) -> _Opened:
+    """Keep tars open; a forked process opens its own, as two would share one position."""
+    return _Opened(path)
+
+
+@lru_cache(maxsize=4)
+def _lmdb(folder: str, process: int) -> Any:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("lmdb is not installed: type  pip install 'depth-anything-train[lsun]'") from error
+    try:
+        return lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{folder} is no lmdb folder, or is damaged: {error}") from error
+
+
+def _lmdb_error() -> Any:
+    import lmdb
+
+    return lmdb.Error

@@ -1,0 +1,180 @@
+"""Photographs wherever they lie below a folder: files, members of tars, values of lmdb folders, frames of films.
+
+A line of a listing is the name that people see, and after tabs where its bytes are:
+
+    NAME                               a file
+    NAME <tab> file <tab> SIZE         likewise, where sizes are looked at
+    NAME <tab> tar <tab> TAR <tab> OFFSET <tab> SIZE
+    NAME <tab> lmdb <tab> FOLDER       the key is what NAME has behind FOLDER/
+    NAME <tab> film <tab> FILM <tab> SECONDS
+    NAME <tab> ! <tab> REASON          cannot be read, and why
+"""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection, Generator, Iterator
+from pathlib import Path
+
+from depth_anything.data.sources.archives import (
+    check_size,
+    lmdb_keys,
+    read_lmdb,
+    read_member,
+    tar_members,
+)
+from depth_anything.data.sources.listing import as_field, from_field
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+KINDS = ("files", "tars", "lmdb", "films")
+
+
+def find_images(
+    raw: Path, *, kinds: Collection[str] = ("files", "tars")
+) -> Generator[str, None, Counter[str]]:
+    """List the images below a folder in the order of their paths; those of a tar in its own order.
+
+    Links to folders are followed, each folder is looked at once. Names that are no image's (annotations, lists,
+    checksums) are passed over and counted.
+
+    Args:
+        raw: The folder, or a single tar.
+        kinds: What to look into: "files", "tars", "lmdb", "films".
+
+    Yields:
+        A line an image.
+
+    Returns:
+        How many names were passed over, by suffix.
+
+    Raises:
+        ValueError: There is no such folder, or it cannot be listed.
+    """
+    passed_over: Counter[str] = Counter()
+    if raw.is_file() and raw.name.lower().endswith(TARS):
+        yield from _in_tar(raw, "", passed_over)
+        return passed_over
+    if not raw.is_dir():
+        raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was downloaded to")
+    for name, path in walk(raw, follow=True):
+        low = name.lower()
+        assert path is not None, "links are followed"
+        if low.endswith(IMAGES) and "files" in kinds:
+            yield as_field(name)
+        elif low.endswith(TARS) and "tars" in kinds:
+            yield from _in_tar(path, name, passed_over)
+        elif low.rpartition("/")[2] == "data.mdb" and "lmdb" in kinds:
+            yield from _in_lmdb(path.parent, name.rpartition("/")[0])
+        else:
+            passed_over[os.path.splitext(low)[1] or "no suffix"] += 1
+    return passed_over
+
+
+def read_image(raw: Path, line: str) -> bytes:
+    """Read the file that a line of `find_images` means.
+
+    Raises:
+        ValueError: It cannot be read as a whole.
+        OSError: It is not there, or its disk fails.
+    """
+    name, *where = line.split("\t")
+    if not where or where[0] == "file":
+        return read_file(raw / from_field(name))
+    kind, place, *numbers = where
+    if kind == "tar":
+        path = raw / from_field(place) if place else raw
+        return read_member(path, *map(int, numbers))
+    if kind == "lmdb":
+        folder = from_field(place)
+        key = from_field(name)[len(folder) + 1 if folder else 0 :]
+        return read_lmdb(raw / folder, key.encode("utf-8", "surrogateescape"))
+    raise ValueError(from_field(place))
+
+
+def walk(folder: Path, *, follow: bool, leave_out: Path | None = None) -> Iterator[tuple[str, Path | None]]:
+    """List the files below a folder in the order of their names' bytes, with one folder at a time in memory.
+
+    Args:
+        folder: To begin in.
+        follow: Links to folders; each real folder is looked at once.
+        leave_out: A folder to pass over, resolved.
+
+    Yields:
+        The path below `folder` with "/" between, and the path to open; None for a link that is not followed.
+
+    Raises:
+        ValueError: A folder cannot be listed.
+    """
+    yield from _walk(folder, "", {os.path.realpath(folder)} if follow else None, leave_out)
+
+
+def _walk(
+    folder: Path, prefix: str, seen: set[str] | None, leave_out: Path | None
+) -> Iterator[tuple[str, Path | None]]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed: {error.strerror}") from error
+    names.sort(key=os.fsencode)
+    for name in names:
+        path = folder / name
+        if not name.endswith("/"):
+            yield prefix + name, path
+        elif seen is None and path.is_symlink():
+            yield prefix + name[:-1], None
+        elif leave_out is None or path.resolve() != leave_out:
+            real = os.path.realpath(path) if seen is not None else ""
+            if seen is not None and real in seen:
+                continue
+            if seen is not None:
+                seen.add(real)
+            yield from _walk(path, prefix + name, seen, leave_out)
+
+
+def read_file(path: Path) -> bytes:
+    """Read a plain file; ValueError if it is none or too large, OSError if it is not there."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("not a regular file")
+    check_size(about.st_size)
+    return path.read_bytes()
+
+
+def fault_line(name: str, reason: str) -> str:
+    """Return the line of what cannot be read."""
+    return f"{as_field(name)}\t!\t{as_field(reason)}"
+
+
+def file_line(name: str, path: Path) -> str:
+    """Return the line of a file with its size, -1 if it cannot be told."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = -1
+    return f"{as_field(name)}\tfile\t{size}"
+
+
+def tar_line(name: str, place: str, offset: int, size: int) -> str:
+    """Return the line of a tar's member."""
+    return f"{as_field(name)}\ttar\t{as_field(place)}\t{offset}\t{size}"
+
+
+def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
+    for member in tar_members(path):
+        name = f"{place}/{member.name}" if place else member.name
+        if member.offset < 0:
+            yield fault_line(name, member.fault)
+        elif not member.name.lower().endswith(IMAGES):
+            passed_over[os.path.splitext(member.name.lower())[1] or "no suffix"] += 1
+        elif member.fault:
+            yield fault_line(name, member.fault)
+        else:
+            yield tar_line(name, place, member.offset, member.size)
+
+
+def _in_lmdb(folder: Path, place: str) -> Iterator[str]:
+    for key in lmdb_keys(folder):
+        name = key.decode("utf-8", "surrogateescape")
+        yield f"{as_field(f'{place}/{name}' if place else name)}\tlmdb\t{as_field(place)}"
