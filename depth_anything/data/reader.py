@@ -8,11 +8,13 @@ from collections import OrderedDict
 from pathlib import Path
 
 from depth_anything.data import remote
+from depth_anything.data.address import index_of, is_remote
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tars import (
     BadRecord,
     Index,
     Member,
+    Outage,
     ShardError,
     ShardInfo,
     ShardSet,
@@ -24,10 +26,10 @@ from depth_anything.data.tars import (
 class ShardReader:
     """Reads records of shards singly.
 
-    Local files are read by offset, http and https by range. Other addresses (pipe:, s3://, http servers
+    Local files are read by offset, http, https, s3 and gs by range. Other addresses (pipe:, http servers
     without ranges) are copied whole into a cache folder on first use, after one line on stderr that says how
     much disk this takes. Files are opened when needed, and anew in a forked or spawned process; a thread
-    needs its own.
+    needs its own. What comes damaged from afar is fetched once more before it counts as damaged.
     """
 
     def __init__(
@@ -44,25 +46,60 @@ class ShardReader:
         self._process = os.getpid()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
+        self._gone: dict[str, str] = {}  # shards of which nothing can be read, and why
 
-    def read(self, url: str | Path, index: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, url: str | Path, index: int, *, hash: str | None = None) -> tuple[str, dict[str, bytes]]:
         """Read one record: its key, and its fields (extension to bytes), each held against its crc32.
+
+        Args:
+            url: of the shard.
+            index: of the record in it.
+            hash: of the tar, as the manifest has it.
 
         Raises:
             BadRecord: the shard is missing, cut short or damaged here, or its index does not fit it.
             IndexError: the shard has no such record.
+            Outage: it cannot be had for now.
         """
-        url, key = str(url), ""
+        url = str(url)
+        if url in self._gone:
+            table = self._indexes.get(url)
+            raise BadRecord(url, index, table.key(index) if table else "", self._gone[url])
+        try:
+            return self._read(url, index, hash)
+        except BadRecord:
+            if not is_remote(url):
+                raise
+        self.forget(url)  # what is wrong may have come on the way
+        try:
+            return self._read(url, index, hash, fresh=True)
+        except BadRecord as error:
+            if isinstance(error.__cause__, remote.Gone):
+                self._gone[url] = error.reason  # its other records need not ask
+            raise
+
+    def _read(
+        self, url: str, index: int, hash: str | None, *, fresh: bool = False
+    ) -> tuple[str, dict[str, bytes]]:
+        key = ""
         try:
             table = self.index(url)
+            if hash is not None and table.hash != hash:
+                raise ShardError(f"{url} is not the tar that the manifest means: its hash differs")
             key = table.key(index)
             members = table.members(index)
             start = members[0].offset
             end = max(member.offset + member.size for member in members)
-            data = self._bytes(url, start, end - start, table)
+            data = self._bytes(url, start, end - start, table, fresh=fresh)
             return key, {member.extension: _cut(data, member, start) for member in members}
+        except Outage:
+            raise
         except (ShardError, OSError) as error:
             raise BadRecord(url, index, key, str(error)) from error
+
+    def forget(self, url: str | Path) -> None:
+        """Drop a shard's index, so that it is read anew."""
+        self._indexes.pop(str(url), None)
 
     def keys(self, url: str | Path) -> list[str]:
         """Return the keys of a shard in its order; ShardError where there is no index to be had."""
@@ -112,9 +149,11 @@ class ShardReader:
         """Close all files."""
         self.close()
 
-    def _bytes(self, url: str, start: int, count: int, table: Index) -> bytes:
-        if remote.is_remote(url):
-            data = remote.read_range(url, start, count, shard_bytes=table.bytes, total_bytes=self.total_bytes)
+    def _bytes(self, url: str, start: int, count: int, table: Index, *, fresh: bool) -> bytes:
+        if is_remote(url):
+            data = remote.read_range(
+                url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
+            )
         else:
             data = os.pread(self._open(url), count, start)
         if len(data) != count:
@@ -163,6 +202,7 @@ class Records:
 
         Raises:
             BadRecord: it cannot be read, or is not what the manifest means.
+            Outage: it cannot be had for now.
         """
         return _read(self._reader, self.set, self._infos[shard], shard, index)
 
@@ -208,7 +248,20 @@ class JoinedRecords:
 
         Raises:
             BadRecord: either cannot be read, or they do not belong together.
+            Outage: either cannot be had for now.
         """
+        try:
+            return self._read(shard, index)
+        except _NoPair:
+            info = self._label_infos[shard]
+            addresses = self.labels.url(info.name), self.images.url(info.name)
+            if not any(map(is_remote, addresses)):
+                raise
+            for address in addresses:  # either index may have come damaged
+                self._reader.forget(address)
+            return self._read(shard, index)
+
+    def _read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
         info = self._label_infos[shard]
         key, label = _read(self._reader, self.labels, info, shard, index, what="label: ")
         image_info = self._image_infos.get(info.name)
@@ -219,7 +272,7 @@ class JoinedRecords:
             number = self._reader.find(self.images.url(info.name), key)
         except KeyError:
             reason = f"image: the shard {self.images.name}/{info.name} has no such key"
-            raise BadRecord(shard, index, key, reason) from None
+            raise _NoPair(shard, index, key, reason) from None
         except ShardError as error:
             raise BadRecord(shard, index, key, f"image: {error}") from error
         _, image = _read(self._reader, self.images, image_info, shard, number, what="image: ")
@@ -227,24 +280,28 @@ class JoinedRecords:
         return key, {**label, **kept}
 
 
+class _NoPair(BadRecord):
+    """A label whose key its image shard does not have."""
+
+
 def _read(
     reader: ShardReader, shards: ShardSet, info: ShardInfo, shard: str, index: int, *, what: str = ""
 ) -> tuple[str, dict[str, bytes]]:
-    url = shards.url(info.name)
     try:
-        if reader.index(url).hash != info.hash:
-            raise ShardError(f"{url} is not the tar that the manifest means: its hash differs")
-        return reader.read(url, index)
+        return reader.read(shards.url(info.name), index, hash=info.hash)
     except BadRecord as error:
         raise BadRecord(shard, index, error.key, what + error.reason) from error
-    except ShardError as error:
-        raise BadRecord(shard, index, "", f"{what}{error}") from error
 
 
 def _load_index(url: str) -> Index:
-    if remote.is_remote(url):
-        address = url.removesuffix(".tar") + ".idx"
-        return parse_index(remote.read(address).decode(errors="replace"), where=address)
+    if is_remote(url):
+        address = index_of(url)
+        try:
+            return parse_index(remote.read(address).decode(errors="replace"), where=address)
+        except remote.Gone:
+            raise
+        except ShardError:  # it may have come damaged
+            return parse_index(remote.read(address).decode(errors="replace"), where=address)
     path = Path(url)
     size = path.stat().st_size if path.is_file() else None
     if not size:

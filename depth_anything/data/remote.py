@@ -1,120 +1,478 @@
-"""Bytes from addresses that are no folders: http and https by range, all else by whole files in a cache."""
+"""Bytes from addresses that are no folders: http and https by range on lasting connections, what fsspec opens
+(s3, gs and others) by range, all else (pipe and WebDataset's other openers) by whole shards in a local cache.
 
-import hashlib
+Who says no for good (404, 403, another size) raises ShardError: a record's own fault, for which another stands
+in. Who does not answer for now (5xx, refused, reset, cut short, stalled) is named once on stderr and asked again
+after 0.5 s, 1 s, 2 s and so on; when that is spent, Outage stops the run. Nothing is held in forked processes
+but what they open themselves.
+"""
+
+import functools
+import http.client
+import multiprocessing
+import netrc
 import os
+import re
+import ssl
 import sys
-import tempfile
-import urllib.error
+import time
 import urllib.request
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from select import select
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
-from depth_anything.data.tars import ShardError, temporary_name
+import urllib3
 
-_TIMEOUT_S = 60
-_CHUNK = 1 << 20
+from depth_anything.data import cache
+from depth_anything.data.address import is_http, is_remote, told
+from depth_anything.data.tars import Index, Outage, ShardError
+
+__all__ = ["Gone", "is_remote", "read", "read_range"]
+
+T = TypeVar("T")
+
+_TIMEOUT_S, _RETRIES, _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 6.0, 0.5, 60.0
+_SLOWEST = 1000  # bytes a second below which a server counts as stalled
+_CHUNK = 1 << 18
+_MOST = 1 << 30  # of a manifest or an index
+_REDIRECTS = 5
+_NAMED = 20
+_CONNECTIONS = 32
+_LATER = frozenset((408, 425, 429))  # besides all from 500 up
+_AGAIN = "start the same command again, and it goes on"
+_EXTRA = {"s3": "remote", "s3a": "remote", "gs": "remote", "gcs": "remote"}
+
+_pools: dict[str, Any] = {}  # by proxy, "" for none
+_wholes: set[str] = set()  # prefixes whose server has no ranges
+_named: set[str] = set()  # addresses that have failed for a moment
+_announced: set[str] = set()
+os.register_at_fork(after_in_child=_pools.clear)
 
 
-def is_remote(address: str) -> bool:
-    """Say whether an address is a URL or a command, in place of a path."""
-    return "://" in address or address.startswith("pipe:")
+class Gone(ShardError):
+    """An address of which nothing can be had, however often it is asked."""
+
+
+class _Later(Exception):
+    """An address that may answer when asked again."""
+
+    def __init__(
+        self, reason: str, *, wait: float = 0.0, quiet: bool = False, hopeless: bool = False
+    ) -> None:
+        """Say why.
+
+        Args:
+            reason: in a few words.
+            wait: seconds that the server asks for.
+            quiet: it is no more than a connection that had grown old: at once again, without a word.
+            hopeless: the run must stop, as asking again will not help.
+        """
+        super().__init__(reason)
+        self.reason, self.wait, self.quiet, self.hopeless = reason, wait, quiet, hopeless
 
 
 def read(address: str) -> bytes:
     """Read a whole small file.
 
     Raises:
-        ShardError: it cannot be had.
+        ShardError: it is not there, or not for us.
+        Outage: it cannot be had for now.
     """
-    try:
-        with _open(address) as file:
-            return file.read()
-    except Exception as error:  # openers raise what they like
-        raise _failure(address, error) from error
+    return _patiently(address, lambda: b"".join(_limited(address, _whole(address), _MOST)))
 
 
-def read_range(address: str, start: int, count: int, *, shard_bytes: int, total_bytes: int | None) -> bytes:
+def read_range(
+    address: str, start: int, count: int, *, table: Index, total_bytes: int | None, fresh: bool = False
+) -> bytes:
     """Read part of a shard.
 
     Args:
         address: of the tar.
         start: first byte.
         count: bytes; fewer come where the file ends.
-        shard_bytes: of the whole tar.
+        table: the tar's index.
         total_bytes: of all shards that will be read, for the line that announces whole copies.
+        fresh: whatever is kept of it locally is not to be trusted.
 
     Raises:
-        ShardError: it cannot be had.
+        ShardError: it is not there, not for us, or not the tar of the index.
+        Outage: it cannot be had for now.
     """
-    cached = _cache_path(address)
+    if count == 0:
+        return b""
+    prefix = address.rpartition("/")[0]
+    if prefix not in _wholes:
+        data = _patiently(address, lambda: _part(address, start, count, table.bytes))
+        if data is not None:
+            return data
+        _wholes.add(prefix)
+    _announce(prefix, total_bytes)
+    key = f"{table.hash} {table.bytes}"
+    with cache.open_copy(key, table.bytes, lambda file: _copy(address, table, file), fresh=fresh) as file:
+        return os.pread(file.fileno(), count, start)
+
+
+def _patiently(address: str, attempt: Callable[[], T]) -> T:
+    """Try until it works, the retries are spent, or it is no use."""
+    retries = int(cache.setting("DEPTH_ANYTHING_RETRIES", _RETRIES))
+    began, number = time.monotonic(), 0
+    while True:
+        try:
+            return attempt()
+        except _Later as later:
+            failure = later
+        number += 1
+        if failure.hopeless or number > retries:
+            break
+        if failure.quiet and number == 1:
+            continue
+        _name(address, failure.reason)
+        time.sleep(min(max(_FIRST_WAIT_S * 2 ** (number - 1), failure.wait), _LONGEST_WAIT_S))
+    tried = f", {number} times in {time.monotonic() - began:.0f} s" if number > 1 else ""
+    raise Outage(f"{address} cannot be read for now: {failure.reason}{tried}; {_AGAIN}")
+
+
+def _name(address: str, reason: str) -> None:
+    if address not in _named and len(_named) <= _NAMED:
+        _named.add(address)
+        more = "" if len(_named) <= _NAMED else " (others that do so will not be named)"
+        print(f"{told(address)}: {told(reason)}; asked again{more}", file=sys.stderr)
+
+
+def _announce(prefix: str, total_bytes: int | None) -> None:
+    # The main process says it, or, if that has read nothing, whichever worker makes the folder.
+    worker = multiprocessing.parent_process() is not None
+    if prefix in _announced or (worker and cache.folder().exists()):
+        return
+    _announced.add(prefix)
+    limit = cache.limit()
+    size = f"in all {total_bytes / 1e9:.3f} GB" if total_bytes else "as much as the shards have"
+    short = "" if (total_bytes or 0) <= limit else ", so that shards will be copied again and again"
+    print(
+        f"{told(prefix)}: cannot be read in parts, so whole shards are copied to {cache.folder()}, {size}, of which "
+        f"at most {limit / 1e9:g} GB are kept{short}; DEPTH_ANYTHING_CACHE=FOLDER and DEPTH_ANYTHING_CACHE_GB=N "
+        "change that",
+        file=sys.stderr,
+    )
+
+
+def _copy(address: str, table: Index, file: BinaryIO) -> None:
+    """Copy a whole shard into a file and hold it against its index."""
+
+    def attempt() -> None:
+        digest, size = sha256(), 0
+        file.seek(0)
+        for chunk in _limited(address, _whole(address), table.bytes):
+            digest.update(chunk)
+            size += file.write(chunk)
+        if size != table.bytes:
+            raise Gone(f"{address} is truncated: it ended after {size} of {table.bytes} bytes")
+        if f"sha256:{digest.hexdigest()}" != table.hash:
+            raise ShardError(f"{address} is damaged, or is not the tar of its index: its hash differs")
+
+    _patiently(address, attempt)
+
+
+def _limited(address: str, chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > most:
+            raise Gone(f"{address} has more than {most} bytes")
+        yield chunk
+
+
+def _whole(address: str) -> Iterator[bytes]:
+    if is_http(address):
+        yield from _http_whole(address)
+    elif _opened_by_fsspec(address):
+        yield _fsspec(address, None, None)
+    else:
+        yield from _stream(address)
+
+
+def _part(address: str, start: int, count: int, shard_bytes: int) -> bytes | None:
+    """Ask once for a part; None where there are only wholes."""
+    if is_http(address):
+        return _http_part(address, start, count, shard_bytes)
+    if _opened_by_fsspec(address):
+        return _fsspec(address, start, start + count)
+    return None
+
+
+# http and https
+
+
+def _http_whole(address: str) -> Iterator[bytes]:
+    response = _answer(address, {})
     try:
-        if not cached.exists() or cached.stat().st_size != shard_bytes:
-            data = _http_range(address, start, count) if _is_http(address) else None
-            if data is not None:
-                return data
-            _copy(address, cached, shard_bytes=shard_bytes, total_bytes=total_bytes)
-        with open(cached, "rb") as file:
-            file.seek(start)
-            return file.read(count)
-    except Exception as error:  # openers raise what they like
-        raise _failure(address, error) from error
-
-
-def _is_http(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
-
-
-def _failure(address: str, error: Exception) -> ShardError:
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()  # it holds the connection
-    return ShardError(f"{address} cannot be read: {error or type(error).__name__}")
-
-
-def _open(address: str, headers: dict[str, str] | None = None) -> Any:
-    if _is_http(address):
-        return urllib.request.urlopen(
-            urllib.request.Request(address, headers=headers or {}), timeout=_TIMEOUT_S
-        )
-    if address.startswith("pipe:"):
-        from webdataset import gopen  # takes 1.5 s, and most reading does without
-
-        return gopen(address)
-    import fsspec  # likewise
-
-    return fsspec.open(address, "rb").open()
-
-
-def _http_range(address: str, start: int, count: int) -> bytes | None:
-    """Ask for a part; None from a server that only has wholes."""
-    with _open(address, {"Range": f"bytes={start}-{start + count - 1}"}) as response:
-        return response.read() if response.status == 206 else None
-
-
-def _cache_path(address: str) -> Path:
-    folder = os.environ.get("DEPTH_ANYTHING_CACHE") or Path(tempfile.gettempdir(), "depth-anything-shards")
-    prefix, _, name = address.rpartition("/")
-    return Path(folder, *(hashlib.sha256(part.encode()).hexdigest()[:24] for part in (prefix, name)))
-
-
-def _copy(address: str, cached: Path, *, shard_bytes: int, total_bytes: int | None) -> None:
-    try:
-        cached.parent.mkdir(parents=True)
-    except FileExistsError:
-        pass
-    else:  # whoever makes the set's folder, of all workers, says what for
-        size = f"{total_bytes / 1e9:.3f} GB" if total_bytes else "as much as the shards have"
-        print(
-            f"{address} cannot be read in parts: whole shards are copied to {cached.parent}, in all {size}; "
-            "DEPTH_ANYTHING_CACHE=FOLDER puts them elsewhere",
-            file=sys.stderr,
-        )
-    temporary = temporary_name(cached)
-    try:
-        with open(temporary, "xb") as file, _open(address) as source:
-            while chunk := source.read(_CHUNK):
-                file.write(chunk)
-        if temporary.stat().st_size != shard_bytes:
-            raise ShardError(f"it ended after {temporary.stat().st_size} of {shard_bytes} bytes")
-        os.replace(temporary, cached)
+        yield from _chunks(response)
     finally:
-        temporary.unlink(missing_ok=True)
+        response.close()
+
+
+def _http_part(address: str, start: int, count: int, shard_bytes: int) -> bytes | None:
+    response = _answer(address, {"Range": f"bytes={start}-{start + count - 1}"})
+    try:
+        if response.status != 206:
+            return None
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        if span and span[2] != "*" and int(span[2]) != shard_bytes:
+            raise Gone(f"{address} has {span[2]} bytes in place of {shard_bytes}")
+        if span and int(span[1]) != start:
+            raise _Later(f"byte {span[1]} came in place of {start}")
+        return b"".join(_limited(address, _chunks(response), count))
+    finally:
+        response.close()
+
+
+def _answer(address: str, headers: Mapping[str, str]) -> Any:
+    """Ask once; return what was answered, 200 or 206, its body still to come."""
+    url = address
+    for _ in range(_REDIRECTS + 1):
+        response = _ask(url, headers, trusted=_origin(url) == _origin(address))
+        if response.status in (200, 206):
+            return response
+        response.close()
+        if response.status not in (301, 302, 303, 307, 308):
+            raise _refusal(address, response)
+        target = urljoin(url, response.headers.get("Location") or "")
+        if not is_http(target) or (url.lower().startswith("https:") and target.lower().startswith("http:")):
+            raise Gone(f"{address} sends us to {target}, where this does not follow")
+        url = target
+    raise Gone(f"{address} cannot be read: it sends us on and on")
+
+
+def _refusal(address: str, response: Any) -> Exception:
+    status = response.status
+    reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
+    if status >= 500 or status in _LATER:
+        wait = response.headers.get("Retry-After", "")
+        return _Later(reason, wait=float(wait) if wait.isdecimal() else 0.0)
+    if status in (401, 407):  # a password or a token that has expired is no record's fault
+        return _Later(reason, hopeless=True)
+    if status == 416:
+        return Gone(f"{address} is truncated: it is shorter than its index says")
+    return Gone(f"{address} cannot be read: {reason}")
+
+
+def _ask(url: str, headers: Mapping[str, str], *, trusted: bool) -> Any:
+    """Send one request; credentials of the address or of ~/.netrc go with it to the host that they are for."""
+    try:
+        parts = urlsplit(url)
+        bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, parts.query, ""))
+        sent = {**_HEADERS, **headers, **(_credentials(parts) if trusted else {})}
+        return _pool(parts).request(
+            "GET", bare, headers=sent, preload_content=False, redirect=False, retries=False
+        )
+    except (urllib3.exceptions.LocationValueError, urllib3.exceptions.URLSchemeUnknown, ValueError) as error:
+        raise Gone(f"{url} is no address that can be asked: {error}") from None
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _later(error) from None
+
+
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "depth-anything-train"}
+
+
+def _credentials(parts: Any) -> dict[str, str]:
+    if parts.username is not None:
+        return urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
+    found = _netrc().get(parts.hostname or "")
+    return urllib3.make_headers(basic_auth=f"{found[0]}:{found[2]}") if found else {}
+
+
+@functools.cache
+def _netrc() -> Mapping[str, Any]:
+    try:
+        return netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return {}
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.rpartition("@")[2]
+
+
+def _pool(parts: Any) -> Any:
+    """Return the connections of this process, by way of the proxy that the environment names."""
+    proxy = _proxy(parts.scheme, parts.hostname or "")
+    if proxy not in _pools:
+        timeout = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+        options: dict[str, Any] = {
+            "num_pools": 16,
+            "maxsize": _CONNECTIONS,
+            "timeout": urllib3.Timeout(connect=min(timeout, 10.0), read=timeout),
+        }
+        if proxy:
+            way = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            word = f"{unquote(way.username)}:{unquote(way.password or '')}" if way.username else None
+            bare = urlunsplit((way.scheme, way.netloc.rpartition("@")[2], "", "", ""))
+            _pools[proxy] = urllib3.ProxyManager(
+                bare, proxy_headers=urllib3.make_headers(proxy_basic_auth=word), **options
+            )
+        else:
+            _pools[proxy] = urllib3.PoolManager(**options)
+    return _pools[proxy]
+
+
+@functools.cache
+def _proxy(scheme: str, host: str) -> str:
+    return "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme, "")
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    """Yield a body as it comes, as long as it does come; a cut one raises, by its length."""
+    limit = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    since, came = time.monotonic(), 0
+    while True:
+        try:
+            chunk = response.read1(_CHUNK)
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            raise _later(error) from None
+        if not chunk:
+            break
+        yield chunk
+        came += len(chunk)
+        now = time.monotonic()
+        if now - since > limit:
+            if came < limit * _SLOWEST:
+                raise _Later(f"stalled: {came} bytes came in {now - since:.0f} s")
+            since, came = now, 0
+    response.release_conn()
+
+
+def _later(error: Exception) -> _Later:
+    """Say in a few words what went wrong on the way."""
+    e = urllib3.exceptions
+    cause = error.args[1] if isinstance(error, e.ProtocolError) and len(error.args) > 1 else error
+    if isinstance(error, e.ProxyError):
+        cause = error.original_error
+    if isinstance(cause, e.IncompleteRead | http.client.IncompleteRead):
+        return _Later(f"cut short after {cause.partial} bytes, {cause.expected} were still to come")
+    if isinstance(cause, e.NameResolutionError):
+        return _Later("its host's name is not known")
+    if isinstance(cause, e.ConnectTimeoutError):
+        return _Later("no connection in time")
+    if isinstance(cause, e.NewConnectionError):
+        return _Later(_plain(cause.__cause__ or cause))
+    if isinstance(cause, e.ReadTimeoutError | TimeoutError):
+        return _Later("stalled: nothing came in time")
+    if isinstance(cause, e.SSLError | ssl.SSLError):
+        wrong = "CERTIFICATE_VERIFY_FAILED" in str(cause)
+        return _Later(f"no safe connection ({_plain(cause)})", hopeless=wrong)
+    old = isinstance(cause, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
+    return _Later(_plain(cause), quiet=old and not isinstance(error, e.IncompleteRead))
+
+
+def _plain(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return told(" ".join(str(text).split()))[:300]
+
+
+# fsspec: s3, gs and others
+
+
+def _scheme(address: str) -> str:
+    return address.partition(":")[0].lower()
+
+
+def _opened_by_fsspec(address: str) -> bool:
+    scheme = _scheme(address)
+    if scheme == "pipe":
+        return False
+    import fsspec  # takes a while, and most reading does without
+
+    if scheme not in fsspec.available_protocols():
+        return False
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        extra = _EXTRA.get(scheme)
+        if extra is None:
+            return False
+        raise ShardError(
+            f"{address} needs a package that is not here: type  pip install 'depth-anything-train[{extra}]'"
+        ) from error
+    return True
+
+
+def _fsspec(address: str, start: int | None, end: int | None) -> bytes:
+    import fsspec
+
+    timeout = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    try:
+        system, path = fsspec.core.url_to_fs(address, **_options(_scheme(address), timeout))
+        if hasattr(system, "retries"):
+            system.retries = 1  # asking again is done here, and said
+        if not system.async_impl:
+            return system.cat_file(path, start=start, end=end)
+        longest = timeout + (0 if start is None or end is None else (end - start) / _SLOWEST)
+        return fsspec.asyn.sync(system.loop, system._cat_file, path, start=start, end=end, timeout=longest)
+    except Exception as error:  # its file systems raise what they like
+        raise _of_fsspec(address, error) from None
+
+
+def _options(scheme: str, timeout: float) -> dict[str, Any]:
+    if scheme not in ("s3", "s3a"):
+        return {}
+    import fsspec
+
+    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    ours = {"connect_timeout": min(timeout, 10.0), "read_timeout": timeout, "retries": {"max_attempts": 0}}
+    return {"config_kwargs": {**ours, "max_pool_connections": _CONNECTIONS, **given}}
+
+
+def _of_fsspec(address: str, error: Exception) -> Exception:
+    answered = getattr(error.__cause__, "response", None)
+    code = answered.get("Error", {}).get("Code", "") if isinstance(answered, dict) else ""
+    said = f"{code} {_plain(error)}".strip() if code not in str(error) else _plain(error)
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if code == "InvalidRange":
+        return Gone(f"{address} is truncated: it is shorter than its index says")
+    if isinstance(error, FileNotFoundError) or status in (403, 404, "403", "404"):
+        return Gone(f"{address} cannot be read: it is not there ({said})")
+    if isinstance(error, PermissionError) and code in (
+        "",
+        "403",
+        "AccessDenied",
+        "Forbidden",
+        "AllAccessDisabled",
+    ):
+        return Gone(f"{address} cannot be read: it is not for us ({said})")
+    wrong = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+    return _Later(said, hopeless=wrong)
+
+
+# WebDataset's openers: pipe and others
+
+
+def _stream(address: str) -> Iterator[bytes]:
+    """Yield what a command prints; stalling, and ending with other than 0, are failures."""
+    from webdataset import gopen  # takes 1.5 s, and most reading does without
+
+    timeout = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    try:
+        source = gopen(address)
+    except ValueError:
+        raise ShardError(
+            f"{address} cannot be read: nothing here opens {_scheme(address)}; use http, https, s3, gs or pipe"
+        ) from None
+    try:
+        while True:
+            if not select([source.stream], [], [], timeout)[0]:
+                source.proc.kill()
+                raise _Later(f"stalled: its command printed nothing for {timeout:g} s")
+            chunk = source.stream.read1(_CHUNK)
+            if not chunk:
+                break
+            yield chunk
+        status = source.proc.wait()
+        if status not in source.ignore_status:
+            raise _Later(f"its command ended with {status}")
+    finally:
+        source.stream.close()
+        source.proc.kill()  # nothing to one that has ended
+        source.proc.wait()

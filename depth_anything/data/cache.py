@@ -1,0 +1,165 @@
+"""Whole shards kept on local disk, for addresses that cannot be read in parts: one folder, bounded, shared by all
+processes of a machine.
+
+A copy goes by what it holds (the tar's hash and bytes), so that two sets with a shard of one name never meet.
+Who has waited longest for a reader goes first. DEPTH_ANYTHING_CACHE names the folder, DEPTH_ANYTHING_CACHE_GB
+what it may hold.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from depth_anything.data.tars import Outage, remove_stale, temporary_name
+
+_GB = 50.0
+_WAIT_S = 0.1
+
+
+def folder() -> Path:
+    """Return the folder of the copies; it need not exist."""
+    given = os.environ.get("DEPTH_ANYTHING_CACHE")
+    return Path(given or Path(tempfile.gettempdir(), f"depth-anything-shards-{os.getuid()}"))
+
+
+def limit() -> int:
+    """Return how many bytes the folder may hold.
+
+    Raises:
+        ValueError: DEPTH_ANYTHING_CACHE_GB is no number above 0.
+    """
+    return round(1e9 * setting("DEPTH_ANYTHING_CACHE_GB", _GB))
+
+
+def setting(name: str, default: float) -> float:
+    """Return a number above 0 from the environment.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={text} is no number above 0; leave it out for {default:g}")
+    return value
+
+
+def open_copy(key: str, size: int, fill: Callable[[BinaryIO], None], *, fresh: bool = False) -> BinaryIO:
+    """Open the copy of a shard for reading; bring it first, if it is not there. One process brings, others wait.
+
+    Args:
+        key: what it holds.
+        size: its bytes.
+        fill: writes it into an open file; what it raises leaves nothing behind.
+        fresh: bring it even though it is there.
+
+    Raises:
+        Outage: the folder cannot be written, or has no room.
+    """
+    root = folder()
+    place = root / f"{hashlib.sha256(key.encode()).hexdigest()}.tar"
+    try:
+        file = None if fresh else _opened(place, size)
+        if file is not None:
+            return file
+        if size > limit():
+            raise Outage(
+                f"a shard of {size / 1e9:.3f} GB is more than the {limit() / 1e9:g} GB that {root} may hold: "
+                f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and start the same command again"
+            )
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(root / f".lock-{place.name[:2]}"):
+            file = None if fresh else _opened(place, size)
+            return file if file is not None else _bring(place, size, fill)
+    except Outage:
+        raise
+    except OSError as error:
+        raise Outage(
+            f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
+            "to another folder, and start the same command again"
+        ) from error
+
+
+def _opened(place: Path, size: int) -> BinaryIO | None:
+    """Open a copy and note that it is wanted; None where there is none."""
+    try:
+        file = open(place, "rb")  # noqa: SIM115, the caller closes it
+    except FileNotFoundError:
+        return None
+    if os.fstat(file.fileno()).st_size != size:
+        file.close()
+        return None
+    os.utime(file.fileno())
+    return file
+
+
+def _bring(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO:
+    temporary = _reserve(place, size)
+    try:
+        file = open(temporary, "r+b")  # noqa: SIM115, the caller closes it
+        try:
+            fill(file)
+            file.flush()
+            os.replace(temporary, place)  # from here on another may push it out; the open file stays readable
+        except BaseException:
+            file.close()
+            raise
+        return file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reserve(place: Path, size: int) -> Path:
+    """Make room for a copy and hold it by a temporary file of its size."""
+    root, temporary = place.parent, temporary_name(place)
+    while True:
+        with _locked(root / ".lock"):
+            remove_stale(root)
+            copies = sorted(
+                (entry.stat().st_mtime_ns, entry) for entry in root.glob("*.tar") if entry != place
+            )
+            spare = limit() - sum(entry.stat().st_size for entry in root.iterdir())
+            spare += place.stat().st_size if place.exists() else 0
+            for _, copy in copies:
+                if spare < size:
+                    spare += copy.stat().st_size
+                    copy.unlink()
+            if spare >= size:
+                with open(temporary, "xb") as file:
+                    _allocate(file.fileno(), size)
+                return temporary
+        time.sleep(_WAIT_S)  # what others are copying will be done soon, and may go then
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel drops when its process dies; without, where the file system has none."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
