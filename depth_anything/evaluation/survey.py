@@ -1,0 +1,302 @@
+"""A user's own set before it is written: what was found, what looks wrong, and a picture to see it in."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from depth_anything.data.progress import Progress
+from depth_anything.data.sample import decode_image
+from depth_anything.data.sources import maps
+from depth_anything.data.sources.custom import Custom, Pairs, check_shapes, image_size, shown
+from depth_anything.data.sources.record import clean
+from depth_anything.evaluation.benchmarks import spaced
+from depth_anything.evaluation.histogram import Tally, draw_histograms
+from depth_anything.visualize import colorize, panel
+
+SAMPLE = 200
+"""Records whose pixels are looked at, evenly spaced; sizes are looked at in all."""
+
+OVERLAYS = 8
+TILE_PX = 304
+NEAR_M, FAR_M = 0.03, 200.0
+"""A median depth outside of these is said: indoors it is some 3 m, in streets some 20 m."""
+
+_UNITS = (("unit: mm", 0.001), ("unit: cm", 0.01), ("unit: m", 1.0), ("scale: 1/256", 1 / 256))
+_FLAT = 0.002  # of the pixels have the largest value: more than a single spot
+_MANY = 0.9  # of the maps must show a sign before it is said
+_FEW = 4  # maps are too few for a sign
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one map of the sample shows, in metres or the disparity's unit.
+
+    Attributes:
+        name: Of the record.
+        median: Of the known values.
+        top: Of the upper third.
+        bottom: Of the lower third.
+        largest: Of all values.
+        at_largest: Share of the pixels that have it.
+        whole: Whether all values are whole numbers.
+        valid: Share of the pixels.
+    """
+
+    name: str
+    median: float
+    top: float
+    bottom: float
+    largest: float
+    at_largest: float
+    whole: bool
+    valid: float
+
+
+@dataclass
+class Survey:
+    """What was found in a set that is about to be written.
+
+    Attributes:
+        lines: Facts, for people.
+        doubts: What looks wrong, a sentence each.
+        refused: Name and reason of what will not be taken, as far as headers and the sample tell.
+        taken: Records that will be.
+        picture: uint8 (H, W, 3): a histogram, and overlays of depth on the images.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    taken: int = 0
+    picture: np.ndarray | None = None
+
+
+def survey(custom: Custom, *, sample: int = SAMPLE) -> Survey:
+    """Look at the sizes of all images and maps, and at the pixels of a sample.
+
+    Raises:
+        ValueError: Nothing fits together, or nothing of the sample can be read.
+    """
+    pairs, found, look = custom.pair(), Survey(), _Look(custom)
+    found.refused += [(name, f"{shown(image)} has no map") for name, image in pairs.images.items()]
+    found.refused += [(name, f"{shown(depth)} has no image") for name, depth in pairs.maps.items()]
+    sizes = _sizes(custom, pairs, found.refused)
+    good = sorted(sizes)
+    chosen = [good[number] for number in spaced(len(good), sample)] if good else []
+    drawn = {chosen[number] for number in spaced(len(chosen), OVERLAYS)} if chosen else set()
+    with Progress("looking at pixels", total=len(chosen)) as progress:
+        for name in chosen:
+            try:
+                look.at(name, custom.line(name, *pairs.both[name]), draw=name in drawn)
+            except ValueError as error:
+                found.refused.append((name, str(error)))
+            progress.update()
+    if not look.seen:
+        why = "; ".join(f"{shown(name)}: {reason}" for name, reason in found.refused[:3])
+        raise ValueError(f"none of {len(pairs.both)} pairs can be taken ({why})")
+    found.taken = len(good) - (len(chosen) - len(look.seen))
+    found.lines = _lines(custom, pairs, sizes, look)
+    found.doubts = _doubts(custom, sizes, look.seen)
+    found.picture = look.picture()
+    return found
+
+
+def _sizes(
+    custom: Custom, pairs: Pairs, refused: list[tuple[str, str]]
+) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """Sizes of image and map of each pair, by their headers; those that do not fit are refused."""
+    sizes = {}
+    with Progress("looking at sizes", total=len(pairs.both)) as progress:
+        for name, (image, depth) in pairs.both.items():
+            try:
+                size = image_size(custom.folder / image, image)
+                try:
+                    shape = maps.map_size(custom.folder / depth, key=custom.key)
+                except ValueError as error:
+                    raise ValueError(f"{shown(depth)}: {error}") from error
+                check_shapes(size, shape, image=image, depth=depth)
+                sizes[name] = size, shape
+            except ValueError as error:
+                refused.append((name, str(error)))
+            progress.update()
+    return sizes
+
+
+class _Look:
+    """What the sample shows."""
+
+    def __init__(self, custom: Custom) -> None:
+        self.custom, self.tally = custom, Tally(custom.quantity)
+        self.kinds = Counter[str]()
+        self.seen: list[Seen] = []
+        self.tiles: list[np.ndarray] = []
+
+    def at(self, name: str, line: str, *, draw: bool) -> None:
+        """Look at one record; ValueError if it will not be taken."""
+        raw = self.custom.read(self.custom.folder, line)
+        values = raw.depth if raw.depth is not None else raw.disparity
+        assert values is not None and isinstance(raw.image, bytes)
+        label, kinds = clean(values, raw, sky=np.inf)
+        image = decode_image(raw.image)
+        if not kinds["valid"]:
+            raise ValueError(f"{shown(name)}: not one pixel has a value")
+        self.kinds += kinds
+        self.tally.add(label)
+        self.seen.append(_seen(name, label, values))
+        if draw:
+            self.tiles.append(_tile(name, image, label, self.custom.quantity))
+
+    def picture(self) -> np.ndarray:
+        """The histogram, and below it the overlays."""
+        title = f"{self.custom.quantity} of {len(self.seen)} records: {self.custom.depth}"
+        columns = 4
+        width = columns * (TILE_PX + 4) + 4
+        top = draw_histograms(self.tally, [], title=title, width_px=width)
+        rows = [self.tiles[start : start + columns] for start in range(0, len(self.tiles), columns)]
+        below = panel(rows, max_width=TILE_PX)
+        below = np.pad(below, ((0, 0), (0, width - below.shape[1]), (0, 0)), constant_values=255)
+        return np.concatenate([top, below])
+
+
+def _seen(name: str, label: np.ndarray, values: np.ndarray) -> Seen:
+    known = np.isfinite(label)
+    third = max(1, label.shape[0] // 3)
+    parts = [label[:third], label[-third:]]
+    top, bottom = (float(np.median(p[np.isfinite(p)])) if np.isfinite(p).any() else np.nan for p in parts)
+    finite = values[np.isfinite(values)]
+    largest = finite.max()
+    return Seen(
+        name,
+        median=float(np.median(label[known])),
+        top=top,
+        bottom=bottom,
+        largest=float(largest),
+        at_largest=float((values == largest).mean()),
+        whole=bool((finite == np.rint(finite)).all()),
+        valid=float(known.mean()),
+    )
+
+
+def _lines(
+    custom: Custom,
+    pairs: Pairs,
+    sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]],
+    look: _Look,
+) -> list[str]:
+    tally, total = look.tally, look.kinds["all"]
+    unit = " m" if custom.quantity == "depth" else ""
+    others = ", ".join(f"{count} in {key}" for key, count in pairs.others.items() if count)
+    kinds = [(kind, count) for kind, count in look.kinds.most_common() if kind != "all"]
+    medians = [seen.median for seen in look.seen]
+    lines = [
+        f"pairs:      {len(pairs.both)}",
+        f"alone:      {len(pairs.images)} images without a map, {len(pairs.maps)} maps without an image",
+        f"other:      {others or 'no files'} (of another kind or name)",
+        f"images:     {_common(size for size, _ in sizes.values())}",
+        f"maps:       {_common(shape for _, shape in sizes.values())}",
+        f"sample:     {tally.maps} records, pixels: "
+        + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds),
+        f"{custom.quantity}:".ljust(12) + f"{tally.low:.4g} to {tally.high:.4g}{unit}, "
+        f"medians of maps {min(medians):.4g} to {max(medians):.4g}{unit}",
+    ]
+    if custom.quantity == "depth":
+        shares = ", ".join(f"{share:.0%} below {tally.quantile(share):.3g} m" for share in (0.01, 0.5, 0.99))
+        lines.append(f"spread:     {shares}")
+    return lines
+
+
+def _common(sizes: Iterable[tuple[int, int]]) -> str:
+    counts = Counter(sizes)
+    named = ", ".join(f"{width} x {height} ({count})" for (height, width), count in counts.most_common(3))
+    return named + (f" and {len(counts) - 3} other sizes" if len(counts) > 3 else "")
+
+
+def _doubts(
+    custom: Custom, sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]], seen: Sequence[Seen]
+) -> list[str]:
+    doubts = []
+    if custom.quantity == "depth":
+        doubts += _unit_doubts(custom, seen)
+    if len(seen) >= _FEW:
+        doubts += _value_doubts(custom, seen)
+    shapes = {size for size, _ in sizes.values()}
+    if custom.intrinsics is not None and len(shapes) > 1:
+        doubts.append(f"the images have {len(shapes)} sizes, and intrinsics are those of one")
+    if custom.licence is None:
+        doubts.append(
+            "no licence is given: models trained on it will say unknown; write  licence: CC-BY-4.0  or its own"
+        )
+    return doubts
+
+
+def _unit_doubts(custom: Custom, seen: Sequence[Seen]) -> list[str]:
+    median = float(np.median([one.median for one in seen]))
+    if not NEAR_M <= median <= FAR_M:
+        stored = median / custom.scale
+        fit = [(text, stored * scale) for text, scale in _UNITS if 0.3 <= stored * scale <= 100]
+        hint = "; ".join(f"with  {text}  it would be {metres:.3g} m" for text, metres in fit)
+        return [f"the median depth is {median:.4g} m, as few scenes have it{': ' + hint if hint else ''}"]
+    if custom.scale == 1 and all(one.whole for one in seen):
+        return ["all values are whole numbers, as metres seldom are: is it  unit: cm  or  unit: mm?"]
+    return []
+
+
+def _value_doubts(custom: Custom, seen: Sequence[Seen]) -> list[str]:
+    doubts = []
+    (largest, count), *_ = Counter(one.largest for one in seen).most_common(1)
+    if count >= _MANY * len(seen) and len({one.median for one in seen}) > 1:
+        stored = largest / custom.scale
+        share = float(np.median([one.at_largest for one in seen if one.largest == largest]))
+        if share > _FLAT:
+            doubts.append(
+                f"{stored:.6g} is the largest stored value of nearly all maps, in {share:.1%} of their pixels: "
+                f"if it means sky, write  sky: {stored:.6g}, if nothing,  invalid: [{stored:.6g}]"
+            )
+        else:
+            doubts.append(
+                f"{stored:.6g} is the largest stored value of nearly all maps: if each was stretched to its own "
+                "range, their units are lost"
+            )
+    upside = [one.bottom > one.top if custom.quantity == "depth" else one.bottom < one.top for one in seen]
+    if np.mean(upside) >= _MANY:
+        other = "disparity" if custom.quantity == "depth" else "depth"
+        doubts.append(
+            f"the lower thirds of the pictures are farther than the upper ones in {np.mean(upside):.0%} of the "
+            f"sample: is it  quantity: {other}, or are the maps upside down?"
+        )
+    return doubts
+
+
+def _tile(name: str, image: np.ndarray, label: np.ndarray, quantity: str) -> np.ndarray:
+    """The image, and below it the same under its map: near is red, grey has no value."""
+    height = max(1, round(image.shape[0] * TILE_PX / image.shape[1]))
+    small = cv2.resize(image, (TILE_PX, height), interpolation=cv2.INTER_AREA)
+    known = np.isfinite(label)
+    near = np.zeros(label.shape, np.float32)
+    near[known] = label[known] if quantity == "disparity" else 1 / label[known]
+    low, high = np.percentile(near[known], (2, 98))
+    step = max(
+        1, round(label.shape[1] / TILE_PX)
+    )  # the nearest of a few pixels stands for them: LiDAR is sparse
+    spread = cv2.dilate(np.where(known, near, -1), np.ones((step, step), np.uint8))
+    drawn = np.asarray(cv2.resize(spread, (TILE_PX, height), interpolation=cv2.INTER_NEAREST))
+    colours = colorize(drawn, valid=drawn >= 0, low=float(low), high=float(high))
+    grey = np.asarray(small).mean(2, keepdims=True)
+    over = np.where((drawn >= 0)[..., None], 0.25 * grey + 0.75 * colours, grey).astype(np.uint8)
+    middle = float(np.median(label[known]))
+    text = f"{middle:.3g} m" if quantity == "depth" else f"{middle:.3g}"
+    return np.concatenate([np.asarray(small), over, _caption(f"{name}  median {text}")])
+
+
+def _caption(text: str) -> np.ndarray:
+    picture = Image.new("RGB", (TILE_PX, 18), "white")
+    font = ImageFont.load_default(12)
+    text = text.encode("ascii", "replace").decode()
+    while font.getlength(text) > TILE_PX - 4:
+        text = ".." + text[3:]  # names differ at their ends
+    ImageDraw.Draw(picture).text((2, 1), text, fill="black", font=font)
+    return np.asarray(picture)
