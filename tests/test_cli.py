@@ -66,6 +66,10 @@ SURFACE = {
             "sa1b",
         )
     },
+    **{f"shard {name}": LABELLED for name in ("blendedmvs", "irs", "tartanair")},
+    "shard hypersim": {**LABELLED, "--split": "train", "--images": "preview", "--cameras": None},
+    "shard tartanair2": {**LABELLED, "--camera": "lcam_front"},
+    "shard vkitti2": {**LABELLED, "--camera": "0"},
     "shard index": {"--help": None, "source": None, "--name": None, "--licence": None},
     "verify": {"--help": None, "set": None, "--decode": False},
     "view": {"--help": None, "set": None, "--images": None, "--count": 16, "--output": "sheet.png"},

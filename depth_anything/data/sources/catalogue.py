@@ -42,6 +42,43 @@ class Entry:
 
 
 SETS: dict[str, Entry] = {
+    "blendedmvs": Entry(
+        "blendedmvs", "BlendedMVS, all three parts: scenes rebuilt from photographs", labelled=True
+    ),
+    "hypersim": Entry(
+        "hypersim",
+        "Hypersim: rendered interiors",
+        labelled=True,
+        flags=(
+            Flag(
+                "--split",
+                "of the published ones; all takes what lies there",
+                ("train", "val", "test", "all"),
+                "train",
+            ),
+            Flag(
+                "--images",
+                "the preview as it is, or the makers' tone mapping of the colours in float",
+                ("preview", "hdr"),
+                "preview",
+            ),
+            Flag("--cameras", "metadata_camera_parameters.csv, if it does not lie in RAW", path=True),
+        ),
+    ),
+    "irs": Entry("irs", "IRS: rendered homes, offices, restaurants and stores in stereo", labelled=True),
+    "tartanair": Entry("tartanair", "TartanAir: flights through rendered places", labelled=True),
+    "vkitti2": Entry(
+        "vkitti2",
+        "Virtual KITTI 2: drives, rendered",
+        labelled=True,
+        flags=(Flag("--camera", "left, right or both", ("0", "1", "both"), "0"),),
+    ),
+    "tartanair2": Entry(
+        "tartanair2",
+        "TartanAir V2: 65 more places, twelve cameras",
+        labelled=True,
+        flags=(Flag("--camera", "as lcam_front, rcam_back; or all", None, "lcam_front"),),
+    ),
     "bdd100k": Entry("unlabelled:bdd100k", "BDD100K: driving; its videos at 2 frames a second, or images"),
     "landmarks": Entry("unlabelled:landmarks", "Google Landmarks v2"),
     "imagenet21k": Entry("unlabelled:imagenet21k", "ImageNet-21K"),
