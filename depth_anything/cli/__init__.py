@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import calibrate, evaluate, export, predict, shards, video
+from depth_anything.cli import calibrate, custom, evaluate, export, predict, shards, video
+from depth_anything.data.address import told
 
 PROGRAM = "depth-anything"
 
@@ -34,7 +35,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         arguments: what follows the program's name; those of the process by default.
     """
     options = parser.parse_args(arguments)
-    options.typed = shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    options.typed = told(shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
     command = getattr(options, "command", None)
     try:
         with warnings.catch_warnings():
@@ -46,7 +47,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        print(f"{parser.prog}{f' {command}' if command else ''}: {error}", file=sys.stderr)
+        print(told(f"{parser.prog}{f' {command}' if command else ''}: {error}"), file=sys.stderr)
         return 2
 
 
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    shards.add_shard(commands)
+    custom.add_custom(shards.add_shard(commands))
     shards.add_verify(commands)
     shards.add_view(commands)
     predict.add_predict(commands)

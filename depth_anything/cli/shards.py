@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import add_command
+from depth_anything.data.address import told
 from depth_anything.data.sources.catalogue import SETS, Entry, load
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from depth_anything.data.shards import ShardSet
 
 
-def add_shard(commands: Any) -> None:
-    """Declare `shard` and its kinds."""
+def add_shard(commands: Any) -> Any:
+    """Declare `shard` and its kinds; return these, so that others can add theirs."""
     kinds = add_command(commands, "shard", "write shards: the one format that training reads").add_subparsers(
         dest="kind", metavar="kind", required=True
     )
@@ -49,6 +50,7 @@ def add_shard(commands: Any) -> None:
     index.add_argument("source", metavar="FOLDER", help="folder of tars; gets .idx files and manifest.json")
     index.add_argument("--name", help="name of the set (the folder's)")
     add_licence(index)
+    return kinds
 
 
 def _add_set(kinds: Any, name: str, entry: Entry) -> None:
@@ -218,7 +220,8 @@ def _verify(options: argparse.Namespace) -> int:
     problems = verify_set(options.set, decode=options.decode)
     for problem in problems:
         print(problem)
-    print(f"{options.set}: {len(problems)} problems" if problems else f"{options.set}: sound")
+    name = told(options.set)
+    print(f"{name}: {len(problems)} problems" if problems else f"{name}: sound")
     return 1 if problems else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 _USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#\"'<>]*)[?#][^\s\"'<>]*[^\s\"'<>:;,.)]")
+_FILE = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
 
 
 def is_remote(address: str) -> bool:
@@ -52,11 +53,11 @@ def told(text: str) -> str:
         >>> told("pipe:curl -H 'Authorization: x' https://host/a.tar cannot be read")
         'pipe:… a.tar cannot be read'
     """
-    if "pipe:" in text:
-        start = text.index("pipe:")
-        head, command = text[:start], text[start:]
-        names = list(re.finditer(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])", command))
-        text = f"{head}pipe:… {command[names[-1].start() :]}" if names else f"{head}pipe:…"
+    head, *commands = text.split("pipe:")
+    for command in commands:  # nobody can tell which of its words are secret
+        names = list(_FILE.finditer(command))
+        head += f"pipe:… {command[names[-1].start() :]}" if names else "pipe:…"
+    text = head
     return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from depth_anything import __version__
 from depth_anything.data import codec as map_codec
-from depth_anything.data import remote
+from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import make_set, open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_atomically, write_shard
@@ -143,10 +143,10 @@ def open_labels(
         ShardError: an unfinished set, labels by different teachers, of other images, swapped or damaged.
     """
     root = str(root).rstrip("/")
-    finished = remote.is_remote(root) or Path(root, "manifest.json").is_file()
+    finished = is_remote(root) or Path(root, "manifest.json").is_file()
     if not finished and not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: make the labels of {images.name} with  {_GO_ON}")
-    if finished and not allow_partial:
+    if finished and (is_remote(root) or not allow_partial):
         labels = open_set(root, name=images.name)
         hashes = _image_hashes(labels)
     else:
@@ -194,8 +194,10 @@ class LabelSet:
             codec: "q12" or "f32".
 
         Raises:
-            ShardError: the folder has labels by another teacher, made otherwise, or of other images.
+            ShardError: the folder has labels by another teacher, made otherwise, or of other images; or it is none.
         """
+        if is_remote(str(root)):
+            raise ShardError(f"labels are written to a folder, and {root} is an address: type labels=FOLDER")
         self.root, self.images, self.codec = str(root), images, codec
         self._made: dict[str, Any] = {
             "teacher": dict(teacher),

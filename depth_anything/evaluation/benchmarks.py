@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from depth_anything.data.address import told
 from depth_anything.data.sample import Frame, decode_record, disparity_target
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader, ShardSet, open_set
 
@@ -82,7 +83,7 @@ def describe_set(shard_set: ShardSet) -> dict[str, Any]:
     """What a set is, for people: counts, digest, and what of its meta is a number or a word."""
     facts: dict[str, Any] = {
         "set": shard_set.name,
-        "where": shard_set.root,
+        "where": told(shard_set.root),
         "digest": shard_set.digest,
         "records": shard_set.records,
         "shards": len(shard_set.shards),

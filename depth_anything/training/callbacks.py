@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
+from depth_anything.data.tars import Outage
 from depth_anything.evaluation.benchmarks import max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import evaluate, merge
 from depth_anything.inference.predictor import Predictor
@@ -167,7 +168,7 @@ def together(ranks: int, work: Callable[[], T]) -> list[T]:
     mine: tuple[T | None, str]
     try:
         mine = work(), ""
-    except ValueError as error:
+    except (ValueError, Outage) as error:
         mine = None, str(error)
     shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, mine)
@@ -253,6 +254,11 @@ class Checkpoints(StepCallback):
         """Save when due."""
         if step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer, step)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what is done when shards cannot be read for now; several ranks are not all here to do so."""
+        if isinstance(exception, Outage) and trainer.world_size == 1 and trainer.global_step:
+            self.save(trainer, trainer.global_step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
         """Save now, unless this step is saved already. Every rank must call it at the same step."""

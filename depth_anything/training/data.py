@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from depth_anything.data.address import is_remote, join
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, open_set
@@ -52,10 +53,10 @@ def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
 
 
 def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
-    """Write the procedural sets among `needed` folders, where they are not complete yet."""
+    """Write the procedural sets among `needed` folders, where they are not complete yet; an address has its own."""
     for settings in scenes.values():
         root = str(settings["root"])
-        if root in needed:
+        if root in needed and not is_remote(root):
             write_scenes(root, **{key: value for key, value in settings.items() if key != "root"})
 
 
@@ -156,7 +157,7 @@ class TrainData(pl.LightningDataModule):
         return self._dataset
 
     def _open_labels(self, name: str, images: Any) -> Any:
-        root = os.path.join(str(self.labels), name)
+        root = join(str(self.labels), name)
         if not self.allow_partial:
             return open_labels(root, images)
         frozen = self.run_dir / f"labels-{name}.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from depth_anything.data.address import told
 from depth_anything.model.depth_anything import DepthAnything
 
 #: The keys of a run, as configs/train.yaml and the groups below it have them.
@@ -54,16 +55,18 @@ def one_sentence(error: BaseException) -> str:
 
 
 def as_typed(sentence: str, typed: Sequence[str]) -> str:
-    """Complete the labelling command of a refusal by what the user typed of where things are.
+    """Complete the commands of a refusal by what the user typed, and leave the secrets of addresses out.
 
     Args:
-        sentence: Of a refusal; one without that command stays as it is.
+        sentence: Of a refusal: the labelling command is told where things are, "the same command" is spelled out.
         typed: The overrides of this command.
     """
     where = ("sources", "size", "photos", "data_dir", "output_dir", "labels")
     kept = [shlex.quote(override) for override in typed if override.partition("=")[0] in where]
     command = "python train.py stage=pseudolabel"
-    return sentence.replace(command, " ".join([command, *kept]))
+    same = shlex.join(["python", "train.py", *typed])
+    sentence = sentence.replace(command, " ".join([command, *kept]))
+    return told(sentence.replace("start the same command again", f"type  {same}  again"))
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:
