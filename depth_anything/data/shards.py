@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data import remote
+from depth_anything.data.address import is_remote, join
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import decode_labels, decode_record
 from depth_anything.data.tars import (
@@ -118,9 +119,27 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
 
     Raises:
         ShardError: no such folder, no manifest, no records, a shard that is missing or of another size.
+        Outage: the address does not answer for now.
     """
     root = str(root).removeprefix("file://").rstrip("/")
-    data = _read_manifest(root)
+    try:
+        made = _parse_manifest(_read_manifest(root), root, name)
+    except ShardError as error:
+        if not is_remote(root) or isinstance(error, remote.Gone):
+            raise
+        made = _parse_manifest(_read_manifest(root), root, name)  # it may have come damaged
+    if not made.records:
+        raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
+    if check and not is_remote(root):
+        for problem in _missing(made):
+            raise ShardError(
+                f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
+            )
+    return made
+
+
+def _parse_manifest(data: bytes, root: str, name: str | None) -> ShardSet:
+    where = join(root, "manifest.json")
     try:
         content = json.loads(data)
         rows = [
@@ -130,16 +149,9 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
         made = make_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
         intact = made.digest == content["digest"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{root}/manifest.json is damaged ({error!r}): copy it again") from error
+        raise ShardError(f"{where} is damaged ({error!r}): copy it again") from error
     if not intact:
-        raise ShardError(f"{root}/manifest.json is damaged (its digest differs): copy it again")
-    if not made.records:
-        raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
-    if check and not remote.is_remote(root):
-        for problem in _missing(made):
-            raise ShardError(
-                f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
-            )
+        raise ShardError(f"{where} is damaged (its digest differs): copy it again")
     return made
 
 
@@ -173,7 +185,7 @@ def verify_set(root: str | Path, *, decode: bool = False) -> list[str]:
         made = open_set(root, check=False)
     except ShardError as error:
         return [str(error)]
-    if remote.is_remote(made.root):
+    if is_remote(made.root):
         return [f"{root} is not a local folder: verify it where it lies"]
     problems, hashes = _missing(made), []
     known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
@@ -245,8 +257,8 @@ def _repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.nda
 
 
 def _read_manifest(root: str) -> bytes:
-    if remote.is_remote(root):
-        return remote.read(f"{root}/manifest.json")
+    if is_remote(root):
+        return remote.read(join(root, "manifest.json"))
     if not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
