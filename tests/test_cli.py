@@ -70,7 +70,9 @@ SURFACE = {
     "shard hypersim": {**LABELLED, "--split": "train", "--images": "preview", "--cameras": None},
     "shard tartanair2": {**LABELLED, "--camera": "lcam_front"},
     "shard vkitti2": {**LABELLED, "--camera": "0"},
+    "shard custom": {**WRITING, "--sky": None, "--check-only": False},
     "shard index": {"--help": None, "source": None, "--name": None, "--licence": None},
+    "stats": {"--help": None, "set": None, "--count": 500, "--output": "stats.png"},
     "verify": {"--help": None, "set": None, "--decode": False},
     "view": {"--help": None, "set": None, "--images": None, "--count": 16, "--output": "sheet.png"},
     "predict": {

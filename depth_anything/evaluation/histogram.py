@@ -99,6 +99,8 @@ def draw_histograms(
 
 
 def _draw_tally(axis: Any, tally: Tally) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axis.set_ylabel("% of the known pixels")
     depth = tally.quantity == "depth"
     axis.set_xlabel("depth, m" if depth else "disparity, share of each map's range")
@@ -116,7 +118,8 @@ def _draw_tally(axis: Any, tally: Tally) -> None:
     middle = tally.quantile(0.5)
     axis.axvline(middle, color=_GREY, linestyle="--")
     axis.annotate(f" median {middle:.3g}", (middle, 0.95), xycoords=("data", "axes fraction"), color=_GREY)
-    if depth:
+    if depth and tally.high > 3 * tally.low:
         axis.set_xscale("log")
-        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            which("{x:g}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
 """A user's own set before it is written: what was found, what looks wrong, and a picture to see it in."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -15,6 +15,7 @@ from depth_anything.data.sources.custom import Custom, Pairs, check_shapes, imag
 from depth_anything.data.sources.record import clean
 from depth_anything.evaluation.benchmarks import spaced
 from depth_anything.evaluation.histogram import Tally, draw_histograms
+from depth_anything.evaluation.stats import common_sizes
 from depth_anything.visualize import colorize, panel
 
 SAMPLE = 200
@@ -82,8 +83,8 @@ def survey(custom: Custom, *, sample: int = SAMPLE) -> Survey:
         ValueError: Nothing fits together, or nothing of the sample can be read.
     """
     pairs, found, look = custom.pair(), Survey(), _Look(custom)
-    found.refused += [(name, f"{shown(image)} has no map") for name, image in pairs.images.items()]
-    found.refused += [(name, f"{shown(depth)} has no image") for name, depth in pairs.maps.items()]
+    found.refused += [(name, f"no {custom.quantity} of this name in {custom.depth}") for name in pairs.images]
+    found.refused += [(name, f"no image of this name in {custom.images}") for name in pairs.maps]
     sizes = _sizes(custom, pairs, found.refused)
     good = sorted(sizes)
     chosen = [good[number] for number in spaced(len(good), sample)] if good else []
@@ -113,12 +114,12 @@ def _sizes(
     with Progress("looking at sizes", total=len(pairs.both)) as progress:
         for name, (image, depth) in pairs.both.items():
             try:
-                size = image_size(custom.folder / image, image)
+                size = image_size(custom.folder / image)
                 try:
                     shape = maps.map_size(custom.folder / depth, key=custom.key)
                 except ValueError as error:
-                    raise ValueError(f"{shown(depth)}: {error}") from error
-                check_shapes(size, shape, image=image, depth=depth)
+                    raise ValueError(f"its {custom.quantity}: {error}") from error
+                check_shapes(size, shape)
                 sizes[name] = size, shape
             except ValueError as error:
                 refused.append((name, str(error)))
@@ -143,7 +144,7 @@ class _Look:
         label, kinds = clean(values, raw, sky=np.inf)
         image = decode_image(raw.image)
         if not kinds["valid"]:
-            raise ValueError(f"{shown(name)}: not one pixel has a value")
+            raise ValueError("not one pixel has a value")
         self.kinds += kinds
         self.tally.add(label)
         self.seen.append(_seen(name, label, values))
@@ -196,8 +197,8 @@ def _lines(
         f"pairs:      {len(pairs.both)}",
         f"alone:      {len(pairs.images)} images without a map, {len(pairs.maps)} maps without an image",
         f"other:      {others or 'no files'} (of another kind or name)",
-        f"images:     {_common(size for size, _ in sizes.values())}",
-        f"maps:       {_common(shape for _, shape in sizes.values())}",
+        f"images:     {common_sizes(size for size, _ in sizes.values())}",
+        f"maps:       {common_sizes(shape for _, shape in sizes.values())}",
         f"sample:     {tally.maps} records, pixels: "
         + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds),
         f"{custom.quantity}:".ljust(12) + f"{tally.low:.4g} to {tally.high:.4g}{unit}, "
@@ -207,12 +208,6 @@ def _lines(
         shares = ", ".join(f"{share:.0%} below {tally.quantile(share):.3g} m" for share in (0.01, 0.5, 0.99))
         lines.append(f"spread:     {shares}")
     return lines
-
-
-def _common(sizes: Iterable[tuple[int, int]]) -> str:
-    counts = Counter(sizes)
-    named = ", ".join(f"{width} x {height} ({count})" for (height, width), count in counts.most_common(3))
-    return named + (f" and {len(counts) - 3} other sizes" if len(counts) > 3 else "")
 
 
 def _doubts(

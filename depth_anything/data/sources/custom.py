@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from depth_anything.data.sources import maps
 from depth_anything.data.sources.listing import as_field, from_field
@@ -90,7 +90,7 @@ class Custom:
             title="a user's own set",
             records=0,
             layout=f"images {self.images}, {self.quantity} {self.depth}",
-            get="",
+            get="from its owner",
             licence=self.licence or "",
         )
 
@@ -151,19 +151,19 @@ class Custom:
         """
         _, image, depth = map(from_field, line.split("\t"))
         if not depth:
-            raise ValueError(f"{shown(image)} has no {self.quantity} of its name in {self.depth}")
+            raise ValueError(f"no {self.quantity} of this name in {self.depth}")
         if not image:
-            raise ValueError(f"{shown(depth)} has no image of its name in {self.images}")
+            raise ValueError(f"no image of this name in {self.images}")
         try:
             data = maps.read_bytes(self.folder / image)
         except ValueError as error:
-            raise ValueError(f"{shown(image)}: {error}") from error
+            raise ValueError(f"its image: {error}") from error
         try:
             stored = maps.read_map(self.folder / depth, key=self.key, channel=self.channel)
         except ValueError as error:
-            raise ValueError(f"{shown(depth)}: {error}") from error
-        size = image_size(data, image)
-        check_shapes(size, stored.shape, image=image, depth=depth)
+            raise ValueError(f"its {self.quantity}: {error}") from error
+        size = image_size(data)
+        check_shapes(size, stored.shape)
         return self._raw(data, size, stored)
 
     def _raw(self, data: bytes, size: tuple[int, int], stored: np.ndarray) -> Raw:
@@ -295,8 +295,8 @@ def shown(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def image_size(source: bytes | Path, name: str) -> tuple[int, int]:
-    """Height and width of an image, upright, from its header; ValueError names it if it has none."""
+def image_size(source: bytes | Path) -> tuple[int, int]:
+    """Height and width of an image, upright, from its header; ValueError if it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether it is too large or damaged is for whoever decodes it
         try:
@@ -304,18 +304,17 @@ def image_size(source: bytes | Path, name: str) -> tuple[int, int]:
                 width, height = picture.size
                 turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         except Exception as error:  # hostile bytes make Pillow raise a dozen types
-            raise ValueError(f"{shown(name)}: no image: {error or type(error).__name__}") from error
+            why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"its image cannot be decoded: {why}") from error
     return (width, height) if turned else (height, width)
 
 
-def check_shapes(size: tuple[int, int], shape: tuple[int, ...], *, image: str, depth: str) -> None:
+def check_shapes(size: tuple[int, int], shape: tuple[int, ...]) -> None:
     """Refuse a map that cannot be of this image: sizes may differ, the ratio of sides may not."""
     if not _alike(size, shape):
-        turned = _alike(size[::-1], shape)
-        why = "; one of them is to be turned (see the EXIF tag Orientation)" if turned else ""
+        why = "; one is to be turned (see the EXIF tag Orientation)" if _alike(size[::-1], shape) else ""
         raise ValueError(
-            f"{shown(depth)} is {shape[1]} x {shape[0]} pixels, {shown(image)} {size[1]} x {size[0]}: "
-            f"not of one shape{why}"
+            f"its map is {shape[1]} x {shape[0]} pixels, its image {size[1]} x {size[0]}: not of one shape{why}"
         )
 
 

@@ -1,0 +1,39 @@
+"""`depth-anything stats`: what a set holds, in numbers and a picture."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from depth_anything.cli.options import add_command
+
+
+def add_stats(commands: Any) -> None:
+    """Declare `stats`."""
+    stats = add_command(
+        commands,
+        "stats",
+        "count a set: records, bytes, sizes, valid pixels and sky, how far they lie",
+        run=_stats,
+    )
+    stats.add_argument("set", metavar="SET", help="folder or URL prefix of a set of shards or of labels")
+    stats.add_argument(
+        "--count", type=int, default=500, metavar="N", help="records looked at, evenly spaced (%(default)s)"
+    )
+    stats.add_argument(
+        "--output", metavar="FILE", default="stats.png", help="the picture to write (%(default)s)"
+    )
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from depth_anything.data.shards import open_set
+    from depth_anything.evaluation.stats import draw, gather, told
+
+    shard_set = open_set(options.set)
+    stats = gather(shard_set, sample=options.count)
+    print("\n".join(told(shard_set, stats)))
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw(shard_set, stats)).save(options.output)
+    print(f"drawn:      {options.output}")
+    return 1 if stats.bad else 0

@@ -1,0 +1,141 @@
+"""What a set of shards holds, in numbers: records, bytes, sizes, what its pixels are, how far they lie."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from depth_anything.data import address
+from depth_anything.data.progress import Progress
+from depth_anything.data.sample import IMAGE_FIELDS, decode_labels
+from depth_anything.data.shards import Records, ShardSet
+from depth_anything.data.sources.custom import image_size
+from depth_anything.evaluation.benchmarks import spaced
+from depth_anything.evaluation.histogram import Tally, draw_histograms
+
+
+@dataclass
+class Stats:
+    """Facts of a sample of a set's records.
+
+    Attributes:
+        records: Looked at.
+        bytes: Of all their fields, by what they are: image, json, depth or disparity, other.
+        whole: Bytes of each record.
+        images: (height, width) of each image.
+        maps: (height, width) of each label.
+        tallies: Of depth, of disparity: those that occur.
+        bad: What cannot be read, and why.
+    """
+
+    records: int = 0
+    bytes: Counter[str] = field(default_factory=Counter)
+    whole: list[int] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
+    maps: list[tuple[int, int]] = field(default_factory=list)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+
+def gather(shard_set: ShardSet, *, sample: int) -> Stats:
+    """Look at so many records of a set, evenly spaced; at all, where it has fewer."""
+    stats, records = Stats(), Records(shard_set)
+    ends = np.cumsum([count for _, count in records.shards])
+    numbers = spaced(int(ends[-1]), sample)
+    with Progress(f"reading {shard_set.name}", total=len(numbers)) as progress:
+        for number in numbers:
+            shard = int(np.searchsorted(ends, number, side="right"))
+            name, count = records.shards[shard]
+            try:
+                key, fields = records.read(name, number - (int(ends[shard]) - count))
+                _count(stats, fields)
+            except ValueError as error:
+                stats.bad.append(str(error))
+            progress.update()
+    return stats
+
+
+def _count(stats: Stats, fields: dict[str, bytes]) -> None:
+    labels = decode_labels(fields)
+    image = next((data for name, data in fields.items() if name in IMAGE_FIELDS), None)
+    if image is not None:
+        stats.images.append(image_size(image))
+    for quantity, label in labels.items():
+        stats.maps.append(label.shape)
+        stats.tallies.setdefault(quantity, Tally(quantity)).add(label)
+    stats.records += 1
+    stats.whole.append(sum(map(len, fields.values())))
+    for name, data in fields.items():
+        first = name.partition(".")[0]
+        known = "image" if name in IMAGE_FIELDS else first
+        stats.bytes[known if known in ("image", "json", "depth", "disparity") else "other"] += len(data)
+
+
+def told(shard_set: ShardSet, stats: Stats) -> list[str]:
+    """The facts as lines for people."""
+    meta, count = shard_set.meta, max(stats.records, 1)
+    each = ", ".join(f"{what} {size / count / 1e3:.4g} kB" for what, size in stats.bytes.most_common())
+    shards = len(shard_set.shards)
+    lines = [
+        f"set:        {shard_set.name} in {address.told(shard_set.root)}",
+        f"records:    {shard_set.records:,} in {shards:,} shards, {shard_set.bytes / 1e6:,.1f} MB",
+        f"licence:    {meta.get('licence') or 'not said'}",
+        f"sample:     {stats.records:,} records, evenly spaced",
+        f"a record:   {sum(stats.whole) / count / 1e3:.4g} kB: {each}",
+        f"images:     {common_sizes(stats.images) or 'none'}",
+    ]
+    if stats.maps and stats.maps != stats.images:
+        lines.append(f"maps:       {common_sizes(stats.maps)}")
+    for quantity, tally in stats.tallies.items():
+        lines += _told_tally(quantity, tally, meta)
+    if not stats.tallies:
+        lines.append("labels:     none")
+    if "pixels" in meta:
+        lines.append(f"all pixels: {_kinds(meta['pixels'])} (of the whole set, counted when it was written)")
+    if "skipped" in meta:
+        lines.append(f"not taken:  {meta['skipped']['count']:,} when it was written: see NAME.skipped.json")
+    if stats.bad:
+        lines.append(f"unreadable: {len(stats.bad)} of the sample, as {stats.bad[0]}")
+    return lines
+
+
+def _told_tally(quantity: str, tally: Tally, meta: dict) -> list[str]:
+    shares = ", ".join(f"{kind} {tally.share(kind):.1%}" for kind in ("valid", "sky", "unknown"))
+    lines = [f"pixels:     {shares} (of the sample)"]
+    if not tally.pixels["valid"]:
+        return lines
+    span = f"{tally.low:.4g} to {tally.high:.4g}"
+    if quantity == "disparity":
+        return [
+            *lines,
+            f"disparity:  {span}; half of each map lies below {tally.quantile(0.5):.0%} of its range",
+        ]
+    unit = meta.get("unit", "m")
+    below = ", ".join(f"{share:.0%} below {tally.quantile(share):.3g}" for share in (0.01, 0.5, 0.99))
+    return [*lines, f"depth:      {span} {unit}: {below}"]
+
+
+def _kinds(pixels: dict[str, int]) -> str:
+    total = max(pixels.get("all", 0), 1)
+    rows = sorted(((count, kind) for kind, count in pixels.items() if kind != "all"), reverse=True)
+    return ", ".join(f"{kind} {count / total:.1%}" for count, kind in rows)
+
+
+def common_sizes(sizes: Iterable[tuple[int, int]]) -> str:
+    """Name the three most common sizes, width first, and how many others there are."""
+    counts = Counter(sizes)
+    named = ", ".join(f"{width} x {height} ({count:,})" for (height, width), count in counts.most_common(3))
+    return named + (f" and {len(counts) - 3} other sizes" if len(counts) > 3 else "")
+
+
+def draw(shard_set: ShardSet, stats: Stats) -> np.ndarray:
+    """Draw how depth or disparity, short sides and bytes are spread, uint8 (H, W, 3) RGB."""
+    tally = next(iter(stats.tallies.values()), None)
+    sides = [float(min(size)) for size in stats.images or stats.maps]
+    others: list[tuple[str, list[float]]] = [
+        ("short side, px", sides),
+        ("kB a record", [size / 1e3 for size in stats.whole]),
+    ]
+    title = f"{shard_set.name}: {shard_set.records:,} records, {shard_set.bytes / 1e6:,.1f} MB"
+    return draw_histograms(tally, others, title=title)
