@@ -230,6 +230,65 @@ def make_hypersim(raw, *, size=SIZE, scenes=None, hdr=True):
     return truth
 
 
+def make_diml(raw, *, size=SIZE):
+    """Millimetres in 16 bits; outdoors a confidence of 8 bits."""
+    truth = {}
+    depth = room(size)
+    stored = np.round(depth * 1000).astype(np.uint16)
+    stored[3, 3] = 0
+    metres = np.where(stored == 0, np.nan, stored / 1000)
+    for frame in ("in_00_160225_000010", "in_00_160225_000020"):
+        folder = Path(raw, "indoor", "1. Cafe", "160225", "1")
+        png(folder / f"col/{frame}_c.png", picture(depth))
+        png(folder / f"up_png/{frame}_ud.png", stored)
+        truth[f"indoor/1. Cafe/160225/1/{frame}"] = metres
+    for frame in ("0001", "0002"):
+        folder = Path(raw, "outdoor", "170721_C0", "A")
+        png(folder / f"left/{frame}_left.png", picture(depth, seed=1))
+        png(folder / f"right/{frame}_right.png", picture(depth, seed=1))
+        png(folder / f"depth/{frame}_depth.png", stored)
+        trust = np.full(size, 255, np.uint8)
+        trust[:4], trust[5, :2] = 0, (152, 153)  # 0.596 and 0.6 of 255
+        png(folder / f"conf/{frame}_conf.png", trust)
+        truth[f"outdoor/170721_C0/A/{frame}"] = np.where(trust < 153, np.nan, metres)
+    return truth
+
+
+def make_hrwsi(raw, *, size=SIZE, bits=8):
+    """Disparity up to scale and shift in a grey PNG; a mask beside."""
+    truth = {}
+    for split, names in (("train", ("aa_1", "bb.2")), ("val", ("cc",))):
+        for name in names:
+            depth = room(size)
+            stored = np.round(1 / depth / (1 / depth).max() * (2**bits - 1)).astype(f"u{bits // 8}")
+            stored[:4] = 0
+            known = np.full(size, 255, np.uint8)
+            known[:2], known[9, 9] = 0, 0
+            jpeg(Path(raw, split, "imgs", f"{name}.jpg"), picture(depth))
+            png(Path(raw, split, "gts", f"{name}.png"), stored)
+            png(Path(raw, split, "valid_masks", f"{name}.png"), known)
+            png(Path(raw, split, "instance_masks", f"{name}.png"), known)
+            truth[f"{split}/{name}"] = np.where(known > 0, stored.astype(np.float64), np.nan)
+    return truth
+
+
+def make_megadepth(raw, *, size=SIZE):
+    """float32 in HDF5, zeros where nothing was matched; the last file holds an order only."""
+    truth = {}
+    for place in ("0000", "5018"):
+        folder = Path(raw, "phoenix/S6/zl548/MegaDepth_v1", place, "dense0")
+        for name in ("1_o.jpg", "2_b.JPG", "3.png"):
+            stored = (room(size) * 0.37).astype(np.float32)
+            stored[:9] = 0
+            (png if name.endswith("png") else jpeg)(folder / "imgs" / name, picture(room(size)))
+            hdf5(folder / "depths" / f"{Path(name).stem}.h5", stored, key="depth")
+            truth[f"{place}/dense0/{Path(name).stem}"] = np.where(stored == 0, np.nan, stored.astype(float))
+    order = np.sign(room(size) - 4).astype(np.float32)
+    hdf5(folder / "depths" / "3.h5", order, key="depth")
+    truth["5018/dense0/3"] = None
+    return truth
+
+
 def frames_of(source, raw, **options):
     """What a source finds and reads, made records and decoded again: name to Frame; refused ones to their reason."""
     from depth_anything.data.sample import decode_record

@@ -20,7 +20,14 @@ archives (.z01 …), which 7z unpacks. Facts from that repository.
 from collections.abc import Iterator
 from pathlib import Path
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind, relative_name
+from depth_anything.data.sources.folders import (
+    Kind,
+    check_size,
+    fields,
+    find_frames,
+    read_kind,
+    relative_name,
+)
 from depth_anything.data.sources.maps import read_bytes, read_pfm
 from depth_anything.data.sources.source import Facts, Raw
 
@@ -52,7 +59,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If image or depth are missing or damaged, or differ in size.
     """
-    _, image_path, depth_path = line.split("\t")
+    _, image_path, depth_path = fields(line)
     image = read_kind(raw, _IMAGE, image_path)
     depth = read_pfm(read_kind(raw, _DEPTH, depth_path))
     check_size(image, depth, _DEPTH.what)

@@ -7,7 +7,6 @@ is lost in silence.
 """
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from depth_anything.data.sources.listing import as_field, from_field
 from depth_anything.data.sources.maps import read_bytes
 from depth_anything.data.sources.source import Facts
+from depth_anything.data.sources.walking import walk
 
 _SEVERAL = "//"  # in place of a path: more than one file could be the one
 
@@ -56,28 +57,45 @@ def find_frames(
         sequence/frame, then for each kind after a tab the path of its file below `raw`, empty if it has none.
 
     Raises:
-        ValueError: If there is no such folder, or nothing of this layout in it, a folder cannot be listed, two folders
-            hold the same kind of the same sequence, or a name has a tab or a line break.
+        ValueError: If there is no such folder, or nothing of this layout in it, a folder cannot be listed, or two
+            hold the same kind of the same sequence.
     """
+    if not raw.is_dir():
+        raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was unpacked to")
     found: dict[str, dict[Kind, tuple[str, dict[str, str]]]] = {}
-    for here, files in _walk(raw):
-        parts = Path(here).parts
-        for kind in kinds:
-            frames = _frames(parts, files, kind)
-            if frames:
+    here: str | None = None
+    parts: tuple[str, ...] = ()
+    fitting: list[Kind] = []
+    for path, _ in walk(raw, follow=True):
+        folder, _, file = path.rpartition("/")
+        if folder != here:
+            here, parts = folder, tuple(folder.split("/")) if folder else ()
+            fitting = [kind for kind in kinds if _is_folder_of(kind, parts)]
+        for kind in fitting:
+            match = re.fullmatch(kind.name, file)
+            if match:
                 name = sequence(parts)
-                other = found.setdefault(name, {}).setdefault(kind, (here, frames))
-                if other[0] != here:
+                known, frames = found.setdefault(name, {}).setdefault(kind, (folder, {}))
+                if known != folder:
                     raise ValueError(
-                        f"{raw / here} and {raw / other[0]} hold the same {kind.what}s, of {name}: "
+                        f"{raw / folder} and {raw / known} hold the same {kind.what}s, of {name}: "
                         "type the path of a folder that holds them once"
                     )
+                frames[match[1]] = _SEVERAL if match[1] in frames else file
     if not found:
         raise ValueError(
             f"{raw} does not hold {facts.title}: looked for {facts.layout}; get it from {facts.get}"
         )
     for name in sorted(found):
-        yield from _lines(name, [found[name].get(kind) for kind in kinds])
+        held = [found[name].get(kind, ("", {})) for kind in kinds]
+        for frame in sorted({frame for _, frames in held for frame in frames}):
+            paths = [_path(folder, frames.get(frame, "")) for folder, frames in held]
+            yield "\t".join(map(as_field, [f"{name}/{frame}" if name else frame, *paths]))
+
+
+def fields(line: str) -> list[str]:
+    """Take a line apart: the frame's name, then what stands after the tabs."""
+    return [from_field(text) for text in line.split("\t")]
 
 
 def relative_name(parts: Sequence[str], last: int | None = None) -> str:
@@ -93,7 +111,7 @@ def read_kind(raw: Path, kind: Kind, path: str) -> bytes:
     """
     if not path:
         raise ValueError(f"its {kind.what} is missing: no file {_shown(kind)} in a folder {kind.folder}")
-    if path.endswith(_SEVERAL):
+    if path == _SEVERAL:
         raise ValueError(f"its {kind.what} is not known: several files {_shown(kind)} have its name")
     try:
         return read_bytes(raw / path)
@@ -123,52 +141,17 @@ def check_size(image: bytes, values: np.ndarray, what: str) -> None:
         raise ValueError(f"its image has {width} x {height} pixels, its {what} {theirs}")
 
 
-def _walk(raw: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below, by its path, and the files in it; in the order of names, each real folder once."""
-    if not raw.is_dir():
-        raise ValueError(f"{raw} is no folder: type the path of the folder that the set was unpacked to")
-    seen = set()
-    for here, folders, files in os.walk(raw, followlinks=True, onerror=_cannot_list):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield Path(here).relative_to(raw).as_posix(), files
-
-
-def _cannot_list(error: OSError) -> None:
-    raise ValueError(f"{error.filename} cannot be listed: {error.strerror}")
-
-
-def _frames(parts: Sequence[str], files: Sequence[str], kind: Kind) -> dict[str, str]:
-    """The names of a folder's frames, and of their files, if it is one for this kind."""
+def _is_folder_of(kind: Kind, parts: tuple[str, ...]) -> bool:
+    """Whether a kind's files may lie in the folder of this path."""
     patterns = kind.folder.split("/")
     ends = parts[-len(patterns) :]
-    if kind.folder != "*" and (
-        len(ends) < len(patterns) or not all(fnmatchcase(*pair) for pair in zip(ends, patterns, strict=True))
-    ):
-        return {}
-    frames: dict[str, str] = {}
-    for file in files:
-        match = re.fullmatch(kind.name, file)
-        if match:
-            frames[match[1]] = _SEVERAL if match[1] in frames else file
-    return frames
-
-
-def _lines(name: str, kinds: Sequence[tuple[str, dict[str, str]] | None]) -> Iterator[str]:
-    for frame in sorted({frame for kind in kinds if kind for frame in kind[1]}):
-        paths = [_path(kind[0], kind[1][frame]) if kind and frame in kind[1] else "" for kind in kinds]
-        line = "\t".join([f"{name}/{frame}" if name else frame, *paths])
-        if line.count("\t") != len(kinds) or "\n" in line or "\r" in line:
-            raise ValueError(f"{line!r} has a tab or a line break in a name: rename it")
-        yield line
+    if kind.folder == "*":
+        return True
+    return len(ends) == len(patterns) and all(fnmatchcase(*pair) for pair in zip(ends, patterns, strict=True))
 
 
 def _path(folder: str, file: str) -> str:
-    return file if folder == "." else f"{folder}/{file}"
+    return f"{folder}/{file}" if folder and file not in ("", _SEVERAL) else file
 
 
 def _shown(kind: Kind) -> str:

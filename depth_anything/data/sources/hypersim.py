@@ -35,7 +35,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind
+from depth_anything.data.sources.folders import Kind, check_size, fields, find_frames, read_kind
 from depth_anything.data.sources.maps import MAX_PIXELS, read_bytes, read_hdf5
 from depth_anything.data.sources.source import Facts, Raw
 
@@ -112,7 +112,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If a file is missing or damaged, sizes differ, or the scene's camera is not known.
     """
-    name, image_path, depth_path, images, matrix = line.split("\t")
+    name, image_path, depth_path, images, matrix = fields(line)
     if not matrix:
         raise ValueError(f"the camera of scene {name.partition('/')[0]} is not in {_CAMERAS}")
     data = read_kind(raw, _IMAGES[images], image_path)

@@ -23,7 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind, relative_name
+from depth_anything.data.sources.folders import (
+    Kind,
+    check_size,
+    fields,
+    find_frames,
+    read_kind,
+    relative_name,
+)
 from depth_anything.data.sources.maps import read_exr
 from depth_anything.data.sources.source import Facts, Raw
 
@@ -58,7 +65,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If image or disparity are missing or damaged, or differ in size.
     """
-    _, image_path, disparity_path = line.split("\t")
+    _, image_path, disparity_path = fields(line)
     image = read_kind(raw, _IMAGE, image_path)
     disparity = read_exr(read_kind(raw, _DISPARITY, disparity_path))
     check_size(image, disparity, _DISPARITY.what)

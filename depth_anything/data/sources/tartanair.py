@@ -22,7 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind, relative_name
+from depth_anything.data.sources.folders import (
+    Kind,
+    check_size,
+    fields,
+    find_frames,
+    read_kind,
+    relative_name,
+)
 from depth_anything.data.sources.maps import read_npy
 from depth_anything.data.sources.source import Facts, Raw
 
@@ -56,7 +63,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If image or depth are missing or damaged, or differ in size.
     """
-    _, image_path, depth_path = line.split("\t")
+    _, image_path, depth_path = fields(line)
     image = read_kind(raw, _IMAGE, image_path)
     depth = read_npy(read_kind(raw, _DEPTH, depth_path))
     check_size(image, depth, _DEPTH.what)

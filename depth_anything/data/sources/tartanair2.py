@@ -20,7 +20,14 @@ from pathlib import Path
 import numpy as np
 from PIL import PngImagePlugin
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind, relative_name
+from depth_anything.data.sources.folders import (
+    Kind,
+    check_size,
+    fields,
+    find_frames,
+    read_kind,
+    relative_name,
+)
 from depth_anything.data.sources.maps import MAX_PIXELS
 from depth_anything.data.sources.source import Facts, Raw
 from depth_anything.data.sources.tartanair import SKY_FROM_M
@@ -68,7 +75,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If image or depth are missing or damaged, or differ in size.
     """
-    _, image_path, depth_path = line.split("\t")
+    _, image_path, depth_path = fields(line)
     image = read_kind(raw, _IMAGE, image_path)
     depth = decode_depth(read_kind(raw, _DEPTH, depth_path))
     check_size(image, depth, _DEPTH.what)

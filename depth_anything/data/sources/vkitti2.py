@@ -19,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.data.sources.folders import Kind, check_size, find_frames, read_kind, relative_name
+from depth_anything.data.sources.folders import (
+    Kind,
+    check_size,
+    fields,
+    find_frames,
+    read_kind,
+    relative_name,
+)
 from depth_anything.data.sources.maps import read_png16
 from depth_anything.data.sources.source import Facts, Raw
 
@@ -63,7 +70,7 @@ def read(raw: Path, line: str) -> Raw:
     Raises:
         ValueError: If image or depth are missing or damaged, or differ in size.
     """
-    _, image_path, depth_path = line.split("\t")
+    _, image_path, depth_path = fields(line)
     image = read_kind(raw, _IMAGE, image_path)
     centimetres = read_png16(read_kind(raw, _DEPTH, depth_path))
     check_size(image, centimetres, _DEPTH.what)

@@ -92,7 +92,7 @@ def test_another_layout_is_told_what_was_looked_for(tmp_path):
     png(tmp_path / "left" / "000000_left.png", picture(np.ones((8, 8))))
     with pytest.raises(ValueError, match="does not hold TartanAir"):
         list(tartanair.find(tmp_path))
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         list(tartanair.find(tmp_path / "nowhere"))
 
 
@@ -112,7 +112,21 @@ def test_links_to_other_disks_are_followed_and_circles_are_not(tmp_path):
     assert list(frames_of(tartanair, raw)) == sorted(truth)
 
 
-def test_a_name_that_would_break_the_listing_is_told(tmp_path):
-    make_tartanair(tmp_path, environments=("with\ttab",))
-    with pytest.raises(ValueError, match="has a tab or a line break in a name"):
-        list(tartanair.find(tmp_path))
+def test_any_name_that_a_disk_allows_is_read(tmp_path):
+    truth = make_tartanair(tmp_path, environments=("tab\there", "line\nbreak", "back\\slash", "ärger 日本"))
+    found = frames_of(tartanair, tmp_path)
+    assert len(found) == len(truth) and all(frame.depth is not None for frame in found.values())
+
+
+def test_two_files_for_one_place_are_told(tmp_path):
+    """As on a disk whose names are longer than those that the source knows."""
+    from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
+
+    (tmp_path / "imgs").mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (tmp_path / "imgs" / name).write_bytes(b"x")
+    kind = Kind("image", "imgs", r"(.+)\.(?:jpg|png)")
+    a, b = find_frames(tmp_path, tartanair.FACTS, [kind], sequence=lambda parts: "")
+    assert fields(b) == ["b", "imgs/b.jpg"] and read_kind(tmp_path, kind, fields(b)[1]) == b"x"
+    with pytest.raises(ValueError, match="its image is not known: several files"):
+        read_kind(tmp_path, kind, fields(a)[1])
