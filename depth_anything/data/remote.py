@@ -15,11 +15,11 @@ import os
 import re
 import ssl
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from select import select
+from time import monotonic, sleep
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
@@ -117,7 +117,7 @@ def read_range(
 def _patiently(address: str, attempt: Callable[[], T]) -> T:
     """Try until it works, the retries are spent, or it is no use."""
     retries = int(cache.setting("DEPTH_ANYTHING_RETRIES", _RETRIES))
-    began, number = time.monotonic(), 0
+    began, number = monotonic(), 0
     while True:
         try:
             return attempt()
@@ -129,8 +129,8 @@ def _patiently(address: str, attempt: Callable[[], T]) -> T:
         if failure.quiet and number == 1:
             continue
         _name(address, failure.reason)
-        time.sleep(min(max(_FIRST_WAIT_S * 2 ** (number - 1), failure.wait), _LONGEST_WAIT_S))
-    tried = f", {number} times in {time.monotonic() - began:.0f} s" if number > 1 else ""
+        sleep(min(max(_FIRST_WAIT_S * 2 ** (number - 1), failure.wait), _LONGEST_WAIT_S))
+    tried = f", {number} times in {monotonic() - began:.0f} s" if number > 1 else ""
     raise Outage(f"{address} cannot be read for now: {failure.reason}{tried}; {_AGAIN}")
 
 
@@ -235,14 +235,27 @@ def _answer(address: str, headers: Mapping[str, str]) -> Any:
         response = _ask(url, headers, trusted=_origin(url) == _origin(address))
         if response.status in (200, 206):
             return response
-        response.close()
+        _leave(response)
         if response.status not in (301, 302, 303, 307, 308):
             raise _refusal(address, response)
-        target = urljoin(url, response.headers.get("Location") or "")
+        try:
+            target = urljoin(url, response.headers.get("Location") or "")
+            _origin(target)
+        except ValueError:
+            raise Gone(f"{address} sends us to what is no address") from None
         if not is_http(target) or (url.lower().startswith("https:") and target.lower().startswith("http:")):
             raise Gone(f"{address} sends us to {target}, where this does not follow")
         url = target
     raise Gone(f"{address} cannot be read: it sends us on and on")
+
+
+def _leave(response: Any) -> None:
+    """Be done with an answer that is not wanted; a short one is read, as its connection can then be used again."""
+    length = response.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) <= _CHUNK:
+        response.drain_conn()
+        response.release_conn()
+    response.close()
 
 
 def _refusal(address: str, response: Any) -> Exception:
@@ -326,7 +339,7 @@ def _proxy(scheme: str, host: str) -> str:
 def _chunks(response: Any) -> Iterator[bytes]:
     """Yield a body as it comes, as long as it does come; a cut one raises, by its length."""
     limit = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
-    since, came = time.monotonic(), 0
+    since, came = monotonic(), 0
     while True:
         try:
             chunk = response.read1(_CHUNK)
@@ -336,7 +349,7 @@ def _chunks(response: Any) -> Iterator[bytes]:
             break
         yield chunk
         came += len(chunk)
-        now = time.monotonic()
+        now = monotonic()
         if now - since > limit:
             if came < limit * _SLOWEST:
                 raise _Later(f"stalled: {came} bytes came in {now - since:.0f} s")
@@ -354,10 +367,10 @@ def _later(error: Exception) -> _Later:
         return _Later(f"cut short after {cause.partial} bytes, {cause.expected} were still to come")
     if isinstance(cause, e.NameResolutionError):
         return _Later("its host's name is not known")
-    if isinstance(cause, e.ConnectTimeoutError):
-        return _Later("no connection in time")
     if isinstance(cause, e.NewConnectionError):
         return _Later(_plain(cause.__cause__ or cause))
+    if isinstance(cause, e.ConnectTimeoutError):
+        return _Later("no connection in time")
     if isinstance(cause, e.ReadTimeoutError | TimeoutError):
         return _Later("stalled: nothing came in time")
     if isinstance(cause, e.SSLError | ssl.SSLError):

@@ -281,7 +281,7 @@ def parse_index(text: str, *, where: str | Path) -> Index:
             raise ValueError("it does not add up")
     except (ValueError, OverflowError) as error:
         raise ShardError(
-            f"{where} is damaged: type  depth-anything shard index {Path(where).parent}"
+            f"{where} is damaged: type  depth-anything shard index {str(where).rpartition('/')[0] or '.'}"
         ) from error
     return index
 

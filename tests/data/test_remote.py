@@ -1,0 +1,349 @@
+"""Shards behind http, with everything that goes wrong on the way: who is asked again, who is not, what is said."""
+
+import functools
+import multiprocessing
+import pickle
+import threading
+import traceback
+
+import pytest
+from made_servers import Faulty, nginx
+from made_shards import make, records
+
+from depth_anything.data import remote
+from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.shards import BadRecord, ShardError, open_set, write_manifest, write_shard
+from depth_anything.data.tars import Outage
+
+TAR = "/set/000001.tar"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No proxy, no cache and no memory of other tests."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
+    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "0.3")
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose .netrc is read
+    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+        monkeypatch.setattr(remote, next(n for n, v in vars(remote).items() if v is kept), type(kept)())
+    for remembered in (remote._netrc, remote._proxy):
+        remembered.cache_clear()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that would have been waited."""
+    told = []
+    monkeypatch.setattr(remote, "sleep", told.append)
+    return told
+
+
+@pytest.fixture
+def server(tmp_path):
+    make(tmp_path / "set")
+    with Faulty(tmp_path) as made:
+        yield made
+
+
+def faults(*kinds, path=TAR):
+    """The first requests of a path fail so, one after the other; "*" repeats what stands before it."""
+
+    def fault(asked, times):
+        if not asked.startswith(path):
+            return None
+        if times < len(kinds):
+            return kinds[times] if kinds[times] != "*" else kinds[-2]
+        return kinds[-2] if kinds and kinds[-1] == "*" else None
+
+    return fault
+
+
+def asked(server, path=TAR):
+    return [seen for seen in server.seen if seen[0].startswith(path)]
+
+
+def test_one_connection_serves_many_ranges(server):
+    read = Records(open_set(f"{server.address}/set"))
+    for index in (3, 0, 4, 1):
+        assert read.read("set/000001", index) == records("000001")[index]
+    assert server.connections == 1
+    assert [path for path, _ in server.seen] == ["/set/manifest.json", "/set/000001.idx", *[TAR] * 4]
+    assert all(wanted for path, wanted in server.seen if path == TAR)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("500", "HTTP 500"),
+        ("503", "HTTP 503"),
+        ("429", "HTTP 429"),
+        ("cut", "cut short"),
+        ("stall", "stalled"),
+        ("drip", "stalled"),
+    ],
+)
+@pytest.mark.parametrize("path", [TAR, "/set/000001.idx", "/set/manifest.json"])
+def test_what_fails_for_now_is_named_and_survived(server, waits, capfd, kind, said, path):
+    server.fault = faults(kind, kind, path=path)
+    read = Records(open_set(f"{server.address}/set"))
+    assert [read.read("set/000001", i) for i in range(5)] == records("000001")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{server.address}{path}: ") and said in line
+    assert waits == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["reset", "close"])
+def test_an_old_connection_is_no_news_but_two_are(server, waits, capfd, kind):
+    server.fault = faults(kind)
+    read = Records(open_set(f"{server.address}/set"))
+    assert read.read("set/000001", 0) == records("000001")[0]
+    assert not capfd.readouterr().err and not waits
+    server.fault = faults(kind, kind, path="/set/000002.tar")
+    assert read.read("set/000002", 0) == records("000002")[0]
+    assert "/set/000002.tar" in capfd.readouterr().err and waits == [1.0]
+
+
+def test_slow_is_not_stalled(server, capfd):
+    server.fault = lambda path, times: "slow"
+    read = Records(open_set(f"{server.address}/set"))
+    assert read.read("set/000001", 0) == records("000001")[0] and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["500", "reset", "close", "cut", "stall"])
+def test_an_outage_is_no_bad_record(server, waits, kind):
+    server.fault = faults(kind, "*")
+    read = Records(open_set(f"{server.address}/set"))
+    with pytest.raises(
+        Outage, match="000001.tar cannot be read for now.*start the same command again"
+    ) as error:
+        read.read("set/000001", 0)
+    assert not isinstance(error.value, ValueError) and "\n" not in str(error.value)
+    assert len(asked(server)) == 3 and waits == ([1.0] if kind in ("reset", "close") else [0.5, 1.0])
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+    server.fault = faults()
+    assert read.read("set/000001", 0) == records("000001")[0]  # nothing of it is held against the record
+
+
+def test_waits_double_up_to_a_minute(server, waits, monkeypatch):
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "9")
+    server.fault = faults("500", "*")
+    with pytest.raises(Outage, match="10 times"):
+        ShardReader().read(f"{server.address}{TAR}", 0)
+    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_nobody_there(tmp_path, waits):
+    made = make(tmp_path / "set")
+    with Faulty(tmp_path) as server:
+        read = Records(open_set(f"{server.address}/set"))
+        read.read("set/000000", 0)
+    remote._pools.clear()  # the server's threads outlive it as long as its connections
+    with pytest.raises(Outage, match="000001.idx.*Connection refused"):
+        read.read("set/000001", 0)
+    with pytest.raises(Outage, match="manifest.json.*host"):
+        open_set("http://no-such-host.invalid/set")
+    assert made.records == 15
+
+
+@pytest.mark.parametrize("status", ["404", "403", "410", "400"])
+def test_what_fails_for_good_is_a_bad_record(server, waits, capfd, status):
+    server.fault = faults(status, "*")
+    read = Records(open_set(f"{server.address}/set"))
+    for index in range(4):
+        with pytest.raises(BadRecord, match=f"HTTP {status}") as error:
+            read.read("set/000001", index)
+        assert (error.value.shard, error.value.key) == ("set/000001", f"set/000001/{index:06d}")
+    assert len(asked(server)) == 2 and not waits and not capfd.readouterr().err
+    assert read.read("set/000002", 0) == records("000002")[0]
+
+
+def test_no_entry_is_nothing_to_wait_for(server, waits):
+    server.fault = faults("401", "*")
+    with pytest.raises(Outage, match="HTTP 401 Unauthorized; start"):
+        Records(open_set(f"{server.address}/set")).read("set/000001", 0)
+    assert len(asked(server)) == 1 and not waits
+
+
+def test_a_missing_index_or_manifest(server, waits):
+    server.fault = faults("404", "*", path="/set/000001.idx")
+    read = Records(open_set(f"{server.address}/set"))
+    with pytest.raises(BadRecord, match="000001.idx cannot be read: HTTP 404") as error:
+        read.read("set/000001", 0)
+    assert error.value.key == ""
+    with pytest.raises(ShardError, match="manifest.json cannot be read: HTTP 404"):
+        open_set(f"{server.address}/elsewhere")
+
+
+def test_another_size(tmp_path, server, waits):
+    read = Records(open_set(f"{server.address}/set"))
+    path = tmp_path / "set" / "000001.tar"
+    data = path.read_bytes()
+    for wrong in (data + bytes(512), data[:-512], data[:600]):
+        path.write_bytes(wrong)
+        with pytest.raises(
+            BadRecord, match=f"{len(wrong)} bytes in place of|shorter than its index"
+        ) as error:
+            pickle.loads(pickle.dumps(read)).read("set/000001", 4)
+        assert error.value.key == "set/000001/000004"
+    server.fault = faults("short", "*", path="/set/000002.tar")  # with a length that agrees
+    with pytest.raises(BadRecord, match="truncated"):
+        read.read("set/000002", 4)
+    assert not waits
+
+
+@pytest.mark.parametrize("path", [TAR, "/set/000001.idx", "/set/manifest.json"])
+def test_damage_on_the_way_is_fetched_once_more(server, capfd, path):
+    server.fault = faults("corrupt", path=path)
+    read = Records(open_set(f"{server.address}/set"))
+    assert [read.read("set/000001", i) for i in range(5)] == records("000001")
+    assert len(asked(server, path)) == {TAR: 6}.get(path, 2)
+
+
+def test_damage_that_stays(server):
+    server.fault = faults("corrupt", "*")
+    read = Records(open_set(f"{server.address}/set"))
+    for index in (1, 3):
+        with pytest.raises(BadRecord, match="checksum of its jpg differs") as error:
+            read.read("set/000001", index)
+        assert error.value.key == f"set/000001/{index:06d}"
+    assert len(asked(server)) == 4  # others of the shard may be sound
+    server.fault = faults("corrupt", "*", path="/set/manifest.json")
+    with pytest.raises(ShardError, match="manifest.json is damaged"):
+        open_set(f"{server.address}/set")
+
+
+def test_joined_over_http(tmp_path, server):
+    images = open_set(f"{server.address}/set")
+    infos = []
+    for shard in images.shards:
+        rows = [(key, {"disparity.q12": key.encode()}) for key, _ in records(shard.name)]
+        infos.append(write_shard(tmp_path / "labels" / f"{shard.name}.tar", rows))
+    meta = {"images": {"set": "set", "hashes": {shard.name: shard.hash for shard in images.shards}}}
+    write_manifest(tmp_path / "labels", name="set", shards=infos, meta=meta)
+    joined = JoinedRecords(images, open_set(f"{server.address}/labels"))
+    key, fields = joined.read("set/000001", 2)
+    assert key == "set/000001/000002" and fields["jpg"] == records("000001")[2][1]["jpg"]
+
+    class Flipped(Faulty):
+        def fetch(self, path, headers):
+            status, told, body = super().fetch(path, headers)
+            if path == "/set/000002.idx" and sum(seen == path for seen, _ in self.seen) == 1:
+                body = body.replace(b"set/000002/000003", b"set/000002/00000Z")
+            return status, told, body
+
+    with Flipped(tmp_path) as other:  # a key that was damaged on the way, which no checksum sees
+        joined = JoinedRecords(open_set(f"{other.address}/set"), open_set(f"{other.address}/labels"))
+        assert joined.read("set/000002", 3)[1]["jpg"] == records("000002")[3][1]["jpg"]
+
+
+def test_redirects_lead_to_http_only(tmp_path, server, waits):
+    with Faulty(tmp_path) as other:
+        server.fault = lambda path, times: f"to:{other.address}{path}"
+        read = Records(open_set(f"{server.address}/set"))
+        assert read.read("set/000001", 2) == records("000001")[2]
+    for target in (f"file://{tmp_path}/set/manifest.json", "ftp://host/a", "//[", "gopher://x", "data:,x"):
+        server.fault = lambda path, times, target=target: f"to:{target}"
+        with pytest.raises(ShardError, match="manifest.json"):
+            open_set(f"{server.address}/set")
+    server.fault = lambda path, times: "to:/set/manifest.json"
+    with pytest.raises(ShardError, match="on and on"):
+        open_set(f"{server.address}/set")
+    assert not waits
+
+
+def test_credentials_go_to_their_host_alone(tmp_path, server, monkeypatch):
+    named = server.address.replace("http://", "http://me:pass%20word@")
+    with Faulty(tmp_path) as other:
+        server.fault = lambda path, times: f"to:{other.address}{path}" if path.endswith(".tar") else None
+        assert Records(open_set(f"{named}/set")).read("set/000001", 0) == records("000001")[0]
+        assert {h.get("authorization") for h in server.headers} == {"Basic bWU6cGFzcyB3b3Jk"}
+        assert other.headers and not any("authorization" in h for h in other.headers)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password word\ndefault login x password y\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    remote._netrc.cache_clear()
+    open_set(f"{server.address}/set")
+    assert server.headers[-1]["authorization"] == "Basic bWU6d29yZA=="
+    with pytest.raises(Outage):
+        open_set("http://no-such-host.invalid/set")
+    assert remote._credentials(remote.urlsplit("http://elsewhere/set")) == {}
+
+
+def test_secrets_are_not_told(tmp_path, server, waits, capfd):
+    root = server.address.replace("http://", "http://me:sesame@") + "/set/?signature=hush-hush"
+    read = Records(open_set(root))
+    assert read.read("set/000001", 0) == records("000001")[0]  # the signature goes with every file
+    assert all(path.endswith("?signature=hush-hush") for path, _ in server.seen)
+    told = []
+    for kind in ("500", "404", "to:ftp://me:sesame@host/?hush-hush", "cut", "corrupt", "whole", "short"):
+        server.fault = lambda path, times, kind=kind: kind
+        for attempt in (
+            lambda: open_set(root),
+            lambda: pickle.loads(pickle.dumps(read)).read("set/000002", 1),
+            lambda: ShardReader().read(read.set.url("000001"), 1),
+        ):
+            try:
+                attempt()
+            except (ShardError, BadRecord, Outage) as error:
+                told += [str(error), repr(error), *traceback.format_exception(error)]
+    assert len(told) > 50
+    everything = "".join(told) + "".join(capfd.readouterr())
+    assert "000002" in everything and "***@127.0.0.1" in everything
+    assert "sesame" not in everything and "hush" not in everything
+
+
+def read_there(read, index):
+    return read.read("set/000001", index)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_have_their_own_connections(server, method):
+    read = Records(open_set(f"{server.address}/set"))
+    expected = [read.read("set/000001", i) for i in range(5)]
+    assert server.connections == 1
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(functools.partial(read_there, read), [0, 1, 2, 3, 4] * 4) == expected * 4
+    assert 2 <= server.connections <= 3
+    assert read.read("set/000001", 3) == expected[3] and server.connections <= 3
+
+
+def test_threads_may_read_side_by_side(server):
+    made, errors = open_set(f"{server.address}/set"), []
+
+    def work():
+        read = Records(made)
+        try:
+            for index in (0, 4, 2):
+                assert read.read("set/000001", index) == records("000001")[index]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_settings_that_are_no_numbers(server, monkeypatch):
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "many")
+    with pytest.raises(ValueError, match="DEPTH_ANYTHING_RETRIES=many is no number above 0"):
+        open_set(f"{server.address}/set")
+
+
+def test_nginx(tmp_path, capfd):
+    make(tmp_path / "set")
+    with nginx(tmp_path, tmp_path / "state") as address:
+        read = Records(open_set(f"{address}/set"))
+        for shard, index in (("000001", 3), ("000000", 0), ("000002", 4), ("000001", 1)):
+            assert read.read(f"set/{shard}", index) == records(shard)[index]
+        (tmp_path / "set" / "000001.tar").unlink()
+        with pytest.raises(BadRecord, match="HTTP 404"):
+            read.read("set/000001", 0)
+    lines = (tmp_path / "state" / "access.log").read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) == 1  # one connection
+    assert [line.split()[1] for line in lines if line.endswith(".tar")] == ["206"] * 4 + ["404"] * 2
+    assert not capfd.readouterr().err
