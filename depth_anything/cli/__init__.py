@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     custom.add_custom(shards.add_shard(commands))
+    shards.add_merge(commands)
     shards.add_verify(commands)
     shards.add_view(commands)
     stats.add_stats(commands)

@@ -121,6 +121,18 @@ def add_licence(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_merge(commands: Any) -> None:
+    """Declare `merge`."""
+    merge = add_command(
+        commands,
+        "merge",
+        "bring the parts of a set together that were written in several folders",
+        run=_merge,
+    )
+    merge.add_argument("output", metavar="OUT", help="folder of the whole set: a new one, or that of a part")
+    merge.add_argument("folders", metavar="FOLDER", nargs="*", help="folders of the other parts; they stay")
+
+
 def add_verify(commands: Any) -> None:
     """Declare `verify`."""
     verify = add_command(commands, "verify", "read a whole set and name what is wrong with it", run=_verify)
@@ -204,6 +216,12 @@ def print_written(made: "ShardSet | None", options: argparse.Namespace) -> None:
         print(f"not taken:  {skipped['count']} ({told}{more}): see {made.root}/*.skipped.json")
     for what, count in made.meta.get("left_out", {}).items():
         print(f"passed over: {count} {what}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from depth_anything.data.sources.merging import merge_parts
+
+    print_written(merge_parts(options.output, options.folders), options)
 
 
 def _shard_index(options: argparse.Namespace) -> None:

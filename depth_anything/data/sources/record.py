@@ -12,7 +12,6 @@ from PIL import Image
 
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame
 from depth_anything.data.sources.source import Raw
-from depth_anything.data.transforms import resize_image
 from depth_anything.preprocess import resize_shape
 
 JPEG_QUALITY = 92
@@ -75,6 +74,8 @@ def to_record(raw: Raw, *, source: str, name: str, short_side: int | None = None
     data: bytes | None
     size = _smaller(height, width, short_side)
     if size is not None:
+        from depth_anything.data.transforms import resize_image  # loads torch, which all else does without
+
         image, data = resize_image(image, *size), None
         label = None if label is None else nearest(label, *size)
     else:

@@ -6,7 +6,7 @@ A line of a listing is the name that people see, and after tabs where its bytes 
     NAME <tab> file <tab> SIZE         likewise, where sizes are looked at
     NAME <tab> tar <tab> TAR <tab> OFFSET <tab> SIZE
     NAME <tab> lmdb <tab> FOLDER       the key is what NAME has behind FOLDER/
-    NAME <tab> film <tab> FILM <tab> SECONDS
+    NAME <tab> film <tab> FILM <tab> NUMBER
     NAME <tab> ! <tab> REASON          cannot be read, and why
 """
 
@@ -23,6 +23,7 @@ from depth_anything.data.sources.archives import (
     read_member,
     tar_members,
 )
+from depth_anything.data.sources.films import FILMS, count_frames, read_frame
 from depth_anything.data.sources.listing import as_field, from_field
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -66,6 +67,8 @@ def find_images(
             yield from _in_tar(path, name, passed_over)
         elif low.rpartition("/")[2] == "data.mdb" and "lmdb" in kinds:
             yield from _in_lmdb(path.parent, name.rpartition("/")[0])
+        elif low.endswith(FILMS) and "films" in kinds:
+            yield from _in_film(path, name)
         else:
             passed_over[os.path.splitext(low)[1] or "no suffix"] += 1
     return passed_over
@@ -89,6 +92,8 @@ def read_image(raw: Path, line: str) -> bytes:
         folder = from_field(place)
         key = from_field(name)[len(folder) + 1 if folder else 0 :]
         return read_lmdb(raw / folder, key.encode("utf-8", "surrogateescape"))
+    if kind == "film":
+        return read_frame(raw / from_field(place), int(numbers[0]))
     raise ValueError(from_field(place))
 
 
@@ -114,7 +119,7 @@ def _walk(
 ) -> Iterator[tuple[str, Path | None]]:
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
+            names = [entry.name + "/" if _is_folder(entry) else entry.name for entry in entries]
     except OSError as error:
         raise ValueError(f"{folder} cannot be listed: {error.strerror}") from error
     names.sort(key=os.fsencode)
@@ -131,6 +136,13 @@ def _walk(
             if seen is not None:
                 seen.add(real)
             yield from _walk(path, prefix + name, seen, leave_out)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle, as a file tells better when it is read
+        return False
 
 
 def read_file(path: Path) -> bytes:
@@ -172,6 +184,16 @@ def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
             yield fault_line(name, member.fault)
         else:
             yield tar_line(name, place, member.offset, member.size)
+
+
+def _in_film(path: Path, place: str) -> Iterator[str]:
+    try:
+        count = count_frames(path)
+    except ValueError as error:
+        yield fault_line(place, str(error))
+        return
+    for number in range(count):
+        yield f"{as_field(place)}/{number:06d}\tfilm\t{as_field(place)}\t{number}"
 
 
 def _in_lmdb(folder: Path, place: str) -> Iterator[str]:

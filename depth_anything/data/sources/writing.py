@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,13 +24,14 @@ from depth_anything.data.shards import ShardError, ShardSet, open_set, write_man
 from depth_anything.data.sources.listing import ABOUT_LISTING, Listing, make_listing, shown_name
 from depth_anything.data.sources.record import Made, to_record
 from depth_anything.data.sources.source import Facts, Raw, Refused
-from depth_anything.data.tars import info_of, write_atomically, write_new
+from depth_anything.data.tars import info_of, remove_stale, write_atomically, write_new
 from depth_anything.licences import check_licence
 
 SETTINGS, ABOUT = "settings.json", "about.json"
 SKY = ("far", "invalid")
 
 _NAMED = 100  # skipped files that the manifest names; NAME.skipped.json has them all
+_THREADS = 16
 _REASONS = 50  # that the manifest counts apart
 _OF_THE_FILE = (
     errno.ENOENT,
@@ -126,53 +128,63 @@ def write_source(
     listing = Listing(root, per_shard=per_shard)
     k, n = part
     mine = range((k - 1) * listing.shards // n, k * listing.shards // n)
-    missing = [shard for shard in mine if not _is_done(root, shard, len(listing.numbers(shard)))]
+    remove_stale(root)
+    missing = missing_shards(root, listing, among=mine)
     jobs = (
         Job(source, raw, root, name, short_side, shard, listing.numbers(shard), listing.lines(shard))
         for shard in missing
     )
     total = sum(len(listing.numbers(shard)) for shard in missing)
     with Progress(f"writing {root}", total=total) as progress:
-        for job in jobs:
-            write_one(job, progress.update)
+        if workers and len(missing) > 1:
+            from depth_anything.data.sources.pool import make_shards
+
+            make_shards(jobs, workers=workers, tick=progress.update)
+        else:
+            for job in jobs:
+                write_one(job, progress.update)
     return finish(root, listing)
 
 
 def finish(root: Path, listing: Listing) -> ShardSet | None:
-    """Write the manifest of a set whose shards are all there; None if some are not."""
+    """Write the manifest of a set whose shards are all there; None if some are not.
+
+    Raises:
+        ShardError: Everything was refused.
+    """
     if missing_shards(root, listing):
         return None
     settings, about = (json.loads((root / file).read_bytes()) for file in (SETTINGS, ABOUT))
     there = set(os.listdir(root))
     names = [shard_name(shard) for shard in range(listing.shards)]
-    shards = [info_of(root / f"{name}.tar") for name in names if f"{name}.tar" in there]
-    skipped = Skipped()
-    for name in names:
-        if f"{name}.skipped.json" in there:
-            skipped.add(json.loads((root / f"{name}.skipped.json").read_bytes()))
+    with ThreadPoolExecutor(_THREADS) as pool:  # a network disk takes its time over each
+        shards = list(pool.map(info_of, [root / f"{name}.tar" for name in names if f"{name}.tar" in there]))
+        notes, labels = (
+            pool.map(
+                _read_json, [root / f"{name}.{kind}.json" for name in names if f"{name}.{kind}.json" in there]
+            )
+            for kind in ("skipped", "pixels")
+        )
+        skipped = Skipped(notes)
+        described = _described(labels)
     if not shards:
         why = "; ".join(f"{file}: {reason}" for file, reason in skipped.named[:3])
-        raise ValueError(f"{root}: none of {listing.count} files can be taken ({why})")
-    labels = [
-        json.loads((root / f"{name}.pixels.json").read_bytes())
-        for name in names
-        if f"{name}.pixels.json" in there
-    ]
-    meta = {**about, **_described(labels), **skipped.told()}
+        raise ShardError(f"{root}: none of {listing.count} files can be taken ({why})")
+    meta = {**about, **described, **skipped.told()}
+    if "quantity" not in meta:
+        del meta["sky_policy"]  # of images alone
     meta |= {"settings": {**settings, "count": listing.count}, "listing": listing.digest}
     if listing.left_out:
         meta["left_out"] = listing.left_out
     return write_manifest(root, name=settings["name"], shards=shards, meta=meta)
 
 
-def missing_shards(root: Path, listing: Listing) -> list[str]:
-    """Name the shards of a listing that nobody has made yet."""
+def missing_shards(root: Path, listing: Listing, *, among: range | None = None) -> list[int]:
+    """Number the shards of a listing that are not there yet: neither made nor wholly refused."""
     there = set(os.listdir(root))
-    return [
-        shard_name(shard)
-        for shard in range(listing.shards)
-        if f"{shard_name(shard)}.tar" not in there and not _is_done(root, shard, len(listing.numbers(shard)))
-    ]
+    shards = range(listing.shards) if among is None else among
+    left = [shard for shard in shards if f"{shard_name(shard)}.tar" not in there]
+    return [shard for shard in left if not _all_refused(root, shard, len(listing.numbers(shard)), there)]
 
 
 def shard_name(shard: int) -> str:
@@ -197,7 +209,7 @@ class Job:
     lines: list[str]
 
 
-def write_one(job: Job, tick: Callable[[], None]) -> None:
+def write_one(job: Job, tick: Callable[[], object]) -> None:
     """Write one shard and the notes on it; `tick` is called after each line.
 
     Raises:
@@ -209,7 +221,7 @@ def write_one(job: Job, tick: Callable[[], None]) -> None:
         write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], made))
 
 
-def _records(job: Job, tick: Callable[[], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Make the records of a shard; what is told of them is written before the shard can be seen."""
     skipped: list[tuple[str, str]] = []
     labels: Counter[tuple[str, str | None]] = Counter()
@@ -314,14 +326,11 @@ class Skipped:
         named: Name and reason of the first hundred.
     """
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, notes: Iterable[Iterable[Sequence[str]]]) -> None:
+        """Count the rows of each NAME.skipped.json."""
         self._reasons: Counter[str] = Counter()
         self.named: list[list[str]] = []
-
-    def add(self, rows: Iterable[Sequence[str]]) -> None:
-        """Count the rows of a NAME.skipped.json."""
-        for name, reason in rows:
+        for name, reason in chain.from_iterable(notes):
             self._reasons[reason] += 1
             if len(self.named) < _NAMED:
                 self.named.append([name, reason])
@@ -356,12 +365,9 @@ def _described(labels: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return meta
 
 
-def _is_done(root: Path, shard: int, count: int) -> bool:
-    """Say whether a shard is there, or everything in it was refused."""
-    if (root / f"{shard_name(shard)}.tar").exists():
-        return True
-    notes = root / f"{shard_name(shard)}.skipped.json"
-    return notes.exists() and len(json.loads(notes.read_bytes())) == count
+def _all_refused(root: Path, shard: int, count: int, there: set[str]) -> bool:
+    notes = f"{shard_name(shard)}.skipped.json"
+    return notes in there and len(_read_json(root / notes)) == count
 
 
 def _checked(name: str, *, per_shard: int, part: tuple[int, int], workers: int, sky: str | None) -> str:
@@ -396,6 +402,13 @@ def _content(value: Any) -> Any:
     if not isinstance(value, Path):
         return value
     return f"sha256:{hashlib.sha256(value.read_bytes()).hexdigest()}"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ShardError(f"{path} is damaged ({error}): remove it and the tar it is named after") from error
 
 
 def _write_json(path: Path, content: Any) -> None:
