@@ -30,6 +30,10 @@ _MAX_HEADER = 10_000  # bytes; a header longer than that says more than a map ha
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
+class NoMap(ValueError):
+    """A file that holds no map, or a damaged one; the sentence says why."""
+
+
 def read_pfm(source: str | Path | bytes) -> np.ndarray:
     """Read a portable float map of one channel.
 
@@ -40,15 +44,13 @@ def read_pfm(source: str | Path | bytes) -> np.ndarray:
         float32 (H, W), first row on top.
 
     Raises:
-        ValueError: Not such a file, of three channels, cut short or too large.
+        NoMap: Not such a file, of three channels, cut short or too large.
     """
     data = read_bytes(source)
     (height, width), scale, start = _pfm_header(data)
     if len(data) - start != height * width * 4:
         held = f"{len(data) - start} bytes follow its header"
-        raise ValueError(
-            f"the PFM is damaged: {held}, {height * width * 4} are needed for {width} x {height}"
-        )
+        raise NoMap(f"the PFM is damaged: {held}, {height * width * 4} are needed for {width} x {height}")
     rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=start).reshape(height, width)
     return np.ascontiguousarray(rows[::-1], np.float32)
 
@@ -65,25 +67,28 @@ def read_exr(source: str | Path | bytes, *, channel: str | None = None) -> np.nd
         float16, float32 or uint32 (H, W).
 
     Raises:
-        ValueError: Not such a file, damaged, too large, deep, its picture is not the whole of its window, or the
+        NoMap: Not such a file, damaged, too large, deep, its picture is not the whole of its window, or the
             channel is not there; those that are, are named.
     """
     import OpenEXR
 
     data = read_bytes(source)
     if not data.startswith(b"\x76\x2f\x31\x01"):
-        raise ValueError("not an OpenEXR file")
+        raise NoMap("not an OpenEXR file")
     with tempfile.TemporaryDirectory() as folder:  # the library reads paths only
         path = Path(folder, "map.exr")
         path.write_bytes(data)
         try:
             _exr_size(path)
             with OpenEXR.File(str(path), True, False, 0) as file:
+                if not file.parts:
+                    raise NoMap("the EXR is damaged, or cut short")
                 found = {name: part.pixels for name, part in file.channels().items()}
-        except ValueError:
+        except NoMap:
             raise
         except Exception as error:  # the library has a dozen types of its own for what is damaged
-            raise ValueError(f"the EXR cannot be read: {error or type(error).__name__}") from error
+            why = str(error).replace(str(path), "it") or type(error).__name__
+            raise NoMap(f"the EXR cannot be read: {why}") from error
     return _as_map(_channel(found, channel))
 
 
@@ -94,14 +99,14 @@ def read_npy(source: str | Path | bytes) -> np.ndarray:
         (H, W) in the array's type, bytes in this machine's order.
 
     Raises:
-        ValueError: Not such a file, cut short, too large, of Python objects (which could run code), or of
+        NoMap: Not such a file, cut short, too large, of Python objects (which could run code), or of
             another shape.
     """
     data = read_bytes(source)
     shape, dtype, columns_first, start = _npy_header(data)
     held, needed = len(data) - start, int(np.prod(shape)) * dtype.itemsize
     if held != needed:
-        raise ValueError(f"the NPY is damaged: {held} bytes follow its header, {needed} are needed")
+        raise NoMap(f"the NPY is damaged: {held} bytes follow its header, {needed} are needed")
     values = np.frombuffer(data, dtype, offset=start)
     return _as_map(values.reshape(shape, order="F" if columns_first else "C"))
 
@@ -113,14 +118,14 @@ def read_png16(source: str | Path | bytes) -> np.ndarray:
         uint16 (H, W).
 
     Raises:
-        ValueError: Not such a file, of 8 bits or of colours, damaged (every checksum is looked at), too large.
+        NoMap: Not such a file, of 8 bits or of colours, damaged (every checksum is looked at), too large.
     """
     data = read_bytes(source)
     shape = _png_header(data)
     _check_png(data)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.shape != shape or values.dtype != np.uint16:
-        raise ValueError("the PNG is damaged: its pixels cannot be decoded")
+        raise NoMap("the PNG is damaged: its pixels cannot be decoded")
     return values
 
 
@@ -135,7 +140,7 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
         (H, W) in the dataset's type, bytes in this machine's order.
 
     Raises:
-        ValueError: Not such a file, damaged, too large, the key is not there (those that are, are named), or the
+        NoMap: Not such a file, damaged, too large, the key is not there (those that are, are named), or the
             numbers lie in another file.
     """
     import h5py
@@ -146,10 +151,10 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
             dataset = _dataset(file, key)
             _check_dataset(dataset)
             return _as_map(dataset[()])
-    except ValueError:
+    except NoMap:
         raise
     except Exception as error:  # damage makes the library raise a dozen types
-        raise ValueError(f"the HDF5 file cannot be read: {error or type(error).__name__}") from error
+        raise NoMap(f"the HDF5 file cannot be read: {error or type(error).__name__}") from error
 
 
 def read_map(path: Path, *, key: str | None = None, channel: str | None = None) -> np.ndarray:
@@ -186,10 +191,10 @@ def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
             dataset = _dataset(file, key)
             _check_dataset(dataset)
             return _sides(dataset.shape)
-    except ValueError:
+    except NoMap:
         raise
     except Exception as error:
-        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise NoMap(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
@@ -199,12 +204,12 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     try:
         about = os.stat(source)
         if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file")
+            raise NoMap("not a regular file")
         if about.st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+            raise NoMap(f"it has more than {MAX_BYTES >> 20} MiB")
         return Path(source).read_bytes()
     except OSError as error:
-        raise ValueError(error.strerror or type(error).__name__) from error
+        raise NoMap(error.strerror or type(error).__name__) from error
 
 
 def _check_shape(shape: Sequence[Any]) -> None:
@@ -212,11 +217,11 @@ def _check_shape(shape: Sequence[Any]) -> None:
     whole = all(type(side) is int and 1 <= side <= _MAX_SIDE for side in shape)
     sides = [side for side in shape if side != 1] if len(shape) == 3 else shape
     if not whole or len(shape) not in (2, 3) or len(sides) > 2 or (len(shape) == 3 and shape[1] == 1):
-        raise ValueError(
+        raise NoMap(
             f"its shape is {_shown(shape)}: a map is (H, W), (H, W, 1) or (1, H, W), up to 32768 a side"
         )
     if np.prod(shape, dtype=float) > MAX_PIXELS:
-        raise ValueError(f"its {_shown(shape)} pixels are more than the limit of 2^26")
+        raise NoMap(f"its {_shown(shape)} pixels are more than the limit of 2^26")
 
 
 def _shown(shape: Sequence[Any]) -> str:
@@ -225,7 +230,7 @@ def _shown(shape: Sequence[Any]) -> str:
 
 def _check_type(dtype: np.dtype) -> None:
     if dtype.kind not in "fiu" or dtype.itemsize > 8:
-        raise ValueError(f"it holds values of type {dtype}: a map holds integers or floats")
+        raise NoMap(f"it holds values of type {dtype}: a map holds integers or floats")
 
 
 def _as_map(values: np.ndarray) -> np.ndarray:
@@ -251,15 +256,15 @@ def _pfm_header(data: bytes) -> tuple[tuple[int, int], float, int]:
             words.append(data[place:end])
         place = end + 1
     if words[:1] == [b"PF"]:
-        raise ValueError("a PFM of three channels (PF): a map has one (Pf)")
+        raise NoMap("a PFM of three channels (PF): a map has one (Pf)")
     if words[:1] != [b"Pf"]:
-        raise ValueError("not a PFM: it does not begin with Pf")
+        raise NoMap("not a PFM: it does not begin with Pf")
     try:
         width, height, scale = int(words[1]), int(words[2]), float(words[3])
     except (ValueError, IndexError):
-        raise ValueError("the PFM's header has no width, height and scale") from None
+        raise NoMap("the PFM's header has no width, height and scale") from None
     if scale == 0 or scale != scale:
-        raise ValueError("the PFM's scale is zero or no number, so that the order of its bytes is not known")
+        raise NoMap("the PFM's scale is zero or no number, so that the order of its bytes is not known")
     _check_shape((height, width))
     return (height, width), scale, place
 
@@ -267,7 +272,7 @@ def _pfm_header(data: bytes) -> tuple[tuple[int, int], float, int]:
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Shape, type, whether columns come first, and where the data begins."""
     if not data.startswith(b"\x93NUMPY") or len(data) < 12:
-        raise ValueError("not an NPY file: it does not begin with its mark")
+        raise NoMap("not an NPY file: it does not begin with its mark")
     long = data[6] >= 2
     start, size = (
         (12, int.from_bytes(data[8:12], "little")) if long else (10, int.from_bytes(data[8:10], "little"))
@@ -276,11 +281,11 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
         header = ast.literal_eval(data[start : start + min(size, _MAX_HEADER)].decode("latin1"))
         shape, kind, columns_first = tuple(header["shape"]), header["descr"], bool(header["fortran_order"])
     except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError("the NPY's header is damaged, or says more than the shape of a map") from None
+        raise NoMap("the NPY's header is damaged, or says more than the shape of a map") from None
     if kind == "|O":
-        raise ValueError("the NPY holds Python objects, which are not read: save numbers")
+        raise NoMap("the NPY holds Python objects, which are not read: save numbers")
     if not isinstance(kind, str) or not re.fullmatch("[<>|=][fiu][1248]", kind) or kind[1:] == "f1":
-        raise ValueError(f"the NPY holds values of type {str(kind)[:40]}: a map holds integers or floats")
+        raise NoMap(f"the NPY holds values of type {str(kind)[:40]}: a map holds integers or floats")
     _check_shape(shape)
     return shape, np.dtype(kind), columns_first, start + size
 
@@ -292,16 +297,16 @@ def _exr_size(path: Path) -> tuple[int, int]:
     with OpenEXR.File(str(path), True, True, 0) as file:  # separate channels, header only, no threads
         headers = [dict(part.header) for part in file.parts]
     if len(headers) != 1:
-        raise ValueError(f"the EXR has {len(headers)} parts: a map has one")
+        raise NoMap(f"the EXR has {len(headers)} parts: a map has one")
     header = headers[0]
     low, high = (np.asarray(corner, np.int64) for corner in header["dataWindow"])
     width, height = (high - low + 1).tolist()
     _check_shape((height, width))
     if "deep" in str(header["type"]).lower():
-        raise ValueError("the EXR is deep: a map has one value a pixel")
+        raise NoMap("the EXR is deep: a map has one value a pixel")
     window = [np.asarray(corner, np.int64).tolist() for corner in header["displayWindow"]]
     if window != [low.tolist(), high.tolist()]:
-        raise ValueError(
+        raise NoMap(
             f"the EXR holds the pixels {low.tolist()} to {high.tolist()} of a picture from {window[0]} "
             f"to {window[1]}: write the whole picture"
         )
@@ -312,26 +317,26 @@ def _channel(found: dict[str, np.ndarray], channel: str | None) -> np.ndarray:
     names = ", ".join(sorted(found)[:20])
     if channel is not None:
         if channel not in found:
-            raise ValueError(f'the EXR has no channel "{channel}", but {names}')
+            raise NoMap(f'the EXR has no channel "{channel}", but {names}')
         return found[channel]
     values = [found[name] for name in sorted(found) if name != "A"] or list(found.values())
     if not values:
-        raise ValueError("the EXR has no channel")
+        raise NoMap("the EXR has no channel")
     if any(not np.array_equal(values[0], other, equal_nan=True) for other in values[1:]):
-        raise ValueError(f"the EXR has several channels ({names}): say which is the map")
+        raise NoMap(f"the EXR has several channels ({names}): say which is the map")
     return values[0]
 
 
 def _png_header(data: bytes) -> tuple[int, int]:
     """Height and width of a grey PNG of 16 bits."""
     if not data.startswith(_PNG):
-        raise ValueError("not a PNG file")
+        raise NoMap("not a PNG file")
     if len(data) < 33 or data[8:16] != b"\0\0\0\x0dIHDR":
-        raise ValueError("the PNG is damaged: it does not begin with its header")
+        raise NoMap("the PNG is damaged: it does not begin with its header")
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
     if (bits, colours) != (16, 0):
         kind = {0: "grey", 2: "RGB", 3: "of a palette", 4: "grey and alpha", 6: "RGBA"}.get(colours, "?")
-        raise ValueError(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
+        raise NoMap(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
     _check_shape((height, width))
     return height, width
 
@@ -343,9 +348,9 @@ def _check_png(data: bytes) -> None:
         size, kind = struct.unpack_from(">I4s", data, place) if place + 12 <= len(data) else (len(data), b"")
         end = place + 8 + size
         if end + 4 > len(data):
-            raise ValueError("the PNG is cut short")
+            raise NoMap("the PNG is cut short")
         if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise ValueError("the PNG is damaged: a checksum differs")
+            raise NoMap("the PNG is damaged: a checksum differs")
         place = end + 4
 
 
@@ -355,15 +360,15 @@ def _dataset(file: Any, key: str | None) -> Any:
     if key is None:
         names = [name for name in file if _is_here(file, name) and isinstance(file[name], h5py.Dataset)]
         if len(names) != 1:
-            raise ValueError(f"the HDF5 file has {_names(file)} at its top: say the key of the map")
+            raise NoMap(f"the HDF5 file has {_names(file)} at its top: say the key of the map")
         key = names[0]
     here = file
     for part in [part for part in key.split("/") if part]:
         if not isinstance(here, h5py.Group) or not _is_here(here, part):
-            raise ValueError(f'the HDF5 file has no dataset "{key}", but {_names(here)}')
+            raise NoMap(f'the HDF5 file has no dataset "{key}", but {_names(here)}')
         here = here[part]
     if not isinstance(here, h5py.Dataset):
-        raise ValueError(f'"{key}" of the HDF5 file is no dataset; it holds {_names(here)}')
+        raise NoMap(f'"{key}" of the HDF5 file is no dataset; it holds {_names(here)}')
     return here
 
 
@@ -371,9 +376,9 @@ def _check_dataset(dataset: Any) -> None:
     _check_shape(dataset.shape)
     _check_type(dataset.dtype)
     if dataset.is_virtual or dataset.external:
-        raise ValueError(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
+        raise NoMap(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
     if dataset.chunks is not None and np.prod(dataset.chunks, dtype=float) > MAX_PIXELS:
-        raise ValueError(f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large')
+        raise NoMap(f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large')
 
 
 def _is_here(group: Any, name: str) -> bool:
