@@ -75,8 +75,25 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
     return _pack(values.view(np.uint32), kind=_F32, low=low, high=high)
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decode what `encode` made to float32 (H, W).
+def size(data: bytes) -> tuple[int, int]:
+    """Return the height and width of an encoded map from its header.
+
+    Raises:
+        ValueError: it has no such header.
+    """
+    _, _, _, _, height, width, _, _ = _header(data)
+    if not _size_allowed(height, width):
+        raise ValueError(f"the encoded map has an impossible header: {height}x{width}")
+    return height, width
+
+
+def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+    """Decode what `encode` made to float32 (H, W), or a part of it.
+
+    Args:
+        data: All of it, which is checked whatever is asked for.
+        rows: Of the part; steps are not for this.
+        columns: Of the part.
 
     Raises:
         ValueError: the bytes are damaged, cut short, or not of this format; nothing is allocated for a size
@@ -90,9 +107,9 @@ def decode(data: bytes) -> np.ndarray:
     if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
     pixels, mask_bytes = height * width, -(-height * width // 8)
-    size = pixels * _TYPES[kind].itemsize + mask_bytes * flags.bit_count()
-    body = _decompress(memoryview(data)[_HEADER.size :], size)
-    bits = _unpack(body, height, width, kind)
+    length = pixels * _TYPES[kind].itemsize + mask_bytes * flags.bit_count()
+    body = _decompress(memoryview(data)[_HEADER.size :], length)
+    bits = _unpack(body, height, width, kind, rows, columns)
     if kind == _F32:
         return bits.view(np.float32)
     values = _restore(bits, low, high, steps)
@@ -100,7 +117,8 @@ def decode(data: bytes) -> np.ndarray:
     for bit, special in enumerate(_SPECIALS):
         if flags >> bit & 1:
             packed = np.frombuffer(body, np.uint8, mask_bytes, start)
-            values[np.unpackbits(packed, count=pixels).reshape(height, width).view(bool)] = special
+            mask = np.unpackbits(packed, count=pixels).reshape(height, width)[rows, columns]
+            values[mask.view(bool)] = special
             start += mask_bytes
     return values
 
@@ -174,17 +192,17 @@ def _decompress(payload: memoryview, size: int) -> bytes:
         raise ValueError(f"the encoded map is damaged: {error}") from error
 
 
-def _unpack(body: bytes, height: int, width: int, kind: int) -> np.ndarray:
+def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, columns: slice) -> np.ndarray:
     dtype, pixels = _TYPES[kind], height * width
-    planes = np.frombuffer(body, np.uint8, pixels * dtype.itemsize).reshape(dtype.itemsize, pixels)
+    planes = np.frombuffer(body, np.uint8, pixels * dtype.itemsize).reshape(dtype.itemsize, height, width)
+    planes = planes[:, : rows.stop, columns]  # a value is the sum of all above it and of nothing beside it
     bits = planes[-1].astype(dtype)
     for plane in planes[-2::-1]:
         bits <<= dtype.type(8)
         bits |= plane
-    bits = bits.reshape(height, width)
     bits -= dtype.type(_BIAS[kind])
     _sum_down(bits)
-    return bits
+    return bits[rows.start :]
 
 
 def _sum_down(bits: np.ndarray) -> None:

@@ -3,8 +3,8 @@
 A sample's content depends on its number, the seed and the shards alone, whichever process makes it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from depth_anything.data.sample import Frame, decode_record, disparity_target
+from depth_anything.data import codec
+from depth_anything.data.handover import Handover, Placed, arrays_in, lay_out
+from depth_anything.data.sample import decode_photograph, make_target, target_field
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records
 from depth_anything.data.stream import Stream
-from depth_anything.data.transforms import draw_cutmix, draw_perturbation, draw_view, view_image, view_map
+from depth_anything.data.transforms import (
+    PERTURBATIONS,
+    draw_cutmix,
+    draw_perturbation,
+    draw_view,
+    view_encoded,
+    view_image,
+)
 from depth_anything.preprocess import resize_shape
 
 SKY = ("far", "invalid")
@@ -74,6 +83,7 @@ class StreamDataset(Dataset):
         self.seed, self.image_size, self.sky = seed, image_size, sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
         self.perturb, self.cutmix = perturb, cutmix
+        self.handover: Handover | None = None
         if self.short_side < image_size:
             raise ValueError(
                 f"image_size={image_size} exceeds short_side={self.short_side}; give at most that"
@@ -107,80 +117,114 @@ class StreamDataset(Dataset):
         Raises:
             ValueError: no record can be read, or a label is smaller than the crop.
         """
-        if get_worker_info() is not None:
+        worker = get_worker_info()
+        if worker is not None:
             cv2.setNumThreads(0)  # a worker has one core; torch sees to its own threads
-        count, side = len(numbers), self.image_size
-        image = np.empty((count, side, side, 3), np.uint8)
-        target, valid = np.empty((count, side, side), np.float32), np.empty((count, side, side), bool)
+        fields, length = lay_out(self._arrays(len(numbers)))
+        place = self.handover.take(worker.id, length) if self.handover and worker else None
+        memory = np.empty(length, np.uint8) if place is None else place.memory
+        arrays = arrays_in(memory, fields)
+        image, target, valid = (arrays[name] for name in ("image", "target", "valid"))
         failed = []
         for i, n in enumerate(numbers):
-            frame, size, sky, failure = self._frame(n)
-            target[i], valid[i] = self._cut(frame, size, n, sky=sky, image=image[i])
+            failure = self._fill(n, image[i], target[i], valid[i])
             failed += [failure] if failure else []
-        batch = {"image": image, "target": target, "valid": valid, "sample": np.array(numbers, np.int64)}
+        arrays["sample"][:] = numbers
         if self.perturb:
-            batch["perturbation"] = np.stack([draw_perturbation(self.seed, n) for n in numbers])
+            arrays["perturbation"][:] = [draw_perturbation(self.seed, n) for n in numbers]
         if self.cutmix:
-            batch["box"] = np.stack([draw_cutmix(self.seed, n) for n in numbers])
-        return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "failed": failed}
+            arrays["box"][:] = [draw_cutmix(self.seed, n) for n in numbers]
+        if place is not None:
+            return Placed(place, fields, {"failed": failed})
+        return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "failed": failed}
 
-    def _cut(
-        self, frame: Frame, size: tuple[int, int], n: int, *, sky: str, image: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return disparity and mask of sample `n`'s square of a frame resized to `size`, and fill in `image`."""
-        if min(size) < self.image_size:
-            raise ValueError(
-                f"{frame.key}: a label of {size[0]} x {size[1]} px is too small for {self.image_size}; "
-                f"type image_size={min(size)}, or make larger labels"
-            )
-        view = draw_view(*size, self.image_size, seed=self.seed, n=n)
-        # The map is cut first and converted after: pixels do not depend on each other, and most are cut away.
-        small = replace(
-            frame,
-            depth=None if frame.depth is None else view_map(frame.depth, view),
-            disparity=None if frame.disparity is None else view_map(frame.disparity, view),
-        )
-        view_image(frame.image, view, out=image)
-        return disparity_target(small, sky=sky)
+    def hand_over(self, *, workers: int, micro_batch: int, places: int = 4) -> None:
+        """Let forked loader workers write micro-batches where the main process reads them.
 
-    def _frame(self, n: int) -> tuple[Frame, tuple[int, int], str, str | None]:
-        """Return a frame for sample `n`, its size and its set's rule for sky, and why it is another's, if so."""
+        Call it before the loader starts them; without it, batches are copied into new shared memory.
+
+        Args:
+            workers: of the loader.
+            micro_batch: samples of a micro-batch.
+            places: for each worker: two that it works ahead, and two that the main process changes over.
+        """
+        _, length = lay_out(self._arrays(micro_batch))
+        self.handover = Handover(workers=workers, places=places, length=length) if workers else None
+
+    def _arrays(self, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Return dtype and shape of each array of a micro-batch of `count`."""
+        side = self.image_size
+        arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "image": (np.uint8, (count, side, side, 3)),
+            "target": (np.float32, (count, side, side)),
+            "valid": (np.bool_, (count, side, side)),
+            "sample": (np.int64, (count,)),
+        }
+        if self.perturb:
+            arrays["perturbation"] = (np.float32, (count, len(PERTURBATIONS)))
+        if self.cutmix:
+            arrays["box"] = (np.float32, (count, 4))
+        return arrays
+
+    def _fill(self, n: int, image: np.ndarray, target: np.ndarray, valid: np.ndarray) -> str | None:
+        """Write sample `n`, or its stand-in, into its place of a batch; return why it is not its own, if so."""
         _, shard, index = self.stream.locate(n)
         try:
-            return *self._decode(shard, index), None
+            self._write(shard, index, n, image, target, valid)
+            return None
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
             gone = self._remember((shard, index), error)
         for place in islice(self.stream.stand_ins(n), _PLACES):
             if place[0] != gone and place not in self._bad:
                 try:
-                    return *self._decode(*place), failure
+                    self._write(*place, n, image, target, valid)
+                    return failure
                 except BadRecord as error:  # counted and named when its own number comes
                     gone = self._remember(place, error)
         raise ValueError(
             f"sample {n}: {failure}; nor can any other record be read: type  depth-anything verify"
         )
 
-    def _decode(self, shard: str, index: int) -> tuple[Frame, tuple[int, int], str]:
+    def _write(
+        self, shard: str, index: int, n: int, image: np.ndarray, target: np.ndarray, valid: np.ndarray
+    ) -> None:
+        """Write a record as sample `n` sees it; BadRecord if it cannot be decoded."""
         source = self._source[shard.split("/")[0]]
-        sky = self.sky[source.name]
         key, fields = source.read(shard, index)
-        try:
-            frame = decode_record(key, fields)
-        except ValueError as error:
-            raise BadRecord(shard, index, key, str(error)) from error
-        label = frame.depth if frame.disparity is None else frame.disparity
-        if label is None:
-            raise BadRecord(shard, index, key, "it has neither depth nor disparity: an image without a label")
-        if isinstance(source, JoinedRecords):
-            return frame, label.shape, sky
-        height, width, _ = frame.image.shape
-        return frame, resize_shape(height, width, self.short_side, self.patch), sky
+        with _bad_record(shard, index, key):
+            name = target_field(fields)
+            whole, meta = decode_photograph(fields)
+        with _bad_record(shard, index, key, name):
+            size = codec.size(fields[name])
+        if not isinstance(source, JoinedRecords):
+            height, width, _ = whole.shape
+            size = resize_shape(height, width, self.short_side, self.patch)
+        if min(size) < self.image_size:
+            raise ValueError(
+                f"{key}: a label of {size[0]} x {size[1]} px is too small for {self.image_size}; "
+                f"type image_size={min(size)}, or make larger labels"
+            )
+        view = draw_view(*size, self.image_size, seed=self.seed, n=n)
+        with _bad_record(shard, index, key, name):
+            view_encoded(fields[name], view, out=target)
+        make_target(
+            target, valid, quantity=name.split(".")[0], sky=self.sky[source.name], meta=meta
+        )  # the map is cut first and converted after, as most pixels are cut away
+        view_image(whole, view, out=image)
 
     def _remember(self, place: tuple[str, int], error: BadRecord) -> str | None:
         """Note a bad record, so that no other sample tries it; return its shard if all of that is lost."""
         self._bad.add(place)
         return None if error.key else place[0]
+
+
+@contextmanager
+def _bad_record(shard: str, index: int, key: str, name: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise BadRecord(shard, index, key, f"{name}: {error}" if name else str(error)) from error
 
 
 def sky_policies(

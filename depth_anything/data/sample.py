@@ -36,7 +36,8 @@ _PLUGINS = (
     (b"GIF8", GifImagePlugin.GifImageFile),
 )
 _ORIENTATION = 0x0112
-_CV2_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
+_CV2_FLAGS = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 @dataclass
@@ -90,14 +91,32 @@ def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
     Raises:
         ValueError: no image, or a field that cannot be decoded, which is named.
     """
-    image_field = next((name for name in IMAGE_FIELDS if name in fields), None)
-    if image_field is None:
+    image, meta = decode_photograph(fields)
+    return Frame(key, image, meta, **decode_labels(fields))
+
+
+def decode_photograph(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Decode the image of a record, uint8 (H, W, 3) RGB, and its json, {} if it has none; ValueError as above."""
+    name = next((name for name in IMAGE_FIELDS if name in fields), None)
+    if name is None:
         raise ValueError(
             f"no image among the fields {sorted(fields)}: one of {', '.join(IMAGE_FIELDS)} is needed"
         )
-    image = _field(decode_image, fields, image_field)
-    meta = _field(_decode_meta, fields, "json") if "json" in fields else {}
-    return Frame(key, image, meta, **decode_labels(fields))
+    image = _field(decode_image, fields, name)
+    return image, _field(_decode_meta, fields, "json") if "json" in fields else {}
+
+
+def target_field(fields: Mapping[str, bytes]) -> str:
+    """Name the field that a record's training target is made of: its disparity or, without one, its depth.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    for label in reversed(LABEL_FIELDS):
+        for codec in map_codec.CODECS:
+            if f"{label}.{codec}" in fields:
+                return f"{label}.{codec}"
+    raise ValueError("it has neither depth nor disparity: an image without a label")
 
 
 def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
@@ -153,7 +172,8 @@ def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.
 
     Args:
         frame: with disparity (used as it is) or depth (turned to 1 / depth).
-        sky: "far" sets the sky (depth +inf) to disparity 0 and valid; "invalid" leaves it out.
+        sky: "far" sets the sky to disparity 0 and valid; "invalid" leaves it out. It is where depth is +inf, or,
+            if meta["sky"] is "zero", where disparity is 0.
 
     Returns:
         disparity float32 (H, W), 0 where not valid, and valid bool (H, W).
@@ -161,21 +181,42 @@ def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.
     Raises:
         ValueError: the frame has no label.
     """
+    label = frame.depth if frame.disparity is None else frame.disparity
+    if label is None:
+        raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
+    target, valid = np.array(label, np.float32), np.empty(label.shape, bool)
+    quantity = "depth" if frame.disparity is None else "disparity"
+    make_target(target, valid, quantity=quantity, sky=sky, meta=frame.meta)
+    return target, valid
+
+
+def make_target(
+    values: np.ndarray, valid: np.ndarray, *, quantity: str, sky: str, meta: Mapping[str, Any]
+) -> None:
+    """Turn a label to a training target where it lies.
+
+    Args:
+        values: float32 (H, W), the label; becomes disparity, 0 where not valid.
+        valid: bool (H, W), filled in.
+        quantity: "depth" or "disparity", what the label is.
+        sky: "far" or "invalid", as in `disparity_target`.
+        meta: the record's, for what is sky in a disparity.
+    """
     if sky not in ("far", "invalid"):
         raise ValueError(f'sky="{sky}" is unknown: use "far" or "invalid"')
-    if frame.disparity is not None:
-        valid = np.isfinite(frame.disparity)
-        return np.where(valid, frame.disparity, np.float32(0)), valid
-    if frame.depth is None:
-        raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
-    positive = frame.depth > 0
-    with np.errstate(over="ignore"):  # of depths below 3e-39, which then are not valid
-        disparity = np.divide(np.float32(1), frame.depth, out=np.zeros_like(frame.depth), where=positive)
-    valid = positive & np.isfinite(disparity)
-    if sky == "invalid":
-        valid &= np.isfinite(frame.depth)
-    disparity[~valid] = 0
-    return disparity, valid
+    if quantity == "depth":
+        np.greater(values, 0, out=valid)
+        if sky == "invalid":
+            valid &= values < np.inf
+        with np.errstate(over="ignore"):  # of depths below 3e-39, which then are not valid
+            np.divide(np.float32(1), values, out=values, where=valid)
+        valid &= np.isfinite(values)
+    else:
+        np.isfinite(values, out=valid)
+        if sky == "invalid" and meta.get("sky") == "zero":
+            valid &= values != 0
+    if not valid.all():
+        np.copyto(values, 0, where=~valid)
 
 
 def _field(decoder: Any, fields: Mapping[str, bytes], name: str) -> Any:
@@ -208,7 +249,9 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     if b"\xff\xd9" not in data[-4096:]:
         return None
     image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if image is None or _RGB is not None:
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def _orientation(picture: Any) -> int:

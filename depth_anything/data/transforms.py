@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from depth_anything.data import codec
 from depth_anything.data.stream import CUTMIX, PERTURBATION, VIEW, uniform
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -81,6 +82,31 @@ def view_map(values: np.ndarray, view: View) -> np.ndarray:
     rows = _nearest(values.shape[0], view.height, view.top, view.side)
     columns = _nearest(values.shape[1], view.width, view.left, view.side)
     return values.take(rows, 0).take(columns[::-1] if view.flip else columns, 1)
+
+
+def view_encoded(data: bytes, view: View, *, out: np.ndarray) -> None:
+    """Fill `out`, float32 (side, side), with what `view` shows of an encoded map.
+
+    As view_map of the decoded map, which is never decoded but where it is seen.
+
+    Raises:
+        ValueError: the bytes are damaged, or not of that format.
+    """
+    height, width = codec.size(data)
+    if (height, width) == (view.height, view.width):
+        across = slice(view.left, view.left + view.side)
+        values = codec.decode(data, rows=slice(view.top, view.top + view.side), columns=across)
+        if view.flip:
+            cv2.flip(values, 1, dst=out)
+        else:
+            out[:] = values
+        return
+    rows = _nearest(height, view.height, view.top, view.side)
+    columns = _nearest(width, view.width, view.left, view.side)
+    first, left = int(rows[0]), int(columns[0])
+    part = codec.decode(data, rows=slice(first, int(rows[-1]) + 1), columns=slice(left, int(columns[-1]) + 1))
+    columns = columns[::-1] if view.flip else columns
+    np.take(part.take(rows - first, 0), columns - left, 1, out=out, mode="clip")
 
 
 def _nearest(source: int, target: int, start: int, count: int) -> np.ndarray:

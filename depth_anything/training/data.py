@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,24 +14,10 @@ from torch.utils.data import DataLoader
 from depth_anything.data.address import is_remote, join
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
+from depth_anything.data.loader import stream_loader
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, open_set
 from depth_anything.data.sources.scenes import write_scenes
-from depth_anything.data.stream import MicroBatches
 from depth_anything.training.plan import mixed_sets, override
-
-
-def identity(batch: Any) -> Any:
-    """Hand a batch over as the dataset made it; module-level, so that spawned workers can find it."""
-    return batch
-
-
-def deaf(worker: int) -> None:
-    """Let a loader worker ignore the signals that end a run.
-
-    They may reach the whole process group, and the main process needs batches until the next step boundary.
-    """
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
@@ -180,21 +165,14 @@ class TrainData(pl.LightningDataModule):
         """Build the endless loader from the step the run stands at (restored before Lightning calls this)."""
         trainer = self.trainer
         assert trainer is not None
-        batches = MicroBatches(
+        return stream_loader(
+            self.open(),
+            micro_batch=self.micro_batch,
+            workers=self.workers,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            size=self.micro_batch,
             start=trainer.global_step * trainer.accumulate_grad_batches,
-        )
-        return DataLoader(
-            self.open(),
-            batch_sampler=batches,
-            collate_fn=identity,
-            worker_init_fn=deaf,
-            num_workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            prefetch_factor=2 if self.workers else None,
-            persistent_workers=self.workers > 0,
         )
 
     def state_dict(self) -> dict[str, Any]:

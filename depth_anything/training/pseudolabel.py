@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSet, open_labels
+from depth_anything.data.loader import identity
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
 from depth_anything.data.tars import is_alive
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
-from depth_anything.training.data import identity
 
 PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
 STALE_S = 120.0

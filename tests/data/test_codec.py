@@ -7,7 +7,7 @@ import pytest
 import zstandard
 from PIL import Image
 
-from depth_anything.data.codec import decode, encode, value_range
+from depth_anything.data.codec import decode, encode, size, value_range
 
 
 def plausible_map(height=518, width=518, noise=3e-4, seed=0):
@@ -215,3 +215,33 @@ def test_every_damage_is_seen():
 def test_same_bytes_twice():
     values = plausible_map(100, 100)
     assert encode(values, codec="q12") == encode(values.copy(), codec="q12")
+
+
+@pytest.mark.parametrize("codec", ["q12", "f32"])
+@pytest.mark.parametrize("specials", [False, True])
+def test_a_part_is_cut_from_the_whole(codec, specials):
+    values = plausible_map(70, 53)
+    if specials:
+        values[3:20, 5:9], values[40, ::3], values[69, 52] = np.nan, np.inf, -np.inf
+    data = encode(values, codec=codec)
+    assert size(data) == (70, 53)
+    whole = decode(data)
+    for rows in (slice(None), slice(0, 1), slice(13, 51), slice(48, 70), slice(69, 70)):
+        for columns in (slice(None), slice(0, 7), slice(5, 53), slice(52, 53)):
+            part = decode(data, rows=rows, columns=columns)
+            assert part.dtype == np.float32
+            np.testing.assert_array_equal(part, whole[rows, columns])
+
+
+def test_a_part_of_what_is_damaged_is_refused():
+    data = bytearray(encode(plausible_map(64, 64), codec="q12"))
+    data[-1] ^= 1  # of the last rows, which are not asked for
+    with pytest.raises(ValueError, match="checksum"):
+        decode(bytes(data), rows=slice(0, 8), columns=slice(0, 8))
+    for wrong in (b"", b"DAM1", data[:20], b"PNG." + data[4:]):
+        with pytest.raises(ValueError, match="not an encoded map"):
+            size(bytes(wrong))
+    huge = bytearray(encode(np.zeros((1, 1)), codec="q12"))
+    huge[12:20] = struct.pack("<II", 1 << 16, 1 << 16)
+    with pytest.raises(ValueError, match="impossible header"):
+        size(bytes(huge))

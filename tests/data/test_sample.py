@@ -289,6 +289,19 @@ def test_disparity_target_of_disparity():
         np.testing.assert_array_equal(disparity, [[0, 3, 0, 0]])
 
 
+def test_disparity_target_where_zero_is_sky():
+    values = np.array([[0, 0.5, np.nan, 2]], np.float32)
+    for meta, sky, told in (
+        ({}, "invalid", [True, True, False, True]),
+        ({"sky": "zero"}, "far", [True, True, False, True]),
+        ({"sky": "zero"}, "invalid", [False, True, False, True]),
+    ):
+        frame = Frame("k", np.zeros((1, 4, 3), np.uint8), meta, disparity=values.copy())
+        target, valid = disparity_target(frame, sky=sky)
+        assert valid.tolist() == [told] and target.tolist() == [[0, 0.5, 0, 2]]
+        np.testing.assert_array_equal(frame.disparity, values)  # the frame's own is left alone
+
+
 def test_disparity_target_refuses():
     with pytest.raises(ValueError, match="neither depth nor disparity"):
         disparity_target(Frame("a/b/c", picture()))

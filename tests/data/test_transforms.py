@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as reference
 
+from depth_anything.data.codec import encode
 from depth_anything.data.transforms import (
     View,
     cutmix,
@@ -12,6 +13,7 @@ from depth_anything.data.transforms import (
     draw_view,
     normalize,
     perturb,
+    view_encoded,
     view_image,
     view_map,
 )
@@ -209,3 +211,15 @@ def test_cutmix_boxes():
     assert abs(used.mean() - 0.5) < 0.03 and not boxes[~used].any()
     area = (height * width)[used]
     assert 0.019 < area.min() < 0.03 and 0.37 < area.max() <= 0.4001
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shape", [(60, 80), (31, 40), (143, 95), (7, 301)])
+def test_an_encoded_map_looks_as_the_decoded_one(shape, flip):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    values[:3, :4], values[-1, -2:] = np.nan, np.inf
+    for top, left in ((0, 0), (18, 38), (7, 11)):
+        view = View(60, 80, top, left, 42, flip)
+        out = np.full((42, 42), 7, np.float32)
+        view_encoded(encode(values, codec="f32"), view, out=out)
+        np.testing.assert_array_equal(out, view_map(values, view))
