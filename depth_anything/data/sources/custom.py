@@ -218,6 +218,7 @@ class _Pattern:
         parts = pattern.split("/")
         fixed = next(number for number, part in enumerate(parts) if "{" in part)
         base, rest = "/".join(parts[:fixed]) or ("/" if fixed else ""), "/".join(parts[fixed:])
+        base = "" if base == "." else base
         pieces = re.split(r"\{([a-z]\w*)\}", rest)
         places = pieces[1::2]
         if len(set(places)) != len(places) or "stem" not in places or "{" in "".join(pieces[::2]):
