@@ -75,7 +75,17 @@ SURFACE = {
     "shard index": {"--help": None, "source": None, "--name": None, "--licence": None},
     "merge": {"--help": None, "output": None, "folders": None},
     "stats": {"--help": None, "set": None, "--count": 500, "--output": "stats.png"},
-    "verify": {"--help": None, "set": None, "--decode": False},
+    "verify": {"--help": None, "set": None, "--decode": False, "--images": None, "--workers": 1},
+    "bench-data": {
+        "--help": None,
+        "set": None,
+        "--labels": None,
+        "--workers": None,
+        "--image-size": 518,
+        "--batch-size": 8,
+        "--samples": 256,
+        "--json": None,
+    },
     "view": {"--help": None, "set": None, "--images": None, "--count": 16, "--output": "sheet.png"},
     "predict": {
         "--help": None,

@@ -137,7 +137,15 @@ def add_verify(commands: Any) -> None:
     """Declare `verify`."""
     verify = add_command(commands, "verify", "read a whole set and name what is wrong with it", run=_verify)
     verify.add_argument("set", metavar="SET", help="folder or URL prefix of a set")
-    verify.add_argument("--decode", action="store_true", help="decode every image and label, too")
+    verify.add_argument(
+        "--decode", action="store_true", help="decode every image and label, too, and compare their sizes"
+    )
+    verify.add_argument(
+        "--images", metavar="SET", help="of labels: the images they were made from; every pair is looked at"
+    )
+    verify.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="shards read side by side (%(default)s)"
+    )
 
 
 def add_view(commands: Any) -> None:
@@ -233,9 +241,21 @@ def _shard_index(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from depth_anything.data.shards import verify_set
+    from depth_anything.data.progress import Progress
+    from depth_anything.data.shards import ShardError, open_set, verify_set
 
-    problems = verify_set(options.set, decode=options.decode)
+    try:
+        total = open_set(options.set, check=False).records
+    except ShardError:
+        total = None  # which verify_set tells
+    with Progress(f"verifying {options.set}", total=total) as progress:
+        problems = verify_set(
+            options.set,
+            decode=options.decode,
+            images=options.images,
+            workers=max(1, options.workers),
+            tick=progress.update,
+        )
     for problem in problems:
         print(problem)
     name = told(options.set)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
-from depth_anything.data.sample import decode_labels, decode_record
+from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tars import (
     BadRecord,
     ShardError,
@@ -33,6 +33,7 @@ from depth_anything.data.tars import (
     write_atomically,
     write_shard,
 )
+from depth_anything.preprocess import resize_shape
 
 __all__ = [
     "BadRecord",
@@ -52,6 +53,8 @@ __all__ = [
 
 _VERSION = 1
 _THREADS = 16
+_BEGUN = "settings.json"  # lies in the folder of a set from the first moment it is written
+_MULTIPLES = (1, 8, 14, 16, 32)  # of a patch: sides that images are resized to
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
@@ -160,49 +163,96 @@ def index_set(
 ) -> ShardSet:
     """Index the tars of a folder, anyone's, and write their manifest.
 
+    What an older manifest says of the set beside its shards stays said.
+
     Raises:
-        ShardError: no tars, or one that `index_shard` refuses.
+        ShardError: no tars, one that `index_shard` refuses, or a set that is not finished.
     """
     root = Path(root)
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:
         raise ShardError(f"{root} holds no .tar: give the folder that the shards lie in")
+    before = _manifest_of(root)
     rows = [index_shard(path) for path in tars]
-    return write_manifest(root, name=name or root.resolve().name, shards=rows, meta=meta or {})
+    name = name or before.get("name") or root.resolve().name
+    return write_manifest(root, name=name, shards=rows, meta={**before.get("meta", {}), **(meta or {})})
 
 
-def verify_set(root: str | Path, *, decode: bool = False) -> list[str]:
+def _manifest_of(root: Path) -> dict[str, Any]:
+    """Return what a manifest that will be replaced has said; ShardError if the set is still being written."""
+    try:
+        return json.loads((root / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        if (root / _BEGUN).exists():
+            raise ShardError(_unfinished(root)) from None
+        return {}
+    except ValueError:
+        return {}
+
+
+def verify_set(
+    root: str | Path,
+    *,
+    decode: bool = False,
+    images: str | Path | None = None,
+    workers: int = 1,
+    tick: Callable[[int], object] | None = None,
+) -> list[str]:
     """Read a whole local set and say what is wrong with it.
+
+    Names, sizes, hashes, checksums, indexes, keys that come twice, and counts: what was listed is what is there
+    and what was skipped.
 
     Args:
         root: folder.
-        decode: decode every record, too.
+        decode: decode every record, too, and hold its label's size against its image's.
+        images: of a label set the set it was made from: every label must have its image there, and with
+            `decode` be of a size that this image is resized to.
+        workers: threads.
+        tick: is called with the records of a shard when it is done.
 
     Returns:
         A sentence a problem; none for a sound set.
     """
     try:
         made = open_set(root, check=False)
+        joined = None if images is None else JoinedRecords(open_set(images), made)
     except ShardError as error:
         return [str(error)]
     if is_remote(made.root):
         return [f"{root} is not a local folder: verify it where it lies"]
-    problems, hashes = _missing(made), []
+    problems = [*_missing(made), *_counted_wrong(made)]
     known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
     for entry in sorted(os.listdir(made.root)):
         if entry.endswith((".tar", ".idx")) and entry not in known and not entry.startswith("."):
             problems.append(f"{made.root}/{entry} is not in the manifest")
     present = [shard for shard in made.shards if Path(made.url(shard.name)).is_file()]
-    for shard in present:
+
+    def verify(shard: ShardInfo) -> tuple[list[str], np.ndarray]:
+        found: list[str] = []
         try:
-            hashes.append(_verify_shard(made, shard, problems, decode=decode))
+            keys = _verify_shard(made, shard, found, decode=decode, joined=joined)
         except ShardError as error:
-            hashes.append(np.empty(0, np.uint64))
-            problems.append(str(error))
-    return problems + _repeated_keys(made, [shard.name for shard in present], hashes)
+            found.append(str(error))
+            keys = np.empty(0, np.uint64)
+        if tick is not None:
+            tick(shard.records)
+        return found, keys
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(verify, present))
+    problems += chain.from_iterable(found for found, _ in results)
+    return problems + _repeated_keys(made, [shard.name for shard in present], [keys for _, keys in results])
 
 
-def _verify_shard(made: ShardSet, shard: ShardInfo, problems: list[str], *, decode: bool) -> np.ndarray:
+def _verify_shard(
+    made: ShardSet,
+    shard: ShardInfo,
+    problems: list[str],
+    *,
+    decode: bool,
+    joined: JoinedRecords | None,
+) -> np.ndarray:
     """Verify a shard; return a 64-bit hash of each key."""
     path = Path(made.url(shard.name))
     text, place = index_text(path), path.with_suffix(".idx")
@@ -216,11 +266,15 @@ def _verify_shard(made: ShardSet, shard: ShardInfo, problems: list[str], *, deco
     keys, labels, reader = table.keys(), made.meta.get("kind") == "labels", ShardReader()
     if labels and not _sidecar_fits(path, shard):
         problems.append(f"{path.with_suffix('.json')} is missing, or is not that of its tar")
-    for index, key in enumerate(keys if decode else ()):
+    mine = None if joined is None else JoinedRecords(joined.images, made)  # a thread needs its own reader
+    for index, key in enumerate(keys if decode or joined else ()):
         try:
+            if mine is not None:
+                _check_joined(*mine.read(f"{made.name}/{shard.name}", index), decode=decode)
+                continue
             fields = reader.read(path, index)[1]
             if not labels:
-                decode_record(key, fields)
+                _check_frame(decode_record(key, fields))
             elif not decode_labels(fields):
                 raise ValueError(f"no label among the fields {sorted(fields)}")
         except ValueError as error:
@@ -228,6 +282,44 @@ def _verify_shard(made: ShardSet, shard: ShardInfo, problems: list[str], *, deco
             problems.append(f"{path}[{index}] {key}: {reason}")
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
+
+
+def _check_frame(frame: Frame) -> None:
+    """Hold sizes against each other: label and image are of one size, or the json states the label's."""
+    label = frame.depth if frame.disparity is None else frame.disparity
+    size = frame.image.shape[:2]
+    if label is not None and label.shape != size and list(label.shape) != frame.meta.get("label_size"):
+        raise ValueError(
+            f"its label has {label.shape[0]} x {label.shape[1]} pixels and its image {size[0]} x {size[1]}"
+        )
+
+
+def _check_joined(key: str, fields: Mapping[str, bytes], *, decode: bool) -> None:
+    """Hold a label against its image: of one size, or of one that the image is resized to."""
+    if not decode:
+        return
+    frame = decode_record(key, fields)
+    label = frame.depth if frame.disparity is None else frame.disparity
+    if label is None:
+        raise ValueError(f"no label among the fields {sorted(fields)}")
+    (height, width), size = frame.image.shape[:2], label.shape
+    if not any(resize_shape(height, width, min(size), multiple) == size for multiple in _MULTIPLES):
+        raise ValueError(
+            f"its label has {size[0]} x {size[1]} pixels, to which no image of {height} x {width} is resized"
+        )
+
+
+def _counted_wrong(made: ShardSet) -> list[str]:
+    """Hold the records of a set that was listed against its listing: nothing is lost between the two."""
+    try:
+        listed, skipped = made.meta["settings"]["count"], made.meta.get("skipped", {"count": 0})["count"]
+    except (KeyError, TypeError):
+        return []
+    if made.records + skipped == listed:
+        return []
+    return [
+        f"{made.root}: {listed} were listed, but {made.records} records and {skipped} skipped make not so many"
+    ]
 
 
 def _sidecar_fits(tar: Path, shard: ShardInfo) -> bool:
@@ -264,10 +356,19 @@ def _read_manifest(root: str) -> bytes:
     try:
         return Path(root, "manifest.json").read_bytes()
     except FileNotFoundError:
+        if os.path.exists(os.path.join(root, _BEGUN)):
+            raise ShardError(_unfinished(root)) from None
         raise ShardError(
             f"{root} has no manifest.json: finish writing the set, "
             f"or, if its tars are whole, type  depth-anything shard index {root}"
         ) from None
+
+
+def _unfinished(root: str | Path) -> str:
+    return (
+        f"{root} is not finished: go on writing it with the command that it was begun with, "
+        "or bring its parts together with  depth-anything merge OUT FOLDER FOLDER …"
+    )
 
 
 def _missing(made: ShardSet) -> list[str]:

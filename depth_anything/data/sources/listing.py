@@ -177,8 +177,6 @@ def _alone(root: Path) -> Iterator[Any]:
     Two that list at once do no harm but to the disk, so that a doubt lets both go on.
     """
     lock, mine = root / ".listing.lock", f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
-    while not write_new(lock, mine.encode()):  # seen with its holder's name, or not at all
-        _wait_for(lock)
     last = time.monotonic()
 
     def sign() -> None:
@@ -189,6 +187,8 @@ def _alone(root: Path) -> Iterator[Any]:
                 os.utime(lock)
 
     try:
+        while not write_new(lock, mine.encode()):  # seen with its holder's name, or not at all
+            _wait_for(lock)
         yield sign
     finally:
         with suppress(OSError):

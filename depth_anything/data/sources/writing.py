@@ -33,6 +33,7 @@ SKY = ("far", "invalid")
 _NAMED = 100  # skipped files that the manifest names; NAME.skipped.json has them all
 _THREADS = 16
 _REASONS = 50  # that the manifest counts apart
+_GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
 _OF_THE_FILE = (
     errno.ENOENT,
     errno.EACCES,
@@ -253,15 +254,15 @@ def _make(job: Job, line: str) -> Made:
         )
     except ShardError:
         raise
-    except ValueError as error:
-        raise Refused(name, str(error)) from error
-    except OSError as error:
-        if error.errno in _OF_THE_FILE and job.raw.exists():
-            raise Refused(name, error.strerror or type(error).__name__) from error
-        raise ShardError(
-            f"{name} of {job.raw} cannot be read now ({error}): when the disk is there again, "
-            "type the same command, which goes on where it stopped"
-        ) from error
+    except (ValueError, OSError) as error:
+        # A record is left out for what is wrong with it, never because a disk is gone or fails.
+        if not job.raw.exists():
+            raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
+        if not isinstance(error, OSError):
+            raise Refused(name, str(error)) from error
+        if error.errno not in _OF_THE_FILE:
+            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
+        raise Refused(name, error.strerror or type(error).__name__) from error
     except Exception as error:
         raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
 

@@ -1,0 +1,75 @@
+"""A source of raw data for the tests of the writing engine: small pictures with analytic depth, some of them bad."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from depth_anything.data.sources.source import Facts, Raw
+
+FACTS = Facts(
+    name="toy",
+    title="a toy",
+    records=23,
+    layout="toy.txt with a name a line",
+    get="made by its test",
+    licence="CC0-1.0",
+    leave_out=("dull/*",),
+)
+SIZE = (12, 16)
+
+
+def fill(raw, count=23):
+    """Names, two of them dull, some bad: the whole second shard of four among these."""
+    raw.mkdir(parents=True)
+    bad = {4, 5, 6, 7, 9}
+    names = [f"room/{k:02d}{'-bad' if k in bad else ''}" for k in range(count)]
+    (raw / "toy.txt").write_text("\n".join([*names, "dull/0", "dull/1"]))
+    return raw
+
+
+def depth_of(number):
+    """Metres, float64, with every kind of pixel that is not to be believed."""
+    depth = np.linspace(1, 5, SIZE[0] * SIZE[1]).reshape(SIZE) + number
+    depth[0, :5] = np.nan, np.inf, -np.inf, -2.0, 0.0
+    depth[1, 0] = 1e300  # no float32
+    return depth
+
+
+def masks():
+    """Sky in the last row, where a part of it is not to be trusted either; and a patch of mirror."""
+    sky, mirror = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    sky[-1] = True
+    mirror[-1, :3] = True
+    mirror[5, 5:8] = True
+    return sky, mirror
+
+
+def find(raw: Path, *, seconds: str | None = None):
+    """List the names, and leave a trace of having done so."""
+    with open(raw / "found", "a") as file:
+        file.write("x")
+    for name in (raw / "toy.txt").read_text().splitlines():
+        yield f"{name}\t{seconds or 0}"
+    return {".txt": 3}
+
+
+def read(raw: Path, line: str) -> Raw:
+    """Make the record of a line, after a while if it says so."""
+    name, seconds = line.split("\t")
+    time.sleep(float(seconds))
+    if name.endswith("-bad"):
+        raise ValueError("its depth is missing")
+    if name.endswith("-gone"):
+        return Raw((raw / "no such file").read_bytes())
+    if name.endswith("-broken"):
+        raise OSError(5, os.strerror(5))
+    if name.endswith("-bug"):
+        raise KeyError("a bug")
+    if name.endswith("-dies"):
+        os._exit(9)
+    number = int(name.rpartition("/")[2])
+    sky, mirror = masks()
+    image = np.full((*SIZE, 3), number, np.uint8)
+    return Raw(image, {"unit": "m"}, depth=depth_of(number), sky=sky, invalid={"mirror": mirror})
