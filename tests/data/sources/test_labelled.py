@@ -1,0 +1,66 @@
+"""What holds for every labelled set: the catalogue, the facts, and the whole way to verified shards."""
+
+import inspect
+
+import made_raw
+import numpy as np
+import pytest
+
+from depth_anything.data.sample import decode_record
+from depth_anything.data.shards import Records, verify_set
+from depth_anything.data.sources.catalogue import SETS, load
+from depth_anything.data.sources.writing import write_source
+from depth_anything.licences import check_licence
+
+LABELLED = [name for name, entry in SETS.items() if entry.labelled]
+
+
+def test_the_papers_five_and_four_more_are_there():
+    paper = {"blendedmvs", "hypersim", "irs", "tartanair", "vkitti2"}
+    assert set(LABELLED) == paper | {"tartanair2", "diml", "hrwsi", "megadepth"}
+    taken = sum(load(name).FACTS.records for name in paper)
+    assert taken == 605_756  # 604 K in the paper's table, whose rows are rounded
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_its_facts_and_flags_are_whole(name):
+    source, entry = load(name), SETS[name]
+    assert source.FACTS.name == name and source.FACTS.sky in ("far", "invalid")
+    check_licence(source.FACTS.licence)
+    for word in ("Layout", "Licence:", "Get it from", "Facts from"):
+        assert word in source.__doc__
+    options = {
+        option.name: option.default
+        for option in inspect.signature(source.find).parameters.values()
+        if option.kind is option.KEYWORD_ONLY
+    }
+    assert options == {flag.name[2:]: flag.default for flag in entry.flags}
+
+
+@pytest.mark.parametrize("short_side", [None, 28])
+@pytest.mark.parametrize("name", LABELLED)
+def test_raw_files_become_verified_shards(tmp_path, name, short_side):
+    truth = getattr(made_raw, f"make_{name}")(tmp_path / "raw")
+    lines = [*load(name).find(tmp_path / "raw")]
+    made = write_source(load(name), tmp_path / "raw", tmp_path / "set", per_shard=3, short_side=short_side)
+    assert verify_set(tmp_path / "set", decode=True) == []
+    records, pixels, names = Records(made), 0, []
+    for shard, count in records.shards:
+        for index in range(count):
+            frame = decode_record(*records.read(shard, index))
+            label = frame.depth if frame.depth is not None else frame.disparity
+            assert frame.image.shape[:2] == label.shape == ((36, 48) if short_side is None else (28, 42))
+            assert frame.meta["original_size"] == [36, 48] and frame.meta["source"] == name
+            if short_side is None:
+                np.testing.assert_allclose(label, truth[frame.meta["name"]], rtol=2e-7)
+            names.append(frame.meta["name"])
+            pixels += 36 * 48
+    left_out = made.meta.get("left_out", {}).get("amusement/*", 0)
+    refused = made.meta.get("skipped", {}).get("count", 0)
+    assert names == [n for n in sorted(truth) if n in names]  # in order
+    assert len(names) + left_out + refused == len(lines)
+    counted = dict(made.meta["pixels"])
+    assert counted.pop("all") == pixels == sum(counted.values())
+    assert made.meta["licence"] == load(name).FACTS.licence
+    assert made.meta["sky_policy"] == load(name).FACTS.sky
+    assert ("amusement" in str(names)) is False
