@@ -14,6 +14,8 @@ TILE_PX = 224
 
 LINE_PX = 18
 
+_UNITS = {("depth", "m"): " m", ("disparity", "px"): " px"}  # others, as "arbitrary", are no unit to name
+
 
 def contact_sheet(frames: Iterable[Frame], *, columns: int = 3) -> np.ndarray:
     """Draw frames in a grid: each its image, its target in colours (near is red), and its facts below.
@@ -39,7 +41,8 @@ def describe(frame: Frame) -> list[str]:
         return [*lines, f"{width} x {height}, no target"]
     size = "" if target.shape == (height, width) else f" (target {target.shape[1]} x {target.shape[0]})"
     values = target[np.isfinite(target)]
-    kind, unit = ("depth", " m") if frame.depth is not None else ("disparity", "")
+    kind = "depth" if frame.depth is not None else "disparity"
+    unit = _UNITS.get((kind, frame.meta.get("unit", "m")), "")
     low, middle, high = np.percentile(values, (0, 50, 100)) if values.size else (np.nan,) * 3
     lines.append(f"{width} x {height}{size}, {kind} {low:.3g} to {high:.3g}{unit}, median {middle:.3g}{unit}")
     unknown = np.isnan(target).mean()

@@ -206,4 +206,7 @@ def test_contact_sheet_holds_images_targets_and_facts():
     assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d m, median \d\.\d+ m", describe(frames[4])[1])
     assert describe(frames[4])[2] == "98% known, 2% sky, 0% unknown"
     assert describe(frames[1])[1] == "60 x 40 (target 30 x 20), disparity 1 to 1, median 1"
+    frames[4].meta["unit"], frames[1].meta["unit"] = "arbitrary", "px"
+    assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d, median \d\.\d+", describe(frames[4])[1])
+    assert describe(frames[1])[1].endswith("disparity 1 to 1 px, median 1 px")
     assert "no target" in describe(frames[2])[1] and "0% known" in describe(frames[3])[2]
