@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import calibrate, custom, evaluate, export, predict, shards, stats, video
+from depth_anything.cli import bench, calibrate, custom, evaluate, export, predict, shards, stats, video
 from depth_anything.data.address import told
 
 PROGRAM = "depth-anything"
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_verify(commands)
     shards.add_view(commands)
     stats.add_stats(commands)
+    bench.add_bench(commands)
     predict.add_predict(commands)
     video.add_video(commands)
     calibrate.add_calibrate(commands)

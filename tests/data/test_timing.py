@@ -1,0 +1,122 @@
+"""The timed sample is the loader's own, and what is printed adds up."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from depth_anything.cli import main
+from depth_anything.cli.bench import STUDENTS, demand
+from depth_anything.data import timing
+from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.labels import finish_labels, write_label_sidecar
+from depth_anything.data.loader import stream_loader
+from depth_anything.data.sample import Frame, encode_frame
+from depth_anything.data.shards import JoinedRecords, Records, open_set, write_manifest, write_shard
+
+SIDE, RECORDS = 28, 24
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    kinds = {"photos": [], "deep": [], "labels": []}
+    for i in range(RECORDS):
+        image = cv2.resize(rng.integers(0, 256, (6, 6, 3), np.uint8), (70, 50))
+        depth, disparity = rng.random((50, 70), np.float32), rng.random((28, 42), np.float32)
+        depth[0] = np.inf
+        kinds["photos"].append((f"photos/0/{i}", encode_frame(Frame("", image), codec="q12")))
+        kinds["deep"].append((f"deep/0/{i}", encode_frame(Frame("", image, depth=depth), codec="f32")))
+        label = encode_frame(Frame("", image, disparity=disparity), codec="q12")["disparity.q12"]
+        kinds["labels"].append((f"photos/0/{i}", {"disparity.q12": label}))
+    infos = {name: write_shard(root / name / "0.tar", records) for name, records in kinds.items()}
+    for name in ("photos", "deep"):
+        write_manifest(root / name, name=name, shards=[infos[name]], meta={"sky_policy": "invalid"})
+    write_label_sidecar(
+        root / "labels",
+        infos["labels"],
+        image_set="photos",
+        image=infos["photos"],
+        teacher={"fingerprint": "sha256:0"},
+        preprocessing="28",
+        codec="q12",
+        values=(0.0, 1.0),
+        skipped={},
+    )
+    assert finish_labels(root / "labels", open_set(root / "photos"))
+    return root
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_timed_sample_is_the_loaders(sets, joined):
+    photos, deep, labels = (open_set(sets / name) for name in ("photos", "deep", "labels"))
+    source = JoinedRecords(photos, labels) if joined else Records(deep)
+    data = StreamDataset([source], seed=1, streams=4, image_size=SIDE, sky=None)
+    stages = timing.Stages()
+    for n in range(10):
+        made, fields, size = timing.staged_sample(data, n, stages)
+        timing.bare_sample(fields, size, stages)
+        batch = data[n]
+        for name in ("image", "target", "valid"):
+            np.testing.assert_array_equal(made[name], batch[name][0].numpy())
+        assert size == ((28, 42) if joined else (28, 42))
+    assert stages.cpu.keys() == {*timing.STAGES, *(bare for bare in timing.STAGES.values() if bare)}
+    assert {len(values) for values in stages.cpu.values()} == {10}
+    *rows, total = timing.report(stages)
+    assert total == ("all", sum(row[1] for row in rows), sum(row[2] or 0 for row in rows))
+    assert stages.waiting("read it, checksums") >= 0
+
+
+def test_a_window_counts_what_workers_do(sets):
+    data = StreamDataset([Records(open_set(sets / "deep"))], seed=1, streams=4, image_size=SIDE)
+    window = timing.Window(stream_loader(data, micro_batch=2, workers=2))
+    assert len(window._pids) == 2
+    before = [timing.cpu_seconds(pid) for pid in window._pids]
+    cpu, clock = window.measure(10)
+    used = sum(timing.cpu_seconds(pid) for pid in window._pids) - sum(before)
+    assert 0 < used / 14 <= cpu and clock > 0
+    window.close()
+
+
+def test_demand_is_the_arithmetic_it_says():
+    rows = {row["student"]: row for row in demand(4.0, 518)}
+    assert rows.keys() == STUDENTS.keys()
+    assert rows["vits"]["images_per_s"] == [717, 717] and rows["vits"]["cores"] == [2.9, 2.9]
+    assert rows["vitl"]["images_per_s"] == [63, 101] and rows["vitl"]["cores"] == [0.3, 0.4]
+    assert demand(4.0, 259)[0]["images_per_s"][0] == 2867  # a quarter of the pixels
+
+
+def test_bench_data(sets, capsys, tmp_path):
+    small = ["--image-size", "28", "--samples", "4", "--batch-size", "2"]
+    where = ["bench-data", str(sets / "photos"), "--labels", str(sets / "labels")]
+    assert main([*where, *small, "--workers", "1", "2", "--json", str(tmp_path / "x.json")]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        f"{RECORDS} records",
+        "decode the label",
+        "2 workers",
+        "arithmetic",
+        "no GPU was measured",
+        "vitl",
+    ):
+        assert words in said
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert [row["workers"] for row in figures["loader"]] == [1, 2]
+    assert figures["image_bytes"] > 100 and figures["label_bytes"] > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["photos"], "holds images without depth: add --labels"),
+        (["labels"], "holds labels: give the set of their images"),
+        (["nowhere"], "nowhere is not a folder"),
+        (["deep", "--workers", "0"], "--workers are whole numbers from 1 up"),
+        (["deep", "--samples", "0"], "--samples is a whole number"),
+    ],
+)
+def test_bench_data_refuses(sets, capsys, arguments, said):
+    assert main(["bench-data", str(sets / arguments[0]), *arguments[1:]]) == 2
+    assert said in capsys.readouterr().err
