@@ -12,7 +12,6 @@ from depth_anything.cli.shards import add_sky, add_writing, print_written, writi
 
 if TYPE_CHECKING:
     from depth_anything.data.sources.custom import Custom
-    from depth_anything.evaluation.survey import Survey
 
 SHOWN = 5
 """Refused records that are named on the terminal; check.txt names all."""
@@ -58,18 +57,13 @@ def _check(custom: "Custom", output: Path) -> None:
     assert found.picture is not None
     Image.fromarray(found.picture).save(picture, "PNG")
     write_atomically(output / "check.png", picture.getvalue())
-    write_atomically(output / "check.txt", "\n".join([*_told(found, len(found.refused)), ""]).encode())
-    print("\n".join(_told(found, SHOWN)))
-    for doubt in found.doubts:
-        print(f"look:       {doubt}", file=sys.stderr)
+    doubts = [f"look:       {doubt}" for doubt in found.doubts]
+    told = [*found.lines, f"taken:      {found.taken}"]
+    refused = [f"not taken:  {name}: {reason}" for name, reason in found.refused]
+    write_atomically(output / "check.txt", "\n".join([*told, *doubts, *refused, ""]).encode())
+    print("\n".join([*told, *refused[:SHOWN]]))
+    if refused[SHOWN:]:
+        print(f"not taken:  {len(refused) - SHOWN} more, see {output / 'check.txt'}")
     print(f"drawn:      {output / 'check.png'}", flush=True)
-
-
-def _told(found: "Survey", most: int) -> list[str]:
-    """The lines for people; of what is refused, so many by name."""
-    lines = [*found.lines, f"taken:      {found.taken}"]
-    for name, reason in found.refused[:most]:
-        lines.append(f"not taken:  {name}: {reason}")
-    if len(found.refused) > most:
-        lines.append(f"not taken:  {len(found.refused) - most} more, see check.txt")
-    return lines
+    for doubt in doubts:
+        print(doubt, file=sys.stderr)

@@ -41,10 +41,9 @@ class Seen:
         median: Of the known values.
         top: Of the upper third.
         bottom: Of the lower third.
-        largest: Of all values.
+        largest: Of the known values.
         at_largest: Share of the pixels that have it.
-        whole: Whether all values are whole numbers.
-        valid: Share of the pixels.
+        whole: Whether all known values are whole numbers.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Seen:
     largest: float
     at_largest: float
     whole: bool
-    valid: float
 
 
 @dataclass
@@ -168,17 +166,15 @@ def _seen(name: str, label: np.ndarray, values: np.ndarray) -> Seen:
     third = max(1, label.shape[0] // 3)
     parts = [label[:third], label[-third:]]
     top, bottom = (float(np.median(p[np.isfinite(p)])) if np.isfinite(p).any() else np.nan for p in parts)
-    finite = values[np.isfinite(values)]
-    largest = finite.max()
+    kept = values[known]
     return Seen(
         name,
         median=float(np.median(label[known])),
         top=top,
         bottom=bottom,
-        largest=float(largest),
-        at_largest=float((values == largest).mean()),
-        whole=bool((finite == np.rint(finite)).all()),
-        valid=float(known.mean()),
+        largest=float(kept.max()),
+        at_largest=float((kept == kept.max()).sum() / label.size),
+        whole=bool((kept == np.rint(kept)).all()),
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -101,6 +102,8 @@ def _declared(folder: Path, given: Mapping[Any, Any]) -> Custom:
         for key in ("images", "depth", "key", "channel", "name", "licence")
         if key in given
     }
+    if not re.fullmatch("[A-Za-z0-9_-]+", words.get("name", "x")):
+        raise ValueError(f'name: "{words["name"]}" cannot name a set: use A-Z a-z 0-9 _ -')
     if "licence" in words:
         check_licence(words["licence"])
     quantity = _choice(given, "quantity", ("depth", "disparity"))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -283,3 +284,22 @@ def test_names_sort_the_records_whatever_the_disk_says(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "walk", lambda *a, **k: ((h, d[::-1], f[::-1]) for h, d, f in walk(*a, **k)))
     assert list(read_yaml(tmp_path / "set.yaml").find(tmp_path)) == plain
     assert [line.split("\t")[0] for line in plain] == ["a", "b", "c10", "c9"]
+
+
+RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[4] / "shared" / "rgbd"))
+
+
+@pytest.mark.skipif(not RGBD.is_dir(), reason="no real frames beside the repository")
+@pytest.mark.parametrize(
+    ("images", "depth", "unit", "median", "valid"),
+    [
+        ("{stem}_rgb_0000000050.png", "{stem}_depth_0000000050.png", "scale: 1/256", 13.4375, 0.2064),
+        ("{stem}_rgb_rgb_00050.jpg", "{stem}_depth_sync_depth_00050.png", "unit: mm", 3.208, 0.75065),
+    ],
+)
+def test_real_frames_of_lidar_and_of_a_kinect(tmp_path, images, depth, unit, median, valid):
+    (tmp_path / "set.yaml").write_text(f"images: {RGBD}/{images}\ndepth: {RGBD}/{depth}\n{unit}\n")
+    _, frames = written(tmp_path)
+    ((_, frame),) = frames.items()
+    assert np.nanmedian(frame.depth) == np.float32(median)
+    assert np.isfinite(frame.depth).mean() == pytest.approx(valid, abs=1e-4)
