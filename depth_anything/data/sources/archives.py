@@ -46,9 +46,9 @@ def is_compressed(path: Path) -> bool:
 def tar_members(path: Path) -> Iterator[Member]:
     """List the files of a tar in its order, in memory for one of them.
 
-    Where the tar is damaged or cut short, the last member says so: nothing after it can be found.
+    Where the tar is damaged or cut short, a last member without a name says so.
     """
-    last = path.name
+    last = "its beginning"
     try:
         with open_tar(path) as stream:
             watched = _Watched(stream)
@@ -62,8 +62,8 @@ def tar_members(path: Path) -> Iterator[Member]:
             if len(watched.last) < tarfile.BLOCKSIZE or any(watched.last):
                 raise EOFError("no mark of the end follows")
     except DAMAGE as error:
-        reason = f"the tar is damaged, and nothing after this file can be found: {error}"
-        yield Member(last, -1, -1, reason)
+        reason = f"the tar is damaged, and nothing after {last} can be found: {error}"
+        yield Member("", -1, -1, reason)
 
 
 def read_member(path: Path, offset: int, size: int) -> bytes:

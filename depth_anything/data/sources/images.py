@@ -230,6 +230,6 @@ def _in_list(path: Path) -> Iterator[str]:
 def _in_tar(path: Path) -> Iterator[str]:
     for member in archives.tar_members(path):
         if member.fault:
-            yield fault_line(member.name, member.fault)
+            yield fault_line(member.name or path.name, member.fault)
         else:
             yield tar_line(member.name, "", member.offset, member.size)

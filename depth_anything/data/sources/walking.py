@@ -176,8 +176,8 @@ def tar_line(name: str, place: str, offset: int, size: int) -> str:
 def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
     for member in tar_members(path):
         name = f"{place}/{member.name}" if place else member.name
-        if member.offset < 0:
-            yield fault_line(name, member.fault)
+        if not member.name:
+            yield fault_line(place or path.name, member.fault)
         elif not member.name.lower().endswith(IMAGES):
             passed_over[os.path.splitext(member.name.lower())[1] or "no suffix"] += 1
         elif member.fault:

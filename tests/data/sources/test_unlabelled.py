@@ -1,0 +1,253 @@
+"""The eight sets of photographs as they are published: folders, tars plain and packed, lmdb, films."""
+
+import gzip
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depth_anything.data.sample import decode_image, decode_record
+from depth_anything.data.shards import Records, verify_set
+from depth_anything.data.sources import archives
+from depth_anything.data.sources.catalogue import load
+from depth_anything.data.sources.listing import Listing
+from depth_anything.data.sources.walking import find_images
+from depth_anything.data.sources.writing import write_source
+
+
+def picture(seed, kind="JPEG", size=(20, 30)):
+    y, x = np.mgrid[: size[0], : size[1]]
+    image = np.stack([x * 8 % 256, y * 9 % 256, (x + y + 7 * seed) % 256], -1).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, kind)
+    return out.getvalue()
+
+
+def tar_of(path, files, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def written(name, raw, root, **options):
+    """Write a set; return it, and each record's name with its image file."""
+    made = write_source(load(name), raw, root, **{"per_shard": 3, **options})
+    assert verify_set(made.root, decode=True) == []
+    records, found = Records(made), {}
+    for shard, count in records.shards:
+        for index in range(count):
+            key, fields = records.read(shard, index)
+            (image,) = (fields[field] for field in ("jpg", "png", "webp") if field in fields)
+            found[decode_record(key, fields).meta["name"]] = image
+    return made, found
+
+
+def sa1b(count=5):
+    files = {}
+    for k in range(count):
+        files |= {f"./sa_{k}.jpg": picture(k), f"./sa_{k}.json": b"{}"}
+    return files
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sa1b_is_read_out_of_its_tars_whatever_they_are_called(tmp_path, packed):
+    # Some sources pack them and call them .tar all the same (segment-anything, issue 802).
+    raw = tmp_path / "raw"
+    tar_of(raw / "sa_000000.tar", sa1b(), "w:gz" if packed else "w")
+    tar_of(raw / "sa_000001.tar.gz", {"./sa_9.jpg": picture(9)}, "w" if packed else "w:gz")
+    made, found = written("sa1b", raw, tmp_path / "sa1b")
+    images = {name[2:]: data for name, data in sa1b().items() if name.endswith(".jpg")}
+    assert found == {
+        **{f"sa_000000.tar/{name}": data for name, data in images.items()},
+        "sa_000001.tar.gz/sa_9.jpg": picture(9),
+    }
+    assert made.meta["left_out"] == {".json": 5} and made.meta["licence"] == "LicenseRef-SA-1B"
+    part = [
+        write_source(load("sa1b"), raw, tmp_path / "p" / "sa1b", per_shard=3, part=(k, 2)) for k in (2, 1)
+    ]
+    assert part[1].digest == made.digest, "a packed tar can be read backwards, too"
+
+
+def test_a_plain_tar_is_not_read_but_where_its_members_lie(tmp_path, monkeypatch):
+    raw, reads = tmp_path / "raw", []
+    tar_of(raw / "sa_000000.tar", {"a.jpg": picture(1), "b.jpg": picture(2, size=(300, 400))})
+    pread = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda fd, count, offset: reads.append(count) or pread(fd, count, offset)
+    )
+    lines = list(load("sa1b").find(raw))
+    assert not reads
+    read = load("sa1b").read(raw, lines[1])
+    assert read.image == picture(2, size=(300, 400)) and reads == [len(read.image)]
+
+
+def test_a_tar_that_is_cut_or_overwritten_gives_what_is_whole_and_says_so(tmp_path):
+    raw = tmp_path / "raw"
+    whole = tar_of(raw / "a.tar", {"1.jpg": picture(1), "2.jpg": picture(2, size=(200, 300))}).read_bytes()
+    place = whole.index(b"2.jpg")
+    (raw / "a.tar").write_bytes(whole[: place + 1000])
+    (raw / "b.tar").write_bytes(whole[:place] + bytes([7]) * 1000)  # a header of garbage
+    (raw / "c.tar").write_bytes(gzip.compress(whole)[:-1000])
+    (raw / "d.tar").write_bytes(b"")
+    (raw / "e.tar").write_bytes(whole)
+    made, found = written("landmarks", raw, tmp_path / "landmarks")
+    assert {"a.tar/1.jpg", "b.tar/1.jpg", "e.tar/1.jpg", "e.tar/2.jpg"} <= set(found)
+    reasons = dict(made.meta["skipped"]["files"])
+    assert "cut short" in reasons["a.tar/2.jpg"]
+    for tar in ("a", "b", "c", "d"):
+        assert "the tar is damaged, and nothing after" in reasons[f"{tar}.tar"]
+    assert "nothing after 1.jpg can be found" in reasons["b.tar"]
+
+
+def test_members_that_are_no_files_are_refused(tmp_path):
+    path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("p.jpg", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    assert list(found) == ["a.tar/1.jpg"]
+    assert {reason for _, reason in made.meta["skipped"]["files"]} == {"not a regular file"}
+
+
+def test_members_too_large_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_BYTES", 2000)
+    tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1), "2.jpg": picture(2) + bytes(2000)})
+    made, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
+    assert list(found) == ["a.tar/1.jpg"] and "no photograph" in made.meta["skipped"]["files"][0][1]
+
+
+def test_a_single_tar_may_be_named_itself(tmp_path):
+    path = tar_of(tmp_path / "train_large.tar", {"data_large/a/abbey/1.jpg": picture(1)})
+    assert list(written("places365", path, tmp_path / "places365")[1]) == ["data_large/a/abbey/1.jpg"]
+
+
+def test_folders_are_walked_in_order_and_links_followed_once(tmp_path):
+    raw, other = tmp_path / "raw", tmp_path / "disk2"
+    files = ["a/2.jpg", "a/b/1.JPG", "a.b/1.jpeg", "a-b.png", "odd\tname\n.jpg"]
+    for name in files:
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_bytes(picture(1))
+    (raw / "zhiyuan_objv2_train.json").write_text("{}")
+    other.mkdir()
+    (other / "3.jpg").write_bytes(picture(3))
+    (raw / "patch9").symlink_to(other)
+    (other / "loop").symlink_to(raw)
+    made, found = written("objects365", raw, tmp_path / "objects365")
+    assert list(found) == sorted([*files, "patch9/3.jpg"], key=os.fsencode)
+    assert made.meta["left_out"] == {".json": 1}
+
+
+def test_lsun_is_read_out_of_its_databases(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    raw, values = tmp_path / "raw", {}
+    for category in ("bedroom", "tower"):
+        (raw / f"{category}_train_lmdb").mkdir(parents=True)
+        with lmdb.open(str(raw / f"{category}_train_lmdb"), map_size=1 << 20) as environment:
+            with environment.begin(write=True) as transaction:
+                for k in range(4):
+                    key = f"{k:040x}" if k else "odd/ключ"
+                    values[f"{category}_train_lmdb/{key}"] = picture(k, "WEBP", size=(256, 341))
+                    transaction.put(key.encode(), values[f"{category}_train_lmdb/{key}"])
+    (raw / "category_indices.txt").write_text("")
+    made, found = written("lsun", raw, tmp_path / "lsun")
+    assert found == values and list(found) == sorted(found)
+    assert made.meta["left_out"] == {".mdb": 2, ".txt": 1}  # lock.mdb
+    with pytest.raises(ValueError, match="does not have this key"):
+        load("lsun").read(raw, "bedroom_train_lmdb/gone\tlmdb\tbedroom_train_lmdb")
+    (tmp_path / "bad" / "x_train_lmdb").mkdir(parents=True)
+    (tmp_path / "bad" / "x_train_lmdb" / "data.mdb").write_bytes(b"no database" * 1000)
+    with pytest.raises(ValueError, match="is no lmdb folder, or is damaged"):
+        list(load("lsun").find(tmp_path / "bad"))
+
+
+def test_bdd100k_films_give_two_frames_a_second(tmp_path):
+    made_films = pytest.importorskip("made_films")
+    raw = tmp_path / "raw"
+    made_films.make_film(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
+    made_films.make_film(raw / "videos" / "train" / "b.mov", frames=20)
+    (raw / "videos" / "train" / "c.mov").write_bytes(b"no film")
+    made, found = written("bdd100k", raw, tmp_path / "bdd100k")
+    names = [f"videos/train/a.mov/{k:06d}" for k in range(6)]
+    assert list(found) == [*names, "videos/train/b.mov/000000"]
+    for k, name in enumerate(names):
+        shown = decode_image(found[name]).astype(int)
+        expected = made_films.frame(int(k / 2 * 30000 / 1001), 48, 64).astype(int)
+        assert abs((shown - expected)[30:].mean()) < 1, "the frame on the screen at this time"
+    assert made.meta["skipped"]["files"][0][0] == "videos/train/c.mov"
+    source = load("bdd100k")
+    line = "x\tfilm\tvideos/train/a.mov\t"
+    backwards = [source.read(raw, f"{line}{k}").image for k in (4, 1)]
+    assert backwards == [found[names[4]], found[names[1]]]
+    with pytest.raises(ValueError, match="ends before 50 s"):
+        source.read(raw, f"{line}100")
+
+
+def test_bdd100k_images_are_taken_as_they_are(tmp_path):
+    path = tmp_path / "raw" / "images" / "100k" / "train" / "x.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(picture(1))
+    assert written("bdd100k", tmp_path / "raw", tmp_path / "bdd100k")[1] == {
+        "images/100k/train/x.jpg": picture(1)
+    }
+
+
+def test_short_sides_are_those_of_training_and_small_images_stay(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, size in {"large": (150, 203), "wide": (28, 45), "fits": (28, 42), "small": (20, 200)}.items():
+        (raw / f"{name}.png").write_bytes(picture(1, "PNG", size=size))
+    made, found = written("places365", raw, tmp_path / "places365", short_side=28)
+    sizes = {name: decode_image(data).shape[:2] for name, data in found.items()}
+    assert sizes == {
+        "large.png": (28, 42),
+        "wide.png": (28, 42),
+        "fits.png": (28, 42),
+        "small.png": (20, 200),
+    }
+    for name in ("fits.png", "small.png"):
+        assert found[name] == (raw / name).read_bytes()
+    assert found["large.png"].startswith(b"\xff\xd8")
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "readme.txt").write_text("")
+    with pytest.raises(ValueError, match="holds nothing of SA-1B: looked for sa_000000.tar"):
+        write_source(load("sa1b"), tmp_path / "raw", tmp_path / "sa1b")
+    with pytest.raises(ValueError, match="is not a folder: type the path"):
+        write_source(load("sa1b"), tmp_path / "typo", tmp_path / "sa1b")
+
+
+def test_a_listing_of_tars_keeps_one_member_in_memory(tmp_path):
+    path = tar_of(tmp_path / "a.tar", {f"{k}.jpg": b"" for k in range(300)})
+    kept, members = [], archives.tar_members(path)
+    first = next(members)
+    tar = members.gi_frame.f_locals["tar"]
+    for _ in members:
+        kept.append(len(tar.members))
+    assert first.name == "0.jpg" and len(kept) == 299 and max(kept) == 0
+
+
+def test_lines_lead_back_to_names(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    name = os.fsdecode(b"caf\xe9\t\\t\r\n.jpg")
+    (raw / name).write_bytes(picture(1))
+    (line,) = find_images(raw)
+    assert "\n" not in line and "\t" not in line
+    made, found = written("objects365", raw, tmp_path / "objects365")
+    assert list(found) == ["caf\\udce9\t\\t\r\n.jpg"]
+    assert Listing(tmp_path / "objects365", per_shard=3).lines(0) == [line]
