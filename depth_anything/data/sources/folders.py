@@ -22,6 +22,7 @@ from depth_anything.data.sources.maps import read_bytes
 from depth_anything.data.sources.source import Facts
 from depth_anything.data.sources.walking import walk
 
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".z01", ".rar")
 _SEVERAL = "//"  # in place of a path: more than one file could be the one
 
 
@@ -66,7 +67,9 @@ def find_frames(
     here: str | None = None
     parts: tuple[str, ...] = ()
     fitting: list[Kind] = []
+    packed = False
     for path, _ in walk(raw, follow=True):
+        packed |= path.endswith(_ARCHIVES)
         folder, _, file = path.rpartition("/")
         if folder != here:
             here, parts = folder, tuple(folder.split("/")) if folder else ()
@@ -83,9 +86,8 @@ def find_frames(
                     )
                 frames[match[1]] = _SEVERAL if match[1] in frames else file
     if not found:
-        raise ValueError(
-            f"{raw} does not hold {facts.title}: looked for {facts.layout}; get it from {facts.get}"
-        )
+        what = "unpack the archives that lie there" if packed else f"get it from {facts.get}"
+        raise ValueError(f"{raw} does not hold {facts.title}: looked for {facts.layout}; {what}")
     for name in sorted(found):
         held = [found[name].get(kind, ("", {})) for kind in kinds]
         for frame in sorted({frame for _, frames in held for frame in frames}):

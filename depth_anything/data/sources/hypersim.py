@@ -152,7 +152,8 @@ def _axis_share(camera: bytes, height: int, width: int) -> np.ndarray:
     v = 1 - (2 * np.arange(height)[:, None] + 1) / height
     rows = np.frombuffer(camera).reshape(3, 3)
     x, y, z = (row[0] * u + row[1] * v + row[2] for row in rows)
-    return np.abs(z) / np.sqrt(x * x + y * y + z * z)
+    with np.errstate(invalid="ignore"):  # a matrix of zeros has no rays, and no pixel of it is known
+        return np.abs(z) / np.sqrt(x * x + y * y + z * z)
 
 
 def tone_map(colour: np.ndarray, geometry: np.ndarray) -> np.ndarray:
@@ -193,19 +194,28 @@ def _table(raw: Path, name: str, published: str, instead: str) -> Path:
     raise ValueError(f"{raw} has no {name}: put it there from {where}, or add {instead}")
 
 
-def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
-    rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig", "replace")))
-    lacking = [column for column in columns if column not in (rows.fieldnames or ())]
+def _rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    """The rows of a table that has these columns; a word that is not there is empty."""
+    try:
+        data = read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig", "replace")))
+        lacking = [column for column in columns if column not in (table.fieldnames or ())]
+        rows = [{column: (row.get(column) or "").strip() for column in columns} for row in table]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not the table that is meant: {error}") from error
     if lacking:
         raise ValueError(f"{path} is not the table that is meant: it has no column {', '.join(lacking)}")
-    yield from rows
+    return rows
 
 
 def _read_cameras(path: Path) -> dict[str, str]:
     """The nine numbers of each scene's matrix, row by row, as the table has them; nothing where one is missing."""
     matrices = {}
     for row in _rows(path, ["scene_name", *_MATRIX]):
-        words = [(row[column] or "").strip() for column in _MATRIX]
+        words = [row[column] for column in _MATRIX]
         matrices[row["scene_name"]] = ",".join(words) if all(map(_is_number, words)) else ""
     return matrices
 
@@ -222,7 +232,7 @@ def _read_split(path: Path, split: str) -> set[tuple[str, str, int]]:
     return {
         (row["scene_name"], row["camera_name"], int(row["frame_id"]))
         for row in _rows(path, columns)
-        if row["split_partition_name"] == split
+        if row["split_partition_name"] == split and row["frame_id"].isdecimal()
     }
 
 

@@ -123,6 +123,28 @@ def test_a_row_that_is_not_whole_is_no_row(tmp_path):
     assert "ai_037_002" in frames_of(hypersim, tmp_path)["ai_037_002/cam_00/frame.0000"]
 
 
+def test_a_damaged_table_is_told(tmp_path):
+    make_hypersim(tmp_path)
+    with pytest.raises(ValueError, match="nowhere.csv cannot be read: No such file"):
+        list(hypersim.find(tmp_path, cameras=tmp_path / "nowhere.csv"))
+    table = tmp_path / "metadata_camera_parameters.csv"
+    table.write_text(table.read_text() + 'ai_999_999,"' + "x" * 200_000)
+    with pytest.raises(ValueError, match="is not the table that is meant: field larger"):
+        list(hypersim.find(tmp_path))
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not the table that is meant: it has no column scene_name"):
+        list(hypersim.find(tmp_path))
+
+
+def test_a_camera_without_rays_knows_no_pixel(tmp_path):
+    make_hypersim(tmp_path, scenes={"ai_001_001": CANONICAL})
+    table = tmp_path / "metadata_camera_parameters.csv"
+    head, row = table.read_text().splitlines()
+    table.write_text(head + "\n" + ",".join([*row.split(",")[:2], *["0"] * 9]) + "\n")
+    told = frames_of(hypersim, tmp_path)["ai_001_001/cam_00/frame.0000"]
+    assert told == "no pixel of its label is valid: 1728 nan"
+
+
 def test_the_preview_is_kept_byte_for_byte(tmp_path):
     make_hypersim(tmp_path)
     for line in hypersim.find(tmp_path):

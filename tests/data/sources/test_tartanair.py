@@ -92,6 +92,9 @@ def test_another_layout_is_told_what_was_looked_for(tmp_path):
     png(tmp_path / "left" / "000000_left.png", picture(np.ones((8, 8))))
     with pytest.raises(ValueError, match="does not hold TartanAir"):
         list(tartanair.find(tmp_path))
+    (tmp_path / "left" / "image_left.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="unpack the archives that lie there"):
+        list(tartanair.find(tmp_path))
     with pytest.raises(ValueError, match="is not a folder"):
         list(tartanair.find(tmp_path / "nowhere"))
 
