@@ -99,8 +99,9 @@ def s3(buckets: dict[str, Path]) -> Iterator[str]:
 
 
 def put(address: str, data: bytes) -> None:
-    request = urllib.request.Request(address, data=data, method="PUT")
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20).close()
+    headers = {"Content-Type": "application/octet-stream"}
+    request = urllib.request.Request(address, data=data, headers=headers, method="PUT")
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).close()
 
 
 def s3_environment(address: str) -> dict[str, str]:

@@ -188,7 +188,7 @@ def _whole(address: str) -> Iterator[bytes]:
     if is_http(address):
         yield from _http_whole(address)
     elif _opened_by_fsspec(address):
-        yield _fsspec(address, None, None)
+        yield _fsspec(address, 0, None)  # from 0, as some ask for the size first otherwise
     else:
         yield from _stream(address)
 
@@ -412,7 +412,7 @@ def _opened_by_fsspec(address: str) -> bool:
     return True
 
 
-def _fsspec(address: str, start: int | None, end: int | None) -> bytes:
+def _fsspec(address: str, start: int, end: int | None) -> bytes:
     import fsspec
 
     timeout = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
@@ -422,7 +422,7 @@ def _fsspec(address: str, start: int | None, end: int | None) -> bytes:
             system.retries = 1  # asking again is done here, and said
         if not system.async_impl:
             return system.cat_file(path, start=start, end=end)
-        longest = timeout + (0 if start is None or end is None else (end - start) / _SLOWEST)
+        longest = timeout + (_MOST if end is None else end - start) / _SLOWEST
         return fsspec.asyn.sync(system.loop, system._cat_file, path, start=start, end=end, timeout=longest)
     except Exception as error:  # its file systems raise what they like
         raise _of_fsspec(address, error) from None
