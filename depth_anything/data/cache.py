@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,7 +110,10 @@ def _bring(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO
         try:
             fill(file)
             file.flush()
-            os.replace(temporary, place)  # from here on another may push it out; the open file stays readable
+            with _locked(place.parent / ".lock"):
+                os.replace(
+                    temporary, place
+                )  # from here on another may push it out; the open file stays readable
         except BaseException:
             file.close()
             raise
@@ -125,20 +128,26 @@ def _reserve(place: Path, size: int) -> Path:
     while True:
         with _locked(root / ".lock"):
             remove_stale(root)
-            copies = sorted(
-                (entry.stat().st_mtime_ns, entry) for entry in root.glob("*.tar") if entry != place
-            )
-            spare = limit() - sum(entry.stat().st_size for entry in root.iterdir())
-            spare += place.stat().st_size if place.exists() else 0
-            for _, copy in copies:
+            there = _listed(root)
+            spare = limit() - sum(entry.st_size for path, entry in there.items() if path != place)
+            copies = [path for path in there if path.suffix == ".tar" and path != place]
+            for copy in sorted(copies, key=lambda path: there[path].st_mtime_ns):
                 if spare < size:
-                    spare += copy.stat().st_size
+                    spare += there[copy].st_size
                     copy.unlink()
             if spare >= size:
                 with open(temporary, "xb") as file:
                     _allocate(file.fileno(), size)
                 return temporary
         time.sleep(_WAIT_S)  # what others are copying will be done soon, and may go then
+
+
+def _listed(root: Path) -> dict[Path, os.stat_result]:
+    found = {}
+    for path in root.iterdir():
+        with suppress(FileNotFoundError):  # copies that fail go without asking
+            found[path] = path.stat()
+    return found
 
 
 def _allocate(descriptor: int, size: int) -> None:
