@@ -171,10 +171,10 @@ def finish(root: Path, listing: Listing) -> ShardSet | None:
     if not shards:
         why = "; ".join(f"{file}: {reason}" for file, reason in skipped.named[:3])
         raise ShardError(f"{root}: none of {listing.count} files can be taken ({why})")
-    meta = {**about, **described, **skipped.told()}
-    if "quantity" not in meta:
-        del meta["sky_policy"]  # of images alone
-    meta |= {"settings": {**settings, "count": listing.count}, "listing": listing.digest}
+    if "quantity" not in described:
+        del about["sky_policy"]  # of images alone
+    meta = {**about, "settings": {**settings, "count": listing.count}, "listing": listing.digest}
+    meta |= {**described, **skipped.told()}
     if listing.left_out:
         meta["left_out"] = listing.left_out
     return write_manifest(root, name=settings["name"], shards=shards, meta=meta)
