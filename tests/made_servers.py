@@ -181,7 +181,7 @@ class Faulty(http.server.ThreadingHTTPServer):
         data, wanted = file.read_bytes(), headers.get("range")
         if not wanted:
             return 200, {}, data
-        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+        first, last = (int(n or len(data)) for n in wanted.removeprefix("bytes=").split("-"))
         if first >= len(data):
             return 416, {"Content-Range": f"bytes */{len(data)}"}, b""
         part = data[first : last + 1]

@@ -9,6 +9,7 @@ but what they open themselves.
 
 import functools
 import http.client
+import logging
 import multiprocessing
 import netrc
 import os
@@ -418,8 +419,7 @@ def _fsspec(address: str, start: int, end: int | None) -> bytes:
     timeout = cache.setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
     try:
         system, path = fsspec.core.url_to_fs(address, **_options(_scheme(address), timeout))
-        if hasattr(system, "retries"):
-            system.retries = 1  # asking again is done here, and said
+        system.retries = 1  # s3fs's; asking again is done here, and said
         if not system.async_impl:
             return system.cat_file(path, start=start, end=end)
         longest = timeout + (_MOST if end is None else end - start) / _SLOWEST
@@ -430,6 +430,8 @@ def _fsspec(address: str, start: int, end: int | None) -> bytes:
 
 def _options(scheme: str, timeout: float) -> dict[str, Any]:
     if scheme not in ("s3", "s3a"):
+        for name in ("gcsfs", "gcsfs.retry"):  # which tells each try at length
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return {}
     import fsspec
 

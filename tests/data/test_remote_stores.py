@@ -1,0 +1,167 @@
+"""s3:// and gs:// through fsspec: S3 as moto's server speaks it, gs as a few lines of ours do."""
+
+import errno
+import functools
+import multiprocessing
+import urllib.parse
+
+import fsspec
+import pytest
+from made_servers import Faulty, s3, s3_environment
+from made_shards import make, records
+
+from depth_anything.data import remote
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import BadRecord, ShardError, open_set
+from depth_anything.data.tars import Outage
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
+    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "1")
+    for name in ("_wholes", "_named", "_announced"):
+        monkeypatch.setattr(remote, name, set())
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bucket")
+    make(root / "set")
+    with s3({"shards": root}) as address:
+        yield address
+
+
+@pytest.fixture
+def server(bucket, monkeypatch):
+    with Faulty(bucket) as made:
+        for name, value in s3_environment(made.address).items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield made
+
+
+def read_there(read, index):
+    return read.read("set/000001", index)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_s3_by_range_from_many_processes(server, tmp_path, method):
+    read = Records(open_set("s3://shards/set"))
+    expected = records("000001")
+    assert [read.read("set/000001", i) for i in (3, 0)] == [expected[3], expected[0]]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(functools.partial(read_there, read), range(5)) == expected
+    assert read.read("set/000001", 4) == expected[4]
+    tars = [wanted for path, wanted in server.seen if path.endswith(".tar")]
+    assert len(tars) == 8 and all(wanted and not wanted.endswith("-") for wanted in tars)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "cut", "close", "stall"])
+def test_s3_fails_for_now(server, monkeypatch, capfd, kind):
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    read = Records(open_set("s3://shards/set"))
+    times = []
+
+    def fault(path, asked):
+        if path.endswith("000001.tar"):
+            times.append(path)
+            return kind if len(times) <= 2 else None
+        return None
+
+    server.fault = fault
+    assert read.read("set/000001", 2) == records("000001")[2] and len(times) == 3
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("s3://shards/set/000001.tar: ") and line.endswith("asked again")
+    server.fault = lambda path, times: kind if path.endswith("000001.tar") else None
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
+    with pytest.raises(Outage, match="s3://shards/set/000001.tar cannot be read for now: .*2 times"):
+        read.read("set/000001", 2)
+
+
+def test_s3_fails_for_good(server):
+    read = Records(open_set("s3://shards/set"))
+    with pytest.raises(ShardError, match="s3://shards/nothing/manifest.json cannot be read: it is not there"):
+        open_set("s3://shards/nothing")
+    with pytest.raises(ShardError, match="it is not there"):
+        open_set("s3://no-such-bucket/set")
+    server.fault = lambda path, times: "404" if path.endswith("000001.tar") else None
+    for index in (0, 1):
+        with pytest.raises(BadRecord, match="it is not there") as error:
+            read.read("set/000001", index)
+        assert error.value.key == f"set/000001/{index:06d}"
+    assert len([path for path, _ in server.seen if path.endswith("000001.tar")]) == 2
+    server.fault = lambda path, times: "short" if path.endswith("000002.tar") else None
+    with pytest.raises(BadRecord, match="truncated"):
+        read.read("set/000002", 0)
+    table = remote.Index([], bytes=1 << 30, hash="sha256:0")
+    with pytest.raises(ShardError, match="shorter than its index"):
+        remote.read_range("s3://shards/set/000000.tar", 1 << 29, 10, table=table, total_bytes=None)
+
+
+def answered(code):
+    """An error as s3fs hands it on: of Python's kind, with botocore's as its cause."""
+    cause = Exception(code)
+    cause.response = {"Error": {"Code": code}}
+    error = PermissionError(code) if code != "SlowDown" else OSError(errno.EBUSY, code)
+    error.__cause__ = cause
+    return error
+
+
+def test_who_may_not_read_and_whose_key_has_expired():
+    refused = remote._of_fsspec("s3://b/a.tar", answered("AccessDenied"))
+    assert isinstance(refused, remote.Gone) and "not for us" in str(refused)
+    for code in ("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"):
+        expired = remote._of_fsspec("s3://b/a.tar", answered(code))
+        assert isinstance(expired, remote._Later) and expired.hopeless and code in expired.reason
+    slow = remote._of_fsspec("s3://b/a.tar", answered("SlowDown"))
+    assert isinstance(slow, remote._Later) and not slow.hopeless
+    missing = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
+    assert remote._of_fsspec("s3://b/a.tar", missing).hopeless
+    assert isinstance(remote._of_fsspec("gs://b/a", Refused()), remote.Gone)
+
+
+class Refused(Exception):
+    """gcsfs's."""
+
+    code = 404
+
+
+def test_no_package_for_it(monkeypatch):
+    def missing(scheme):
+        raise ImportError(scheme)
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(ShardError, match=r"pip install 'depth-anything-train\[remote\]'"):
+        open_set("s3://shards/set")
+
+
+class Bucket(Faulty):
+    """The one request of Google's JSON interface that reading makes: an object's bytes, by range."""
+
+    def fetch(self, path, headers):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(path).path).rpartition("/o/")[2]
+        status, told, body = super().fetch(f"/{name}", headers)
+        return status, {**told, "content-type": "application/octet-stream"}, body
+
+
+def test_gs_by_range(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gcsfs", reason="needs gcsfs: pip install gcsfs")
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    make(tmp_path / "set")
+    with Bucket(tmp_path) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+        read = Records(open_set("gs://shards/set"))
+        assert [read.read("set/000001", i) for i in (4, 0)] == [records("000001")[4], records("000001")[0]]
+        tars = [wanted for path, wanted in server.seen if ".tar" in path]
+        assert len(tars) == 2 and all(wanted and not wanted.endswith("-") for wanted in tars)
+        with pytest.raises(ShardError, match="it is not there"):
+            open_set("gs://shards/nothing")
+        (tmp_path / "set" / "000002.tar").unlink()
+        with pytest.raises(BadRecord, match="it is not there"):
+            read.read("set/000002", 0)
+    assert not capfd.readouterr().err
