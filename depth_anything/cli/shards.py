@@ -58,7 +58,7 @@ def _add_set(kinds: Any, name: str, entry: Entry) -> None:
     command = add_command(kinds, name, entry.help, run=_shard_set)
     command.add_argument("source", metavar="RAW", help="folder that the set was downloaded or unpacked to")
     command.add_argument("output", metavar="OUT", help="folder of the new set")
-    add_writing(command)
+    add_writing(command, name=name)
     command.add_argument(
         "--leave-out",
         metavar="GLOB",
@@ -78,9 +78,9 @@ def _add_set(kinds: Any, name: str, entry: Entry) -> None:
         )
 
 
-def add_writing(command: argparse.ArgumentParser) -> None:
-    """Declare how any set is written."""
-    command.add_argument("--name", help="name of the set (the folder's)")
+def add_writing(command: argparse.ArgumentParser, *, name: str = "the folder's") -> None:
+    """Declare how any set is written; `name` is what it is called unless told otherwise."""
+    command.add_argument("--name", help=f"name of the set ({name})")
     command.add_argument(
         "--per-shard", type=int, default=1000, metavar="N", help="records a shard (%(default)s)"
     )
@@ -111,6 +111,8 @@ def add_sky(command: argparse.ArgumentParser) -> None:
 
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: the third of eight is 3/8")
     return int(k), int(n)
 
 
@@ -194,7 +196,7 @@ def _shard_set(options: argparse.Namespace) -> None:
         options.output,
         leave_out=options.leave_out,
         sky=getattr(options, "sky", None),
-        **writing(options),
+        **{**writing(options), "name": options.name or options.kind},
         **{flag: getattr(options, flag) for flag in sorted(flags) if getattr(options, flag) is not None},
     )
     print_written(made, options)

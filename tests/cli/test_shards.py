@@ -1,8 +1,10 @@
 """`depth-anything shard`, `verify`, `view`."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from PIL import Image
 from typing_commands import complaint, read_png
 
@@ -78,3 +80,32 @@ def test_view_joins_labels_with_their_images(tmp_path, scenes, capsys):
     assert main(["view", str(tmp_path), "--images", str(scenes), "--output", str(tmp_path / "s.png")]) == 0
     assert capsys.readouterr().out.count("70 x 56 (target 42 x 28), disparity 1 to 9, median 5") == 4
     assert "add --images" in complaint(capsys, "view", tmp_path)
+
+
+def test_a_published_set_is_written_in_parts_and_merged(tmp_path, capsys):
+    for k in range(5):
+        path = tmp_path / "raw" / "train" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 60, 3), 9 * k, np.uint8)).save(path)
+    (tmp_path / "raw" / "train" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "raw" / "train.csv").write_text("id,url")
+    typed = ["shard", "landmarks", str(tmp_path / "raw"), "--per-shard", "2"]
+    for k in ("1", "2"):
+        assert main([*typed[:3], str(tmp_path / k), *typed[3:], "--part", f"{k}/2"]) == 0
+        assert f"part {k} of 2 is written" in capsys.readouterr().out
+    assert "go on writing it" in complaint(capsys, "view", tmp_path / "1")
+    assert main(["merge", str(tmp_path / "all"), str(tmp_path / "1"), str(tmp_path / "2")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"set: +landmarks\n.*records: +5\n.*count: +6\n", out, re.DOTALL)
+    assert "not taken:  1 (1 x the image cannot be decoded" in out and "passed over: 1 .csv" in out
+    assert main([*typed[:3], str(tmp_path / "whole"), *typed[3:]]) == 0
+    assert open_set(tmp_path / "whole") == replace(open_set(tmp_path / "all"), root=str(tmp_path / "whole"))
+    assert main(["verify", str(tmp_path / "all"), "--decode", "--workers", "2"]) == 0
+    assert "other settings" in complaint(capsys, *typed[:3], tmp_path / "whole", "--per-shard", "3")
+
+
+def test_a_part_is_typed_as_k_of_n(tmp_path, capsys):
+    for part in ("3", "a/b", "1/", "-1/3"):
+        with pytest.raises(SystemExit):
+            main(["shard", "sa1b", str(tmp_path), str(tmp_path / "out"), f"--part={part}"])
+        assert "is no part: the third of eight is 3/8" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from pathlib import Path
 from depth_anything.data.progress import Progress
 from depth_anything.data.shards import ShardError, ShardInfo, ShardSet, open_set
 from depth_anything.data.sources.listing import ABOUT_LISTING, LISTING, Listing
-from depth_anything.data.sources.writing import ABOUT, SETTINGS, finish, missing_shards, shard_name
+from depth_anything.data.sources.making import shard_name
+from depth_anything.data.sources.writing import ABOUT, SETTINGS, finish, missing_shards
 from depth_anything.data.tars import info_of, remove_stale, temporary_name
 
 _NOTES = (".skipped.json", ".pixels.json", ".idx")

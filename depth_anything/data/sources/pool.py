@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from depth_anything.data.shards import ShardError
-from depth_anything.data.sources.writing import Job, write_one
+from depth_anything.data.sources.making import Job, write_one
 
 _TELL_S = 0.2  # between two words on how far a worker has come
 

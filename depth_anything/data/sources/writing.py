@@ -5,7 +5,6 @@ will say), the listing (see listing.py), of each shard NAME.skipped.json where f
 NAME.pixels.json where it has labels, and, when every shard is there, manifest.json.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -13,18 +12,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from depth_anything.data.progress import Progress
-from depth_anything.data.shards import ShardError, ShardSet, open_set, write_manifest, write_shard
-from depth_anything.data.sources.listing import ABOUT_LISTING, Listing, make_listing, shown_name
-from depth_anything.data.sources.record import Made, to_record
-from depth_anything.data.sources.source import Facts, Raw, Refused
-from depth_anything.data.tars import info_of, remove_stale, write_atomically, write_new
+from depth_anything.data.shards import ShardError, ShardSet, open_set, write_manifest
+from depth_anything.data.sources.listing import ABOUT_LISTING, Listing, make_listing
+from depth_anything.data.sources.making import Job, shard_name, write_json, write_one
+from depth_anything.data.sources.pool import make_shards
+from depth_anything.data.sources.source import Facts, Raw
+from depth_anything.data.tars import info_of, remove_stale, write_new
 from depth_anything.licences import check_licence
 
 SETTINGS, ABOUT = "settings.json", "about.json"
@@ -33,16 +32,6 @@ SKY = ("far", "invalid")
 _NAMED = 100  # skipped files that the manifest names; NAME.skipped.json has them all
 _THREADS = 16
 _REASONS = 50  # that the manifest counts apart
-_GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
-_OF_THE_FILE = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 
 
 class Source(Protocol):
@@ -88,7 +77,7 @@ def write_source(
         source: Reads the raw data.
         raw: Where they lie.
         root: Folder of the set, made if need be; parts may share it or not.
-        name: Of the set; None: the folder's.
+        name: Of the set, needed with parts; None: the folder's.
         per_shard: Lines a shard.
         part: (k, n): the k-th of n parts, from 1.
         workers: Processes that make shards; 0 makes them in this one.
@@ -105,6 +94,8 @@ def write_source(
         ValueError: If the folder holds another set, nothing is found in `raw`, or everything is refused.
     """
     raw, root, facts = Path(raw), Path(root), source.FACTS
+    if name is None and part[1] > 1:  # it stands in every key, and their folders may be called differently
+        raise ValueError("parts of a set need the same name, wherever they are written: type --name, too")
     name = _checked(name or root.resolve().name, per_shard=per_shard, part=part, workers=workers, sky=sky)
     leave_out = list(facts.leave_out if leave_out is None else leave_out)
     settings = {
@@ -136,15 +127,17 @@ def write_source(
         for shard in missing
     )
     total = sum(len(listing.numbers(shard)) for shard in missing)
-    with Progress(f"writing {root}", total=total) as progress:
-        if workers and len(missing) > 1:
-            from depth_anything.data.sources.pool import make_shards
+    _make(jobs, root, total=total, workers=workers if len(missing) > 1 else 0)
+    return finish(root, listing)
 
+
+def _make(jobs: Iterator[Job], root: Path, *, total: int, workers: int) -> None:
+    with Progress(f"writing {root}", total=total) as progress:
+        if workers:
             make_shards(jobs, workers=workers, tick=progress.update)
         else:
             for job in jobs:
                 write_one(job, progress.update)
-    return finish(root, listing)
 
 
 def finish(root: Path, listing: Listing) -> ShardSet | None:
@@ -188,85 +181,6 @@ def missing_shards(root: Path, listing: Listing, *, among: range | None = None) 
     return [shard for shard in left if not _all_refused(root, shard, len(listing.numbers(shard)), there)]
 
 
-def shard_name(shard: int) -> str:
-    """Return the name of a set's shard by its number."""
-    return f"{shard:05d}"
-
-
-# One shard
-
-
-@dataclass(frozen=True)
-class Job:
-    """A shard to be made, and all that decides its bytes."""
-
-    source: Any
-    raw: Path
-    root: Path
-    name: str
-    short_side: int | None
-    shard: int
-    numbers: range
-    lines: list[str]
-
-
-def write_one(job: Job, tick: Callable[[], object]) -> None:
-    """Write one shard and the notes on it; `tick` is called after each line.
-
-    Raises:
-        ShardError: The raw folder is gone, or its disk fails: that is no reason to leave records out.
-    """
-    made = _records(job, tick)
-    first = next(made, None)
-    if first is not None:
-        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], made))
-
-
-def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Make the records of a shard; what is told of them is written before the shard can be seen."""
-    skipped: list[tuple[str, str]] = []
-    labels: Counter[tuple[str, str | None]] = Counter()
-    pixels: Counter[str] = Counter()
-    stem = shard_name(job.shard)
-    for number, line in zip(job.numbers, job.lines, strict=True):
-        try:
-            made = _make(job, line)
-        except Refused as refusal:
-            skipped.append((refusal.name, refusal.reason))
-        else:
-            pixels.update(made.pixels)
-            labels.update([(made.quantity, made.unit)] if made.quantity else [])
-            yield f"{job.name}/{stem}/{number:07d}", made.fields
-        tick()
-    if skipped:
-        _write_json(job.root / f"{stem}.skipped.json", skipped)
-    if labels:
-        rows = [[quantity, unit, count] for (quantity, unit), count in sorted(labels.items(), key=str)]
-        _write_json(job.root / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
-
-
-def _make(job: Job, line: str) -> Made:
-    """Read a line's record; Refused if it cannot be taken."""
-    name, facts = shown_name(line), job.source.FACTS
-    try:
-        return to_record(
-            job.source.read(job.raw, line), source=facts.name, name=name, short_side=job.short_side
-        )
-    except ShardError:
-        raise
-    except (ValueError, OSError) as error:
-        # A record is left out for what is wrong with it, never because a disk is gone or fails.
-        if not job.raw.exists():
-            raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
-        if not isinstance(error, OSError):
-            raise Refused(name, str(error)) from error
-        if error.errno not in _OF_THE_FILE:
-            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
-        raise Refused(name, error.strerror or type(error).__name__) from error
-    except Exception as error:
-        raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
-
-
 # What the folder says of itself
 
 
@@ -308,7 +222,7 @@ def _write_about(root: Path, facts: Facts, told: Mapping[str, str | None]) -> No
     }
     new = {**new, **{key: value for key, value in told.items() if value is not None}}
     if new != about:
-        _write_json(path, new)
+        write_json(path, new)
 
 
 def _note(made: ShardSet, told: Mapping[str, str | None]) -> ShardSet:
@@ -410,7 +324,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ShardError(f"{path} is damaged ({error}): remove it and the tar it is named after") from error
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -70,7 +70,7 @@ def test_sa1b_is_read_out_of_its_tars_whatever_they_are_called(tmp_path, packed)
     }
     assert made.meta["left_out"] == {".json": 5} and made.meta["licence"] == "LicenseRef-SA-1B"
     part = [
-        write_source(load("sa1b"), raw, tmp_path / "p" / "sa1b", per_shard=3, part=(k, 2)) for k in (2, 1)
+        write_source(load("sa1b"), raw, tmp_path / "p", name="sa1b", per_shard=3, part=(k, 2)) for k in (2, 1)
     ]
     assert part[1].digest == made.digest, "a packed tar can be read backwards, too"
 

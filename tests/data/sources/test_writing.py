@@ -237,6 +237,7 @@ def test_other_names_may_be_left_out(raw, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"part": (1, 3), "name": None}, "need the same name.*--name"),
         ({"part": (0, 3)}, "part 0/3"),
         ({"part": (4, 3)}, "part 4/3"),
         ({"per_shard": 0}, "per_shard=0"),

@@ -1,0 +1,108 @@
+"""One shard of a set: its lines read, made records, written with what there is to tell of them."""
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from depth_anything.data.shards import ShardError, write_shard
+from depth_anything.data.sources.listing import shown_name
+from depth_anything.data.sources.record import Made, to_record
+from depth_anything.data.sources.source import Refused
+from depth_anything.data.tars import write_atomically
+
+_GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
+_OF_THE_FILE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+
+
+def shard_name(shard: int) -> str:
+    """Return the name of a set's shard by its number."""
+    return f"{shard:05d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be made, and all that decides its bytes."""
+
+    source: Any
+    raw: Path
+    root: Path
+    name: str
+    short_side: int | None
+    shard: int
+    numbers: range
+    lines: list[str]
+
+
+def write_one(job: Job, tick: Callable[[], object]) -> None:
+    """Write one shard and the notes on it; `tick` is called after each line.
+
+    Raises:
+        ShardError: The raw folder is gone, or its disk fails: that is no reason to leave records out.
+    """
+    made = _records(job, tick)
+    first = next(made, None)
+    if first is not None:
+        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], made))
+
+
+def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Make the records of a shard; what is told of them is written before the shard can be seen."""
+    skipped: list[tuple[str, str]] = []
+    labels: Counter[tuple[str, str | None]] = Counter()
+    pixels: Counter[str] = Counter()
+    stem = shard_name(job.shard)
+    for number, line in zip(job.numbers, job.lines, strict=True):
+        try:
+            made = _make(job, line)
+        except Refused as refusal:
+            skipped.append((refusal.name, refusal.reason))
+        else:
+            pixels.update(made.pixels)
+            labels.update([(made.quantity, made.unit)] if made.quantity else [])
+            yield f"{job.name}/{stem}/{number:07d}", made.fields
+        tick()
+    if skipped:
+        write_json(job.root / f"{stem}.skipped.json", skipped)
+    if labels:
+        rows = [[quantity, unit, count] for (quantity, unit), count in sorted(labels.items(), key=str)]
+        write_json(job.root / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
+
+
+def _make(job: Job, line: str) -> Made:
+    """Read a line's record; Refused if it cannot be taken."""
+    name, facts = shown_name(line), job.source.FACTS
+    try:
+        return to_record(
+            job.source.read(job.raw, line), source=facts.name, name=name, short_side=job.short_side
+        )
+    except ShardError:
+        raise
+    except (ValueError, OSError) as error:
+        # A record is left out for what is wrong with it, never because a disk is gone or fails.
+        if not job.raw.exists():
+            raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
+        if not isinstance(error, OSError):
+            raise Refused(name, str(error)) from error
+        if error.errno not in _OF_THE_FILE:
+            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
+        raise Refused(name, error.strerror or type(error).__name__) from error
+    except Exception as error:
+        raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that is seen whole or not at all."""
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -1,0 +1,122 @@
+"""What a set is made of, listed once by one process while others wait."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from depth_anything.data.progress import Progress, duration
+from depth_anything.data.shards import ShardError
+from depth_anything.data.sources import listing
+from depth_anything.data.sources.listing import (
+    Listing,
+    as_field,
+    digest_of,
+    from_field,
+    make_listing,
+    shown_name,
+)
+
+
+@pytest.mark.parametrize("per_shard", [1, 3, 7, 8, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_each_shard_has_its_lines(tmp_path, monkeypatch, per_shard, chunk):
+    monkeypatch.setattr(listing, "_CHUNK", chunk)
+    lines = [f"{'x' * (k % 4)}ä{k}\t{k}" for k in range(7)]
+    make_listing(tmp_path, lines)
+    made = Listing(tmp_path, per_shard=per_shard)
+    shards = [made.lines(shard) for shard in range(made.shards)]
+    assert shards == [lines[k : k + per_shard] for k in range(0, 7, per_shard)]
+    assert [len(made.numbers(shard)) for shard in range(made.shards)] == [len(shard) for shard in shards]
+    assert (made.count, made.digest) == digest_of(lines)
+
+
+def test_names_of_any_kind_come_through(tmp_path):
+    names = [os.fsdecode(b"caf\xe9"), "tab\tbed", "line\nend\r", "back\\slash\\t", "日本", ""]
+    for name in names:
+        assert from_field(as_field(name)) == name
+    make_listing(tmp_path, [as_field(name) + "\tmore" for name in names])
+    (first, *others) = Listing(tmp_path, per_shard=10).lines(0)
+    assert shown_name(first) == "caf\\udce9" and [shown_name(line) for line in others] == names[1:]
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="holds a line end"):
+        make_listing(other, ["a\nb"])
+
+
+def test_a_listing_that_was_changed_is_refused(tmp_path):
+    make_listing(tmp_path, ["a", "b"])
+    for data in (b"a\nc\n", b"a\n", b"a\nb", b""):
+        (tmp_path / "listing.txt").write_bytes(data)
+        with pytest.raises(ShardError, match="is not the listing that the set was begun with"):
+            Listing(tmp_path, per_shard=1)
+    (tmp_path / "listing.txt").unlink()
+    with pytest.raises(ShardError, match="put it back"):
+        Listing(tmp_path, per_shard=1)
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="nothing is left to take .passed over: {'b\\*': 1}"):
+        make_listing(tmp_path, ["b/1\tx"], leave_out=["b*"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_at_once_list_once(tmp_path):
+    listed, begun = [], threading.Barrier(4)
+
+    def find():
+        listed.append(1)
+        for k in range(20):
+            time.sleep(0.005)
+            yield str(k)
+
+    def run():
+        begun.wait()
+        make_listing(tmp_path, find())
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(listed) == 1 and Listing(tmp_path, per_shard=9).count == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["listing.json", "listing.txt"]
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    (tmp_path / ".listing.lock").write_text(f"{socket.gethostname()} {done.stdout.strip()} abc")
+    make_listing(tmp_path, ["a"])
+    assert Listing(tmp_path, per_shard=1).count == 1 and not (tmp_path / ".listing.lock").exists()
+
+
+def test_the_lock_of_another_machine_holds_as_long_as_it_gives_signs_of_life(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(listing, "_STILL_S", 0.8)
+    lock = tmp_path / ".listing.lock"
+    lock.write_text("elsewhere 1 abc")
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (make_listing(tmp_path, ["a"]), done.set()))
+    thread.start()
+    for k in range(12):
+        assert not done.wait(0.1), "it must not be taken from the living"
+        os.utime(lock, ns=(k, k))
+    thread.join(timeout=30)
+    assert done.is_set() and not lock.exists()
+    assert "waiting for process 1 on elsewhere, which lists the set" in capsys.readouterr().err
+
+
+def test_progress_tells_rate_and_rest(capsys, monkeypatch):
+    progress = Progress("writing data/x", total=7200, unit="record")
+    progress.done = 3600
+    assert progress.line(60.0) == "writing data/x: 3,600 of 7,200 records, 60.0 a second, 1 min 0 s to go"
+    assert duration(59.6) == "1 min 0 s" and duration(3600) == "1 h 0 min" and duration(90000) == "1 d 1 h"
+    progress.update()
+    assert not capsys.readouterr().err, "not at every record"
+    progress._said -= 31
+    progress.update(9)
+    assert "3,610 of 7,200 records" in capsys.readouterr().err
