@@ -87,7 +87,7 @@ def draw_histograms(
     if tally is not None:
         _draw_tally(axes[0], tally)
     for axis, (label, numbers) in zip(axes[len(columns) - len(others) :], others, strict=True):
-        axis.hist(numbers, bins=30, color=_BLUE)
+        axis.hist(numbers, bins=min(30, max(4, len(set(numbers)))), color=_BLUE)
         axis.set_xlabel(label)
         axis.set_ylabel("records")
     for axis in axes:

@@ -27,6 +27,7 @@ NEAR_M, FAR_M = 0.03, 200.0
 """A median depth outside of these is said: indoors it is some 3 m, in streets some 20 m."""
 
 _UNITS = (("unit: mm", 0.001), ("unit: cm", 0.01), ("unit: m", 1.0), ("scale: 1/256", 1 / 256))
+_SKY = (170, 225, 255)  # light blue, which the map's colours do not have
 _FLAT = 0.002  # of the pixels have the largest value: more than a single spot
 _MANY = 0.9  # of the maps must show a sign before it is said
 _FEW = 4  # maps are too few for a sign
@@ -151,7 +152,10 @@ class _Look:
 
     def picture(self) -> np.ndarray:
         """The histogram, and below it the overlays."""
-        title = f"{self.custom.quantity} of {len(self.seen)} records: {self.custom.depth}"
+        title = (
+            f"{self.custom.quantity} of {len(self.seen)} records in {self.custom.depth} "
+            "(below: near is red, sky light blue, unknown grey)"
+        )
         columns = 4
         width = columns * (TILE_PX + 4) + 4
         top = draw_histograms(self.tally, [], title=title, width_px=width)
@@ -263,7 +267,7 @@ def _value_doubts(custom: Custom, seen: Sequence[Seen]) -> list[str]:
 
 
 def _tile(name: str, image: np.ndarray, label: np.ndarray, quantity: str) -> np.ndarray:
-    """The image, and below it the same under its map: near is red, grey has no value."""
+    """The image, and below it the same under its map: near is red, sky light blue, what has no value grey."""
     height = max(1, round(image.shape[0] * TILE_PX / image.shape[1]))
     small = cv2.resize(image, (TILE_PX, height), interpolation=cv2.INTER_AREA)
     known = np.isfinite(label)
@@ -277,7 +281,9 @@ def _tile(name: str, image: np.ndarray, label: np.ndarray, quantity: str) -> np.
     drawn = np.asarray(cv2.resize(spread, (TILE_PX, height), interpolation=cv2.INTER_NEAREST))
     colours = colorize(drawn, valid=drawn >= 0, low=float(low), high=float(high))
     grey = np.asarray(small).mean(2, keepdims=True)
-    over = np.where((drawn >= 0)[..., None], 0.25 * grey + 0.75 * colours, grey).astype(np.uint8)
+    over = np.where((drawn >= 0)[..., None], 0.25 * grey + 0.75 * colours, grey)
+    sky = cv2.resize((label == np.inf).astype(np.uint8), (TILE_PX, height), interpolation=cv2.INTER_NEAREST)
+    over = np.where((np.asarray(sky) > 0)[..., None] & (drawn < 0)[..., None], _SKY, over).astype(np.uint8)
     middle = float(np.median(label[known]))
     text = f"{middle:.3g} m" if quantity == "depth" else f"{middle:.3g}"
     return np.concatenate([np.asarray(small), over, _caption(f"{name}  median {text}")])
