@@ -45,7 +45,7 @@ def test_a_set_is_checked_written_and_counted(tmp_path, capsys):
 
 
 def test_what_was_begun_goes_on_without_another_look(tmp_path, monkeypatch):
-    make_set(tmp_path)
+    make_set(tmp_path, yaml="name: yard\nunit: mm\n")
     typed = ["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out"), "--per-shard", "2"]
     assert main([*typed, "--part", "1/2"]) == 0
     looked = []
