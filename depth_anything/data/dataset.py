@@ -93,6 +93,8 @@ class StreamDataset(Dataset):
             if source.name in self._source:
                 raise ValueError(f"two sets are called {source.name}; name one of them otherwise")
             self._source[source.name] = source
+        readers = [source for source in self.sources if isinstance(source, Records | JoinedRecords)]
+        self._far = {source.name: source for source in readers if source.is_far}
         shards = [shard for source in self.sources for shard in source.shards]
         self.stream = Stream(shards, seed=seed, streams=streams, repeat=repeat)
         self._bad: set[tuple[str, int]] = set()  # records that have failed in this process
@@ -126,6 +128,8 @@ class StreamDataset(Dataset):
         arrays = arrays_in(memory, fields)
         image, target, valid = (arrays[name] for name in ("image", "target", "valid"))
         failed = []
+        if self._far:
+            self._expect(numbers)
         for i, n in enumerate(numbers):
             failure = self._fill(n, image[i], target[i], valid[i])
             failed += [failure] if failure else []
@@ -137,6 +141,17 @@ class StreamDataset(Dataset):
         if place is not None:
             return Placed(place, fields, {"failed": failed})
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "failed": failed}
+
+    def _expect(self, numbers: Sequence[int]) -> None:
+        """Let sets that are far away fetch the records of a micro-batch side by side."""
+        places: dict[str, list[tuple[str, int]]] = {}
+        for n in numbers:
+            _, shard, index = self.stream.locate(n)
+            name = shard.split("/")[0]
+            if name in self._far and (shard, index) not in self._bad:
+                places.setdefault(name, []).append((shard, index))
+        for name, wanted in places.items():
+            self._far[name].expect(wanted)
 
     def hand_over(self, *, workers: int, micro_batch: int, places: int = 4) -> None:
         """Let forked loader workers write micro-batches where the main process reads them.

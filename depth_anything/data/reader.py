@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from depth_anything.data import remote
@@ -22,14 +25,21 @@ from depth_anything.data.tars import (
     parse_index,
 )
 
+_SIDE_BY_SIDE = 16  # requests that a process has under way
+
+_threads: list[ThreadPoolExecutor] = []
+os.register_at_fork(after_in_child=_threads.clear)
+
+Fields = tuple[str, dict[str, bytes]]
+
 
 class ShardReader:
     """Reads records of shards singly.
 
     Local files are read by offset, http, https, s3 and gs by range. Other addresses (pipe:, http servers
     without ranges) are copied whole into a cache folder on first use, after one line on stderr that says how
-    much disk this takes. Files are opened when needed, and anew in a forked or spawned process; a thread
-    needs its own. What comes damaged from afar is fetched once more before it counts as damaged.
+    much disk this takes. Files are opened when needed, and anew in a forked or spawned process; threads may
+    share a reader. What comes damaged from afar is fetched once more before it counts as damaged.
     """
 
     def __init__(
@@ -43,12 +53,12 @@ class ShardReader:
             total_bytes: of all shards that will be read, for the line on stderr.
         """
         self.max_open, self.max_indexes, self.total_bytes = max_open, max_indexes, total_bytes
-        self._process = os.getpid()
+        self._process, self._lock = os.getpid(), threading.RLock()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
         self._gone: dict[str, str] = {}  # shards of which nothing can be read, and why
 
-    def read(self, url: str | Path, index: int, *, hash: str | None = None) -> tuple[str, dict[str, bytes]]:
+    def read(self, url: str | Path, index: int, *, hash: str | None = None) -> Fields:
         """Read one record: its key, and its fields (extension to bytes), each held against its crc32.
 
         Args:
@@ -78,9 +88,7 @@ class ShardReader:
                 self._gone[url] = error.reason  # its other records need not ask
             raise
 
-    def _read(
-        self, url: str, index: int, hash: str | None, *, fresh: bool = False
-    ) -> tuple[str, dict[str, bytes]]:
+    def _read(self, url: str, index: int, hash: str | None, *, fresh: bool = False) -> Fields:
         key = ""
         try:
             table = self.index(url)
@@ -121,10 +129,12 @@ class ShardReader:
         url = str(url)
         table = self._indexes.get(url)
         if table is None:
-            table = self._indexes[url] = _load_index(url)
+            table = _load_index(url)
+        with self._lock:
+            self._indexes[url] = table
+            self._indexes.move_to_end(url)
             if len(self._indexes) > self.max_indexes:
                 self._indexes.popitem(last=False)
-        self._indexes.move_to_end(url)
         return table
 
     def close(self) -> None:
@@ -155,7 +165,8 @@ class ShardReader:
                 url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
             )
         else:
-            data = os.pread(self._open(url), count, start)
+            with self._lock:
+                data = os.pread(self._open(url), count, start)
         if len(data) != count:
             raise ShardError(f"{len(data)} bytes came in place of {count}: the shard is truncated")
         return data
@@ -173,6 +184,28 @@ class ShardReader:
         return descriptor
 
 
+class _Ahead:
+    """Records that are being fetched, each by a thread, before they are asked for."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._under_way: dict[tuple[str, int], Future[Fields]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Ahead, ()
+
+    def begin(self, fetch: Callable[[str, int], Fields], places: Iterable[tuple[str, int]]) -> None:
+        """Fetch these, and forget what was never asked for."""
+        if not _threads:
+            _threads.append(ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="fetch"))
+        self._process = os.getpid()
+        self._under_way = {place: _threads[0].submit(fetch, *place) for place in dict.fromkeys(places)}
+
+    def take(self, shard: str, index: int) -> Future[Fields] | None:
+        """Return what was begun of a record, if it was, and by this process."""
+        return self._under_way.pop((shard, index), None) if self._process == os.getpid() else None
+
+
 class Records:
     """The records of a set, read singly; cheap to make and to send to other processes.
 
@@ -186,14 +219,23 @@ class Records:
         """Open nothing yet."""
         self.set, self.name, self.digest = shard_set, shard_set.name, shard_set.digest
         self._infos = {f"{self.name}/{shard.name}": shard for shard in shard_set.shards}
-        self._reader = ShardReader(total_bytes=shard_set.bytes)
+        self._reader, self._ahead = ShardReader(total_bytes=shard_set.bytes), _Ahead()
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every shard."""
         return [(name, info.records) for name, info in self._infos.items()]
 
-    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
+    @property
+    def is_far(self) -> bool:
+        """Whether reading means asking a server, so that `expect` pays."""
+        return is_remote(self.set.root)
+
+    def expect(self, places: Iterable[tuple[str, int]]) -> None:
+        """Begin to fetch records that will be read next, side by side."""
+        self._ahead.begin(self._fetch, places)
+
+    def read(self, shard: str, index: int) -> Fields:
         """Read a record: key and fields.
 
         Args:
@@ -204,6 +246,10 @@ class Records:
             BadRecord: it cannot be read, or is not what the manifest means.
             Outage: it cannot be had for now.
         """
+        begun = self._ahead.take(shard, index)
+        return begun.result() if begun else self._fetch(shard, index)
+
+    def _fetch(self, shard: str, index: int) -> Fields:
         return _read(self._reader, self.set, self._infos[shard], shard, index)
 
 
@@ -235,14 +281,23 @@ class JoinedRecords:
         self.digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
         self._label_infos = {f"{labels.name}/{shard.name}": shard for shard in labels.shards}
         self._image_infos = {shard.name: shard for shard in images.shards}
-        self._reader = ShardReader(total_bytes=images.bytes + labels.bytes)
+        self._reader, self._ahead = ShardReader(total_bytes=images.bytes + labels.bytes), _Ahead()
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every label shard."""
         return [(name, info.records) for name, info in self._label_infos.items()]
 
-    def read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
+    @property
+    def is_far(self) -> bool:
+        """Whether reading means asking a server, so that `expect` pays."""
+        return is_remote(self.images.root) or is_remote(self.labels.root)
+
+    def expect(self, places: Iterable[tuple[str, int]]) -> None:
+        """Begin to fetch records that will be read next, side by side."""
+        self._ahead.begin(self._fetch, places)
+
+    def read(self, shard: str, index: int) -> Fields:
         """Read a label and its image: the key they share; all fields of the image but labels, and the
         label's.
 
@@ -250,8 +305,12 @@ class JoinedRecords:
             BadRecord: either cannot be read, or they do not belong together.
             Outage: either cannot be had for now.
         """
+        begun = self._ahead.take(shard, index)
+        return begun.result() if begun else self._fetch(shard, index)
+
+    def _fetch(self, shard: str, index: int) -> Fields:
         try:
-            return self._read(shard, index)
+            return self._pair(shard, index)
         except _NoPair:
             info = self._label_infos[shard]
             addresses = self.labels.url(info.name), self.images.url(info.name)
@@ -259,9 +318,9 @@ class JoinedRecords:
                 raise
             for address in addresses:  # either index may have come damaged
                 self._reader.forget(address)
-            return self._read(shard, index)
+            return self._pair(shard, index)
 
-    def _read(self, shard: str, index: int) -> tuple[str, dict[str, bytes]]:
+    def _pair(self, shard: str, index: int) -> Fields:
         info = self._label_infos[shard]
         key, label = _read(self._reader, self.labels, info, shard, index, what="label: ")
         image_info = self._image_infos.get(info.name)
@@ -286,7 +345,7 @@ class _NoPair(BadRecord):
 
 def _read(
     reader: ShardReader, shards: ShardSet, info: ShardInfo, shard: str, index: int, *, what: str = ""
-) -> tuple[str, dict[str, bytes]]:
+) -> Fields:
     try:
         return reader.read(shards.url(info.name), index, hash=info.hash)
     except BadRecord as error:

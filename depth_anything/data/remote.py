@@ -365,7 +365,8 @@ def _later(error: Exception) -> _Later:
     if isinstance(error, e.ProxyError):
         cause = error.original_error
     if isinstance(cause, e.IncompleteRead | http.client.IncompleteRead):
-        return _Later(f"cut short after {cause.partial} bytes, {cause.expected} were still to come")
+        came = cause.partial if isinstance(cause.partial, int) else len(cause.partial)
+        return _Later(f"cut short after {came} bytes, {cause.expected} were still to come")
     if isinstance(cause, e.NameResolutionError):
         return _Later("its host's name is not known")
     if isinstance(cause, e.NewConnectionError):

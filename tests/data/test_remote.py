@@ -328,6 +328,26 @@ def test_threads_may_read_side_by_side(server):
     assert not errors
 
 
+def test_expected_records_come_side_by_side(server):
+    """Four requests are answered when all four are there, and not before."""
+    read = Records(open_set(f"{server.address}/set"))
+    read.read("set/000001", 0)
+    meeting = threading.Barrier(4, timeout=20)
+    server.fault = lambda path, times: meeting.wait() and None
+    places = [("set/000001", index) for index in (3, 1, 4, 0)]
+    read.expect(places)
+    assert [read.read(*place) for place in places] == [records("000001")[index] for _, index in places]
+    server.fault = faults("404", "*")
+    read.expect([("set/000001", 2), ("set/000002", 2)])
+    assert read.read("set/000002", 2) == records("000002")[2]
+    with pytest.raises(BadRecord, match="HTTP 404"):
+        read.read("set/000001", 2)
+    read.expect([("set/000002", 1)])
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # what the parent began is not the child's
+        assert pool.apply(read.read, ("set/000002", 1)) == records("000002")[1]
+    assert pickle.loads(pickle.dumps(read)).read("set/000002", 1) == records("000002")[1]
+
+
 def test_settings_that_are_no_numbers(server, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "many")
     with pytest.raises(ValueError, match="DEPTH_ANYTHING_RETRIES=many is no number above 0"):
