@@ -167,14 +167,14 @@ class Custom:
         return self._raw(data, size, stored)
 
     def _raw(self, data: bytes, size: tuple[int, int], stored: np.ndarray) -> Raw:
-        sky = None
-        if self.sky is not None:
-            sky = stored == _as_stored(self.sky, stored)
-        elif self.sky_from is not None:
-            sky = stored >= _as_stored(self.sky_from, stored)
-        unknown = np.zeros(stored.shape, bool)
-        for value in self.invalid:
-            unknown |= stored == _as_stored(value, stored)
+        sky, unknown = None, np.zeros(stored.shape, bool)
+        with np.errstate(over="ignore"):  # numpy compares in the file's type, where 655.35 is another number
+            if self.sky is not None:
+                sky = stored == self.sky
+            elif self.sky_from is not None:
+                sky = stored >= self.sky_from
+            for value in self.invalid:
+                unknown |= stored == value
         invalid = {"declared invalid": unknown} if self.invalid else {}
         values = stored.astype(np.float64) * self.scale
         meta: dict[str, Any] = {}
@@ -271,12 +271,6 @@ def _walk(top: Path, leave_out: set[Path]) -> Iterator[str]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(here, name), top)
-
-
-def _as_stored(value: float, stored: np.ndarray) -> Any:
-    """A value of the yaml as the file would hold it: 655.35 is another number in 32 bits than in 64."""
-    with np.errstate(over="ignore"):
-        return stored.dtype.type(value) if stored.dtype.kind == "f" else value
 
 
 def _nothing_fits(custom: Custom, images: Mapping[str, str], depths: Mapping[str, str]) -> str:
