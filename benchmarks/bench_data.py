@@ -1,11 +1,19 @@
-"""Images a second that one core brings from shard to batch, beside the same work done the authors' way.
+"""The loader beside the authors' way and beside the bare work, from shard to batch, image and label.
 
-    python benchmarks/bench_data.py [--images FOLDER] [--json FILE]
+    OMP_NUM_THREADS=1 nice -n -15 python benchmarks/bench_data.py [--images FOLDER] [--json FILE]
 
-Both sides start from the same JPEGs and the same maps. Ours: image and label shards as training reads them, the label
-at the short side of 518. Theirs: the chain of the official metric_depth loader (float64, cv2 cubic without
-antialiasing, whole frames normalised and cut last), reading a JPEG and a 16-bit PNG of full size per sample. Ours
-leaves normalising to the device; a second ratio counts it in. All on one thread, by process CPU time, from warm files.
+All sides start from the same JPEGs and the same maps, of 1024 x 768, and go through a DataLoader of their own with 1
+and with 2 workers; they take turns, so that a busy machine slows all. CPU time is that of all processes of a side.
+
+    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole frames
+                       normalised and cut last, a JPEG and a 16-bit PNG of full size a sample
+    ours               image and label shards as training reads them, labels at the short side of 518
+    ours, pre-resized  the same with images of that size, JPEG quality 92, as `shard --short-side 518` writes them
+    bare               what no loader can do without, of the same bytes: decode image and label, resize the image; the
+                       bytes are in memory, and nothing is handed over
+    bare, image        the same without the label
+
+Ours leaves normalising to the device; a ratio counts it in.
 """
 
 import argparse
@@ -16,25 +24,27 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.sample import Frame, decode_image, disparity_target
+from depth_anything.data.loader import AHEAD, identity, stream_loader
 from depth_anything.data.shards import JoinedRecords, write_manifest, write_shard
-from depth_anything.data.transforms import View, draw_view, normalize, resize_image, view_image, view_map
+from depth_anything.data.stream import MicroBatches
+from depth_anything.data.timing import Stages, Window, bare_sample, report, spread, staged_sample
+from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize_shape
 
 SHARD = "000000"
-NAMES = ("image", "target", "valid")
+ENDINGS = ("", ", pre-resized")
+COPIES = 32
 
 
 def procedural(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -68,24 +78,41 @@ def disparity(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip((values + 3e-4 * noise / noise.std() * (values > 0)) / 0.61, 0, 1)
 
 
-def write_inputs(root: Path, args: argparse.Namespace) -> JoinedRecords:
-    """Write every original twice: as files for their side, and as records for ours."""
+def write_inputs(root: Path, args: argparse.Namespace) -> dict[str, JoinedRecords]:
+    """Write every original as files for their side, and as records for ours, as it is and pre-resized."""
     rng = np.random.default_rng(0)
     found = photographs(args.images, args.height, args.width) if args.images else iter(())
     pictures = list(found)[: args.count] or [
         procedural(rng, args.height, args.width) for _ in range(args.count)
     ]
     size = resize_shape(args.height, args.width, args.side)
-    images, labels = [], []
+    images: dict[str, list[Any]] = {ending: [] for ending in ENDINGS}
+    labels = []
     for i, picture in enumerate(pictures):
         jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+        small = resize_image(picture, *size)
         whole = disparity(rng, args.height, args.width)
         (root / f"{i}.jpg").write_bytes(jpeg)
         cv2.imwrite(str(root / f"{i}.png"), np.rint(whole * 65535).astype(np.uint16))
         label = cv2.resize(whole, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        images.append((f"bench/{i}", {"jpg": jpeg}))
+        images[ENDINGS[0]].append((f"bench/{i}", {"jpg": jpeg, "json": b"{}"}))
+        smaller = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+        images[ENDINGS[1]].append((f"bench/{i}", {"jpg": smaller, "json": b"{}"}))
         labels.append((f"bench/{i}", {"disparity.q12": codec.encode(label, codec="q12")}))
     args.count = len(pictures)
+    # Each record many times over: a pass of eight would be all beginnings.
+    return {
+        ending: joined(root / f"set{number}", copies(images[ending]), copies(labels))
+        for number, ending in enumerate(ENDINGS)
+    }
+
+
+def copies(records: list[Any]) -> list[Any]:
+    return [(f"{key}-{copy}", fields) for copy in range(COPIES) for key, fields in records]
+
+
+def joined(root: Path, images: list[Any], labels: list[Any]) -> JoinedRecords:
+    """Write images and labels as two sets, and join them."""
     image_shard = write_shard(root / "images" / f"{SHARD}.tar", images)
     label_shard = write_shard(root / "labels" / f"{SHARD}.tar", labels)
     meta = {"images": {"hashes": {SHARD: image_shard.hash}}}
@@ -95,122 +122,136 @@ def write_inputs(root: Path, args: argparse.Namespace) -> JoinedRecords:
     )
 
 
-class Stages:
-    """CPU milliseconds by stage, a list of one figure an image each."""
+class Theirs(Dataset):
+    """Samples as the official loader makes them; the DataLoader stacks them."""
 
-    def __init__(self) -> None:
-        self.milliseconds: dict[str, list[float]] = defaultdict(list)
+    def __init__(self, root: Path, count: int, side: int) -> None:
+        self.root, self.count, self.side = root, count, side
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.process_time()
-        yield
-        self.milliseconds[name].append(1e3 * (time.process_time() - start))
-
-    def medians(self) -> dict[str, float]:
-        return {name: round(float(np.median(values)), 3) for name, values in self.milliseconds.items()}
+    def __getitem__(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return theirs(self.root, n % self.count, self.side, np.random.default_rng(n))
 
 
 def theirs(
-    root: Path, numbers: list[int], side: int, rng: np.random.Generator, stage: Stages
-) -> dict[str, Any]:
-    """One micro-batch as the official loader makes it."""
-    samples = []
-    for i in numbers:
-        with stage("read and decode JPEG"):
-            image = cv2.imread(str(root / f"{i}.jpg"))
-        with stage("RGB in float64"):
-            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) / 255.0
-        with stage("read and decode 16-bit PNG"):
-            depth = cv2.imread(str(root / f"{i}.png"), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH) / 65535.0
-        height, width = resize_shape(*image.shape[:2], side)
-        with stage("resize image"):
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-        with stage("resize map"):
-            depth = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST)
-        with stage("normalise"):
-            image = (image - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-            image = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
-            depth = np.ascontiguousarray(depth.astype(np.float32))
-        with stage("cut"):
-            top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-            image, depth = (
-                image[:, top : top + side, left : left + side],
-                depth[top : top + side, left : left + side],
+    root: Path, i: int, side: int, rng: np.random.Generator, stage: Stages | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One sample the authors' way."""
+    stage = stage or Stages()
+    with stage("read and decode JPEG"):
+        image = cv2.imread(str(root / f"{i}.jpg"))
+    with stage("RGB in float64"):
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) / 255.0
+    with stage("read and decode 16-bit PNG"):
+        depth = cv2.imread(str(root / f"{i}.png"), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH) / 65535.0
+    height, width = resize_shape(*image.shape[:2], side)
+    with stage("resize image"):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    with stage("resize map"):
+        depth = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST)
+    with stage("normalise"):
+        image = (image - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+        image = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+        depth = np.ascontiguousarray(depth.astype(np.float32))
+    with stage("cut"):
+        top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+        square = (slice(top, top + side), slice(left, left + side))
+        image, depth = torch.from_numpy(image[(slice(None), *square)]), torch.from_numpy(depth[square])
+    return image, depth, depth <= 1
+
+
+class Bare(Dataset):
+    """The work without a loader: a batch is nothing but its number."""
+
+    def __init__(self, source: JoinedRecords, side: tuple[int, int], *, label: bool) -> None:
+        (shard, count), *_ = source.shards
+        self.records = [source.read(shard, i)[1] for i in range(count // COPIES)]
+        self.side, self.label = side, label
+
+    def __getitems__(self, numbers: list[int]) -> int:
+        cv2.setNumThreads(0)
+        for n in numbers:
+            bare_sample(self.records[n % len(self.records)], self.side, label=self.label)
+        return numbers[0]
+
+
+def loaders(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namespace) -> dict[str, Any]:
+    """A maker of each side's loader, given the number of workers."""
+
+    def plain(dataset: Dataset, whole: bool) -> Any:
+        def make(workers: int) -> DataLoader:
+            batches = MicroBatches(rank=0, world=1, size=args.batch)
+            collate = {"collate_fn": identity} if whole else {}
+            return DataLoader(
+                dataset, batch_sampler=batches, num_workers=workers, prefetch_factor=AHEAD, **collate
             )
-            samples.append((torch.from_numpy(image), torch.from_numpy(depth), torch.from_numpy(depth <= 1)))
-    start = time.process_time()
-    batch = {name: torch.stack([sample[i] for sample in samples]) for i, name in enumerate(NAMES)}
-    stage.milliseconds["stack"].append(1e3 * (time.process_time() - start) / len(numbers))
-    return batch
+
+        return make
+
+    def stream(source: JoinedRecords) -> Any:
+        data = StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
+        return lambda workers: stream_loader(data, micro_batch=args.batch, workers=workers)
+
+    size = resize_shape(args.height, args.width, args.side)
+    sides = {"theirs": plain(Theirs(root, args.count, args.side), False)}
+    for ending, source in sources.items():
+        sides[f"ours{ending}"] = stream(source)
+        sides[f"bare{ending}"] = plain(Bare(source, size, label=True), True)
+        sides[f"bare, image{ending}"] = plain(Bare(source, size, label=False), True)
+    return sides
 
 
-def our_stages(source: JoinedRecords, numbers: list[int], side: int, stage: Stages) -> None:
-    """The hops of StreamDataset, taken one by one."""
-    for i in numbers:
-        with stage("read two records, crc"):
-            key, fields = source.read(f"bench/{SHARD}", i)
-        with stage("decode JPEG"):
-            image = decode_image(fields["jpg"])
-        with stage("decode label"):
-            label = codec.decode(fields["disparity.q12"])
-        with stage("draw the view"):
-            view = draw_view(*label.shape, side, seed=0, n=i)
-        with stage("resize image"):
-            image = resize_image(image, view.height, view.width)
-        with stage("cut and flip"):
-            view_image(image, view)
-            small = view_map(label, view)
-        with stage("target and mask"):
-            disparity_target(Frame(key, image, disparity=small))
-
-
-def bare(root: Path, numbers: list[int], view: View) -> None:
-    """What no loader can do without: decode the JPEGs and resize them."""
-    for i in numbers:
-        data = np.fromfile(root / f"{i}.jpg", np.uint8)
-        resize_image(cv2.imdecode(data, cv2.IMREAD_COLOR), view.height, view.width)
-
-
-def per_image(work: Callable[[], Any], count: int) -> tuple[float, Any]:
-    """CPU milliseconds an image of one micro-batch, and what the work returned."""
-    start = time.process_time()
-    made = work()
-    return 1e3 * (time.process_time() - start) / count, made
-
-
-def measure(root: Path, source: JoinedRecords, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; the sides take turns, so that a busy machine slows both."""
-    data = StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
-    view = draw_view(*resize_shape(args.height, args.width, args.side), args.side, seed=0, n=0)
-    rng, their_stages, stages = np.random.default_rng(0), Stages(), Stages()
-    milliseconds: dict[str, list[float]] = defaultdict(list)
+def take_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) -> dict[str, Any]:
+    """CPU and clock milliseconds an image of each side, and the ratios, each of two neighbours in time."""
+    windows = {name: Window(make(workers)) for name, make in sides.items()}
+    cpu, clock = defaultdict(list), defaultdict(list)
     for repeat in range(args.repeats + 1):
-        start = repeat * args.batch
-        turn = [(start + i) % args.count for i in range(args.batch)]
-        numbers = range(start, start + args.batch)
-        their_figure, _ = per_image(partial(theirs, root, turn, args.side, rng, their_stages), args.batch)
-        our_figure, made = per_image(partial(data.__getitems__, numbers), args.batch)
-        normalise_figure, _ = per_image(partial(normalize, made["image"]), args.batch)
-        bare_figure, _ = per_image(partial(bare, root, turn, view), args.batch)
-        our_stages(source, turn, args.side, stages)
-        if repeat:  # the first warms up
-            figures = (their_figure, our_figure, normalise_figure, bare_figure)
-            for name, value in zip(("theirs", "ours", "normalise", "bare"), figures, strict=True):
-                milliseconds[name].append(value)
-    series = {name: np.array(values) for name, values in milliseconds.items()}
+        for name, window in windows.items():
+            count = args.windows * workers if name == "theirs" else 4 * args.windows * workers
+            used, passed = window.measure(count)
+            if repeat:  # the first warms up
+                cpu[name].append(1e3 * used / args.batch)
+                clock[name].append(1e3 * passed / args.batch)
+    for window in windows.values():
+        window.close()
     return {
-        "ratio": spread(series["theirs"] / series["ours"]),
-        "ratio_with_normalise": spread(series["theirs"] / (series["ours"] + series["normalise"])),
-        "images_per_second": {name: spread(1e3 / series[name]) for name in ("ours", "theirs", "bare")},
-        "milliseconds": {name: spread(values) for name, values in series.items()},
-        "stages": {"ours": stages.medians(), "theirs": their_stages.medians()},
+        "cpu_ms": {name: spread(values) for name, values in cpu.items()},
+        "images_per_second": {name: spread(1e3 / np.array(values)) for name, values in clock.items()},
+        "ratios": ratios(cpu),
+        "ratios_by_the_clock": ratios(clock),
     }
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return {"median": round(float(middle), 3), "iqr": round(float(high - low), 3)}
+def ratios(milliseconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """The goals: how much less than theirs, and how much of the bare work's speed is left."""
+    ours = {ending: np.array(milliseconds[f"ours{ending}"]) for ending in ENDINGS}
+    rows = {f"theirs / ours{ending}": np.array(milliseconds["theirs"]) / ours[ending] for ending in ENDINGS}
+    for bare in ("bare", "bare, image"):
+        rows |= {f"{bare} / ours{e}": np.array(milliseconds[f"{bare}{e}"]) / ours[e] for e in ENDINGS}
+    return {name: spread(values) for name, values in rows.items()}
+
+
+def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of every stage in one process, ours beside the bare work."""
+    found: dict[str, Any] = {}
+    their_stages, normalising = Stages(), Stages()
+    ours = {ending: Stages() for ending in ENDINGS}
+    data = {
+        ending: StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
+        for ending, source in sources.items()
+    }
+    for n in range(4 * args.count):
+        theirs(root, n % args.count, args.side, np.random.default_rng(n), their_stages)
+        for ending in ENDINGS:
+            made, fields, size = staged_sample(data[ending], n, ours[ending])
+            bare_sample(fields, size, ours[ending])
+        image = torch.from_numpy(made["image"])[None]
+        with normalising("normalise"):
+            normalize(image)
+    for ending in ENDINGS:
+        found[f"ours{ending}"] = report(ours[ending])
+    found["theirs"] = [(name, value, None) for name, value in their_stages.medians().items()]
+    found["normalise"] = normalising.medians()["normalise"]
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -241,38 +282,55 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--side", type=int, default=518, help="short side and crop")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--windows", type=int, default=3, help="batches a worker and window of theirs; 4 of others"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        source = write_inputs(Path(folder), args)
-        results = measure(Path(folder), source, args)
+        sources = write_inputs(Path(folder), args)
+        results: dict[str, Any] = {"stages": measure_stages(Path(folder), sources, args)}
+        sides = loaders(Path(folder), sources, args)
+        results["workers"] = {str(n): take_turns(sides, n, args) for n in args.workers}
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "images")}
     settings["originals"] = "photographs" if args.images else "procedural"
     record = {
         "benchmark": "data",
-        "version": 1,
+        "version": 2,
         "machine": machine(),
         "settings": settings,
         "results": results,
     }
-    for side in ("theirs", "ours"):
-        rate, cost = results["images_per_second"][side], results["milliseconds"][side]
-        print(
-            f"{side}: {rate['median']:.1f} images/s a core (IQR {rate['iqr']:.1f}), {cost['median']:.2f} ms an image"
-        )
-        for name, value in results["stages"][side].items():
-            print(f"    {value:7.2f} ms  {name}")
-    for name in ("bare", "normalise"):
-        cost = results["milliseconds"][name]
-        print(f"{name}: {cost['median']:.2f} ms an image (IQR {cost['iqr']:.2f})")
-    for name in ("ratio", "ratio_with_normalise"):
-        print(f"{name}: {results[name]['median']:.2f} (IQR {results[name]['iqr']:.2f})")
+    tell(results)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def tell(results: dict[str, Any]) -> None:
+    for side, rows in results["stages"].items():
+        if side != "normalise":
+            print(f"{side}, ms of a core an image, in one process; beside it the bare work")
+            for name, ours, bare in rows:
+                print(f"{ours:8.2f} {'' if bare is None else f'{bare:.2f}':>8}  {name}")
+    print(f"{results['stages']['normalise']:8.2f}           normalise on the CPU, in place of the device")
+    for workers, found in results["workers"].items():
+        print(f"\n{workers} workers        ms of a core an image (IQR)    images/s by the clock (IQR)")
+        for name, cost in found["cpu_ms"].items():
+            rate = found["images_per_second"][name]
+            print(
+                f"{name:24} {cost['median']:8.2f} ({cost['iqr']:.2f}) {rate['median']:20.1f} ({rate['iqr']:.1f})"
+            )
+        for name, ratio in found["ratios"].items():
+            clock = found["ratios_by_the_clock"][name]
+            print(
+                f"{name:36} {ratio['median']:6.2f} ({ratio['iqr']:.2f}), "
+                f"by the clock {clock['median']:6.2f} ({clock['iqr']:.2f})"
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The loader that training reads from: whole micro-batches, made ahead by worker processes, without end."""
 
+import atexit
 import signal
+import weakref
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.stream import MicroBatches
@@ -34,7 +37,7 @@ def stream_loader(
         pin_memory: copy batches into pinned memory, as transfers to a GPU need it.
     """
     dataset.hand_over(workers=workers, micro_batch=micro_batch, places=AHEAD + 2)
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=MicroBatches(rank=rank, world=world, size=micro_batch, start=start),
         collate_fn=identity,
@@ -56,3 +59,18 @@ def _deaf(worker: int) -> None:
     # step boundary.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Any:
+        # At its exit Python sends SIGTERM to workers that are still there and waits for them: for ever, as they are
+        # deaf. Before that it calls this.
+        iterator = super().__iter__()
+        atexit.register(_let_go, weakref.ref(iterator))
+        return iterator
+
+
+def _let_go(iterator: "weakref.ref[Any]") -> None:
+    held = iterator()
+    if isinstance(held, _MultiProcessingDataLoaderIter):
+        held._shutdown_workers()

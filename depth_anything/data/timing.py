@@ -104,13 +104,16 @@ def staged_sample(
     return {"image": image, "target": target, "valid": valid}, fields, size
 
 
-def bare_sample(fields: Mapping[str, bytes], size: tuple[int, int], stage: Stages | None = None) -> None:
+def bare_sample(
+    fields: Mapping[str, bytes], size: tuple[int, int], stage: Stages | None = None, *, label: bool = True
+) -> None:
     """Do with a record's bytes what no loader can do without: decode image and label whole, resize the image.
 
     Args:
         fields: of the record; its JPEG is decoded by OpenCV as it stands, other images as the loader does.
         size: height and width to resize to, antialiased; an image of that size is left alone.
         stage: what to time it with.
+        label: decode the label, too.
     """
     stage = stage or Stages()
     name = next(name for name in IMAGE_FIELDS if name in fields)
@@ -121,8 +124,9 @@ def bare_sample(fields: Mapping[str, bytes], size: tuple[int, int], stage: Stage
             image = decode_image(fields[name])
     with stage("resize the image, bare"):
         resize_image(image, *size)
-    with stage("decode the label, bare"):
-        codec.decode(fields[target_field(fields)])
+    if label:
+        with stage("decode the label, bare"):
+            codec.decode(fields[target_field(fields)])
 
 
 class Window:

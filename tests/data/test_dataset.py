@@ -295,16 +295,24 @@ def test_repeat(sets):
 
 def test_benchmark_runs(tmp_path):
     path = Path(__file__).parents[2] / "benchmarks" / "bench_data.py"
-    command = "--count 2 --height 60 --width 80 --side 28 --batch 2 --repeats 2 --json".split()
+    command = "--count 2 --height 60 --width 80 --side 28 --batch 2 --repeats 1 --windows 1 --workers 1 --json".split()
     subprocess.run([sys.executable, path, *command, tmp_path / "out.json"], check=True, capture_output=True)
     record = json.loads((tmp_path / "out.json").read_text())
     assert record.keys() == {"benchmark", "version", "machine", "settings", "results"}
     results = record["results"]
-    assert results.keys() == {"ratio", "ratio_with_normalise", "images_per_second", "milliseconds", "stages"}
-    assert all(
-        results["milliseconds"][side]["median"] > 0 for side in ("ours", "theirs", "bare", "normalise")
-    )
-    assert {"decode JPEG", "decode label"} < results["stages"]["ours"].keys() and results["ratio"]["iqr"] >= 0
+    assert results.keys() == {"stages", "workers"} and results["workers"].keys() == {"1"}
+    found = results["workers"]["1"]
+    sides = {
+        f"{side}{ending}" for side in ("ours", "bare", "bare, image") for ending in ("", ", pre-resized")
+    }
+    assert found["cpu_ms"].keys() == found["images_per_second"].keys() == sides | {"theirs"}
+    assert all(cost["median"] > 0 for cost in found["cpu_ms"].values())
+    assert found["ratios"].keys() == found["ratios_by_the_clock"].keys() and len(found["ratios"]) == 6
+    assert [name for name, *_ in results["stages"]["ours"]][-3:] == [
+        "decode the label",
+        "target and mask",
+        "all",
+    ]
 
 
 @pytest.mark.parametrize(

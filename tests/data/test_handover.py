@@ -3,6 +3,8 @@
 import gc
 import itertools
 import pickle
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -109,6 +111,26 @@ def test_a_process_that_is_not_forked_has_none(records):
     same(copy[5], data[5])
     data.hand_over(workers=0, micro_batch=1)
     assert data.handover is None
+
+
+HELD = """
+import sys
+from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.loader import stream_loader
+from depth_anything.data.shards import Records, open_set
+data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=2, image_size=28)
+batches = iter(stream_loader(data, micro_batch=2, workers=2))
+first = next(batches)
+print("read", flush=True)
+raise SystemExit(3)
+"""
+
+
+def test_a_program_that_holds_batches_can_end(records):
+    """Workers are deaf to SIGTERM, and Python would wait for them for ever."""
+    command = [sys.executable, "-c", HELD, records.set.root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (3, "read\n"), done.stderr
 
 
 def test_arrays_do_not_overlap():
