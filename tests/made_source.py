@@ -73,3 +73,24 @@ def read(raw: Path, line: str) -> Raw:
     sky, mirror = masks()
     image = np.full((*SIZE, 3), number, np.uint8)
     return Raw(image, {"unit": "m"}, depth=depth_of(number), sky=sky, invalid={"mirror": mirror})
+
+
+class Stopped(BaseException):
+    """As Ctrl-C, at a moment of our choice."""
+
+
+def stop_at(patch, call):
+    """Raise in the place of the call-th step that can be seen on disk."""
+    calls = []
+
+    def stop(real):
+        def counted(*arguments, **options):
+            calls.append(real)
+            if len(calls) > call:
+                raise Stopped
+            return real(*arguments, **options)
+
+        return counted
+
+    for name in ("replace", "link", "fsync"):
+        patch.setattr(os, name, stop(getattr(os, name)))

@@ -310,7 +310,9 @@ def write_new(path: Path, data: bytes) -> bool:
             os.fsync(file.fileno())
         try:
             os.link(temporary, path)
-        except PermissionError:  # a file system without links
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
             with open(path, "xb") as file:
                 file.write(data)
     except FileExistsError:

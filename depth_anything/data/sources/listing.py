@@ -70,9 +70,14 @@ class Listing:
             ShardError: It is damaged.
         """
         self._path, self._per_shard = root / LISTING, per_shard
-        about = json.loads((root / ABOUT_LISTING).read_bytes())
-        self.count, self.digest = int(about["lines"]), str(about["hash"])
-        self.left_out: dict[str, int] = about["left_out"]
+        try:
+            about = json.loads((root / ABOUT_LISTING).read_bytes())
+            self.count, self.digest = int(about["lines"]), str(about["hash"])
+            self.left_out: dict[str, int] = about["left_out"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{root / ABOUT_LISTING} is damaged ({error!r}): put it back, or begin anew with  rm -r {root}"
+            ) from error
         starts, digest, lines, place = [0], hashlib.sha256(), 0, 0
         with suppress(FileNotFoundError), open(self._path, "rb") as file:
             while chunk := file.read(_CHUNK):
@@ -201,7 +206,7 @@ def _wait_for(lock: Path) -> None:
     touched, since, told, pause = None, time.monotonic(), False, 0.02
     while True:
         try:
-            host, pid, _ = lock.read_text().split()
+            host, pid, _ = (lock.read_text().split() + ["another machine", "0", ""])[:3]
             now = lock.stat().st_mtime_ns
         except FileNotFoundError:
             return

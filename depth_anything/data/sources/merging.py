@@ -37,18 +37,21 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
     root, parts = Path(root), [Path(folder) for folder in folders]
     if (root / "manifest.json").exists() and not parts:
         return open_set(root)
-    everyone = [root, *parts] if (root / SETTINGS).exists() else parts
-    if not everyone:
-        raise ShardError(
-            f"{root} holds no part of a set, and no other folder is named: type the parts behind it"
-        )
-    for part in everyone:
-        _check_part(part, everyone[0])
+    first = parts[0] if parts else root
+    for part in parts or [root]:
+        for name in _HEAD:
+            if not (part / name).is_file():
+                raise ShardError(
+                    f"{part} holds no part of a set (it has no {name}): name folders that depth-anything shard has "
+                    "written, as  depth-anything merge OUT FOLDER FOLDER …"
+                )
+    for part in [root, *parts]:
+        _check_part(part, first)
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
     for name in _HEAD:
         if not (root / name).exists():
-            _bring(everyone[0] / name, root / name)
+            _bring(first / name, root / name)
     wanted = _plan(root, parts)
     with Progress(f"merging {root}", total=len(wanted), unit="shard") as progress:
         copied = 0
@@ -73,13 +76,10 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
 
 
 def _check_part(part: Path, first: Path) -> None:
-    """Hold a part's settings and listing against the first one's."""
-    for name in _HEAD:
-        if not (part / name).is_file():
-            raise ShardError(
-                f"{part} holds no part of a set (it has no {name}): name a folder that depth-anything shard has written"
-            )
+    """Hold what a folder says of its set against what the first one says."""
     for name, what in ((SETTINGS, "settings"), (ABOUT_LISTING, "raw data"), (ABOUT, "facts")):
+        if not (part / name).is_file():
+            continue  # the folder of the whole, before anything was brought there
         ours, theirs = (json.loads((folder / name).read_bytes()) for folder in (first, part))
         differs = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
         if differs:
@@ -102,8 +102,10 @@ def _plan(root: Path, parts: Sequence[Path]) -> list[tuple[Path, ShardInfo | Non
             if ending != "tar" and f"{stem}.tar" in names:
                 continue
             info = info_of(part / name) if ending == "tar" else None
-            known = there.setdefault(stem, (part / name, info))
-            if known[1] != info:
+            known = there.get(stem)
+            if known is None or known[1] is None:  # notes alone may be of a shard that was never finished
+                there[stem] = part / name, info
+            elif info is not None and known[1] != info:
                 raise ShardError(
                     f"the shard {stem} in {known[0].parent} and that in {part} are not the same: verify both, "
                     "and remove the one that is wrong"

@@ -12,6 +12,7 @@ A line of a listing is the name that people see, and after tabs where its bytes 
 
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from depth_anything.data.sources.listing import as_field, from_field
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 KINDS = ("files", "tars", "lmdb", "films")
+
+_WORDS = {"files": "image files", "tars": "tars", "lmdb": "databases", "films": "films"}
 
 
 def find_images(
@@ -53,25 +56,49 @@ def find_images(
         ValueError: There is no such folder, or it cannot be listed.
     """
     passed_over: Counter[str] = Counter()
+    found: Counter[str] = Counter()
     if raw.is_file() and raw.name.lower().endswith(TARS):
         yield from _in_tar(raw, "", passed_over)
         return passed_over
     if not raw.is_dir():
         raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was downloaded to")
     for name, path in walk(raw, follow=True):
-        low = name.lower()
         assert path is not None, "links are followed"
-        if low.endswith(IMAGES) and "files" in kinds:
+        kind = _kind(name, kinds)
+        found[kind] += 1
+        if kind == "files":
             yield as_field(name)
-        elif low.endswith(TARS) and "tars" in kinds:
+        elif kind == "tars":
             yield from _in_tar(path, name, passed_over)
-        elif low.rpartition("/")[2] == "data.mdb" and "lmdb" in kinds:
+        elif kind == "lmdb":
             yield from _in_lmdb(path.parent, name.rpartition("/")[0])
-        elif low.endswith(FILMS) and "films" in kinds:
+        elif kind == "films":
             yield from _in_film(path, name)
         else:
-            passed_over[os.path.splitext(low)[1] or "no suffix"] += 1
+            passed_over[kind] += 1
+    several = [f"{found[kind]} {_WORDS[kind]}" for kind in KINDS if found[kind]]
+    if len(several) > 1:
+        print(
+            f"{raw} holds {' and '.join(several)}, and images are taken from all of them: if some are copies of "
+            "others, begin anew and pass them over, as with  --leave-out '*.tar/*'",
+            file=sys.stderr,
+        )
     return passed_over
+
+
+def _kind(name: str, kinds: Collection[str]) -> str:
+    """Say what a file is by its name: one of `kinds`, or the suffix under which it is counted."""
+    low = name.lower()
+    for kind, endings in (("files", IMAGES), ("tars", TARS), ("films", FILMS)):
+        if kind in kinds and low.endswith(endings):
+            return kind
+    if "lmdb" in kinds and low.rpartition("/")[2] == "data.mdb":
+        return "lmdb"
+    return _suffix(low)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name.lower())[1] or "no suffix"
 
 
 def read_image(raw: Path, line: str) -> bytes:
@@ -179,7 +206,7 @@ def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
         if not member.name:
             yield fault_line(place or path.name, member.fault)
         elif not member.name.lower().endswith(IMAGES):
-            passed_over[os.path.splitext(member.name.lower())[1] or "no suffix"] += 1
+            passed_over[_suffix(member.name)] += 1
         elif member.fault:
             yield fault_line(name, member.fault)
         else:

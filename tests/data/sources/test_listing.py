@@ -1,5 +1,6 @@
 """What a set is made of, listed once by one process while others wait."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from depth_anything.data.sources.listing import (
     make_listing,
     shown_name,
 )
+from depth_anything.data.tars import write_new
 
 
 @pytest.mark.parametrize("per_shard", [1, 3, 7, 8, 100])
@@ -120,3 +122,17 @@ def test_progress_tells_rate_and_rest(capsys, monkeypatch):
     progress._said -= 31
     progress.update(9)
     assert "3,610 of 7,200 records" in capsys.readouterr().err
+
+
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    make_listing(tmp_path, ["a"])
+    assert Listing(tmp_path, per_shard=1).lines(0) == ["a"]
+    assert write_new(tmp_path / "x", b"1") and not write_new(tmp_path / "x", b"2")
+    assert (tmp_path / "x").read_bytes() == b"1"
+    (tmp_path / "listing.json").write_text("{}")
+    with pytest.raises(ShardError, match="listing.json is damaged"):
+        Listing(tmp_path, per_shard=1)

@@ -6,7 +6,7 @@ import shutil
 
 import made_source
 import pytest
-from made_source import fill
+from made_source import Stopped, fill, stop_at
 
 from depth_anything.cli import main
 from depth_anything.data.shards import ShardError, open_set, verify_set
@@ -148,7 +148,26 @@ def test_a_tar_cut_short_on_its_way_is_refused(three, tmp_path):
 
 
 def test_folders_without_parts_are_refused(three, tmp_path):
-    with pytest.raises(ShardError, match="holds no part of a set, and no other folder"):
+    with pytest.raises(
+        ShardError, match="toy holds no part of a set .it has no settings.json.*merge OUT FOLDER"
+    ):
         merge_parts(tmp_path / "toy")
     with pytest.raises(ShardError, match="holds no part of a set .it has no settings.json"):
         merge_parts(tmp_path / "toy", [three[1][0], tmp_path])
+
+
+def test_a_stop_between_any_two_steps_of_merging_changes_no_byte(three, tmp_path, monkeypatch):
+    whole, parts = three
+    wanted, call = contents(parts[0].parent / "whole"), 0
+    while True:
+        root = tmp_path / f"{call}" / "toy"
+        try:
+            with monkeypatch.context() as patch:
+                stop_at(patch, call)
+                merge_parts(root, parts)
+        except Stopped:
+            assert merge_parts(root, parts).digest == whole.digest and contents(root) == wanted
+        else:
+            break
+        call += 1
+    assert call > 30

@@ -251,3 +251,15 @@ def test_lines_lead_back_to_names(tmp_path):
     made, found = written("objects365", raw, tmp_path / "objects365")
     assert list(found) == ["caf\\udce9\t\\t\r\n.jpg"]
     assert Listing(tmp_path / "objects365", per_shard=3).lines(0) == [line]
+
+
+def test_tars_beside_what_they_may_have_held_are_told(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    tar_of(raw / "images_000.tar", {"0/1.jpg": picture(1)})
+    (raw / "0").mkdir()
+    (raw / "0" / "1.jpg").write_bytes(picture(1))
+    made, found = written("landmarks", raw, tmp_path / "both")
+    assert list(found) == ["0/1.jpg", "images_000.tar/0/1.jpg"]
+    assert "1 image files and 1 tars, and images are taken from all of them" in capsys.readouterr().err
+    made, found = written("landmarks", raw, tmp_path / "one", leave_out=["*.tar/*"])
+    assert list(found) == ["0/1.jpg"] and made.meta["left_out"] == {"*.tar/*": 1}

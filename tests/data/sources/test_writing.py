@@ -11,7 +11,7 @@ from pathlib import Path
 import made_source
 import numpy as np
 import pytest
-from made_source import fill
+from made_source import Stopped, fill, stop_at
 
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, ShardError, open_set, verify_set
@@ -113,27 +113,6 @@ def test_a_worker_that_dies_ends_in_a_sentence(tmp_path):
     (raw / "toy.txt").write_text("a/1\nb/2-dies\n")
     with pytest.raises(ShardError, match="a worker died .*type the same command"):
         write(raw, tmp_path / "toy", workers=1, per_shard=1)
-
-
-class Stopped(BaseException):
-    """As Ctrl-C, at a moment of our choice."""
-
-
-def stop_at(patch, call):
-    """Raise in the place of the call-th step that can be seen on disk."""
-    calls = []
-
-    def stop(real):
-        def counted(*arguments, **options):
-            calls.append(real)
-            if len(calls) > call:
-                raise Stopped
-            return real(*arguments, **options)
-
-        return counted
-
-    for name in ("replace", "link", "fsync"):
-        patch.setattr(os, name, stop(getattr(os, name)))
 
 
 def test_a_stop_between_any_two_steps_changes_no_byte(raw, whole, tmp_path, monkeypatch):
