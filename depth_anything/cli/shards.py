@@ -250,7 +250,7 @@ def _verify(options: argparse.Namespace) -> int:
         total = open_set(options.set, check=False).records
     except ShardError:
         total = None  # which verify_set tells
-    with Progress(f"verifying {options.set}", total=total) as progress:
+    with Progress(f"verifying {told(options.set)}", total=total) as progress:
         problems = verify_set(
             options.set,
             decode=options.decode,

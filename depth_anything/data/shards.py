@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data import remote
-from depth_anything.data.address import is_remote, join
+from depth_anything.data.address import is_remote, join, told
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tars import (
@@ -198,13 +198,14 @@ def verify_set(
     workers: int = 1,
     tick: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Read a whole local set and say what is wrong with it.
+    """Read a whole set and say what is wrong with it.
 
     Names, sizes, hashes, checksums, indexes, keys that come twice, and counts: what was listed is what is there
-    and what was skipped.
+    and what was skipped. Of a set behind an address: the indexes, and of each tar its size and its last record;
+    all records with `decode`.
 
     Args:
-        root: folder.
+        root: folder, or URL prefix.
         decode: decode every record, too, and hold its label's size against its image's.
         images: of a label set the set it was made from: every label must have its image there, and with
             `decode` be of a size that this image is resized to.
@@ -213,25 +214,28 @@ def verify_set(
 
     Returns:
         A sentence a problem; none for a sound set.
+
+    Raises:
+        Outage: an address does not answer for now.
     """
     try:
         made = open_set(root, check=False)
         joined = None if images is None else JoinedRecords(open_set(images), made)
     except ShardError as error:
         return [str(error)]
-    if is_remote(made.root):
-        return [f"{root} is not a local folder: verify it where it lies"]
-    problems = [*_missing(made), *_counted_wrong(made)]
+    far = is_remote(made.root)
+    problems = [*([] if far else _missing(made)), *_counted_wrong(made)]
     known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
-    for entry in sorted(os.listdir(made.root)):
+    for entry in [] if far else sorted(os.listdir(made.root)):
         if entry.endswith((".tar", ".idx")) and entry not in known and not entry.startswith("."):
             problems.append(f"{made.root}/{entry} is not in the manifest")
-    present = [shard for shard in made.shards if Path(made.url(shard.name)).is_file()]
+    present = [shard for shard in made.shards if far or Path(made.url(shard.name)).is_file()]
+    verify_one = _verify_far if far else _verify_shard
 
     def verify(shard: ShardInfo) -> tuple[list[str], np.ndarray]:
         found: list[str] = []
         try:
-            keys = _verify_shard(made, shard, found, decode=decode, joined=joined)
+            keys = verify_one(made, shard, found, decode=decode, joined=joined)
         except ShardError as error:
             found.append(str(error))
             keys = np.empty(0, np.uint64)
@@ -242,6 +246,7 @@ def verify_set(
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(verify, present))
     problems += chain.from_iterable(found for found, _ in results)
+    problems = [told(problem) for problem in problems]
     return problems + _repeated_keys(made, [shard.name for shard in present], [keys for _, keys in results])
 
 
@@ -280,6 +285,38 @@ def _verify_shard(
         except ValueError as error:
             reason = error.reason if isinstance(error, BadRecord) else error
             problems.append(f"{path}[{index}] {key}: {reason}")
+    return _hashed(keys)
+
+
+def _verify_far(
+    made: ShardSet,
+    shard: ShardInfo,
+    problems: list[str],
+    *,
+    decode: bool,
+    joined: JoinedRecords | None,
+) -> np.ndarray:
+    """Verify a shard behind an address; return a 64-bit hash of each key."""
+    keys, labels = ShardReader().keys(made.url(shard.name)), made.meta.get("kind") == "labels"
+    if len(keys) != shard.records:
+        problems.append(f"{made.url(shard.name)} has {len(keys)} records in place of {shard.records}")
+    records = Records(made) if joined is None else JoinedRecords(joined.images, made)
+    for index in range(len(keys)) if decode or joined else (len(keys) - 1,):  # the last tells the tar's size
+        try:
+            key, fields = records.read(f"{made.name}/{shard.name}", index)
+            if joined is not None:
+                _check_joined(key, fields, decode=decode)
+            elif decode and not labels:
+                _check_frame(decode_record(key, fields))
+            elif decode and not decode_labels(fields):
+                raise ValueError(f"no label among the fields {sorted(fields)}")
+        except ValueError as error:
+            reason = error.reason if isinstance(error, BadRecord) else error
+            problems.append(f"{made.url(shard.name)}[{index}] {keys[index]}: {reason}")
+    return _hashed(keys)
+
+
+def _hashed(keys: Sequence[str]) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
 
@@ -342,10 +379,16 @@ def _repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.nda
     pairs = {(int(owner[order[i]]), int(owner[order[i + 1]])) for i in twice}
     problems = []
     for one, other in sorted(pairs):
-        paths = [Path(made.url(names[i])) for i in (one, other)]
-        shared = set.intersection(*(set(parse_index(index_text(p), where=p).keys()) for p in paths))
+        shared = set(_keys(made, names[one])) & set(_keys(made, names[other]))
         problems += [f'the key "{key}" is in {names[one]} and in {names[other]}' for key in sorted(shared)]
     return problems
+
+
+def _keys(made: ShardSet, shard: str) -> list[str]:
+    url = made.url(shard)
+    if is_remote(url):
+        return ShardReader().keys(url)
+    return parse_index(index_text(Path(url)), where=url).keys()
 
 
 def _read_manifest(root: str) -> bytes:

@@ -12,7 +12,14 @@ from made_shards import make, records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
-from depth_anything.data.shards import BadRecord, ShardError, open_set, write_manifest, write_shard
+from depth_anything.data.shards import (
+    BadRecord,
+    ShardError,
+    open_set,
+    verify_set,
+    write_manifest,
+    write_shard,
+)
 from depth_anything.data.tars import Outage
 
 TAR = "/set/000001.tar"
@@ -346,6 +353,27 @@ def test_expected_records_come_side_by_side(server):
     with multiprocessing.get_context("fork").Pool(1) as pool:  # what the parent began is not the child's
         assert pool.apply(read.read, ("set/000002", 1)) == records("000002")[1]
     assert pickle.loads(pickle.dumps(read)).read("set/000002", 1) == records("000002")[1]
+
+
+def test_verify_behind_an_address(tmp_path, server, waits):
+    root = server.address.replace("http://", "http://me:sesame@") + "/set"
+    assert verify_set(root) == [] and len(asked(server)) == 1
+    server.fault = faults("404", "*")
+    (problem,) = verify_set(root)
+    assert "/set/000001.tar[4] set/000001/000004: " in problem and "HTTP 404" in problem
+    assert "sesame" not in problem
+    server.fault = faults("404", "*", path="/set/000002.idx")
+    (problem,) = verify_set(root)
+    assert "/set/000002.idx cannot be read: HTTP 404" in problem
+    server.fault = faults()
+    assert len(verify_set(root, decode=True)) == 15  # random bytes are no pictures
+    write_shard(tmp_path / "set" / "000001.tar", records("000002"))
+    (problem, *repeated) = verify_set(root)
+    assert "not the tar that the manifest means" in problem and len(repeated) == 5
+    assert 'the key "set/000002/000000" is in 000001 and in 000002' in repeated
+    server.fault = faults("500", "*", path="/set/000000.tar")
+    with pytest.raises(Outage, match="HTTP 500"):
+        verify_set(root)
 
 
 def test_settings_that_are_no_numbers(server, monkeypatch):
