@@ -14,6 +14,7 @@ RATE = 2
 """Frames a second. BDD100K's 100,000 films of 40 s then give 8 million, which is what the paper counts."""
 
 JPEG_QUALITY = 95
+MAX_HOURS = 24  # a header may claim anything, and each second is two lines of a listing
 
 _NOT_INSTALLED = "PyAV is not installed: type  pip install 'depth-anything-train[video]'"
 
@@ -32,6 +33,8 @@ def count_frames(path: Path) -> int:
             seconds = container.duration / 1e6
         else:
             raise ValueError("the film does not tell its length")
+    if seconds > MAX_HOURS * 3600:
+        raise ValueError(f"the film says that it lasts {seconds / 3600:.0f} hours, more than {MAX_HOURS}")
     return max(1, math.floor(seconds * RATE))
 
 
@@ -59,6 +62,7 @@ class _Film:
         self.last = -1
         stream = _picture(self._container)
         stream.thread_type = "SLICE"  # workers have a core each
+        self._rate = stream.average_rate
         self._start = float((stream.start_time or 0) * stream.time_base)
         self._frames = self._container.decode(stream)
         self._shown: Any = None
@@ -76,10 +80,18 @@ class _Film:
                 self._shown = self._next
             self._next = self._following()
             if self._next is None:
-                raise ValueError(f"the film ends before {number / RATE:g} s")
-        shown = self._next if self._shown is None else self._shown
+                if self._shown is None or time >= _time(self._shown) + self._lasts(self._shown):
+                    raise ValueError(f"the film ends before {number / RATE:g} s")
+                break
+        shown: Any = self._next if self._shown is None else self._shown
         turns = round((shown.rotation or 0) / 90) % 4
         return np.ascontiguousarray(np.rot90(shown.to_ndarray(format="rgb24"), turns))
+
+    def _lasts(self, frame: Any) -> float:
+        """Return the seconds that the last frame stays on the screen."""
+        if frame.duration:
+            return float(frame.duration * frame.time_base)
+        return float(1 / self._rate) if self._rate else 0.0
 
     def _following(self) -> Any:
         import av

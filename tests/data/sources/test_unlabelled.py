@@ -3,7 +3,9 @@
 import gzip
 import io
 import os
+import struct
 import tarfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from depth_anything.data.sample import decode_image, decode_record
 from depth_anything.data.shards import Records, verify_set
-from depth_anything.data.sources import archives
+from depth_anything.data.sources import archives, films
 from depth_anything.data.sources.catalogue import load
 from depth_anything.data.sources.listing import Listing
 from depth_anything.data.sources.walking import find_images
@@ -193,6 +195,42 @@ def test_bdd100k_films_give_two_frames_a_second(tmp_path):
     assert backwards == [found[names[4]], found[names[1]]]
     with pytest.raises(ValueError, match="ends before 50 s"):
         source.read(raw, f"{line}100")
+
+
+def test_films_that_are_slow_or_lie_about_their_length(tmp_path, monkeypatch):
+    made_films = pytest.importorskip("made_films")
+    path = made_films.make_film(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
+    assert films.count_frames(path) == 6
+    shown = [films.read_frame(path, k) for k in range(6)]
+    assert shown[::2] == shown[1::2], "the last one stays for its second, too"
+    assert len(set(shown)) == 3
+    monkeypatch.setattr(films, "MAX_HOURS", 2 / 3600)
+    with pytest.raises(ValueError, match="the film says that it lasts"):
+        films.count_frames(path)
+
+
+def test_films_are_turned_upright(tmp_path):
+    made_films = pytest.importorskip("made_films")
+    path = made_films.make_film(tmp_path / "turned.mp4", frames=2, sound=None)
+    data = bytearray(path.read_bytes())
+    quarter = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # as telephones write it, clockwise
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *quarter)
+    path.write_bytes(data)
+    shown, wanted = decode_image(films.read_frame(path, 0)), np.rot90(made_films.frame(0, 48, 64), -1)
+    assert shown.shape == wanted.shape and np.abs(shown.astype(int) - wanted).mean() < 4
+
+
+def test_a_film_cut_short_gives_what_it_has_and_the_rest_is_told(tmp_path):
+    made_films = pytest.importorskip("made_films")
+    whole = made_films.make_film(
+        tmp_path / "raw" / "a.mp4", frames=90, sound=None, options={"movflags": "+faststart"}, crf="0"
+    )
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) * 6 // 10])
+    made, found = written("bdd100k", tmp_path / "raw", tmp_path / "bdd100k")
+    skipped = dict(made.meta["skipped"]["files"])
+    assert 1 <= len(found) < 6 and len(found) + len(skipped) == 6
+    assert all("ends before" in reason or "damaged" in reason for reason in skipped.values())
 
 
 def test_bdd100k_images_are_taken_as_they_are(tmp_path):
