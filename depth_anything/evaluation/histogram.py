@@ -20,6 +20,7 @@ class Tally:
 
     Attributes:
         quantity: "depth" or "disparity".
+        unit: Of depth, as "m" or "arbitrary".
         maps: How many were added.
         pixels: "all", "valid", "sky" (+inf, in depth) and "unknown".
         counts: int64, of the values, a number a step.
@@ -27,9 +28,9 @@ class Tally:
         high: The largest.
     """
 
-    def __init__(self, quantity: str) -> None:
-        """Begin with none."""
-        self.quantity, self.maps, self.pixels = quantity, 0, Counter[str]()
+    def __init__(self, quantity: str, *, unit: str = "m") -> None:
+        """Begin with none; `unit` is that of depth."""
+        self.quantity, self.unit, self.maps, self.pixels = quantity, unit, 0, Counter[str]()
         self.edges = _EDGES_M if quantity == "depth" else np.linspace(0, 1, _SHARES + 1)
         self.counts = np.zeros(len(self.edges) - 1, np.int64)
         self.low, self.high = np.inf, -np.inf
@@ -103,7 +104,7 @@ def _draw_tally(axis: Any, tally: Tally) -> None:
 
     axis.set_ylabel("% of the known pixels")
     depth = tally.quantity == "depth"
-    axis.set_xlabel("depth, m" if depth else "disparity, share of each map's range")
+    axis.set_xlabel(f"depth, {tally.unit}" if depth else "disparity, share of each map's range")
     kept = np.flatnonzero(tally.counts)
     if not kept.size:
         return

@@ -49,21 +49,21 @@ def gather(shard_set: ShardSet, *, sample: int) -> Stats:
             name, count = records.shards[shard]
             try:
                 key, fields = records.read(name, number - (int(ends[shard]) - count))
-                _count(stats, fields)
+                _count(stats, fields, unit=shard_set.meta.get("unit", "m"))
             except ValueError as error:
                 stats.bad.append(str(error))
             progress.update()
     return stats
 
 
-def _count(stats: Stats, fields: dict[str, bytes]) -> None:
+def _count(stats: Stats, fields: dict[str, bytes], *, unit: str) -> None:
     labels = decode_labels(fields)
     image = next((data for name, data in fields.items() if name in IMAGE_FIELDS), None)
     if image is not None:
         stats.images.append(image_size(image))
     for quantity, label in labels.items():
         stats.maps.append(label.shape)
-        stats.tallies.setdefault(quantity, Tally(quantity)).add(label)
+        stats.tallies.setdefault(quantity, Tally(quantity, unit=unit)).add(label)
     stats.records += 1
     stats.whole.append(sum(map(len, fields.values())))
     for name, data in fields.items():
@@ -87,8 +87,8 @@ def told(shard_set: ShardSet, stats: Stats) -> list[str]:
     ]
     if stats.maps and stats.maps != stats.images:
         lines.append(f"maps:       {common_sizes(stats.maps)}")
-    for quantity, tally in stats.tallies.items():
-        lines += _told_tally(quantity, tally, meta)
+    for tally in stats.tallies.values():
+        lines += _told_tally(tally)
     if not stats.tallies:
         lines.append("labels:     none")
     if "pixels" in meta:
@@ -100,7 +100,7 @@ def told(shard_set: ShardSet, stats: Stats) -> list[str]:
     return lines
 
 
-def _told_tally(quantity: str, tally: Tally, meta: dict) -> list[str]:
+def _told_tally(tally: Tally) -> list[str]:
     shares = ", ".join(f"{kind} {tally.share(kind):.1%}" for kind in ("valid", "sky", "unknown"))
     lines = [f"pixels:     {shares} (of the sample)"]
     if not tally.pixels["valid"]:
@@ -111,9 +111,8 @@ def _told_tally(quantity: str, tally: Tally, meta: dict) -> list[str]:
             *lines,
             f"disparity:  {span}; half of each map lies below {tally.quantile(0.5):.0%} of its range",
         ]
-    unit = meta.get("unit", "m")
     below = ", ".join(f"{share:.0%} below {tally.quantile(share):.3g}" for share in (0.01, 0.5, 0.99))
-    return [*lines, f"depth:      {span} {unit}: {below}"]
+    return [*lines, f"depth:      {span} {tally.unit}: {below}"]
 
 
 def _kinds(pixels: dict[str, int]) -> str:

@@ -154,7 +154,8 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
     except NoMap:
         raise
     except Exception as error:  # damage makes the library raise a dozen types
-        raise NoMap(f"the HDF5 file cannot be read: {error or type(error).__name__}") from error
+        why = error.args[0] if error.args else type(error).__name__  # str() of a KeyError has quotes
+        raise NoMap(f"the HDF5 file cannot be read: {why}") from error
 
 
 def read_map(path: Path, *, key: str | None = None, channel: str | None = None) -> np.ndarray:
