@@ -106,7 +106,7 @@ def _told_tally(tally: Tally) -> list[str]:
     if not tally.pixels["valid"]:
         return lines
     span = f"{tally.low:.4g} to {tally.high:.4g}"
-    if quantity == "disparity":
+    if tally.quantity == "disparity":
         return [
             *lines,
             f"disparity:  {span}; half of each map lies below {tally.quantile(0.5):.0%} of its range",

@@ -108,3 +108,9 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path):
     stats = gather(open_set(tmp_path), sample=3)
     assert stats.records == 2 and "mine/000[0]" in stats.bad[0]
     assert "unreadable: 1 of the sample, as mine/000[0]" in "\n".join(told(shard_set, stats))
+
+
+def test_a_set_without_metres_says_its_unit(tmp_path):
+    frame = Frame("mine/000/1", IMAGE, {}, depth=np.full((20, 30), 4, np.float32))
+    shard_set = made(tmp_path, [frame], {"unit": "arbitrary"})
+    assert "depth:      4 to 4 arbitrary:" in "\n".join(told(shard_set, gather(shard_set, sample=3)))
