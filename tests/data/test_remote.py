@@ -1,10 +1,15 @@
 """Shards behind http, with everything that goes wrong on the way: who is asked again, who is not, what is said."""
 
 import functools
+import json
 import multiprocessing
 import pickle
+import shutil
+import subprocess
+import sys
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 from made_servers import Faulty, nginx
@@ -374,6 +379,17 @@ def test_verify_behind_an_address(tmp_path, server, waits):
     server.fault = faults("500", "*", path="/set/000000.tar")
     with pytest.raises(Outage, match="HTTP 500"):
         verify_set(root)
+
+
+def test_benchmark_runs(tmp_path):
+    if shutil.which("nginx") is None and shutil.which("nginx", path="/usr/sbin") is None:
+        pytest.skip("needs nginx: apt-get install nginx-light")
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_remote.py"
+    command = "--shards 1 --records 4 --count 4 --batch 2 --repeats 1 --latency 1 --json".split()
+    subprocess.run([sys.executable, path, *command, tmp_path / "out.json"], check=True, capture_output=True)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results.keys() == {"disk", "http", "http, at once", "fsspec", "pipe:curl"}
+    assert all(row["wall_ms"]["median"] > 0 and row["cpu_ms"]["iqr"] >= 0 for row in results.values())
 
 
 def test_settings_that_are_no_numbers(server, monkeypatch):
