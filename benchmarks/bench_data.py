@@ -164,7 +164,7 @@ class Bare(Dataset):
 
     def __init__(self, source: JoinedRecords, side: tuple[int, int], *, label: bool) -> None:
         (shard, count), *_ = source.shards
-        self.records = [source.read(shard, i)[1] for i in range(count // COPIES)]
+        self.records = [source.read(shard, i)[1] for i in range(count)]  # cold, as ours
         self.side, self.label = side, label
 
     def __getitems__(self, numbers: list[int]) -> int:

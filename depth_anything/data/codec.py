@@ -15,6 +15,7 @@ everywhere.
 
 import math
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -39,6 +40,8 @@ _MAX_SIDE = 1 << 15
 _MAX_PIXELS = 1 << 26
 _ZSTD_BLOCK = 1 << 17  # a zstandard block holds at most this much, and takes at least four bytes
 _ROWS = 16
+_BAND = 128
+_of_thread = threading.local()
 
 
 def encode(values: np.ndarray, *, codec: str) -> bytes:
@@ -148,10 +151,15 @@ def _quantise(values: np.ndarray, low: float, high: float, steps: int) -> np.nda
 
 
 def _restore(levels: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
-    values = levels.astype(np.float64)
-    values *= (high - low) / steps
-    values += low
-    return values.astype(np.float32)
+    values = np.empty(levels.shape, np.float32)
+    exact = np.empty((_BAND, levels.shape[1]))  # so many rows at a time stay in the core's own cache
+    for top in range(0, len(levels), _BAND):
+        band = exact[: len(levels) - top]
+        band[:] = levels[top : top + _BAND]
+        band *= (high - low) / steps
+        band += low
+        values[top : top + _BAND] = band
+    return values
 
 
 def _pack(
@@ -187,9 +195,16 @@ def _decompress(payload: memoryview, size: int) -> bytes:
         declared = zstandard.get_frame_parameters(payload).content_size
         if declared != size:
             raise ValueError(f"the encoded map is damaged: it holds {declared} bytes in place of {size}")
-        return zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+        return _decompressor().decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"the encoded map is damaged: {error}") from error
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    # One for each thread, as it cannot be shared; a new one for each map costs as much as decompressing it.
+    if not hasattr(_of_thread, "decompressor"):
+        _of_thread.decompressor = zstandard.ZstdDecompressor()
+    return _of_thread.decompressor
 
 
 def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, columns: slice) -> np.ndarray:

@@ -3,10 +3,13 @@ import json
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 
+from depth_anything.data import sample as sample_module
 from depth_anything.data.codec import encode
 from depth_anything.data.sample import (
     Frame,
@@ -321,3 +324,39 @@ def test_labels_survive_the_shard_codec():
     np.testing.assert_array_equal(valid_again, valid)
     assert np.abs(again - disparity)[valid].max() <= np.ptp(disparity[valid]) / 8190 * (1 + 1e-6)
     assert json.loads(record["json"]) == {}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "settings", [{"subsampling": 0}, {"subsampling": 2, "progressive": True}, {"quality": 15}]
+)
+def test_jpegs_are_what_opencv_makes_of_them(mode, settings):
+    """Two programs' builds of one library: pixels must not depend on which of them took the file."""
+    out = io.BytesIO()
+    Image.fromarray(picture(37, 53)).convert(mode).save(out, "JPEG", **settings)
+    data = out.getvalue()
+    expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    np.testing.assert_array_equal(decode_image(data), expected)
+    odd = data[:20] + b"\x00\x00" + data[20:]  # the library warns of bytes that belong to nothing
+    with pytest.raises(ValueError):
+        simplejpeg.decode_jpeg(odd, colorspace="RGB")
+    np.testing.assert_array_equal(decode_image(odd), expected)
+
+
+def test_a_jpegs_header_is_read_as_pillow_reads_it(monkeypatch):
+    """What is plain goes by Pillow; all else is left to it, and comes out alike."""
+    for mode in ("RGB", "L", "CMYK"):
+        for exif in (b"", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"):
+            out = io.BytesIO()
+            Image.fromarray(picture(20, 30)).convert(mode).save(
+                out, "JPEG", exif=exif, comment=b"\xff\xc0 no frame"
+            )
+            jpeg_bytes, plain = out.getvalue(), mode != "CMYK" and not exif
+            assert sample_module._is_plain_jpeg(jpeg_bytes) == plain
+            fast = decode_image(jpeg_bytes)
+            with monkeypatch.context() as patch:
+                patch.setattr(sample_module, "_is_plain_jpeg", lambda data: False)
+                np.testing.assert_array_equal(decode_image(jpeg_bytes), fast)
+            assert fast.shape == ((30, 20, 3) if exif else (20, 30, 3))
+            for end in range(2, 200):
+                assert not sample_module._is_plain_jpeg(jpeg_bytes[:end]) or end > 100  # cut before its frame
