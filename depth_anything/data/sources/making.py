@@ -1,6 +1,5 @@
 """One shard of a set: its lines read, made records, written with what there is to tell of them."""
 
-import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,19 +11,10 @@ from typing import Any
 from depth_anything.data.shards import ShardError, write_shard
 from depth_anything.data.sources.listing import shown_name
 from depth_anything.data.sources.record import Made, to_record
-from depth_anything.data.sources.source import Refused
+from depth_anything.data.sources.source import OF_THE_FILE, Refused
 from depth_anything.data.tars import write_atomically
 
 _GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
-_OF_THE_FILE = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 
 
 def shard_name(shard: int) -> str:
@@ -96,7 +86,7 @@ def _make(job: Job, line: str) -> Made:
             raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
         if not isinstance(error, OSError):
             raise Refused(name, str(error)) from error
-        if error.errno not in _OF_THE_FILE:
+        if error.errno not in OF_THE_FILE:
             raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
         raise Refused(name, error.strerror or type(error).__name__) from error
     except Exception as error:

@@ -22,6 +22,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from depth_anything.data.sources.source import OF_THE_FILE
+
 ENDINGS = (".png", ".npy", ".exr", ".pfm", ".h5", ".hdf5")
 MAX_BYTES = 1 << 29  # of a file
 MAX_PIXELS = 1 << 26  # as much as a record may hold
@@ -199,7 +201,12 @@ def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
-    """Read a file whole; ValueError if it is not there, no plain file, or larger than any map or photograph."""
+    """Read a file whole.
+
+    Raises:
+        ValueError: If it is not there, no plain file, or larger than any map or photograph.
+        OSError: If its disk fails.
+    """
     if isinstance(source, bytes):
         return source
     try:
@@ -210,6 +217,8 @@ def read_bytes(source: str | Path | bytes) -> bytes:
             raise NoMap(f"it has more than {MAX_BYTES >> 20} MiB")
         return Path(source).read_bytes()
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
         raise NoMap(error.strerror or type(error).__name__) from error
 
 

@@ -1,10 +1,22 @@
 """What every reader of raw data shares: the facts of its set, and a record as it is read from it."""
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+OF_THE_FILE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+"""Numbers of errors that are one file's own; any other is its disk's, and no reason to leave a record out."""
 
 
 @dataclass(frozen=True)

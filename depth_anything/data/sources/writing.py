@@ -316,7 +316,14 @@ def _content(value: Any) -> Any:
     """Return an option as settings.json has it: of a file its content, which is elsewhere on other machines."""
     if not isinstance(value, Path):
         return value
-    return f"sha256:{hashlib.sha256(value.read_bytes()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(_read_option(value)).hexdigest()}"
+
+
+def _read_option(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> Any:

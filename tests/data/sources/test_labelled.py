@@ -1,13 +1,15 @@
 """What holds for every labelled set: the catalogue, the facts, and the whole way to verified shards."""
 
+import errno
 import inspect
+from pathlib import Path
 
 import made_raw
 import numpy as np
 import pytest
 
 from depth_anything.data.sample import decode_record
-from depth_anything.data.shards import Records, verify_set
+from depth_anything.data.shards import Records, ShardError, verify_set
 from depth_anything.data.sources.catalogue import SETS, load
 from depth_anything.data.sources.writing import write_source
 from depth_anything.licences import check_licence
@@ -64,3 +66,22 @@ def test_raw_files_become_verified_shards(tmp_path, name, short_side):
     assert made.meta["licence"] == load(name).FACTS.licence
     assert made.meta["sky_policy"] == load(name).FACTS.sky
     assert ("amusement" in str(names)) is False
+
+
+@pytest.mark.parametrize("name", ["blendedmvs", "irs"])
+def test_a_failing_disk_leaves_no_record_out(tmp_path, name, monkeypatch):
+    """Input and output errors are the disk's: the run stops, and goes on when the disk is there again."""
+    getattr(made_raw, f"make_{name}")(tmp_path / "raw")
+    plain = Path.read_bytes
+
+    def failing(path):
+        if path.suffix in (".pfm", ".exr"):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing)
+        with pytest.raises(ShardError, match="cannot be read now.*type the same command"):
+            write_source(load(name), tmp_path / "raw", tmp_path / "set")
+    made = write_source(load(name), tmp_path / "raw", tmp_path / "set")
+    assert made.records and "Input/output error" not in str(made.meta.get("skipped"))
