@@ -29,8 +29,8 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", str(3 * SIZE / 1e9))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "5")
-    for name in ("_wholes", "_named", "_announced"):
-        monkeypatch.setattr(remote, name, set())
+    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+        kept.clear()
 
 
 @pytest.fixture

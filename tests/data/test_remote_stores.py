@@ -23,8 +23,8 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "1")
-    for name in ("_wholes", "_named", "_announced"):
-        monkeypatch.setattr(remote, name, set())
+    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+        kept.clear()
 
 
 @pytest.fixture(scope="module")
