@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import urllib3
 from made_servers import Faulty, nginx
 from made_shards import make, records
 
@@ -264,6 +265,15 @@ def test_redirects_lead_to_http_only(tmp_path, server, waits):
     with pytest.raises(ShardError, match="on and on"):
         open_set(f"{server.address}/set")
     assert not waits
+
+
+def test_a_redirect_does_not_leave_a_safe_connection(monkeypatch):
+    answer = urllib3.HTTPResponse(
+        status=302, headers={"Location": "http://host/a.tar", "Content-Length": "0"}
+    )
+    monkeypatch.setattr(remote, "_ask", lambda url, headers, trusted: answer)
+    with pytest.raises(ShardError, match="https://host/a.tar sends us to http://host/a.tar, where"):
+        remote.read("https://host/a.tar")
 
 
 def test_credentials_go_to_their_host_alone(tmp_path, server, monkeypatch):
