@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from depth_anything.data import codec
 from depth_anything.data.handover import Handover, Placed, arrays_in, lay_out
 from depth_anything.data.sample import decode_photograph, make_target, target_field
-from depth_anything.data.shards import BadRecord, JoinedRecords, Records
+from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader
 from depth_anything.data.stream import Stream
 from depth_anything.data.transforms import (
     PERTURBATIONS,
@@ -94,6 +94,11 @@ class StreamDataset(Dataset):
                 raise ValueError(f"two sets are called {source.name}; name one of them otherwise")
             self._source[source.name] = source
         readers = [source for source in self.sources if isinstance(source, Records | JoinedRecords)]
+        # One for all sets, so that what a worker holds does not grow with their number: the shards that the streams
+        # stand in, twice for images and their labels, and some that they have just left.
+        reader = ShardReader(max_indexes=max(2048, 2 * streams + 512))
+        for source in readers:
+            source.share(reader)
         self._far = {source.name: source for source in readers if source.is_far}
         shards = [shard for source in self.sources for shard in source.shards]
         self.stream = Stream(shards, seed=seed, streams=streams, repeat=repeat)

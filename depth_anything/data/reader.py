@@ -226,6 +226,11 @@ class Records:
         """(set/shard, records) of every shard."""
         return [(name, info.records) for name, info in self._infos.items()]
 
+    def share(self, reader: ShardReader) -> None:
+        """Read through a reader that other sets read through, too: its files and indexes are counted once."""
+        reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
+        self._reader = reader
+
     @property
     def is_far(self) -> bool:
         """Whether reading means asking a server, so that `expect` pays."""
@@ -287,6 +292,11 @@ class JoinedRecords:
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every label shard."""
         return [(name, info.records) for name, info in self._label_infos.items()]
+
+    def share(self, reader: ShardReader) -> None:
+        """Read through a reader that other sets read through, too: its files and indexes are counted once."""
+        reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
+        self._reader = reader
 
     @property
     def is_far(self) -> bool:

@@ -288,6 +288,18 @@ def test_bad_records_are_tried_twice_at_most():
     assert max(source.reads[place] for place in bad) == 2  # under its own number, and as a stand-in
 
 
+def test_all_sets_are_read_through_one_reader(sets):
+    sources = [Records(sets["a"]), Records(sets["b"])]
+    data = StreamDataset(sources, **{**OPTIONS, "streams": 2000})
+    first, second = (source._reader for source in sources)
+    assert first is second and first.max_open == 64 and first.max_indexes > 2 * 2000
+    assert first.total_bytes == sets["a"].bytes + sets["b"].bytes
+    data.__getitems__(range(40))
+    assert len(first._files) == len(first._indexes) == 6
+    first, second = (source._reader for source in pickle.loads(pickle.dumps(data)).sources)
+    assert first is second
+
+
 def test_repeat(sets):
     source = Records(sets["a"])
     assert StreamDataset([source], **OPTIONS, repeat={"a": 3}).stream.records == 3 * 20
