@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import pytest
+from made_shards import make
 from typing_commands import complaint
 
 from depth_anything import __version__
@@ -258,3 +259,13 @@ def test_long_passes_tell_how_far_they_are_where_there_is_no_terminal(monkeypatc
         "pass: 2 of 4, 0.1 a second, 40 s to go",
         "pass: 4 of 4, 0.1 a second, 0 s to go",
     ]
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """As `depth-anything … | head -1`: no traceback, no sentence, the code of a closed pipe."""
+    make(tmp_path, size=30)
+    line = [sys.executable, "-u", "-m", "depth_anything", "verify", str(tmp_path)]
+    verify = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    verify.stdout.close()
+    assert verify.stderr.read() == "" and verify.wait() == 141
+    verify.stderr.close()

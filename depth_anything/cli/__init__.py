@@ -5,6 +5,7 @@ one sentence and exit code 2; a set with problems is exit code 1; Ctrl-C is 130.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -44,6 +45,9 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our words has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise

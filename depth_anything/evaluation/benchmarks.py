@@ -80,7 +80,7 @@ def max_depth_of(shard_set: ShardSet) -> float:
 
 
 def describe_set(shard_set: ShardSet) -> dict[str, Any]:
-    """What a set is, for people: counts, digest, and what of its meta is a number or a word."""
+    """What a set is, for people: counts, digest, and its meta, a line each."""
     facts: dict[str, Any] = {
         "set": shard_set.name,
         "where": told(shard_set.root),
@@ -90,9 +90,10 @@ def describe_set(shard_set: ShardSet) -> dict[str, Any]:
         "megabytes": round(shard_set.bytes / 1e6, 1),
     }
     for key, value in shard_set.meta.items():
-        for name, inner in value.items() if isinstance(value, dict) else [(key, value)]:
-            if isinstance(inner, str | int | float):
-                facts.setdefault(name, inner)
+        inner = value.items() if isinstance(value, dict) else ()
+        words = ", ".join(f"{name} {v}" for name, v in inner if isinstance(v, str | int | float))
+        if words or isinstance(value, str | int | float):
+            facts.setdefault(key, words or value)
     return facts
 
 

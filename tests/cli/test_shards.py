@@ -60,7 +60,7 @@ def test_view_draws_a_sheet_and_tells_ranges(tmp_path, scenes, capsys):
         re.search(r"set: +scenes\n.*records: +6\nshards: +2\n", out, re.DOTALL)
         and open_set(scenes).digest in out
     )
-    assert re.search(r"look: +photographic\n", out)
+    assert re.search(r"settings: +.*look photographic", out)
     assert out.count("70 x 56, depth ") == 4 and "median" in out
     picture, _ = read_png(sheet)
     assert picture.shape[1] > 3 * 2 * 224 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 500
@@ -96,7 +96,7 @@ def test_a_published_set_is_written_in_parts_and_merged(tmp_path, capsys):
     assert "go on writing it" in complaint(capsys, "view", tmp_path / "1")
     assert main(["merge", str(tmp_path / "all"), str(tmp_path / "1"), str(tmp_path / "2")]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"set: +landmarks\n.*records: +5\n.*count: +6\n", out, re.DOTALL)
+    assert re.search(r"set: +landmarks\n.*records: +5\n.*settings: +.*count 6\b", out, re.DOTALL)
     assert "not taken:  1 (1 x the image cannot be decoded" in out and "passed over: 1 .csv" in out
     assert main([*typed[:3], str(tmp_path / "whole"), *typed[3:]]) == 0
     assert open_set(tmp_path / "whole") == replace(open_set(tmp_path / "all"), root=str(tmp_path / "whole"))
