@@ -26,9 +26,9 @@ from PIL import Image
 
 from depth_anything import Predictor, load_model
 from depth_anything.data.shards import open_set
-from depth_anything.evaluation.benchmarks import read_frames
 from depth_anything.evaluation.evaluate import find_protocol
 from depth_anything.evaluation.evaluate import judge as judge_map
+from depth_anything.evaluation.sets import read_frames
 from depth_anything.visualize import colorize, panel
 
 ROOT = Path(__file__).resolve().parents[1]

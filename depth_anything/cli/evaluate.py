@@ -37,8 +37,8 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from depth_anything.data.shards import open_set
-    from depth_anything.evaluation.benchmarks import mean_map, read_frames
     from depth_anything.evaluation.report import compare
+    from depth_anything.evaluation.sets import mean_map, read_frames
     from depth_anything.evaluation.table import format_table
 
     named = names_of(options.weights)

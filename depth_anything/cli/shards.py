@@ -269,7 +269,7 @@ def _view(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from depth_anything.data.shards import JoinedRecords, open_set
-    from depth_anything.evaluation.benchmarks import read_frames
+    from depth_anything.evaluation.sets import read_frames
     from depth_anything.evaluation.sheet import contact_sheet, describe
 
     shard_set = open_set(options.set)
@@ -293,7 +293,7 @@ def _view(options: argparse.Namespace) -> None:
 
 def print_set(shard_set: "ShardSet") -> None:
     """Print what a set holds, a fact a line."""
-    from depth_anything.evaluation.benchmarks import describe_set
+    from depth_anything.evaluation.sets import describe_set
 
     for name, value in describe_set(shard_set).items():
         print(f"{name + ':':<10} {value}")

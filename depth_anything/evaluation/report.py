@@ -22,9 +22,9 @@ import torch
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import ShardSet
-from depth_anything.evaluation.benchmarks import describe_set, find_frames, max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import Predicts, Protocol, Result, evaluate, judge
 from depth_anything.evaluation.page import Example, render_page
+from depth_anything.evaluation.sets import describe_set, find_frames, max_depth_of, read_frames
 from depth_anything.evaluation.table import best_result, format_table
 
 

@@ -11,8 +11,8 @@ from depth_anything.data.progress import Progress
 from depth_anything.data.sample import IMAGE_FIELDS, decode_labels
 from depth_anything.data.shards import Records, ShardSet
 from depth_anything.data.sources.custom import image_size
-from depth_anything.evaluation.benchmarks import spaced
 from depth_anything.evaluation.histogram import Tally, draw_histograms
+from depth_anything.evaluation.sets import spaced
 
 
 @dataclass

@@ -13,8 +13,8 @@ from depth_anything.data.sample import decode_image
 from depth_anything.data.sources import maps
 from depth_anything.data.sources.custom import Custom, Pairs, check_shapes, image_size, shown
 from depth_anything.data.sources.record import clean
-from depth_anything.evaluation.benchmarks import spaced
 from depth_anything.evaluation.histogram import Tally, draw_histograms
+from depth_anything.evaluation.sets import spaced
 from depth_anything.evaluation.stats import common_sizes
 from depth_anything.visualize import colorize, panel
 

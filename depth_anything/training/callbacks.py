@@ -21,8 +21,8 @@ from tqdm import tqdm
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import Outage
-from depth_anything.evaluation.benchmarks import max_depth_of, read_frames
 from depth_anything.evaluation.evaluate import evaluate, merge
+from depth_anything.evaluation.sets import max_depth_of, read_frames
 from depth_anything.inference.predictor import Predictor
 from depth_anything.training.base import DepthModule
 from depth_anything.training.folder import RunFolder
@@ -217,9 +217,8 @@ class Validation(StepCallback):
             return
         training = module.model.training
         predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
-        shares = together(
-            trainer.world_size, lambda: evaluate(predictor, self.frames, max_depth=self.max_depth)
-        )
+        farthest = min(self.max_depth, predictor.farthest or self.max_depth)  # a metric model ends somewhere
+        shares = together(trainer.world_size, lambda: evaluate(predictor, self.frames, max_depth=farthest))
         numbers = {f"val_{name}": float(value) for name, value in merge(shares).means.items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
@@ -231,8 +230,9 @@ class Validation(StepCallback):
         frames = self.frames[: self.pictures]
         maps = predictor.predict_batch([frame.image for frame in frames])
         rows = []
-        for frame, disparity in zip(frames, maps, strict=True):
+        for frame, map_ in zip(frames, maps, strict=True):
             assert frame.depth is not None
+            disparity = map_ if predictor.quantity == "disparity" else 1.0 / map_.clip(1e-3)
             rows.append([frame.image, colorize(1.0 / frame.depth), colorize(disparity)])
         picture = panel(rows, titles=["image", "truth", f"step {step}"])
         self.folder.mkdir(parents=True, exist_ok=True)

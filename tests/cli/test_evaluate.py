@@ -41,8 +41,8 @@ def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
 
 def test_evaluate_is_the_function(tmp_path, scenes, weights):
     from depth_anything import Predictor
-    from depth_anything.evaluation.benchmarks import read_frames
     from depth_anything.evaluation.evaluate import evaluate
+    from depth_anything.evaluation.sets import read_frames
 
     folder = tmp_path / "r"
     line = [

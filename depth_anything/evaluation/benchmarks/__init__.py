@@ -1,0 +1,1 @@
+"""Public benchmarks: facts in rows, a reader each; `catalogue` names them all."""

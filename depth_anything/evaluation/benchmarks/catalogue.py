@@ -1,0 +1,21 @@
+"""Every benchmark that `depth-anything evaluate` knows by name; nothing is imported before use."""
+
+from importlib import import_module
+
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark
+
+BENCHMARKS: dict[str, str] = {}
+"""Name → "module:name in it", below this package."""
+
+
+def load(name: str) -> Benchmark:
+    """Import a benchmark.
+
+    Raises:
+        ValueError: If there is none of this name; those that are, are named.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; choose one of: {', '.join(BENCHMARKS)}")
+    module, _, member = BENCHMARKS[name].partition(":")
+    benchmark: Benchmark = getattr(import_module(f"depth_anything.evaluation.benchmarks.{module}"), member)
+    return benchmark
