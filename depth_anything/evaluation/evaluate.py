@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from depth_anything.data.sample import Frame
-from depth_anything.geometry import align_least_squares, depth_to_disparity, disparity_to_depth
+from depth_anything.evaluation.protocols import CROPS, Protocol, find_protocol
+from depth_anything.geometry import align_least_squares, disparity_to_depth
 from depth_anything.metrics import depth_metrics
 
 T = TypeVar("T")
@@ -51,40 +52,19 @@ class Predicts(typing.Protocol):
         """RGB uint8 (H,W,3) images → float32 (H,W) maps, each of its image's size."""
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """A protocol: which predictions are fitted to the truth, and between which depths they are compared.
-
-    Attributes:
-        name: what tables and reports call it.
-        fitted: the quantities that get one scale and shift per image, by least squares of the predicted
-            disparity to 1 / truth; any other quantity is compared as it comes.
-        min_depth: metres; nearer truth is not valid, nearer predictions are raised to it.
-        max_depth: metres; farther truth (sky included) is not valid, farther predictions are lowered to it.
-    """
-
-    name: str
-    fitted: tuple[str, ...]
-    min_depth: float = 1e-3
-    max_depth: float = 80.0
+@typing.runtime_checkable
+class Recalls(typing.Protocol):
+    """What is judged without being asked for images: maps that some program made before."""
 
     @property
-    def text(self) -> str:
-        """The protocol in one sentence."""
-        fitted = " and ".join(self.fitted)
-        fit = (
-            f"{fitted} fitted per image by least squares to 1/truth, inverted, "
-            if fitted
-            else "nothing fitted, "
-        )
-        return (
-            f"{self.name}: {fit}clipped to {self.min_depth:g}–{self.max_depth:g} m, compared in depth "
-            "over pixels whose truth lies in that range; means over images"
-        )
+    def quantity(self) -> str:
+        """As of `Predicts`."""
+
+    def recall(self, frame: Frame) -> np.ndarray:
+        """The float (h,w) map of a frame; ValueError if there is none."""
 
 
-PROTOCOLS = {"da2": Protocol("da2", fitted=("disparity",))}
-"""da2: the rule that reproduces the published NYU and KITTI figures within 5 %; it fits no model of depth."""
+Judgeable = Predicts | Recalls
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,7 @@ class Result:
 
 
 def evaluate(
-    predictor: Predicts,
+    predictor: Judgeable,
     frames: Iterable[Frame],
     *,
     name: str = "model",
@@ -138,10 +118,10 @@ def evaluate(
     """Judge a model on frames with known depth. Holds `batch_size` frames at a time.
 
     Args:
-        predictor: anything with `quantity` and `predict_batch`.
+        predictor: anything with `quantity` and `predict_batch`, or maps on disk.
         frames: frames with `depth` in metres (inf is sky, NaN unknown; neither is compared).
         name: the model's name in the result.
-        protocol: a name in `PROTOCOLS`, or rules of your own.
+        protocol: a name in `protocols.PROTOCOLS`, or rules of your own.
         max_depth: metres, in place of the protocol's.
         batch_size: frames given to the predictor at once.
         model: facts about the model, kept in the result.
@@ -153,18 +133,8 @@ def evaluate(
     rules = find_protocol(protocol, max_depth=max_depth)
     rows = []
     for batch in _batches(frames, batch_size):
-        for frame, map_ in zip(batch, predictor.predict_batch([f.image for f in batch]), strict=True):
-            rows.append(judge(map_, frame, quantity=predictor.quantity, protocol=rules)[1])
+        rows += [row for _, row in judge_batch(predictor, batch, protocol=rules)]
     return Result(name, rules, tuple(rows), model or {})
-
-
-def find_protocol(protocol: str | Protocol, *, max_depth: float | None = None) -> Protocol:
-    """The rules of that name, or those given, with another `max_depth` (metres) if there is one."""
-    if isinstance(protocol, str):
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
-        protocol = PROTOCOLS[protocol]
-    return protocol if max_depth is None else replace(protocol, max_depth=float(max_depth))
 
 
 def judge(
@@ -182,30 +152,60 @@ def judge(
         The prediction as depth in metres, float32 (H,W), within the protocol's range; and the image's row.
 
     Raises:
-        ValueError: the frame has no depth.
+        ValueError: the frame has no depth, or the protocol compares no such quantity.
     """
     if frame.depth is None:
         raise ValueError(
             f"record {frame.key!r} has no depth in metres: evaluation needs a labelled set with a depth field"
         )
+    protocol.check_takes(quantity)
     truth = _double(frame.depth)
-    valid = (truth >= protocol.min_depth) & (truth <= protocol.max_depth)  # false for NaN and for sky
+    valid = _compared(truth, protocol)
     depth = _double(_resized(prediction, frame.depth.shape))
     scale, shift = 1.0, 0.0
     if quantity in protocol.fitted:
-        disparity = depth if quantity == "disparity" else depth_to_disparity(depth)
-        scales, shifts = align_least_squares(disparity, 1.0 / truth.where(valid, torch.ones(())), valid)
-        scale, shift = float(scales), float(shifts)
+        scale, shift = _fit(depth, truth, valid, quantity=quantity, positive=protocol.positive)
+        depth = depth * scale + shift
+    if quantity == "disparity":
         # What the fit puts behind infinity (disparity ≤ 0) is as far as can be, not as near as can be.
-        depth = disparity_to_depth(disparity * scale + shift, min_disparity=1.0 / protocol.max_depth)
-    elif quantity == "disparity":
-        raise ValueError(
-            f"protocol {protocol.name!r} compares metres and fits no disparity: use a metric model or da2"
-        )
+        depth = disparity_to_depth(depth, min_disparity=_floor(truth, valid, protocol))
     depth = depth.clamp(protocol.min_depth, protocol.max_depth)
     metrics = {metric: float(value) for metric, value in depth_metrics(depth, truth, valid).items()}
     row = {"key": frame.key, "valid": int(valid.sum()), "scale": scale, "shift": shift, **metrics}
     return depth[0].float().numpy(), row
+
+
+def judge_batch(
+    predictor: Judgeable, frames: Sequence[Frame], *, protocol: Protocol
+) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Predict frames together, and judge each; what `judge` returns, a frame each, in their order."""
+    seen = [show(frame, protocol) for frame in frames]
+    if isinstance(predictor, Recalls):
+        maps = [_recalled(predictor, *pair, protocol) for pair in zip(frames, seen, strict=True)]
+    else:
+        maps = predictor.predict_batch([frame.image for frame in seen])
+        if protocol.flip:
+            mirrored = predictor.predict_batch([np.ascontiguousarray(f.image[:, ::-1]) for f in seen])
+            maps = [(map_ + other[:, ::-1]) / 2 for map_, other in zip(maps, mirrored, strict=True)]
+    return [
+        judge(map_, frame, quantity=predictor.quantity, protocol=protocol)
+        for map_, frame in zip(maps, seen, strict=True)
+    ]
+
+
+def show(frame: Frame, protocol: Protocol) -> Frame:
+    """Cut a frame to what the protocol shows to a model.
+
+    Raises:
+        ValueError: the frame is too small for it, or image and depth differ in size.
+    """
+    if protocol.view is None:
+        return frame
+    shape = frame.image.shape[:2]
+    if frame.depth is not None and frame.depth.shape != shape:
+        raise ValueError(f"record {frame.key!r} cannot be cut to {protocol.view}: its depth has another size")
+    box = CROPS[protocol.view](*shape)
+    return replace(frame, image=frame.image[box], depth=None if frame.depth is None else frame.depth[box])
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -218,6 +218,47 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
+
+
+def _recalled(predictor: Recalls, whole: Frame, seen: Frame, protocol: Protocol) -> np.ndarray:
+    """A map from disk, of the whole image or of the part that the protocol shows."""
+    map_ = predictor.recall(whole)
+    if protocol.view is not None and map_.shape == whole.image.shape[:2]:
+        return map_[CROPS[protocol.view](*map_.shape)]
+    if protocol.view is not None and map_.shape != seen.image.shape[:2]:
+        size = "x".join(map(str, map_.shape[::-1]))
+        raise ValueError(
+            f"the map of {whole.key!r} is {size}, neither its image's size nor that of {protocol.view}"
+        )
+    return map_
+
+
+def _compared(truth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """Which pixels of a (1,H,W) truth are compared; never those whose depth is NaN or infinite."""
+    low, high = protocol.min_depth, protocol.max_depth
+    within = (truth > low) & (truth < high) if protocol.strict else (truth >= low) & (truth <= high)
+    within &= truth.isfinite() & (truth > 0)
+    if protocol.crop is None:
+        return within
+    inside = torch.zeros_like(within)
+    inside[0][CROPS[protocol.crop](*truth.shape[1:])] = True
+    return within & inside
+
+
+def _fit(
+    prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor, *, quantity: str, positive: bool
+) -> tuple[float, float]:
+    target = 1.0 / truth.where(valid, torch.ones(())) if quantity == "disparity" else truth
+    if quantity == "disparity" and positive:
+        valid = valid & (prediction > 0)
+    scale, shift = align_least_squares(prediction, target, valid)
+    return float(scale), float(shift)
+
+
+def _floor(truth: torch.Tensor, valid: torch.Tensor, protocol: Protocol) -> float:
+    if protocol.floor_at_truth:
+        return 1.0 / float(truth[valid].max()) if valid.any() else 1.0
+    return 1.0 / protocol.max_depth if protocol.floor is None else protocol.floor
 
 
 def _double(map_: np.ndarray) -> torch.Tensor:

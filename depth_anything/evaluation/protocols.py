@@ -1,0 +1,160 @@
+"""The rules by which papers compare depth, as named objects: what is fitted, where, and between which depths.
+
+A figure means nothing without its rules: the same map of the same image has an AbsRel of 0.05 by one and 0.2 by
+another. What is fitted follows from what a model says it gives, so that a wrong fit cannot be asked for.
+
+Sources: docs/evaluation.md names for each rule the code or paper that has it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark
+
+Box = tuple[slice, slice]
+"""Rows and columns of an image."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol: which predictions are fitted to the truth, and between which depths they are compared.
+
+    Attributes:
+        name: what tables and reports call it.
+        fitted: the quantities that get one scale and shift per image, by least squares over the pixels compared,
+            in their own space: a disparity to 1 / truth, a depth to the truth. A depth that is not fitted is
+            compared as it comes; a disparity that is not fitted cannot be compared.
+        min_depth: metres; nearer truth is not compared, nearer predictions are raised to it.
+        max_depth: metres; farther truth (sky always) is not compared, farther predictions are lowered to it.
+        strict: whether truth at exactly `min_depth` or `max_depth` is not compared.
+        floor: 1 / metres; a fitted disparity below is raised to it before it is inverted. None: 1 / `max_depth`.
+        floor_at_truth: in place of `floor`, 1 / the farthest truth compared in the image.
+        positive: whether a disparity is fitted over those pixels only where it is above zero.
+        crop: name in `CROPS`: the pixels compared; None: all.
+        view: name in `CROPS`: the part of the image that the model is shown, and that `crop` is a part of.
+        flip: whether the mean of the map and of the mirrored image's map, mirrored back, is compared.
+    """
+
+    name: str
+    fitted: tuple[str, ...]
+    min_depth: float = 1e-3
+    max_depth: float = 80.0
+    strict: bool = False
+    floor: float | None = None
+    floor_at_truth: bool = False
+    positive: bool = False
+    crop: str | None = None
+    view: str | None = None
+    flip: bool = False
+
+    @property
+    def text(self) -> str:
+        """The protocol in one sentence."""
+        fits = [_FITS[quantity] for quantity in ("disparity", "depth") if quantity in self.fitted]
+        parts = [f"{' and '.join(fits)} fitted per image by least squares" if fits else "nothing fitted"]
+        if "disparity" in self.fitted:
+            floor = f"{self.floor:g}" if self.floor is not None else f"1/{self.max_depth:g} m"
+            parts.append(f"raised to {'1/farthest truth' if self.floor_at_truth else floor} and inverted")
+        if self.view:
+            parts.append(f"images cut to {self.view}")
+        if self.flip:
+            parts.append("mean with the mirrored image")
+        if self.min_depth > 0 or self.max_depth < float("inf"):
+            parts.append(f"clipped to {self.min_depth:g}–{self.max_depth:g} m")
+        where = f" of the {self.crop} crop" if self.crop else ""
+        compared = f"compared in depth over pixels{where} whose truth lies in that range; means over images"
+        if parts[-1][:7] != "clipped":
+            compared = f"compared in depth over all pixels{where} with truth; means over images"
+        return f"{self.name}: {', '.join(parts)}, {compared}"
+
+    def check_takes(self, quantity: str) -> None:
+        """Raise ValueError if predictions of this quantity cannot be compared by these rules."""
+        if quantity == "disparity" and "disparity" not in self.fitted:
+            fitting = ", ".join(name for name, other in PROTOCOLS.items() if "disparity" in other.fitted)
+            raise ValueError(
+                f"protocol {self.name!r} compares metres and fits no disparity: "
+                f"use a metric model, or a protocol that fits one ({fitting})"
+            )
+
+
+_FITS = {"disparity": "disparity to 1/truth", "depth": "depth to truth"}
+
+PROTOCOLS = {
+    "da2": Protocol("da2", fitted=("disparity",)),
+    "marigold": Protocol("marigold", fitted=("disparity", "depth"), strict=True, floor=1e-3, positive=True),
+    "moge": Protocol(
+        "moge", fitted=("disparity",), min_depth=0.0, max_depth=float("inf"), strict=True, floor_at_truth=True
+    ),
+    "zoedepth": Protocol("zoedepth", fitted=(), strict=True, flip=True),
+}
+"""da2: the rule that reproduces the published NYU and KITTI figures within 5 %; it fits no model of depth."""
+
+
+def find_protocol(
+    protocol: str | Protocol, *, benchmark: Benchmark | None = None, max_depth: float | None = None
+) -> Protocol:
+    """The rules of that name, or those given.
+
+    Args:
+        protocol: a name in `PROTOCOLS`, or rules of your own, which stay as they are on any benchmark.
+        benchmark: with crops and depths of its own for each protocol that is used on it.
+        max_depth: metres, in place of theirs.
+
+    Raises:
+        ValueError: no such protocol, or none that anyone uses on this benchmark.
+    """
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
+        name, protocol = protocol, PROTOCOLS[protocol]
+        if benchmark is not None:
+            if name not in benchmark.caps:
+                used = ", ".join(benchmark.caps) or "none"
+                raise ValueError(f"protocol {name!r} says nothing of {benchmark.title}: use one of: {used}")
+            there = benchmark.caps[name]
+            protocol = replace(
+                protocol,
+                min_depth=there.min_depth,
+                max_depth=there.max_depth,
+                view=there.cut or None,
+                crop=there.crop or None,
+            )
+    return protocol if max_depth is None else replace(protocol, max_depth=float(max_depth))
+
+
+def garg(height: int, width: int) -> Box:
+    """KITTI's road and what stands beside it: Garg et al. (arXiv 1603.04992)."""
+    return _share(height, 0.40810811, 0.99189189), _share(width, 0.03594771, 0.96405229)
+
+
+def eigen_kitti(height: int, width: int) -> Box:
+    """KITTI's pixels below the sky: Eigen et al. (arXiv 1406.2283)."""
+    return _share(height, 0.3324324, 0.91351351), _share(width, 0.03594771, 0.96405229)
+
+
+def eigen_nyu(height: int, width: int) -> Box:
+    """Where both cameras of NYUv2's Kinect see: rows 45 to 471, columns 41 to 601 of 480 by 640."""
+    if (height, width) != (480, 640):
+        raise ValueError(f"the eigen_nyu crop is one of 640x480 pixels, not of {width}x{height}")
+    return slice(45, 471), slice(41, 601)
+
+
+def kb(height: int, width: int) -> Box:
+    """The KITTI benchmark's 1216 by 352 pixels: at the bottom, in the middle."""
+    if height < 352 or width < 1216:
+        raise ValueError(f"the kb crop has 1216x352 pixels, which {width}x{height} have not")
+    left = (width - 1216) // 2
+    return slice(height - 352, height), slice(left, left + 1216)
+
+
+CROPS: dict[str, Callable[[int, int], Box]] = {
+    "garg": garg,
+    "eigen_kitti": eigen_kitti,
+    "eigen_nyu": eigen_nyu,
+    "kb": kb,
+}
+"""Name → height and width to the box of that image."""
+
+
+def _share(length: int, low: float, high: float) -> slice:
+    return slice(int(low * length), int(high * length))
