@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command
+from depth_anything.cli.options import add_command, counted
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -159,7 +159,7 @@ def _tell(figures: dict[str, Any], options: argparse.Namespace, cores: int) -> N
     print("\nThe loader of training")
     for row in figures["loader"]:
         print(
-            f"{row['workers']:4d} worker{'s: ' if row['workers'] > 1 else ':  '}{row['images_per_s']:.0f} images/s by the clock, "
+            f"{counted(row['workers'], 'worker') + ':':>14} {row['images_per_s']:.0f} images/s by the clock, "
             f"{row['cpu_ms']:.2f} ms of a core an image"
         )
     print(
