@@ -16,6 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from depth_anything.data.sources.source import OF_THE_FILE
+
+_CHUNK = 1 << 20
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
 """What reading a broken archive may raise."""
@@ -47,6 +50,9 @@ def tar_members(path: Path) -> Iterator[Member]:
     """List the files of a tar in its order, in memory for one of them.
 
     Where the tar is damaged or cut short, a last member without a name says so.
+
+    Raises:
+        OSError: Its disk fails, which is no damage.
     """
     last = "its beginning"
     try:
@@ -61,13 +67,19 @@ def tar_members(path: Path) -> Iterator[Member]:
             # tarfile takes a header cut in two, or one of garbage, for the end.
             if len(watched.last) < tarfile.BLOCKSIZE or any(watched.last):
                 raise EOFError("no mark of the end follows")
+            while is_compressed(path) and stream.read(_CHUNK):
+                pass  # a checksum is looked at where it stands, at the end
     except DAMAGE as error:
+        if _is_of_the_disk(error):
+            raise
         reason = f"the tar is damaged, and nothing after {last} can be found: {error}"
+        if isinstance(error, gzip.BadGzipFile) and "CRC" in str(error):
+            reason = f"the tar is damaged, nobody can tell where: {error}"
         yield Member("", -1, -1, reason)
 
 
 def read_member(path: Path, offset: int, size: int) -> bytes:
-    """Read a file of a tar by its place; ValueError if it is not whole."""
+    """Read a file of a tar by its place; ValueError if it is not whole, OSError if its disk fails."""
     check_size(size)
     tar = _opened(str(path), os.getpid())
     try:
@@ -76,7 +88,10 @@ def read_member(path: Path, offset: int, size: int) -> bytes:
             data = tar.stream.read(size)
         else:
             data = os.pread(tar.stream.fileno(), size, offset)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        _opened.cache_clear()  # what was unpacked behind the damage would be taken for whole
         raise ValueError(f"the tar is damaged here: {error}") from error
     if len(data) != size:
         raise ValueError("the tar is cut short inside this file")
@@ -136,6 +151,11 @@ class _Watched:
         return self.last
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a disk failed; what unpackers find wrong has no number."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
+
+
 def _fault(info: tarfile.TarInfo) -> str:
     return "" if info.isreg() and not info.issparse() else "not a regular file"
 
@@ -165,9 +185,15 @@ def _lmdb(folder: str, process: int) -> Any:
     except ImportError as error:
         raise ValueError("lmdb is not installed: type  pip install 'depth-anything-train[lsun]'") from error
     try:
-        return lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+        environment = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
         raise ValueError(f"{folder} is no lmdb folder, or is damaged: {error}") from error
+    held = os.path.getsize(os.path.join(folder, "data.mdb"))
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if held < needed:  # to read behind the end of a file that is mapped kills the process
+        environment.close()
+        raise ValueError(f"{folder} is cut short: {held} of {needed} bytes are there; get it whole first")
+    return environment
 
 
 def _lmdb_error() -> Any:

@@ -185,9 +185,13 @@ def _sequence(parts: tuple[str, ...]) -> str:
 
 
 def _table(raw: Path, name: str, published: str, instead: str) -> Path:
-    """Find a table above the scenes, which themselves are not searched."""
-    for here, folders, files in os.walk(raw):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("ai_"))
+    """Find a table above the scenes, which themselves are not searched; links are followed, as for these."""
+    seen = set()
+    for here, folders, files in os.walk(raw, followlinks=True):
+        real = os.path.realpath(here)
+        new = [] if real in seen else sorted(folder for folder in folders if not folder.startswith("ai_"))
+        seen.add(real)
+        folders[:] = new
         if name in files:
             return Path(here, name)
     where = f"{published} of https://github.com/apple/ml-hypersim"

@@ -124,7 +124,7 @@ def read_png16(source: str | Path | bytes) -> np.ndarray:
     """
     data = read_bytes(source)
     shape = _png_header(data)
-    _check_png(data)
+    check_png(data)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.shape != shape or values.dtype != np.uint16:
         raise NoMap("the PNG is damaged: its pixels cannot be decoded")
@@ -351,8 +351,8 @@ def _png_header(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _check_png(data: bytes) -> None:
-    """See that every chunk's checksum holds and that the end is there; the decoder does not."""
+def check_png(data: bytes) -> None:
+    """See that every chunk's checksum holds and that the end is there, which decoders do not; else NoMap."""
     view, place, kind = memoryview(data), len(_PNG), b""
     while kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", data, place) if place + 12 <= len(data) else (len(data), b"")

@@ -28,7 +28,7 @@ from depth_anything.data.sources.folders import (
     read_kind,
     relative_name,
 )
-from depth_anything.data.sources.maps import MAX_PIXELS
+from depth_anything.data.sources.maps import MAX_PIXELS, check_png
 from depth_anything.data.sources.source import Facts, Raw
 from depth_anything.data.sources.tartanair import SKY_FROM_M
 
@@ -45,6 +45,7 @@ CAMERAS = tuple(
     f"{side}cam_{way}" for side in "lr" for way in ("front", "back", "left", "right", "top", "bottom")
 )
 _INTRINSICS = {"fx": 320.0, "fy": 320.0, "cx": 320.0, "cy": 320.0}
+_BITS = 24  # where a PNG's header has the bits of a channel
 _IMAGE = Kind("image", "image_?cam_*", r"(\d+)_[lr]cam_[a-z]+\.png")
 _DEPTH = Kind("depth", "depth_?cam_*", r"(\d+)_[lr]cam_[a-z]+_depth\.png")
 
@@ -94,8 +95,10 @@ def decode_depth(data: bytes) -> np.ndarray:
     """
     try:
         picture = PngImagePlugin.PngImageFile(io.BytesIO(data))
-        if picture.mode != "RGBA" or picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.mode} of {picture.width} x {picture.height} pixels")
+        bits = data[_BITS]  # Pillow halves 16 without a word
+        if picture.mode != "RGBA" or bits != 8 or picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.mode} of {bits} bits, {picture.width} x {picture.height} pixels")
+        check_png(data)
         red_first = np.asarray(picture)
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"its depth is no float32 in a PNG of four channels: {error}") from error

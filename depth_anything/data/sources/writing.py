@@ -109,7 +109,9 @@ def write_source(
     }
     check_settings(root, settings)
     told = {"licence": check_licence(licence) if licence else None, "sky_policy": sky}
-    if (root / "manifest.json").exists():
+    if (root / "manifest.json").exists() and not _lacks_shards(root):
+        if (root / ABOUT).exists():
+            _write_about(root, facts, told)
         return _note(open_set(root), told)
     if not (root / ABOUT_LISTING).exists():
         found = _peeked(source.find(raw, **options), raw, facts)
@@ -163,7 +165,10 @@ def finish(root: Path, listing: Listing) -> ShardSet | None:
         described = _described(labels)
     if not shards:
         why = "; ".join(f"{file}: {reason}" for file, reason in skipped.named[:3])
-        raise ShardError(f"{root}: none of {listing.count} files can be taken ({why})")
+        raise ShardError(
+            f"{root}: none of {listing.count} files can be taken ({why}); when that is mended, "
+            f"begin anew with  rm -r {root}"
+        )
     if "quantity" not in described:
         del about["sky_policy"]  # of images alone
     meta = {**about, "settings": {**settings, "count": listing.count}, "listing": listing.digest}
@@ -171,6 +176,12 @@ def finish(root: Path, listing: Listing) -> ShardSet | None:
     if listing.left_out:
         meta["left_out"] = listing.left_out
     return write_manifest(root, name=settings["name"], shards=shards, meta=meta)
+
+
+def _lacks_shards(root: Path) -> bool:
+    """Whether shards of a finished set were removed since, damaged ones perhaps; they are made again."""
+    there = set(os.listdir(root))
+    return any(f"{shard.name}.tar" not in there for shard in open_set(root, check=False).shards)
 
 
 def missing_shards(root: Path, listing: Listing, *, among: range | None = None) -> list[int]:

@@ -98,6 +98,20 @@ def test_the_camera_table_may_lie_above_or_be_named(tmp_path):
         list(hypersim.find(tmp_path, cameras=other))
 
 
+def test_tables_behind_a_link_are_found_and_circles_are_not_followed(tmp_path):
+    make_hypersim(tmp_path / "disk")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "hypersim").symlink_to(tmp_path / "disk")
+    assert [*hypersim.find(raw)] == [
+        line.replace("\tai_", "\thypersim/ai_") for line in hypersim.find(tmp_path / "disk")
+    ]
+    (tmp_path / "disk" / "metadata_camera_parameters.csv").unlink()
+    (tmp_path / "disk" / "circle").symlink_to(raw)
+    with pytest.raises(ValueError, match="has no metadata_camera_parameters.csv"):
+        [*hypersim.find(raw)]
+
+
 def test_one_scene_alone_is_known_by_its_folder(tmp_path):
     make_hypersim(tmp_path)
     table = tmp_path / "metadata_camera_parameters.csv"

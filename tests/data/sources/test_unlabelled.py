@@ -1,5 +1,6 @@
 """The eight sets of photographs as they are published: folders, tars plain and packed, lmdb, films."""
 
+import errno
 import gzip
 import io
 import os
@@ -108,6 +109,51 @@ def test_a_tar_that_is_cut_or_overwritten_gives_what_is_whole_and_says_so(tmp_pa
     assert "nothing after 1.jpg can be found" in reasons["b.tar"]
 
 
+def test_a_packed_tar_whose_checksum_differs_is_told(tmp_path):
+    files = {f"{k}.bmp": picture(k, "BMP", size=(60, 80)) for k in range(9)}
+    path = tar_of(tmp_path / "raw" / "a.tar", files)
+    packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored: a flipped bit is a flipped pixel
+    packed[len(packed) // 2] ^= 64
+    path.write_bytes(packed)
+    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    assert len(found) == len(files)
+    (row,) = made.meta["skipped"]["files"]
+    assert row[0] == "a.tar" and row[1].startswith("the tar is damaged, nobody can tell where: CRC check")
+
+
+def test_a_damaged_block_is_refused_and_stops_nothing(tmp_path):
+    noise = np.random.Generator(np.random.Philox(1)).integers(0, 256, (300, 300, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "BMP")
+    path = tar_of(tmp_path / "a.tar", {f"{k}.bmp": out.getvalue() for k in range(8)}, "w:bz2")
+    members = [*archives.tar_members(path)]
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2] ^= 64
+    path.write_bytes(packed)
+    archives._opened.cache_clear()
+    seen = []
+    for _ in range(2):  # the second time, too: what was unpacked behind the damage is not taken for whole
+        for member in members:
+            try:
+                seen.append(archives.read_member(path, member.offset, member.size) == out.getvalue())
+            except ValueError as error:
+                assert "the tar is damaged here" in str(error)
+                seen.append(False)
+                break
+    assert seen.count(True) and seen[: len(seen) // 2] == seen[len(seen) // 2 :] and not seen[-1]
+
+
+def test_a_disk_that_fails_while_a_tar_is_listed_stops(tmp_path, monkeypatch):
+    path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
+
+    def fail(self, size):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(archives._Watched, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(find_images(path.parent))
+
+
 def test_members_that_are_no_files_are_refused(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     with tarfile.open(path, "a") as tar:
@@ -173,6 +219,11 @@ def test_lsun_is_read_out_of_its_databases(tmp_path):
     (tmp_path / "bad" / "x_train_lmdb" / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(ValueError, match="is no lmdb folder, or is damaged"):
         list(load("lsun").find(tmp_path / "bad"))
+    half = raw / "tower_train_lmdb" / "data.mdb"
+    os.truncate(half, half.stat().st_size // 2)  # to read on would kill the process
+    archives._lmdb.cache_clear()
+    with pytest.raises(ValueError, match="tower_train_lmdb is cut short: [0-9]+ of [0-9]+ bytes"):
+        list(load("lsun").find(raw))
 
 
 def test_bdd100k_films_give_two_frames_a_second(tmp_path):

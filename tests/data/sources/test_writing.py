@@ -266,6 +266,21 @@ def test_everything_refused_is_an_error_that_names_why(tmp_path):
     for _ in range(2):
         with pytest.raises(ShardError, match="none of 5 files can be taken .a/0-bad: its depth is missing"):
             write(raw, tmp_path / "toy")
+    with pytest.raises(ShardError, match=r"when that is mended, begin anew with  rm -r .*toy"):
+        write(raw, tmp_path / "toy")
+
+
+def test_shards_removed_from_a_finished_set_are_made_again_to_the_same_bytes(raw, whole, tmp_path):
+    root = tmp_path / "toy"
+    write(raw, root)
+    write(raw, root, licence="MIT")
+    (root / "00002.tar").unlink()
+    (root / "00004.tar").unlink()
+    again = write(raw, root)
+    assert again.digest == whole.digest and again.meta["licence"] == "MIT"
+    assert verify_set(root) == []
+    told = ("manifest.json", "about.json")
+    assert files(root, but=told) == files(whole.root, but=told)
 
 
 def test_nothing_found_is_told_with_the_layout_and_leaves_no_folder(tmp_path):
