@@ -1,77 +1,302 @@
-"""`depth-anything evaluate`: models judged on a labelled set."""
+"""`depth-anything evaluate`: models, or maps that others made, judged on a labelled set or on public benchmarks."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import WEIGHTS, add_command, add_network, load, make_predictor, watch
+from depth_anything.cli.options import WEIGHTS, add_command, add_network, counted, load, make_predictor, watch
+
+if TYPE_CHECKING:
+    from depth_anything.evaluation.evaluate import Judgeable, Result
+    from depth_anything.evaluation.judging import Trial
 
 MEAN_MAP_FRAMES = 1000
 """How many frames of the training set the mean map is made of, at most."""
+
+LONGEST_WAIT_DAYS = 7
+"""For the slowest process of torchrun."""
 
 
 def add_evaluate(commands: Any) -> None:
     """Declare `evaluate`."""
     evaluate = add_command(
-        commands, "evaluate", "judge models on a labelled set; write a report", run=_evaluate
+        commands, "evaluate", "judge models on a labelled set or on benchmarks; write a report", run=_evaluate
     )
     evaluate.add_argument(
         "--weights",
-        required=True,
         nargs="+",
         action="extend",
+        default=[],
         metavar="[NAME=]PATH",
         help=f"models: {WEIGHTS}",
     )
-    evaluate.add_argument("--data", required=True, metavar="SET", help="labelled set with depth")
+    evaluate.add_argument(
+        "--predictions",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="maps that any program made: .npy, .exr, or the 16-bit .png of predict, called as their images",
+    )
+    evaluate.add_argument(
+        "--quantity", choices=("disparity", "depth"), help="what --predictions hold, if they do not say it"
+    )
+    images = evaluate.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data", metavar="SET", help="labelled set with depth")
+    images.add_argument(
+        "--benchmarks", nargs="+", metavar="NAME", help="public benchmarks; a wrong name lists them"
+    )
+    evaluate.add_argument(
+        "--root",
+        metavar="DIR",
+        help="folder of the benchmarks, one of its name for each (or the only one's own)",
+    )
+    evaluate.add_argument(
+        "--protocol", metavar="NAME", help="da2, marigold, moge or zoedepth (da2, or the benchmark's own)"
+    )
     evaluate.add_argument(
         "--mean-map",
         metavar="SET",
         help="also judge the mean map of this training set, which looks at no image",
     )
-    evaluate.add_argument("--output", metavar="DIR", help="folder of the report (outputs/evaluate-<set>)")
+    evaluate.add_argument(
+        "--output", metavar="DIR", help="folder of the report (outputs/evaluate-<set or benchmarks>)"
+    )
     evaluate.add_argument("--limit", type=int, metavar="N", help="so many images, evenly spaced (all)")
+    evaluate.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="judge the K-th of N shares; whoever comes last writes the report (torchrun shares by itself)",
+    )
     add_network(evaluate)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from depth_anything.data.shards import open_set
-    from depth_anything.evaluation.report import compare
-    from depth_anything.evaluation.sets import mean_map, read_frames
-    from depth_anything.evaluation.table import format_table
+def _evaluate(options: argparse.Namespace) -> int:
+    part, rank = options.part, None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        part = (rank + 1, ranks)
+        if options.part != (1, 1):
+            raise ValueError("torchrun shares the images out by itself: leave --part out")
+    _check(options)
+    trials, missing = _trials(options)
+    predictors, facts = _predictors(options)
+    for trial in trials:
+        for predictor in predictors.values():
+            trial.protocol.check_takes(predictor.quantity)
+    folder = Path(options.output or f"outputs/evaluate-{'-'.join(options.benchmarks or [trials[0].name])}")
+    broken = _judge(predictors, facts, trials, folder, part=part)
+    if rank:
+        print(
+            "".join(f"depth-anything evaluate: {sentence}\n" for sentence in broken), end="", file=sys.stderr
+        )
+    with _all_ranks(rank) as last:
+        return (
+            _conclude(predictors, facts, trials, folder, options, missing + broken, part=part) if last else 0
+        )
 
-    named = names_of(options.weights)
-    shard_set = open_set(options.data)
-    predictors: dict[str, Any] = {}
+
+def _check(options: argparse.Namespace) -> None:
+    if not (options.weights or options.predictions or options.mean_map):
+        raise ValueError("nothing to judge: give --weights PATH, --predictions DIR or --mean-map SET")
+    if options.benchmarks and not options.root:
+        raise ValueError("where are the benchmarks? add --root DIR, with a folder of its name for each")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, not {options.limit}")
+
+
+def _trials(options: argparse.Namespace) -> "tuple[list[Trial], list[str]]":
+    """What to judge on, and in a sentence each which benchmarks are not there."""
+    from depth_anything.data.shards import open_set
+    from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
+    from depth_anything.evaluation.judging import MissingData, trial_of_benchmark, trial_of_set
+
+    if options.data:
+        shard_set = open_set(options.data)
+        return [trial_of_set(shard_set, protocol=options.protocol or "da2", limit=options.limit)], []
+    trials, missing = [], []
+    benchmarks = [load_benchmark(name) for name in dict.fromkeys(options.benchmarks)]
+    for benchmark in benchmarks:
+        try:
+            trials.append(
+                trial_of_benchmark(benchmark, options.root, protocol=options.protocol, limit=options.limit)
+            )
+        except MissingData as error:
+            missing.append(str(error))
+    if not trials:
+        raise ValueError("; ".join(missing))
+    return trials, missing
+
+
+def _predictors(options: argparse.Namespace) -> "tuple[dict[str, Judgeable], dict[str, dict[str, Any]]]":
+    from depth_anything.evaluation.predictions import Predictions
+    from depth_anything.evaluation.sets import mean_map, read_frames
+
+    named, folders = names_of(options.weights), names_of(options.predictions, flag="--predictions")
+    if both := set(named) & set(folders):
+        raise ValueError(f"weights and predictions are both called {both.pop()!r}: name one, as in a=PATH")
+    predictors: dict[str, Judgeable] = {}
     facts: dict[str, dict[str, Any]] = {}
     if options.mean_map:
         frames = read_frames(options.mean_map, limit=MEAN_MAP_FRAMES)
-        predictors["mean map"] = mean_map(watch(frames, what="mean map"))
-        facts["mean map"] = {"baseline": f"mean disparity of {options.mean_map}, the same for every image"}
+        predictors["mean map"] = baseline = mean_map(watch(frames, what="mean map"))
+        facts["mean map"] = {
+            "baseline": f"mean disparity of {options.mean_map}, the same for every image",
+            "quantity": baseline.quantity,
+            "fingerprint": f"sha256:{hashlib.sha256(baseline.map.tobytes()).hexdigest()}",
+        }
     for name, path in named.items():
         model, facts[name] = load(path, input_size=options.input_size)
-        predictors[name] = make_predictor(model, options)
-        facts[name]["device"] = str(predictors[name].device)
-    total = min(options.limit or shard_set.records, shard_set.records)
-    folder = Path(options.output or f"outputs/evaluate-{shard_set.name}")
-    results = compare(
-        predictors,
-        shard_set,
-        folder,
-        limit=options.limit,
-        models=facts,
-        settings={"command": options.typed},
-        watch=lambda frames, name: watch(frames, what=name, total=total),
-    )
-    print(format_table(results))
-    print(f"report: {folder / 'report.html'}")
+        predictor = make_predictor(model, _on_own_device(options))
+        predictors[name] = predictor
+        facts[name] |= {"device": str(predictor.device), "quantity": predictor.quantity}
+        facts[name] |= {"precision": options.precision, "resample": options.resample}
+    for name, path in folders.items():
+        maps = Predictions(path, quantity=options.quantity)
+        predictors[name] = maps
+        facts[name] = {
+            "predictions": str(path),
+            "files": len(maps),
+            "quantity": maps.quantity,
+            "fingerprint": maps.fingerprint,
+        }
+    return predictors, facts
 
 
-def names_of(weights: Sequence[str]) -> dict[str, Path]:
-    """Split [NAME=]PATH; a model without a name is called after its file, or its run."""
+def _judge(
+    predictors: "dict[str, Judgeable]",
+    facts: dict[str, dict[str, Any]],
+    trials: "list[Trial]",
+    folder: Path,
+    *,
+    part: tuple[int, int],
+) -> list[str]:
+    """Judge this process's share of all trials; in a sentence each what could not be."""
+    from depth_anything.evaluation.judging import judge_share
+
+    broken = []
+    for trial in trials:
+        for name, predictor in predictors.items():
+            kept = _kept(trial, facts, folder, name, part)
+            try:
+                judge_share(
+                    predictor,
+                    trial,
+                    kept,
+                    name=name,
+                    part=part,
+                    watch=lambda lines, name, trial=trial: _watch(lines, f"{trial.name}, {name}"),  # type: ignore[misc]
+                )
+            except (ValueError, OSError) as error:
+                if len(trials) == 1:
+                    raise
+                broken.append(f"{error}" if trial.name in str(error) else f"{trial.name}: {error}")
+                break
+    return broken
+
+
+def _conclude(
+    predictors: "dict[str, Judgeable]",
+    facts: dict[str, dict[str, Any]],
+    trials: "list[Trial]",
+    folder: Path,
+    options: argparse.Namespace,
+    missing: list[str],
+    *,
+    part: tuple[int, int],
+) -> int:
+    """Print the tables and write the reports of all trials that are through; say what is not."""
+    from depth_anything.evaluation.judging import collect
+    from depth_anything.evaluation.report import conclude, write_summary
+    from depth_anything.evaluation.table import format_table
+
+    settings = {"command": options.typed}
+    through: dict[str, list[Result]] = {}
+    for trial in trials:
+        found = [
+            collect(trial, _kept(trial, facts, folder, name, part), name=name, model=facts[name])
+            for name in predictors
+        ]
+        results, lacking = [result for result, _ in found], max(lacking for _, lacking in found)
+        if lacking:
+            who = "" if part[1] == 1 else f" (this was share {part[0]} of {part[1]})"
+            print(f"{trial.name}: {counted(lacking, 'image')} of {len(trial.lines)} not judged yet{who}")
+            continue
+        place = folder if options.data else folder / trial.name
+        page = conclude(predictors, trial, results, place, settings=settings)
+        through[trial.name] = results
+        print(f"{format_table(results)}\nreport: {page}")
+    if options.benchmarks and through:
+        print(f"\n{write_summary(through, folder, settings=settings)}")
+    for sentence in missing:
+        print(f"depth-anything evaluate: {sentence}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _kept(
+    trial: "Trial", facts: dict[str, dict[str, Any]], folder: Path, name: str, part: tuple[int, int]
+) -> Any:
+    from depth_anything.evaluation.judging import kept_rows
+
+    # Where a network runs is no part of what it is: machines of several kinds may share the work.
+    model = {
+        key: value for key, value in facts[name].items() if key not in ("device", "weights", "predictions")
+    }
+    return kept_rows(trial, model, folder, name=name, part=part)
+
+
+def _watch(lines: Iterable[str], what: str) -> Iterator[str]:
+    listed = list(lines)
+    return watch(listed, what=what, total=len(listed))
+
+
+def _on_own_device(options: argparse.Namespace) -> argparse.Namespace:
+    """Of several processes on one machine that torchrun started, each takes the device of its number."""
+    import torch
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ or options.device != "auto" or not torch.cuda.is_available():
+        return options
+    local = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    return argparse.Namespace(**{**vars(options), "device": f"cuda:{local}"})
+
+
+@contextlib.contextmanager
+def _all_ranks(rank: int | None) -> Iterator[bool]:
+    """Wait until all processes of torchrun have judged their share; say whether this one concludes."""
+    if rank is None:
+        yield True
+        return
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=LONGEST_WAIT_DAYS))
+    try:
+        distributed.barrier()
+        yield rank == 0
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: type 2/3 for the second of three")
+    return int(k), int(n)
+
+
+def names_of(paths: Sequence[str], *, flag: str = "--weights") -> dict[str, Path]:
+    """Split [NAME=]PATH; a model without a name is called after its file, its run, or its folder."""
     named: dict[str, Path] = {}
-    for text in weights:
+    for text in paths:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():  # checkpoints may be called step=100.ckpt
             path = text
@@ -85,7 +310,7 @@ def names_of(weights: Sequence[str]) -> dict[str, Path]:
             )
         if name in named:
             raise ValueError(
-                f"two models are called {name!r}: name them, as in --weights a={named[name]} b={path}"
+                f"two models are called {name!r}: name them, as in {flag} a={named[name]} b={path}"
             )
         named[name] = Path(path)
     return named

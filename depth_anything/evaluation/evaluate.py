@@ -208,6 +208,12 @@ def show(frame: Frame, protocol: Protocol) -> Frame:
     return replace(frame, image=frame.image[box], depth=None if frame.depth is None else frame.depth[box])
 
 
+def compared_truth(frame: Frame, protocol: Protocol) -> np.ndarray:
+    """The truth of a frame as the model was shown it, float32 (H,W) metres; NaN where it is not compared."""
+    assert frame.depth is not None
+    return np.where(_compared(_double(frame.depth), protocol)[0].numpy(), frame.depth, np.float32(np.nan))
+
+
 def merge(parts: Sequence[Result]) -> Result:
     """Join what ranks found on their shares of one set: rows sorted by key, a key that came twice once."""
     rows = {row["key"]: row for part in parts for row in part.rows}

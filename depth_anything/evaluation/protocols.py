@@ -51,10 +51,10 @@ class Protocol:
     def text(self) -> str:
         """The protocol in one sentence."""
         fits = [_FITS[quantity] for quantity in ("disparity", "depth") if quantity in self.fitted]
-        parts = [f"{' and '.join(fits)} fitted per image by least squares" if fits else "nothing fitted"]
+        parts = fits or ["nothing fitted"]
         if "disparity" in self.fitted:
             floor = f"{self.floor:g}" if self.floor is not None else f"1/{self.max_depth:g} m"
-            parts.append(f"raised to {'1/farthest truth' if self.floor_at_truth else floor} and inverted")
+            parts.insert(1, f"raised to {'1/farthest truth' if self.floor_at_truth else floor} and inverted")
         if self.view:
             parts.append(f"images cut to {self.view}")
         if self.flip:
@@ -77,7 +77,10 @@ class Protocol:
             )
 
 
-_FITS = {"disparity": "disparity to 1/truth", "depth": "depth to truth"}
+_FITS = {
+    "disparity": "disparity fitted per image by least squares to 1/truth",
+    "depth": "depth fitted per image by least squares to truth",
+}
 
 PROTOCOLS = {
     "da2": Protocol("da2", fitted=("disparity",)),

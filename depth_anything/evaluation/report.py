@@ -1,5 +1,7 @@
 """From results to something a person reads: a table, JSON and CSV, and one HTML page that needs nothing else.
 
+Of several benchmarks each has a folder with these, and a summary lies above them.
+
 The page shows the picture, the truth, every model's map in the colour range of the truth, and where it errs:
 for the first few images and for the best, median and worst of the best model.
 """
@@ -8,7 +10,7 @@ import csv
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -21,56 +23,35 @@ import torch
 
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
-from depth_anything.data.shards import ShardSet
-from depth_anything.evaluation.evaluate import Predicts, Protocol, Result, evaluate, judge
+from depth_anything.evaluation.evaluate import Judgeable, Result, compared_truth, judge_batch, show
+from depth_anything.evaluation.judging import Trial
 from depth_anything.evaluation.page import Example, render_page
-from depth_anything.evaluation.sets import describe_set, find_frames, max_depth_of, read_frames
-from depth_anything.evaluation.table import best_result, format_table
+from depth_anything.evaluation.protocols import Protocol
+from depth_anything.evaluation.table import best_result, format_summary, format_table
 
 
-def compare(
-    predictors: Mapping[str, Predicts],
-    shard_set: ShardSet,
+def conclude(
+    predictors: Mapping[str, Judgeable],
+    trial: Trial,
+    results: Sequence[Result],
     folder: str | Path,
     *,
-    limit: int | None = None,
-    protocol: str | Protocol = "da2",
-    models: Mapping[str, dict[str, Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
-    watch: Callable[[Iterable[Frame], str], Iterable[Frame]] = lambda frames, name: frames,
-) -> list[Result]:
-    """Judge every predictor on a labelled set and write the report.
+) -> Path:
+    """Write the report of a trial that is through, with pictures; the path of its page.
 
     Args:
-        predictors: name → predictor, in the order of the table.
-        shard_set: a labelled set with depth; its meta may hold `max_depth`.
+        predictors: name → predictor, for the pictures.
+        trial: what they were judged on.
+        results: a result a predictor, of all images.
         folder: where the report goes; made if need be.
-        limit: so many frames, evenly spaced over the set.
-        protocol: a name in `PROTOCOLS` or rules; the set's `max_depth` holds in either case.
-        models: name → facts about the model for the report.
         settings: what else the report should say about how it was made.
-        watch: wraps each pass over the frames, given the model's name; for progress bars.
     """
-    results = []
-    for name, predictor in predictors.items():
-        frames = watch(read_frames(shard_set, limit=limit), name)
-        results.append(
-            evaluate(
-                predictor,
-                frames,
-                name=name,
-                protocol=protocol,
-                max_depth=max_depth_of(shard_set),
-                model=(models or {}).get(name),
-            )
-        )
     why = choose_examples(results)
-    examples = collect_examples(
-        predictors, find_frames(shard_set, why), why=why, protocol=results[0].protocol
-    )
-    data = {**describe_set(shard_set), "limit": limit}
-    write_report(results, folder, examples=examples, data=data, settings=settings)
-    return results
+    lines = {row["key"]: line for row, line in zip(results[0].rows, trial.lines, strict=True)}
+    frames = (trial.read(lines[key]) for key in why)
+    examples = collect_examples(predictors, frames, why=why, protocol=trial.protocol)
+    return write_report(results, folder, examples=examples, data=trial.facts, settings=settings)
 
 
 def choose_examples(results: Sequence[Result], *, first: int = 4) -> dict[str, str]:
@@ -88,7 +69,7 @@ def choose_examples(results: Sequence[Result], *, first: int = 4) -> dict[str, s
 
 
 def collect_examples(
-    predictors: Mapping[str, Predicts],
+    predictors: Mapping[str, Judgeable],
     frames: Iterable[Frame],
     *,
     why: Mapping[str, str],
@@ -101,11 +82,10 @@ def collect_examples(
             continue
         maps = {}
         for name, predictor in predictors.items():
-            prediction = predictor.predict_batch([frame.image])[0]
-            maps[name] = judge(prediction, frame, quantity=predictor.quantity, protocol=protocol)[0]
-        compared = (frame.depth >= protocol.min_depth) & (frame.depth <= protocol.max_depth)
-        truth = np.where(compared, frame.depth, np.float32(np.nan))
-        examples[frame.key] = Example(frame.key, why[frame.key], frame.image, truth, maps)
+            maps[name] = judge_batch(predictor, [frame], protocol=protocol)[0][0]
+        seen = show(frame, protocol)
+        truth = compared_truth(seen, protocol)
+        examples[frame.key] = Example(frame.key, why[frame.key], seen.image, truth, maps)
     return [examples[key] for key in why if key in examples]
 
 
@@ -153,6 +133,40 @@ def write_report(
     return page
 
 
+def write_summary(
+    trials: Mapping[str, Sequence[Result]], folder: str | Path, *, settings: Mapping[str, Any] | None = None
+) -> str:
+    """Write summary.json and summary.txt of several benchmarks, over older ones.
+
+    Args:
+        trials: benchmark → the results on it.
+        folder: of the whole report; made if need be.
+        settings: how it was made.
+
+    Returns:
+        The text: a line a benchmark and model, the protocol beside each.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {
+        "version": 1,
+        "settings": dict(settings or {}),
+        "versions": versions(),
+        "benchmarks": {
+            name: {
+                "protocol": {**asdict(results[0].protocol), "text": results[0].protocol.text},
+                "models": [{"name": r.name, "images": r.images, "means": r.means} for r in results],
+            }
+            for name, results in trials.items()
+        },
+    }
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    table = format_summary(trials)
+    (folder / "summary.txt").write_text(table + "\n", encoding="utf-8")
+    return table
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {
@@ -181,7 +195,7 @@ def _check_comparable(results: Sequence[Result]) -> None:
 
 def _json(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     protocol = results[0].protocol
-    document = {
+    document: dict[str, Any] = {
         "version": 1,
         **facts,
         "protocol": {**asdict(protocol), "text": protocol.text},

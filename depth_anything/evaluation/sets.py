@@ -1,7 +1,7 @@
 """What models are judged on: any labelled shard set, and the baseline that looks at no image."""
 
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from depth_anything.data.address import told
 from depth_anything.data.sample import Frame, decode_record, disparity_target
-from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader, ShardSet, open_set
+from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardSet, open_set
 
 DEFAULT_MAX_DEPTH = 80.0
 """Metres, for sets whose manifest names no `max_depth`."""
@@ -42,20 +42,15 @@ def read_frames(
         records = Records(records)
     ends = list(accumulate(count for _, count in records.shards))
     for number in spaced(ends[-1], limit)[rank::ranks]:
-        shard = bisect_right(ends, number)
-        name, count = records.shards[shard]
-        index = number - (ends[shard] - count)
-        yield _decoded(name, index, *records.read(name, index))
+        yield read_frame(records, number, ends=ends)
 
 
-def find_frames(shard_set: ShardSet, keys: Container[str]) -> Iterator[Frame]:
-    """Decode the frames with these keys only, in the order of the shards; nothing else is read."""
-    reader = ShardReader()
-    for shard in shard_set.shards:
-        url = shard_set.url(shard.name)
-        for index, key in enumerate(reader.keys(url)):
-            if key in keys:
-                yield _decoded(f"{shard_set.name}/{shard.name}", index, *reader.read(url, index))
+def read_frame(records: Records | JoinedRecords, number: int, *, ends: Sequence[int]) -> Frame:
+    """Decode one frame of an open set, counted from 0 over its shards, of which `ends` are the running counts."""
+    shard = bisect_right(ends, number)
+    name, count = records.shards[shard]
+    index = number - (ends[shard] - count)
+    return _decoded(name, index, *records.read(name, index))
 
 
 def spaced(total: int, limit: int | None) -> list[int]:

@@ -1,10 +1,13 @@
 """The table of results as text, and the pieces of it that the page shows too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depth_anything.evaluation.evaluate import METRICS, RISING, Result
+
+SUMMARY = ("abs_rel", "d1", "rmse", "log10")
+"""The metrics of a summary of several benchmarks."""
 
 
 def format_table(results: Sequence[Result]) -> str:
@@ -26,6 +29,25 @@ def format_table(results: Sequence[Result]) -> str:
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], "", *notes(results)])
 
 
+def format_summary(trials: Mapping[str, Sequence[Result]]) -> str:
+    """Several benchmarks as text: a line a benchmark and model, the name of its protocol beside it."""
+    head = ["benchmark", "protocol", "model", "images", *(f"{METRICS[m]} {arrow(m)}" for m in SUMMARY)]
+    lines = [head]
+    for name, results in trials.items():
+        for result in results:
+            means = [number(result.means[metric]) for metric in SUMMARY]
+            lines.append([name, result.protocol.name, result.name, str(result.images), *means])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = [
+            cell.ljust(width) if place < 3 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
 def best_result(results: Sequence[Result]) -> Result:
     """The result with the lowest mean AbsRel; one without a mean is last."""
     return min(results, key=lambda result: (math.isnan(result.means["abs_rel"]), result.means["abs_rel"]))
@@ -35,12 +57,18 @@ def notes(results: Sequence[Result]) -> list[str]:
     """What must be read with the table: how many images, by which protocol, and what went wrong on which."""
     first = results[0]
     lines = [f"{first.images} images. Protocol {first.protocol.text}."]
+    if len({result.model.get("quantity") for result in results} - {None}) > 1:
+        lines.append(f"What the models give: {_quantities(results)}; only what the protocol names is fitted.")
     if first.empty:
         lines.append(f"Without a valid pixel, and left out of the means: {_some(first.empty)}.")
     for result in results:
         if result.broken:
             lines.append(f"{result.name} gave values that are not finite on {_some(result.broken)}.")
     return lines
+
+
+def _quantities(results: Sequence[Result]) -> str:
+    return ", ".join(f"{r.name} {r.model['quantity']}" for r in results if r.model.get("quantity"))
 
 
 def _some(keys: list[str]) -> str:

@@ -13,7 +13,6 @@ from depth_anything.evaluation.evaluate import METRICS, evaluate, merge
 from depth_anything.evaluation.protocols import PROTOCOLS, Protocol
 from depth_anything.evaluation.sets import (
     MeanMap,
-    find_frames,
     max_depth_of,
     mean_map,
     read_frames,
@@ -263,10 +262,6 @@ def test_frames_hold_depth(shard_set):
         assert abs(int(frame.image[0, 0, 0]) - number) < 3
 
 
-def test_frames_are_found_by_key(shard_set):
-    assert keys_of(find_frames(shard_set, {"toy/c/3", "toy/a/1", "toy/x/0"})) == ["toy/a/1", "toy/c/3"]
-
-
 def test_the_set_says_how_far_it_is_compared(shard_set):
     assert max_depth_of(shard_set) == 6.5
     assert max_depth_of(dataclasses.replace(shard_set, meta={})) == 80
@@ -276,6 +271,5 @@ def test_a_damaged_record_ends_the_evaluation_by_name(shard_set):
     broken = [("toy/d/0", {"jpg": b"\xff\xd8\xff no image", "json": b"{}"})]
     info = write_shard(f"{shard_set.root}/d.tar", broken)
     grown = write_manifest(shard_set.root, name="toy", shards=[*shard_set.shards, info], meta={})
-    for frames in (read_frames(grown), find_frames(grown, {"toy/d/0"})):
-        with pytest.raises(BadRecord, match=r"toy/d\[0\] toy/d/0: jpg"):
-            list(frames)
+    with pytest.raises(BadRecord, match=r"toy/d\[0\] toy/d/0: jpg"):
+        list(read_frames(grown))

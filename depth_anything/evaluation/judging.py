@@ -1,0 +1,181 @@
+"""Models judged on lists of images: stopped and continued, alone or shared out, always to the same rows.
+
+A share is made of whole batches, the same ones whoever judges them: a network gives an image other last digits
+beside other images, and the table must not depend on how many processes there were.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from depth_anything import __version__
+from depth_anything.data.sample import Frame
+from depth_anything.data.shards import Records, ShardSet
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark
+from depth_anything.evaluation.evaluate import Judgeable, Result, judge_batch
+from depth_anything.evaluation.kept import KeptRows, Part
+from depth_anything.evaluation.protocols import Protocol, find_protocol
+from depth_anything.evaluation.sets import describe_set, max_depth_of, read_frame, spaced
+
+BATCH_SIZE = 8
+
+ROWS = "rows"
+"""The folder of kept rows, below that of the report."""
+
+Watch = Callable[[Iterable[str], str], Iterable[str]]
+
+
+class MissingData(ValueError):
+    """A benchmark that is not there, or not all of it; the sentence says where to get it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Images with known depth, and the rules by which models are judged on them.
+
+    Attributes:
+        name: of the set or benchmark.
+        lines: a line of text an image, each another; their order is that of the rows.
+        read: a line to its frame; ValueError if it cannot be read.
+        protocol: the rules.
+        facts: what the report says of the images; "digest" is theirs.
+    """
+
+    name: str
+    lines: Sequence[str]
+    read: Callable[[str], Frame]
+    protocol: Protocol
+    facts: Mapping[str, Any]
+
+
+def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit: int | None = None) -> Trial:
+    """The frames of a labelled shard set; its `max_depth` holds whatever the protocol's is.
+
+    Args:
+        shard_set: with depth in metres.
+        protocol: a name, or rules.
+        limit: so many frames, evenly spaced.
+    """
+    records = Records(shard_set)
+
+    ends = list(accumulate(count for _, count in records.shards))
+
+    def read(line: str) -> Frame:
+        return read_frame(records, int(line), ends=ends)
+
+    lines = [str(number) for number in spaced(shard_set.records, limit)]
+    rules = find_protocol(protocol, max_depth=max_depth_of(shard_set))
+    return Trial(shard_set.name, lines, read, rules, {**describe_set(shard_set), "limit": limit})
+
+
+def trial_of_benchmark(
+    benchmark: Benchmark, root: str | Path, *, protocol: str | None = None, limit: int | None = None
+) -> Trial:
+    """The frames of a public benchmark.
+
+    Args:
+        benchmark: its facts and reader.
+        root: the folder of all benchmarks, in which this one has a folder of its name, or the benchmark's own.
+        protocol: a name that the benchmark has caps for; its own first one by default.
+        limit: so many frames, evenly spaced.
+
+    Raises:
+        ValueError: no such protocol there; as `MissingData`, the benchmark is not there.
+    """
+    rules = find_protocol(protocol or benchmark.protocol, benchmark=benchmark)
+    root = Path(root)
+    root = root / benchmark.name if (root / benchmark.name).is_dir() else root
+
+    def read(line: str) -> Frame:
+        try:
+            frame: Frame = benchmark.read(root, line)
+            return frame
+        except (ValueError, OSError) as error:
+            raise _missing(benchmark, error) from error
+
+    try:
+        found = list(benchmark.find(root))
+    except (ValueError, OSError) as error:
+        raise _missing(benchmark, error) from error
+    lines = [found[number] for number in spaced(len(found), limit)]
+    facts = {
+        "set": benchmark.name,
+        "title": benchmark.title,
+        "where": str(root),
+        "digest": _digest(found),
+        "images": f"{len(found)} of {benchmark.images}",
+        "licence": benchmark.licence,
+        "from": benchmark.get,
+        "limit": limit,
+    }
+    return Trial(benchmark.name, lines, read, rules, facts)
+
+
+def kept_rows(
+    trial: Trial, model: Mapping[str, Any], folder: str | Path, *, name: str, part: Part = (1, 1)
+) -> KeptRows:
+    """Where the rows of a model on a trial are kept; `model` holds all facts that its maps depend on."""
+    about = {
+        "version": __version__,
+        "name": name,
+        "model": dict(model),
+        "trial": trial.name,
+        "images": [trial.facts["digest"], _digest(trial.lines)],
+        "protocol": asdict(trial.protocol),
+        "batch": BATCH_SIZE,
+    }
+    return KeptRows(Path(folder) / ROWS, about, part=part)
+
+
+def judge_share(
+    predictor: Judgeable,
+    trial: Trial,
+    kept: KeptRows,
+    *,
+    name: str = "model",
+    part: Part = (1, 1),
+    watch: Watch = lambda lines, name: lines,
+) -> None:
+    """Judge what of a share has not been judged yet, and keep each row as it comes.
+
+    Args:
+        predictor: the model, or maps on disk.
+        trial: the images and rules.
+        kept: takes the rows.
+        name: the model's, for `watch`.
+        part: (k, n): the k-th of n shares, from 1.
+        watch: wraps the pass over the lines, given the model's name; for progress bars.
+
+    Raises:
+        ValueError: the protocol compares no such quantity, or an image or its map cannot be read.
+    """
+    trial.protocol.check_takes(predictor.quantity)
+    done = kept.load()
+    batches = [trial.lines[i : i + BATCH_SIZE] for i in range(0, len(trial.lines), BATCH_SIZE)]
+    todo = [batch for batch in batches[part[0] - 1 :: part[1]] if not all(line in done for line in batch)]
+    passing = iter(watch([line for batch in todo for line in batch], name))
+    for batch in todo:
+        frames = [trial.read(next(passing)) for _ in batch]
+        judged = judge_batch(predictor, frames, protocol=trial.protocol)
+        kept.add({line: row for line, (_, row) in zip(batch, judged, strict=True)})
+    for _ in passing:  # lets a progress bar end
+        pass
+
+
+def collect(trial: Trial, kept: KeptRows, *, name: str, model: Mapping[str, Any]) -> tuple[Result, int]:
+    """The result of all rows kept so far, in the order of the images, and how many of these have none yet."""
+    rows = kept.load()
+    ordered = tuple(rows[line] for line in trial.lines if line in rows)
+    return Result(name, trial.protocol, ordered, dict(model)), len(trial.lines) - len(ordered)
+
+
+def _missing(benchmark: Benchmark, error: Exception) -> MissingData:
+    text = str(error).rstrip(".")
+    return MissingData(f"{benchmark.name}: {text}; {benchmark.title} is at {benchmark.get}")
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()

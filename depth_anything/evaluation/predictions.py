@@ -1,0 +1,152 @@
+"""Maps that any program made before, judged as a model's: a folder with a file an image, found by name."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources import maps
+
+ENDINGS = (".npy", ".png", ".exr")
+
+_MARKS = {"_disparity": "disparity", "_depth": "depth", "_raw_depth_meter": "depth"}
+"""What `depth-anything predict` and the authors' metric script put behind a name, and what it says."""
+
+
+class Predictions:
+    """A folder of maps with a predictor's interface: asked for a frame, it reads the file of that frame's name.
+
+    Files are `.npy`, 16-bit `.png` with the text that `depth-anything predict` writes (`low`, `high`), or `.exr`.
+    What they hold is said by that text, by the header of the EXR, by NAME.json beside it, by the name
+    (`NAME_disparity`, `NAME_depth`, the authors' `NAME_raw_depth_meter`) or, if nothing else, by the caller.
+
+    Attributes:
+        folder: where they lie.
+        quantity: "disparity" or "depth", of all of them.
+    """
+
+    def __init__(self, folder: str | Path, *, quantity: str | None = None) -> None:
+        """List the folder; files are read when they are asked for.
+
+        Args:
+            folder: searched through.
+            quantity: what the maps are, where they do not say it themselves.
+
+        Raises:
+            ValueError: no such folder, no map in it, or what the maps are is not said, or said differently.
+        """
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"no predictions: {folder} is not a folder")
+        files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
+        said = {file: said_of(file) for file in files}
+        # A coloured picture beside the values is no map, nor is an 8-bit copy of one.
+        files = [f for f in files if f.suffix.lower() != ".png" or _text(f).get("low")]
+        if not files:
+            raise ValueError(f"no predictions: {folder} holds no {', '.join(ENDINGS)} with a map's values")
+        self.quantity = self._one_quantity({f: said[f] for f in files}, quantity)
+        self._files = files
+        self._paths: dict[str, list[Path]] = {}
+        for file in files:
+            name = _plain(file.relative_to(self.folder).with_suffix("").as_posix())
+            for known in {name, name.rpartition("/")[2]}:
+                self._paths.setdefault(known, []).append(file)
+
+    def recall(self, frame: Frame) -> np.ndarray:
+        """Read the map of a frame, float32 (h,w).
+
+        It is looked for by the frame's key, by the name of the image it was made of, and by the last part of
+        each, if that is unique.
+
+        Raises:
+            ValueError: no file, several, or a damaged one.
+        """
+        name = str(frame.meta.get("name", ""))
+        names = [frame.key, _stem(name), frame.key.rpartition("/")[2], _stem(name).rpartition("/")[2]]
+        for candidate in dict.fromkeys(filter(None, names)):
+            if found := self._best(self._paths.get(candidate, [])):
+                return self._read(found)
+        wanted = " or ".join(f"{n}{ENDINGS[0]}" for n in dict.fromkeys(filter(None, names[:2])))
+        raise ValueError(f"no prediction of {frame.key!r} in {self.folder}: one file {wanted} is needed")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all files' names, sizes and times: another one means that something was written anew."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            about = file.stat()
+            name = file.relative_to(self.folder).as_posix()
+            digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        """How many files there are."""
+        return len(self._files)
+
+    def _one_quantity(self, said: dict[Path, str | None], given: str | None) -> str:
+        quantities = {quantity for quantity in said.values() if quantity}
+        if len(quantities) > 1:
+            raise ValueError(f"{self.folder} holds maps of disparity and of depth: give a folder for each")
+        if given and quantities and quantities != {given}:
+            raise ValueError(f"the maps in {self.folder} say that they are {quantities.pop()}, not {given}")
+        if not (quantities or given):
+            raise ValueError(
+                f"the maps in {self.folder} do not say what they are: add --quantity disparity (larger is "
+                "nearer) or --quantity depth (metres)"
+            )
+        return quantities.pop() if quantities else str(given)
+
+    @staticmethod
+    def _best(files: list[Path]) -> Path | None:
+        """One file of those with a name; of one map in several formats the most exact one."""
+        if len({_plain(file.with_suffix("").as_posix()) for file in files}) != 1:
+            return None  # nothing, or images of one name in several folders
+        return min(files, key=lambda file: ((".npy", ".exr", ".png").index(file.suffix.lower()), file))
+
+    @staticmethod
+    def _read(file: Path) -> np.ndarray:
+        try:
+            values = maps.read_map(file).astype(np.float32)
+            if file.suffix.lower() == ".png":
+                text = _text(file)
+                low, high = float(text["low"]), float(text["high"])
+                values = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        return values
+
+
+def said_of(file: Path) -> str | None:
+    """What a map's file says that it holds, "disparity" or "depth"; None if it does not."""
+    said = _text(file).get("quantity") if file.suffix.lower() == ".png" else None
+    stem = file.stem
+    mark = next((mark for mark in _MARKS if stem.endswith(mark)), "")
+    if said is None and mark:
+        said = _MARKS[mark]
+    beside = file.with_name(f"{stem.removesuffix(mark)}.json")
+    if said is None and beside.is_file():
+        try:
+            said = json.loads(beside.read_bytes()).get("quantity")
+        except (ValueError, AttributeError):
+            said = None
+    return said if said in ("disparity", "depth") else None
+
+
+def _text(file: Path) -> dict[str, str]:
+    try:
+        with Image.open(file) as picture:
+            return dict(getattr(picture, "text", {})) if picture.mode.startswith("I") else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _plain(name: str) -> str:
+    return next((name.removesuffix(mark) for mark in _MARKS if name.endswith(mark)), name)
+
+
+def _stem(name: str) -> str:
+    head, slash, last = name.rpartition("/")
+    return f"{head}{slash}{last.rpartition('.')[0] or last}"
