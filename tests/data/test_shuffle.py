@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from depth_anything.data import stream as stream_module
-from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import stream_loader
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import Records, write_manifest, write_shard
+from depth_anything.data.shards import write_manifest, write_shard
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -64,6 +62,25 @@ def test_the_scripts_run(tmp_path, capsys):
     assert "resumed ÷ cold" in capsys.readouterr().out
 
 
+TAKEN = """
+import gc, json, multiprocessing, os, sys
+sys.path.insert(0, sys.argv[2])
+from bench_scale import resident_mb
+from depth_anything.data.shards import Records, open_set
+data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=16, image_size=14, perturb=True)
+batches = iter(stream_loader(data, micro_batch=100, workers=1))
+(worker,) = multiprocessing.active_children()
+held = []
+for taken in range(1, 501):
+    batch = next(batches)
+    if taken in (100, 500):
+        gc.collect()
+        held.append((resident_mb(os.getpid()), resident_mb(worker.pid)))
+assert batch["sample"][-1] == 49_999
+print(json.dumps(held))
+"""
+
+
 def test_memory_stays_as_it_is(tmp_path):
     """50,000 samples through a worker: neither it nor the process that takes them grows."""
     image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
@@ -72,15 +89,8 @@ def test_memory_stays_as_it_is(tmp_path):
         write_shard(tmp_path / f"{s}.tar", ((f"a/{s}/{i}", fields) for i in range(100))) for s in range(5)
     ]
     made = write_manifest(tmp_path, name="a", shards=infos, meta={})
-    data = StreamDataset([Records(made)], seed=0, streams=16, image_size=14, perturb=True)
-    before = set(multiprocessing.active_children())
-    batches = iter(stream_loader(data, micro_batch=100, workers=1))
-    (worker,) = (child for child in multiprocessing.active_children() if child not in before)
-    held = {}
-    for taken in range(1, 501):
-        batch = next(batches)
-        if taken in (100, 500):
-            held[taken] = (scale.resident_mb(os.getpid()), scale.resident_mb(worker.pid))
-    assert batch["sample"][-1] == 49_999
-    for early, late in zip(held[100], held[500], strict=True):
-        assert late - early < 3, held  # 40,000 samples; 100 bytes of each would be 4 MB
+    command = [sys.executable, "-c", TAKEN, made.root, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    early, late = json.loads(done.stdout)
+    for before, after in zip(early, late, strict=True):
+        assert after - before < 3, (early, late)  # megabytes over 40,000 samples: 75 bytes of each
