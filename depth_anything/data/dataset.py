@@ -58,6 +58,7 @@ class StreamDataset(Dataset):
         perturb: bool = False,
         cutmix: bool = False,
         repeat: Mapping[str, int] | None = None,
+        depth_range: tuple[float, float] | None = None,
     ) -> None:
         """Lay out the order; no shard is read.
 
@@ -74,6 +75,8 @@ class StreamDataset(Dataset):
             perturb: add "perturbation" to the batches.
             cutmix: add "box" to the batches.
             repeat: times a pass that a set or a shard comes.
+            depth_range: None for disparity; else targets are the records' depth in metres, valid from the first
+                to the second of these metres.
 
         Raises:
             ValueError: two sets have one name, the crop exceeds the frames, there are no records, or `sky` or
@@ -82,7 +85,7 @@ class StreamDataset(Dataset):
         self.sources = list(sources)
         self.seed, self.image_size, self.sky = seed, image_size, sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
-        self.perturb, self.cutmix = perturb, cutmix
+        self.perturb, self.cutmix, self.depth_range = perturb, cutmix, depth_range
         self.handover: Handover | None = None
         if self.short_side < image_size:
             raise ValueError(
@@ -113,7 +116,7 @@ class StreamDataset(Dataset):
 
         Returns:
             "image": uint8 (b, S, S, 3), RGB.
-            "target": float32 (b, S, S), disparity, 0 where not valid.
+            "target": float32 (b, S, S), disparity (with `depth_range` metres), 0 where not valid.
             "valid": bool (b, S, S).
             "sample": int64 (b,), the numbers.
             "failed": list of "set/shard[index] key: reason", one for each number whose own record cannot be
@@ -213,7 +216,7 @@ class StreamDataset(Dataset):
         source = self._source[shard.split("/")[0]]
         key, fields = source.read(shard, index)
         with _bad_record(shard, index, key):
-            name = target_field(fields)
+            name = target_field(fields, metres=self.depth_range is not None)
             whole, meta = decode_photograph(fields)
         with _bad_record(shard, index, key, name):
             size = codec.size(fields[name])
@@ -229,7 +232,12 @@ class StreamDataset(Dataset):
         with _bad_record(shard, index, key, name):
             view_encoded(fields[name], view, out=target)
         make_target(
-            target, valid, quantity=name.split(".")[0], sky=self.sky[source.name], meta=meta
+            target,
+            valid,
+            quantity=name.split(".")[0],
+            sky=self.sky[source.name],
+            meta=meta,
+            depth_range=self.depth_range,
         )  # the map is cut first and converted after, as most pixels are cut away
         view_image(whole, view, out=image)
 

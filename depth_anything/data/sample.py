@@ -107,16 +107,22 @@ def decode_photograph(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str
     return image, _field(_decode_meta, fields, "json") if "json" in fields else {}
 
 
-def target_field(fields: Mapping[str, bytes]) -> str:
+def target_field(fields: Mapping[str, bytes], *, metres: bool = False) -> str:
     """Name the field that a record's training target is made of: its disparity or, without one, its depth.
 
+    Args:
+        fields: of the record.
+        metres: look for depth alone.
+
     Raises:
-        ValueError: it has neither.
+        ValueError: it has neither, or no depth where that is asked for.
     """
-    for label in reversed(LABEL_FIELDS):
+    for label in ("depth",) if metres else reversed(LABEL_FIELDS):
         for codec in map_codec.CODECS:
             if f"{label}.{codec}" in fields:
                 return f"{label}.{codec}"
+    if metres:
+        raise ValueError("it has no depth, which metres are learnt from")
     raise ValueError("it has neither depth nor disparity: an image without a label")
 
 
@@ -192,20 +198,33 @@ def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.
 
 
 def make_target(
-    values: np.ndarray, valid: np.ndarray, *, quantity: str, sky: str, meta: Mapping[str, Any]
+    values: np.ndarray,
+    valid: np.ndarray,
+    *,
+    quantity: str,
+    sky: str,
+    meta: Mapping[str, Any],
+    depth_range: tuple[float, float] | None = None,
 ) -> None:
     """Turn a label to a training target where it lies.
 
     Args:
-        values: float32 (H, W), the label; becomes disparity, 0 where not valid.
+        values: float32 (H, W), the label; becomes disparity, or depth, 0 where not valid.
         valid: bool (H, W), filled in.
         quantity: "depth" or "disparity", what the label is.
         sky: "far" or "invalid", as in `disparity_target`.
         meta: the record's, for what is sky in a disparity.
+        depth_range: None makes disparity; else depth stays depth, valid from the first to the second of these
+            metres, both taken in. The sky then has no value, whatever `sky` says.
     """
     if sky not in ("far", "invalid"):
         raise ValueError(f'sky="{sky}" is unknown: use "far" or "invalid"')
-    if quantity == "depth":
+    if depth_range is not None:
+        if quantity != "depth":
+            raise ValueError("disparity has no metres: a depth is needed")
+        np.greater_equal(values, depth_range[0], out=valid)
+        valid &= values <= depth_range[1]
+    elif quantity == "depth":
         np.greater(values, 0, out=valid)
         if sky == "invalid":
             valid &= values < np.inf

@@ -21,7 +21,8 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
         step: Optimizer steps done, 0 at the first.
         steps: Length of the run in optimizer steps.
         warmup: Share of the run, 0 to 1, over which the rate climbs linearly from near zero.
-        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine" or "poly" (power 0.9).
+        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
+            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1 has it).
 
     Returns:
         A factor between 0 and 1.
@@ -29,9 +30,9 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
     Raises:
         ValueError: For an unknown schedule.
     """
-    if schedule not in ("constant", "linear", "cosine", "poly"):
+    if schedule not in ("constant", "linear", "cosine", "poly", "late-cosine"):
         raise ValueError(
-            f"recipe.schedule={schedule} is unknown; type recipe.schedule=constant, linear, cosine or poly"
+            f"recipe.schedule={schedule} is unknown; type recipe.schedule=constant, linear, cosine, poly or late-cosine"
         )
     climb = round(warmup * steps)
     if step < climb:
@@ -41,7 +42,9 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
         return 1.0
     if schedule == "linear":
         return max(0.0, 1.0 - done)
-    if schedule == "cosine":
+    if schedule == "late-cosine":
+        done = max(0.0, (step / max(1, steps) - 0.7) / 0.3)
+    if schedule.endswith("cosine"):
         return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
     return max(0.0, 1.0 - done) ** 0.9
 
@@ -71,7 +74,7 @@ class Recipe:
         head_lr: Adam's rate for the DPT head.
         betas: Adam's.
         weight_decay: Decoupled; 0 is plain Adam, as the paper has it.
-        schedule: "constant", "linear", "cosine" or "poly".
+        schedule: "constant", "linear", "cosine", "poly" or "late-cosine".
         warmup: Share of the run over which the rate climbs.
         clip_norm: Largest global gradient norm; None leaves gradients alone.
         ssi_weight: Weight of the scale-and-shift-invariant loss.

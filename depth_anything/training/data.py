@@ -11,11 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from depth_anything.data.address import is_remote, join
+from depth_anything.data.address import is_remote, join, told
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import BadRecord, JoinedRecords, Records, open_set
+from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardSet, open_set
 from depth_anything.data.sources.scenes import write_scenes
 from depth_anything.training.plan import mixed_sets, override
 
@@ -35,6 +35,21 @@ def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
                     "or name a labelled set"
                 )
             return
+
+
+def refuse_without_metres(images: ShardSet) -> None:
+    """Hold a set's manifest against what metres are learnt from: depth, and in metres.
+
+    Raises:
+        ValueError: Naming the set and what its manifest says instead.
+    """
+    quantity, unit = images.meta.get("quantity"), images.meta.get("unit")
+    if (quantity, unit) != ("depth", "m"):
+        said = f"{quantity or 'no one quantity'} in {unit or 'no one unit'}"
+        raise ValueError(
+            f"the set {images.name} cannot teach metres: its manifest says {said}, not depth in m; leave it out of "
+            f"sources.labelled, as in  sources.labelled=null '+sources.labelled={{SET: {told(images.root)}}}'"
+        )
 
 
 def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
@@ -67,6 +82,8 @@ class TrainData(pl.LightningDataModule):
         mix: bool | str | Sequence[str] | None = None,
         repeat: Mapping[str, int] | None = None,
         allow_partial: bool = False,
+        min_depth: float | None = None,
+        max_depth: float | None = None,
         run_dir: str,
     ) -> None:
         """Describe the data; `open` reads the manifests.
@@ -88,6 +105,8 @@ class TrainData(pl.LightningDataModule):
             mix: Which of them are seen beside `sets`: True, some names, or None.
             repeat: Times a pass for the sets named.
             allow_partial: Train on the finished shards of an unfinished label set.
+            min_depth: Metres, of stage=metric: nearer truth is not valid.
+            max_depth: Metres, likewise: farther truth is not valid. Without both, targets are disparity.
             run_dir: Where the list of an unfinished label set is frozen.
         """
         super().__init__()
@@ -97,13 +116,15 @@ class TrainData(pl.LightningDataModule):
         self.perturb, self.cutmix = perturb, cutmix
         self.mixed = mixed_sets(mix, labelled or {})
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
+        self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
         self._dataset: StreamDataset | None = None
 
     def open(self) -> StreamDataset:
         """Open every set, once.
 
         Raises:
-            ValueError: If a set is missing, empty, damaged, or its labels unfinished or another teacher's.
+            ValueError: If a set is missing, empty, damaged, its labels unfinished or another teacher's, or, where
+                metres are learnt, not in metres.
         """
         if self._dataset is None:
             if self.image_size % self.patch:
@@ -115,6 +136,8 @@ class TrainData(pl.LightningDataModule):
             sources: list[Records | JoinedRecords] = []
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
+                if self.depth_range is not None:
+                    refuse_without_metres(images)
                 if self.labels is None:
                     sources.append(Records(images))
                 else:
@@ -138,6 +161,7 @@ class TrainData(pl.LightningDataModule):
                 perturb=self.perturb,
                 cutmix=self.cutmix,
                 repeat=self.repeat or None,
+                depth_range=self.depth_range,
             )
         return self._dataset
 
@@ -185,6 +209,7 @@ class TrainData(pl.LightningDataModule):
             "streams": self.streams,
             "repeat": self.repeat,
             "sky": self.open().sky,
+            "depth_range": self.depth_range,
             "sets": self.digests(),
         }
 
@@ -210,6 +235,12 @@ class TrainData(pl.LightningDataModule):
         if state.get("repeat", self.repeat) != self.repeat:
             raise ValueError(
                 f"this run was begun with another repeat; type  {override('data.repeat', state['repeat'] or None)}"
+            )
+        was = state.get("depth_range")
+        if (was and tuple(was)) != self.depth_range:
+            told_range = f"min_depth={was[0]} max_depth={was[1]}" if was else "disparity"
+            raise ValueError(
+                f"this run was begun with {told_range}; type name=ANOTHER_NAME for another range"
             )
         then = state.get("sky", dict.fromkeys(now, "far"))
         changed = [name for name, policy in self.open().sky.items() if then[name] != policy]

@@ -24,7 +24,15 @@ FREE_KEYS = frozenset(
     dry_run name run_dir output_dir allow_partial tiny""".split()
 )
 #: Keys that repeat another key's value.
-ECHOES = ("module.recipe.", "recipe.steps", "data.sky", "data.mix", "data.labelled")
+ECHOES = (
+    "module.recipe.",
+    "recipe.steps",
+    "data.sky",
+    "data.mix",
+    "data.labelled",
+    "data.min_depth",
+    "data.max_depth",
+)
 #: Keys whose value is the user's own mapping, typed as a whole.
 WHOLE = frozenset(("sky", "repeat"))
 HEARTBEAT_S = 10.0

@@ -15,10 +15,13 @@ from depth_anything.model.depth_anything import DepthAnything
 KEYS = frozenset(
     """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
     dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix mix sky
+    max_depth min_depth start freeze_encoder
     recipe module data
     labels teacher sources trainer logger size experiment tiny""".split()
 )
 NESTED = {"checkpoint": {"every", "keep"}, "logging": {"every"}, "validation": {"every", "limit"}}
+
+METRES = {"min_depth": 0.001, "max_depth": 20}
 
 
 def refuse_nonsense(config: Mapping[str, Any]) -> None:
@@ -44,6 +47,23 @@ def refuse_nonsense(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value} must be a whole number above 0")
     if type(config["workers"]) is not int or config["workers"] < 0:
         raise ValueError(f"workers={config['workers']} must be a whole number, 0 for none")
+    if config["stage"] == "metric":
+        _refuse_no_range(config)
+
+
+def _refuse_no_range(config: Mapping[str, Any]) -> None:
+    near, far = config["min_depth"], config["max_depth"]
+    for key, value in (("min_depth", near), ("max_depth", far)):
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise ValueError(f"{key}={value} must be a number of metres above 0, as in {key}={METRES[key]}")
+    if near >= far:
+        raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")
+    if config["start"] not in ("encoder", "all"):
+        raise ValueError(f"start={config['start']} is unknown; type start=encoder or start=all")
+    if type(config["freeze_encoder"]) is not bool:
+        raise ValueError(
+            f"freeze_encoder={config['freeze_encoder']} is neither true nor false; type freeze_encoder=true"
+        )
 
 
 def one_sentence(error: BaseException) -> str:
@@ -162,7 +182,8 @@ def count(parameters: Any) -> str:
 def print_plan(config: Mapping[str, Any]) -> None:
     """Build the network on the meta device and print what a run would do, touching neither data nor weights."""
     with torch.device("meta"):
-        model = DepthAnything(config["encoder"])
+        model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"))
+        model.pretrained.requires_grad_(not config.get("freeze_encoder"))
     head = list(model.depth_head.parameters())
     encoder = list(model.pretrained.parameters())
     print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
@@ -180,11 +201,9 @@ def print_plan(config: Mapping[str, Any]) -> None:
     for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
         print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
     print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
-    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
-    if recipe.get("alignment_weight"):
-        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
-    print(f"loss        {' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out")
-    print(f"start       {config['init'] or 'random weights'}")
+    print(f"loss        {_loss(config)}")
+    whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
+    print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}")
     _print_sets(config["data"]["sets"])
     if config["data"]["labels"]:
         print(f"labels      {config['data']['labels']}")
@@ -198,6 +217,19 @@ def print_plan(config: Mapping[str, Any]) -> None:
         except ValueError as error:
             split = str(error)
         print(f"            {devices:2d} device{'s' if devices > 1 else ' '}: {split}")
+
+
+def _loss(config: Mapping[str, Any]) -> str:
+    recipe = config["recipe"]
+    if config["stage"] == "metric":
+        return (
+            f"silog, variance focus {recipe['variance_focus']:g}, over truth from {config['min_depth']:g} to "
+            f"{config['max_depth']:g} m"
+        )
+    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
+    if recipe.get("alignment_weight"):
+        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
+    return f"{' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out"
 
 
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:

@@ -19,25 +19,33 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     """Build the network of a run with its starting weights.
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or the authors, or null for
-    random weights, drawn from `seed`.
+    random weights, drawn from `seed`. stage=metric makes metres up to `max_depth`; of a whole model it takes what
+    `start` says, and `freeze_encoder` leaves the encoder as it comes.
 
     Raises:
-        ValueError: If the file is of another size or kind, or a student would start from a teacher.
+        ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
     """
-    torch.manual_seed(config["seed"])
-    model = DepthAnything(config["encoder"])
-    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
-    source = config["init"]
-    if source is None:
-        return model
+    source, start = config["init"], config.get("start", "all")
     if config["stage"] == "student" and _is_teacher(Path(source)):
         raise ValueError(
             f"init={source} is a teacher; a student starts from DINOv2 of its size: "
             "type init=hub or init=DINOV2_FILE"
         )
-    if source != "hub" and has_head(source):
-        other = load_model(source, encoder=config["encoder"])
-        model.load_state_dict(other.state_dict())
+    if config["stage"] == "metric" and source not in (None, "hub") and not Path(source).exists():
+        raise ValueError(
+            f"there is no model at {source}; run `python train.py stage=student size={config['size']}` first, type "
+            "init=FILE for another relative model, or init=hub for DINOv2's encoder"
+        )
+    whole = source not in (None, "hub") and has_head(source)
+    other = load_model(source, encoder=config["encoder"]) if whole else None
+    torch.manual_seed(config["seed"])
+    taps = other.taps if other is not None and start == "all" else None
+    model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"), taps=taps)
+    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
+    if source is None:
+        pass
+    elif other is not None:
+        _take(model, other, start)
         base = other.origin.get("start", {}).get("base")
         model.origin = {"start": {"from": _short(source), "licence": other.licence, "base": base}}
     else:
@@ -45,7 +53,20 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
         named = hub_name(config["encoder"]) if source == "hub" else None
         licence = licence_on_hub(config["encoder"]) if named else licence_in(source)
         model.origin = {"start": {"from": named or _short(source), "licence": licence, "base": named}}
+    if config.get("freeze_encoder"):
+        model.pretrained.requires_grad_(False)
     return model
+
+
+def _take(model: DepthAnything, other: DepthAnything, start: str) -> None:
+    """Copy a model's weights: its encoder's, or all but a last convolution that said something else."""
+    left_out: tuple[str, ...] = ("depth_head.",) if start == "encoder" else ()
+    if model.quantity != other.quantity:  # disparity grows where depth shrinks, and no sigmoid followed it
+        left_out += ("depth_head.scratch.output_conv2.2.",)
+    state = other.state_dict()
+    model.load_state_dict(
+        {name: t for name, t in state.items() if not name.startswith(left_out)}, strict=False
+    )
 
 
 def credited(

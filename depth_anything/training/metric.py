@@ -1,0 +1,54 @@
+"""stage=metric: a relative network learns metres (the authors' metric_depth/; V1 §6 for the ZoeDepth route)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depth_anything.losses import silog_loss
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.training.base import DepthModule, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRecipe(Recipe):
+    """The numbers of a metric recipe: those of any fitting stage, and SILog's; the invariant losses are not used.
+
+    Attributes:
+        silog_weight: Weight of the loss. Adam does not mind it; clipping by `clip_norm` does.
+        variance_focus: 1 forgives a wrong scale altogether, 0 not at all.
+    """
+
+    silog_weight: float = 1.0
+    variance_focus: float = 0.5
+
+
+class Metric(DepthModule):
+    """The metric stage: sigmoid × max_depth against depth in metres, by SILog, per image.
+
+    An image without two valid pixels, as a crop of sky above a LiDAR's reach, adds nothing and counts.
+    """
+
+    def __init__(
+        self, model: DepthAnything, recipe: MetricRecipe, *, frozen: DepthAnything | None = None
+    ) -> None:
+        """Hold a network that gives depth, and its recipe.
+
+        Args:
+            model: The network to train, with its `max_depth`.
+            recipe: Its numbers.
+            frozen: None; this stage aligns no features.
+        """
+        super().__init__(model, recipe, frozen=frozen)
+        self.silog_weight, self.variance_focus = recipe.silog_weight, recipe.variance_focus
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute SILog of (B,H,W) metres, outside autocast, and under "loss" what is minimised."""
+        given = self.inputs(batch)
+        prediction = self.model(given["image"])
+        with torch.autocast(prediction.device.type, enabled=False):
+            silog = silog_loss(
+                prediction, given["target"], given["valid"], variance_focus=self.variance_focus
+            )
+        return {"loss": self.silog_weight * silog, "silog": silog}
