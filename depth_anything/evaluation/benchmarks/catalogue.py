@@ -4,7 +4,19 @@ from importlib import import_module
 
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 
-BENCHMARKS: dict[str, str] = {}
+BENCHMARKS = {
+    "kitti": "kitti:KITTI",
+    "nyu": "nyu:NYU",
+    "nyu_filled": "nyu:NYU_FILLED",
+    "sintel": "sintel:SINTEL",
+    "sintel_clean": "sintel:SINTEL_CLEAN",
+    "eth3d": "eth3d:ETH3D",
+    "diode": "diode:DIODE",
+    "diode_indoor": "diode:DIODE_INDOOR",
+    "diode_outdoor": "diode:DIODE_OUTDOOR",
+    "scannet": "scannet:SCANNET",
+    "da2k": "da2k:DA2K",
+}
 """Name → "module:name in it", below this package."""
 
 

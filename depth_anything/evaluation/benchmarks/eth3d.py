@@ -1,0 +1,67 @@
+"""ETH3D, the high-resolution training scenes: thirteen places, laser scans.
+
+Layout: office/images/dslr_images/DSC_0219.JPG with office/ground_truth_depth/dslr_images/DSC_0219.JPG, at any
+depth below the root; 6048 x 4032 pixels.
+
+Depth: the files of ground_truth_depth are no JPEGs: float32, little-endian, row by row, without a header,
+metres along the axis; infinite is not known, which most pixels are. They belong to the distorted images, not
+to dslr_images_undistorted.
+
+Licence: CC BY-NC-SA 4.0. Get it from https://www.eth3d.net/datasets: *_dslr_jpg.7z and *_dslr_depth.7z of
+each of the thirteen, some 22 GB.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from depth_anything.data.sample import Frame, decode_image
+from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
+from depth_anything.data.sources.source import Facts
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+
+_IMAGE = Kind("image", "images/dslr_images", r"(\w+)\.JPG")
+_DEPTH = Kind("depth", "ground_truth_depth/dslr_images", r"(\w+)\.JPG")
+_FACTS = Facts(
+    name="eth3d",
+    title="ETH3D, high resolution",
+    records=454,
+    layout="office/images/dslr_images/DSC_0219.JPG with office/ground_truth_depth/dslr_images/DSC_0219.JPG",
+    get="https://www.eth3d.net/datasets (dslr_jpg and dslr_depth of 13 scenes, 22 GB)",
+    licence="CC-BY-NC-SA-4.0",
+)
+
+
+def find(root: Path) -> Iterator[str]:
+    """List the frames scene by scene; ValueError if there is none."""
+    return find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH), sequence=lambda parts: parts[-3])
+
+
+def read(root: Path, line: str) -> Frame:
+    """Read a frame; ValueError if image or depth is missing, damaged or of another size."""
+    name, image, depth = fields(line)
+    with about(f"eth3d/{name}"):
+        pixels = decode_image(read_kind(Path(root), _IMAGE, image))
+        data = read_kind(Path(root), _DEPTH, depth)
+        height, width = pixels.shape[:2]
+        if len(data) != height * width * 4:
+            raise ValueError(
+                f"its depth has {len(data)} bytes, {height * width * 4} are needed for "
+                f"{width} x {height} pixels of float32"
+            )
+        return make_frame(f"eth3d/{name}", pixels, np.frombuffer(data, "<f4").reshape(height, width))
+
+
+ETH3D = Benchmark(
+    name=_FACTS.name,
+    title=_FACTS.title,
+    images=_FACTS.records,
+    layout=_FACTS.layout,
+    get=_FACTS.get,
+    licence=_FACTS.licence,
+    find=find,
+    read=read,
+    caps={"da2": Caps(1e-3, 80), "marigold": Caps(1e-5, float("inf"))},
+)

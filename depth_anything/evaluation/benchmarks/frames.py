@@ -1,0 +1,80 @@
+"""What the readers of benchmarks share: a frame of an image file and its depth, and which lines are listed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from depth_anything.data.sample import Frame, decode_image
+
+
+def make_frame(
+    key: str,
+    image: bytes | np.ndarray,
+    depth: np.ndarray,
+    *,
+    known: np.ndarray | None = None,
+    same_size: bool = True,
+    meta: dict[str, Any] | None = None,
+) -> Frame:
+    """Make a frame of what a benchmark's files hold.
+
+    Args:
+        key: benchmark/name.
+        image: The image file, or uint8 (H, W, 3) RGB.
+        depth: (h, w), metres; what is not finite or not above zero is not known.
+        known: bool (h, w): what else must hold of a known pixel.
+        same_size: The image must be of the depth's size.
+        meta: For the frame.
+
+    Returns:
+        A frame with float32 depth, NaN where it is not known.
+
+    Raises:
+        ValueError: If the image cannot be decoded, or sizes differ.
+    """
+    pixels = decode_image(image) if isinstance(image, bytes) else image
+    if known is not None and known.shape != depth.shape:
+        raise ValueError(f"its depth has {_size(depth)} pixels, the mask of it {_size(known)}")
+    if same_size and pixels.shape[:2] != depth.shape:
+        raise ValueError(f"its image has {_size(pixels)} pixels, its depth {_size(depth)}")
+    good = np.isfinite(depth) & (depth > 0)
+    if known is not None:
+        good &= known
+    return Frame(
+        key, pixels, {"unit": "m", **(meta or {})}, depth=np.where(good, depth, np.nan).astype(np.float32)
+    )
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Name the frame in what is said of its files: a ValueError begins with its key."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
+    """Pass lines on; ValueError saying what was looked for if there is none."""
+    first = next(lines, None)
+    if first is None:
+        raise ValueError(wanted)
+    yield first
+    yield from lines
+
+
+def root_of(root: Path) -> Path:
+    """The folder of a benchmark; ValueError if there is none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is not a folder: type the path of the folder that the benchmark was unpacked to"
+        )
+    return root
+
+
+def _size(values: np.ndarray) -> str:
+    return f"{values.shape[1]} x {values.shape[0]}"

@@ -1,0 +1,172 @@
+"""NYU Depth V2, Eigen's 654 test frames: rooms, Kinect.
+
+Layouts, tried in this order:
+    nyu_depth_v2_labeled.mat    the makers' file, MATLAB 7.3 (HDF5), arrays transposed, metres:
+                                images (1449, 3, 640, 480), rawDepths and depths (1449, 640, 480)
+    rgb_00045.jpg, sync_depth_00045.png             extracted by BTS: rawDepths, counted from 0
+    rgb_0046.png, depth_0046.png, filled_0046.png   by Marigold: rawDepths and depths, counted from 1
+    val/official/00046.h5                           by FastDepth: rgb (3, 480, 640) and depth, from 1
+The PNGs have 16 bits, millimetres.
+
+Depth: rawDepths is what the Kinect measured, 0 where it saw nothing: that is `nyu`, and the published
+figures. depths is filled in by colours: that is `nyu_filled`, on which the same model reads a fifth worse.
+Compared are rows 45 to 471 and columns 41 to 601.
+
+BTS's extraction blackens the image's border outside rows 7 to 474 and columns 7 to 632, which the network
+sees.
+
+Licence: none stated by the makers. Get it from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html (2.8
+GB). The 654 are testNdxs of their splits.mat.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources.folders import fields
+from depth_anything.data.sources.listing import as_field
+from depth_anything.data.sources.maps import read_bytes, read_hdf5, read_png16
+from depth_anything.data.sources.walking import walk
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+
+MATLAB = "nyu_depth_v2_labeled.mat"
+_TEST = (
+    "0-1 8 13-17 20 27-42 45-46 55-56 58-62 75-78 83-90 116-118 124-128 130-133 136 152-154 166-168 170-175 179-201 "
+    "206-211 219-221 249 263 270-272 278-284 295-301 309-311 314-316 324-334 350-351 354-363 383-389 394-396 410-413 "
+    "429-434 440-447 461-465 468-476 507-512 514-525 530-532 536-538 548-550 554-570 578-582 590-593 602-606 611-612 "
+    "616-620 632-637 643-644 649-650 655-657 662-663 667-672 675-680 685-689 692-693 696-698 705-712 716-717 723-727 "
+    "730-733 742-743 758-786 799-803 809-813 820-822 832-845 849-851 856-861 868-870 905-907 916-918 925-927 931-934 "
+    "944-946 958-961 964-966 969-976 990-994 1000-1003 1009-1011 1020-1022 1031-1033 1037-1038 1047-1048 1051-1052 "
+    "1056-1057 1074-1083 1087-1095 1097-1103 1105-1108 1116-1118 1122-1130 1134-1135 1143-1157 1161-1166 1169-1170 "
+    "1173-1175 1178-1183 1191-1195 1200-1211 1215-1219 1225-1229 1232-1234 1246-1249 1253-1264 1274-1279 1284-1294 "
+    "1296-1298 1301-1307 1313-1314 1328-1331 1334-1339 1346-1348 1352-1355 1363-1364 1367-1368 1383-1390 1393-1400 "
+    "1406-1413 1420-1423 1429-1432 1440-1448"
+)
+_FIELDS = {"raw": "rawDepths", "filled": "depths"}
+# Depth's name → its field, the number's offset from the file's count, and the names of the image beside.
+_PICTURES = (
+    (re.compile(r"sync_depth_(\d{5})\.png"), "raw", 0, ("rgb_{}.jpg", "rgb_{}.png")),
+    (re.compile(r"depth_(\d{4})\.png"), "raw", 1, ("rgb_{}.png", "rgb_{}.jpg")),
+    (re.compile(r"filled_(\d{4})\.png"), "filled", 1, ("rgb_{}.png", "rgb_{}.jpg")),
+    (re.compile(r"(\d{5})\.h5"), "filled", 1, ("{}.h5",)),
+)
+_GET = f"https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html ({MATLAB}, 2.8 GB)"
+
+
+@lru_cache(maxsize=1)
+def test_frames() -> tuple[int, ...]:
+    """The 654 numbers of Eigen's test frames in the makers' file, counted from 0."""
+    runs = (run.partition("-") for run in _TEST.split())
+    return tuple(number for first, _, last in runs for number in range(int(first), int(last or first) + 1))
+
+
+def find(root: Path, *, depth: str) -> Iterator[str]:
+    """List those of the 654 frames that lie there, in the order of their numbers.
+
+    Args:
+        root: Folder of the file, or of the extracted frames, which may lie at any depth below.
+        depth: "raw" or "filled".
+
+    Raises:
+        ValueError: If there is no such folder, or nothing of these layouts in it.
+    """
+    root = root_of(root)
+    wanted = set(test_frames())
+    if (root / MATLAB).is_file():
+        return (f"{number:05d}\t{MATLAB}" for number in test_frames())
+    found: dict[int, str] = {}
+    names = [
+        (name, folder) for path, _ in walk(root, follow=True) for folder, _, name in [path.rpartition("/")]
+    ]
+    for pattern, kind, offset, images in _PICTURES:
+        for name, folder in names:
+            match = pattern.fullmatch(name) if kind == depth and not found.keys() >= wanted else None
+            number = int(match[1]) - offset if match else -1
+            if match and number in wanted and number not in found and "train" not in folder.split("/"):
+                beside = [f"{folder}/{image.format(match[1])}".lstrip("/") for image in images]
+                image = next((path for path in beside if (root / path).is_file()), beside[0])
+                found[number] = "\t".join(
+                    map(as_field, [f"{number:05d}", f"{folder}/{name}".lstrip("/"), image])
+                )
+        if found:
+            break
+    if not found:
+        raise ValueError(
+            f"{root} does not hold NYU Depth V2: looked for {MATLAB}, or {_shown(depth)} below it; get it from {_GET}"
+        )
+    return iter([found[number] for number in sorted(found)])
+
+
+def read(root: Path, line: str, *, depth: str) -> Frame:
+    """Read a frame; ValueError if it is missing or damaged."""
+    name, path, *image = fields(line)
+    key = f"nyu{'' if depth == 'raw' else '_filled'}/{name}"
+    with about(f"{key} ({path})"):
+        if path == MATLAB:
+            return make_frame(key, *_read_matlab(str(Path(root, path)), int(name), _FIELDS[depth]))
+        if path.endswith(".h5"):
+            return make_frame(key, _read_rgb(Path(root, path)), read_hdf5(Path(root, path), "depth"))
+        metres = read_png16(Path(root, path)).astype(np.float32) / 1000
+        with about(image[0]):
+            data = read_bytes(Path(root, image[0]))
+        return make_frame(key, data, metres)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str) -> Any:
+    return h5py.File(path, "r", locking=False)
+
+
+def _read_matlab(path: str, number: int, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image and depth of the makers' file, upright."""
+    try:
+        file = _opened(path)
+        image, depth = file["images"][number], file[field][number]
+    except Exception as error:  # damage makes the library raise a dozen types
+        raise ValueError(f"the file cannot be read: {error.args[0] if error.args else error!r}") from error
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8 or depth.shape != image.shape[1:]:
+        raise ValueError(f"images {image.shape} and {field} {depth.shape} are not as published")
+    return np.ascontiguousarray(image.transpose(2, 1, 0)), np.ascontiguousarray(depth.T)
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    """The image of a frame of its own HDF5 file."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            image = file["rgb"][()]
+    except Exception as error:
+        raise ValueError(f"its rgb cannot be read: {error.args[0] if error.args else error!r}") from error
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"its rgb {image.shape} is not of 3 x H x W bytes")
+    return np.ascontiguousarray(image.transpose(1, 2, 0))
+
+
+def _shown(depth: str) -> str:
+    names = {"raw": "sync_depth_00045.png or depth_0046.png", "filled": "filled_0046.png or 00046.h5"}
+    return names[depth]
+
+
+def _benchmark(name: str, title: str, depth: str, caps: dict[str, Caps]) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        images=654,
+        layout=f"{MATLAB}, or {_shown(depth)} with its image",
+        get=_GET,
+        licence="LicenceRef-NYU-Depth-V2",
+        find=partial(find, depth=depth),
+        read=partial(read, depth=depth),
+        caps=caps,
+    )
+
+
+_ROOM = Caps(1e-3, 10, crop="eigen_nyu")
+NYU = _benchmark("nyu", "NYU Depth V2, as measured", "raw", {"da2": _ROOM, "zoedepth": _ROOM})
+NYU_FILLED = _benchmark("nyu_filled", "NYU Depth V2, filled in", "filled", {"marigold": _ROOM, "da2": _ROOM})

@@ -1,0 +1,63 @@
+"""ScanNet, Marigold's 800 frames of the validation scenes: rooms, a structured-light sensor.
+
+Layout: scene0406_02/color/000300.jpg (1296 x 968) with scene0406_02/depth/000300.png (640 x 480), as
+extracted from the .sens files, and Marigold's list scannet_val_sampled_list_800_1.txt, all below the root.
+
+Depth: 16 bits, millimetres; 0 is not known. It is smaller than the image; predictions are brought to its
+size.
+
+Licence: ScanNet's terms of use, non-commercial. Get it from http://www.scan-net.org (a form; a day or so);
+the list from https://github.com/prs-eth/Marigold, data_split/scannet_depth.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources.folders import fields
+from depth_anything.data.sources.listing import as_field
+from depth_anything.data.sources.maps import read_bytes, read_png16
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+
+LIST = "scannet_val_sampled_list_800_1.txt"
+_GET = f"http://www.scan-net.org (a form), and {LIST} from https://github.com/prs-eth/Marigold"
+
+
+def find(root: Path) -> Iterator[str]:
+    """List the frames of the list in its order; ValueError if it is not there, or damaged."""
+    root = root_of(root)
+    path = root / LIST
+    if not path.is_file():
+        raise ValueError(
+            f"{root} does not hold {LIST}, which says the frames that are compared: get it from {_GET}"
+        )
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = text.split()
+        if len(words) != 2:
+            raise ValueError(f"{path}, line {number}: {text!r} is no image and its depth")
+        scene, _, frame = words[0].partition("/")
+        yield "\t".join(map(as_field, [f"{scene}/{Path(frame).stem}", *words]))
+
+
+def read(root: Path, line: str) -> Frame:
+    """Read a frame; ValueError if image or depth is missing or damaged."""
+    name, image, depth = fields(line)
+    with about(f"scannet/{name}"):
+        data, values = read_bytes(Path(root, image)), read_png16(Path(root, depth))
+        return make_frame(f"scannet/{name}", data, values.astype(np.float32) / 1000, same_size=False)
+
+
+SCANNET = Benchmark(
+    name="scannet",
+    title="ScanNet, 800 frames of Marigold",
+    images=800,
+    layout=f"scene0406_02/color/000300.jpg with scene0406_02/depth/000300.png, and {LIST}",
+    get=_GET,
+    licence="LicenceRef-ScanNet",
+    find=find,
+    read=read,
+    caps={"marigold": Caps(1e-3, 10)},
+)

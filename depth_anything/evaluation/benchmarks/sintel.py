@@ -1,0 +1,93 @@
+"""MPI Sintel, its training sequences: a film, rendered, with depth.
+
+Layout: training/final/alley_1/frame_0001.png (or clean) with training/depth/alley_1/frame_0001.dpt; 1024 x
+436 pixels.
+
+Depth: a .dpt file has the float32 202021.25, width and height as int32, then float32 row by row, all
+little-endian; metres. The sky has a depth like everything else, a huge one: compared is what is nearer than
+70 m.
+
+Two benchmarks: `sintel` has the final pass with its motion blur and haze, `sintel_clean` the pass without.
+
+Counts: 1,064 frames of 23 sequences. Licence: none stated; the film is CC BY 3.0 (Blender Foundation). Get it
+from http://sintel.is.tue.mpg.de/depth: the images of MPI-Sintel-complete.zip (5.3 GB) and
+MPI-Sintel-depth-training.zip.
+"""
+
+import struct
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
+from depth_anything.data.sources.source import Facts
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+
+_IMAGES = {name: Kind("image", f"{name}/*", r"(frame_\d{4})\.png") for name in ("final", "clean")}
+_DEPTH = Kind("depth", "depth/*", r"(frame_\d{4})\.dpt")
+_TAG = 202021.25
+_FACTS = Facts(
+    name="sintel",
+    title="MPI Sintel",
+    records=1064,
+    layout="training/final/alley_1/frame_0001.png with training/depth/alley_1/frame_0001.dpt",
+    get="http://sintel.is.tue.mpg.de/depth (images and depth, 6 GB)",
+    licence="LicenceRef-MPI-Sintel",
+)
+
+
+def find(root: Path, *, render: str) -> Iterator[str]:
+    """List the frames of a pass, "final" or "clean", sequence by sequence; ValueError if there is none."""
+    lines = find_frames(root_of(root), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence)
+    listed = [line for line in lines if not line.startswith("test/")]
+    if not any(fields(line)[1] for line in listed):
+        looked = _FACTS.layout.replace("final", render)
+        raise ValueError(
+            f"{root} holds no {render} pass with depth: looked for {looked}; get it from {_FACTS.get}"
+        )
+    return iter(listed)
+
+
+def read(root: Path, line: str, *, render: str) -> Frame:
+    """Read a frame; ValueError if image or depth is missing or damaged."""
+    name, image, depth = fields(line)
+    with about(f"sintel/{render}/{name}"):
+        data = read_kind(Path(root), _IMAGES[render], image)
+        return make_frame(f"sintel/{render}/{name}", data, read_dpt(read_kind(Path(root), _DEPTH, depth)))
+
+
+def read_dpt(data: bytes) -> np.ndarray:
+    """Decode a .dpt file to float32 (H, W); ValueError if it is none, or damaged."""
+    tag, width, height = struct.unpack_from("<fii", data) if len(data) >= 12 else (0.0, 0, 0)
+    if tag != _TAG:
+        raise ValueError("its depth is no .dpt file: it does not begin with 202021.25")
+    if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
+        raise ValueError(f"its depth is damaged: {len(data) - 12} bytes for {width} x {height} pixels")
+    return np.frombuffer(data, "<f4", offset=12).reshape(height, width)
+
+
+def _sequence(parts: tuple[str, ...]) -> str:
+    """Of test sequences the name is kept apart: they have no depth, and are no part of this."""
+    return f"test/{parts[-1]}" if "test" in parts[:-2] else parts[-1]
+
+
+def _benchmark(name: str, render: str) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=f"{_FACTS.title}, {render} pass",
+        images=_FACTS.records,
+        layout=_FACTS.layout.replace("final", render),
+        get=_FACTS.get,
+        licence=_FACTS.licence,
+        find=partial(find, render=render),
+        read=partial(read, render=render),
+        caps={"da2": Caps(1e-3, 70)},
+    )
+
+
+SINTEL = _benchmark("sintel", "final")
+SINTEL_CLEAN = _benchmark("sintel_clean", "clean")
