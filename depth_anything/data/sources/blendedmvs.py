@@ -17,6 +17,7 @@ Licence: CC BY 4.0. Get it from https://github.com/YoYo000/BlendedMVS: 27.5 + 81
 archives (.z01 …), which 7z unpacks. Facts from that repository.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def _intrinsics(scene: Path, number: str) -> dict[str, dict[str, float]]:
         words = read_bytes(scene / "cams" / f"{number}_cam.txt").decode("ascii").split()
         start = words.index("intrinsic") + 1
         fx, _, cx, _, fy, cy = (float(word) for word in words[start : start + 6])
+        if not all(map(math.isfinite, (fx, fy, cx, cy))):
+            return {}
     except ValueError:  # the depth is as good without
         return {}
     return {"intrinsics": {"fx": fx, "fy": fy, "cx": cx, "cy": cy}}

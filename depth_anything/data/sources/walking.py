@@ -26,6 +26,7 @@ from depth_anything.data.sources.archives import (
 )
 from depth_anything.data.sources.films import FILMS, count_frames, read_frame
 from depth_anything.data.sources.listing import as_field, from_field
+from depth_anything.data.sources.source import OF_THE_FILE
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -201,6 +202,16 @@ def tar_line(name: str, place: str, offset: int, size: int) -> str:
 
 
 def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
+    try:
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
+        yield fault_line(place or path.name, error.strerror or type(error).__name__)
+        return
+    if not plain:  # to open a pipe is to wait for ever
+        yield fault_line(place or path.name, "not a regular file")
+        return
     for member in tar_members(path):
         name = f"{place}/{member.name}" if place else member.name
         if not member.name:

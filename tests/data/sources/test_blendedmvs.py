@@ -38,7 +38,17 @@ def test_masked_pictures_are_not_taken(tmp_path):
     assert blendedmvs.read(tmp_path, lines[0]).image == (tmp_path / image).read_bytes()
 
 
-@pytest.mark.parametrize("camera", [None, "", "intrinsic\n1 2", "intrinsic\nx 0 0 0 1 0 0 0 1", "\udce4"])
+@pytest.mark.parametrize(
+    "camera",
+    [
+        None,
+        "",
+        "intrinsic\n1 2",
+        "intrinsic\nx 0 0 0 1 0 0 0 1",
+        "intrinsic\nnan 0 3 0 4 5 0 0 1",
+        "\udce4",
+    ],
+)
 def test_a_frame_is_as_good_without_its_camera(tmp_path, camera):
     make_blendedmvs(tmp_path, scenes=("5a3ca9cb270f0e3f14d0eddb",), frames=1)
     path = next(tmp_path.rglob("*_cam.txt"))

@@ -154,6 +154,18 @@ def test_a_disk_that_fails_while_a_tar_is_listed_stops(tmp_path, monkeypatch):
         list(find_images(path.parent))
 
 
+def test_tars_that_are_no_files_are_refused(tmp_path):
+    path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
+    os.mkfifo(path.with_name("b.tar"))  # to open it is to wait for ever
+    path.with_name("c.tar").symlink_to("nowhere.tar")
+    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    assert list(found) == ["a.tar/1.jpg"]
+    assert made.meta["skipped"]["files"] == [
+        ["b.tar", "not a regular file"],
+        ["c.tar", "No such file or directory"],
+    ]
+
+
 def test_members_that_are_no_files_are_refused(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     with tarfile.open(path, "a") as tar:
