@@ -11,6 +11,7 @@ import cv2
 import h5py
 import numpy as np
 from made_raw import SIZE, jpeg, picture, png, room
+from PIL import Image, PngImagePlugin
 
 KITTI_FRAMES = (("2011_09_26_drive_0002_sync", 69), ("2011_10_03_drive_0047_sync", 32))
 KITTI_OTHERS = (("2011_09_26_drive_0002_sync", 70), ("2011_09_26_drive_0001_sync", 69))
@@ -192,6 +193,31 @@ def make_da2k(root, *, swapped=False):
             truth[path] = 1 / depth
     Path(root, "annotations.json").write_text(json.dumps(annotations))
     return truth
+
+
+def moge_png(path, depth):
+    """The bundle's own way: logarithmic between two texts; 0 unknown, 65535 infinite."""
+    finite = np.isfinite(depth)
+    near, far = depth[finite].min(), depth[finite].max() * 1.0001
+    share = np.log(np.where(finite, depth, near) / near) / np.log(far / near)
+    stored = (1 + np.round(share * 65533)).astype(np.uint16)
+    stored[np.isnan(depth)], stored[np.isposinf(depth)] = 0, 65535
+    text = PngImagePlugin.PngInfo()
+    text.add_text("near", str(near))
+    text.add_text("far", str(far))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(stored).save(path, pnginfo=text)
+
+
+def make_moge(root, folder, *, camera, depths, images):
+    """A set of the bundle: an index, and three files a frame."""
+    for number, (depth, image) in enumerate(zip(depths, images, strict=True)):
+        place = Path(root, folder, f"scene/{number:03d}")
+        moge_png(place / "depth.png", depth)
+        jpeg(place / "image.jpg", image, quality=100)
+        (place / "meta.json").write_text(json.dumps({"intrinsics": np.asarray(camera).tolist()}))
+    names = [f"scene/{number:03d}" for number in reversed(range(len(depths)))]
+    Path(root, folder, ".index.txt").write_text("\n".join(names) + "\n")
 
 
 def read_all(benchmark, root):

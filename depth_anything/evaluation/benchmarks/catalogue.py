@@ -16,6 +16,16 @@ BENCHMARKS = {
     "diode_outdoor": "diode:DIODE_OUTDOOR",
     "scannet": "scannet:SCANNET",
     "da2k": "da2k:DA2K",
+    "moge_nyu": "moge:MOGE_NYU",
+    "moge_kitti": "moge:MOGE_KITTI",
+    "moge_eth3d": "moge:MOGE_ETH3D",
+    "moge_ibims": "moge:MOGE_IBIMS",
+    "moge_gso": "moge:MOGE_GSO",
+    "moge_sintel": "moge:MOGE_SINTEL",
+    "moge_ddad": "moge:MOGE_DDAD",
+    "moge_diode": "moge:MOGE_DIODE",
+    "moge_spring": "moge:MOGE_SPRING",
+    "moge_hammer": "moge:MOGE_HAMMER",
 }
 """Name → "module:name in it", below this package."""
 
