@@ -61,11 +61,11 @@ def test_no_row_is_there_twice() -> None:
     assert len(named) == len(set(named)) > 40
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
 def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "stage" / f"{stage}.yaml").read_text())
-    keys = {"encoder", "batch_size", "steps", "image_size", "init", "sky", "perturb", "data.repeat"}
-    keys |= {"cutmix", "mix"} & config.keys()
+    keys = {"encoder", "batch_size", "steps", "image_size", "init", "perturb", "data.repeat"}
+    keys |= {"sky", "cutmix", "mix", "start", "freeze_encoder", "max_depth", "min_depth"} & config.keys()
     keys |= {f"recipe.{key}" for key in config["recipe"] if key not in ("_target_", "steps")}
     told = {key for where, key, _, _ in rows() if where == f"stage/{stage}"}
     assert keys <= told, f"docs/recipe.md does not tell of {sorted(keys - told)}"
@@ -80,6 +80,12 @@ def test_the_papers_numbers_are_the_papers() -> None:
     assert round(teacher["batch_size"] * teacher["steps"] / 595e3) == 17
     assert round(student["batch_size"] * student["steps"] / 1e6) == 92
     assert round(student["batch_size"] * student["steps"] / 62e6, 1) == 1.5
+    metric, zoe = (
+        yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        for name in ("stage/metric", "experiment/zoedepth")
+    )
+    assert metric["steps"] == 59_543 * 120 // metric["batch_size"]
+    assert zoe["steps"] == 24_231 * 5 // zoe["batch_size"] and 23_158 * 5 // zoe["batch_size"] == 7236
 
 
 def test_the_perturbations_are_as_strong_as_told() -> None:

@@ -84,6 +84,24 @@ def test_paper_numbers() -> None:
     assert student["labels"] == composed("stage=pseudolabel", "size=paper")["labels"]
 
 
+def test_the_metric_stage_has_the_authors_numbers() -> None:
+    """Their dist_train.sh and train.py, and ZoeDepth's route over them."""
+    config = composed("stage=metric", "size=paper", "sources=hypersim")
+    recipe = config["recipe"]
+    assert (config["encoder"], config["batch_size"], config["image_size"]) == ("vitl", 32, 518)
+    assert (config["min_depth"], config["max_depth"], config["start"]) == (0.001, 20, "encoder")
+    assert (recipe["encoder_lr"], recipe["head_lr"], recipe["weight_decay"]) == (5e-6, 5e-5, 0.01)
+    assert (recipe["schedule"], recipe["warmup"], recipe["clip_norm"]) == ("poly", 0, None)
+    assert (recipe["variance_focus"], recipe["silog_weight"]) == (0.5, 1)
+    assert config["init"] == "outputs/student-vitl-paper/model.safetensors"
+    assert config["data"]["sets"] == {"hypersim": "data/hypersim"}
+    zoe = composed("stage=metric", "size=paper", "sources=nyu", "max_depth=10", "experiment=zoedepth")
+    recipe = zoe["recipe"]
+    assert (zoe["batch_size"], zoe["steps"], zoe["data"]["max_depth"]) == (16, 24_231 * 5 // 16, 10)
+    assert recipe["encoder_lr"] == pytest.approx(recipe["head_lr"] / 50) and recipe["head_lr"] == 1.61e-4
+    assert (recipe["clip_norm"], recipe["silog_weight"], recipe["variance_focus"]) == (0.1, 10, 0.85)
+
+
 def test_tiny_is_the_default() -> None:
     config = composed("stage=teacher")
     assert config["size"] == "tiny" and config["encoder"] == "vitt"

@@ -1,0 +1,147 @@
+"""Metres without any alignment: what stage=metric learns from a relative network, small.
+
+    python benchmarks/metric.py --seeds 0 1 2 --output outputs/metric
+
+For each seed the real stages run at size=tiny: a relative network on synthetic scenes, and from it stage=metric on
+the same scenes. Judged on held-out scenes of both looks, metres against metres with nothing fitted, beside
+
+- the same network with its untrained head, as stage=metric begins, and
+- the best constant: the one depth whose mean AbsRel on these very test scenes is least. No network can know it.
+
+metric.json and metric.md hold the figures.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from depth_anything import DepthAnything, Predictor, load_model
+from depth_anything.data.sample import Frame
+from depth_anything.evaluation.evaluate import evaluate
+from depth_anything.evaluation.sets import read_frames
+from depth_anything.training.start import network
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes, as in claim.py
+NEAR, FAR = 1e-3, 80.0
+
+
+class Constant:
+    """A baseline that says one depth, metres, of every pixel."""
+
+    quantity = "depth"
+
+    def __init__(self, depth: float) -> None:
+        """Keep the depth."""
+        self.depth = depth
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """The depth at the size of each (H,W,3) image, float32 (H,W)."""
+        return [np.full(image.shape[:2], self.depth, np.float32) for image in images]
+
+
+def best_constant(frames: Sequence[Frame]) -> float:
+    """Find the depth of least mean AbsRel: a median of all truth, weighed by 1 / (truth · pixels of its image)."""
+    truths = [
+        frame.depth[(frame.depth >= NEAR) & (frame.depth <= FAR)].astype(np.float64) for frame in frames
+    ]
+    values = np.concatenate(truths)
+    weights = np.concatenate([1 / (truth * len(truth)) for truth in truths if len(truth)])
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(total, total[-1] / 2)])
+
+
+def run(*command: str) -> None:
+    """Run a command of this project and stop at its first failure."""
+    print("$", shlex.join(command), flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def train(seed: int, folder: Path, data: Path, extra: Sequence[str]) -> Path:
+    """Run both stages of a seed; return the folder of the metric run."""
+    common = [str(ROOT / "train.py"), f"seed={seed}", f"output_dir={folder}", f"data_dir={data}"]
+    run(*common, "stage=teacher", "encoder=vitn")
+    run(*common, "stage=metric", f"init={folder / 'teacher-vitn-tiny' / 'model.safetensors'}", *extra)
+    return folder / "metric-vitn-tiny"
+
+
+def judge(predictor: object, frames: Sequence[Frame]) -> dict[str, float]:
+    """Compare metres with metres, nothing fitted."""
+    means = evaluate(predictor, frames, max_depth=FAR).means  # type: ignore[arg-type]
+    return {key: means[key] for key in ("abs_rel", "d1")}
+
+
+def predictor(model: DepthAnything) -> Predictor:
+    """Put a network on the CPU at the size it was trained at."""
+    return Predictor(model, device="cpu", input_size=model.input_size)
+
+
+def markdown(table: dict[str, dict[str, list[float]]], command: str, minutes: float, seeds: int) -> str:
+    """Write the figures as a table a reader can check."""
+    columns = [f"{look} {metric}" for look in TESTS for metric in ("abs_rel", "d1")]
+    lines = [
+        f"Mean ± standard deviation over {seeds} seeds; `{command}`, {minutes:.0f} minutes on {os.cpu_count()} "
+        f"cores ({platform.machine()}), {time.strftime('%Y-%m-%d')}. No alignment of any kind; truth from {NEAR:g} to "
+        f"{FAR:g} m.",
+        "",
+        "| | photographs AbsRel ↓ | photographs δ1 ↑ | synthetic AbsRel ↓ | synthetic δ1 ↑ |",
+        "|---|---|---|---|---|",
+    ]
+    for name, figures in table.items():
+        cells = [
+            f"{statistics.mean(figures[c]):.3f} ± {statistics.stdev(figures[c]) if seeds > 1 else 0:.3f}"
+            for c in columns
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the seeds and write what came out, whichever wins."""
+    parser = argparse.ArgumentParser(
+        description="Does stage=metric find metres that no constant and no new head knows?"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("outputs/metric"), help="default %(default)s")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="of the scenes (default %(default)s)")
+    parser.add_argument("override", nargs="*", help="for stage=metric, as start=encoder")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    frames: dict[str, list[Frame]] = {}
+    for look, seed in TESTS.items():
+        test = str(options.data / f"scenes-test-{look}")
+        size = ["--count", "128", "--size", "112", "144", "--seed", str(seed)]
+        run("-m", "depth_anything", "shard", "scenes", test, "--look", look, *size)
+        frames[look] = list(read_frames(test))
+    names = ("best constant of the test scenes", "untrained head", "**stage=metric**")
+    table: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for seed in options.seeds:
+        folder = train(seed, options.output / f"seed-{seed}", options.data, options.override)
+        untrained = network(yaml.safe_load((folder / "config.yaml").read_text()))
+        for look in TESTS:
+            constant = Constant(best_constant(frames[look]))
+            candidates = (constant, predictor(untrained), predictor(load_model(folder)))
+            for name, candidate in zip(names, candidates, strict=True):
+                for metric, value in judge(candidate, frames[look]).items():
+                    table[name].setdefault(f"{look} {metric}", []).append(value)
+    command = shlex.join(["python", *sys.argv])
+    text = markdown(table, command, (time.monotonic() - begin) / 60, len(options.seeds))
+    (options.output / "metric.json").write_text(json.dumps(table, indent=1))
+    (options.output / "metric.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
