@@ -86,7 +86,11 @@ def _check_part(part: Path, first: Path) -> None:
             told = ", ".join(f"{key} {theirs.get(key)} in place of {ours.get(key)}" for key in differs)
             raise ShardError(
                 f"{part} is a part of another set than {first}: it was made with other {what} ({told}); "
-                "leave it out, or write it again as the others were"
+                + (
+                    "type its command again with the others' --licence and --sky, which changes no shard"
+                    if name == ABOUT
+                    else "leave it out, or write it again as the others were"
+                )
             )
 
 

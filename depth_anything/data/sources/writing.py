@@ -97,6 +97,8 @@ def write_source(
     if name is None and part[1] > 1:  # it stands in every key, and their folders may be called differently
         raise ValueError("parts of a set need the same name, wherever they are written: type --name, too")
     name = _checked(name or root.resolve().name, per_shard=per_shard, part=part, workers=workers, sky=sky)
+    if short_side is not None and short_side < 1:
+        raise ValueError(f"short_side={short_side} is no size: training takes 518")
     leave_out = list(facts.leave_out if leave_out is None else leave_out)
     settings = {
         "source": facts.name,

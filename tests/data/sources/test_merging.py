@@ -109,6 +109,15 @@ def test_parts_of_other_settings_are_refused(raw, three, tmp_path, options, name
     assert not (tmp_path / "toy").exists()
 
 
+def test_what_is_told_of_a_part_can_be_told_anew(raw, three, tmp_path):
+    write(raw, tmp_path / "2", part=(2, 3), sky="invalid")
+    parts = [three[1][0], tmp_path / "2", three[1][2]]
+    with pytest.raises(ShardError, match="type its command again with the others' --licence and --sky"):
+        merge_parts(tmp_path / "toy", parts)
+    write(raw, tmp_path / "2", part=(2, 3), sky="far")
+    assert merge_parts(tmp_path / "toy", parts).digest == three[0].digest
+
+
 def test_parts_of_other_raw_data_are_refused(three, tmp_path):
     other = fill(tmp_path / "raw", count=24)
     write(other, tmp_path / "2", part=(2, 3))

@@ -223,6 +223,7 @@ def test_other_names_may_be_left_out(raw, tmp_path):
         ({"workers": -1}, "workers=-1"),
         ({"sky": "blue"}, 'sky="blue"'),
         ({"name": "a b"}, "cannot name a set"),
+        ({"short_side": 0}, "short_side=0 is no size"),
         ({"licence": "do what you like!"}, "SPDX"),
     ],
 )
