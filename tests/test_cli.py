@@ -175,6 +175,7 @@ SURFACE = {
         "--mean-map": None,
         "--output": None,
         "--limit": None,
+        "--compare": False,
         "--part": (1, 1),
         "--input-size": None,
         "--device": "auto",

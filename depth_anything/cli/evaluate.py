@@ -69,6 +69,11 @@ def add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument("--limit", type=int, metavar="N", help="so many images, evenly spaced (all)")
     evaluate.add_argument(
+        "--compare",
+        action="store_true",
+        help="also print what papers have: MiDaS 3.1, Depth Anything V1 and V2",
+    )
+    evaluate.add_argument(
         "--part",
         type=_part,
         default=(1, 1),
@@ -88,9 +93,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check(options)
     trials, missing = _trials(options)
     predictors, facts = _predictors(options)
-    for trial in trials:
+    for rules in filter(None, (trial.protocol for trial in trials)):
         for predictor in predictors.values():
-            trial.protocol.check_takes(predictor.quantity)
+            rules.check_takes(predictor.quantity)
     folder = Path(options.output or f"outputs/evaluate-{'-'.join(options.benchmarks or [trials[0].name])}")
     broken = _judge(predictors, facts, trials, folder, part=part)
     if rank:
@@ -213,31 +218,73 @@ def _conclude(
     part: tuple[int, int],
 ) -> int:
     """Print the tables and write the reports of all trials that are through; say what is not."""
-    from depth_anything.evaluation.judging import collect
-    from depth_anything.evaluation.report import conclude, write_summary
-    from depth_anything.evaluation.table import format_table
+    from depth_anything.evaluation.report import write_summary
 
     settings = {"command": options.typed}
     through: dict[str, list[Result]] = {}
     for trial in trials:
-        found = [
-            collect(trial, _kept(trial, facts, folder, name, part), name=name, model=facts[name])
-            for name in predictors
-        ]
-        results, lacking = [result for result, _ in found], max(lacking for _, lacking in found)
+        rows = _rows(trial, facts, folder, part=part)
+        lacking = max(len(trial.lines) - len(own) for own in rows.values())
         if lacking:
             who = "" if part[1] == 1 else f" (this was share {part[0]} of {part[1]})"
             print(f"{trial.name}: {counted(lacking, 'image')} of {len(trial.lines)} not judged yet{who}")
             continue
         place = folder if options.data else folder / trial.name
-        page = conclude(predictors, trial, results, place, settings=settings)
-        through[trial.name] = results
-        print(f"{format_table(results)}\nreport: {page}")
+        if results := _write(predictors, facts, trial, rows, place, settings):
+            through[trial.name] = results
+        if options.compare:
+            print(f"\n{_told_published(trial.name)}\n")
     if options.benchmarks and through:
         print(f"\n{write_summary(through, folder, settings=settings)}")
     for sentence in missing:
         print(f"depth-anything evaluate: {sentence}", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _rows(
+    trial: "Trial", facts: dict[str, dict[str, Any]], folder: Path, *, part: tuple[int, int]
+) -> dict[str, tuple[dict[str, Any], ...]]:
+    """The rows of each model that any process has kept."""
+    from depth_anything.evaluation.judging import collect
+
+    return {name: collect(trial, _kept(trial, facts, folder, name, part)) for name in facts}
+
+
+def _write(
+    predictors: "dict[str, Judgeable]",
+    facts: dict[str, dict[str, Any]],
+    trial: "Trial",
+    rows: dict[str, tuple[dict[str, Any], ...]],
+    folder: Path,
+    settings: dict[str, Any],
+) -> "list[Result]":
+    """Write one trial's report and print its table; what it found in depth, for the summary."""
+    from depth_anything.evaluation.benchmarks.da2k import Score
+    from depth_anything.evaluation.evaluate import Result
+    from depth_anything.evaluation.published import published
+    from depth_anything.evaluation.report import conclude, conclude_points
+    from depth_anything.evaluation.table import format_table
+
+    figures = published(trial.name)
+    if trial.protocol is None:
+        scores = {name: Score(own) for name, own in rows.items()}
+        table = conclude_points(scores, trial, folder, models=facts, settings=settings, published=figures)
+        print(f"{table}\nreport: {folder / 'results.json'}")
+        return []
+    results = [Result(name, trial.protocol, own, facts[name]) for name, own in rows.items()]
+    page = conclude(predictors, trial, results, folder, settings=settings, published=figures)
+    print(f"{format_table(results)}\nreport: {page}")
+    return results
+
+
+def _told_published(benchmark: str) -> str:
+    from depth_anything.evaluation.published import published
+    from depth_anything.evaluation.table import format_published
+
+    figures = published(benchmark)
+    return (
+        format_published(figures) if figures else f"{benchmark}: nothing published that could stand beside it"
+    )
 
 
 def _kept(

@@ -11,11 +11,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import Records, ShardSet
+from depth_anything.data.sources.listing import from_field
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
-from depth_anything.evaluation.evaluate import Judgeable, Result, judge_batch
+from depth_anything.evaluation.benchmarks.da2k import Compared, da2k_score
+from depth_anything.evaluation.evaluate import Judgeable, Recalls, judge_batch
 from depth_anything.evaluation.kept import KeptRows, Part
 from depth_anything.evaluation.protocols import Protocol, find_protocol
 from depth_anything.evaluation.sets import describe_set, max_depth_of, read_frame, spaced
@@ -39,15 +43,15 @@ class Trial:
     Attributes:
         name: of the set or benchmark.
         lines: a line of text an image, each another; their order is that of the rows.
-        read: a line to its frame; ValueError if it cannot be read.
-        protocol: the rules.
+        read: a line to its frame, or to its pairs of points; ValueError if it cannot be read.
+        protocol: the rules; None where pairs of points are ordered.
         facts: what the report says of the images; "digest" is theirs.
     """
 
     name: str
     lines: Sequence[str]
-    read: Callable[[str], Frame]
-    protocol: Protocol
+    read: Callable[[str], Any]
+    protocol: Protocol | None
     facts: Mapping[str, Any]
 
 
@@ -85,16 +89,21 @@ def trial_of_benchmark(
     Raises:
         ValueError: no such protocol there; as `MissingData`, the benchmark is not there.
     """
-    rules = find_protocol(protocol or benchmark.protocol, benchmark=benchmark)
+    rules = None
+    if benchmark.caps:
+        rules = find_protocol(protocol or benchmark.protocol, benchmark=benchmark)
     root = Path(root)
     root = root / benchmark.name if (root / benchmark.name).is_dir() else root
 
-    def read(line: str) -> Frame:
+    def read(line: str) -> Frame | Compared:
         try:
-            frame: Frame = benchmark.read(root, line)
-            return frame
+            item: Frame | Compared = benchmark.read(root, line)
         except (ValueError, OSError) as error:
             raise _missing(benchmark, error) from error
+        if isinstance(item, Frame):  # others' maps are called as one of its files
+            names = [from_field(text) for text in line.split("\t")]
+            item.meta["files"] = sorted(names, key=_may_be_depth)  # the image's name is asked for first
+        return item
 
     try:
         found = list(benchmark.find(root))
@@ -124,7 +133,7 @@ def kept_rows(
         "model": dict(model),
         "trial": trial.name,
         "images": [trial.facts["digest"], _digest(trial.lines)],
-        "protocol": asdict(trial.protocol),
+        "protocol": asdict(trial.protocol) if trial.protocol else None,
         "batch": BATCH_SIZE,
     }
     return KeptRows(Path(folder) / ROWS, about, part=part)
@@ -152,29 +161,51 @@ def judge_share(
     Raises:
         ValueError: the protocol compares no such quantity, or an image or its map cannot be read.
     """
-    trial.protocol.check_takes(predictor.quantity)
+    if trial.protocol is not None:
+        trial.protocol.check_takes(predictor.quantity)
     done = kept.load()
     batches = [trial.lines[i : i + BATCH_SIZE] for i in range(0, len(trial.lines), BATCH_SIZE)]
     todo = [batch for batch in batches[part[0] - 1 :: part[1]] if not all(line in done for line in batch)]
     passing = iter(watch([line for batch in todo for line in batch], name))
     for batch in todo:
-        frames = [trial.read(next(passing)) for _ in batch]
-        judged = judge_batch(predictor, frames, protocol=trial.protocol)
-        kept.add({line: row for line, (_, row) in zip(batch, judged, strict=True)})
+        items = [trial.read(next(passing)) for _ in batch]
+        kept.add(dict(zip(batch, _rows(predictor, items, trial.protocol), strict=True)))
     for _ in passing:  # lets a progress bar end
         pass
 
 
-def collect(trial: Trial, kept: KeptRows, *, name: str, model: Mapping[str, Any]) -> tuple[Result, int]:
-    """The result of all rows kept so far, in the order of the images, and how many of these have none yet."""
+def collect(trial: Trial, kept: KeptRows) -> tuple[dict[str, Any], ...]:
+    """All rows kept so far, in the order of the images; fewer than these where some are not judged yet."""
     rows = kept.load()
-    ordered = tuple(rows[line] for line in trial.lines if line in rows)
-    return Result(name, trial.protocol, ordered, dict(model)), len(trial.lines) - len(ordered)
+    return tuple(rows[line] for line in trial.lines if line in rows)
+
+
+class _Recalling:
+    """Maps on disk, asked as a predictor is: by the images of a batch."""
+
+    def __init__(self, maps: Recalls, items: Sequence[Compared]) -> None:
+        self.quantity, self._maps, self._items = maps.quantity, maps, items
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """The maps of all items."""
+        return [self._maps.recall(Frame(item.key, item.image)) for item in self._items]
+
+
+def _rows(predictor: Judgeable, items: Sequence[Any], protocol: Protocol | None) -> list[dict[str, Any]]:
+    if protocol is not None:
+        return [row for _, row in judge_batch(predictor, items, protocol=protocol)]
+    asked = _Recalling(predictor, items) if isinstance(predictor, Recalls) else predictor
+    return list(da2k_score(asked, items, batch_size=len(items)).rows)
 
 
 def _missing(benchmark: Benchmark, error: Exception) -> MissingData:
     text = str(error).rstrip(".")
-    return MissingData(f"{benchmark.name}: {text}; {benchmark.title} is at {benchmark.get}")
+    where = "" if benchmark.get in text else f"; {benchmark.title} is at {benchmark.get}"
+    return MissingData(f"{benchmark.name}: {text}{where}")
+
+
+def _may_be_depth(path: str) -> bool:
+    return any(word in path.lower() for word in ("depth", "filled", "disparit", "mask"))
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -58,19 +58,21 @@ class Predictions:
     def recall(self, frame: Frame) -> np.ndarray:
         """Read the map of a frame, float32 (h,w).
 
-        It is looked for by the frame's key, by the name of the image it was made of, and by the last part of
+        It is looked for by the frame's key, by the names of the files it was made of, and by the last part of
         each, if that is unique.
 
         Raises:
             ValueError: no file, several, or a damaged one.
         """
         name = str(frame.meta.get("name", ""))
-        names = [frame.key, _stem(name), frame.key.rpartition("/")[2], _stem(name).rpartition("/")[2]]
+        names = [frame.key, _stem(frame.key), *map(_stem, [name, *frame.meta.get("files", [])])]
+        names += [other.rpartition("/")[2] for other in names]
         for candidate in dict.fromkeys(filter(None, names)):
             if found := self._best(self._paths.get(candidate, [])):
                 return self._read(found)
-        wanted = " or ".join(f"{n}{ENDINGS[0]}" for n in dict.fromkeys(filter(None, names[:2])))
-        raise ValueError(f"no prediction of {frame.key!r} in {self.folder}: one file {wanted} is needed")
+        raise ValueError(
+            f"no prediction of {frame.key!r} in {self.folder}: one file {names[-1] or names[0]}{ENDINGS[0]} is needed"
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -136,10 +136,8 @@ def eigen_kitti(height: int, width: int) -> Box:
 
 
 def eigen_nyu(height: int, width: int) -> Box:
-    """Where both cameras of NYUv2's Kinect see: rows 45 to 471, columns 41 to 601 of 480 by 640."""
-    if (height, width) != (480, 640):
-        raise ValueError(f"the eigen_nyu crop is one of 640x480 pixels, not of {width}x{height}")
-    return slice(45, 471), slice(41, 601)
+    """Where both cameras of NYUv2's Kinect see: rows 45 to 471, columns 41 to 601 of 480 by 640, in proportion."""
+    return _share(height, 45 / 480, 471 / 480), _share(width, 41 / 640, 601 / 640)
 
 
 def kb(height: int, width: int) -> Box:
@@ -159,5 +157,9 @@ CROPS: dict[str, Callable[[int, int], Box]] = {
 """Name → height and width to the box of that image."""
 
 
+_EXACT = 1e-9
+"""What a share of a length may lack of a whole number by rounding."""
+
+
 def _share(length: int, low: float, high: float) -> slice:
-    return slice(int(low * length), int(high * length))
+    return slice(int(low * length + _EXACT), int(high * length + _EXACT))

@@ -23,11 +23,13 @@ import torch
 
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
+from depth_anything.evaluation.benchmarks.da2k import Score
 from depth_anything.evaluation.evaluate import Judgeable, Result, compared_truth, judge_batch, show
 from depth_anything.evaluation.judging import Trial
 from depth_anything.evaluation.page import Example, render_page
 from depth_anything.evaluation.protocols import Protocol
-from depth_anything.evaluation.table import best_result, format_summary, format_table
+from depth_anything.evaluation.published import Published
+from depth_anything.evaluation.table import best_result, format_points, format_summary, format_table
 
 
 def conclude(
@@ -37,6 +39,7 @@ def conclude(
     folder: str | Path,
     *,
     settings: Mapping[str, Any] | None = None,
+    published: Sequence[Published] = (),
 ) -> Path:
     """Write the report of a trial that is through, with pictures; the path of its page.
 
@@ -46,12 +49,16 @@ def conclude(
         results: a result a predictor, of all images.
         folder: where the report goes; made if need be.
         settings: what else the report should say about how it was made.
+        published: figures of papers on the same benchmark, to stand below ours.
     """
+    assert trial.protocol is not None
     why = choose_examples(results)
     lines = {row["key"]: line for row, line in zip(results[0].rows, trial.lines, strict=True)}
     frames = (trial.read(lines[key]) for key in why)
     examples = collect_examples(predictors, frames, why=why, protocol=trial.protocol)
-    return write_report(results, folder, examples=examples, data=trial.facts, settings=settings)
+    return write_report(
+        results, folder, examples=examples, data=trial.facts, settings=settings, published=published
+    )
 
 
 def choose_examples(results: Sequence[Result], *, first: int = 4) -> dict[str, str]:
@@ -96,6 +103,7 @@ def write_report(
     examples: Sequence[Example] = (),
     data: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    published: Sequence[Published] = (),
     title: str = "Evaluation",
     date: str | None = None,
 ) -> Path:
@@ -107,6 +115,7 @@ def write_report(
         examples: the images to show.
         data: facts about the set: name, digest, records, ….
         settings: what else was set.
+        published: figures of papers.
         title: the page's heading.
         date: in place of now.
 
@@ -124,13 +133,62 @@ def write_report(
         "data": dict(data or {}),
         "settings": dict(settings or {}),
         "versions": versions(),
+        "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
     }
     (folder / "results.json").write_text(_json(results, facts), encoding="utf-8")
-    _write_csv(results, folder / "results.csv")
+    _write_rows({result.name: result.rows for result in results}, folder / "results.csv")
     (folder / "table.txt").write_text(format_table(results) + "\n", encoding="utf-8")
     page = folder / "report.html"
     page.write_text(render_page(results, examples, facts, title), encoding="utf-8")
     return page
+
+
+def conclude_points(
+    scores: Mapping[str, Score],
+    trial: Trial,
+    folder: str | Path,
+    *,
+    models: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any] | None = None,
+    published: Sequence[Published] = (),
+) -> str:
+    """Write results.json, results.csv and table.txt of models that ordered pairs of points; return the table.
+
+    Args:
+        scores: name → score, of all images.
+        trial: what they were judged on.
+        folder: made if need be.
+        models: name → facts about the model.
+        settings: what else was set.
+        published: figures of papers.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {
+        "version": 1,
+        "data": dict(trial.facts),
+        "settings": dict(settings or {}),
+        "versions": versions(),
+        "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
+        "models": [
+            {
+                "name": name,
+                "facts": dict(models[name]),
+                "images": len(score.rows),
+                "pairs": score.pairs,
+                "accuracy": score.accuracy,
+                "scenes": score.scenes,
+                "rows": list(score.rows),
+            }
+            for name, score in scores.items()
+        ],
+    }
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    _write_rows({name: score.rows for name, score in scores.items()}, folder / "results.csv")
+    table = format_points(scores)
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+    return table
 
 
 def write_summary(
@@ -224,10 +282,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_csv(results: Sequence[Result], path: Path) -> None:
+def _write_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        columns = list(results[0].rows[0])
+        columns = list(next(iter(rows.values()))[0])
         writer.writerow(["model", *columns])
-        for result in results:
-            writer.writerows([result.name, *(row[column] for column in columns)] for row in result.rows)
+        for name, own in rows.items():
+            writer.writerows([name, *(row[column] for column in columns)] for row in own)

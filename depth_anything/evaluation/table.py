@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from depth_anything.evaluation.benchmarks.da2k import Score
 from depth_anything.evaluation.evaluate import METRICS, RISING, Result
+from depth_anything.evaluation.published import Published
 
 SUMMARY = ("abs_rel", "d1", "rmse", "log10")
 """The metrics of a summary of several benchmarks."""
@@ -37,12 +39,42 @@ def format_summary(trials: Mapping[str, Sequence[Result]]) -> str:
         for result in results:
             means = [number(result.means[metric]) for metric in SUMMARY]
             lines.append([name, result.protocol.name, result.name, str(result.images), *means])
+    return _ruled(lines, left=3)
+
+
+def format_published(figures: Sequence[Published]) -> str:
+    """What papers have, as text: a line a model and source; none of it was measured here."""
+    metrics = [m for m in (*METRICS, "accuracy") if any(m in figure.values for figure in figures)]
+    lines = [["as published", *(METRICS.get(m, m) for m in metrics), "protocol", "source"]]
+    for figure in figures:
+        values = [f"{figure.values[m]:.4g}" if m in figure.values else "-" for m in metrics]
+        source = f"{figure.source}{', measured again' if figure.rerun else ''}"
+        lines.append([figure.model, *values, figure.protocol, source])
+    remarks = dict.fromkeys(figure.remark for figure in figures if figure.remark)
+    return "\n".join([_ruled(lines, left=1), *(f"Remark: {remark}." for remark in remarks)])
+
+
+def format_points(scores: Mapping[str, Score]) -> str:
+    """Scores on pairs of points as text: a line a model, per cent right of all pairs and of each kind of scene."""
+    scenes = list(next(iter(scores.values())).scenes)
+    lines = [["model", "pairs", "right %", *scenes]]
+    for name, score in scores.items():
+        shares = [score.accuracy, *(score.scenes[scene] for scene in scenes)]
+        lines.append([name, str(score.pairs), *(f"{100 * share:.1f}" for share in shares)])
+    return (
+        _ruled(lines, left=1)
+        + "\n\nA pair that a map gives one value is half right: a constant map has 50 %."
+    )
+
+
+def _ruled(lines: Sequence[Sequence[str]], *, left: int) -> str:
+    """Columns, a rule below the first line; so many columns begin at their left, numbers end at their right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         cells = [
-            cell.ljust(width) if place < 3 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if place < left or head in ("protocol", "source") else cell.rjust(width)
+            for place, (cell, width, head) in enumerate(zip(line, widths, lines[0], strict=True))
         ]
         text.append("  ".join(cells).rstrip())
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])

@@ -1,0 +1,122 @@
+"""`depth-anything evaluate` on public benchmarks, from files of other programs, and by several processes."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_benchmarks import make_da2k, make_kitti, make_nyu_bts
+from typing_commands import complaint
+
+from depth_anything.cli import main
+from depth_anything.evaluation import judging
+
+
+def evaluate(*arguments):
+    return main(["evaluate", *map(str, arguments), "--device", "cpu"])
+
+
+def report(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmarks")
+    make_nyu_bts(root / "nyu")
+    make_kitti(root / "kitti")
+    make_da2k(root / "da2k")
+    return root
+
+
+def test_benchmarks_are_judged_and_what_is_missing_is_said(tmp_path, root, weights, capsys):
+    names = ("nyu", "sintel", "kitti", "da2k")
+    arguments = ("--weights", weights, "--benchmarks", *names, "--root", root, "--output", tmp_path)
+    assert evaluate(*arguments, "--input-size", 28, "--compare") == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("depth-anything evaluate: sintel: ") and err.count("\n") == 1 and "http" in err
+    assert "clipped to 0.001–10 m, compared in depth over pixels of the eigen_nyu crop" in out
+    assert "MiDaS 3.1" in out and "Depth Anything V2 G" in out and "arXiv 2406.09414" in out
+    assert "constant map has 50 %" in out
+    assert "summary" not in out and out.count("report: ") == 3
+    document = report(tmp_path / "nyu")
+    assert document["protocol"]["crop"] == "eigen_nyu" and document["models"][0]["images"] == 2
+    assert document["published"][0]["source"] and document["data"]["from"].startswith("https://")
+    assert "As published" in (tmp_path / "nyu/report.html").read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+    assert list(summary) == ["nyu", "kitti"] and summary["kitti"]["protocol"]["crop"] == "garg"
+    points = report(tmp_path / "da2k")["models"][0]
+    assert 0 <= points["accuracy"] <= 1 and points["pairs"] == sum(row["pairs"] for row in points["rows"])
+    with (tmp_path / "nyu/results.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_shares_and_one_process_write_one_table(tmp_path, scenes, weights, capsys, monkeypatch):
+    monkeypatch.setattr(judging, "BATCH_SIZE", 2)
+    arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--limit", 5)
+    assert evaluate(*arguments, "--output", tmp_path / "one") == 0
+    capsys.readouterr()
+    assert evaluate(*arguments, "--output", tmp_path / "parts", "--part", "2/2") == 0
+    assert "3 images of 5 not judged yet (this was share 2 of 2)" in capsys.readouterr().out
+    assert not (tmp_path / "parts/results.json").exists()
+    assert evaluate(*arguments, "--output", tmp_path / "parts", "--part", "1/2") == 0
+    for name in ("table.txt", "results.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, monkeypatch):
+    monkeypatch.setattr(judging, "BATCH_SIZE", 2)
+    arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--device", "cpu", "--output")
+    words = ["evaluate", *map(str, arguments)]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    code = (
+        "import sys\n"
+        "from depth_anything.cli import main\n"
+        "from depth_anything.evaluation import judging\n"
+        "judging.BATCH_SIZE = 2\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "judge.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "judge.py"), *words, str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    assert [path.name[-10:] for path in sorted((tmp_path / "two/rows").iterdir())] == [
+        "1of2.jsonl",
+        "2of2.jsonl",
+    ]
+    for name in ("table.txt", "results.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_maps_of_predict_are_judged_as_the_model(tmp_path, root, weights, capsys):
+    images = root / "nyu/official_splits/test"
+    predict = ("predict", images, "--weights", weights, "--input-size", 28, "--output", tmp_path / "maps")
+    assert main([*map(str, predict), "--format", "npy", "--device", "cpu"]) == 0
+    both = ("--weights", f"a={weights}", "--predictions", f"b={tmp_path / 'maps'}")
+    line = (*both, "--benchmarks", "nyu", "--root", root, "--output", tmp_path / "r", "--input-size", 28)
+    assert evaluate(*line) == 0
+    a, b = report(tmp_path / "r/nyu")["models"]
+    assert a["means"] == pytest.approx(b["means"], rel=1e-5) and b["facts"]["quantity"] == "disparity"
+
+
+def test_refusals(tmp_path, root, weights, capsys):
+    given = ("evaluate", "--weights", weights)
+    assert "add --root DIR" in complaint(capsys, *given, "--benchmarks", "nyu")
+    assert "unknown benchmark 'nyuu'" in complaint(capsys, *given, "--benchmarks", "nyuu", "--root", root)
+    assert "nothing to judge" in complaint(capsys, "evaluate", "--data", root)
+    line = (*given, "--benchmarks", "nyu", "--root", root, "--output", tmp_path, "--protocol")
+    assert "protocol 'zoedepth' compares metres and fits no disparity" in complaint(capsys, *line, "zoedepth")
+    assert "says nothing of NYU" in complaint(capsys, *line, "marigold")
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps/x.npy", np.ones((2, 2)))
+    maps = ("evaluate", "--predictions", tmp_path / "maps", "--benchmarks", "nyu", "--root", root)
+    assert "add --quantity" in complaint(capsys, *maps)
+    assert "no prediction of 'nyu/" in complaint(capsys, *maps, "--quantity", "depth", "--output", tmp_path)
+    with pytest.raises(SystemExit):
+        evaluate("--weights", weights, "--data", root, "--part", "3/2")
+    assert "'3/2' is no share" in capsys.readouterr().err

@@ -1,0 +1,186 @@
+"""Judging in shares, after a kill, and from files: always the same rows to the last digit."""
+
+import json
+
+import numpy as np
+import pytest
+from made_benchmarks import make_nyu_bts
+
+from depth_anything import DepthAnything, Predictor
+from depth_anything.data.sample import Frame
+from depth_anything.evaluation import judging
+from depth_anything.evaluation.benchmarks.catalogue import load
+from depth_anything.evaluation.judging import Trial, collect, judge_share, kept_rows, trial_of_benchmark
+from depth_anything.evaluation.predictions import Predictions
+from depth_anything.evaluation.protocols import PROTOCOLS
+from depth_anything.inference.formats import encode
+
+MODEL = {"fingerprint": "sha256:1"}
+
+
+def a_frame(line):
+    number = int(line)
+    rng = np.random.default_rng(number)
+    shape = (28, 42) if number % 3 else (42, 28)
+    image = rng.integers(0, 255, (*shape, 3), np.uint8)
+    depth = rng.uniform(1, 9, shape).astype(np.float32)
+    return Frame(f"toy/{number:03d}", image, {"name": f"photos/{number}.jpg"}, depth=depth)
+
+
+def a_trial(count=29):
+    lines = [str(number) for number in range(count)]
+    return Trial("toy", lines, a_frame, PROTOCOLS["da2"], {"digest": f"sha256:{count}"})
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(DepthAnything("vitn"), device="cpu", input_size=28)
+
+
+@pytest.fixture(scope="module")
+def whole(predictor, tmp_path_factory):
+    return rows_of(predictor, a_trial(), tmp_path_factory.mktemp("whole"), [(1, 1)])
+
+
+def rows_of(predictor, trial, folder, parts):
+    for part in parts:
+        judge_share(predictor, trial, kept_rows(trial, MODEL, folder, name="m", part=part), part=part)
+    return collect(trial, kept_rows(trial, MODEL, folder, name="m"))
+
+
+@pytest.mark.parametrize("parts", [[(1, 2), (2, 2)], [(3, 3), (1, 3), (2, 3)], [(k, 7) for k in range(1, 8)]])
+def test_shares_give_the_rows_of_one_process(predictor, whole, tmp_path, parts):
+    assert rows_of(predictor, a_trial(), tmp_path, parts) == whole
+    assert [row["key"] for row in whole] == [f"toy/{number:03d}" for number in range(29)]
+
+
+def test_a_share_is_no_more_than_its_own(predictor, whole, tmp_path):
+    rows = rows_of(predictor, a_trial(), tmp_path, [(2, 2)])
+    assert rows == whole[8:16] + whole[24:]
+
+
+def test_a_judgement_that_was_stopped_goes_on(predictor, whole, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def until(lines, name):
+        for done, line in enumerate(lines):
+            if done == 19:
+                raise Stopped
+            yield line
+
+    trial, kept = a_trial(), kept_rows(a_trial(), MODEL, tmp_path, name="m")
+    with pytest.raises(Stopped):
+        judge_share(predictor, trial, kept, watch=until)
+    (file,) = (tmp_path / judging.ROWS).iterdir()
+    file.write_bytes(file.read_bytes()[:-9])  # and killed while it wrote
+    assert len(collect(trial, kept)) == 15
+    seen = []
+    judge_share(predictor, trial, kept, watch=lambda lines, name: seen.extend(lines) or lines)
+    assert seen == [str(number) for number in range(8, 29)]
+    assert collect(trial, kept) == whole
+
+
+def test_rows_of_other_models_images_or_rules_are_not_taken(predictor, tmp_path):
+    rows_of(predictor, a_trial(), tmp_path, [(1, 1)])
+    others = (
+        (a_trial(), {"fingerprint": "sha256:2"}),
+        (a_trial(28), MODEL),
+        (Trial("toy", a_trial().lines, a_frame, PROTOCOLS["moge"], a_trial().facts), MODEL),
+    )
+    for trial, model in others:
+        assert not collect(trial, kept_rows(trial, model, tmp_path, name="m"))
+
+
+def test_nan_is_kept(tmp_path):
+    trial = Trial("toy", ["0"], a_frame, PROTOCOLS["da2"], {"digest": ""})
+    kept = kept_rows(trial, MODEL, tmp_path, name="m")
+    kept.add({"0": {"abs_rel": float("nan"), "d1": 0.1 + 0.2}})
+    (row,) = collect(trial, kept)
+    assert np.isnan(row["abs_rel"]) and row["d1"] == 0.1 + 0.2
+
+
+def write_maps(folder, predictor, form, name):
+    for number in range(29):
+        frame = a_frame(number)
+        path = folder / name.format(number=number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        map_ = predictor.predict_batch([frame.image])[0]
+        path.write_bytes(encode(map_, form, quantity="disparity", unit="relative"))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "near"),
+    [
+        ("npy", "toy/{number:03d}.npy", 1e-5),
+        ("npy", "deep/photos/{number}_disparity.npy", 1e-5),
+        ("exr", "{number}_disparity.exr", 1e-5),
+        ("png16", "photos/{number}.png", 1e-3),
+    ],
+)
+def test_maps_on_disk_are_judged_as_their_model(predictor, whole, tmp_path, form, name, near):
+    write_maps(tmp_path / "maps", predictor, form, name)
+    maps = Predictions(tmp_path / "maps", quantity="disparity" if "_disparity" not in name else None)
+    assert maps.quantity == "disparity" and len(maps) == 29
+    rows = rows_of(maps, a_trial(), tmp_path, [(1, 1)])
+    assert [row["abs_rel"] for row in rows] == pytest.approx([row["abs_rel"] for row in whole], rel=near)
+
+
+def test_predictions_that_cannot_be_taken(tmp_path):
+    with pytest.raises(ValueError, match="none is not a folder"):
+        Predictions(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no .npy"):
+        Predictions(tmp_path)
+    np.save(tmp_path / "7.npy", np.ones((28, 42), np.float32))
+    with pytest.raises(ValueError, match="add --quantity disparity .* or --quantity depth"):
+        Predictions(tmp_path)
+    with pytest.raises(ValueError, match="no prediction of 'toy/001'"):
+        Predictions(tmp_path, quantity="depth").recall(a_frame(1))
+    np.save(tmp_path / "1_depth.npy", np.ones((28, 42), np.float32))
+    with pytest.raises(ValueError, match="say that they are depth, not disparity"):
+        Predictions(tmp_path, quantity="disparity")
+    np.save(tmp_path / "2_disparity.npy", np.ones((28, 42), np.float32))
+    with pytest.raises(ValueError, match="maps of disparity and of depth"):
+        Predictions(tmp_path)
+
+
+def test_a_name_that_two_maps_have_is_not_guessed(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "1_depth.npy", np.full((28, 42), 5.0, np.float32))
+    with pytest.raises(ValueError, match="no prediction of 'toy/001'"):
+        Predictions(tmp_path).recall(a_frame(1))
+
+
+def test_what_the_authors_metric_script_saves_is_metres(tmp_path):
+    np.save(tmp_path / "1_raw_depth_meter.npy", np.full((28, 42), 5.0, np.float32))
+    (tmp_path / "1.json").write_text(json.dumps({"quantity": "disparity"}))
+    maps = Predictions(tmp_path)
+    assert maps.quantity == "depth" and (maps.recall(a_frame(1)) == 5).all()
+
+
+def test_a_benchmark_is_judged_from_its_files(tmp_path):
+    truth = make_nyu_bts(tmp_path / "nyu")
+    trial = trial_of_benchmark(load("nyu"), tmp_path)
+    assert trial.protocol.crop == "eigen_nyu" and trial.protocol.max_depth == 10
+    for name, depth in truth.items():
+        np.save(tmp_path / f"rgb_{name.rpartition('/')[2]}.npy", np.nan_to_num(depth, nan=3.0))
+    (maps := tmp_path / "maps").mkdir()
+    for file in tmp_path.glob("*.npy"):
+        file.rename(maps / file.name)
+    predictions = Predictions(maps, quantity="depth")
+    rows = rows_of(predictions, trial, tmp_path, [(1, 2), (2, 2)])
+    assert len(rows) == len(truth) and all(row["valid"] and row["abs_rel"] < 1e-3 for row in rows)
+
+
+def test_missing_data_says_where_it_is(tmp_path):
+    with pytest.raises(judging.MissingData, match="^nyu: .*silberman"):
+        trial_of_benchmark(load("nyu"), tmp_path)
+    make_nyu_bts(tmp_path)
+    trial = trial_of_benchmark(load("nyu"), tmp_path)
+    for image in tmp_path.rglob("rgb_*"):
+        image.unlink()
+    with pytest.raises(judging.MissingData, match="rgb_.*silberman"):
+        [trial.read(line) for line in trial.lines]
+    with pytest.raises(ValueError, match="protocol 'moge' says nothing of NYU"):
+        trial_of_benchmark(load("nyu"), tmp_path, protocol="moge")
