@@ -26,7 +26,7 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
         ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
     """
     source, start = config["init"], config.get("start", "all")
-    if config["stage"] == "student" and _is_teacher(Path(source)):
+    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
         raise ValueError(
             f"init={source} is a teacher; a student starts from DINOv2 of its size: "
             "type init=hub or init=DINOV2_FILE"
