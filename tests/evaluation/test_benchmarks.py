@@ -232,6 +232,14 @@ def test_scannet_reads_its_list_and_keeps_the_depths_size(tmp_path):
         list(load("scannet").find(tmp_path))
 
 
+def test_benchmarks_of_the_same_files_are_found_below_the_folder_of_all(tmp_path):
+    made.make_nyu_marigold(tmp_path / "nyu")
+    made.make_diode(tmp_path / "diode")
+    made.make_sintel(tmp_path / "sintel", render="clean")
+    for name, count in (("nyu_filled", 2), ("diode_outdoor", 1), ("sintel_clean", 4)):
+        assert len(made.read_all(load(name), tmp_path)) == count
+
+
 def test_an_image_of_another_size_is_refused(tmp_path):
     made.make_nyu_bts(tmp_path)
     jpeg(tmp_path / "official_splits/test/bathroom/rgb_00045.jpg", picture(room((20, 30))))

@@ -46,7 +46,7 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
     Raises:
         ValueError: If there is none.
     """
-    lines = find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
+    lines = find_frames(root_of(root, "diode"), _FACTS, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
     listed = (
         line
         for line in lines
@@ -59,11 +59,12 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if a file is missing or damaged, or sizes differ."""
     name, image, depth, mask = fields(line)
+    root = root_of(root, "diode")
     with about(f"diode/{name}"):
-        metres = read_npy(read_kind(Path(root), _DEPTH, depth))
-        known = read_npy(read_kind(Path(root), _MASK, mask)) > 0
+        metres = read_npy(read_kind(root, _DEPTH, depth))
+        known = read_npy(read_kind(root, _MASK, mask)) > 0
         return make_frame(
-            f"diode/{name.rpartition('/')[2]}", read_kind(Path(root), _IMAGE, image), metres, known=known
+            f"diode/{name.rpartition('/')[2]}", read_kind(root, _IMAGE, image), metres, known=known
         )
 
 

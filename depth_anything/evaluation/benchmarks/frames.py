@@ -66,14 +66,20 @@ def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
     yield from lines
 
 
-def root_of(root: Path) -> Path:
-    """The folder of a benchmark; ValueError if there is none."""
+def root_of(root: Path, folder: str = "") -> Path:
+    """The folder of a benchmark: the one called `folder` in `root`, if there is one, or else `root` itself.
+
+    Several benchmarks of the same files are thus found below the folder of all benchmarks, too.
+
+    Raises:
+        ValueError: If there is none.
+    """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(
             f"{root} is not a folder: type the path of the folder that the benchmark was unpacked to"
         )
-    return root
+    return root / folder if folder and (root / folder).is_dir() else root
 
 
 def _size(values: np.ndarray) -> str:

@@ -65,7 +65,7 @@ def find(root: Path, *, name: str) -> Iterator[str]:
         name: One of the sets'.
     """
     folder = _SETS[name][0]
-    root = root_of(root)
+    root = root_of(root, "moge")
     place = next((place for place in (root / folder, root) if (place / INDEX).is_file()), None)
     if place is None or (place == root and root.name != folder and (root / folder).exists()):
         raise ValueError(
@@ -81,6 +81,7 @@ def read(root: Path, line: str, *, name: str) -> Frame:
     """Read a frame and warp it to its set's size; ValueError if a file is missing or damaged."""
     frame, place = fields(line)
     _, width, height, _, _ = _SETS[name]
+    root = root_of(root, "moge")
     with about(f"{name}/{frame}"):
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise ValueError("its path leads out of the bundle")

@@ -9,8 +9,8 @@ Layouts, tried in this order:
 The PNGs have 16 bits, millimetres.
 
 Depth: rawDepths is what the Kinect measured, 0 where it saw nothing: that is `nyu`, and the published
-figures. depths is filled in by colours: that is `nyu_filled`, on which the same model reads a fifth worse.
-Compared are rows 45 to 471 and columns 41 to 601.
+figures. depths is filled in by colours: that is `nyu_filled`, on which the same model reads at least a fifth
+worse. Compared are rows 45 to 471 and columns 41 to 601.
 
 BTS's extraction blackens the image's border outside rows 7 to 474 and columns 7 to 632, which the network
 sees.
@@ -77,7 +77,7 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
     Raises:
         ValueError: If there is no such folder, or nothing of these layouts in it.
     """
-    root = root_of(root)
+    root = root_of(root, "nyu")
     wanted = set(test_frames())
     if (root / MATLAB).is_file():
         return (f"{number:05d}\t{MATLAB}" for number in test_frames())
@@ -107,6 +107,7 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
 def read(root: Path, line: str, *, depth: str) -> Frame:
     """Read a frame; ValueError if it is missing or damaged."""
     name, path, *image = fields(line)
+    root = root_of(root, "nyu")
     key = f"nyu{'' if depth == 'raw' else '_filled'}/{name}"
     with about(f"{key} ({path})"):
         if path == MATLAB:

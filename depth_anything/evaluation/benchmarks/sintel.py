@@ -42,7 +42,7 @@ _FACTS = Facts(
 
 def find(root: Path, *, render: str) -> Iterator[str]:
     """List the frames of a pass, "final" or "clean", sequence by sequence; ValueError if there is none."""
-    lines = find_frames(root_of(root), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence)
+    lines = find_frames(root_of(root, "sintel"), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence)
     listed = [line for line in lines if not line.startswith("test/")]
     if not any(fields(line)[1] for line in listed):
         looked = _FACTS.layout.replace("final", render)
@@ -55,9 +55,10 @@ def find(root: Path, *, render: str) -> Iterator[str]:
 def read(root: Path, line: str, *, render: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
     name, image, depth = fields(line)
+    root = root_of(root, "sintel")
     with about(f"sintel/{render}/{name}"):
-        data = read_kind(Path(root), _IMAGES[render], image)
-        return make_frame(f"sintel/{render}/{name}", data, read_dpt(read_kind(Path(root), _DEPTH, depth)))
+        data = read_kind(root, _IMAGES[render], image)
+        return make_frame(f"sintel/{render}/{name}", data, read_dpt(read_kind(root, _DEPTH, depth)))
 
 
 def read_dpt(data: bytes) -> np.ndarray:
