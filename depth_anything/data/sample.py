@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ _PLUGINS = (
     (b"GIF8", GifImagePlugin.GifImageFile),
 )
 _ORIENTATION = 0x0112
+_SPARE_BYTES = 2  # between the last pixel of a JPEG and the mark of its end
 _RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
 _CV2_FLAGS = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -292,9 +294,23 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")  # OpenCV's library, without OpenCV's way round
-    except ValueError:  # of all that the library warns of; OpenCV and the authors take such images
+    except (
+        ValueError
+    ) as error:  # of all that the library warns of; most OpenCV and the authors take without a word
+        if _is_damage(str(error)):
+            raise
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
         return image if image is None or _RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _is_damage(warning: str) -> bool:
+    """Tell a picture that is partly grey or shifted from one with a few bytes too many, as some cameras write."""
+    extra = re.search(r"(\d+) extraneous bytes before marker", warning)
+    if extra:
+        return int(extra[1]) > _SPARE_BYTES
+    return any(
+        words in warning for words in ("Corrupt JPEG data", "Unsupported marker", "Bogus", "structure")
+    )
 
 
 def _orientation(picture: Any) -> int:

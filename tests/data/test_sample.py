@@ -192,6 +192,22 @@ def test_what_cannot_be_decoded_is_a_value_error(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_jpeg_that_is_damaged_inside_is_refused():
+    """Decoders go on behind the damage with grey or shifted pixels, and say so on stderr at most."""
+    rng = np.random.default_rng(0)
+    smooth = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (320, 240))
+    whole = cv2.imencode(".jpg", smooth)[1].tobytes()
+    middle = len(whole) // 2
+    for damaged in (
+        whole[:middle] + whole[middle + 400 :],
+        whole[:middle] + rng.bytes(400) + whole[middle + 400 :],
+    ):
+        with pytest.raises(ValueError, match="the image cannot be decoded"):
+            decode_image(damaged)
+    spare = whole[:-2] + b"\0" + whole[-2:]  # as some cameras write
+    assert (decode_image(spare) == decode_image(whole)).all()
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF and EXIF
 def test_random_damage_raises_nothing_else():
     rng = np.random.default_rng(5)
