@@ -232,6 +232,8 @@ def _conclude(
         place = folder if options.data else folder / trial.name
         if results := _write(predictors, facts, trial, rows, place, settings):
             through[trial.name] = results
+        if trial.incomplete:
+            print(f"{trial.name}: {trial.incomplete}")
         if options.compare:
             print(f"\n{_told_published(trial.name)}\n")
     if options.benchmarks and through:

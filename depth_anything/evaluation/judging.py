@@ -46,6 +46,7 @@ class Trial:
         read: a line to its frame, or to its pairs of points; ValueError if it cannot be read.
         protocol: the rules; None where pairs of points are ordered.
         facts: what the report says of the images; "digest" is theirs.
+        incomplete: in a sentence, that not all images of a benchmark lie there; "" if they do.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Trial:
     read: Callable[[str], Any]
     protocol: Protocol | None
     facts: Mapping[str, Any]
+    incomplete: str = ""
 
 
 def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit: int | None = None) -> Trial:
@@ -115,12 +117,15 @@ def trial_of_benchmark(
         "title": benchmark.title,
         "where": str(root),
         "digest": _digest(found),
-        "images": f"{len(found)} of {benchmark.images}",
+        "images": f"{len(found)} of {benchmark.images}" if benchmark.images else len(found),
         "licence": benchmark.licence,
         "from": benchmark.get,
         "limit": limit,
     }
-    return Trial(benchmark.name, lines, read, rules, facts)
+    incomplete = ""
+    if len(found) < benchmark.images:
+        incomplete = f"only {facts['images']} images lie there, so that no published figure is comparable"
+    return Trial(benchmark.name, lines, read, rules, facts, incomplete)
 
 
 def kept_rows(

@@ -13,6 +13,7 @@ from made_raw import jpeg, picture, png, room
 from depth_anything.evaluation.benchmarks import nyu as nyu_module
 from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
 from depth_anything.evaluation.benchmarks.kitti import FRAMES, frames_of
+from depth_anything.evaluation.judging import trial_of_benchmark
 
 RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[3] / "shared" / "rgbd"))
 
@@ -68,6 +69,15 @@ def test_kitti_holds_652_frames_of_28_drives():
     assert numbers["2011_09_26_drive_0013_sync"][:4] == [5, 10, 20, 30]
     assert numbers["2011_10_03_drive_0027_sync"][-1] == 4535
     assert frames_of("2011_09_26_drive_0001_sync") == []
+
+
+def test_a_part_of_a_benchmark_is_called_one(tmp_path):
+    made.make_kitti(tmp_path)
+    trial = trial_of_benchmark(load("kitti"), tmp_path)
+    assert trial.incomplete.startswith("only 2 of 652 images") and trial.facts["images"] == "2 of 652"
+    made.make_nyu_matlab(tmp_path / "nyu")
+    trial = trial_of_benchmark(load("nyu"), tmp_path)
+    assert trial.incomplete == "" and len(trial.lines) == 654
 
 
 def test_kitti_without_a_frame_of_the_list_and_a_frame_without_its_image(tmp_path):
