@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from depth_anything.data.address import is_remote, join, told
+from depth_anything.data.address import is_remote, join
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import stream_loader
@@ -47,8 +47,8 @@ def refuse_without_metres(images: ShardSet) -> None:
     if (quantity, unit) != ("depth", "m"):
         said = f"{quantity or 'no one quantity'} in {unit or 'no one unit'}"
         raise ValueError(
-            f"the set {images.name} cannot teach metres: its manifest says {said}, not depth in m; leave it out of "
-            f"sources.labelled, as in  sources.labelled=null '+sources.labelled={{SET: {told(images.root)}}}'"
+            f"the set {images.name} cannot teach metres: its manifest says {said}, not depth in m; type sources of "
+            "metres alone, as  sources=hypersim  or  sources=own photos=FOLDER"
         )
 
 
