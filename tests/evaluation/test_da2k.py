@@ -128,3 +128,6 @@ def test_damaged_annotations_are_refused(tmp_path):
     path.write_text('{"images/nowhere/a.jpg": []}')
     with pytest.raises(ValueError, match="kind of scene"):
         compared(tmp_path)
+    path.write_text('{"images/indoor/../../../a.jpg": []}')
+    with pytest.raises(ValueError, match="leads out"):
+        compared(tmp_path)

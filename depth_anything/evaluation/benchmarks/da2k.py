@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import cv2
@@ -115,6 +115,8 @@ def read(root: Path, line: str) -> Compared:
     annotated = _annotations(str(root / ANNOTATIONS))
     if path not in annotated:
         raise ValueError(f"{root / ANNOTATIONS} names no image {path}")
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{path} leads out of the folder")
     scene = next((part for part in path.split("/") if part in SCENES), None)
     if scene is None:
         raise ValueError(f"{path} lies in no folder of a kind of scene ({', '.join(SCENES)})")
