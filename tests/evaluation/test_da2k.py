@@ -128,6 +128,9 @@ def test_damaged_annotations_are_refused(tmp_path):
     path.write_text('{"images/nowhere/a.jpg": []}')
     with pytest.raises(ValueError, match="kind of scene"):
         compared(tmp_path)
-    path.write_text('{"images/indoor/../../../a.jpg": []}')
+
+
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path):
+    Path(tmp_path, "annotations.json").write_text('{"images/indoor/../../../a.jpg": []}')
     with pytest.raises(ValueError, match="leads out"):
         compared(tmp_path)
