@@ -50,7 +50,7 @@ def test_the_commands_before_the_training_run_word_for_word(tmp_path, monkeypatc
     assert typed == 6
     assert "look:" not in capsys.readouterr().err
     assert (open_set("data/photos").records, open_set("data/yard").records) == (32, 24)
-    (block,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", PAGE)
+    block = re.findall(r"(?ms)^```yaml\n(.*?)^```$", PAGE)[0]
     assert Path("try/set.yaml").read_text() == block
     assert read_yaml("try/set.yaml").sky == 65535
 
