@@ -211,7 +211,7 @@ def test_folders_are_walked_in_order_and_links_followed_once(tmp_path):
 
 
 def test_lsun_is_read_out_of_its_databases(tmp_path):
-    lmdb = pytest.importorskip("lmdb")
+    lmdb = pytest.importorskip("lmdb", reason="pip install 'depth-anything-train[lsun]'")
     raw, values = tmp_path / "raw", {}
     for category in ("bedroom", "tower"):
         (raw / f"{category}_train_lmdb").mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_lsun_is_read_out_of_its_databases(tmp_path):
 
 
 def test_bdd100k_films_give_two_frames_a_second(tmp_path):
-    made_films = pytest.importorskip("made_films")
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     raw = tmp_path / "raw"
     made_films.make_film(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
     made_films.make_film(raw / "videos" / "train" / "b.mov", frames=20)
@@ -261,7 +261,7 @@ def test_bdd100k_films_give_two_frames_a_second(tmp_path):
 
 
 def test_films_that_are_slow_or_lie_about_their_length(tmp_path, monkeypatch):
-    made_films = pytest.importorskip("made_films")
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     path = made_films.make_film(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
     assert films.count_frames(path) == 6
     shown = [films.read_frame(path, k) for k in range(6)]
@@ -273,7 +273,7 @@ def test_films_that_are_slow_or_lie_about_their_length(tmp_path, monkeypatch):
 
 
 def test_films_are_turned_upright(tmp_path):
-    made_films = pytest.importorskip("made_films")
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     path = made_films.make_film(tmp_path / "turned.mp4", frames=2, sound=None)
     data = bytearray(path.read_bytes())
     quarter = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # as telephones write it, clockwise
@@ -284,7 +284,7 @@ def test_films_are_turned_upright(tmp_path):
 
 
 def test_a_film_cut_short_gives_what_it_has_and_the_rest_is_told(tmp_path):
-    made_films = pytest.importorskip("made_films")
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     whole = made_films.make_film(
         tmp_path / "raw" / "a.mp4", frames=90, sound=None, options={"movflags": "+faststart"}, crf="0"
     )
