@@ -3,7 +3,7 @@
 A sample's content depends on its number, the seed and the shards alone, whichever process makes it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -59,6 +59,7 @@ class StreamDataset(Dataset):
         cutmix: bool = False,
         repeat: Mapping[str, int] | None = None,
         depth_range: tuple[float, float] | None = None,
+        relative: Collection[str] = (),
     ) -> None:
         """Lay out the order; no shard is read.
 
@@ -77,6 +78,7 @@ class StreamDataset(Dataset):
             repeat: times a pass that a set or a shard comes.
             depth_range: None for disparity; else targets are the records' depth in metres, valid from the first
                 to the second of these metres.
+            relative: names of sets whose targets are disparity though `depth_range` is given.
 
         Raises:
             ValueError: two sets have one name, the crop exceeds the frames, there are no records, or `sky` or
@@ -85,7 +87,8 @@ class StreamDataset(Dataset):
         self.sources = list(sources)
         self.seed, self.image_size, self.sky = seed, image_size, sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
-        self.perturb, self.cutmix, self.depth_range = perturb, cutmix, depth_range
+        self.perturb, self.cutmix = perturb, cutmix
+        self.depth_range, self.relative = depth_range, frozenset(relative)
         self.handover: Handover | None = None
         if self.short_side < image_size:
             raise ValueError(
@@ -123,6 +126,7 @@ class StreamDataset(Dataset):
             read, so that another stands in.
             "perturbation": float32 (b, 6) of draw_perturbation, where asked for.
             "box": float32 (b, 4) of draw_cutmix, where asked for.
+            "metric": bool (b,), with `relative` sets: whether the target is in metres.
 
         Raises:
             ValueError: no record can be read, or a label is smaller than the crop.
@@ -134,12 +138,11 @@ class StreamDataset(Dataset):
         place = self.handover.take(worker.id, length) if self.handover and worker else None
         memory = np.empty(length, np.uint8) if place is None else place.memory
         arrays = arrays_in(memory, fields)
-        image, target, valid = (arrays[name] for name in ("image", "target", "valid"))
         failed = []
         if self._far:
             self._expect(numbers)
         for i, n in enumerate(numbers):
-            failure = self._fill(n, image[i], target[i], valid[i])
+            failure = self._fill(n, {name: values[i : i + 1] for name, values in arrays.items()})
             failed += [failure] if failure else []
         arrays["sample"][:] = numbers
         if self.perturb:
@@ -187,36 +190,38 @@ class StreamDataset(Dataset):
             arrays["perturbation"] = (np.float32, (count, len(PERTURBATIONS)))
         if self.cutmix:
             arrays["box"] = (np.float32, (count, 4))
+        if self.relative:
+            arrays["metric"] = (np.bool_, (count,))
         return arrays
 
-    def _fill(self, n: int, image: np.ndarray, target: np.ndarray, valid: np.ndarray) -> str | None:
+    def _fill(self, n: int, place: Mapping[str, np.ndarray]) -> str | None:
         """Write sample `n`, or its stand-in, into its place of a batch; return why it is not its own, if so."""
         _, shard, index = self.stream.locate(n)
         try:
-            self._write(shard, index, n, image, target, valid)
+            self._write(shard, index, n, place)
             return None
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
             gone = self._remember((shard, index), error)
-        for place in islice(self.stream.stand_ins(n), _PLACES):
-            if place[0] != gone and place not in self._bad:
+        for other in islice(self.stream.stand_ins(n), _PLACES):
+            if other[0] != gone and other not in self._bad:
                 try:
-                    self._write(*place, n, image, target, valid)
+                    self._write(*other, n, place)
                     return failure
                 except BadRecord as error:  # counted and named when its own number comes
-                    gone = self._remember(place, error)
+                    gone = self._remember(other, error)
         raise ValueError(
             f"sample {n}: {failure}; nor can any other record be read: type  depth-anything verify"
         )
 
-    def _write(
-        self, shard: str, index: int, n: int, image: np.ndarray, target: np.ndarray, valid: np.ndarray
-    ) -> None:
-        """Write a record as sample `n` sees it; BadRecord if it cannot be decoded."""
+    def _write(self, shard: str, index: int, n: int, place: Mapping[str, np.ndarray]) -> None:
+        """Write a record as sample `n` sees it, into arrays of one sample; BadRecord if it cannot be decoded."""
         source = self._source[shard.split("/")[0]]
+        depth_range = None if source.name in self.relative else self.depth_range
+        target, valid = place["target"][0], place["valid"][0]
         key, fields = source.read(shard, index)
         with _bad_record(shard, index, key):
-            name = target_field(fields, metres=self.depth_range is not None)
+            name = target_field(fields, metres=depth_range is not None)
             whole, meta = decode_photograph(fields)
         with _bad_record(shard, index, key, name):
             size = codec.size(fields[name])
@@ -237,9 +242,11 @@ class StreamDataset(Dataset):
             quantity=name.split(".")[0],
             sky=self.sky[source.name],
             meta=meta,
-            depth_range=self.depth_range,
+            depth_range=depth_range,
         )  # the map is cut first and converted after, as most pixels are cut away
-        view_image(whole, view, out=image)
+        view_image(whole, view, out=place["image"][0])
+        if self.relative:
+            place["metric"][0] = depth_range is not None
 
     def _remember(self, place: tuple[str, int], error: BadRecord) -> str | None:
         """Note a bad record, so that no other sample tries it; return its shard if all of that is lost."""

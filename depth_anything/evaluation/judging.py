@@ -169,8 +169,7 @@ def judge_share(
     if trial.protocol is not None:
         trial.protocol.check_takes(predictor.quantity)
     done = kept.load()
-    batches = [trial.lines[i : i + BATCH_SIZE] for i in range(0, len(trial.lines), BATCH_SIZE)]
-    todo = [batch for batch in batches[part[0] - 1 :: part[1]] if not all(line in done for line in batch)]
+    todo = [batch for batch in _batches(trial.lines, part) if not all(line in done for line in batch)]
     passing = iter(watch([line for batch in todo for line in batch], name))
     for batch in todo:
         items = [trial.read(next(passing)) for _ in batch]
@@ -179,10 +178,20 @@ def judge_share(
         pass
 
 
+def share_of(lines: Sequence[str], part: Part) -> list[str]:
+    """The lines of the k-th of n shares, from 1, in their order: whole batches, of which only the last may be short."""
+    return [line for batch in _batches(lines, part) for line in batch]
+
+
 def collect(trial: Trial, kept: KeptRows) -> tuple[dict[str, Any], ...]:
     """All rows kept so far, in the order of the images; fewer than these where some are not judged yet."""
     rows = kept.load()
     return tuple(rows[line] for line in trial.lines if line in rows)
+
+
+def _batches(lines: Sequence[str], part: Part) -> list[Sequence[str]]:
+    batches = [lines[i : i + BATCH_SIZE] for i in range(0, len(lines), BATCH_SIZE)]
+    return batches[part[0] - 1 :: part[1]]
 
 
 class _Recalling:

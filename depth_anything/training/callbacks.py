@@ -1,4 +1,4 @@
-"""What happens at a step boundary: numbers, pictures, validation, checkpoints, and stopping together.
+"""What happens at a step boundary: numbers, checkpoints, and stopping together; validation.py adds to it.
 
 Lightning's batch hooks fire once a micro-batch. Everything here happens once an optimizer step, so that a
 checkpoint never lands in the middle of an accumulation, and every rank does the same things at the same step.
@@ -7,7 +7,7 @@ checkpoint never lands in the middle of an accumulation, and every rank does the
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -15,18 +15,10 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
-from depth_anything.data.sample import Frame
-from depth_anything.data.shards import open_set
 from depth_anything.data.tars import Outage
-from depth_anything.evaluation.evaluate import evaluate, merge
-from depth_anything.evaluation.sets import max_depth_of, read_frames
-from depth_anything.inference.predictor import Predictor
 from depth_anything.training.base import DepthModule
-from depth_anything.training.folder import RunFolder
-from depth_anything.visualize import colorize, panel
 
 T = TypeVar("T")
 
@@ -178,70 +170,6 @@ def together(ranks: int, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in shares]
 
 
-class Validation(StepCallback):
-    """Evaluate held-out frames with the function the command line uses, and paint the first few."""
-
-    def __init__(
-        self, root: str | None, folder: Path, *, every: int, limit: int, input_size: int, pictures: int = 4
-    ) -> None:
-        """Evaluate the labelled set at `root` every `every` steps and at the end; None: never.
-
-        Args:
-            root: Folder of a labelled set no stage trains on.
-            folder: Where pictures go.
-            every: In optimizer steps.
-            limit: Frames at most, spread evenly over the set; each rank holds and evaluates its share.
-            input_size: Short side the network sees, pixels.
-            pictures: How many frames are painted.
-        """
-        self.root, self.folder = root, folder
-        self.every, self.limit, self.input_size, self.pictures = every, limit, input_size, pictures
-        self.frames: list[Frame] = []
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Read this rank's share of the frames."""
-        super().on_train_start(trainer, module)
-        if self.root is not None:
-            ranks = {"rank": trainer.global_rank, "ranks": trainer.world_size}
-            frames = open_set(self.root)
-            self.max_depth = max_depth_of(frames)
-
-            def read() -> None:
-                self.frames = list(read_frames(frames, limit=self.limit, **ranks))
-
-            together(trainer.world_size, read)
-
-    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
-        """Validate when due."""
-        if self.root is None or (step % self.every and step != trainer.max_steps):
-            return
-        training = module.model.training
-        predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
-        farthest = min(self.max_depth, predictor.farthest or self.max_depth)  # a metric model ends somewhere
-        shares = together(trainer.world_size, lambda: evaluate(predictor, self.frames, max_depth=farthest))
-        numbers = {f"val_{name}": float(value) for name, value in merge(shares).means.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=step)
-        if trainer.is_global_zero:
-            self._paint(trainer, predictor, step)
-        module.model.train(training)
-
-    def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
-        frames = self.frames[: self.pictures]
-        maps = predictor.predict_batch([frame.image for frame in frames])
-        rows = []
-        for frame, map_ in zip(frames, maps, strict=True):
-            assert frame.depth is not None
-            disparity = map_ if predictor.quantity == "disparity" else 1.0 / map_.clip(1e-3)
-            rows.append([frame.image, colorize(1.0 / frame.depth), colorize(disparity)])
-        picture = panel(rows, titles=["image", "truth", f"step {step}"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"step-{step:09d}.jpg", quality=90)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("depth", [picture], step=step)
-
-
 class Checkpoints(StepCallback):
     """Keep the newest checkpoints of a run, each complete or absent."""
 
@@ -355,17 +283,3 @@ class Agreement(StepCallback):
                 f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}; "
                 "look at the set with `depth-anything verify` and start the same command again"
             )
-
-
-def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callback]:
-    """Build the callbacks of a fitting stage, in the order they act in at a step boundary."""
-    metrics = Metrics(every=config["logging"]["every"], batch_size=config["batch_size"])
-    validation = Validation(
-        config["sources"]["validation"],
-        folder.path / "pictures",
-        every=config["validation"]["every"],
-        limit=config["validation"]["limit"],
-        input_size=config["image_size"],
-    )
-    checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
-    return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]

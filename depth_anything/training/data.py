@@ -17,7 +17,7 @@ from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import stream_loader
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardSet, open_set
 from depth_anything.data.sources.scenes import write_scenes
-from depth_anything.training.plan import mixed_sets, override
+from depth_anything.training.plan import chosen_sets, override, share_repeat
 
 
 def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
@@ -80,6 +80,9 @@ class TrainData(pl.LightningDataModule):
         cutmix: bool = False,
         labelled: Mapping[str, str] | None = None,
         mix: bool | str | Sequence[str] | None = None,
+        images: Mapping[str, str] | None = None,
+        replay: bool | str | Sequence[str] | None = None,
+        replay_share: float = 0.1,
         repeat: Mapping[str, int] | None = None,
         allow_partial: bool = False,
         min_depth: float | None = None,
@@ -103,6 +106,10 @@ class TrainData(pl.LightningDataModule):
             cutmix: Send boxes along that are filled from another image of the micro-batch.
             labelled: Set name to folder or URL prefix of labelled sets, of which `mix` chooses.
             mix: Which of them are seen beside `sets`: True, some names, or None.
+            images: Set name to folder or URL prefix, of which `replay` chooses: photographs with labels in
+                `labels`, or sets with depth or disparity of their own.
+            replay: Which of them are seen beside sets in metres, as disparity: True, some names, or None.
+            replay_share: Their share of all samples, 0 to 1, as near as whole repeats come.
             repeat: Times a pass for the sets named.
             allow_partial: Train on the finished shards of an unfinished label set.
             min_depth: Metres, of stage=metric: nearer truth is not valid.
@@ -114,7 +121,8 @@ class TrainData(pl.LightningDataModule):
         self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
         self.patch, self.image_size, self.workers, self.sky = patch, image_size, workers, sky
         self.perturb, self.cutmix = perturb, cutmix
-        self.mixed = mixed_sets(mix, labelled or {})
+        self.mixed = chosen_sets(mix, labelled or {}, key="mix")
+        self.replayed, self.replay_share = chosen_sets(replay, images or {}, key="replay"), replay_share
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
         self._dataset: StreamDataset | None = None
@@ -138,19 +146,15 @@ class TrainData(pl.LightningDataModule):
                 images = open_set(root, name=name)
                 if self.depth_range is not None:
                     refuse_without_metres(images)
-                if self.labels is None:
                     sources.append(Records(images))
                 else:
-                    sources.append(JoinedRecords(images, self._open_labels(name, images)))
+                    sources.append(Records(images) if self.labels is None else self._joined(name, images))
                 refuse_unlabelled(sources[-1], root)
-            for name, root in self.mixed.items():
-                if name in self.sets:
-                    raise ValueError(
-                        f"mix names {name}, which is also a set of images with labels; call one of them otherwise: "
-                        f"type '+sources.labelled.{name}2={root}' 'mix=[{name}2]'"
-                    )
-                sources.append(Records(open_set(root, name=name)))
-                refuse_unlabelled(sources[-1], root)
+            sources += self._beside("mix", self.mixed) + self._beside("replay", self.replayed)
+            repeat = self.repeat
+            if self.replayed:
+                sizes = {name: count for source in sources for name, count in source.shards}
+                repeat = share_repeat(sizes, self.replayed, share=self.replay_share, repeat=repeat)
             self._dataset = StreamDataset(
                 sources,
                 seed=self.seed,
@@ -160,10 +164,32 @@ class TrainData(pl.LightningDataModule):
                 sky=self.sky,
                 perturb=self.perturb,
                 cutmix=self.cutmix,
-                repeat=self.repeat or None,
+                repeat=repeat or None,
                 depth_range=self.depth_range,
+                relative=self.replayed,
             )
         return self._dataset
+
+    def _beside(self, key: str, sets: Mapping[str, str]) -> list[Records | JoinedRecords]:
+        """Open the sets that `key` adds: with truth of their own, or photographs that are joined with labels."""
+        sources: list[Records | JoinedRecords] = []
+        for name, root in sets.items():
+            if name in self.sets:
+                what, group = ("a set of images with labels", "labelled")
+                if key == "replay":
+                    what, group = ("a set in metres", "images")
+                raise ValueError(
+                    f"{key} names {name}, which is also {what}; call one of them otherwise: "
+                    f"type '+sources.{group}.{name}2={root}' '{key}=[{name}2]'"
+                )
+            images = open_set(root, name=name)
+            own = key == "mix" or self.labels is None or images.meta.get("quantity") is not None
+            sources.append(Records(images) if own else self._joined(name, images))
+            refuse_unlabelled(sources[-1], root)
+        return sources
+
+    def _joined(self, name: str, images: ShardSet) -> JoinedRecords:
+        return JoinedRecords(images, self._open_labels(name, images))
 
     def _open_labels(self, name: str, images: Any) -> Any:
         root = join(str(self.labels), name)
@@ -210,6 +236,7 @@ class TrainData(pl.LightningDataModule):
             "repeat": self.repeat,
             "sky": self.open().sky,
             "depth_range": self.depth_range,
+            "replay_share": self.replay_share if self.replayed else None,
             "sets": self.digests(),
         }
 
@@ -235,6 +262,12 @@ class TrainData(pl.LightningDataModule):
         if state.get("repeat", self.repeat) != self.repeat:
             raise ValueError(
                 f"this run was begun with another repeat; type  {override('data.repeat', state['repeat'] or None)}"
+            )
+        share = self.replay_share if self.replayed else None
+        if state.get("replay_share") != share:
+            raise ValueError(
+                f"this run was begun with replay_share={state.get('replay_share')}, now it is {share}; "
+                "type name=ANOTHER_NAME for another share"
             )
         was = state.get("depth_range")
         if (was and tuple(was)) != self.depth_range:

@@ -1,4 +1,4 @@
-"""What is asked of Lightning, and what is taken from it: checkpoints in place, our own stopping and requeueing."""
+"""What is asked of Lightning, and what is taken from it: callbacks, checkpoints in place, stopping and requeueing."""
 
 import logging
 import os
@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from depth_anything.training.callbacks import Agreement
+from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress
+from depth_anything.training.folder import RunFolder
+from depth_anything.training.validation import Validation, trial_of
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -65,6 +69,19 @@ def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+
+
+def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callback]:
+    """Build the callbacks of a fitting stage, in the order they act in at a step boundary."""
+    metrics = Metrics(every=config["logging"]["every"], batch_size=config["batch_size"])
+    validation = Validation(
+        partial(trial_of, config),
+        folder,
+        every=config["validation"]["every"],
+        input_size=config["image_size"],
+    )
+    checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
+    return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
 
 
 def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:

@@ -29,6 +29,9 @@ ECHOES = (
     "recipe.steps",
     "data.sky",
     "data.mix",
+    "data.replay",  # and its share
+    "data.images",
+    "data.labels",
     "data.labelled",
     "data.min_depth",
     "data.max_depth",
@@ -140,14 +143,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 class RunFolder:
-    """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end."""
+    """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end.
+
+    Beside it best.safetensors, the best network of its validations, and best.json, which says how good and of when.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Name a folder; nothing is created yet."""
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
         self.model = self.path / "model.safetensors"
+        self.best, self.best_note = self.path / "best.safetensors", self.path / "best.json"
         self.lock = Lock(self.path)
 
     def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
@@ -193,6 +201,25 @@ class RunFolder:
     def finish(self, steps: int) -> None:
         """Note that the model of so many steps is there; the checkpoints may go."""
         write_atomically(self.path / "finished.json", json.dumps({"steps": steps}).encode())
+
+    def read_best(self, *, at_most: int | None = None) -> dict[str, Any]:
+        """Read what best.json says: "step", the metric's value, "images" and "protocol"; {} if there is none.
+
+        Args:
+            at_most: Of no later step than this: a run goes on from there, and finds what came later once more.
+        """
+        if not (self.best.is_file() and self.best_note.is_file()):
+            return {}
+        best: dict[str, Any] = json.loads(self.best_note.read_text())
+        return best if at_most is None or best["step"] <= at_most else {}
+
+    def told_best(self) -> str:
+        """Name the best network of the validations, behind the last one; "" if there is none."""
+        best = self.read_best()
+        if not best:
+            return ""
+        metric = next(name for name in best if name not in ("step", "images", "protocol"))
+        return f"; best on {best['images']}: {self.best} (step {best['step']}, {metric} {best[metric]:.4g})"
 
     def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.

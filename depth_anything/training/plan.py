@@ -2,7 +2,7 @@
 
 import difflib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,18 @@ from depth_anything.model.depth_anything import DepthAnything
 KEYS = frozenset(
     """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
     dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix mix sky
-    max_depth min_depth start freeze_encoder
+    max_depth min_depth start freeze_encoder replay replay_share
     recipe module data
     labels teacher sources trainer logger size experiment tiny""".split()
 )
-NESTED = {"checkpoint": {"every", "keep"}, "logging": {"every"}, "validation": {"every", "limit"}}
+#: Key that adds sets beside a stage's own → the group of sources that it chooses from.
+GROUPS = {"mix": "labelled", "replay": "images"}
+BESIDE = {"mix": "mixed in", "replay": "replayed"}
+NESTED = {
+    "checkpoint": {"every", "keep"},
+    "logging": {"every"},
+    "validation": {"every", "limit", "benchmark", "root", "protocol", "max_depth"},
+}
 
 METRES = {"min_depth": 0.001, "max_depth": 20}
 
@@ -47,6 +54,11 @@ def refuse_nonsense(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value} must be a whole number above 0")
     if type(config["workers"]) is not int or config["workers"] < 0:
         raise ValueError(f"workers={config['workers']} must be a whole number, 0 for none")
+    validation = config["validation"]
+    if validation.get("benchmark") is not None and validation.get("root") is None:
+        raise ValueError(
+            f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={validation['benchmark']}"
+        )
     if config["stage"] == "metric":
         _refuse_no_range(config)
 
@@ -60,6 +72,9 @@ def _refuse_no_range(config: Mapping[str, Any]) -> None:
         raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")
     if config["start"] not in ("encoder", "all"):
         raise ValueError(f"start={config['start']} is unknown; type start=encoder or start=all")
+    share = config["replay_share"]
+    if type(share) is not float or not 0 < share < 1:
+        raise ValueError(f"replay_share={share} must be a share between 0 and 1, as in replay_share=0.1")
     if type(config["freeze_encoder"]) is not bool:
         raise ValueError(
             f"freeze_encoder={config['freeze_encoder']} is neither true nor false; type freeze_encoder=true"
@@ -140,37 +155,80 @@ def _hydra(value: Any) -> str:
     return str(value)
 
 
-def mixed_sets(mix: bool | str | Sequence[str] | None, labelled: Mapping[str, str]) -> dict[str, str]:
-    """Choose the labelled sets that a student sees beside its labels.
+def chosen_sets(
+    chosen: bool | str | Sequence[str] | None, sets: Mapping[str, str], *, key: str
+) -> dict[str, str]:
+    """Choose the sets that are seen beside a stage's own.
 
     Args:
-        mix: None or False: none; True: all; or some by their names.
-        labelled: Set name to folder, as sources.labelled has them.
+        chosen: None or False: none; True: all; or some by their names.
+        sets: Set name to folder, as `GROUPS` of sources has them.
+        key: Of the config: "mix" or "replay".
 
     Raises:
-        ValueError: If there is no set of such a name, or none to mix.
+        ValueError: If there is no set of such a name, or none at all.
     """
-    if mix is None or mix is False:
+    if chosen is None or chosen is False:
         return {}
-    if not isinstance(mix, (bool, str, Sequence)):
-        raise ValueError(f"mix={mix} is neither true nor names of sets; type mix=true or mix=null")
-    names = list(labelled) if isinstance(mix, bool) else [mix] if isinstance(mix, str) else list(mix)
-    known = f"sources.labelled has {', '.join(labelled) or 'none'}"
-    if mix is True and not names:
-        raise ValueError(f"mix=true and there are no labelled sets: {known}; type mix=null")
+    if not isinstance(chosen, (bool, str, Sequence)):
+        raise ValueError(f"{key}={chosen} is neither true nor names of sets; type {key}=true or {key}=null")
+    names = list(sets) if isinstance(chosen, bool) else [chosen] if isinstance(chosen, str) else list(chosen)
+    group = f"sources.{GROUPS[key]}"
+    known = f"{group} has {', '.join(sets) or 'none'}"
+    if chosen is True and not names:
+        raise ValueError(
+            f"{key}=true and there are no such sets: {known}; type {key}=null, or '+{group}.NAME=FOLDER'"
+        )
     for name in names:
-        if name not in labelled:
-            near = difflib.get_close_matches(str(name), labelled, 1) or list(labelled)[:1]
+        if name not in sets:
+            near = difflib.get_close_matches(str(name), sets, 1) or list(sets)[:1]
             raise ValueError(
-                f"mix names {name}, and {known}; type " + (f"mix=[{near[0]}]" if near else "mix=null")
+                f"{key} names {name}, and {known}; type " + (f"{key}=[{near[0]}]" if near else f"{key}=null")
             )
-    return {name: labelled[name] for name in dict.fromkeys(names)}
+    return {name: sets[name] for name in dict.fromkeys(names)}
+
+
+def beside(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Name the sets that a config's `mix` and `replay` add, each {set: folder}."""
+    return {
+        key: chosen_sets(config.get(key), config["sources"].get(group, {}), key=key)
+        for key, group in GROUPS.items()
+    }
+
+
+def share_repeat(
+    shards: Mapping[str, int], replayed: Collection[str], *, share: float, repeat: Mapping[str, int]
+) -> dict[str, int]:
+    """Find how often sets come in a pass, so that some of them have a share of the samples.
+
+    Whichever side is too small comes several times, so that the share is met as nearly as whole numbers allow; no
+    record is left out.
+
+    Args:
+        shards: Records of each shard, "set/name".
+        replayed: The sets that have the share together.
+        share: Theirs, between 0 and 1.
+        repeat: Times a pass that a set or a shard comes already.
+
+    Returns:
+        `repeat` with one side multiplied.
+    """
+    count = {True: 0, False: 0}
+    for shard, records in shards.items():
+        name = shard.partition("/")[0]
+        count[name in replayed] += records * repeat.get(shard, repeat.get(name, 1))
+    wanted = count[False] * share / (1 - share)  # of the replayed
+    rare = count[True] < wanted
+    times = max(1, round(wanted / count[True] if rare else count[True] / wanted))
+    sets = {shard.partition("/")[0] for shard in shards}
+    grown = {key for key in {*sets, *repeat} if (key.partition("/")[0] in replayed) == rare}
+    return {key: repeat.get(key, 1) * (times if key in grown else 1) for key in sorted({*grown, *repeat})}
 
 
 def needed_sets(config: Mapping[str, Any]) -> list[str]:
     """List the folders of all sets that a fitting run reads, validation among them."""
-    mixed = mixed_sets(config.get("mix"), config["sources"]["labelled"])
-    folders = [*config["data"]["sets"].values(), *mixed.values(), config["sources"]["validation"]]
+    added = [folder for sets in beside(config).values() for folder in sets.values()]
+    folders = [*config["data"]["sets"].values(), *added, config["sources"]["validation"]]
     return [str(folder) for folder in folders if folder is not None]
 
 
@@ -205,9 +263,11 @@ def print_plan(config: Mapping[str, Any]) -> None:
     whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
     print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}")
     _print_sets(config["data"]["sets"])
-    if config["data"]["labels"]:
+    if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
         print(f"labels      {config['data']['labels']}")
-    _print_sets(mixed_sets(config.get("mix"), config["sources"]["labelled"]), what="mixed in")
+    for key, sets in beside(config).items():
+        share = f" ({config['replay_share']:.0%})" if key == "replay" else ""
+        _print_sets(sets, what=f"{BESIDE[key]}{share}")
     batch, side = config["batch_size"], config["image_size"]
     print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
     for devices in (1, 8, 64):
@@ -222,10 +282,17 @@ def print_plan(config: Mapping[str, Any]) -> None:
 def _loss(config: Mapping[str, Any]) -> str:
     recipe = config["recipe"]
     if config["stage"] == "metric":
-        return (
+        silog = (
             f"silog, variance focus {recipe['variance_focus']:g}, over truth from {config['min_depth']:g} to "
-            f"{config['max_depth']:g} m"
         )
+        silog += f"{config['max_depth']:g} m"
+        if not config["replay"]:
+            return silog
+        return f"{silog}; replayed: {_invariant(recipe)}"
+    return _invariant(recipe)
+
+
+def _invariant(recipe: Mapping[str, Any]) -> str:
     terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
     if recipe.get("alignment_weight"):
         terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")

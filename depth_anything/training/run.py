@@ -12,9 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.model.weights import fingerprint, save_model
 from depth_anything.training import plan
-from depth_anything.training.callbacks import fit_callbacks
 from depth_anything.training.data import make_scenes
-from depth_anything.training.engine import stop_if_signalled, trainer_arguments
+from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
@@ -61,7 +60,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
     trainer.accumulate_grad_batches = accumulation
     checkpoint = folder.begin(config, main=trainer.is_global_zero)
     if folder.finished(steps):
-        print(f"{folder.path} is finished; its model is {folder.model}")
+        print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return
     make_scenes(config["sources"]["scenes"], plan.needed_sets(config))
     data = instantiate(cfg.data, micro_batch=micro, patch=multiple_of(config["encoder"]), _convert_="all")
@@ -79,7 +78,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
         write_run_card(module.model, folder.path, title=config["name"], measured=numbers.last("val_"))
         folder.finish(steps)
         folder.lock.release()
-        print(f"finished: {folder.model}")
+        print(f"finished: {folder.model}{folder.told_best()}")
 
 
 def predict(cfg: DictConfig, config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from depth_anything.data.labels import finish_labels, write_label_sidecar
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import Records, open_set, write_manifest, write_shard
 from depth_anything.training.data import TrainData
-from depth_anything.training.plan import mixed_sets, needed_sets, override
+from depth_anything.training.plan import chosen_sets, needed_sets, override
 
 SIDE, COUNT = 28, 6
 TEACHER = {"fingerprint": "sha256:0", "file": "teacher"}
@@ -125,16 +125,21 @@ def test_labels_and_truth_in_one_run(roots: dict[str, str]) -> None:
 
 def test_choice_of_mixed_sets(roots: dict[str, str]) -> None:
     labelled = {"a": "A", "b": "B"}
-    assert mixed_sets(None, labelled) == mixed_sets(False, labelled) == mixed_sets([], labelled) == {}
-    assert mixed_sets(True, labelled) == labelled
-    assert mixed_sets("b", labelled) == mixed_sets(["b", "b"], labelled) == {"b": "B"}
+    assert (
+        chosen_sets(None, labelled, key="mix")
+        == chosen_sets(False, labelled, key="mix")
+        == chosen_sets([], labelled, key="mix")
+        == {}
+    )
+    assert chosen_sets(True, labelled, key="mix") == labelled
+    assert chosen_sets("b", labelled, key="mix") == chosen_sets(["b", "b"], labelled, key="mix") == {"b": "B"}
     with pytest.raises(
         ValueError, match=r"mix names hypersin, and sources.labelled has a, hypersim; .*\[hypersim\]"
     ):
-        mixed_sets(["a", "hypersin"], {"a": "A", "hypersim": "H"})
+        chosen_sets(["a", "hypersin"], {"a": "A", "hypersim": "H"}, key="mix")
     for mix, known in ((True, {}), (3, labelled), ("a", {})):
         with pytest.raises(ValueError, match="mix.*type mix="):
-            mixed_sets(mix, known)
+            chosen_sets(mix, known, key="mix")
     with pytest.raises(ValueError, match="mix names photos, which is also a set of images.*type "):
         student(roots, labelled={"photos": roots["plain"]}, mix=True).open()
     with pytest.raises(ValueError, match="holds images without depth"):

@@ -187,6 +187,8 @@ CONFIG = {
     "min_depth": 0.001,
     "start": "encoder",
     "freeze_encoder": False,
+    "replay": None,
+    "replay_share": 0.1,
     "recipe": {},
 }
 
@@ -283,6 +285,12 @@ def test_another_range_is_refused_on_resume(tmp_path: Path) -> None:
         ({"min_depth": 90}, "min_depth=90 must be less than max_depth=80; type min_depth=0.001"),
         ({"start": "head"}, "start=head is unknown; type start=encoder or start=all"),
         ({"freeze_encoder": "yes"}, "freeze_encoder=yes is neither true nor false"),
+        ({"replay_share": 1.0}, "replay_share=1.0 must be a share between 0 and 1"),
+        ({"replay_share": True}, "replay_share=True must be"),
+        (
+            {"validation": {"every": 1, "limit": 1, "benchmark": "nyu", "root": None}},
+            "where is the benchmark",
+        ),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_read(change: Any, message: str) -> None:

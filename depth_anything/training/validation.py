@@ -1,0 +1,153 @@
+"""Held-out images judged inside training, by the function and the rules of the command line; the best network kept."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from PIL import Image
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.shards import open_set
+from depth_anything.data.tars import write_atomically
+from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
+from depth_anything.evaluation.benchmarks.da2k import Score, da2k_score
+from depth_anything.evaluation.evaluate import RISING, Result, evaluate, merge
+from depth_anything.evaluation.judging import BATCH_SIZE, Trial, share_of, trial_of_benchmark, trial_of_set
+from depth_anything.inference.predictor import Predictor
+from depth_anything.model.weights import save_model
+from depth_anything.training.base import DepthModule
+from depth_anything.training.callbacks import StepCallback, together
+from depth_anything.training.folder import RunFolder
+from depth_anything.visualize import colorize, panel
+
+PICTURES = 4
+"""So many of the first images are painted."""
+
+
+def trial_of(config: Mapping[str, Any]) -> Trial | None:
+    """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None: nothing.
+
+    Raises:
+        ValueError: If it is not there, or is not judged by that protocol.
+    """
+    settings, root = config["validation"], config["sources"]["validation"]
+    given = {"protocol": settings["protocol"], "limit": settings["limit"]}
+    if settings["benchmark"] is not None:
+        trial = trial_of_benchmark(load_benchmark(settings["benchmark"]), settings["root"], **given)
+    elif root is not None:
+        trial = trial_of_set(open_set(root), **{**given, "protocol": given["protocol"] or "da2"})
+    else:
+        return None
+    if settings["max_depth"] is not None and trial.protocol is not None:
+        trial = replace(trial, protocol=replace(trial.protocol, max_depth=float(settings["max_depth"])))
+    return trial
+
+
+class Validation(StepCallback):
+    """Judge held-out images as `depth-anything evaluate` does, paint the first few, and keep the best network.
+
+    The best is the one of the least mean AbsRel, or of the most pairs of points in the right order. It lies beside
+    the last one as best.safetensors, and best.json says of which step it is.
+    """
+
+    def __init__(
+        self, open_trial: Callable[[], Trial | None], folder: RunFolder, *, every: int, input_size: int
+    ) -> None:
+        """Judge every `every` steps and at the end.
+
+        Args:
+            open_trial: Opens what is judged on, when training begins; None: never judge.
+            folder: Of the run.
+            every: In optimizer steps.
+            input_size: Short side the network sees, pixels.
+        """
+        self._open, self.folder, self.every, self.input_size = open_trial, folder, every, input_size
+        self.trial: Trial | None = None
+        self.items: list[Any] = []
+        self.best: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Read this rank's share of the images, and which network was best before the step resumed from."""
+        super().on_train_start(trainer, module)
+        self.trial = trial = self._open()
+        if trial is None:
+            return
+        if trial.protocol is not None:
+            trial.protocol.check_takes(module.model.quantity)
+        lines = share_of(trial.lines, (trainer.global_rank + 1, trainer.world_size))
+
+        def read() -> None:
+            self.items = [trial.read(line) for line in lines]
+
+        together(trainer.world_size, read)
+        self.best = self.folder.read_best(at_most=trainer.global_step)
+
+    def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+        """Validate when due."""
+        if self.trial is None or (step % self.every and step != trainer.max_steps):
+            return
+        training = module.model.training
+        predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
+        metric, numbers = self._judged(trainer.world_size, predictor)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val_{name}": value for name, value in numbers.items()}, step=step)
+        if trainer.is_global_zero:
+            self._paint(trainer, predictor, step)
+            self._keep_best(module, step, metric, numbers[metric])
+        module.model.train(training)
+
+    def _judged(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
+        """Judge all ranks' shares; the metric that decides, and the means of all."""
+        assert self.trial is not None
+        rules = self.trial.protocol
+        if rules is None:
+            scores = together(ranks, lambda: da2k_score(predictor, self.items, batch_size=BATCH_SIZE))
+            score = Score(tuple(row for share in scores for row in share.rows))
+            return "accuracy", {"accuracy": score.accuracy, **score.scenes}
+
+        def judged() -> Result:
+            return evaluate(predictor, self.items, protocol=rules, batch_size=BATCH_SIZE)
+
+        return "abs_rel", merge(together(ranks, judged)).means
+
+    def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
+        shown = self.items[:PICTURES]
+        rows = [
+            _row(item, map_, predictor.quantity)
+            for item, map_ in zip(shown, _maps(predictor, shown), strict=True)
+        ]
+        if not rows:
+            return
+        titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
+        picture = panel(rows, titles=titles)
+        self.folder.pictures.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder.pictures / f"step-{step:09d}.jpg", quality=90)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("depth", [picture], step=step)
+
+    def _keep_best(self, module: DepthModule, step: int, metric: str, value: float) -> None:
+        """Keep the network if it is better than all before; the model first, so that the note is never ahead of it."""
+        better = 1 if metric in (*RISING, "accuracy") else -1
+        if math.isnan(value) or (self.best and better * value <= better * self.best[metric]):
+            return
+        assert self.trial is not None
+        protocol = self.trial.protocol.name if self.trial.protocol else self.trial.name
+        self.best = {"step": step, metric: value, "images": self.trial.name, "protocol": protocol}
+        save_model(module.model, self.folder.best)
+        write_atomically(self.folder.best_note, json.dumps(self.best).encode())
+
+
+def _maps(predictor: Predictor, items: Sequence[Any]) -> list[np.ndarray]:
+    return predictor.predict_batch([item.image for item in items])
+
+
+def _row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:
+    """An image, its truth where there is one for each pixel, and what the network says; near is red."""
+    disparity = map_ if quantity == "disparity" else 1.0 / map_.clip(1e-3)
+    truth = [colorize(1.0 / item.depth)] if isinstance(item, Frame) and item.depth is not None else []
+    return [item.image, *truth, colorize(disparity)]
