@@ -1,4 +1,4 @@
-"""The nine numbers by which depth maps are compared, per image and without host synchronisation."""
+"""The nine numbers by which depth maps are compared, without host synchronisation, and the score of boundaries."""
 
 import math
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from depth_anything.geometry import MIN_METRES, masked_float
+
+BOUNDARY_RATIOS = tuple(1.05 + 0.2 * step / 9 for step in range(10))
+"""How many times as far the farther of two neighbours must be: ten steps from 5 % to 25 %."""
 
 
 def depth_metrics(prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -58,3 +61,71 @@ def depth_metrics(prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str
         "d2": mean((ratio < 1.25**2).to(ratio.dtype)),
         "d3": mean((ratio < 1.25**3).to(ratio.dtype)),
     }
+
+
+def boundary_f1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Say how many occluding contours of the truth a depth map has, at the same pixels, and how many others.
+
+    Two neighbours are a contour of ratio k in a direction if the second is more than k times as far as the first.
+    For each k and each of the four directions (right, left, down, up):
+
+        precision  contours of both maps / contours of the prediction
+        recall     contours of both maps / contours of the truth      each 0 where it would be 0 / 0
+
+    Precision P and recall R are means over the directions, F1(k) = 2 P R / (P + R), or 0, and the score is the
+    mean of F1(k) with weights k over k = 1.05 … 1.25 in ten steps. Nothing is thinned, and nothing is widened: a
+    contour beside its place is two errors. Scale does not matter, shift does; disparities give the same score as
+    their depths, since the directions change places in pairs.
+
+    Source: Depth Pro (arXiv 2410.02073), boundary metrics, and its `eval/boundary_metrics.py`, which has no mask and
+    thins only for mattes. (MoGe pools the directions, weighs by k - 1 and widens to 1, 2 and 3 pixels: other numbers.)
+
+    Args:
+        prediction: (B, H, W) depth in metres, as an evaluation protocol aligned and clipped it.
+        target: (B, H, W) depth in metres, dense and sharp, positive and finite in `valid`.
+        valid: (B, H, W) bool; a pair counts if both ends are valid, and what lies outside never matters.
+
+    Returns:
+        (B,) 0 to 1, float64 if a map is, else float32. NaN where an image has no valid pixel, or a NaN prediction at
+        a valid one. As in the source, a ratio or direction of which the truth has no contour adds 0, even to a
+        perfect map: an image without any has 0.
+
+    Example:
+        >>> target = torch.full((1, 8, 8), 6.0)
+        >>> target[:, 2:6, 2:6] = 3.0  # a box before a wall
+        >>> maps = (target, 3 * target, target.roll(1, 2), torch.ones_like(target))
+        >>> [round(boundary_f1(map_, target, target > 0).item(), 3) for map_ in maps]
+        [1.0, 1.0, 0.375, 0.0]
+    """
+    p, t = masked_float(prediction, valid), masked_float(target, valid)
+    dtype = torch.promote_types(p.dtype, t.dtype)
+    scores = [_boundary_f1(*maps) for maps in zip(p.to(dtype), t.to(dtype), valid, strict=True)]
+    known = valid.any(2).any(1) & ~p.isnan().any(2).any(1)
+    return torch.where(known, torch.stack(scores), torch.nan)
+
+
+def _boundary_f1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """The score of one image, (H, W) each."""
+    ratios = torch.tensor(BOUNDARY_RATIOS, dtype=prediction.dtype, device=prediction.device)
+    p, t = prediction.clamp(min=MIN_METRES), target.clamp(min=MIN_METRES)
+    precision = recall = torch.zeros_like(ratios)
+    for way in (0, 1):
+        ends = [
+            (x.narrow(way, 0, x.shape[way] - 1), x.narrow(way, 1, x.shape[way] - 1)) for x in (p, t, valid)
+        ]
+        both = ends[2][0] & ends[2][1]
+        for first, second in ((0, 1), (1, 0)):
+            steps = [torch.where(both, ends[map_][second] / ends[map_][first], 0) for map_ in (0, 1)]
+            # Few pairs are a contour of either map: only these are held against the ten ratios.
+            p_steps, t_steps = (step[torch.maximum(*steps) > ratios[0]] for step in steps)
+            shared = _exceed(torch.minimum(p_steps, t_steps), ratios)
+            precision = precision + shared / _exceed(p_steps, ratios).clamp(min=1) / 4
+            recall = recall + shared / _exceed(t_steps, ratios).clamp(min=1) / 4
+    total = precision + recall
+    f1 = torch.where(total > 0, 2 * precision * recall / torch.where(total > 0, total, 1), 0)
+    return (ratios * f1).sum() / ratios.sum()
+
+
+def _exceed(steps: Tensor, ratios: Tensor) -> Tensor:
+    """How many steps exceed each ratio."""
+    return (steps[:, None] > ratios).sum(0).to(ratios.dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from depth_anything.cli.options import WEIGHTS, add_command, add_network, counted, load, make_predictor, watch
 
 if TYPE_CHECKING:
+    from depth_anything.evaluation.benchmarks.da2k import Score
     from depth_anything.evaluation.evaluate import Judgeable, Result
     from depth_anything.evaluation.judging import Trial
 
@@ -71,7 +72,7 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--compare",
         action="store_true",
-        help="also print what papers have: MiDaS 3.1, Depth Anything V1 and V2",
+        help="print what papers have beside what is measured: MiDaS 3.1, Depth Anything V1 and V2",
     )
     evaluate.add_argument(
         "--part",
@@ -218,10 +219,12 @@ def _conclude(
     part: tuple[int, int],
 ) -> int:
     """Print the tables and write the reports of all trials that are through; say what is not."""
+    from depth_anything.evaluation.compare import format_overview
     from depth_anything.evaluation.report import write_summary
+    from depth_anything.evaluation.table import format_summary
 
-    settings = {"command": options.typed}
     through: dict[str, list[Result]] = {}
+    points: dict[str, dict[str, Score]] = {}
     for trial in trials:
         rows = _rows(trial, facts, folder, part=part)
         lacking = max(len(trial.lines) - len(own) for own in rows.values())
@@ -230,17 +233,61 @@ def _conclude(
             print(f"{trial.name}: {counted(lacking, 'image')} of {len(trial.lines)} not judged yet{who}")
             continue
         place = folder if options.data else folder / trial.name
-        if results := _write(predictors, facts, trial, rows, place, settings):
-            through[trial.name] = results
-        if trial.incomplete:
-            print(f"{trial.name}: {trial.incomplete}")
-        if options.compare:
-            print(f"\n{_told_published(trial.name)}\n")
+        judged = _write(predictors, facts, trial, rows, place, options)
+        if trial.protocol is None:
+            points[trial.name] = judged
+        else:
+            through[trial.name] = list(judged.values())
     if options.benchmarks and through:
-        print(f"\n{write_summary(through, folder, settings=settings)}")
+        cautions = [f"{trial.name}: {trial.incomplete}" for trial in trials if trial.incomplete]
+        write_summary(through, folder, points=points, cautions=cautions, settings={"command": options.typed})
+        print(f"\n{format_summary(through)}")
+        if options.compare and len(through) + len(points) > 1:
+            print(f"\n{format_overview(through, points, cautions=cautions)}")
     for sentence in missing:
         print(f"depth-anything evaluate: {sentence}", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _write(
+    predictors: "dict[str, Judgeable]",
+    facts: dict[str, dict[str, Any]],
+    trial: "Trial",
+    rows: dict[str, tuple[dict[str, Any], ...]],
+    folder: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Write one trial's report and print its table; name → result, or score on pairs of points."""
+    from depth_anything.evaluation.benchmarks.da2k import Score
+    from depth_anything.evaluation.evaluate import Result
+    from depth_anything.evaluation.published import published
+    from depth_anything.evaluation.report import conclude, conclude_points
+    from depth_anything.evaluation.table import format_points, format_table
+
+    figures = published(trial.name) if options.benchmarks else ()  # a set of that name is not the benchmark
+    settings = {"command": options.typed}
+    judged: dict[str, Any]
+    if trial.protocol is None:
+        judged = {name: Score(own) for name, own in rows.items()}
+        page = conclude_points(
+            predictors, trial, judged, folder, models=facts, settings=settings, published=figures
+        )
+        text = format_points(judged)
+    else:
+        judged = {name: Result(name, trial.protocol, own, facts[name]) for name, own in rows.items()}
+        results = list(judged.values())
+        page = conclude(predictors, trial, results, folder, settings=settings, published=figures)
+        text = format_table(results)
+    beside = options.compare and bool(figures)
+    if beside:
+        text = (folder / "table.txt").read_text(encoding="utf-8").rstrip("\n")
+    print(f"{text}\nreport: {page}")
+    if options.compare and not beside:
+        whose = "a set of one's own" if options.data else "it"
+        print(f"{trial.name}: nothing is published on {whose} that could stand beside this")
+    if trial.incomplete and not beside:
+        print(f"{trial.name}: {trial.incomplete}")
+    return judged
 
 
 def _rows(
@@ -250,43 +297,6 @@ def _rows(
     from depth_anything.evaluation.judging import collect
 
     return {name: collect(trial, _kept(trial, facts, folder, name, part)) for name in facts}
-
-
-def _write(
-    predictors: "dict[str, Judgeable]",
-    facts: dict[str, dict[str, Any]],
-    trial: "Trial",
-    rows: dict[str, tuple[dict[str, Any], ...]],
-    folder: Path,
-    settings: dict[str, Any],
-) -> "list[Result]":
-    """Write one trial's report and print its table; what it found in depth, for the summary."""
-    from depth_anything.evaluation.benchmarks.da2k import Score
-    from depth_anything.evaluation.evaluate import Result
-    from depth_anything.evaluation.published import published
-    from depth_anything.evaluation.report import conclude, conclude_points
-    from depth_anything.evaluation.table import format_table
-
-    figures = published(trial.name)
-    if trial.protocol is None:
-        scores = {name: Score(own) for name, own in rows.items()}
-        table = conclude_points(scores, trial, folder, models=facts, settings=settings, published=figures)
-        print(f"{table}\nreport: {folder / 'results.json'}")
-        return []
-    results = [Result(name, trial.protocol, own, facts[name]) for name, own in rows.items()]
-    page = conclude(predictors, trial, results, folder, settings=settings, published=figures)
-    print(f"{format_table(results)}\nreport: {page}")
-    return results
-
-
-def _told_published(benchmark: str) -> str:
-    from depth_anything.evaluation.published import published
-    from depth_anything.evaluation.table import format_published
-
-    figures = published(benchmark)
-    return (
-        format_published(figures) if figures else f"{benchmark}: nothing published that could stand beside it"
-    )
 
 
 def _kept(

@@ -20,7 +20,7 @@ import torch
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.protocols import CROPS, Protocol, find_protocol
 from depth_anything.geometry import align_least_squares, disparity_to_depth
-from depth_anything.metrics import depth_metrics
+from depth_anything.metrics import boundary_f1, depth_metrics
 
 T = TypeVar("T")
 
@@ -37,7 +37,10 @@ METRICS = {
 }
 """Metric name → printed name, in the order of tables."""
 
-RISING = frozenset({"d1", "d2", "d3"})
+SHARP_METRICS = {"boundary_f1": "boundary F1"}
+"""Those that come after them where the truth is sharp."""
+
+RISING = frozenset({"d1", "d2", "d3", "boundary_f1"})
 """The metrics of which more is better."""
 
 
@@ -84,10 +87,15 @@ class Result:
     rows: tuple[dict[str, Any], ...]
     model: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What was measured: metric name → printed name."""
+        return METRICS | SHARP_METRICS if self.protocol.sharp else METRICS
+
     @cached_property
     def means(self) -> dict[str, float]:
         """Each metric's mean over the images with a valid pixel; NaN where there is none."""
-        return {metric: _mean([row[metric] for row in self.rows if row["valid"]]) for metric in METRICS}
+        return {metric: _mean([row[metric] for row in self.rows if row["valid"]]) for metric in self.metrics}
 
     @property
     def images(self) -> int:
@@ -171,6 +179,8 @@ def judge(
         depth = disparity_to_depth(depth, min_disparity=_floor(truth, valid, protocol))
     depth = depth.clamp(protocol.min_depth, protocol.max_depth)
     metrics = {metric: float(value) for metric, value in depth_metrics(depth, truth, valid).items()}
+    if protocol.sharp:
+        metrics["boundary_f1"] = float(boundary_f1(depth, truth, valid))
     row = {"key": frame.key, "valid": int(valid.sum()), "scale": scale, "shift": shift, **metrics}
     return depth[0].float().numpy(), row
 

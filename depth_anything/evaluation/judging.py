@@ -6,7 +6,7 @@ beside other images, and the table must not depend on how many processes there w
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Trial:
         read: a line to its frame, or to its pairs of points; ValueError if it cannot be read.
         protocol: the rules; None where pairs of points are ordered.
         facts: what the report says of the images; "digest" is theirs.
-        incomplete: in a sentence, that not all images of a benchmark lie there; "" if they do.
+        incomplete: in a sentence, that not all images of a benchmark are judged; "" if they are.
     """
 
     name: str
@@ -59,6 +59,8 @@ class Trial:
 
 def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit: int | None = None) -> Trial:
     """The frames of a labelled shard set; its `max_depth` holds whatever the protocol's is.
+
+    Boundaries are scored where its manifest says that its truth is `sharp`.
 
     Args:
         shard_set: with depth in metres.
@@ -74,6 +76,8 @@ def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit
 
     lines = [str(number) for number in spaced(shard_set.records, limit)]
     rules = find_protocol(protocol, max_depth=max_depth_of(shard_set))
+    if shard_set.meta.get("sharp"):
+        rules = replace(rules, sharp=True)
     return Trial(shard_set.name, lines, read, rules, {**describe_set(shard_set), "limit": limit})
 
 
@@ -123,6 +127,10 @@ def trial_of_benchmark(
         "limit": limit,
     }
     incomplete = ""
+    if len(lines) < len(found):
+        incomplete = (
+            f"only {len(lines)} of {len(found)} images are judged, so that no published figure is comparable"
+        )
     if len(found) < benchmark.images:
         incomplete = f"only {facts['images']} images lie there, so that no published figure is comparable"
     return Trial(benchmark.name, lines, read, rules, facts, incomplete)

@@ -11,8 +11,9 @@ import cv2
 import jinja2
 import numpy as np
 
-from depth_anything.evaluation.evaluate import METRICS, Result
-from depth_anything.evaluation.table import arrow, best_result, mean_cells, notes, number
+from depth_anything.evaluation.compare import HERE, OTHER_RULES, Comparison
+from depth_anything.evaluation.evaluate import Result
+from depth_anything.evaluation.table import best_result, notes, number
 from depth_anything.visualize import colorize
 
 ERROR_RANGE = 0.5
@@ -42,28 +43,29 @@ class Example:
 
 
 def render_page(
-    results: Sequence[Result], examples: Sequence[Example], facts: Mapping[str, Any], title: str
+    results: Sequence[Result],
+    examples: Sequence[Example],
+    facts: Mapping[str, Any],
+    *,
+    comparison: Comparison,
+    title: str,
 ) -> str:
     """The page as HTML. `facts` holds date, data, settings and versions; the rest is as in `write_report`."""
-    source = (
-        resources.files("depth_anything.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     ramp = np.linspace(0.0, 1.0, 256, dtype=np.float32)[None].repeat(8, axis=0)
-    return environment.from_string(source).render(
+    return fill(
+        "report.html.j2",
         title=title,
         facts=facts,
+        models={result.name: result.model for result in results},
+        columns=len(results) + 2,
         results=results,
-        heads=[(label, arrow(metric)) for metric, label in METRICS.items()],
-        cells=mean_cells(results),
+        comparison=comparison,
         notes=notes(results)[1:],
         curves=_curves(results),
         examples=[_example_context(example, results) for example in examples],
         leader=best_result(results).name,
-        near_to_far=_picture(_colors(ramp[:, ::-1], low=0.0, high=1.0)),
-        error_ramp=_picture(_error_colors(ramp, low=0.0, high=1.0)),
+        near_to_far=data_address(_colors(ramp[:, ::-1], low=0.0, high=1.0)),
+        error_ramp=data_address(_error_colors(ramp, low=0.0, high=1.0)),
         error_range=f"{ERROR_RANGE:.0%}",
     )
 
@@ -81,10 +83,11 @@ def _example_context(example: Example, results: Sequence[Result]) -> dict[str, A
         models.append(
             {
                 "name": result.name,
-                "map": _picture(_colors(1.0 / depth, low=low, high=high)),
-                "error": _picture(_error_colors(error, valid=compared, low=0.0, high=ERROR_RANGE)),
+                "map": data_address(_colors(1.0 / depth, low=low, high=high)),
+                "error": data_address(_error_colors(error, valid=compared, low=0.0, high=ERROR_RANGE)),
                 "abs_rel": number(row["abs_rel"]),
                 "d1": number(row["d1"]),
+                "boundary_f1": number(row["boundary_f1"]) if result.protocol.sharp else "",
             }
         )
     scores = [row["abs_rel"] for result in results for row in result.rows if row["key"] == example.key]
@@ -97,8 +100,8 @@ def _example_context(example: Example, results: Sequence[Result]) -> dict[str, A
     return {
         "key": example.key,
         "why": example.why,
-        "image": _picture(example.image),
-        "truth": _picture(_colors(disparity, valid=compared, low=low, high=high)),
+        "image": data_address(example.image),
+        "truth": data_address(_colors(disparity, valid=compared, low=low, high=high)),
         "facts": f"{width}×{height}, {nearest:.3g}–{farthest:.3g} m, {compared.mean():.0%} compared",
         "models": models,
     }
@@ -114,13 +117,32 @@ def _error_colors(
     return colorize(error, valid=valid, low=low, high=high, colormap="inferno")
 
 
-def _picture(rgb: np.ndarray) -> str:
-    """A data address of the picture, shrunk to what the page shows."""
+def fill(template: str, **values: Any) -> str:
+    """A page from a template of this folder; what it is given is text, and never markup."""
+    folder = resources.files("depth_anything.evaluation")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(here=HERE, other_rules=OTHER_RULES, **values)
+
+
+def shrunk(rgb: np.ndarray) -> np.ndarray:
+    """A picture, uint8 (H,W,3), no larger than the page shows it."""
     shrink = PICTURE_SIDE / max(rgb.shape[:2])
-    if shrink < 1:
-        size = [max(1, round(side * shrink)) for side in rgb.shape[1::-1]]
-        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+    if shrink >= 1:
+        return rgb
+    size = [max(1, round(side * shrink)) for side in rgb.shape[1::-1]]
+    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+
+
+def data_address(rgb: np.ndarray) -> str:
+    """The picture itself as an address, shrunk to what the page shows."""
+    bgr = np.ascontiguousarray(shrunk(rgb)[..., ::-1])
+    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
 
 

@@ -33,6 +33,7 @@ class Protocol:
         crop: name in `CROPS`: the pixels compared; None: all.
         view: name in `CROPS`: the part of the image that the model is shown, and that `crop` is a part of.
         flip: whether the mean of the map and of the mirrored image's map, mirrored back, is compared.
+        sharp: whether the truth is dense and sharp, so that `metrics.boundary_f1` is measured too.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Protocol:
     crop: str | None = None
     view: str | None = None
     flip: bool = False
+    sharp: bool = False
 
     @property
     def text(self) -> str:
@@ -121,6 +123,7 @@ def find_protocol(
                 max_depth=there.max_depth,
                 view=there.cut or None,
                 crop=there.crop or None,
+                sharp=benchmark.sharp,
             )
     return protocol if max_depth is None else replace(protocol, max_depth=float(max_depth))
 

@@ -11,7 +11,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,12 +24,14 @@ import torch
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.da2k import Score
+from depth_anything.evaluation.compare import compare, compare_points, format_overview, point_text, table_text
 from depth_anything.evaluation.evaluate import Judgeable, Result, compared_truth, judge_batch, show
 from depth_anything.evaluation.judging import Trial
 from depth_anything.evaluation.page import Example, render_page
+from depth_anything.evaluation.points import choose_point_examples, collect_point_examples, render_points_page
 from depth_anything.evaluation.protocols import Protocol
 from depth_anything.evaluation.published import Published
-from depth_anything.evaluation.table import best_result, format_points, format_summary, format_table
+from depth_anything.evaluation.table import best_result, format_summary, format_table
 
 
 def conclude(
@@ -49,7 +51,7 @@ def conclude(
         results: a result a predictor, of all images.
         folder: where the report goes; made if need be.
         settings: what else the report should say about how it was made.
-        published: figures of papers on the same benchmark, to stand below ours.
+        published: figures of others on the same benchmark, to stand beside ours.
     """
     assert trial.protocol is not None
     why = choose_examples(results)
@@ -57,7 +59,13 @@ def conclude(
     frames = (trial.read(lines[key]) for key in why)
     examples = collect_examples(predictors, frames, why=why, protocol=trial.protocol)
     return write_report(
-        results, folder, examples=examples, data=trial.facts, settings=settings, published=published
+        results,
+        folder,
+        examples=examples,
+        data=trial.facts,
+        settings=settings,
+        published=published,
+        caution=trial.incomplete,
     )
 
 
@@ -104,6 +112,7 @@ def write_report(
     data: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     published: Sequence[Published] = (),
+    caution: str = "",
     title: str = "Evaluation",
     date: str | None = None,
 ) -> Path:
@@ -115,7 +124,8 @@ def write_report(
         examples: the images to show.
         data: facts about the set: name, digest, records, ….
         settings: what else was set.
-        published: figures of papers.
+        published: figures of others, for the table.
+        caution: in a sentence without its full stop, why none of them is comparable; "" if they are.
         title: the page's heading.
         date: in place of now.
 
@@ -128,86 +138,86 @@ def write_report(
     _check_comparable(results)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "date": date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "data": dict(data or {}),
-        "settings": dict(settings or {}),
-        "versions": versions(),
-        "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
-    }
-    (folder / "results.json").write_text(_json(results, facts), encoding="utf-8")
+    facts = _facts(data, settings, published, date)
+    _write_json(folder / "results.json", {**facts, **_told(results)})
     _write_rows({result.name: result.rows for result in results}, folder / "results.csv")
-    (folder / "table.txt").write_text(format_table(results) + "\n", encoding="utf-8")
+    comparison = replace(compare(results, published), caution=caution if published else "")
+    text = table_text(results, comparison) if published else format_table(results)
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     page = folder / "report.html"
-    page.write_text(render_page(results, examples, facts, title), encoding="utf-8")
+    html = render_page(results, examples, facts, comparison=comparison, title=title)
+    page.write_text(html, encoding="utf-8")
     return page
 
 
 def conclude_points(
-    scores: Mapping[str, Score],
+    predictors: Mapping[str, Judgeable],
     trial: Trial,
+    scores: Mapping[str, Score],
     folder: str | Path,
     *,
     models: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any] | None = None,
     published: Sequence[Published] = (),
-) -> str:
-    """Write results.json, results.csv and table.txt of models that ordered pairs of points; return the table.
+    date: str | None = None,
+) -> Path:
+    """Write results.json, results.csv, table.txt and report.html of models that ordered pairs of points.
 
     Args:
-        scores: name → score, of all images.
+        predictors: name → predictor, for the pictures.
         trial: what they were judged on.
-        folder: made if need be.
+        scores: name → score, of all images.
+        folder: where the report goes; made if need be.
         models: name → facts about the model.
         settings: what else was set.
-        published: figures of papers.
+        published: figures of others.
+        date: in place of now.
+
+    Returns:
+        The path of report.html.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "version": 1,
-        "data": dict(trial.facts),
-        "settings": dict(settings or {}),
-        "versions": versions(),
-        "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
-        "models": [
-            {
-                "name": name,
-                "facts": dict(models[name]),
-                "images": len(score.rows),
-                "pairs": score.pairs,
-                "accuracy": score.accuracy,
-                "scenes": score.scenes,
-                "rows": list(score.rows),
-            }
-            for name, score in scores.items()
-        ],
+    why = choose_point_examples(scores)
+    lines = {
+        row["key"]: line for row, line in zip(next(iter(scores.values())).rows, trial.lines, strict=True)
     }
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    examples = collect_point_examples(predictors, (trial.read(lines[key]) for key in why), why=why)
+    facts = _facts(trial.facts, settings, published, date)
+    told: list[dict[str, Any]] = [
+        {"name": name, "facts": dict(models[name]), **_score(score)} for name, score in scores.items()
+    ]
+    _write_json(folder / "results.json", {**facts, "models": told})
     _write_rows({name: score.rows for name, score in scores.items()}, folder / "results.csv")
-    table = format_points(scores)
-    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-    return table
+    comparison = replace(compare_points(scores, published), caution=trial.incomplete if published else "")
+    (folder / "table.txt").write_text(point_text(scores, comparison) + "\n", encoding="utf-8")
+    page = folder / "report.html"
+    html = render_points_page(scores, examples, facts, models, comparison=comparison, title="Evaluation")
+    page.write_text(html, encoding="utf-8")
+    return page
 
 
 def write_summary(
-    trials: Mapping[str, Sequence[Result]], folder: str | Path, *, settings: Mapping[str, Any] | None = None
-) -> str:
+    trials: Mapping[str, Sequence[Result]],
+    folder: str | Path,
+    *,
+    points: Mapping[str, Mapping[str, Score]] | None = None,
+    cautions: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write summary.json and summary.txt of several benchmarks, over older ones.
 
     Args:
         trials: benchmark → the results on it.
         folder: of the whole report; made if need be.
+        points: DA-2K → the scores on it.
+        cautions: sentences without their full stop: of which benchmarks not all images were judged.
         settings: how it was made.
-
-    Returns:
-        The text: a line a benchmark and model, the protocol beside each.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    points = points or {}
     document: dict[str, Any] = {
-        "version": 1,
         "settings": dict(settings or {}),
         "versions": versions(),
         "benchmarks": {
@@ -217,12 +227,14 @@ def write_summary(
             }
             for name, results in trials.items()
         },
+        "points": {
+            name: [{"name": model, "accuracy": score.accuracy} for model, score in scores.items()]
+            for name, scores in points.items()
+        },
     }
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "summary.json").write_text(text, encoding="utf-8")
-    table = format_summary(trials)
-    (folder / "summary.txt").write_text(table + "\n", encoding="utf-8")
-    return table
+    _write_json(folder / "summary.json", document)
+    text = f"{format_summary(trials)}\n\n{format_overview(trials, points, cautions=cautions)}\n"
+    (folder / "summary.txt").write_text(text, encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -251,11 +263,26 @@ def _check_comparable(results: Sequence[Result]) -> None:
             )
 
 
-def _json(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
+def _facts(
+    data: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    published: Sequence[Published],
+    date: str | None,
+) -> dict[str, Any]:
+    """How a report was made, for its page and its JSON."""
+    return {
+        "date": date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "data": dict(data or {}),
+        "settings": dict(settings or {}),
+        "versions": versions(),
+        "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
+    }
+
+
+def _told(results: Sequence[Result]) -> dict[str, Any]:
+    """Protocol and models of a report's JSON."""
     protocol = results[0].protocol
-    document: dict[str, Any] = {
-        "version": 1,
-        **facts,
+    return {
         "protocol": {**asdict(protocol), "text": protocol.text},
         "models": [
             {
@@ -270,7 +297,21 @@ def _json(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
             for result in results
         ],
     }
-    return json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "images": len(score.rows),
+        "pairs": score.pairs,
+        "accuracy": score.accuracy,
+        "scenes": score.scenes,
+        "rows": list(score.rows),
+    }
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    finite = _finite({"version": 1, **document})
+    path.write_text(json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

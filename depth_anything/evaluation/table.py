@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depth_anything.evaluation.benchmarks.da2k import Score
-from depth_anything.evaluation.evaluate import METRICS, RISING, Result
-from depth_anything.evaluation.published import Published
+from depth_anything.evaluation.evaluate import METRICS, RISING, SHARP_METRICS, Result
 
 SUMMARY = ("abs_rel", "d1", "rmse", "log10")
 """The metrics of a summary of several benchmarks."""
 
+TIES = "A pair that a map gives one value is half right: a constant map has 50 %."
+
 
 def format_table(results: Sequence[Result]) -> str:
     """The results as text: a line a model, the best of each column starred, images and protocol below."""
-    heads = ["model", *(f"{label} {arrow(metric)}" for metric, label in METRICS.items())]
+    heads = ["model", *(f"{label} {arrow(metric)}" for metric, label in results[0].metrics.items())]
     rows = [
         [cell["text"] + ("*" if cell["best"] else " ") for cell in cells] for cells in mean_cells(results)
     ]
@@ -33,25 +34,15 @@ def format_table(results: Sequence[Result]) -> str:
 
 def format_summary(trials: Mapping[str, Sequence[Result]]) -> str:
     """Several benchmarks as text: a line a benchmark and model, the name of its protocol beside it."""
-    head = ["benchmark", "protocol", "model", "images", *(f"{METRICS[m]} {arrow(m)}" for m in SUMMARY)]
-    lines = [head]
+    sharp = any(result.protocol.sharp for results in trials.values() for result in results)
+    metrics = (*SUMMARY, *SHARP_METRICS) if sharp else SUMMARY
+    labels = METRICS | SHARP_METRICS
+    lines = [["benchmark", "protocol", "model", "images", *(f"{labels[m]} {arrow(m)}" for m in metrics)]]
     for name, results in trials.items():
         for result in results:
-            means = [number(result.means[metric]) for metric in SUMMARY]
+            means = [number(result.means[m]) if m in result.means else "–" for m in metrics]
             lines.append([name, result.protocol.name, result.name, str(result.images), *means])
-    return _ruled(lines, left=3)
-
-
-def format_published(figures: Sequence[Published]) -> str:
-    """What papers have, as text: a line a model and source; none of it was measured here."""
-    metrics = [m for m in (*METRICS, "accuracy") if any(m in figure.values for figure in figures)]
-    lines = [["as published", *(METRICS.get(m, m) for m in metrics), "protocol", "source"]]
-    for figure in figures:
-        values = [f"{figure.values[m]:.4g}" if m in figure.values else "-" for m in metrics]
-        source = f"{figure.source}{', measured again' if figure.rerun else ''}"
-        lines.append([figure.model, *values, figure.protocol, source])
-    remarks = dict.fromkeys(figure.remark for figure in figures if figure.remark)
-    return "\n".join([_ruled(lines, left=1), *(f"Remark: {remark}." for remark in remarks)])
+    return ruled(lines, left=3)
 
 
 def format_points(scores: Mapping[str, Score]) -> str:
@@ -61,19 +52,16 @@ def format_points(scores: Mapping[str, Score]) -> str:
     for name, score in scores.items():
         shares = [score.accuracy, *(score.scenes[scene] for scene in scenes)]
         lines.append([name, str(score.pairs), *(f"{100 * share:.1f}" for share in shares)])
-    return (
-        _ruled(lines, left=1)
-        + "\n\nA pair that a map gives one value is half right: a constant map has 50 %."
-    )
+    return f"{ruled(lines, left=1)}\n\n{TIES}"
 
 
-def _ruled(lines: Sequence[Sequence[str]], *, left: int) -> str:
+def ruled(lines: Sequence[Sequence[str]], *, left: int) -> str:
     """Columns, a rule below the first line; so many columns begin at their left, numbers end at their right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         cells = [
-            cell.ljust(width) if place < left or head in ("protocol", "source") else cell.rjust(width)
+            cell.ljust(width) if place < left or head in ("protocol", "origin") else cell.rjust(width)
             for place, (cell, width, head) in enumerate(zip(line, widths, lines[0], strict=True))
         ]
         text.append("  ".join(cells).rstrip())
@@ -89,6 +77,10 @@ def notes(results: Sequence[Result]) -> list[str]:
     """What must be read with the table: how many images, by which protocol, and what went wrong on which."""
     first = results[0]
     lines = [f"{first.images} images. Protocol {first.protocol.text}."]
+    if first.protocol.sharp:
+        lines.append(
+            "Boundary F1: Depth Pro's (arXiv 2410.02073), of maps as compared; 0 where truth has no contour."
+        )
     if len({result.model.get("quantity") for result in results} - {None}) > 1:
         lines.append(f"What the models give: {_quantities(results)}; only what the protocol names is fitted.")
     if first.empty:
@@ -116,12 +108,13 @@ def arrow(metric: str) -> str:
 def mean_cells(results: Sequence[Result]) -> list[list[dict[str, Any]]]:
     """Per result, per metric, the printed mean and whether it is the best of several."""
     best = {}
-    for metric in METRICS:
+    metrics = results[0].metrics
+    for metric in metrics:
         values = [r.means[metric] for r in results if math.isfinite(r.means[metric])]
         if len(results) > 1 and values:
             best[metric] = max(values) if metric in RISING else min(values)
     return [
-        [{"text": number(result.means[m]), "best": m in best and result.means[m] == best[m]} for m in METRICS]
+        [{"text": number(result.means[m]), "best": m in best and result.means[m] == best[m]} for m in metrics]
         for result in results
     ]
 

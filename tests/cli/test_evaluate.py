@@ -1,6 +1,7 @@
 """`depth-anything evaluate`."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from typing_commands import complaint
@@ -35,6 +36,7 @@ def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
     assert student["facts"]["fingerprint"].startswith("sha256:") and student["facts"]["encoder"] == "vitn"
     assert mean["means"]["abs_rel"] < student["means"]["abs_rel"]  # the network knows nothing yet
     assert document["data"]["digest"] == open_set(scenes).digest
+    assert all(0 <= row["boundary_f1"] <= 1 for row in student["rows"]) and "boundary F1 ↑" in out
     assert document["settings"]["command"].startswith("depth-anything evaluate --weights ")
     assert (folder / "report.html").read_text(encoding="utf-8").count("<figure>") >= 6 * 2 * 3
 
@@ -42,6 +44,7 @@ def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
 def test_evaluate_is_the_function(tmp_path, scenes, weights):
     from depth_anything import Predictor
     from depth_anything.evaluation.evaluate import evaluate
+    from depth_anything.evaluation.protocols import PROTOCOLS
     from depth_anything.evaluation.sets import read_frames
 
     folder = tmp_path / "r"
@@ -58,7 +61,8 @@ def test_evaluate_is_the_function(tmp_path, scenes, weights):
     ]
     assert main([*line, "--input-size", "56", "--device", "cpu"]) == 0
     predictor = Predictor(load_model(weights / "model.safetensors"), device="cpu", input_size=56)
-    expected = evaluate(predictor, read_frames(scenes, limit=3))
+    rules = replace(PROTOCOLS["da2"], sharp=True)  # as the scenes' manifest says
+    expected = evaluate(predictor, read_frames(scenes, limit=3), protocol=rules)
     assert json.loads((folder / "results.json").read_text())["models"][0]["rows"] == list(expected.rows)
 
 

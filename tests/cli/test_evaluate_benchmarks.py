@@ -42,16 +42,42 @@ def test_benchmarks_are_judged_and_what_is_missing_is_said(tmp_path, root, weigh
     assert "MiDaS 3.1" in out and "Depth Anything V2 G" in out and "arXiv 2406.09414" in out
     assert "constant map has 50 %" in out
     assert "summary" not in out and out.count("report: ") == 3
+    table, apart = out.partition("report: ")[0].split("By other rules")
+    for line in (
+        ["student-vitn-tiny", "da2", "measured here"],
+        ["Depth Anything V2 L", "da2", "measured again"],
+    ):
+        assert any(all(word in text for word in line) for text in table.splitlines()), line
+    assert "zoedepth" in apart and "zoedepth" not in table and "only 2 of 654 images lie there" in apart
+    overview = out.rpartition("report: ")[2]
+    assert "nyu (da2)" in overview and "kitti (da2)" in overview and "0.053 / 0.973" in overview
+    (ours,) = [line for line in overview.splitlines() if "measured here" in line]
+    assert f"{100 * report(tmp_path / 'da2k')['models'][0]['accuracy']:.1f}" in ours
+    assert "MiDaS 3.1" in (tmp_path / "summary.txt").read_text(encoding="utf-8")
     document = report(tmp_path / "nyu")
     assert document["protocol"]["crop"] == "eigen_nyu" and document["models"][0]["images"] == 2
     assert document["published"][0]["source"] and document["data"]["from"].startswith("https://")
-    assert "As published" in (tmp_path / "nyu/report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "nyu/report.html").read_text(encoding="utf-8")
+    assert "published, arXiv 2406.09414" in page and "By other rules" in page and "measured here" in page
+    assert "97.1" in (tmp_path / "da2k/report.html").read_text(encoding="utf-8")
     summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
     assert list(summary) == ["nyu", "kitti"] and summary["kitti"]["protocol"]["crop"] == "garg"
     points = report(tmp_path / "da2k")["models"][0]
     assert 0 <= points["accuracy"] <= 1 and points["pairs"] == sum(row["pairs"] for row in points["rows"])
     with (tmp_path / "nyu/results.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2
+
+
+def test_a_set_of_ones_own_stands_alone(tmp_path, weights, capsys):
+    set_ = tmp_path / "nyu"  # of a benchmark's name, and yet not it
+    assert main(["shard", "scenes", str(set_), "--count", "2", "--size", "42", "56"]) == 0
+    capsys.readouterr()
+    line = ("--weights", weights, "--data", set_, "--input-size", 28, "--output", tmp_path / "r", "--compare")
+    assert evaluate(*line) == 0
+    out = capsys.readouterr().out
+    (said,) = [text for text in out.splitlines() if "nothing is published" in text]
+    assert said == "nyu: nothing is published on a set of one's own that could stand beside this"
+    assert report(tmp_path / "r")["published"] == [] and "Depth Anything V2" not in out
 
 
 def test_shares_and_one_process_write_one_table(tmp_path, scenes, weights, capsys, monkeypatch):

@@ -1,21 +1,32 @@
 """Judging in shares, after a kill, and from files: always the same rows to the last digit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_benchmarks import make_nyu_bts
+from made_benchmarks import make_nyu_bts, make_sintel
 
 from depth_anything import DepthAnything, Predictor
 from depth_anything.data.sample import Frame
+from depth_anything.data.sources.scenes import write_scenes
 from depth_anything.evaluation import judging
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.judging import Trial, collect, judge_share, kept_rows, trial_of_benchmark
+from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
+from depth_anything.evaluation.evaluate import judge
+from depth_anything.evaluation.judging import (
+    Trial,
+    collect,
+    judge_share,
+    kept_rows,
+    trial_of_benchmark,
+    trial_of_set,
+)
 from depth_anything.evaluation.predictions import Predictions
 from depth_anything.evaluation.protocols import PROTOCOLS
 from depth_anything.inference.formats import encode
 
 MODEL = {"fingerprint": "sha256:1"}
+SHARP = replace(PROTOCOLS["da2"], sharp=True)
 
 
 def a_frame(line):
@@ -87,9 +98,54 @@ def test_rows_of_other_models_images_or_rules_are_not_taken(predictor, tmp_path)
         (a_trial(), {"fingerprint": "sha256:2"}),
         (a_trial(28), MODEL),
         (Trial("toy", a_trial().lines, a_frame, PROTOCOLS["moge"], a_trial().facts), MODEL),
+        (Trial("toy", a_trial().lines, a_frame, SHARP, a_trial().facts), MODEL),
     )
     for trial, model in others:
         assert not collect(trial, kept_rows(trial, model, tmp_path, name="m"))
+
+
+def test_boundaries_are_scored_where_truth_is_sharp(tmp_path):
+    make_sintel(tmp_path / "sintel")
+    make_nyu_bts(tmp_path / "nyu")
+    sintel, nyu = (trial_of_benchmark(load(name), tmp_path) for name in ("sintel", "nyu"))
+    assert sintel.protocol.sharp and not nyu.protocol.sharp
+    true, flat = judged(sintel)
+    assert true["boundary_f1"] > 0.5 and flat["boundary_f1"] == 0 and true["abs_rel"] < 1e-6
+    assert all("boundary_f1" not in row for row in judged(nyu))
+    assert {name for name in BENCHMARKS if load(name).sharp} >= {
+        "sintel",
+        "sintel_clean",
+        "moge_ibims",
+        "moge_sintel",
+        "moge_spring",
+        "moge_hammer",
+    }
+    assert not any(load(name).sharp for name in ("kitti", "nyu", "eth3d", "diode", "moge_nyu", "moge_diode"))
+
+
+def judged(trial):
+    frame = trial.read(trial.lines[0])
+    maps = (np.nan_to_num(frame.depth, nan=3.0), np.full_like(frame.depth, 3.0))
+    return [judge(map_, frame, quantity="depth", protocol=trial.protocol)[1] for map_ in maps]
+
+
+def test_a_set_says_that_its_truth_is_sharp(tmp_path):
+    made = write_scenes(tmp_path / "s", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1)
+    assert made.meta["sharp"] is True and trial_of_set(made).protocol.sharp
+    assert not trial_of_set(replace(made, meta={})).protocol.sharp
+    bare = write_scenes(
+        tmp_path / "b", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1, labelled=False
+    )
+    assert "sharp" not in bare.meta
+
+
+def test_a_part_of_a_benchmark_is_not_comparable(tmp_path):
+    make_sintel(tmp_path / "sintel")
+    some = trial_of_benchmark(load("sintel"), tmp_path, limit=2)
+    assert some.incomplete.startswith("only 4 of 1064 images lie there")
+    whole = trial_of_benchmark(replace(load("sintel"), images=4), tmp_path, limit=2)
+    assert whole.incomplete.startswith("only 2 of 4 images are judged")
+    assert trial_of_benchmark(replace(load("sintel"), images=4), tmp_path).incomplete == ""
 
 
 def test_nan_is_kept(tmp_path):

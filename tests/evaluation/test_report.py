@@ -3,15 +3,19 @@
 import base64
 import csv
 import json
+import math
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 
 from depth_anything.data.sample import Frame
+from depth_anything.evaluation.benchmarks.da2k import Score
 from depth_anything.evaluation.evaluate import METRICS, Protocol, Result, evaluate
-from depth_anything.evaluation.report import choose_examples, collect_examples, write_report
+from depth_anything.evaluation.published import Published
+from depth_anything.evaluation.report import choose_examples, collect_examples, write_report, write_summary
 from depth_anything.evaluation.sheet import contact_sheet, describe
 from depth_anything.evaluation.table import format_table
 
@@ -210,3 +214,70 @@ def test_contact_sheet_holds_images_targets_and_facts():
     assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d, median \d\.\d+", describe(frames[4])[1])
     assert describe(frames[1])[1].endswith("disparity 1 to 1 px, median 1 px")
     assert "no target" in describe(frames[2])[1] and "0% known" in describe(frames[3])[2]
+
+
+ODD = 'a,b <script>alert(1)</script> ü"\n=1'
+
+
+def test_odd_names_are_escaped_everywhere(tmp_path):
+    frames = [replace(frame, key=f"{frame.key} {ODD}") for frame in make_frames(3)]
+    frames[1].depth[:] = np.inf
+    models, results = judged(frames, **{ODD: 0.01})
+    examples = collect_examples(models, frames, why=choose_examples(results), protocol=PROTOCOL)
+    figure = Published(
+        f"paper {ODD}", "nyu", "da2", {"abs_rel": 0.1}, f"source {ODD}", remark=f"remark {ODD}"
+    )
+    write_report(
+        results,
+        tmp_path,
+        examples=examples,
+        data={f"key {ODD}": f"value {ODD}"},
+        settings={"command": ODD},
+        published=[figure, replace(figure, protocol=ODD)],
+        caution=f"caution {ODD}",
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt; ü&#34;") > 15
+    for what in ("paper", "source", "remark", "value", "caution", "toy/0/002"):
+        assert f"{what} a,b &lt;script&gt;" in page, what
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == [frame.key for frame in frames] and rows[0]["model"] == ODD
+    assert float(rows[2]["abs_rel"]) == results[0].rows[2]["abs_rel"]
+    document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert document["models"][0]["name"] == ODD and document["published"][0]["remark"] == f"remark {ODD}"
+
+
+def refuse(name):
+    raise AssertionError(f"JSON with {name}")
+
+
+def test_the_page_has_worst_and_median_with_their_own_figures(tmp_path):
+    frames = make_frames()
+    sharp = replace(PROTOCOL, sharp=True)
+    models = {name: Noisy(frames, noise) for name, noise in (("good", 0.001), ("bad", 0.01))}
+    results = [evaluate(model, frames, name=name, protocol=sharp) for name, model in models.items()]
+    examples = collect_examples(models, frames, why=choose_examples(results, first=0), protocol=sharp)
+    page = write_report(results, tmp_path, examples=examples).read_text(encoding="utf-8")
+    sections = {re.search('why">(.*?)<', s)[1]: s for s in re.findall(r"<section.*?</section>", page, re.S)}
+    assert set(sections) == {"best", "median", "worst"}
+    ranked = sorted(results[0].rows, key=lambda row: row["abs_rel"])
+    for why, row in (("best", ranked[0]), ("median", ranked[4]), ("worst", ranked[-1])):
+        assert f"<code>{row['key']}</code>" in sections[why]
+        for result in results:
+            (own,) = [other for other in result.rows if other["key"] == row["key"]]
+            text = re.sub("<.*?>", "", sections[why])
+            figures = (
+                f"AbsRel {own['abs_rel']:.4f} · δ1 {own['d1']:.4f} · boundary F1 {own['boundary_f1']:.4f}"
+            )
+            assert figures in text
+    assert "boundary F1 ↑" in page and f"{results[0].means['boundary_f1']:.4f}" in page
+
+
+def test_summaries_hold_no_nan(tmp_path):
+    points = {"da2k": {"m": Score(())}}
+    write_summary({"nyu": [a_result("m", [math.nan])]}, tmp_path, points=points)
+    document = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert document["benchmarks"]["nyu"]["models"][0]["means"]["abs_rel"] is None
+    assert document["points"]["da2k"] == [{"name": "m", "accuracy": None}]
+    assert "nan / nan" in (tmp_path / "summary.txt").read_text(encoding="utf-8")

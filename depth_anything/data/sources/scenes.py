@@ -412,6 +412,7 @@ FACTS = Facts(
     layout="nothing: they are drawn",
     get="python train.py stage=teacher draws them on first use",
     licence="Apache-2.0",
+    sharp=True,
 )
 
 

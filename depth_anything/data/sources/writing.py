@@ -173,6 +173,7 @@ def finish(root: Path, listing: Listing) -> ShardSet | None:
         )
     if "quantity" not in described:
         del about["sky_policy"]  # of images alone
+        about.pop("sharp", None)
     meta = {**about, "settings": {**settings, "count": listing.count}, "listing": listing.digest}
     meta |= {**described, **skipped.told()}
     if listing.left_out:
@@ -232,6 +233,7 @@ def _write_about(root: Path, facts: Facts, told: Mapping[str, str | None]) -> No
         "licence": facts.licence or None,
         "source": {"title": facts.title, "get": facts.get},
         "sky_policy": facts.sky,
+        **({"sharp": True} if facts.sharp else {}),
     }
     new = {**new, **{key: value for key, value in told.items() if value is not None}}
     if new != about:

@@ -40,6 +40,7 @@ class Benchmark:
         read: (root, line) -> `data.sample.Frame` with depth in metres, NaN where it is not known (or, for DA-2K,
             `da2k.Compared`: an image and its pairs of points). ValueError if a file is missing or damaged.
         caps: Protocol to what it compares here; the first one is the default.
+        sharp: Its truth is dense, and as sharp as its images: boundaries are scored too.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Benchmark:
     find: Callable[[Path], Iterable[str]]
     read: Callable[[Path, str], Any]
     caps: Mapping[str, Caps] = field(default_factory=dict)
+    sharp: bool = False
 
     @property
     def protocol(self) -> str:

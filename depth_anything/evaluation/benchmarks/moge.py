@@ -56,6 +56,8 @@ _SETS: dict[str, tuple[str, int, int, int, str]] = {
     "moge_hammer": ("HAMMER", 1664, 832, 0, "LicenceRef-HAMMER"),
 }
 
+_SHARP = ("moge_ibims", "moge_sintel", "moge_spring", "moge_hammer")  # where MoGe scores boundaries
+
 
 def find(root: Path, *, name: str) -> Iterator[str]:
     """List the frames of a set in the order of its index; ValueError if it is not there.
@@ -225,6 +227,7 @@ def _benchmark(name: str) -> Benchmark:
         find=partial(find, name=name),
         read=partial(read, name=name),
         caps={"moge": Caps(0.0, float("inf"))},
+        sharp=name in _SHARP,
     )
 
 

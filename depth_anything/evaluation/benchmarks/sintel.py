@@ -87,6 +87,7 @@ def _benchmark(name: str, render: str) -> Benchmark:
         find=partial(find, render=render),
         read=partial(read, render=render),
         caps={"da2": Caps(1e-3, 70)},
+        sharp=True,
     )
 
 
