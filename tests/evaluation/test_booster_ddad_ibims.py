@@ -15,6 +15,7 @@ from depth_anything.evaluation.benchmarks.ddad import _pose, project, read_intri
 from depth_anything.evaluation.benchmarks.frames import PartFrame, read_labels
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.judging import trial_of_benchmark
+from depth_anything.evaluation.predictions import Predictions
 from depth_anything.evaluation.protocols import find_protocol
 
 
@@ -267,3 +268,26 @@ def test_ddads_clouds_and_calibrations_that_are_none(tmp_path):
             read_intrinsics(text.encode())
     with pytest.raises(ValueError, match="0 and 0 pixels"):
         read_intrinsics(b'{"names": ["camera_01"], "intrinsics": [{"fx": 0}]}')
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "wanted"),
+    [
+        ("ddad", more.make_ddad, "15621787630031470.npy"),
+        ("ibims", more.make_ibims, "corridor_01.npy"),
+        ("booster_tom", more.make_booster, "im0.npy"),
+    ],
+)
+def test_others_maps_are_found_by_key_and_image(tmp_path, name, make, wanted):
+    make(tmp_path / name)
+    trial = trial_of_benchmark(load(name), tmp_path)
+    frame = trial.read(trial.lines[0])
+    for place in (f"{frame.key}.npy", wanted):
+        maps = tmp_path / "maps" / place.replace("/", "_")
+        (maps / place).parent.mkdir(parents=True)
+        np.save(maps / place, np.full(SIZE, 4, np.float32))
+        assert (Predictions(maps, quantity="depth").recall(frame) == 4).all()
+    (tmp_path / "none").mkdir()
+    np.save(tmp_path / "none/0.npy", np.ones(SIZE))
+    with pytest.raises(ValueError, match=f"one file {wanted} is needed"):
+        Predictions(tmp_path / "none", quantity="depth").recall(frame)

@@ -78,17 +78,20 @@ def find(root: Path) -> Iterator[str]:
         raise ValueError(f"{place} holds no scene of DDAD's validation split: get it from {_GET}")
     for scene in here:
         folder = PurePosixPath(scene).parent
-        for number, sample in enumerate(_samples(place, scene)):
-            paths = [str(folder / path) if path else "" for path in (sample.image, sample.cloud)]
-            yield "\t".join(map(as_field, [f"{folder}/{sample.name}", *paths, scene, str(number)]))
+        for sample in _samples(place, scene):
+            paths = [str(folder / path) if path else "" for path in (sample.cloud, sample.image)]
+            yield "\t".join(map(as_field, [f"{folder}/{sample.name}", scene, *paths]))
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame and make its depth of the points; ValueError if a file is missing or damaged."""
-    name, image, cloud, scene, number = fields(line)
+    name, scene, cloud, image = fields(line)
     place = _place(root)
     with about(f"ddad/{name}"):
-        sample = _samples(place, scene)[int(number)]
+        held = {one.name: one for one in _samples(place, scene)}
+        sample = held.get(PurePosixPath(name).name)
+        if sample is None:
+            raise ValueError(f"{scene} holds it no longer")
         for path, what in ((image, CAMERA), (cloud, LIDAR)):
             if not path:
                 raise ValueError(f"its scene has no {what} at that time")
