@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from depth_anything.data.sample import Frame
+from depth_anything.evaluation.benchmarks.frames import PartFrame
 from depth_anything.evaluation.protocols import CROPS, Protocol, find_protocol
 from depth_anything.geometry import align_least_squares, disparity_to_depth
 from depth_anything.metrics import boundary_f1, depth_metrics
@@ -168,15 +169,16 @@ def judge(
         )
     protocol.check_takes(quantity)
     truth = _double(frame.depth)
-    valid = _compared(truth, protocol)
+    known = _compared(truth, protocol)
+    valid = known & _part(frame)
     depth = _double(_resized(prediction, frame.depth.shape))
     scale, shift = 1.0, 0.0
     if quantity in protocol.fitted:
-        scale, shift = _fit(depth, truth, valid, quantity=quantity, positive=protocol.positive)
+        scale, shift = _fit(depth, truth, known, quantity=quantity, positive=protocol.positive)
         depth = depth * scale + shift
     if quantity == "disparity":
         # What the fit puts behind infinity (disparity ≤ 0) is as far as can be, not as near as can be.
-        depth = disparity_to_depth(depth, min_disparity=_floor(truth, valid, protocol))
+        depth = disparity_to_depth(depth, min_disparity=_floor(truth, known, protocol))
     depth = depth.clamp(protocol.min_depth, protocol.max_depth)
     metrics = {metric: float(value) for metric, value in depth_metrics(depth, truth, valid).items()}
     if protocol.sharp:
@@ -215,13 +217,16 @@ def show(frame: Frame, protocol: Protocol) -> Frame:
     if frame.depth is not None and frame.depth.shape != shape:
         raise ValueError(f"record {frame.key!r} cannot be cut to {protocol.view}: its depth has another size")
     box = CROPS[protocol.view](*shape)
+    if isinstance(frame, PartFrame) and frame.part is not None:
+        frame = replace(frame, part=frame.part[box])
     return replace(frame, image=frame.image[box], depth=None if frame.depth is None else frame.depth[box])
 
 
 def compared_truth(frame: Frame, protocol: Protocol) -> np.ndarray:
     """The truth of a frame as the model was shown it, float32 (H,W) metres; NaN where it is not compared."""
     assert frame.depth is not None
-    return np.where(_compared(_double(frame.depth), protocol)[0].numpy(), frame.depth, np.float32(np.nan))
+    compared = _compared(_double(frame.depth), protocol) & _part(frame)
+    return np.where(compared[0].numpy(), frame.depth, np.float32(np.nan))
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -259,6 +264,12 @@ def _compared(truth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
     inside = torch.zeros_like(within)
     inside[0][CROPS[protocol.crop](*truth.shape[1:])] = True
     return within & inside
+
+
+def _part(frame: Frame) -> torch.Tensor:
+    """Which pixels of its truth a frame is compared in: (1,H,W), or one True for all."""
+    part = frame.part if isinstance(frame, PartFrame) else None
+    return torch.tensor(True) if part is None else torch.from_numpy(np.ascontiguousarray(part))[None]
 
 
 def _fit(

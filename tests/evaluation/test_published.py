@@ -43,6 +43,8 @@ def test_papers_tables():
     assert figure(small, "da2k", "accuracy", protocol="da2k") == 0.953
     assert figure(large, "moge_eth3d", protocol="moge") == 0.0473
     assert figure(large, "nyu", rerun=True) == 0.0428
+    assert figure("Depth Anything V1 L, metric", "ibims", "d1", protocol="zoedepth") == 0.714
+    assert figure("Depth Anything V2", "booster_ntire2024", "d1", protocol="marigold") == 0.836
 
 
 @pytest.mark.parametrize("name", ["kitti", "nyu", "sintel", "eth3d", "diode"])
@@ -68,7 +70,7 @@ def test_every_row_is_of_a_known_benchmark_and_metric():
 
 
 def test_what_nobody_reproduces_says_so():
-    for name in ("eth3d", "sintel", "diode"):
+    for name in ("eth3d", "sintel", "diode", "ddad", "booster_ntire2024"):
         assert all(row.remark for row in published(name) if not row.rerun)
     assert not any(row.remark for row in published("kitti"))
 

@@ -2,12 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.data.sources.maps import read_bytes
+
+
+@dataclass
+class PartFrame(Frame):
+    """A frame of which a part is compared: fits are over all that is known, errors over what of it is in the part.
+
+    Attributes:
+        part: bool, of the depth's size; None: all.
+    """
+
+    part: np.ndarray | None = None
 
 
 def make_frame(
@@ -46,6 +59,29 @@ def make_frame(
     return Frame(
         key, pixels, {"unit": "m", **(meta or {})}, depth=np.where(good, depth, np.nan).astype(np.float32)
     )
+
+
+def read_labels(data: bytes) -> np.ndarray:
+    """Decode a mask, or classes of pixels, from a grey image of 8 bits or of one.
+
+    Returns:
+        uint8 (H, W): what is stored, or 0 and 255 where that is one bit.
+
+    Raises:
+        ValueError: If it cannot be decoded, is in colours, or a PNG of 16 bits.
+    """
+    pixels = decode_image(data)
+    if (pixels != pixels[..., :1]).any() or (data.startswith(b"\x89PNG") and data[24] > 8):
+        raise ValueError("a grey image of 8 bits is needed, and this one is in colours or has 16")
+    return pixels[..., 0]
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """Read a file of a frame whole; ValueError, with what it is and its name, if it cannot be read."""
+    try:
+        return read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"its {what} cannot be read: {path.name}: {error}") from error
 
 
 @contextmanager

@@ -1,0 +1,238 @@
+"""DDAD, its validation scenes: streets in the United States and Japan, the camera that looks ahead, LiDAR to 250 m.
+
+Layout: ddad_train_val/ddad.json names the scene files of each split; 000150/scene_….json holds a scene's data
+and samples; beside it lie rgb/CAMERA_01/….png, point_cloud/LIDAR/….npz and calibration/….json. 1936 x 1216 pixels.
+
+This is DGP, the format of Toyota's research institute. What follows is from its source, TRI-ML/dgp: proto/*.proto,
+datasets/base_dataset.py, utils/annotation.py, utils/camera.py, utils/pose.py, and the scenes of its tests. No file
+of DDAD itself was at hand. In ddad.json split "1" is val. A sample names its data by their keys, and its
+calibration's file. A pose turns a sensor's points to those of the place, quaternion (w, x, y, z) and translation;
+so camera's and LiDAR's own poses, taken at their own times, bring the points to the camera. What JSON leaves out
+is 0. Points are an array "data", (N, 3) or more, or with fields X, Y and Z, metres, in the sensor's frame.
+
+Depth: made of the points: planar, in whole pixels, cut off as dgp does; of several points in a pixel the nearest
+counts. (dgp keeps the last one of the file. Its extrinsics and distortions are not used, there as here.)
+
+Frames: 3,950 of 50 scenes, as CAMERA_01 sees them: TRI-ML/DDAD, README.md; so the makers judge, to 200 m without a
+crop (evaluation/main.py there; configs/eval_ddad.yaml of TRI-ML/packnet-sfm). Depth Anything V1 does not say which
+images, cameras or depths its figures are of. `zoedepth` is what its metric_depth/zoedepth/utils/config.py has: to
+80 m, Garg's crop. There the image was stretched to 1216 x 352 for the network; here it is not.
+
+Licence: CC BY-NC-SA 4.0. Get it from https://github.com/TRI-ML/DDAD (DDAD.tar, 257 GB with the training scenes).
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from depth_anything.data.sample import Frame, decode_image
+from depth_anything.data.sources.folders import fields
+from depth_anything.data.sources.listing import as_field
+from depth_anything.data.sources.maps import MAX_BYTES
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_file, root_of
+
+INDEX, CAMERA, LIDAR = "ddad.json", "CAMERA_01", "LIDAR"
+_VAL = "1"
+_GET = "https://github.com/TRI-ML/DDAD (DDAD.tar, 257 GB)"
+_LAYOUT = f"ddad_train_val/{INDEX} with the folders of its scenes"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the camera and the LiDAR saw at a time.
+
+    Attributes:
+        name: Of the image, without its ending.
+        calibration: Name of the calibration's file, without its ending.
+        image: Path below the scene's folder; "": there is none.
+        cloud: Likewise.
+        camera: float64 (4, 4), from the camera to the place.
+        lidar: float64 (4, 4), from the LiDAR to the place.
+    """
+
+    name: str
+    calibration: str
+    image: str
+    cloud: str
+    camera: np.ndarray
+    lidar: np.ndarray
+
+
+def find(root: Path) -> Iterator[str]:
+    """List the frames of those validation scenes that lie there, in the order of ddad.json and of their samples.
+
+    Raises:
+        ValueError: If ddad.json, or each of its scenes, is not there, or a scene's file is damaged.
+    """
+    place = _place(root)
+    here = [scene for scene in _scenes(place) if (place / scene).is_file()]
+    if not here:
+        raise ValueError(f"{place} holds no scene of DDAD's validation split: get it from {_GET}")
+    for scene in here:
+        folder = PurePosixPath(scene).parent
+        for sample in _samples(place, scene):
+            paths = [str(folder / path) if path else "" for path in (sample.cloud, sample.image)]
+            yield "\t".join(map(as_field, [f"{folder}/{sample.name}", scene, *paths]))
+
+
+def read(root: Path, line: str) -> Frame:
+    """Read a frame and make its depth of the points; ValueError if a file is missing or damaged."""
+    name, scene, cloud, image = fields(line)
+    place = _place(root)
+    with about(f"ddad/{name}"):
+        held = {one.name: one for one in _samples(place, scene)}
+        sample = held.get(PurePosixPath(name).name)
+        if sample is None:
+            raise ValueError(f"{scene} holds it no longer")
+        for path, what in ((image, CAMERA), (cloud, LIDAR)):
+            if not path:
+                raise ValueError(f"its scene has no {what} at that time")
+        pixels = decode_image(read_file(_below(place, image), "image"))
+        calibration = _below(place, f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
+        camera = read_intrinsics(read_file(calibration, "calibration"))
+        points = read_points(read_file(_below(place, cloud), "point cloud"))
+        turn = np.linalg.inv(sample.camera) @ sample.lidar
+        depth = project(points @ turn[:3, :3].T + turn[:3, 3], camera, size=pixels.shape[:2])
+        return make_frame(f"ddad/{name}", pixels, depth)
+
+
+def project(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
+    """Make a map of depth of points.
+
+    Args:
+        points: float64 (N, 3), metres, in the camera's frame: x to the right, y down, z ahead.
+        camera: float64 (3, 3), intrinsics in pixels.
+        size: Height and width.
+
+    Returns:
+        float64 (H, W), metres along the axis, of the nearest point in each pixel; 0 where there is none.
+    """
+    points = points[points[:, 2] > 0]
+    depth = points[:, 2]
+    columns, rows = np.trunc((points @ camera.T)[:, :2] / depth[:, None]).T
+    inside = (rows >= 0) & (rows < size[0]) & (columns >= 0) & (columns < size[1])
+    spots = rows[inside].astype(np.int64) * size[1] + columns[inside].astype(np.int64)
+    nearest = np.full(size, np.inf)
+    np.minimum.at(nearest.reshape(-1), spots, depth[inside])
+    return np.where(np.isfinite(nearest), nearest, 0.0)
+
+
+def read_points(data: bytes) -> np.ndarray:
+    """The points of a cloud's .npz, float64 (N, 3); ValueError if it is damaged, or holds something else."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if archive.getinfo("data.npy").file_size > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+            values = np.load(io.BytesIO(archive.read("data.npy")), allow_pickle=False)
+        if values.dtype.names is not None:
+            values = np.stack([values[axis].reshape(-1) for axis in "XYZ"], 1)
+        if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
+            raise ValueError(f"an array of {values.shape} is no list of points")
+    except Exception as error:  # damage makes the libraries raise a dozen types
+        raise ValueError(f"its point cloud cannot be read: {error}") from error
+    points = values[:, :3].astype(np.float64)
+    return points[np.isfinite(points).all(1)]
+
+
+def read_intrinsics(data: bytes) -> np.ndarray:
+    """The camera's intrinsics in a calibration's file, float64 (3, 3); ValueError if it has none."""
+    try:
+        calibration = json.loads(data)
+        names = [str(name).upper() for name in calibration["names"]]
+        values = calibration["intrinsics"][names.index(CAMERA)]
+        fx, fy, cx, cy = (float(values.get(key, 0)) for key in ("fx", "fy", "cx", "cy"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"its calibration has no {CAMERA}") from None
+    if not (min(fx, fy) > 0 and np.isfinite([fx, fy, cx, cy]).all()):
+        raise ValueError(f"its calibration says {fx:g} and {fy:g} pixels of {CAMERA}'s focal length")
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def _place(root: Path) -> Path:
+    """The folder of ddad.json."""
+    root = root_of(root)
+    for place in (root, root / "ddad_train_val"):
+        if (place / INDEX).is_file():
+            return place
+    raise ValueError(f"{root} does not hold DDAD: looked for {_LAYOUT}; get it from {_GET}")
+
+
+def _scenes(place: Path) -> list[str]:
+    """Scene files of the validation split, below `place`."""
+    try:
+        names = json.loads((place / INDEX).read_bytes())["scene_splits"][_VAL]["filenames"]
+        return [str(_below(Path(), name)) for name in names]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{place / INDEX} has no scenes of the validation split") from None
+
+
+def _below(place: Path, path: str) -> Path:
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{path!r} leads out of the folder")
+    return place / path
+
+
+def _samples(place: Path, scene: str) -> tuple[Sample, ...]:
+    path = _below(place, scene)
+    return _read_scene(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _read_scene(path: Path, changed: int) -> tuple[Sample, ...]:
+    """The samples of a scene's file, `changed` then; ValueError if it is damaged."""
+    try:
+        scene = json.loads(path.read_bytes())
+        data = {datum["key"]: datum for datum in scene["data"]}
+        return tuple(_sample(sample, data) for sample in scene["samples"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _sample(sample: dict[str, Any], data: dict[str, Any]) -> Sample:
+    """A sample with what its keys stand for; names of sensors are compared without their case, as dgp does."""
+    seen = [data[key] for key in sample["datum_keys"] if key in data]
+    named = {datum["id"]["name"].upper(): datum["datum"] for datum in seen}
+    image, cloud = named.get(CAMERA, {}).get("image", {}), named.get(LIDAR, {}).get("point_cloud", {})
+    seen_at, points_at = (str(datum.get("filename", "")) for datum in (image, cloud))
+    camera, lidar = (_pose(datum["pose"]) if datum else np.eye(4) for datum in (image, cloud))
+    name = PurePosixPath(seen_at or points_at).stem
+    return Sample(name, str(sample["calibration_key"]), seen_at, points_at, camera, lidar)
+
+
+def _pose(pose: dict[str, Any]) -> np.ndarray:
+    """A pose as float64 (4, 4)."""
+    rotation, translation = pose.get("rotation", {}), pose.get("translation", {})
+    quaternion = np.array([float(rotation.get(f"q{axis}", 0)) for axis in "wxyz"])
+    length = np.linalg.norm(quaternion)
+    if not abs(length - 1) < 1e-3:
+        raise ValueError(f"the quaternion {quaternion.tolist()} turns nothing: its length is {length:g}")
+    w, x, y, z = quaternion / length
+    matrix = np.eye(4)
+    matrix[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    matrix[:3, 3] = [float(translation.get(axis, 0)) for axis in "xyz"]
+    return matrix
+
+
+DDAD = Benchmark(
+    name="ddad",
+    title="DDAD, validation, the camera ahead",
+    images=3950,
+    layout=_LAYOUT,
+    get=_GET,
+    licence="CC-BY-NC-SA-4.0",
+    find=find,
+    read=read,
+    caps={"da2": Caps(1e-3, 200), "zoedepth": Caps(1e-3, 80, crop="garg")},
+)
