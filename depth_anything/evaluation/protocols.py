@@ -143,6 +143,14 @@ def eigen_nyu(height: int, width: int) -> Box:
     return _share(height, 45 / 480, 471 / 480), _share(width, 41 / 640, 601 / 640)
 
 
+def eigen_pixels(height: int, width: int) -> Box:
+    """The same rows 45 to 471 and columns 41 to 601 whatever the size: ZoeDepth's box on all sets of rooms.
+
+    Of larger images that is a part at the upper left; of smaller ones what there is of it.
+    """
+    return slice(min(45, height), min(471, height)), slice(min(41, width), min(601, width))
+
+
 def kb(height: int, width: int) -> Box:
     """The KITTI benchmark's 1216 by 352 pixels: at the bottom, in the middle."""
     if height < 352 or width < 1216:
@@ -155,6 +163,7 @@ CROPS: dict[str, Callable[[int, int], Box]] = {
     "garg": garg,
     "eigen_kitti": eigen_kitti,
     "eigen_nyu": eigen_nyu,
+    "eigen_pixels": eigen_pixels,
     "kb": kb,
 }
 """Name → height and width to the box of that image."""

@@ -160,6 +160,9 @@ def test_crops_of_other_sizes():
     with pytest.raises(ValueError, match="1242x350"):
         CROPS["kb"](350, 1242)
     assert CROPS["eigen_nyu"](480, 640) == (slice(45, 471), slice(41, 601))
+    assert CROPS["eigen_pixels"](768, 1024) == (slice(45, 471), slice(41, 601))
+    assert CROPS["eigen_pixels"](427, 561) == (slice(45, 427), slice(41, 561))
+    assert CROPS["eigen_pixels"](30, 20) == (slice(30, 30), slice(20, 20))
     assert CROPS["eigen_nyu"](960, 1280) == (slice(90, 942), slice(82, 1202))
 
 

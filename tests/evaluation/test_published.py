@@ -40,6 +40,12 @@ def test_papers_tables():
     assert figure("Depth Anything V2 G", "sintel") == 0.506
     assert figure("Depth Anything V2 L, fine-tuned", "kitti", "rmse", protocol="zoedepth") == 1.861
     assert figure("ZoeDepth", "nyu", "log10", protocol="zoedepth") == 0.033
+    zero_shot = [
+        figure("Depth Anything V1 L, metric", name, metric, protocol="zoedepth")
+        for name in ("sunrgbd_v1", "hypersim", "vkitti2", "diode_outdoor")
+        for metric in ("abs_rel", "d1")
+    ]
+    assert zero_shot == [0.500, 0.660, 0.363, 0.361, 0.085, 0.913, 0.794, 0.288]
     assert figure(small, "da2k", "accuracy", protocol="da2k") == 0.953
     assert figure(large, "moge_eth3d", protocol="moge") == 0.0473
     assert figure(large, "nyu", rerun=True) == 0.0428
@@ -70,7 +76,9 @@ def test_every_row_is_of_a_known_benchmark_and_metric():
 
 
 def test_what_nobody_reproduces_says_so():
-    for name in ("eth3d", "sintel", "diode", "ddad", "booster_ntire2024"):
+    for name in (
+        "eth3d", "sintel", "diode", "ddad", "booster_ntire2024", "sunrgbd_v1", "hypersim", "vkitti2",
+    ):  # fmt: skip
         assert all(row.remark for row in published(name) if not row.rerun)
     assert not any(row.remark for row in published("kitti"))
 

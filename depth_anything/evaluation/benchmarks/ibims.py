@@ -70,5 +70,6 @@ IBIMS = Benchmark(
     licence=_FACTS.licence,
     find=find,
     read=read,
+    sharp=True,
     caps={"da2": Caps(1e-3, 50), "zoedepth": Caps(0.0, 10, crop="eigen_nyu")},
 )

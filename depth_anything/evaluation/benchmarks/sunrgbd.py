@@ -1,0 +1,155 @@
+"""SUN RGB-D, its test split: rooms, four sensors with depth.
+
+Layout: SUNRGBD/kv1/NYUdata/NYU0001/ (and kv2, realsense, xtion), a folder a frame, with one JPEG in image, one PNG
+in depth and one in depth_bfx, sometimes under another name; 561 x 427 to 730 x 530 pixels. The split is allsplit.mat
+of the makers' toolbox; here it is read from a text, a line a test image, which must lie beside SUNRGBD, the first of:
+    sunrgbd_testing_images.txt      of https://github.com/ankurhanda/sunrgbd-meta-data
+    SUNRGBD_val_splits.txt          of https://github.com/zhyever/Monocular-Depth-Estimation-Toolbox, splits/
+
+Depth: 16 bits, millimetres turned left by three: mm = v >> 3 | v << 13, as in read3dPoints.m of that toolbox; 0 is not
+known. depth is what the sensor measured (`sunrgbd`), depth_bfx is filled in (`sunrgbd_filled`). Few papers
+say which they mean: Monocular-Depth-Estimation-Toolbox takes the measured one, github.com/kmatzen/plumbline the filled
+one, with which it comes near Depth Pro's figure. The toolbox sets what is farther than 8 m to 8 m; nobody compares it.
+
+Depth Anything V1 took other files (its issue 38): `sunrgbd_v1`, rgb/img-000001.jpg with depth/1.png, linked as "test
+data for depth" by sunrgbd-meta-data, and divides them by 10,000 (metric_depth/zoedepth/data/sun_rgbd_loader.py). By
+plumbline's measurement these are the makers' values, not turned back: v / 8,000 would be metres, so that the truth of
+V1's figures is 1.25 times too near (and ZoeDepth's .520 in V1's table is .119 in ZoeDepth's own). They are read as V1
+reads them, to stand beside its figures, and for nothing else. Not confirmed here: whether they are of depth or of
+depth_bfx, and whether their images are stretched to 730 x 530, as plumbline says.
+
+Counts: 5,050 of 10,335. Compared are 0 to 8 m of ZoeDepth's box (zoedepth/utils/config.py); da2's range is ours.
+
+Licence: none stated. Get it from https://rgbd.cs.princeton.edu (SUNRGBD.zip). Paper: Song et al.,
+CVPR 2015.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources.folders import fields
+from depth_anything.data.sources.listing import as_field
+from depth_anything.data.sources.maps import read_bytes, read_png16
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+
+LISTS = ("sunrgbd_testing_images.txt", "SUNRGBD_val_splits.txt")
+_FOLDER = "SUNRGBD"
+_LIST_FROM = "https://github.com/ankurhanda/sunrgbd-meta-data"
+_GET = f"https://rgbd.cs.princeton.edu (SUNRGBD.zip), and {LISTS[0]} from {_LIST_FROM}"
+_IMAGE = re.compile(r"img-(\d{6})\.jpg")
+_V1_GET = f"{_LIST_FROM} (SUNRGBD-test_images.tgz as rgb, sunrgb_test_depth.tgz as depth)"
+
+
+def find(root: Path, *, depth: str) -> Iterator[str]:
+    """List those frames of the test split that lie there, in the list's order.
+
+    Args:
+        root: Folder of SUNRGBD and the list.
+        depth: "depth" or "depth_bfx".
+
+    Raises:
+        ValueError: If the list is missing or damaged, or no frame of it lies there.
+    """
+    root = root_of(root, "sunrgbd")
+    path = next((root / name for name in LISTS if (root / name).is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{root} does not hold {LISTS[0]}, which says the frames that are compared: get it from {_LIST_FROM}"
+        )
+    listed = (line for image in _listed(path) for line in _line(root, image, depth))
+    return some(
+        listed,
+        f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1; get it from {_GET}",
+    )
+
+
+def read(root: Path, line: str, *, depth: str) -> Frame:
+    """Read a frame; ValueError if image or depth is missing or damaged, or sizes differ."""
+    name, image, path = fields(line)
+    root = root_of(root, "sunrgbd")
+    key = f"sunrgbd{'' if depth == 'depth' else '_filled'}/{name}"
+    with about(key):
+        if not path:
+            raise ValueError(f"its depth is not known: none or several PNGs lie in its folder {depth}")
+        metres = turned_back(read_png16(root / path)).astype(np.float32) / 1000
+        return make_frame(key, read_bytes(root / image), metres)
+
+
+def turned_back(values: np.ndarray) -> np.ndarray:
+    """Make the values of the makers' PNGs, uint16, millimetres: their three lowest bits become the highest."""
+    return (values >> 3) | (values << 13)
+
+
+def find_v1(root: Path) -> Iterator[str]:
+    """List V1's frames in the order of their numbers; ValueError if there is none."""
+    root = root_of(root)
+    names = sorted(path.name for path in (root / "rgb").glob("img-*.jpg"))
+    numbers = [match[1] for name in names if (match := _IMAGE.fullmatch(name))]
+    lines = (f"{number}\trgb/img-{number}.jpg\tdepth/{int(number)}.png" for number in numbers)
+    return some(
+        lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg; get it from {_V1_GET}"
+    )
+
+
+def read_v1(root: Path, line: str) -> Frame:
+    """Read a frame of V1's, its depth as V1 reads it; ValueError if image or depth is missing or damaged."""
+    name, image, depth = fields(line)
+    with about(f"sunrgbd_v1/{name}"):
+        metres = read_png16(Path(root, depth)).astype(np.float32) / 10_000
+        return make_frame(f"sunrgbd_v1/{name}", read_bytes(Path(root, image)), metres, same_size=False)
+
+
+def _listed(path: Path) -> Iterator[PurePosixPath]:
+    """The images of a list, below SUNRGBD."""
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        image = PurePosixPath((text.split() or [""])[0])
+        if image.parts[:1] != (_FOLDER,) or image.parts[-2:-1] != ("image",) or ".." in image.parts:
+            raise ValueError(f"{path}, line {number}: {text!r:.200} is no {_FOLDER}/…/image/….jpg")
+        yield image.relative_to(_FOLDER)
+
+
+def _line(root: Path, image: PurePosixPath, depth: str) -> Iterator[str]:
+    """A frame's line, if its folder is there."""
+    inside = f"{_FOLDER}/" if (root / _FOLDER).is_dir() else ""
+    folder = f"{inside}{image.parent.parent}"
+    if (root / folder).is_dir():
+        maps = sorted(path.name for path in (root / folder / depth).glob("*.png"))
+        names = [f"{image.stem}.png"] if f"{image.stem}.png" in maps else maps
+        place = f"{folder}/{depth}/{names[0]}" if len(names) == 1 else ""
+        yield "\t".join(map(as_field, [str(image.parent.parent), f"{inside}{image}", place]))
+
+
+def _benchmark(name: str, title: str, depth: str) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        images=5050,
+        layout=f"{_FOLDER}/kv1/NYUdata/NYU0001/ with image and {depth}, and {LISTS[0]}",
+        get=_GET,
+        licence="LicenceRef-SUN-RGB-D",
+        find=partial(find, depth=depth),
+        read=partial(read, depth=depth),
+        caps={"da2": Caps(1e-3, 8), "zoedepth": _ZOEDEPTH},
+    )
+
+
+_ZOEDEPTH = Caps(0, 8, crop="eigen_pixels")
+SUNRGBD = _benchmark("sunrgbd", "SUN RGB-D, as measured", "depth")
+SUNRGBD_FILLED = _benchmark("sunrgbd_filled", "SUN RGB-D, filled in", "depth_bfx")
+SUNRGBD_V1 = Benchmark(
+    name="sunrgbd_v1",
+    title="SUN RGB-D as Depth Anything V1 reads it",
+    images=5050,
+    layout="rgb/img-000001.jpg with depth/1.png",
+    get=_V1_GET,
+    licence="LicenceRef-SUN-RGB-D",
+    find=find_v1,
+    read=read_v1,
+    caps={"zoedepth": _ZOEDEPTH},
+)

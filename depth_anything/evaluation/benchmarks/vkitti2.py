@@ -1,0 +1,86 @@
+"""Virtual KITTI 2, the 8 % of it that ZoeDepth's split sets aside: drives, rendered.
+
+Layout and depth are those of `depth_anything.data.sources.vkitti2`, which reads them; camera 0. What is sky is not
+known here, since it has no depth.
+
+Frames: ZoeDepth's reader (metric_depth/zoedepth/data/vkitti2.py of Depth Anything V1) shuffles the 21,260 frames of
+camera 0 without a seed, once, and keeps 92 % for training: 19,559 names in train.txt, which leaves 1,701. Nobody
+published a test.txt, but Depth Anything V2 has such a train.txt (metric_depth/dataset/splits/vkitti2), with as many
+lines: the frames that it does not name are those compared here. That V1's figures are of these very frames is likely
+and not confirmed. train.txt must lie in the folder; ZoeDepth's own, if its code has run there, does as well.
+
+Neighbours of every test frame, and the same places in other weather, are among the rest: a model trained on that has
+seen the drive. The five drives are in V2's training sets, too.
+
+Compared by ZoeDepth's rules (zoedepth/utils/config.py) are 0.001 to 80 m of Garg's crop of the last 352 rows and the
+middle 1,216 columns. da2's range is ours.
+
+Licence: CC BY-NC-SA 3.0 (from memory). Get it from https://europe.naverlabs.com.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from depth_anything.data.sample import Frame
+from depth_anything.data.sources import vkitti2
+from depth_anything.data.sources.folders import fields
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+
+LIST = "train.txt"
+_LIST_FROM = "https://github.com/DepthAnything/Depth-Anything-V2, metric_depth/dataset/splits/vkitti2"
+_NAMED = re.compile(r"(Scene\d\d)/([\w-]+)/frames/rgb/(Camera_\d)/rgb_(\d+)\.jpg(?:\s|$)")
+
+
+def find(root: Path) -> Iterator[str]:
+    """List the frames of camera 0 that train.txt does not name.
+
+    Raises:
+        ValueError: If there is none, or train.txt is missing or damaged.
+    """
+    root = root_of(root)
+    path = root / LIST
+    lines = vkitti2.find(root)
+    first = next(lines)
+    if not path.is_file():
+        raise ValueError(
+            f"{root} does not hold {LIST}, which says the frames that are not compared: get it from {_LIST_FROM}"
+        )
+    named = set(_names(path))
+    rest = (line for line in (first, *lines) if line.partition("\t")[0] not in named)
+    return some(rest, f"{path} names all frames in {root}: get the one of {_LIST_FROM}")
+
+
+def read(root: Path, line: str) -> Frame:
+    """Read a frame; ValueError if image or depth is missing or damaged, or they differ in size."""
+    key = f"vkitti2/{fields(line)[0]}"
+    with about(key):
+        raw = vkitti2.read(Path(root), line)
+        assert raw.depth is not None and raw.sky is not None
+        return make_frame(key, raw.image, raw.depth, known=~raw.sky, meta=raw.meta)
+
+
+def _names(path: Path) -> Iterator[str]:
+    """The frames of a list, as `vkitti2.find` names them, wherever they lay for who wrote it."""
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = _NAMED.search(text)
+        if not match:
+            raise ValueError(
+                f"{path}, line {number}: {text!r:.200} is no …/frames/rgb/Camera_0/rgb_00000.jpg"
+            )
+        yield "/".join(match.groups())
+
+
+VKITTI2 = Benchmark(
+    name="vkitti2",
+    title="Virtual KITTI 2, the frames not in train.txt",
+    images=1701,
+    layout=f"{vkitti2.FACTS.layout}, and {LIST}",
+    get=vkitti2.FACTS.get,
+    licence=vkitti2.FACTS.licence,
+    find=find,
+    read=read,
+    sharp=True,
+    caps={"da2": Caps(1e-3, 80), "zoedepth": Caps(1e-3, 80, cut="kb", crop="garg")},
+)
