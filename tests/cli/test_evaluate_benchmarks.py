@@ -115,7 +115,7 @@ def test_refusals(tmp_path, root, weights, capsys):
     assert "nothing to judge" in complaint(capsys, "evaluate", "--data", root)
     line = (*given, "--benchmarks", "nyu", "--root", root, "--output", tmp_path, "--protocol")
     assert "protocol 'zoedepth' compares metres and fits no disparity" in complaint(capsys, *line, "zoedepth")
-    assert "says nothing of NYU" in complaint(capsys, *line, "marigold")
+    assert "says nothing of NYU" in complaint(capsys, *line, "moge")
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps/x.npy", np.ones((2, 2)))
     maps = ("evaluate", "--predictions", tmp_path / "maps", "--benchmarks", "nyu", "--root", root)

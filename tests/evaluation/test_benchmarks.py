@@ -140,6 +140,14 @@ def test_nyu_as_marigold_extracts_it(tmp_path):
     raw, filled = made.make_nyu_marigold(tmp_path)
     check("nyu", tmp_path, raw)
     check("nyu_filled", tmp_path, filled)
+    folder = tmp_path / "test/bathroom_0001"
+    shutil.copy(folder / "depth_0046.png", folder / "filled_0046.png")  # as its download has it
+    with pytest.raises(ValueError, match=r"filled_0046\.png\): it has holes.*take nyu"):
+        made.read_all(load("nyu_filled"), tmp_path)
+
+
+def test_marigold_compares_what_the_kinect_measured():
+    assert "marigold" in load("nyu").caps and list(load("nyu_filled").caps) == ["da2"]
 
 
 def test_nyu_in_a_file_a_frame(tmp_path):
