@@ -140,6 +140,11 @@ def eigen_nyu(height: int, width: int) -> Box:
     return _share(height, 45 / 480, 471 / 480), _share(width, 41 / 640, 601 / 640)
 
 
+def eigen_pixels(height: int, width: int) -> Box:
+    """The same rows and columns whatever the size, as ZoeDepth's code cuts DIODE's rooms, of 1024 by 768 pixels."""
+    return slice(45, min(471, height)), slice(41, min(601, width))
+
+
 def kb(height: int, width: int) -> Box:
     """The KITTI benchmark's 1216 by 352 pixels: at the bottom, in the middle."""
     if height < 352 or width < 1216:
@@ -152,6 +157,7 @@ CROPS: dict[str, Callable[[int, int], Box]] = {
     "garg": garg,
     "eigen_kitti": eigen_kitti,
     "eigen_nyu": eigen_nyu,
+    "eigen_pixels": eigen_pixels,
     "kb": kb,
 }
 """Name → height and width to the box of that image."""

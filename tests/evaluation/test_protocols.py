@@ -7,6 +7,7 @@ import pytest
 
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.catalogue import load
 from depth_anything.evaluation.evaluate import METRICS, evaluate, judge, show
 from depth_anything.evaluation.protocols import CROPS, PROTOCOLS, Protocol, find_protocol
 
@@ -161,6 +162,13 @@ def test_crops_of_other_sizes():
         CROPS["kb"](350, 1242)
     assert CROPS["eigen_nyu"](480, 640) == (slice(45, 471), slice(41, 601))
     assert CROPS["eigen_nyu"](960, 1280) == (slice(90, 942), slice(82, 1202))
+
+
+def test_zoedepth_crops_diode_as_its_code_does():
+    rooms = find_protocol("zoedepth", benchmark=load("diode_indoor"))
+    assert CROPS[rooms.crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
+    outdoor = find_protocol("zoedepth", benchmark=load("diode_outdoor"))
+    assert outdoor.crop == "garg" and outdoor.max_depth == 80
 
 
 class Columns:
