@@ -228,5 +228,10 @@ def test_missing_data_says_where_it_is(tmp_path):
         image.unlink()
     with pytest.raises(judging.MissingData, match="rgb_.*silberman"):
         [trial.read(line) for line in trial.lines]
+    for name, path in (("da2k", "annotations.json"), ("moge_gso", "GSO/.index.txt")):
+        (tmp_path / name / path).parent.mkdir(parents=True)
+        (tmp_path / name / path).write_text("{}" if path.endswith("json") else "\n")
+        with pytest.raises(judging.MissingData, match=f"^{name}: .* lists no image of .*huggingface"):
+            trial_of_benchmark(load(name), tmp_path)
     with pytest.raises(ValueError, match="protocol 'moge' says nothing of NYU"):
         trial_of_benchmark(load("nyu"), tmp_path, protocol="moge")

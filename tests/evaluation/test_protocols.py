@@ -195,6 +195,8 @@ def test_the_model_is_shown_the_view_and_its_mirror():
     assert model.shapes == [(352, 1216, 3)] * 2
     assert row["abs_rel"] == pytest.approx(50 / 30)  # the mean of both is 608.5 everywhere, lowered to 80
     assert row["valid"] == inside("garg", (352, 1216)).sum()
+    with pytest.raises(ValueError, match="'k' cannot be cut to kb: .*which 1000x375 have not"):
+        show(Frame("k", frame.image[:, :1000], {}, depth=depth[:, :1000]), rules)
     with pytest.raises(ValueError, match="'k' cannot be cut to kb: its depth has another size"):
         show(Frame("k", frame.image, {}, depth=depth[:100]), rules)
 
