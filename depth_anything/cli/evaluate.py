@@ -97,16 +97,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     for rules in filter(None, (trial.protocol for trial in trials)):
         for predictor in predictors.values():
             rules.check_takes(predictor.quantity)
-    folder = Path(options.output or f"outputs/evaluate-{'-'.join(options.benchmarks or [trials[0].name])}")
-    broken = _judge(predictors, facts, trials, folder, part=part)
-    if rank:
-        print(
-            "".join(f"depth-anything evaluate: {sentence}\n" for sentence in broken), end="", file=sys.stderr
-        )
-    with _all_ranks(rank) as last:
-        return (
-            _conclude(predictors, facts, trials, folder, options, missing + broken, part=part) if last else 0
-        )
+    names = dict.fromkeys(options.benchmarks or [trials[0].name])
+    folder = Path(options.output or f"outputs/evaluate-{'-'.join(names)}")
+    broken = _judge(predictors, facts, trials, folder, part=part, raises=len(trials) == 1 and rank is None)
+    with _all_ranks(rank, broken) as told:
+        if told is None:
+            return 0
+        return _conclude(predictors, facts, trials, folder, options, missing + told, part=part)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -183,8 +180,9 @@ def _judge(
     folder: Path,
     *,
     part: tuple[int, int],
+    raises: bool,
 ) -> list[str]:
-    """Judge this process's share of all trials; in a sentence each what could not be."""
+    """Judge this process's share of all trials; in a sentence each what could not be, or raised."""
     from depth_anything.evaluation.judging import judge_share
 
     broken = []
@@ -201,7 +199,7 @@ def _judge(
                     watch=lambda lines, name, trial=trial: _watch(lines, f"{trial.name}, {name}"),  # type: ignore[misc]
                 )
             except (ValueError, OSError) as error:
-                if len(trials) == 1:
+                if raises:
                     raise
                 broken.append(f"{error}" if trial.name in str(error) else f"{trial.name}: {error}")
                 break
@@ -327,10 +325,10 @@ def _on_own_device(options: argparse.Namespace) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def _all_ranks(rank: int | None) -> Iterator[bool]:
-    """Wait until all processes of torchrun have judged their share; say whether this one concludes."""
+def _all_ranks(rank: int | None, broken: list[str]) -> Iterator[list[str] | None]:
+    """Wait until all processes of torchrun have judged their share; the one that concludes gets what broke anywhere."""
     if rank is None:
-        yield True
+        yield broken
         return
     from datetime import timedelta
 
@@ -338,8 +336,9 @@ def _all_ranks(rank: int | None) -> Iterator[bool]:
 
     distributed.init_process_group("gloo", timeout=timedelta(days=LONGEST_WAIT_DAYS))
     try:
-        distributed.barrier()
-        yield rank == 0
+        everywhere: list[list[str]] = [[]] * distributed.get_world_size()
+        distributed.all_gather_object(everywhere, broken)
+        yield None if rank else list(dict.fromkeys(sentence for own in everywhere for sentence in own))
         distributed.barrier()
     finally:
         distributed.destroy_process_group()

@@ -63,8 +63,8 @@ class Frame:
     disparity: np.ndarray | None = None
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """Decode an image file to uint8 (H, W, 3) RGB, upright.
+def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
+    """Decode an image file to uint8 (H, W, 3) RGB, upright, or else as its pixels are stored.
 
     Reads JPEG, PNG, WebP, TIFF, BMP and GIF (first picture). EXIF orientation is applied, grey is repeated,
     16-bit values are divided by 257, CMYK is converted, what is transparent shows white. Colour profiles are
@@ -83,7 +83,8 @@ def decode_image(data: bytes) -> np.ndarray:
         _check_pixels(picture.width, picture.height)
         plain = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
         image = _decode_jpeg(data) if plain else None
-        return _upright(_to_rgb(picture) if image is None else image, _orientation(picture))
+        image = _to_rgb(picture) if image is None else image
+        return _upright(image, _orientation(picture)) if upright else image
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 

@@ -216,7 +216,10 @@ def show(frame: Frame, protocol: Protocol) -> Frame:
     shape = frame.image.shape[:2]
     if frame.depth is not None and frame.depth.shape != shape:
         raise ValueError(f"record {frame.key!r} cannot be cut to {protocol.view}: its depth has another size")
-    box = CROPS[protocol.view](*shape)
+    try:
+        box = CROPS[protocol.view](*shape)
+    except ValueError as error:
+        raise ValueError(f"record {frame.key!r} cannot be cut to {protocol.view}: {error}") from error
     if isinstance(frame, PartFrame) and frame.part is not None:
         frame = replace(frame, part=frame.part[box])
     return replace(frame, image=frame.image[box], depth=None if frame.depth is None else frame.depth[box])

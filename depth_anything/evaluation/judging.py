@@ -113,6 +113,8 @@ def trial_of_benchmark(
 
     try:
         found = list(benchmark.find(root))
+        if not found:
+            raise ValueError(f"{root} lists no image of {benchmark.title}")
     except (ValueError, OSError) as error:
         raise _missing(benchmark, error) from error
     lines = [found[number] for number in spaced(len(found), limit)]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from depth_anything.data.sample import Frame
 from depth_anything.data.sources import maps
+from depth_anything.data.sources.walking import walk
 
 ENDINGS = (".npy", ".png", ".exr")
 
@@ -41,7 +42,11 @@ class Predictions:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"no predictions: {folder} is not a folder")
-        files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
+        files = [
+            path
+            for _, path in walk(self.folder, follow=True)
+            if path and path.suffix.lower() in ENDINGS and path.is_file()
+        ]
         said = {file: said_of(file) for file in files}
         # A coloured picture beside the values is no map, nor is an 8-bit copy of one.
         files = [f for f in files if f.suffix.lower() != ".png" or _text(f).get("low")]
@@ -51,28 +56,47 @@ class Predictions:
         self._files = files
         self._paths: dict[str, list[Path]] = {}
         for file in files:
-            name = _plain(file.relative_to(self.folder).with_suffix("").as_posix())
-            for known in {name, name.rpartition("/")[2]}:
-                self._paths.setdefault(known, []).append(file)
+            for name in _ends(_plain(file.relative_to(self.folder).with_suffix("").as_posix())):
+                self._paths.setdefault(name, []).append(file)
+        self._taken: dict[tuple[str, Path], str] = {}
 
     def recall(self, frame: Frame) -> np.ndarray:
         """Read the map of a frame, float32 (h,w).
 
-        It is looked for by the frame's key, by the names of the files it was made of, and by the last part of
-        each, if that is unique.
+        It is looked for by the frame's key and by the names of the files it was made of: the one file whose path
+        ends as one of them does, in as many parts as can be.
 
         Raises:
-            ValueError: no file, several, or a damaged one.
+            ValueError: no file, several, a damaged one, or one that was read for another frame of the set.
         """
-        name = str(frame.meta.get("name", ""))
-        names = [frame.key, _stem(frame.key), *map(_stem, [name, *frame.meta.get("files", [])])]
-        names += [other.rpartition("/")[2] for other in names]
-        for candidate in dict.fromkeys(filter(None, names)):
-            if found := self._best(self._paths.get(candidate, [])):
-                return self._read(found)
+        whole = [frame.key, str(frame.meta.get("name", "")), *frame.meta.get("files", [])]
+        names = [end for name in whole for other in (name, _stem(name)) for end in _ends(other) if end]
+        names.sort(key=lambda name: -name.count("/"))
+        several: list[Path] = []
+        for name in dict.fromkeys(names):
+            files = self._paths.get(name, [])
+            if found := self._best(files):
+                return self._read(self._own(found, frame.key))
+            several = several or files
+        if several:
+            raise ValueError(
+                f"no prediction of {frame.key!r} in {self.folder} that can be told from others: "
+                f"{several[0]} and {several[-1]} have its name"
+            )
         raise ValueError(
-            f"no prediction of {frame.key!r} in {self.folder}: one file {names[-1] or names[0]}{ENDINGS[0]} is needed"
+            f"no prediction of {frame.key!r} in {self.folder}: a file {_stem(frame.key)}{ENDINGS[0]} is needed, "
+            "or one called as its image"
         )
+
+    def _own(self, file: Path, key: str) -> Path:
+        """The file, unless it was another frame's of the same set: sequences count their frames alike."""
+        taken = self._taken.setdefault((key.partition("/")[0], file), key)
+        if taken != key:
+            raise ValueError(
+                f"{file} would be the prediction of {taken!r} and of {key!r}: put the maps into folders, as the "
+                "images lie"
+            )
+        return file
 
     @property
     def fingerprint(self) -> str:
@@ -147,6 +171,12 @@ def _text(file: Path) -> dict[str, str]:
 
 def _plain(name: str) -> str:
     return next((name.removesuffix(mark) for mark in _MARKS if name.endswith(mark)), name)
+
+
+def _ends(name: str) -> list[str]:
+    """A path's ends, the longest first: a/b/c, b/c, c."""
+    parts = name.split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
 def _stem(name: str) -> str:

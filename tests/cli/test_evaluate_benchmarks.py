@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_benchmarks import make_da2k, make_kitti, make_nyu_bts
+from made_benchmarks import make_da2k, make_diode, make_kitti, make_nyu_bts, make_sintel
 from typing_commands import complaint
 
 from depth_anything.cli import main
@@ -93,6 +93,34 @@ def test_shares_and_one_process_write_one_table(tmp_path, scenes, weights, capsy
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
+def by_two(folder, *words):
+    """Two processes of torchrun, batches of two."""
+    code = (
+        "import sys\n"
+        "from depth_anything.cli import main\n"
+        "from depth_anything.evaluation import judging\n"
+        "judging.BATCH_SIZE = 2\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (folder / "judge.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(folder / "judge.py"), *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_what_the_second_process_cannot_read_is_an_exit_code(tmp_path, weights):
+    make_sintel(tmp_path / "sintel")
+    make_diode(tmp_path / "diode")
+    (tmp_path / "sintel/training/final/market_5/frame_0001.png").unlink()  # the third of four
+    line = ("--weights", weights, "--benchmarks", "sintel", "diode", "--root", tmp_path, "--device", "cpu")
+    done = by_two(tmp_path, "evaluate", *line, "--input-size", 28, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "sintel: 2 images of 4 not judged yet (this was share 1 of 2)" in done.stdout
+    assert done.stderr.count("evaluate: sintel: sintel/final/market_5/frame_0001: its image is missing") == 1
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]) == ["diode"]
+
+
 def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, monkeypatch):
     monkeypatch.setattr(judging, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--device", "cpu", "--output")
@@ -101,18 +129,7 @@ def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, mon
     torch.set_num_threads(1)  # as torchrun's processes have; another number may change the seventh digit
     assert main([*words, str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
-    code = (
-        "import sys\n"
-        "from depth_anything.cli import main\n"
-        "from depth_anything.evaluation import judging\n"
-        "judging.BATCH_SIZE = 2\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    (tmp_path / "judge.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "judge.py"), *words, str(tmp_path / "two")], capture_output=True, text=True
-    )
+    done = by_two(tmp_path, *words, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1
     assert [path.name[-10:] for path in sorted((tmp_path / "two/rows").iterdir())] == [
@@ -141,7 +158,7 @@ def test_refusals(tmp_path, root, weights, capsys):
     assert "nothing to judge" in complaint(capsys, "evaluate", "--data", root)
     line = (*given, "--benchmarks", "nyu", "--root", root, "--output", tmp_path, "--protocol")
     assert "protocol 'zoedepth' compares metres and fits no disparity" in complaint(capsys, *line, "zoedepth")
-    assert "says nothing of NYU" in complaint(capsys, *line, "marigold")
+    assert "says nothing of NYU" in complaint(capsys, *line, "moge")
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps/x.npy", np.ones((2, 2)))
     maps = ("evaluate", "--predictions", tmp_path / "maps", "--benchmarks", "nyu", "--root", root)

@@ -9,6 +9,7 @@ import made_benchmarks as made
 import numpy as np
 import pytest
 from made_raw import jpeg, picture, png, room
+from PIL import Image
 
 from depth_anything.evaluation.benchmarks import nyu as nyu_module
 from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
@@ -140,6 +141,14 @@ def test_nyu_as_marigold_extracts_it(tmp_path):
     raw, filled = made.make_nyu_marigold(tmp_path)
     check("nyu", tmp_path, raw)
     check("nyu_filled", tmp_path, filled)
+    folder = tmp_path / "test/bathroom_0001"
+    shutil.copy(folder / "depth_0046.png", folder / "filled_0046.png")  # as its download has it
+    with pytest.raises(ValueError, match=r"filled_0046\.png\): it has holes.*take nyu"):
+        made.read_all(load("nyu_filled"), tmp_path)
+
+
+def test_marigold_compares_what_the_kinect_measured():
+    assert "marigold" in load("nyu").caps and list(load("nyu_filled").caps) == ["da2"]
 
 
 def test_nyu_in_a_file_a_frame(tmp_path):
@@ -183,6 +192,21 @@ def test_eth3d(tmp_path):
     benchmark = load("eth3d")
     with pytest.raises(ValueError, match=r"eth3d/office/DSC_0219: its depth has 6908 bytes, 6912 are needed"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
+
+
+def test_one_scene_of_eth3d_and_a_camera_that_was_turned(tmp_path):
+    truth = made.make_eth3d(tmp_path)
+    scene = tmp_path / "office"
+    shutil.move(tmp_path / "office_dslr_depth/office/ground_truth_depth", scene)
+    path = scene / "images/dslr_images/DSC_0219.JPG"
+    picture_ = Image.open(path)
+    exif = picture_.getexif()
+    exif[0x0112] = 6  # a quarter turn; the depth's rows are the sensor's all the same
+    picture_.save(path, exif=exif)
+    frames = made.read_all(load("eth3d"), scene)
+    assert list(frames) == ["DSC_0219", "DSC_0220"]
+    np.testing.assert_array_equal(frames["DSC_0219"].depth, truth["office/DSC_0219"].astype(np.float32))
+    assert frames["DSC_0219"].image.shape[:2] == truth["office/DSC_0219"].shape
 
 
 def test_diode_and_its_halves(tmp_path):

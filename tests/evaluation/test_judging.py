@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_benchmarks import make_nyu_bts, make_sintel
+from made_benchmarks import make_da2k, make_nyu_bts, make_sintel
 
 from depth_anything import DepthAnything, Predictor
 from depth_anything.data.sample import Frame
@@ -204,8 +204,54 @@ def test_a_name_that_two_maps_have_is_not_guessed(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / "1_depth.npy", np.full((28, 42), 5.0, np.float32))
-    with pytest.raises(ValueError, match="no prediction of 'toy/001'"):
+    with pytest.raises(ValueError, match="no prediction of 'toy/001'.*a/1_depth.npy and .*b/1_depth.npy"):
         Predictions(tmp_path).recall(a_frame(1))
+
+
+def a_kitti_frame(drive):
+    """Every drive counts its frames from 0."""
+    files = [f"raw/2011_09_26/{drive}/image_02/data/0000000032.png"]
+    return Frame(f"kitti/{drive}/0000000032", np.zeros((28, 42, 3), np.uint8), {"files": files})
+
+
+def test_a_map_stands_for_one_frame_of_a_set(tmp_path):
+    np.save(tmp_path / "0000000032.npy", np.full((28, 42), 5.0, np.float32))
+    maps = Predictions(tmp_path, quantity="depth")
+    assert maps.recall(a_kitti_frame("drive_0036")).max() == 5
+    assert maps.recall(a_kitti_frame("drive_0036")).max() == 5  # again, for the page
+    with pytest.raises(ValueError, match="0000000032.npy would be .*'kitti/drive_0036/.*'kitti/drive_0047/"):
+        maps.recall(a_kitti_frame("drive_0047"))
+
+
+@pytest.mark.parametrize(
+    "below", ["", "image_02/data/", "2011_09_26/{0}/image_02/data/", "kitti/{0}/", "{0}/"]
+)
+def test_a_map_is_found_where_its_image_lies(tmp_path, below):
+    for value, drive in enumerate(("drive_0036", "drive_0047")):
+        path = tmp_path / f"of_{drive}" / below.format(drive) / "0000000032.npy"
+        path.parent.mkdir(parents=True)
+        np.save(path, np.full((28, 42), value, np.float32))
+    maps = Predictions(tmp_path, quantity="depth")
+    if "{0}" in below:
+        assert [maps.recall(a_kitti_frame(d)).max() for d in ("drive_0036", "drive_0047")] == [0, 1]
+    else:
+        with pytest.raises(ValueError, match="no prediction of 'kitti/drive_0047/0000000032'"):
+            maps.recall(a_kitti_frame("drive_0047"))
+
+
+def test_maps_of_da2k_lie_as_its_images(tmp_path):
+    benchmark = load("da2k")
+    make_da2k(tmp_path / "da2k")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    for path in (tmp_path / "da2k").glob("images/*/*"):
+        scene = elsewhere / path.parent.name
+        scene.mkdir(exist_ok=True)
+        np.save(scene / f"{path.stem}.npy", np.ones((36, 48), np.float32))
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps/linked").symlink_to(elsewhere)
+    maps = Predictions(tmp_path / "maps", quantity="depth")
+    rows = rows_of(maps, trial_of_benchmark(benchmark, tmp_path), tmp_path, [(1, 1)])
+    assert len(maps) == len(rows) == 10 and all(row["right"] == row["pairs"] / 2 for row in rows)
 
 
 def test_what_the_authors_metric_script_saves_is_metres(tmp_path):
@@ -238,5 +284,10 @@ def test_missing_data_says_where_it_is(tmp_path):
         image.unlink()
     with pytest.raises(judging.MissingData, match="rgb_.*silberman"):
         [trial.read(line) for line in trial.lines]
+    for name, path in (("da2k", "annotations.json"), ("moge_gso", "GSO/.index.txt")):
+        (tmp_path / name / path).parent.mkdir(parents=True)
+        (tmp_path / name / path).write_text("{}" if path.endswith("json") else "\n")
+        with pytest.raises(judging.MissingData, match=f"^{name}: .* lists no image of .*huggingface"):
+            trial_of_benchmark(load(name), tmp_path)
     with pytest.raises(ValueError, match="protocol 'moge' says nothing of NYU"):
         trial_of_benchmark(load("nyu"), tmp_path, protocol="moge")

@@ -7,6 +7,7 @@ import pytest
 
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.catalogue import load
 from depth_anything.evaluation.evaluate import METRICS, evaluate, judge, show
 from depth_anything.evaluation.protocols import CROPS, PROTOCOLS, Protocol, find_protocol
 
@@ -166,6 +167,13 @@ def test_crops_of_other_sizes():
     assert CROPS["eigen_nyu"](960, 1280) == (slice(90, 942), slice(82, 1202))
 
 
+def test_zoedepth_crops_diode_as_its_code_does():
+    rooms = find_protocol("zoedepth", benchmark=load("diode_indoor"))
+    assert CROPS[rooms.crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
+    outdoor = find_protocol("zoedepth", benchmark=load("diode_outdoor"))
+    assert outdoor.crop == "garg" and outdoor.max_depth == 80
+
+
 class Columns:
     """Predicts for each pixel its column, from the left of whatever it is shown."""
 
@@ -190,6 +198,8 @@ def test_the_model_is_shown_the_view_and_its_mirror():
     assert model.shapes == [(352, 1216, 3)] * 2
     assert row["abs_rel"] == pytest.approx(50 / 30)  # the mean of both is 608.5 everywhere, lowered to 80
     assert row["valid"] == inside("garg", (352, 1216)).sum()
+    with pytest.raises(ValueError, match="'k' cannot be cut to kb: .*which 1000x375 have not"):
+        show(Frame("k", frame.image[:, :1000], {}, depth=depth[:, :1000]), rules)
     with pytest.raises(ValueError, match="'k' cannot be cut to kb: its depth has another size"):
         show(Frame("k", frame.image, {}, depth=depth[:100]), rules)
 

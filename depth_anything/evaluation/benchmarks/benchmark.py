@@ -15,7 +15,7 @@ class Caps:
         max_depth: Metres; farther truth is not valid.
         cut: What image and truth are cut to before anything else: "kb" (the last 352 rows, 1216 columns in the
             middle) or nothing.
-        crop: The part of the truth that counts: "garg", "eigen_kitti", "eigen_nyu", "eigen_pixels", or nothing.
+        crop: The part of the truth that counts: one of `protocols.CROPS`, as "garg", or nothing.
     """
 
     min_depth: float

@@ -5,7 +5,7 @@ depth below the root; 6048 x 4032 pixels.
 
 Depth: the files of ground_truth_depth are no JPEGs: float32, little-endian, row by row, without a header,
 metres along the axis; infinite is not known, which most pixels are. They belong to the distorted images, not
-to dslr_images_undistorted.
+to dslr_images_undistorted, and to their pixels as stored, whatever EXIF says of what was up.
 
 Licence: CC BY-NC-SA 4.0. Get it from https://www.eth3d.net/datasets: *_dslr_jpg.7z and *_dslr_depth.7z of
 each of the thirteen, some 22 GB.
@@ -36,14 +36,14 @@ _FACTS = Facts(
 
 def find(root: Path) -> Iterator[str]:
     """List the frames scene by scene; ValueError if there is none."""
-    return find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH), sequence=lambda parts: parts[-3])
+    return find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH), sequence=_scene)
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing, damaged or of another size."""
     name, image, depth = fields(line)
     with about(f"eth3d/{name}"):
-        pixels = decode_image(read_kind(Path(root), _IMAGE, image))
+        pixels = decode_image(read_kind(Path(root), _IMAGE, image), upright=False)
         data = read_kind(Path(root), _DEPTH, depth)
         height, width = pixels.shape[:2]
         if len(data) != height * width * 4:
@@ -52,6 +52,11 @@ def read(root: Path, line: str) -> Frame:
                 f"{width} x {height} pixels of float32"
             )
         return make_frame(f"eth3d/{name}", pixels, np.frombuffer(data, "<f4").reshape(height, width))
+
+
+def _scene(parts: tuple[str, ...]) -> str:
+    """The scene's name; none where the root is the scene's own folder."""
+    return parts[-3] if len(parts) > 2 else ""
 
 
 ETH3D = Benchmark(

@@ -135,12 +135,11 @@ def warp(
     turn = _turn(inverse @ [0.5, 0.5, 1.0])
     wide, high = _view(inverse, turn, width / height)
     new = np.array([[1 / wide, 0, 0.5], [0, 1 / high, 0.5], [0, 0, 1]])
-    raw_height, raw_width = depth.shape
     # Pixels of about the target's size, seen from the old camera.
     near_width = max(1, int(width * inverse[0, 0] / wide + 1e-6))
     near_height = max(1, int(height * inverse[1, 1] / high + 1e-6))
     image = np.asarray(Image.fromarray(image).resize((near_width, near_height), Image.Resampling.LANCZOS))
-    distance = _resize_known(depth * _ray_lengths(inverse, raw_width, raw_height), near_width, near_height)
+    distance = _resize_known(depth, near_width, near_height) * _ray_lengths(inverse, near_width, near_height)
     u, v = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     rays = np.stack([*np.meshgrid(u, v), np.ones((height, width))], -1)
     seen = rays @ (camera @ turn.T @ np.linalg.inv(new)).T
