@@ -65,7 +65,17 @@ def test_no_row_is_there_twice() -> None:
 def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "stage" / f"{stage}.yaml").read_text())
     keys = {"encoder", "batch_size", "steps", "image_size", "init", "perturb", "data.repeat"}
-    keys |= {"sky", "cutmix", "mix", "start", "freeze_encoder", "max_depth", "min_depth"} & config.keys()
+    keys |= {
+        "sky",
+        "cutmix",
+        "mix",
+        "start",
+        "freeze_encoder",
+        "lora",
+        "rates",
+        "max_depth",
+        "min_depth",
+    } & config.keys()
     keys |= {f"recipe.{key}" for key in config["recipe"] if key not in ("_target_", "steps")}
     told = {key for where, key, _, _ in rows() if where == f"stage/{stage}"}
     assert keys <= told, f"docs/recipe.md does not tell of {sorted(keys - told)}"
