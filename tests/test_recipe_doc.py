@@ -71,6 +71,8 @@ def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
         "mix",
         "start",
         "freeze_encoder",
+        "lora",
+        "rates",
         "max_depth",
         "min_depth",
         "replay",

@@ -98,7 +98,7 @@ def _front(model: DepthAnything, form: str) -> list[str]:
 
 
 def _what(model: DepthAnything) -> list[str]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if model.max_depth is not None:
         gives = f"**Output: depth in metres**, 0 to {model.max_depth:g}; larger is farther."
     else:
@@ -210,9 +210,10 @@ def _whence(model: DepthAnything) -> list[str]:
     elif origin.get("stage"):
         lines += ["", "Started from random weights."]
     if origin.get("stage"):
+        lora = f" lora={origin['lora']}" if origin.get("lora") else ""
         lines += [
             "",
-            f"Trained by `train.py stage={origin['stage']}` on:",
+            f"Trained by `train.py stage={origin['stage']}{lora}` on:",
             "",
             *_table(origin.get("data", [])),
         ]

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from depth_anything.model import lora
+
 EXPECTED = "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
 
 _KINDS = {
@@ -55,11 +57,22 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors; {EXPECTED}")
+    if lora.SAID in metadata:
+        tensors = _merged(tensors, metadata[lora.SAID], path)
     if any("lora_" in name for name in tensors):
         raise ValueError(
             f"{path} is a LoRA adapter, which is no model by itself: merge it into its base; {EXPECTED}"
         )
     return tensors, metadata
+
+
+def _merged(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[str, Tensor]:
+    try:
+        return lora.merged(tensors, float(scale))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has LoRA adapters that do not fit their layers ({reason(error)}); save it again"
+        ) from error
 
 
 def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:

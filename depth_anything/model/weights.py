@@ -32,6 +32,7 @@ from depth_anything.model.files import (
     write_folder,
     write_whole,
 )
+from depth_anything.model.lora import merged
 from depth_anything.model.published import licence_of, repository_of, said_by_name
 
 _HAS_V1 = ("vits", "vitb", "vitl")
@@ -99,7 +100,7 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
     """Write a model to a file that appears whole or not at all.
 
     Args:
-        model: On any device.
+        model: On any device; adapters are merged into its weights.
         path: The file, or for transformers the folder; what it lies in is made, and an older one is replaced.
         format: "safetensors", which keeps everything that `load_model` needs; "transformers", a folder that
             `DepthAnythingForDepthEstimation.from_pretrained` reads; or "official", the .pth that the authors' code
@@ -111,6 +112,7 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
     """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = merged(state)
     if format == "safetensors":
         write_whole(path, lambda temporary: save_safetensors(state, temporary, describe(model)))
     elif format == "official":
@@ -209,7 +211,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     Returns:
         "sha256:" and the hash over names, shapes and bytes of all tensors, in float32 where the file has less.
     """
-    tensors = model.state_dict() if isinstance(model, nn.Module) else _read_model(Path(model))[0]
+    tensors = merged(model.state_dict()) if isinstance(model, nn.Module) else _read_model(Path(model))[0]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.endswith(_UNUSED):

@@ -11,6 +11,7 @@ from depth_anything.data.transforms import cutmix, normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.lora import said_of
 from depth_anything.model.weights import describe
 
 
@@ -150,7 +151,7 @@ class DepthModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what its tensors do not, so that `load_model` reads it as it reads a model file."""
-        checkpoint["depth_anything"] = describe(self.model)
+        checkpoint["depth_anything"] = {**describe(self.model), **said_of(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count the batches done in micro-batches of today; Lightning stored them in those of the old run."""

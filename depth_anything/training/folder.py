@@ -21,7 +21,7 @@ from depth_anything.training.plan import override
 #: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
 FREE_KEYS = frozenset(
     """accelerator devices num_nodes strategy workers micro_batch logger logging checkpoint validation resume overwrite
-    dry_run name run_dir output_dir allow_partial tiny""".split()
+    dry_run name run_dir output_dir allow_partial tiny rates""".split()
 )
 #: Keys that repeat another key's value.
 ECHOES = (

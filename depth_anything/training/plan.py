@@ -10,12 +10,13 @@ import torch
 
 from depth_anything.data.address import told
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.lora import add_adapters, import_peft
 
 #: The keys of a run, as configs/train.yaml and the groups below it have them.
 KEYS = frozenset(
     """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
     dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix mix sky
-    max_depth min_depth start freeze_encoder replay replay_share
+    max_depth min_depth start freeze_encoder lora rates replay replay_share
     recipe module data
     labels teacher sources trainer logger size experiment tiny""".split()
 )
@@ -61,6 +62,7 @@ def refuse_nonsense(config: Mapping[str, Any]) -> None:
         )
     if config["stage"] == "metric":
         _refuse_no_range(config)
+        _refuse_no_rank(config)
 
 
 def _refuse_no_range(config: Mapping[str, Any]) -> None:
@@ -79,6 +81,19 @@ def _refuse_no_range(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"freeze_encoder={config['freeze_encoder']} is neither true nor false; type freeze_encoder=true"
         )
+
+
+def _refuse_no_rank(config: Mapping[str, Any]) -> None:
+    rank = config.get("lora")
+    if rank is None:
+        return
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"lora={rank} must be a whole number above 0, the rank, as in lora=8; or lora=null")
+    if config["freeze_encoder"]:
+        raise ValueError(
+            f"lora={rank} teaches the encoder and freeze_encoder=true forbids it; type freeze_encoder=false"
+        )
+    import_peft()
 
 
 def one_sentence(error: BaseException) -> str:
@@ -256,6 +271,10 @@ def print_plan(config: Mapping[str, Any]) -> None:
         )
         return
     recipe = config["recipe"]
+    if config.get("lora"):
+        with torch.device("meta"):
+            add_adapters(model, config["lora"])
+        print(f"adapters    LoRA of rank {config['lora']} beside the encoder's frozen layers")
     for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
         print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
     print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")

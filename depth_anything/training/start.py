@@ -12,6 +12,7 @@ from depth_anything.licences import combine
 from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import hub_name, licence_on_hub
+from depth_anything.model.lora import add_adapters
 from depth_anything.model.weights import has_head, licence_in, load_encoder, load_model
 
 
@@ -20,7 +21,7 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or the authors, or null for
     random weights, drawn from `seed`. stage=metric makes metres up to `max_depth`; of a whole model it takes what
-    `start` says, and `freeze_encoder` leaves the encoder as it comes.
+    `start` says; `freeze_encoder` leaves the encoder as it comes, and `lora` gives it adapters, which alone learn.
 
     Raises:
         ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
@@ -55,6 +56,8 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
         model.origin = {"start": {"from": named or _short(source), "licence": licence, "base": named}}
     if config.get("freeze_encoder"):
         model.pretrained.requires_grad_(False)
+    if config.get("lora"):
+        add_adapters(model, config["lora"])
     return model
 
 
@@ -80,6 +83,8 @@ def credited(
         licences += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
     model.licence = combine(licences)
     model.origin = {**model.origin, "stage": config["stage"], "data": data}
+    if config.get("lora"):
+        model.origin["lora"] = config["lora"]
     return model
 
 

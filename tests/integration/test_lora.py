@@ -1,0 +1,33 @@
+"""A run with adapters, stopped and gone on with, ends with the bytes of the unbroken one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depth_anything import load_model
+from depth_anything.model.weights import fingerprint
+
+pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")
+
+
+def test_a_stopped_run_ends_like_an_unbroken_one(start: Any, tmp_path: Path) -> None:
+    shared = ["stage=metric", "lora=2", "init=null", "steps=8", "trainer=cpu", "recipe.checkpointing=true"]
+    straight = start(*shared, "name=straight")
+    assert straight.returncode == 0, straight.stderr[-2000:]
+    sittings = [("3:0", 143), ("0:0", 0)]
+    for stop, code in sittings:
+        result = start(
+            *shared,
+            "name=stopped",
+            script="tests/integration/recorded.py",
+            WITNESS=str(tmp_path),
+            STOP_AT=stop,
+        )
+        assert result.returncode == code, result.stderr[-2000:]
+        runs = tmp_path / "outputs"
+        midway = sorted((runs / "stopped" / "checkpoints").glob("*.ckpt"))[-1]
+        assert load_model(midway).max_depth == 80  # what evaluates a run that is not finished
+    models = [(runs / name / "model.safetensors") for name in ("straight", "stopped")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    assert fingerprint(midway) == fingerprint(models[1])

@@ -1,0 +1,253 @@
+"""LoRA: adapters on the layers the head hears of, and a network merged that is the plain one again."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from depth_anything import DepthAnything, load_model, save_model
+from depth_anything.model import lora
+from depth_anything.model.accelerate import accelerate
+from depth_anything.model.card import card
+from depth_anything.model.lora import adaptable, add_adapters, merged, said_of
+from depth_anything.model.weights import describe, fingerprint
+
+pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")
+# torch 2.15 warns of what its own compiler does.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+def network(encoder="vitn", *, rank=3, **settings):
+    """Build a network whose adapters have learned something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = DepthAnything(encoder, **settings)
+        add_adapters(model, rank)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def images(model, sides=5):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(2, 3, sides * model.patch_size, sides * model.patch_size, generator=generator)
+
+
+def plain(model):
+    """Build the same network without adapters."""
+    other = DepthAnything(model.encoder, max_depth=model.max_depth, taps=model.taps)
+    other.load_state_dict(merged(model.state_dict()))
+    return other.eval()
+
+
+# --- where they go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    (
+        "encoder",
+        "trained",
+    ),  # 8 × the sides of qkv, proj, fc1, fc2: 8 × 18 × width a block; SwiGLU's two likewise
+    [("vits", 589_824), ("vitb", 1_179_648), ("vitl", 3_145_728), ("vitg", 7_864_320), ("vitn", 49_152)],
+)
+def test_every_linear_layer_has_one_and_nothing_else_is_trained(encoder, trained):
+    with torch.device("meta"):
+        model = DepthAnything(encoder)
+        blocks = len(model.pretrained.blocks)
+        linear = {n for n, m in model.pretrained.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert set(adaptable(model)) == linear and len(linear) == 4 * blocks
+        head = [p.shape for p in model.head_parameters()]
+        add_adapters(model, 8)
+    assert sum(p.numel() for p in model.encoder_parameters()) == trained
+    free = {name for name, p in model.pretrained.named_parameters() if p.requires_grad}
+    assert len(free) == 8 * blocks and all(".lora_" in name for name in free)
+    assert [p.shape for p in model.head_parameters()] == head  # as before
+
+
+def test_blocks_that_the_head_does_not_hear_of_have_none():
+    with torch.device("meta"):
+        model = DepthAnything("vits", taps=(0, 1, 2, 3))
+    assert {name.split(".")[1] for name in adaptable(model)} == {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
+def test_every_adapter_learns(small_official_encoders, encoder):
+    """Data parallelism waits for ever for a gradient that never comes; a timm Eva calls not all of its layers."""
+    model = network(encoder)
+    model(images(model)).sum().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad is None for p in model.pretrained.parameters() if not p.requires_grad)
+
+
+def test_adapters_start_at_nothing():
+    torch.manual_seed(0)
+    model = DepthAnything("vitn").eval()
+    before = model(images(model))
+    add_adapters(model, 4)
+    assert torch.equal(model(images(model)), before)
+
+
+def test_what_cannot_be_is_one_sentence(monkeypatch):
+    with pytest.raises(ValueError, match="lora=97 exceeds the 96 channels of encoder=vitn; type lora=8"):
+        add_adapters(DepthAnything("vitn"), 97)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ValueError, match=r'needs peft .*type  pip install "depth-anything-train\[lora\]"  or'
+    ):
+        add_adapters(DepthAnything("vitn"), 4)
+    monkeypatch.undo()
+    monkeypatch.setattr(lora, "_LAYERS", frozenset())
+    with pytest.raises(ValueError, match="finds no layers that it knows in encoder=vitn; type lora=null"):
+        add_adapters(DepthAnything("vitn"), 4)
+
+
+# --- merged ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
+def test_the_merged_network_is_the_plain_one_and_says_the_same(small_official_encoders, encoder):
+    model = network(encoder, max_depth=20.0).eval()
+    untouched = DepthAnything(encoder, max_depth=20.0).state_dict()
+    made = merged(model.state_dict())
+    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {
+        n: (t.shape, t.dtype) for n, t in untouched.items()
+    }
+    with torch.no_grad():
+        maps, again = model(images(model)), plain(model)(images(model))
+        for parameter in (p for n, p in model.named_parameters() if ".lora_B." in n):
+            parameter.zero_()
+        without = model(images(model))
+    torch.testing.assert_close(again, maps, rtol=1e-4, atol=1e-4)
+    assert (without - maps).abs().max() > 0.01  # they did say something
+
+
+def test_merging_rounds_once_and_leaves_a_plain_network_alone():
+    model = network()
+    state = model.state_dict()
+    name = "pretrained.blocks.2.mlp.fc1"
+    up, down = (state[f"{name}.lora_{which}.default.weight"].double() for which in "BA")
+    wanted = (state[f"{name}.base_layer.weight"].double() + 2 * up @ down).float()
+    assert torch.equal(merged(state)[f"{name}.weight"], wanted)
+    unadapted = DepthAnything("vitn")
+    state = unadapted.state_dict()
+    assert all(made is state[name] for name, made in merged(state).items())
+    assert not said_of(unadapted) and said_of(model)
+
+
+def saved_anyhow(model, folder):
+    """Save a network in every format, and as Lightning does; give the paths."""
+    save_model(model, folder / "m.safetensors")
+    save_model(model, folder / "hf", format="transformers")
+    save_model(model, folder / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(
+        {"state_dict": state, "depth_anything": {**describe(model), **said_of(model)}}, folder / "c.ckpt"
+    )
+    return [
+        folder / name
+        for name in ("m.safetensors", "hf", "depth_anything_v2_metric_hypersim_vits.pth", "c.ckpt")
+    ]
+
+
+def test_every_door_reads_it_without_peft_and_without_a_flag(model, tmp_path, monkeypatch):
+    adapted = network("vits", max_depth=20.0)
+    paths = saved_anyhow(adapted, tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    wanted = plain(adapted)
+    for path in paths:
+        read = load_model(path)
+        assert (read.encoder, read.max_depth) == ("vits", 20.0)
+        assert fingerprint(path) == fingerprint(read) == fingerprint(adapted) == fingerprint(wanted)
+        assert torch.equal(read(images(read)), wanted(images(read)))
+    for text in (card(net, file="m", form="safetensors", title="m") for net in (adapted, wanted)):
+        assert f"{sum(p.numel() for p in wanted.parameters()):,} parameters" in text
+
+
+def test_the_model_in_training_is_left_as_it_is(tmp_path):
+    """Saved midway, as for the best so far, it goes on training with its adapters."""
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_model(model, tmp_path / "m.safetensors")
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+LAYER = "model.pretrained.blocks.1.attn.proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_scale": "much"}, "has LoRA adapters that do not fit their layers"),
+        ({"lora_scale": None}, "has LoRA adapters that do not fit their layers"),
+        ({f"{LAYER}.lora_A.default.weight": None}, "has LoRA adapters that do not fit their layers"),
+        (
+            {f"{LAYER}.lora_A.default.weight": torch.ones(7, 5)},
+            "has LoRA adapters that do not fit their layers",
+        ),
+        ({f"{LAYER}.lora_B.default.weight": torch.ones(9)}, "has LoRA adapters that do not fit their layers"),
+        ({f"{LAYER}.base_layer.weight": None}, "has LoRA adapters that do not fit their layers"),
+        (
+            {f"{LAYER}.lora_A.other.weight": torch.ones(3, 96)},
+            "is a LoRA adapter, which is no model by itself",
+        ),
+        ({f"{LAYER}.lora_B.default.weight": None}, "is a LoRA adapter, which is no model by itself"),
+    ],
+)
+def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, message):
+    model = network()
+    said = {**describe(model), **said_of(model)}
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, value in change.items():
+        place = said if name == "lora_scale" else state
+        place.pop(name, None)
+        if value is not None or name == "lora_scale":
+            place[name] = value
+    torch.save({"state_dict": state, "depth_anything": said}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "c.ckpt")
+
+
+def test_adapters_of_an_unknown_scale_are_not_guessed(tmp_path):
+    model = network()
+    torch.save({"state_dict": model.state_dict(), "depth_anything": describe(model)}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="is a LoRA adapter, which is no model by itself"):
+        load_model(tmp_path / "c.ckpt")
+
+
+# --- with the rest ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_checkpointing_and_compilation_stay_exact(monkeypatch, checkpoint):
+    """Two graphs and not one: what enters the first block has no gradient, what enters the others has."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    one, other = network(), network()
+    accelerate(other, checkpoint=checkpoint, compile=True)
+    assert list(one.state_dict()) == list(other.state_dict())
+    for model in (one, other):
+        model(images(model)).square().mean().backward()
+    assert len(graphs) == 2 and all(("tag_activation_checkpoint" in code) == checkpoint for code in graphs)
+    for got, want in zip(other.parameters(), one.parameters(), strict=True):
+        assert (got.grad is None) == (want.grad is None)
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_autocast_keeps_master_weights():
+    model = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images(model)).float().mean().backward()
+    learned = [p for p in model.encoder_parameters() if p.grad is not None]
+    assert learned and all(p.dtype == p.grad.dtype == torch.float32 for p in learned)
+    assert all(p.grad.isfinite().all() for p in learned)

@@ -1,0 +1,174 @@
+"""lora= of stage=metric: who learns and how fast, what a checkpoint gives, and what is refused."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from depth_anything import DepthAnything, Predictor, load_model, save_model
+from depth_anything.model.card import card
+from depth_anything.model.weights import fingerprint
+from depth_anything.training.base import parameter_groups
+from depth_anything.training.folder import differences
+from depth_anything.training.metric import Metric, MetricRecipe
+from depth_anything.training.plan import print_plan, refuse_nonsense
+from depth_anything.training.start import credited, network
+
+pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIDE = 28
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", ["stage=metric", "streams=8", *overrides])
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def relative(path: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        save_model(DepthAnything("vitn"), path)
+    return path
+
+
+def started(path: Path, *overrides: str) -> DepthAnything:
+    return network(composed(f"init={relative(path / 'r.safetensors')}", "lora=4", *overrides))
+
+
+def batch() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "image": torch.randint(0, 256, (3, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator),
+        "target": torch.rand(3, SIDE, SIDE, generator=generator) * 20,
+        "valid": torch.rand(3, SIDE, SIDE, generator=generator) > 0.5,
+    }
+
+
+def trained(model: DepthAnything, steps: int = 3) -> Metric:
+    module = Metric(model, MetricRecipe(steps=100, encoder_lr=1e-2, head_lr=1e-3))
+    module.configure_model()
+    optimizer = module.configure_optimizers()["optimizer"]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module.losses(batch())["loss"].backward()
+        optimizer.step()
+    return module
+
+
+@pytest.mark.parametrize("start", ["encoder", "all"])
+def test_adapters_and_the_head_learn_and_nothing_else(tmp_path: Path, start: str) -> None:
+    model = started(tmp_path, f"start={start}")
+    encoder, head = parameter_groups(model, encoder_lr=1.0, head_lr=2.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {".lora_" in names[id(p)] for p in encoder["params"]} == {True} and encoder["lr"] == 1.0
+    assert {names[id(p)].split(".")[0] for p in head["params"]} == {"depth_head"}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    trained(model)
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {names[id(p)] for group in (encoder, head) for p in group["params"]}
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    model = started(tmp_path)
+    before = float(
+        Metric(model, MetricRecipe(steps=1, encoder_lr=0, head_lr=0)).losses(batch())["loss"].detach()
+    )
+    module = trained(model, steps=12)
+    assert float(module.losses(batch())["loss"].detach()) < 0.9 * before
+
+
+def test_a_checkpoint_midway_is_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lightning saves, with what the module adds: load_model and init= need neither peft nor a flag."""
+    module = trained(started(tmp_path))
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "step-000000003.ckpt")
+    picture = batch()["image"][0].numpy()
+    live = Predictor(module.model, device="cpu", input_size=SIDE).predict(picture)
+    save_model(module.model, tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for path in (tmp_path / "step-000000003.ckpt", tmp_path / "model.safetensors"):
+        read = load_model(path)
+        assert (read.max_depth, read.input_size) == (80.0, 70)
+        assert fingerprint(read) == fingerprint(module.model)
+        metres = Predictor(read, device="cpu", input_size=SIDE).predict(picture)
+        torch.testing.assert_close(torch.from_numpy(metres), torch.from_numpy(live), rtol=1e-4, atol=1e-4)
+        again = network(composed(f"init={path}", "start=all"))
+        assert fingerprint(again) == fingerprint(module.model)
+
+
+def test_training_goes_on_from_its_own_state_dict(tmp_path: Path) -> None:
+    module = trained(started(tmp_path))
+    other = Metric(started(tmp_path, "seed=7"), module.recipe)  # type: ignore[arg-type]
+    other.load_state_dict(module.state_dict())
+    assert fingerprint(other.model) == fingerprint(module.model)
+
+
+def test_the_card_says_how(tmp_path: Path) -> None:
+    model = credited(started(tmp_path), composed("lora=4"), [])
+    save_model(model, tmp_path / "model.safetensors")
+    read = load_model(tmp_path / "model.safetensors")
+    assert read.origin["lora"] == 4
+    assert "Trained by `train.py stage=metric lora=4` on:" in card(
+        read, file="m", form="safetensors", title="m"
+    )
+    whole = credited(network(composed("init=null")), composed(), [])
+    assert "lora" not in whole.origin
+
+
+# --- configuration ---------------------------------------------------------------------------------------------
+
+
+def test_adapters_have_a_rate_of_their_own_and_what_is_typed_wins() -> None:
+    for typed, rate in (
+        ([], 5e-6),
+        (["lora=8"], 1e-4),
+        (["lora=8", "recipe.encoder_lr=3e-4"], 3e-4),
+        (["recipe.encoder_lr=5e-7"], 5e-7),
+    ):
+        assert composed("size=paper", "sources=hypersim", *typed)["recipe"]["encoder_lr"] == rate
+    assert composed("lora=8")["recipe"]["encoder_lr"] == composed()["recipe"]["encoder_lr"] == 1e-3
+
+
+def test_the_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(composed("size=paper", "sources=hypersim", "encoder=vits", "lora=8"))
+    told = capsys.readouterr().out
+    assert "network     vits: 24,785,089 parameters" in told  # the network's own
+    assert "adapters    LoRA of rank 8" in told
+    assert "group       encoder: 589,824 trained, Adam, rate 0.0001" in told
+    assert "group       head: 2,654,657 trained" in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("lora=0", "lora=0 must be a whole number above 0, the rank, as in lora=8"),
+        ("lora=true", "lora=True must be"),
+        ("lora=2.5", "lora=2.5 must be"),
+        ("lora=all", "lora=all must be"),
+        ("lora=8,freeze_encoder=true", "freeze_encoder=true forbids it; type freeze_encoder=false"),
+    ],
+)
+def test_nonsense_is_refused(typed: str, message: str) -> None:
+    refuse_nonsense(composed("lora=8"))
+    with pytest.raises(ValueError, match=message):
+        refuse_nonsense(composed(*typed.split(",")))
+
+
+def test_without_peft_it_is_said_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refuse_nonsense(composed())
+    with pytest.raises(ValueError, match=r'type  pip install "depth-anything-train\[lora\]"'):
+        refuse_nonsense(composed("lora=8"))
+
+
+def test_another_rank_is_another_run() -> None:
+    assert list(differences(composed("lora=4"), composed("lora=8"))) == ["lora"]
+    before = composed()
+    del before["lora"], before["rates"]  # begun before there were any
+    assert not differences(before, composed())
