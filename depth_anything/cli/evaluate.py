@@ -61,6 +61,12 @@ def add_evaluate(commands: Any) -> None:
         "--protocol", metavar="NAME", help="da2, marigold, moge or zoedepth (da2, or the benchmark's own)"
     )
     evaluate.add_argument(
+        "--max-depth",
+        type=float,
+        metavar="METRES",
+        help="compare as far as this, in place of the set's or the benchmark's own range",
+    )
+    evaluate.add_argument(
         "--mean-map",
         metavar="SET",
         help="also judge the mean map of this training set, which looks at no image",
@@ -113,6 +119,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("where are the benchmarks? add --root DIR, with a folder of its name for each")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
+    if options.max_depth is not None and not options.max_depth > 0:
+        raise ValueError(f"--max-depth must be metres above 0, not {options.max_depth:g}")
 
 
 def _trials(options: argparse.Namespace) -> "tuple[list[Trial], list[str]]":
@@ -121,16 +129,14 @@ def _trials(options: argparse.Namespace) -> "tuple[list[Trial], list[str]]":
     from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
     from depth_anything.evaluation.judging import MissingData, trial_of_benchmark, trial_of_set
 
+    given = {"limit": options.limit, "max_depth": options.max_depth}
     if options.data:
-        shard_set = open_set(options.data)
-        return [trial_of_set(shard_set, protocol=options.protocol or "da2", limit=options.limit)], []
+        return [trial_of_set(open_set(options.data), protocol=options.protocol or "da2", **given)], []
     trials, missing = [], []
     benchmarks = [load_benchmark(name) for name in dict.fromkeys(options.benchmarks)]
     for benchmark in benchmarks:
         try:
-            trials.append(
-                trial_of_benchmark(benchmark, options.root, protocol=options.protocol, limit=options.limit)
-            )
+            trials.append(trial_of_benchmark(benchmark, options.root, protocol=options.protocol, **given))
         except MissingData as error:
             missing.append(str(error))
     if not trials:

@@ -57,8 +57,14 @@ class Trial:
     incomplete: str = ""
 
 
-def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit: int | None = None) -> Trial:
-    """The frames of a labelled shard set; its `max_depth` holds whatever the protocol's is.
+def trial_of_set(
+    shard_set: ShardSet,
+    *,
+    protocol: str | Protocol = "da2",
+    limit: int | None = None,
+    max_depth: float | None = None,
+) -> Trial:
+    """The frames of a labelled shard set, compared as far as `max_depth` of its manifest says.
 
     Boundaries are scored where its manifest says that its truth is `sharp`.
 
@@ -66,6 +72,7 @@ def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit
         shard_set: with depth in metres.
         protocol: a name, or rules.
         limit: so many frames, evenly spaced.
+        max_depth: metres, in place of the set's.
     """
     records = Records(shard_set)
 
@@ -75,14 +82,19 @@ def trial_of_set(shard_set: ShardSet, *, protocol: str | Protocol = "da2", limit
         return read_frame(records, int(line), ends=ends)
 
     lines = [str(number) for number in spaced(shard_set.records, limit)]
-    rules = find_protocol(protocol, max_depth=max_depth_of(shard_set))
+    rules = find_protocol(protocol, max_depth=max_depth_of(shard_set) if max_depth is None else max_depth)
     if shard_set.meta.get("sharp"):
         rules = replace(rules, sharp=True)
     return Trial(shard_set.name, lines, read, rules, {**describe_set(shard_set), "limit": limit})
 
 
 def trial_of_benchmark(
-    benchmark: Benchmark, root: str | Path, *, protocol: str | None = None, limit: int | None = None
+    benchmark: Benchmark,
+    root: str | Path,
+    *,
+    protocol: str | None = None,
+    limit: int | None = None,
+    max_depth: float | None = None,
 ) -> Trial:
     """The frames of a public benchmark.
 
@@ -91,13 +103,14 @@ def trial_of_benchmark(
         root: the folder of all benchmarks, in which this one has a folder of its name, or the benchmark's own.
         protocol: a name that the benchmark has caps for; its own first one by default.
         limit: so many frames, evenly spaced.
+        max_depth: metres, in place of the benchmark's own.
 
     Raises:
         ValueError: no such protocol there; as `MissingData`, the benchmark is not there.
     """
     rules = None
     if benchmark.caps:
-        rules = find_protocol(protocol or benchmark.protocol, benchmark=benchmark)
+        rules = find_protocol(protocol or benchmark.protocol, benchmark=benchmark, max_depth=max_depth)
     root = Path(root)
     root = root / benchmark.name if (root / benchmark.name).is_dir() else root
 
@@ -133,6 +146,8 @@ def trial_of_benchmark(
         incomplete = (
             f"only {len(lines)} of {len(found)} images are judged, so that no published figure is comparable"
         )
+    if rules is not None and max_depth is not None:
+        incomplete = f"compared up to {max_depth:g} m, so that no published figure is comparable"
     if len(found) < benchmark.images:
         incomplete = f"only {facts['images']} images lie there, so that no published figure is comparable"
     return Trial(benchmark.name, lines, read, rules, facts, incomplete)

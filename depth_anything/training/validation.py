@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,16 +34,12 @@ def trial_of(config: Mapping[str, Any]) -> Trial | None:
         ValueError: If it is not there, or is not judged by that protocol.
     """
     settings, root = config["validation"], config["sources"]["validation"]
-    given = {"protocol": settings["protocol"], "limit": settings["limit"]}
+    given = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
+    protocol = settings["protocol"]
     if settings["benchmark"] is not None:
-        trial = trial_of_benchmark(load_benchmark(settings["benchmark"]), settings["root"], **given)
-    elif root is not None:
-        trial = trial_of_set(open_set(root), **{**given, "protocol": given["protocol"] or "da2"})
-    else:
-        return None
-    if settings["max_depth"] is not None and trial.protocol is not None:
-        trial = replace(trial, protocol=replace(trial.protocol, max_depth=float(settings["max_depth"])))
-    return trial
+        benchmark = load_benchmark(settings["benchmark"])
+        return trial_of_benchmark(benchmark, settings["root"], protocol=protocol, **given)
+    return None if root is None else trial_of_set(open_set(root), protocol=protocol or "da2", **given)
 
 
 class Validation(StepCallback):
