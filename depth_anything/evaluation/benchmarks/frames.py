@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.data.sources.maps import read_bytes
 
 
 def make_frame(
@@ -55,6 +56,12 @@ def about(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def read_named(root: Path, path: str) -> bytes:
+    """Read a file below the root; a ValueError begins with its path."""
+    with about(path):
+        return read_bytes(root / path)
 
 
 def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
