@@ -239,7 +239,7 @@ def _rows(predictor: Judgeable, items: Sequence[Any], protocol: Protocol | None)
 
 def _missing(benchmark: Benchmark, error: Exception) -> MissingData:
     text = str(error).rstrip(".")
-    where = "" if benchmark.get in text else f"; {benchmark.title} is at {benchmark.get}"
+    where = "" if benchmark.get.split()[0] in text else f"; {benchmark.title} is at {benchmark.get}"
     return MissingData(f"{benchmark.name}: {text}{where}")
 
 

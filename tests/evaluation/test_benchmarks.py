@@ -222,6 +222,12 @@ def test_diode_and_its_halves(tmp_path):
         for key, depth in wanted.items():
             np.testing.assert_array_equal(found[key], depth.astype(np.float32))
             assert np.isnan(found[key]).sum() == 3
+    mask = next(tmp_path.glob("val/indoors/*/*/*_mask.npy"))
+    mask.unlink()
+    with pytest.raises(
+        ValueError, match=r"its mask is missing: no file \*_depth_mask\.npy in a folder scan_\*$"
+    ):
+        made.read_all(load("diode_indoor"), tmp_path)
     shutil.rmtree(tmp_path / "val/outdoor")
     with pytest.raises(ValueError, match="validation split outdoor"):
         list(load("diode_outdoor").find(tmp_path))
@@ -259,7 +265,9 @@ def test_scannet_reads_its_list_and_keeps_the_depths_size(tmp_path):
     assert list(frames) == ["scene0406_02/000300", "scene0406_02/000000"]
     assert frames["scene0406_02/000300"].image.shape[:2] == (72, 96)
     (tmp_path / "scene0406_02/depth/000300.png").unlink()
-    with pytest.raises(ValueError, match=r"scannet/scene0406_02/000300: No such file"):
+    with pytest.raises(
+        ValueError, match=r"scannet/scene0406_02/000300: scene0406_02/depth/000300\.png: No such file"
+    ):
         load("scannet").read(tmp_path, next(iter(load("scannet").find(tmp_path))))
     (tmp_path / "scannet_val_sampled_list_800_1.txt").write_text("one\n")
     with pytest.raises(ValueError, match="line 1"):

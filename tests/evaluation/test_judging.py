@@ -278,6 +278,9 @@ def test_a_benchmark_is_judged_from_its_files(tmp_path):
 def test_missing_data_says_where_it_is(tmp_path):
     with pytest.raises(judging.MissingData, match="^nyu: .*silberman"):
         trial_of_benchmark(load("nyu"), tmp_path)
+    with pytest.raises(judging.MissingData) as caught:
+        trial_of_benchmark(load("moge_hammer"), tmp_path)
+    assert str(caught.value).count("https://") == 1
     make_nyu_bts(tmp_path)
     trial = trial_of_benchmark(load("nyu"), tmp_path)
     for image in tmp_path.rglob("rgb_*"):

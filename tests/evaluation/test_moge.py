@@ -120,6 +120,10 @@ def test_what_leads_elsewhere_or_is_damaged_is_refused(tmp_path):
     benchmark = load("moge_gso")
     line = next(iter(benchmark.find(tmp_path)))
     assert benchmark.read(tmp_path, line).depth.shape == (512, 512)
+    (tmp_path / "GSO/scene/000/depth.png").rename(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match="moge_gso/scene/000: GSO/scene/000/depth.png: No such file"):
+        benchmark.read(tmp_path, line)
+    (tmp_path / "depth.png").rename(tmp_path / "GSO/scene/000/depth.png")
     (tmp_path / "GSO/scene/000/meta.json").write_text('{"intrinsics": [[0]]}')
     with pytest.raises(ValueError, match="moge_gso/scene/000: its meta"):
         benchmark.read(tmp_path, line)

@@ -158,4 +158,5 @@ def _path(folder: str, file: str) -> str:
 
 def _shown(kind: Kind) -> str:
     """The pattern of a kind's names as people write them."""
-    return re.sub(r"\(.*?\)", "*", kind.name, count=1).replace("\\", "")
+    frame = r"\((?:[^()]|\([^()]*\))*\)"  # the group, with others in it
+    return re.sub(frame, "*", kind.name, count=1).replace("\\", "").replace("(?:", "(")

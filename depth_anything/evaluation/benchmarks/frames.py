@@ -93,6 +93,12 @@ def about(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
+def read_named(root: Path, path: str) -> bytes:
+    """Read a file below the root; a ValueError begins with its path."""
+    with about(path):
+        return read_bytes(root / path)
+
+
 def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
     """Pass lines on; ValueError saying what was looked for if there is none."""
     first = next(lines, None)

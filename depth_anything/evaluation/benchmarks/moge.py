@@ -35,9 +35,9 @@ from PIL import Image, PngImagePlugin
 from depth_anything.data.sample import Frame, decode_image
 from depth_anything.data.sources.folders import fields
 from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_bytes, read_png16
+from depth_anything.data.sources.maps import read_png16
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
 
 INDEX = ".index.txt"
 _GET = "https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation"
@@ -87,9 +87,9 @@ def read(root: Path, line: str, *, name: str) -> Frame:
     with about(f"{name}/{frame}"):
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise ValueError("its path leads out of the bundle")
-        image = decode_image(read_bytes(Path(root, place, "image.jpg")))
-        depth = read_depth(read_bytes(Path(root, place, "depth.png")))
-        camera = _intrinsics(read_bytes(Path(root, place, "meta.json")))
+        image = decode_image(read_named(root, f"{place}/image.jpg"))
+        depth = read_depth(read_named(root, f"{place}/depth.png"))
+        camera = _intrinsics(read_named(root, f"{place}/meta.json"))
         if image.shape[:2] != depth.shape:
             raise ValueError(f"its image is {image.shape[:2]}, its depth {depth.shape}")
         image, depth, camera = warp(image, depth, camera, width=width, height=height)

@@ -33,10 +33,10 @@ import numpy as np
 from depth_anything.data.sample import Frame
 from depth_anything.data.sources.folders import fields
 from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_bytes, read_hdf5, read_png16
+from depth_anything.data.sources.maps import read_hdf5, read_png16
 from depth_anything.data.sources.walking import walk
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
 
 MATLAB = "nyu_depth_v2_labeled.mat"
 _TEST = (
@@ -119,9 +119,7 @@ def read(root: Path, line: str, *, depth: str) -> Frame:
         metres = read_png16(Path(root, path)).astype(np.float32) / 1000
         if depth == "filled" and not metres.all():
             raise ValueError("it has holes, and so it is the measured depth under another name: take nyu")
-        with about(image[0]):
-            data = read_bytes(Path(root, image[0]))
-        return make_frame(key, data, metres)
+        return make_frame(key, read_named(root, image[0]), metres)
 
 
 @lru_cache(maxsize=1)

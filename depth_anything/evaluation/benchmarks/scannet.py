@@ -18,9 +18,9 @@ import numpy as np
 from depth_anything.data.sample import Frame
 from depth_anything.data.sources.folders import fields
 from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_bytes, read_png16
+from depth_anything.data.sources.maps import read_png16
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
 
 LIST = "scannet_val_sampled_list_800_1.txt"
 _GET = f"http://www.scan-net.org (a form), and {LIST} from https://github.com/prs-eth/Marigold"
@@ -46,7 +46,7 @@ def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
     name, image, depth = fields(line)
     with about(f"scannet/{name}"):
-        data, values = read_bytes(Path(root, image)), read_png16(Path(root, depth))
+        data, values = read_named(Path(root), image), read_png16(read_named(Path(root), depth))
         return make_frame(f"scannet/{name}", data, values.astype(np.float32) / 1000, same_size=False)
 
 
