@@ -47,7 +47,7 @@ from depth_anything.losses import feature_alignment_loss, invariant_losses
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.training.base import DepthModule, Recipe
-from depth_anything.training.callbacks import fit_callbacks
+from depth_anything.training.engine import fit_callbacks
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.run import build_trainer, complete

@@ -285,7 +285,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
     if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
         print(f"labels      {config['data']['labels']}")
     for key, sets in beside(config).items():
-        share = f" ({config['replay_share']:.0%})" if key == "replay" else ""
+        share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
         _print_sets(sets, what=f"{BESIDE[key]}{share}")
     batch, side = config["batch_size"], config["image_size"]
     print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")

@@ -84,12 +84,16 @@ def test_one_and_two_processes_agree_in_float64(start: Any, tmp_path: Path) -> N
 
 
 def test_accumulation_changes_midway(start: Any, tmp_path: Path) -> None:
-    """Stopped at an odd step and gone on with micro-batches of 4, 2 and 1: each step trained once, same losses."""
-    straight = start("stage=teacher", "steps=12", "name=straight", "trainer=cpu")
+    """Stopped at an odd step and gone on with micro-batches of 4, 2 and 1: each step trained once, same losses.
+
+    In float64: in float32 the last digits grow to per cents within ten steps, on some processors.
+    """
+    exact = ("trainer=cpu", "trainer.precision=64-true")
+    straight = start("stage=teacher", "steps=12", "name=straight", *exact)
     assert straight.returncode == 0, straight.stderr[-2000:]
     for micro, stop, code in (("4", "3:0", 143), ("2", "7:0", 143), ("1", "0:0", 0)):
         result = start(
-            "stage=teacher", "steps=12", "trainer=cpu", f"micro_batch={micro}", "name=changed",
+            "stage=teacher", "steps=12", *exact, f"micro_batch={micro}", "name=changed",
             script=WITNESS, WITNESS=str(tmp_path), STOP_AT=stop,
         )  # fmt: skip
         assert result.returncode == code, result.stderr[-2000:]
@@ -99,4 +103,4 @@ def test_accumulation_changes_midway(start: Any, tmp_path: Path) -> None:
     }
     runs = [losses(tmp_path / "outputs" / name / "metrics.csv") for name in ("straight", "changed")]
     assert len(runs[0]) == len(runs[1]) == 12
-    np.testing.assert_allclose(*runs, rtol=2e-3)
+    np.testing.assert_allclose(*runs, rtol=1e-6)
