@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from made_benchmarks import make_da2k, make_kitti
 
 from depth_anything import DepthAnything, load_model
@@ -53,7 +55,16 @@ class Log:
 class Run:
     """As much of a trainer and its module as validation asks for."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, step: int = 0, **network: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        step: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        **network: Any,
+    ) -> None:
         torch.manual_seed(1)
         self.log = Log()
         self.module: Any = SimpleNamespace(model=DepthAnything("vitn", **network).train(), device="cpu")
@@ -61,9 +72,9 @@ class Run:
         self.trainer: Any = SimpleNamespace(
             global_step=step,
             max_steps=9,
-            world_size=1,
-            global_rank=0,
-            is_global_zero=True,
+            world_size=ranks,
+            global_rank=rank,
+            is_global_zero=rank == 0,
             loggers=[self.log],
         )
         folder.mkdir(exist_ok=True)
@@ -103,6 +114,28 @@ def test_the_figures_are_those_of_the_command_line(tmp_path: Path, max_depth: fl
     means = json.loads((tmp_path / "report" / "results.json").read_text())["models"][0]["means"]
     assert numbers == {f"val_{name}": means[name] for name in means}
     assert (run.folder.pictures / "step-000000002.jpg").is_file()
+
+
+def _rank(rank: int, folder: str, rooms: str) -> None:
+    """Validate on one rank of two, and write down what came out."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    run = Run(Path(folder, f"run-{rank}"), config(validation=rooms), rank=rank, ranks=2, max_depth=9.0)
+    Path(folder, f"{rank}.json").write_text(json.dumps([len(run.validation.items), run.at(2)]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """Eleven images: a whole batch for the first, the rest for the second; the first alone keeps the network."""
+    rooms = write_rooms(tmp_path / "rooms")
+    mp.spawn(_rank, args=(str(tmp_path), rooms), nprocs=2)
+    shares, numbers = zip(
+        *(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True
+    )
+    alone = Run(tmp_path / "run", config(validation=rooms), max_depth=9.0)
+    assert shares == (8, 3) and len(alone.validation.items) == 11
+    assert numbers[0] == numbers[1] == alone.at(2)
+    assert (tmp_path / "run-0" / "best.safetensors").is_file()
+    assert not (tmp_path / "run-1" / "best.safetensors").exists()
 
 
 def test_between_two_times_nothing_is_judged(tmp_path: Path) -> None:
