@@ -175,6 +175,7 @@ SURFACE = {
         "--mean-map": None,
         "--output": None,
         "--limit": None,
+        "--max-depth": None,
         "--compare": False,
         "--part": (1, 1),
         "--input-size": None,

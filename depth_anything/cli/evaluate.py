@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MEAN_MAP_FRAMES = 1000
 """How many frames of the training set the mean map is made of, at most."""
 
+_OF_RUNS = {"model.safetensors": "", "best.safetensors": "-best"}
+"""Files that every run has: what a table calls them, behind the run's name."""
+
 LONGEST_WAIT_DAYS = 7
 """For the slowest process of torchrun."""
 
@@ -91,6 +94,8 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from depth_anything.evaluation.judging import check_fits
+
     part, rank = options.part, None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -100,9 +105,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check(options)
     trials, missing = _trials(options)
     predictors, facts = _predictors(options)
-    for rules in filter(None, (trial.protocol for trial in trials)):
+    for trial in trials:
         for predictor in predictors.values():
-            rules.check_takes(predictor.quantity)
+            check_fits(trial, predictor.quantity)
     names = dict.fromkeys(options.benchmarks or [trials[0].name])
     folder = Path(options.output or f"outputs/evaluate-{'-'.join(names)}")
     broken = _judge(predictors, facts, trials, folder, part=part, raises=len(trials) == 1 and rank is None)
@@ -366,8 +371,8 @@ def names_of(paths: Sequence[str], *, flag: str = "--weights") -> dict[str, Path
             path = text
             file = Path(text).resolve()
             name = (
-                file.parent.name
-                if file.name == "model.safetensors"
+                file.parent.name + _OF_RUNS[file.name]
+                if file.name in _OF_RUNS
                 else file.stem
                 if file.is_file()
                 else file.name

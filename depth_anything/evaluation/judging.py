@@ -153,6 +153,31 @@ def trial_of_benchmark(
     return Trial(benchmark.name, lines, read, rules, facts, incomplete)
 
 
+def identity(trial: Trial) -> dict[str, Any]:
+    """What figures on a trial depend on besides the model: its name, which images, and by which rules."""
+    return {
+        "trial": trial.name,
+        "images": [trial.facts["digest"], _digest(trial.lines)],
+        "protocol": asdict(trial.protocol) if trial.protocol else None,
+    }
+
+
+def check_fits(trial: Trial, quantity: str) -> None:
+    """Raise ValueError if a model that gives this quantity cannot be judged on the trial.
+
+    Its rules must compare such a thing, and metres that nothing is fitted to need a truth in metres.
+    """
+    if trial.protocol is None:
+        return
+    trial.protocol.check_takes(quantity)
+    unit = trial.facts.get("unit", "m")
+    if quantity == "depth" and "depth" not in trial.protocol.fitted and unit != "m":
+        raise ValueError(
+            f"the depth of {trial.name} is in {unit}, not in metres: nothing that a metric model gives can be "
+            "compared with it as it comes; take a protocol that fits depth (marigold), or another set"
+        )
+
+
 def kept_rows(
     trial: Trial, model: Mapping[str, Any], folder: str | Path, *, name: str, part: Part = (1, 1)
 ) -> KeptRows:
@@ -161,9 +186,7 @@ def kept_rows(
         "version": __version__,
         "name": name,
         "model": dict(model),
-        "trial": trial.name,
-        "images": [trial.facts["digest"], _digest(trial.lines)],
-        "protocol": asdict(trial.protocol) if trial.protocol else None,
+        **identity(trial),
         "batch": BATCH_SIZE,
     }
     return KeptRows(Path(folder) / ROWS, about, part=part)
@@ -191,8 +214,7 @@ def judge_share(
     Raises:
         ValueError: the protocol compares no such quantity, or an image or its map cannot be read.
     """
-    if trial.protocol is not None:
-        trial.protocol.check_takes(predictor.quantity)
+    check_fits(trial, predictor.quantity)
     done = kept.load()
     todo = [batch for batch in _batches(trial.lines, part) if not all(line in done for line in batch)]
     passing = iter(watch([line for batch in todo for line in batch], name))

@@ -160,7 +160,7 @@ def together(ranks: int, work: Callable[[], T]) -> list[T]:
     mine: tuple[T | None, str]
     try:
         mine = work(), ""
-    except (ValueError, Outage) as error:
+    except (ValueError, OSError) as error:  # an Outage, too
         mine = None, str(error)
     shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, mine)

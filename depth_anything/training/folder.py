@@ -36,6 +36,8 @@ ECHOES = (
     "data.min_depth",
     "data.max_depth",
 )
+#: Keys of stage=metric that nothing reads without replay.
+OF_REPLAY = frozenset(("labels", "replay_share", "recipe.ssi_weight", "recipe.gm_weight", "recipe.trim"))
 #: Keys whose value is the user's own mapping, typed as a whole.
 WHOLE = frozenset(("sky", "repeat"))
 HEARTBEAT_S = 10.0
@@ -136,6 +138,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         and FREE_KEYS.isdisjoint(key.split("."))
         and not key.startswith(ECHOES)
     }
+    if before.get("stage") == "metric" and not (before.get("replay") or after.get("replay")):
+        changed = {key: pair for key, pair in changed.items() if key not in OF_REPLAY}
     longer = "steps" in changed and (changed["steps"][1] or 0) > (changed["steps"][0] or 0)
     if longer and after.get("recipe.schedule") == "constant":
         del changed["steps"]
@@ -202,24 +206,24 @@ class RunFolder:
         """Note that the model of so many steps is there; the checkpoints may go."""
         write_atomically(self.path / "finished.json", json.dumps({"steps": steps}).encode())
 
-    def read_best(self, *, at_most: int | None = None) -> dict[str, Any]:
-        """Read what best.json says: "step", the metric's value, "images" and "protocol"; {} if there is none.
-
-        Args:
-            at_most: Of no later step than this: a run goes on from there, and finds what came later once more.
-        """
+    def read_best(self) -> dict[str, Any]:
+        """Read best.json: "step", "metric" and its "value", "images", "protocol", "judged"; {} if none is kept."""
         if not (self.best.is_file() and self.best_note.is_file()):
             return {}
-        best: dict[str, Any] = json.loads(self.best_note.read_text())
-        return best if at_most is None or best["step"] <= at_most else {}
+        return dict(json.loads(self.best_note.read_text()))
+
+    def forget_best(self) -> None:
+        """Remove the best network of a run that begins anew, and what is said of it."""
+        for path in (self.best_note, self.best):
+            path.unlink(missing_ok=True)
 
     def told_best(self) -> str:
         """Name the best network of the validations, behind the last one; "" if there is none."""
         best = self.read_best()
         if not best:
             return ""
-        metric = next(name for name in best if name not in ("step", "images", "protocol"))
-        return f"; best on {best['images']}: {self.best} (step {best['step']}, {metric} {best[metric]:.4g})"
+        figure = f"{best['metric']} {best['value']:.4g}"
+        return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
     def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.

@@ -55,14 +55,33 @@ def refuse_nonsense(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value} must be a whole number above 0")
     if type(config["workers"]) is not int or config["workers"] < 0:
         raise ValueError(f"workers={config['workers']} must be a whole number, 0 for none")
-    validation = config["validation"]
-    if validation.get("benchmark") is not None and validation.get("root") is None:
-        raise ValueError(
-            f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={validation['benchmark']}"
-        )
+    _refuse_no_judge(config["validation"])
     if config["stage"] == "metric":
         _refuse_no_range(config)
         _refuse_no_rank(config)
+    else:
+        for key in ("replay", "replay_share", "lora"):
+            if key in config:
+                raise ValueError(
+                    f"{key} is a key of stage=metric alone; leave it out of stage={config['stage']}"
+                )
+
+
+def _refuse_no_judge(validation: Mapping[str, Any]) -> None:
+    name, root, farthest = (validation.get(key) for key in ("benchmark", "root", "max_depth"))
+    if name is not None and root is None:
+        raise ValueError(
+            f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={name}"
+        )
+    if root is not None and name is None:
+        raise ValueError(
+            f"validation.root={root} says where a benchmark lies, and none is asked for; type "
+            "validation.benchmark=nyu, or for a labelled set sources.validation=FOLDER"
+        )
+    if farthest is not None and (type(farthest) not in (int, float) or not 0 < farthest < float("inf")):
+        raise ValueError(
+            f"validation.max_depth={farthest} must be a number of metres above 0; type validation.max_depth=20"
+        )
 
 
 def _refuse_no_range(config: Mapping[str, Any]) -> None:
@@ -228,10 +247,19 @@ def share_repeat(
     Returns:
         `repeat` with one side multiplied.
     """
+    for name, number in repeat.items():
+        if type(number) is not int or number < 1:
+            raise ValueError(
+                f"repeat of {name} is a whole number from 1 up, not {number}; leave the set out instead"
+            )
     count = {True: 0, False: 0}
     for shard, records in shards.items():
         name = shard.partition("/")[0]
         count[name in replayed] += records * repeat.get(shard, repeat.get(name, 1))
+    if not all(count.values()):
+        raise ValueError(
+            f"of {', '.join(sorted(replayed))} and the sets in metres, one side has no records; type replay=null"
+        )
     wanted = count[False] * share / (1 - share)  # of the replayed
     rare = count[True] < wanted
     times = max(1, round(wanted / count[True] if rare else count[True] / wanted))

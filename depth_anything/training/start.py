@@ -98,7 +98,15 @@ def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: 
         measured: Name to value of what the last validation found.
     """
     rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
-    table = "\n".join(["On the run's own validation set:", "", "| metric | mean |", "|---|---|", *rows])
+    table = "\n".join(
+        [
+            "What the run's last validation found; its config.yaml says on what:",
+            "",
+            "| metric | mean |",
+            "|---|---|",
+            *rows,
+        ]
+    )
     text = card(
         model,
         file="model.safetensors",
@@ -125,7 +133,7 @@ def _credit(source: Records | JoinedRecords) -> dict[str, Any]:
 def _short(path: str | Path) -> str:
     """Name a file as others may know it: with its folder, if its own name says nothing."""
     path = Path(path)
-    return "/".join(path.parts[-2:]) if path.stem in ("model", "last") else path.name
+    return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
 
 
 def multiple_of(encoder: str) -> int:

@@ -1,8 +1,9 @@
 """Held-out images judged inside training, by the function and the rules of the command line; the best network kept."""
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,16 @@ from depth_anything.data.shards import open_set
 from depth_anything.data.tars import write_atomically
 from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import Score, da2k_score
-from depth_anything.evaluation.evaluate import RISING, Result, evaluate, merge
-from depth_anything.evaluation.judging import BATCH_SIZE, Trial, share_of, trial_of_benchmark, trial_of_set
+from depth_anything.evaluation.evaluate import RISING, Result, evaluate, merge, show
+from depth_anything.evaluation.judging import (
+    BATCH_SIZE,
+    Trial,
+    check_fits,
+    identity,
+    share_of,
+    trial_of_benchmark,
+    trial_of_set,
+)
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.weights import save_model
 from depth_anything.training.base import DepthModule
@@ -36,10 +45,14 @@ def trial_of(config: Mapping[str, Any]) -> Trial | None:
     settings, root = config["validation"], config["sources"]["validation"]
     given = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
     protocol = settings["protocol"]
-    if settings["benchmark"] is not None:
-        benchmark = load_benchmark(settings["benchmark"])
-        return trial_of_benchmark(benchmark, settings["root"], protocol=protocol, **given)
-    return None if root is None else trial_of_set(open_set(root), protocol=protocol or "da2", **given)
+    if settings["benchmark"] is None:
+        return None if root is None else trial_of_set(open_set(root), protocol=protocol or "da2", **given)
+    benchmark = load_benchmark(settings["benchmark"])
+    if not benchmark.caps and (protocol is not None or given["max_depth"] is not None):
+        raise ValueError(
+            f"{benchmark.title} asks for pairs of points alone; type validation.protocol=null validation.max_depth=null"
+        )
+    return trial_of_benchmark(benchmark, settings["root"], protocol=protocol, **given)
 
 
 class Validation(StepCallback):
@@ -62,24 +75,36 @@ class Validation(StepCallback):
         """
         self._open, self.folder, self.every, self.input_size = open_trial, folder, every, input_size
         self.trial: Trial | None = None
-        self.items: list[Any] = []
+        self.lines: list[str] = []
+        self.shown: list[Any] = []
         self.best: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Read this rank's share of the images, and which network was best before the step resumed from."""
+        """Look at this rank's share of the images, and which network was best before."""
         super().on_train_start(trainer, module)
+        together(trainer.world_size, lambda: self._look(trainer, module.model.quantity))
+        if self.trial is None or not trainer.is_global_zero:
+            return
+        if trainer.global_step == 0:
+            self.folder.forget_best()
+        best = self.folder.read_best()  # of a later step, too: what a killed run found is found
+        self.best = best if best.get("judged") == _judged_on(self.trial) else {}
+
+    def _look(self, trainer: pl.Trainer, quantity: str) -> None:
+        """Open the images and read each once, so that what cannot be judged is said before anything is trained."""
         self.trial = trial = self._open()
         if trial is None:
             return
-        if trial.protocol is not None:
-            trial.protocol.check_takes(module.model.quantity)
-        lines = share_of(trial.lines, (trainer.global_rank + 1, trainer.world_size))
-
-        def read() -> None:
-            self.items = [trial.read(line) for line in lines]
-
-        together(trainer.world_size, read)
-        self.best = self.folder.read_best(at_most=trainer.global_step)
+        check_fits(trial, quantity)
+        self.lines = share_of(trial.lines, (trainer.global_rank + 1, trainer.world_size))
+        for number, line in enumerate(self.lines):
+            item = trial.read(line)
+            if trial.protocol is not None:
+                if item.depth is None:
+                    raise ValueError(f"{item.key} has no depth in metres to validate on; name a labelled set")
+                show(item, trial.protocol)
+            if number < PICTURES:
+                self.shown.append(item)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Validate when due."""
@@ -98,25 +123,22 @@ class Validation(StepCallback):
     def _judged(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
         """Judge all ranks' shares; the metric that decides, and the means of all."""
         assert self.trial is not None
-        rules = self.trial.protocol
+        rules, read = self.trial.protocol, self.trial.read
         if rules is None:
-            scores = together(ranks, lambda: da2k_score(predictor, self.items, batch_size=BATCH_SIZE))
+            scores = together(
+                ranks, lambda: da2k_score(predictor, map(read, self.lines), batch_size=BATCH_SIZE)
+            )
             score = Score(tuple(row for share in scores for row in share.rows))
             return "accuracy", {"accuracy": score.accuracy, **score.scenes}
 
         def judged() -> Result:
-            return evaluate(predictor, self.items, protocol=rules, batch_size=BATCH_SIZE)
+            return evaluate(predictor, map(read, self.lines), protocol=rules, batch_size=BATCH_SIZE)
 
         return "abs_rel", merge(together(ranks, judged)).means
 
     def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
-        shown = self.items[:PICTURES]
-        rows = [
-            _row(item, map_, predictor.quantity)
-            for item, map_ in zip(shown, _maps(predictor, shown), strict=True)
-        ]
-        if not rows:
-            return
+        maps = predictor.predict_batch([item.image for item in self.shown])
+        rows = [_row(item, map_, predictor.quantity) for item, map_ in zip(self.shown, maps, strict=True)]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
         picture = panel(rows, titles=titles)
         self.folder.pictures.mkdir(parents=True, exist_ok=True)
@@ -126,19 +148,27 @@ class Validation(StepCallback):
                 logger.log_image("depth", [picture], step=step)
 
     def _keep_best(self, module: DepthModule, step: int, metric: str, value: float) -> None:
-        """Keep the network if it is better than all before; the model first, so that the note is never ahead of it."""
+        """Keep the network if it is better than all before; its note goes first and comes last, and so never lies."""
         better = 1 if metric in (*RISING, "accuracy") else -1
-        if math.isnan(value) or (self.best and better * value <= better * self.best[metric]):
+        if math.isnan(value) or (self.best and better * value <= better * self.best["value"]):
             return
         assert self.trial is not None
-        protocol = self.trial.protocol.name if self.trial.protocol else self.trial.name
-        self.best = {"step": step, metric: value, "images": self.trial.name, "protocol": protocol}
+        self.best = {
+            "step": step,
+            "metric": metric,
+            "value": value,
+            "images": self.trial.name,
+            "protocol": self.trial.protocol.name if self.trial.protocol else self.trial.name,
+            "judged": _judged_on(self.trial),
+        }
+        self.folder.best_note.unlink(missing_ok=True)
         save_model(module.model, self.folder.best)
         write_atomically(self.folder.best_note, json.dumps(self.best).encode())
 
 
-def _maps(predictor: Predictor, items: Sequence[Any]) -> list[np.ndarray]:
-    return predictor.predict_batch([item.image for item in items])
+def _judged_on(trial: Trial) -> str:
+    """A digest of all that a figure depends on besides the network: others are not held against it."""
+    return "sha256:" + hashlib.sha256(json.dumps(identity(trial), sort_keys=True).encode()).hexdigest()
 
 
 def _row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:

@@ -291,6 +291,13 @@ def test_another_range_is_refused_on_resume(tmp_path: Path) -> None:
             {"validation": {"every": 1, "limit": 1, "benchmark": "nyu", "root": None}},
             "where is the benchmark",
         ),
+        (
+            {"validation": {"every": 1, "limit": 1, "root": "x"}},
+            "validation.root=x says where a benchmark lies",
+        ),
+        ({"validation": {"every": 1, "limit": 1, "max_depth": 0}}, "validation.max_depth=0 must be a number"),
+        ({"validation": {"every": 1, "limit": 1, "max_depth": "far"}}, "validation.max_depth=far must be"),
+        ({"stage": "student"}, "replay is a key of stage=metric alone"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_read(change: Any, message: str) -> None:

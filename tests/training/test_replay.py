@@ -16,6 +16,7 @@ from depth_anything.data.shards import open_set, write_manifest, write_shard
 from depth_anything.data.transforms import normalize
 from depth_anything.losses import invariant_losses, silog_loss
 from depth_anything.training.data import TrainData
+from depth_anything.training.folder import differences
 from depth_anything.training.metric import NEAREST_M, Metric, MetricRecipe
 from depth_anything.training.plan import needed_sets, share_repeat
 
@@ -184,11 +185,34 @@ def test_another_share_is_refused_on_resume(roots: dict[str, str]) -> None:
             "replay names rooms, which is also a set in metres",
         ),
         ({"replay": ["bare"]}, "label"),
+        ({"repeat": {"rooms": 0}}, "repeat of rooms is a whole number from 1 up, not 0"),
+        ({"repeat": {"photos": "x"}}, "repeat of photos is a whole number"),
     ],
 )
 def test_what_cannot_be_replayed_is_one_sentence(roots: dict[str, str], changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(roots, **changes).open()
+
+
+def test_without_replay_its_keys_make_no_other_run() -> None:
+    """Nor does a run of stage=metric from before there was replay have them."""
+    old = {"stage": "metric", "steps": 5, "recipe": {"schedule": "poly"}}
+    new = {
+        **old,
+        "labels": "L",
+        "replay": None,
+        "replay_share": 0.1,
+        "recipe": {"schedule": "poly", "trim": 0.1},
+    }
+    assert differences(old, new) == {}
+    assert set(differences(new, {**new, "replay": True})) == {"replay"}
+    replaying = {**new, "replay": True}
+    assert set(differences(replaying, {**replaying, "labels": "M", "replay_share": 0.2})) == {
+        "labels",
+        "replay_share",
+    }
+    student = {**new, "stage": "student"}
+    assert set(differences(student, {**student, "labels": "M"})) == {"labels"}
 
 
 def test_replayed_sets_are_made_before_they_are_read() -> None:

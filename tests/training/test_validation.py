@@ -120,7 +120,7 @@ def _rank(rank: int, folder: str, rooms: str) -> None:
     """Validate on one rank of two, and write down what came out."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     run = Run(Path(folder, f"run-{rank}"), config(validation=rooms), rank=rank, ranks=2, max_depth=9.0)
-    Path(folder, f"{rank}.json").write_text(json.dumps([len(run.validation.items), run.at(2)]))
+    Path(folder, f"{rank}.json").write_text(json.dumps([len(run.validation.lines), run.at(2)]))
     dist.destroy_process_group()
 
 
@@ -132,7 +132,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         *(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True
     )
     alone = Run(tmp_path / "run", config(validation=rooms), max_depth=9.0)
-    assert shares == (8, 3) and len(alone.validation.items) == 11
+    assert shares == (8, 3) and len(alone.validation.lines) == 11
     assert numbers[0] == numbers[1] == alone.at(2)
     assert (tmp_path / "run-0" / "best.safetensors").is_file()
     assert not (tmp_path / "run-1" / "best.safetensors").exists()
@@ -157,17 +157,45 @@ def test_the_best_stays_when_later_ones_are_worse(tmp_path: Path) -> None:
     }
     assert values[4] < values[2] == pytest.approx(values[6], rel=1e-3)
     note = json.loads(run.folder.best_note.read_text())
-    assert note == {"step": 4, "abs_rel": values[4], "images": "rooms", "protocol": "da2"}
+    assert {name: note[name] for name in note if name != "judged"} == {
+        "step": 4, "metric": "abs_rel", "value": values[4], "images": "rooms", "protocol": "da2",
+    }  # fmt: skip
     kept = load_model(run.folder.best)
     assert (kept.max_depth, kept.input_size) == (10.0, 42)
     bias = run.module.model.depth_head.scratch.output_conv2[2].bias - 3.0
     torch.testing.assert_close(kept.depth_head.scratch.output_conv2[2].bias, bias)
     assert f"best on rooms: {run.folder.best} (step 4, abs_rel {values[4]:.4g})" in run.folder.told_best()
-    # A run that goes on behind that step knows it; one that goes on from before it finds it once more.
+    # A run that goes on knows it, from before that step, too; one that begins anew, or is judged otherwise, does not.
     later, earlier = (Run(tmp_path / "run", settings, step=step, max_depth=10.0) for step in (5, 3))
-    assert later.validation.best == note and earlier.validation.best == {}
+    assert later.validation.best == earlier.validation.best == note
     later.at(6, shift=3.0)
     assert json.loads(run.folder.best_note.read_text()) == note
+    other = config(validation=str(tmp_path / "rooms"), max_depth=3.0)
+    otherwise = Run(tmp_path / "run", other, step=7, max_depth=10.0)
+    assert otherwise.validation.best == {}
+    assert otherwise.at(8, shift=3.0)["val_abs_rel"] > 0
+    assert json.loads(run.folder.best_note.read_text())["step"] == 8
+    make_da2k(tmp_path / "da2k")
+    pairs = Run(tmp_path / "run", config(benchmark="da2k", root=str(tmp_path)), step=9)
+    assert pairs.validation.best == {} and "val_accuracy" in pairs.at(9)
+    anew = Run(tmp_path / "run", settings, max_depth=10.0)
+    assert anew.folder.read_best() == {} and not anew.folder.best.exists() and anew.folder.told_best() == ""
+
+
+def test_a_kill_between_the_network_and_its_note_leaves_no_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(validation=write_rooms(tmp_path / "rooms", 2))
+    run = Run(tmp_path / "run", settings, max_depth=10.0)
+    run.at(2, shift=3.0)
+
+    def killed(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("depth_anything.training.validation.write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.at(4, shift=-3.0)
+    assert run.folder.best.exists() and run.folder.read_best() == {} and run.folder.told_best() == ""
 
 
 def test_a_network_that_gives_no_numbers_is_never_the_best(tmp_path: Path) -> None:
@@ -193,13 +221,45 @@ def test_a_public_benchmark_by_its_own_rules(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("meta", "depth", "network", "message"),
+    [
+        ({"quantity": "depth", "unit": "m"}, False, {}, "photos/0/0 has no depth in metres to validate on"),
+        (
+            {"quantity": "depth", "unit": "arbitrary"},
+            True,
+            {"max_depth": 9.0},
+            "depth of photos is in arbitrary, not",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_said_before_anything_is_trained(
+    tmp_path: Path, meta: Any, depth: bool, network: Any, message: str
+) -> None:
+    truth = np.ones((42, 56), np.float32) if depth else None
+    frame = Frame("photos/0/0", np.zeros((42, 56, 3), np.uint8), {}, depth=truth)
+    info = write_shard(tmp_path / "photos" / "0.tar", [(frame.key, encode_frame(frame, codec="f32"))])
+    write_manifest(tmp_path / "photos", name="photos", shards=[info], meta=meta)
+    with pytest.raises(ValueError, match=message):
+        Run(tmp_path / "run", config(validation=str(tmp_path / "photos")), **network)
+    if depth:  # a scale of its own is no matter where one is fitted
+        Run(tmp_path / "relative", config(validation=str(tmp_path / "photos")))
+
+
+def test_rules_for_maps_say_nothing_of_pairs(tmp_path: Path) -> None:
+    make_da2k(tmp_path / "da2k")
+    for settings in ({"protocol": "da2"}, {"max_depth": 3.0}):
+        with pytest.raises(ValueError, match="pairs of points alone; type validation.protocol=null"):
+            trial_of(config(benchmark="da2k", root=str(tmp_path), **settings))
+
+
 def test_pairs_of_points_decide_by_how_many_are_right(tmp_path: Path) -> None:
     make_da2k(tmp_path / "da2k")
     run = Run(tmp_path / "run", config(benchmark="da2k", root=str(tmp_path)))
     numbers = run.at(2)
     note = json.loads(run.folder.best_note.read_text())
     assert 0 <= numbers["val_accuracy"] <= 1 and "val_indoor" in numbers
-    assert (note["accuracy"], note["protocol"]) == (numbers["val_accuracy"], "da2k")
+    assert (note["metric"], note["value"], note["protocol"]) == ("accuracy", numbers["val_accuracy"], "da2k")
     assert run.at(4)["val_accuracy"] == numbers["val_accuracy"]
     assert json.loads(run.folder.best_note.read_text())["step"] == 2  # equal is not better
     assert (run.folder.pictures / "step-000000004.jpg").is_file()
@@ -229,6 +289,6 @@ def test_a_run_leaves_its_best_and_says_so(tmp_path: Path) -> None:
         }
     assert set(found) == {2, 4, 6}
     best = folder.read_best()
-    assert best["step"] == min(found, key=lambda step: found[step]) and best["abs_rel"] == min(found.values())
+    assert best["step"] == min(found, key=lambda step: found[step]) and best["value"] == min(found.values())
     assert f"finished: {folder.model}; best on scenes-validation: {folder.best}" in done.stdout
     assert load_model(folder.best).quantity == "depth"
