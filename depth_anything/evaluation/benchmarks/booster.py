@@ -35,15 +35,15 @@ import numpy as np
 
 from depth_anything.data.sample import Frame
 from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import read_npy
+from depth_anything.data.sources.maps import read_bytes, read_npy
 from depth_anything.data.sources.source import Facts
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
 from depth_anything.evaluation.benchmarks.frames import (
     PartFrame,
     about,
     make_frame,
-    read_file,
     read_labels,
+    read_named,
     root_of,
     some,
 )
@@ -84,13 +84,13 @@ def read(root: Path, line: str, *, tom: bool = False) -> Frame:
     with about(f"booster/{name}"):
         data = read_kind(root, _IMAGE, image)
         scene = Path(root, image).parent.parent
-        pixels = read_npy(read_file(scene / "disp_00.npy", "disparity")).astype(np.float64)
-        focal, baseline = read_calibration(read_file(scene / "calib_00-02.xml", "calibration"))
+        pixels = read_npy(read_named(scene, "disp_00.npy")).astype(np.float64)
+        focal, baseline = read_calibration(read_named(scene, "calib_00-02.xml"))
         with np.errstate(divide="ignore", invalid="ignore"):
             frame = make_frame(f"booster/{name}", data, focal * baseline / pixels)
         if not tom:
             return frame
-        part = np.isin(_materials(scene / "mask_cat.png"), TRANSPARENT_OR_MIRROR)
+        part = np.isin(_materials(scene), TRANSPARENT_OR_MIRROR)
         if part.shape != pixels.shape:
             raise ValueError("its materials and its disparity differ in size")
         return PartFrame(**vars(frame), part=part)
@@ -109,11 +109,9 @@ def read_calibration(data: bytes) -> tuple[float, float]:
     return focal, baseline
 
 
-def _materials(path: Path) -> np.ndarray:
-    try:
-        return read_labels(read_file(path, "materials"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _materials(scene: Path) -> np.ndarray:
+    with about("mask_cat.png"):
+        return read_labels(read_bytes(scene / "mask_cat.png"))
 
 
 def _scene(parts: tuple[str, ...]) -> str:

@@ -37,7 +37,7 @@ from depth_anything.data.sources.folders import fields
 from depth_anything.data.sources.listing import as_field
 from depth_anything.data.sources.maps import MAX_BYTES
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_file, root_of
+from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
 
 INDEX, CAMERA, LIDAR = "ddad.json", "CAMERA_01", "LIDAR"
 _VAL = "1"
@@ -95,10 +95,10 @@ def read(root: Path, line: str) -> Frame:
         for path, what in ((image, CAMERA), (cloud, LIDAR)):
             if not path:
                 raise ValueError(f"its scene has no {what} at that time")
-        pixels = decode_image(read_file(_below(place, image), "image"))
-        calibration = _below(place, f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
-        camera = read_intrinsics(read_file(calibration, "calibration"))
-        points = read_points(read_file(_below(place, cloud), "point cloud"))
+        pixels = decode_image(read_named(place, _inside(image)))
+        calibration = _inside(f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
+        camera = read_intrinsics(read_named(place, calibration))
+        points = read_points(read_named(place, _inside(cloud)))
         turn = np.linalg.inv(sample.camera) @ sample.lidar
         depth = project(points @ turn[:3, :3].T + turn[:3, 3], camera, size=pixels.shape[:2])
         return make_frame(f"ddad/{name}", pixels, depth)
@@ -169,19 +169,20 @@ def _scenes(place: Path) -> list[str]:
     """Scene files of the validation split, below `place`."""
     try:
         names = json.loads((place / INDEX).read_bytes())["scene_splits"][_VAL]["filenames"]
-        return [str(_below(Path(), name)) for name in names]
+        return [_inside(name) for name in names]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{place / INDEX} has no scenes of the validation split") from None
 
 
-def _below(place: Path, path: str) -> Path:
+def _inside(path: str) -> str:
+    """The path, if it leads to nothing outside of the folder."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{path!r} leads out of the folder")
-    return place / path
+    return path
 
 
 def _samples(place: Path, scene: str) -> tuple[Sample, ...]:
-    path = _below(place, scene)
+    path = place / _inside(scene)
     return _read_scene(path, path.stat().st_mtime_ns)
 
 

@@ -76,14 +76,6 @@ def read_labels(data: bytes) -> np.ndarray:
     return pixels[..., 0]
 
 
-def read_file(path: Path, what: str) -> bytes:
-    """Read a file of a frame whole; ValueError, with what it is and its name, if it cannot be read."""
-    try:
-        return read_bytes(path)
-    except ValueError as error:
-        raise ValueError(f"its {what} cannot be read: {path.name}: {error}") from error
-
-
 @contextmanager
 def about(key: str) -> Iterator[None]:
     """Name the frame in what is said of its files: a ValueError begins with its key."""
