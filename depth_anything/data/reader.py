@@ -1,8 +1,14 @@
-"""Reading single records out of shards: by offset, checked, from any process."""
+"""Reading single records out of shards: by offset, checked, from any process.
+
+What is read whole and is wrong is a bad record. What cannot be read for now, here or from afar, is read again, and
+then stops the run as an Outage: a failing disk must not change what a network learns from.
+"""
 
 import hashlib
 import json
 import os
+import re
+import tarfile
 import threading
 import zlib
 from collections import OrderedDict
@@ -12,11 +18,10 @@ from pathlib import Path
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_of, is_remote
+from depth_anything.data.index import Index, Member
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tars import (
     BadRecord,
-    Index,
-    Member,
     Outage,
     ShardError,
     ShardInfo,
@@ -26,6 +31,10 @@ from depth_anything.data.tars import (
 )
 
 _SIDE_BY_SIDE = 16  # requests that a process has under way
+_MOST = 1 << 30  # bytes of a record; no image and label have as many
+_HEADER = 512  # bytes of a tar's header, which stands right before the data
+_LONG_NAME = 98  # from here on, with "./" before it, a name may stand in blocks of its own before the header
+_LONG_HEADER = 1 << 13
 
 _threads: list[ThreadPoolExecutor] = []
 os.register_at_fork(after_in_child=_threads.clear)
@@ -59,7 +68,9 @@ class ShardReader:
         self._gone: dict[str, str] = {}  # shards of which nothing can be read, and why
 
     def read(self, url: str | Path, index: int, *, hash: str | None = None) -> Fields:
-        """Read one record: its key, and its fields (extension to bytes), each held against its crc32.
+        """Read one record: its key, and its fields (extension to bytes).
+
+        Each field is held against its crc32 and against the name in the tar's header before it.
 
         Args:
             url: of the shard.
@@ -69,7 +80,7 @@ class ShardReader:
         Raises:
             BadRecord: the shard is missing, cut short or damaged here, or its index does not fit it.
             IndexError: the shard has no such record.
-            Outage: it cannot be had for now.
+            Outage: it cannot be had for now, here or from afar.
         """
         url = str(url)
         if url in self._gone:
@@ -96,10 +107,16 @@ class ShardReader:
                 raise ShardError(f"{url} is not the tar that the manifest means: its hash differs")
             key = table.key(index)
             members = table.members(index)
-            start = members[0].offset
+            longest = max(len(key) + 1 + len(member.extension) for member in members)
+            start = max(0, members[0].offset - (_HEADER if longest <= _LONG_NAME else _LONG_HEADER))
             end = max(member.offset + member.size for member in members)
+            if end - start > _MOST:
+                raise ShardError(f"its {end - start} bytes are more than a record may have, {_MOST}")
             data = self._bytes(url, start, end - start, table, fresh=fresh)
-            return key, {member.extension: _cut(data, member, start) for member in members}
+            fields = {member.extension: _cut(data, member, start) for member in members}
+            for member in members:
+                _check_name(data, member, start)
+            return key, fields
         except Outage:
             raise
         except (ShardError, OSError) as error:
@@ -125,11 +142,12 @@ class ShardReader:
 
         Raises:
             ShardError: there is none to be had, or it was made of a tar of another size.
+            Outage: it cannot be had for now.
         """
         url = str(url)
         table = self._indexes.get(url)
         if table is None:
-            table = _load_index(url)
+            table = remote.patiently(url, lambda: _load_index(url))
         with self._lock:
             self._indexes[url] = table
             self._indexes.move_to_end(url)
@@ -161,15 +179,29 @@ class ShardReader:
 
     def _bytes(self, url: str, start: int, count: int, table: Index, *, fresh: bool) -> bytes:
         if is_remote(url):
-            data = remote.read_range(
-                url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
+            data = remote.patiently(  # whose cache lies on a disk of ours
+                url,
+                lambda: remote.read_range(
+                    url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
+                ),
             )
         else:
-            with self._lock:
-                data = os.pread(self._open(url), count, start)
+            data = remote.patiently(url, lambda: self._pread(url, start, count))
         if len(data) != count:
             raise ShardError(f"{len(data)} bytes came in place of {count}: the shard is truncated")
         return data
+
+    def _pread(self, path: str, start: int, count: int) -> bytes:
+        with self._lock:
+            try:
+                file, parts, held = self._open(path), [], 0
+                while held < count and (part := os.pread(file, count - held, start + held)):
+                    parts.append(part)  # a network disk may give less than was asked for
+                    held += len(part)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            except OSError:
+                self.close()  # a handle may be stale, or too many files open
+                raise
 
     def _open(self, path: str) -> int:
         if self._process != os.getpid():  # a parent's files are its own
@@ -359,6 +391,10 @@ def _read(
     try:
         return reader.read(shards.url(info.name), index, hash=info.hash)
     except BadRecord as error:
+        if not is_remote(shards.root) and not os.path.exists(os.path.join(shards.root, "manifest.json")):
+            raise Outage(
+                f"{shards.root} is gone, or its disk is: {remote.AGAIN} when it is there again"
+            ) from error
         raise BadRecord(shard, index, error.key, what + error.reason) from error
 
 
@@ -389,3 +425,46 @@ def _cut(data: bytes, member: Member, start: int) -> bytes:
     if zlib.crc32(field) != member.crc:
         raise ShardError(f"the checksum of its {member.extension} differs: damaged, or another tar's index")
     return field
+
+
+def _check_name(data: bytes, member: Member, start: int) -> None:
+    """Hold a member's key and extension against the tar's own header, in the bytes from `start` on."""
+    place = member.offset - start
+    before = data[max(0, place - _LONG_HEADER) : place]
+    if not _is_named(before, f"{member.key}.{member.extension}"):
+        try:
+            tarfile.TarInfo.frombuf(before[-_HEADER:], "utf-8", "replace")
+        except tarfile.HeaderError as error:
+            raise ShardError(
+                f"the header checksum of its {member.extension} differs: damaged, or another tar's index"
+            ) from error
+        raise ShardError(
+            f"its {member.extension} has another name in the tar: its index is damaged, or another tar's; "
+            "type  depth-anything shard index FOLDER"
+        )
+
+
+def _is_named(before: bytes, name: str) -> bool:
+    """Whether the header at the end of the bytes before a member's data has this name."""
+    header = before[-_HEADER:]
+    wanted = name.encode()
+    if header.startswith(wanted + b"\0"):
+        return True
+    stored = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        stored = header[345:500].partition(b"\0")[0] + b"/" + stored
+    spelled = _spelling(name)
+    if re.fullmatch(spelled, stored):
+        return True
+    # The names of others' tars may be longer than a header holds: a pax record or a block of GNU's has them then.
+    return len(name) > _LONG_NAME and bool(
+        re.search(b"(?:path=|\0)" + spelled + b"[\n\0]", before[:-_HEADER])
+    )
+
+
+def _spelling(name: str) -> bytes:
+    """A pattern of the ways to write a member's name: "./" may stand before it; the extension may have capitals."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    key, end = (re.escape(part.encode()) for part in (f"{folder}{slash}{stem}", extension))
+    return b"(?:\\./)?" + key + b"\\.(?i:" + end + b")"

@@ -28,9 +28,10 @@ import urllib3
 
 from depth_anything.data import cache
 from depth_anything.data.address import is_http, is_remote, told
-from depth_anything.data.tars import Index, Outage, ShardError
+from depth_anything.data.index import Index
+from depth_anything.data.tars import OF_THE_PATH, Outage, ShardError
 
-__all__ = ["Gone", "is_remote", "read", "read_range"]
+__all__ = ["AGAIN", "Gone", "is_remote", "patiently", "read", "read_range"]
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ _REDIRECTS = 5
 _NAMED = 20
 _CONNECTIONS = 32
 _LATER = frozenset((408, 425, 429))  # besides all from 500 up
-_AGAIN = "start the same command again, and it goes on"
+AGAIN = "start the same command again, and it goes on"
 _EXTRA = {"s3": "remote", "s3a": "remote", "gs": "remote", "gcs": "remote"}
 
 _pools: dict[str, Any] = {}  # by proxy, "" for none
@@ -81,7 +82,7 @@ def read(address: str) -> bytes:
         ShardError: it is not there, or not for us.
         Outage: it cannot be had for now.
     """
-    return _patiently(address, lambda: b"".join(_limited(address, _whole(address), _MOST)))
+    return patiently(address, lambda: b"".join(_limited(address, _whole(address), _MOST)))
 
 
 def read_range(
@@ -105,7 +106,7 @@ def read_range(
         return b""
     prefix = address.rpartition("/")[0]
     if prefix not in _wholes:
-        data = _patiently(address, lambda: _part(address, start, count, table.bytes))
+        data = patiently(address, lambda: _part(address, start, count, table.bytes))
         if data is not None:
             return data
         _wholes.add(prefix)
@@ -115,8 +116,11 @@ def read_range(
         return os.pread(file.fileno(), count, start)
 
 
-def _patiently(address: str, attempt: Callable[[], T]) -> T:
-    """Try until it works, the retries are spent, or it is no use."""
+def patiently(address: str, attempt: Callable[[], T]) -> T:
+    """Try until it works, the retries are spent (Outage), or it is no use.
+
+    An OSError of `attempt` is a disk that fails for now, unless it is one of `OF_THE_PATH`, which is raised.
+    """
     retries = int(cache.setting("DEPTH_ANYTHING_RETRIES", _RETRIES))
     began, number = monotonic(), 0
     while True:
@@ -124,6 +128,10 @@ def _patiently(address: str, attempt: Callable[[], T]) -> T:
             return attempt()
         except _Later as later:
             failure = later
+        except OSError as error:
+            if isinstance(error, Outage) or error.errno in OF_THE_PATH:
+                raise
+            failure = _Later(_plain(error))
         number += 1
         if failure.hopeless or number > retries:
             break
@@ -132,7 +140,7 @@ def _patiently(address: str, attempt: Callable[[], T]) -> T:
         _name(address, failure.reason)
         sleep(min(max(_FIRST_WAIT_S * 2 ** (number - 1), failure.wait), _LONGEST_WAIT_S))
     tried = f", {number} times in {monotonic() - began:.0f} s" if number > 1 else ""
-    raise Outage(f"{address} cannot be read for now: {failure.reason}{tried}; {_AGAIN}")
+    raise Outage(f"{address} cannot be read for now: {failure.reason}{tried}; {AGAIN}")
 
 
 def _name(address: str, reason: str) -> None:
@@ -173,7 +181,7 @@ def _copy(address: str, table: Index, file: BinaryIO) -> None:
         if f"sha256:{digest.hexdigest()}" != table.hash:
             raise ShardError(f"{address} is damaged, or is not the tar of its index: its hash differs")
 
-    _patiently(address, attempt)
+    patiently(address, attempt)
 
 
 def _limited(address: str, chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
@@ -450,13 +458,8 @@ def _of_fsspec(address: str, error: Exception) -> Exception:
         return Gone(f"{address} is truncated: it is shorter than its index says")
     if isinstance(error, FileNotFoundError) or status in (403, 404, "403", "404"):
         return Gone(f"{address} cannot be read: it is not there ({said})")
-    if isinstance(error, PermissionError) and code in (
-        "",
-        "403",
-        "AccessDenied",
-        "Forbidden",
-        "AllAccessDisabled",
-    ):
+    forbidden = ("", "403", "AccessDenied", "Forbidden", "AllAccessDisabled")
+    if isinstance(error, PermissionError) and code in forbidden:
         return Gone(f"{address} cannot be read: it is not for us ({said})")
     wrong = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
     return _Later(said, hopeless=wrong)

@@ -1,11 +1,9 @@
-"""One shard: a tar, and beside it an index of what lies where.
+"""One shard: a tar, and beside it an index of what lies where (index.py).
 
-NAME.idx is text. Its first line holds the mark `depth-anything-index 1`, the tar's bytes, its sha256, and how
-many records and members there are; then comes a line a member: key, extension, offset of the data, size,
-crc32. Tabs stand between. With it a record is one read, and damage shows: tar readers end a truncated tar in
-silence.
+The index makes a record one read, and shows damage: tar readers end a truncated tar in silence.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -18,19 +16,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from depth_anything.data.address import join, told
+from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
 
-_MARK = "depth-anything-index 1"
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's rule: the key ends at the first dot
 _MAX_NAME = 100  # what a plain tar header holds
 _CHUNK = 1 << 20
 _STALE_S = 86400
+
+OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Numbers of errors that say what a shard's path is; any other says that it cannot be read for now."""
 
 
 class ShardError(ValueError):
@@ -114,68 +113,6 @@ class ShardSet:
         return join(self.root, f"{shard}.tar")
 
 
-class Member(NamedTuple):
-    """A file inside a tar: where its data begins, how long it is, and its crc32."""
-
-    key: str
-    extension: str
-    offset: int
-    size: int
-    crc: int
-
-
-class Index:
-    """What lies where in one tar, kept small (some 25 bytes a member): a worker holds thousands of these.
-
-    Attributes:
-        bytes: of the tar.
-        hash: "sha256:…" of the tar.
-        records: how many.
-    """
-
-    def __init__(self, members: list[Member], *, bytes: int, hash: str) -> None:
-        """Pack the members of a tar; neighbours with one key are one record."""
-        starts = [i for i, member in enumerate(members) if i == 0 or member.key != members[i - 1].key]
-        keys = [members[i].key for i in starts]
-        self.bytes, self.hash, self.records = bytes, hash, len(keys)
-        self._prefix = os.path.commonprefix(keys)
-        tails = [key[len(self._prefix) :].encode() + b"\n" for key in keys]
-        self._tails = b"\n" + b"".join(tails)
-        self._tail_starts = np.cumsum([1, *map(len, tails)]).astype(np.uint32)
-        self._starts = np.array([*starts, len(members)], dtype=np.uint32)
-        self._extensions = tuple(dict.fromkeys(member.extension for member in members))
-        numbers = {extension: i for i, extension in enumerate(self._extensions)}
-        self._kinds = np.array([numbers[member.extension] for member in members], dtype=np.uint16)
-        self._offsets = np.array([member.offset for member in members], dtype=np.int64)
-        self._sizes = np.array([member.size for member in members], dtype=np.int64)
-        self._crcs = np.array([member.crc for member in members], dtype=np.uint32)
-
-    def key(self, record: int) -> str:
-        """Return the key of a record; IndexError where there is none."""
-        if not 0 <= record < self.records:
-            raise IndexError(f"record {record} of {self.records}")
-        start, end = self._tail_starts[record], self._tail_starts[record + 1]
-        return self._prefix + self._tails[start : end - 1].decode()
-
-    def keys(self) -> list[str]:
-        """Return all keys in the order of the tar."""
-        return [self.key(record) for record in range(self.records)]
-
-    def find(self, key: str) -> int | None:
-        """Return the record with this key, None where there is none."""
-        tail = key[len(self._prefix) :]
-        place = self._tails.find(f"\n{tail}\n".encode()) if key.startswith(self._prefix) else -1
-        return None if place < 0 else int(np.searchsorted(self._tail_starts, place + 1))
-
-    def members(self, record: int) -> list[Member]:
-        """Return a record's members in the order of the tar."""
-        key = self.key(record)
-        span = slice(self._starts[record], self._starts[record + 1])
-        columns = (self._kinds[span], self._offsets[span], self._sizes[span], self._crcs[span])
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [Member(key, self._extensions[kind], *numbers) for kind, *numbers in rows]
-
-
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
     """Write a shard and its index; one of this name is replaced.
 
@@ -227,13 +164,15 @@ def info_of(path: Path) -> ShardInfo:
     """Return what the index of a local tar says of it, without reading the tar; made first if there is none.
 
     Raises:
-        ShardError: the tar is missing, or its index is another one's.
+        ShardError: the tar is missing, or its index is damaged or another one's.
     """
     place = path.with_suffix(".idx")
     if not place.exists():
         return index_shard(path)
-    with open(place, errors="replace") as file:
-        info = _info(path, file.readline())
+    try:
+        info = _info(path, place.read_text(errors="replace"))
+    except ValueError as error:
+        raise ShardError(_damaged(place)) from error
     if not path.is_file() or path.stat().st_size != info.bytes:
         raise ShardError(
             f"{path} is missing, or is not the tar of {place.name}: remove both and make it again"
@@ -253,37 +192,19 @@ def index_text(path: Path) -> str:
                 digest.update(chunk)
     except FileNotFoundError:
         raise ShardError(f"{path} is missing") from None
-    records = len({member.key for member in members})
-    head = "\t".join((_MARK, str(size), f"sha256:{digest.hexdigest()}", str(records), str(len(members))))
-    lines = (f"{m.key}\t{m.extension}\t{m.offset}\t{m.size}\t{m.crc:08x}" for m in members)
-    return "\n".join((head, *lines, ""))
+    return write_index(members, bytes=size, hash=f"sha256:{digest.hexdigest()}")
 
 
 def parse_index(text: str, *, where: str | Path) -> Index:
     """Parse the text of an index.
 
     Raises:
-        ShardError: it is no index, is cut short, or does not add up.
+        ShardError: it is no index, is cut short, names a key twice, does not add up, or its checksum differs.
     """
-    head, _, rest = text.partition("\n")
     try:
-        mark, tar_bytes, digest, records, count = head.split("\t")
-        lines = rest.split("\n")
-        members = [_parse_line(line) for line in lines[:-1]]
-        index = Index(members, bytes=int(tar_bytes), hash=digest)
-        inside = all(512 <= m.offset and 0 <= m.size <= index.bytes - m.offset for m in members)
-        if (
-            mark != _MARK
-            or lines[-1]
-            or (len(members), index.records) != (int(count), int(records))
-            or not inside
-        ):
-            raise ValueError("it does not add up")
+        return read_index(text)
     except (ValueError, OverflowError) as error:
-        raise ShardError(
-            f"{where} is damaged: type  depth-anything shard index {str(where).rpartition('/')[0] or '.'}"
-        ) from error
-    return index
+        raise ShardError(_damaged(where)) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -406,19 +327,19 @@ def _publish(temporary: Path, path: Path, text: bytes) -> None:
 
 def _is_there(path: Path, text: bytes) -> bool:
     try:
-        return path.with_suffix(".idx").read_bytes() == text == index_text(path).encode()
-    except (OSError, ShardError):
+        made = index_text(path)
+        return made.encode() == text and is_index(path.with_suffix(".idx").read_text(), made)
+    except (OSError, ValueError):
         return False
 
 
 def _info(path: Path, text: str) -> ShardInfo:
-    _, size, digest, records, _ = text.split("\n", 1)[0].split("\t")
-    return ShardInfo(path.stem, int(records), int(size), digest)
+    size, digest, records, _ = parse_head(text)
+    return ShardInfo(path.stem, records, size, digest)
 
 
-def _parse_line(line: str) -> Member:
-    key, extension, offset, size, crc = line.split("\t")
-    return Member(key, extension, int(offset), int(size), int(crc, 16))
+def _damaged(index: str | Path) -> str:
+    return f"{index} is damaged: type  depth-anything shard index {str(index).rpartition('/')[0] or '.'}"
 
 
 def _members(file: BinaryIO, path: Path, size: int) -> Iterator[Member]:

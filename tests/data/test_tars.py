@@ -86,7 +86,10 @@ def test_index_says_where_the_bytes_lie(tmp_path):
     info = write_shard(tmp_path / "000000.tar", records())
     data = (tmp_path / "000000.tar").read_bytes()
     head, *lines = (tmp_path / "000000.idx").read_text().splitlines()
-    assert head.split("\t") == ["depth-anything-index 1", str(len(data)), info.hash, "5", "10"]
+    *facts, checksum = head.split("\t")
+    assert facts == ["depth-anything-index 2", str(len(data)), info.hash, "5", "10"]
+    covered = "\n".join(["\t".join(facts), *lines, ""])
+    assert int(checksum, 16) == zlib.crc32(covered.encode())
     for (key, extension), line in zip(
         [(key, end) for key, _ in records() for end in ("jpg", "json")], lines, strict=True
     ):
