@@ -18,6 +18,7 @@ from depth_anything.data.handover import Handover, Placed, arrays_in, lay_out
 from depth_anything.data.sample import decode_photograph, make_target, target_field
 from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader
 from depth_anything.data.stream import Stream
+from depth_anything.data.tars import Outage
 from depth_anything.data.transforms import (
     PERTURBATIONS,
     draw_cutmix,
@@ -260,6 +261,10 @@ def _bad_record(shard: str, index: int, key: str, name: str = "") -> Iterator[No
         yield
     except ValueError as error:
         raise BadRecord(shard, index, key, f"{name}: {error}" if name else str(error)) from error
+    except MemoryError as error:  # whether there is enough is the machine's fault, not the record's
+        raise Outage(
+            f"{shard}[{index}] {key} cannot be decoded for now: the memory is full; use fewer loader workers"
+        ) from error
 
 
 def sky_policies(

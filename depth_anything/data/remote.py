@@ -131,7 +131,7 @@ def patiently(address: str, attempt: Callable[[], T]) -> T:
         except OSError as error:
             if isinstance(error, Outage) or error.errno in OF_THE_PATH:
                 raise
-            failure = _Later(_plain(error))
+            failure = _Later(_plain(error), hopeless=isinstance(error, PermissionError))
         number += 1
         if failure.hopeless or number > retries:
             break

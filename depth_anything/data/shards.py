@@ -24,6 +24,7 @@ from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tars import (
     BadRecord,
+    Outage,
     ShardError,
     ShardInfo,
     ShardSet,
@@ -123,7 +124,7 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
 
     Raises:
         ShardError: no such folder, no manifest, no records, a shard that is missing or of another size.
-        Outage: the address does not answer for now.
+        Outage: the address does not answer, or the disk fails, for now.
     """
     root = str(root).removeprefix("file://").rstrip("/")
     try:
@@ -135,7 +136,7 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
     if not made.records:
         raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
     if check and not is_remote(root):
-        for problem in _missing(made):
+        for problem in remote.patiently(root, lambda: _missing(made)):
             raise ShardError(
                 f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
             )
@@ -237,8 +238,12 @@ def verify_set(
         found: list[str] = []
         try:
             keys = verify_one(made, shard, found, decode=decode, joined=joined)
-        except ShardError as error:
-            found.append(str(error))
+        except (ShardError, OSError) as error:
+            if far and not isinstance(error, ShardError):
+                raise
+            found.append(
+                str(error) if isinstance(error, ShardError | Outage) else f"{made.url(shard.name)}: {error}"
+            )
             keys = np.empty(0, np.uint64)
         if tick is not None:
             tick(shard.records)
@@ -398,7 +403,7 @@ def _read_manifest(root: str) -> bytes:
     if not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
-        return Path(root, "manifest.json").read_bytes()
+        return remote.patiently(root, Path(root, "manifest.json").read_bytes)
     except FileNotFoundError:
         if os.path.exists(os.path.join(root, _BEGUN)):
             raise ShardError(_unfinished(root)) from None

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from depth_anything.data.sources.source import OF_THE_FILE
+from depth_anything.data.sources.source import is_of_the_disk
 
 _CHUNK = 1 << 20
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
@@ -70,7 +70,7 @@ def tar_members(path: Path) -> Iterator[Member]:
             while is_compressed(path) and stream.read(_CHUNK):
                 pass  # a checksum is looked at where it stands, at the end
     except DAMAGE as error:
-        if _is_of_the_disk(error):
+        if is_of_the_disk(error):
             raise
         reason = f"the tar is damaged, and nothing after {last} can be found: {error}"
         if isinstance(error, gzip.BadGzipFile) and "CRC" in str(error):
@@ -149,11 +149,6 @@ class _Watched:
     def read(self, size: int) -> bytes:
         self.last = self._file.read(size)
         return self.last
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether a disk failed; what unpackers find wrong has no number."""
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
 
 
 def _fault(info: tarfile.TarInfo) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from depth_anything.data.sources import maps
 from depth_anything.data.sources.listing import as_field, from_field
-from depth_anything.data.sources.source import Facts, Raw
+from depth_anything.data.sources.source import Facts, Raw, is_of_the_disk
 
 CAMERA = ("fx", "fy", "cx", "cy")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -259,8 +259,12 @@ class _Pattern:
 
 def _walk(top: Path, leave_out: set[Path]) -> Iterator[str]:
     """Files below a folder, in order, through links, each folder once; hidden ones, as a Mac's ._files, are none."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
     seen = {os.path.realpath(top)}
-    for here, folders, files in os.walk(top, followlinks=True):
+    for here, folders, files in os.walk(top, onerror=fail, followlinks=True):
         kept = []
         for name in sorted(folders):
             place = os.path.realpath(os.path.join(here, name))
@@ -299,6 +303,8 @@ def image_size(source: bytes | Path) -> tuple[int, int]:
                 width, height = picture.size
                 turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         except Exception as error:  # hostile bytes make Pillow raise a dozen types
+            if is_of_the_disk(error):
+                raise
             why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"its image cannot be decoded: {why}") from error
     return (width, height) if turned else (height, width)

@@ -19,7 +19,7 @@ from depth_anything.data.sample import decode_image
 from depth_anything.data.shards import ShardError, ShardSet
 from depth_anything.data.sources import archives
 from depth_anything.data.sources.listing import digest_of, from_field
-from depth_anything.data.sources.source import Facts, Raw
+from depth_anything.data.sources.source import Facts, Raw, is_of_the_disk
 from depth_anything.data.sources.walking import fault_line, file_line, read_image, tar_line, walk
 from depth_anything.data.sources.writing import write_source
 
@@ -193,6 +193,8 @@ def _read(raw: Path, line: str) -> bytes:
     try:
         return read_image(_base(raw, line), line)
     except OSError as error:
+        if is_of_the_disk(error):
+            raise
         raise ValueError(error.strerror or type(error).__name__) from error
 
 

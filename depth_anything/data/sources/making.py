@@ -11,7 +11,7 @@ from typing import Any
 from depth_anything.data.shards import ShardError, write_shard
 from depth_anything.data.sources.listing import shown_name
 from depth_anything.data.sources.record import Made, to_record
-from depth_anything.data.sources.source import OF_THE_FILE, Refused
+from depth_anything.data.sources.source import Refused, is_of_the_disk
 from depth_anything.data.tars import write_atomically
 
 _GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
@@ -84,11 +84,11 @@ def _make(job: Job, line: str) -> Made:
         # A record is left out for what is wrong with it, never because a disk is gone or fails.
         if not job.raw.exists():
             raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
-        if not isinstance(error, OSError):
-            raise Refused(name, str(error)) from error
-        if error.errno not in OF_THE_FILE:
+        if is_of_the_disk(error):
             raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
-        raise Refused(name, error.strerror or type(error).__name__) from error
+        raise Refused(name, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+    except MemoryError as error:
+        raise Refused(name, "it needs more memory than there is") from error
     except Exception as error:
         raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
 

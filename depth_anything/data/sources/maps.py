@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from depth_anything.data.sources.source import OF_THE_FILE
+from depth_anything.data.sources.source import is_of_the_disk
 
 ENDINGS = (".png", ".npy", ".exr", ".pfm", ".h5", ".hdf5")
 MAX_BYTES = 1 << 29  # of a file
@@ -175,7 +175,7 @@ def read_map(path: Path, *, key: str | None = None, channel: str | None = None) 
 
 
 def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
-    """Return height and width of a file of one of `ENDINGS` by its header alone; ValueError as `read_map`."""
+    """Return height and width of a file of one of `ENDINGS` by its header alone; as `read_map` raises."""
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_HEADER + 16)
@@ -197,6 +197,8 @@ def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
     except NoMap:
         raise
     except Exception as error:
+        if is_of_the_disk(error):
+            raise
         raise NoMap(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -217,7 +219,7 @@ def read_bytes(source: str | Path | bytes) -> bytes:
             raise NoMap(f"it has more than {MAX_BYTES >> 20} MiB")
         return Path(source).read_bytes()
     except OSError as error:
-        if error.errno not in OF_THE_FILE:
+        if is_of_the_disk(error):
             raise
         raise NoMap(error.strerror or type(error).__name__) from error
 

@@ -19,6 +19,11 @@ OF_THE_FILE = (
 """Numbers of errors that are one file's own; any other is its disk's, and no reason to leave a record out."""
 
 
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk failed; what decoders and unpackers find wrong with a file has no number."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a data set before anything of it is read.

@@ -26,7 +26,7 @@ from depth_anything.data.sources.archives import (
 )
 from depth_anything.data.sources.films import FILMS, count_frames, read_frame
 from depth_anything.data.sources.listing import as_field, from_field
-from depth_anything.data.sources.source import OF_THE_FILE
+from depth_anything.data.sources.source import is_of_the_disk
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -169,8 +169,10 @@ def _walk(
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads in a circle, as a file tells better when it is read
-        return False
+    except OSError as error:
+        if is_of_the_disk(error):
+            raise
+        return False  # a link that leads in a circle, as a file tells better when it is read
 
 
 def read_file(path: Path) -> bytes:
@@ -188,10 +190,12 @@ def fault_line(name: str, reason: str) -> str:
 
 
 def file_line(name: str, path: Path) -> str:
-    """Return the line of a file with its size, -1 if it cannot be told."""
+    """Return the line of a file with its size, -1 if it cannot be told; OSError if its disk fails."""
     try:
         size = path.stat().st_size
-    except OSError:
+    except OSError as error:
+        if is_of_the_disk(error):
+            raise
         size = -1
     return f"{as_field(name)}\tfile\t{size}"
 
@@ -205,7 +209,7 @@ def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
     try:
         plain = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
-        if error.errno not in OF_THE_FILE:
+        if is_of_the_disk(error):
             raise
         yield fault_line(place or path.name, error.strerror or type(error).__name__)
         return
