@@ -2,7 +2,8 @@
 
 Layout, as its archives unpack: indoor/PLACE/DATE/NUMBER/{col/NAME_c.png, up_png/NAME_*.png}, where up_png holds the
 Kinect's depth brought to the size of the colours; outdoor/DATE/NUMBER/{left/NAME_left.png, depth/NAME_depth.png,
-conf/NAME_conf.png}. What lies below folders of these names is taken, at any depth.
+conf/NAME_conf.png}. The sample edition calls the former color/NAME_c.png and depth_filled/NAME_depth_filled.png. What
+lies below folders of these names is taken, at any depth.
 
 Depth: 16-bit PNG, millimetres, planar; 0 is invalid. Outdoors it comes from matched stereo images, and conf, 8 bits,
 says how far each pixel is to be trusted: below 0.6 of 255 it is invalid here (one public reader uses 0.6 and quotes
@@ -37,14 +38,18 @@ FACTS = Facts(
     name="diml",
     title="DIML/CVL RGB-D",
     records=927_000,
-    layout="PLACE/DATE/1/col/NAME_c.png with up_png/NAME_ud.png (indoor), "
+    layout="PLACE/DATE/1/col/NAME_c.png with up_png/NAME_ud.png (indoor; or color/NAME_c.png with "
+    "depth_filled/NAME_depth_filled.png), "
     "DATE/1/left/NAME_left.png with depth/NAME_depth.png and conf/NAME_conf.png (outdoor)",
     get="https://dimlrgbd.github.io",
     licence="LicenseRef-DIML",
     sky="invalid",
 )
 TRUSTED = 0.6
-_INDOOR = (Kind("image", "col", r"(.+)_c\.png"), Kind("depth", "up_png", r"(.+)_[^_]+\.png"))
+_INDOOR = (
+    Kind("image", "col|color", r"(.+)_c\.png"),
+    Kind("depth", "up_png|depth_filled", r"(.+?)_(?:depth_filled|[^_]+)\.png"),
+)
 _OUTDOOR = (Kind("image", "left", r"(.+)_left\.png"), Kind("depth", "depth", r"(.+)_depth\.png"))
 _CONFIDENCE = Kind("confidence", "conf", r"(.+)_conf\.png")
 

@@ -20,7 +20,7 @@ from PIL import Image
 from depth_anything.data.sources.listing import as_field, from_field
 from depth_anything.data.sources.maps import read_bytes
 from depth_anything.data.sources.source import Facts
-from depth_anything.data.sources.walking import walk
+from depth_anything.data.sources.walking import APPLE_DOUBLE, walk
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".z01", ".rar")
 _SEVERAL = "//"  # in place of a path: more than one file could be the one
@@ -32,7 +32,8 @@ class Kind:
 
     Attributes:
         what: It is: "image", "depth" …
-        folder: The last names of its folder's path, with wildcards: "image_left", "rgb/Camera_0", "*".
+        folder: The last names of its folder's path, with wildcards: "image_left", "rgb/Camera_?", "*"; of several
+            that may be, "col|color".
         name: Regular expression of its own name; the one group is the frame's.
     """
 
@@ -46,7 +47,7 @@ def find_frames(
 ) -> Iterator[str]:
     """List the frames of a set, sequence by sequence, both in the order of their names.
 
-    Links to folders are followed, each folder is looked at once.
+    Links to folders are followed, each folder is looked at once. The "._" files of macOS are none of the set's.
 
     Args:
         raw: Folder of the set; its frames may lie at any depth below.
@@ -76,7 +77,7 @@ def find_frames(
             fitting = [kind for kind in kinds if _is_folder_of(kind, parts)]
         for kind in fitting:
             match = re.fullmatch(kind.name, file)
-            if match:
+            if match and not file.startswith(APPLE_DOUBLE):
                 name = sequence(parts)
                 known, frames = found.setdefault(name, {}).setdefault(kind, (folder, {}))
                 if known != folder:
@@ -145,11 +146,14 @@ def check_size(image: bytes, values: np.ndarray, what: str) -> None:
 
 def _is_folder_of(kind: Kind, parts: tuple[str, ...]) -> bool:
     """Whether a kind's files may lie in the folder of this path."""
-    patterns = kind.folder.split("/")
-    ends = parts[-len(patterns) :]
     if kind.folder == "*":
         return True
-    return len(ends) == len(patterns) and all(fnmatchcase(*pair) for pair in zip(ends, patterns, strict=True))
+    for folder in kind.folder.split("|"):
+        patterns = folder.split("/")
+        ends = parts[-len(patterns) :]
+        if len(ends) == len(patterns) and all(map(fnmatchcase, ends, patterns)):
+            return True
+    return False
 
 
 def _path(folder: str, file: str) -> str:

@@ -60,6 +60,7 @@ _IMAGES = {
     "hdr": Kind("image", "scene_cam_*_final_hdf5", r"(frame\.\d+)\.color\.hdf5"),
 }
 _ENTITIES = Kind("segmentation", "scene_cam_*_geometry_hdf5", r"(frame\.\d+)\.render_entity_id\.hdf5")
+_ROUNDING = 1e-6
 _GAMMA = 1 / 2.2
 _BRIGHT, _PERCENTILE, _DARK = 0.8, 90, 0.0001
 
@@ -241,9 +242,16 @@ def _read_split(path: Path, split: str) -> set[tuple[str, str, int]]:
 
 
 def _intrinsics(camera: np.ndarray, height: int, width: int) -> dict[str, dict[str, float]]:
-    """Focal lengths and principal point in pixels; nothing for a tilted camera, which has none in this sense."""
-    (fx, skew, left), (other, fy, down), (tilt, tip, axis) = camera.tolist()
-    if skew or other or tilt or tip or axis != -1 or fx <= 0 or fy <= 0:
+    """Focal lengths and principal point in pixels; nothing for a tilted camera, which has none in this sense.
+
+    Only the ratios of a matrix count, and the table's are rounded: a camera is taken for upright where its tilt and
+    skew are below 1e-6 of its axis.
+    """
+    axis = camera[2, 2]
+    if not axis < 0:
+        return {}
+    (fx, skew, left), (other, fy, down), (tilt, tip, _) = (camera / -axis).tolist()
+    if not max(map(abs, (skew, other, tilt, tip))) < _ROUNDING or not (fx > 0 and fy > 0):
         return {}
     return {
         "intrinsics": {

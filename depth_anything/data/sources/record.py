@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame
-from depth_anything.data.sources.source import Raw
+from depth_anything.data.sources.source import Raw, resize_intrinsics
 from depth_anything.preprocess import resize_shape
 
 JPEG_QUALITY = 92
@@ -50,7 +50,8 @@ def to_record(raw: Raw, *, source: str, name: str, short_side: int | None = None
         source: Name of the set that it is from.
         name: Of the record in that set.
         short_side: Resize larger images, and their labels, to the size that training would give them; images
-            become JPEG of quality 92, labels take the nearest value. None, or a smaller image: as it is.
+            become JPEG of quality 92, labels take the nearest value, and intrinsics become those of the smaller
+            image. None, or a smaller image: as it is.
 
     Raises:
         ValueError: The image cannot be decoded, label and image do not belong together, or not one pixel of
@@ -77,6 +78,8 @@ def to_record(raw: Raw, *, source: str, name: str, short_side: int | None = None
         from depth_anything.data.transforms import resize_image  # loads torch, which all else does without
 
         image, data = resize_image(image, *size), None
+        if meta.get("intrinsics"):
+            meta["intrinsics"] = resize_intrinsics(meta["intrinsics"], (height, width), size)
         label = None if label is None else nearest(label, *size)
     else:
         data = raw.image if isinstance(raw.image, bytes) and is_plain(raw.image) else _png(image)

@@ -24,6 +24,26 @@ def is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
 
 
+def resize_intrinsics(
+    intrinsics: Mapping[str, float], before: tuple[int, int], after: tuple[int, int]
+) -> dict[str, float]:
+    """Return the intrinsics of an image that was resized.
+
+    Args:
+        intrinsics: fx, fy, cx, cy in pixels, as far as known; the centre of the upper left pixel is at 0, 0.
+        before: height and width that they are of.
+        after: height and width that they shall be of.
+    """
+    rows, columns = after[0] / before[0], after[1] / before[1]
+    made = {
+        "fx": lambda fx: fx * columns,
+        "fy": lambda fy: fy * rows,
+        "cx": lambda cx: (cx + 0.5) * columns - 0.5,
+        "cy": lambda cy: (cy + 0.5) * rows - 0.5,
+    }
+    return {name: made[name](value) if name in made else value for name, value in intrinsics.items()}
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a data set before anything of it is read.

@@ -2,7 +2,8 @@
 
 Layout: ENV/Data_easy/P000/{image_lcam_front/000000_lcam_front.png, depth_lcam_front/000000_lcam_front_depth.png} and
 Data_hard; 640 x 640. lcam and rcam, each of front, back, left, right, top, bottom; --camera chooses, lcam_front unless
-told otherwise, "all" for the twelve.
+told otherwise, "all" for the twelve. The set's fisheyes, panoramas and cameras of one's own are no pinholes of this
+focal length, and are not taken.
 
 Depth: float32 metres, planar, whose four bytes stand in the four channels of an 8-bit PNG in the order in which OpenCV
 reads them, blue first. A reader that gives red first (Pillow, torchvision) has to swap red and blue, or gets numbers
@@ -62,10 +63,10 @@ def find(raw: Path, *, camera: str = "lcam_front") -> Iterator[str]:
     """
     if camera not in (*CAMERAS, "all"):
         raise ValueError(f"camera={camera} is unknown: type all or one of {', '.join(CAMERAS)}")
-    name = "?cam_*" if camera == "all" else camera
+    names = CAMERAS if camera == "all" else (camera,)  # fisheyes and panoramas lie in folders of like names
     kinds = (
-        Kind(_IMAGE.what, f"image_{name}", _IMAGE.name),
-        Kind(_DEPTH.what, f"depth_{name}", _DEPTH.name),
+        Kind(_IMAGE.what, "|".join(f"image_{name}" for name in names), _IMAGE.name),
+        Kind(_DEPTH.what, "|".join(f"depth_{name}" for name in names), _DEPTH.name),
     )
     return find_frames(raw, FACTS, kinds, sequence=_sequence)
 

@@ -31,6 +31,8 @@ from depth_anything.data.sources.source import is_of_the_disk
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 KINDS = ("files", "tars", "lmdb", "films")
+APPLE_DOUBLE = "._"
+"""How the names begin of what macOS keeps beside a file on other disks and in archives; the rest is the file's name."""
 
 _WORDS = {"files": "image files", "tars": "tars", "lmdb": "databases", "films": "films"}
 
@@ -90,6 +92,8 @@ def find_images(
 def _kind(name: str, kinds: Collection[str]) -> str:
     """Say what a file is by its name: one of `kinds`, or the suffix under which it is counted."""
     low = name.lower()
+    if low.rpartition("/")[2].startswith(APPLE_DOUBLE):
+        return f"{APPLE_DOUBLE}*"
     for kind, endings in (("files", IMAGES), ("tars", TARS), ("films", FILMS)):
         if kind in kinds and low.endswith(endings):
             return kind
@@ -220,8 +224,8 @@ def _in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
         name = f"{place}/{member.name}" if place else member.name
         if not member.name:
             yield fault_line(place or path.name, member.fault)
-        elif not member.name.lower().endswith(IMAGES):
-            passed_over[_suffix(member.name)] += 1
+        elif _kind(member.name, ("files",)) != "files":
+            passed_over[_kind(member.name, ())] += 1
         elif member.fault:
             yield fault_line(name, member.fault)
         else:

@@ -49,6 +49,16 @@ def test_intrinsics_are_those_of_the_rays():
         assert found["fx"] * x / -z + found["cx"] == pytest.approx(column, abs=1e-9)
         assert found["fy"] * y / z + found["cy"] == pytest.approx(row, abs=1e-9)
     assert hypersim._intrinsics(TILTED, 768, 1024) == {}  # a tilted one has no such numbers
+    for factor in (1.0000000003832106, 0.9999999992490941, 1.013301778214287, 250.0):
+        assert hypersim._intrinsics(shifted * factor, 768, 1024)["intrinsics"] == pytest.approx(found)
+    nearly = shifted + 4e-7 * np.array([[0, 1, 0], [1, 0, 0], [1, -1, 0]])  # as far as numbers are rounded
+    assert hypersim._intrinsics(nearly, 768, 1024)["intrinsics"] == pytest.approx(found)
+    for place in ((0, 1), (1, 0), (2, 0), (2, 1)):
+        turned = shifted.copy()
+        turned[place] = 4e-5
+        assert hypersim._intrinsics(turned, 768, 1024) == {}
+    for wrong in (-shifted, shifted * 0, shifted * [[1], [-1], [1]], shifted * np.nan):
+        assert hypersim._intrinsics(wrong, 768, 1024) == {}
     canonical = hypersim._intrinsics(CANONICAL, 768, 1024)["intrinsics"]
     assert canonical["cx"] == 511.5 and canonical["cy"] == 383.5
     assert canonical["fx"] == pytest.approx(886.81, abs=0.01) == canonical["fy"]

@@ -68,6 +68,16 @@ def test_raw_files_become_verified_shards(tmp_path, name, short_side):
     assert ("amusement" in str(names)) is False
 
 
+@pytest.mark.parametrize("name", LABELLED)
+def test_what_macos_leaves_beside_files_is_none_of_the_set(tmp_path, name):
+    getattr(made_raw, f"make_{name}")(tmp_path)
+    before = [*load(name).find(tmp_path)]
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        path.with_name(".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert [*load(name).find(tmp_path)] == before
+
+
 @pytest.mark.parametrize("name", ["blendedmvs", "irs"])
 def test_a_failing_disk_leaves_no_record_out(tmp_path, name, monkeypatch):
     """Input and output errors are the disk's: the run stops, and goes on when the disk is there again."""

@@ -134,3 +134,34 @@ def test_nearest_takes_what_lies_at_the_centres():
 def test_json_holds_no_nan():
     with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
         made(Raw(GREY, {"intrinsics": {"fx": np.nan}}))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_intrinsics_follow_a_resized_image(orientation):
+    """A point in space lies at the same share of the image before and after, upright, whatever its file says."""
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (96, 64) if orientation == 1 else (64, 96)
+    Image.new("RGB", size).save(out, "JPEG", exif=exif)
+    camera = {"fx": 80.0, "fy": 81.0, "cx": 40.25, "cy": 33.5}
+    kept = frame_of(made(Raw(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))))).meta
+    assert kept["intrinsics"] == camera and kept["original_size"] == [64, 96]
+    record = made(Raw(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))), short_side=28)
+    small = json.loads(record.fields["json"])["intrinsics"]
+    frame = decode_record("k", record.fields)
+    assert frame.image.shape[:2] == (28, 42) == frame.depth.shape
+    for x, y, z in ((0.2, -0.3, 1.0), (-1.5, 0.7, 4.0)):
+        before = (80 * x / z + 40.25 + 0.5) / 96, (81 * y / z + 33.5 + 0.5) / 64
+        after = (
+            (small["fx"] * x / z + small["cx"] + 0.5) / 42,
+            (small["fy"] * y / z + small["cy"] + 0.5) / 28,
+        )
+        assert after == pytest.approx(before)
+
+
+def test_a_camera_in_shares_of_the_image_stays_when_it_is_resized():
+    """Hypersim's matrix is of u and v from -1 to 1."""
+    matrix = np.diag([0.577, 0.433, -1.0]).tolist()
+    record = made(Raw(np.zeros((64, 96, 3), np.uint8), {"M_cam_from_uv": matrix}), short_side=28)
+    assert json.loads(record.fields["json"])["M_cam_from_uv"] == matrix

@@ -50,6 +50,14 @@ def test_one_camera_is_taken_unless_more_are_asked_for(tmp_path):
         list(tartanair2.find(tmp_path, camera="front"))
 
 
+def test_all_cameras_are_the_pinholes(tmp_path):
+    """Fisheyes, panoramas and cameras of one's own lie beside them, under names of the same make."""
+    others = ("lcam_fish", "rcam_fish", "lcam_equirect", "lcam_custom0_pinhole", "lcam_fronts", "ccam_front")
+    truth = make_tartanair2(tmp_path, cameras=(*tartanair2.CAMERAS, *others))
+    names = {line.partition("\t")[0] for line in tartanair2.find(tmp_path, camera="all")}
+    assert names == {name for name in truth if name.split("/")[3] in tartanair2.CAMERAS} and len(names) == 24
+
+
 def small(mode):
     out = io.BytesIO()
     Image.new(mode, (48, 36)).save(out, "PNG")

@@ -154,6 +154,17 @@ def test_a_disk_that_fails_while_a_tar_is_listed_stops(tmp_path, monkeypatch):
         list(find_images(path.parent))
 
 
+def test_what_macos_leaves_beside_images_is_passed_over(tmp_path):
+    """In folders and in the tars that macOS writes, where each file has such a shadow before it."""
+    tar_of(tmp_path / "raw" / "a.tar", {"x/._1.jpg": b"\0\5\x16\7", "x/1.jpg": picture(1)})
+    (tmp_path / "raw" / "2.jpg").write_bytes(picture(2))
+    (tmp_path / "raw" / "._2.jpg").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "raw" / "._a.tar").write_bytes(b"\0\5\x16\7")
+    made, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
+    assert list(found) == ["2.jpg", "a.tar/x/1.jpg"]
+    assert made.meta["left_out"] == {"._*": 3} and "skipped" not in made.meta
+
+
 def test_tars_that_are_no_files_are_refused(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     os.mkfifo(path.with_name("b.tar"))  # to open it is to wait for ever

@@ -19,6 +19,24 @@ def test_diml_is_in_millimetres_and_trusts_no_guess(tmp_path):
     assert np.isnan(street[:4]).all() and np.isnan(street[5, 0]) and np.isfinite(street[5, 1])
 
 
+def test_diml_is_read_in_its_sample_edition_too(tmp_path):
+    """Other folders, and a name that ends in two words; depth_raw, with holes, lies beside and is not taken."""
+    truth = make_diml(tmp_path)
+    for place in list((tmp_path / "indoor").rglob("up_png")):
+        place.with_name("depth_raw").mkdir()
+        for path in place.iterdir():
+            stem = path.name.removesuffix("_ud.png")
+            (place.with_name("depth_raw") / f"{stem}_depth_raw.png").write_bytes(path.read_bytes())
+            path.rename(place / f"{stem}_depth_filled.png")
+        place.rename(place.with_name("depth_filled"))
+        place.with_name("col").rename(place.with_name("color"))
+    (tmp_path / "indoor" / "1. Cafe" / "160225" / "1" / "color" / ".DS_Store").write_bytes(b"Bud1")
+    found = frames_of(diml, tmp_path)
+    assert list(found) == sorted(truth)
+    for name, frame in found.items():
+        np.testing.assert_allclose(frame.depth, truth[name], rtol=1e-7)
+
+
 def test_diml_outdoors_without_confidence_is_refused(tmp_path):
     make_diml(tmp_path)
     next(tmp_path.rglob("0001_conf.png")).unlink()
