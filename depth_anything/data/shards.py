@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _VERSION = 1
+_NO_MEMORY = "it needs more memory than there is"
 _THREADS = 16
 _BEGUN = "settings.json"  # lies in the folder of a set from the first moment it is written
 _MULTIPLES = (1, 8, 14, 16, 32)  # of a patch: sides that images are resized to
@@ -288,8 +289,8 @@ def _verify_shard(
                 _check_frame(decode_record(key, fields))
             elif not decode_labels(fields):
                 raise ValueError(f"no label among the fields {sorted(fields)}")
-        except ValueError as error:
-            reason = error.reason if isinstance(error, BadRecord) else error
+        except (ValueError, MemoryError) as error:
+            reason = error.reason if isinstance(error, BadRecord) else str(error) or _NO_MEMORY
             problems.append(f"{path}[{index}] {key}: {reason}")
     return _hashed(keys)
 
@@ -316,8 +317,8 @@ def _verify_far(
                 _check_frame(decode_record(key, fields))
             elif decode and not decode_labels(fields):
                 raise ValueError(f"no label among the fields {sorted(fields)}")
-        except ValueError as error:
-            reason = error.reason if isinstance(error, BadRecord) else error
+        except (ValueError, MemoryError) as error:
+            reason = error.reason if isinstance(error, BadRecord) else str(error) or _NO_MEMORY
             problems.append(f"{made.url(shard.name)}[{index}] {keys[index]}: {reason}")
     return _hashed(keys)
 

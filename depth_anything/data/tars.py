@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from depth_anything.data.address import join, told
 from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
@@ -26,10 +26,26 @@ _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's rule: the key ends at the first dot
 _MAX_NAME = 100  # what a plain tar header holds
 _CHUNK = 1 << 20
+_MAX_HEADER = 1 << 20  # bytes of a tar's header, with a long name
 _STALE_S = 86400
 
 OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Numbers of errors that say what a shard's path is; any other says that it cannot be read for now."""
+
+
+class HeaderFile:
+    """A file for tarfile, which would read as much into memory as a header claims that a long name has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """Read from a file, whose position is kept."""
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Read so many bytes; ReadError where that is no header."""
+        if size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 class ShardError(ValueError):
@@ -348,7 +364,7 @@ def _members(file: BinaryIO, path: Path, size: int) -> Iterator[Member]:
     seen: dict[str, set[str]] = {}
     last, end = "", 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:  # type: ignore[call-overload]
             for info in tar:
                 end = info.offset_data + (-(-info.size // 512) * 512 if info.isreg() else 0)
                 if end > size:

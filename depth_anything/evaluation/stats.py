@@ -50,8 +50,8 @@ def gather(shard_set: ShardSet, *, sample: int) -> Stats:
             try:
                 key, fields = records.read(name, number - (int(ends[shard]) - count))
                 _count(stats, fields, unit=shard_set.meta.get("unit", "m"))
-            except ValueError as error:
-                stats.bad.append(str(error))
+            except (ValueError, MemoryError) as error:
+                stats.bad.append(str(error) or f"{name}: it needs more memory than there is")
             progress.update()
     return stats
 

@@ -92,8 +92,8 @@ def survey(custom: Custom, *, sample: int = SAMPLE) -> Survey:
         for name in chosen:
             try:
                 look.at(name, custom.line(name, *pairs.both[name]), draw=name in drawn)
-            except ValueError as error:
-                found.refused.append((name, str(error)))
+            except (ValueError, MemoryError) as error:
+                found.refused.append((name, str(error) or "it needs more memory than there is"))
             progress.update()
     if not look.seen:
         why = "; ".join(f"{shown(name)}: {reason}" for name, reason in found.refused[:3])

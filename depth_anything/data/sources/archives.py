@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from depth_anything.data.sources.source import is_of_the_disk
+from depth_anything.data.tars import HeaderFile
 
 _CHUNK = 1 << 20
 MAX_BYTES = 1 << 29  # of one file; a video or an archive among the photographs should not fill the memory
@@ -129,25 +130,25 @@ def lmdb_keys(folder: Path) -> Iterator[bytes]:
 def read_lmdb(folder: Path, key: bytes) -> bytes:
     """Read a value of an lmdb folder; ValueError if there is none."""
     try:
-        with _lmdb(str(folder), os.getpid()).begin() as transaction:
-            value = transaction.get(key)
+        with _lmdb(str(folder), os.getpid()).begin(buffers=True) as transaction:
+            found = transaction.get(key)  # where it lies in the file
+            if found is not None:
+                check_size(len(found))
+            value = None if found is None else bytes(found)
     except _lmdb_error() as error:
         raise ValueError(f"the database is damaged here: {error}") from error
     if value is None:
         raise ValueError("the database does not have this key any more")
-    check_size(len(value))
     return value
 
 
-class _Watched:
+class _Watched(HeaderFile):
     """A file that remembers the last bytes read."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.last = file, b""
-        self.seek, self.tell = file.seek, file.tell
+    last = b""
 
     def read(self, size: int) -> bytes:
-        self.last = self._file.read(size)
+        self.last = super().read(size)
         return self.last
 
 

@@ -32,6 +32,8 @@ KEYS = (
     "licence",
 )
 _MAX_YAML = 1 << 20
+_MAX_NODES = 10_000
+_MAX_SCALAR = 4096  # characters; 1:2:3:… is a number to base 60 in yaml, which takes hours if it is long
 
 
 def read_yaml(path: str | Path) -> Custom:
@@ -64,7 +66,12 @@ def read_yaml(path: str | Path) -> Custom:
 
 
 class _Loader(yaml.SafeLoader):
-    """As safe_load, but a key that comes twice is an error."""
+    """As safe_load, but a key that comes twice is an error, and so is what a declaration has no use for.
+
+    An alias stands for all of what it means, and ten of them of ten aliases each fill any memory.
+    """
+
+    nodes = 0
 
     @classmethod
     def parse(cls, text: str) -> Any:
@@ -73,6 +80,20 @@ class _Loader(yaml.SafeLoader):
             return loader.get_single_data()
         finally:
             loader.dispose()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, and more than anyone would write, before they are made."""
+        event, problem = self.peek_event(), ""
+        self.nodes += 1
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor} is an alias: write out what it stands for"
+        elif self.nodes > _MAX_NODES:
+            problem = f"it has more than {_MAX_NODES} values"
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
+            problem = f"a value has more than {_MAX_SCALAR} characters"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         """Make a dict of a mapping."""
@@ -143,7 +164,7 @@ def _declared(folder: Path, given: Mapping[Any, Any]) -> Custom:
 def _text(given: Mapping[str, Any], key: str) -> str:
     value = given[key]
     if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
-        raise ValueError(f"{key}: {value!r} is no text: put it in quotes")
+        raise ValueError(f"{key}: {value!r:.80} is no text: put it in quotes")
     return str(value)
 
 

@@ -36,7 +36,7 @@ import h5py
 import numpy as np
 
 from depth_anything.data.sources.folders import Kind, check_size, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import MAX_PIXELS, read_bytes, read_hdf5
+from depth_anything.data.sources.maps import MAX_PIXELS, check_chunks, read_bytes, read_hdf5
 from depth_anything.data.sources.source import Facts, Raw
 
 FACTS = Facts(
@@ -276,8 +276,11 @@ def _read_colour(data: bytes) -> np.ndarray:
                 or np.prod(shape, dtype=float) > 3 * MAX_PIXELS
             ):
                 raise ValueError(f"{dataset.dtype} of shape {shape} in place of floats (H, W, 3)")
+            if np.prod(dataset.chunks or (1,), dtype=float) > 3 * MAX_PIXELS:
+                raise ValueError(f"it is stored in pieces of {dataset.chunks}")
             if dataset.is_virtual or dataset.external:
                 raise ValueError("its numbers lie in another file")
+            check_chunks(dataset)
             return dataset[()]
     except Exception as error:  # what damage makes of the library is of a dozen types
         raise ValueError(f"its colour cannot be read: {error}") from error

@@ -29,6 +29,9 @@ MAX_BYTES = 1 << 29  # of a file
 MAX_PIXELS = 1 << 26  # as much as a record may hold
 _MAX_SIDE = 1 << 15
 _MAX_HEADER = 10_000  # bytes; a header longer than that says more than a map has to say
+_MAX_EXR = 1 << 30  # bytes of all channels of an EXR, which the library decodes together
+_MAX_CHUNKS = 1 << 16  # of an HDF5 dataset
+_SPARE = 64  # bytes that a checksum may add to a piece
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -152,6 +155,7 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
         with h5py.File(io.BytesIO(data), "r") as file:
             dataset = _dataset(file, key)
             _check_dataset(dataset)
+            check_chunks(dataset)
             return _as_map(dataset[()])
     except NoMap:
         raise
@@ -314,6 +318,12 @@ def _exr_size(path: Path) -> tuple[int, int]:
     low, high = (np.asarray(corner, np.int64) for corner in header["dataWindow"])
     width, height = (high - low + 1).tolist()
     _check_shape((height, width))
+    count = len(header["channels"])
+    if count * height * width * 4 > _MAX_EXR:  # of float32; half as many of float16
+        raise NoMap(
+            f"the EXR has {count} channels of {width} x {height} pixels, over {_MAX_EXR >> 30} GiB in all: "
+            "write the map to a file of its own"
+        )
     if "deep" in str(header["type"]).lower():
         raise NoMap("the EXR is deep: a map has one value a pixel")
     window = [np.asarray(corner, np.int64).tolist() for corner in header["displayWindow"]]
@@ -391,6 +401,25 @@ def _check_dataset(dataset: Any) -> None:
         raise NoMap(f'the numbers of "{dataset.name}" lie in another file, which is not opened')
     if dataset.chunks is not None and np.prod(dataset.chunks, dtype=float) > MAX_PIXELS:
         raise NoMap(f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large')
+
+
+def check_chunks(dataset: Any) -> None:
+    """Refuse compressed pieces of a dataset that hold more than their size: the library unpacks all of it.
+
+    Raises:
+        NoMap: There are such, or more than any writer makes.
+    """
+    if dataset.chunks is None or dataset.compression != "gzip":
+        return
+    size = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
+    if dataset.id.get_num_chunks() > _MAX_CHUNKS:
+        raise NoMap(f'"{dataset.name}" is stored in more than {_MAX_CHUNKS} pieces')
+    for number in range(dataset.id.get_num_chunks()):
+        skipped, packed = dataset.id.read_direct_chunk(dataset.id.get_chunk_info(number).chunk_offset)
+        if not skipped:
+            unpacked = zlib.decompressobj().decompress(packed, size + _SPARE)
+            if len(unpacked) == size + _SPARE:
+                raise NoMap(f'"{dataset.name}" is damaged: a piece of it holds more than its size')
 
 
 def _is_here(group: Any, name: str) -> bool:

@@ -1,0 +1,190 @@
+"""What a hostile or damaged file may cost: told by its header before it is paid, in a sentence about this file."""
+
+import sys
+import tarfile
+import tracemalloc
+import zlib
+
+import h5py
+import numpy as np
+import OpenEXR
+import pytest
+from made_custom import make_set
+from made_raw import exr
+from made_shards import make
+
+from depth_anything.data.shards import ShardError, index_shard, open_set, verify_set
+from depth_anything.data.sources import archives, custom, hypersim, maps
+from depth_anything.data.sources.declaration import read_yaml
+from depth_anything.data.sources.maps import map_size, read_exr, read_hdf5
+from depth_anything.data.sources.walking import find_images
+from depth_anything.evaluation import stats as stats_module
+from depth_anything.evaluation.stats import gather
+from depth_anything.evaluation.survey import survey
+
+
+@pytest.fixture
+def allowance():
+    """Python's and numpy's own allocations stay below 64 MiB."""
+    tracemalloc.start()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+def zeros(path, count, size):
+    exr(path, {f"c{number:02d}": np.zeros(size, np.float32) for number in range(count)})
+    return path
+
+
+@pytest.mark.parametrize("act", [read_exr, lambda path: read_exr(path, channel="c04"), map_size])
+def test_an_exr_whose_channels_need_gigabytes_is_refused_by_its_header(tmp_path, monkeypatch, act):
+    """60 channels of 4096 x 4096 zeros are 4 MB in a file; the limit is lowered here, so that less will do."""
+    path = zeros(tmp_path / "a.exr", 60, (32, 64))
+    assert act(path) is not None
+    plain = OpenEXR.File
+
+    def header_only(path, separate, header, threads):
+        assert header, "its pixels are read"
+        return plain(path, separate, header, threads)
+
+    monkeypatch.setattr(OpenEXR, "File", header_only)
+    monkeypatch.setattr(maps, "_MAX_EXR", 60 * 32 * 64 * 4 - 1)
+    with pytest.raises(ValueError, match="60 channels of 64 x 32 pixels.*write the map"):
+        act(path)
+
+
+def test_the_limit_of_exrs_lets_large_renderings_through():
+    assert 50 * 1080 * 1920 * 4 < maps._MAX_EXR < 60 * 4096 * 4096 * 4
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB + "images: *i\n", "alias"),
+        ("images: rgb\ndepth: depth\nunit: m\ninvalid: &x [*x]\n", "alias"),
+        ("base: &b {unit: m}\nimages: rgb\n<<: *b\n", "alias"),
+        ("images: rgb\ninvalid: [" + "1, " * 20_000 + "1]\n", "more than 10000 values"),
+        ("images: rgb\ninvalid: 1" + ":10" * 100_000 + "\n", "more than 4096 characters"),
+        ("images: " + "[" * 5_000 + "\n", "no yaml"),
+    ],
+    ids=["bomb", "itself", "merge", "values", "base 60", "nested"],
+)
+def test_a_declaration_that_would_fill_the_memory_is_refused(tmp_path, text, said):
+    assert len(BOMB) < 600
+    (tmp_path / "set.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        read_yaml(tmp_path / "set.yaml")
+    assert len(str(error.value)) < 400
+
+
+def packed_zeros(size):
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)) + packer.flush()
+
+
+def piece(path, data, *, shape=(64, 64), chunks=(64, 64), kind="<f4"):
+    """An HDF5 dataset of one compressed piece, written as it is."""
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("dataset", shape, kind, chunks=chunks, compression="gzip")
+        made.id.write_direct_chunk((0,) * len(shape), data)
+    return path
+
+
+def test_a_piece_of_hdf5_that_unpacks_to_more_than_its_size_is_refused(tmp_path, allowance):
+    honest = zlib.compress(np.arange(4096, dtype="<f4").tobytes())
+    assert (read_hdf5(piece(tmp_path / "a.h5", honest)).ravel() == np.arange(4096)).all()
+    bomb = packed_zeros(1 << 28)
+    with pytest.raises(ValueError, match="holds more than its size"):
+        read_hdf5(piece(tmp_path / "b.h5", bomb))
+    colour = piece(tmp_path / "c.h5", bomb, shape=(8, 8, 3), chunks=(8, 8, 3))
+    with pytest.raises(ValueError, match="holds more than its size"):
+        hypersim._read_colour(colour.read_bytes())
+
+
+def test_hdf5_of_many_kinds_of_storage_is_read(tmp_path):
+    values = np.random.default_rng(1).normal(size=(70, 50)).astype(np.float32)
+    kinds = [
+        {},
+        {"chunks": (16, 16)},
+        {"compression": "gzip"},
+        {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (32, 50)},
+        {"compression": "lzf"},
+    ]
+    for number, options in enumerate(kinds):
+        path = tmp_path / f"{number}.h5"
+        with h5py.File(path, "w") as file:
+            file.create_dataset("dataset", data=values, **options)
+        assert (read_hdf5(path) == values).all()
+
+
+def claiming(path, size):
+    """A tar whose long name is said to have so many bytes, which a sparse file holds."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
+    with open(path, "wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(size + 10240)
+    return path
+
+
+@pytest.mark.parametrize("size", [1 << 28, 1 << 33])
+def test_a_tar_whose_header_claims_gigabytes_is_damaged(tmp_path, allowance, size):
+    path = claiming(tmp_path / "a.tar", size)
+    with pytest.raises(ShardError, match=r"a\.tar is damaged"):
+        index_shard(path)
+    (line,) = find_images(tmp_path)
+    assert "the tar is damaged" in line
+
+
+def test_a_member_of_gigabytes_is_refused_before_it_is_read(tmp_path, allowance):
+    with pytest.raises(ValueError, match="more than 512 MiB"):
+        archives.read_member(claiming(tmp_path / "a.tar", 1 << 33), 512, 1 << 33)
+
+
+def test_a_value_of_lmdb_is_not_copied_before_its_size_is_known(tmp_path, monkeypatch):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "a"), map_size=1 << 24) as environment:
+        with environment.begin(write=True) as transaction:
+            transaction.put(b"small", b"1234")
+            transaction.put(b"large", bytes(1 << 20))
+    monkeypatch.setattr(archives, "MAX_BYTES", 1 << 19)
+    assert archives.read_lmdb(tmp_path / "a", b"small") == b"1234"
+    with pytest.raises(ValueError, match="which no photograph has"):
+        archives.read_lmdb(tmp_path / "a", b"large")
+
+
+def test_a_record_that_fills_the_memory_is_one_problem_among_others(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    made = make(tmp_path / "set", shards=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(stats_module, "decode_labels", fail)
+        found = gather(open_set(made.root), sample=3)
+    assert len(found.bad) == 3 and "memory" in found.bad[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["depth_anything.data.shards"], "decode_record", fail)
+        problems = verify_set(made.root, decode=True)
+    assert len(problems) == 5 and all("memory" in problem for problem in problems)
+
+
+def test_a_map_that_fills_the_memory_is_not_taken_and_others_are(tmp_path, monkeypatch):
+    make_set(tmp_path, yaml="unit: m\n")
+    declared, plain = read_yaml(tmp_path / "set.yaml"), custom.Custom.read
+
+    def read(self, raw, line):
+        if line.startswith("b\t"):
+            raise MemoryError
+        return plain(self, raw, line)
+
+    monkeypatch.setattr(custom.Custom, "read", read)
+    found = survey(declared)
+    assert found.taken == 2 and found.refused == [("b", "it needs more memory than there is")]
