@@ -14,6 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from depth_anything.data.tars import remove_stale, temporary_name
 from depth_anything.inference.formats import ENDINGS, encode, png
+from depth_anything.inference.sound import Soundtrack
 
 MAP_FORMATS = ("png16", "npy", "exr")
 """What a map is written as, a file a frame."""
@@ -63,8 +64,6 @@ class Film:
         """
         self._path, self._temporary = path, temporary_name(path)
         self._time_base, self._reformatter = time_base, VideoReformatter()
-        self._audio: dict[int, tuple[Any, Any]] = {}
-        self.notes: list[str] = []
         name = encoder()
         remove_stale(path.parent)
         self._container: Any = av.open(
@@ -82,7 +81,12 @@ class Film:
             context.sample_aspect_ratio = pixel_aspect
         if name != "libx264":
             context.bit_rate = round(stream.width * stream.height * rate * _BITS_PER_PIXEL)
-        self._stream = stream
+        self._stream, self._sound, self._written = stream, Soundtrack(self._container), 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What went otherwise than it should, of the sound."""
+        return self._sound.notes
 
     def __enter__(self) -> "Film":
         """Return itself; leaving finishes the film, or removes it after an exception."""
@@ -95,10 +99,9 @@ class Film:
         try:
             if kind is None:
                 self._mux(self._stream.encode())
-                for source, target in self._audio.values():
-                    if source is not None:
-                        self._mux(target.encode())
+                self._sound.finish()
                 self._container.close()
+                self._check()
                 os.replace(self._temporary, self._path)
         finally:
             with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
@@ -106,32 +109,12 @@ class Film:
             self._temporary.unlink(missing_ok=True)
 
     def add_audio(self, stream: Any) -> None:
-        """Make room for a stream: copied where MP4 takes its codec, else encoded as AAC."""
-        name = stream.codec_context.name
-        codec = stream.codec_context.codec.canonical_name
-        if {name, codec} & set(self._container.supported_codecs):
-            self._audio[stream.index] = (None, self._container.add_stream_from_template(stream))
-            return
-        target = self._container.add_stream("aac", rate=stream.codec_context.sample_rate)
-        target.layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-        self._audio[stream.index] = (stream, target)
-        self.notes.append(f"sound encoded anew, {codec} to aac, since MP4 does not take {codec}")
+        """Make room for an audio stream, before the first picture."""
+        self._sound.add(stream)
 
     def write_audio(self, packet: Any, start: Fraction) -> None:
-        """Take a packet; `start` seconds are its clip's zero."""
-        source, target = self._audio[packet.stream.index]
-        ticks = round(start / packet.time_base)
-        if source is None:
-            packet.dts -= ticks
-            if packet.pts is not None:
-                packet.pts -= ticks
-            packet.stream = target
-            self._container.mux(packet)
-            return
-        for frame in packet.decode():
-            if frame.pts is not None:
-                frame.pts -= ticks
-            self._mux(target.encode(frame))
+        """Take a packet of audio; `start` seconds are its clip's zero."""
+        self._sound.write(packet, start)
 
     def write(self, image: np.ndarray, pts: int) -> None:
         """Take a picture, uint8 (height, width, 3) RGB, of a time in ticks."""
@@ -147,6 +130,13 @@ class Film:
         )
         frame.pts, frame.time_base = pts, self._time_base
         self._mux(self._stream.encode(frame))
+        self._written += 1
+
+    def _check(self) -> None:
+        with av.open(str(self._temporary)) as film:
+            frames = film.streams.video[0].frames if film.streams.video else 0
+        if frames != self._written:
+            raise ValueError(f"the film would hold {frames} of {self._written} pictures, so it is not kept")
 
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
