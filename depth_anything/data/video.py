@@ -22,6 +22,9 @@ from av.stream import Disposition
 MAX_PIXELS = 200_000_000
 """Of a frame, as of an image: what a header says is checked before anything is decoded."""
 
+A_PICTURE = "a picture, not a video: for pictures type  depth-anything predict"
+
+_PICTURE_BRANDS = ("heic", "heix", "mif1", "avif")  # of files built as MP4 that hold a picture
 _NO_VIDEO = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
 """What FFmpeg opens too: pictures and texts, and playlists, which would lead it to other files."""
 
@@ -53,28 +56,39 @@ def open_video(path: Path) -> Any:
 
     Raises:
         ValueError: there is no such file, or it is none that can be read as video.
+        OSError: its disk does not give it.
     """
     if not path.is_file():
         raise ValueError("there is no such file")
+    with path.open("rb"):  # what a disk refuses to give is no damaged video
+        pass
     try:
         # an absolute path is never taken for an address; and nothing a file names is fetched
         container = av.open(os.path.abspath(path), options={"protocol_whitelist": "file"})
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"not a video, or cut off before its index ({reason_of(error)})") from error
-    kind = container.format.name
-    if kind == "image2" or kind.endswith("_pipe"):
+    if _is_picture(container):
         container.close()
-        raise ValueError("a picture, not a video: for pictures type  depth-anything predict")
-    if kind in _NO_VIDEO:
+        raise ValueError(A_PICTURE)
+    if container.format.name in _NO_VIDEO:
         container.close()
         raise ValueError("there is no video in it")
     return container
 
 
+def _is_picture(container: Any) -> bool:
+    kind, videos = container.format.name, container.streams.video
+    if kind == "gif":
+        return bool(videos) and videos[0].frames == 1
+    brand = container.metadata.get("major_brand", "")
+    return kind in ("image2", "ico") or kind.endswith("_pipe") or brand in _PICTURE_BRANDS
+
+
 def list_streams(container: Any) -> list[Any]:
     """List the video streams of a container that can be decoded, the one that players show first.
 
-    Cover pictures are left out; what is marked as default goes before the rest, and the larger before the smaller.
+    Cover pictures are left out; what is marked as default goes before the rest, the larger before the smaller, and
+    the longer before the shorter.
 
     Raises:
         ValueError: there is none, or its frames are larger than `MAX_PIXELS`.
@@ -87,8 +101,8 @@ def list_streams(container: Any) -> list[Any]:
     if not streams:
         raise ValueError("there is no video in it")
 
-    def rank(stream: Any) -> tuple[bool, int]:
-        return bool(stream.disposition & Disposition.default), _pixels(stream)
+    def rank(stream: Any) -> tuple[bool, int, int]:
+        return bool(stream.disposition & Disposition.default), _pixels(stream), stream.frames
 
     streams.sort(key=rank, reverse=True)  # stable: of equals the first
     if _pixels(streams[0]) > MAX_PIXELS:

@@ -17,9 +17,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image, WebPImagePlugin
 
 from depth_anything.data.sample import decode_image
-from depth_anything.data.video import Faults, list_streams, open_video, orientation, read_frames, upright
+from depth_anything.data.video import (
+    A_PICTURE,
+    MAX_PIXELS,
+    Faults,
+    list_streams,
+    open_video,
+    orientation,
+    read_frames,
+    upright,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 """What a frame of a folder ends in."""
@@ -221,6 +231,53 @@ class VideoFile(Clip):
         return last > self.path.stat().st_size
 
 
+class AnimatedWebP(Clip):
+    """An animated WebP, which FFmpeg does not read."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Look at a file.
+
+        Raises:
+            ValueError: it is damaged, too large, or a still picture.
+        """
+        super().__init__(name, path, time_base=Fraction(1, 1000))
+        with self._opened() as picture:
+            self.width, self.height = picture.size
+            if self.width * self.height > MAX_PIXELS:
+                raise ValueError(
+                    f"its frames are {self.width}×{self.height}, more than {MAX_PIXELS / 1e6:g} megapixels"
+                )
+            self.frames = getattr(picture, "n_frames", 1)
+            if self.frames == 1:
+                raise ValueError(A_PICTURE)
+            self.rate = Fraction(1000, _milliseconds(picture))
+
+    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+        """Yield the frames, white where they are transparent; there is no audio."""
+        self.notes.clear()
+        self.incomplete, time = False, 0
+        with self._opened() as picture:
+            for number in range(self.frames or 0):
+                try:
+                    picture.seek(number)
+                    image = picture.convert("RGBA")
+                except (OSError, EOFError, ValueError):
+                    self.incomplete = True
+                    self.notes.append(f"cut short: it has {number} of {self.frames} frames")
+                    return
+                white = Image.new("RGBA", image.size, "white")
+                yield Picture(
+                    np.asarray(Image.alpha_composite(white, image).convert("RGB")), time, f"{number + 1:06d}"
+                )
+                time += _milliseconds(picture)
+
+    def _opened(self) -> Image.Image:
+        try:
+            return WebPImagePlugin.WebPImageFile(self.path)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ValueError(f"a WebP that cannot be read ({error})") from error
+
+
 class FrameFolder(Clip):
     """A folder of frames, in natural order: 2.png comes before 10.png."""
 
@@ -293,7 +350,7 @@ def list_clips(
             if line.strip():
                 _from_line(line.strip(), path.parent / line.strip(), rate, clips, skipped)
     else:
-        _add(clips, skipped, path.name, lambda: VideoFile(path.name, path))
+        _add(clips, skipped, path.name, lambda: _open_file(path.name, path))
     if not clips:
         first = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"no video in {source} ({first or 'it is empty'})")
@@ -353,14 +410,25 @@ def _from_line(name: str, path: Path, rate: Fraction, clips: list[Clip], skipped
         else:
             skipped[name] = "a folder without frames"
     else:
-        _add(clips, skipped, name, lambda: VideoFile(name, path))
+        _add(clips, skipped, name, lambda: _open_file(name, path))
+
+
+def _open_file(name: str, path: Path) -> Clip:
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+            return AnimatedWebP(name, path)
+    return VideoFile(name, path)
 
 
 def _add(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> None:
     try:
         clips.append(look())
-    except (ValueError, OSError) as error:
-        skipped[name] = str(error)
+    except OSError as error:
+        skipped[name] = error.strerror or str(error)
+    except (ValueError, MemoryError) as error:
+        skipped[name] = str(error) or "it takes more memory than there is"
 
 
 def _clock(time_base: Fraction, rate: Fraction, average: Fraction | None) -> tuple[Fraction, bool]:
@@ -382,6 +450,12 @@ def _rate(stream: Any) -> Fraction:
         if rate and 0 < rate <= _FASTEST:
             return Fraction(rate)
     return Fraction(24)
+
+
+def _milliseconds(picture: Image.Image) -> int:
+    """How long the current frame of a WebP is shown; browsers take 100 where it says 10 or less."""
+    duration = round(picture.load() and picture.info.get("duration", 0))
+    return duration if duration > 10 else 100
 
 
 def _start(container: Any, first: Fraction) -> Fraction:
