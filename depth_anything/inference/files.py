@@ -18,10 +18,12 @@ from depth_anything.inference.formats import (
     ENDINGS,
     GAP_PX,
     MEANINGS,
+    chosen_colormap,
     direction,
     encode,
-    near_is_red,
     picture,
+    shown_name,
+    shown_values,
     write_map,
 )
 from depth_anything.inference.naming import name_apart, tree
@@ -34,6 +36,7 @@ from depth_anything.inference.pointcloud import (
     unproject,
 )
 from depth_anything.inference.predictor import Predictor
+from depth_anything.visualize import colormap_for
 
 __all__ = ["Outcome", "Products", "predict_files", "write_map"]
 
@@ -173,8 +176,7 @@ class _Writer:
 
     def __init__(self, predictor: Predictor, products: Products, facts: Mapping[str, Any]) -> None:
         self.predictor, self.products, self.facts = predictor, products, facts
-        painted = "disparity" if predictor.calibrated else predictor.quantity
-        self.colormap = "gray" if products.grayscale else products.colormap or near_is_red(painted)
+        self.colormap = chosen_colormap(grayscale=products.grayscale, colormap=products.colormap)
         self.endings = [".png", ".json", *([RAW_METRES] if products.save_numpy else [])]
         self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in products.values]
         self.endings += [f"_points.{format}" for format in products.points]
@@ -203,12 +205,12 @@ class _Writer:
         return made | (self._points(image, map_) if self.products.points else {})
 
     def _picture(self, image: _Opened, map_: np.ndarray) -> tuple[bytes, str]:
-        what, alone = self.predictor.quantity, self.products.pred_only
-        if self.predictor.calibrated:  # its far is guesswork, and would take all colours
-            what, map_ = f"1 / {what}", 1 / map_
+        values, quantity = shown_values(map_, self.predictor)
+        what, alone = shown_name(self.predictor), self.products.pred_only
         beside = "" if alone else f"the image, {GAP_PX} px of white and "
-        data = picture(image.pixels, map_, colormap=self.colormap, pred_only=alone)
-        return data, f"picture: {beside}{what} in {self.colormap} from its smallest value to its largest"
+        data = picture(image.pixels, values, quantity=quantity, colormap=self.colormap, pred_only=alone)
+        colors = colormap_for(quantity, self.colormap)
+        return data, f"picture: {beside}{what} in {colors} from its smallest value to its largest"
 
     def _points(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         farthest = self.predictor.farthest

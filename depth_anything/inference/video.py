@@ -15,11 +15,18 @@ import numpy as np
 from depth_anything.data.tars import write_atomically
 from depth_anything.inference.clips import Clip, FrameFolder, Picture, list_clips
 from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder
-from depth_anything.inference.formats import GAP_PX, direction, near_is_red, side_by_side
+from depth_anything.inference.formats import (
+    GAP_PX,
+    chosen_colormap,
+    direction,
+    shown_name,
+    shown_values,
+    side_by_side,
+)
 from depth_anything.inference.naming import name_apart, tree
 from depth_anything.inference.predictor import Predictor
 from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
-from depth_anything.visualize import colorize
+from depth_anything.visualize import paint
 
 FORMATS = ("mp4", *MAP_FORMATS)
 
@@ -181,17 +188,17 @@ def predict_video(
         if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
             spool = stack.enter_context(Spool(target.parent, (clip.height, clip.width)))
             for _, map_ in flow.maps(watch(clip.read(), what=f"{clip.name} (1 of 2)", total=clip.frames)):
-                seen.add(map_)
+                seen.add(map_, predictor)
                 flow.keep(map_, spool)
         film, folder = _writers(stack, predictor, clip, target, settings, seen)
-        scale = _Scale(settings.range, seen, clip.time_base)
+        scale = _Scale(settings.range, seen, clip.time_base, predictor)
         what = f"{clip.name} (2 of 2)" if spool else clip.name
         for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
             if not spool:
-                seen.add(map_)
+                seen.add(map_, predictor)
             shown, kept = scale(map_, picture.pts)
             if film:
-                film.write(_drawn(picture.image, map_, shown, predictor.quantity, settings), picture.pts)
+                film.write(_drawn(picture.image, map_, shown, predictor, settings), picture.pts)
             if folder:
                 folder.write(picture.name, map_, *kept)
             count += 1
@@ -205,15 +212,15 @@ def predict_video(
 
 @dataclass
 class _Seen:
-    """What the values of a clip span: what the colours show of them, and all of them."""
+    """What a clip spans: most of the values that are painted (`shown_values`), and all values of its maps."""
 
     low: float = np.inf
     high: float = -np.inf
     least: float = np.inf
     most: float = -np.inf
 
-    def add(self, map_: np.ndarray) -> None:
-        low, high = spread(map_)
+    def add(self, map_: np.ndarray, predictor: Predictor) -> None:
+        low, high = spread(shown_values(map_, predictor)[0])
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.least, self.most = min(self.least, float(map_.min())), max(self.most, float(map_.max()))
 
@@ -250,18 +257,21 @@ class _Flow:
 class _Scale:
     """Which range a frame is shown in, and which it is written as integers in, which cuts nothing off."""
 
-    def __init__(self, mode: str, seen: _Seen, time_base: Fraction) -> None:
-        self._mode, self._seen, self._time_base = mode, seen, time_base
+    def __init__(self, mode: str, seen: _Seen, time_base: Fraction, predictor: Predictor) -> None:
+        self._mode, self._seen, self._time_base, self._predictor = mode, seen, time_base, predictor
         self._running, self._last = Running(), 0
 
     def __call__(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
         if self._mode == "clip":
             return (self._seen.low, self._seen.high), (self._seen.least, self._seen.most)
+        values = shown_values(map_, self._predictor)[0]
         least, most = float(map_.min()), float(map_.max())
         if self._mode == "frame":
-            return (least, most), (least, most)
-        low, high = self._running.update(*spread(map_), float((pts - self._last) * self._time_base))
+            return (float(values.min()), float(values.max())), (least, most)
+        low, high = self._running.update(*spread(values), float((pts - self._last) * self._time_base))
         self._last = pts
+        if values is not map_:  # other values are painted than are written
+            return (low, high), (least, most)
         return (low, high), (min(low, least), max(high, most))
 
 
@@ -287,7 +297,7 @@ def _writers(
             "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
         }
         if np.isfinite(seen.low):
-            notes["comment"] += f", colours from {seen.low:.6g} to {seen.high:.6g}"
+            notes["comment"] += f", colours of {shown_name(predictor)} from {seen.low:.6g} to {seen.high:.6g}"
         film = stack.enter_context(
             Film(
                 _ending(target, ".mp4"),
@@ -303,15 +313,17 @@ def _writers(
 
 
 def _drawn(
-    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], quantity: str, settings: Settings
+    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], predictor: Predictor, settings: Settings
 ) -> np.ndarray:
-    colormap = "gray" if settings.grayscale else settings.colormap or near_is_red(quantity)
-    picture = colorize(map_, low=shown[0], high=shown[1], colormap=colormap)
+    values, quantity = shown_values(map_, predictor)
+    colormap = chosen_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
+    picture = paint(values, quantity=quantity, low=shown[0], high=shown[1], colormap=colormap)
     return picture if settings.pred_only else side_by_side(image, picture)
 
 
 def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, count: int) -> dict[str, Any]:
     """What NAME.json says."""
+    span = {"of": shown_name(predictor), "low": seen.low, "high": seen.high}
     return {
         "source": clip.path.name,
         "quantity": predictor.quantity,
@@ -323,7 +335,7 @@ def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, co
         "width": clip.width,
         "range": settings.range,
         "smooth": settings.smooth,
-        "colours": {"low": seen.low, "high": seen.high} if settings.range == "clip" else "differ by frame",
+        "colours": span if settings.range == "clip" else "differ by frame",
         "values": {"low": seen.least, "high": seen.most},
         "notes": clip.notes,
     }
