@@ -143,7 +143,7 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     add_tiles(command)
 
 
-def _video(options: argparse.Namespace) -> None:
+def _video(options: argparse.Namespace) -> int:
     need("av", extra="video", what="PyAV")
     from depth_anything.inference.clips import parse_rate
     from depth_anything.inference.video import Settings, predict_videos
@@ -173,6 +173,7 @@ def _video(options: argparse.Namespace) -> None:
         f"{counted(len(outcome.written), 'video')} mapped, {counted(len(outcome.skipped), 'file')} skipped: "
         f"{options.output} ({describe_values(predictor)})"
     )
+    return 1 if outcome.failed else 0
 
 
 def _demo(options: argparse.Namespace) -> None:

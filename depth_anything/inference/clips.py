@@ -34,6 +34,12 @@ from depth_anything.data.video import (
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 """What a frame of a folder ends in."""
 
+VIDEO_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".vob"),
+    *(".ts", ".mts", ".m2ts", ".3gp", ".mxf", ".ogv", ".gif"),
+}
+"""What says that a file is meant to be a video. Others are videos, too, if they can be read as such."""
+
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
 _HD_LINES = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
 _EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
@@ -149,8 +155,9 @@ class VideoFile(Clip):
             stream = container.streams[self._stream]
             stream.thread_type = "AUTO"
             tracks = [track for track in container.streams.audio if track.codec_context is not None]
-            for track in tracks if sound else ():
-                sound.add_audio(track)
+            if sound:
+                for track in tracks:
+                    sound.add_audio(track)
 
             def hand_on(packet: Any) -> None:
                 nonlocal heard
@@ -454,7 +461,8 @@ def _rate(stream: Any) -> Fraction:
 
 def _milliseconds(picture: Image.Image) -> int:
     """How long the current frame of a WebP is shown; browsers take 100 where it says 10 or less."""
-    duration = round(picture.load() and picture.info.get("duration", 0))
+    picture.load()
+    duration = round(picture.info.get("duration", 0))
     return duration if duration > 10 else 100
 
 

@@ -26,6 +26,9 @@ ENCODERS: dict[str, dict[str, str]] = {
 }
 """H.264 encoders, the best first, and what each is told. PyAV's wheels have the first."""
 
+MOST_SIDE_PX = 16384
+"""A side of a picture that H.264's encoders take at most."""
+
 _BITS_PER_PIXEL = 0.15  # of encoders that know no constant quality
 _BT709, _LIMITED = 1, 1
 _KEY_S = 2  # seconds between frames one can jump to
@@ -81,6 +84,11 @@ class Film:
             context.sample_aspect_ratio = pixel_aspect
         if name != "libx264":
             context.bit_rate = round(stream.width * stream.height * rate * _BITS_PER_PIXEL)
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            self.__exit__(type(error), error, None)
+            raise ValueError(f"{name} takes no pictures of {stream.width}×{stream.height}") from error
         self._stream, self._sound, self._written = stream, Soundtrack(self._container), 0
 
     @property
@@ -191,6 +199,19 @@ class MapFolder:
             else:
                 data = encode(map, format, quantity=self._quantity, unit=self._unit)
             (self._temporary / f"{name}{ENDINGS[format]}").write_bytes(data)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a film that the encoder does not take, before anything is computed.
+
+    Raises:
+        ValueError: a side is longer than `MOST_SIDE_PX`; the sentence says what to do.
+    """
+    if max(height, width) > MOST_SIDE_PX:
+        raise ValueError(
+            f"its film would be {width}×{height}, and H.264 takes {MOST_SIDE_PX} px a side: take --format png16, npy "
+            f"or exr; --pred-only for a film up to {MOST_SIDE_PX} px wide; or reduce the video first"
+        )
 
 
 def encoder() -> str:

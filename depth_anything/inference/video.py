@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import av
 import numpy as np
 
-from depth_anything.data.tars import write_atomically
-from depth_anything.inference.clips import Clip, FrameFolder, Picture, list_clips
-from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder
+from depth_anything.data.tars import temporary_name, write_atomically
+from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, FrameFolder, Picture, list_clips
+from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder, check_size, encoder
 from depth_anything.inference.formats import (
     GAP_PX,
     chosen_colormap,
@@ -24,7 +25,8 @@ from depth_anything.inference.formats import (
     side_by_side,
 )
 from depth_anything.inference.naming import name_apart, tree
-from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.ownership import is_ours, refuse_to_replace
+from depth_anything.inference.predictor import Predictor, check_numbers
 from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
 from depth_anything.visualize import paint
 
@@ -95,12 +97,14 @@ class Outcome:
         frames: per clip how many there were.
         skipped: per clip, or file, that gave nothing, why.
         notes: per clip what went otherwise than it should.
+        failed: clips, or files, that were to be mapped and gave nothing, or not all their pictures.
     """
 
     written: dict[str, list[Path]] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
 
 def predict_videos(
@@ -125,30 +129,35 @@ def predict_videos(
         watch: wraps each pass over a clip's frames; for progress bars.
 
     Returns:
-        What was written and what was skipped; what is no video does not stop the rest.
+        What was written and what was skipped; a clip that cannot be mapped does not stop the rest.
 
     Raises:
-        ValueError: nothing at `source`, no video among it, or what is to be written is what is read.
+        ValueError: nothing at `source`, no video among it, or something that is read, or that others wrote, has the
+            name of what is to be written.
     """
     settings = settings or Settings()
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"{output} is a file: give a folder for what is made")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
+    outcome = Outcome(skipped=skipped, failed=[name for name in skipped if _is_wanted(name, Path(source))])
+    if "mp4" in settings.formats:
+        encoder()
     targets = [Path(output) / target for target in _targets(clips, Path(source), predictor.quantity)]
-    for clip, target in zip(clips, targets, strict=True):
-        if _ending(target, ".mp4").resolve() == clip.path.resolve():
-            raise ValueError(f"{output} holds the videos: give another folder for what is made of them")
-    outcome = Outcome(skipped=skipped)
-    for clip, target in zip(clips, targets, strict=True):
+    made = [_files(target, predictor, settings) for target in targets]
+    refuse_to_replace([path for paths in made for path in paths], inputs=[clip.path for clip in clips])
+    for clip, target, paths in zip(clips, targets, made, strict=True):
         try:
             outcome.frames[clip.name] = predict_video(predictor, clip, target, settings=settings, watch=watch)
-        except ValueError as error:
-            outcome.skipped[clip.name] = str(error)
-            continue
-        outcome.written[clip.name] = [
-            *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
-            *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
-        ]
-        if clip.notes:
-            outcome.notes[clip.name] = list(clip.notes)
+        except (OSError, av.FFmpegError) as error:
+            outcome.skipped[clip.name] = error.strerror or str(error)
+        except (ValueError, MemoryError) as error:
+            outcome.skipped[clip.name] = str(error) or "it takes more memory than there is"
+        else:
+            outcome.written[clip.name] = [path for path in paths if path.suffix != ".json"]
+            if clip.notes:
+                outcome.notes[clip.name] = list(clip.notes)
+        if clip.incomplete or clip.name in outcome.skipped:
+            outcome.failed.append(clip.name)
     if not outcome.written:
         first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
         raise ValueError(f"nothing could be made of {source} ({first})")
@@ -179,9 +188,19 @@ def predict_video(
         The number of frames.
 
     Raises:
-        ValueError: a frame cannot be read, or a folder of others' files is in the way.
+        ValueError: a frame cannot be read, the network gives no numbers for one, the film would be larger than H.264
+            takes, or a folder of others' files is in the way.
+        OSError: the files cannot be written.
     """
+    if "mp4" in settings.formats:
+        check_size(clip.height, _film_width(clip, settings))
     target.parent.mkdir(parents=True, exist_ok=True)
+    for path in _files(
+        target, predictor, settings
+    ):  # a name that the disk does not take, before hours of work
+        temporary = temporary_name(path)
+        temporary.touch()
+        temporary.unlink()
     flow = _Flow(predictor, settings)
     seen, spool, count = _Seen(), None, 0
     with ExitStack() as stack:
@@ -206,6 +225,7 @@ def predict_video(
             raise ValueError("it has no frame")
         clip.notes += film.notes if film else []
         facts = _facts(predictor, clip, settings, seen, count)
+        facts["files"] = [path.name for path in _files(target, predictor, settings)]
         write_atomically(_ending(target, ".json"), json.dumps(facts, indent=1, ensure_ascii=False).encode())
     return count
 
@@ -230,6 +250,7 @@ class _Flow:
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         self._predictor, self._batch_size = predictor, settings.batch_size
+        self._precision = getattr(predictor, "precision", "fp32")  # what stands in for a network has none
         align = predictor.quantity == "disparity"
         self._smoother = Smoother(settings.smooth, align=align) if settings.smooth else None
         self._kept = copy.copy(self._smoother)
@@ -246,6 +267,7 @@ class _Flow:
         while batch := list(islice(left, self._batch_size)):
             maps = self._predictor.predict_batch([picture.image for picture in batch])
             for picture, map_ in zip(batch, maps, strict=True):
+                check_numbers(map_, f"frame {picture.name}", precision=self._precision)
                 yield picture, smoother(picture.image, map_) if smoother else map_
 
     def keep(self, map_: np.ndarray, spool: Spool) -> None:
@@ -281,7 +303,7 @@ def _writers(
     film = folder = None
     if settings.map_formats:
         path = _ending(target, f"_{predictor.quantity}")
-        ours = _ending(target, ".json").exists()
+        ours = is_ours(path)
         folder = stack.enter_context(
             MapFolder(
                 path,
@@ -292,7 +314,6 @@ def _writers(
             )
         )
     if "mp4" in settings.formats:
-        width = clip.width if settings.pred_only else 2 * clip.width + GAP_PX
         notes = {
             "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
         }
@@ -302,7 +323,7 @@ def _writers(
             Film(
                 _ending(target, ".mp4"),
                 height=clip.height,
-                width=width,
+                width=_film_width(clip, settings),
                 rate=clip.rate,
                 time_base=clip.time_base,
                 pixel_aspect=clip.pixel_aspect,
@@ -339,6 +360,24 @@ def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, co
         "values": {"low": seen.least, "high": seen.most},
         "notes": clip.notes,
     }
+
+
+def _film_width(clip: Clip, settings: Settings) -> int:
+    return clip.width if settings.pred_only else 2 * clip.width + GAP_PX
+
+
+def _files(target: Path, predictor: Predictor, settings: Settings) -> list[Path]:
+    """List what is made of a clip."""
+    return [
+        *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
+        *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
+        _ending(target, ".json"),
+    ]
+
+
+def _is_wanted(name: str, source: Path) -> bool:
+    """Tell a file that was meant to be mapped from what lies beside videos in a folder."""
+    return not source.is_dir() or Path(name).suffix.lower() in VIDEO_SUFFIXES or (source / name).is_dir()
 
 
 def _ending(target: Path, ending: str) -> Path:

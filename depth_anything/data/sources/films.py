@@ -88,7 +88,7 @@ class _Film:
                 if self._shown is None or time >= self._end_of_last():
                     raise ValueError(f"the film ends before {number / RATE:g} s")
                 break
-        shown: Any = (self._next if self._shown is None else self._shown)[1]
+        _, shown = self._shown or self._next
         return upright(shown.to_ndarray(format="rgb24"), shown)
 
     def _end_of_last(self) -> float:
