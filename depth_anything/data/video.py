@@ -31,6 +31,7 @@ _NO_VIDEO = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
 _TOLERANCE_S = Fraction(1, 10)  # by which a packet's time may be before or behind the end of the one before
 _GAP_S = 10  # more than this is a jump in formats whose timestamps may jump, as FFmpeg's own program has it
 _LONGEST_GAP_S = 30 * 3600  # and this in all others
+_STRAYS = 16  # packets in a row whose times may be wrong
 _WAITING = 1000  # packets that may wait for the one that tells a jump from an error
 
 
@@ -43,12 +44,14 @@ class Faults:
         lost: packets that could not be decoded from then on.
         end: what ended it early, "" if nothing did.
         jumps: of its timestamps, which were taken out.
+        strays: packets whose times were wrong, and were put right.
     """
 
     early: int = 0
     lost: int = 0
     end: str = ""
     jumps: int = 0
+    strays: int = 0
 
 
 def open_video(path: Path) -> Any:
@@ -135,7 +138,7 @@ def read_frames(
     packets = clock.follow(_packets(container, [stream, *sound], faults))
     base = Fraction(stream.time_base)
     for time, frame in _rising(_decoded(stream, packets, faults, hand_on), base=base, step=1 / rate):
-        faults.jumps = len(clock.moves) - 1
+        faults.jumps, faults.strays = len(clock.moves) - 1, clock.strays
         yield time, frame
 
 
@@ -181,7 +184,8 @@ class Clock:
     """Moves the times of packets so that each stream goes on where it was.
 
     `moves` has the seconds that are added behind each jump. The stream that comes to a jump first sets them; the
-    others pass the same jump when their own times tell that they have come to it.
+    others pass the same jump when their own times tell that they have come to it. `strays` counts packets whose
+    times were wrong although those behind them were right again.
     """
 
     def __init__(self, *, jumps: bool, step: Fraction) -> None:
@@ -191,7 +195,7 @@ class Clock:
             jumps: whether a long gap is a jump: in transport and program streams, not in MP4 or Matroska.
             step: seconds a picture lasts if its packet does not say.
         """
-        self.moves = [Fraction(0)]
+        self.moves, self.strays = [Fraction(0)], 0
         self._longest_gap, self._step = _GAP_S if jumps else _LONGEST_GAP_S, step
         self._tracks: dict[int, _Track] = {}
 
@@ -204,46 +208,63 @@ class Clock:
         yield from self._placed(waiting, end=True)
 
     def _placed(self, waiting: deque[Any], *, end: bool) -> Iterator[Any]:
-        """Take out those whose times can be told by now: a jump shows by the next packet of the stream."""
+        """Take out those whose times can be told by now: a jump shows by the next packets of the stream."""
         while waiting:
             first = waiting[0]
-            same = (
-                packet for packet in islice(waiting, 1, None) if packet.stream.index == first.stream.index
-            )
-            following = next((packet for packet in same if packet.dts is not None), None)
-            if not self._place(first, following, decided=end or len(waiting) >= _WAITING):
+            rest = islice(waiting, 1, None)
+            same = (packet for packet in rest if packet.stream.index == first.stream.index)
+            if not self._place(first, same, decided=end or len(waiting) >= _WAITING):
                 return
             yield waiting.popleft()
 
-    def _place(self, packet: Any, following: Any, *, decided: bool) -> bool:
-        """Move a packet's times; False: the `following` one of its stream is needed first, unless `decided`."""
+    def _place(self, packet: Any, following: Iterator[Any], *, decided: bool) -> bool:
+        """Move a packet's times; False: more of the `following` ones of its stream are needed, unless `decided`."""
         track = self._tracks.setdefault(packet.stream.index, _Track(passed=len(self.moves) - 1))
+        move = self.moves[track.passed]
         if packet.dts is None:
-            _move(packet, self.moves[track.passed])
+            _move(packet, move)
             return True
         stamp, lasts = packet.dts * packet.time_base, self._lasts(packet)
-        late = Fraction(0) if track.due is None else stamp + self.moves[track.passed] - track.due
+        late = Fraction(0) if track.due is None else stamp + move - track.due
         if track.due is not None and abs(late) > _TOLERANCE_S:
-            if following is None and not decided:
+            strays = self._comes_back(packet, following, late)
+            if strays is None and not decided:
                 return False
-            if following is not None:
-                next_stamp = following.dts * following.time_base + self.moves[track.passed]
-                if abs(next_stamp - track.due - lasts) <= _TOLERANCE_S:  # an error of this packet alone
-                    _move(packet, self.moves[track.passed] - late)
-                    track.due += lasts
-                    return True
+            if strays:
+                _move(packet, move - late)
+                track.due += lasts
+                self.strays += 1
+                return True
             if not 0 < late <= self._longest_gap:
-                self._jump(track, track.due, stamp)
-        _move(packet, self.moves[track.passed])
-        end = stamp + self.moves[track.passed] + lasts
+                self._jump(track, track.due, stamp, video=packet.stream.type == "video")
+        move = self.moves[track.passed]
+        _move(packet, move)
+        end = stamp + move + lasts
         track.due = end if track.due is None else max(track.due, end)
         return True
 
-    def _jump(self, track: _Track, due: Fraction, stamp: Fraction) -> None:
+    def _comes_back(self, packet: Any, following: Iterator[Any], late: Fraction) -> bool | None:
+        """Tell whether a stream is soon where it would be without a jump of `late` seconds; None: not known yet."""
+        end, expected = Fraction(0), -late  # after the packet, from the end that it claims
+        begin, seen = packet.dts * packet.time_base + self._lasts(packet), 0
+        for other in following:
+            if other.dts is None:
+                continue
+            stamp = other.dts * other.time_base - begin
+            if abs(stamp - expected) <= _TOLERANCE_S and abs(stamp - end + late) <= _TOLERANCE_S:
+                return True
+            seen += 1
+            if seen == _STRAYS:
+                return False
+            end, expected = stamp + self._lasts(other), expected + self._lasts(other)
+        return None
+
+    def _jump(self, track: _Track, due: Fraction, stamp: Fraction, *, video: bool) -> None:
         for number in range(track.passed + 1, len(self.moves)):  # a jump that another stream has passed
             early = due - stamp - self.moves[number]
             if abs(early) <= _GAP_S:
-                if early > _TOLERANCE_S:  # this stream has more before the jump: all others wait for it
+                # pictures go on without a gap; a stream that has much more before the jump makes the others wait
+                if early > _TOLERANCE_S or (video and early >= -_TOLERANCE_S):
                     self.moves[number] += early
                 track.passed = number
                 return

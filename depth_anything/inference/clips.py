@@ -209,7 +209,7 @@ class VideoFile(Clip):
         if faults.early:
             self.notes.append(f"its first {faults.early} packets need pictures before its beginning")
         least = self._seconds - max(_EARLY_S, _EARLY * self._seconds) - float(1 / self.rate)
-        early = end < least and not faults.jumps
+        early = end < least and not (faults.jumps or faults.strays)
         cut = early and heard < least  # or else the sound goes on, and the pictures may well end here
         if self._said and count < (self.frames or 0) and (short or cut or self._lost_end()):
             short = True
@@ -220,7 +220,9 @@ class VideoFile(Clip):
                 f"its pictures end early: {count} frames, {float(end):.2f} s of {self._seconds:.2f} s"
             )
         if faults.jumps:
-            self.notes.append(f"its timestamps jump {faults.jumps} times: each part follows the one before")
+            self.notes.append(f"its timestamps jump (times: {faults.jumps}): each part follows the one before")
+        if faults.strays:
+            self.notes.append(f"wrong timestamps of packets ({faults.strays}) were put right")
         if len(self._sizes) > 1:
             sizes = ", ".join(f"{width}×{height}" for height, width in sorted(self._sizes))
             self.notes.append(

@@ -88,7 +88,7 @@ class _Film:
                 if self._shown is None or time >= self._end_of_last():
                     raise ValueError(f"the film ends before {number / RATE:g} s")
                 break
-        _, shown = self._shown or self._next
+        shown: Any = (self._shown or self._next)[1]
         return upright(shown.to_ndarray(format="rgb24"), shown)
 
     def _end_of_last(self) -> float:
