@@ -27,6 +27,7 @@ __all__ = [
     "encode_frame",
     "image_cost",
     "image_extension",
+    "image_notes",
     "make_target",
     "target_field",
 ]
@@ -61,7 +62,7 @@ class Frame:
     disparity: np.ndarray | None = None
 
 
-def decode_image(data: bytes, *, upright: bool = True, notes: list[str] | None = None) -> np.ndarray:
+def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
     """Decode an image file to uint8 (H, W, 3) RGB, upright, or else as its pixels are stored.
 
     Reads JPEG, PNG, WebP, TIFF (BigTIFF, too), BMP, GIF, HEIC, AVIF and JPEG 2000; of several pictures the first. EXIF
@@ -71,8 +72,6 @@ def decode_image(data: bytes, *, upright: bool = True, notes: list[str] | None =
     Args:
         data: The file.
         upright: Apply the EXIF orientation.
-        notes: Gets a sentence for each thing that a user may not expect: that there are further pictures, or that 16
-            bits hold values of 12 and the image is nearly black.
 
     Raises:
         ValueError: Empty, damaged, cut short, of another format (which is named where it is known), or over 200
@@ -88,14 +87,38 @@ def decode_image(data: bytes, *, upright: bool = True, notes: list[str] | None =
         check_cost(cost_of(picture, data))
         plain = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
         image = _decode_jpeg(data) if plain else None
-        image = _to_rgb(picture, notes) if image is None else image
-        if notes is not None:
-            notes += _further_pictures(picture)
+        image = _to_rgb(picture) if image is None else image
         return _upright(image, _orientation(picture)) if upright else image
     except MemoryError as error:
         raise ValueError("there is not enough memory to decode the image: reduce it first") from error
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
+
+
+def image_notes(data: bytes, image: np.ndarray) -> list[str]:
+    """Say what a user may not expect of a decoded image, a sentence each.
+
+    Args:
+        data: The file.
+        image: What `decode_image` made of it.
+
+    Returns:
+        That it holds further pictures; that its 16 bits hold values of 12, so that it is nearly black.
+    """
+    picture, notes = open_image(data), []
+    step = -(-max(image.shape[:2]) // _SAMPLED)
+    if _is_deep(picture) and np.percentile(image[::step, ::step], 99.9) <= _DARK:
+        notes.append(
+            "it is nearly black: its 16-bit values use the lowest sixteenth of their range, as 12-bit data do; "
+            "scale them to 16 bits first"
+        )
+    count = (
+        1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    )  # phones add a small one to a JPEG
+    if count > 1:
+        what = "an animation" if picture.format in ("GIF", "WEBP", "PNG", "AVIF") else "several pages"
+        notes.append(f"it holds {count} pictures ({what}), of which the first is taken")
+    return notes
 
 
 def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
@@ -332,39 +355,20 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return image
 
 
-def _to_rgb(picture: Any, notes: list[str] | None) -> np.ndarray:
-    deep = _is_deep(picture)
+def _to_rgb(picture: Any) -> np.ndarray:
     picture.load()
     if picture.mode == "F":
         raise ValueError("it holds 32-bit floats, of which none is white by nature")
     if picture.mode.startswith("I"):
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        image = np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
-    else:
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        image = np.array(picture.convert("RGB"))
-    step = -(-max(image.shape[:2]) // _SAMPLED)
-    if notes is not None and deep and np.percentile(image[::step, ::step], 99.9) <= _DARK:
-        notes.append(
-            "it is nearly black: its 16-bit values use the lowest sixteenth of their range, as 12-bit data do; "
-            "scale them to 16 bits first"
-        )
-    return image
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
 
 
 def _is_deep(picture: Any) -> bool:
     """Tell whether a picture's file has 16 bits a channel, of which Pillow keeps the upper half of colors."""
     modes = [picture.mode, *(str(tile[3]) for tile in picture.tile)]
     return any("16" in mode for mode in modes) or picture.mode == "I"
-
-
-def _further_pictures(picture: Any) -> list[str]:
-    count = (
-        1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
-    )  # phones add a small one to a JPEG
-    if count <= 1:
-        return []
-    what = "an animation" if picture.format in ("GIF", "WEBP", "PNG", "AVIF") else "several pages"
-    return [f"it holds {count} pictures ({what}), of which the first is taken"]

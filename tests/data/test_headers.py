@@ -10,7 +10,7 @@ import pytest
 from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
 from depth_anything.data.headers import is_known
-from depth_anything.data.sample import decode_image, image_cost
+from depth_anything.data.sample import decode_image, image_cost, image_notes
 
 Y, X = np.mgrid[:60, :90]
 RAMP = np.stack([X * 2, Y * 4, X + Y], axis=-1).astype(np.uint8)
@@ -193,14 +193,13 @@ def test_a_cameras_raw_file_is_no_photograph_though_it_begins_as_a_tiff():
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
 def test_further_pictures_are_noted(kind):
-    notes = []
     more = [Image.fromarray(RAMP[::-1].copy())]
-    got = decode_image(file(kind, save_all=True, append_images=more), notes=notes)
+    data = file(kind, save_all=True, append_images=more)
+    got = decode_image(data)
+    notes = image_notes(data, got)
     assert len(notes) == 1 and "2 pictures" in notes[0]
     assert np.abs(got.astype(int) - RAMP).mean() < 12  # a GIF has few colors
-    notes.clear()
-    decode_image(file(kind), notes=notes)
-    assert not notes
+    assert not image_notes(file(kind), RAMP)
 
 
 def sixteen_bit_color(levels):
@@ -219,8 +218,8 @@ def sixteen_bit_color(levels):
 def test_twelve_bits_in_sixteen_are_noted(make):
     levels = np.linspace(0, 4095, 5400).reshape(60, 90).astype(np.uint16)
     for factor, noted in ((1, True), (16, False)):
-        notes = []
-        decode_image(make(levels * factor), notes=notes)
+        data = make(levels * factor)
+        notes = image_notes(data, decode_image(data))
         assert len(notes) == noted and all("12-bit" in note for note in notes)
 
 
