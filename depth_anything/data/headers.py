@@ -56,8 +56,8 @@ _OTHERS = (
     (b"\0\0\x01\xba", _FILM),  # MPEG program and elementary streams
     (b"\0\0\x01\xb3", _FILM),
     (b"\x30\x26\xb2\x75", _FILM),  # WMV
-    (b"FLV", _FILM),
-    (b"OggS", _FILM),
+    (b"FLV\x01", _FILM),
+    (b"OggS\0", _FILM),
     (b"MM\0+", f"a BigTIFF with the larger byte first, {_CONVERT}"),  # Pillow 12 takes it for a small TIFF
     (b"\xff\x0a", f"JPEG XL, {_CONVERT}"),
     (b"\0\0\0\x0cJXL ", f"JPEG XL, {_CONVERT}"),
@@ -75,7 +75,7 @@ _OTHERS = (
     (b"IIRO", _RAW),  # Olympus, Panasonic, Fuji, Sigma
     (b"IIRS", _RAW),
     (b"IIU\0", _RAW),
-    (b"FUJIFILM", _RAW),
+    (b"FUJIFILMCCD-RAW", _RAW),
     (b"FOVb", _RAW),
     (b"PK\x03\x04", "a zip: unpack it first"),
     (b"version https://git-lfs", "a Git LFS pointer in place of the file: type  git lfs pull"),
@@ -209,7 +209,9 @@ def is_known(data: bytes) -> bool:
 
 def _kind(data: bytes) -> str | None:
     for start, kind in _KINDS:
-        if data.startswith(start):
+        if data.startswith(start) and (
+            kind != "BMP" or not any(data[6:10])
+        ):  # a list may begin with BMW/a.jpg
             return kind
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"

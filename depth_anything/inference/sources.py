@@ -7,23 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from depth_anything.data.sources.images import Photograph, list_photographs
+from depth_anything.data.sources.walking import IMAGES
 from depth_anything.inference.naming import name_apart, tree
-
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".j2k",
-)
 
 
 @dataclass
@@ -95,4 +80,4 @@ def _targets(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> list[Pat
 
 
 def _looks_like_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in IMAGES
