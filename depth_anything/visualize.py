@@ -110,6 +110,18 @@ def colormap_for(quantity: str, colormap: str = NEAR_IS_RED) -> str:
     return colormap.removesuffix("_r") if colormap.endswith("_r") else f"{colormap}_r"
 
 
+def check_colormap(colormap: str) -> None:
+    """Refuse a colormap that `paint` and `colorize` do not know.
+
+    Raises:
+        ValueError: If matplotlib knows no such colormap.
+
+    Example:
+        >>> check_colormap("inferno")
+    """
+    _table(colormap)
+
+
 def panel(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] | None = None, *, max_width: int = 320
 ) -> np.ndarray:

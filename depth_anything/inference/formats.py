@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from depth_anything.data.tars import write_atomically
 from depth_anything.inference.predictor import Predictor
-from depth_anything.visualize import NEAR_IS_RED, paint
+from depth_anything.visualize import NEAR_IS_RED, check_colormap, paint
 
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
@@ -61,8 +61,14 @@ def _is_calibrated(predictor: Predictor) -> bool:
 
 
 def chosen_colormap(*, grayscale: bool, colormap: str | None) -> str:
-    """Return the colormap that --grayscale and --colormap choose, as `paint` takes it."""
-    return "gray" if grayscale else colormap or NEAR_IS_RED
+    """Return the colormap that --grayscale and --colormap choose, as `paint` takes it.
+
+    Raises:
+        ValueError: If matplotlib knows no such colormap.
+    """
+    chosen = "gray" if grayscale else colormap or NEAR_IS_RED
+    check_colormap(chosen)
+    return chosen
 
 
 def side_by_side(image: np.ndarray, painted: np.ndarray) -> np.ndarray:

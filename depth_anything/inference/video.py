@@ -70,6 +70,7 @@ class Settings:
             )
         if self.range not in RANGES:
             raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGES)}")
+        chosen_colormap(grayscale=self.grayscale, colormap=self.colormap)
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth={self.smooth} must be 0 or more and below 1")
         if self.batch_size < 1:

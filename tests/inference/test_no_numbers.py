@@ -1,9 +1,13 @@
 """A network that gives NaN or infinity: the image is named, and no map of it looks like one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from depth_anything.inference.files import predict_files
 from depth_anything.inference.predictor import Predictor, check_numbers
 from depth_anything.model.depth_anything import DepthAnything
 
@@ -57,3 +61,15 @@ def test_a_single_tile_without_numbers_is_seen():
     predictor = predictor_with(np.nan, tiles=3, when=lambda one: one.mean() > 0)
     with pytest.raises(ValueError, match="no numbers"):
         predictor.predict(image)
+
+
+def test_nothing_is_written_for_the_image_and_the_others_go_on(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name, level in (("a", 0), ("b", 255), ("c", 0)):
+        Image.fromarray(photograph(30, 40, level)).save(tmp_path / "photos" / f"{name}.png")
+    outcome = predict_files(predictor_with(np.inf), tmp_path / "photos", tmp_path / "out", batch_size=3)
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == sorted(f"{name}{end}" for name in "ac" for end in (".json", ".png", "_disparity.png"))
+    assert list(outcome.failed) == ["b.png"] and "no numbers" in outcome.failed["b.png"]
+    for path in (tmp_path / "out").glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
