@@ -28,13 +28,13 @@ from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from depth_anything.data.sample import decode_image  # noqa: E402
-from depth_anything.inference.formats import encode  # noqa: E402
+from depth_anything.inference.formats import encode, shown_values  # noqa: E402
 from depth_anything.inference.pointcloud import choose_focal, encode_points, unproject  # noqa: E402
 from depth_anything.inference.predictor import Predictor  # noqa: E402
-from depth_anything.visualize import colorize  # noqa: E402
+from depth_anything.visualize import colormap_for, paint  # noqa: E402
 
-COLOURS = {"Spectral": "Spectral", "Inferno": "inferno", "Grey": "gray"}
-"""What the page calls them, and matplotlib's names; near is red, bright or white."""
+COLOURS = {"Spectral": "Spectral_r", "Inferno": "inferno", "Grey": "gray"}
+"""What the page calls them, and matplotlib's names, as `paint` takes them: near is red, bright or white."""
 
 _SHOWN_PX = 2048  # longer side of what the slider shows; the download has every pixel
 _MAX_POINTS = 400_000
@@ -277,7 +277,8 @@ def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor],
     predictor = predictors[name]
     map_ = predictor.predict(image)
     folder = Path(tempfile.mkdtemp(prefix="made-", dir=Path(path).parent))
-    painted = colorize(map_, colormap=_colormap(colour, predictor.quantity))
+    values, quantity = shown_values(map_, predictor)
+    painted = paint(values, quantity=quantity, colormap=COLOURS[colour])
     focal_px, origin = choose_focal(data, image.shape)
     origin = origin.partition(";")[0]  # what follows is about the command line
     cloud = unproject(
@@ -335,28 +336,22 @@ def _saved(path: Path, image: np.ndarray) -> str:
     return str(path)
 
 
-def _colormap(colour: str, quantity: str) -> str:
-    """Turn matplotlib's map so that what is near is red, bright or white."""
-    name = COLOURS[colour]
-    near_last = quantity == "disparity"
-    if name == "Spectral":  # whose first colour is the red one
-        near_last = not near_last
-    return name if near_last else f"{name}_r"
-
-
 def _legend(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
-    """Say what the colours mean: a bar from near to far with values."""
-    low, high = float(map_.min()), float(map_.max())
-    disparity = predictor.quantity == "disparity"
-    near, far = (high, low) if disparity else (low, high)
-    table = matplotlib.colormaps[_colormap(colour, predictor.quantity)]
-    shares = np.linspace(1, 0, _STOPS) if disparity else np.linspace(0, 1, _STOPS)
+    """Say what the colours mean: a bar from near to far with values of the map."""
+    values, quantity = shown_values(map_, predictor)
+    low, high = float(values.min()), float(values.max())
+    near, far = (high, low) if quantity == "disparity" else (low, high)
+    marks = [near + (far - near) * part / 4 for part in range(5)]
+    if predictor.calibrated:  # one over depth is painted, and metres are read
+        marks = [1 / mark for mark in marks]
+    table = matplotlib.colormaps[colormap_for(quantity, COLOURS[colour])]
+    shares = np.linspace(1, 0, _STOPS) if quantity == "disparity" else np.linspace(0, 1, _STOPS)
     stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in table(s)[:3])) for s in shares)
     unit = " m" if predictor.unit == "m" else ""
-    ticks = "".join(f"<span>{near + (far - near) * part / 4:.3g}{unit}</span>" for part in range(5))
+    ticks = "".join(f"<span>{mark:.3g}{unit}</span>" for mark in marks)
     means = (
         "relative disparity, larger is nearer: it has no unit; distances are one over it, up to a scale and a shift"
-        if disparity
+        if predictor.unit != "m"
         else "depth in metres, along the line of sight of the camera's axis"
     )
     return (

@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 GREY = 128
 """Level of red, green and blue of a pixel without a value."""
 
+NEAR_IS_RED = "Spectral_r"
+"""The authors' colormap, for disparity: its last color is red."""
+
 GAP_PX = 4
 FONT_PX = 16
 
@@ -58,6 +61,65 @@ def colorize(
     share = (values - low) / (high - low) if high > low else np.zeros_like(values)
     picture[shown] = table[(share.clip(0, 1) * 255).astype(np.uint8)]
     return picture
+
+
+def paint(
+    map: np.ndarray,
+    *,
+    quantity: str,
+    colormap: str = NEAR_IS_RED,
+    valid: np.ndarray | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> np.ndarray:
+    """Paint a map such that the last color of the colormap is near and its first is far, whatever the map holds.
+
+    All pictures follow this one rule: near is red in the authors' colors, and white in "gray".
+
+    Args:
+        map: (H, W), any real dtype and unit.
+        quantity: "disparity" (larger is nearer) or "depth" (larger is farther).
+        colormap: A name matplotlib knows, as for disparity; turned round for depth.
+        valid: As for `colorize`.
+        low: As for `colorize`: a value, not a color.
+        high: As for `colorize`.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+
+    Raises:
+        ValueError: If matplotlib knows no such colormap.
+
+    Example:
+        >>> map = np.array([[1.0, 2.0]])
+        >>> [paint(map, quantity=q, colormap="gray")[0, :, 0].tolist() for q in ("disparity", "depth")]
+        [[0, 255], [255, 0]]
+    """
+    return colorize(map, valid=valid, low=low, high=high, colormap=colormap_for(quantity, colormap))
+
+
+def colormap_for(quantity: str, colormap: str = NEAR_IS_RED) -> str:
+    """Name the matplotlib colormap that paints a quantity by the rule of `paint`.
+
+    Example:
+        >>> colormap_for("disparity"), colormap_for("depth"), colormap_for("depth", "gray")
+        ('Spectral_r', 'Spectral', 'gray_r')
+    """
+    if quantity == "disparity":
+        return colormap
+    return colormap.removesuffix("_r") if colormap.endswith("_r") else f"{colormap}_r"
+
+
+def check_colormap(colormap: str) -> None:
+    """Refuse a colormap that `paint` and `colorize` do not know.
+
+    Raises:
+        ValueError: If matplotlib knows no such colormap.
+
+    Example:
+        >>> check_colormap("inferno")
+    """
+    _table(colormap)
 
 
 def panel(
@@ -109,8 +171,9 @@ def _table(colormap: str) -> np.ndarray:
         raise ValueError(
             f"matplotlib knows no colormap {colormap!r}; among those it knows are Spectral_r, inferno, gray"
         )
-    if colormap == "gray":  # theirs takes levels as they are, and matplotlib's end below some
-        return np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    if colormap in ("gray", "gray_r"):  # theirs takes levels as they are, and matplotlib's end below some
+        levels = np.arange(256, dtype=np.uint8)[:: -1 if colormap == "gray_r" else 1]
+        return np.repeat(levels[:, None], 3, axis=1)
     colours = matplotlib.colormaps[colormap](np.arange(256))[:, :3]
     return (colours * 255).astype(np.uint8)  # cut off, as the authors do
 

@@ -118,3 +118,48 @@ def write_frames(folder, names, size=(30, 41)):
     folder.mkdir(parents=True)
     for number, name in enumerate(names):
         Image.fromarray(frame(9 * number, *size)).save(folder / name)
+
+
+def _stamp(data, at, ticks):
+    """Write 33 bits of a PES header's time, keeping its first four bits."""
+    data[at] = (data[at] & 0xF0) | (ticks >> 29 & 0x0E) | 1
+    data[at + 1], data[at + 2] = ticks >> 22 & 0xFF, ticks >> 14 & 0xFE | 1
+    data[at + 3], data[at + 4] = ticks >> 7 & 0xFF, ticks << 1 & 0xFE | 1
+
+
+def restamp_ts(path, kind, change):
+    """Move the times of a transport stream's packets: `change` makes seconds to add of a packet's number."""
+    data, number = bytearray(path.read_bytes()), 0
+    for start in range(0, len(data), 188):
+        at = data.find(b"\x00\x00\x01", start, start + 188)
+        if (
+            not data[start + 1] & 0x40
+            or at < 0
+            or data[at + 3] & 0xF0 != {"video": 0xE0, "audio": 0xC0}[kind]
+        ):
+            continue
+        ticks = round(change(number) * 90_000)
+        number += 1
+        for field in range(
+            at + 9, at + 9 + (5 if data[at + 7] & 0x80 else 0) + (5 if data[at + 7] & 0x40 else 0), 5
+        ):
+            b = data[field : field + 5]
+            old = (b[0] & 0x0E) << 29 | b[1] << 22 | (b[2] & 0xFE) << 14 | b[3] << 7 | b[4] >> 1
+            _stamp(data, field, (old + ticks) % (1 << 33))
+    path.write_bytes(data)
+    return path
+
+
+def restamp_flv(path, kind, change):
+    """As `restamp_ts`, of a Flash video."""
+    data, at, number = bytearray(path.read_bytes()), 13, 0
+    while at + 11 <= len(data):
+        size = int.from_bytes(data[at + 1 : at + 4], "big")
+        if data[at] == {"video": 9, "audio": 8}[kind]:
+            time = int.from_bytes(bytes([data[at + 7], *data[at + 4 : at + 7]]), "big")
+            time = max(0, time + round(1000 * change(number))).to_bytes(4, "big")
+            data[at + 4 : at + 8] = time[1:] + time[:1]
+            number += 1
+        at += 11 + size + 4
+    path.write_bytes(data)
+    return path

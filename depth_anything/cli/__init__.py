@@ -14,7 +14,8 @@ from typing import Any
 
 from depth_anything import __version__
 from depth_anything.cli import bench, calibrate, custom, evaluate, export, predict, shards, stats, video
-from depth_anything.data.address import told
+from depth_anything.cli.options import FlagError
+from depth_anything.data.address import printable, told
 
 PROGRAM = "depth-anything"
 
@@ -35,7 +36,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         parser: sets `run` to what is called with the options.
         arguments: what follows the program's name; those of the process by default.
     """
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except FlagError as error:
+        print(f"{_command_of(parser, arguments)}: {printable(error)}", file=sys.stderr)
+        return 2
     options.typed = told(shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
     command = getattr(options, "command", None)
     try:
@@ -51,13 +56,20 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        print(told(f"{parser.prog}{f' {command}' if command else ''}: {error}"), file=sys.stderr)
+        print(printable(told(f"{parser.prog}{f' {command}' if command else ''}: {error}")), file=sys.stderr)
         return 2
 
 
 def _say_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {printable(message)}", file=sys.stderr)
+
+
+def _command_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:
+    """Name the program and the command, if it has several, that a line of arguments asks for."""
+    words = sys.argv[1:] if arguments is None else arguments
+    commands = [word for word in words if not word.startswith("-")] if parser.prog == PROGRAM else []
+    return " ".join([parser.prog, *commands[:1]])
 
 
 def build_parser() -> argparse.ArgumentParser:

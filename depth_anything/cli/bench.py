@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command, counted
+from depth_anything.cli.options import MOST_PIXELS_A_SIDE, MOST_WORKERS, add_command, counted, whole
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -29,17 +29,31 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--labels", metavar="SET", help="the labels of its images")
     bench.add_argument(
         "--workers",
-        type=int,
+        type=whole("--workers", least=1, most=MOST_WORKERS),
         nargs="+",
         metavar="N",
         help="worker processes, one measurement for each number (1, and one for each core)",
     )
     bench.add_argument(
-        "--image-size", type=int, default=SIDE, metavar="N", help="short side and crop, pixels (%(default)s)"
+        "--image-size",
+        type=whole("--image-size", least=1, most=MOST_PIXELS_A_SIDE),
+        default=SIDE,
+        metavar="N",
+        help="short side and crop, pixels (%(default)s)",
     )
-    bench.add_argument("--batch-size", type=int, default=8, metavar="N", help="of a batch (%(default)s)")
     bench.add_argument(
-        "--samples", type=int, default=256, metavar="N", help="to measure, each time (%(default)s)"
+        "--batch-size",
+        type=whole("--batch-size", least=1),
+        default=8,
+        metavar="N",
+        help="of a batch (%(default)s)",
+    )
+    bench.add_argument(
+        "--samples",
+        type=whole("--samples", least=1),
+        default=256,
+        metavar="N",
+        help="to measure, each time (%(default)s)",
     )
     bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
 
@@ -48,11 +62,6 @@ def _bench(options: argparse.Namespace) -> None:
     import cv2
     import torch
 
-    for name in ("batch_size", "samples", "image_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is a whole number from 1 up")
-    if any(workers < 1 for workers in options.workers or ()):
-        raise ValueError("--workers are whole numbers from 1 up")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     data = _dataset(options)

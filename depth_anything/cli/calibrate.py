@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command, add_network, add_weights, load_predictor, watch
+from depth_anything.cli.options import add_command, add_network, add_weights, load_predictor, real, watch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def add_calibrate(commands: Any) -> None:
     )
     calibrate.add_argument(
         "--threshold",
-        type=float,
+        type=real("--threshold", most=10),
         default=0.1,
         metavar="T",
         help="a point that is off by more than this share of its depth is left out (%(default)s)",

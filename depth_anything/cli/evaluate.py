@@ -9,7 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import WEIGHTS, add_command, add_network, counted, load, make_predictor, watch
+from depth_anything.cli.options import (
+    MOST_METRES,
+    WEIGHTS,
+    add_command,
+    add_network,
+    counted,
+    load,
+    make_predictor,
+    real,
+    watch,
+    whole,
+)
 
 if TYPE_CHECKING:
     from depth_anything.evaluation.benchmarks.da2k import Score
@@ -65,7 +76,7 @@ def add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--max-depth",
-        type=float,
+        type=real("--max-depth", most=MOST_METRES, unit="metres"),
         metavar="METRES",
         help="compare as far as this, in place of the set's or the benchmark's own range",
     )
@@ -77,7 +88,9 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--output", metavar="DIR", help="folder of the report (outputs/evaluate-<set or benchmarks>)"
     )
-    evaluate.add_argument("--limit", type=int, metavar="N", help="so many images, evenly spaced (all)")
+    evaluate.add_argument(
+        "--limit", type=whole("--limit", least=1), metavar="N", help="so many images, evenly spaced (all)"
+    )
     evaluate.add_argument(
         "--compare",
         action="store_true",
@@ -122,10 +135,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("nothing to judge: give --weights PATH, --predictions DIR or --mean-map SET")
     if options.benchmarks and not options.root:
         raise ValueError("where are the benchmarks? add --root DIR, with a folder of its name for each")
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    if options.max_depth is not None and not options.max_depth > 0:
-        raise ValueError(f"--max-depth must be metres above 0, not {options.max_depth:g}")
 
 
 def _trials(options: argparse.Namespace) -> "tuple[list[Trial], list[str]]":

@@ -1,9 +1,10 @@
 """What several commands need: their options, a model read, progress shown."""
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,10 +19,69 @@ WEIGHTS = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers
 ENCODER = "vitl"
 """Whose published weights are taken where nothing else is said; theirs."""
 
+MOST_METRES = 1e6
+MOST_WORKERS = 1024
+MOST_BATCH = 65_536
+MOST_PIXELS_A_SIDE = 16_384
+"""Limits of flags: beyond them is a slip of the hand, which would fill any memory."""
+
 FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
 
 QUIET_S = 30.0
 """Seconds between lines of progress where there is no terminal."""
+
+
+class FlagError(Exception):
+    """A flag's value is out of its range; the sentence names the flag. Not one of the errors that argparse rewords."""
+
+
+def whole(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return what reads a flag's whole number, for `type=` of argparse.
+
+    Args:
+        flag: Its name, for the error.
+        least: The smallest number that it takes.
+        most: The largest.
+    """
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise FlagError(
+                f"{flag} must be a whole number, at least {least} and at most {most}, not {text!r}"
+            )
+        return number
+
+    return read
+
+
+def real(
+    flag: str, *, least: float = 0.0, most: float, above: bool = True, unit: str = ""
+) -> Callable[[str], float]:
+    """Return what reads a flag's number, for `type=` of argparse; NaN and infinity are none.
+
+    Args:
+        flag: Its name, for the error.
+        least: The smallest number.
+        most: The largest number, taken in.
+        above: The number must be above `least`; else it may be `least`.
+        unit: Of the number, for the error.
+    """
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (least < number <= most or (number == least and not above)):
+            span = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
+            raise FlagError(f"{flag} must be {span}{f' {unit}' if unit else ''}, not {text!r}")
+        return number
+
+    return read
 
 
 def add_command(commands: Any, name: str, text: str, *, run: Any = None) -> argparse.ArgumentParser:
@@ -48,13 +108,21 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         help="published weights that give metres: hypersim indoors, vkitti outdoors",
     )
     command.add_argument(
-        "--max-depth", type=float, metavar="M", help="metres of a metric model whose file does not say it"
+        "--max-depth",
+        type=real("--max-depth", most=MOST_METRES, unit="metres"),
+        metavar="M",
+        help="metres of a metric model whose file does not say it",
     )
 
 
 def add_network(command: argparse.ArgumentParser) -> None:
     """Declare how any command that runs a network runs it."""
-    command.add_argument("--input-size", type=int, metavar="N", help="short side, pixels (the model's own)")
+    command.add_argument(
+        "--input-size",
+        type=whole("--input-size", least=1, most=MOST_PIXELS_A_SIDE),
+        metavar="N",
+        help="short side, pixels (the model's own)",
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     command.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network (%(default)s)"
@@ -217,6 +285,9 @@ def _weight_file(path: Path) -> Path:
 def _tiles(text: str) -> int | tuple[int, int]:
     rows, by, columns = text.lower().partition("x")
     try:
-        return (int(rows), int(columns)) if by else int(rows)
+        numbers = (int(rows), int(columns)) if by else (int(rows),)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor two, as 2x3") from None
+        numbers = (0,)
+    if not all(1 <= number <= 64 for number in numbers):
+        raise FlagError(f"--tiles must be 1 to 64 a side, as 3 or 2x3, not {text!r}")
+    return (numbers[0], numbers[-1]) if by else numbers[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from depth_anything.cli.options import (
+    MOST_BATCH,
     add_command,
     add_network,
     add_output_flags,
@@ -16,8 +17,11 @@ from depth_anything.cli.options import (
     counted,
     describe_values,
     load_predictor,
+    real,
     watch,
+    whole,
 )
+from depth_anything.data.address import printable
 
 FOLDER = "./vis_depth"
 """Where pictures go unless told; theirs."""
@@ -28,9 +32,9 @@ def add_predict(commands: Any) -> None:
     predict = add_command(commands, "predict", "map images: a picture, and files of values", run=_predict)
     predict.add_argument(
         "source",
-        nargs="?",
+        nargs="*",
         metavar="IMAGE|FOLDER",
-        help="an image, or a folder (its tree is kept), .txt list or tar of them",
+        help="images, or a folder (its tree is kept), .txt list or tar of them; several, too",
     )
     _add_images(predict, formats=("png16",))
 
@@ -47,13 +51,13 @@ def run_images(arguments: Sequence[str] | None = None) -> int:
         prog="run.py", description="Map images; see depth-anything predict --help."
     )
     _add_images(parser, formats=())
-    parser.set_defaults(run=_predict, source=None)
+    parser.set_defaults(run=_predict, source=[])
     return run(parser, arguments)
 
 
 def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
     command.add_argument(
-        "--img-path", metavar="PATH", help="the images, as theirs: image, folder, list or tar"
+        "--img-path", nargs="+", metavar="PATH", help="the images, as theirs: image, folder, list or tar"
     )
     command.add_argument(
         "--outdir", "--output", default=FOLDER, metavar="DIR", help="folder of the maps (%(default)s)"
@@ -65,16 +69,20 @@ def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -
     )
     command.add_argument(
         "--focal",
-        type=float,
+        type=real("--focal", most=1e7, unit="pixels"),
         metavar="PX",
         help="focal length for points (of EXIF, else assumed)",
     )
     command.add_argument(
-        "--max-points", type=int, default=1_000_000, metavar="N", help="in a file of points (%(default)s)"
+        "--max-points",
+        type=whole("--max-points", least=1),
+        default=1_000_000,
+        metavar="N",
+        help="in a file of points (%(default)s)",
     )
     command.add_argument(
         "--batch-size",
-        type=int,
+        type=whole("--batch-size", least=1, most=MOST_BATCH),
         default=1,
         metavar="N",
         help="images at once through the network (%(default)s)",
@@ -83,13 +91,13 @@ def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -
     add_tiles(command)
 
 
-def _predict(options: argparse.Namespace) -> None:
+def _predict(options: argparse.Namespace) -> int:
     from depth_anything.inference.files import Products, predict_files
 
-    given = [source for source in (options.source, options.img_path) if source]
-    if len(given) != 1:
+    if bool(options.source) == bool(options.img_path):
         raise ValueError("give the images once: as in --img-path PHOTOS")
-    if not Path(given[0]).exists():  # before a large model is read, or fetched
+    given = options.source or options.img_path
+    if not any(Path(source).exists() for source in given):  # before a large model is read, or fetched
         raise ValueError(f"{given[0]} does not exist: give an image, or a folder, list or tar of them")
     predictor, facts = load_predictor(options)
     products = Products(
@@ -104,7 +112,7 @@ def _predict(options: argparse.Namespace) -> None:
     begin = time.monotonic()
     outcome = predict_files(
         predictor,
-        given[0],
+        given,
         options.outdir,
         products=products,
         batch_size=options.batch_size,
@@ -113,10 +121,14 @@ def _predict(options: argparse.Namespace) -> None:
     )
     seconds = time.monotonic() - begin
     for file, why in outcome.skipped.items():
-        print(f"skipped {file}: {why}", file=sys.stderr)
+        print(f"skipped {printable(file)}: {printable(why)}", file=sys.stderr)
+    for file, notes in outcome.notes.items():
+        print(f"{printable(file)}: {'; '.join(notes)}", file=sys.stderr)
     for whence, images in outcome.focals.items():
         print(f"focal length ({counted(images, 'image')}, pixels in each .json): {whence}")
     print(
         f"{counted(outcome.images, 'image')} mapped, {counted(len(outcome.skipped), 'file')} skipped in "
-        f"{seconds:.1f} s ({outcome.images / seconds:.2f} a second): {options.outdir} ({describe_values(predictor)})"
+        f"{seconds:.1f} s ({outcome.images / seconds:.2f} a second): {printable(options.outdir)} "
+        f"({describe_values(predictor)})"
     )
+    return 1 if outcome.failed else 0

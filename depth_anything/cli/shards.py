@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command
+from depth_anything.cli.options import MOST_PIXELS_A_SIDE, MOST_WORKERS, add_command, whole
 from depth_anything.data.address import told
 from depth_anything.data.sources.catalogue import SETS, Entry, load
 
@@ -24,15 +24,34 @@ def add_shard(commands: Any) -> Any:
     scenes.add_argument(
         "--look", choices=("synthetic", "photographic"), default="synthetic", help="%(default)s"
     )
-    scenes.add_argument("--count", type=int, default=1024, metavar="N", help="scenes to draw (%(default)s)")
     scenes.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="another seed, other scenes (%(default)s)"
+        "--count",
+        type=whole("--count", least=1),
+        default=1024,
+        metavar="N",
+        help="scenes to draw (%(default)s)",
     )
     scenes.add_argument(
-        "--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"), help="pixels (256 256)"
+        "--seed",
+        type=whole("--seed", least=0, most=2**63 - 1),
+        default=0,
+        metavar="N",
+        help="another seed, other scenes (%(default)s)",
     )
     scenes.add_argument(
-        "--per-shard", type=int, default=128, metavar="N", help="records a shard (%(default)s)"
+        "--size",
+        type=whole("--size", least=1, most=MOST_PIXELS_A_SIDE),
+        nargs=2,
+        default=(256, 256),
+        metavar=("H", "W"),
+        help="pixels (256 256)",
+    )
+    scenes.add_argument(
+        "--per-shard",
+        type=whole("--per-shard", least=1),
+        default=128,
+        metavar="N",
+        help="records a shard (%(default)s)",
     )
     scenes.add_argument("--images-only", action="store_true", help="leave the depth out")
 
@@ -82,10 +101,17 @@ def add_writing(command: argparse.ArgumentParser, *, name: str = "the folder's")
     """Declare how any set is written; `name` is what it is called unless told otherwise."""
     command.add_argument("--name", help=f"name of the set ({name})")
     command.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="records a shard (%(default)s)"
+        "--per-shard",
+        type=whole("--per-shard", least=1),
+        default=1000,
+        metavar="N",
+        help="records a shard (%(default)s)",
     )
     command.add_argument(
-        "--short-side", type=int, metavar="N", help="reduce larger images to this short side (as they are)"
+        "--short-side",
+        type=whole("--short-side", least=1, most=MOST_PIXELS_A_SIDE),
+        metavar="N",
+        help="reduce larger images to this short side (as they are)",
     )
     command.add_argument(
         "--part",
@@ -95,7 +121,11 @@ def add_writing(command: argparse.ArgumentParser, *, name: str = "the folder's")
         help="write only the K-th of N parts, on as many machines; they may share OUT, else merge (1/1)",
     )
     command.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that write shards (in this one)"
+        "--workers",
+        type=whole("--workers", least=0, most=MOST_WORKERS),
+        default=0,
+        metavar="N",
+        help="processes that write shards (in this one)",
     )
     add_licence(command)
 
@@ -146,7 +176,11 @@ def add_verify(commands: Any) -> None:
         "--images", metavar="SET", help="of labels: the images they were made from; every pair is looked at"
     )
     verify.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="shards read side by side (%(default)s)"
+        "--workers",
+        type=whole("--workers", least=1, most=MOST_WORKERS),
+        default=1,
+        metavar="N",
+        help="shards read side by side (%(default)s)",
     )
 
 
@@ -156,7 +190,11 @@ def add_view(commands: Any) -> None:
     view.add_argument("set", metavar="SET", help="folder or URL prefix of a set of shards or of labels")
     view.add_argument("--images", metavar="SET", help="the image set that labels belong to")
     view.add_argument(
-        "--count", type=int, default=16, metavar="N", help="records shown, evenly spaced (%(default)s)"
+        "--count",
+        type=whole("--count", least=1),
+        default=16,
+        metavar="N",
+        help="records shown, evenly spaced (%(default)s)",
     )
     view.add_argument(
         "--output", metavar="FILE", default="sheet.png", help="the picture to write (%(default)s)"

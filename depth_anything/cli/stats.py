@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import add_command
+from depth_anything.cli.options import add_command, whole
 
 
 def add_stats(commands: Any) -> None:
@@ -17,7 +17,11 @@ def add_stats(commands: Any) -> None:
     )
     stats.add_argument("set", metavar="SET", help="folder or URL prefix of a set of shards or of labels")
     stats.add_argument(
-        "--count", type=int, default=500, metavar="N", help="records looked at, evenly spaced (%(default)s)"
+        "--count",
+        type=whole("--count", least=1),
+        default=500,
+        metavar="N",
+        help="records looked at, evenly spaced (%(default)s)",
     )
     stats.add_argument(
         "--output", metavar="FILE", default="stats.png", help="the picture to write (%(default)s)"

@@ -9,6 +9,7 @@ from typing import Any
 
 from depth_anything.cli.evaluate import names_of
 from depth_anything.cli.options import (
+    MOST_BATCH,
     WEIGHTS,
     add_command,
     add_network,
@@ -20,7 +21,9 @@ from depth_anything.cli.options import (
     load,
     load_predictor,
     make_predictor,
+    real,
     watch,
+    whole,
 )
 
 RANGES = ("clip", "running", "frame")
@@ -92,14 +95,30 @@ def _add_page(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)"
     )
-    demo.add_argument("--port", type=int, default=7860, metavar="N", help="%(default)s")
     demo.add_argument(
-        "--max-megapixels", type=float, default=50.0, metavar="N", help="of an image (%(default)s)"
+        "--port", type=whole("--port", least=0, most=65_535), default=7860, metavar="N", help="%(default)s"
     )
     demo.add_argument(
-        "--max-megabytes", type=float, default=30.0, metavar="N", help="of a file (%(default)s)"
+        "--max-megapixels",
+        type=real("--max-megapixels", most=1e6),
+        default=50.0,
+        metavar="N",
+        help="of an image (%(default)s)",
     )
-    demo.add_argument("--queue", type=int, default=16, metavar="N", help="who may wait at once (%(default)s)")
+    demo.add_argument(
+        "--max-megabytes",
+        type=real("--max-megabytes", most=1e6),
+        default=30.0,
+        metavar="N",
+        help="of a file (%(default)s)",
+    )
+    demo.add_argument(
+        "--queue",
+        type=whole("--queue", least=1),
+        default=16,
+        metavar="N",
+        help="who may wait at once (%(default)s)",
+    )
     add_network(demo)
 
 
@@ -114,7 +133,7 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--smooth",
-        type=float,
+        type=real("--smooth", most=0.999999, above=False),
         default=0.0,
         metavar="S",
         help="share of the last map in the next where the picture holds still, 0 to below 1 (%(default)s)",
@@ -134,7 +153,7 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--batch-size",
-        type=int,
+        type=whole("--batch-size", least=1, most=MOST_BATCH),
         default=4,
         metavar="N",
         help="frames at once through the network (%(default)s)",
@@ -143,11 +162,15 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     add_tiles(command)
 
 
-def _video(options: argparse.Namespace) -> None:
+def _video(options: argparse.Namespace) -> int:
     need("av", extra="video", what="PyAV")
     from depth_anything.inference.clips import parse_rate
     from depth_anything.inference.video import Settings, predict_videos
 
+    try:
+        rate = parse_rate(options.fps)
+    except ValueError as error:
+        raise ValueError(f"--fps: {error}") from None
     settings = Settings(
         range=options.range,
         smooth=options.smooth,
@@ -156,7 +179,7 @@ def _video(options: argparse.Namespace) -> None:
         grayscale=options.grayscale,
         colormap=options.colormap,
         batch_size=options.batch_size,
-        rate=parse_rate(options.fps),
+        rate=rate,
     )
     if not Path(options.source).exists():  # before a large model is read
         raise ValueError(f"{options.source} does not exist: give a video, a folder or a list of them")
@@ -173,6 +196,7 @@ def _video(options: argparse.Namespace) -> None:
         f"{counted(len(outcome.written), 'video')} mapped, {counted(len(outcome.skipped), 'file')} skipped: "
         f"{options.output} ({describe_values(predictor)})"
     )
+    return 1 if outcome.failed else 0
 
 
 def _demo(options: argparse.Namespace) -> None:

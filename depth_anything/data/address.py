@@ -5,10 +5,14 @@ it; messages do not, and `told` takes it out of them.
 """
 
 import re
+import unicodedata
 from pathlib import PurePosixPath
 
 _USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#\"'<>]*)[?#][^\s\"'<>]*[^\s\"'<>:;,.)]")
+_TURNING = frozenset(
+    "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # direction of writing
 _FILE = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
 
 
@@ -59,6 +63,26 @@ def told(text: str) -> str:
         head += f"pipe:… {command[names[-1].start() :]}" if names else "pipe:…"
     text = head
     return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+
+
+def printable(text: object) -> str:
+    """Return a text in which what would move a terminal's cursor, color it or begin a line is written as an escape.
+
+    For names of files and whatever else comes from elsewhere, before it is printed.
+
+    Example:
+        >>> printable("a\\n\\x1b[2J 日本.jpg")
+        'a\\\\n\\\\x1b[2J 日本.jpg'
+    """
+    return "".join(
+        letter.encode("unicode_escape").decode() if _is_hidden(letter) else letter for letter in str(text)
+    )
+
+
+def _is_hidden(letter: str) -> bool:
+    if letter.isascii():
+        return not letter.isprintable()
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _TURNING
 
 
 def name_of(address: str) -> str:

@@ -10,34 +10,33 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image
 
 from depth_anything.data import codec as map_codec
+from depth_anything.data.headers import MAX_PIXELS, ImageCost, check_cost, cost_of, image_cost, open_image
 
-MAX_PIXELS = 200_000_000
+__all__ = [
+    "MAX_PIXELS",
+    "Frame",
+    "ImageCost",
+    "decode_image",
+    "decode_labels",
+    "decode_photograph",
+    "decode_record",
+    "disparity_target",
+    "encode_frame",
+    "image_cost",
+    "image_extension",
+    "image_notes",
+    "make_target",
+    "target_field",
+]
+
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")
 
-# Pillow's plugins by the bytes a file begins with. Asked for directly: Image.open tries dozens of formats,
-# and its own limit on pixels is a global that belongs to the caller's program.
-_PLUGINS = (
-    (b"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
-    (b"II*\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", TiffImagePlugin.TiffImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"GIF8", GifImagePlugin.GifImageFile),
-)
 _ORIENTATION = 0x0112
+_DARK, _SAMPLED = 16, 1000  # of 255, where 4095 of 65535 is 16; rows and columns that are looked at
 _SPARE_BYTES = 2  # between the last pixel of a JPEG and the mark of its end
 _RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
 _CV2_FLAGS = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | cv2.IMREAD_IGNORE_ORIENTATION
@@ -66,12 +65,17 @@ class Frame:
 def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
     """Decode an image file to uint8 (H, W, 3) RGB, upright, or else as its pixels are stored.
 
-    Reads JPEG, PNG, WebP, TIFF, BMP and GIF (first picture). EXIF orientation is applied, grey is repeated,
-    16-bit values are divided by 257, CMYK is converted, what is transparent shows white. Colour profiles are
-    ignored, as the authors' reader does.
+    Reads JPEG, PNG, WebP, TIFF (BigTIFF, too), BMP, GIF, HEIC, AVIF and JPEG 2000; of several pictures the first. EXIF
+    orientation is applied, grey is repeated, 16-bit values are divided by 257, CMYK is converted, what is transparent
+    shows white. Colour profiles are ignored, as the authors' reader does.
+
+    Args:
+        data: The file.
+        upright: Apply the EXIF orientation.
 
     Raises:
-        ValueError: empty, damaged, cut short, of another format, or over 200 megapixels by its header.
+        ValueError: Empty, damaged, cut short, of another format (which is named where it is known), or over 200
+            megapixels by its header; or there is not enough memory for it.
     """
     if not data:
         raise ValueError("the image is empty")
@@ -79,14 +83,42 @@ def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
         image = _decode_jpeg(data) if _is_plain_jpeg(data) else None
         if image is not None:
             return image
-        picture = _open(data)
-        _check_pixels(picture.width, picture.height)
+        picture = open_image(data)
+        check_cost(cost_of(picture, data))
         plain = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
         image = _decode_jpeg(data) if plain else None
         image = _to_rgb(picture) if image is None else image
         return _upright(image, _orientation(picture)) if upright else image
+    except MemoryError as error:
+        raise ValueError("there is not enough memory to decode the image: reduce it first") from error
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
+
+
+def image_notes(data: bytes, image: np.ndarray) -> list[str]:
+    """Say what a user may not expect of a decoded image, a sentence each.
+
+    Args:
+        data: The file.
+        image: What `decode_image` made of it.
+
+    Returns:
+        That it holds further pictures; that its 16 bits hold values of 12, so that it is nearly black.
+    """
+    picture, notes = open_image(data), []
+    step = -(-max(image.shape[:2]) // _SAMPLED)
+    if _is_deep(picture) and np.percentile(image[::step, ::step], 99.9) <= _DARK:
+        notes.append(
+            "it is nearly black: its 16-bit values use the lowest sixteenth of their range, as 12-bit data do; "
+            "scale them to 16 bits first"
+        )
+    count = (
+        1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    )  # phones add a small one to a JPEG
+    if count > 1:
+        what = "an animation" if picture.format in ("GIF", "WEBP", "PNG", "AVIF") else "several pages"
+        notes.append(f"it holds {count} pictures ({what}), of which the first is taken")
+    return notes
 
 
 def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
@@ -259,11 +291,6 @@ def _decode_meta(data: bytes) -> dict[str, Any]:
     return meta
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than the limit of 200 megapixels")
-
-
 def _is_plain_jpeg(data: bytes) -> bool:
     # Whether a file begins as a JPEG of 8 bits in one or three channels without EXIF, as most do in shards. Pillow
     # says the same, but takes a tenth of the time of decoding a small photograph to do so.
@@ -272,20 +299,13 @@ def _is_plain_jpeg(data: bytes) -> bool:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2):  # sequential or progressive: bits, height, width, channels
             height, width = (int.from_bytes(data[place + i : place + i + 2], "big") for i in (5, 7))
-            _check_pixels(width, height)
+            check_cost(ImageCost("JPEG", width, height, data[place + 9], 0))
             return data[place + 4] == 8 and data[place + 9] in (1, 3) and width > 0 and height > 0
         exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
         if exif or length < 2 or not (marker in (0xDB, 0xC4, 0xDD, 0xFE) or 0xE0 <= marker <= 0xEF):
             return False
         place += 2 + length
     return False
-
-
-def _open(data: bytes) -> Any:
-    for start, plugin in _PLUGINS:
-        if data.startswith(start):
-            return plugin(io.BytesIO(data))
-    raise ValueError("neither JPEG, PNG, WebP, TIFF, BMP nor GIF")
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -346,3 +366,9 @@ def _to_rgb(picture: Any) -> np.ndarray:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.array(picture.convert("RGB"))
+
+
+def _is_deep(picture: Any) -> bool:
+    """Tell whether a picture's file has 16 bits a channel, of which Pillow keeps the upper half of colors."""
+    modes = [picture.mode, *(str(tile[3]) for tile in picture.tile)]
+    return any("16" in mode for mode in modes) or picture.mode == "I"

@@ -21,6 +21,7 @@ from typing import IO, Any, BinaryIO
 from depth_anything.data.address import join, told
 from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
 
+_MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's rule: the key ends at the first dot
@@ -273,7 +274,12 @@ def remove_stale(folder: Path) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Name a temporary file beside `path`, by host and process, so that a dead one's can be told."""
-    return path.with_name(f".tmp.{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
+    behind = f".{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+    room = _MAX_FILE_NAME - len(f".tmp.{behind}")
+    name = os.fsencode(path.name)[:room].decode(
+        "utf-8", "ignore"
+    )  # a long name is cut: the end tells whose it is
+    return path.with_name(f".tmp.{name}{behind}")
 
 
 def _host() -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from depth_anything.evaluation.compare import HERE, OTHER_RULES, Comparison
 from depth_anything.evaluation.evaluate import Result
 from depth_anything.evaluation.table import best_result, notes, number
-from depth_anything.visualize import colorize
+from depth_anything.visualize import colorize, paint
 
 ERROR_RANGE = 0.5
 """Relative error at which the error maps' colours end."""
@@ -108,7 +108,7 @@ def _example_context(example: Example, results: Sequence[Result]) -> dict[str, A
 
 
 def _colors(disparity: np.ndarray, *, low: float, high: float, valid: np.ndarray | None = None) -> np.ndarray:
-    return colorize(disparity, valid=valid, low=float(low), high=float(high))
+    return paint(disparity, quantity="disparity", valid=valid, low=float(low), high=float(high))
 
 
 def _error_colors(

@@ -13,7 +13,7 @@ from depth_anything.evaluation.compare import Comparison
 from depth_anything.evaluation.evaluate import Judgeable, Recalls
 from depth_anything.evaluation.page import data_address, fill, shrunk
 from depth_anything.geometry import MIN_METRES
-from depth_anything.visualize import colorize
+from depth_anything.visualize import paint
 
 WHITE, MAGENTA, YELLOW = (255, 255, 255), (255, 0, 200), (255, 215, 0)
 _COLORS = {1.0: WHITE, 0.5: YELLOW, 0.0: MAGENTA}
@@ -158,4 +158,4 @@ def _nearness(map_: np.ndarray, shape: tuple[int, ...], *, quantity: str) -> np.
 def _colored(map_: np.ndarray) -> np.ndarray:
     known = np.isfinite(map_)
     low, high = np.percentile(map_[known], (2, 98)) if known.any() else (0.0, 1.0)
-    return colorize(map_, low=float(low), high=float(high))
+    return paint(map_, quantity="disparity", low=float(low), high=float(high))

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from depth_anything.data.sample import Frame
-from depth_anything.visualize import colorize, panel
+from depth_anything.visualize import paint, panel
 
 TILE_PX = 224
 """Width of one picture on the sheet."""
@@ -67,7 +67,7 @@ def _tile(frame: Frame) -> np.ndarray:
 
 def _paint(disparity: np.ndarray, known: np.ndarray) -> np.ndarray:
     low, high = np.percentile(disparity[known], (2, 98)) if known.any() else (0.0, 1.0)
-    return colorize(disparity, valid=known, low=float(low), high=float(high))
+    return paint(disparity, quantity="disparity", valid=known, low=float(low), high=float(high))
 
 
 def _fit(picture: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from depth_anything.data.sources.record import clean
 from depth_anything.evaluation.histogram import Tally, draw_histograms
 from depth_anything.evaluation.sets import spaced
 from depth_anything.evaluation.stats import common_sizes
-from depth_anything.visualize import colorize, panel
+from depth_anything.visualize import paint, panel
 
 SAMPLE = 200
 """Records whose pixels are looked at, evenly spaced; sizes are looked at in all."""
@@ -279,7 +279,7 @@ def _tile(name: str, image: np.ndarray, label: np.ndarray, quantity: str) -> np.
     )  # the nearest of a few pixels stands for them: LiDAR is sparse
     spread = cv2.dilate(np.where(known, near, -1), np.ones((step, step), np.uint8))
     drawn = np.asarray(cv2.resize(spread, (TILE_PX, height), interpolation=cv2.INTER_NEAREST))
-    colours = colorize(drawn, valid=drawn >= 0, low=float(low), high=float(high))
+    colours = paint(drawn, quantity="disparity", valid=drawn >= 0, low=float(low), high=float(high))
     grey = np.asarray(small).mean(2, keepdims=True)
     over = np.where((drawn >= 0)[..., None], 0.25 * grey + 0.75 * colours, grey)
     sky = cv2.resize((label == np.inf).astype(np.uint8), (TILE_PX, height), interpolation=cv2.INTER_NEAREST)

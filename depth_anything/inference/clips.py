@@ -9,29 +9,44 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+from PIL import Image, WebPImagePlugin
 
 from depth_anything.data.sample import decode_image
+from depth_anything.data.video import (
+    A_PICTURE,
+    MAX_PIXELS,
+    Faults,
+    list_streams,
+    open_video,
+    orientation,
+    read_frames,
+    upright,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 """What a frame of a folder ends in."""
 
-_NO_FILM = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
-"""What FFmpeg opens too: pictures and texts, and playlists, which would lead it to other files."""
+VIDEO_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".vob"),
+    *(".ts", ".mts", ".m2ts", ".3gp", ".mxf", ".ogv", ".gif"),
+}
+"""What says that a file is meant to be a video. Others are videos, too, if they can be read as such."""
 
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
 _HD_LINES = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
 _EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
 _FINEST = 1 << 24  # ticks a second, at most
+_FINE = 32  # ticks a frame, at least: room for what a file puts at one time
+_FASTEST = 1000  # frames a second
+_LATE_S = 3600  # by which pictures may begin after the sound
 
 
 class Picture(NamedTuple):
@@ -66,6 +81,7 @@ class Clip(ABC):
         frames: how many there should be, None if the file does not say.
         pixel_aspect: width of a pixel over its height.
         notes: what went otherwise than it should, filled while reading.
+        incomplete: pictures that it should have are missing, told by reading.
     """
 
     name: str
@@ -77,6 +93,7 @@ class Clip(ABC):
     frames: int | None = None
     pixel_aspect: Fraction = Fraction(1)
     notes: list[str] = field(default_factory=list)
+    incomplete: bool = False
 
     @abstractmethod
     def read(self, sound: Sound | None = None) -> Iterator[Picture]:
@@ -84,7 +101,7 @@ class Clip(ABC):
 
 
 class VideoFile(Clip):
-    """A video file: its first video stream that is no cover picture."""
+    """A video file: the video stream that players show; no cover picture."""
 
     def __init__(self, name: str, path: Path) -> None:
         """Look at a file.
@@ -93,27 +110,37 @@ class VideoFile(Clip):
             ValueError: it is none, or no video, or one without a frame that can be decoded.
         """
         super().__init__(name, path)
-        self._start = self._first = Fraction(0)
+        self._first = Fraction(0)
         self._reformatter = VideoReformatter()
-        with self._opened() as (container, stream):
-            self.rate = Fraction(stream.guessed_rate or stream.average_rate or 24)
+        with closing(open_video(path)) as container:
+            indexes = [stream.index for stream in list_streams(container)]
+        self._others = len(indexes) - 1
+        if not any(self._look(index) for index in indexes):
+            raise ValueError("not a single frame of it can be decoded")
+
+    def _look(self, index: int) -> bool:
+        """Take a stream's facts, if it gives a frame."""
+        with closing(open_video(self.path)) as container:
+            stream = container.streams[index]
+            self._stream, self.rate = index, _rate(stream)
+            first, frame = next(
+                read_frames(container, stream, rate=self.rate, faults=Faults()), (Fraction(0), None)
+            )
+            if frame is None:
+                return False
             self.time_base, self._grid = _clock(Fraction(stream.time_base), self.rate, stream.average_rate)
             self.frames = stream.frames or None
             self._said = self.frames is not None
             self._seconds = float(container.duration or 0) / 1e6
             if not self.frames:
                 self.frames = round(self._seconds * self.rate) or None
-            if container.start_time is not None:
-                self._start = Fraction(container.start_time, 1_000_000)
-            first = next(self._decoded(container, [stream]), None)
-            if first is None:
-                raise ValueError("not a single frame of it can be decoded")
-            self._turns = _quarter_turns(first)
-            self._size = (first.height, first.width)
-            self.height, self.width = self._size if self._turns % 2 == 0 else self._size[::-1]
+            self._start = _start(container, first)
+            across = orientation(frame)[0]
+            size = (frame.height, frame.width)
+            self.height, self.width = size[::-1] if across else size
             aspect = Fraction(stream.sample_aspect_ratio or 1)
-            self.pixel_aspect = aspect if self._turns % 2 == 0 else 1 / aspect
-        self.notes.clear()
+            self.pixel_aspect = 1 / aspect if across else aspect
+        return True
 
     def read(self, sound: Sound | None = None) -> Iterator[Picture]:
         """Yield the frames in order; the audio goes to `sound` on the way, not decoded.
@@ -121,98 +148,143 @@ class VideoFile(Clip):
         A file that is cut short or damaged gives the frames that it has; `notes` then says how many.
         """
         self.notes.clear()
-        last = done = -1
-        with self._opened() as (container, stream):
-            streams = [stream]
-            if sound is not None:
-                for audio in container.streams.audio:
-                    if audio.codec_context is not None:
-                        sound.add_audio(audio)
-                        streams.append(audio)
-            for done, frame in enumerate(self._decoded(container, streams, sound)):
-                last = max(self._ticks(frame, done), last + 1)
+        self.incomplete = False
+        self._sizes: set[tuple[int, int]] = set()
+        faults, last, done, heard = Faults(), -1, -1, Fraction(0)
+        with closing(open_video(self.path)) as container:
+            stream = container.streams[self._stream]
+            stream.thread_type = "AUTO"
+            tracks = [track for track in container.streams.audio if track.codec_context is not None]
+            if sound:
+                for track in tracks:
+                    sound.add_audio(track)
+
+            def hand_on(packet: Any) -> None:
+                nonlocal heard
+                if packet.dts is not None:
+                    heard = max(heard, (packet.dts + (packet.duration or 0)) * packet.time_base - self._start)
+                if sound:
+                    sound.write_audio(packet, self._start)
+
+            frames = read_frames(
+                container, stream, rate=self.rate, faults=faults, sound=tracks, hand_on=hand_on
+            )
+            for done, (seconds, frame) in enumerate(frames):
+                last = max(self._ticks(seconds, Fraction(stream.time_base), first=not done), last + 1)
                 yield Picture(self._rgb(frame), last, f"{done + 1:06d}")
-        if self._said and done + 1 < (self.frames or 0) and self._is_short():
-            self.notes.append(f"cut short: it has {done + 1} of {self.frames} frames")
-        elif not self._said:
-            self._note_early_end(float((last + 1) * self.time_base), done + 1)
+        self._note_faults(faults, done + 1, end=(last + 1) * self.time_base, heard=heard)
 
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Any]]:
-        if not self.path.is_file():
-            raise ValueError("there is no such file")
-        try:
-            # an absolute path is never taken for an address; and nothing a file names is fetched
-            container = av.open(os.path.abspath(self.path), options={"protocol_whitelist": "file"})
-        except (av.FFmpegError, ValueError) as error:
-            raise ValueError(f"not a video, or cut off before its index ({_reason(error)})") from error
-        with container:
-            kind = container.format.name
-            if kind == "image2" or kind.endswith("_pipe"):
-                raise ValueError("a picture, not a video: for pictures type  depth-anything predict")
-            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not videos or kind in _NO_FILM or videos[0].codec_context is None:
-                raise ValueError("there is no video in it")
-            videos[0].thread_type = "AUTO"
-            yield container, videos[0]
-
-    def _decoded(self, container: Any, streams: list[Any], sound: Sound | None = None) -> Iterator[Any]:
-        packets, lost = container.demux(streams), 0
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                if packet.stream.type == "audio":
-                    if sound is not None and packet.dts is not None:
-                        sound.write_audio(packet, self._start)
-                    continue
-            except av.FFmpegError as error:
-                self.notes.append(f"cut short ({_reason(error)})")
-                break
-            try:
-                yield from packet.decode()
-            except av.FFmpegError:
-                lost += 1
-        if lost:
-            self.notes.append(f"damaged: {lost} packets could not be decoded")
-
-    def _ticks(self, frame: Any, number: int) -> int:
-        if frame.pts is None:
-            return round(number / (self.rate * self.time_base))
-        seconds = frame.pts * Fraction(frame.time_base) - self._start
-        if number == 0:
+    def _ticks(self, seconds: Fraction, tick: Fraction, *, first: bool) -> int:
+        seconds -= self._start
+        if first:
             self._first = seconds
         if self._grid:  # what a coarse tick rounded, as Matroska's milliseconds, goes back to where it was
             exact = self._first + round((seconds - self._first) * self.rate) / self.rate
-            if abs(exact - seconds) < Fraction(frame.time_base):
+            if abs(exact - seconds) < tick:
                 seconds = exact
         return round(seconds / self.time_base)
 
     def _rgb(self, frame: Any) -> np.ndarray:
-        height, width = self._size
+        self._sizes.add((frame.height, frame.width))
+        across = orientation(frame)[0]
+        height, width = (self.width, self.height) if across else (self.height, self.width)
         said = int(frame.colorspace) != _UNSPECIFIED
         image = self._reformatter.reformat(
             frame,
             format="rgb24",
             width=width,
             height=height,
-            src_colorspace=None if said or height < _HD_LINES else _BT709,
+            src_colorspace=None if said or frame.height < _HD_LINES else _BT709,
             threads=1,  # to start more takes longer than they save
         ).to_ndarray()
-        return np.ascontiguousarray(np.rot90(image, self._turns)) if self._turns else image
+        return upright(image, frame)
 
-    def _note_early_end(self, end: float, count: int) -> None:
-        missing = self._seconds - end - float(1 / self.rate)
-        if missing > max(_EARLY_S, _EARLY * self._seconds):
-            self.notes.append(f"its pictures end early: {count} frames, {end:.2f} s of {self._seconds:.2f} s")
+    def _note_faults(self, faults: Faults, count: int, *, end: Fraction, heard: Fraction) -> None:
+        """Say what went otherwise than it should, and whether pictures are missing."""
+        short = bool(faults.end or faults.lost)
+        if faults.end:
+            self.notes.append(f"cut short ({faults.end})")
+        if faults.lost:
+            self.notes.append(f"damaged: {faults.lost} packets could not be decoded")
+        if faults.early:
+            self.notes.append(f"its first {faults.early} packets need pictures before its beginning")
+        least = self._seconds - max(_EARLY_S, _EARLY * self._seconds) - float(1 / self.rate)
+        early = end < least and not (faults.jumps or faults.strays)
+        cut = early and heard < least  # or else the sound goes on, and the pictures may well end here
+        if self._said and count < (self.frames or 0) and (short or cut or self._lost_end()):
+            short = True
+            self.notes.append(f"cut short: it has {count} of {self.frames} frames")
+        elif early and not self._said:
+            short = short or cut
+            self.notes.append(
+                f"its pictures end early: {count} frames, {float(end):.2f} s of {self._seconds:.2f} s"
+            )
+        if faults.jumps:
+            self.notes.append(f"its timestamps jump (times: {faults.jumps}): each part follows the one before")
+        if faults.strays:
+            self.notes.append(f"wrong timestamps of packets ({faults.strays}) were put right")
+        if len(self._sizes) > 1:
+            sizes = ", ".join(f"{width}×{height}" for height, width in sorted(self._sizes))
+            self.notes.append(
+                f"its frames change size ({sizes}): all are scaled to {self.width}×{self.height}"
+            )
+        if self._others:
+            self.notes.append(f"it has {self._others} more video streams, which are left out")
+        self.incomplete = short
 
-    def _is_short(self) -> bool:
+    def _lost_end(self) -> bool:
         """Tell a file that lost its end from one whose edit list leaves frames out."""
-        with self._opened() as (_, stream):
-            entries = stream.index_entries
+        with closing(open_video(self.path)) as container:
+            entries = container.streams[self._stream].index_entries
             last = max((entry.pos + entry.size for entry in entries), default=0)
-        return bool(self.notes) or last > self.path.stat().st_size
+        return last > self.path.stat().st_size
+
+
+class AnimatedWebP(Clip):
+    """An animated WebP, which FFmpeg does not read."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Look at a file.
+
+        Raises:
+            ValueError: it is damaged, too large, or a still picture.
+        """
+        super().__init__(name, path, time_base=Fraction(1, 1000))
+        with self._opened() as picture:
+            self.width, self.height = picture.size
+            if self.width * self.height > MAX_PIXELS:
+                raise ValueError(
+                    f"its frames are {self.width}×{self.height}, more than {MAX_PIXELS / 1e6:g} megapixels"
+                )
+            self.frames = getattr(picture, "n_frames", 1)
+            if self.frames == 1:
+                raise ValueError(A_PICTURE)
+            self.rate = Fraction(1000, _milliseconds(picture))
+
+    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+        """Yield the frames, white where they are transparent; there is no audio."""
+        self.notes.clear()
+        self.incomplete, time = False, 0
+        with self._opened() as picture:
+            for number in range(self.frames or 0):
+                try:
+                    picture.seek(number)
+                    image = picture.convert("RGBA")
+                except (OSError, EOFError, ValueError):
+                    self.incomplete = True
+                    self.notes.append(f"cut short: it has {number} of {self.frames} frames")
+                    return
+                white = Image.new("RGBA", image.size, "white")
+                yield Picture(
+                    np.asarray(Image.alpha_composite(white, image).convert("RGB")), time, f"{number + 1:06d}"
+                )
+                time += _milliseconds(picture)
+
+    def _opened(self) -> Image.Image:
+        try:
+            return WebPImagePlugin.WebPImageFile(self.path)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ValueError(f"a WebP that cannot be read ({error})") from error
 
 
 class FrameFolder(Clip):
@@ -287,7 +359,7 @@ def list_clips(
             if line.strip():
                 _from_line(line.strip(), path.parent / line.strip(), rate, clips, skipped)
     else:
-        _add(clips, skipped, path.name, lambda: VideoFile(path.name, path))
+        _add(clips, skipped, path.name, lambda: _open_file(path.name, path))
     if not clips:
         first = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"no video in {source} ({first or 'it is empty'})")
@@ -347,28 +419,61 @@ def _from_line(name: str, path: Path, rate: Fraction, clips: list[Clip], skipped
         else:
             skipped[name] = "a folder without frames"
     else:
-        _add(clips, skipped, name, lambda: VideoFile(name, path))
+        _add(clips, skipped, name, lambda: _open_file(name, path))
+
+
+def _open_file(name: str, path: Path) -> Clip:
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+            return AnimatedWebP(name, path)
+    return VideoFile(name, path)
 
 
 def _add(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> None:
     try:
         clips.append(look())
-    except (ValueError, OSError) as error:
-        skipped[name] = str(error)
+    except OSError as error:
+        skipped[name] = error.strerror or str(error)
+    except (ValueError, MemoryError) as error:
+        skipped[name] = str(error) or "it takes more memory than there is"
 
 
 def _clock(time_base: Fraction, rate: Fraction, average: Fraction | None) -> tuple[Fraction, bool]:
     """Choose a tick in which all the file's times are whole, and those of the exact rate, too."""
-    if (1 / rate / time_base).denominator == 1:
-        return time_base, False
-    finest = math.lcm(time_base.denominator, rate.numerator)
-    steady = average is None or abs(average - rate) < rate / 100
-    return (Fraction(1, finest), True) if steady and finest <= _FINEST else (time_base, False)
+    tick, grid = time_base, False
+    if (1 / rate / time_base).denominator != 1:
+        finest = math.lcm(time_base.denominator, rate.numerator)
+        steady = average is None or abs(average - rate) < rate / 100
+        if steady and finest <= _FINEST:
+            tick, grid = Fraction(1, finest), True
+    while tick * rate * _FINE > 1 and tick.denominator < _FINEST:
+        tick /= 2
+    return tick, grid
 
 
-def _quarter_turns(frame: Any) -> int:
-    """How often the picture has to be turned counterclockwise, as its metadata has it."""
-    return round((frame.rotation or 0) / 90) % 4
+def _rate(stream: Any) -> Fraction:
+    """Frames a second; what a clock of microseconds makes of a rate that is not told is none."""
+    for rate in (stream.guessed_rate, stream.average_rate):
+        if rate and 0 < rate <= _FASTEST:
+            return Fraction(rate)
+    return Fraction(24)
+
+
+def _milliseconds(picture: Image.Image) -> int:
+    """How long the current frame of a WebP is shown; browsers take 100 where it says 10 or less."""
+    picture.load()
+    duration = round(picture.info.get("duration", 0))
+    return duration if duration > 10 else 100
+
+
+def _start(container: Any, first: Fraction) -> Fraction:
+    """Choose the time that becomes 0: the container's, unless its timestamps jump before the first picture."""
+    if container.start_time is None:
+        return first
+    start = Fraction(container.start_time, 1_000_000)
+    return start if 0 <= first - start <= _LATE_S else first
 
 
 def _gaps(files: list[str]) -> list[str]:
@@ -378,7 +483,3 @@ def _gaps(files: list[str]) -> list[str]:
     numbers = [int(digits[-1]) for digits in found]
     missing = numbers[-1] - numbers[0] + 1 - len(numbers)
     return [f"{missing} numbers between its first frame and its last are missing"] if missing > 0 else []
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or type(error).__name__

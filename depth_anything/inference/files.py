@@ -1,30 +1,35 @@
 """From image files to map files: every image once, nothing overwritten, the network never waiting for a disk."""
 
+import errno
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depth_anything.data.sample import decode_image
-from depth_anything.data.sources.images import Photograph, list_photographs
+from depth_anything.data.outputs import check_free, is_in_record, make_record
+from depth_anything.data.sample import decode_image, image_cost, image_notes
+from depth_anything.data.sources.images import Photograph
 from depth_anything.data.tars import write_atomically
 from depth_anything.inference.formats import (
     ENDINGS,
     GAP_PX,
     MEANINGS,
+    chosen_colormap,
     direction,
     encode,
-    near_is_red,
     picture,
+    shown_name,
+    shown_values,
     write_map,
 )
-from depth_anything.inference.naming import name_apart, tree
+from depth_anything.inference.memory import check_memory, image_lock, is_out_of_memory
 from depth_anything.inference.pointcloud import (
     MAX_POINTS,
     POINT_FORMATS,
@@ -33,12 +38,25 @@ from depth_anything.inference.pointcloud import (
     encode_points,
     unproject,
 )
-from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.predictor import Predictor, check_numbers
+from depth_anything.inference.sources import Listed, list_sources
+from depth_anything.visualize import colormap_for
 
 __all__ = ["Outcome", "Products", "predict_files", "write_map"]
 
 THREADS = 2
 """That decode ahead of the network, and as many that write behind it."""
+
+MADE_BY = "depth-anything predict"
+"""In NAME.json: whose files they are."""
+
+_OLDER_KEYS = frozenset(
+    ("image", "height", "width", "quantity", "unit", "larger", "low", "high", "files", "model")
+)
+"""Of a NAME.json of the versions that kept no digests."""
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors that no other image would be spared."""
 
 RAW_METRES = "_raw_depth_meter.npy"
 """The authors' name of what --save-numpy writes."""
@@ -79,12 +97,29 @@ class Products:
 
 @dataclass
 class Outcome:
-    """What became of the files: the images mapped, the files written, per skipped file why, whence focal lengths."""
+    """What became of the files.
+
+    Attributes:
+        images: How many were mapped.
+        written: The files written.
+        skipped: Per file that was not mapped, why.
+        failed: Those of the skipped that should have been mapped: images by their suffix, files that were named one by
+            one, and images that the network or the disk refused. The rest are other files of a folder or tar.
+        notes: Per mapped image, what a user may not expect, as that it is the first of an animation.
+        focals: Whence focal lengths came.
+    """
 
     images: int = 0
     written: list[Path] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     focals: Counter[str] = field(default_factory=Counter)
+
+    def fail(self, name: str, error: BaseException) -> None:
+        """Note that an image could not be mapped."""
+        why = "there is not enough memory for it: reduce it first" if is_out_of_memory(error) else str(error)
+        self.skipped[name] = self.failed[name] = why
 
 
 @dataclass(frozen=True)
@@ -96,11 +131,12 @@ class _Opened:
     pixels: np.ndarray
     prepared: np.ndarray
     focal: tuple[float, str]
+    notes: list[str]
 
 
 def predict_files(
     predictor: Predictor,
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     products: Products | None = None,
@@ -108,15 +144,16 @@ def predict_files(
     facts: Mapping[str, Any] | None = None,
     watch: Callable[[list[Photograph]], Iterable[Photograph]] = iter,
 ) -> Outcome:
-    """Map an image, or every image of a folder (its tree is kept), list file or tar.
+    """Map an image, or every image of a folder (its tree is kept), list file or tar, or of several of these.
 
     Writes NAME.png, the picture; NAME_disparity (of a model that gives metres NAME_depth) in each format; NAME_points
     in each format of points; and NAME.json, which says what they are. Where two images would share a name, their
-    endings become part of it (NAME_jpg.png), else a number. Every file is seen whole or not at all.
+    endings become part of it (NAME_jpg.png), else a number. Every file is seen whole or not at all. Only files that
+    were written here are replaced, as NAME.json tells by their sha256.
 
     Args:
         predictor: the model.
-        source: what to map.
+        source: what to map. Names of several begin where their paths part.
         output: folder of the maps; made if need be. Below `source`, it is passed over.
         products: what to make.
         batch_size: images that the network sees at once, where their shapes agree.
@@ -124,48 +161,100 @@ def predict_files(
         watch: wraps the pass over the files; for progress bars.
 
     Returns:
-        What was written and what was skipped; what is no image does not stop the rest.
+        What was written and what was skipped; what is no image, or cannot be mapped or written, does not stop the rest.
 
     Raises:
-        ValueError: nothing at `source`, no image among it, or `output` is `source`; metres asked of disparity.
+        ValueError: nothing at `source`, no image among it, or `output` is `source`; metres asked of disparity; or a
+            file that was not written here would be replaced.
+        OSError: the disk of `output` is full, fails or is read-only.
     """
     products = products or Products()
-    if Path(source).resolve() == Path(output).resolve():
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if any(Path(one).resolve() == Path(output).resolve() for one in sources):
         raise ValueError(f"{output} holds the images: give another folder for the maps")
+    if os.path.lexists(output) and not Path(output).is_dir():
+        raise ValueError(f"{output} is no folder: give another one for the maps")
     if products.save_numpy and predictor.unit != "m":
         raise ValueError("--save-numpy writes metres, and this model gives disparity: take --format npy")
-    photographs = list_photographs(source, leave_out=output)
     writer = _Writer(predictor, products, {**(facts or {}), **_how(predictor)})
-    targets = _targets([photograph.name for photograph in photographs], Path(source), writer.endings)
+    listed = list_sources(sources, leave_out=output, endings=writer.endings)
+    targets = [Path(output) / target for target in listed.targets]
+    writer.check_free(targets, listed.paths)
     outcome = Outcome()
+    for name, why in listed.missing.items():
+        outcome.skipped[name] = outcome.failed[name] = why
     opened = _opened(
         predictor,
-        photographs,
-        [Path(output) / target for target in targets],
+        listed,
+        targets,
         products,
         ahead=batch_size + THREADS,
         outcome=outcome,
         watch=watch,
     )
-    with ThreadPoolExecutor(THREADS) as behind:
-        pending: deque[Future[list[Path]]] = deque()
-        for batch in _batches(opened, batch_size):
-            maps = predictor.predict_batch(
-                [image.pixels for image in batch], prepared=[image.prepared for image in batch]
-            )
-            for image, map_ in zip(batch, maps, strict=True):
-                pending.append(behind.submit(writer.write, image, map_))
-                outcome.images += 1
-                if products.points:
-                    outcome.focals[image.focal[1]] += 1
-            while len(pending) > THREADS:
-                outcome.written += pending.popleft().result()
-        for future in pending:
-            outcome.written += future.result()
+    _map_and_write(predictor, opened, writer, outcome, batch_size=batch_size)
     if not outcome.images:
         first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
-        raise ValueError(f"no image that can be read in {source} ({first or 'it is empty'})")
+        where = ", ".join(map(str, sources[:3]))
+        raise ValueError(f"no image that can be read in {where} ({first or 'it is empty'})")
     return outcome
+
+
+def _map_and_write(
+    predictor: Predictor, opened: Iterable[_Opened], writer: "_Writer", outcome: Outcome, *, batch_size: int
+) -> None:
+    """Send images through the network and to the writer; what is wrong with one is noted."""
+    pending: deque[tuple[_Opened, Future[list[Path]]]] = deque()
+
+    def settle() -> None:
+        image, future = pending.popleft()
+        try:
+            outcome.written += future.result()
+        except (ValueError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
+            outcome.fail(image.name, error)
+            return
+        outcome.images += 1
+        if image.notes:
+            outcome.notes[image.name] = image.notes
+        if writer.products.points:
+            outcome.focals[image.focal[1]] += 1
+
+    with ThreadPoolExecutor(THREADS) as behind:
+        for batch in _batches(opened, batch_size):
+            for image, map_ in _maps_of(predictor, batch, outcome):
+                pending.append((image, behind.submit(writer.write, image, map_)))
+            while len(pending) > THREADS:
+                settle()
+        while pending:
+            settle()
+
+
+def _maps_of(
+    predictor: Predictor, batch: list[_Opened], outcome: Outcome
+) -> Iterator[tuple[_Opened, np.ndarray]]:
+    """Yield the images of a batch with their maps; without those that have none, or no memory."""
+    try:
+        maps = predictor.predict_batch(
+            [image.pixels for image in batch], prepared=[image.prepared for image in batch]
+        )
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            outcome.fail(batch[0].name, error)
+            return
+        for image in batch:
+            yield from _maps_of(predictor, [image], outcome)
+        return
+    for image, map_ in zip(batch, maps, strict=True):
+        try:
+            check_numbers(map_, "it", precision=predictor.precision)
+        except ValueError as error:
+            outcome.fail(image.name, error)
+            continue
+        yield image, map_
 
 
 class _Writer:
@@ -173,22 +262,46 @@ class _Writer:
 
     def __init__(self, predictor: Predictor, products: Products, facts: Mapping[str, Any]) -> None:
         self.predictor, self.products, self.facts = predictor, products, facts
-        painted = "disparity" if predictor.calibrated else predictor.quantity
-        self.colormap = "gray" if products.grayscale else products.colormap or near_is_red(painted)
+        self.colormap = chosen_colormap(grayscale=products.grayscale, colormap=products.colormap)
         self.endings = [".png", ".json", *([RAW_METRES] if products.save_numpy else [])]
         self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in products.values]
         self.endings += [f"_points.{format}" for format in products.points]
 
+    def check_free(self, targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+        """Refuse to replace what was not written here, before the network runs; ValueError names it."""
+        records = {
+            _ending(target, ending): _ending(target, ".json") for target in targets for ending in self.endings
+        }
+
+        def own(path: Path) -> bool:
+            return is_in_record(path, records[path], made_by=MADE_BY, older=_OLDER_KEYS)
+
+        self.replaced = check_free(
+            records, own=own, inputs=lambda: inputs, way_out="give another --outdir, or move it"
+        )
+
     def write(self, image: _Opened, map_: np.ndarray) -> list[Path]:
-        image.target.parent.mkdir(parents=True, exist_ok=True)
-        made = self._made(image, map_)
-        paths = []
-        for ending, (data, _) in made.items():
-            paths.append(image.target.with_name(image.target.name + ending))
-            write_atomically(paths[-1], data)
+        with image_lock(map_.size):
+            made = self._made(image, map_)
+        files = {image.target.name + ending: data for ending, (data, _) in made.items()}
         notes = self._notes(image, map_, {ending: meaning for ending, (_, meaning) in made.items()})
-        paths.append(image.target.with_name(f"{image.target.name}.json"))
-        write_atomically(paths[-1], (json.dumps(notes, indent=1) + "\n").encode())
+        notes |= make_record(MADE_BY, files)
+        # The record comes first: whoever is killed in between knows the files again the next time.
+        files = {f"{image.target.name}.json": (json.dumps(notes, indent=1) + "\n").encode(), **files}
+        image.target.parent.mkdir(parents=True, exist_ok=True)
+        paths: list[Path] = []
+        try:
+            for name, data in files.items():
+                path = image.target.with_name(name)
+                if path not in self.replaced and os.path.lexists(path):
+                    raise ValueError(f"{path} has appeared meanwhile and would be replaced")
+                write_atomically(path, data)
+                paths.append(path)
+        except BaseException:
+            for path in paths:  # a part of an image's files looks like all of them
+                if path not in self.replaced:
+                    path.unlink(missing_ok=True)
+            raise
         return paths
 
     def _made(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
@@ -203,12 +316,12 @@ class _Writer:
         return made | (self._points(image, map_) if self.products.points else {})
 
     def _picture(self, image: _Opened, map_: np.ndarray) -> tuple[bytes, str]:
-        what, alone = self.predictor.quantity, self.products.pred_only
-        if self.predictor.calibrated:  # its far is guesswork, and would take all colours
-            what, map_ = f"1 / {what}", 1 / map_
+        values, quantity = shown_values(map_, self.predictor)
+        what, alone = shown_name(self.predictor), self.products.pred_only
         beside = "" if alone else f"the image, {GAP_PX} px of white and "
-        data = picture(image.pixels, map_, colormap=self.colormap, pred_only=alone)
-        return data, f"picture: {beside}{what} in {self.colormap} from its smallest value to its largest"
+        data = picture(image.pixels, values, quantity=quantity, colormap=self.colormap, pred_only=alone)
+        colors = colormap_for(quantity, self.colormap)
+        return data, f"picture: {beside}{what} in {colors} from its smallest value to its largest"
 
     def _points(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         farthest = self.predictor.farthest
@@ -257,7 +370,7 @@ def _how(predictor: Predictor) -> dict[str, Any]:
 
 def _opened(
     predictor: Predictor,
-    photographs: list[Photograph],
+    listed: Listed,
     targets: list[Path],
     products: Products,
     *,
@@ -267,24 +380,33 @@ def _opened(
 ) -> Iterator[_Opened]:
     """Yield the images among the files in order, read and prepared before they are asked for."""
 
-    def open_one(name: str, target: Path, data: Future[bytes]) -> _Opened:
-        pixels = decode_image(data.result())
+    def open_one(name: str, target: Path, coming: Future[bytes]) -> _Opened:
+        data = coming.result()
+        pixels = image_cost(data).pixels
+        check_memory(pixels)
+        with image_lock(pixels):
+            image = decode_image(data)
+            prepared = predictor.prepare(image)
         focal = (0.0, "")
         if products.points:
-            focal = choose_focal(data.result(), pixels.shape, focal_px=products.focal_px)
-        return _Opened(name, target, pixels, predictor.prepare(pixels), focal)
+            focal = choose_focal(data, image.shape, focal_px=products.focal_px)
+        return _Opened(name, target, image, prepared, focal, image_notes(data, image))
 
     # One reader, as a tar is read from the front; the waiting are few, as they may be large.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as openers:
         waiting: deque[Future[_Opened]] = deque()
-        coming = zip(photographs, targets, strict=True)
-        for photograph in watch(photographs):
+        coming = zip(listed.photographs, targets, strict=True)
+        for photograph in watch(listed.photographs):
             for file, target in islice(coming, ahead - len(waiting)):
                 waiting.append(openers.submit(open_one, file.name, target, reader.submit(file.read)))
             try:
                 image = waiting.popleft().result()
-            except ValueError as error:
-                outcome.skipped[photograph.name] = str(error)
+            except Exception as error:
+                if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
+                    raise
+                outcome.fail(photograph.name, error)
+                if photograph.name not in listed.expected:
+                    del outcome.failed[photograph.name]
                 continue
             yield image
 
@@ -295,13 +417,5 @@ def _batches(images: Iterable[_Opened], size: int) -> Iterator[list[_Opened]]:
         yield batch
 
 
-def _targets(names: Sequence[str], source: Path, endings: Sequence[str]) -> list[Path]:
-    """Name what is made of each file; what does not look like an image gives way."""
-    paths = tree(names, source)
-    minor = {i for i, path in enumerate(paths) if not _looks_like_image(path)}
-    stems, marks = [path.parent / path.stem for path in paths], [path.suffix[1:] for path in paths]
-    return name_apart(stems, marks, endings=endings, minor=minor)
-
-
-def _looks_like_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+def _ending(target: Path, ending: str) -> Path:
+    return target.with_name(target.name + ending)

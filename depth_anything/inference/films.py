@@ -14,6 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from depth_anything.data.tars import remove_stale, temporary_name
 from depth_anything.inference.formats import ENDINGS, encode, png
+from depth_anything.inference.sound import Soundtrack
 
 MAP_FORMATS = ("png16", "npy", "exr")
 """What a map is written as, a file a frame."""
@@ -24,6 +25,9 @@ ENCODERS: dict[str, dict[str, str]] = {
     "h264_videotoolbox": {},
 }
 """H.264 encoders, the best first, and what each is told. PyAV's wheels have the first."""
+
+MOST_SIDE_PX = 16384
+"""A side of a picture that H.264's encoders take at most."""
 
 _BITS_PER_PIXEL = 0.15  # of encoders that know no constant quality
 _BT709, _LIMITED = 1, 1
@@ -63,8 +67,6 @@ class Film:
         """
         self._path, self._temporary = path, temporary_name(path)
         self._time_base, self._reformatter = time_base, VideoReformatter()
-        self._audio: dict[int, tuple[Any, Any]] = {}
-        self.notes: list[str] = []
         name = encoder()
         remove_stale(path.parent)
         self._container: Any = av.open(
@@ -82,7 +84,17 @@ class Film:
             context.sample_aspect_ratio = pixel_aspect
         if name != "libx264":
             context.bit_rate = round(stream.width * stream.height * rate * _BITS_PER_PIXEL)
-        self._stream = stream
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            self.__exit__(type(error), error, None)
+            raise ValueError(f"{name} takes no pictures of {stream.width}×{stream.height}") from error
+        self._stream, self._sound, self._written = stream, Soundtrack(self._container), 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What went otherwise than it should, of the sound."""
+        return self._sound.notes
 
     def __enter__(self) -> "Film":
         """Return itself; leaving finishes the film, or removes it after an exception."""
@@ -95,10 +107,9 @@ class Film:
         try:
             if kind is None:
                 self._mux(self._stream.encode())
-                for source, target in self._audio.values():
-                    if source is not None:
-                        self._mux(target.encode())
+                self._sound.finish()
                 self._container.close()
+                self._check()
                 os.replace(self._temporary, self._path)
         finally:
             with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
@@ -106,32 +117,12 @@ class Film:
             self._temporary.unlink(missing_ok=True)
 
     def add_audio(self, stream: Any) -> None:
-        """Make room for a stream: copied where MP4 takes its codec, else encoded as AAC."""
-        name = stream.codec_context.name
-        codec = stream.codec_context.codec.canonical_name
-        if {name, codec} & set(self._container.supported_codecs):
-            self._audio[stream.index] = (None, self._container.add_stream_from_template(stream))
-            return
-        target = self._container.add_stream("aac", rate=stream.codec_context.sample_rate)
-        target.layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-        self._audio[stream.index] = (stream, target)
-        self.notes.append(f"sound encoded anew, {codec} to aac, since MP4 does not take {codec}")
+        """Make room for an audio stream, before the first picture."""
+        self._sound.add(stream)
 
     def write_audio(self, packet: Any, start: Fraction) -> None:
-        """Take a packet; `start` seconds are its clip's zero."""
-        source, target = self._audio[packet.stream.index]
-        ticks = round(start / packet.time_base)
-        if source is None:
-            packet.dts -= ticks
-            if packet.pts is not None:
-                packet.pts -= ticks
-            packet.stream = target
-            self._container.mux(packet)
-            return
-        for frame in packet.decode():
-            if frame.pts is not None:
-                frame.pts -= ticks
-            self._mux(target.encode(frame))
+        """Take a packet of audio; `start` seconds are its clip's zero."""
+        self._sound.write(packet, start)
 
     def write(self, image: np.ndarray, pts: int) -> None:
         """Take a picture, uint8 (height, width, 3) RGB, of a time in ticks."""
@@ -147,6 +138,13 @@ class Film:
         )
         frame.pts, frame.time_base = pts, self._time_base
         self._mux(self._stream.encode(frame))
+        self._written += 1
+
+    def _check(self) -> None:
+        with av.open(str(self._temporary)) as film:
+            frames = film.streams.video[0].frames if film.streams.video else 0
+        if frames != self._written:
+            raise ValueError(f"the film would hold {frames} of {self._written} pictures, so it is not kept")
 
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
@@ -201,6 +199,19 @@ class MapFolder:
             else:
                 data = encode(map, format, quantity=self._quantity, unit=self._unit)
             (self._temporary / f"{name}{ENDINGS[format]}").write_bytes(data)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a film that the encoder does not take, before anything is computed.
+
+    Raises:
+        ValueError: a side is longer than `MOST_SIDE_PX`; the sentence says what to do.
+    """
+    if max(height, width) > MOST_SIDE_PX:
+        raise ValueError(
+            f"its film would be {width}×{height}, and H.264 takes {MOST_SIDE_PX} px a side: take --format png16, npy "
+            f"or exr; --pred-only for a film up to {MOST_SIDE_PX} px wide; or reduce the video first"
+        )
 
 
 def encoder() -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from depth_anything.data.tars import write_atomically
-from depth_anything.visualize import colorize
+from depth_anything.inference.predictor import Predictor
+from depth_anything.visualize import NEAR_IS_RED, check_colormap, paint
 
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
@@ -35,9 +36,39 @@ def direction(quantity: str) -> str:
     return "nearer" if quantity == "disparity" else "farther"
 
 
-def near_is_red(quantity: str) -> str:
-    """Name the authors' colormap, in which near is red: for disparity, or for depth."""
-    return "Spectral_r" if quantity == "disparity" else "Spectral"
+def shown_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
+    """Choose what a picture or film shows of a map: the map, but of a calibrated model one over its depth.
+
+    The far of a calibrated model is guesswork, and would take all colors.
+
+    Args:
+        map: (H, W), as the predictor gave it.
+        predictor: Which gave it.
+
+    Returns:
+        (H, W) values, and "disparity" or "depth": what they are for `paint`.
+    """
+    return (1 / map, "disparity") if _is_calibrated(predictor) else (map, predictor.quantity)
+
+
+def shown_name(predictor: Predictor) -> str:
+    """Say what `shown_values` of a predictor are, in words."""
+    return "1 / depth" if _is_calibrated(predictor) else predictor.quantity
+
+
+def _is_calibrated(predictor: Predictor) -> bool:
+    return getattr(predictor, "calibrated", False)  # what stands in for a network may have nothing but maps
+
+
+def chosen_colormap(*, grayscale: bool, colormap: str | None) -> str:
+    """Return the colormap that --grayscale and --colormap choose, as `paint` takes it.
+
+    Raises:
+        ValueError: If matplotlib knows no such colormap.
+    """
+    chosen = "gray" if grayscale else colormap or NEAR_IS_RED
+    check_colormap(chosen)
+    return chosen
 
 
 def side_by_side(image: np.ndarray, painted: np.ndarray) -> np.ndarray:
@@ -117,16 +148,19 @@ def png(
     return out.getvalue()
 
 
-def picture(image: np.ndarray, map: np.ndarray, *, colormap: str, pred_only: bool = False) -> bytes:
+def picture(
+    image: np.ndarray, map: np.ndarray, *, quantity: str, colormap: str = NEAR_IS_RED, pred_only: bool = False
+) -> bytes:
     """Make the authors' picture, a PNG: the image, white, and the map between its own extremes in colours.
 
     Args:
         image: uint8 (H,W,3) RGB.
         map: (H,W).
-        colormap: a name matplotlib knows.
+        quantity: "disparity" or "depth", which decides what is near.
+        colormap: as `paint` takes it.
         pred_only: the map alone.
     """
-    painted = colorize(map, colormap=colormap)
+    painted = paint(map, quantity=quantity, colormap=colormap)
     out = io.BytesIO()
     whole = painted if pred_only else side_by_side(image, painted)
     Image.fromarray(whole).save(out, "PNG", compress_level=COMPRESSION)

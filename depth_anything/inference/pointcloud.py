@@ -4,12 +4,12 @@ The camera looks along +z, x points right, y down, as in OpenCV and in the autho
 keeps that. In glTF y points up and the camera looks along -z, so a glb has y and z with the other sign.
 """
 
-import io
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+
+from depth_anything.data.headers import open_image
 
 FOCAL_PX = 470.4
 """Of the authors' depth_to_pointcloud.py."""
@@ -161,7 +161,7 @@ def _depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:
 
 def _focal_of_exif(data: bytes, shape: tuple[int, ...]) -> tuple[float, str] | None:
     try:
-        exif = Image.open(io.BytesIO(data)).getexif().get_ifd(_EXIF_IFD)
+        exif = open_image(data).getexif().get_ifd(_EXIF_IFD)
         equivalent, length = (float(exif.get(tag, 0)) for tag in (_FOCAL_35MM, _FOCAL_LENGTH))
         resolution = float(exif.get(_PLANE_X_RESOLUTION, 0))
         sides = [int(exif.get(tag, 0)) for tag in (_PIXEL_X, _PIXEL_Y)]

@@ -98,9 +98,11 @@ class Predictor:
             float32 (H, W): what `quantity` and `unit` say.
 
         Raises:
-            ValueError: For an array that is no such image.
+            ValueError: For an array that is no such image, or a network that gives NaN or infinity for it.
         """
-        return self.predict_batch([image])[0]
+        map = self.predict_batch([image])[0]
+        check_numbers(map, "the image", precision=self.precision)
+        return map
 
     def predict_relative(self, image: np.ndarray) -> np.ndarray:
         """Predict one image's map as the network gives it, without the model's calibration.
@@ -114,7 +116,9 @@ class Predictor:
         Raises:
             ValueError: As `predict`.
         """
-        return self._maps([image], [self.prepare(image)])[0]
+        map = self._maps([image], [self.prepare(image)])[0]
+        check_numbers(map, "the image", precision=self.precision)
+        return map
 
     def predict_batch(
         self, images: Sequence[np.ndarray], *, prepared: Sequence[np.ndarray] | None = None
@@ -126,7 +130,8 @@ class Predictor:
             prepared: What `prepare` made of each, where another thread has done so already.
 
         Returns:
-            A map for each image, in the same order and each of its image's size.
+            A map for each image, in the same order and each of its image's size. It holds NaN if the network gave NaN
+            or infinity anywhere in it; `check_numbers` tells.
 
         Raises:
             ValueError: For an array that is no image.
@@ -176,7 +181,10 @@ class Predictor:
             autocast = torch.autocast(self.device.type, dtype=dtype)
         with autocast, _positions(self.model, self.resample):
             image = torch.from_numpy(batch).to(self.device, next(self.model.parameters()).dtype)
-            return self.model(image).float()
+            output = self.model(image).float()
+        # Resizing, calibration and tiles would hide a single infinity: the whole map becomes NaN instead.
+        sound = output.isfinite().flatten(1).all(dim=1)
+        return output.where(sound[:, None, None], torch.nan)
 
     @torch.inference_mode()
     def _resize(self, output: Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -206,6 +214,25 @@ class Predictor:
         scale, shift = self.model.calibration
         inverse = map.astype(np.float64) * scale + shift
         return (1 / inverse.clip(1 / FARTHEST_M, 1 / NEAREST_M)).astype(np.float32)
+
+
+def check_numbers(map: np.ndarray, name: str, *, precision: str) -> None:
+    """Refuse a map that holds NaN or infinity.
+
+    Args:
+        map: (H, W), as `Predictor.predict_batch` returns it.
+        name: Of the image, for the error.
+        precision: With which the network ran.
+
+    Raises:
+        ValueError: The network gave NaN or infinity anywhere.
+    """
+    if np.isfinite(map).all():
+        return
+    way_out = "try --precision fp32"
+    if precision == "fp32":
+        way_out = "its weights are damaged or its training diverged, take an earlier checkpoint"
+    raise ValueError(f"the network gives no numbers (NaN or infinity) for {name}: {way_out}")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def blend(
         grid: rows and columns.
 
     Returns:
-        float32 of `shape`: disparity on the scale of `whole`, never negative.
+        float32 of `shape`: disparity on the scale of `whole`, never negative; NaN where a tile holds NaN.
     """
     joined = np.zeros(shape, np.float32)
     for box, window in _layout(shape, grid):
@@ -110,6 +110,8 @@ def _carried_over(
     tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
     """Bring a tile to the scale of the whole image, and its broad shape to what the whole image says of it."""
+    if not tile.isfinite().all():  # has no fit, and the whole image must not stand in for it unseen
+        return tile.new_full(size, torch.nan)
     scale, shift = fit(tile, whole, box, shape)
     if scale <= 0:
         return _cut(whole, box, shape, size)

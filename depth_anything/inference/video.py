@@ -10,16 +10,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import av
 import numpy as np
 
-from depth_anything.data.tars import write_atomically
-from depth_anything.inference.clips import Clip, FrameFolder, Picture, list_clips
-from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder
-from depth_anything.inference.formats import GAP_PX, direction, near_is_red, side_by_side
+from depth_anything.data.tars import temporary_name, write_atomically
+from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, FrameFolder, Picture, list_clips
+from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder, check_size, encoder
+from depth_anything.inference.formats import (
+    GAP_PX,
+    chosen_colormap,
+    direction,
+    shown_name,
+    shown_values,
+    side_by_side,
+)
 from depth_anything.inference.naming import name_apart, tree
-from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.ownership import is_ours, refuse_to_replace
+from depth_anything.inference.predictor import Predictor, check_numbers
 from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
-from depth_anything.visualize import colorize
+from depth_anything.visualize import paint
 
 FORMATS = ("mp4", *MAP_FORMATS)
 
@@ -61,6 +70,7 @@ class Settings:
             )
         if self.range not in RANGES:
             raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGES)}")
+        chosen_colormap(grayscale=self.grayscale, colormap=self.colormap)
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth={self.smooth} must be 0 or more and below 1")
         if self.batch_size < 1:
@@ -88,12 +98,14 @@ class Outcome:
         frames: per clip how many there were.
         skipped: per clip, or file, that gave nothing, why.
         notes: per clip what went otherwise than it should.
+        failed: clips, or files, that were to be mapped and gave nothing, or not all their pictures.
     """
 
     written: dict[str, list[Path]] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
 
 def predict_videos(
@@ -118,30 +130,35 @@ def predict_videos(
         watch: wraps each pass over a clip's frames; for progress bars.
 
     Returns:
-        What was written and what was skipped; what is no video does not stop the rest.
+        What was written and what was skipped; a clip that cannot be mapped does not stop the rest.
 
     Raises:
-        ValueError: nothing at `source`, no video among it, or what is to be written is what is read.
+        ValueError: nothing at `source`, no video among it, or something that is read, or that others wrote, has the
+            name of what is to be written.
     """
     settings = settings or Settings()
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"{output} is a file: give a folder for what is made")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
+    outcome = Outcome(skipped=skipped, failed=[name for name in skipped if _is_wanted(name, Path(source))])
+    if "mp4" in settings.formats:
+        encoder()
     targets = [Path(output) / target for target in _targets(clips, Path(source), predictor.quantity)]
-    for clip, target in zip(clips, targets, strict=True):
-        if _ending(target, ".mp4").resolve() == clip.path.resolve():
-            raise ValueError(f"{output} holds the videos: give another folder for what is made of them")
-    outcome = Outcome(skipped=skipped)
-    for clip, target in zip(clips, targets, strict=True):
+    made = [_files(target, predictor, settings) for target in targets]
+    refuse_to_replace([path for paths in made for path in paths], inputs=[clip.path for clip in clips])
+    for clip, target, paths in zip(clips, targets, made, strict=True):
         try:
             outcome.frames[clip.name] = predict_video(predictor, clip, target, settings=settings, watch=watch)
-        except ValueError as error:
-            outcome.skipped[clip.name] = str(error)
-            continue
-        outcome.written[clip.name] = [
-            *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
-            *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
-        ]
-        if clip.notes:
-            outcome.notes[clip.name] = list(clip.notes)
+        except (OSError, av.FFmpegError) as error:
+            outcome.skipped[clip.name] = error.strerror or str(error)
+        except (ValueError, MemoryError) as error:
+            outcome.skipped[clip.name] = str(error) or "it takes more memory than there is"
+        else:
+            outcome.written[clip.name] = [path for path in paths if path.suffix != ".json"]
+            if clip.notes:
+                outcome.notes[clip.name] = list(clip.notes)
+        if clip.incomplete or clip.name in outcome.skipped:
+            outcome.failed.append(clip.name)
     if not outcome.written:
         first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
         raise ValueError(f"nothing could be made of {source} ({first})")
@@ -172,26 +189,36 @@ def predict_video(
         The number of frames.
 
     Raises:
-        ValueError: a frame cannot be read, or a folder of others' files is in the way.
+        ValueError: a frame cannot be read, the network gives no numbers for one, the film would be larger than H.264
+            takes, or a folder of others' files is in the way.
+        OSError: the files cannot be written.
     """
+    if "mp4" in settings.formats:
+        check_size(clip.height, _film_width(clip, settings))
     target.parent.mkdir(parents=True, exist_ok=True)
+    for path in _files(
+        target, predictor, settings
+    ):  # a name that the disk does not take, before hours of work
+        temporary = temporary_name(path)
+        temporary.touch()
+        temporary.unlink()
     flow = _Flow(predictor, settings)
     seen, spool, count = _Seen(), None, 0
     with ExitStack() as stack:
         if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
             spool = stack.enter_context(Spool(target.parent, (clip.height, clip.width)))
             for _, map_ in flow.maps(watch(clip.read(), what=f"{clip.name} (1 of 2)", total=clip.frames)):
-                seen.add(map_)
+                seen.add(map_, predictor)
                 flow.keep(map_, spool)
         film, folder = _writers(stack, predictor, clip, target, settings, seen)
-        scale = _Scale(settings.range, seen, clip.time_base)
+        scale = _Scale(settings.range, seen, clip.time_base, predictor)
         what = f"{clip.name} (2 of 2)" if spool else clip.name
         for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
             if not spool:
-                seen.add(map_)
+                seen.add(map_, predictor)
             shown, kept = scale(map_, picture.pts)
             if film:
-                film.write(_drawn(picture.image, map_, shown, predictor.quantity, settings), picture.pts)
+                film.write(_drawn(picture.image, map_, shown, predictor, settings), picture.pts)
             if folder:
                 folder.write(picture.name, map_, *kept)
             count += 1
@@ -199,21 +226,22 @@ def predict_video(
             raise ValueError("it has no frame")
         clip.notes += film.notes if film else []
         facts = _facts(predictor, clip, settings, seen, count)
+        facts["files"] = [path.name for path in _files(target, predictor, settings)]
         write_atomically(_ending(target, ".json"), json.dumps(facts, indent=1, ensure_ascii=False).encode())
     return count
 
 
 @dataclass
 class _Seen:
-    """What the values of a clip span: what the colours show of them, and all of them."""
+    """What a clip spans: most of the values that are painted (`shown_values`), and all values of its maps."""
 
     low: float = np.inf
     high: float = -np.inf
     least: float = np.inf
     most: float = -np.inf
 
-    def add(self, map_: np.ndarray) -> None:
-        low, high = spread(map_)
+    def add(self, map_: np.ndarray, predictor: Predictor) -> None:
+        low, high = spread(shown_values(map_, predictor)[0])
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.least, self.most = min(self.least, float(map_.min())), max(self.most, float(map_.max()))
 
@@ -223,6 +251,7 @@ class _Flow:
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         self._predictor, self._batch_size = predictor, settings.batch_size
+        self._precision = getattr(predictor, "precision", "fp32")  # what stands in for a network has none
         align = predictor.quantity == "disparity"
         self._smoother = Smoother(settings.smooth, align=align) if settings.smooth else None
         self._kept = copy.copy(self._smoother)
@@ -239,6 +268,7 @@ class _Flow:
         while batch := list(islice(left, self._batch_size)):
             maps = self._predictor.predict_batch([picture.image for picture in batch])
             for picture, map_ in zip(batch, maps, strict=True):
+                check_numbers(map_, f"frame {picture.name}", precision=self._precision)
                 yield picture, smoother(picture.image, map_) if smoother else map_
 
     def keep(self, map_: np.ndarray, spool: Spool) -> None:
@@ -250,18 +280,21 @@ class _Flow:
 class _Scale:
     """Which range a frame is shown in, and which it is written as integers in, which cuts nothing off."""
 
-    def __init__(self, mode: str, seen: _Seen, time_base: Fraction) -> None:
-        self._mode, self._seen, self._time_base = mode, seen, time_base
+    def __init__(self, mode: str, seen: _Seen, time_base: Fraction, predictor: Predictor) -> None:
+        self._mode, self._seen, self._time_base, self._predictor = mode, seen, time_base, predictor
         self._running, self._last = Running(), 0
 
     def __call__(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
         if self._mode == "clip":
             return (self._seen.low, self._seen.high), (self._seen.least, self._seen.most)
+        values = shown_values(map_, self._predictor)[0]
         least, most = float(map_.min()), float(map_.max())
         if self._mode == "frame":
-            return (least, most), (least, most)
-        low, high = self._running.update(*spread(map_), float((pts - self._last) * self._time_base))
+            return (float(values.min()), float(values.max())), (least, most)
+        low, high = self._running.update(*spread(values), float((pts - self._last) * self._time_base))
         self._last = pts
+        if values is not map_:  # other values are painted than are written
+            return (low, high), (least, most)
         return (low, high), (min(low, least), max(high, most))
 
 
@@ -271,7 +304,7 @@ def _writers(
     film = folder = None
     if settings.map_formats:
         path = _ending(target, f"_{predictor.quantity}")
-        ours = _ending(target, ".json").exists()
+        ours = is_ours(path)
         folder = stack.enter_context(
             MapFolder(
                 path,
@@ -282,17 +315,16 @@ def _writers(
             )
         )
     if "mp4" in settings.formats:
-        width = clip.width if settings.pred_only else 2 * clip.width + GAP_PX
         notes = {
             "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
         }
         if np.isfinite(seen.low):
-            notes["comment"] += f", colours from {seen.low:.6g} to {seen.high:.6g}"
+            notes["comment"] += f", colours of {shown_name(predictor)} from {seen.low:.6g} to {seen.high:.6g}"
         film = stack.enter_context(
             Film(
                 _ending(target, ".mp4"),
                 height=clip.height,
-                width=width,
+                width=_film_width(clip, settings),
                 rate=clip.rate,
                 time_base=clip.time_base,
                 pixel_aspect=clip.pixel_aspect,
@@ -303,15 +335,17 @@ def _writers(
 
 
 def _drawn(
-    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], quantity: str, settings: Settings
+    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], predictor: Predictor, settings: Settings
 ) -> np.ndarray:
-    colormap = "gray" if settings.grayscale else settings.colormap or near_is_red(quantity)
-    picture = colorize(map_, low=shown[0], high=shown[1], colormap=colormap)
+    values, quantity = shown_values(map_, predictor)
+    colormap = chosen_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
+    picture = paint(values, quantity=quantity, low=shown[0], high=shown[1], colormap=colormap)
     return picture if settings.pred_only else side_by_side(image, picture)
 
 
 def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, count: int) -> dict[str, Any]:
     """What NAME.json says."""
+    span = {"of": shown_name(predictor), "low": seen.low, "high": seen.high}
     return {
         "source": clip.path.name,
         "quantity": predictor.quantity,
@@ -323,10 +357,28 @@ def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, co
         "width": clip.width,
         "range": settings.range,
         "smooth": settings.smooth,
-        "colours": {"low": seen.low, "high": seen.high} if settings.range == "clip" else "differ by frame",
+        "colours": span if settings.range == "clip" else "differ by frame",
         "values": {"low": seen.least, "high": seen.most},
         "notes": clip.notes,
     }
+
+
+def _film_width(clip: Clip, settings: Settings) -> int:
+    return clip.width if settings.pred_only else 2 * clip.width + GAP_PX
+
+
+def _files(target: Path, predictor: Predictor, settings: Settings) -> list[Path]:
+    """List what is made of a clip."""
+    return [
+        *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
+        *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
+        _ending(target, ".json"),
+    ]
+
+
+def _is_wanted(name: str, source: Path) -> bool:
+    """Tell a file that was meant to be mapped from what lies beside videos in a folder."""
+    return not source.is_dir() or Path(name).suffix.lower() in VIDEO_SUFFIXES or (source / name).is_dir()
 
 
 def _ending(target: Path, ending: str) -> Path:

@@ -30,7 +30,7 @@ from depth_anything.model.weights import save_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, together
 from depth_anything.training.folder import RunFolder
-from depth_anything.visualize import colorize, panel
+from depth_anything.visualize import paint, panel
 
 PICTURES = 4
 """So many of the first images are painted."""
@@ -174,5 +174,7 @@ def _judged_on(trial: Trial) -> str:
 def _row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:
     """An image, its truth where there is one for each pixel, and what the network says; near is red."""
     disparity = map_ if quantity == "disparity" else 1.0 / map_.clip(1e-3)
-    truth = [colorize(1.0 / item.depth)] if isinstance(item, Frame) and item.depth is not None else []
-    return [item.image, *truth, colorize(disparity)]
+    truth = []
+    if isinstance(item, Frame) and item.depth is not None:
+        truth = [paint(1.0 / item.depth, quantity="disparity")]
+    return [item.image, *truth, paint(disparity, quantity="disparity")]

@@ -3,11 +3,15 @@
 import json
 
 import numpy as np
+import pillow_heif
+import pytest
+import torch
 from PIL import Image
 from typing_commands import complaint, read_png
 
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import main
+from depth_anything.cli.predict import run_images
 
 
 def test_predict_maps_a_folder(tmp_path, weights, capsys):
@@ -90,3 +94,129 @@ def test_predict_refuses_in_one_sentence(tmp_path, weights, capsys):
     assert "no image that can be read" in complaint(capsys, "predict", tmp_path / "empty", *rest)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert "broken.jpg: " in complaint(capsys, "predict", tmp_path / "broken.jpg", *rest)
+
+
+# Several sources, and what is wrong with one
+
+
+def photo(path, *, level=0, size=(30, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path)
+    return path
+
+
+def below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def type_predict(weights, *arguments, output):
+    line = ["predict", *arguments, "--weights", weights, "--outdir", output, "--input-size", "28"]
+    return main([str(word) for word in [*line, "--format"]])
+
+
+def test_several_images_and_folders_at_once(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("p/a.png", "p/b.png", "q/a.png"):
+        photo(tmp_path / name)
+    assert type_predict(weights, "p/a.png", "p/b.png", output="one") == 0
+    assert below(tmp_path / "one") == ["a.json", "a.png", "b.json", "b.png"]
+    assert type_predict(weights, "p", tmp_path / "q", "p/a.png", output="two") == 0
+    stems = ("p/a_png", "p/a_png_2", "p/b", "q/a")
+    assert below(tmp_path / "two") == sorted(f"{stem}{end}" for stem in stems for end in (".json", ".png"))
+    assert json.loads((tmp_path / "two/q/a.json").read_text())["image"].endswith("q/a.png")
+    assert run_images(["--img-path", "p/a.png", "q", "--weights", str(weights), "--input-size", "28"]) == 0
+    assert below(tmp_path / "vis_depth") == ["p/a.json", "p/a.png", "q/a.json", "q/a.png"]
+
+
+def test_one_of_several_that_is_not_there_does_not_end_the_rest(tmp_path, weights, capsys):
+    given = [photo(tmp_path / "a.png"), tmp_path / "none.jpg", photo(tmp_path / "b.png")]
+    assert type_predict(weights, *given, output=tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert "2 images mapped, 1 file skipped" in out and "none.jpg" in err
+    assert below(tmp_path / "out") == ["a.json", "a.png", "b.json", "b.png"]
+    said = complaint(capsys, "predict", tmp_path / "x.jpg", tmp_path / "y.jpg", "--weights", weights)
+    assert "x.jpg does not exist" in said
+
+
+def test_a_broken_image_in_a_folder_is_told_by_the_exit_code(tmp_path, weights, capsys):
+    photo(tmp_path / "p/a.png")
+    (tmp_path / "p/b.jpg").write_bytes(b"\xff\xd8\xff broken")
+    (tmp_path / "p/c.jpg").mkdir()
+    (tmp_path / "p/d.jpg").symlink_to("nowhere")
+    (tmp_path / "p/notes.txt").write_text("no image")
+    assert type_predict(weights, tmp_path / "p", output=tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert "1 image mapped, 3 files skipped" in out
+    assert all(name in err for name in ("b.jpg", "d.jpg", "notes.txt")) and "c.jpg" not in err
+    for name in ("b.jpg", "d.jpg"):
+        (tmp_path / "p" / name).unlink()
+    assert type_predict(weights, tmp_path / "p", output=tmp_path / "out") == 0  # notes.txt is no failure
+
+
+def test_a_list_names_its_images_so_that_any_that_fails_counts(tmp_path, weights):
+    photo(tmp_path / "a.png")
+    (tmp_path / "notes").write_text("no image")
+    (tmp_path / "list.txt").write_text("a.png\nnotes\n")
+    assert type_predict(weights, tmp_path / "list.txt", output=tmp_path / "out") == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_film_is_named_with_the_command_that_maps_it(tmp_path, weights, capsys, several):
+    film = tmp_path / "clip.mp4"
+    film.write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(5000))
+    if not several:
+        assert "depth-anything video" in complaint(capsys, "predict", film, "--weights", weights)
+        return
+    assert type_predict(weights, film, photo(tmp_path / "a.png"), output=tmp_path / "out") == 1
+    assert "depth-anything video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["HEIC", "AVIF", "JPEG2000"])
+def test_what_phones_write_is_mapped(tmp_path, weights, kind):
+    path = tmp_path / "a.img"
+    image = Image.fromarray(np.zeros((30, 40, 3), np.uint8))
+    if kind == "HEIC":
+        pillow_heif.from_pillow(image).save(path)
+    else:
+        image.save(path, kind)
+    assert type_predict(weights, path, output=tmp_path / "out") == 0
+    assert below(tmp_path / "out") == ["a.json", "a.png"]
+
+
+def test_an_animation_and_dark_16_bits_are_noted(tmp_path, weights, capsys):
+    frames = [Image.fromarray(np.full((30, 40, 3), level, np.uint8)) for level in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.full((30, 40), 4095, np.uint16)).save(tmp_path / "b.png")
+    assert type_predict(weights, tmp_path / "a.gif", tmp_path / "b.png", output=tmp_path / "out") == 0
+    animation, dark = capsys.readouterr().err.splitlines()
+    assert "a.gif: " in animation and "2 pictures" in animation
+    assert "b.png: " in dark and "12-bit" in dark
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, weights, capsys):
+    photo(tmp_path / "p/a.png")
+    (tmp_path / "p/x\n\x1b[2J\udcff.jpg").write_bytes(b"\xff\xd8\xff")
+    assert type_predict(weights, tmp_path / "p", output=tmp_path / "out\x1b[1m") == 1
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and err.count("\n") == 1 and out.count("\n") == 1
+    assert r"x\n\x1b[2J\udcff.jpg" in err and r"out\x1b[1m" in out
+    said = complaint(capsys, "predict", tmp_path / "no\nne\x1b.jpg", "--weights", weights)
+    assert r"no\nne\x1b.jpg" in said
+
+
+def test_a_network_without_numbers_fails_by_name(tmp_path, capsys):
+    model = DepthAnything("vitn")
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    save_model(model, tmp_path / "m.safetensors")
+    line = (
+        "predict",
+        photo(tmp_path / "a.png"),
+        "--weights",
+        tmp_path / "m.safetensors",
+        "--outdir",
+        tmp_path / "out",
+    )
+    said = complaint(capsys, *line, "--input-size", "28")
+    assert "a.png" in said and "no numbers" in said
+    assert below(tmp_path) == ["a.png", "m.safetensors"] or not (tmp_path / "out").exists()

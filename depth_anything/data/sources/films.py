@@ -2,6 +2,7 @@
 
 import math
 import os
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def count_frames(path: Path) -> int:
         ValueError: It is no film, or its length is not told; or PyAV is missing.
     """
     with _open(path) as container:
-        stream = _picture(container)
+        stream = _pictures(container)
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration is not None:
@@ -58,13 +59,15 @@ class _Film:
     """A film that is decoded forward."""
 
     def __init__(self, path: str) -> None:
+        from depth_anything.data.video import Faults, read_frames
+
         self._container = _open(Path(path))
         self.last = -1
-        stream = _picture(self._container)
+        stream = _pictures(self._container)
         stream.thread_type = "SLICE"  # workers have a core each
-        self._rate = stream.average_rate
-        self._start = float((stream.start_time or 0) * stream.time_base)
-        self._frames = self._container.decode(stream)
+        self._step = 1 / Fraction(stream.average_rate or RATE)
+        self._start = (stream.start_time or 0) * Fraction(stream.time_base)
+        self._frames = read_frames(self._container, stream, rate=1 / self._step, faults=Faults())
         self._shown: Any = None
         self._next: Any = None
 
@@ -74,32 +77,25 @@ class _Film:
 
     def frame(self, number: int) -> np.ndarray:
         """Return the frame that is on the screen at this time, uint8 (H, W, 3) RGB, upright."""
-        time, self.last = self._start + number / RATE, number
-        while self._next is None or _time(self._next) <= time + 1e-6:
+        from depth_anything.data.video import upright
+
+        time, self.last = float(self._start) + number / RATE, number
+        while self._next is None or float(self._next[0]) <= time + 1e-6:
             if self._next is not None:
                 self._shown = self._next
-            self._next = self._following()
+            self._next = next(self._frames, None)
             if self._next is None:
-                if self._shown is None or time >= _time(self._shown) + self._lasts(self._shown):
+                if self._shown is None or time >= self._end_of_last():
                     raise ValueError(f"the film ends before {number / RATE:g} s")
                 break
-        shown: Any = self._next if self._shown is None else self._shown
-        turns = round((shown.rotation or 0) / 90) % 4
-        return np.ascontiguousarray(np.rot90(shown.to_ndarray(format="rgb24"), turns))
+        shown: Any = (self._shown or self._next)[1]
+        return upright(shown.to_ndarray(format="rgb24"), shown)
 
-    def _lasts(self, frame: Any) -> float:
-        """Return the seconds that the last frame stays on the screen."""
-        if frame.duration:
-            return float(frame.duration * frame.time_base)
-        return float(1 / self._rate) if self._rate else 0.0
-
-    def _following(self) -> Any:
-        import av
-
-        try:
-            return next(self._frames, None)
-        except (av.FFmpegError, EOFError) as error:
-            raise ValueError(f"the film is damaged: {error}") from error
+    def _end_of_last(self) -> float:
+        """Return when the last frame leaves the screen, in seconds."""
+        time, frame = self._shown
+        lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else self._step
+        return float(time + lasts)
 
 
 @lru_cache(maxsize=1)
@@ -109,22 +105,14 @@ def _film(path: str, process: int) -> _Film:
 
 def _open(path: Path) -> Any:
     try:
-        import av
+        from depth_anything.data.video import open_video
     except ImportError as error:
         raise ValueError(_NOT_INSTALLED) from error
-    try:
-        return av.open(str(path))
-    except FileNotFoundError:
-        raise
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"not a film that can be read: {error}") from error
+    path.stat()  # one that is gone is no damaged film
+    return open_video(path)
 
 
-def _picture(container: Any) -> Any:
-    if not container.streams.video:
-        raise ValueError("the file has no picture")
-    return container.streams.video[0]
+def _pictures(container: Any) -> Any:
+    from depth_anything.data.video import list_streams
 
-
-def _time(frame: Any) -> float:
-    return frame.time if frame.time is not None else 0.0
+    return list_streams(container)[0]

@@ -1,9 +1,10 @@
 """Anyone's photographs: a folder, a list file or a tar, made into image shards.
 
 Facts: nothing is known but the pixels, so that a record holds the image and a json with `source`, the file's
-own `name` and its `original_size`. Whatever `decode_image` reads is welcome: JPEG, PNG, WebP, TIFF, BMP, GIF;
-any EXIF orientation, grey, CMYK, 16-bit, alpha. Upright RGB files of JPEG, PNG or WebP are kept byte for byte,
-others become PNG as they are seen. Nothing is unpacked to disk. Every file is tried, whatever it is called.
+own `name` and its `original_size`. Whatever `decode_image` reads is welcome: JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC,
+AVIF, JPEG 2000; any EXIF orientation, grey, CMYK, 16-bit, alpha. Upright RGB files of JPEG, PNG or WebP are kept
+byte for byte, others become PNG as they are seen. Nothing is unpacked to disk. Every file is tried, whatever it is
+called.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from depth_anything.data.headers import is_known, kind_of
 from depth_anything.data.sample import decode_image
 from depth_anything.data.shards import ShardError, ShardSet
 from depth_anything.data.sources import archives
@@ -22,6 +24,8 @@ from depth_anything.data.sources.listing import digest_of, from_field
 from depth_anything.data.sources.source import Facts, Raw, is_of_the_disk
 from depth_anything.data.sources.walking import fault_line, file_line, read_image, tar_line, walk
 from depth_anything.data.sources.writing import write_source
+
+_HEAD_BYTES = 512
 
 FACTS = Facts(
     name="images",
@@ -218,10 +222,16 @@ def _in_folder(folder: Path, leave_out: Path | None) -> Iterator[str]:
 
 
 def _in_list(path: Path) -> Iterator[str]:
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF8")):
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if is_known(head):
+        try:
+            kind_of(head)
+        except ValueError as error:  # a film, a raw file: what to do is said
+            raise ValueError(f"{path}: {error}") from None
         yield file_line(path.name, path)
         return
+    data = path.read_bytes()
     if b"\0" in data:
         raise ValueError(f"{path} is neither a tar nor a list of paths, one a line")
     for line in os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")).splitlines():

@@ -28,7 +28,21 @@ from depth_anything.data.sources.films import FILMS, count_frames, read_frame
 from depth_anything.data.sources.listing import as_field, from_field
 from depth_anything.data.sources.source import is_of_the_disk
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".j2k",
+)
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 KINDS = ("files", "tars", "lmdb", "films")
 APPLE_DOUBLE = "._"

@@ -1,0 +1,311 @@
+"""What cannot be mapped is named, the other films are mapped, and nothing of others is replaced."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depth_anything import DepthAnything, save_model
+from depth_anything.cli import video as command
+
+av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+
+from made_films import Brightness, facts_of, frame, make_film, map_film, read_film, write_frames  # noqa: E402
+
+from depth_anything.data import video as opened_video  # noqa: E402
+from depth_anything.inference import films  # noqa: E402
+from depth_anything.inference.clips import list_clips  # noqa: E402
+from depth_anything.inference.video import Settings, predict_videos  # noqa: E402
+
+
+class Untouched(Brightness):
+    """A network that must not run."""
+
+    def predict_batch(self, images):
+        raise AssertionError("the network ran")
+
+
+# Nothing of others is replaced
+
+
+def tree_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def own_film(tmp_path):
+    make_film(tmp_path / "a.mp4", frames=2, sound=None)
+    map_film(tmp_path / "a.mp4", tmp_path / "made")
+    return tmp_path / "made/a.mp4"
+
+
+FOREIGN = {
+    "a film": lambda out, tmp: make_film(out / "a.mp4", frames=2, sound=None),
+    "a text called like a film": lambda out, tmp: (out / "a.mp4").write_text("mine"),
+    "a json": lambda out, tmp: (out / "a.json").write_text('{"mine": 1}'),
+    "a json of predict": lambda out, tmp: (out / "a.json").write_text(
+        '{"image": "a.jpg", "quantity": "depth"}'
+    ),
+    "a broken json": lambda out, tmp: (out / "a.json").write_text("{"),
+    "a folder called like the json": lambda out, tmp: (out / "a.json").mkdir(),
+    "a folder of maps": lambda out, tmp: (
+        (out / "a_disparity").mkdir() or (out / "a_disparity/1.npy").write_text("")
+    ),
+    "a link to nowhere": lambda out, tmp: (out / "a.mp4").symlink_to("gone.mp4"),
+    "the other input": lambda out, tmp: (out / "a.mp4").symlink_to(own_film(tmp)),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_others_wrote_is_refused_before_the_network_runs(tmp_path, what):
+    out = tmp_path / "out"
+    out.mkdir()
+    source = make_film(tmp_path / "in/a.mov", frames=2, sound=None)
+    FOREIGN[what](out, tmp_path)
+    if what == "the other input":  # a film of ours is replaced, but not one that is read
+        (tmp_path / "list.txt").write_text(f"in/a.mov\n{tmp_path / 'made/a.mp4'}\n")
+        os.rename(tmp_path / "in/a.mov", tmp_path / "in/b.mov")
+        (tmp_path / "list.txt").write_text("in/b.mov\nmade/a.mp4\n")
+        source, out = tmp_path / "list.txt", tmp_path
+        (tmp_path / "a.mp4").unlink()
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.(mp4|json) is |a_disparity is |made/a\.mp4 is "):
+        predict_videos(
+            Untouched(),
+            source,
+            out if what != "the other input" else tmp_path,
+            settings=Settings(formats=("mp4", "npy")),
+        )
+    assert tree_of(tmp_path) == before
+
+
+def test_the_input_is_never_replaced_by_another_films_output(tmp_path):
+    """x.mov would become x.mp4, which is the second film of the list."""
+    make_film(tmp_path / "in/x.mov", frames=2, sound=None)
+    make_film(tmp_path / "x.mp4", frames=2, sound=None)
+    (tmp_path / "list.txt").write_text("in/x.mov\n")
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match="x.mp4"):
+        predict_videos(Untouched(), tmp_path / "list.txt", tmp_path / "in", settings=Settings())
+        predict_videos(Untouched(), tmp_path / "in", tmp_path, settings=Settings())
+    assert tree_of(tmp_path) == before
+
+
+def test_frames_that_are_read_are_not_replaced_by_maps(tmp_path):
+    make_film(tmp_path / "shot.mp4", frames=2, sound=None)
+    write_frames(tmp_path / "shot_disparity", ["000001.png", "000002.png"])
+    (tmp_path / "list.txt").write_text("shot.mp4\nshot_disparity\n")
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match="shot_disparity|shot.mp4"):
+        predict_videos(Untouched(), tmp_path / "list.txt", tmp_path, settings=Settings(formats=("png16",)))
+    assert tree_of(tmp_path) == before
+
+
+def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
+    for frames in (4, 2):
+        make_film(tmp_path / "in/a.mp4", frames=frames)
+        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
+        assert len(read_film(tmp_path / "out/a.mp4")) == frames
+        assert len(list((tmp_path / "out/a_disparity").iterdir())) == 2 * frames
+    facts = json.loads((tmp_path / "out/a.json").read_text())
+    assert facts["files"] == ["a.mp4", "a_disparity", "a.json"]
+    (tmp_path / "out/a_disparity/notes.txt").write_text(
+        "mine"
+    )  # added by hand: the folder is no longer ours alone
+    with pytest.raises(ValueError, match="a_disparity is in the way"):
+        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
+    assert (tmp_path / "out/a_disparity/notes.txt").read_text() == "mine"
+
+
+def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
+    make_film(tmp_path / "a.mp4", frames=2, sound=None)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file"):
+        predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=Settings())
+
+
+# One fails, the others are mapped
+
+
+@pytest.mark.parametrize(("alone", "width"), [(False, 8193), (True, 16386)])
+def test_a_film_too_wide_for_h264_is_told_before_the_network_runs(tmp_path, alone, width):
+    with av.open(str(tmp_path / "wide.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 16, width, "yuv444p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(frame(0, 16, width), format="rgb24")))
+        out.mux(stream.encode(None))
+    with pytest.raises(ValueError, match=r"16384.*--format"):
+        predict_videos(
+            Untouched(), tmp_path / "wide.mkv", tmp_path / "out", settings=Settings(pred_only=alone)
+        )
+    make_film(tmp_path / "fits.mp4", frames=2)
+    outcome = map_film(tmp_path, tmp_path / "out", pred_only=alone)
+    assert set(outcome.written) == {"fits.mp4"} and outcome.failed == ["wide.mkv"]
+    outcome = map_film(tmp_path / "wide.mkv", tmp_path / "maps", formats=("npy",))
+    assert not outcome.failed and np.load(tmp_path / "maps/wide_disparity/000001.npy").shape == (16, width)
+
+
+class Broken(Brightness):
+    """A network that gives no number for what is nearly white."""
+
+    precision = "fp16"
+
+    def __init__(self, value):
+        self.value = value
+
+    def predict_batch(self, images):
+        maps = super().predict_batch(images)
+        for image, map_ in zip(images, maps, strict=True):
+            if image.mean() > 250:
+                map_[0, 0] = self.value
+        return maps
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mode", ["clip", "running", "frame"])
+def test_a_film_without_numbers_is_named_and_nothing_is_written_for_it(tmp_path, value, mode):
+    folder = tmp_path / "in/white"
+    write_frames(folder, [f"{number}.png" for number in range(6)])
+    Image.new("RGB", (41, 30), "white").save(folder / "4.png")
+    write_frames(tmp_path / "in/fine", ["1.png", "2.png"])
+    settings = Settings(range=mode, formats=("mp4", "png16", "npy"))
+    outcome = predict_videos(Broken(value), tmp_path / "in", tmp_path / "out", settings=settings)
+    assert outcome.failed == ["white"] and set(outcome.written) == {"fine"}
+    assert "frame 4" in outcome.skipped["white"] and "--precision fp32" in outcome.skipped["white"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fine.mp4", "fine.json", "fine_disparity"}
+
+
+def test_names_that_the_disk_does_not_take_stop_no_other(tmp_path):
+    long = "x" * 240 + ".mp4"  # with what is added for maps it is over 255 bytes
+    make_film(tmp_path / "in" / long, frames=2, sound=None)
+    make_film(tmp_path / "in/y.mp4", frames=2, sound=None)
+    outcome = map_film(tmp_path / "in", tmp_path / "out", formats=("npy",))
+    assert "y.mp4" in outcome.written and outcome.failed == [long]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"y_disparity", "y.json"}
+
+
+def test_a_film_that_takes_too_much_memory_stops_no_other(tmp_path):
+    class Greedy(Brightness):
+        def predict_batch(self, images):
+            if images[0].shape[0] > 50:
+                raise MemoryError
+            return super().predict_batch(images)
+
+    make_film(tmp_path / "in/large.mp4", frames=2, size=(64, 64))
+    make_film(tmp_path / "in/small.mp4", frames=2)
+    outcome = predict_videos(Greedy(), tmp_path / "in", tmp_path / "out", settings=Settings())
+    assert outcome.failed == ["large.mp4"] and "memory" in outcome.skipped["large.mp4"]
+    assert set(outcome.written) == {"small.mp4"}
+
+
+def test_the_size_of_frames_is_known_before_they_are_decoded(tmp_path, monkeypatch):
+    make_film(tmp_path / "a.mp4", frames=2)
+    monkeypatch.setattr(opened_video, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(opened_video, "read_frames", None)
+    with pytest.raises(ValueError, match="64×48"):
+        list_clips(tmp_path / "a.mp4")
+
+
+def test_a_film_that_would_lose_pictures_is_not_kept(tmp_path, monkeypatch):
+    def write_one_less(film, packets):
+        for packet in packets[1:]:
+            film._container.mux(packet)
+
+    monkeypatch.setattr(films.Film, "_mux", write_one_less)
+    make_film(tmp_path / "a.mp4", frames=4)
+    with pytest.raises(ValueError, match="of 4 pictures"):
+        map_film(tmp_path / "a.mp4", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# The exit code
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_model(DepthAnything("vitn"), path)
+    return str(path)
+
+
+def type_video(weights, source, output):
+    typed = ["--video-path", str(source), "--outdir", str(output), "--weights", weights, "--encoder", "vitn"]
+    return command.run_video([*typed, "--input-size", "70", "--pred-only", "--range", "frame"])
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def test_the_exit_code_says_that_some_failed(tmp_path, weights, capsys):
+    make_film(tmp_path / "in/a.mp4", frames=2)
+    (tmp_path / "in/notes.md").write_text("not a film, and not meant as one")
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/poster.jpg")
+    assert type_video(weights, tmp_path / "in", tmp_path / "out") == 0
+    (tmp_path / "in/bad.mp4").write_bytes(b"no film")
+    assert type_video(weights, tmp_path / "in", tmp_path / "out") == 1
+    assert "bad.mp4" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("in/a.mp4\nin/gone\n")
+    assert type_video(weights, tmp_path / "list.txt", tmp_path / "out2") == 1
+    assert type_video(weights, tmp_path / "in/bad.mp4", tmp_path / "out3") == 2
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv", "a.avi"])
+def test_a_film_cut_short_gives_what_it_has_and_exit_code_1(tmp_path, weights, capsys, name):
+    options = {
+        "a.mp4": {"options": {"movflags": "+faststart"}},
+        "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"},
+    }
+    source = make_film(tmp_path / name, frames=100, crf="0", **options.get(name, {}))
+    assert type_video(weights, source, tmp_path / "whole") == 0
+    cut(source, 0.6)
+    capsys.readouterr()
+    assert type_video(weights, source, tmp_path / "out") == 1
+    assert f"{name}: " in capsys.readouterr().err
+    assert 20 < facts_of(tmp_path / "out/a.mp4")["frames"] < 100
+
+
+# Pictures
+
+
+def test_pictures_are_told_where_to_go(tmp_path):
+    picture = Image.fromarray(frame(0, 30, 41))
+    for name in ("a.jpg", "a.png", "a.webp", "a.gif", "a.tif", "a.bmp", "a.ppm"):
+        picture.save(tmp_path / name)
+        with pytest.raises(ValueError, match="a picture, not a video.*depth-anything predict"):
+            list_clips(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_animated_pictures_are_clips(tmp_path, name):
+    pictures = [Image.fromarray(frame(9 * number, 30, 42)) for number in range(5)]
+    options = {"lossless": True} if name == "a.webp" else {}
+    pictures[0].save(
+        tmp_path / name, save_all=True, append_images=pictures[1:], duration=[40, 40, 120, 40, 40], **options
+    )
+    (clip,), _ = list_clips(tmp_path / name)
+    seen = list(clip.read())
+    assert [float(picture.pts * clip.time_base) for picture in seen] == pytest.approx(
+        [0, 0.04, 0.08, 0.2, 0.24]
+    )
+    for number, picture in enumerate(seen):
+        assert np.abs(picture.image.astype(int) - frame(9 * number, 30, 42)).mean() < 8
+    outcome = map_film(tmp_path / name, tmp_path / "out")
+    assert outcome.frames == {name: 5} and not outcome.failed
+
+
+def test_an_animated_webp_cut_short_gives_what_it_has(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (30, 42, 3), np.uint8)) for _ in range(5)]
+    path = tmp_path / "a.webp"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
+    cut(path, 0.5)
+    try:
+        outcome = map_film(path, tmp_path / "out")
+    except ValueError as error:
+        assert "a.webp" in str(error)  # this Pillow reads none of it
+    else:
+        assert outcome.failed == ["a.webp"] and outcome.frames["a.webp"] < 5
