@@ -67,6 +67,7 @@ def export_model(
     to: str,
     precision: str = "fp32",
     opset: int = OPSET,
+    position_rule: str | None = None,
 ) -> list[Check]:
     """Write a model for other programs, run what was written, and leave it only if it gives the network's map.
 
@@ -80,6 +81,7 @@ def export_model(
         to: One of `FORMATS`.
         precision: "fp32", or for programs "fp16": half the size; scores, softmax and norms stay in float32.
         opset: Of ONNX.
+        position_rule: Of a program, as `DepthAnything.forward` takes it.
 
     Returns:
         What was measured; nothing for formats of weights, whose bytes are compared instead.
@@ -97,6 +99,10 @@ def export_model(
     if to not in PROGRAMS:
         if precision != "fp32":
             raise ValueError(f"precision={precision} is for {' and '.join(PROGRAMS)}; {to} keeps float32")
+        if position_rule is not None:
+            raise ValueError(
+                f"position_rule={position_rule!r} is for {' and '.join(PROGRAMS)}; {to} keeps no rule"
+            )
         save_model(model, path, format=to)
         if to != "transformers":  # that has its own inside
             _write_card(model, path, to=to)
@@ -106,8 +112,8 @@ def export_model(
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, as {path / ('model.' + SUFFIX[to])}")
     network = copy.deepcopy(model).cpu().eval()
-    module = Exported(network, precision=precision)
-    facts = facts_of(network, precision=precision)
+    module = Exported(network, precision=precision, position_rule=position_rule)
+    facts = {**facts_of(network, precision=precision), "position_rule": module.position_rule}
     program = trace(module)
     checks: list[Check] = []
 
@@ -138,7 +144,7 @@ def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[C
 
 def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
     """Say what a program gives and what it must be given, as strings for its metadata."""
-    facts = {**describe(model), "precision": precision, "position_rule": model.position_rule}
+    facts = {**describe(model), "precision": precision}
     del facts["format"]
     if model.calibration is not None:
         facts |= {"quantity": "depth", "unit": "m"}
@@ -165,16 +171,19 @@ def format_checks(checks: Sequence[Check]) -> str:
 class Exported(nn.Module):
     """A network as a program gives it: float32 in and out, in metres where it is calibrated."""
 
-    def __init__(self, network: DepthAnything, *, precision: str) -> None:
+    def __init__(self, network: DepthAnything, *, precision: str, position_rule: str | None = None) -> None:
         """Wrap a network; for fp16 a copy of it in half precision."""
         super().__init__()
+        self.position_rule = position_rule or network.position_rule
+        network.check_position_rule(self.position_rule)
         self.calibration = network.calibration
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         self.network = halved(network) if precision == "fp16" else network
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (B, 3, H, W) to its map (B, H, W)."""
-        return self.finish(self.network(image.to(self.dtype)).float())
+        output = self.network(image.to(self.dtype), position_rule=self.position_rule)
+        return self.finish(output.float())
 
     def finish(self, output: Tensor) -> Tensor:
         """Make metres of a calibrated disparity, as the predictor does; else leave the output as it is."""
@@ -186,7 +195,7 @@ class Exported(nn.Module):
     @torch.no_grad()
     def reference(self, network: DepthAnything, image: Tensor) -> Tensor:
         """What the program should give: the untouched network's map, finished alike."""
-        return self.finish(network(image))
+        return self.finish(network(image, position_rule=self.position_rule))
 
 
 def halved(network: DepthAnything) -> DepthAnything:
