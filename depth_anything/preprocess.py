@@ -170,6 +170,10 @@ def show_on_white(rgba: np.ndarray) -> np.ndarray:
 
     Returns:
         uint8 (H, W, 3).
+
+    Example:
+        >>> show_on_white(np.array([[[0, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)).tolist()
+        [[[0, 0, 0], [204, 204, 204]]]
     """
     picture = Image.fromarray(np.ascontiguousarray(rgba))
     white = Image.new("RGBA", picture.size, "white")
