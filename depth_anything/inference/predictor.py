@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from depth_anything.inference.tiles import Box, blend, grid_of
+from depth_anything.model.arguments import Argument, ArgumentError
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import (
     closest_shape,
@@ -77,15 +78,24 @@ class Predictor:
                 without tiles.
         """
         if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+            raise ArgumentError(
+                Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+            )
         if resample not in PREPARE:
-            raise ValueError(f"resample={resample!r} is unknown; use one of {', '.join(PREPARE)}")
+            raise ArgumentError(
+                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPARE)}"
+            )
         # A timm ViT has one rule of its own, which "official" leaves as it is.
         self.position_rule = model.position_rule if resample == "official" else resample
-        model.check_position_rule(self.position_rule)
+        try:
+            model.check_position_rule(self.position_rule)
+        except ValueError as error:
+            raise ArgumentError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
         size = model.input_size if input_size is None else input_size
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"input_size={input_size!r} must be a whole number of pixels above 0")
+            raise ArgumentError(
+                Argument("input_size", repr(size)), " must be a whole number of pixels above 0"
+            )
         self.device = _device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
@@ -229,7 +239,9 @@ def _device(name: str, model: DepthAnything) -> torch.device:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise ValueError(f"device={name!r} does not exist here; use auto, cpu, cuda or cuda:1") from error
+            raise ArgumentError(
+                Argument("device", repr(name)), " does not exist here; use auto, cpu, cuda or cuda:1"
+            ) from error
         return device
     current = next(model.parameters()).device
     if current.type != "cpu":

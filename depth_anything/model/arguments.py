@@ -10,7 +10,8 @@ class Argument:
 
     Attributes:
         name: As the function calls it.
-        value: What it was given, or what to give it; text or a number.
+        value: What it was given, or what to give it; written as it is, so that text which may be anything comes as its
+            `repr`.
     """
 
     name: str
@@ -67,8 +68,7 @@ def _spell_part(part: object, flags: Mapping[str, str]) -> str:
         return str(part)
     if part.name in flags:
         return flags[part.name].format(_written(part.value))
-    value = repr(part.value) if isinstance(part.value, str) else _written(part.value)
-    return f"{part.name}={value}"
+    return f"{part.name}={_written(part.value)}"
 
 
 def _written(value: object) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.licences import spdx_name
+from depth_anything.model.arguments import Argument, ArgumentError
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     module = _timm_encoder(name, pretrained=False)
     width, depth = module.embed_dim, len(module.blocks)
     if depth < 4:
-        raise ValueError(f"encoder={name} has {depth} blocks, and the head reads four")
+        raise ArgumentError(Argument("encoder", name), f" has {depth} blocks, and the head reads four")
     limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
     patch = module.patch_embed.patch_size[0]
     spec = EncoderSpec(
@@ -253,15 +254,17 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
 def _timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
     known = f"use one of {', '.join(ENCODERS)}, or a timm ViT such as vit_tiny_patch16_224"
     if not timm.is_model(name):
-        raise ValueError(f"encoder={name} is unknown; {known}")
+        raise ArgumentError(Argument("encoder", name), f" is unknown; {known}")
     try:
         module = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
         )
     except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
-        raise ValueError(f"encoder={name} is no ViT that runs at any size; {known}") from error
+        raise ArgumentError(
+            Argument("encoder", name), f" is no ViT that runs at any size; {known}"
+        ) from error
     if not isinstance(module, VisionTransformer | Eva):
-        raise ValueError(f"encoder={name} is no plain ViT; {known}")
+        raise ArgumentError(Argument("encoder", name), f" is no plain ViT; {known}")
     return module
 
 

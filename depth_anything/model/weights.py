@@ -330,8 +330,9 @@ def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) 
     if "max_depth" not in said:
         _warn(
             f"{path} does not say whether it predicts disparity or depth and is taken for disparity; if it predicts "
-            "metres, give the largest, as ",
+            "metres, give ",
             Argument("max_depth", 20),
+            ", or what its largest depth is",
         )
     return said.get("max_depth")
 

@@ -256,7 +256,7 @@ def test_resample_official_differs_off_the_square(model):
     assert np.abs(official - transformers).max() > 1e-3 * np.ptp(official)
     with pytest.raises(ValueError, match="resample='pil' is unknown; use one of official, transformers"):
         Predictor(model, resample="pil")
-    with pytest.raises(ValueError, match="position_rule='transformers' is for DINOv2's encoders"):
+    with pytest.raises(ValueError, match="resample='transformers' .* is for DINOv2's encoders"):
         Predictor(DepthAnything("vit_tiny_patch16_224"), device="cpu", resample="transformers")
 
 

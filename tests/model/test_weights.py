@@ -142,7 +142,7 @@ def test_official_format_says_that_it_loses_the_size(tmp_path, model):
 
 
 def test_official_format_says_that_it_loses_the_encoder(tmp_path):
-    with pytest.warns(UserWarning, match="encoder='vit_tiny_patch16_224'"):
+    with pytest.warns(UserWarning, match="encoder=vit_tiny_patch16_224"):
         save_model(DepthAnything("vit_tiny_patch16_224"), tmp_path / RELATIVE, format="official")
 
 
