@@ -38,6 +38,7 @@ def _export(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         dataset=options.dataset,
         max_depth=options.max_depth,
+        version=options.weights_version,
     )
     output = Path(options.output)
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)

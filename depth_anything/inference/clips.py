@@ -220,7 +220,9 @@ class VideoFile(Clip):
                 f"its pictures end early: {count} frames, {float(end):.2f} s of {self._seconds:.2f} s"
             )
         if faults.jumps:
-            self.notes.append(f"its timestamps jump (times: {faults.jumps}): each part follows the one before")
+            self.notes.append(
+                f"its timestamps jump (times: {faults.jumps}): each part follows the one before"
+            )
         if faults.strays:
             self.notes.append(f"wrong timestamps of packets ({faults.strays}) were put right")
         if len(self._sizes) > 1:
