@@ -44,6 +44,8 @@ def test_metadata_of_the_file(tmp_path, model):
     save_model(model, tmp_path / "model.safetensors")
     raw = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    digest = header["__metadata__"].pop("sha256")
+    assert re.fullmatch("[0-9a-f]{64}", digest)
     assert header["__metadata__"] == describe(model)
     assert describe(model) | {"version": ""} == {
         "format": "pt",
