@@ -31,11 +31,17 @@ def write_error(path: Path, error: BaseException) -> OSError:
 
 @contextmanager
 def named_write_errors(path: Path) -> Iterator[None]:
-    """Name `path` in errors of writing that name no file: a write or fsync that fails does not."""
+    """Name `path` where the disk is full: a write or fsync that fails names no file.
+
+    Other errors go through: what is written may be read from a failing disk meanwhile.
+
+    Raises:
+        OSError: As `write_error` builds it.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None or error.strerror is None:
+        if error.errno not in (*_FULL, errno.EFBIG) or error.strerror is None:
             raise
         raise write_error(path, error) from error
 

@@ -131,6 +131,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
+        _sync_folder(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
@@ -196,6 +197,14 @@ def _beside(path: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
