@@ -49,9 +49,10 @@ class StepCallback(pl.Callback):
 
 
 class Metrics(StepCallback):
-    """Log losses, rates, gradient norm, images/s, data wait and memory, with one synchronisation a log line.
+    """Log losses, rates, gradient norm, images/s, data wait, memory and the share of valid pixels.
 
-    The logged loss is that of the logged step: the mean over all its micro-batches on all ranks.
+    Losses and shares are those of the logged step: the mean over all its micro-batches on all ranks. There is one
+    synchronization a log line.
     """
 
     def __init__(self, *, every: int, batch_size: int) -> None:
@@ -91,6 +92,7 @@ class Metrics(StepCallback):
             dist.all_reduce(values)
             values /= trainer.world_size
         numbers = dict(zip(names, values.double().tolist(), strict=True))
+        valid_share = numbers.pop("valid_share", None)
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not numbers["loss"] < float("inf"):
@@ -101,6 +103,8 @@ class Metrics(StepCallback):
         numbers["data_wait"] = self._wait / elapsed
         if module.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        if valid_share is not None:
+            numbers["valid_share"] = valid_share
         self.latest = numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
@@ -135,6 +139,8 @@ class Progress(StepCallback):
         latest = self.metrics.latest
         if latest:
             shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
+            if "valid_share" in latest:
+                shown["valid"] = f"{latest['valid_share']:.1%}"
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 

@@ -20,6 +20,7 @@ from depth_anything.model.files import write_whole
 from depth_anything.model.integrity import save_checked
 from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress
 from depth_anything.training.folder import RunFolder
+from depth_anything.training.valid_pixels import ValidPixels
 from depth_anything.training.validation import Validation, trial_of
 
 
@@ -71,7 +72,15 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
         input_size=config["image_size"],
     )
     checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
-    return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
+    valid_pixels = ValidPixels(every=config["logging"]["every"])
+    return [
+        metrics,
+        valid_pixels,
+        validation,
+        checkpoints,
+        Progress(metrics),
+        Agreement(checkpoints, every=10),
+    ]
 
 
 def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
