@@ -236,6 +236,24 @@ def test_official_names_are_believed(tmp_path, model, name, taps, max_depth):
 
 
 @pytest.mark.parametrize(
+    "name", ["depth_anything_vits14", "depth_anything_v2_metric_hypersim_vits", "depth_anything_v2_vits"]
+)
+@pytest.mark.parametrize("max_depth", [None, 35.0])
+def test_metadata_count_more_than_an_official_name(tmp_path, name, max_depth):
+    """A file that is saved under an official name stays what it is, in each format that says it."""
+    model = DepthAnything("vits", max_depth=max_depth, taps=(0, 1, 2, 4))
+    model.licence, model.input_size = "apache-2.0", 84
+    save_model(model, tmp_path / f"{name}.safetensors")
+    torch.save(
+        {"state_dict": model.state_dict(), "depth_anything": describe(model)}, tmp_path / f"{name}.ckpt"
+    )
+    for suffix in ("safetensors", "ckpt"):
+        read = load_model(tmp_path / f"{name}.{suffix}")
+        assert (read.taps, read.max_depth) == ((0, 1, 2, 4), max_depth)
+        assert (read.licence, read.input_size) == ("apache-2.0", 84) and same(read, model)
+
+
+@pytest.mark.parametrize(
     "name", ["model.pth", "depth_anything_vits.pth", "my_depth_anything_v2_vits_metric.pth"]
 )
 def test_what_nothing_says_is_warned_of_once_each(tmp_path, model, name):
