@@ -16,7 +16,7 @@ SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 
 # A room may import itself and lower floors; rooms on one floor do not know each other.
 FLOORS = (
-    {"geometry", "licences", "preprocess"},
+    {"disk", "geometry", "licences", "preprocess"},
     {"model", "data", "losses", "metrics", "visualize"},
     {"inference"},
     {"evaluation", "export"},

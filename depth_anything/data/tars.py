@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from depth_anything.data.address import join, told
 from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
+from depth_anything.disk import named_write_errors
 
 _MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
@@ -151,7 +152,7 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with named_write_errors(path), open(temporary, "xb") as file:
             written = _write_members(file, path, records)
             file.flush()
             os.fsync(file.fileno())
@@ -228,7 +229,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is seen whole or not at all, after a power cut, too."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with named_write_errors(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -242,7 +243,7 @@ def write_new(path: Path, data: bytes) -> bool:
     """Write a file that is seen whole, unless there is one of this name: then leave it, and return False."""
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with named_write_errors(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from depth_anything.disk import write_error
 from depth_anything.model import lora
+from depth_anything.model.integrity import METADATA_KEY, damage_of, tensor_digest
 
 EXPECTED = "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
 
@@ -44,8 +46,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with path.open("rb") as file:
             head = file.read(64)
+        damage = damage_of(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {EXPECTED}") from error
+    if damage:
+        raise ValueError(f"{path} is damaged or cut short ({damage}); fetch it again, or give another copy")
     if head[8:9] == b"{":  # first, as the length of a safetensors header may begin like a pickle
         content, metadata = _read_safetensors(path)
     elif head.startswith((b"PK\x03\x04", b"\x80")):
@@ -109,7 +114,9 @@ def _kind_of_archive(path: Path) -> str | None:
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            metadata = dict(file.metadata() or {})
+            metadata.pop(METADATA_KEY, None)  # of the file's bytes, and nothing that is said of the model
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except Exception as error:  # a damaged file can end the reader anywhere
         raise ValueError(f"{path} is damaged or cut short ({reason(error)}); fetch it again") from error
 
@@ -124,6 +131,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
+        _sync_folder(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
@@ -180,20 +188,10 @@ def _beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be written ({_root_of(error)})") from error
+        raise write_error(path, error) from error
     finally:
         with suppress(OSError):
             (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
-
-
-def _root_of(error: BaseException) -> str:
-    """Find what the system said: torch, failing to write, complains of its own position in the file."""
-    first: BaseException | None = error
-    while first is not None:
-        if isinstance(first, OSError) and first.strerror:
-            return first.strerror
-        first = first.__context__
-    return reason(error)
 
 
 def _sync(path: Path) -> None:
@@ -201,13 +199,24 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata so that the same ones make the same bytes, readable as the umask has it."""
-    save_file(dict(state), path, metadata=dict(metadata))
-    with path.open("rb+") as file:  # the library writes metadata in an order of the day
+    """Write tensors, metadata and a digest so that the same ones make the same bytes, readable as the umask has it."""
+    save_file(dict(state), path, metadata={**metadata, METADATA_KEY: "0" * 64})
+    with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"][METADATA_KEY] = tensor_digest(file, header)
+        header["__metadata__"] = dict(
+            sorted(header["__metadata__"].items())
+        )  # the library has no fixed order
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= length
         file.seek(8)

@@ -225,9 +225,13 @@ class DepthModule(pl.LightningModule):
         return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the micro-batch's loss and keep its parts on the device until the step is logged."""
+        """Return the micro-batch's loss; keep its parts and valid_share on the device until the step is logged.
+
+        valid_share is the share of the micro-batch's pixels that are valid, between 0 and 1.
+        """
         parts = self.losses(batch)
-        self.parts.append({name: value.detach() for name, value in parts.items()})
+        share = batch["valid"].mean(dtype=parts["loss"].dtype)
+        self.parts.append({**{name: value.detach() for name, value in parts.items()}, "valid_share": share})
         return parts["loss"]
 
     def configure_gradient_clipping(

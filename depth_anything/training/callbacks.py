@@ -4,6 +4,7 @@ Lightning's batch hooks fire once a micro-batch. Everything here happens once an
 checkpoint never lands in the middle of an accumulation, and every rank does the same things at the same step.
 """
 
+import json
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from depth_anything.data.tars import Outage
+from depth_anything.data.tars import Outage, write_atomically
 from depth_anything.training.base import DepthModule
 
 T = TypeVar("T")
@@ -48,9 +49,10 @@ class StepCallback(pl.Callback):
 
 
 class Metrics(StepCallback):
-    """Log losses, rates, gradient norm, images/s, data wait and memory, with one synchronisation a log line.
+    """Log losses, rates, gradient norm, images/s, data wait, memory and the share of valid pixels.
 
-    The logged loss is that of the logged step: the mean over all its micro-batches on all ranks.
+    Losses and shares are those of the logged step: the mean over all its micro-batches on all ranks. There is one
+    synchronization a log line.
     """
 
     def __init__(self, *, every: int, batch_size: int) -> None:
@@ -90,6 +92,7 @@ class Metrics(StepCallback):
             dist.all_reduce(values)
             values /= trainer.world_size
         numbers = dict(zip(names, values.double().tolist(), strict=True))
+        valid_share = numbers.pop("valid_share", None)
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not numbers["loss"] < float("inf"):
@@ -100,6 +103,8 @@ class Metrics(StepCallback):
         numbers["data_wait"] = self._wait / elapsed
         if module.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        if valid_share is not None:
+            numbers["valid_share"] = valid_share
         self.latest = numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
@@ -134,6 +139,8 @@ class Progress(StepCallback):
         latest = self.metrics.latest
         if latest:
             shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
+            if "valid_share" in latest:
+                shown["valid"] = f"{latest['valid_share']:.1%}"
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -189,17 +196,31 @@ class Checkpoints(StepCallback):
             self.save(trainer, trainer.global_step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
-        """Save now, unless this step is saved already. Every rank must call it at the same step."""
+        """Save now, unless this step is saved already. Every rank must call it at the same step.
+
+        Raises:
+            ValueError: If the gradient is not finite, or on several ranks, alike on all, if the disk is full.
+            OSError: If the disk is full or cannot be written; older checkpoints stay as they are.
+        """
         if step == self._saved:
             return
         norm: Any = trainer.lightning_module.grad_norm
         if norm is not None and not bool(torch.isfinite(norm)):  # alike on all ranks: gradients are averaged
             raise ValueError(f"the gradient is not finite at step {step}, which is not saved; {LOWER}")
-        for logger in trainer.loggers:
-            logger.save()  # a row that a kill took would not be written again
-        trainer.save_checkpoint(self.folder / CHECKPOINT.format(step))
+        together(trainer.world_size, lambda: self._write(trainer, step))
         self._saved = step
+
+    def _write(self, trainer: pl.Trainer, step: int) -> None:
+        try:
+            for logger in trainer.loggers:
+                logger.save()  # a row that a kill took would not be written again
+            trainer.save_checkpoint(self.folder / CHECKPOINT.format(step))
+        except OSError:
+            if trainer.world_size > 1:
+                trainer.strategy.barrier()  # where the other ranks wait for the checkpoint
+            raise
         if trainer.is_global_zero:
+            write_atomically(self.folder.parent / "saved.json", json.dumps({"step": step}).encode())
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink(missing_ok=True)
 

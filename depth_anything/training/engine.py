@@ -16,8 +16,11 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from depth_anything.model.files import write_whole
+from depth_anything.model.integrity import save_checked
 from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress
 from depth_anything.training.folder import RunFolder
+from depth_anything.training.valid_pixels import ValidPixels
 from depth_anything.training.validation import Validation, trial_of
 
 
@@ -27,20 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write, flush to the disk, rename; a kill at any moment leaves the older checkpoints as they were."""
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.tmp")
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """Write with a digest, flush to the disk, rename; a kill at any moment leaves the older checkpoints alone."""
+        write_whole(Path(path), lambda temporary: save_checked(checkpoint, temporary))
 
 
 def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:
@@ -81,7 +72,15 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
         input_size=config["image_size"],
     )
     checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
-    return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
+    valid_pixels = ValidPixels(every=config["logging"]["every"])
+    return [
+        metrics,
+        valid_pixels,
+        validation,
+        checkpoints,
+        Progress(metrics),
+        Agreement(checkpoints, every=10),
+    ]
 
 
 def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:

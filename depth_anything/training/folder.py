@@ -1,13 +1,14 @@
 """A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 import yaml
 
 from depth_anything.data.tars import remove_stale, write_atomically
+from depth_anything.model.integrity import damage_of
+from depth_anything.training.loggers import read_metrics
 from depth_anything.training.plan import override
 
 #: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
@@ -160,26 +163,25 @@ class RunFolder:
         self.pictures = self.path / "pictures"
         self.model = self.path / "model.safetensors"
         self.best, self.best_note = self.path / "best.safetensors", self.path / "best.json"
+        self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = Lock(self.path)
 
     def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
-        In this order: the folder's newest complete checkpoint, then `resume=`, then none, which leaves the
-        weights to `init=`.
+        In this order: the folder's newest undamaged checkpoint, then `resume=`, then none, which leaves the
+        weights to `init=`. Damaged checkpoints are renamed to *.damaged and named on standard error.
 
         Raises:
-            ValueError: As `claim`; or if `resume=` is no file, or the main rank gave no sign for two minutes.
+            ValueError: As `claim`; or if `resume=` is no checkpoint or damaged, or the main rank gave no sign for two
+                minutes.
+            OSError: If a checkpoint cannot be read now, which is no damage.
         """
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
             self.claim(config)
-            checkpoint = self.newest_checkpoint() or config["resume"]
-            if checkpoint is not None and not _is_checkpoint(Path(checkpoint)):
-                raise ValueError(
-                    f"resume={checkpoint} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
-                )
+            checkpoint = self._starting_checkpoint(config)
             write_atomically(
                 decision,
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
@@ -235,7 +237,8 @@ class RunFolder:
                 may do and whose label sets say themselves what made them, passes False.
 
         Raises:
-            ValueError: If another process writes to it or the saved config is another run's.
+            ValueError: If another process writes to it, the saved config is another run's, or the run was trained
+                before and no checkpoint of it can be used, unless `resume` says where it goes on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
@@ -244,8 +247,10 @@ class RunFolder:
                 self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-            if self.config.is_file() and (self.model.is_file() or self.newest_checkpoint()):
+            if self.config.is_file() and (self.model.is_file() or any(self._all_checkpoints())):
                 self._compare(config)
+            if config["resume"] is None and not self.finished(config["steps"]):
+                self._refuse_lost_progress()
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
         remove_stale(self.path)
@@ -270,11 +275,75 @@ class RunFolder:
             )
 
     def newest_checkpoint(self) -> Path | None:
-        """Find the newest complete checkpoint, or None."""
-        for path in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True):
-            if zipfile.is_zipfile(path):
-                return path
-        return None
+        """Find the newest checkpoint that is whole and whose bytes are those that were written, or None."""
+        return next((path for path in self._all_checkpoints() if not unusable(path)), None)
+
+    def _all_checkpoints(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+
+    def _starting_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
+        """Choose where the run goes on, and set aside what is damaged: it would count among those that are kept."""
+        if self.finished(config["steps"]):
+            return None
+        checkpoint, given = self.newest_checkpoint(), config["resume"]
+        if checkpoint is None and given is not None:
+            checkpoint = Path(given)
+            if reason := unusable(checkpoint):
+                raise ValueError(
+                    f"resume={given} {reason}; type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one"
+                )
+        for path in self._all_checkpoints():
+            if path == checkpoint:
+                break
+            aside = path.with_name(f"{path.name}.damaged")
+            print(
+                f"{path} {unusable(path)}: renamed to {aside.name}; going on from {checkpoint}",
+                file=sys.stderr,
+            )
+            os.replace(path, aside)
+        return checkpoint
+
+    def _refuse_lost_progress(self) -> None:
+        """Refuse to begin anew where the run was trained before; a run that a kill ended before its first
+        checkpoint has nothing to lose and may begin again.
+
+        Raises:
+            ValueError: Naming what shows the progress, and what to type.
+        """
+        if self.newest_checkpoint() is not None:
+            return
+        sign = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            sign = f"{self.saved.name} says that step {int(json.loads(self.saved.read_text())['step'])} was saved"
+        if not sign:
+            last, every = self._last_step_logged(), self._checkpoint_interval()
+            sign = f"{self.metrics.name} goes to step {last}" if last > every else ""
+        if not sign and (self.path / "finished.json").is_file():
+            sign = "finished.json says that it was finished"
+        damaged = self._all_checkpoints()
+        if damaged:
+            sign = f"{damaged[0]} {unusable(damaged[0])}" + (
+                "" if len(damaged) == 1 else ", and so are the others"
+            )
+        if sign:
+            where = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
+            raise ValueError(
+                f"{self.path} was trained before: {sign}{where}; type resume=CHECKPOINT for a copy that you have, "
+                "overwrite=true to set the folder aside and begin anew, or name=ANOTHER_NAME for a new run"
+            )
+
+    def _last_step_logged(self) -> int:
+        try:
+            return max((int(row["step"]) for row in read_metrics(self.metrics).rows), default=0)
+        except OSError:
+            return 0
+
+    def _checkpoint_interval(self) -> float:
+        """Steps between the checkpoints of the saved config; infinity if it does not say."""
+        try:
+            return int(yaml.safe_load(self.config.read_text())["checkpoint"]["every"])
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return float("inf")
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -283,11 +352,21 @@ def step_of(checkpoint: Path | None) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _is_checkpoint(path: Path) -> bool:
+def unusable(path: Path) -> str:
+    """Tell why a run cannot go on from a file, as the rest of a sentence; "" if it can.
+
+    Raises:
+        OSError: If it is there and cannot be read now.
+    """
+    if not path.is_file():
+        return "is no checkpoint of a run"
+    if damage := damage_of(path):
+        return f"is damaged ({damage})"
     try:
-        return {"global_step", "loops", "state_dict"} <= torch.load(path, weights_only=True, mmap=True).keys()
+        keys = torch.load(path, weights_only=True, mmap=True).keys()
     except Exception:  # whatever it is, it is not ours
-        return False
+        return "is no checkpoint of a run, or is cut short"
+    return "" if {"global_step", "loops", "state_dict"} <= keys else "is no checkpoint of a run"
 
 
 def launch(*, main: bool) -> str:

@@ -1,13 +1,77 @@
 """Where numbers go: a CSV file always, Weights & Biases when asked."""
 
+import contextlib
 import csv
+import errno
 import io
 import netrc
 import os
+import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
+
+from depth_anything.data.tars import write_atomically
+from depth_anything.disk import named_write_errors
+
+
+@dataclass
+class MetricsTable:
+    """What metrics.csv holds.
+
+    Attributes:
+        columns: The names of its header.
+        rows: The whole rows, column to text.
+        damaged: How many lines are no whole row: cut short, overwritten, of zero bytes. With a header that has no
+            step, all of them.
+    """
+
+    columns: list[str]
+    rows: list[dict[str, str]]
+    damaged: int
+
+
+def read_metrics(path: Path) -> MetricsTable:
+    """Read metrics.csv, whatever a power cut or an editor has left of it; a missing file has no rows.
+
+    Raises:
+        OSError: If it is there and cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return MetricsTable([], [], 0)
+    cut = bool(lines.pop().strip())  # every row that was written whole ends its line
+    lines = [line for line in lines if line.strip()]
+    columns = _fields(lines[0]) if lines else []
+    if columns.count("step") != 1 or len(set(columns)) < len(columns):
+        return MetricsTable([], [], len(lines) + cut)
+    found = [
+        dict(zip(columns, row, strict=True)) for line in lines[1:] if _is_row(row := _fields(line), columns)
+    ]
+    return MetricsTable(columns, found, len(lines) - 1 - len(found) + cut)
+
+
+def _fields(line: bytes) -> list[str]:
+    """Split a line into its fields; none where it holds what is no text."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        return next(csv.reader([text]), []) if text.isprintable() else []
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _is_row(fields: list[str], columns: list[str]) -> bool:
+    if len(fields) != len(columns):
+        return False
+    try:
+        int(fields[columns.index("step")])
+        return all(isinstance(float(value), float) for value in fields if value)
+    except ValueError:
+        return False
 
 
 class MetricsCSV(Logger):
@@ -22,6 +86,7 @@ class MetricsCSV(Logger):
         self.path = Path(path)
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}
+        self._waiting: list[dict[str, Any]] = []
 
     @property
     def name(self) -> str:
@@ -37,66 +102,101 @@ class MetricsCSV(Logger):
         """Do nothing: config.yaml holds them."""
 
     def rewind(self, step: int) -> None:
-        """Drop rows after `step`, which a run resumed from `step` will write again."""
+        """Drop rows after `step`, which a run resumed from `step` will write again, and lines that are no rows.
+
+        A file with damaged lines is kept as metrics.csv.damaged, and named on standard error.
+        """
         if not self.path.is_file():
             return
-        with open(self.path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self._columns = list(rows[0]) if rows else []
-        self._rewrite(rows)
+        table = read_metrics(self.path)
+        if table.damaged:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, aside)
+            print(
+                f"{self.path} has {table.damaged} damaged lines: {len(table.rows)} whole rows are kept, and the file "
+                f"as it was is {aside.name}",
+                file=sys.stderr,
+            )
+        rows = [row for row in table.rows if int(row["step"]) <= step]
+        if rows:
+            self._columns = table.columns
+            self._rewrite(rows)
+        else:
+            self.path.unlink()
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add numbers to the row of `step`."""
+        """Add numbers to the row of `step`; the row before it is written, if need be with a later one."""
         if self._row and self._row["step"] != step:
-            self.save()
+            with contextlib.suppress(
+                OSError
+            ):  # on one rank of several: `save`, which all ranks hear of, raises it
+                self.save()
         self._row.update({"step": step, **metrics})
 
     def save(self) -> None:
-        """Write the row that is being filled."""
-        if not self._row:
+        """Write the row that is being filled, and those that could not be written before.
+
+        Raises:
+            OSError: If the disk is full or cannot be written. The file keeps its whole rows, and the new ones wait.
+        """
+        if self._row:
+            self._waiting.append(self._row)
+            self._row = {}
+        if not self._waiting:
             return
-        new = [name for name in self._row if name not in self._columns]
-        if new:
-            rows = []
-            if self.path.is_file():
-                with open(self.path, newline="") as file:
-                    rows = list(csv.DictReader(file))
-            self._columns += new
-            self._rewrite([*rows, self._row])
+        names = dict.fromkeys(name for row in self._waiting for name in row)
+        if names.keys() <= set(self._columns):
+            self._append(self._waiting)
         else:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(self._row)
-        self._row = {}
+            table, before = read_metrics(self.path), self._columns
+            self._columns = list(dict.fromkeys([*table.columns, *before, *names]))
+            try:
+                self._rewrite([*table.rows, *self._waiting])
+            except OSError:
+                self._columns = before
+                raise
+        self._waiting = []
 
     def last(self, prefix: str) -> dict[str, str]:
         """Read the newest numbers whose names begin so, without the beginning; none where there are none."""
         self.save()
-        if not self.path.is_file():
-            return {}
-        with open(self.path, newline="") as file:
-            rows = [
-                {
-                    name.removeprefix(prefix): value
-                    for name, value in row.items()
-                    if name.startswith(prefix) and value
-                }
-                for row in csv.DictReader(file)
-            ]
+        rows = [
+            {
+                name.removeprefix(prefix): value
+                for name, value in row.items()
+                if name.startswith(prefix) and value
+            }
+            for row in read_metrics(self.path).rows
+        ]
         return next((row for row in reversed(rows) if row), {})
 
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
+        """Write what is left; after an error, which may be a full disk, as far as it can be written."""
+        with contextlib.nullcontext() if status == "success" else contextlib.suppress(OSError):
+            self.save()
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        with named_write_errors(self.path), open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                text = self._text(rows)
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, self._text(rows, header=True))
+
+    def _text(self, rows: list[dict[str, Any]], *, header: bool = False) -> bytes:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns, restval="")
-        writer.writeheader()
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(text.getvalue(), newline="")
-        os.replace(temporary, self.path)
+        return text.getvalue().encode()
 
 
 def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:

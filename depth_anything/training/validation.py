@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,9 +15,10 @@ from PIL import Image
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import write_atomically
+from depth_anything.disk import write_error
 from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import Score, da2k_score
-from depth_anything.evaluation.evaluate import RISING, Result, evaluate, merge, show
+from depth_anything.evaluation.evaluate import RISING, Result, compared_truth, evaluate, merge, show
 from depth_anything.evaluation.judging import (
     BATCH_SIZE,
     Trial,
@@ -25,7 +28,9 @@ from depth_anything.evaluation.judging import (
     trial_of_benchmark,
     trial_of_set,
 )
+from depth_anything.evaluation.protocols import Protocol
 from depth_anything.inference.predictor import Predictor
+from depth_anything.model.files import write_whole
 from depth_anything.model.weights import save_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, together
@@ -55,6 +60,53 @@ def trial_of(config: Mapping[str, Any]) -> Trial | None:
     return trial_of_benchmark(benchmark, settings["root"], protocol=protocol, **given)
 
 
+class _Truth(NamedTuple):
+    """What an image offers to be judged by: its key, the pixels that are compared, and its range in metres."""
+
+    key: str
+    compared: int
+    nearest: float
+    farthest: float
+
+
+def _truth_of(frame: Frame, rules: Protocol) -> _Truth:
+    shown = show(frame, rules)
+    assert shown.depth is not None
+    known = shown.depth[np.isfinite(shown.depth) & (shown.depth > 0)]
+    nearest, farthest = (float(known.min()), float(known.max())) if known.size else (math.nan, math.nan)
+    compared = int(np.isfinite(compared_truth(shown, rules)).sum())
+    return _Truth(frame.key, compared, nearest, farthest)
+
+
+def _refuse_nothing_valid(trial: Trial, found: Sequence[_Truth], *, tell: bool) -> None:
+    """Refuse images of which none has a pixel to compare; with `tell`, name those that have none among others.
+
+    Raises:
+        ValueError: Naming the set, the range of its depth and the range that is compared.
+    """
+    rules, empty = trial.protocol, [truth for truth in found if not truth.compared]
+    if rules is None or not empty:
+        return
+    keys = ", ".join(truth.key for truth in empty[:3]) + (", …" if len(empty) > 3 else "")
+    if len(empty) < len(found):
+        if tell:
+            print(
+                f"{len(empty)} of {len(found)} images of {trial.name} have no valid pixel and do not count: {keys}",
+                file=sys.stderr,
+            )
+        return
+    known = [truth for truth in empty if truth.farthest == truth.farthest]
+    measured = "it has no finite depth above 0 m"
+    if known:
+        nearest, farthest = min(truth.nearest for truth in known), max(truth.farthest for truth in known)
+        measured = f"its depth is {nearest:.4g} to {farthest:.4g} m"
+    raise ValueError(
+        f"no image of the validation set {trial.name} has a valid pixel ({keys}): {measured}, and "
+        f"{rules.min_depth:g} to {rules.max_depth:g} m are compared; if its unit is another, make it again with the "
+        "right unit; else type validation.max_depth=METRES, or sources.validation=null to train without"
+    )
+
+
 class Validation(StepCallback):
     """Judge held-out images as `depth-anything evaluate` does, paint the first few, and keep the best network.
 
@@ -82,19 +134,25 @@ class Validation(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Look at this rank's share of the images, and which network was best before."""
         super().on_train_start(trainer, module)
-        together(trainer.world_size, lambda: self._look(trainer, module.model.quantity))
-        if self.trial is None or not trainer.is_global_zero:
+        shares = together(trainer.world_size, lambda: self._look(trainer, module.model.quantity))
+        if self.trial is None:
+            return
+        _refuse_nothing_valid(
+            self.trial, [truth for share in shares for truth in share], tell=trainer.is_global_zero
+        )
+        if not trainer.is_global_zero:
             return
         if trainer.global_step == 0:
             self.folder.forget_best()
         best = self.folder.read_best()  # of a later step, too: what a killed run found is found
         self.best = best if best.get("judged") == _judged_on(self.trial) else {}
 
-    def _look(self, trainer: pl.Trainer, quantity: str) -> None:
+    def _look(self, trainer: pl.Trainer, quantity: str) -> list[_Truth]:
         """Open the images and read each once, so that what cannot be judged is said before anything is trained."""
         self.trial = trial = self._open()
+        found: list[_Truth] = []
         if trial is None:
-            return
+            return found
         check_fits(trial, quantity)
         self.lines = share_of(trial.lines, (trainer.global_rank + 1, trainer.world_size))
         for number, line in enumerate(self.lines):
@@ -102,9 +160,10 @@ class Validation(StepCallback):
             if trial.protocol is not None:
                 if item.depth is None:
                     raise ValueError(f"{item.key} has no depth in metres to validate on; name a labelled set")
-                show(item, trial.protocol)
+                found.append(_truth_of(item, trial.protocol))
             if number < PICTURES:
                 self.shown.append(item)
+        return found
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Validate when due."""
@@ -115,9 +174,13 @@ class Validation(StepCallback):
         metric, numbers = self._judged(trainer.world_size, predictor)
         for logger in trainer.loggers:
             logger.log_metrics({f"val_{name}": value for name, value in numbers.items()}, step=step)
-        if trainer.is_global_zero:
-            self._paint(trainer, predictor, step)
-            self._keep_best(module, step, metric, numbers[metric])
+
+        def keep() -> None:
+            if trainer.is_global_zero:
+                self._paint(trainer, predictor, step)
+                self._keep_best(module, step, metric, numbers[metric])
+
+        together(trainer.world_size, keep)  # a full disk stops all ranks
         module.model.train(training)
 
     def _judged(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
@@ -141,8 +204,10 @@ class Validation(StepCallback):
         rows = [_row(item, map_, predictor.quantity) for item, map_ in zip(self.shown, maps, strict=True)]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
         picture = panel(rows, titles=titles)
-        self.folder.pictures.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder.pictures / f"step-{step:09d}.jpg", quality=90)
+        write_whole(
+            self.folder.pictures / f"step-{step:09d}.jpg",
+            lambda temporary: Image.fromarray(picture).save(temporary, "JPEG", quality=90),
+        )
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("depth", [picture], step=step)
@@ -161,8 +226,13 @@ class Validation(StepCallback):
             "protocol": self.trial.protocol.name if self.trial.protocol else self.trial.name,
             "judged": _judged_on(self.trial),
         }
+        written = self.folder.best.with_name(f".{self.folder.best.name}.tmp")
+        try:
+            save_model(module.model, written)
+        except OSError as error:  # a full disk, perhaps: the older network and its note stay
+            raise write_error(self.folder.best, error) from error
         self.folder.best_note.unlink(missing_ok=True)
-        save_model(module.model, self.folder.best)
+        os.replace(written, self.folder.best)
         write_atomically(self.folder.best_note, json.dumps(self.best).encode())
 
 

@@ -45,6 +45,8 @@ def test_metadata_of_the_file(tmp_path, model):
     save_model(model, tmp_path / "model.safetensors")
     raw = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    digest = header["__metadata__"].pop("sha256")
+    assert re.fullmatch("[0-9a-f]{64}", digest)
     assert header["__metadata__"] == describe(model)
     assert describe(model) | {"version": ""} == {
         "format": "pt",
@@ -265,6 +267,24 @@ def test_official_names_are_believed(tmp_path, model, name, taps, max_depth):
     torch.save(model.state_dict(), tmp_path / name)
     read = load_model(tmp_path / name)
     assert (read.encoder, read.taps, read.max_depth) == ("vits", taps, max_depth)
+
+
+@pytest.mark.parametrize(
+    "name", ["depth_anything_vits14", "depth_anything_v2_metric_hypersim_vits", "depth_anything_v2_vits"]
+)
+@pytest.mark.parametrize("max_depth", [None, 35.0])
+def test_metadata_count_more_than_an_official_name(tmp_path, name, max_depth):
+    """A file that is saved under an official name stays what it is, in each format that says it."""
+    model = DepthAnything("vits", max_depth=max_depth, taps=(0, 1, 2, 4))
+    model.licence, model.input_size = "apache-2.0", 84
+    save_model(model, tmp_path / f"{name}.safetensors")
+    torch.save(
+        {"state_dict": model.state_dict(), "depth_anything": describe(model)}, tmp_path / f"{name}.ckpt"
+    )
+    for suffix in ("safetensors", "ckpt"):
+        read = load_model(tmp_path / f"{name}.{suffix}")
+        assert (read.taps, read.max_depth) == ((0, 1, 2, 4), max_depth)
+        assert (read.licence, read.input_size) == ("apache-2.0", 84) and same(read, model)
 
 
 @pytest.mark.parametrize(

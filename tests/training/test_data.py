@@ -234,3 +234,11 @@ def test_a_manifest_that_changes_its_mind_is_noticed(tmp_path: Path) -> None:
 )
 def test_values_as_they_are_typed(value: Any, typed: str) -> None:
     assert override("k", value) == typed
+
+
+@pytest.mark.parametrize("changes", [{"streams": 8}, {"seed": 1}, {"batch_size": 4}], ids=str)
+def test_the_order_of_samples_is_kept_on_resume(roots: dict[str, str], changes: dict[str, int]) -> None:
+    (key, value), kept = *changes.items(), teacher(roots, "plain").state_dict()
+    with pytest.raises(ValueError) as raised:
+        teacher(roots, "plain", **changes).load_state_dict(kept)
+    assert f"type {key}={kept[key]}" in str(raised.value) and kept[key] != value

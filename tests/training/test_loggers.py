@@ -1,7 +1,9 @@
 """metrics.csv: one row a step, continued by a resumed run, and wandb offline without a key."""
 
 import csv
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +45,110 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path, resumed: int) -> No
     assert [float(row["loss"]) for row in rows(path)] == [
         float(step) if step <= resumed else 10.0 * step for step in range(1, 6)
     ]
+
+
+def written(path: Path, steps: int = 4) -> bytes:
+    """Log some steps, and return the bytes of the file."""
+    log = MetricsCSV(path)
+    for step in range(1, steps + 1):
+        log.log_metrics({"loss": float(step), "lr": 0.5}, step=step)
+    log.save()
+    return path.read_bytes()
+
+
+DAMAGE = {
+    "zeros at the end": (lambda b: b + bytes(512), [1, 2, 3, 4]),
+    "the last row is zeros": (lambda b: b[:-11] + bytes(11), [1, 2, 3]),
+    "half a row": (lambda b: b[:-5], [1, 2, 3]),
+    "a row without the end of its line": (lambda b: b[:-2], [1, 2, 3]),
+    "half a row, then zeros": (lambda b: b[:-5] + bytes(4096), [1, 2, 3]),
+    "garbage in the middle": (lambda b: b.replace(b"2,2.0", b"\xff\xfe\x00,"), [1, 3, 4]),
+    "a number that is none": (lambda b: b.replace(b"2,2.0", b"2,2.0.1"), [1, 3, 4]),
+    "a step that is none": (lambda b: b.replace(b"2,2.0", b"two,2.0"), [1, 3, 4]),
+    "a field too many": (lambda b: b.replace(b"3,3.0", b"3,3.0,7"), [1, 2, 4]),
+    "an open quote": (lambda b: b.replace(b"3,3.0", b'3,"3.0'), [1, 2, 4]),
+    "a header of zeros": (lambda b: bytes(10) + b[10:], []),
+    "a header without a step": (lambda b: b.replace(b"step", b"epoch"), []),
+    "a header with a name twice": (lambda b: b.replace(b"step,loss", b"step,step"), []),
+    "zeros alone": (lambda b: bytes(len(b)), []),
+    "binary garbage": (lambda b: bytes(range(256)) * 9, []),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_lines_are_dropped_and_named(
+    tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, kept = damage
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(torn := change(written(path)))
+    log = MetricsCSV(path)
+    log.rewind(4)
+    said = capsys.readouterr().err
+    assert str(path) in said and f"{len(kept)} whole rows" in said
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == torn
+    log.log_metrics({"loss": 9.0, "lr": 0.5}, step=5)
+    log.save()
+    assert [int(row["step"]) for row in rows(path)] == [*kept, 5]
+    assert [row["loss"] for row in rows(path)] == [*(f"{step}.0" for step in kept), "9.0"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda b: b, lambda b: b.replace(b"\r\n", b"\n"), lambda b: b"\xef\xbb\xbf" + b, lambda b: b + b"\r\n"],
+    ids=["as written", "LF", "byte order mark", "empty line"],
+)
+def test_what_editors_do_to_a_table_is_no_damage(
+    tmp_path: Path, change: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(change(written(path)))
+    log = MetricsCSV(path)
+    log.rewind(3)
+    log.log_metrics({"loss": 7.0, "lr": 0.5}, step=4)
+    log.save()
+    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0", "3.0", "7.0"]
+    assert capsys.readouterr().err == "" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_of_other_columns_gets_those_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("old,step,loss\n7,1,0.5\n8,2,0.25\n")
+    log = MetricsCSV(path)
+    log.rewind(2)
+    log.log_metrics({"loss": 0.125, "valid_share": 1.0}, step=3)
+    log.save()
+    assert rows(path) == [
+        {"old": "7", "step": "1", "loss": "0.5", "valid_share": ""},
+        {"old": "8", "step": "2", "loss": "0.25", "valid_share": ""},
+        {"old": "", "step": "3", "loss": "0.125", "valid_share": "1.0"},
+    ]
+
+
+def limit_files(bytes_: int) -> tuple[int, int]:
+    """Let files grow to so many bytes, as a full disk does; return the limits of before."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    return before
+
+
+@pytest.mark.parametrize("columns", ["known", "new"])
+def test_a_full_disk_leaves_whole_rows_and_the_new_ones_wait(tmp_path: Path, columns: str) -> None:
+    path = tmp_path / "metrics.csv"
+    log = MetricsCSV(path)
+    log.log_metrics({"loss": 1.0}, step=1)
+    log.save()
+    before = path.read_bytes()
+    more = {"loss": 2.0} if columns == "known" else {"loss": 2.0, "val_d1": 0.5}
+    limits = limit_files(len(before) + 3)
+    try:
+        log.log_metrics(more, step=2)
+        log.log_metrics({"loss": 3.0}, step=3)  # the row before it does not fit, and waits
+        with pytest.raises(OSError) as raised:
+            log.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in str(raised.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+    log.finalize("failed")
+    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0", "3.0"]

@@ -1,7 +1,9 @@
 """Validation inside training: the command line's figures, of benchmarks, too; the best network kept and found again."""
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -292,3 +294,68 @@ def test_a_run_leaves_its_best_and_says_so(tmp_path: Path) -> None:
     assert best["step"] == min(found, key=lambda step: found[step]) and best["value"] == min(found.values())
     assert f"finished: {folder.model}; best on scenes-validation: {folder.best}" in done.stdout
     assert load_model(folder.best).quantity == "depth"
+
+
+def write_depths(root: Path, depths: list[float], **meta: Any) -> str:
+    """Frames of one depth each."""
+    records = []
+    for i, metres in enumerate(depths):
+        frame = Frame(
+            f"{root.name}/0/{i}",
+            np.full((42, 56, 3), 9 * i, np.uint8),
+            {"unit": "m"},
+            depth=np.full((42, 56), metres, np.float32),
+        )
+        records.append((frame.key, encode_frame(frame, codec="f32")))
+    info = write_shard(root / "0.tar", records)
+    write_manifest(root, name=root.name, shards=[info], meta={"quantity": "depth", "unit": "m", **meta})
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("depths", "measured"),
+    [([1500.0, 9000.0], ["1500", "9000"]), ([np.inf, np.inf], ["no finite"]), ([np.nan, 0.0], ["no finite"])],
+    ids=["millimeters", "sky", "unknown"],
+)
+def test_a_validation_set_without_a_valid_pixel_is_refused_by_name(
+    tmp_path: Path, depths: list[float], measured: list[str]
+) -> None:
+    root = write_depths(tmp_path / "millis", depths)
+    with pytest.raises(ValueError) as raised:
+        Run(tmp_path / "run", config(validation=root, max_depth=80.0))
+    for word in ["millis", "millis/0/0", "millis/0/1", "80", *measured]:
+        assert word in str(raised.value)
+
+
+def test_validation_images_without_a_valid_pixel_are_named_and_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_depths(tmp_path / "some", [2.0, 1500.0, 3.0])
+    run = Run(tmp_path / "run", config(validation=root, max_depth=80.0), max_depth=10.0)
+    said = capsys.readouterr().err
+    assert "1 of 3" in said and "some/0/1" in said and "some/0/0" not in said
+    value = run.at(2)["val_abs_rel"]
+    assert np.isfinite(value) and run.folder.read_best()["value"] == value
+
+
+def test_where_the_disk_is_full_the_older_best_network_and_its_note_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(validation=write_rooms(tmp_path / "rooms", 2))
+    run = Run(tmp_path / "run", settings, max_depth=10.0)
+    run.at(2, shift=3.0)
+    before, note = run.folder.best.read_bytes(), run.folder.read_best()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("depth_anything.model.files.save_file", full)
+    with pytest.raises(OSError) as raised:
+        run.at(4, shift=-3.0)
+    assert f"{run.folder.best} " in str(raised.value) and "No space left" in str(raised.value)
+    assert run.folder.best.read_bytes() == before and run.folder.read_best() == note
+    assert sorted(path.name for path in run.folder.path.iterdir()) == [
+        "best.json",
+        "best.safetensors",
+        "pictures",
+    ]

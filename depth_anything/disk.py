@@ -1,0 +1,57 @@
+"""Errors of writing: one sentence that names the file and, where the disk is full, the folder to make space in."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_error(path: Path, error: BaseException) -> OSError:
+    """Build the error that says that `path` cannot be written, and why.
+
+    Args:
+        path: What was being written, under its final name.
+        error: What the system or a library raised. Libraries that fail to write often complain of something else
+            and keep the system's error as their context, or cite its number as "(os error 28)".
+
+    Returns:
+        An OSError with the system's `errno` where it is known.
+    """
+    code, said = _system_error(error)
+    advice = ""
+    if code in _FULL:
+        advice = f"; make space in {path.parent} and start the same command again"
+    named = OSError(f"{path} cannot be written ({said}){advice}")
+    named.errno = code
+    return named
+
+
+@contextmanager
+def named_write_errors(path: Path) -> Iterator[None]:
+    """Name `path` where the disk is full: a write or fsync that fails names no file.
+
+    Other errors go through: what is written may be read from a failing disk meanwhile.
+
+    Raises:
+        OSError: As `write_error` builds it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, errno.EFBIG) or error.strerror is None:
+            raise
+        raise write_error(path, error) from error
+
+
+def _system_error(error: BaseException) -> tuple[int | None, str]:
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.errno, first.strerror
+        first = first.__context__
+    text = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+    number = re.search(r"\(os error (\d+)\)", text)
+    return (int(number[1]) if number else None), text

@@ -1,0 +1,316 @@
+"""Which checkpoint a run goes on from, what becomes of damaged ones, and that nothing begins anew in silence."""
+
+import errno
+import os
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from depth_anything.model.files import write_whole
+from depth_anything.model.integrity import damage_of, save_checked
+from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.engine import AtomicCheckpointIO
+from depth_anything.training.folder import RunFolder, step_of
+
+CONFIG: dict[str, Any] = {
+    "stage": "teacher",
+    "steps": 30,
+    "overwrite": False,
+    "resume": None,
+    "checkpoint": {"every": 5, "keep": 2},
+}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {**CONFIG, **changes}
+
+
+def checkpoint(path: Path, *, digest: bool = True) -> None:
+    content = {"global_step": step_of(path), "loops": {}, "state_dict": {"w": torch.randn(64, 64)}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checked(content, path) if digest else torch.save(content, path)
+
+
+def flip(path: Path, *, place: float = 0.5) -> None:
+    """Overwrite 64 bytes of a file."""
+    content = bytearray(path.read_bytes())
+    start = min(int(len(content) * place), len(content) - 64)
+    for i in range(start, start + 64):
+        content[i] ^= 0x55
+    path.write_bytes(content)
+
+
+def started(path: Path, *steps: int, digest: bool = True) -> RunFolder:
+    """Make the folder of a run that was stopped, with its checkpoints."""
+    folder = RunFolder(path)
+    folder.claim(config())
+    folder.lock.release()
+    for step in steps:
+        checkpoint(folder.checkpoints / f"step-{step:09d}.ckpt", digest=digest)
+    return folder
+
+
+def begin(path: Path, **changes: Any) -> int:
+    """Start the run again; return the step it goes on from, 0 for none."""
+    folder = RunFolder(path)
+    try:
+        return step_of(folder.begin(config(**changes), main=True))
+    finally:
+        folder.lock.release()
+
+
+def log_steps(folder: RunFolder, last: int) -> None:
+    rows = "".join(f"{step},0.5\n" for step in range(1, last + 1))
+    folder.metrics.write_text("step,loss\n" + rows)
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "old"])
+@pytest.mark.parametrize("how", ["middle", "head", "tail", "cut", "zeros", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_goes_on(
+    tmp_path: Path, how: str, digest: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = started(tmp_path / "run", 5, 10, digest=digest)
+    newest = folder.checkpoints / "step-000000010.ckpt"
+    whole = newest.read_bytes()
+    if how in ("cut", "empty"):
+        newest.write_bytes(whole[: len(whole) // 2 if how == "cut" else 0])
+    elif how == "zeros":
+        newest.write_bytes(whole[:-2000] + bytes(2000))
+    else:
+        flip(newest, place={"middle": 0.5, "head": 0.0, "tail": 1.0}[how])
+    assert begin(tmp_path / "run") == 5
+    said = capsys.readouterr().err
+    assert str(newest) in said and "step-000000005.ckpt" in said
+    # out of the way of those that are kept, and not lost
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-000000005.ckpt",
+        "step-000000010.ckpt.damaged",
+    ]
+    assert begin(tmp_path / "run") == 5 and capsys.readouterr().err == ""
+
+
+def test_old_checkpoints_without_a_digest_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started(tmp_path / "run", 5, 10, digest=False)
+    assert begin(tmp_path / "run") == 10 and capsys.readouterr().err == ""
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", 5, 10, 15)
+    flip(folder.checkpoints / "step-000000015.ckpt")
+    assert begin(tmp_path / "run") == 10
+    saver(folder, keep=1).save(trainer(folder), 12)
+    assert [path.name for path in folder.checkpoints.glob("*.ckpt")] == ["step-000000012.ckpt"]
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", 5, 10)
+    for path in folder.checkpoints.iterdir():
+        flip(path)
+    log_steps(folder, 12)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(ValueError) as raised:
+            begin(tmp_path / "run")
+        for word in (str(folder.path), "step-000000010.ckpt", "resume=", "overwrite=true", "name="):
+            assert word in str(raised.value)
+    after = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    assert {p: b for p, b in after.items() if p.name != "lock.json"} == {
+        p: b for p, b in before.items() if p.name != "lock.json"
+    }
+    # what is asked for is done
+    checkpoint(tmp_path / "copy" / "step-000000010.ckpt")
+    assert begin(tmp_path / "run", resume=str(tmp_path / "copy" / "step-000000010.ckpt")) == 10
+    assert not list(folder.checkpoints.glob("*.ckpt"))
+    assert begin(tmp_path / "run", overwrite=True) == 0
+    assert (tmp_path / "run.1" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("sign", ["saved.json", "metrics.csv", "finished.json"])
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
+def test_lost_checkpoints_are_noticed(tmp_path: Path, sign: str, empty: bool) -> None:
+    folder = started(tmp_path / "run")
+    if empty:
+        folder.checkpoints.mkdir()
+    if sign == "saved.json":
+        folder.saved.write_text('{"step": 3}')
+    elif sign == "metrics.csv":
+        log_steps(folder, 6)  # a checkpoint was due at 5
+    else:
+        folder.model.write_bytes(b"x")
+        folder.finish(20)
+    with pytest.raises(ValueError) as raised:
+        begin(tmp_path / "run")
+    for word in (sign, str(folder.path), "resume=", "overwrite=true"):
+        assert word in str(raised.value)
+    assert begin(tmp_path / "run", overwrite=True) == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    log_steps(folder, 5)  # killed while it was saving its fifth step
+    assert begin(tmp_path / "run") == 0
+    # the interval is that of the sitting that was killed, not of the next one
+    assert begin(tmp_path / "run", checkpoint={"every": 2, "keep": 2}) == 0
+
+
+def test_a_finished_run_needs_no_checkpoints(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.model.write_bytes(b"x")
+    folder.finish(30)
+    log_steps(folder, 30)
+    folder.saved.write_text('{"step": 30}')
+    assert begin(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "old"])
+def test_a_damaged_file_given_to_resume_is_refused(tmp_path: Path, digest: bool) -> None:
+    path = tmp_path / "copy" / "step-000000010.ckpt"
+    checkpoint(path, digest=digest)
+    flip(path)
+    with pytest.raises(ValueError) as raised:
+        begin(tmp_path / "run", resume=str(path))
+    assert f"resume={path}" in str(raised.value) and "damaged" in str(raised.value)
+
+
+def test_a_disk_that_cannot_be_read_stops_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = started(tmp_path / "run", 5, 10)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("depth_anything.model.integrity._update", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        begin(tmp_path / "run")
+    assert len(list(folder.checkpoints.glob("*.ckpt"))) == 2
+
+
+# Checkpoints
+
+
+def trainer(folder: RunFolder, *, ranks: int = 1, content: Any = None) -> Any:
+    """As much of a trainer as saving asks for, with the writer of the project."""
+    log = SimpleNamespace(saved=0)
+    log.save = lambda: setattr(log, "saved", log.saved + 1)
+    made = SimpleNamespace(
+        loggers=[log],
+        world_size=ranks,
+        is_global_zero=True,
+        max_steps=30,
+        global_step=0,
+        lightning_module=SimpleNamespace(grad_norm=torch.tensor(1.0)),
+        default_root_dir=str(folder.path),
+    )
+    state = content or {"global_step": 1, "loops": {}, "state_dict": {"w": torch.zeros(64, 64)}}
+    made.save_checkpoint = lambda path: AtomicCheckpointIO().save_checkpoint(state, path)
+    return made
+
+
+def saver(folder: RunFolder, **settings: Any) -> Checkpoints:
+    return Checkpoints(folder.checkpoints, **{"every": 5, **settings})
+
+
+def names(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def test_checkpoints_come_when_due_and_the_newest_are_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    made, saves = trainer(folder), saver(folder)
+    for step in range(1, 31):
+        saves.on_step(made, made.lightning_module, step)
+    assert names(folder) == ["step-000000025.ckpt", "step-000000030.ckpt"]
+    assert made.loggers[0].saved == 6 and folder.saved.read_text() == '{"step": 30}'
+    assert all(damage_of(path) == "" for path in folder.checkpoints.iterdir())
+
+
+def test_the_last_step_is_saved_and_a_step_only_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    made, saves = trainer(folder), saver(folder, every=7)
+    saves.on_step(made, made.lightning_module, 30)
+    saves.save(made, 30)
+    assert names(folder) == ["step-000000030.ckpt"] and made.loggers[0].saved == 1
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_weights_after_a_gradient_that_is_no_number_are_not_saved(tmp_path: Path, norm: float) -> None:
+    folder = RunFolder(tmp_path)
+    made = trainer(folder)
+    made.lightning_module.grad_norm = torch.tensor(norm)
+    with pytest.raises(ValueError, match=r"step 5\b.*recipe\.encoder_lr"):
+        saver(folder).save(made, 5)
+    assert not folder.checkpoints.exists()
+
+
+def test_a_checkpoint_is_not_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the new file is on the disk whole, whoever looks finds the old one."""
+    path = tmp_path / "step-000000005.ckpt"
+    checkpoint(path)
+    before, seen = path.read_bytes(), []
+    sync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append(path.read_bytes() == before)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    state = {"global_step": 5, "loops": {}, "state_dict": {"w": torch.ones(64, 64)}}
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    assert seen == [True, False]  # the file is flushed before it is renamed, the folder after that
+    assert torch.load(path)["state_dict"]["w"].mean() == 1
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("size", [1000, 200_000])
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path: Path, size: int) -> None:
+    folder = RunFolder(tmp_path)
+    state = {"global_step": 1, "loops": {}, "state_dict": {"w": torch.zeros(400, 400)}}
+    made, saves = trainer(folder, content=state), saver(folder)
+    saves.save(made, 5)
+    older = (folder.checkpoints / "step-000000005.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # ends a write halfway, as a full disk does
+    try:
+        with pytest.raises(OSError) as raised:
+            saves.save(made, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step-000000010.ckpt" in str(raised.value) and "enforce" not in str(raised.value)
+    assert names(folder) == ["step-000000005.ckpt"]
+    assert (folder.checkpoints / "step-000000005.ckpt").read_bytes() == older
+    assert folder.saved.read_text() == '{"step": 5}'
+    saves.save(made, 10)  # with space again
+    assert names(folder) == ["step-000000005.ckpt", "step-000000010.ckpt"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_folder_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    folder = RunFolder(tmp_path)
+    made, saves = trainer(folder), saver(folder)
+
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as raised:
+        saves.save(made, 10)
+    said = str(raised.value)
+    assert os.strerror(code) in said and f"make space in {folder.checkpoints}" in said and "\n" not in said
+    assert "start the same command again" in said and raised.value.errno == code
+    assert names(folder) == []
+
+
+def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="make space in") as raised:
+        write_whole(tmp_path / "model.safetensors", write)
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
