@@ -8,7 +8,6 @@ same bytes, and a lease only saves work.
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -26,13 +25,14 @@ from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSet, open_labels
-from depth_anything.data.loader import identity
+from depth_anything.data.loader import Loader, identity
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
 from depth_anything.data.tars import is_alive
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
+from depth_anything.training.signals import signals
 
 PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
 STALE_S = 120.0
@@ -281,9 +281,20 @@ class ShardData(pl.LightningDataModule):
             world=self.trainer.world_size,
         )
         gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            batches, batch_size=None, num_workers=self.workers, pin_memory=gpu, collate_fn=identity
+        return Loader(
+            batches,
+            smaller=f"batch_size={max(1, self.batch_size // 2)}",
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=gpu,
+            collate_fn=identity,
         )
+
+    def give_back(self) -> None:
+        """Give back the shards that this process has taken and not finished."""
+        for labels in self.labels.values():
+            for path in Path(labels.root).glob(".*.lease"):
+                Lease(path, pid=os.getpid()).release()
 
 
 class PseudoLabel(pl.LightningModule):
@@ -300,12 +311,7 @@ class PseudoLabel(pl.LightningModule):
         self._read = self._failed = 0
 
     def on_predict_start(self) -> None:
-        """Open a bar over the images that had no label when this process began.
-
-        Signals end the process at once, as they may: a shard is published whole or not at all.
-        """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)  # Lightning's handler only takes a note
+        """Open a bar over the images that had no label when this process began."""
         left = sum(labels.images_left() for labels in self._data[0].labels.values())
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
@@ -319,6 +325,7 @@ class PseudoLabel(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Label a batch; after a shard's last one, publish the shard. Returns how many images that was."""
+        signals.check()
         if not batch.records:
             return 0
         labels = self._data[0].labels[batch.set]
