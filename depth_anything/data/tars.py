@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import tarfile
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from depth_anything.data.address import join, told
+from depth_anything.data.liveness import file_system_time, is_alive
 
 _MARK = "depth-anything-index 1"
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
@@ -330,7 +330,7 @@ def remove_stale(folder: Path) -> None:
         *_, writer_host, pid, _ = path.name.split(".")
         with suppress(OSError):  # its writer may have finished meanwhile
             dead = writer_host == host and not is_alive(int(pid))
-            if dead or time.time() - path.stat().st_mtime > _STALE_S:
+            if dead or file_system_time(folder) - path.stat().st_mtime > _STALE_S:
                 path.unlink()
 
 
@@ -341,17 +341,6 @@ def temporary_name(path: Path) -> Path:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _write_members(file: BinaryIO, path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
