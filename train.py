@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import hydra
-
-from depth_anything.training.run import main
+from depth_anything.training.signals import signals
 
 if __name__ == "__main__":
-    configs = str(Path(__file__).resolve().parent / "configs")
-    hydra.main(version_base="1.3", config_path=configs, config_name="train")(main)()
+    signals.listen()  # before the imports that take seconds
+    import hydra  # isort: skip
+    from depth_anything.training.run import main  # isort: skip
+
+    hydra.main(str(Path(__file__).resolve().parent / "configs"), "train", "1.3")(main)()

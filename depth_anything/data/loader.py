@@ -1,7 +1,9 @@
 """The loader that training reads from: whole micro-batches, made ahead by worker processes, without end."""
 
 import atexit
+import re
 import signal
+import threading
 import weakref
 from typing import Any
 
@@ -13,6 +15,10 @@ from depth_anything.data.stream import MicroBatches
 
 AHEAD = 2
 """Micro-batches that each worker makes ahead."""
+
+
+class WorkerError(ChildProcessError):
+    """A loader worker died, or had too little memory; it is raised where the next batch is due, between steps."""
 
 
 def stream_loader(
@@ -37,11 +43,11 @@ def stream_loader(
         pin_memory: copy batches into pinned memory, as transfers to a GPU need it.
     """
     dataset.hand_over(workers=workers, micro_batch=micro_batch, places=AHEAD + 2)
-    return _Loader(
+    return Loader(
         dataset,
+        smaller=f"micro_batch={largest_divisor(micro_batch)}",
         batch_sampler=MicroBatches(rank=rank, world=world, size=micro_batch, start=start),
         collate_fn=identity,
-        worker_init_fn=_deaf,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=AHEAD if workers else None,
@@ -54,23 +60,88 @@ def identity(batch: Any) -> Any:
     return batch
 
 
-def _deaf(worker: int) -> None:
-    # Signals that end a run may reach the whole process group, and the main process needs batches until the next
-    # step boundary.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+def largest_divisor(number: int) -> int:
+    """Return the largest divisor of a number from 2 up that is below it; 1 of 1.
+
+    >>> largest_divisor(12), largest_divisor(9), largest_divisor(7), largest_divisor(1)
+    (6, 3, 1, 1)
+    """
+    return next((number // k for k in range(2, number + 1) if number % k == 0), 1)
+
+
+def ignore_signals(worker: int) -> None:
+    """Make a worker process ignore the signals that end a run.
+
+    A terminal and a cluster send them to the whole process group, and the main process needs batches until the next
+    step boundary.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Loader(DataLoader):
+class Loader(DataLoader):
+    """A loader whose workers ignore signals, and whose errors name the worker and what to type."""
+
+    def __init__(self, dataset: Any, *, smaller: str, **options: Any) -> None:
+        """Take the options of torch's loader; `smaller` is what a user types for smaller batches."""
+        super().__init__(dataset, worker_init_fn=ignore_signals, **options)
+        self.smaller = smaller
+
     def __iter__(self) -> Any:
-        # At its exit Python sends SIGTERM to workers that are still there and waits for them: for ever, as they are
-        # deaf. Before that it calls this.
+        """Start the workers; torch calls `_get_iterator` here."""
+        # At its exit Python sends SIGTERM to workers that are still there and waits for them: for ever, as they
+        # ignore it. Before that it calls this.
         iterator = super().__iter__()
-        atexit.register(_let_go, weakref.ref(iterator))
+        atexit.register(_shut_down, weakref.ref(iterator))
         return iterator
 
+    def _get_iterator(self) -> Any:
+        return _Workers(self) if self.num_workers else super()._get_iterator()
 
-def _let_go(iterator: "weakref.ref[Any]") -> None:
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """The worker processes of a loader."""
+
+    def __init__(self, loader: Loader) -> None:
+        handler = signal.getsignal(signal.SIGCHLD)
+        self._smaller = loader.smaller
+        super().__init__(loader)
+        # torch's handler raises an error of a dead worker wherever the main process is, in the middle of an
+        # optimizer step perhaps, and such a state must not be saved. Without it the error comes with the next batch.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except (MemoryError, RuntimeError) as error:
+            memory = re.search(r"MemoryError|can't allocate memory|Insufficient memory", str(error))
+            worker = re.search(r"DataLoader worker process (\d+)", str(error))
+            if memory is None or worker is None:
+                raise
+            raise self._error(f"loader worker {worker[1]} ran out of memory") from error
+
+    def _try_get_data(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super()._try_get_data(*arguments, **options)
+        except RuntimeError as error:
+            dead = [(number, worker) for number, worker in enumerate(self._workers) if not worker.is_alive()]
+            if not dead:
+                raise
+            number, worker = dead[0]
+            code = worker.exitcode or 0
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            why = ", for lack of memory perhaps" if code == -signal.SIGKILL else ""
+            raise self._error(f"loader worker {number} (process {worker.pid}) {how}{why}") from error
+
+    def _error(self, what: str) -> WorkerError:
+        return WorkerError(
+            f"{what}; the same command goes on; where it happens again, type workers={self._num_workers // 2} or "
+            f"{self._smaller}"
+        )
+
+
+def _shut_down(iterator: "weakref.ref[Any]") -> None:
     held = iterator()
     if isinstance(held, _MultiProcessingDataLoaderIter):
         held._shutdown_workers()

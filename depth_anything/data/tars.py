@@ -10,7 +10,6 @@ import re
 import secrets
 import socket
 import tarfile
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import IO, Any, BinaryIO
 
 from depth_anything.data.address import join, told
 from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
+from depth_anything.data.liveness import file_system_time, is_alive
 from depth_anything.disk import named_write_errors
 
 _MAX_FILE_NAME = 255  # bytes, on most file systems
@@ -269,7 +269,7 @@ def remove_stale(folder: Path) -> None:
         *_, writer_host, pid, _ = path.name.split(".")
         with suppress(OSError):  # its writer may have finished meanwhile
             dead = writer_host == host and not is_alive(int(pid))
-            if dead or time.time() - path.stat().st_mtime > _STALE_S:
+            if dead or file_system_time(folder) - path.stat().st_mtime > _STALE_S:
                 path.unlink()
 
 
@@ -285,17 +285,6 @@ def temporary_name(path: Path) -> Path:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _write_members(file: BinaryIO, path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:

@@ -5,12 +5,10 @@ checkpoint never lands in the middle of an accumulation, and every rank does the
 """
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from depth_anything.data.tars import Outage, write_atomically
 from depth_anything.training.base import DepthModule
+from depth_anything.training.signals import Stopped, signals
 
 T = TypeVar("T")
 
@@ -157,24 +156,36 @@ class Progress(StepCallback):
 def together(ranks: int, work: Callable[[], T]) -> list[T]:
     """Do something on every rank and share what came out; where one fails, all stop with its sentence.
 
-    A rank that stopped alone would leave the others waiting for it until a timeout.
+    A rank that stopped alone would leave the others waiting for it until a timeout. Before the first step a signal
+    ends `work` at once on the rank that receives it.
 
     Raises:
-        ValueError: As the first rank on which `work` raised it.
+        ValueError: As the first rank on which `work` raised it, or an OSError.
+        Exception: Anything else that `work` raised on this rank; the other ranks raise a ValueError that names it.
+        Stopped: If a signal ended `work` on any rank.
     """
     if ranks == 1:
         return [work()]
-    mine: tuple[T | None, str]
+    result, sentence, number, own = None, "", 0, None
     try:
-        mine = work(), ""
+        with signals.interruptible():
+            result = work()
     except (ValueError, OSError) as error:  # an Outage, too
-        mine = None, str(error)
+        sentence = str(error)
+    except Stopped as stop:
+        number = stop.number
+    except Exception as error:
+        sentence, own = f"rank {dist.get_rank()} failed: {error!r}", error
     shares: list[Any] = [None] * ranks
-    dist.all_gather_object(shares, mine)
-    for _, sentence in shares:
+    dist.all_gather_object(shares, (result, sentence, number))
+    if number := max(number for _, _, number in shares):
+        signals.stop(number)
+    if own is not None:
+        raise own
+    for _, sentence, _ in shares:
         if sentence:
             raise ValueError(sentence)
-    return [result for result, _ in shares]
+    return [result for result, _, _ in shares]
 
 
 class Checkpoints(StepCallback):
@@ -228,8 +239,11 @@ class Checkpoints(StepCallback):
 class Agreement(StepCallback):
     """Stop all ranks at the same step boundary: a signal was caught on one, or too many records are bad.
 
-    Signal handlers only set a flag. Lightning 2.6 instead saves inside the handler, which deadlocks when ranks
-    stand at different places, and broadcasts from the device at every step (engine notes §1).
+    Signal handlers only set a flag (training/signals.py). Lightning 2.6 instead saves inside the handler, which
+    deadlocks when ranks stand at different places, and broadcasts from the device at every step (engine notes §1).
+
+    Attributes:
+        signalled: The signal on which the ranks have agreed, 0 for none.
     """
 
     def __init__(
@@ -248,26 +262,17 @@ class Agreement(StepCallback):
         self.failed = self.read = 0
         self._here: list[str] = []
         self._group: Any = None
-        self._previous: dict[int, Any] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = number
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the signals over from Lightning and open a CPU group, so that agreeing never waits for the GPU."""
+        """Open a CPU group, so that agreeing never waits for the GPU, and stop here if a signal came before."""
         super().on_train_start(trainer, module)
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        signals.listen()  # again, where a library has put handlers of its own in place
+        signals.hold()
         if trainer.world_size > 1:
-            loop = trainer.fit_loop.epoch_loop
-            assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning renamed what this replaces"
-            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
             self._group = dist.new_group(backend="gloo")
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._agree(trainer.world_size)
+        if self.signalled and trainer.global_step < trainer.max_steps:
+            trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Count the records of a micro-batch, and name the ones that failed."""
@@ -287,15 +292,9 @@ class Agreement(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Add the ranks' counts and signals up and act on them, all at once."""
-        totals = [self.signalled, self.failed, self.read]
-        if trainer.world_size > 1:
-            if step % self.every:
-                return
-            shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
-            dist.all_reduce(shared[1:], group=self._group)
-            dist.all_reduce(shared[:1], op=dist.ReduceOp.MAX, group=self._group)
-            totals = [int(n) for n in shared.tolist()]
-        self.signalled, failed, read = totals[0], totals[1], totals[2]
+        if trainer.world_size > 1 and step % self.every:
+            return
+        failed, read = self._agree(trainer.world_size)
         if self.signalled and step < trainer.max_steps:
             self.checkpoints.save(trainer, step)
             trainer.should_stop = True
@@ -304,3 +303,19 @@ class Agreement(StepCallback):
                 f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}; "
                 "look at the set with `depth-anything verify` and start the same command again"
             )
+
+    def _agree(self, ranks: int) -> tuple[int, int]:
+        """Find the signal that any rank has received; return the failed and the read records of all ranks."""
+        totals = [signals.caught, self.failed, self.read]
+        if ranks > 1:
+            shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
+            dist.all_reduce(shared[1:], group=self._group)
+            dist.all_reduce(shared[:1], op=dist.ReduceOp.MAX, group=self._group)
+            totals = [int(n) for n in shared.tolist()]
+        self.signalled, failed, read = totals
+        return failed, read
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank has called this."""
+        if self._group is not None:
+            dist.barrier(group=self._group)

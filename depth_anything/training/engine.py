@@ -1,5 +1,6 @@
 """What is asked of Lightning, and what is taken from it: callbacks, checkpoints in place, stopping and requeueing."""
 
+import atexit
 import logging
 import os
 import signal
@@ -18,8 +19,10 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.model.files import write_whole
 from depth_anything.model.integrity import save_checked
-from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress
+from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress, together
 from depth_anything.training.folder import RunFolder
+from depth_anything.training.pseudolabel import ShardData
+from depth_anything.training.signals import MAIN_PID, Stopped, launched_by_lightning, name_of, signals
 from depth_anything.training.valid_pixels import ValidPixels
 from depth_anything.training.validation import Validation, trial_of
 
@@ -37,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:
     """Collect the arguments of Lightning's Trainer that are no matter of configuration.
 
-    Everything this project does itself is off; Slurm's signals are ours (callbacks.Agreement).
+    Everything this project does itself is off; signals are ours (training/signals.py).
     """
     torch.set_float32_matmul_precision("high")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advice and advertisements
@@ -83,25 +86,104 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
     ]
 
 
+def connect_ranks(trainer: pl.Trainer) -> int:
+    """Keep Lightning's signal handlers away, and let ranks that are all started already form their group.
+
+    Lightning's handlers broadcast wherever the process stands. With a group a rank that fails while it prepares the
+    run tells the others; without one they would wait for it.
+
+    Returns:
+        How many ranks can talk to each other by now: 1 where Lightning launches the others in `fit`.
+    """
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    assert hasattr(connector, "register_signal_handlers"), "Lightning renamed what this replaces"
+    assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning renamed what this replaces"
+    connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    if trainer.world_size == 1 or launched_by_lightning():
+        return 1
+    if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
+        os.environ[MAIN_PID] = str(os.getpid())
+        if trainer.strategy.launcher is not None:  # they would wait for a rank 0 that has failed
+            atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
+        return 1
+    trainer.strategy.setup_environment()
+    return trainer.world_size
+
+
+def begin_run(trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
+    """Claim the run folder on rank 0 and return the checkpoint that every rank goes on from.
+
+    Raises:
+        ValueError: On all ranks, with rank 0's sentence.
+    """
+    ranks = connect_ranks(trainer)
+    if ranks == 1:
+        return folder.begin(config, main=trainer.is_global_zero)
+    return together(ranks, lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
+
+
+def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:
+    """Label; a signal ends it at once, on all ranks that Lightning launched, and gives back the shards under way.
+
+    Raises:
+        Stopped: For a signal.
+    """
+    connect_ranks(trainer)
+    try:
+        with signals.interruptible():
+            trainer.predict(module, datamodule=data, return_predictions=False)
+    except Stopped as stop:
+        if launched_by_lightning():
+            signals.ignore()  # rank 0 sends it to all others
+            os.kill(os.getppid(), stop.number)
+        elif trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.Signals(stop.number))
+        raise
+    finally:
+        data.give_back()
+
+
 def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """End the process when a signal ended the run before its last step.
+    """End the process when the run ended before its last step, as it does for a signal.
 
     Slurm's warning of the time limit (SIGUSR1, see slurm/train.sbatch) also queues the job again. SIGTERM does
     not: it comes from `scancel`, or from a preemption that requeues by itself.
 
     Raises:
-        SystemExit: With 128 + the signal's number on rank 0, 0 on the others, so that no launcher that ends a job
-            at the first bad exit cuts rank 0 short.
+        Stopped: For a signal, on all ranks once rank 0 has queued the job again, as a launcher may end the job at
+            the first bad exit.
+        RuntimeError: If the run ended early without a signal.
     """
-    number = next(c.signalled for c in callbacks if isinstance(c, Agreement))
-    if not number or trainer.global_step >= trainer.max_steps:
+    if trainer.global_step >= trainer.max_steps:
         return
-    if not trainer.is_global_zero:
-        sys.exit(0)
-    print(
-        f"stopped by signal {number} at step {trainer.global_step}; the same command goes on", file=sys.stderr
-    )
+    agreement = next(c for c in callbacks if isinstance(c, Agreement))
+    number, step = agreement.signalled, trainer.global_step
+    if not number:
+        raise RuntimeError(f"Lightning ended the run at step {step} of {trainer.max_steps}")
+    if trainer.is_global_zero:
+        saved = f"saved at step {step}" if step else "before the first step"
+        print(f"stopped by {name_of(number)} {saved}; the same command goes on", file=sys.stderr)
+        if number == signal.SIGUSR1:
+            requeue()
+    agreement.wait_for_all()
+    raise Stopped(number)
+
+
+def requeue() -> None:
+    """Let Slurm queue this job again, or say that it is not; without Slurm do nothing."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is not None and number == signal.SIGUSR1:
-        subprocess.run(["scontrol", "requeue", job], check=False)  # says itself why it would not
-    sys.exit(128 + number)
+    if job is None:
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        reason = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
+    except FileNotFoundError:
+        reason = "there is no scontrol on this machine"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    if reason:
+        print(
+            f"saved, not queued again ({reason}); submit the same command again, or type  scontrol requeue {job}",
+            file=sys.stderr,
+        )

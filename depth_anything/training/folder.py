@@ -1,5 +1,6 @@
 """A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -10,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from depth_anything.data.liveness import Watch, file_system_time, is_alive
 from depth_anything.data.tars import remove_stale, write_atomically
 from depth_anything.model.integrity import damage_of
 from depth_anything.training.loggers import read_metrics
@@ -45,6 +48,7 @@ OF_REPLAY = frozenset(("labels", "replay_share", "recipe.ssi_weight", "recipe.gm
 WHOLE = frozenset(("sky", "repeat"))
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
+WATCH_S = 2.5 * HEARTBEAT_S
 
 
 class Lock:
@@ -52,7 +56,8 @@ class Lock:
 
     A POSIX record lock (which the kernel drops when its process dies, and which forked workers do not hold)
     keeps out processes of the same host; the heartbeat keeps out those of other hosts, where the file system
-    may not carry locks.
+    may not carry locks. Heartbeats are held against the file system's time; where that and the holder's own clock
+    do not say the same, the file is watched for a change.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,31 +74,33 @@ class Lock:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        free: bool | None = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except OSError as error:
-            ours = error.errno not in (
-                errno.EACCES,
-                errno.EAGAIN,
-            )  # a file system without locks says something else
+        except OSError as error:  # None: a file system without locks
+            free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
         holder = self._read(file)
-        age = time.time() - holder.get("heartbeat", 0.0)
-        elsewhere = holder.get("host") != socket.gethostname()
-        if not ours or (elsewhere and age < STALE_S):
+        here = holder.get("host") == socket.gethostname()
+        taken = free is False
+        if holder and not taken and not (here and (free or not is_alive(int(holder["pid"])))):
+            taken = self._shows_life(holder)
+        if taken:
             os.close(file)
             raise ValueError(
-                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "
-                f"(last sign of life {age:.0f} s ago); wait for it, stop it, or type name=ANOTHER_NAME"
+                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
+                "wait for it, stop it, or type name=ANOTHER_NAME"
             )
-        self._file = file
+        self._file, self._process = file, os.getpid()
         self._beat()
+        atexit.register(self.release)  # a run on another host need not wait until the heartbeat is old
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def release(self) -> None:
         """Give the lock back; a dead process needs no release."""
-        if self._file is not None:
+        if (
+            self._file is not None and self._process == os.getpid()
+        ):  # never by a process forked from the holder
             self._stop.set()
             self._thread.join()
             file, self._file = self._file, None
@@ -103,9 +110,35 @@ class Lock:
     @staticmethod
     def _read(file: int) -> dict[str, Any]:
         try:
-            return dict(json.loads(os.pread(file, 4096, 0)))
-        except ValueError:
+            holder = dict(json.loads(os.pread(file, 4096, 0)))
+            return {
+                "host": str(holder["host"]),
+                "pid": int(holder["pid"]),
+                "heartbeat": float(holder["heartbeat"]),
+            }
+        except (ValueError, KeyError, TypeError):
             return {}
+
+    def _shows_life(self, holder: dict[str, Any]) -> bool:
+        """Tell whether a process elsewhere still writes its heartbeat."""
+        now = file_system_time(self.path.parent)
+        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
+        if all(-HEARTBEAT_S < age < STALE_S for age in ages):
+            return True
+        if all(age >= STALE_S for age in ages):
+            return False
+        told = f"process {holder['pid']} on {holder['host']}"
+        print(
+            f"waiting {WATCH_S:.0f} s to see whether {told} still writes to {self.path.parent}",
+            file=sys.stderr,
+        )
+        watch, deadline = Watch(), time.monotonic() + WATCH_S
+        watch.seconds_unchanged(self.path)
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, WATCH_S / 4))
+            if watch.seconds_unchanged(self.path) == 0.0:
+                return True
+        return False
 
     def _beat(self) -> None:
         file = self._file
@@ -117,7 +150,8 @@ class Lock:
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            self._beat()
+            with suppress(OSError):  # a disk that is full or away for a moment; the next beat may succeed
+                self._beat()
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

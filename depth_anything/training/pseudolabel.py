@@ -8,7 +8,6 @@ same bytes, and a lease only saves work.
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -26,13 +25,15 @@ from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSet, open_labels
-from depth_anything.data.loader import identity
+from depth_anything.data.liveness import Watch
+from depth_anything.data.loader import Loader, identity
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
-from depth_anything.data.tars import is_alive
+from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
+from depth_anything.training.signals import signals
 
 PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
 STALE_S = 120.0
@@ -41,6 +42,8 @@ MANY_SHAPES = 16  # batches' worth of images that may wait for others of their s
 
 class Lease:
     """A note beside a label shard that says who is making it; a dead holder's note is void."""
+
+    _watch = Watch()  # of all notes that this process has come across
 
     def __init__(self, path: Path, *, pid: int) -> None:
         """Name the note; `pid` is the process whose death voids it."""
@@ -53,41 +56,45 @@ class Lease:
 
     def take(self) -> bool:
         """Take the lease unless somebody alive holds it."""
-        note = json.dumps({"host": socket.gethostname(), "pid": self.pid})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
-            try:
-                file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if not self._void():
-                    return False
-                self.path.unlink(missing_ok=True)
-                continue
-            with os.fdopen(file, "w") as handle:
-                handle.write(note)
+        if write_new(self.path, self._note().encode()):
             return True
-        return False
+        if not self._void():
+            return False
+        self.path.unlink(missing_ok=True)
+        return write_new(self.path, self._note().encode())
 
     def touch(self) -> None:
         """Show that the holder lives."""
-        if self.path.exists():
+        if self._is_mine():
             os.utime(self.path)
 
     def release(self) -> None:
-        """Give the lease back."""
-        self.path.unlink(missing_ok=True)
+        """Give the lease back, unless somebody has taken it over."""
+        if self._is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def _note(self) -> str:
+        return json.dumps({"host": socket.gethostname(), "pid": self.pid})
+
+    def _is_mine(self) -> bool:
+        try:
+            return self.path.read_text() == self._note()
+        except FileNotFoundError:
+            return False
 
     def _void(self) -> bool:
         try:
-            age = time.time() - self.path.stat().st_mtime
-            holder = json.loads(self.path.read_text() or "{}")
-        except (FileNotFoundError, ValueError):
+            holder = json.loads(self.path.read_text())
+            host, pid = str(holder["host"]), int(holder["pid"])
+        except FileNotFoundError:
             return True
-        if holder.get("host") == socket.gethostname():
-            return (
-                not is_alive(int(holder.get("pid", -1))) or age > 10 * STALE_S
-            )  # a pid may have been given anew
-        return age > STALE_S
+        except (ValueError, KeyError, TypeError):
+            host, pid = "", 0
+        still = (
+            STALE_S if host != socket.gethostname() else 10 * STALE_S
+        )  # the number may be another's by now
+        return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
 
 
 @dataclass
@@ -281,9 +288,20 @@ class ShardData(pl.LightningDataModule):
             world=self.trainer.world_size,
         )
         gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            batches, batch_size=None, num_workers=self.workers, pin_memory=gpu, collate_fn=identity
+        return Loader(
+            batches,
+            smaller=f"batch_size={max(1, self.batch_size // 2)}",
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=gpu,
+            collate_fn=identity,
         )
+
+    def give_back(self) -> None:
+        """Give back the shards that this process has taken and not finished."""
+        for labels in self.labels.values():
+            for path in Path(labels.root).glob(".*.lease"):
+                Lease(path, pid=os.getpid()).release()
 
 
 class PseudoLabel(pl.LightningModule):
@@ -300,12 +318,7 @@ class PseudoLabel(pl.LightningModule):
         self._read = self._failed = 0
 
     def on_predict_start(self) -> None:
-        """Open a bar over the images that had no label when this process began.
-
-        Signals end the process at once, as they may: a shard is published whole or not at all.
-        """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)  # Lightning's handler only takes a note
+        """Open a bar over the images that had no label when this process began."""
         left = sum(labels.images_left() for labels in self._data[0].labels.values())
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
@@ -319,6 +332,7 @@ class PseudoLabel(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Label a batch; after a shard's last one, publish the shard. Returns how many images that was."""
+        signals.check()
         if not batch.records:
             return 0
         labels = self._data[0].labels[batch.set]

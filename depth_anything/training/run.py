@@ -11,16 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.model.weights import fingerprint, save_model
-from depth_anything.training import plan
+from depth_anything.training import engine, plan
 from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.signals import signals
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
 def main(cfg: DictConfig) -> None:
     """Run a stage; what the user can mend ends in one sentence and exit code 1."""
+    signals.listen()
     try:
         config = complete(cfg)
         if config["dry_run"]:
@@ -58,7 +60,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
     trainer = build_trainer(cfg, callbacks, max_steps=steps)
     micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
-    checkpoint = folder.begin(config, main=trainer.is_global_zero)
+    checkpoint = engine.begin_run(trainer, folder, config)
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return
@@ -91,6 +93,6 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     data = instantiate(cfg.data, patch=teacher.multiple, teacher=made_by, _convert_="all")
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come
-        trainer.predict(instantiate(cfg.module, teacher, data), datamodule=data, return_predictions=False)
+        engine.label(trainer, instantiate(cfg.module, teacher, data), data)
     if trainer.is_global_zero:
         print(data.summary())

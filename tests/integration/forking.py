@@ -20,10 +20,12 @@ from depth_anything.training import student  # noqa: E402, F401
 
 def child(folder: str, arguments: list[str], environment: dict[str, str]) -> int:
     os.environ.update(environment)
+    os.setsid()
     os.chdir(folder)
     for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
+    recorded.follow_environment()
     sys.argv = ["train.py", *arguments]
     configs = str(recorded.ROOT / "configs")
     try:

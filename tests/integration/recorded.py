@@ -1,13 +1,15 @@
 """train.py with a witness: every micro-batch's sample numbers and pixels are noted, and a run can stop itself.
 
 Not a test; test_exact.py starts it. WITNESS is the folder of the notes; STOP_AT=STEP:RANK sends that rank
-SIGTERM after that step, as a cluster would.
+SIGTERM after that step, as a cluster would; SIGNAL_AT=PLACE:RANK:NUMBER sends it that signal when it comes to one of
+the PLACES for the first time, and once more after so many seconds with SIGNAL_AT=PLACE:RANK:NUMBER:SECONDS.
 """
 
 import hashlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import hydra  # noqa: E402
+import pytorch_lightning as pl  # noqa: E402
 
-from depth_anything.training import run  # noqa: E402
-from depth_anything.training.callbacks import StepCallback  # noqa: E402
+from depth_anything.training import pseudolabel, run, validation  # noqa: E402
+from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
+from depth_anything.training.data import TrainData  # noqa: E402
+from depth_anything.training.engine import AtomicCheckpointIO  # noqa: E402
 
 
 class Witness(StepCallback):
@@ -35,8 +40,58 @@ class Witness(StepCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+PLACES: dict[str, tuple[Any, str]] = {
+    "compose": (run, "complete"),
+    "scenes": (run, "make_scenes"),
+    "open": (TrainData, "open"),
+    "network": (run, "network"),
+    "setup": (TrainData, "setup"),
+    "loader": (TrainData, "train_dataloader"),
+    "look": (validation, "check_fits"),
+    "train start": (Checkpoints, "on_train_start"),
+    "validation": (validation, "evaluate"),
+    "save": (AtomicCheckpointIO, "save_checkpoint"),
+    "train end": (Checkpoints, "on_train_end"),
+    "teardown": (pl.Trainer, "_teardown"),
+    "model": (run, "save_model"),
+    "label": (pseudolabel.PseudoLabel, "predict_step"),
+}
+
+
+def signal_at(place: str, rank: int, number: int, again: float | None = None) -> None:
+    """Send this process a signal when it comes to a place for the first time, if it is of that rank."""
+    if rank != int(os.environ.get("LOCAL_RANK", "0")):
+        return
+    holder, name = PLACES[place]
+    original = getattr(holder, name)
+
+    def send() -> None:
+        if os.getsid(0) == os.getpid():
+            os.killpg(0, number)  # the workers, too, as a terminal does
+        else:
+            os.kill(os.getpid(), number)
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        setattr(holder, name, original)
+        send()
+        if again is not None:
+            time.sleep(again)
+            send()
+        return original(*arguments, **options)
+
+    setattr(holder, name, replaced)
+
+
+def follow_environment() -> None:
+    """Prepare the signal that SIGNAL_AT asks for."""
+    if "SIGNAL_AT" in os.environ:
+        place, rank, number, *again = os.environ["SIGNAL_AT"].split(":")
+        signal_at(place, int(rank), int(number), *map(float, again))
+
+
 genuine = run.fit_callbacks
 run.fit_callbacks = lambda config, folder: [Witness(), *genuine(config, folder)]
 
 if __name__ == "__main__":
+    follow_environment()
     hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()

@@ -1,12 +1,19 @@
 """What ranks do together at a step boundary."""
 
+import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from depth_anything.training.callbacks import together
+from depth_anything.training.callbacks import Agreement, together
+from depth_anything.training.signals import SIGNALS, signals
 
 
 def _rank(rank: int, folder: str, failing: int | None) -> None:
@@ -39,3 +46,119 @@ def test_a_single_process_needs_no_group() -> None:
     assert together(1, lambda: 3) == [3]
     with pytest.raises(KeyError):
         together(1, lambda: {}["a"])
+
+
+class Saves:
+    """Stands in for Checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, trainer: Any, step: int) -> None:
+        self.steps.append(step)
+
+
+def trainer_at(step: int, *, ranks: int = 1, steps: int = 20) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=steps, world_size=ranks, should_stop=False)
+
+
+def agree(
+    agreement: Agreement, saves: Saves, *, signal_at: int, ranks: int, steps: int = 20
+) -> tuple[Any, ...]:
+    """Train with a signal after a step (0: before the first, -1: none); the step it stopped at and what it saved."""
+    trainer = trainer_at(0, ranks=ranks, steps=steps)
+    if signal_at == 0:
+        signal.raise_signal(signal.SIGTERM)
+    agreement.on_train_start(trainer, None)
+    while not trainer.should_stop and trainer.global_step < steps:
+        trainer.global_step += 1
+        if trainer.global_step == signal_at:
+            signal.raise_signal(signal.SIGTERM)
+        agreement.on_step(trainer, None, trainer.global_step)
+    return trainer.global_step, saves.steps, agreement.signalled
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signals.forget()
+    yield
+    signals.forget()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("signal_at", "outcome"),
+    [(3, (3, [3], 15)), (1, (1, [1], 15)), (20, (20, [], 15)), (-1, (20, [], 0))],
+)
+def test_one_process_stops_at_the_step_of_the_signal(
+    handlers: None, signal_at: int, outcome: tuple[Any, ...]
+) -> None:
+    saves = Saves()
+    assert agree(Agreement(saves, every=10), saves, signal_at=signal_at, ranks=1) == outcome
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_one(
+    handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of several, so that it is noted
+    signals.listen()
+    saves = Saves()
+    assert agree(Agreement(saves, every=10), saves, signal_at=0, ranks=1) == (0, [], 15)
+
+
+@pytest.mark.parametrize(("failed", "refused"), [(9, False), (11, True)])
+def test_more_bad_records_than_the_ceiling_stop_the_run(handlers: None, failed: int, refused: bool) -> None:
+    agreement = Agreement(Saves(), ceiling=0.01, at_least=1000)
+    agreement.read, agreement.failed, agreement._here = 1000, failed, ["set/a[1]"]
+    if refused:
+        with pytest.raises(ValueError, match=r"11 of 1000.*set/a\[1\]"):
+            agreement.on_step(trainer_at(5), None, 5)
+    else:
+        agreement.on_step(trainer_at(5), None, 5)
+    agreement.read, agreement.failed = 999, 999
+    agreement.on_step(trainer_at(6), None, 6)  # too few to tell
+
+
+def _two(rank: int, folder: str) -> None:
+    """On two ranks, one of them signalled: agreements, then work that is interrupted."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    told: list[Any] = []
+    for who, step in ((0, 3), (1, 3), (1, 4), (0, 0), (1, 0), (0, 19)):
+        signals.forget()
+        signals.listen()
+        saves = Saves()
+        told.append(
+            agree(Agreement(saves, every=4), saves, signal_at=step if rank == who else -1, ranks=2, steps=20)
+        )
+    signals.forget()
+
+    def work() -> None:
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+
+    def fail() -> None:
+        if rank == 1:
+            raise KeyError("a")
+
+    for task in (work, fail):
+        try:
+            together(2, task)
+        except BaseException as error:
+            told.append([type(error).__name__, str(error)])
+        signals.forget()
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) -> None:
+    mp.spawn(_two, args=(str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first[:6] == second[:6]
+    assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]
+    assert first[6] == second[6] == ["Stopped", "143"]
+    assert second[7] == ["KeyError", "'a'"]  # where it happened, with its traceback
+    assert first[7][0] == "ValueError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]

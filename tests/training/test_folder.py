@@ -1,5 +1,6 @@
 """Who may write to a run folder, which configs are one run, and where it goes on."""
 
+import errno
 import json
 import os
 import signal
@@ -71,15 +72,98 @@ def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
     lock.release()
 
 
+def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
+    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
+    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
+    path.write_text(json.dumps(sign))
+    os.utime(path, (time.time() - written, time.time() - written))
+
+
+@pytest.fixture
+def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "WATCH_S", 0.2)
+
+
+YEAR = 365 * 86400.0
+
+
 def test_heartbeat_of_another_host(tmp_path: Path) -> None:
-    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time()}
-    (tmp_path / "lock.json").write_text(json.dumps(sign))
+    elsewhere(tmp_path / "lock.json")
     with pytest.raises(ValueError, match="process 1 on elsewhere"):
         Lock(tmp_path).acquire()
-    (tmp_path / "lock.json").write_text(json.dumps(sign | {"heartbeat": time.time() - 300}))
+    elsewhere(tmp_path / "lock.json", written=300)
     lock = Lock(tmp_path)
     lock.acquire()
     lock.release()
+
+
+@pytest.mark.parametrize(
+    ("clock", "written"),
+    [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
+)
+def test_a_dead_holder_is_known_whatever_its_clock_said(
+    tmp_path: Path, short_watch: None, clock: float, written: float
+) -> None:
+    """A lock a year ahead once refused for a year."""
+    elsewhere(tmp_path / "lock.json", clock=clock, written=written)
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
+def test_a_living_holder_is_known_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    """Of two hosts whose clocks were two minutes apart both once wrote."""
+    elsewhere(tmp_path / "lock.json", clock=clock)
+    # It beats while this process sleeps between two looks.
+    monkeypatch.setattr(
+        folder_module.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10)
+    )
+    with pytest.raises(ValueError, match="process 1 on elsewhere.*name="):
+        Lock(tmp_path).acquire()
+
+
+def test_a_file_system_without_locks_goes_by_the_process(
+    tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(folder_module.fcntl, "lockf", lockf)
+    first = Lock(tmp_path)
+    first.acquire()
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+        Lock(tmp_path).acquire()
+    sign = json.loads((tmp_path / "lock.json").read_text())
+    first.release()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "lock.json").write_text(json.dumps(sign | {"pid": dead.pid}))
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    "torn", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
+)
+def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "lock.json").write_text(torn)
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
+    """A job that is queued again on another host need not wait until the heartbeat is old."""
+    code = HOLDER.replace("time.sleep(60)", "sys.exit(143)")
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
+        == 143
+    )
+    assert (tmp_path / "lock.json").read_text() == ""
 
 
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:

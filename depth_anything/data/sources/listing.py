@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from depth_anything.data.liveness import Watch
 from depth_anything.data.progress import Progress
 from depth_anything.data.shards import ShardError
-from depth_anything.data.tars import is_alive, remove_stale, temporary_name, write_atomically, write_new
+from depth_anything.data.tars import remove_stale, temporary_name, write_atomically, write_new
 
 LISTING, ABOUT_LISTING = "listing.txt", "listing.json"
 
@@ -203,17 +204,13 @@ def _alone(root: Path) -> Iterator[Any]:
 
 def _wait_for(lock: Path) -> None:
     """Wait until nobody holds the lock; that of a dead holder, or one untouched for a minute, is removed."""
-    touched, since, told, pause = None, time.monotonic(), False, 0.02
+    watch, told, pause = Watch(), False, 0.02
     while True:
         try:
             host, pid, _ = (lock.read_text().split() + ["another machine", "0", ""])[:3]
-            now = lock.stat().st_mtime_ns
         except FileNotFoundError:
             return
-        if now != touched:  # clocks of two machines are not compared
-            touched, since = now, time.monotonic()
-        dead = host == socket.gethostname() and not is_alive(int(pid))
-        if dead or time.monotonic() - since > _STILL_S:
+        if watch.is_dead(lock, host=host, pid=int(pid), still=_STILL_S):
             lock.unlink(missing_ok=True)
             return
         if not told and pause > 0.5:

@@ -1,0 +1,206 @@
+"""Signals at numbered places of real runs, of one process and of two: no run hangs, and none that is unfinished ends
+with 0.
+
+The processes are forked from ones that have done the importing; recorded.py says which PLACES there are.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from depth_anything import DepthAnything, save_model
+
+from .conftest import ROOT, SMALL, environment
+
+BEFORE = ["compose", "scenes", "open", "network", "setup", "loader", "look", "train start"]
+AFTER = ["train end", "teardown", "model"]
+
+
+@dataclass
+class Run:
+    """How a rank ended; None: it did not."""
+
+    code: int | None
+    said: str
+    folder: Path
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint."""
+        return sorted(int(path.stem[5:]) for path in self.folder.glob("**/step-*.ckpt"))
+
+
+Start = Callable[..., list[Run]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Run some ranks of a stage, one after the other folder of its own; they share the scenes."""
+    data = tmp_path_factory.mktemp("data")
+    parents: list[subprocess.Popen[str]] = []
+
+    def run(folder: Path, *arguments: str, ranks: int = 1, **extra: str) -> list[Run]:
+        while len(parents) < ranks:
+            command = [sys.executable, str(ROOT / "tests" / "integration" / "forking.py")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            parents.append(subprocess.Popen(command, env=environment(), text=True, **pipes))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        places = [f"data_dir={data}", f"output_dir={folder / 'outputs'}"]
+        trainer = ["trainer=cpu"]
+        if ranks > 1:
+            trainer = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={ranks}"]
+        for rank, parent in enumerate(parents[:ranks]):
+            (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+            group = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            wanted = {
+                "folder": str(folder / str(rank)),
+                "arguments": [*SMALL, *places, *trainer, "workers=1", *arguments],
+                "environment": {"WITNESS": str(folder), **(group if ranks > 1 else {}), **extra},
+            }
+            assert parent.stdin is not None
+            print(json.dumps(wanted), file=parent.stdin, flush=True)
+        runs = []
+        for rank, parent in enumerate(parents[:ranks]):
+            assert parent.stdout is not None
+            ended = select.select([parent.stdout], [], [], 120)[0]
+            code = int(parent.stdout.readline()) if ended else None
+            runs.append(Run(code, (folder / str(rank) / "stderr.txt").read_text(), folder))
+            assert "Traceback" not in runs[-1].said, runs[-1].said
+        return runs
+
+    yield run
+    for parent in parents:
+        assert parent.stdin is not None and parent.stdout is not None
+        parent.stdin.close()
+        parent.wait()
+        parent.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [*((place, signal.SIGTERM) for place in BEFORE), ("open", signal.SIGINT), ("look", signal.SIGUSR1)],
+)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    start: Start, tmp_path: Path, place: str, number: int
+) -> None:
+    (run,) = start(tmp_path, "stage=teacher", "steps=6", SIGNAL_AT=f"{place}:0:{number}")
+    assert run.code == 128 + number and run.steps == []
+    assert run.said.count(f"signal {number}") == 1 and "the same command goes on" in run.said
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "step"),
+    [
+        ("validation", signal.SIGINT, 3),
+        ("validation", signal.SIGTERM, 3),
+        ("save", signal.SIGINT, 5),
+        ("save", signal.SIGUSR1, 5),
+    ],
+)
+def test_a_signal_during_training_saves_the_step(
+    start: Start, tmp_path: Path, place: str, number: int, step: int
+) -> None:
+    """The whole process group gets it, as Ctrl-C in a terminal, and the workers go on until the step is saved."""
+    given = ("stage=teacher", "steps=8", "validation.every=3")
+    (run,) = start(tmp_path, *given, SIGNAL_AT=f"{place}:0:{number}")
+    assert run.code == 128 + number and run.steps == [step], run.said
+    assert f"step {step}" in run.said and "the same command goes on" in run.said
+    (run,) = start(tmp_path, *given)
+    assert run.code == 0 and run.steps[-1] == 8
+
+
+def test_a_second_press_of_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
+    (run,) = start(tmp_path, "stage=teacher", "steps=8", SIGNAL_AT=f"save:0:{signal.SIGINT}:0.5")
+    assert run.code == 130 and run.steps == []
+    (run,) = start(tmp_path, "stage=teacher", "steps=8")
+    assert run.code == 0
+
+
+@pytest.mark.parametrize("place", AFTER)
+def test_a_run_whose_last_step_is_done_is_finished(start: Start, tmp_path: Path, place: str) -> None:
+    (run,) = start(tmp_path, "stage=teacher", "steps=2", SIGNAL_AT=f"{place}:0:{signal.SIGTERM}")
+    assert run.code == 0
+    assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_labelling_stops_at_once_and_gives_its_shards_back(start: Start, tmp_path: Path, number: int) -> None:
+    save_model(DepthAnything("vitt"), tmp_path / "teacher.safetensors")
+    teacher = f"teacher={tmp_path / 'teacher.safetensors'}"
+    given = ("stage=pseudolabel", teacher, f"labels={tmp_path / 'labels'}")
+    (run,) = start(tmp_path, *given, SIGNAL_AT=f"label:0:{number}")
+    assert run.code == 128 + number
+    assert not list(tmp_path.glob("labels/*/.*.lease"))
+    (run,) = start(tmp_path, *given)
+    assert run.code == 0, run.said
+
+
+def test_a_job_that_cannot_be_queued_again_is_saved(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    at = {"SIGNAL_AT": f"save:0:{signal.SIGUSR1}", "SLURM_JOB_ID": "777", "PATH": str(tmp_path / "bin")}
+    (run,) = start(tmp_path, "stage=teacher", "steps=8", **at)
+    assert run.code == 138 and run.steps == [5]
+    assert "not queued again" in run.said and "Errno" not in run.said
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "number", "step"),
+    [
+        ("compose", 1, signal.SIGTERM, 0),
+        ("open", 0, signal.SIGINT, 0),
+        ("setup", 1, signal.SIGTERM, 0),
+        ("look", 1, signal.SIGINT, 0),
+        ("train start", 0, signal.SIGTERM, 0),
+        ("validation", 1, signal.SIGTERM, 10),
+        ("save", 0, signal.SIGINT, 10),
+    ],
+)
+def test_two_ranks_of_which_one_is_signalled_stop_together(
+    start: Start, tmp_path: Path, place: str, rank: int, number: int, step: int
+) -> None:
+    given = ("stage=teacher", "steps=12", "validation.every=3")
+    runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{rank}:{number}")
+    assert [run.code for run in runs] == [128 + number, 128 + number], [run.said for run in runs]
+    assert runs[0].steps[-1:] == ([step] if step else [])
+    assert f"signal {number}" in runs[0].said and "the same command goes on" in runs[0].said
+
+
+@pytest.mark.parametrize("place", ["train end", "teardown"])
+def test_two_ranks_whose_last_step_is_done_are_finished(start: Start, tmp_path: Path, place: str) -> None:
+    given = ("stage=teacher", "steps=2")
+    runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:1:{signal.SIGTERM}")
+    assert [run.code for run in runs] == [0, 0]
+    assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("why", ["read-only", "locked"])
+def test_the_failure_of_rank_0_reaches_the_other_rank(start: Start, tmp_path: Path, why: str) -> None:
+    """Rank 1 once waited two minutes for a rank 0 that could not write to the run folder."""
+    folder = tmp_path / "outputs" / "teacher-vitt-tiny"
+    if why == "read-only":  # to root as well
+        folder.parent.mkdir()
+        folder.write_text("a file")
+    else:
+        from depth_anything.training.folder import Lock
+
+        lock = Lock(folder)
+        lock.acquire()
+    runs = start(tmp_path, "stage=teacher", "steps=2", ranks=2)
+    if why == "locked":
+        lock.release()
+    for run in runs:
+        assert run.code not in (0, None)
+        assert str(folder) in run.said and "two minutes" not in run.said
+        assert why == "read-only" or f"process {os.getpid()}" in run.said

@@ -1,0 +1,67 @@
+"""Leases of label shards: one holder at a time, and what a dead one held is free."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from depth_anything.data import liveness
+from depth_anything.data.liveness import Watch
+from depth_anything.training.pseudolabel import STALE_S, Lease
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(liveness.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Lease, "_watch", Watch())
+    return now
+
+
+def test_one_process_holds_a_shard(tmp_path: Path, clock: list[float]) -> None:
+    lease = Lease(tmp_path / ".a.lease", pid=os.getpid())
+    assert lease.take() and not Lease(tmp_path / ".a.lease", pid=os.getpid()).take()
+    lease.release()
+    assert not list(tmp_path.iterdir()) and lease.take()
+
+
+def test_a_dead_process_of_this_host_holds_nothing(tmp_path: Path, clock: list[float]) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert Lease(tmp_path / ".a.lease", pid=dead.pid).take()
+    assert Lease(tmp_path / ".a.lease", pid=os.getpid()).take()
+
+
+@pytest.mark.parametrize("ahead", [0.0, -120.0, 120.0, 365 * 86400.0])
+@pytest.mark.parametrize("note", [json.dumps({"host": "elsewhere", "pid": 1}), "", "[]"])
+def test_the_clock_of_another_host_does_not_matter(
+    tmp_path: Path, clock: list[float], ahead: float, note: str
+) -> None:
+    """A lease a year ahead was once held for a year, and one of a clock two minutes behind by nobody."""
+    path = tmp_path / ".a.lease"
+    path.write_text(note)
+    stamp = path.stat().st_mtime + ahead
+    os.utime(path, (stamp, stamp))
+    mine = Lease(path, pid=os.getpid())
+    assert not mine.take()
+    clock[0] += STALE_S - 1
+    os.utime(path, (stamp + 1, stamp + 1))  # its holder touches it
+    assert not mine.take()
+    clock[0] += STALE_S + 1
+    assert mine.take()
+
+
+def test_what_somebody_else_has_taken_over_is_left_alone(tmp_path: Path, clock: list[float]) -> None:
+    lease = Lease(tmp_path / ".a.lease", pid=os.getpid())
+    assert lease.take()
+    other = json.dumps({"host": "elsewhere", "pid": os.getpid()})
+    lease.path.write_text(other)
+    os.utime(lease.path, (1, 1))
+    lease.touch()
+    lease.release()
+    assert lease.path.read_text() == other and lease.path.stat().st_mtime == 1
+    assert socket.gethostname() != "elsewhere"

@@ -1,0 +1,196 @@
+"""Signals that end a run: at once where nothing can be lost, otherwise noted; a second Ctrl-C at once."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from depth_anything.training import signals as module
+from depth_anything.training.engine import requeue
+from depth_anything.training.signals import MAIN_PID, SIGNALS, Signals, Stopped
+
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", MAIN_PID):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setattr(module.atexit, "register", lambda function: None)
+    made = Signals()
+    made.listen()
+    yield made
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def press(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[int]:
+    """Press Ctrl-C at these moments; return the exit codes of processes that ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr(module.os, "_exit", codes.append)
+    for moment in times:
+        monkeypatch.setattr(module.time, "monotonic", lambda moment=moment: moment)
+        signal.raise_signal(signal.SIGINT)
+    return codes
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_before_the_first_step_a_signal_ends_the_process_at_once(watch: Signals, number: int) -> None:
+    with pytest.raises(Stopped) as stopped:
+        signal.raise_signal(number)
+    assert stopped.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_from_the_first_step_on_a_signal_is_only_noted(
+    watch: Signals, number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watch.hold()
+    signal.raise_signal(number)
+    with watch.interruptible():
+        watch.check()
+    assert watch.caught == number
+    assert f"signal {number}" in capfd.readouterr().err
+
+
+def test_the_first_signal_counts(watch: Signals) -> None:
+    """Slurm sends SIGTERM after SIGUSR1, whose run is queued again."""
+    watch.hold()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)
+    assert watch.caught == signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("moments", "codes"),
+    [((5.0,), []), ((5.0, 5.1), []), ((5.0, 5.1, 6.0), [130]), ((5.0, 60.0), [130])],
+)
+def test_a_second_press_of_ctrl_c_ends_the_process_at_once(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, moments: tuple[float, ...], codes: list[int]
+) -> None:
+    """`timeout -s INT` sends one press twice, to the process and to its group."""
+    watch.hold()
+    assert press(monkeypatch, *moments) == codes
+    assert watch.caught == signal.SIGINT
+
+
+def test_a_first_press_after_sigterm_is_not_a_second(watch: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch.hold()
+    signal.raise_signal(signal.SIGTERM)
+    assert press(monkeypatch, 5.0) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "at_once"),
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "1"}, True),  # srun ends the other tasks
+        ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, True),  # torchrun, too
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_a_rank_that_others_wait_for_stops_with_them(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], at_once: bool
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if at_once:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        return
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped), watch.interruptible():
+        raise AssertionError("it was noted before")
+
+
+def test_a_rank_can_be_interrupted_where_the_ranks_share_the_outcome(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(Stopped), watch.interruptible():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_exception_that_a_library_swallowed_comes_again(watch: Signals) -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        pass
+    with pytest.raises(Stopped):
+        watch.check()
+
+
+def test_a_forked_worker_does_not_act_on_its_parents_signals(watch: Signals) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(7 if watch.caught == 0 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_nohup_stays_in_force(watch: Signals) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watch.listen()
+    signal.raise_signal(signal.SIGHUP)
+    assert watch.caught == 0
+
+
+def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning kills rank 0, whose exit code is the run's, when another rank ends with anything else."""
+    monkeypatch.setenv(MAIN_PID, str(os.getppid()))
+    assert Stopped(15).code == 143  # rank 0
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Stopped(15).code == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert Stopped(15).code == 143
+
+
+@pytest.mark.parametrize("number", [2, 10, 15])
+def test_train_py_listens_before_its_slow_imports(tmp_path: Any, number: int) -> None:
+    """A stand-in for torch sends the signal, and its import ends the process in one sentence."""
+    (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {number})\nos._exit(3)")
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(
+        [sys.executable, os.path.join(root, "train.py"), "stage=teacher"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert f"signal {number}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "said"),
+    [(None, "no scontrol"), ("echo denied >&2; exit 1", "denied"), ("exit 3", "3"), ("exit 0", "")],
+)
+def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scontrol: str | None,
+    said: str,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "777")
+    if scontrol is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    requeue()
+    heard = capsys.readouterr().err
+    assert ("not queued again" in heard) == bool(said)
+    assert said in heard and "Errno" not in heard
