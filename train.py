@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import hydra
-
-from depth_anything.training.run import main
+from depth_anything.training.command import run_command
 
 if __name__ == "__main__":
-    configs = str(Path(__file__).resolve().parent / "configs")
-    hydra.main(version_base="1.3", config_path=configs, config_name="train")(main)()
+    run_command(Path(__file__).resolve().parent / "configs")
