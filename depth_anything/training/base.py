@@ -13,6 +13,7 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import said_of
 from depth_anything.model.weights import describe
 from depth_anything.training.config import SCHEDULES, Recipe, choice, require
+from depth_anything.training.resume import apply_recipe
 
 __all__ = ["DepthModule", "Recipe", "parameter_groups", "rate_factor"]
 
@@ -106,7 +107,11 @@ class DepthModule(pl.LightningModule):
         checkpoint["depth_anything"] = {**describe(self.model), **said_of(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count the batches done in micro-batches of today; Lightning stored them in those of the old run."""
+        """Go on with today's recipe, and with the batches done in micro-batches of today.
+
+        Lightning would restore the rates and count the batches of the old run.
+        """
+        apply_recipe(checkpoint, self.configure_optimizers())
         done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         for span in ("total", "current"):

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
 from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from depth_anything.training.config import (
     ANY,
+    CHANGE,
     STAGES,
     Key,
     RunConfig,
@@ -106,6 +108,19 @@ def validate_config(config: Mapping[str, Any]) -> None:
         _check_recipe(config)
     if stage == "metric":
         _check_metric(config)
+    _check_resume_with(config.get("resume_with"))
+
+
+def _check_resume_with(named: Any) -> None:
+    for name in [named] if isinstance(named, str) else named or []:
+        known, _ = find_key(name)
+        if known is None or known.resume != CHANGE:
+            can = [path for path in known_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE]
+            near = difflib.get_close_matches(name, can, 1, 0.5) or ["recipe.head_lr"]
+            raise ValueError(
+                f"resume_with names {name}, which no run can change; type resume_with=[{near[0]}] "
+                f"(these can change: {', '.join(can)})"
+            )
 
 
 def known_keys(stage: str, section: type = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -136,6 +151,16 @@ def find_key(path: str) -> tuple[Key | None, bool]:
         if known is None:
             break
     return known, open_
+
+
+def find_default(path: str) -> Any:
+    """Look up the default of a dotted key: what its absence means; MISSING if it has none."""
+    parent, _, name = path.rpartition(".")
+    known = find_key(parent)[0] if parent else Key(section=RunConfig)
+    if known is None or known.section is None:
+        return MISSING
+    item = known.section.__dataclass_fields__.get("target" if name == "_target_" else name)
+    return MISSING if item is None else item.default
 
 
 def advise(path: str, stage: str, *, value: str | None = None) -> str:

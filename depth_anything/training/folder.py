@@ -8,38 +8,17 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from depth_anything.data.tars import remove_stale, write_atomically
-from depth_anything.training.plan import override
+from depth_anything.training.resume import check_other, check_own, differences
 
-#: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
-FREE_KEYS = frozenset(
-    """accelerator devices num_nodes strategy workers micro_batch logger logging checkpoint validation resume overwrite
-    dry_run name run_dir output_dir allow_partial tiny rates""".split()
-)
-#: Keys that repeat another key's value.
-ECHOES = (
-    "module.recipe.",
-    "recipe.steps",
-    "data.sky",
-    "data.mix",
-    "data.replay",  # and its share
-    "data.images",
-    "data.labels",
-    "data.labelled",
-    "data.min_depth",
-    "data.max_depth",
-)
-#: Keys of stage=metric that nothing reads without replay.
-OF_REPLAY = frozenset(("labels", "replay_share", "recipe.ssi_weight", "recipe.gm_weight", "recipe.trim"))
-#: Keys whose value is the user's own mapping, typed as a whole.
-WHOLE = frozenset(("sky", "repeat"))
+__all__ = ["Lock", "RunFolder", "differences", "launch", "requeued", "step_of"]
+
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
@@ -117,35 +96,6 @@ class Lock:
             self._beat()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value and key not in WHOLE:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """List the dotted keys that make two configs different runs, each with its old and new value."""
-    before, after = flatten(old), flatten(new)
-    changed = {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and FREE_KEYS.isdisjoint(key.split("."))
-        and not key.startswith(ECHOES)
-    }
-    if before.get("stage") == "metric" and not (before.get("replay") or after.get("replay")):
-        changed = {key: pair for key, pair in changed.items() if key not in OF_REPLAY}
-    longer = "steps" in changed and (changed["steps"][1] or 0) > (changed["steps"][0] or 0)
-    if longer and after.get("recipe.schedule") == "constant":
-        del changed["steps"]
-    return changed
-
-
 class RunFolder:
     """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end.
 
@@ -162,11 +112,16 @@ class RunFolder:
         self.best, self.best_note = self.path / "best.safetensors", self.path / "best.json"
         self.lock = Lock(self.path)
 
-    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+    def begin(self, config: Mapping[str, Any], *, main: bool, typed: Collection[str] = ()) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
         In this order: the folder's newest complete checkpoint, then `resume=`, then none, which leaves the
         weights to `init=`.
+
+        Args:
+            config: The composed config, plain values.
+            main: Whether this is the main rank.
+            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: As `claim`; or if `resume=` is no file, or the main rank gave no sign for two minutes.
@@ -174,12 +129,10 @@ class RunFolder:
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
-            self.claim(config)
+            self.claim(config, typed=typed)
             checkpoint = self.newest_checkpoint() or config["resume"]
-            if checkpoint is not None and not _is_checkpoint(Path(checkpoint)):
-                raise ValueError(
-                    f"resume={checkpoint} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
-                )
+            if checkpoint is not None and checkpoint == config["resume"]:
+                self._note(check_other(Path(checkpoint), config, typed=typed))
             write_atomically(
                 decision,
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
@@ -225,7 +178,9 @@ class RunFolder:
         figure = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
-    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+    def claim(
+        self, config: Mapping[str, Any], *, exclusive: bool = True, typed: Collection[str] = ()
+    ) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
 
         Args:
@@ -233,6 +188,7 @@ class RunFolder:
                 first; after a requeue it is ignored.
             exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
                 may do and whose label sets say themselves what made them, passes False.
+            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: If another process writes to it or the saved config is another run's.
@@ -244,8 +200,7 @@ class RunFolder:
                 self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-            if self.config.is_file() and (self.model.is_file() or self.newest_checkpoint()):
-                self._compare(config)
+            self.compare(config, typed=typed)
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
         remove_stale(self.path)
@@ -258,16 +213,41 @@ class RunFolder:
         os.rename(self.path, old)
         self.lock.release()
 
-    def _compare(self, config: Mapping[str, Any]) -> None:
+    def compare(
+        self, config: Mapping[str, Any], *, typed: Collection[str] = (), note: bool = True
+    ) -> list[str]:
+        """Hold a config against the one of the run, if the folder has trained any step.
+
+        Args:
+            config: The composed config, plain values.
+            typed: Dotted keys that were typed on the command line.
+            note: Write down and print what is changed on purpose.
+
+        Returns:
+            A line for each value that is changed on purpose.
+
+        Raises:
+            ValueError: If it is another run's.
+        """
+        newest = self.newest_checkpoint()
+        if not self.config.is_file() or not (self.model.is_file() or newest):
+            return []
         old = yaml.safe_load(self.config.read_text()) or {}
-        changed = differences(old, config)
-        if changed:
-            key, (before, after) = next(iter(changed.items()))
-            more = f" (and {', '.join(list(changed)[1:4])})" if len(changed) > 1 else ""
-            raise ValueError(
-                f"{self.path} was begun with {key}={before}, now {key}={after}{more}; type {override(key, before)} to "
-                "continue it, name=ANOTHER_NAME for a run beside it, or overwrite=true to set it aside"
-            )
+        finished = self.finished(config["steps"])
+        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=typed)
+        if note:
+            self._note(changes)
+        return changes
+
+    def _note(self, changes: list[str]) -> None:
+        """Print what changes from here on, and keep it in changes.txt, since config.yaml has the new values alone."""
+        file = self.path / "changes.txt"
+        known = file.read_text().splitlines() if file.is_file() else []
+        new = [line for line in changes if line not in known]
+        if new:
+            write_atomically(file, ("\n".join([*known, *new]) + "\n").encode())
+        for line in changes:
+            print(f"going on from {line}")
 
     def newest_checkpoint(self) -> Path | None:
         """Find the newest complete checkpoint, or None."""
@@ -281,13 +261,6 @@ def step_of(checkpoint: Path | None) -> int:
     """Read the optimizer step from the name of a checkpoint of ours; 0 for none and for others' names."""
     number = checkpoint.stem.removeprefix("step-") if checkpoint is not None else ""
     return int(number) if number.isdecimal() else 0
-
-
-def _is_checkpoint(path: Path) -> bool:
-    try:
-        return {"global_step", "loops", "state_dict"} <= torch.load(path, weights_only=True, mmap=True).keys()
-    except Exception:  # whatever it is, it is not ours
-        return False
 
 
 def launch(*, main: bool) -> str:

@@ -17,6 +17,7 @@ from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.resume import keys_typed
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
@@ -49,7 +50,7 @@ def fit(config: dict[str, Any]) -> None:
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
-    checkpoint = folder.begin(config, main=trainer.is_global_zero)
+    checkpoint = folder.begin(config, main=trainer.is_global_zero, typed=keys_typed(sys.argv[1:]))
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return
