@@ -6,7 +6,6 @@ from depth_anything.training.signals import signals
 
 if __name__ == "__main__":
     signals.listen()  # before the imports that take seconds
-    import hydra  # isort: skip
-    from depth_anything.training.run import main  # isort: skip
+    from depth_anything.training.command import run_command
 
-    hydra.main(str(Path(__file__).resolve().parent / "configs"), "train", "1.3")(main)()
+    run_command(Path(__file__).resolve().parent / "configs")

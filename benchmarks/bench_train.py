@@ -47,10 +47,11 @@ from depth_anything.losses import feature_alignment_loss, invariant_losses
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.check_config import resolve_config
 from depth_anything.training.engine import fit_callbacks
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.run import build_trainer, complete
+from depth_anything.training.run import build_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -337,7 +338,7 @@ def measure(bench: Bench, *, callbacks: bool, shards: str | None = None) -> Take
         )
 
     turns = TakeTurns(bench, plain)
-    others = fit_callbacks(complete(bench.cfg), RunFolder(bench.folder)) if callbacks else []
+    others = fit_callbacks(resolve_config(bench.cfg), RunFolder(bench.folder)) if callbacks else []
     trainer = build_trainer(
         bench.cfg, [*others, turns], max_steps=NEVER
     )  # last: the others' work is in the step

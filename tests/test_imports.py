@@ -27,14 +27,15 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
+HYDRA = tuple(f"depth_anything/training/{name}.py" for name in ("command", "check_config", "run"))
 # Who alone may import what.
 KEPT_IN = {
     "pytorch_lightning": ("depth_anything/training/",),
     "lightning": ("depth_anything/training/",),
     "lightning_fabric": ("depth_anything/training/",),
     "wandb": ("depth_anything/training/",),
-    "hydra": ("train.py", "depth_anything/training/run.py"),
-    "omegaconf": ("train.py", "depth_anything/training/run.py"),
+    "hydra": HYDRA,
+    "omegaconf": HYDRA,
 }
 
 

@@ -1,6 +1,5 @@
 """What the fitting stages share: two Adam groups, a schedule, a step whose batch is exact."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +12,10 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import said_of
 from depth_anything.model.weights import describe
+from depth_anything.training.config import SCHEDULES, Recipe, choice, require
+from depth_anything.training.resume import apply_recipe
+
+__all__ = ["DepthModule", "Recipe", "parameter_groups", "rate_factor"]
 
 
 def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
@@ -31,10 +34,7 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
     Raises:
         ValueError: For an unknown schedule.
     """
-    if schedule not in ("constant", "linear", "cosine", "poly", "late-cosine"):
-        raise ValueError(
-            f"recipe.schedule={schedule} is unknown; type recipe.schedule=constant, linear, cosine, poly or late-cosine"
-        )
+    require("recipe.schedule", schedule, choice(*SCHEDULES))
     climb = round(warmup * steps)
     if step < climb:
         return (step + 1) / (climb + 1)
@@ -63,53 +63,6 @@ def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return groups
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The numbers of a training recipe; configs/stage/*.yaml hold the paper's, docs/recipe.md the reasons.
-
-    Attributes:
-        steps: Optimizer steps of the whole run; the schedule ends there.
-        encoder_lr: Adam's rate for the encoder.
-        head_lr: Adam's rate for the DPT head.
-        betas: Adam's.
-        weight_decay: Decoupled; 0 is plain Adam, as the paper has it.
-        schedule: "constant", "linear", "cosine", "poly" or "late-cosine".
-        warmup: Share of the run over which the rate climbs.
-        clip_norm: Largest global gradient norm; None leaves gradients alone.
-        ssi_weight: Weight of the scale-and-shift-invariant loss.
-        gm_weight: Weight of the gradient-matching loss.
-        gm_scales: Its strided scales.
-        trim: Share of the largest residuals of each image left out of ssi.
-        gm_trim: The same for gradient matching.
-        alignment_weight: Weight of the feature-alignment term (student); 0 leaves it out.
-        alignment_tolerance: Cosine above which a token is near enough.
-        checkpointing: Recompute encoder blocks in the backward pass.
-        compile: Compile encoder blocks in place.
-    """
-
-    steps: int
-    encoder_lr: float
-    head_lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    schedule: str = "linear"
-    warmup: float = 0.0
-    clip_norm: float | None = None
-    ssi_weight: float = 1.0
-    gm_weight: float = 2.0
-    gm_scales: int = 4
-    trim: float = 0.0
-    gm_trim: float = 0.0
-    alignment_weight: float = 0.0
-    alignment_tolerance: float = 0.85
-    checkpointing: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a schedule nobody knows before anything is built."""
-        rate_factor(0, steps=self.steps, warmup=self.warmup, schedule=self.schedule)
 
 
 class DepthModule(pl.LightningModule):
@@ -154,7 +107,11 @@ class DepthModule(pl.LightningModule):
         checkpoint["depth_anything"] = {**describe(self.model), **said_of(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count the batches done in micro-batches of today; Lightning stored them in those of the old run."""
+        """Go on with today's recipe, and with the batches done in micro-batches of today.
+
+        Lightning would restore the rates and count the batches of the old run.
+        """
+        apply_recipe(checkpoint, self.configure_optimizers())
         done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         for span in ("total", "current"):

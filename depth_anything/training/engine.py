@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,28 @@ def connect_ranks(trainer: pl.Trainer) -> int:
     return trainer.world_size
 
 
-def begin_run(trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
+def begin_run(
+    trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any], *, typed: Collection[str] = ()
+) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint that every rank goes on from.
+
+    Args:
+        trainer: Of the run.
+        folder: Of the run.
+        config: The composed config, plain values.
+        typed: Dotted keys that were typed on the command line.
 
     Raises:
         ValueError: On all ranks, with rank 0's sentence.
     """
     ranks = connect_ranks(trainer)
     if ranks == 1:
-        return folder.begin(config, main=trainer.is_global_zero)
-    return together(ranks, lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
+        return folder.begin(config, main=trainer.is_global_zero, typed=typed)
+
+    def begin() -> Path | None:
+        return folder.begin(config, main=True, typed=typed) if trainer.is_global_zero else None
+
+    return together(ranks, begin)[0]
 
 
 def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:

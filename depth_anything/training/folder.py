@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,10 @@ from depth_anything.data.liveness import Watch, file_system_time, is_alive
 from depth_anything.data.tars import remove_stale, write_atomically
 from depth_anything.model.integrity import damage_of
 from depth_anything.training.loggers import read_metrics
-from depth_anything.training.plan import override
+from depth_anything.training.resume import check_other, check_own, differences
 
-#: Keys that may differ between the sittings of one run: where it runs, what it prints, when it saves.
-FREE_KEYS = frozenset(
-    """accelerator devices num_nodes strategy workers micro_batch logger logging checkpoint validation resume overwrite
-    dry_run name run_dir output_dir allow_partial tiny rates""".split()
-)
-#: Keys that repeat another key's value.
-ECHOES = (
-    "module.recipe.",
-    "recipe.steps",
-    "data.sky",
-    "data.mix",
-    "data.replay",  # and its share
-    "data.images",
-    "data.labels",
-    "data.labelled",
-    "data.min_depth",
-    "data.max_depth",
-)
-#: Keys of stage=metric that nothing reads without replay.
-OF_REPLAY = frozenset(("labels", "replay_share", "recipe.ssi_weight", "recipe.gm_weight", "recipe.trim"))
-#: Keys whose value is the user's own mapping, typed as a whole.
-WHOLE = frozenset(("sky", "repeat"))
+__all__ = ["Lock", "RunFolder", "differences", "launch", "requeued", "step_of"]
+
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 WATCH_S = 2.5 * HEARTBEAT_S
@@ -154,35 +134,6 @@ class Lock:
                 self._beat()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value and key not in WHOLE:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """List the dotted keys that make two configs different runs, each with its old and new value."""
-    before, after = flatten(old), flatten(new)
-    changed = {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and FREE_KEYS.isdisjoint(key.split("."))
-        and not key.startswith(ECHOES)
-    }
-    if before.get("stage") == "metric" and not (before.get("replay") or after.get("replay")):
-        changed = {key: pair for key, pair in changed.items() if key not in OF_REPLAY}
-    longer = "steps" in changed and (changed["steps"][1] or 0) > (changed["steps"][0] or 0)
-    if longer and after.get("recipe.schedule") == "constant":
-        del changed["steps"]
-    return changed
-
-
 class RunFolder:
     """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end.
 
@@ -200,11 +151,16 @@ class RunFolder:
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = Lock(self.path)
 
-    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+    def begin(self, config: Mapping[str, Any], *, main: bool, typed: Collection[str] = ()) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
         In this order: the folder's newest undamaged checkpoint, then `resume=`, then none, which leaves the
         weights to `init=`. Damaged checkpoints are renamed to *.damaged and named on standard error.
+
+        Args:
+            config: The composed config, plain values.
+            main: Whether this is the main rank.
+            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: As `claim`; or if `resume=` is no checkpoint or damaged, or the main rank gave no sign for two
@@ -214,8 +170,10 @@ class RunFolder:
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
-            self.claim(config)
+            self.claim(config, typed=typed)
             checkpoint = self._starting_checkpoint(config)
+            if checkpoint is not None and checkpoint.parent != self.checkpoints:
+                self._note(check_other(checkpoint, config, typed=typed))
             write_atomically(
                 decision,
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
@@ -261,7 +219,9 @@ class RunFolder:
         figure = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
-    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+    def claim(
+        self, config: Mapping[str, Any], *, exclusive: bool = True, typed: Collection[str] = ()
+    ) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
 
         Args:
@@ -269,6 +229,7 @@ class RunFolder:
                 first; after a requeue it is ignored.
             exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
                 may do and whose label sets say themselves what made them, passes False.
+            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: If another process writes to it, the saved config is another run's, or the run was trained
@@ -281,8 +242,7 @@ class RunFolder:
                 self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-            if self.config.is_file() and (self.model.is_file() or any(self._all_checkpoints())):
-                self._compare(config)
+            self.compare(config, typed=typed)
             if config["resume"] is None and not self.finished(config["steps"]):
                 self._refuse_lost_progress()
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
@@ -297,16 +257,41 @@ class RunFolder:
         os.rename(self.path, old)
         self.lock.release()
 
-    def _compare(self, config: Mapping[str, Any]) -> None:
+    def compare(
+        self, config: Mapping[str, Any], *, typed: Collection[str] = (), note: bool = True
+    ) -> list[str]:
+        """Hold a config against the one of the run, if the folder has trained any step.
+
+        Args:
+            config: The composed config, plain values.
+            typed: Dotted keys that were typed on the command line.
+            note: Write down and print what is changed on purpose.
+
+        Returns:
+            A line for each value that is changed on purpose.
+
+        Raises:
+            ValueError: If it is another run's.
+        """
+        newest = self.newest_checkpoint()
+        if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
+            return []
         old = yaml.safe_load(self.config.read_text()) or {}
-        changed = differences(old, config)
-        if changed:
-            key, (before, after) = next(iter(changed.items()))
-            more = f" (and {', '.join(list(changed)[1:4])})" if len(changed) > 1 else ""
-            raise ValueError(
-                f"{self.path} was begun with {key}={before}, now {key}={after}{more}; type {override(key, before)} to "
-                "continue it, name=ANOTHER_NAME for a run beside it, or overwrite=true to set it aside"
-            )
+        finished = self.finished(config["steps"])
+        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=typed)
+        if note:
+            self._note(changes)
+        return changes
+
+    def _note(self, changes: list[str]) -> None:
+        """Print what changes from here on, and keep it in changes.txt, since config.yaml has the new values alone."""
+        file = self.path / "changes.txt"
+        known = file.read_text().splitlines() if file.is_file() else []
+        new = [line for line in changes if line not in known]
+        if new:
+            write_atomically(file, ("\n".join([*known, *new]) + "\n").encode())
+        for line in changes:
+            print(f"going on from {line}")
 
     def newest_checkpoint(self) -> Path | None:
         """Find the newest checkpoint that is whole and whose bytes are those that were written, or None."""

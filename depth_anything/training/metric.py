@@ -1,6 +1,5 @@
 """stage=metric: a relative network learns metres (the authors' metric_depth/; V1 §6 for the ZoeDepth route)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,23 +7,13 @@ from torch import Tensor
 
 from depth_anything.losses import silog_loss
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.base import DepthModule
+from depth_anything.training.config import MetricRecipe
+
+__all__ = ["Metric", "MetricRecipe"]
 
 NEAREST_M = 1e-3
 """Nearer predictions have its disparity: one pixel that is next to nothing must not be all that counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricRecipe(Recipe):
-    """The numbers of a metric recipe: those of any fitting stage, and SILog's; the invariant losses are replay's.
-
-    Attributes:
-        silog_weight: Weight of the loss. Adam does not mind it; clipping by `clip_norm` does.
-        variance_focus: 1 forgives a wrong scale altogether, 0 not at all.
-    """
-
-    silog_weight: float = 1.0
-    variance_focus: float = 0.5
 
 
 class Metric(DepthModule):

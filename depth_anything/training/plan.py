@@ -10,115 +10,20 @@ import torch
 
 from depth_anything.data.address import told
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.lora import add_adapters, import_peft
+from depth_anything.model.lora import add_adapters
+from depth_anything.training.config import to_typed
 
-#: The keys of a run, as configs/train.yaml and the groups below it have them.
-KEYS = frozenset(
-    """name output_dir run_dir data_dir photos seed workers micro_batch streams init resume overwrite allow_partial
-    dry_run checkpoint logging validation stage encoder batch_size steps image_size perturb cutmix mix sky
-    max_depth min_depth start freeze_encoder lora rates replay replay_share
-    recipe module data
-    labels teacher sources trainer logger size experiment tiny""".split()
-)
 #: Key that adds sets beside a stage's own → the group of sources that it chooses from.
 GROUPS = {"mix": "labelled", "replay": "images"}
 BESIDE = {"mix": "mixed in", "replay": "replayed"}
-NESTED = {
-    "checkpoint": {"every", "keep"},
-    "logging": {"every"},
-    "validation": {"every", "limit", "benchmark", "root", "protocol", "max_depth"},
-}
-
-METRES = {"min_depth": 0.001, "max_depth": 20}
-
-
-def refuse_nonsense(config: Mapping[str, Any]) -> None:
-    """Refuse keys that nothing reads and numbers that cannot be.
-
-    Raises:
-        ValueError: Naming the key. `+key=value` on the command line adds keys without asking.
-    """
-    for key in config.keys() - KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        raise ValueError(f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-    for group, known in NESTED.items():
-        for key in config[group].keys() - known:
-            raise ValueError(f"there is no key {group}.{key}; there are {', '.join(sorted(known))}")
-    counts = {key: config[key] for key in ("batch_size", "steps", "image_size", "streams") if key in config}
-    counts |= {f"{group}.every": config[group]["every"] for group in NESTED}
-    counts |= {
-        "checkpoint.keep": config["checkpoint"]["keep"],
-        "validation.limit": config["validation"]["limit"],
-    }
-    for key, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{key}={value} must be a whole number above 0")
-    if type(config["workers"]) is not int or config["workers"] < 0:
-        raise ValueError(f"workers={config['workers']} must be a whole number, 0 for none")
-    _refuse_no_judge(config["validation"])
-    if config["stage"] == "metric":
-        _refuse_no_range(config)
-        _refuse_no_rank(config)
-    else:
-        for key in ("replay", "replay_share", "lora"):
-            if key in config:
-                raise ValueError(
-                    f"{key} is a key of stage=metric alone; leave it out of stage={config['stage']}"
-                )
-
-
-def _refuse_no_judge(validation: Mapping[str, Any]) -> None:
-    name, root, farthest = (validation.get(key) for key in ("benchmark", "root", "max_depth"))
-    if name is not None and root is None:
-        raise ValueError(
-            f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={name}"
-        )
-    if root is not None and name is None:
-        raise ValueError(
-            f"validation.root={root} says where a benchmark lies, and none is asked for; type "
-            "validation.benchmark=nyu, or for a labelled set sources.validation=FOLDER"
-        )
-    if farthest is not None and (type(farthest) not in (int, float) or not 0 < farthest < float("inf")):
-        raise ValueError(
-            f"validation.max_depth={farthest} must be a number of metres above 0; type validation.max_depth=20"
-        )
-
-
-def _refuse_no_range(config: Mapping[str, Any]) -> None:
-    near, far = config["min_depth"], config["max_depth"]
-    for key, value in (("min_depth", near), ("max_depth", far)):
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise ValueError(f"{key}={value} must be a number of metres above 0, as in {key}={METRES[key]}")
-    if near >= far:
-        raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")
-    if config["start"] not in ("encoder", "all"):
-        raise ValueError(f"start={config['start']} is unknown; type start=encoder or start=all")
-    share = config["replay_share"]
-    if type(share) is not float or not 0 < share < 1:
-        raise ValueError(f"replay_share={share} must be a share between 0 and 1, as in replay_share=0.1")
-    if type(config["freeze_encoder"]) is not bool:
-        raise ValueError(
-            f"freeze_encoder={config['freeze_encoder']} is neither true nor false; type freeze_encoder=true"
-        )
-
-
-def _refuse_no_rank(config: Mapping[str, Any]) -> None:
-    rank = config.get("lora")
-    if rank is None:
-        return
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"lora={rank} must be a whole number above 0, the rank, as in lora=8; or lora=null")
-    if config["freeze_encoder"]:
-        raise ValueError(
-            f"lora={rank} teaches the encoder and freeze_encoder=true forbids it; type freeze_encoder=false"
-        )
-    import_peft()
 
 
 def one_sentence(error: BaseException) -> str:
     """Reduce an error to what it says: without Hydra's wrapping, a worker's traceback, or line breaks."""
     cause = error.__cause__ if type(error).__name__ == "InstantiationException" and error.__cause__ else error
     lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    if getattr(cause, "full_key", None):  # OmegaConf's, which tells the key in a line of its own
+        return f"{cause.full_key}: {lines[0].strip()}"  # type: ignore[attr-defined]
     said = lines[-1].partition(": ")[2] if any("Traceback" in line for line in lines) else " ".join(lines)
     return " ".join(said.split())
 
@@ -176,17 +81,7 @@ def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple
 
 def override(key: str, value: Any) -> str:
     """Write a key and its value as they are typed after train.py, quoted for a shell."""
-    return shlex.quote(f"{key}={_hydra(value)}")
-
-
-def _hydra(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_hydra, value)) + "]"
-    return str(value)
+    return shlex.quote(f"{key}={to_typed(value)}")
 
 
 def chosen_sets(
@@ -222,7 +117,7 @@ def chosen_sets(
     return {name: sets[name] for name in dict.fromkeys(names)}
 
 
-def beside(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def extra_sets(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Name the sets that a config's `mix` and `replay` add, each {set: folder}."""
     return {
         key: chosen_sets(config.get(key), config["sources"].get(group, {}), key=key)
@@ -270,7 +165,7 @@ def share_repeat(
 
 def needed_sets(config: Mapping[str, Any]) -> list[str]:
     """List the folders of all sets that a fitting run reads, validation among them."""
-    added = [folder for sets in beside(config).values() for folder in sets.values()]
+    added = [folder for sets in extra_sets(config).values() for folder in sets.values()]
     folders = [*config["data"]["sets"].values(), *added, config["sources"]["validation"]]
     return [str(folder) for folder in folders if folder is not None]
 
@@ -312,7 +207,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
     _print_sets(config["data"]["sets"])
     if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
         print(f"labels      {config['data']['labels']}")
-    for key, sets in beside(config).items():
+    for key, sets in extra_sets(config).items():
         share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
         _print_sets(sets, what=f"{BESIDE[key]}{share}")
     batch, side = config["batch_size"], config["image_size"]

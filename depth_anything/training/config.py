@@ -1,0 +1,494 @@
+"""The keys of a run: type, range and stages of each, and whether it may change when a run is resumed.
+
+The dataclasses below are the schema of the composed config (configs/*.yaml). check_config.py validates against it,
+resume.py compares two configs by it, and command.py suggests keys from it.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+FITTING = ("teacher", "student", "metric")
+STAGES = (*FITTING, "pseudolabel")
+SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
+
+FREE = "free"
+"""May differ at every start: where a run computes, what it prints, when it saves."""
+CHANGE = "change"
+"""May be changed on purpose: in a run's own folder with resume_with=, and with resume=OTHER."""
+SAME = "same"
+"""Never changes in a run, nor between a checkpoint and the run that goes on from it."""
+START = "start"
+"""Never changes in a run; does not matter to a run that goes on from another run's checkpoint."""
+ECHO = "echo"
+"""Repeats another key."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be."""
+
+    accepts: Callable[[Any], bool]
+    text: str  # "a whole number above 0"
+    example: Any  # a value that is accepted, as it is typed
+    options: tuple[str, ...] = ()  # of a choice
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the schema says of one key.
+
+    Attributes:
+        rule: Of its value; None for a section, whose fields have rules of their own.
+        stages: That know the key.
+        resume: FREE, CHANGE, SAME, START or ECHO.
+        section: Dataclass of the keys below it.
+        entries: Of the values of a mapping whose names are the user's.
+        names: That such a mapping may have; () is any.
+        open: More keys are allowed where `_target_` of the section takes them.
+        replay_only: In stage=metric, nothing reads the key without replay.
+    """
+
+    rule: Rule | None = None
+    stages: tuple[str, ...] = STAGES
+    resume: str = SAME
+    section: type | None = None
+    entries: "Key | None" = None
+    names: tuple[str, ...] = ()
+    open: bool = False
+    replay_only: bool = False
+
+
+def key(rule: Rule | None, *, default: Any = MISSING, **settings: Any) -> Any:
+    """Declare a field of the schema; a key with a default may be absent from a config."""
+    return field(default=default, metadata={"key": Key(rule, **settings)})
+
+
+def fields_of(section: type) -> dict[str, Key]:
+    """Return the keys of a dataclass of the schema by name."""
+    return {
+        "_target_" if name == "target" else name: item.metadata["key"]
+        for name, item in section.__dataclass_fields__.items()
+    }
+
+
+def is_required(section: type, name: str) -> bool:
+    """Tell whether a key must be in every config whose stage knows it."""
+    item = section.__dataclass_fields__["target" if name == "_target_" else name]
+    return item.default is MISSING
+
+
+def integer(low: int, high: int | None = None, *, example: int, optional: bool = False) -> Rule:
+    """Accept whole numbers from `low` to `high`; true and false are no numbers."""
+
+    def accepts(value: Any) -> bool:
+        if value is None:
+            return optional
+        return type(value) is int and low <= value and (high is None or value <= high)
+
+    above = {0: "from 0 up", 1: "above 0"}.get(low, f"from {low} up")
+    text = f"a whole number {above if high is None else f'from {low} to {high}'}"
+    return Rule(accepts, text + (", or null" if optional else ""), example)
+
+
+def real(
+    low: float,
+    high: float = math.inf,
+    *,
+    example: float,
+    above: bool = False,
+    below: bool = False,
+    unit: str = "",
+    optional: bool = False,
+) -> Rule:
+    """Accept finite numbers from `low` (or above it) to `high` (or below it)."""
+
+    def accepts(value: Any) -> bool:
+        if value is None:
+            return optional
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
+
+    if high == math.inf:
+        span = f"above {low:g}" if above else f"from {low:g} up"
+    elif above and below:
+        span = f"between {low:g} and {high:g}"
+    else:
+        span = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
+    text = f"a number {unit and unit + ' '}{span}"
+    return Rule(accepts, text + (", or null" if optional else ""), example)
+
+
+def flag() -> Rule:
+    """Accept true and false."""
+    return Rule(lambda value: type(value) is bool, "true or false", True)
+
+
+def choice(*options: str, optional: bool = False) -> Rule:
+    """Accept one of some words."""
+    text = f"{', '.join(options[:-1])} or {options[-1]}" if len(options) > 1 else options[0]
+    return Rule(
+        lambda value: (value is None and optional) or (isinstance(value, str) and value in options),
+        text + (", or null" if optional else ""),
+        options[0],
+        options,
+    )
+
+
+def text(what: str, *, example: str, optional: bool = False) -> Rule:
+    """Accept words that are not empty; a number is taken for its digits."""
+
+    def accepts(value: Any) -> bool:
+        if value is None:
+            return optional
+        return type(value) in (str, int, float) and str(value).strip() != ""
+
+    return Rule(accepts, what + (", or null" if optional else ""), example)
+
+
+def _is_betas(value: Any) -> bool:
+    one = real(0, 1, below=True, example=0.9)
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(one.accepts, value))
+
+
+def _is_names(value: Any) -> bool:
+    if value is None or isinstance(value, (bool, str)):
+        return value != ""
+    return isinstance(value, Sequence) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_sky(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and policy in ("far", "invalid") for name, policy in value.items())
+    return value in (None, "far", "invalid")
+
+
+def _is_repeat(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and type(n) is int and n >= 1 for name, n in value.items())
+    return value is None
+
+
+def _is_devices(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and len(set(value)) == len(value) and all(type(n) is int and n >= 0 for n in value)
+    if isinstance(value, str):
+        return value == "auto" or all(part.strip().isdecimal() for part in value.split(","))
+    return type(value) is int and (value >= 1 or value == -1)
+
+
+BETAS = Rule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
+NAMES = Rule(_is_names, "true, null, or names of sets", True)
+SKY = Rule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")
+REPEAT = Rule(_is_repeat, "null or {SET: a whole number above 0}", None)
+DEVICES = Rule(_is_devices, "auto, -1 for all, a whole number above 0, or a list of device numbers", 1)
+STRATEGY = Rule(
+    lambda value: isinstance(value, (str, Mapping)) and bool(value), "a strategy of Lightning's", "auto"
+)
+ANY = Rule(lambda value: True, "any value", None)
+FOLDER = text("a folder", example="FOLDER")
+FILE = text("a file", example="FILE", optional=True)
+RATE = real(0, 1, example=5e-5)
+WEIGHT = real(0, example=1.0)
+SHARE = real(0, 1, below=True, example=0.1)
+SEED = integer(0, 2**64 - 1, example=0)
+TARGET = text("the name of a class, as package.module.Class", example="my_stage.MyStage")
+CHANGED_KEYS = Rule(
+    lambda value: (
+        value is None or isinstance(value, str) or (_is_names(value) and not isinstance(value, bool))
+    ),
+    "the names of the keys that change, as [recipe.head_lr,steps]",
+    ["recipe.head_lr"],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The numbers of a training recipe; configs/stage/*.yaml hold the paper's, docs/recipe.md the reasons.
+
+    Attributes:
+        steps: Optimizer steps of the whole run; the schedule ends there.
+        encoder_lr: Adam's rate for the encoder.
+        head_lr: Adam's rate for the DPT head.
+        betas: Adam's.
+        weight_decay: Decoupled; 0 is plain Adam, as the paper has it.
+        schedule: "constant", "linear", "cosine", "poly" or "late-cosine".
+        warmup: Share of the run over which the rate climbs.
+        clip_norm: Largest global gradient norm; None leaves gradients alone.
+        ssi_weight: Weight of the scale-and-shift-invariant loss.
+        gm_weight: Weight of the gradient-matching loss.
+        gm_scales: Its strided scales.
+        trim: Share of the largest residuals of each image left out of ssi.
+        gm_trim: The same for gradient matching.
+        alignment_weight: Weight of the feature-alignment term (student); 0 leaves it out.
+        alignment_tolerance: Cosine above which a token is near enough.
+        checkpointing: Recompute encoder blocks in the backward pass.
+        compile: Compile encoder blocks in place.
+    """
+
+    steps: int = key(integer(1, example=1000), resume=ECHO)
+    encoder_lr: float = key(RATE, resume=CHANGE)
+    head_lr: float = key(RATE, resume=CHANGE)
+    betas: tuple[float, float] = key(BETAS, default=(0.9, 0.999), resume=CHANGE)
+    weight_decay: float = key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
+    schedule: str = key(choice(*SCHEDULES), default="linear", resume=CHANGE)
+    warmup: float = key(SHARE, default=0.0, resume=CHANGE)
+    clip_norm: float | None = key(
+        real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
+    )
+    ssi_weight: float = key(WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
+    gm_weight: float = key(WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
+    gm_scales: int = key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
+    trim: float = key(SHARE, default=0.0, resume=CHANGE, replay_only=True)
+    gm_trim: float = key(SHARE, default=0.0, resume=CHANGE, replay_only=True)
+    alignment_weight: float = key(WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
+    alignment_tolerance: float = key(
+        real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
+    )
+    checkpointing: bool = key(flag(), default=False, resume=CHANGE)
+    compile: bool = key(flag(), default=False, resume=CHANGE)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range before anything is built.
+
+        Raises:
+            ValueError: Naming the key and what it must be.
+        """
+        for name, known in fields_of(type(self)).items():
+            if known.rule is not None:
+                require(f"recipe.{name}", getattr(self, name), known.rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRecipe(Recipe):
+    """The numbers of a metric recipe: those of any fitting stage, and SILog's; the invariant losses are replay's.
+
+    Attributes:
+        silog_weight: Weight of the loss. Adam does not mind it; clipping by `clip_norm` does.
+        variance_focus: 1 forgives a wrong scale altogether, 0 not at all.
+    """
+
+    silog_weight: float = key(WEIGHT, default=1.0, stages=("metric",), resume=CHANGE)
+    variance_focus: float = key(real(0, 1, example=0.5), default=0.5, stages=("metric",), resume=CHANGE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSection(MetricRecipe):
+    """The recipe of a config: the numbers of any stage's, and the class that holds them."""
+
+    target: str = key(TARGET, resume=START)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When checkpoints are written, in optimizer steps, and how many stay."""
+
+    every: int = key(integer(1, example=2000))
+    keep: int = key(integer(1, example=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """When numbers are logged, in optimizer steps."""
+
+    every: int = key(integer(1, example=50))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """On what a run is validated, and when."""
+
+    every: int = key(integer(1, example=5000))
+    limit: int = key(integer(1, example=256))
+    benchmark: str | None = key(text("a benchmark", example="nyu", optional=True), default=None)
+    root: str | None = key(text("a folder", example="FOLDER", optional=True), default=None)
+    protocol: str | None = key(text("a protocol", example="da2", optional=True), default=None)
+    max_depth: float | None = key(
+        real(0, above=True, unit="of metres", example=20, optional=True), default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSet:
+    """A procedural set that is written on first use."""
+
+    root: str = key(FOLDER)
+    look: str = key(choice("synthetic", "photographic"))
+    count: int = key(integer(1, 10_000_000, example=768))
+    seed: int = key(integer(0, example=1))
+    height: int = key(integer(14, example=112))
+    width: int = key(integer(14, example=144))
+    labelled: bool = key(flag(), default=True)
+    per_shard: int = key(integer(1, example=128), default=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where sets lie: {name: folder, URL or command}."""
+
+    labelled: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
+    images: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
+    validation: str | None = key(text("a folder", example="FOLDER", optional=True), resume=FREE)
+    scenes: dict[str, SceneSet] = key(None, entries=Key(section=SceneSet), resume=START)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSection:
+    """Lightning's Trainer; its other arguments are added as +trainer.NAME=VALUE."""
+
+    target: str = key(TARGET, resume=START)
+    accelerator: str = key(text("an accelerator of Lightning's", example="auto"), resume=FREE)
+    devices: Any = key(DEVICES, resume=FREE)
+    num_nodes: int = key(integer(1, example=1), resume=FREE)
+    strategy: Any = key(STRATEGY, resume=FREE)
+    precision: Any = key(
+        Rule(lambda value: type(value) in (str, int), "a precision of Lightning's", "auto"), resume=CHANGE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerSection:
+    """A logger beside metrics.csv; its arguments are those of its class."""
+
+    target: str = key(TARGET, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSection:
+    """The LightningModule of the stage; a user's own takes arguments of its own."""
+
+    target: str = key(TARGET, resume=START)
+    recipe: Any = key(ANY, default=None, stages=FITTING, resume=ECHO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The arguments of the stage's DataModule, most of which repeat keys of the run."""
+
+    target: str = key(TARGET, resume=START)
+    sets: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
+    labels: str | None = key(text("a folder", example="FOLDER", optional=True), resume=ECHO)
+    seed: int = key(SEED, stages=FITTING, resume=ECHO)
+    batch_size: int = key(integer(1, example=16), resume=ECHO)
+    streams: int = key(integer(1, example=128), stages=FITTING, resume=ECHO)
+    image_size: int = key(integer(1, example=518), resume=ECHO)
+    workers: int = key(integer(0, example=4), resume=FREE)
+    labelled: dict[str, str] = key(None, entries=Key(FOLDER), stages=("student",), resume=ECHO)
+    mix: Any = key(NAMES, stages=("student",), resume=ECHO)
+    sky: Any = key(SKY, stages=FITTING, resume=ECHO)
+    perturb: bool = key(flag(), stages=FITTING, resume=ECHO)
+    cutmix: bool = key(flag(), stages=("student",), resume=ECHO)
+    repeat: dict[str, int] | None = key(REPEAT, stages=FITTING)
+    images: dict[str, str] = key(None, entries=Key(FOLDER), stages=("metric",), resume=ECHO)
+    replay: Any = key(NAMES, stages=("metric",), resume=ECHO)
+    replay_share: float = key(
+        real(0, 1, above=True, below=True, example=0.1), stages=("metric",), resume=ECHO
+    )
+    allow_partial: bool = key(flag(), stages=("student", "metric"), resume=FREE)
+    min_depth: float = key(ANY, stages=("metric",), resume=ECHO)
+    max_depth: float = key(ANY, stages=("metric",), resume=ECHO)
+    run_dir: str = key(FOLDER, stages=FITTING, resume=FREE)
+    precision: str = key(ANY, stages=("pseudolabel",), resume=ECHO)
+    codec: str = key(choice("q12", "f32"), stages=("pseudolabel",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """The numbers of size=tiny, by stage or encoder."""
+
+    perturb: Any = key(None, entries=Key(flag()), names=STAGES, default=None)
+    rate: Any = key(None, entries=Key(RATE), default=None)
+    encoder: Any = key(None, entries=Key(text("an encoder", example="vitn")), names=STAGES, default=None)
+    init: Any = key(None, entries=Key(FILE), names=STAGES, default=None)
+    max_depth: Any = key(real(0, above=True, unit="of metres", example=80), default=None)
+    steps: Any = key(None, entries=Key(entries=Key(integer(1, example=400))), names=FITTING, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: every key of configs/train.yaml and of the groups below it."""
+
+    name: str = key(text("the name of a run", example="second"), resume=FREE)
+    output_dir: str = key(FOLDER, resume=FREE)
+    run_dir: str = key(FOLDER, resume=FREE)
+    data_dir: str = key(FOLDER, resume=START)
+    photos: str = key(FOLDER, resume=START)
+    seed: int = key(SEED)
+    workers: int = key(integer(0, example=4), resume=FREE)
+    micro_batch: int | None = key(integer(1, optional=True, example=4), resume=FREE)
+    streams: int | None = key(integer(1, optional=True, example=128), default=None)
+    init: str | None = key(FILE, resume=START)
+    resume: str | None = key(FILE, resume=FREE)
+    resume_with: Any = key(CHANGED_KEYS, default=None, resume=FREE)
+    overwrite: bool = key(flag(), resume=FREE)
+    allow_partial: bool = key(flag(), resume=FREE)
+    dry_run: bool = key(flag(), resume=FREE)
+    checkpoint: Checkpointing = key(None, section=Checkpointing, resume=FREE)
+    logging: Logging = key(None, section=Logging, resume=FREE)
+    validation: Validation = key(None, section=Validation, resume=FREE)
+    stage: str = key(text("a stage", example="teacher"))
+    size: str = key(text("a size", example="tiny"), resume=START)
+    encoder: str = key(text("an encoder", example="vits"))
+    batch_size: int = key(integer(1, example=16))
+    steps: int = key(integer(1, example=1000), stages=FITTING, resume=CHANGE)
+    image_size: int = key(integer(1, example=518))
+    perturb: bool = key(flag(), default=False, stages=FITTING, resume=CHANGE)
+    sky: Any = key(SKY, default=None, stages=("teacher", "student"))
+    mix: Any = key(NAMES, default=None, stages=("student",))
+    cutmix: bool = key(flag(), default=False, stages=("student",), resume=CHANGE)
+    labels: str | None = key(
+        text("a folder", example="FOLDER", optional=True),
+        stages=("student", "metric", "pseudolabel"),
+        resume=START,
+        replay_only=True,
+    )
+    teacher: str = key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
+    start: str = key(choice("encoder", "all"), stages=("metric",), resume=START)
+    freeze_encoder: bool = key(flag(), default=False, stages=("metric",))
+    lora: int | None = key(integer(1, optional=True, example=8), default=None, stages=("metric",))
+    max_depth: float = key(real(0, above=True, unit="of metres", example=20), stages=("metric",))
+    min_depth: float = key(real(0, above=True, unit="of metres", example=0.001), stages=("metric",))
+    replay: Any = key(NAMES, default=None, stages=("metric",))
+    replay_share: float = key(
+        real(0, 1, above=True, below=True, example=0.1), default=0.1, stages=("metric",), replay_only=True
+    )
+    rates: dict[Any, float] = key(None, entries=Key(RATE), default=None, stages=("metric",), resume=FREE)
+    sources: Sources = key(None, section=Sources)
+    recipe: RecipeSection = key(None, section=RecipeSection, stages=FITTING, open=True)
+    module: ModuleSection = key(None, section=ModuleSection, open=True)
+    data: DataSection = key(None, section=DataSection, open=True)
+    trainer: TrainerSection = key(None, section=TrainerSection, open=True)
+    logger: LoggerSection | None = key(None, section=LoggerSection, default=None, open=True, resume=FREE)
+    tiny: Tiny | None = key(None, section=Tiny, default=None, resume=FREE)
+
+
+def require(name: str, value: Any, rule: Rule) -> None:
+    """Hold a value against the rule of its key.
+
+    Raises:
+        ValueError: Naming the key, its value, what it must be and a value that is accepted.
+    """
+    if rule.accepts(value):
+        return
+    if rule.options:
+        near = difflib.get_close_matches(str(value), rule.options, 1, 0.5) or list(rule.options[:1])
+        others = ", ".join(option for option in rule.options if option != near[0])
+        raise ValueError(f"{name}={to_typed(value)} is unknown; type {name}={near[0]} (or {others})")
+    example = rule.example
+    if isinstance(value, float) and value.is_integer() and rule.accepts(int(value)):
+        example = int(value)  # steps=1e3
+    raise ValueError(f"{name}={to_typed(value)} must be {rule.text}; type {name}={to_typed(example)}")
+
+
+def to_typed(value: Any) -> str:
+    """Write a value as it is typed behind a key."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{to_typed(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(to_typed, value)) + "]"
+    return str(value)

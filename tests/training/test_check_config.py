@@ -1,0 +1,199 @@
+"""Every key of every config has a type and a range; what cannot be is refused before any data is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from depth_anything.training.base import Recipe
+from depth_anything.training.check_config import (
+    SET_BY_RUN,
+    advise,
+    find_key,
+    known_keys,
+    resolve_config,
+)
+from depth_anything.training.config import STAGES
+from depth_anything.training.engine import trainer_arguments
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def resolved(*typed: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return resolve_config(compose("train", [*typed]))
+
+
+@pytest.mark.parametrize("size", ["tiny", "paper"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_shipped_config_is_valid_and_the_schema_names_no_key_that_is_not_there(
+    stage: str, size: str
+) -> None:
+    def paths(node: dict[str, Any], prefix: str = "") -> set[str]:
+        return {
+            path
+            for name, value in node.items()
+            for path in (
+                prefix + name,
+                *(paths(value, f"{prefix}{name}.") if isinstance(value, dict) else ()),
+            )
+        }
+
+    config = resolved(f"stage={stage}", f"size={size}")
+    added = {"recipe.gm_scales", "recipe.gm_trim"} if stage == "metric" else set()  # by +, for replay
+    wanted = {key for key in known_keys(stage) if not key.startswith(("tiny.", "logger."))}
+    assert wanted - added <= paths(config)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["recipe.encoder_lr", "recipe.head_lr", "recipe.weight_decay", "recipe.ssi_weight", "recipe.gm_weight",
+     "recipe.warmup", "recipe.trim", "recipe.gm_trim", "recipe.clip_norm"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["-0.001", ".nan", ".inf", "abc", "true", "[1]"])
+def test_rates_weights_and_shares_are_numbers_that_can_be(key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}=.* must be a number .*type {key}="):
+        resolved("stage=teacher", f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["steps", "batch_size", "image_size", "streams", "micro_batch", "workers", "seed", "checkpoint.every",
+     "checkpoint.keep", "logging.every", "validation.every", "validation.limit", "recipe.gm_scales",
+     "trainer.num_nodes", "sources.scenes.synthetic.count"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["-1", "2.5", "true", "many"])
+def test_counts_are_whole_numbers(key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}=.* must be a whole number .*type {key}="):
+        resolved("stage=teacher", f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("recipe.betas=0.9", r"recipe.betas=\[0.9,0.999\]"),
+        ("recipe.betas=[0.9,1.0]", r"recipe.betas=\[0.9,1.0\] must be"),
+        ("recipe.betas=[0.9]", "recipe.betas"),
+        ("recipe.clip_norm=0", "recipe.clip_norm=0 .*null"),
+        ("recipe.trim=1.0", "recipe.trim=1.0"),
+        ("recipe.warmup=500", "recipe.warmup=500"),
+        ("recipe.schedule=cosin", "type recipe.schedule=cosine"),
+        ("recipe.compile=maybe", "true or false"),
+        ("recipe.head_lr=null", "recipe.head_lr=null"),
+        ("recipe.ssi_weight=0 recipe.gm_weight=0", "no loss is left"),
+        ("recipe.encoder_lr=0 recipe.head_lr=0", "nothing learns"),
+        ("recipe.gm_scales=9", "recipe.gm_scales=9.*image_size=70"),
+        ("steps=1e3", "type steps=1000"),
+        ("image_size=100", "type image_size=98"),
+        ("image_size=7", "type image_size=14"),
+        ("sky=blue", "sky=blue.*sky=invalid"),
+        ("sky={scenes-synthetic:blue}", "sky="),
+        ("sky={scenes-syn:far}", "scenes-syn.*scenes-synthetic"),
+        ("data.repeat={scenes-syn:2}", "scenes-syn.*scenes-synthetic"),
+        ("data.repeat={scenes-synthetic:0}", "data.repeat"),
+        ("data.repeat=3", "data.repeat=3"),
+        ("data.seed=5", "type seed=5"),
+        ("recipe.steps=5", "type steps=5"),
+        ("encoder=vitz", "encoder=vitz.*type encoder=vit"),
+        ("encoder=[vits]", "encoder="),
+        ("validation.benchmark=nyx validation.root=x", "type validation.benchmark=nyu"),
+        ("validation.protocol=da3", "type validation.protocol=da2"),
+        ("trainer.devices=0", "trainer.devices=0"),
+        ("trainer.devices=[0,0]", "trainer.devices"),
+        ("trainer.precision=bf17", "type trainer.precision=bf16"),
+        ("trainer.accelerator=cuba", "type trainer.accelerator=cuda"),
+        ("trainer.strategy=ddpp", "type trainer.strategy=ddp"),
+        ("+trainer.benchmark=maybe", "trainer.benchmark=maybe"),
+        ("+trainer.max_steps=5", "type steps=N"),
+        ("+trainer.gradient_clip_val=5", "recipe.clip_norm"),
+        ("sources.scenes.synthetic.look=plain", "look=plain.*look=synthetic"),
+        ("name=''", "name="),
+        ("init=[a]", "init="),
+        ("dry_run=yess", "dry_run"),
+        ("resume_with={steps:5}", "resume_with"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(typed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        resolved("stage=teacher", *typed.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("stage=teacher +max_depth=10", "max_depth is a key of stage=metric alone"),
+        ("stage=teacher +recipe.silog_weight=1", "recipe.silog_weight is a key of stage=metric alone"),
+        ("stage=student +lora=8", "lora is a key of stage=metric alone"),
+        (
+            "stage=metric ++recipe.alignment_weight=1",
+            "recipe.alignment_weight is a key of stage=student alone",
+        ),
+        ("stage=teacher +data.cutmix=true", "data.cutmix is a key of stage=student alone"),
+        ("stage=pseudolabel +cutmix=true", "cutmix is a key of stage=student alone"),
+        ("stage=teacher +stepz=3", "type steps=3|Type steps=3"),
+        ("stage=teacher +recipe.head_lrr=1e-4", "recipe.head_lr"),
+        ("stage=teacher +sources.labeled={}", "sources.labelled"),
+        ("stage=teacher +sources.scenes.synthetic.colour=1", "colour"),
+        ("stage=teacher +tiny.steps.teachr=1", "tiny.steps.teacher"),
+        ("stage=teacher +data.foo=1", "data.foo"),
+        ("stage=teacher +module.foo=1", "module.foo"),
+        ("stage=teacher +trainer.foo=1", "trainer.foo"),
+        ("stage=teacher ~recipe.head_lr", "recipe.head_lr"),
+        ("stage=teacher ~trainer", "trainer"),
+        ("stage=teacher recipe=5", "recipe=5"),
+        ("stage=teacher logger=wandb +logger.foo=1", "logger.foo"),
+        ("stage=teacher module._target_=nowhere.X", "nowhere"),
+        ("stage=teacher module._target_=depth_anything.training.teacher.Techer", "Techer"),
+    ],
+)
+def test_a_key_that_the_stage_does_not_know_is_refused(typed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        resolved(*typed.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_a_meaning_stays_allowed() -> None:
+    config = resolved(
+        "stage=metric", "+trainer.benchmark=true", "trainer.devices=[0,1]", "+recipe.gm_scales=2", "name=7",
+        "recipe.clip_norm=1", "+sources.images.mine=data/x", "trainer=ddp", "logger=wandb", "trainer.precision=64-true",
+    )  # fmt: skip
+    assert config["trainer"]["benchmark"] is True and config["name"] == "7"
+    assert config["sources"]["images"]["mine"] == "data/x"
+
+
+def test_a_module_of_ones_own_takes_its_own_arguments() -> None:
+    own = "module._target_=tests.training.test_check_config.Own"
+    assert resolved("stage=teacher", own, "+module.alpha=2")["module"]["alpha"] == 2
+    with pytest.raises(ValueError, match="module.alpa"):
+        resolved("stage=teacher", own, "+module.alpa=2")
+
+
+class Own:
+    def __init__(self, model: Any, recipe: Recipe, *, frozen: Any = None, alpha: int = 1) -> None:
+        self.alpha = alpha
+
+
+def test_what_the_run_gives_to_the_trainer_is_nobody_elses(tmp_path: Path) -> None:
+    given = trainer_arguments(callbacks=[], max_steps=1, run_dir=str(tmp_path))
+    assert given.keys() <= SET_BY_RUN.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("stpes", "steps"), ("head_lr", "recipe.head_lr"), ("recipe.batch_size", "batch_size"),
+        ("lr", "recipe.head_lr"),
+        ("epochs", "steps"), ("sources.labeled.x", "sources.labelled.x"), ("trainer.benchmrk", "+trainer.benchmark"),
+    ],
+)  # fmt: skip
+def test_the_nearest_key_is_named_with_what_to_type(path: str, near: str) -> None:
+    assert find_key(path)[0] is None
+    assert advise(path, "teacher", value="5").endswith(f"Type {near}=5")
+
+
+@pytest.mark.parametrize("changes", [{"clip_norm": -1}, {"head_lr": "x"}, {"betas": 0.9}, {"trim": 1.0}])
+def test_a_recipe_made_in_python_is_held_to_the_same_ranges(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"recipe.{next(iter(changes))}="):
+        Recipe(**{"steps": 10, "encoder_lr": 1e-4, "head_lr": 1e-3, **changes})

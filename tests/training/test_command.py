@@ -1,0 +1,141 @@
+"""What is typed behind train.py: read, checked and explained before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from depth_anything.training.command import check_overrides, explain, help_page, run_command
+from depth_anything.training.config import STAGES
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("", ["which stage?", "stage=teacher"]),
+        ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
+        ("stage=teacher size=papr", ["type size=paper "]),
+        ("stage=teacher logger=tensorboard", ["logger=none or logger=wandb"]),
+        ("stage=teacher trainer=null", ["trainer=null"]),
+        ("stage=teacher +stage=student", ["without the +"]),
+        ("stage=teacher +experiment=claim", ["experiment=claim, without the +"]),
+        ("stage=teacher ~sources", ["~sources"]),
+        ("stage=teacher stpes=5", ["stpes", "Type steps=5"]),
+        ("stage=teacher +stpes=5", ["Type steps=5"]),
+        ("stage=teacher ++stpes=5 dry_run=true", ["Type steps=5"]),
+        ("stage=teacher +recipe.head_lrr=1e-4", ["Type recipe.head_lr=1e-4"]),
+        ("stage=teacher recipe={head_lrr:1}", ["recipe.head_lrr", "recipe.head_lr=1"]),
+        ("stage=teacher +max_depth=10", ["max_depth", "stage=metric alone"]),
+        ("stage=teacher recipe.variance_focus=1", ["recipe.variance_focus", "stage=metric"]),
+        ("stage=pseudolabel recipe.head_lr=1", ["recipe.head_lr", "stage=pseudolabel"]),
+        ("stage=pseudolabel steps=5", ["steps", "stage=pseudolabel"]),
+        ("stage=metric cutmix=true", ["cutmix", "stage=student alone"]),
+        ("stage=teacher checkpoint.evry=5", ["Type checkpoint.every=5"]),
+        ("stage=teacher sources.labeled.x=y", ["Type sources.labelled.x=y"]),
+        ("stage=teacher trainer.devics=2", ["Type trainer.devices=2"]),
+        ("stage=teacher trainer.benchmark=true", ["type +trainer.benchmark=true"]),
+        ("stage=teacher data.foo=1", ["data.foo"]),
+        ("stage=teacher module.foo=1", ["module.foo"]),
+        ("stage=teacher tiny.steps.teachr.vitt=5", ["tiny.steps.teacher.vitt=5"]),
+        ("stage=teacher ~recipe.head_lr", ["~recipe.head_lr"]),
+        ("stage=teacher ~data.seed", ["~data.seed"]),
+        ("stage=teacher steps 5", ["type steps=5"]),
+        ("stage=teacher steps:5", ["type steps=5"]),
+        ("stage=teacher steps = 5", ["type steps=5"]),
+        ("stage=teacher steps= 5", ["type steps=5"]),
+        ("stage=teacher steps =5", ["type steps=5"]),
+        ("stage=teacher steps", ["type steps=VALUE"]),
+        ("stage=teacher steps=[1", ["steps=[1", "quotes"]),
+        ("stage=teacher init=a(1).pth", ["init=a(1).pth", "quotes"]),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence_that_says_what_to_type(typed: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_overrides(typed.split(), [CONFIGS])
+    said = str(caught.value)
+    assert "\n" not in said and "append to your config" not in said
+    for word in words:
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "stage=teacher",
+        "stage=metric size=paper sources=nyu max_depth=10 experiment=zoedepth logger=none",
+        "stage=student +sources.labelled.mine=data/x mix=[mine] ~sources.images.scenes-photographic",
+        "stage=teacher ++sources.scenes.synthetic.per_shard=12 ~experiment logger=null",
+        "stage=teacher module._target_=my_stage.X +module.alpha=2 +trainer.benchmark=true",
+        "stage=teacher trainer=ddp trainer.strategy.find_unused_parameters=true hydra.job.name=x",
+        "stage=metric +recipe.gm_scales=2 recipe={head_lr:1e-4}",
+        "stage=teacher,student seed=1,2",
+    ],
+)
+def test_what_has_a_meaning_passes(typed: str) -> None:
+    check_overrides(typed.split(), [CONFIGS])
+
+
+@pytest.mark.parametrize("typed", [["--steps", "5"], ["--steps=5"], ["--head-lr", "5"], ["--stpes", "5"]])
+def test_keys_with_dashes_are_named_without(
+    typed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "stage=teacher", *typed])
+    with pytest.raises(SystemExit) as end:
+        run_command(CONFIGS)
+    assert "without dashes" in str(end.value.code)
+    assert str(end.value.code).endswith(("steps=5", "recipe.head_lr=5"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> None:
+    page = help_page([f"stage={stage}"], CONFIGS)
+    for word in (
+        *(f"stage={name} " for name in STAGES),
+        "paper, tiny",
+        "examples",
+        "a whole number",
+        "dry_run",
+    ):
+        assert word in page
+    assert ("recipe.head_lr=5e-05" in page) == (stage != "pseudolabel")
+    assert ("max_depth=" in page.replace("validation.max_depth", "")) == (
+        stage == "metric"
+    ) or "max_depth=80" in page
+    assert all(len(line) <= 150 for line in page.splitlines())
+
+
+@pytest.mark.parametrize(("flag", "word"), [("--help", "examples"), ("-h", "stages"), ("--version", "Hydra")])
+def test_flags_need_no_stage(
+    flag: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", flag])
+    run_command(CONFIGS)
+    assert word in capsys.readouterr().out
+
+
+def test_a_choice_of_ones_own_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "mine.yaml").write_text("# @package _global_\nstage: mine\n")
+    check_overrides(["stage=mine", "steps=5", "max_depth=3"], [CONFIGS, tmp_path])
+    with pytest.raises(ValueError, match="stage=mine is unknown"):
+        check_overrides(["stage=mine"], [CONFIGS])
+
+
+def test_hydras_own_errors_lose_their_advice() -> None:
+    error = ValueError(
+        "Could not override 'x.foo'.\nTo append to your config use +x.foo=1\nKey 'foo' is not in struct"
+    )
+    assert "append" not in explain(error, ["stage=teacher", "x.foo=1"])
+    assert explain(ValueError("one\ntwo"), []) == "one"
+
+
+def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "stage=teacher", "stpes=5"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "steps=5" in done.stderr

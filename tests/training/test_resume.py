@@ -1,0 +1,267 @@
+"""What a run goes on from: configs that are one run, checkpoints of other folders, and the recipe from there on."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from depth_anything import DepthAnything
+from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.check_config import resolve_config
+from depth_anything.training.folder import RunFolder
+from depth_anything.training.resume import check_other, differences, keys_typed, read_facts, resume_kind
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIDE = 28
+
+
+def resolved(*typed: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return resolve_config(compose("train", ["stage=teacher", "encoder=vitn", *typed]))
+
+
+class Rates(pl.Callback):
+    """Note what the optimizer steps with, before each of its steps."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[dict[str, Any]]] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        groups = trainer.optimizers[0].param_groups
+        self.seen[trainer.global_step] = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+
+
+def fit(steps: int, recipe: dict[str, Any], *, save: Path | None = None, resume: Path | None = None) -> Rates:
+    torch.manual_seed(0)
+    model = DepthAnything("vitn")
+    model.input_size, model.origin = SIDE, {"stage": "teacher"}
+    rates = Rates()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, callbacks=[rates], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, barebones=False,
+    )  # fmt: skip
+    batch = {
+        "image": torch.randint(0, 256, (2, SIDE, SIDE, 3), dtype=torch.uint8),
+        "target": torch.rand(2, SIDE, SIDE),
+        "valid": torch.ones(2, SIDE, SIDE, dtype=torch.bool),
+    }
+    module = DepthModule(model, Recipe(**{"steps": steps, "encoder_lr": 1e-4, "head_lr": 1e-3, **recipe}))
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * 100, batch_size=None), ckpt_path=resume)
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(save)
+    return rates
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four of eight steps in a folder of its own."""
+    run = tmp_path_factory.mktemp("other")
+    path = run / "checkpoints" / "step-000000004.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(4, {"steps": 8}, save=path)
+    (run / "config.yaml").write_text(yaml.safe_dump(resolved("steps=8", "image_size=28")))
+    return path
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::")  # Lightning's advice on loaders
+
+
+def test_the_optimizer_goes_on_with_the_recipe_of_today(other: Path) -> None:
+    recipe = {"steps": 10, "head_lr": 1e-7, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+    encoder, head = fit(6, recipe, resume=other).seen[4]
+    assert head["initial_lr"] == 1e-7 and head["lr"] == pytest.approx(1e-7 * 0.6)
+    assert encoder["lr"] == pytest.approx(1e-4 * 0.6)
+    assert head["weight_decay"] == encoder["weight_decay"] == 0.1 and head["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_another_schedule_holds_from_the_next_step(other: Path, schedule: str) -> None:
+    _, head = fit(5, {"steps": 8, "schedule": schedule}, resume=other).seen[4]
+    assert head["lr"] == pytest.approx(1e-3 * {"constant": 1.0, "cosine": 0.5}[schedule])
+
+
+def test_the_recipe_as_it_was_changes_no_bit(other: Path) -> None:
+    saved = torch.load(other, weights_only=True)["optimizer_states"][0]["param_groups"]
+    now = fit(5, {"steps": 8}, resume=other).seen[4]
+    assert now == [{k: v for k, v in group.items() if k != "params"} for group in saved]
+
+
+def test_a_checkpoint_tells_its_step_whatever_its_name(other: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "mine.ckpt"
+    renamed.write_bytes(other.read_bytes())
+    step, facts = read_facts(renamed)
+    assert step == 4 and facts == {"encoder": "vitn", "image_size": SIDE, "stage": "teacher"}
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["encoder=vitt"], "encoder=vitn"),
+        (["image_size=42"], "image_size=28.*init="),
+        (["steps=3"], "steps=3.*steps=4"),
+    ],
+)
+def test_another_network_or_fewer_steps_are_refused(
+    other: Path, tmp_path: Path, typed: list[str], words: str, with_config: bool
+) -> None:
+    path = other
+    if not with_config:
+        path = tmp_path / "alone.ckpt"
+        path.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=f"resume=.*{words}") as caught:
+        check_other(path, resolved("image_size=28", "steps=9", *typed))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["batch_size=4", "seed=5", "streams=8", "sky=invalid"])
+def test_another_position_in_the_data_is_refused(other: Path, typed: str) -> None:
+    with pytest.raises(ValueError, match=rf"now {typed}; type {typed.partition('=')[0]}="):
+        check_other(other, resolved("image_size=28", typed))
+
+
+def test_another_stage_is_refused(other: Path) -> None:
+    config = {**resolved("image_size=28"), "stage": "student"}
+    with pytest.raises(ValueError, match="stage=teacher, now stage=student"):
+        check_other(other, config)
+
+
+def test_what_applies_from_another_folders_checkpoint_on_is_listed(other: Path) -> None:
+    typed = ["recipe.head_lr=1e-7", "steps=12", "recipe.clip_norm=null", "perturb=false"]
+    lines = check_other(other, resolved("image_size=28", *typed))
+    assert {line.split(": ")[1].split()[0] for line in lines} == {one.partition("=")[0] for one in typed}
+    assert not check_other(other, resolved("image_size=28", "steps=8", "name=x", "photos=y", "init=null"))
+
+
+def test_no_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_bytes(b"no")
+    torch.save({"global_step": 3}, tmp_path / "y.ckpt")
+    for name in ("x.ckpt", "y.ckpt", "z.ckpt"):
+        with pytest.raises(ValueError, match=f"{name} is no checkpoint"):
+            check_other(tmp_path / name, resolved())
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> RunFolder:
+    """A run's own folder, with a checkpoint of step 5."""
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, folder.checkpoints / "step-000000005.ckpt")
+    folder.config.write_text(yaml.safe_dump(resolved("steps=10")))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["steps=20", "recipe.head_lr=1e-5", "recipe.weight_decay=0.1", "recipe.schedule=cosine", "steps=7"],
+)
+def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunFolder, typed: str) -> None:
+    key, _, value = typed.partition("=")
+    config = resolved(*dict.fromkeys([*([] if key == "steps" else ["steps=10"]), typed]))
+    with pytest.raises(ValueError, match=rf"{key}=.*resume_with=\[{key}\]"):
+        own.compare(config)
+    for named in (f"resume_with={key}", f"resume_with=[{key}]"):
+        with_it = resolved(*([] if key == "steps" else ["steps=10"]), typed, named)
+        assert own.compare(with_it, note=False)[0].startswith(f"step 5: {key} ")
+    own.claim(with_it)
+    own.lock.release()
+    saved = yaml.safe_load(own.config.read_text())
+    assert str(saved["steps"] if key == "steps" else saved["recipe"][key.partition(".")[2]]) in (
+        value, str(float(value)) if key not in ("recipe.schedule",) else value,
+    )  # fmt: skip
+    assert key in (own.path / "changes.txt").read_text()
+    assert own.compare(config) == []  # the same command goes on, with or without resume_with
+
+
+def test_steps_that_are_done_cannot_be_taken_back(own: RunFolder) -> None:
+    with pytest.raises(ValueError, match="step 5, and steps=3"):
+        own.compare(resolved("steps=3", "resume_with=steps"))
+
+
+def test_only_what_is_named_changes(own: RunFolder) -> None:
+    with pytest.raises(ValueError, match="seed=0, now seed=4"):
+        own.compare(resolved("steps=20", "seed=4", "resume_with=steps"))
+    with pytest.raises(ValueError, match=r"recipe.head_lr=.*resume_with=\[steps,recipe.head_lr\]"):
+        own.compare(resolved("steps=20", "recipe.head_lr=1e-5", "resume_with=steps"))
+
+
+@pytest.mark.parametrize("key", ["seed", "encoder", "batch_size", "recipe.steps", "nothing", "init"])
+def test_what_no_run_can_change_is_not_named(key: str) -> None:
+    with pytest.raises(ValueError, match=f"resume_with names {key}"):
+        resolved(f"resume_with=[{key}]")
+
+
+def test_a_finished_run_needs_more_steps_for_another_rate(own: RunFolder) -> None:
+    own.model.write_bytes(b"x")
+    own.finish(10)
+    with pytest.raises(ValueError, match=r"finished.*resume_with=\[steps,recipe.head_lr\] steps="):
+        own.compare(resolved("steps=10", "recipe.head_lr=1e-5", "resume_with=recipe.head_lr"))
+    assert own.compare(resolved("steps=12", "resume_with=steps"), note=False)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "recipe.gm_trim",
+        "recipe.clip_norm",
+        "recipe.warmup",
+        "perturb",
+        "sky",
+        "validation.protocol",
+        "resume_with",
+    ],
+)
+def test_a_config_from_before_there_was_a_key_goes_on(own: RunFolder, path: str) -> None:
+    old = resolved("steps=10")
+    for node in (old, old["module"], old["data"]):
+        *parents, name = path.split(".")
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(name, None)
+    own.config.write_text(yaml.safe_dump(old))
+    assert own.compare(resolved("steps=10")) == []
+
+
+def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
+    old, typed = resolved(), ["recipe.gm_trim=0.2", "recipe.trim=0.0"]
+    for node in (old["recipe"], old["module"]["recipe"]):
+        del node["gm_trim"], node["trim"]
+    new = resolved(*typed)
+    assert differences(old, new, typed=keys_typed(typed)) == {"recipe.gm_trim": (0.0, 0.2)}
+
+
+def test_a_key_of_another_version_is_told_without_advice_that_fails(own: RunFolder) -> None:
+    own.config.write_text(yaml.safe_dump({**resolved("steps=10"), "moving_average": 0.9}))
+    with pytest.raises(ValueError, match="moving_average=0.9") as caught:
+        own.compare(resolved("steps=10"))
+    assert "type moving_average" not in str(caught.value)
+
+
+def test_where_a_run_computes_is_free_and_what_it_learns_is_not() -> None:
+    old = resolved()
+    free = resolved(
+        "workers=7", "trainer=ddp", "trainer.devices=3", "micro_batch=2", "logger=wandb", "validation.every=3",
+        "sources.validation=x", "checkpoint.keep=5", "name=b", "sources.scenes.validation.count=9",
+    )  # fmt: skip
+    assert differences(old, free) == {}
+    for typed in ("seed=1", "sources.labelled.scenes-synthetic=x", "init=x", "trainer.precision=64-true"):
+        assert typed.partition("=")[0] in differences(old, resolved(typed)), typed
+    assert resume_kind("recipe.head_lr") == "change" and resume_kind("nothing.at.all") == "same"
+
+
+def test_the_facts_fit_the_names_that_a_checkpoint_has() -> None:
+    """`describe` and TrainData write them; a renamed field would make resume= blind."""
+    from depth_anything.model.weights import describe
+    from depth_anything.training.data import TrainData
+
+    said = describe(DepthAnything("vitn"))
+    assert {"encoder", "max_depth", "input_size"} <= said.keys() and json.loads(said["max_depth"]) is None
+    assert TrainData.__qualname__ == "TrainData"
