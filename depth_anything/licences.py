@@ -6,6 +6,8 @@ from collections.abc import Iterable
 UNKNOWN = "unknown"
 
 _EXPRESSION = re.compile(r"[A-Za-z0-9.+-]+(?: (?:AND|OR|WITH) [A-Za-z0-9.+-]+)*")
+# SPDX's prefix is LicenseRef-; the British spelling, which older manifests have, is no SPDX name.
+_MISSPELLED = re.compile(r"(?<![\w-])Licen[cs]eRef-", re.IGNORECASE)
 # Those that the hub has an id for: the name in small letters.
 _ON_THE_HUB = {
     name.lower(): name
@@ -53,14 +55,16 @@ def combine(licences: Iterable[str | None]) -> str | None:
     'Apache-2.0 AND CC-BY-NC-4.0'
     >>> combine(["MIT", None])
     'MIT AND unknown'
+    >>> combine(["LicenceRef-ScanNet", "LicenseRef-ScanNet"])
+    'LicenseRef-ScanNet'
     """
-    found = {part for licence in licences for part in (licence or UNKNOWN).split(" AND ")}
+    found = {part for licence in licences for part in spdx_name(licence or UNKNOWN).split(" AND ")}
     known = sorted(found - {UNKNOWN})
     return " AND ".join([*known, *sorted(found & {UNKNOWN})]) if known else None
 
 
 def check_licence(text: str) -> str:
-    """Return a licence that a user typed, if it can be an SPDX expression.
+    """Return a licence that a user typed, if it can be an SPDX expression; LicenceRef- becomes SPDX's LicenseRef-.
 
     Raises:
         ValueError: If it cannot.
@@ -69,7 +73,7 @@ def check_licence(text: str) -> str:
         raise ValueError(
             f"licence {text!r} is no SPDX name such as CC-BY-4.0 or Apache-2.0; type LicenseRef-NAME for another"
         )
-    return text
+    return _MISSPELLED.sub("LicenseRef-", text)
 
 
 def hub_fields(licence: str | None) -> dict[str, str]:
@@ -80,6 +84,7 @@ def hub_fields(licence: str | None) -> dict[str, str]:
     """
     if licence is None:
         return {"license": UNKNOWN}
+    licence = spdx_name(licence)
     if licence.lower() in _ON_THE_HUB:
         return {"license": licence.lower()}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower())}
@@ -102,5 +107,9 @@ def licence_of_card(text: str) -> str | None:
 
 
 def spdx_name(name: str) -> str:
-    """Give a licence's hub id its SPDX name; any other text stays."""
-    return _ON_THE_HUB.get(name.lower(), name)
+    """Give a licence's hub id its SPDX name, and LicenceRef- its SPDX spelling; any other text stays.
+
+    >>> spdx_name("mit"), spdx_name("LicenceRef-ScanNet AND MIT")
+    ('MIT', 'LicenseRef-ScanNet AND MIT')
+    """
+    return _ON_THE_HUB.get(name.lower(), _MISSPELLED.sub("LicenseRef-", name))

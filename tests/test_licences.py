@@ -1,8 +1,13 @@
 """Licences: joined, typed, and as cards on the hub write them."""
 
+import re
+
 import pytest
 
-from depth_anything.licences import check_licence, combine, hub_fields, licence_of_card
+from depth_anything.data.sources.catalogue import SETS
+from depth_anything.data.sources.catalogue import load as load_source
+from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
+from depth_anything.licences import check_licence, combine, hub_fields, licence_of_card, spdx_name
 
 
 @pytest.mark.parametrize(
@@ -64,3 +69,26 @@ def test_the_form_of_the_hub(licence, fields):
 )
 def test_cards_are_read(text, licence):
     assert licence_of_card(text) == licence
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_states_an_spdx_expression(name):
+    licence = load(name).licence
+    assert check_licence(licence) == licence == spdx_name(licence)
+    assert re.fullmatch(r"(LicenseRef-|CC-BY-|MIT|Apache-)[A-Za-z0-9.-]*", licence)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_states_an_spdx_expression(name):
+    licence = load_source(name).FACTS.licence
+    assert check_licence(licence) == licence == spdx_name(licence)
+
+
+@pytest.mark.parametrize("old", ["LicenceRef-ScanNet", "licenceref-ScanNet", "Licenseref-ScanNet"])
+def test_the_spelling_that_older_manifests_have_is_read_as_spdx_writes_it(old):
+    assert spdx_name(old) == "LicenseRef-ScanNet"
+    assert combine([old, "LicenseRef-ScanNet"]) == "LicenseRef-ScanNet"
+    assert combine([f"MIT AND {old}", None]) == "LicenseRef-ScanNet AND MIT AND unknown"
+    assert check_licence(f"{old} OR MIT") == "LicenseRef-ScanNet OR MIT"
+    assert hub_fields(old) == {"license": "other", "license_name": "licenseref-scannet"}
+    assert spdx_name("MyLicenceRef-x") == "MyLicenceRef-x"  # another name, which only ends like it

@@ -54,7 +54,7 @@ class Facts:
         records: How many the paper takes, or the set's own count.
         layout: Where its files lie below the raw folder.
         get: Where to get it, and how large it is.
-        licence: SPDX name, or LicenceRef-…; goes into the manifest and into what is trained on it.
+        licence: SPDX name, or LicenseRef-…; goes into the manifest and into what is trained on it.
         sky: "far" (disparity 0) or "invalid": what training does with the sky unless told otherwise.
         leave_out: Glob patterns of names that are not taken unless asked for.
         sharp: Its depth is dense and as sharp as its images: evaluation scores boundaries too.

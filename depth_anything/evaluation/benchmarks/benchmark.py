@@ -34,7 +34,7 @@ class Benchmark:
         images: How many there are; 0: not published.
         layout: Where its files lie below the root.
         get: Where to get it, and how large it is.
-        licence: SPDX name, or LicenceRef-….
+        licence: SPDX name, or LicenseRef-….
         find: (root) -> lines, a frame each, the key before the first tab; in a fixed order. ValueError says what
             was looked for, if the layout is not there.
         read: (root, line) -> `data.sample.Frame` with depth in metres, NaN where it is not known (or, for DA-2K,

@@ -60,7 +60,7 @@ _FACTS = Facts(
     layout="train/balanced/Bathroom/camera_00/im0.png with disp_00.npy, mask_cat.png and calib_00-02.xml in "
     "train/balanced/Bathroom",
     get="https://amsacta.unibo.it/id/eprint/6876 (booster_gt.zip)",
-    licence="LicenceRef-Booster",
+    licence="LicenseRef-Booster",
 )
 
 

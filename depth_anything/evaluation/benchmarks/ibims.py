@@ -40,7 +40,7 @@ _FACTS = Facts(
     records=100,
     layout="ibims1_core_raw/rgb/corridor_01.png with the same in depth, mask_invalid and mask_transp",
     get="https://www.bgu.tum.de/lmf/ibims1 (ibims1_core_raw.zip)",
-    licence="LicenceRef-iBims-1",
+    licence="LicenseRef-iBims-1",
 )
 
 

@@ -4,15 +4,18 @@ Layout: a folder a set (NYUv2, KITTI, ETH3D, iBims-1, GSO, Sintel, DDAD, DIODE, 
 .index.txt, a line a frame, which is the path of a folder with image.jpg, depth.png and meta.json.
 
 Depth: a PNG of 16 bits with two texts, near and far: 0 is not known, 65535 infinite, and v between them
-near^(1-t) · far^t with t = (v - 1) / 65533. meta.json has the intrinsics as shares of width and height.
+near^(1-t) · far^t with t = (v - 1) / 65533. A third text, unit, is a factor that older files have. meta.json has the
+intrinsics as shares of width and height.
 
 Images and depth are no others than the sets' own, but each is warped to a size of its set before it is shown:
-to a camera that looks along the ray of the image's centre, with square pixels and the widest view that the
+to a camera that looks along the ray of the image's center, with square pixels and the widest view that the
 image fills. The image is first brought to about the size of the target's pixels (Lanczos), then warped
-(linear); the depth is made distance, warped with it (nearest), and made depth along the new axis. In the
-first step every known depth goes to the pixel that it falls into, the one nearest to that pixel's centre
-where several do: sparse depth is not thinned by chance, and where pixels get smaller none counts twice, the
-others being unknown. What is farther than 1000 times the nearest hundredth is dropped.
+(linear). The depth is resized first, too: each pixel takes the known depth nearest to its center out of a window of
+source pixels as large as itself, so sparse depth is not thinned by chance; then it is made distance, warped (nearest),
+and made depth along the new axis. What is farther than 1000 times the nearest hundredth is dropped.
+
+Which pixels are compared follows MoGe's loader to the pixel (commit 0744441, with utils3d 3fab839): the arithmetic
+that decides it is done in the same precision and order, as whether 640 pixels become 640 or 639 hangs on rounding.
 
 Sizes, counts and figures are therefore others than on the sets' own files: a number of the one says nothing
 of the other.
@@ -24,9 +27,11 @@ https://github.com/microsoft/MoGe (MIT), moge/test/dataloader.py.
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,16 +49,16 @@ _GET = "https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation"
 _DROP = 1000.0
 # Name here → folder, width, height, images (0: not published), licence.
 _SETS: dict[str, tuple[str, int, int, int, str]] = {
-    "moge_nyu": ("NYUv2", 640, 480, 654, "LicenceRef-NYU-Depth-V2"),
+    "moge_nyu": ("NYUv2", 640, 480, 654, "LicenseRef-NYU-Depth-V2"),
     "moge_kitti": ("KITTI", 750, 375, 652, "CC-BY-NC-SA-3.0"),
     "moge_eth3d": ("ETH3D", 2048, 1365, 453, "CC-BY-NC-SA-4.0"),
-    "moge_ibims": ("iBims-1", 640, 480, 100, "LicenceRef-iBims-1"),
+    "moge_ibims": ("iBims-1", 640, 480, 100, "LicenseRef-iBims-1"),
     "moge_gso": ("GSO", 512, 512, 1030, "CC-BY-4.0"),
-    "moge_sintel": ("Sintel", 872, 436, 1064, "LicenceRef-MPI-Sintel"),
+    "moge_sintel": ("Sintel", 872, 436, 1064, "LicenseRef-MPI-Sintel"),
     "moge_ddad": ("DDAD", 1400, 700, 1000, "CC-BY-NC-SA-4.0"),
     "moge_diode": ("DIODE", 1024, 768, 771, "MIT"),
     "moge_spring": ("Spring", 1920, 1080, 0, "CC-BY-4.0"),
-    "moge_hammer": ("HAMMER", 1664, 832, 0, "LicenceRef-HAMMER"),
+    "moge_hammer": ("HAMMER", 1664, 832, 0, "LicenseRef-HAMMER"),
 }
 
 _SHARP = ("moge_ibims", "moge_sintel", "moge_spring", "moge_hammer")  # where MoGe scores boundaries
@@ -103,103 +108,154 @@ def read_depth(data: bytes) -> np.ndarray:
     values = read_png16(data)
     text = PngImagePlugin.PngImageFile(io.BytesIO(data)).text
     try:
-        near, far = float(text["near"]), float(text["far"])
+        near, far, unit = float(text["near"]), float(text["far"]), float(text.get("unit", 1))
     except (KeyError, ValueError):
-        raise ValueError("its depth.png has no near and far") from None
+        raise ValueError("its depth.png has no near and far, or they or its unit are no numbers") from None
     if not 0 < near <= far < float("inf"):
         raise ValueError(f"its depth.png lies between {near} and {far}")
-    share = (values.astype(np.float64) - 1) / 65533
-    depth = near ** (1 - share) * far**share
+    if not 0 < unit < float("inf"):
+        raise ValueError(f"its depth.png has the unit {unit}")
+    share = (values.astype(np.float32) - 1) / 65533
+    depth = near ** (1 - share) * far**share * unit
     return np.select([values == 0, values == 65535], [np.nan, np.inf], depth).astype(np.float32)
 
 
 def warp(
     image: np.ndarray, depth: np.ndarray, camera: np.ndarray, *, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Show an image and its depth to a camera that looks along the ray of the image's centre.
+    """Show an image and its depth to a camera that looks along the ray of the image's center.
 
     Args:
         image: uint8 (H, W, 3).
-        depth: float (H, W), along the axis; NaN and inf stay what they are.
-        camera: float64 (3, 3), intrinsics as shares of width and height.
+        depth: float (H, W), along the axis; what is not finite is not known.
+        camera: float (3, 3), intrinsics as shares of width and height.
         width: Of the result.
         height: Of the result.
 
     Returns:
-        uint8 (height, width, 3), float32 (height, width) and the new intrinsics, float64 (3, 3).
+        uint8 (height, width, 3); float32 (height, width), NaN where it is not known; and the new intrinsics, float32
+        (3, 3).
 
     Raises:
         ValueError: If the camera sees nothing.
     """
+    camera = camera.astype(np.float32)
     inverse = np.linalg.inv(camera)
-    turn = _turn(inverse @ [0.5, 0.5, 1.0])
-    wide, high = _view(inverse, turn, width / height)
-    new = np.array([[1 / wide, 0, 0.5], [0, 1 / high, 0.5], [0, 0, 1]])
+    turn = _turn(inverse @ np.array([0.5, 0.5, 1.0], np.float32))
+    wide, high = _view(camera, inverse, turn, width / height)
+    new = np.array([[1 / wide, 0, 0.5], [0, 1 / high, 0.5], [0, 0, 1]], np.float32)
     # Pixels of about the target's size, seen from the old camera.
-    near_width = max(1, int(width * inverse[0, 0] / wide + 1e-6))
-    near_height = max(1, int(height * inverse[1, 1] / high + 1e-6))
+    raw_height, raw_width = image.shape[:2]
+    near_width = int(raw_width * (abs(1 / camera[0, 0]) / raw_width) / (wide / width))
+    near_height = int(raw_height * (abs(1 / camera[1, 1]) / raw_height) / (high / height))
+    if min(near_width, near_height) < 1:
+        raise ValueError("its camera sees nothing")
     image = np.asarray(Image.fromarray(image).resize((near_width, near_height), Image.Resampling.LANCZOS))
-    distance = _resize_known(depth, near_width, near_height) * _ray_lengths(inverse, near_width, near_height)
-    u, v = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
-    rays = np.stack([*np.meshgrid(u, v), np.ones((height, width))], -1)
-    seen = rays @ (camera @ turn.T @ np.linalg.inv(new)).T
-    x = (seen[..., 0] / seen[..., 2] * near_width - 0.5).astype(np.float32)
-    y = (seen[..., 1] / seen[..., 2] * near_height - 0.5).astype(np.float32)
+    resized = resize_known(depth.astype(np.float32), width=near_width, height=near_height)
+    distance = resized * _ray_lengths(inverse, near_width, near_height)
+    seen = _rays(width, height) @ (camera @ np.linalg.inv(turn) @ np.linalg.inv(new)).T
+    pixels = seen[..., :2] / (seen[..., 2:] + 1e-12) * np.array([near_width, near_height], np.float32) - 0.5
+    x, y = pixels[..., 0], pixels[..., 1]
     warped = cv2.remap(image, x, y, cv2.INTER_LINEAR)
     lost = float("nan")
-    far = cv2.remap(
-        distance.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=lost
-    )
-    return warped, (far / _ray_lengths(np.linalg.inv(new), width, height)).astype(np.float32), new
+    far = cv2.remap(distance, x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=lost)
+    return warped, far / (_ray_lengths(np.linalg.inv(new), width, height) + 1e-12), new
+
+
+def resize_known(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
+    """Bring a map to another size: each pixel takes the known value nearest to its center, if one lies near it.
+
+    Near is a window of source pixels about as large as the new pixel, and at least one.
+
+    Args:
+        depth: float32 (H, W); what is not finite is not known.
+        width: Of the result.
+        height: Of the result.
+
+    Returns:
+        float32 (height, width), NaN where the window holds nothing known.
+    """
+    rows, first_row, tall = _windows(depth.shape[0], height)
+    columns, first_column, broad = _windows(depth.shape[1], width)
+    out = np.full((height, width), np.nan, np.float32)
+    nearest = np.full((height, width), np.inf, np.float32)
+    for down in range(tall):
+        for across in range(broad):  # of equally near ones the first in reading order counts
+            i, j = first_row + down, first_column + across
+            inside = ((i >= 0) & (i < depth.shape[0]))[:, None] & ((j >= 0) & (j < depth.shape[1]))
+            value = depth[np.ix_(i.clip(0, depth.shape[0] - 1), j.clip(0, depth.shape[1] - 1))]
+            gap_y = (i + np.float32(0.5) - rows).astype(np.float32)
+            gap_x = (j + np.float32(0.5) - columns).astype(np.float32)
+            squared = np.square(gap_x) + np.square(gap_y)[:, None]
+            better = inside & np.isfinite(value) & (squared < nearest)
+            out[better], nearest[better] = value[better], squared[better]
+    return out
+
+
+def _windows(length: int, wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Along one side: the new pixels' centers in source pixels (float32), the first of each window, and its length."""
+    size = max(1, length / wanted)
+    centers = _centers(wanted) * np.float32(length)
+    return centers, np.round(centers - np.float32(size / 2)).astype(np.int64), math.ceil(size)
+
+
+def _centers(count: int) -> np.ndarray:
+    """Centers of pixels as shares of a side, float32 (count,)."""
+    return np.linspace(0.5 / count, 1 - 0.5 / count, count, dtype=np.float32)
+
+
+def _rays(width: int, height: int) -> np.ndarray:
+    """Each pixel's center as shares of the sides, and one: float32 (height, width, 3)."""
+    u, v = np.meshgrid(_centers(width), _centers(height))
+    return np.stack([u, v, np.ones_like(u)], -1)
 
 
 def _turn(axis: np.ndarray) -> np.ndarray:
-    """The rotation that brings a direction to (0, 0, 1) by the shortest way, float64 (3, 3)."""
+    """The rotation that brings a direction to (0, 0, 1) by the shortest way, float32 (3, 3)."""
     x, y, z = axis / np.linalg.norm(axis)
-    if z <= -1 + 1e-9:
+    if z <= -1 + 1e-6:
         raise ValueError("its camera looks backwards")
-    return np.array(
-        [[1 - x * x / (1 + z), -x * y / (1 + z), -x], [-x * y / (1 + z), 1 - y * y / (1 + z), -y], [x, y, z]]
-    )
+    cross = np.array([[0, 0, -x], [0, 0, -y], [x, y, 0]], np.float32)  # of the cross product (y, -x, 0)
+    return np.eye(3, dtype=np.float32) + cross + (1 / (1 + z)) * (cross @ cross)
 
 
-def _view(inverse: np.ndarray, turn: np.ndarray, aspect: float) -> tuple[float, float]:
+def _view(
+    camera: np.ndarray, inverse: np.ndarray, turn: np.ndarray, aspect: float
+) -> tuple[np.floating[Any], np.floating[Any]]:
     """Width and height, at distance 1, of the widest view of this aspect that the turned image fills."""
-    wide = min(inverse[0, 0], inverse[1, 1] * aspect)
-    corners = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]]) @ (turn @ inverse).T
+    raw_wide, raw_high = abs(1 / camera[0, 0]), abs(1 / camera[1, 1])
+    wide = min(raw_wide, raw_high * aspect)
+    high = wide / aspect
+    corners = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]], np.float32) @ (inverse.T @ turn.T)
     if (corners[:, 2] <= 0).any():
         raise ValueError("its camera sees more than half of everything")
     corners = corners[:, :2] / corners[:, 2:]
-    for begin, end in zip(corners, np.roll(corners, -1, 0), strict=True):
-        edge = end - begin
+    for number, end in enumerate(corners):
+        begin = corners[number - 1]
         for diagonal in (np.array([aspect, 1.0]), np.array([aspect, -1.0])):
-            # Where the diagonal of the view meets the edge's line: t · diagonal = begin + s · edge.
-            across = diagonal[0] * edge[1] - diagonal[1] * edge[0]
-            if across:
-                t = (begin[0] * edge[1] - begin[1] * edge[0]) / across
-                wide = min(wide, 2 * abs(t) * aspect)
-    if not 0 < wide < float("inf"):
+            x, y = _crossing(diagonal, begin, end - begin)
+            wide, high = min(wide, 2 * abs(x)), min(high, 2 * abs(y))
+    if not (0 < wide < float("inf") and 0 < high < float("inf")):
         raise ValueError("its camera sees nothing")
-    return wide, wide / aspect
+    return wide, high
+
+
+def _crossing(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """Where the line along `diagonal` through the origin meets that along `edge` through `begin`, float64 (2,).
+
+    By damped least squares over the point and its places on both lines, as MoGe's loader has it: the damping's last
+    digits decide in which precision the size of the resized image is computed.
+    """
+    lines = np.zeros((4, 4))
+    lines[:2, :2] = lines[2:, :2] = np.eye(2)
+    lines[:2, 2], lines[2:, 3] = -diagonal, -edge.astype(np.float64)
+    offset = np.array([0, 0, *begin], np.float64)
+    return np.linalg.solve(lines.T @ lines + 1e-12 * np.eye(4), lines.T @ offset)[:2]
 
 
 def _ray_lengths(inverse: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Length of the ray through each pixel's centre to where its depth is 1, float64 (height, width)."""
-    u, v = (np.arange(width) + 0.5) / width, (np.arange(height)[:, None] + 0.5) / height
-    rows = [row[0] * u + row[1] * v + row[2] for row in inverse]
-    return np.sqrt(sum(row * row for row in rows)) / rows[2]
-
-
-def _resize_known(values: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bring each finite value to the pixel it falls into; the nearest to its centre wins, others are NaN."""
-    rows, columns = np.nonzero(np.isfinite(values))
-    y = (rows + 0.5) * (height / values.shape[0])
-    x = (columns + 0.5) * (width / values.shape[1])
-    i, j = np.minimum(y.astype(int), height - 1), np.minimum(x.astype(int), width - 1)
-    order = np.argsort(-((y - i - 0.5) ** 2 + (x - j - 0.5) ** 2), kind="stable")
-    out = np.full((height, width), np.nan)
-    out[i[order], j[order]] = values[rows[order], columns[order]]  # the last one written stays
-    return out
+    """Length of the ray through each pixel's center to where its depth is 1, float32 (height, width)."""
+    return np.sqrt(np.square(_rays(width, height) @ inverse.T).sum(-1))
 
 
 def _intrinsics(data: bytes) -> np.ndarray:

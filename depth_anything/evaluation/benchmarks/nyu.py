@@ -163,7 +163,7 @@ def _benchmark(name: str, title: str, depth: str, caps: dict[str, Caps]) -> Benc
         images=654,
         layout=f"{MATLAB}, or {_shown(depth)} with its image",
         get=_GET,
-        licence="LicenceRef-NYU-Depth-V2",
+        licence="LicenseRef-NYU-Depth-V2",
         find=partial(find, depth=depth),
         read=partial(read, depth=depth),
         caps=caps,

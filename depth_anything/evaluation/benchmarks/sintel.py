@@ -36,7 +36,7 @@ _FACTS = Facts(
     records=1064,
     layout="training/final/alley_1/frame_0001.png with training/depth/alley_1/frame_0001.dpt",
     get="http://sintel.is.tue.mpg.de/depth (images and depth, 6 GB)",
-    licence="LicenceRef-MPI-Sintel",
+    licence="LicenseRef-MPI-Sintel",
 )
 
 
