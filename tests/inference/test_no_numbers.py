@@ -21,7 +21,7 @@ def predictor_with(bad, *, tiles=None, calibration=None, max_depth=None, when=la
     model = DepthAnything("vitn", max_depth=max_depth)
     model.calibration = calibration
 
-    def forward(image):
+    def forward(image, **options):
         output = torch.linspace(1, 2, image[:, 0].numel()).reshape(image[:, 0].shape).clone()
         for number, one in enumerate(image):
             if when(one):

@@ -157,11 +157,11 @@ def test_metrics_come_when_due_and_at_the_end(
 
 
 def test_the_rates_that_are_logged_are_those_the_step_used(tmp_path: Path) -> None:
-    module = module_of(schedule="linear", steps=4, encoder_lr=1.0, head_lr=2.0)
+    module = module_of(schedule="linear", steps=4, encoder_lr=0.5, head_lr=1.0)
     fit(tmp_path, module, [batch(seed) for seed in range(4)], Metrics(every=1, batch_size=2), steps=4)
     rows = read_metrics(tmp_path / "metrics.csv").rows
-    assert [float(row["lr_encoder"]) for row in rows] == [1.0, 0.75, 0.5, 0.25]
-    assert [float(row["lr_head"]) for row in rows] == [2.0, 1.5, 1.0, 0.5]
+    assert [float(row["lr_encoder"]) for row in rows] == [0.5, 0.375, 0.25, 0.125]
+    assert [float(row["lr_head"]) for row in rows] == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
