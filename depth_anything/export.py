@@ -152,7 +152,7 @@ def _check_arguments(to: str, precision: str, opset: int, position_rule: str | N
     newest = onnx.defs.onnx_opset_version()
     if isinstance(opset, bool) or not isinstance(opset, int) or not OPSET <= opset <= newest:
         raise ArgumentError(
-            Argument("opset", opset),
+            Argument("opset", repr(opset)),
             f" cannot be written: give {OPSET}, the oldest that has every operation of the network, to {newest}, the "
             "newest that the installed onnx knows",
         )

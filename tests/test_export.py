@@ -261,6 +261,58 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert "no weights at" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("opset", [11, 17, 99, 0, -1, 18.0, True])
+def test_operators_that_cannot_be_written_are_refused(tmp_path, monkeypatch, opset):
+    monkeypatch.setattr(export, "trace", lambda _: pytest.fail("refused before anything is traced"))
+    with pytest.raises(ValueError, match=f"opset={opset} "):
+        export_model(network(), tmp_path / "m.onnx", to="onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_operators_are_for_onnx(tmp_path):
+    for to in ("torch", "transformers", "official", "safetensors"):
+        with pytest.raises(ValueError, match=f"opset=20 is for onnx; {to} has none"):
+            export_model(network(), tmp_path / "m", to=to, opset=20)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [19, 23])
+def test_the_file_has_the_operators_that_were_asked_for(tmp_path, opset):
+    export_model(network(), tmp_path / "m.onnx", to="onnx", opset=opset)
+    said = {item.domain: item.version for item in onnx.load(tmp_path / "m.onnx").opset_import}
+    assert said[""] == opset
+
+
+def test_what_the_exporter_cannot_write_or_run_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """It may raise, keep another version without an error, or write what no runtime here opens."""
+    model, made = network(), torch.onnx.export
+
+    def other_version(*arguments, **settings):
+        return made(*arguments, **{**settings, "opset_version": 18})
+
+    def broken(*_, **__):
+        raise RuntimeError("no such operator\nand more")
+
+    def unknown(*_, **__):
+        raise RuntimeError("[ONNXRuntimeError] INVALID_GRAPH\nand more")
+
+    for owner, name, stand_in, words in (
+        (torch.onnx, "export", broken, "no such operator"),
+        (torch.onnx, "export", other_version, "version 18 in place of opset=19"),
+        (onnxruntime, "InferenceSession", unknown, "INVALID_GRAPH"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stand_in)
+            with pytest.raises(ValueError, match=words) as raised:
+                export_model(model, tmp_path / "m.onnx", to="onnx", opset=19)
+        assert "\n" not in str(raised.value) and "opset=18" in str(raised.value)
+        assert not list(tmp_path.iterdir())
+    save_model(model, tmp_path / "m.safetensors")
+    line = ["export", "--weights", str(tmp_path / "m.safetensors"), "--to", "onnx", "--output", "m.onnx"]
+    assert main([*line, "--opset", "11"]) == 2
+    assert "--opset 11 " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_that_may_only_be_read(tmp_path):
     (tmp_path / "shut").mkdir(mode=0o500)

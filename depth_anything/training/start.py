@@ -176,7 +176,15 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
             f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
             "or type teacher=FILE"
         )
-    return _load(path, encoder=config["encoder"])
+    teacher = _load(path, encoder=config["encoder"])
+    size = config.get("image_size", teacher.input_size)
+    if size != teacher.input_size:
+        warnings.warn(
+            f"teacher={path} was made for images of {teacher.input_size} px, and labels them at image_size={size}; "
+            f"type image_size={teacher.input_size} unless you mean that",
+            stacklevel=2,
+        )
+    return teacher
 
 
 def _load(path: Path, *, encoder: str) -> DepthAnything:

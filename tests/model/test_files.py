@@ -1,12 +1,18 @@
 """Other files: damaged, hostile, of another kind; and that nothing is ever run."""
 
+import bz2
+import gzip
+import lzma
 import os
 import pickle
 import re
 import subprocess
 import sys
+import tarfile
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,14 +83,81 @@ def test_truncated_files(tmp_path, model, name, share):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
         (b"", "empty"),
-        (bytes(1000), "no checkpoint"),
-        (b"just words", "no checkpoint"),
+        (bytes(1000), "nothing but zeros"),
+        (bytes(20) + b"\x07\xff\xfe", "no checkpoint"),
+        (b"Entry not found\n", "a text, which begins with 'Entry not found'"),
+        ("Zugriff verweigert für ".encode() * 50, "a text"),
+        (b'{"error": "gated"}', "a JSON text"),
+        (b'{"a": {"b": 1}}' + bytes(100), "no checkpoint"),
+        (b"\xef\xbb\xbf\n  <!DOCTYPE html>\n<html></html>", "a web page"),
+        (b"\r\n<HTML lang='x'>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text"),
+        (gzip.compress(b"PK" * 50), "a gzip archive (unpack it first)"),
+        (lzma.compress(b"PK" * 50), "an xz archive (unpack it first)"),
+        (bz2.compress(b"PK" * 50), "a bzip2 archive (unpack it first)"),
+        (b"PK\x05\x06" + bytes(18), "no checkpoint"),
+        (b"GGUF" + bytes(100), "a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        (b"RIFF\x24\0\0\0WEBPVP8 " + bytes(100), "a WebP picture"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "a video"),
+        (b"\x93NUMPY\x01\0" + bytes(100), "a NumPy array"),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x062.11.0:\x10", "an ONNX file"),
     ],
 )
-def test_other_files_are_named(tmp_path, content, kind):
-    (tmp_path / RELATIVE).write_bytes(content)
-    message = refusal(tmp_path / RELATIVE)
-    assert f"{RELATIVE} is {kind}" in message and "expected an official .pth" in message
+@pytest.mark.parametrize("name", [RELATIVE, "model.safetensors", "last.ckpt", "model"])
+def test_other_files_are_named(tmp_path, content, kind, name):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert f"{name} is {kind}" in message and "expected an official .pth" in message
+    assert "damaged" not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.ckpt", "model.pth", "model.bin", "model.onnx", "m"]
+)
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "old", "ckpt"])
+def test_a_checkpoint_is_read_under_any_name(tmp_path, model, name, kind):
+    path = tmp_path / name
+    if kind == "safetensors":
+        save_model(model, path)
+    else:
+        content = {"state_dict": model.state_dict(), "depth_anything": describe(model)}
+        with path.open("wb") as file:
+            torch.save(
+                content if kind == "ckpt" else model.state_dict(),
+                file,
+                _use_new_zipfile_serialization=kind != "old",
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a plain state dict does not say
+        assert same(load_model(path), model)
+        assert fingerprint(path) == fingerprint(model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_code_is_never_run_under_any_name(tmp_path, model, name):
+    with (tmp_path / name).open("wb") as file:
+        torch.save({**model.state_dict(), "extra": Hostile(tmp_path / "run")}, file)
+    assert "holds code to run (posix.mkdir)" in refusal(tmp_path / name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_archives_of_checkpoints_are_named(tmp_path, model):
+    save_model(model, tmp_path / "inside.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / "inside.safetensors", "folder/inside.safetensors")
+        assert f"{name} is a zip archive of folder/inside.safetensors (unpack it" in refusal(tmp_path / name)
+    with tarfile.open(tmp_path / "b.pth", "w") as archive:
+        archive.add(tmp_path / "inside.safetensors", "inside.safetensors")
+    assert "b.pth is a tar archive (unpack it first)" in refusal(tmp_path / "b.pth")
+    np.savez(tmp_path / "c.npz", a=np.ones(3))
+    assert "c.npz is an archive of NumPy arrays" in refusal(tmp_path / "c.npz")
+
+
+def test_a_part_of_a_folder_asks_for_the_folder(tmp_path, model):
+    save_model(model, tmp_path / "hf", format="transformers")
+    assert "(give the folder)" in refusal(tmp_path / "hf" / "config.json")
 
 
 class Doubling(torch.nn.Module):
