@@ -61,7 +61,9 @@ def colorize(
     start = least.astype(kind) if low is None else low
     end = most.astype(kind) if high is None else high
     levels = np.zeros(values.shape, np.uint8)
-    for begin in range(0, values.size if end > start else 0, _BLOCK):  # a large map in float64 takes gigabytes
+    for begin in range(
+        0, values.size if end > start else 0, _BLOCK
+    ):  # a large map in float64 takes gigabytes
         block = slice(begin, begin + _BLOCK)
         share = (values[block].astype(kind) - start) / (end - start)
         levels[block] = share.clip(0, 1) * 255
