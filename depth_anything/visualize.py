@@ -15,6 +15,7 @@ NEAR_IS_RED = "Spectral_r"
 """The authors' colormap, for disparity: its last color is red."""
 
 GAP_PX = 4
+_BLOCK = 1 << 20  # pixels
 FONT_PX = 16
 
 
@@ -54,12 +55,19 @@ def colorize(
         return picture
     values = map[shown]
     # The authors compute in float32, whose last bits decide a colour here and there; that needs a span it can hold.
-    if values.dtype != np.float32 or low is not None or high is not None or np.abs(values).max() > 1e30:
-        values = values.astype(np.float64)
-    low = values.min() if low is None else low
-    high = values.max() if high is None else high
-    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    picture[shown] = table[(share.clip(0, 1) * 255).astype(np.uint8)]
+    least, most = values.min(), values.max()
+    exact = values.dtype == np.float32 and low is None and high is None and max(abs(least), abs(most)) <= 1e30
+    kind = np.float32 if exact else np.float64
+    start = least.astype(kind) if low is None else low
+    end = most.astype(kind) if high is None else high
+    levels = np.zeros(values.shape, np.uint8)
+    for begin in range(
+        0, values.size if end > start else 0, _BLOCK
+    ):  # a large map in float64 takes gigabytes
+        block = slice(begin, begin + _BLOCK)
+        share = (values[block].astype(kind) - start) / (end - start)
+        levels[block] = share.clip(0, 1) * 255
+    picture[shown] = table[levels]
     return picture
 
 

@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import MOST_PIXELS_A_SIDE, MOST_WORKERS, add_command, counted, whole
+from depth_anything.cli.options import (
+    MOST_PIXELS_A_SIDE,
+    MOST_WORKERS,
+    add_command,
+    check_output,
+    counted,
+    whole,
+)
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -62,6 +69,8 @@ def _bench(options: argparse.Namespace) -> None:
     import cv2
     import torch
 
+    if options.json:
+        check_output([options.json], own=_is_earlier, flag="--json")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     data = _dataset(options)
@@ -74,6 +83,14 @@ def _bench(options: argparse.Namespace) -> None:
     _tell(figures, options, cores)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _is_earlier(path: Path) -> bool:
+    """Tell figures of this command by their keys."""
+    try:
+        return {"set", "records", "stages", "loader", "demand"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def demand(cpu_ms: float, side: int) -> list[dict[str, Any]]:

@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command, add_network, add_weights, load_predictor, real, watch
+from depth_anything.cli.options import (
+    add_command,
+    add_network,
+    add_weights,
+    check_output,
+    files_of,
+    load_predictor,
+    real,
+    watch,
+)
+from depth_anything.data.address import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +68,11 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     if Path(options.output).suffix != ".safetensors":
         raise ValueError(f"--output {options.output} must end in .safetensors, which keeps the calibration")
+    check_output(
+        [options.output],
+        own=_is_calibrated,
+        inputs=[*files_of(options.weights), *options.images, *options.points],
+    )
     known = _known_points(options)
     predictor, facts = load_predictor(options)
     if predictor.model.quantity == "depth":
@@ -68,7 +83,18 @@ def _calibrate(options: argparse.Namespace) -> None:
     _tell(fit, known, values, options.threshold)
     predictor.model.calibration = (fit.scale, fit.shift)
     save_model(predictor.model, options.output)
-    print(f"{options.output}: gives metres, for this camera and this kind of scene")
+    print(f"{printable(options.output)}: gives metres, for this camera and this kind of scene")
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Tell a model that this command may have written: it has a calibration."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("calibration", "null") != "null"
+    except (OSError, SafetensorError):
+        return False
 
 
 def _known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
@@ -108,7 +134,7 @@ def _tell(
 ) -> None:
     from depth_anything.inference.calibrate import fit_points
 
-    rows = [(Path(image).name, point) for image, points in known.items() for point in points]
+    rows = [(printable(Path(image).name), point) for image, points in known.items() for point in points]
     width = max(len(name) for name, _ in rows)
     print(f"{'image':{width}}       x       y    known    model      off")
     for (name, point), depth, used in zip(rows, fit.depth, fit.used, strict=True):
@@ -126,6 +152,6 @@ def _tell(
         for image, points in known.items():
             try:
                 alone = fit_points(values[image], [point.metres for point in points], threshold=threshold)
-                print(f"{image} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
+                print(f"{printable(image)} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
             except ValueError as error:
-                print(f"{image} alone: {error}")
+                print(f"{printable(image)} alone: {error}")

@@ -1,17 +1,18 @@
 """`depth-anything shard custom`: a user's own images and depth, checked, shown, and written as shards."""
 
 import argparse
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import add_command
+from depth_anything.cli.options import add_command, check_output
 from depth_anything.cli.shards import add_sky, add_writing, print_written, writing
 
 if TYPE_CHECKING:
     from depth_anything.data.sources.custom import Custom
+
+_MADE_BY = "depth-anything shard custom"
 
 SHOWN = 5
 """Refused records that are named on the terminal; check.txt names all."""
@@ -46,24 +47,35 @@ def _shard_custom(options: argparse.Namespace) -> None:
 
 def _check(custom: "Custom", output: Path) -> None:
     """Look at the set, say what is there, and leave a picture and all that was said in the output folder."""
-    from PIL import Image
-
+    from depth_anything.data.outputs import is_picture_of, save_picture
     from depth_anything.data.tars import write_atomically
     from depth_anything.evaluation.survey import survey
 
+    picture_file, text_file = output / "check.png", output / "check.txt"
+    check_output(
+        [picture_file, text_file],
+        own=lambda path: is_picture_of(picture_file, _MADE_BY) or _is_earlier(text_file),
+        flag="OUT",
+    )
     found = survey(custom)
     output.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
     assert found.picture is not None
-    Image.fromarray(found.picture).save(picture, "PNG")
-    write_atomically(output / "check.png", picture.getvalue())
+    save_picture(found.picture, picture_file, made_by=_MADE_BY)
     doubts = [f"look:       {doubt}" for doubt in found.doubts]
     told = [*found.lines, f"taken:      {found.taken}"]
     refused = [f"not taken:  {name}: {reason}" for name, reason in found.refused]
-    write_atomically(output / "check.txt", "\n".join([*told, *doubts, *refused, ""]).encode())
+    write_atomically(text_file, "\n".join([*told, *doubts, *refused, ""]).encode())
     print("\n".join([*told, *refused[:SHOWN]]))
     if refused[SHOWN:]:
         print(f"not taken:  {len(refused) - SHOWN} more, see {output / 'check.txt'}")
     print(f"drawn:      {output / 'check.png'}", flush=True)
     for doubt in doubts:
         print(doubt, file=sys.stderr)
+
+
+def _is_earlier(text_file: Path) -> bool:
+    """Tell a check.txt by its lines, for those of versions whose picture does not say who drew it."""
+    try:
+        return "\ntaken:      " in text_file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,9 @@ from depth_anything.cli.options import (
     WEIGHTS,
     add_command,
     add_network,
+    check_output,
     counted,
+    files_of,
     load,
     make_predictor,
     real,
@@ -123,11 +126,36 @@ def _evaluate(options: argparse.Namespace) -> int:
             check_fits(trial, predictor.quantity)
     names = dict.fromkeys(options.benchmarks or [trials[0].name])
     folder = Path(options.output or f"outputs/evaluate-{'-'.join(names)}")
+    if not rank:  # of torchrun's processes the first writes the report
+        check_output(
+            _reports(trials, folder, options),
+            own=_is_earlier,
+            inputs=[path for weights in names_of(options.weights).values() for path in files_of(weights)],
+        )
     broken = _judge(predictors, facts, trials, folder, part=part, raises=len(trials) == 1 and rank is None)
     with _all_ranks(rank, broken) as told:
         if told is None:
             return 0
         return _conclude(predictors, facts, trials, folder, options, missing + told, part=part)
+
+
+def _reports(trials: "list[Trial]", folder: Path, options: argparse.Namespace) -> list[Path]:
+    """List the files that the reports will be."""
+    names = ("results.json", "results.csv", "table.txt", "report.html")
+    places = [folder if options.data else folder / trial.name for trial in trials]
+    summaries = [] if options.data else [folder / "summary.json", folder / "summary.txt"]
+    return [place / name for place in places for name in names] + summaries
+
+
+def _is_earlier(path: Path) -> bool:
+    """Tell a file of an earlier report by the figures beside it."""
+    figures, keys = "results.json", {"models", "versions"}
+    if path.name.startswith("summary"):
+        figures, keys = "summary.json", {"benchmarks", "versions"}
+    try:
+        return keys <= json.loads((path.parent / figures).read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check(options: argparse.Namespace) -> None:

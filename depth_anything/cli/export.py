@@ -1,10 +1,14 @@
 """`depth-anything export`: a model for other programs."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import add_command, add_weights, load
+from depth_anything.cli.options import add_command, add_weights, check_output, files_of, load
+from depth_anything.data.address import printable
+
+_CARD = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}")
 
 
 def add_export(commands: Any) -> None:
@@ -32,6 +36,10 @@ def add_export(commands: Any) -> None:
 def _export(options: argparse.Namespace) -> None:
     from depth_anything.export import export_model, format_checks
 
+    output = Path(options.output)
+    check_output(
+        _inside(output) if output.is_dir() else [output], own=_is_export, inputs=files_of(options.weights)
+    )
     model, facts = load(
         options.weights,
         input_size=None,
@@ -39,8 +47,28 @@ def _export(options: argparse.Namespace) -> None:
         dataset=options.dataset,
         max_depth=options.max_depth,
     )
-    output = Path(options.output)
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)
     if checks:
         print(format_checks(checks))
-    print(f"exported: {output} (licence: {model.licence or 'unknown'})")
+    print(f"exported: {printable(output)} (licence: {model.licence or 'unknown'})")
+
+
+def _inside(folder: Path) -> list[Path]:
+    """List the files of a transformers folder that exporting writes anew."""
+    names = ("config.json", "model.safetensors", "preprocessor_config.json")
+    return [folder / name for name in names] if folder.is_dir() else []
+
+
+def _is_export(path: Path) -> bool:
+    """Tell what exporting wrote, by the card beside it or the report of a program; never a training run's model."""
+    folder = path.parent
+    if (folder / "config.yaml").exists():
+        return False
+    for card in (folder / "README.md", folder / f"{path.name}.md"):
+        try:
+            of = _CARD.search(card.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if of and of[1] in (path.name, folder.name):
+            return True
+    return (folder / f"{path.name}.json").exists()

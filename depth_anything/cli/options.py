@@ -164,6 +164,38 @@ def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ..
     )
 
 
+def check_output(
+    outputs: Iterable[str | Path],
+    *,
+    own: Callable[[Path], bool],
+    inputs: Iterable[str | Path] = (),
+    flag: str = "--output",
+) -> None:
+    """Refuse an output that would replace a file that is read, or that this command did not write.
+
+    Args:
+        outputs: What the command is going to write.
+        own: Tells a file that this command wrote.
+        inputs: What it reads.
+        flag: What names another output.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    from depth_anything.data.outputs import check_free
+
+    read = [Path(path) for path in inputs]
+    check_free(map(Path, outputs), own=own, inputs=lambda: read, way_out=f"give another {flag}, or move it")
+
+
+def files_of(weights: str | Path | None) -> list[Path]:
+    """List the files that a model is read from: the file, or those of a run's or transformers folder."""
+    if weights is None:
+        return []
+    path = Path(weights)
+    return [path, *path.glob("*.safetensors"), *path.glob("*.json")] if path.is_dir() else [path]
+
+
 def load(
     path: str | Path | None,
     *,

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import MOST_PIXELS_A_SIDE, MOST_WORKERS, add_command, whole
-from depth_anything.data.address import told
+from depth_anything.cli.options import MOST_PIXELS_A_SIDE, MOST_WORKERS, add_command, check_output, whole
+from depth_anything.data.address import printable, told
 from depth_anything.data.sources.catalogue import SETS, Entry, load
 
 if TYPE_CHECKING:
     from depth_anything.data.sample import Frame
     from depth_anything.data.shards import ShardSet
+
+_MADE_BY = "depth-anything view"
 
 
 def add_shard(commands: Any) -> Any:
@@ -304,12 +306,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> None:
-    from PIL import Image
-
+    from depth_anything.data.outputs import is_picture_of, save_picture
     from depth_anything.data.shards import JoinedRecords, open_set
     from depth_anything.evaluation.sets import read_frames
     from depth_anything.evaluation.sheet import contact_sheet, describe
 
+    check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
     shard_set = open_set(options.set)
     print_set(shard_set)
     if "images" in shard_set.meta and not options.images:
@@ -323,10 +325,8 @@ def _view(options: argparse.Namespace) -> None:
             print("  ".join(describe(frame)))
             yield frame
 
-    sheet = contact_sheet(told())
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(options.output)
-    print(f"drawn: {options.output}")
+    save_picture(contact_sheet(told()), Path(options.output), made_by=_MADE_BY)
+    print(f"drawn: {printable(options.output)}")
 
 
 def print_set(shard_set: "ShardSet") -> None:

@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import add_command, whole
+from depth_anything.cli.options import add_command, check_output, whole
+from depth_anything.data.address import printable
+
+_MADE_BY = "depth-anything stats"
 
 
 def add_stats(commands: Any) -> None:
@@ -29,15 +32,14 @@ def add_stats(commands: Any) -> None:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from PIL import Image
-
+    from depth_anything.data.outputs import is_picture_of, save_picture
     from depth_anything.data.shards import open_set
     from depth_anything.evaluation.stats import draw, gather, told
 
+    check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
     shard_set = open_set(options.set)
     stats = gather(shard_set, sample=options.count)
     print("\n".join(told(shard_set, stats)))
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw(shard_set, stats)).save(options.output)
-    print(f"drawn:      {options.output}")
+    save_picture(draw(shard_set, stats), Path(options.output), made_by=_MADE_BY)
+    print(f"drawn:      {printable(options.output)}")
     return 1 if stats.bad else 0

@@ -23,6 +23,7 @@ import torch
 
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
+from depth_anything.data.tars import write_atomically
 from depth_anything.evaluation.benchmarks.da2k import Score
 from depth_anything.evaluation.compare import compare, compare_points, format_overview, point_text, table_text
 from depth_anything.evaluation.evaluate import Judgeable, Result, compared_truth, judge_batch, show
@@ -311,7 +312,7 @@ def _score(score: Score) -> dict[str, Any]:
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     finite = _finite({"version": 1, **document})
-    path.write_text(json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    write_atomically(path, json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _finite(value: Any) -> Any:

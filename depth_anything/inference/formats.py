@@ -16,6 +16,8 @@ from depth_anything.visualize import NEAR_IS_RED, check_colormap, paint
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
 
+_ROWS = 64
+
 COMPRESSION = 1
 """Of PNGs: the usual 6 takes as long as a small network."""
 
@@ -137,8 +139,10 @@ def png(
     low = float(map.min()) if low is None else low
     high = float(map.max()) if high is None else high
     top = 2**bits - 1
-    share = (map.astype(np.float64) - low) / (high - low) if high > low else np.zeros(map.shape)
-    levels = np.rint(share.clip(0, 1) * top).astype(np.uint8 if bits == 8 else np.uint16)
+    levels = np.zeros(map.shape, np.uint8 if bits == 8 else np.uint16)
+    for row in range(0, len(map) if high > low else 0, _ROWS):  # a large map in float64 takes gigabytes
+        share = (map[row : row + _ROWS].astype(np.float64) - low) / (high - low)
+        levels[row : row + _ROWS] = np.rint(share.clip(0, 1) * top)
     text = PngInfo()
     notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
     for key, value in {**notes, "low": repr(low), "high": repr(high)}.items():

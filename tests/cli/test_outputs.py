@@ -1,0 +1,171 @@
+"""No command replaces a file that it reads, or that it did not write; its own it writes anew."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from made_custom import make_set
+from PIL import Image
+from typing_commands import complaint
+
+from depth_anything import DepthAnything, load_model, save_model
+from depth_anything.cli import main
+
+
+def type_line(*words):
+    return main([str(word) for word in words])
+
+
+def stays(capsys, path, *line):
+    """The command is refused, names the file, and the file is as it was."""
+    before = path.read_bytes() if path.is_file() else None
+    capsys.readouterr()
+    said = complaint(capsys, *line)
+    assert str(path) in said and ("was not written by" in said or "is read by" in said)
+    assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["view", "stats"])
+def test_pictures_of_ones_own_stay(tmp_path, scenes, capsys, command):
+    mine = tmp_path / "mine.png"
+    line = (command, scenes, "--count", "2", "--output", mine)
+    assert type_line(*line) == 0 and type_line(*line) == 0
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(mine)
+    stays(capsys, mine, *line)
+    mine.unlink()
+    os.link(scenes / "manifest.json", mine)
+    stays(capsys, mine, *line)
+    mine.unlink()
+    mine.symlink_to("nowhere")
+    stays(capsys, mine, *line)
+    mine.unlink()
+    mine.mkdir()
+    stays(capsys, mine, *line)
+
+
+def test_one_commands_picture_is_not_anothers(tmp_path, scenes, capsys):
+    picture = tmp_path / "a.png"
+    assert type_line("view", scenes, "--count", "2", "--output", picture) == 0
+    stays(capsys, picture, "stats", scenes, "--count", "2", "--output", picture)
+
+
+def test_the_pictures_of_a_checked_set_stay(tmp_path, capsys):
+    make_set(tmp_path, yaml="unit: mm\n")
+    line = ("shard", "custom", tmp_path / "set.yaml", tmp_path / "out", "--check-only")
+    assert type_line(*line) == 0 and type_line(*line) == 0
+    for name in ("check.png", "check.txt"):
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+        (tmp_path / "out" / name).write_bytes(b"mine")
+        stays(capsys, tmp_path / "out" / name, *line)
+
+
+def test_figures_of_the_loader_stay(tmp_path, scenes, capsys):
+    mine = tmp_path / "figures.json"
+    line = (
+        "bench-data",
+        scenes,
+        "--samples",
+        "2",
+        "--batch-size",
+        "1",
+        "--image-size",
+        "28",
+        "--workers",
+        "1",
+    )
+    for content in ("{}", "[1]", "mine"):
+        mine.write_text(content)
+        stays(capsys, mine, *line, "--json", mine)
+
+
+@pytest.fixture
+def relative(tmp_path):
+    torch.manual_seed(0)
+    model = DepthAnything("vitn")
+    model.input_size = 28
+    save_model(model, tmp_path / "relative.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "relative.safetensors"
+
+
+def test_calibrate_keeps_the_model_it_reads_and_all_others(tmp_path, relative, capsys):
+    points = [word for x, metres in ((3, 5.0), (30, 1.0)) for word in ("--point", f"{x},9,{metres}")]
+    line = ["calibrate", tmp_path / "a.png", *points, "--threshold", "10", "--weights"]
+    out = tmp_path / "metric.safetensors"
+    stays(capsys, relative, *line, relative, "--output", relative)
+    (tmp_path / "other.safetensors").symlink_to(relative)
+    stays(capsys, tmp_path / "other.safetensors", *line, relative, "--output", tmp_path / "other.safetensors")
+    save_model(DepthAnything("vitn"), tmp_path / "trained.safetensors")
+    stays(
+        capsys,
+        tmp_path / "trained.safetensors",
+        *line,
+        relative,
+        "--output",
+        tmp_path / "trained.safetensors",
+    )
+    model = load_model(relative)
+    model.calibration = (0.5, 0.1)
+    save_model(model, out)  # as an earlier calibration left it
+    assert type_line(*line, out, "--output", out) == 2 and load_model(out).calibration == (0.5, 0.1)
+    (tmp_path / "a.csv").write_text("3,9,5\n30,9,1\n")
+    os.link(tmp_path / "a.csv", tmp_path / "csv.safetensors")
+    with_csv = ["calibrate", tmp_path / "a.png", "--points", tmp_path / "a.csv", "--weights", relative]
+    stays(capsys, tmp_path / "csv.safetensors", *with_csv, "--output", tmp_path / "csv.safetensors")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "official"])
+def test_export_keeps_the_model_it_reads_and_all_others(tmp_path, relative, weights, capsys, to):
+    ending = {"safetensors": ".safetensors", "official": ".pth"}[to]
+    line = ("export", "--weights", relative, "--to", to, "--output")
+    stays(capsys, relative, *line, relative)
+    mine = tmp_path / "sub" / f"mine{ending}"
+    assert type_line(*line, mine) == 0 and type_line(*line, mine) == 0
+    other = tmp_path / f"other{ending}"
+    other.write_bytes(b"mine")
+    stays(capsys, other, *line, other)
+    trained = weights / "model.safetensors"  # of a run
+    stays(capsys, trained, *line, trained)
+
+
+def test_export_keeps_a_transformers_folder_of_others(tmp_path, relative, capsys):
+    line = ("export", "--weights", relative, "--to", "transformers", "--output")
+    assert type_line(*line, tmp_path / "own") == 0 and type_line(*line, tmp_path / "own") == 0
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/config.json").write_text("{}")
+    stays(capsys, tmp_path / "others/config.json", *line, tmp_path / "others")
+
+
+def test_reports_keep_the_files_of_others(tmp_path, scenes, weights, capsys):
+    line = (
+        "evaluate",
+        "--weights",
+        weights,
+        "--data",
+        scenes,
+        "--limit",
+        "1",
+        "--input-size",
+        "28",
+        "--output",
+    )
+    assert type_line(*line, tmp_path / "own") == 0 and type_line(*line, tmp_path / "own") == 0
+    for name in ("results.json", "table.txt", "report.html", "results.csv"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text(json.dumps({"mine": 1}))
+        stays(capsys, folder / name, *line, folder)
+        assert sorted(path.name for path in folder.iterdir()) == [name]  # nothing was judged
+
+
+def test_names_are_escaped_where_commands_print_them(tmp_path, scenes, capsys):
+    for command in ("view", "stats"):
+        assert (
+            type_line(command, scenes, "--count", "2", "--output", tmp_path / f"{command}\x1b[2J\n.png") == 0
+        )
+        out = capsys.readouterr().out
+        assert "\x1b" not in out and rf"{command}\x1b[2J\n.png" in out
