@@ -28,6 +28,7 @@ from depth_anything.cli.options import (
     watch,
     whole,
 )
+from depth_anything.data.address import printable
 
 RANGES = ("clip", "running", "frame")
 FORMATS = ("mp4", "png16", "npy", "exr")
@@ -198,15 +199,15 @@ def _video(options: argparse.Namespace) -> int:
     predictor, _ = load_predictor(options)
     outcome = predict_videos(predictor, options.source, options.output, settings=settings, watch=watch)
     for name, why in outcome.skipped.items():
-        print(f"skipped {name}: {why}", file=sys.stderr)
+        print(f"skipped {printable(name)}: {printable(why)}", file=sys.stderr)
     for name, notes in outcome.notes.items():
         for note in notes:
-            print(f"{name}: {note}", file=sys.stderr)
+            print(f"{printable(name)}: {printable(note)}", file=sys.stderr)
     for name, written in outcome.written.items():
-        print(f"{', '.join(str(path) for path in written)}: {outcome.frames[name]} frames")
+        print(f"{printable(', '.join(map(str, written)))}: {outcome.frames[name]} frames")
     print(
         f"{counted(len(outcome.written), 'video')} mapped, {counted(len(outcome.skipped), 'file')} skipped: "
-        f"{options.output} ({describe_values(predictor)})"
+        f"{printable(options.output)} ({describe_values(predictor)})"
     )
     return 1 if outcome.failed else 0
 

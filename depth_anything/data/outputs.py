@@ -4,6 +4,7 @@ A command that writes several files for one input leaves a record, NAME.json, wi
 picture carries the command's name in its text.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,9 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 MADE_BY = "made_by"
 DIGESTS = "sha256"
 """Keys of a record: the command, and file name to digest."""
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors in writing that no other output would be spared."""
 
 _CHUNK = 1 << 20
 
@@ -83,7 +87,7 @@ def is_in_record(path: Path, record: Path, *, made_by: str, older: frozenset[str
     if path == record:
         return True
     digests = said.get(DIGESTS)
-    return isinstance(digests, dict) and digests.get(path.name) == _digest(path)
+    return isinstance(digests, dict) and digests.get(path.name) == digest_of(path)
 
 
 def save_picture(pixels: np.ndarray, path: Path, *, made_by: str) -> None:
@@ -114,7 +118,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return about.st_dev, about.st_ino
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

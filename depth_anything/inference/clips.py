@@ -95,6 +95,11 @@ class Clip(ABC):
     notes: list[str] = field(default_factory=list)
     incomplete: bool = False
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [self.path]
+
     @abstractmethod
     def read(self, sound: Sound | None = None) -> Iterator[Picture]:
         """Yield the frames in order; the audio goes to `sound` on the way, as it lies in the file."""
@@ -132,6 +137,8 @@ class VideoFile(Clip):
             self.frames = stream.frames or None
             self._said = self.frames is not None
             self._seconds = float(container.duration or 0) / 1e6
+            if self._said and "mov" not in container.format.name:  # there, an edit list may leave some out
+                self._seconds = max(self._seconds, float(stream.frames / self.rate))
             if not self.frames:
                 self.frames = round(self._seconds * self.rate) or None
             self._start = _start(container, first)
@@ -306,6 +313,11 @@ class FrameFolder(Clip):
         self._stems = (
             stems if len(set(stems)) == len(files) else [f"{n:06d}" for n in range(1, len(files) + 1)]
         )
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [self.path / name for name in self._files]
 
     def read(self, sound: Sound | None = None) -> Iterator[Picture]:
         """Yield the frames; there is no audio.

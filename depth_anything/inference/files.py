@@ -1,6 +1,5 @@
 """From image files to map files: every image once, nothing overwritten, the network never waiting for a disk."""
 
-import errno
 import json
 import os
 from collections import Counter, deque
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.data.outputs import check_free, is_in_record, make_record
+from depth_anything.data.outputs import DISK_ERRORS, check_free, is_in_record, make_record
 from depth_anything.data.sample import decode_image, image_cost, image_notes
 from depth_anything.data.sources.images import Photograph
 from depth_anything.data.tars import write_atomically
@@ -54,9 +53,6 @@ _OLDER_KEYS = frozenset(
     ("image", "height", "width", "quantity", "unit", "larger", "low", "high", "files", "model")
 )
 """Of a NAME.json of the versions that kept no digests."""
-
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errors that no other image would be spared."""
 
 RAW_METRES = "_raw_depth_meter.npy"
 """The authors' name of what --save-numpy writes."""
@@ -211,7 +207,7 @@ def _map_and_write(
         try:
             outcome.written += future.result()
         except (ValueError, OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             outcome.fail(image.name, error)
             return

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from depth_anything.data.outputs import digest_of
 from depth_anything.data.tars import remove_stale, temporary_name
 from depth_anything.inference.formats import ENDINGS, encode, png
 from depth_anything.inference.sound import Soundtrack
@@ -89,7 +90,8 @@ class Film:
         except av.FFmpegError as error:
             self.__exit__(type(error), error, None)
             raise ValueError(f"{name} takes no pictures of {stream.width}×{stream.height}") from error
-        self._stream, self._sound, self._written = stream, Soundtrack(self._container), 0
+        self._stream, self._sound = stream, Soundtrack(self._container)
+        self._written, self._digest = 0, ""
 
     @property
     def notes(self) -> list[str]:
@@ -106,15 +108,31 @@ class Film:
         """Finish the film, or remove what there is of it."""
         try:
             if kind is None:
-                self._mux(self._stream.encode())
-                self._sound.finish()
-                self._container.close()
-                self._check()
+                self.finish()
                 os.replace(self._temporary, self._path)
         finally:
             with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
                 self._container.close()
             self._temporary.unlink(missing_ok=True)
+
+    def finish(self) -> str:
+        """Write the end of the film, which is not yet seen under its name; return its sha256.
+
+        Raises:
+            ValueError: the film would not hold every picture.
+        """
+        if not self._digest:
+            self._mux(self._stream.encode())
+            self._sound.finish()
+            self._container.close()
+            with av.open(str(self._temporary)) as film:
+                frames = film.streams.video[0].frames if film.streams.video else 0
+            if frames != self._written:
+                raise ValueError(
+                    f"the film would hold {frames} of {self._written} pictures, so it is not kept"
+                )
+            self._digest = digest_of(self._temporary)
+        return self._digest
 
     def add_audio(self, stream: Any) -> None:
         """Make room for an audio stream, before the first picture."""
@@ -139,12 +157,6 @@ class Film:
         frame.pts, frame.time_base = pts, self._time_base
         self._mux(self._stream.encode(frame))
         self._written += 1
-
-    def _check(self) -> None:
-        with av.open(str(self._temporary)) as film:
-            frames = film.streams.video[0].frames if film.streams.video else 0
-        if frames != self._written:
-            raise ValueError(f"the film would hold {frames} of {self._written} pictures, so it is not kept")
 
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
@@ -173,6 +185,7 @@ class MapFolder:
             raise ValueError(f"{path} is in the way and was not made by this command: move it")
         self._path, self._temporary = path, temporary_name(path)
         self._formats, self._quantity, self._unit = formats, quantity, unit
+        self.files = self.bytes = 0
         self._temporary.mkdir()
 
     def __enter__(self) -> "MapFolder":
@@ -199,6 +212,7 @@ class MapFolder:
             else:
                 data = encode(map, format, quantity=self._quantity, unit=self._unit)
             (self._temporary / f"{name}{ENDINGS[format]}").write_bytes(data)
+            self.files, self.bytes = self.files + 1, self.bytes + len(data)
 
 
 def check_size(height: int, width: int) -> None:

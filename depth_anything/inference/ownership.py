@@ -1,65 +1,112 @@
-"""What was written by an earlier run, and may be replaced; everything else stays as it is."""
+"""What `depth-anything video` wrote and may replace: films, folders of maps and their records, known by NAME.json."""
 
 import json
+import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import av
 
+from depth_anything.data.outputs import DIGESTS, MADE_BY, check_free, digest_of
 from depth_anything.inference.formats import ENDINGS
 
-_FACTS = {"source", "quantity", "unit", "larger", "frames"}
+COMMAND = "depth-anything video"
+MAPS = "maps"
+"""Key of a record: by the name of a folder of maps, how many files it holds, and their bytes."""
+
+_OLDER_KEYS = {"source", "quantity", "unit", "larger", "frames", "range", "smooth"}
+"""Of records of the versions that kept no digests; their films have a comment instead."""
 _COMMENT = re.compile(r"(disparity|depth) \(\w+\), larger is (nearer|farther)")
 
 
-def refuse_to_replace(outputs: Iterable[Path], *, inputs: Collection[Path]) -> None:
-    """Make sure that nothing is replaced but what an earlier run wrote.
+def check_outputs(outputs: Iterable[tuple[Path, Path]], *, inputs: Callable[[], Iterable[Path]]) -> set[Path]:
+    """Refuse to replace what is read, and what the video command did not write.
 
     Args:
-        outputs: files and folders that are to be written.
-        inputs: files and folders that are to be read.
+        outputs: each a film, folder of maps or record that is to be written, and its record.
+        inputs: returns the files that are read.
+
+    Returns:
+        The outputs that exist and may be replaced.
 
     Raises:
-        ValueError: an output is an input, or was not written by `depth-anything video`.
+        ValueError: names what stays.
     """
-    read = {path.resolve() for path in inputs}
-    for path in outputs:
-        if path.resolve() in read or any(path.exists() and path.samefile(other) for other in inputs):
-            raise ValueError(f"{path} is read: give another folder for what is made of it")
-        if (path.exists() or path.is_symlink()) and not is_ours(path):
-            raise ValueError(f"{path} is in the way and was not made by this command: move it")
+    records: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
+    for path, record in outputs:
+        if os.path.isdir(path) and not os.path.islink(path) and path.suffix not in (".mp4", ".json"):
+            folders[path] = record
+            records |= {file: record for file in path.iterdir()}
+        else:
+            records[path] = record
+    own_folders = {path for path, record in folders.items() if _is_own_folder(path, record)}
+
+    def own(path: Path) -> bool:
+        return path.parent in own_folders if path.parent in folders else _is_own(path, records[path])
+
+    free = check_free(records, own=own, inputs=inputs)
+    return {path for path in free if path.parent not in folders} | set(folders)
 
 
-def is_ours(path: Path) -> bool:
-    """Tell what `depth-anything video` wrote: a film by its comment, NAME.json by its keys, a folder of maps by both.
+def make_facts(record: Path, *, films: dict[str, str], maps: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Make the part of a record by which the command knows its files again, those of earlier runs included.
 
-    A folder that holds something else, too, is not ours; an empty one is.
+    Args:
+        record: NAME.json, which may exist.
+        films: digest by name.
+        maps: by name of each folder, number and bytes of its files.
     """
-    if path.suffix == ".json" and path.is_file():
-        return _read_facts(path) is not None
-    if path.is_file():
-        try:
-            with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as film:
-                return bool(_COMMENT.match(film.metadata.get("comment", "")))
-        except (av.FFmpegError, ValueError):
-            return False
-    if not path.is_dir():
+    facts = _read(record)
+    before = facts if facts.get(MADE_BY) == COMMAND else {}
+    counted = {name: {"files": files, "bytes": size} for name, (files, size) in maps.items()}
+    return {
+        MADE_BY: COMMAND,
+        DIGESTS: {**before.get(DIGESTS, {}), **films},
+        MAPS: {**before.get(MAPS, {}), **counted},
+    }
+
+
+def _is_own(path: Path, record: Path) -> bool:
+    facts = _read(record)
+    if path == record:
+        return facts.get(MADE_BY) == COMMAND or _is_older(facts)
+    if _is_older(facts):
+        return _has_comment(path)
+    digests = facts.get(DIGESTS)
+    return isinstance(digests, dict) and digests.get(path.name) == digest_of(path)
+
+
+def _is_own_folder(path: Path, record: Path) -> bool:
+    """Tell by number and bytes of its files, since there may be many: what was added or edited shows."""
+    facts, held = _read(record), list(path.iterdir())
+    if not all(file.is_file() and file.name.endswith(tuple(ENDINGS.values())) for file in held):
         return False
-    held = list(path.iterdir())
-    facts = _read_facts(path.with_name(path.name.rpartition("_")[0] + ".json"))
-    endings = tuple(ENDINGS.values())
-    return not held or (
-        facts is not None
-        and path.name.endswith(f"_{facts['quantity']}")
-        and len(held) <= len(endings) * int(facts["frames"])
-        and all(file.name.endswith(endings) and file.is_file() for file in held)
-    )
+    if _is_older(facts):
+        frames = facts["frames"]
+        return isinstance(frames, int) and frames > 0 and len(held) % frames == 0
+    maps = facts.get(MAPS)
+    size = sum(file.stat().st_size for file in held)
+    return isinstance(maps, dict) and maps.get(path.name) == {"files": len(held), "bytes": size}
 
 
-def _read_facts(path: Path) -> dict | None:
+def _is_older(facts: dict[str, Any]) -> bool:
+    return MADE_BY not in facts and facts.keys() >= _OLDER_KEYS
+
+
+def _has_comment(path: Path) -> bool:
     try:
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) and facts.keys() >= _FACTS else None
+        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as film:
+            return bool(_COMMENT.match(film.metadata.get("comment", "")))
+    except (av.FFmpegError, ValueError):
+        return False
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -13,7 +14,9 @@ from typing import Any, Protocol
 import av
 import numpy as np
 
-from depth_anything.data.tars import temporary_name, write_atomically
+from depth_anything.data.address import printable
+from depth_anything.data.outputs import DISK_ERRORS
+from depth_anything.data.tars import write_atomically
 from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, FrameFolder, Picture, list_clips
 from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder, check_size, encoder
 from depth_anything.inference.formats import (
@@ -24,8 +27,9 @@ from depth_anything.inference.formats import (
     shown_values,
     side_by_side,
 )
+from depth_anything.inference.memory import check_memory
 from depth_anything.inference.naming import name_apart, tree
-from depth_anything.inference.ownership import is_ours, refuse_to_replace
+from depth_anything.inference.ownership import check_outputs, make_facts
 from depth_anything.inference.predictor import Predictor, check_numbers
 from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
 from depth_anything.visualize import paint
@@ -98,14 +102,18 @@ class Outcome:
         frames: per clip how many there were.
         skipped: per clip, or file, that gave nothing, why.
         notes: per clip what went otherwise than it should.
-        failed: clips, or files, that were to be mapped and gave nothing, or not all their pictures.
+        failed: per clip, or file, that was to be mapped and gave nothing, or not all its pictures, why.
     """
 
     written: dict[str, list[Path]] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, name: str, why: str) -> None:
+        """Note that a clip could not be mapped."""
+        self.skipped[name] = self.failed[name] = why
 
 
 def predict_videos(
@@ -140,25 +148,35 @@ def predict_videos(
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"{output} is a file: give a folder for what is made")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
-    outcome = Outcome(skipped=skipped, failed=[name for name in skipped if _is_wanted(name, Path(source))])
+    outcome = Outcome(skipped=skipped)
+    outcome.failed = {name: why for name, why in skipped.items() if _is_wanted(name, Path(source))}
     if "mp4" in settings.formats:
         encoder()
     targets = [Path(output) / target for target in _targets(clips, Path(source), predictor.quantity)]
     made = [_files(target, predictor, settings) for target in targets]
-    refuse_to_replace([path for paths in made for path in paths], inputs=[clip.path for clip in clips])
+    replaced = check_outputs(
+        [(path, paths[-1]) for paths in made for path in paths],
+        inputs=lambda: [Path(source), *(path for clip in clips for path in clip.files)],
+    )
     for clip, target, paths in zip(clips, targets, made, strict=True):
         try:
-            outcome.frames[clip.name] = predict_video(predictor, clip, target, settings=settings, watch=watch)
+            outcome.frames[clip.name] = predict_video(
+                predictor, clip, target, settings=settings, replaced=replaced, watch=watch
+            )
         except (OSError, av.FFmpegError) as error:
-            outcome.skipped[clip.name] = error.strerror or str(error)
-        except (ValueError, MemoryError) as error:
-            outcome.skipped[clip.name] = str(error) or "it takes more memory than there is"
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            outcome.fail(clip.name, error.strerror or str(error))
+        except MemoryError:
+            outcome.fail(clip.name, "there is not enough memory for it: reduce it first")
+        except ValueError as error:
+            outcome.fail(clip.name, str(error))
         else:
             outcome.written[clip.name] = [path for path in paths if path.suffix != ".json"]
             if clip.notes:
                 outcome.notes[clip.name] = list(clip.notes)
-        if clip.incomplete or clip.name in outcome.skipped:
-            outcome.failed.append(clip.name)
+            if clip.incomplete:
+                outcome.failed[clip.name] = "; ".join(clip.notes)
     if not outcome.written:
         first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
         raise ValueError(f"nothing could be made of {source} ({first})")
@@ -171,6 +189,7 @@ def predict_video(
     target: Path,
     *,
     settings: Settings,
+    replaced: Collection[Path] = (),
     watch: Watch = lambda items, what, total: items,
 ) -> int:
     """Map one clip.
@@ -183,6 +202,7 @@ def predict_video(
         clip: what to map.
         target: what is written is called this, and an ending.
         settings: how.
+        replaced: what of it exists and may be replaced, as `check_outputs` tells.
         watch: wraps each pass over the frames.
 
     Returns:
@@ -190,29 +210,29 @@ def predict_video(
 
     Raises:
         ValueError: a frame cannot be read, the network gives no numbers for one, the film would be larger than H.264
-            takes, or a folder of others' files is in the way.
+            takes, or something that may not be replaced is in the way.
         OSError: the files cannot be written.
     """
     if "mp4" in settings.formats:
         check_size(clip.height, _film_width(clip, settings))
+    check_memory(clip.height * clip.width * settings.batch_size)
+    files = _files(target, predictor, settings)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for path in _files(
-        target, predictor, settings
-    ):  # a name that the disk does not take, before hours of work
-        temporary = temporary_name(path)
-        temporary.touch()
-        temporary.unlink()
+    for path in files:
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # a name that the disk does not take is told before hours of work
+    name = printable(clip.name)
     flow = _Flow(predictor, settings)
     seen, spool, count = _Seen(), None, 0
     with ExitStack() as stack:
         if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
             spool = stack.enter_context(Spool(target.parent, (clip.height, clip.width)))
-            for _, map_ in flow.maps(watch(clip.read(), what=f"{clip.name} (1 of 2)", total=clip.frames)):
+            for _, map_ in flow.maps(watch(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
                 seen.add(map_, predictor)
                 flow.keep(map_, spool)
-        film, folder = _writers(stack, predictor, clip, target, settings, seen)
+        film, folder = _writers(stack, predictor, clip, target, settings, seen, replaced)
         scale = _Scale(settings.range, seen, clip.time_base, predictor)
-        what = f"{clip.name} (2 of 2)" if spool else clip.name
+        what = f"{name} (2 of 2)" if spool else name
         for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
             if not spool:
                 seen.add(map_, predictor)
@@ -224,10 +244,18 @@ def predict_video(
             count += 1
         if not count:
             raise ValueError("it has no frame")
+        # The record comes first: whoever is killed in between knows the files again the next time.
+        digest = film.finish() if film else ""
         clip.notes += film.notes if film else []
-        facts = _facts(predictor, clip, settings, seen, count)
-        facts["files"] = [path.name for path in _files(target, predictor, settings)]
-        write_atomically(_ending(target, ".json"), json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        facts = _facts(predictor, clip, settings, seen, count) | make_facts(
+            files[-1],
+            films={files[0].name: digest} if film else {},
+            maps={files[-2].name: (folder.files, folder.bytes)} if folder else {},
+        )
+        appeared = [path for path in files if path not in replaced and os.path.lexists(path)]
+        if appeared:
+            raise ValueError(f"{appeared[0]} has appeared meanwhile and would be replaced")
+        write_atomically(files[-1], json.dumps(facts, indent=1, ensure_ascii=False).encode())
     return count
 
 
@@ -299,19 +327,24 @@ class _Scale:
 
 
 def _writers(
-    stack: ExitStack, predictor: Predictor, clip: Clip, target: Path, settings: Settings, seen: _Seen
+    stack: ExitStack,
+    predictor: Predictor,
+    clip: Clip,
+    target: Path,
+    settings: Settings,
+    seen: _Seen,
+    replaced: Collection[Path],
 ) -> tuple[Film | None, MapFolder | None]:
     film = folder = None
     if settings.map_formats:
         path = _ending(target, f"_{predictor.quantity}")
-        ours = is_ours(path)
         folder = stack.enter_context(
             MapFolder(
                 path,
                 formats=settings.map_formats,
                 quantity=predictor.quantity,
                 unit=predictor.unit,
-                replace=ours,
+                replace=path in replaced,
             )
         )
     if "mp4" in settings.formats:

@@ -217,7 +217,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
     make_film(tmp_path / "in.mp4", frames=2, sound=None)
     (tmp_path / "out/in_disparity").mkdir(parents=True)
     (tmp_path / "out/in_disparity/precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="in the way"):
+    with pytest.raises(ValueError, match="precious.txt"):
         map_film(tmp_path / "in.mp4", tmp_path / "out", formats=("npy",))
     assert (tmp_path / "out/in_disparity/precious.txt").read_text() == "mine"
     (tmp_path / "out/in_disparity/precious.txt").unlink()

@@ -36,70 +36,86 @@ def tree_of(folder):
     }
 
 
-def own_film(tmp_path):
-    make_film(tmp_path / "a.mp4", frames=2, sound=None)
-    map_film(tmp_path / "a.mp4", tmp_path / "made")
-    return tmp_path / "made/a.mp4"
+def mark(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
 
 
 FOREIGN = {
-    "a film": lambda out, tmp: make_film(out / "a.mp4", frames=2, sound=None),
-    "a text called like a film": lambda out, tmp: (out / "a.mp4").write_text("mine"),
-    "a json": lambda out, tmp: (out / "a.json").write_text('{"mine": 1}'),
-    "a json of predict": lambda out, tmp: (out / "a.json").write_text(
-        '{"image": "a.jpg", "quantity": "depth"}'
-    ),
-    "a broken json": lambda out, tmp: (out / "a.json").write_text("{"),
-    "a folder called like the json": lambda out, tmp: (out / "a.json").mkdir(),
-    "a folder of maps": lambda out, tmp: (
-        (out / "a_disparity").mkdir() or (out / "a_disparity/1.npy").write_text("")
-    ),
-    "a link to nowhere": lambda out, tmp: (out / "a.mp4").symlink_to("gone.mp4"),
-    "the other input": lambda out, tmp: (out / "a.mp4").symlink_to(own_film(tmp)),
+    "a film": lambda out: make_film(out / "a.mp4", frames=2, sound=None),
+    "a text called like a film": lambda out: mark(out / "a.mp4"),
+    "a json": lambda out: (out / "a.json").write_text('{"mine": 1}'),
+    "a json of predict": lambda out: (out / "a.json").write_text('{"image": "a.jpg", "quantity": "depth"}'),
+    "a broken json": lambda out: mark(out / "a.json"),
+    "a folder called like the json": lambda out: (out / "a.json").mkdir(),
+    "a folder called like the film": lambda out: (out / "a.mp4").mkdir(),
+    "a folder of maps": lambda out: mark(out / "a_disparity/000001.npy"),
+    "a file called like the folder of maps": lambda out: mark(out / "a_disparity"),
+    "a link to nowhere": lambda out: (out / "a.mp4").symlink_to("gone.mp4"),
+    "a link to a folder": lambda out: (out / "a_disparity").symlink_to(out.parent / "in"),
 }
 
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_what_others_wrote_is_refused_before_the_network_runs(tmp_path, what):
-    out = tmp_path / "out"
-    out.mkdir()
-    source = make_film(tmp_path / "in/a.mov", frames=2, sound=None)
-    FOREIGN[what](out, tmp_path)
-    if what == "the other input":  # a film of ours is replaced, but not one that is read
-        (tmp_path / "list.txt").write_text(f"in/a.mov\n{tmp_path / 'made/a.mp4'}\n")
-        os.rename(tmp_path / "in/a.mov", tmp_path / "in/b.mov")
-        (tmp_path / "list.txt").write_text("in/b.mov\nmade/a.mp4\n")
-        source, out = tmp_path / "list.txt", tmp_path
-        (tmp_path / "a.mp4").unlink()
+    make_film(tmp_path / "in/a.mov", frames=2, sound=None)
+    make_film(tmp_path / "in/b.mov", frames=2, sound=None)
+    (tmp_path / "out").mkdir()
+    FOREIGN[what](tmp_path / "out")
     before = tree_of(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.(mp4|json) is |a_disparity is |made/a\.mp4 is "):
-        predict_videos(
-            Untouched(),
-            source,
-            out if what != "the other input" else tmp_path,
-            settings=Settings(formats=("mp4", "npy")),
-        )
+    with pytest.raises(ValueError, match=r"out/a(\.mp4|\.json|_disparity)"):
+        settings = Settings(formats=("mp4", "npy"))
+        predict_videos(Untouched(), tmp_path / "in", tmp_path / "out", settings=settings)
     assert tree_of(tmp_path) == before
 
 
-def test_the_input_is_never_replaced_by_another_films_output(tmp_path):
-    """x.mov would become x.mp4, which is the second film of the list."""
-    make_film(tmp_path / "in/x.mov", frames=2, sound=None)
-    make_film(tmp_path / "x.mp4", frames=2, sound=None)
-    (tmp_path / "list.txt").write_text("in/x.mov\n")
+def of_its_own_name(tmp_path):
+    return tmp_path / "out/a.mp4", tmp_path / "out"
+
+
+def by_a_link(tmp_path):
+    (tmp_path / "in").mkdir()
+    os.link(tmp_path / "out/a.mp4", tmp_path / "in/a.mp4")
+    return tmp_path / "in", tmp_path / "out"
+
+
+def by_a_link_to_the_folder(tmp_path):
+    (tmp_path / "in").symlink_to(tmp_path / "out")
+    return tmp_path / "in/a.mp4", tmp_path / "out"
+
+
+def as_another_films_output(tmp_path):
+    out = tmp_path / "out"
+    make_film(out / "a.mov", frames=2, sound=None)
+    (out / "list.txt").write_text("a.mov\na.mp4\n")
+    map_film(out / "list.txt", out)
+    (out / "list.txt").write_text("a.mov\na.mp4\na_mov.mp4\n")
+    return out / "list.txt", out
+
+
+@pytest.mark.parametrize(
+    "read", [of_its_own_name, by_a_link, by_a_link_to_the_folder, as_another_films_output]
+)
+def test_what_is_read_is_never_replaced(tmp_path, read):
+    """Not even a film of an earlier run, which otherwise is."""
+    make_film(tmp_path / "first/a.mov", frames=2, sound=None)
+    map_film(tmp_path / "first", tmp_path / "out")
+    source, output = read(tmp_path)
     before = tree_of(tmp_path)
-    with pytest.raises(ValueError, match="x.mp4"):
-        predict_videos(Untouched(), tmp_path / "list.txt", tmp_path / "in", settings=Settings())
-        predict_videos(Untouched(), tmp_path / "in", tmp_path, settings=Settings())
+    with pytest.raises(ValueError, match=r"out/a(_mov)?\.mp4 is read"):
+        predict_videos(Untouched(), source, output, settings=Settings())
     assert tree_of(tmp_path) == before
 
 
 def test_frames_that_are_read_are_not_replaced_by_maps(tmp_path):
-    make_film(tmp_path / "shot.mp4", frames=2, sound=None)
-    write_frames(tmp_path / "shot_disparity", ["000001.png", "000002.png"])
-    (tmp_path / "list.txt").write_text("shot.mp4\nshot_disparity\n")
+    make_film(tmp_path / "in/shot.mov", frames=2, sound=None)
+    map_film(tmp_path / "in", tmp_path, formats=("png16",))  # its maps are read as frames now
+    (tmp_path / "list.txt").write_text("shot_disparity\n../in/shot.mov\n")
+    (tmp_path / "list.txt").write_text("in/shot.mov\n")
+    os.rename(tmp_path / "in/shot.mov", tmp_path / "shot.mov")
+    (tmp_path / "list.txt").write_text("shot.mov\nshot_disparity\n")
     before = tree_of(tmp_path)
-    with pytest.raises(ValueError, match="shot_disparity|shot.mp4"):
+    with pytest.raises(ValueError, match="shot_disparity/00000"):
         predict_videos(Untouched(), tmp_path / "list.txt", tmp_path, settings=Settings(formats=("png16",)))
     assert tree_of(tmp_path) == before
 
@@ -110,20 +126,55 @@ def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
         map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
         assert len(read_film(tmp_path / "out/a.mp4")) == frames
         assert len(list((tmp_path / "out/a_disparity").iterdir())) == 2 * frames
-    facts = json.loads((tmp_path / "out/a.json").read_text())
-    assert facts["files"] == ["a.mp4", "a_disparity", "a.json"]
-    (tmp_path / "out/a_disparity/notes.txt").write_text(
-        "mine"
-    )  # added by hand: the folder is no longer ours alone
-    with pytest.raises(ValueError, match="a_disparity is in the way"):
-        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
-    assert (tmp_path / "out/a_disparity/notes.txt").read_text() == "mine"
+
+
+def test_runs_of_other_formats_know_each_others_files(tmp_path):
+    make_film(tmp_path / "in/a.mp4", frames=3)
+    for formats in (("mp4",), ("npy",), ("mp4", "exr"), ("png16",), ("mp4",)):
+        assert not map_film(tmp_path / "in", tmp_path / "out", formats=formats).failed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.mp4", "a.json", "a_disparity"}
+
+
+CHANGES = {  # by hand, after the run
+    "a note beside the maps": lambda out: mark(out / "a_disparity/notes.txt"),
+    "a picture beside the maps": lambda out: mark(out / "a_disparity/cover.png"),
+    "a map edited": lambda out: (out / "a_disparity/000001.npy").write_bytes(b"mine"),
+    "the film edited": lambda out: (out / "a.mp4").write_bytes((out / "a.mp4").read_bytes() + b"\0"),
+    "the record gone": lambda out: (out / "a.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_by_hand_is_no_longer_replaced(tmp_path, change):
+    make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
+    map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
+    CHANGES[change](tmp_path / "out")
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match="a_disparity|a.mp4"):
+        predict_videos(
+            Untouched(), tmp_path / "in", tmp_path / "out", settings=Settings(formats=("mp4", "npy"))
+        )
+    assert tree_of(tmp_path) == before
+
+
+def test_what_versions_without_digests_wrote_is_replaced(tmp_path):
+    make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
+    map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
+    record = tmp_path / "out/a.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("made_by", "sha256", "maps")}))
+    assert not map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy")).failed
+    assert json.loads(record.read_text()) == facts
+    record.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("made_by", "sha256", "maps")}))
+    make_film(tmp_path / "out/a.mp4", frames=2, sound=None)  # not ours: it lacks our comment
+    with pytest.raises(ValueError, match="out/a.mp4"):
+        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4",))
 
 
 def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
     make_film(tmp_path / "a.mp4", frames=2, sound=None)
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match="out is a file"):
+    with pytest.raises(ValueError, match="out is"):
         predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=Settings())
 
 
@@ -143,7 +194,7 @@ def test_a_film_too_wide_for_h264_is_told_before_the_network_runs(tmp_path, alon
         )
     make_film(tmp_path / "fits.mp4", frames=2)
     outcome = map_film(tmp_path, tmp_path / "out", pred_only=alone)
-    assert set(outcome.written) == {"fits.mp4"} and outcome.failed == ["wide.mkv"]
+    assert set(outcome.written) == {"fits.mp4"} and list(outcome.failed) == ["wide.mkv"]
     outcome = map_film(tmp_path / "wide.mkv", tmp_path / "maps", formats=("npy",))
     assert not outcome.failed and np.load(tmp_path / "maps/wide_disparity/000001.npy").shape == (16, width)
 
@@ -173,17 +224,17 @@ def test_a_film_without_numbers_is_named_and_nothing_is_written_for_it(tmp_path,
     write_frames(tmp_path / "in/fine", ["1.png", "2.png"])
     settings = Settings(range=mode, formats=("mp4", "png16", "npy"))
     outcome = predict_videos(Broken(value), tmp_path / "in", tmp_path / "out", settings=settings)
-    assert outcome.failed == ["white"] and set(outcome.written) == {"fine"}
+    assert list(outcome.failed) == ["white"] and set(outcome.written) == {"fine"}
     assert "frame 4" in outcome.skipped["white"] and "--precision fp32" in outcome.skipped["white"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"fine.mp4", "fine.json", "fine_disparity"}
 
 
 def test_names_that_the_disk_does_not_take_stop_no_other(tmp_path):
-    long = "x" * 240 + ".mp4"  # with what is added for maps it is over 255 bytes
+    long = "x" * 249 + ".mp4"  # with what is added for maps it is over 255 bytes
     make_film(tmp_path / "in" / long, frames=2, sound=None)
     make_film(tmp_path / "in/y.mp4", frames=2, sound=None)
     outcome = map_film(tmp_path / "in", tmp_path / "out", formats=("npy",))
-    assert "y.mp4" in outcome.written and outcome.failed == [long]
+    assert "y.mp4" in outcome.written and list(outcome.failed) == [long]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"y_disparity", "y.json"}
 
 
@@ -197,7 +248,7 @@ def test_a_film_that_takes_too_much_memory_stops_no_other(tmp_path):
     make_film(tmp_path / "in/large.mp4", frames=2, size=(64, 64))
     make_film(tmp_path / "in/small.mp4", frames=2)
     outcome = predict_videos(Greedy(), tmp_path / "in", tmp_path / "out", settings=Settings())
-    assert outcome.failed == ["large.mp4"] and "memory" in outcome.skipped["large.mp4"]
+    assert list(outcome.failed) == ["large.mp4"] and "memory" in outcome.skipped["large.mp4"]
     assert set(outcome.written) == {"small.mp4"}
 
 
@@ -250,22 +301,34 @@ def test_the_exit_code_says_that_some_failed(tmp_path, weights, capsys):
     assert "bad.mp4" in capsys.readouterr().err
     (tmp_path / "list.txt").write_text("in/a.mp4\nin/gone\n")
     assert type_video(weights, tmp_path / "list.txt", tmp_path / "out2") == 1
+    make_film(tmp_path / "cut.mp4", frames=12, crf="0", options={"movflags": "+faststart"})
+    cut(tmp_path / "cut.mp4", 0.6)
+    assert type_video(weights, tmp_path / "cut.mp4", tmp_path / "cut") == 1
+    assert facts_of(tmp_path / "cut/cut.mp4")["frames"] < 12
     assert type_video(weights, tmp_path / "in/bad.mp4", tmp_path / "out3") == 2
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv", "a.avi"])
-def test_a_film_cut_short_gives_what_it_has_and_exit_code_1(tmp_path, weights, capsys, name):
+def test_a_film_cut_short_gives_what_it_has_and_counts_as_failed(tmp_path, name):
     options = {
         "a.mp4": {"options": {"movflags": "+faststart"}},
         "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"},
     }
     source = make_film(tmp_path / name, frames=100, crf="0", **options.get(name, {}))
-    assert type_video(weights, source, tmp_path / "whole") == 0
+    assert not map_film(source, tmp_path / "whole").failed
     cut(source, 0.6)
-    capsys.readouterr()
-    assert type_video(weights, source, tmp_path / "out") == 1
-    assert f"{name}: " in capsys.readouterr().err
+    outcome = map_film(source, tmp_path / "out")
+    assert set(outcome.failed) == set(outcome.written) == {name}
     assert 20 < facts_of(tmp_path / "out/a.mp4")["frames"] < 100
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path, weights, capsys):
+    make_film(tmp_path / "in/a\x1b[2J\nb.mp4", frames=2)
+    (tmp_path / "in/bad\x1b]0;x\x07.mp4").write_bytes(b"no film")
+    assert type_video(weights, tmp_path / "in", tmp_path / "out") == 1
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err and "\x07" not in told.err
+    assert all("b.mp4" not in line[:6] for line in told.out.splitlines())
 
 
 # Pictures
@@ -308,4 +371,4 @@ def test_an_animated_webp_cut_short_gives_what_it_has(tmp_path):
     except ValueError as error:
         assert "a.webp" in str(error)  # this Pillow reads none of it
     else:
-        assert outcome.failed == ["a.webp"] and outcome.frames["a.webp"] < 5
+        assert list(outcome.failed) == ["a.webp"] and outcome.frames["a.webp"] < 5

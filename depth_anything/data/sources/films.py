@@ -88,8 +88,8 @@ class _Film:
                 if self._shown is None or time >= self._end_of_last():
                     raise ValueError(f"the film ends before {number / RATE:g} s")
                 break
-        shown: Any = (self._shown or self._next)[1]
-        return upright(shown.to_ndarray(format="rgb24"), shown)
+        shown: Any = self._shown or self._next
+        return upright(shown[1].to_ndarray(format="rgb24"), shown[1])
 
     def _end_of_last(self) -> float:
         """Return when the last frame leaves the screen, in seconds."""
