@@ -203,7 +203,10 @@ def check_other(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = 
     if new["steps"] < step:
         raise ValueError(_too_few(f"resume={path} is", step, new["steps"]))
     kept = {key: pair for key, pair in changed.items() if resume_kind(key) == CHANGE}
-    return [f"step {step} of {path}: {key} {to_typed(before)} -> {to_typed(after)}" for key, (before, after) in kept.items()]
+    return [
+        f"step {step} of {path}: {key} {to_typed(before)} -> {to_typed(after)}"
+        for key, (before, after) in kept.items()
+    ]
 
 
 def read_facts(path: Path) -> tuple[int, dict[str, Any]]:
