@@ -1,21 +1,15 @@
-"""The arithmetic of a batch, and the plan that dry_run=true prints."""
+"""The arithmetic of a batch, and which sets a run reads."""
 
 import difflib
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from depth_anything.data.address import told
-from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.lora import add_adapters
 from depth_anything.training.config import to_typed
 
 #: Key that adds sets beside a stage's own → the group of sources that it chooses from.
 GROUPS = {"mix": "labelled", "replay": "images"}
-BESIDE = {"mix": "mixed in", "replay": "replayed"}
 
 
 def one_sentence(error: BaseException) -> str:
@@ -168,80 +162,3 @@ def needed_sets(config: Mapping[str, Any]) -> list[str]:
     added = [folder for sets in extra_sets(config).values() for folder in sets.values()]
     folders = [*config["data"]["sets"].values(), *added, config["sources"]["validation"]]
     return [str(folder) for folder in folders if folder is not None]
-
-
-def count(parameters: Any) -> str:
-    """Print a number of values with commas."""
-    return f"{sum(p.numel() for p in parameters):,}"
-
-
-def print_plan(config: Mapping[str, Any]) -> None:
-    """Build the network on the meta device and print what a run would do, touching neither data nor weights."""
-    with torch.device("meta"):
-        model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"))
-        model.pretrained.requires_grad_(not config.get("freeze_encoder"))
-    head = list(model.depth_head.parameters())
-    encoder = list(model.pretrained.parameters())
-    print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
-    print(f"network     {config['encoder']}: {count(model.parameters())} parameters")
-    print(f"            encoder {count(encoder)}, head {count(head)}")
-    if config["stage"] == "pseudolabel":
-        print(f"teacher     {config['teacher']}")
-        print(f"labels      {config['labels']}")
-        _print_sets(config["sources"]["images"])
-        print(
-            f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}"
-        )
-        return
-    recipe = config["recipe"]
-    if config.get("lora"):
-        with torch.device("meta"):
-            add_adapters(model, config["lora"])
-        print(f"adapters    LoRA of rank {config['lora']} beside the encoder's frozen layers")
-    for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
-        print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
-    print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
-    print(f"loss        {_loss(config)}")
-    whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
-    print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}")
-    _print_sets(config["data"]["sets"])
-    if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
-        print(f"labels      {config['data']['labels']}")
-    for key, sets in extra_sets(config).items():
-        share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
-        _print_sets(sets, what=f"{BESIDE[key]}{share}")
-    batch, side = config["batch_size"], config["image_size"]
-    print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
-    for devices in (1, 8, 64):
-        try:
-            micro, accumulation = split_batch(batch, devices, config["micro_batch"])
-            split = f"{micro} a device × {accumulation} accumulated"
-        except ValueError as error:
-            split = str(error)
-        print(f"            {devices:2d} device{'s' if devices > 1 else ' '}: {split}")
-
-
-def _loss(config: Mapping[str, Any]) -> str:
-    recipe = config["recipe"]
-    if config["stage"] == "metric":
-        silog = (
-            f"silog, variance focus {recipe['variance_focus']:g}, over truth from {config['min_depth']:g} to "
-        )
-        silog += f"{config['max_depth']:g} m"
-        if not config["replay"]:
-            return silog
-        return f"{silog}; replayed: {_invariant(recipe)}"
-    return _invariant(recipe)
-
-
-def _invariant(recipe: Mapping[str, Any]) -> str:
-    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
-    if recipe.get("alignment_weight"):
-        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
-    return f"{' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out"
-
-
-def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
-    for name, root in sets.items():
-        there = "://" in root or (Path(root) / "manifest.json").is_file()
-        print(f"{what:<11} {name}: {root}{'' if there else ' (not there yet)'}")

@@ -14,6 +14,7 @@ from depth_anything.model.weights import fingerprint, save_model
 from depth_anything.training import engine, plan
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.data import make_scenes
+from depth_anything.training.dry_run import print_plan
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
@@ -28,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     try:
         config = resolve_config(cfg)
         if config["dry_run"]:
-            plan.print_plan(config)
+            print_plan(config, typed=keys_typed(sys.argv[1:]))
         elif config["stage"] == "pseudolabel":
             predict(config)
         else:

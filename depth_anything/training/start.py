@@ -29,12 +29,8 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     Raises:
         ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
     """
+    _refuse_teacher(config)
     source, start = config["init"], config.get("start", "all")
-    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
-        raise ValueError(
-            f"init={source} is a teacher; a student starts from DINOv2 of its size: "
-            "type init=hub or init=DINOV2_FILE"
-        )
     if config["stage"] == "metric" and source not in (None, "hub") and not Path(source).exists():
         raise ValueError(
             f"there is no model at {source}; run `python train.py stage=student size={config['size']}` first, type "
@@ -62,6 +58,43 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
     if config.get("lora"):
         add_adapters(model, config["lora"])
     return model
+
+
+def check_start(config: Mapping[str, Any]) -> None:
+    """Refuse starting weights as a run would, where they are there; nothing is fetched.
+
+    Raises:
+        ValueError: As `network` and `twin`.
+    """
+    _refuse_teacher(config)
+    _refuse_unaligned(config)
+    source = config["init"]
+    if source in (None, "hub") or not Path(source).exists():
+        return
+    if has_head(source):
+        load_model(source, encoder=config["encoder"])
+    else:
+        load_encoder(DepthAnything(config["encoder"]), source)
+
+
+def _refuse_teacher(config: Mapping[str, Any]) -> None:
+    source = config["init"]
+    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
+        raise ValueError(
+            f"init={source} is a teacher; a student starts from DINOv2 of its size: "
+            "type init=hub or init=DINOV2_FILE"
+        )
+
+
+def _refuse_unaligned(config: Mapping[str, Any]) -> None:
+    source = config["init"]
+    if not config["recipe"].get("alignment_weight"):
+        return
+    if source is None or (source != "hub" and Path(source).exists() and has_head(source)):
+        raise ValueError(
+            f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
+            "or recipe.alignment_weight=0"
+        )
 
 
 def _take(model: DepthAnything, other: DepthAnything, start: str) -> None:
@@ -153,14 +186,9 @@ def twin(config: Mapping[str, Any]) -> DepthAnything | None:
     """
     if not config["recipe"].get("alignment_weight"):
         return None
-    source = config["init"]
-    if source is None or (source != "hub" and has_head(source)):
-        raise ValueError(
-            f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
-            "or recipe.alignment_weight=0"
-        )
+    _refuse_unaligned(config)
     frozen = DepthAnything(config["encoder"])
-    load_encoder(frozen, source)
+    load_encoder(frozen, config["init"])
     return frozen
 
 

@@ -14,9 +14,9 @@ from depth_anything.model.card import card
 from depth_anything.model.weights import fingerprint
 from depth_anything.training.base import parameter_groups
 from depth_anything.training.check_config import validate_config
+from depth_anything.training.dry_run import print_plan
 from depth_anything.training.folder import differences
 from depth_anything.training.metric import Metric, MetricRecipe
-from depth_anything.training.plan import print_plan
 from depth_anything.training.start import credited, network
 
 pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")

@@ -1,0 +1,230 @@
+"""dry_run=true: print what a run would do, refuse what it would refuse, and name what is not there yet."""
+
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depth_anything.data.address import is_remote, told
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.lora import add_adapters
+from depth_anything.model.weights import fingerprint
+from depth_anything.training.data import TrainData
+from depth_anything.training.folder import RunFolder
+from depth_anything.training.plan import extra_sets, split_batch
+from depth_anything.training.pseudolabel import ShardData
+from depth_anything.training.resume import check_other
+from depth_anything.training.start import check_start, load_teacher
+from depth_anything.training.validation import trial_of
+
+BESIDE = {"mix": "mixed in", "replay": "replayed"}
+MISSING = " (not there yet)"
+
+
+def count(parameters: Any) -> str:
+    """Print a number of values with commas."""
+    return f"{sum(p.numel() for p in parameters):,}"
+
+
+def print_plan(config: Mapping[str, Any], *, typed: Collection[str] = ()) -> None:
+    """Print what a run would do, with the network on the meta device; nothing is written or fetched.
+
+    Sets and files that are not there yet are named; those that are there are opened as the run would.
+
+    Args:
+        config: The resolved config.
+        typed: Dotted keys that were typed on the command line.
+
+    Raises:
+        ValueError: For whatever the run would refuse.
+    """
+    _check_run(config, typed)
+    with torch.device("meta"):
+        model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"))
+        model.pretrained.requires_grad_(not config.get("freeze_encoder"))
+    head = list(model.depth_head.parameters())
+    encoder = list(model.pretrained.parameters())
+    print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
+    print(f"network     {config['encoder']}: {count(model.parameters())} parameters")
+    print(f"            encoder {count(encoder)}, head {count(head)}")
+    if config["stage"] == "pseudolabel":
+        there = "" if Path(config["teacher"]).exists() else MISSING
+        print(f"teacher     {config['teacher']}{there}")
+        print(f"labels      {config['labels']}")
+        _check_labels(config)
+        _print_sets(config["sources"]["images"])
+        print(
+            f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}"
+        )
+        return
+    recipe = config["recipe"]
+    if config.get("lora"):
+        with torch.device("meta"):
+            add_adapters(model, config["lora"])
+        print(f"adapters    LoRA of rank {config['lora']} beside the encoder's frozen layers")
+    for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
+        print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
+    print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
+    print(f"loss        {_loss(config)}")
+    whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
+    there = "" if config["init"] in (None, "hub") or Path(config["init"]).exists() else MISSING
+    print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}{there}")
+    _print_sets(config["data"]["sets"])
+    if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
+        print(f"labels      {told(str(config['data']['labels']))}")
+    for key, sets in extra_sets(config).items():
+        share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
+        _print_sets(sets, what=f"{BESIDE[key]}{share}")
+    _print_batch(config)
+
+
+def _print_batch(config: Mapping[str, Any]) -> None:
+    """Print how the batch falls on the devices that were asked for, and the passes over the data.
+
+    Raises:
+        ValueError: If it does not come out even on them.
+    """
+    batch, side = config["batch_size"], config["image_size"]
+    print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
+    print(f"passes      {_passes(config)}")
+    devices = count_devices(config["trainer"])
+    if devices is not None:
+        counts = [devices]
+        split_batch(batch, devices, config["micro_batch"])
+    else:
+        counts = [1, 8, 64]
+        split_batch(batch, max(1, torch.cuda.device_count()), config["micro_batch"])
+    for number in counts:
+        try:
+            micro, accumulation = split_batch(batch, number, config["micro_batch"])
+            split = f"{micro} a device × {accumulation} accumulated"
+        except ValueError as error:
+            split = str(error)
+        print(f"            {number:2d} device{'s' if number > 1 else ' '}: {split}")
+
+
+def count_devices(trainer: Mapping[str, Any]) -> int | None:
+    """Count the devices over all nodes that a config asks for; None where it leaves their number to the machine."""
+    devices = trainer["devices"]
+    if isinstance(devices, str) and devices != "auto":
+        devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
+    number = len(devices) if isinstance(devices, list) else devices
+    return number * trainer["num_nodes"] if isinstance(number, int) and number > 0 else None
+
+
+def _passes(config: Mapping[str, Any]) -> str:
+    """Open the sets that are there, and say how often all of them are seen.
+
+    Raises:
+        ValueError: As the run would: for a set that is damaged, of another unit, or whose labels are not its own.
+    """
+    if not config["data"]["_target_"].endswith(".TrainData"):
+        return "unknown: the data are your own"
+    sets = {**config["data"]["sets"]}
+    for added in extra_sets(config).values():
+        sets.update(added)
+    absent = {name for name, root in sets.items() if not _is_there(config, name, str(root))}
+    records = _open(config, sets, absent)
+    scenes = {str(scene["root"]): scene["count"] for scene in config["sources"]["scenes"].values()}
+    drawn = {name: scenes.get(str(sets[name])) for name in absent}
+    if None in drawn.values() or (absent and config.get("replay")):
+        return f"unknown until {', '.join(sorted(absent))} can be opened"
+    repeat = config["data"].get("repeat") or {}
+    records += sum(int(count or 0) * repeat.get(name, 1) for name, count in drawn.items())
+    return f"{config['batch_size'] * config['steps'] / records:,.3g} over {records:,} records"
+
+
+def _is_there(config: Mapping[str, Any], name: str, root: str) -> bool:
+    """Tell whether a set, and its labels where the stage joins them, lie on this machine; addresses are not asked."""
+    if is_remote(root) or not (Path(root) / "manifest.json").is_file():
+        return False
+    labels = config["data"]["labels"]
+    joined = labels is not None and name in config["data"]["sets"] and config["stage"] != "metric"
+    return not joined or (not is_remote(str(labels)) and (Path(labels) / name).is_dir())
+
+
+def _open(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection[str]) -> int:
+    """Open the sets of a run that are there, as the run would; return the records of a pass over them."""
+    arguments = {key: value for key, value in config["data"].items() if key != "_target_"}
+    for key in ("sets", "labelled", "images"):
+        if key in arguments:
+            arguments[key] = {n: root for n, root in arguments[key].items() if n not in absent}
+    for key, added in extra_sets(config).items():
+        if key in arguments:
+            arguments[key] = [name for name in added if name not in absent]
+    for key in ("repeat", "sky"):
+        if isinstance(arguments.get(key), Mapping):
+            arguments[key] = {k: v for k, v in arguments[key].items() if k.partition("/")[0] not in absent}
+    if not arguments["sets"]:
+        return 0
+    with torch.device("meta"):
+        patch = DepthAnything(config["encoder"]).multiple
+    with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
+        arguments |= {"run_dir": scratch, "streams": config["streams"] or 1}
+        return TrainData(**arguments, micro_batch=1, patch=patch).open().stream.records
+
+
+def _check_run(config: Mapping[str, Any], typed: Collection[str]) -> None:
+    """Hold the run folder, the checkpoint and the starting weights against the config, as the run would."""
+    folder = RunFolder(config["run_dir"])
+    if config["stage"] == "pseudolabel":
+        return
+    if not config["overwrite"]:
+        folder.compare(config, typed=typed, note=False)
+        if folder.finished(config["steps"]):
+            print(f"run         {folder.path} is finished, and the command would do nothing")
+    if config["resume"] and (config["overwrite"] or folder.newest_checkpoint() is None):
+        for line in check_other(Path(config["resume"]), config, typed=typed):
+            print(f"resume      {line}")
+    check_start(config)
+    name, root = config["validation"]["benchmark"], config["sources"]["validation"]
+    where = config["validation"]["root"] if name is not None else root
+    if where is not None and not is_remote(str(where)) and Path(where).exists():
+        trial_of(config)
+    elif where is not None:
+        print(f"validation  {told(str(where))}{'' if is_remote(str(where)) else MISSING}")
+
+
+def _check_labels(config: Mapping[str, Any]) -> None:
+    """Refuse labels that another teacher has begun, where both are there."""
+    begun = {
+        name: root
+        for name, root in config["data"]["sets"].items()
+        if not is_remote(str(root))
+        and (Path(root) / "manifest.json").is_file()
+        and (Path(config["labels"]) / name).is_dir()
+    }
+    if not begun or not Path(config["teacher"]).exists():
+        return
+    teacher = load_teacher(config)
+    arguments = {key: value for key, value in config["data"].items() if key not in ("_target_", "sets")}
+    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"], "licence": teacher.licence}
+    ShardData(**arguments, sets=begun, patch=teacher.multiple, teacher=made_by)
+
+
+def _loss(config: Mapping[str, Any]) -> str:
+    recipe = config["recipe"]
+    if config["stage"] == "metric":
+        silog = (
+            f"silog, variance focus {recipe['variance_focus']:g}, over truth from {config['min_depth']:g} to "
+        )
+        silog += f"{config['max_depth']:g} m"
+        if not config["replay"]:
+            return silog
+        return f"{silog}; replayed: {_invariant(recipe)}"
+    return _invariant(recipe)
+
+
+def _invariant(recipe: Mapping[str, Any]) -> str:
+    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
+    if recipe.get("alignment_weight"):
+        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
+    return f"{' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out"
+
+
+def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
+    for name, root in sets.items():
+        there = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
+        print(f"{what:<11} {name}: {told(str(root))}{'' if there else MISSING}")

@@ -1,0 +1,136 @@
+"""dry_run=true prints what a run would do, refuses what it would refuse, and needs no data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from depth_anything import DepthAnything, save_model
+from depth_anything.data.sources.scenes import write_scenes
+from depth_anything.training.check_config import resolve_config
+from depth_anything.training.dry_run import count_devices, print_plan
+from depth_anything.training.folder import RunFolder
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resolved(*typed: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return resolve_config(compose("train", ["encoder=vitn", *typed]))
+
+
+def plan(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
+    print_plan(resolved(*typed))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "devices"),
+    [("trainer.devices=4", 4), ("trainer.devices=[0,2]", 2), ("trainer.devices='0,1'", 2), ("trainer.devices='4'", 4),
+     ("trainer.devices=4 trainer.num_nodes=2", 8), ("trainer=cpu", 1), ("trainer.devices=-1", None), ("seed=0", None)],
+)  # fmt: skip
+def test_the_plan_is_for_the_devices_that_were_typed(
+    typed: str, devices: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolved("stage=teacher", *typed.split())
+    assert count_devices(config["trainer"]) == devices
+    print_plan(config)
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " accumulated" in line]
+    assert shown == ([str(devices)] if devices else ["1", "8"])  # a batch of 8 has none for 64
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "trainer.devices=3",
+        "trainer.devices=2 trainer.num_nodes=8",
+        "micro_batch=5",
+        "trainer=cpu micro_batch=3",
+    ],
+)
+def test_a_batch_that_does_not_come_out_even_is_refused(typed: str) -> None:
+    with pytest.raises(ValueError, match="batch=|batch_size=|trainer.devices="):
+        print_plan(resolved("stage=teacher", *typed.split()))
+
+
+def test_what_is_not_there_is_named_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = plan(capsys, "stage=student", "size=paper", "encoder=vits")
+    assert "sa1b: data/sa1b (not there yet)" in shown and "passes      unknown until" in shown
+    assert "teacher-vitn-tiny/model.safetensors (not there yet)" in plan(capsys, "stage=pseudolabel")
+    remote = plan(capsys, "stage=teacher", "sources=own", "photos='https://me:word@host/own?sig=x'")
+    assert "word" not in remote and "sig=" not in remote and "unknown until own" in remote
+    assert not list(folder.iterdir())
+
+
+def test_passes_are_counted_from_the_sets_or_what_is_to_be_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "passes      4.69 over 768 records" in plan(capsys, "stage=teacher", "steps=450")
+    write_scenes(folder / "mine", look="synthetic", count=6, seed=1, height=70, width=70)
+    shown = plan(capsys, "stage=teacher", "sources=own", "photos=mine", "steps=15", "image_size=42")
+    assert "passes      20 over 6 records" in shown
+    own = ("stage=teacher", "sources=own", "photos=mine", "steps=15", "image_size=42", "data.repeat={own:2}")
+    assert "passes      10 over 12 records" in plan(capsys, *own)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["stage=teacher", "sources=own", "photos=bare"], "bare holds images without depth"),
+        (["stage=teacher", "sources=own", "photos=torn"], "torn"),
+        (["stage=student", "init=outputs/teacher/model.safetensors"], "is a teacher"),
+        (["stage=student", "recipe.alignment_weight=1"], "init=None is not DINOv2"),
+        (["stage=teacher", "init=broken.safetensors"], "broken.safetensors"),
+        (["stage=teacher", "init=outputs/teacher/model.safetensors", "encoder=vitt"], "is not vitt"),
+        (["stage=teacher", "name=teacher", "seed=4"], "seed=0, now seed=4"),
+        (["stage=teacher", "resume=nowhere.ckpt"], "nowhere.ckpt is no checkpoint"),
+        (["stage=student", "mix=[none]"], "mix names none"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(folder: Path, typed: list[str], message: str) -> None:
+    write_scenes(folder / "bare", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
+    write_scenes(folder / "torn", look="synthetic", count=2, seed=1, height=70, width=70)
+    next((folder / "torn").glob("*.tar")).unlink()
+    (folder / "broken.safetensors").write_bytes(b"no")
+    run = RunFolder(folder / "outputs" / "teacher")
+    save_model(DepthAnything("vitn"), run.model)
+    run.config.write_text(yaml.safe_dump(resolved("stage=teacher")))
+    with pytest.raises(ValueError, match=message):
+        print_plan(resolved(*typed))
+
+
+def test_labels_of_another_teacher_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scenes(folder / "own", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
+    teachers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        teachers.append(folder / f"teacher-{seed}.safetensors")
+        save_model(DepthAnything("vitn"), teachers[-1])
+    from depth_anything.training.run import predict
+
+    common = ("stage=pseudolabel", "sources=own", "photos=own", "labels=labels", "workers=0", "trainer=cpu")
+    predict(resolved(*common, f"teacher={teachers[0]}"))
+    capsys.readouterr()
+    assert "labels" in plan(capsys, *common, f"teacher={teachers[0]}")
+    with pytest.raises(ValueError, match="teacher"):
+        print_plan(resolved(*common, f"teacher={teachers[1]}"))
+
+
+def test_a_finished_run_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved("stage=teacher", "name=done")
+    run = RunFolder(config["run_dir"])
+    save_model(DepthAnything("vitn"), run.model)
+    run.config.write_text(yaml.safe_dump(config))
+    run.finish(config["steps"])
+    assert "is finished" in plan(capsys, "stage=teacher", "name=done")
