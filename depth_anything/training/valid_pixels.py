@@ -84,7 +84,7 @@ class ValidPixels(StepCallback):
         if step % self.every and step != trainer.max_steps:
             return
         data = self._open_data(trainer)
-        self._count(data, tell=trainer.is_global_zero)
+        self._count(data, tell=trainer.is_global_zero, whose=" on rank 0" if trainer.world_size > 1 else "")
         whole = self._began == 0 and step == trainer.max_steps
         totals = [n for run in self._runs.values() for n in (run.samples, run.steps, int(not run.seen))]
         if trainer.world_size > 1:
@@ -108,7 +108,7 @@ class ValidPixels(StepCallback):
                     file=sys.stderr,
                 )
 
-    def _count(self, data: StreamDataset, *, tell: bool) -> None:
+    def _count(self, data: StreamDataset, *, tell: bool, whose: str) -> None:
         """Count what came since the last time, step by step; one transfer from the device."""
         if not self._pending:
             return
@@ -135,7 +135,7 @@ class ValidPixels(StepCallback):
                 self._named += 1
                 shown = ", ".join(f"{shard}[{index}]" for _, shard, index in places[:3])
                 print(
-                    f"no image of step {step} has a pixel to learn from: samples {min(n for n, _ in samples)} to "
+                    f"no image of step {step}{whose} has a pixel to learn from: samples {min(n for n, _ in samples)} to "
                     f"{max(n for n, _ in samples)} ({shown}{', …' if len(places) > 3 else ''})",
                     file=sys.stderr,
                 )

@@ -178,9 +178,8 @@ def test_a_loss_that_is_no_number_stops_the_run_unsaved(tmp_path: Path, value: f
         module.losses = multiplied  # type: ignore[method-assign]
         return module
 
-    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1)
-    with pytest.raises(ValueError, match=r"step 2\b.*recipe\.encoder_lr.*name="):
-        fit(tmp_path, failing(), [good, bad, good], Metrics(every=1, batch_size=2), checkpoints, steps=3)
+    with pytest.raises(ValueError, match=rf"{value} at step 2\b.*recipe\.encoder_lr.*name="):
+        fit(tmp_path, failing(), [good, bad, good], Metrics(every=1, batch_size=2), steps=3)
     # nor where the step is not one that is logged
     checkpoints = Checkpoints(tmp_path / "others", every=1)
     with pytest.raises(ValueError, match=r"gradient is not finite at step 2\b"):
