@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
@@ -22,6 +23,8 @@ from depth_anything.training.folder import RunFolder
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.signals import MAIN_PID, Stopped, launched_by_lightning, name_of, signals
 from depth_anything.training.validation import Validation, trial_of
+
+T = TypeVar("T")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -87,14 +90,11 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
     return [metrics, validation, checkpoints, Progress(metrics), Agreement(checkpoints, every=10)]
 
 
-def connect_ranks(trainer: pl.Trainer) -> int:
+def connect_ranks(trainer: pl.Trainer) -> None:
     """Keep Lightning's signal handlers away, and let ranks that are all started already form their group.
 
     Lightning's handlers broadcast wherever the process stands. With a group a rank that fails while it prepares the
-    run tells the others; without one they would wait for it.
-
-    Returns:
-        How many ranks can talk to each other by now: 1 where Lightning launches the others in `fit`.
+    run tells the others; without one they would wait for it. Ranks that Lightning launches come later, in `fit`.
     """
     connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
     assert hasattr(connector, "register_signal_handlers"), "Lightning renamed what this replaces"
@@ -102,14 +102,13 @@ def connect_ranks(trainer: pl.Trainer) -> int:
     connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     if trainer.world_size == 1 or launched_by_lightning():
-        return 1
+        return
     if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
         os.environ[MAIN_PID] = str(os.getpid())
         if trainer.strategy.launcher is not None:  # they would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
-        return 1
+        return
     trainer.strategy.setup_environment()
-    return trainer.world_size
 
 
 def begin_run(trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
@@ -118,10 +117,15 @@ def begin_run(trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any])
     Raises:
         ValueError: On all ranks, with rank 0's sentence.
     """
-    ranks = connect_ranks(trainer)
-    if ranks == 1:
+    connect_ranks(trainer)
+    if not dist.is_initialized():
         return folder.begin(config, main=trainer.is_global_zero)
-    return together(ranks, lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
+    return on_all_ranks(lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Prepare something on every rank that is there by now; see `together`."""
+    return together(dist.get_world_size() if dist.is_initialized() else 1, work)
 
 
 def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:
