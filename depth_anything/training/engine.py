@@ -3,11 +3,13 @@
 import atexit
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,9 @@ import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from depth_anything.data.loader import largest_divisor
 from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress, together
+from depth_anything.training.data import TrainData
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.signals import MAIN_PID, Stopped, launched_by_lightning, name_of, signals
@@ -128,6 +132,30 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     return together(dist.get_world_size() if dist.is_initialized() else 1, work)
 
 
+@contextmanager
+def named_memory_errors(smaller: str) -> Iterator[None]:
+    """Turn what Python, torch or a GPU raise for lack of memory into a sentence that says what to type.
+
+    Raises:
+        ValueError: If there is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", said):
+            raise
+        raise ValueError(
+            f"there is too little memory ({said or type(error).__name__}); type {smaller}, and the same command goes on"
+        ) from error
+
+
+def train(trainer: pl.Trainer, module: pl.LightningModule, data: TrainData, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the first step."""
+    with named_memory_errors(f"micro_batch={largest_divisor(data.micro_batch)}"):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+
+
 def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:
     """Label; a signal ends it at once, on all ranks that Lightning launched, and gives back the shards under way.
 
@@ -136,7 +164,7 @@ def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> N
     """
     connect_ranks(trainer)
     try:
-        with signals.interruptible():
+        with signals.interruptible(), named_memory_errors(f"batch_size={max(1, data.batch_size // 2)}"):
             trainer.predict(module, datamodule=data, return_predictions=False)
     except Stopped as stop:
         if launched_by_lightning():

@@ -212,7 +212,7 @@ def legal_id(name: str) -> str:
     ('student-vits', 'exp-one-79fb1d2a')
     """
     kept = re.sub(r"[:;,#?/'\x00-\x1f\x7f]+", "-", name)[:100].strip()
-    if kept == name:
+    if name and kept == name:
         return name
     return f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -73,7 +73,7 @@ def fit(cfg: DictConfig, config: dict[str, Any]) -> None:
         trainer.loggers = [numbers, *([SafeLogger(instantiate(cfg.logger))] if cfg.logger else [])]
     model = credited(network(config), config, data.open().sources)
     module = instantiate(cfg.module, model, frozen=twin(config), _convert_="object")
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    engine.train(trainer, module, data, checkpoint)
     stop_if_signalled(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)
