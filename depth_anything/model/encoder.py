@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import depth_anything.model.lean_timm  # noqa: F401  # isort: skip  # before timm
 import timm
 import torch
 from timm.layers import Mlp

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from depth_anything.data.loader import WorkerError
 from depth_anything.data.tars import Outage, write_atomically
 from depth_anything.training.base import DepthModule
 from depth_anything.training.signals import Stopped, signals
@@ -202,8 +203,8 @@ class Checkpoints(StepCallback):
             self.save(trainer, step)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what is done when shards cannot be read for now; several ranks are not all here to do so."""
-        if isinstance(exception, Outage) and trainer.world_size == 1 and trainer.global_step:
+        """Save what is done when the next batch cannot be had; several ranks are not all here to do so."""
+        if isinstance(exception, Outage | WorkerError) and trainer.world_size == 1 and trainer.global_step:
             self.save(trainer, trainer.global_step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:

@@ -3,28 +3,35 @@
 import atexit
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from depth_anything.data.loader import largest_divisor
 from depth_anything.model.files import write_whole
 from depth_anything.model.integrity import save_checked
 from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress, together
+from depth_anything.training.data import TrainData
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.signals import MAIN_PID, Stopped, launched_by_lightning, name_of, signals
 from depth_anything.training.valid_pixels import ValidPixels
 from depth_anything.training.validation import Validation, trial_of
+
+T = TypeVar("T")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -86,14 +93,11 @@ def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callb
     ]
 
 
-def connect_ranks(trainer: pl.Trainer) -> int:
+def connect_ranks(trainer: pl.Trainer) -> None:
     """Keep Lightning's signal handlers away, and let ranks that are all started already form their group.
 
     Lightning's handlers broadcast wherever the process stands. With a group a rank that fails while it prepares the
-    run tells the others; without one they would wait for it.
-
-    Returns:
-        How many ranks can talk to each other by now: 1 where Lightning launches the others in `fit`.
+    run tells the others; without one they would wait for it. Ranks that Lightning launches come later, in `fit`.
     """
     connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
     assert hasattr(connector, "register_signal_handlers"), "Lightning renamed what this replaces"
@@ -101,14 +105,13 @@ def connect_ranks(trainer: pl.Trainer) -> int:
     connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     if trainer.world_size == 1 or launched_by_lightning():
-        return 1
+        return
     if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
         os.environ[MAIN_PID] = str(os.getpid())
         if trainer.strategy.launcher is not None:  # they would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
-        return 1
+        return
     trainer.strategy.setup_environment()
-    return trainer.world_size
 
 
 def begin_run(
@@ -125,14 +128,43 @@ def begin_run(
     Raises:
         ValueError: On all ranks, with rank 0's sentence.
     """
-    ranks = connect_ranks(trainer)
-    if ranks == 1:
+    connect_ranks(trainer)
+    if not dist.is_initialized():
         return folder.begin(config, main=trainer.is_global_zero, typed=typed)
 
     def begin() -> Path | None:
         return folder.begin(config, main=True, typed=typed) if trainer.is_global_zero else None
 
-    return together(ranks, begin)[0]
+    return on_all_ranks(begin)[0]
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Prepare something on every rank that is there by now; see `together`."""
+    return together(dist.get_world_size() if dist.is_initialized() else 1, work)
+
+
+@contextmanager
+def named_memory_errors(smaller: str) -> Iterator[None]:
+    """Turn what Python, torch or a GPU raise for lack of memory into a sentence that says what to type.
+
+    Raises:
+        ValueError: If there is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", said):
+            raise
+        raise ValueError(
+            f"there is too little memory ({said or type(error).__name__}); type {smaller}, and the same command goes on"
+        ) from error
+
+
+def train(trainer: pl.Trainer, module: pl.LightningModule, data: TrainData, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the first step."""
+    with named_memory_errors(f"micro_batch={largest_divisor(data.micro_batch)}"):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
 
 
 def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:
@@ -143,7 +175,7 @@ def label(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> N
     """
     connect_ranks(trainer)
     try:
-        with signals.interruptible():
+        with signals.interruptible(), named_memory_errors(f"batch_size={max(1, data.batch_size // 2)}"):
             trainer.predict(module, datamodule=data, return_predictions=False)
     except Stopped as stop:
         if launched_by_lightning():

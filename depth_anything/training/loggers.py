@@ -1,18 +1,23 @@
 """Where numbers go: a CSV file always, Weights & Biases when asked."""
 
+import atexit
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import netrc
 import os
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from depth_anything.data.tars import write_atomically
 from depth_anything.disk import named_write_errors
@@ -199,10 +204,123 @@ class MetricsCSV(Logger):
         return text.getvalue().encode()
 
 
-def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
-    """Open a Weights & Biases run whose id is the run's name, so that a requeued job goes on with the same run.
+class SafeLogger(Logger):
+    """Another logger, which never stops a run: where it fails it says so once and is not called again."""
 
-    Without a key (WANDB_API_KEY or ~/.netrc) it writes offline into the run folder; `wandb sync` sends it later.
+    def __init__(self, logger: Logger) -> None:
+        """Wrap `logger`."""
+        super().__init__()
+        self._logger: Logger | None = logger
+
+    @property
+    def name(self) -> str | None:
+        """Name of the wrapped logger."""
+        return self._call(lambda logger: logger.name)
+
+    @property
+    def version(self) -> int | str | None:
+        """Version of the wrapped logger."""
+        return self._call(lambda logger: logger.version)
+
+    @property
+    def save_dir(self) -> str | None:
+        """Folder of the wrapped logger."""
+        return self._call(lambda logger: logger.save_dir)
+
+    @property
+    def experiment(self) -> Any:
+        """What the wrapped logger writes to, opened at the first call; None where it has failed."""
+        return self._call(lambda logger: getattr(logger, "experiment", None))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers."""
+        self._call(lambda logger: logger.log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Log parameters."""
+        self._call(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Log pictures where the wrapped logger takes any."""
+        self._call(
+            lambda logger: logger.log_image(key, images, step) if hasattr(logger, "log_image") else None
+        )
+
+    def save(self) -> None:
+        """Write what the wrapped logger holds back."""
+        self._call(lambda logger: logger.save())
+
+    def finalize(self, status: str) -> None:
+        """End the wrapped logger."""
+        self._call(lambda logger: logger.finalize(status))
+
+    def _call(self, use: Callable[[Any], Any]) -> Any:
+        if self._logger is None:
+            return None
+        try:
+            return use(self._logger)
+        except Exception as error:  # a service that died, a disk that is full, a library's own fault
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(
+                f"{type(self._logger).__name__} fails ({said}); training goes on without it, and metrics.csv has "
+                "every number",
+                file=sys.stderr,
+            )
+            self._logger = None
+            atexit.register(_ignore_lost_connections)  # Python calls the last one registered first
+            return None
+
+
+def _ignore_lost_connections() -> None:
+    """Keep a library's farewell to a service that has died from printing a traceback at exit."""
+    told = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if not isinstance(lost.exc_value, ConnectionError):
+            told(lost)
+
+    sys.unraisablehook = hook
+
+
+class OfflineWandbLogger(WandbLogger):
+    """Weights & Biases, which goes offline where the service cannot be reached or refuses the key."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run, opened at the first call."""
+        import wandb
+
+        try:
+            return super().experiment
+        except wandb.errors.CommError as error:  # of the network, or of the key
+            if self._offline:
+                raise
+            said = str(error).splitlines()[0]
+            print(f"wandb goes offline ({said}); type  wandb sync  later to send the run", file=sys.stderr)
+            wandb.teardown()
+            os.environ.pop("WANDB_API_KEY", None)  # one that is refused would be refused offline, too
+            self._offline = True
+            return super().experiment
+
+
+def legal_id(name: str) -> str:
+    """Make a run's name an id that Weights & Biases takes; the same for the same name, and another for another.
+
+    >>> legal_id("student-vits"), legal_id("exp/one")
+    ('student-vits', 'exp-one-79fb1d2a')
+    """
+    kept = re.sub(r"[:;,#?/'\x00-\x1f\x7f]+", "-", name)[:100].strip()
+    if name and kept == name:
+        return name
+    return f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
+    """Open a Weights & Biases run whose id follows from the run's name, so that a requeued job goes on with it.
+
+    Without a key (WANDB_API_KEY or ~/.netrc) or a network it writes offline into the run folder; `wandb sync` sends
+    it later.
     """
     try:
         known = netrc.netrc().authenticators("api.wandb.ai") is not None
@@ -210,4 +328,6 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
         known = False
     offline = not (known or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, name=name, id=name, resume="allow", save_dir=folder, offline=offline)
+    return OfflineWandbLogger(
+        project=project, name=name[:128], id=legal_id(name), resume="allow", save_dir=folder, offline=offline
+    )

@@ -17,7 +17,7 @@ from depth_anything.training.data import make_scenes
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
-from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.loggers import MetricsCSV, SafeLogger
 from depth_anything.training.resume import keys_typed
 from depth_anything.training.signals import signals
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
@@ -57,18 +57,19 @@ def fit(config: dict[str, Any]) -> None:
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return
-    make_scenes(config["sources"]["scenes"], plan.needed_sets(config))
+    engine.on_all_ranks(lambda: make_scenes(config["sources"]["scenes"], plan.needed_sets(config)))
     data = instantiate(
         config["data"], micro_batch=micro, patch=multiple_of(config["encoder"]), _convert_="all"
     )
-    data.open()  # a set that is missing or damaged is named before a network is built
+    engine.on_all_ranks(lambda: data.setup("fit"))  # a damaged set is named before a network is built
     if trainer.is_global_zero:
         numbers = MetricsCSV(folder.path / "metrics.csv")
         numbers.rewind(step_of(checkpoint))
-        trainer.loggers = [numbers, *([instantiate(config["logger"])] if config.get("logger") else [])]
+        logger = [SafeLogger(instantiate(config["logger"]))] if config.get("logger") else []
+        trainer.loggers = [numbers, *logger]
     model = credited(network(config), config, data.open().sources)
     module = instantiate(config["module"], model, frozen=twin(config), _convert_="object")
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    engine.train(trainer, module, data, checkpoint)
     stop_if_signalled(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)

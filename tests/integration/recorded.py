@@ -2,7 +2,8 @@
 
 Not a test; test_exact.py starts it. WITNESS is the folder of the notes; STOP_AT=STEP:RANK sends that rank
 SIGTERM after that step, as a cluster would; SIGNAL_AT=PLACE:RANK:NUMBER sends it that signal when it comes to one of
-the PLACES for the first time, and once more after so many seconds with SIGNAL_AT=PLACE:RANK:NUMBER:SECONDS.
+the PLACES for the first time, and once more after so many seconds with SIGNAL_AT=PLACE:RANK:NUMBER:SECONDS;
+WORKER=WAY:SAMPLE lets the loader worker that makes this sample die in a WAY.
 """
 
 import hashlib
@@ -18,8 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import hydra  # noqa: E402
+import numpy as np  # noqa: E402
 import pytorch_lightning as pl  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import get_worker_info  # noqa: E402
 
+from depth_anything.data.dataset import StreamDataset  # noqa: E402
 from depth_anything.training import pseudolabel, run, validation  # noqa: E402
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
@@ -82,8 +87,29 @@ def signal_at(place: str, rank: int, number: int, again: float | None = None) ->
     setattr(holder, name, replaced)
 
 
+def fail_worker(way: str, sample: int) -> None:
+    """Let the loader worker that makes a sample die."""
+    original = StreamDataset.__getitems__
+
+    def replaced(self: StreamDataset, numbers: Any) -> Any:
+        if sample in numbers and get_worker_info() is not None:
+            if way == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if way == "numpy":
+                np.empty(1 << 60, np.uint8)
+            if way == "torch":
+                torch.empty(1 << 60, dtype=torch.uint8)
+            raise MemoryError
+        return original(self, numbers)
+
+    StreamDataset.__getitems__ = replaced  # type: ignore[method-assign]
+
+
 def follow_environment() -> None:
-    """Prepare the signal that SIGNAL_AT asks for."""
+    """Prepare what SIGNAL_AT and WORKER ask for."""
+    if "WORKER" in os.environ:
+        way, sample = os.environ["WORKER"].split(":")
+        fail_worker(way, int(sample))
     if "SIGNAL_AT" in os.environ:
         place, rank, number, *again = os.environ["SIGNAL_AT"].split(":")
         signal_at(place, int(rank), int(number), *map(float, again))

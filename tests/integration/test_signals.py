@@ -204,3 +204,15 @@ def test_the_failure_of_rank_0_reaches_the_other_rank(start: Start, tmp_path: Pa
         assert run.code not in (0, None)
         assert str(folder) in run.said and "two minutes" not in run.said
         assert why == "read-only" or f"process {os.getpid()}" in run.said
+
+
+@pytest.mark.parametrize("way", ["killed", "numpy", "torch", "python"])
+def test_a_worker_that_dies_is_named_and_the_step_is_saved(start: Start, tmp_path: Path, way: str) -> None:
+    """Sample 13 is in the batch of step 4, which Lightning asks for before step 3."""
+    given = ("stage=teacher", "steps=6", "workers=2", "checkpoint.every=100")
+    (run,) = start(tmp_path, *given, WORKER=f"{way}:13")
+    assert run.code == 1 and run.steps == [2], run.said
+    for word in ("worker 1", "memory", "workers=1", "micro_batch=2"):
+        assert word in run.said
+    (run,) = start(tmp_path, *given)
+    assert run.code == 0

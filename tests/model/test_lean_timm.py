@@ -1,0 +1,22 @@
+"""timm is imported without wandb, which leaves folders in the temporary directory."""
+
+import os
+import subprocess
+import sys
+
+CODE = """
+import os, sys
+import depth_anything.model.encoder
+assert "wandb" not in sys.modules, "timm has imported it"
+import wandb
+os._exit(0 if wandb.__version__ else 1)
+"""
+
+
+def test_wandb_is_left_alone_and_can_be_imported_later(tmp_path):
+    """A stand-in for wandb leaves a folder as wandb does."""
+    (tmp_path / "wandb.py").write_text("__version__ = '1'")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*wandb*/"))
