@@ -109,6 +109,30 @@ def add_sky(command: argparse.ArgumentParser) -> None:
     )
 
 
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    """Refuse flags below the least that they can be; ValueError names the flag."""
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and number < lowest:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {lowest}, not {number}")
+
+
+def picture_path(text: str) -> Path:
+    """Return the path of a picture to write, whose folder is made; ValueError names --output where it is none."""
+    from PIL import Image
+
+    path = Path(text)
+    if path.suffix.lower() not in Image.registered_extensions() or path.is_dir():
+        raise ValueError(f"--output {text} names no picture: type a file that ends in .png or .jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--output {text} cannot be written: {error.filename} is no folder") from error
+    return path
+
+
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal()):
@@ -166,6 +190,7 @@ def add_view(commands: Any) -> None:
 def _shard_scenes(options: argparse.Namespace) -> None:
     from depth_anything.data.sources.scenes import write_scenes
 
+    check_counts(options, count=1, size=1, per_shard=1, seed=0)
     height, width = options.size
     made = write_scenes(
         options.output,
@@ -203,7 +228,8 @@ def _shard_set(options: argparse.Namespace) -> None:
 
 
 def writing(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_writing` has declared, as `write_source` takes it."""
+    """Return what `add_writing` has declared, as `write_source` takes it; ValueError names a flag that cannot be."""
+    check_counts(options, per_shard=1, short_side=1, workers=0)
     names = ("name", "per_shard", "short_side", "part", "workers", "licence")
     return {name: getattr(options, name) for name in names}
 
@@ -246,6 +272,7 @@ def _verify(options: argparse.Namespace) -> int:
     from depth_anything.data.progress import Progress
     from depth_anything.data.shards import ShardError, open_set, verify_set
 
+    check_counts(options, workers=1)
     try:
         total = open_set(options.set, check=False).records
     except ShardError:
@@ -255,7 +282,7 @@ def _verify(options: argparse.Namespace) -> int:
             options.set,
             decode=options.decode,
             images=options.images,
-            workers=max(1, options.workers),
+            workers=options.workers,
             tick=progress.update,
         )
     for problem in problems:
@@ -272,6 +299,8 @@ def _view(options: argparse.Namespace) -> None:
     from depth_anything.evaluation.sets import read_frames
     from depth_anything.evaluation.sheet import contact_sheet, describe
 
+    check_counts(options, count=1)
+    picture = picture_path(options.output)
     shard_set = open_set(options.set)
     print_set(shard_set)
     if "images" in shard_set.meta and not options.images:
@@ -286,8 +315,7 @@ def _view(options: argparse.Namespace) -> None:
             yield frame
 
     sheet = contact_sheet(told())
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(options.output)
+    Image.fromarray(sheet).save(picture)
     print(f"drawn: {options.output}")
 
 

@@ -1,10 +1,10 @@
 """`depth-anything stats`: what a set holds, in numbers and a picture."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from depth_anything.cli.options import add_command
+from depth_anything.cli.shards import check_counts, picture_path
 
 
 def add_stats(commands: Any) -> None:
@@ -30,10 +30,11 @@ def _stats(options: argparse.Namespace) -> int:
     from depth_anything.data.shards import open_set
     from depth_anything.evaluation.stats import draw, gather, told
 
+    check_counts(options, count=1)
+    picture = picture_path(options.output)
     shard_set = open_set(options.set)
     stats = gather(shard_set, sample=options.count)
     print("\n".join(told(shard_set, stats)))
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw(shard_set, stats)).save(options.output)
+    Image.fromarray(draw(shard_set, stats)).save(picture)
     print(f"drawn:      {options.output}")
     return 1 if stats.bad else 0
