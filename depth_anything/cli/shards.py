@@ -141,6 +141,20 @@ def add_sky(command: argparse.ArgumentParser) -> None:
     )
 
 
+def picture_path(text: str) -> Path:
+    """Return the path of a picture to write, whose folder is made; ValueError names --output where it is none."""
+    from depth_anything.data.outputs import PICTURE_SUFFIXES
+
+    path = Path(text)
+    if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
+        raise ValueError(f"--output {text} names no picture: type a file that ends in .png or .jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--output {text} cannot be written: {error.filename} is no folder") from error
+    return path
+
+
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal()):
@@ -243,7 +257,7 @@ def _shard_set(options: argparse.Namespace) -> None:
 
 
 def writing(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_writing` has declared, as `write_source` takes it."""
+    """Return what `add_writing` has declared, as `write_source` takes it; ValueError names a flag that cannot be."""
     names = ("name", "per_shard", "short_side", "part", "workers", "licence")
     return {name: getattr(options, name) for name in names}
 
@@ -295,7 +309,7 @@ def _verify(options: argparse.Namespace) -> int:
             options.set,
             decode=options.decode,
             images=options.images,
-            workers=max(1, options.workers),
+            workers=options.workers,
             tick=progress.update,
         )
     for problem in problems:
@@ -311,6 +325,7 @@ def _view(options: argparse.Namespace) -> None:
     from depth_anything.evaluation.sets import read_frames
     from depth_anything.evaluation.sheet import contact_sheet, describe
 
+    picture = picture_path(options.output)
     check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
     shard_set = open_set(options.set)
     print_set(shard_set)
@@ -325,7 +340,7 @@ def _view(options: argparse.Namespace) -> None:
             print("  ".join(describe(frame)))
             yield frame
 
-    save_picture(contact_sheet(told()), Path(options.output), made_by=_MADE_BY)
+    save_picture(contact_sheet(told()), picture, made_by=_MADE_BY)
     print(f"drawn: {printable(options.output)}")
 
 

@@ -1,10 +1,10 @@
 """`depth-anything stats`: what a set holds, in numbers and a picture."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from depth_anything.cli.options import add_command, check_output, whole
+from depth_anything.cli.shards import picture_path
 from depth_anything.data.address import printable
 
 _MADE_BY = "depth-anything stats"
@@ -36,10 +36,11 @@ def _stats(options: argparse.Namespace) -> int:
     from depth_anything.data.shards import open_set
     from depth_anything.evaluation.stats import draw, gather, told
 
+    picture = picture_path(options.output)
     check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
     shard_set = open_set(options.set)
     stats = gather(shard_set, sample=options.count)
     print("\n".join(told(shard_set, stats)))
-    save_picture(draw(shard_set, stats), Path(options.output), made_by=_MADE_BY)
+    save_picture(draw(shard_set, stats), picture, made_by=_MADE_BY)
     print(f"drawn:      {printable(options.output)}")
     return 1 if stats.bad else 0

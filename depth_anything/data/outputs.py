@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL import ExifTags, Image
 
 MADE_BY = "made_by"
 DIGESTS = "sha256"
 """Keys of a record: the command, and file name to digest."""
+
+PICTURE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Suffix of a single picture to Pillow's name of its format; each of them carries EXIF."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Errors in writing that no other output would be spared."""
@@ -91,12 +93,18 @@ def is_in_record(path: Path, record: Path, *, made_by: str, older: frozenset[str
 
 
 def save_picture(pixels: np.ndarray, path: Path, *, made_by: str) -> None:
-    """Write a PNG whose text names the command; uint8 (H, W, 3), RGB."""
+    """Write a picture whose EXIF names the command.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        path: Its suffix, one of `PICTURE_SUFFIXES`, chooses the format.
+        made_by: The command.
+    """
     from depth_anything.data.tars import write_atomically
 
-    text, out = PngInfo(), io.BytesIO()
-    text.add_text("Software", made_by)
-    Image.fromarray(pixels).save(out, "PNG", pnginfo=text)
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Software] = made_by
+    Image.fromarray(pixels).save(out, PICTURE_SUFFIXES[path.suffix.lower()], exif=exif)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, out.getvalue())
 
@@ -104,9 +112,9 @@ def save_picture(pixels: np.ndarray, path: Path, *, made_by: str) -> None:
 def is_picture_of(path: Path, made_by: str) -> bool:
     """Tell whether `save_picture` wrote a file for this command."""
     try:
-        with open(path, "rb") as file, PngImageFile(file) as picture:
-            return picture.info.get("Software") == made_by
-    except (OSError, SyntaxError, ValueError):
+        with Image.open(path, formats=tuple(PICTURE_SUFFIXES.values())) as picture:
+            return picture.getexif().get(ExifTags.Base.Software) == made_by
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
 
 

@@ -401,6 +401,8 @@ def _keys(made: ShardSet, shard: str) -> list[str]:
 def _read_manifest(root: str) -> bytes:
     if is_remote(root):
         return remote.read(join(root, "manifest.json"))
+    if os.path.isfile(root):
+        raise ShardError(f"{root} is not a folder: give the one that the shards and manifest.json lie in")
     if not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:

@@ -85,6 +85,8 @@ def told(shard_set: ShardSet, stats: Stats) -> list[str]:
         f"a record:   {sum(stats.whole) / count / 1e3:.4g} kB: {each}",
         f"images:     {common_sizes(stats.images) or 'none'}",
     ]
+    if meta.get("kind") == "labels":
+        lines.append(f"labels of:  {meta['images']['set']}, by {meta['teacher'].get('file', 'a teacher')}")
     if stats.maps and stats.maps != stats.images:
         lines.append(f"maps:       {common_sizes(stats.maps)}")
     for tally in stats.tallies.values():
@@ -93,8 +95,11 @@ def told(shard_set: ShardSet, stats: Stats) -> list[str]:
         lines.append("labels:     none")
     if "pixels" in meta:
         lines.append(f"all pixels: {_kinds(meta['pixels'])} (of the whole set, counted when it was written)")
-    if "skipped" in meta:
-        lines.append(f"not taken:  {meta['skipped']['count']:,} when it was written: see NAME.skipped.json")
+    skipped = meta.get("skipped")
+    if isinstance(skipped, dict):
+        lines.append(f"not taken:  {skipped['count']:,} when it was written: see NAME.skipped.json")
+    elif skipped:  # of labels
+        lines.append(f"no label:   {skipped:,} images: see NAME.json")
     if stats.bad:
         lines.append(f"unreadable: {len(stats.bad)} of the sample, as {stats.bad[0]}")
     return lines

