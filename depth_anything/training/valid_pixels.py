@@ -134,9 +134,10 @@ class ValidPixels(StepCallback):
             if not any(has for _, has in samples) and self._named < NAMED and tell:
                 self._named += 1
                 shown = ", ".join(f"{shard}[{index}]" for _, shard, index in places[:3])
+                shown += ", …" if len(places) > 3 else ""
                 print(
                     f"no image of step {step}{whose} has a pixel to learn from: samples "
-                    f"{min(n for n, _ in samples)} to {max(n for n, _ in samples)} ({shown}{', …' if len(places) > 3 else ''})",
+                    f"{min(n for n, _ in samples)} to {max(n for n, _ in samples)} ({shown})",
                     file=sys.stderr,
                 )
 
