@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from depth_anything.inference.tiles import Box, blend, grid_of
 from depth_anything.model.arguments import Argument, ArgumentError
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, check_size
 from depth_anything.preprocess import (
     closest_shape,
     preprocess_as_transformers,
@@ -90,18 +90,13 @@ class Predictor:
             model.check_position_rule(self._rule.get("position_rule", model.position_rule))
         except ValueError as error:
             raise ArgumentError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
-        size = model.input_size if input_size is None else input_size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ArgumentError(
-                Argument("input_size", repr(size)), " must be a whole number of pixels above 0"
-            )
+        self.input_size = check_size(model.input_size if input_size is None else input_size)
         self.device = _device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
         self.unit = "m" if self.calibrated else model.unit
         self.farthest = FARTHEST_M if self.calibrated else model.max_depth
-        self.input_size = int(size)
         self.precision = precision
         self.resample = resample
         self.tiles = None if tiles is None else grid_of(tiles)

@@ -78,6 +78,8 @@ def test_the_authors_sizes_are_seen_at_518():
 def test_impossible_sizes_are_refused(model, size):
     with pytest.raises(ValueError, match="input_size="):
         Predictor(model, device="cpu", input_size=size)
+    with pytest.raises(ValueError, match="input_size="):
+        model.infer_image(photograph(8, 8), input_size=size)
 
 
 def test_batches_are_formed_by_shape_and_order_is_kept(model):
