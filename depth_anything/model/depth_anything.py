@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depth_anything.model.arguments import Argument, ArgumentError
 from depth_anything.model.dpt import DPTHead
 from depth_anything.model.encoder import POSITION_RULES, DINOv2, build_encoder, canonical_name, hub_weights
 from depth_anything.preprocess import preprocess_image, to_rgb
@@ -187,14 +188,28 @@ class DepthAnything(nn.Module):
             float32 (H, W).
 
         Raises:
-            ValueError: For anything that is no such image.
+            ValueError: For anything that is no such image, or a size below 1.
         """
         rgb = to_rgb(bgr, blue_first=True)
-        pixels = preprocess_image(rgb, self.input_size if input_size is None else input_size, self.multiple)
+        size = check_size(self.input_size if input_size is None else input_size)
+        pixels = preprocess_image(rgb, size, self.multiple)
         image = torch.from_numpy(pixels)
         output = self(image[None].to(next(self.parameters()))).float()
         output = F.interpolate(output[:, None], rgb.shape[:2], mode="bilinear", align_corners=True)
         return output[0, 0].cpu().numpy()
+
+
+def check_size(input_size: Any) -> int:
+    """Return the size that images are resized to, if it is a number of pixels.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(input_size, bool) or not isinstance(input_size, int | np.integer) or input_size < 1:
+        raise ArgumentError(
+            Argument("input_size", repr(input_size)), " must be a whole number of pixels above 0"
+        )
+    return int(input_size)
 
 
 def _checked_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from depth_anything import __version__
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 
-LARGEST_SIZE = 16_384
+LARGEST_SIZE = 8192
 """Pixels of a short side that a file may ask for."""
 
 DEPTHS_M = (1e-3, 1e6)

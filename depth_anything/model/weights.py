@@ -300,7 +300,9 @@ def _settle_taps(
     if version is None and "taps" in said:
         return said["taps"]
     if name not in _HAS_V1:
-        return None
+        if version == 1:
+            raise ArgumentError(Argument("version", 1), f" is for {', '.join(_HAS_V1)}, and {path} is {name}")
+        return said.get("taps")
     depth = ENCODERS[name].depth
     of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
     found = said.get("taps", of_version.get(said.get("version")))

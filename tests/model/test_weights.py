@@ -308,6 +308,14 @@ def test_arguments_answer_what_nothing_says(tmp_path, model):
     assert (read.taps, read.max_depth) == ((2, 3, 4, 5), 10.0)
 
 
+def test_a_version_is_refused_where_there_was_none(tmp_path):
+    model = DepthAnything("vitg", taps=(0, 1, 2, 4))
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(ArgumentError, match="version=1 is for vits"):
+        load_model(tmp_path / "m.safetensors", version=1)
+    assert load_model(tmp_path / "m.safetensors", version=2).taps == (0, 1, 2, 4)
+
+
 def test_tiny_networks_have_no_versions(tmp_path):
     torch.save(DepthAnything("vitt").state_dict(), tmp_path / "model.pth")
     with pytest.warns(UserWarning) as caught:
