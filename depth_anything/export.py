@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.inference.predictor import FARTHEST_M, NEAREST_M
+from depth_anything.model.arguments import Argument, ArgumentError
 from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import DINOv2
@@ -67,6 +68,7 @@ def export_model(
     to: str,
     precision: str = "fp32",
     opset: int = OPSET,
+    position_rule: str | None = None,
 ) -> list[Check]:
     """Write a model for other programs, run what was written, and leave it only if it gives the network's map.
 
@@ -79,24 +81,20 @@ def export_model(
         path: The file, or for transformers the folder.
         to: One of `FORMATS`.
         precision: "fp32", or for programs "fp16": half the size; scores, softmax and norms stay in float32.
-        opset: Of ONNX.
+        opset: Of ONNX, `OPSET` or a newer one that the installed ONNX Runtime runs.
+        position_rule: Of a program, as `DepthAnything.forward` takes it.
 
     Returns:
         What was measured; nothing for formats of weights, whose bytes are compared instead.
 
     Raises:
-        ValueError: For a model that the format cannot hold, a package that is missing, or a program that differs;
-            nothing is left.
+        ValueError: For a model that the format cannot hold, a package that is missing, a version of operators that
+            cannot be written or run, or a program that differs; nothing is left.
         OSError: If it cannot be written.
     """
     path = Path(path)
-    if to not in FORMATS:
-        raise ValueError(f"to={to!r} is unknown; use one of {', '.join(FORMATS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    _check_arguments(to, precision, opset, position_rule)
     if to not in PROGRAMS:
-        if precision != "fp32":
-            raise ValueError(f"precision={precision} is for {' and '.join(PROGRAMS)}; {to} keeps float32")
         save_model(model, path, format=to)
         if to != "transformers":  # that has its own inside
             _write_card(model, path, to=to)
@@ -106,8 +104,8 @@ def export_model(
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, as {path / ('model.' + SUFFIX[to])}")
     network = copy.deepcopy(model).cpu().eval()
-    module = Exported(network, precision=precision)
-    facts = facts_of(network, precision=precision)
+    module = Exported(network, precision=precision, position_rule=position_rule)
+    facts = {**facts_of(network, precision=precision), "position_rule": module.position_rule}
     program = trace(module)
     checks: list[Check] = []
 
@@ -129,6 +127,37 @@ def export_model(
 SUFFIX = {"onnx": "onnx", "torch": "pt2"}
 
 
+def _check_arguments(to: str, precision: str, opset: int, position_rule: str | None) -> None:
+    """Refuse what does not exist, and what would be ignored."""
+    programs = " and ".join(PROGRAMS)
+    if to not in FORMATS:
+        raise ArgumentError(Argument("to", repr(to)), f" is unknown; use one of {', '.join(FORMATS)}")
+    if precision not in PRECISIONS:
+        raise ArgumentError(
+            Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+        )
+    if to not in PROGRAMS and precision != "fp32":
+        raise ArgumentError(Argument("precision", precision), f" is for {programs}; {to} keeps float32")
+    if to not in PROGRAMS and position_rule is not None:
+        raise ArgumentError(
+            Argument("position_rule", repr(position_rule)), f" is for {programs}; {to} keeps no rule"
+        )
+    if to != "onnx" and opset != OPSET:
+        raise ArgumentError(Argument("opset", opset), f" is for onnx; {to} has none")
+    if to != "onnx":
+        return
+    _need("onnx", "onnxscript", "onnxruntime")
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not OPSET <= opset <= newest:
+        raise ArgumentError(
+            Argument("opset", repr(opset)),
+            f" cannot be written: give {OPSET}, the oldest that has every operation of the network, to {newest}, the "
+            "newest that the installed onnx knows",
+        )
+
+
 def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[Check] = ()) -> None:
     table = {"How far it is from the network": f"```text\n{format_checks(checks)}\n```"} if checks else {}
     write_card(
@@ -138,7 +167,7 @@ def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[C
 
 def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
     """Say what a program gives and what it must be given, as strings for its metadata."""
-    facts = {**describe(model), "precision": precision, "position_rule": model.position_rule}
+    facts = {**describe(model), "precision": precision}
     del facts["format"]
     if model.calibration is not None:
         facts |= {"quantity": "depth", "unit": "m"}
@@ -165,16 +194,19 @@ def format_checks(checks: Sequence[Check]) -> str:
 class Exported(nn.Module):
     """A network as a program gives it: float32 in and out, in metres where it is calibrated."""
 
-    def __init__(self, network: DepthAnything, *, precision: str) -> None:
+    def __init__(self, network: DepthAnything, *, precision: str, position_rule: str | None = None) -> None:
         """Wrap a network; for fp16 a copy of it in half precision."""
         super().__init__()
+        self.position_rule = position_rule or network.position_rule
+        network.check_position_rule(self.position_rule)
         self.calibration = network.calibration
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         self.network = halved(network) if precision == "fp16" else network
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (B, 3, H, W) to its map (B, H, W)."""
-        return self.finish(self.network(image.to(self.dtype)).float())
+        output = self.network(image.to(self.dtype), position_rule=self.position_rule)
+        return self.finish(output.float())
 
     def finish(self, output: Tensor) -> Tensor:
         """Make metres of a calibrated disparity, as the predictor does; else leave the output as it is."""
@@ -186,7 +218,7 @@ class Exported(nn.Module):
     @torch.no_grad()
     def reference(self, network: DepthAnything, image: Tensor) -> Tensor:
         """What the program should give: the untouched network's map, finished alike."""
-        return self.finish(network(image))
+        return self.finish(network(image, position_rule=self.position_rule))
 
 
 def halved(network: DepthAnything) -> DepthAnything:
@@ -248,21 +280,36 @@ def trace(module: Exported) -> torch.export.ExportedProgram:
 def _write_onnx(
     program: torch.export.ExportedProgram, file: Path, facts: Mapping[str, str], opset: int
 ) -> None:
-    _need("onnx", "onnxscript", "onnxruntime")
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset,
-        input_names=["image"],
-        output_names=[facts["quantity"]],
-        verbose=False,
-    )
+    import onnx
+
+    try:
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=[facts["quantity"]],
+            verbose=False,
+        )
+    except Exception as error:  # the exporter has many of its own
+        raise ArgumentError(
+            f"the network cannot be written as ONNX ({reason(error)}); give ", Argument("opset", OPSET)
+        ) from error
     assert made is not None
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()
     made.model.metadata_props.update(facts)
     large = sum(t.numel() * t.element_size() for t in program.state_dict.values()) > MOST_BYTES
     made.save(str(file), external_data=large)
+    # A version that the exporter cannot convert to is left as another one, without an error.
+    said = {item.domain: item.version for item in onnx.load(file, load_external_data=False).opset_import}
+    if said.get("") != opset:
+        raise ArgumentError(
+            f"the exporter wrote operators of version {said.get('')} in place of ",
+            Argument("opset", opset),
+            "; give ",
+            Argument("opset", OPSET),
+        )
 
 
 MOST_BYTES = 1_900_000_000
@@ -281,7 +328,13 @@ def run_onnx(file: Path) -> Program:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime has many of its own
+        raise ArgumentError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open the program ({reason(error)}); give ",
+            Argument("opset", OPSET),
+        ) from error
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})[0]
 
@@ -304,7 +357,7 @@ def check(
 ) -> list[Check]:
     """Hold a program against its network where a traced size would show: turned round, at its own square, batched."""
     _, down, across = _EXAMPLE
-    own = network.input_size // network.patch_size
+    own = max(network.input_size // network.patch_size, 3)
     shapes = [
         (1, across, down),
         (2, across, down),
@@ -346,9 +399,12 @@ def _refuse_difference(checks: Sequence[Check], path: Path, *, tolerance: float)
     worst = max(checks, key=lambda row: row.share)
     if not worst.share <= tolerance:
         shape = "×".join(str(n) for n in worst.shape)
-        raise ValueError(
+        raise ArgumentError(
             f"{path} would differ from the network by {worst.share:.1e} of its range at {shape}, more than "
-            f"{tolerance:.0e}, and was not left; try another opset, or fp32"
+            f"{tolerance:.0e}, and was not left; give another ",
+            Argument("opset", OPSET),
+            " or ",
+            Argument("precision", "fp32"),
         )
 
 

@@ -5,9 +5,12 @@ transformers 5 with the settings of the published models (518, aspect kept, mult
 """
 
 import math
+import os
+from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue in [0, 1]."""
@@ -125,6 +128,73 @@ def preprocess_as_transformers(rgb: np.ndarray, side: int = 518, multiple: int =
     resized = resize(image[None], list(shape), interpolation=InterpolationMode.BICUBIC, antialias=True)
     mean, std = ((torch.tensor(values) * 255).tolist() for values in (IMAGENET_MEAN, IMAGENET_STD))
     return normalize(resized.to(torch.float32), mean, std)[0].numpy()
+
+
+def to_rgb(image: Any, *, blue_first: bool = False) -> np.ndarray:
+    """Check an image in memory, and convert grey and transparent ones as files of that kind are read.
+
+    Args:
+        image: uint8 (H, W, 3); or grey, (H, W) or (H, W, 1), which is repeated; or with an alpha channel at the end,
+            (H, W, 4), or grey with alpha, (H, W, 2), where what is transparent shows white.
+        blue_first: The channels are blue, green, red and alpha, as cv2 reads them, instead of red, green, blue.
+
+    Returns:
+        uint8 (H, W, 3), red first; the array itself where it is so already.
+
+    Raises:
+        ValueError: For anything else, of which nothing says what is black and what is white: 16-bit values,
+            floats, masks, tensors, other objects.
+
+    Example:
+        >>> to_rgb(np.array([[[0, 0, 255, 255], [0, 0, 255, 0]]], np.uint8), blue_first=True).tolist()
+        [[[255, 0, 0], [255, 255, 255]]]
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        raise ValueError(f"{_WANTED}, not {_kind_of(image)}")
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in image.shape:
+        raise ValueError(f"{_WANTED}, not {_kind_of(image)}")
+    if channels == 3:
+        return image[..., ::-1] if blue_first else image
+    if channels == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    order = {2: [0, 0, 0, 1], 4: [2, 1, 0, 3] if blue_first else [0, 1, 2, 3]}[channels]
+    return show_on_white(image[..., order])
+
+
+def show_on_white(rgba: np.ndarray) -> np.ndarray:
+    """Put a transparent image before white.
+
+    Args:
+        rgba: uint8 (H, W, 4), alpha last.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Example:
+        >>> show_on_white(np.array([[[0, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)).tolist()
+        [[[0, 0, 0], [204, 204, 204]]]
+    """
+    picture = Image.fromarray(np.ascontiguousarray(rgba))
+    white = Image.new("RGBA", picture.size, "white")
+    return np.array(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+_WANTED = "an image must be uint8 of shape (height, width, 3)"
+
+
+def _kind_of(image: Any) -> str:
+    """Say what was given in place of an image, and what to type where that is known."""
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} of shape {image.shape}"
+    kind = f"{type(image).__module__}.{type(image).__qualname__}".removeprefix("builtins.")
+    if image is None:
+        return "None, which cv2.imread gives for a file that it cannot read"
+    if isinstance(image, Image.Image):
+        return f"a PIL image ({kind}): give np.asarray(image.convert('RGB'))"
+    if isinstance(image, str | os.PathLike):
+        return f"the path {str(image)!r}: read the file first"
+    return f"{kind}: give a NumPy array"
 
 
 def _round_to(side: float, multiple: int, least: int) -> int:

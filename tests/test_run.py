@@ -137,7 +137,7 @@ def test_points_with_a_focal_length(folder, capsys):
         ([*LINE, "--encoder", "vits"], "is not vits"),
         ([*LINE, "--colormap", "nonsense"], "matplotlib knows no colormap 'nonsense'"),
         ([*LINE, "--save-numpy"], "this model gives disparity"),
-        ([*LINE, "--device", "cuda:77"], "device='cuda:77' does not exist here"),
+        ([*LINE, "--device", "cuda:77"], "--device 'cuda:77' does not exist here"),
         ([*LINE, "--format", "ply", "--focal", "-1"], "must be above 0"),
         ([*LINE, "--tiles", "99"], "must be 1 to 64 a side"),
     ],

@@ -9,13 +9,15 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from depth_anything import __version__
 from depth_anything.cli import bench, calibrate, custom, evaluate, export, predict, shards, stats, video
 from depth_anything.cli.options import FlagError
 from depth_anything.data.address import printable, told
+from depth_anything.model.arguments import spell
 
 PROGRAM = "depth-anything"
 
@@ -42,10 +44,10 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         print(f"{_command_of(parser, arguments)}: {printable(error)}", file=sys.stderr)
         return 2
     options.typed = told(shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
-    command = getattr(options, "command", None)
+    command, flags = getattr(options, "command", None), getattr(options, "flags", {})
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _say_warning
+            warnings.showwarning = partial(_say_warning, flags=flags)
             return options.run(options) or 0
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -56,13 +58,16 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        print(printable(told(f"{parser.prog}{f' {command}' if command else ''}: {error}")), file=sys.stderr)
+        sentence = spell(error, flags)
+        print(
+            printable(told(f"{parser.prog}{f' {command}' if command else ''}: {sentence}")), file=sys.stderr
+        )
         return 2
 
 
-def _say_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+def _say_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
     """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
-    print(f"{PROGRAM}: {printable(message)}", file=sys.stderr)
+    print(f"{PROGRAM}: {printable(spell(message, flags))}", file=sys.stderr)
 
 
 def _command_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import (
+    FLAGS,
     MOST_METRES,
     WEIGHTS,
     add_command,
     add_network,
+    add_version,
     check_output,
     counted,
     files_of,
     load,
     make_predictor,
     real,
+    refuse_for_several,
     watch,
     whole,
 )
@@ -107,7 +110,18 @@ def add_evaluate(commands: Any) -> None:
         metavar="K/N",
         help="judge the K-th of N shares; whoever comes last writes the report (torchrun shares by itself)",
     )
+    evaluate.add_argument(
+        "--encoder", metavar="NAME", help="the timm ViT of weights whose file does not say it"
+    )
+    add_version(evaluate)
+    evaluate.add_argument(
+        "--weights-max-depth",
+        type=real("--weights-max-depth", most=MOST_METRES, unit="metres"),
+        metavar="M",
+        help="metres of a metric model whose file does not say it",
+    )
     add_network(evaluate)
+    evaluate.set_defaults(flags={**FLAGS, "max_depth": "--weights-max-depth {}"})
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -192,6 +206,7 @@ def _predictors(options: argparse.Namespace) -> "tuple[dict[str, Judgeable], dic
     from depth_anything.evaluation.sets import mean_map, read_frames
 
     named, folders = names_of(options.weights), names_of(options.predictions, flag="--predictions")
+    refuse_for_several(options, len(named))
     if both := set(named) & set(folders):
         raise ValueError(f"weights and predictions are both called {both.pop()!r}: name one, as in a=PATH")
     predictors: dict[str, Judgeable] = {}
@@ -205,7 +220,13 @@ def _predictors(options: argparse.Namespace) -> "tuple[dict[str, Judgeable], dic
             "fingerprint": f"sha256:{hashlib.sha256(baseline.map.tobytes()).hexdigest()}",
         }
     for name, path in named.items():
-        model, facts[name] = load(path, input_size=options.input_size)
+        model, facts[name] = load(
+            path,
+            input_size=options.input_size,
+            encoder=options.encoder,
+            max_depth=options.weights_max_depth,
+            version=options.weights_version,
+        )
         predictor = make_predictor(model, _on_own_device(options))
         predictors[name] = predictor
         facts[name] |= {"device": str(predictor.device), "quantity": predictor.quantity}

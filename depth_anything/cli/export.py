@@ -52,6 +52,7 @@ def _export(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         dataset=options.dataset,
         max_depth=options.max_depth,
+        version=options.weights_version,
     )
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)
     if checks:

@@ -29,6 +29,19 @@ MOST_PIXELS_A_SIDE = 16_384
 
 FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
 
+FLAGS = {
+    "encoder": "--encoder {}",
+    "version": "--weights-version {}",
+    "max_depth": "--max-depth {}",
+    "input_size": "--input-size {}",
+    "device": "--device {}",
+    "precision": "--precision {}",
+    "resample": "--resample {}",
+    "to": "--to {}",
+    "opset": "--opset {}",
+}
+"""What is typed for the arguments that errors and warnings name; see `depth_anything.model.arguments.spell`."""
+
 QUIET_S = 30.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -114,6 +127,18 @@ def add_weights(command: argparse.ArgumentParser) -> None:
         type=real("--max-depth", most=MOST_METRES, unit="metres"),
         metavar="M",
         help="metres of a metric model whose file does not say it",
+    )
+    add_version(command)
+    command.set_defaults(flags=FLAGS)
+
+
+def add_version(command: argparse.ArgumentParser) -> None:
+    """Declare the version of Depth Anything that weights are of."""
+    command.add_argument(
+        "--weights-version",
+        type=int,
+        choices=(1, 2),
+        help="1 for weights of Depth Anything V1 whose file does not say it; of published ones, which to take (2)",
     )
 
 
@@ -205,6 +230,7 @@ def load(
     encoder: str | None = None,
     dataset: str | None = None,
     max_depth: float | None = None,
+    version: int | None = None,
 ) -> "tuple[DepthAnything, dict[str, Any]]":
     """Return a model, and what reports say of it.
 
@@ -214,6 +240,7 @@ def load(
         encoder: Of the published weights; with a path, what the file shall be.
         dataset: "hypersim" or "vkitti" for published weights that give metres.
         max_depth: Metres, where the file does not say.
+        version: 1 or 2, of the published weights, and where the file does not say.
 
     Raises:
         ValueError: No weights there, or not such ones.
@@ -223,9 +250,9 @@ def load(
     if path is None:
         from depth_anything.model.published import find_weights
 
-        path, encoder = find_weights(encoder or ENCODER, metric=dataset), None
+        path, encoder = find_weights(encoder or ENCODER, metric=dataset, version=version or 2), None
     path = _weight_file(Path(path))
-    model = load_model(path, encoder=encoder, max_depth=max_depth)
+    model = load_model(path, encoder=encoder, max_depth=max_depth, version=version)
     model.input_size = input_size or model.input_size
     facts = {
         "weights": str(path),
@@ -248,6 +275,7 @@ def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, A
         encoder=options.encoder,
         dataset=options.dataset,
         max_depth=options.max_depth,
+        version=options.weights_version,
     )
     return make_predictor(model, options), facts
 
@@ -264,6 +292,29 @@ def make_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Pred
         resample=options.resample,
         tiles=getattr(options, "tiles", None),
     )
+
+
+def refuse_for_several(options: argparse.Namespace, count: int) -> None:
+    """Refuse to tell several models what only one of them may be.
+
+    Args:
+        options: Of a command that takes several models.
+        count: How many it was given.
+
+    Raises:
+        ValueError: If there are several, and a flag says what a file is.
+    """
+    given = {
+        "encoder": options.encoder,
+        "version": options.weights_version,
+        "max_depth": options.weights_max_depth,
+    }
+    told = [options.flags[name].format(value) for name, value in given.items() if value is not None]
+    if count > 1 and told:
+        raise ValueError(
+            f"{' '.join(told)} would be said of {count} models: leave it out, and write files that say it themselves: "
+            "depth-anything export --to safetensors --weights PATH --output NEW.safetensors, with the flags of each"
+        )
 
 
 def describe_values(predictor: "Predictor") -> str:

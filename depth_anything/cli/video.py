@@ -2,19 +2,22 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from depth_anything.cli.evaluate import names_of
 from depth_anything.cli.options import (
+    FLAGS,
     MOST_BATCH,
+    MOST_METRES,
     WEIGHTS,
     add_command,
     add_network,
     add_picture,
     add_tiles,
+    add_version,
     add_weights,
     counted,
     describe_values,
@@ -22,6 +25,7 @@ from depth_anything.cli.options import (
     load_predictor,
     make_predictor,
     real,
+    refuse_for_several,
     watch,
     whole,
 )
@@ -93,6 +97,14 @@ def _add_page(demo: argparse.ArgumentParser) -> None:
     )
     demo.add_argument("--encoder", metavar="NAME", help="vits, vitb, vitl or vitg, for published weights")
     demo.add_argument(
+        "--max-depth",
+        dest="weights_max_depth",
+        type=real("--max-depth", most=MOST_METRES, unit="metres"),
+        metavar="M",
+        help="metres of a metric model whose file does not say it",
+    )
+    add_version(demo)
+    demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)"
     )
     demo.add_argument(
@@ -120,6 +132,7 @@ def _add_page(demo: argparse.ArgumentParser) -> None:
         help="who may wait at once (%(default)s)",
     )
     add_network(demo)
+    demo.set_defaults(flags=FLAGS)
 
 
 def _add_film(command: argparse.ArgumentParser) -> None:
@@ -202,11 +215,18 @@ def _demo(options: argparse.Namespace) -> None:
     need("gradio", extra="demo", what="Gradio")
     from depth_anything.demo import Limits, serve
 
-    named: Iterable[tuple[str, Path | None]]
-    named = names_of(options.weights).items() if options.weights else [(options.encoder or "vitl", None)]
+    named: list[tuple[str, Path | None]]
+    named = [*names_of(options.weights).items()] if options.weights else [(options.encoder or "vitl", None)]
+    refuse_for_several(options, len(named))
     predictors = {}
     for name, path in named:
-        model, _ = load(path, input_size=options.input_size, encoder=options.encoder)
+        model, _ = load(
+            path,
+            input_size=options.input_size,
+            encoder=options.encoder,
+            max_depth=options.weights_max_depth,
+            version=options.weights_version,
+        )
         predictors[name] = make_predictor(model, options)
     limits = Limits(megapixels=options.max_megapixels, megabytes=options.max_megabytes, queue=options.queue)
     serve(predictors, host=options.host, port=options.port, limits=limits)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from depth_anything.data import codec as map_codec
 from depth_anything.data.headers import MAX_PIXELS, ImageCost, check_cost, cost_of, image_cost, open_image
+from depth_anything.preprocess import show_on_white
 
 __all__ = [
     "MAX_PIXELS",
@@ -363,8 +364,7 @@ def _to_rgb(picture: Any) -> np.ndarray:
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
         return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return show_on_white(np.asarray(picture.convert("RGBA")))
     return np.array(picture.convert("RGB"))
 
 

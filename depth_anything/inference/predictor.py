@@ -1,7 +1,7 @@
 """From photographs to maps of their own size."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from depth_anything.inference.tiles import Box, blend, grid_of
+from depth_anything.model.arguments import Argument, ArgumentError
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import (
     closest_shape,
     preprocess_as_transformers,
     preprocess_image,
     resize_shape,
+    to_rgb,
 )
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +45,8 @@ class Predictor:
         unit: "m" for depth; "relative" for disparity, which is known up to a scale and a shift.
         calibrated: Whether metres come from disparity, by the scale and shift that the model was given.
         farthest: The largest depth possible, metres; None for disparity.
+        input_size: What the shorter side of an image becomes, pixels.
+        position_rule: How the position embedding is fitted to other sizes, as `DepthAnything.forward` takes it.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Predictor:
         model: DepthAnything,
         *,
         device: str = "auto",
-        input_size: int = 518,
+        input_size: int | None = None,
         precision: str = "fp32",
         resample: str = "official",
         tiles: int | tuple[int, int] | None = None,
@@ -61,7 +65,8 @@ class Predictor:
             model: The network; moved, not copied. A relative one that is calibrated gives metres.
             device: "auto" leaves a network that is on an accelerator there, and takes the first accelerator,
                 else the CPU, for any other; or what torch calls a device, as "cuda:1".
-            input_size: What the shorter side of an image becomes, pixels; more is sharper and slower.
+            input_size: What the shorter side of an image becomes, pixels; None takes the size that the model was
+                made for. More is sharper and slower.
             precision: "fp32", or "bf16" or "fp16" for the matrix products.
             resample: "official" resizes images, positions and maps as the authors do; "transformers" as its
                 depth-estimation pipeline does.
@@ -69,21 +74,35 @@ class Predictor:
                 sees the image as a whole.
 
         Raises:
-            ValueError: For a precision, device or way to resample that does not exist, or a grid without tiles.
+            ValueError: For a precision, device or way to resample that does not exist, a size below 1, or a grid
+                without tiles.
         """
         if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+            raise ArgumentError(
+                Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+            )
         if resample not in PREPARE:
-            raise ValueError(f"resample={resample!r} is unknown; use one of {', '.join(PREPARE)}")
-        with _positions(model, resample):
-            pass  # an encoder that has no such rule says so now
+            raise ArgumentError(
+                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPARE)}"
+            )
+        # A timm ViT has one rule of its own, which "official" leaves as it is.
+        self.position_rule = model.position_rule if resample == "official" else resample
+        try:
+            model.check_position_rule(self.position_rule)
+        except ValueError as error:
+            raise ArgumentError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
+        size = model.input_size if input_size is None else input_size
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ArgumentError(
+                Argument("input_size", repr(size)), " must be a whole number of pixels above 0"
+            )
         self.device = _device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
         self.unit = "m" if self.calibrated else model.unit
         self.farthest = FARTHEST_M if self.calibrated else model.max_depth
-        self.input_size = input_size
+        self.input_size = int(size)
         self.precision = precision
         self.resample = resample
         self.tiles = None if tiles is None else grid_of(tiles)
@@ -92,7 +111,7 @@ class Predictor:
         """Predict one image's map.
 
         Args:
-            image: uint8 (H, W, 3), RGB.
+            image: uint8 (H, W, 3), RGB; grey and transparent images are taken as `preprocess.to_rgb` says.
 
         Returns:
             float32 (H, W): what `quantity` and `unit` say.
@@ -126,7 +145,7 @@ class Predictor:
         """Predict the maps of several images; those that the network sees at one size run as one batch.
 
         Args:
-            images: Each as `predict` takes it; sizes may differ.
+            images: Each as `predict` takes it; sizes may differ. Several in one array have four dimensions.
             prepared: What `prepare` made of each, where another thread has done so already.
 
         Returns:
@@ -134,8 +153,14 @@ class Predictor:
             or infinity anywhere in it; `check_numbers` tells.
 
         Raises:
-            ValueError: For an array that is no image.
+            ValueError: For an array that is no image, or a single image in place of several.
         """
+        if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would be a grey image
+            raise ValueError(
+                f"images is one array of shape {images.shape}: give a list of images, as [image]"
+            )
+        if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
+            raise ValueError(f"images must be a list of images, not a {type(images).__name__}")
         prepared = [self.prepare(image) for image in images] if prepared is None else prepared
         return [self._in_metres(map) for map in self._maps(images, prepared)]
 
@@ -143,7 +168,7 @@ class Predictor:
         """Resize and normalise an image for the network; any thread may.
 
         Args:
-            image: uint8 (H, W, 3), RGB.
+            image: As `predict` takes it.
 
         Returns:
             float32 (3, h, w).
@@ -151,7 +176,7 @@ class Predictor:
         Raises:
             ValueError: For an array that is no such image.
         """
-        _check_image(image)
+        image = to_rgb(image)
         shape_of, preprocess = PREPARE[self.resample]
         (height, width), multiple = image.shape[:2], self.model.multiple
         seen = shape_of(height, width, self.input_size, multiple)
@@ -179,9 +204,9 @@ class Predictor:
         autocast: AbstractContextManager[object] = nullcontext()
         if (dtype := PRECISIONS[self.precision]) is not None:
             autocast = torch.autocast(self.device.type, dtype=dtype)
-        with autocast, _positions(self.model, self.resample):
+        with autocast:
             image = torch.from_numpy(batch).to(self.device, next(self.model.parameters()).dtype)
-            output = self.model(image).float()
+            output = self.model(image, position_rule=self.position_rule).float()
         # Resizing, calibration and tiles would hide a single infinity: the whole map becomes NaN instead.
         sound = output.isfinite().flatten(1).all(dim=1)
         return output.where(sound[:, None, None], torch.nan)
@@ -231,28 +256,8 @@ def check_numbers(map: np.ndarray, name: str, *, precision: str) -> None:
         return
     way_out = "try --precision fp32"
     if precision == "fp32":
-        way_out = "its weights are damaged or its training diverged, take an earlier checkpoint"
-    raise ValueError(f"the network gives no numbers (NaN or infinity) for {name}: {way_out}")
-
-
-@contextmanager
-def _positions(model: DepthAnything, resample: str) -> Iterator[None]:
-    """Have the position embedding resampled by transformers' rule for a while; the model is others', too."""
-    if resample == "official":
-        yield
-        return
-    before, model.position_rule = model.position_rule, resample
-    try:
-        yield
-    finally:
-        model.position_rule = before
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"an image must be uint8 of shape (height, width, 3), not {image.dtype} of shape {image.shape}"
-        )
+        way_out = "it ran with --precision fp32, so its weights are damaged or its training diverged"
+    raise ValueError(f"the network gives no numbers for {name} (NaN or infinity); {way_out}")
 
 
 def _device(name: str, model: DepthAnything) -> torch.device:
@@ -261,7 +266,9 @@ def _device(name: str, model: DepthAnything) -> torch.device:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise ValueError(f"device={name!r} does not exist here; use auto, cpu, cuda or cuda:1") from error
+            raise ArgumentError(
+                Argument("device", repr(name)), " does not exist here; use auto, cpu, cuda or cuda:1"
+            ) from error
         return device
     current = next(model.parameters()).device
     if current.type != "cpu":

@@ -1,15 +1,20 @@
 """Model cards: a README.md in the hub's form, which says what a model is, whence, and what may be done with it."""
 
 import hashlib
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from depth_anything.licences import hub_fields
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.files import save_text, write_whole
+from depth_anything.model.metadata import print_safely
 
 CARD = "README.md"
 _MARK = re.compile(
@@ -32,8 +37,8 @@ def card(
     Returns:
         Markdown with a YAML head.
     """
-    head = _front(model, form)
-    lines = ["---", *head, "---", "", f"# {title}", "", *_what(model), ""]
+    front = yaml.safe_dump(_front(model, form), sort_keys=False, allow_unicode=True)
+    lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape(title)}", "", *_what(model), ""]
     lines += ["## How to use it", "", *_use(model, file, form), ""]
     lines += ["## Where it comes from", "", *_whence(model), ""]
     for heading, text in (measured or {}).items():
@@ -82,19 +87,28 @@ def _written_for(path: Path) -> str | None:
     return mark[1]
 
 
-def _front(model: DepthAnything, form: str) -> list[str]:
+def _front(model: DepthAnything, form: str) -> dict[str, Any]:
     tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
     tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
     tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
     base = (model.origin.get("start") or {}).get("base")
-    return [
-        *(f"{key}: {value}" for key, value in hub_fields(model.licence).items()),
-        f"library_name: {'transformers' if form == 'transformers' else 'onnx' if form == 'onnx' else 'depth-anything'}",
-        "pipeline_tag: depth-estimation",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        *(["base_model: " + base] if base else []),
-    ]
+    return {
+        **hub_fields(model.licence),
+        "library_name": {"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
+        "pipeline_tag": "depth-estimation",
+        "tags": tags,
+        **({"base_model": print_safely(base)} if base else {}),
+    }
+
+
+def _escape(text: object) -> str:
+    """Write others' text into Markdown: on one line, and without meaning to it."""
+    return re.sub(r"([\\`|*<>\[\]#])", r"\\\1", print_safely(text))
+
+
+def _code(text: object) -> str:
+    """Write others' text as code in Markdown, in a table, too."""
+    return f"`{print_safely(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _what(model: DepthAnything) -> list[str]:
@@ -114,7 +128,8 @@ def _what(model: DepthAnything) -> list[str]:
         )
     return [
         "Depth from a single image: the network of Depth Anything "
-        f"(encoder `{model.encoder}`, taps {', '.join(map(str, model.taps))}, DPT head; {parameters:,} parameters).",
+        f"(encoder {_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, DPT head; "
+        f"{parameters:,} parameters).",
         "",
         gives,
         "",
@@ -123,22 +138,28 @@ def _what(model: DepthAnything) -> list[str]:
 
 
 def _use(model: DepthAnything, file: str, form: str) -> list[str]:
+    name, typed_name = json.dumps(file, ensure_ascii=False), shlex.quote(file)
+    # The authors' format keeps tensors alone, so that whoever reads it must be told the rest.
+    depth = f", max_depth={model.max_depth:g}" if form == "official" and model.max_depth else ""
+    size = f", input_size={model.input_size}" if form == "official" else ""
+    flags = f" --input-size {model.input_size}" if form == "official" else ""
+    flags += f" --max-depth {model.max_depth:g}" if depth else ""
     ours = [
         "```python",
         "import cv2",
         "from depth_anything import Predictor, load_model",
         "",
-        f'predictor = Predictor(load_model("{file}"), input_size={model.input_size})',
+        f"predictor = Predictor(load_model({name}{depth}){size})  # sees images at {model.input_size} px",
         'image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
         "depth = predictor.predict(image)  # float32 (H, W)",
         "```",
     ]
-    typed = ["```sh", f'depth-anything predict photo.jpg --weights "{file}" --output maps', "```"]
+    typed = ["```sh", f"depth-anything predict photo.jpg --weights {typed_name}{flags} --output maps", "```"]
     theirs = [
         "```python",
         "from transformers import pipeline",
         "",
-        f'depth = pipeline("depth-estimation", model="{file}")("photo.jpg")["predicted_depth"]',
+        f'depth = pipeline("depth-estimation", model={name})("photo.jpg")["predicted_depth"]',
         "```",
     ]
     official = [
@@ -147,33 +168,11 @@ def _use(model: DepthAnything, file: str, form: str) -> list[str]:
         "from depth_anything_v2.dpt import DepthAnythingV2  # the authors' code",
         "",
         f"model = DepthAnythingV2({_official_arguments(model)})",
-        f'model.load_state_dict(torch.load("{file}", map_location="cpu"))',
+        f'model.load_state_dict(torch.load({name}, map_location="cpu"))',
         "```",
     ]
-    programs = {
-        "onnx": [
-            "```python",
-            "import onnxruntime",
-            "",
-            f'session = onnxruntime.InferenceSession("{file}")',
-            'session.run(None, {"image": image})[0]  # image: float32 (B, 3, H, W), normalised',
-            "```",
-        ],
-        "torch": [
-            "```python",
-            "import torch",
-            "",
-            f'program = torch.export.load("{file}").module()',
-            "program(image)  # image: float32 (B, 3, H, W), normalised",
-            "```",
-        ],
-    }
-    if form in programs:
-        return [
-            *programs[form],
-            "",
-            f"Any batch; sides multiples of the patch ({model.patch_size} px), three patches or more.",
-        ]
+    if form in ("onnx", "torch"):
+        return _use_program(model, name, form)
     ways = {"transformers": [theirs, ours, typed], "official": [official, ours, typed]}.get(
         form, [ours, typed]
     )
@@ -183,11 +182,47 @@ def _use(model: DepthAnything, file: str, form: str) -> list[str]:
             "For transformers, ONNX Runtime or the authors' code:",
             "",
             "```sh",
-            f'depth-anything export --weights "{file}" --to transformers --output folder',
+            f"depth-anything export --weights {typed_name} --to transformers --output folder",
             "```",
             "",
         ]
     return lines[:-1]
+
+
+def _use_program(model: DepthAnything, name: str, form: str) -> list[str]:
+    opened = {
+        "onnx": [
+            "import onnxruntime",
+            "",
+            f"session = onnxruntime.InferenceSession({name})",
+            "said = session.get_modelmeta().custom_metadata_map",
+            'program = lambda image: session.run(None, {"image": image})[0]',
+        ],
+        "torch": [
+            "import json",
+            "import torch",
+            "",
+            'files = {"metadata.json": ""}',
+            f"module = torch.export.load({name}, extra_files=files).module()",
+            'said = json.loads(files["metadata.json"])',
+            "program = lambda image: module(torch.from_numpy(image))",
+        ],
+    }
+    return [
+        "```python",
+        "import cv2",
+        *opened[form],
+        "",
+        "from depth_anything.preprocess import preprocess_image  # or your own, by the same sizes",
+        "",
+        'photo = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
+        'image = preprocess_image(photo, int(said["input_size"]), int(said["multiple"]))',
+        "output = program(image[None])  # float32 (B, 3, H, W) to (B, H, W)",
+        "```",
+        "",
+        f"It was made for a short side of {model.input_size} px and sides that are multiples of {model.multiple}. "
+        f"It runs at any batch and any multiples of the patch ({model.patch_size} px), three patches or more.",
+    ]
 
 
 def _official_arguments(model: DepthAnything) -> str:
@@ -202,18 +237,22 @@ def _official_arguments(model: DepthAnything) -> str:
 
 def _whence(model: DepthAnything) -> list[str]:
     origin = model.origin
-    lines = [f"Licence of the weights: **{model.licence or 'unknown'}**."]
+    lines = [f"Licence of the weights: **{_escape(model.licence or 'unknown')}**."]
     if origin.get("start"):
         start = origin["start"]
         verb = "Started from" if origin.get("stage") else "These are the weights of"
-        lines += ["", f"{verb} `{start['from']}` (licence: {start.get('licence') or 'unknown'})."]
+        lines += [
+            "",
+            f"{verb} {_code(start['from'])} (licence: {_escape(start.get('licence') or 'unknown')}).",
+        ]
     elif origin.get("stage"):
         lines += ["", "Started from random weights."]
     if origin.get("stage"):
         lora = f" lora={origin['lora']}" if origin.get("lora") else ""
+        command = f"train.py stage={origin['stage']}{lora}"
         lines += [
             "",
-            f"Trained by `train.py stage={origin['stage']}{lora}` on:",
+            f"Trained by {_code(command)} on:",
             "",
             *_table(origin.get("data", [])),
         ]
@@ -226,9 +265,8 @@ def _table(data: list[dict[str, Any]]) -> list[str]:
     rows = ["| set | records | licence | labelled by | its licence |", "|---|---|---|---|---|"]
     for row in data:
         teacher = row.get("teacher")
-        labelled = f"`{teacher['file']}`" if teacher else "its own truth"
-        licence = (teacher.get("licence") or "unknown") if teacher else "–"
-        rows.append(
-            f"| {row['set']} | {row['records']:,} | {row.get('licence') or 'unknown'} | {labelled} | {licence} |"
-        )
+        labelled = _code(teacher["file"]) if teacher else "its own truth"
+        licence = _escape(teacher.get("licence") or "unknown") if teacher else "–"
+        of_set = _escape(row.get("licence") or "unknown")
+        rows.append(f"| {_escape(row['set'])} | {row['records']:,} | {of_set} | {labelled} | {licence} |")
     return rows

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from depth_anything.model.dpt import DPTHead
 from depth_anything.model.encoder import POSITION_RULES, DINOv2, build_encoder, canonical_name, hub_weights
-from depth_anything.preprocess import preprocess_image
+from depth_anything.preprocess import preprocess_image, to_rgb
 
 MULTIPLE = 14
 """Pixels: the authors' patch. Smaller patches that fit into it see photographs at the authors' sizes."""
@@ -97,11 +97,15 @@ class DepthAnything(nn.Module):
 
     @property
     def position_rule(self) -> str:
-        """How the position embedding is fitted to other sizes: "official", "transformers", or "timm" for its ViTs."""
-        return self.pretrained.position_rule if isinstance(self.pretrained, DINOv2) else "timm"
+        """How `forward` fits the position embedding to other sizes unless told: "official", or "timm" for its ViTs."""
+        return "official" if isinstance(self.pretrained, DINOv2) else "timm"
 
-    @position_rule.setter
-    def position_rule(self, rule: str) -> None:
+    def check_position_rule(self, rule: str) -> None:
+        """Refuse a rule that `forward` cannot follow.
+
+        Raises:
+            ValueError: For an unknown rule, or one that is not timm's where the encoder is timm's.
+        """
         if rule == self.position_rule:
             return
         if not isinstance(self.pretrained, DINOv2):
@@ -110,7 +114,6 @@ class DepthAnything(nn.Module):
             )
         if rule not in POSITION_RULES:
             raise ValueError(f"position_rule={rule!r} is unknown; use one of {', '.join(POSITION_RULES)}")
-        self.pretrained.position_rule = rule
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """List the encoder's trainable parameters."""
@@ -120,23 +123,27 @@ class DepthAnything(nn.Module):
         """List the head's trainable parameters."""
         return [p for p in self.depth_head.parameters() if p.requires_grad]
 
-    def forward(self, image: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, return_features: bool = False, position_rule: str | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict a map of the image's size.
 
         Args:
             image: (B, 3, H, W), ImageNet-normalised, H and W multiples of `patch_size`.
             return_features: Give the encoder's final tokens too, at no further cost.
+            position_rule: How the position embedding is fitted to other sizes: "official" as in the released models,
+                "transformers" as in that library. None takes the model's own, `DepthAnything.position_rule`.
 
         Returns:
             (B, H, W): disparity ≥ 0, larger is nearer; or metres, if `max_depth` is set. With
             `return_features` also what `features` gives.
 
         Raises:
-            ValueError: If a side is no multiple of the patch.
+            ValueError: If a side is no multiple of the patch, or the encoder has no such position rule.
         """
         last = len(self.pretrained.blocks) - 1
         blocks = self.taps if not return_features else tuple(dict.fromkeys((*self.taps, last)))
-        tokens = self._tokens(image, blocks)
+        tokens = self._tokens(image, blocks, position_rule)
         grid = (image.shape[2] // self.patch_size, image.shape[3] // self.patch_size)
         output = self.depth_head(tokens[:4], grid, image.shape[2:])
         return (output, tokens[-1]) if return_features else output
@@ -150,31 +157,43 @@ class DepthAnything(nn.Module):
         Returns:
             (B, N, D), row by row.
         """
-        return self._tokens(image, (len(self.pretrained.blocks) - 1,))[0]
+        return self._tokens(image, (len(self.pretrained.blocks) - 1,), None)[0]
 
-    def _tokens(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    def _tokens(self, image: Tensor, blocks: Sequence[int], position_rule: str | None) -> list[Tensor]:
         height, width = image.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"sides of {height}×{width} must be multiples of the patch, {self.patch_size}")
+        rule = position_rule or self.position_rule
+        self.check_position_rule(rule)
+        if isinstance(self.pretrained, DINOv2):
+            return self.pretrained.encode_blocks(image, blocks, rule)
         return self.pretrained.forward_intermediates(
             image, indices=list(blocks), norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
 
     @torch.no_grad()
-    def infer_image(self, bgr: np.ndarray, input_size: int = 518) -> np.ndarray:
+    def infer_image(self, bgr: np.ndarray, input_size: int | None = None) -> np.ndarray:
         """Predict the map of one photograph, as the authors' class of the same name does.
 
+        A calibration is not applied: `Predictor` does that.
+
         Args:
-            bgr: uint8 (H, W, 3), blue first, as cv2 reads it.
-            input_size: What the shorter side becomes, pixels.
+            bgr: uint8 (H, W, 3), blue first, as cv2 reads it. Grey and transparent images are taken as
+                `preprocess.to_rgb` says.
+            input_size: What the shorter side becomes, pixels; None takes the model's own `input_size`, which is the
+                authors' 518 for their weights.
 
         Returns:
             float32 (H, W).
+
+        Raises:
+            ValueError: For anything that is no such image.
         """
-        rgb = np.ascontiguousarray(bgr[..., ::-1])
-        image = torch.from_numpy(preprocess_image(rgb, input_size, self.multiple))
+        rgb = to_rgb(bgr, blue_first=True)
+        pixels = preprocess_image(rgb, self.input_size if input_size is None else input_size, self.multiple)
+        image = torch.from_numpy(pixels)
         output = self(image[None].to(next(self.parameters()))).float()
-        output = F.interpolate(output[:, None], bgr.shape[:2], mode="bilinear", align_corners=True)
+        output = F.interpolate(output[:, None], rgb.shape[:2], mode="bilinear", align_corners=True)
         return output[0, 0].cpu().numpy()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.licences import spdx_name
+from depth_anything.model.arguments import Argument, ArgumentError
 
 
 @dataclass(frozen=True)
@@ -176,14 +177,35 @@ class DINOv2(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             mlp_layer=SwiGLU if spec.swiglu else Mlp,
         )
-        self.position_rule = "official"
         # Never used here; official files have it and are read strictly.
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width), requires_grad=False)
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
+    def encode_blocks(self, image: Tensor, blocks: Sequence[int], position_rule: str) -> list[Tensor]:
+        """Compute the normalized patch tokens after some blocks, as timm's `forward_intermediates` does.
+
+        timm's method has no argument for the position rule, and an attribute of the module would be shared by all
+        threads that use it.
+
+        Args:
+            image: (B, 3, H, W), sides multiples of the patch.
+            blocks: Numbers of blocks, from 0 and ascending; blocks after the last one are not run.
+            position_rule: One of `POSITION_RULES`.
+
+        Returns:
+            For each block (B, N, D), without the class token.
+        """
+        x = self._pos_embed(self.patch_embed(image), position_rule)
+        found = []
+        for i, block in enumerate(self.blocks[: blocks[-1] + 1]):
+            x = block(x)
+            if i in blocks:
+                found.append(self.norm(x)[:, self.num_prefix_tokens :])
+        return found
+
+    def _pos_embed(self, x: Tensor, position_rule: str = "official") -> Tensor:
         height, width = x.shape[1], x.shape[2]
         tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
-        positions = resample_positions(self.pos_embed, height, width, self.position_rule)
+        positions = resample_positions(self.pos_embed, height, width, position_rule)
         return tokens + positions.to(tokens.dtype)
 
 
@@ -212,7 +234,7 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     module = _timm_encoder(name, pretrained=False)
     width, depth = module.embed_dim, len(module.blocks)
     if depth < 4:
-        raise ValueError(f"encoder={name} has {depth} blocks, and the head reads four")
+        raise ArgumentError(Argument("encoder", name), f" has {depth} blocks, and the head reads four")
     limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
     patch = module.patch_embed.patch_size[0]
     spec = EncoderSpec(
@@ -232,15 +254,17 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
 def _timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
     known = f"use one of {', '.join(ENCODERS)}, or a timm ViT such as vit_tiny_patch16_224"
     if not timm.is_model(name):
-        raise ValueError(f"encoder={name} is unknown; {known}")
+        raise ArgumentError(Argument("encoder", name), f" is unknown; {known}")
     try:
         module = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
         )
     except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
-        raise ValueError(f"encoder={name} is no ViT that runs at any size; {known}") from error
+        raise ArgumentError(
+            Argument("encoder", name), f" is no ViT that runs at any size; {known}"
+        ) from error
     if not isinstance(module, VisionTransformer | Eva):
-        raise ValueError(f"encoder={name} is no plain ViT; {known}")
+        raise ArgumentError(Argument("encoder", name), f" is no plain ViT; {known}")
     return module
 
 

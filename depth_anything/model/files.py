@@ -23,14 +23,30 @@ from depth_anything.model import lora
 
 EXPECTED = "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
 
+# What other files begin with, by the place where it stands.
 _KINDS = {
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"\x89PNG": "a PNG picture",
-    b"version https://git-lfs": "a Git LFS pointer (fetch the file itself: git lfs pull)",
-    b"<": "a web page",
-    b"\x1f\x8b": "a gzip archive",
-    b"GGUF": "a GGUF file",
+    (0, b"\xff\xd8\xff"): "a JPEG picture",
+    (0, b"\x89PNG"): "a PNG picture",
+    (0, b"GIF8"): "a GIF picture",
+    (8, b"WEBP"): "a WebP picture",
+    (0, b"II*\0"): "a TIFF picture",
+    (0, b"MM\0*"): "a TIFF picture",
+    (4, b"ftyp"): "a video",
+    (0, b"%PDF"): "a PDF document",
+    (0, b"version https://git-lfs"): "a Git LFS pointer (fetch the file itself: git lfs pull)",
+    (0, b"\x1f\x8b"): "a gzip archive (unpack it first)",
+    (0, b"\xfd7zXZ\0"): "an xz archive (unpack it first)",
+    (0, b"BZh"): "a bzip2 archive (unpack it first)",
+    (0, b"\x28\xb5\x2f\xfd"): "a Zstandard archive (unpack it first)",
+    (0, b"7z\xbc\xaf\x27\x1c"): "a 7-Zip archive (unpack it first)",
+    (0, b"Rar!"): "a RAR archive (unpack it first)",
+    (257, b"ustar"): "a tar archive (unpack it first)",
+    (0, b"GGUF"): "a GGUF file",
+    (0, b"\x89HDF"): "an HDF5 file",
+    (0, b"\x93NUMPY"): "a NumPy array",
+    (4, b"TFL3"): "a TensorFlow Lite file, which is for running only",
 }
+_LONGEST_HEADER = 100_000_000  # bytes, by the format of safetensors
 # An ONNX file begins with its format's version, and then with the field of the exporter's name or of the graph.
 _ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", re.DOTALL)
 
@@ -38,22 +54,24 @@ _ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", re.DOTALL)
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read any checkpoint: its tensors as it names them, and what it says of itself.
 
+    What a file is, is told by its content; its name may end in anything.
+
     Raises:
         ValueError: If the file is missing, damaged, of another kind, or holds code.
     """
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(512)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {EXPECTED}") from error
-    if head[8:9] == b"{":  # first, as the length of a safetensors header may begin like a pickle
-        content, metadata = _read_safetensors(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        content, metadata = _read_safetensors(
+            path
+        )  # first, as the length of its header may begin like a pickle
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
     else:
-        kind = next((kind for start, kind in _KINDS.items() if head.startswith(start)), "no checkpoint")
-        kind = "an ONNX file, which is for running only" if _ONNX.match(head) else kind
-        raise ValueError(f"{path} is {kind if head else 'empty'}; {EXPECTED}")
+        raise ValueError(f"{path} is {_kind_of(head, path.name)}; {EXPECTED}")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors; {EXPECTED}")
@@ -66,9 +84,37 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def _kind_of(head: bytes, name: str) -> str:
+    """Say what a file is that is no checkpoint, by its first bytes."""
+    if not head.strip(b"\0"):
+        return "empty" if not head else "nothing but zeros where it begins, as a copy that was broken off"
+    if _ONNX.match(head):
+        return "an ONNX file, which is for running only"
+    for (place, start), kind in _KINDS.items():
+        if head[place:].startswith(start):
+            return kind
+    # The last character may be cut in the middle.
+    text = head.decode("utf-8-sig", errors="ignore").strip()
+    if (
+        len(text.encode()) < len(head.strip()) - 6
+        or not text.replace("\n", "").replace("\t", "").isprintable()
+    ):
+        return "no checkpoint"
+    if text.startswith("<"):
+        return "a web page" if "<html" in text.lower() or "<!doctype html" in text.lower() else "an XML text"
+    if name.endswith((".index.json", "config.json")):
+        return "a part of a folder (give the folder)"
+    if text.startswith(("{", "[")):
+        return "a JSON text"
+    return f"a text, which begins with {text.splitlines()[0][:60]!r}"
+
+
 def _merged(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[str, Tensor]:
     try:
-        return lora.merged(tensors, float(scale))
+        number = float(scale)
+        if not 0 < number < 1e6:
+            raise ValueError(f"{lora.SAID}={number:g}")
+        return lora.merged(tensors, number)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has LoRA adapters that do not fit their layers ({reason(error)}); save it again"
@@ -77,7 +123,11 @@ def _merged(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[str, Ten
 
 def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.suffix == ".safetensors":  # by this name alone torch takes a path for another format
+            with path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"code to run ({named[1]})" if named else "more than tensors"
@@ -98,12 +148,20 @@ def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[st
 def _kind_of_archive(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = {name.partition("/")[2] for name in archive.namelist()}
+            names = archive.namelist()
     except (OSError, zipfile.BadZipFile):
         return None
+    inside = {name.partition("/")[2] for name in names}
     if "archive_format" in inside:
         return "a program of torch.export, which is for running only"
-    return None if "data.pkl" in inside and "constants.pkl" not in inside else "an archive, but no checkpoint"
+    if "data.pkl" in inside and "constants.pkl" not in inside:
+        return None
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays, but no checkpoint"
+    weights = [name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))]
+    return (
+        f"a zip archive of {some(weights)} (unpack it first)" if weights else "an archive, but no checkpoint"
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from depth_anything.model.arguments import Argument, ArgumentError
+
 _SIZES = {"vits": "Small", "vitb": "Base", "vitl": "Large"}
 _SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
 _RANGES_M = {"hypersim": 20.0, "vkitti": 80.0}
@@ -102,14 +104,18 @@ def said_by_name(name: str | Path) -> dict[str, Any]:
 
 def _file_name(encoder: str, metric: str | None, version: int) -> str:
     if encoder not in (*_SIZES, "vitg"):
-        raise ValueError(
-            f"there are no published weights of encoder={encoder}; use one of {', '.join(_SIZES)}"
+        raise ArgumentError(
+            "there are no published weights of ",
+            Argument("encoder", encoder),
+            f"; use one of {', '.join(_SIZES)}",
         )
     if metric not in (None, *_SETS):
         raise ValueError(f"metric={metric} is unknown; use one of {', '.join(_SETS)}, or None for disparity")
     if version == 1:
         if metric or encoder == "vitg":
-            raise ValueError(f"version 1 has no {metric or encoder} weights of this network; use version=2")
+            raise ArgumentError(
+                f"version 1 has no {metric or encoder} weights of this network; use ", Argument("version", 2)
+            )
         return f"depth_anything_{encoder}14.pth"
     if version != 2:
         raise ValueError(f"version={version} must be 1 or 2")

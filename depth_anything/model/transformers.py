@@ -19,6 +19,7 @@ from depth_anything.model.card import CARD
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.files import EXPECTED, read_file, reason, save_safetensors
+from depth_anything.model.metadata import check_facts
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_TYPE = "depth_anything"
@@ -209,16 +210,23 @@ def _said_by_config(folder: Path) -> dict[str, Any]:
         other = backbone.get("model_type") if isinstance(backbone, dict) else config.get("backbone")
         raise ValueError(f"{folder} has a backbone of the type {other!r}; only 'dinov2' is read")
     try:
-        metric = config.get("depth_estimation_type", "relative") == "metric"
-        said: dict[str, Any] = {
-            "taps": _taps(backbone),
-            "max_depth": float(config["max_depth"]) if metric else None,
-        }
-        size = _read_json(folder / "preprocessor_config.json", {}).get("size", {})
-        said |= {"licence": licence} if (licence := _licence_of(folder)) else {}
-        return said | ({"input_size": int(size["height"])} if "height" in size else {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kind = config.get("depth_estimation_type", "relative")
+        if kind not in ("relative", "metric") or (kind == "metric" and config["max_depth"] is None):
+            raise ValueError(f"depth_estimation_type={kind!r} with max_depth={config.get('max_depth')!r}")
+        facts = {"taps": _taps(backbone), "max_depth": config["max_depth"] if kind == "metric" else None}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} makes no sense ({reason(error)}); fetch it again") from error
+    said = check_facts(facts, path)
+    said |= {"licence": licence} if (licence := _licence_of(folder)) else {}
+    return said | _said_by_preprocessor(folder / "preprocessor_config.json")
+
+
+def _said_by_preprocessor(path: Path) -> dict[str, Any]:
+    """Read the short side that images are resized to, in any of the ways in which transformers has written it."""
+    size = _read_json(path, {}).get("size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return {} if size is None else check_facts({"input_size": size}, path)
 
 
 def _licence_of(folder: Path) -> str | None:
@@ -230,7 +238,7 @@ def _licence_of(folder: Path) -> str | None:
 def _taps(backbone: Mapping[str, Any]) -> tuple[int, ...]:
     """Read which blocks the head reads: stage 0 is the embedding, so that 1 is the first block."""
     if backbone.get("out_indices"):
-        return tuple(int(index) - 1 for index in backbone["out_indices"])
+        return tuple(index - 1 for index in backbone["out_indices"])
     return tuple(int(re.sub(r"^stage", "", str(name))) - 1 for name in backbone["out_features"])
 
 

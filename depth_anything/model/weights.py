@@ -5,26 +5,23 @@ any of these as wrappers leave them. Files are others' work: whatever is in them
 """
 
 import hashlib
-import json
-import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from depth_anything import __version__
 from depth_anything.model import transformers
+from depth_anything.model.arguments import Argument, ArgumentError, ArgumentWarning
 from depth_anything.model.card import CARD, card, is_ours
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
 from depth_anything.model.files import (
     EXPECTED,
     read_file,
-    reason,
     save_safetensors,
     save_text,
     save_torch,
@@ -33,6 +30,7 @@ from depth_anything.model.files import (
     write_whole,
 )
 from depth_anything.model.lora import merged
+from depth_anything.model.metadata import DEPTHS_M, describe, read_metadata
 from depth_anything.model.published import licence_of, repository_of, said_by_name
 
 _HAS_V1 = ("vits", "vitb", "vitl")
@@ -67,23 +65,32 @@ def load_model(
         The model, in eval mode, on the CPU, in float32.
 
     Raises:
+        ArgumentError: For an argument that cannot be, or one that is needed; a ValueError.
         ValueError: If the file is missing, damaged, of another kind or another size, or holds code.
     """
     path = Path(path)
     if version not in (None, 1, 2):
-        raise ValueError(f"version={version} must be 1 or 2")
+        raise ArgumentError(Argument("version", version), " must be 1 or 2")
+    if max_depth is not None and not DEPTHS_M[0] <= max_depth <= DEPTHS_M[1]:
+        raise ArgumentError(
+            Argument("max_depth", max_depth), f" must be metres from {DEPTHS_M[0]:g} to {DEPTHS_M[1]:g}"
+        )
     tensors, said = _read_model(path)
     named = said_by_name(path)
     said = {**named, **said}
     name = canonical_name(encoder or said.get("encoder") or _encoder_of(tensors, path))
+    taps = _settle_taps(path, name, said, version)
     model = _unfilled(
-        name, taps=_settle_taps(path, name, said, version), max_depth=_settle_depth(path, said, max_depth)
+        name,
+        path if encoder is None else None,
+        taps=taps,
+        max_depth=_settle_depth(path, said, max_depth),
+        check=lambda model: _check_fit(tensors, model, path, name),
     )
-    _check_fit(tensors, model, path, name)
     model.load_state_dict(tensors, strict=False)
     model.input_size = said.get("input_size", model.input_size)
     model.licence = said.get("licence") or named.get("licence")
-    model.calibration = said.get("calibration")
+    model.calibration = said.get("calibration") if model.max_depth is None else None  # it is for disparity
     model.origin = said.get("origin") or _published_origin(path)
     return model.eval()
 
@@ -136,31 +143,6 @@ def _save_folder(model: DepthAnything, state: Mapping[str, Tensor], path: Path) 
     if model.calibration is not None:
         _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
     write_folder(path, files)
-
-
-def describe(model: DepthAnything) -> dict[str, str]:
-    """Say what the tensors of a model do not: the metadata of its safetensors file.
-
-    A Lightning checkpoint that keeps this under "depth_anything" needs no arguments to be loaded either.
-
-    Returns:
-        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version;
-        where known also origin (JSON); of a calibrated model calibration (JSON).
-    """
-    return {
-        "format": "pt",
-        "project": "depth-anything-train",
-        "version": __version__,
-        "encoder": model.encoder,
-        "taps": json.dumps(model.taps),
-        "quantity": model.quantity,
-        "unit": model.unit,
-        "max_depth": json.dumps(model.max_depth),
-        "input_size": json.dumps(model.input_size),
-        "licence": model.licence or "unknown",
-        **({"origin": json.dumps(model.origin, sort_keys=True)} if model.origin else {}),
-        **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
-    }
 
 
 def licence_in(path: str | Path) -> str | None:
@@ -223,13 +205,34 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _unfilled(name: str, *, taps: tuple[int, ...] | None, max_depth: float | None) -> DepthAnything:
-    """Build a model whose parameters are about to be overwritten, without drawing random ones if possible."""
+def _unfilled(
+    name: str,
+    said_by: Path | None,
+    *,
+    taps: tuple[int, ...] | None,
+    max_depth: float | None,
+    check: Callable[[DepthAnything], None],
+) -> DepthAnything:
+    """Build a model whose parameters are about to be overwritten, without drawing random ones if possible.
+
+    Args:
+        name: The encoder.
+        said_by: The file that names it; None where an argument does.
+        taps: As `DepthAnything` takes them.
+        max_depth: As `DepthAnything` takes it.
+        check: Refuses the model before it costs memory: a small file may name a large encoder.
+    """
+    try:
+        with torch.device("meta"):
+            model = DepthAnything(name, taps=taps, max_depth=max_depth)
+    except ValueError as error:
+        if said_by is None:
+            raise
+        raise ValueError(f"{said_by}: {error}") from error
+    check(model)
     if name not in ENCODERS:  # timm's may hold constants that no file has
         with torch.random.fork_rng(devices=[]):
             return DepthAnything(name, taps=taps, max_depth=max_depth)
-    with torch.device("meta"):
-        model = DepthAnything(name, taps=taps, max_depth=max_depth)
     model.to_empty(device="cpu")
     nn.init.zeros_(model.pretrained.mask_token)
     return model
@@ -259,7 +262,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if transformers.is_theirs(tensors):
         tensors = transformers.official_names(tensors)
-    said = _said_by_metadata(metadata, path)
+    said = read_metadata(metadata, path)
     licence = said.get("licence") or config.get("licence")  # a card has no room for several
     return tensors, {**said, **config, "licence": licence}
 
@@ -276,41 +279,6 @@ def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.startswith("head.")}
 
 
-def _said_by_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Read what `describe` wrote; a file without it says nothing."""
-    if "encoder" not in metadata:
-        return {}
-    try:
-        max_depth = json.loads(metadata["max_depth"])
-        calibration = json.loads(metadata.get("calibration", "null"))
-        return {
-            "encoder": str(metadata["encoder"]),
-            "taps": tuple(int(tap) for tap in json.loads(metadata["taps"])),
-            "max_depth": None if max_depth is None else float(max_depth),
-            "input_size": int(json.loads(metadata["input_size"])),
-            "origin": _mapping(json.loads(metadata.get("origin", "{}"))),
-            "calibration": calibration and _two_numbers(calibration),
-            "licence": None if metadata["licence"] == "unknown" else str(metadata["licence"]),
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has metadata that make no sense ({reason(error)}); save it again"
-        ) from error
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"origin holds a {type(value).__name__}")
-    return value
-
-
-def _two_numbers(values: Any) -> tuple[float, float]:
-    scale, shift = (float(value) for value in values)
-    if not (math.isfinite(scale) and math.isfinite(shift)):
-        raise ValueError(f"calibration={values} must be two finite numbers")
-    return scale, shift
-
-
 def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
     width = next((t.shape[-1] for name, t in tensors.items() if name == "pretrained.cls_token" and t.ndim), 0)
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
@@ -318,9 +286,10 @@ def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
     for name, spec in ENCODERS.items():
         if (spec.width, spec.depth) == (width, depth):
             return name
-    raise ValueError(
+    raise ArgumentError(
         f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}; "
-        "give its timm name as encoder="
+        "give its timm name, as ",
+        Argument("encoder", "vit_tiny_patch16_224"),
     )
 
 
@@ -337,10 +306,17 @@ def _settle_taps(
     found = said.get("taps", of_version.get(said.get("version")))
     if version is not None:
         if found not in (None, of_version[version]):
-            _warn(f"{path} says that its head reads the blocks {list(found)}; version={version} overrides it")
+            _warn(
+                f"{path} says that its head reads the blocks {list(found)}; ",
+                Argument("version", version),
+                " overrides it",
+            )
         return of_version[version]
     if found is None:
-        _warn(f"{path} does not say whether it is V1 or V2 and is taken for V2; version=1 or 2 settles it")
+        _warn(
+            f"{path} does not say whether it is V1 or V2 and is taken for V2; if it is V1, give ",
+            Argument("version", 1),
+        )
     return found or of_version[2]
 
 
@@ -348,12 +324,15 @@ def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) 
     if max_depth is not None:
         if "max_depth" in said and said["max_depth"] != max_depth:
             was = "disparity" if said["max_depth"] is None else f"depth up to {said['max_depth']:g} m"
-            _warn(f"{path} says that it predicts {was}; max_depth={max_depth:g} overrides it")
+            depth = Argument("max_depth", max_depth)
+            _warn(f"{path} says that it predicts {was}; ", depth, " overrides it")
         return max_depth
     if "max_depth" not in said:
         _warn(
-            f"{path} does not say whether it predicts disparity or depth and is taken for disparity; "
-            "max_depth= settles it for a metric model"
+            f"{path} does not say whether it predicts disparity or depth and is taken for disparity; if it predicts "
+            "metres, give ",
+            Argument("max_depth", 20),
+            ", or what its largest depth is",
         )
     return said.get("max_depth")
 
@@ -363,6 +342,10 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Pat
     wanted = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     given = {key: tuple(t.shape) for key, t in tensors.items()}
     for key in sorted(wanted.keys() & given.keys()):
+        if not tensors[key].is_floating_point():
+            raise ValueError(
+                f"{path} is not {name}: its {key} holds {tensors[key].dtype}, no floating-point weights"
+            )
         if wanted[key] != given[key]:
             raise ValueError(f"{path} is not {name}: its {key} is {given[key]}, expected {wanted[key]}")
     missing = [key for key in wanted if key not in given and not key.endswith(_UNUSED)]
@@ -376,20 +359,29 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Pat
 def _warn_unsaid(model: DepthAnything, path: Path) -> None:
     said = said_by_name(path)
     spec = ENCODERS.get(model.encoder)
-    needed = []
+    needed: list[Argument] = []
     if model.calibration is not None:
         _warn(
             f"{path} does not keep the calibration, and will give disparity; save as safetensors to keep it"
         )
-    if said.get("max_depth") != model.max_depth:
-        needed.append(f"max_depth={model.max_depth:g}" if model.max_depth else "nothing but another name")
+    if said.get("max_depth") is not None and model.max_depth is None:
+        _warn(f"{path} has the name of a metric model and holds a relative one; give it another name")
+    elif said.get("max_depth") != model.max_depth:
+        needed.append(Argument("max_depth", model.max_depth))
     if spec and model.taps != spec.taps and said.get("version") != 1:
-        needed.append("version=1")
+        needed.append(Argument("version", 1))
+    if spec is None:
+        needed.append(Argument("encoder", model.encoder))
     if needed:
+        listed = [part for argument in needed for part in (", ", argument)][1:]
+        _warn(f"{path} does not keep all of the model: load it with ", *listed, ", or save as safetensors")
+    if model.input_size != model.patch_size * model.pretrained.patch_embed.grid_size[0]:
         _warn(
-            f"{path} does not keep all of the model: load it with {', '.join(needed)}, or save as safetensors"
+            f"{path} does not keep the size that the model was made for: give ",
+            Argument("input_size", model.input_size),
+            " to whatever runs it, or save as safetensors",
         )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def _warn(*parts: str | Argument) -> None:
+    warnings.warn(ArgumentWarning(*parts), stacklevel=4)

@@ -1,5 +1,7 @@
 """What a run starts from: its weights, and where they may not come from."""
 
+import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import yaml
 
 from depth_anything.data.shards import JoinedRecords, Records
 from depth_anything.licences import combine
+from depth_anything.model.arguments import ArgumentError, ArgumentWarning, spell
 from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import hub_name, licence_on_hub
@@ -38,7 +41,7 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
             "init=FILE for another relative model, or init=hub for DINOv2's encoder"
         )
     whole = source not in (None, "hub") and has_head(source)
-    other = load_model(source, encoder=config["encoder"]) if whole else None
+    other = _load(Path(source), encoder=config["encoder"]) if whole else None
     torch.manual_seed(config["seed"])
     taps = other.taps if other is not None and start == "all" else None
     model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"), taps=taps)
@@ -173,7 +176,35 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
             f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
             "or type teacher=FILE"
         )
-    return load_model(path, encoder=config["encoder"])
+    teacher = _load(path, encoder=config["encoder"])
+    size = config.get("image_size", teacher.input_size)
+    if size != teacher.input_size:
+        warnings.warn(
+            f"teacher={path} was made for images of {teacher.input_size} px, and labels them at image_size={size}; "
+            f"type image_size={teacher.input_size} unless you mean that",
+            stacklevel=2,
+        )
+    return teacher
+
+
+def _load(path: Path, *, encoder: str) -> DepthAnything:
+    """Read a model; what would take an argument of `load_model` is told by what can be typed here."""
+    file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
+    export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
+    typed = {
+        "encoder": "encoder={}",
+        "version": f"the file that is made by  {export} --weights-version {{}}",
+        "max_depth": f"the file that is made by  {export} --max-depth {{}}",
+    }
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ArgumentWarning)
+            model = load_model(path, encoder=encoder)
+    except ArgumentError as error:
+        raise ValueError(spell(error, typed)) from error
+    for warning in caught:
+        warnings.warn(spell(warning.message, typed), warning.category, stacklevel=3)
+    return model
 
 
 def _is_teacher(path: Path) -> bool:

@@ -1,13 +1,18 @@
 """Photographs of any size to maps of the same size."""
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from depth_anything.data.sample import decode_image
 from depth_anything.inference.predictor import FARTHEST_M, Predictor
+from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import save_model
+from depth_anything.model.weights import describe, load_model, save_model
 from depth_anything.preprocess import resize_shape
 
 
@@ -28,11 +33,51 @@ def test_predict_is_the_authors_chain(model):
     np.testing.assert_allclose(got, model.infer_image(image[..., ::-1], input_size=98), atol=1e-6)
 
 
-def test_default_size_is_518(model):
+def sizes_seen_by(model):
+    """A list that the shapes of all images which the network is given are added to."""
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    Predictor(model, device="cpu").predict(photograph(30, 40))
-    assert seen == [(1, 3, *resize_shape(30, 40, 518, model.multiple))]
+    return seen
+
+
+def small_timm():
+    return DepthAnything("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("build", "own", "multiple"),
+    [(lambda: DepthAnything("vitn"), 70, 14), (lambda: DepthAnything("vitn"), 98, 14), (small_timm, 64, 16)],
+)
+@pytest.mark.parametrize("keep", ["memory", "safetensors", "transformers", "ckpt"])
+def test_the_models_own_size_is_the_default(tmp_path, build, own, multiple, keep):
+    model = build()
+    model.input_size = own
+    if keep == "ckpt":
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"state_dict": state, "depth_anything": describe(model)}, tmp_path / "last.ckpt")
+        model = load_model(tmp_path / "last.ckpt")
+    elif keep != "memory":
+        if keep == "transformers" and multiple == 16:
+            pytest.skip("transformers has no timm encoders")
+        save_model(model, tmp_path / "m", format=keep)
+        model = load_model(tmp_path / "m")
+    seen, image = sizes_seen_by(model), photograph(30, 40)
+    predictor = Predictor(model, device="cpu")
+    predictor.predict(image)
+    model.infer_image(image)
+    assert seen == [(1, 3, *resize_shape(30, 40, own, multiple))] * 2
+    assert predictor.input_size == own
+
+
+def test_the_authors_sizes_are_seen_at_518():
+    with torch.device("meta"):
+        assert [DepthAnything(name).input_size for name in ("vits", "vitb", "vitl", "vitg")] == [518] * 4
+
+
+@pytest.mark.parametrize("size", [0, -5, 70.0, True, "70", float("nan")])
+def test_impossible_sizes_are_refused(model, size):
+    with pytest.raises(ValueError, match="input_size="):
+        Predictor(model, device="cpu", input_size=size)
 
 
 def test_batches_are_formed_by_shape_and_order_is_kept(model):
@@ -94,18 +139,88 @@ def test_a_model_on_an_accelerator_stays_there(model, monkeypatch):
     assert Predictor(DepthAnything("vitn")).device == torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((8, 8), np.uint8),
-        np.zeros((8, 8, 4), np.uint8),
-        np.zeros((8, 8, 3), np.float32),
-        np.zeros((0, 8, 3), np.uint8),
-    ],
-)
-def test_what_is_no_image_is_refused(model, image):
-    with pytest.raises(ValueError, match=r"an image must be uint8 of shape \(height, width, 3\), not"):
-        Predictor(model, device="cpu").predict(image)
+NO_IMAGES = {
+    "16 bits": np.zeros((8, 8, 3), np.uint16),
+    "16 bits, grey": np.zeros((8, 8), np.uint16),
+    "floats": np.zeros((8, 8, 3), np.float32),
+    "a mask": np.zeros((8, 8), bool),
+    "integers": np.zeros((8, 8, 3), np.int64),
+    "empty": np.zeros((0, 8, 3), np.uint8),
+    "empty, grey": np.zeros((8, 0), np.uint8),
+    "five channels": np.zeros((8, 8, 5), np.uint8),
+    "channels first": np.zeros((3, 8, 8), np.uint8),
+    "a row": np.zeros(8, np.uint8),
+    "a batch": np.zeros((1, 8, 8, 3), np.uint8),
+    "objects": np.full((8, 8, 3), None),
+    "None": None,
+    "PIL": Image.new("RGB", (8, 8)),
+    "PIL with a palette": Image.new("P", (8, 8)),
+    "a list": [[[0, 0, 0]]],
+    "a tensor": torch.zeros(8, 8, 3, dtype=torch.uint8),
+    "a path": "photo.jpg",
+    "a number": 5,
+}
+
+
+@pytest.mark.parametrize("what", NO_IMAGES)
+def test_what_is_no_image_is_refused(model, what):
+    image, predictor = NO_IMAGES[what], Predictor(model, device="cpu", input_size=28)
+    for take in (
+        predictor.predict,
+        predictor.predict_relative,
+        predictor.prepare,
+        model.infer_image,
+        lambda image: predictor.predict_batch([photograph(8, 8), image]),
+    ):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(height, width, 3\), not") as raised:
+            take(image)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("images", [photograph(8, 8), photograph(8, 8)[..., 0], None, "a.jpg", 5])
+def test_one_image_in_place_of_a_batch_is_refused(model, images):
+    """The rows of an image would each be a grey image."""
+    with pytest.raises(ValueError, match="images"):
+        Predictor(model, device="cpu", input_size=28).predict_batch(images)
+
+
+def test_several_images_in_one_array_are_a_batch(model):
+    predictor = Predictor(model, device="cpu", input_size=28)
+    stack = np.stack([photograph(8, 9, seed) for seed in range(2)])
+    np.testing.assert_array_equal(predictor.predict_batch(stack), predictor.predict_batch(list(stack)))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGB"])
+@pytest.mark.parametrize("order", ["C", "F", "read-only", "turned"])
+def test_arrays_are_taken_as_files_of_their_kind(model, mode, order):
+    """A grey or transparent image gives one map, whether it comes from a file or as an array, red or blue first."""
+    channels = {"L": (), "LA": (2,), "RGBA": (4,), "RGB": (3,)}[mode]
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, *channels), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    assert Image.open(file).mode == mode
+    rgb = decode_image(file.getvalue())
+    predictor = Predictor(model, device="cpu", input_size=28)
+    expected = predictor.predict(rgb)
+    given = {
+        "C": pixels,
+        "F": np.asfortranarray(pixels),
+        "read-only": np.asarray(Image.fromarray(pixels)),
+        "turned": pixels[::-1].copy()[::-1],
+    }[order]
+    np.testing.assert_array_equal(predictor.predict(given), expected)
+    np.testing.assert_allclose(model.infer_image(rgb[..., ::-1]), model.infer_image(bgr(given)), atol=1e-6)
+    if mode == "L":
+        np.testing.assert_array_equal(predictor.predict(given[..., None]), expected)
+        tiled = Predictor(model, device="cpu", input_size=28, tiles=2)
+        np.testing.assert_array_equal(tiled.predict(given), tiled.predict(rgb))
+
+
+def bgr(pixels):
+    """What cv2 would read of the same file."""
+    if pixels.ndim == 2 or pixels.shape[2] == 2:
+        return pixels
+    return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
 
 def test_unknown_precision_and_device(model):
@@ -141,17 +256,56 @@ def test_resample_official_differs_off_the_square(model):
     assert np.abs(official - transformers).max() > 1e-3 * np.ptp(official)
     with pytest.raises(ValueError, match="resample='pil' is unknown; use one of official, transformers"):
         Predictor(model, resample="pil")
-    with pytest.raises(ValueError, match="position_rule='transformers' is for DINOv2's encoders"):
+    with pytest.raises(ValueError, match="resample='transformers' .* is for DINOv2's encoders"):
         Predictor(DepthAnything("vit_tiny_patch16_224"), device="cpu", resample="transformers")
 
 
-def test_a_failure_leaves_the_position_rule_alone(model):
-    predictor = Predictor(model, device="cpu", input_size=28, resample="transformers")
-    hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        predictor.predict(photograph(28, 28))
-    hook.remove()
-    assert model.position_rule == "official"
+def test_two_rules_on_one_model_do_not_meet(model):
+    """One predictor runs while another is in the middle of its forward pass, as two threads do."""
+    with torch.no_grad():
+        model.pretrained.pos_embed.normal_()
+    ways = {
+        r: Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")
+    }
+    image = photograph(60, 90)
+    alone = {rule: way.predict(image) for rule, way in ways.items()}
+    assert np.abs(alone["official"] - alone["transformers"]).max() > 1e-3
+
+    for outer, inner in (("official", "transformers"), ("transformers", "official")):
+        between = []
+
+        def interrupt(*_, inner=inner, between=between):
+            if not between:
+                between.append(None)
+                between[0] = ways[inner].predict(image)
+
+        hook = model.pretrained.patch_embed.register_forward_hook(interrupt)
+        np.testing.assert_array_equal(ways[outer].predict(image), alone[outer])
+        hook.remove()
+        np.testing.assert_array_equal(between[0], alone[inner])
+
+
+def test_threads_with_different_rules_share_a_model(model):
+    with torch.no_grad():
+        model.pretrained.pos_embed.normal_()
+    ways = [Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")]
+    image = photograph(60, 90)
+    alone = [way.predict(image) for way in ways]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: ways[i % 2].predict(image), range(24)))
+    for i, map in enumerate(found):
+        np.testing.assert_allclose(map, alone[i % 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_the_rule_reaches_an_accelerated_model(model, checkpoint):
+    with torch.no_grad():
+        model.pretrained.pos_embed.normal_()
+    ways = [Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")]
+    alone = [way.predict(photograph(60, 90)) for way in ways]
+    accelerate(model, checkpoint=checkpoint, compile=False)
+    for way, expected in zip(ways, alone, strict=True):
+        np.testing.assert_allclose(way.predict(photograph(60, 90)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 31), (4320, 7680)])

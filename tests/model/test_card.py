@@ -1,6 +1,8 @@
 """Model cards: true, in the hub's form, and never over a user's own."""
 
+import ast
 import re
+import shlex
 
 import pytest
 import yaml
@@ -32,6 +34,51 @@ def test_the_head_is_the_hubs():
     }
     assert ModelCard(text).data.pipeline_tag == "depth-estimation"  # the hub's own reader
     assert text.splitlines().count("# street depth") == 1
+
+
+HOSTILE = "x\nlicense: mit\n---\n# fake | `a` <b> [c](d)\r\x1b[31m\u2028"
+
+
+def test_others_text_stays_text():
+    """Whatever a name says, it is neither a key of the head, nor a heading, a cell or a link."""
+    model = network()
+    model.licence = HOSTILE
+    row = {"set": HOSTILE, "records": 5, "licence": HOSTILE, "teacher": {"file": HOSTILE, "licence": HOSTILE}}
+    start = {"from": HOSTILE, "licence": HOSTILE, "base": HOSTILE}
+    model.origin = {"start": start, "stage": HOSTILE, "data": [row]}
+    for form in ("safetensors", "onnx", "transformers", "official", "torch"):
+        text = card(model, file="m", form=form, title=HOSTILE)
+        head = front(text)
+        assert head["license"] == "other" and head["pipeline_tag"] == "depth-estimation"
+        assert head["base_model"].startswith("x\\nlicense: mit")
+        assert set(head) == {"license", "license_name", "library_name", "pipeline_tag", "tags", "base_model"}
+        body = text.partition("\n---\n")[2]
+        assert (
+            not re.search(r"(?m)^(license|# fake|---)", body) and "\x1b" not in text and "\u2028" not in text
+        )
+        (cells,) = [line for line in body.splitlines() if "| 5 |" in line]
+        assert len(re.findall(r"(?<!\\)\|", cells)) == 6
+        assert "[c]" not in re.sub(r"`[^`]*`", "", body).replace("\\[", "\\")
+
+
+def test_the_licence_of_a_card_is_its_own_whatever_others_say(tmp_path):
+    model = network()
+    model.licence = "CC-BY-NC-4.0"
+    model.origin = {"start": {"from": "x", "licence": "MIT", "base": "x\nlicense: mit"}}
+    save_model(model, tmp_path / "m.safetensors")
+    save_model(load_model(tmp_path / "m.safetensors"), tmp_path / "hf", format="transformers")
+    assert front((tmp_path / "hf" / "README.md").read_text())["license"] == "cc-by-nc-4.0"
+    assert load_model(tmp_path / "hf").licence == "CC-BY-NC-4.0"
+
+
+@pytest.mark.parametrize("file", ['a "b".onnx', "c\\d.onnx", "e $(f) 'g'.onnx", "h\ni.onnx"])
+@pytest.mark.parametrize("form", ["safetensors", "transformers", "official", "onnx", "torch"])
+def test_any_name_makes_examples_that_run(form, file):
+    text = card(network(), file=file, form=form, title="m")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        assert file in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    for line in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        assert file in shlex.split(line)
 
 
 @pytest.mark.parametrize(

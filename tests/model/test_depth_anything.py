@@ -322,7 +322,7 @@ def test_float64_stays():
     assert model(torch.randn(1, 3, 56, 70, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_the_position_rule_is_the_models(monkeypatch):
+def test_the_position_rule_is_an_argument_and_no_state():
     torch.manual_seed(0)
     model = DepthAnything("vitn").eval()
     model.pretrained.pos_embed.data.normal_()
@@ -330,19 +330,21 @@ def test_the_position_rule_is_the_models(monkeypatch):
     assert model.position_rule == "official"
     with torch.no_grad():
         official = model(image)
-        model.position_rule = "transformers"
-        theirs = model(image)
-        model.position_rule = "official"
+        theirs = model(image, position_rule="transformers")
         assert torch.equal(model(image), official)
+        assert torch.equal(model(image, position_rule="official"), official)
     assert not torch.equal(theirs, official)
     with pytest.raises(ValueError, match="position_rule='bilinear' is unknown; use one of official, transf"):
-        model.position_rule = "bilinear"
+        model(image, position_rule="bilinear")
+    with pytest.raises(AttributeError):  # never accepted and then ignored
+        model.position_rule = "transformers"
 
 
 def test_timms_encoders_keep_their_rule():
     with torch.device("meta"):
         model = DepthAnything("vit_tiny_patch16_224")
     assert model.position_rule == "timm"
-    model.position_rule = "timm"
+    image = torch.empty(1, 3, 64, 80, device="meta")
+    assert model(image, position_rule="timm").shape == (1, 64, 80)
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 keeps timm's rule"):
-        model.position_rule = "transformers"
+        model(image, position_rule="transformers")

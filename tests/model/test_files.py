@@ -1,12 +1,18 @@
 """Other files: damaged, hostile, of another kind; and that nothing is ever run."""
 
+import bz2
+import gzip
+import lzma
 import os
 import pickle
 import re
 import subprocess
 import sys
+import tarfile
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,14 +83,81 @@ def test_truncated_files(tmp_path, model, name, share):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
         (b"", "empty"),
-        (bytes(1000), "no checkpoint"),
-        (b"just words", "no checkpoint"),
+        (bytes(1000), "nothing but zeros"),
+        (bytes(20) + b"\x07\xff\xfe", "no checkpoint"),
+        (b"Entry not found\n", "a text, which begins with 'Entry not found'"),
+        ("Zugriff verweigert für ".encode() * 50, "a text"),
+        (b'{"error": "gated"}', "a JSON text"),
+        (b'{"a": {"b": 1}}' + bytes(100), "no checkpoint"),
+        (b"\xef\xbb\xbf\n  <!DOCTYPE html>\n<html></html>", "a web page"),
+        (b"\r\n<HTML lang='x'>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text"),
+        (gzip.compress(b"PK" * 50), "a gzip archive (unpack it first)"),
+        (lzma.compress(b"PK" * 50), "an xz archive (unpack it first)"),
+        (bz2.compress(b"PK" * 50), "a bzip2 archive (unpack it first)"),
+        (b"PK\x05\x06" + bytes(18), "no checkpoint"),
+        (b"GGUF" + bytes(100), "a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        (b"RIFF\x24\0\0\0WEBPVP8 " + bytes(100), "a WebP picture"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "a video"),
+        (b"\x93NUMPY\x01\0" + bytes(100), "a NumPy array"),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x062.11.0:\x10", "an ONNX file"),
     ],
 )
-def test_other_files_are_named(tmp_path, content, kind):
-    (tmp_path / RELATIVE).write_bytes(content)
-    message = refusal(tmp_path / RELATIVE)
-    assert f"{RELATIVE} is {kind}" in message and "expected an official .pth" in message
+@pytest.mark.parametrize("name", [RELATIVE, "model.safetensors", "last.ckpt", "model"])
+def test_other_files_are_named(tmp_path, content, kind, name):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert f"{name} is {kind}" in message and "expected an official .pth" in message
+    assert "damaged" not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.ckpt", "model.pth", "model.bin", "model.onnx", "m"]
+)
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "old", "ckpt"])
+def test_a_checkpoint_is_read_under_any_name(tmp_path, model, name, kind):
+    path = tmp_path / name
+    if kind == "safetensors":
+        save_model(model, path)
+    else:
+        content = {"state_dict": model.state_dict(), "depth_anything": describe(model)}
+        with path.open("wb") as file:
+            torch.save(
+                content if kind == "ckpt" else model.state_dict(),
+                file,
+                _use_new_zipfile_serialization=kind != "old",
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a plain state dict does not say
+        assert same(load_model(path), model)
+        assert fingerprint(path) == fingerprint(model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_code_is_never_run_under_any_name(tmp_path, model, name):
+    with (tmp_path / name).open("wb") as file:
+        torch.save({**model.state_dict(), "extra": Hostile(tmp_path / "run")}, file)
+    assert "holds code to run (posix.mkdir)" in refusal(tmp_path / name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_archives_of_checkpoints_are_named(tmp_path, model):
+    save_model(model, tmp_path / "inside.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / "inside.safetensors", "folder/inside.safetensors")
+        assert f"{name} is a zip archive of folder/inside.safetensors (unpack it" in refusal(tmp_path / name)
+    with tarfile.open(tmp_path / "b.pth", "w") as archive:
+        archive.add(tmp_path / "inside.safetensors", "inside.safetensors")
+    assert "b.pth is a tar archive (unpack it first)" in refusal(tmp_path / "b.pth")
+    np.savez(tmp_path / "c.npz", a=np.ones(3))
+    assert "c.npz is an archive of NumPy arrays" in refusal(tmp_path / "c.npz")
+
+
+def test_a_part_of_a_folder_asks_for_the_folder(tmp_path, model):
+    save_model(model, tmp_path / "hf", format="transformers")
+    assert "(give the folder)" in refusal(tmp_path / "hf" / "config.json")
 
 
 class Doubling(torch.nn.Module):
@@ -157,25 +230,155 @@ def test_unknown_sizes_are_named(tmp_path):
         assert same(load_model(tmp_path / "model.pth", encoder="vit_tiny_patch16_224"), other)
 
 
+DEEP = "[" * 100_000
+
+NONSENSE = [
+    ("taps", "x"),
+    ("taps", "5"),
+    ("taps", '["a"]'),
+    ("taps", "[0, 1]"),
+    ("taps", "[0, 1, 2, 2]"),
+    ("taps", "[-1, 0, 1, 2]"),
+    ("taps", "[0.5, 1, 2, 3]"),
+    ("taps", "[true, 2, 3, 4]"),
+    ("taps", "[0, 1, 2, 100000000000]"),
+    ("taps", '{"0": 1}'),
+    ("taps", DEEP),
+    ("max_depth", "[]"),
+    ("max_depth", "-1"),
+    ("max_depth", "0"),
+    ("max_depth", "NaN"),
+    ("max_depth", "Infinity"),
+    ("max_depth", "1e300"),
+    ("max_depth", "true"),
+    ("max_depth", '"20"'),
+    ("input_size", "{}"),
+    ("input_size", "-5"),
+    ("input_size", "0"),
+    ("input_size", "70.5"),
+    ("input_size", "1e9"),
+    ("input_size", "999999999"),
+    ("input_size", "9" * 5000),
+    ("input_size", "true"),
+    ("input_size", "null"),
+    ("input_size", "NaN"),
+    ("encoder", "vitx"),
+    ("encoder", "../../etc/passwd"),
+    ("encoder", "hf-hub:someone/model"),
+    ("encoder", "x" * 20_000),
+    ("quantity", "depth"),
+    ("quantity", "metres"),
+    ("unit", "m"),
+    ("licence", "x" * 20_000),
+    ("calibration", "[1]"),
+    ("calibration", "3"),
+    ("calibration", '[1, "a"]'),
+    ("calibration", "[1, NaN]"),
+    ("calibration", "[Infinity, 0]"),
+    ("calibration", "[0, 1]"),
+    ("calibration", "[-1, 1]"),
+    ("calibration", '{"0": 1, "1": 2}'),
+    ("origin", "5"),
+    ("origin", "[]"),
+    ("origin", "{"),
+    ("origin", DEEP),
+    ("origin", '{"start": 5}'),
+    ("origin", '{"start": null}'),
+    ("origin", '{"start": {}}'),
+    ("origin", '{"start": {"from": 5}}'),
+    ("origin", '{"start": {"from": "x", "base": ["a"]}}'),
+    ("origin", '{"start": {"from": "x", "licence": {}}}'),
+    ("origin", '{"stage": 5}'),
+    ("origin", '{"lora": "8"}'),
+    ("origin", '{"data": 5}'),
+    ("origin", '{"data": [5]}'),
+    ("origin", '{"data": [{"set": "a"}]}'),
+    ("origin", '{"data": [{"set": "a", "records": "many"}]}'),
+    ("origin", '{"data": [{"set": "a", "records": NaN}]}'),
+    ("origin", '{"data": [{"set": "a", "records": 1, "teacher": "x"}]}'),
+    ("origin", '{"data": [{"set": "a", "records": 1, "teacher": {"licence": "x"}}]}'),
+]
+
+
 @pytest.mark.parametrize(
-    ("fact", "message"),
-    [
-        ({"taps": "x"}, "has metadata that make no sense"),
-        ({"taps": '["a"]'}, "has metadata that make no sense"),
-        ({"taps": "[0, 1]"}, "taps=[0, 1] must be four ascending blocks"),
-        ({"max_depth": "[]"}, "has metadata that make no sense"),
-        ({"max_depth": "-1"}, "max_depth=-1.0 must be a number of metres above 0"),
-        ({"input_size": "{}"}, "has metadata that make no sense"),
-        ({"encoder": "vitx"}, "encoder=vitx is unknown"),
-        ({"calibration": "[1]"}, "has metadata that make no sense"),
-        ({"calibration": "3"}, "has metadata that make no sense"),
-        ({"calibration": '[1, "a"]'}, "has metadata that make no sense"),
-        ({"calibration": "[1, NaN]"}, "must be two finite numbers"),
-    ],
+    ("fact", "value"), NONSENSE, ids=[f"{fact}-{value[:40]}" for fact, value in NONSENSE]
 )
-def test_nonsense_metadata_is_named(tmp_path, model, fact, message):
-    save_file(dict(model.state_dict()), tmp_path / "m.safetensors", metadata={**describe(model), **fact})
-    assert message in refusal(tmp_path / "m.safetensors")
+def test_nonsense_metadata_is_named(tmp_path, model, fact, value):
+    path = tmp_path / "m.safetensors"
+    save_file(dict(model.state_dict()), path, metadata={**describe(model), fact: value})
+    message = refusal(path)
+    assert message.startswith(f"{path} ") and f"{fact}=" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("value", [5, None, [0, 1, 2, 3], {"a": 1}])
+@pytest.mark.parametrize("fact", ["taps", "max_depth", "input_size", "licence", "encoder", "origin"])
+def test_metadata_of_a_checkpoint_are_text(tmp_path, model, fact, value):
+    content = {"state_dict": model.state_dict(), "depth_anything": {**describe(model), fact: value}}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert f"last.ckpt has metadata that make no sense: {fact}=" in refusal(tmp_path / "last.ckpt")
+
+
+def test_facts_that_contradict_each_other_are_named(tmp_path, model):
+    path = tmp_path / "m.safetensors"
+    for facts in (
+        {"max_depth": "20"},
+        {"calibration": "[1, 0]", "max_depth": "20", "quantity": "depth", "unit": "m"},
+    ):
+        save_file(dict(model.state_dict()), path, metadata={**describe(model), **facts})
+        assert "max_depth=20" in refusal(path) or "calibration=[1, 0]" in refusal(path)
+
+
+def test_blocks_that_the_encoder_lacks_are_named_with_the_file(tmp_path, model):
+    path = tmp_path / "m.safetensors"
+    save_file(dict(model.state_dict()), path, metadata={**describe(model), "taps": "[0, 1, 2, 99]"})
+    assert refusal(path).startswith(f"{path}: taps=[0, 1, 2, 99]")
+    save_file(
+        dict(model.state_dict()),
+        path,
+        metadata={**describe(model), "encoder": "resnet18", "taps": "[0, 1, 2, 3]"},
+    )
+    assert refusal(path).startswith(f"{path}: encoder=resnet18")
+
+
+def test_facts_that_a_file_leaves_out_are_as_for_any_other_file(tmp_path):
+    """Files of older versions may lack some; the encoder then says what the rest is."""
+    model = DepthAnything("vitn")
+    facts = describe(model)
+    for name in ("input_size", "licence", "taps", "quantity", "unit", "version"):
+        del facts[name]
+    save_file(dict(model.state_dict()), tmp_path / "m.safetensors", metadata=facts)
+    read = load_model(tmp_path / "m.safetensors")
+    assert (read.input_size, read.taps, read.licence) == (70, (0, 1, 2, 3), None)
+
+
+def test_a_small_file_that_names_a_large_encoder_costs_nothing(tmp_path, model, monkeypatch):
+    """Nothing is allocated before the names and shapes are compared."""
+    path = tmp_path / "m.safetensors"
+    facts = {**describe(model), "encoder": "vit_giant_patch14_224", "taps": "[0, 1, 2, 3]"}
+    save_file(dict(model.state_dict()), path, metadata=facts)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: pytest.fail("a real network is built"))
+    assert f"{path} is not vit_giant_patch14_224" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool])
+def test_weights_that_are_no_floats_are_refused(tmp_path, model, kind):
+    state = {**model.state_dict(), "pretrained.cls_token": torch.ones(1, 1, 48).to(kind)}
+    torch.save(state, tmp_path / RELATIVE)
+    assert f"pretrained.cls_token holds {kind}" in refusal(tmp_path / RELATIVE)
+
+
+def test_text_of_others_becomes_one_line(tmp_path, model):
+    model.licence = "mit\nlicense: apache-2.0\x1b[31m"
+    model.origin = {"start": {"from": "a\nb", "licence": " x ", "base": "y\u202ez"}, "later": {"a": 1}}
+    save_model(model, tmp_path / "m.safetensors")
+    read = load_model(tmp_path / "m.safetensors")
+    assert read.licence == "mit\\nlicense: apache-2.0\\x1b[31m"
+    assert read.origin == {
+        "start": {"from": "a\\nb", "licence": "x", "base": "y\\u202ez"},
+        "later": {"a": 1},
+    }
+    save_model(read, tmp_path / "again.safetensors")
+    assert load_model(tmp_path / "again.safetensors").licence == read.licence
 
 
 def test_a_dictionary_that_holds_itself_ends(tmp_path, model):

@@ -51,9 +51,9 @@ def image_of(model, *, more=(0, 0)):
 
 
 @torch.no_grad()
-def difference(model, other, image):
+def difference(model, other, image, *, rule=None):
     """The largest difference of two maps, as a share of their range."""
-    ours, its = model(image), other(image).predicted_depth
+    ours, its = model(image, position_rule=rule), other(image).predicted_depth
     return ((ours - its).abs().max() / (ours.max() - ours.min())).item()
 
 
@@ -87,9 +87,8 @@ def test_transformers_gives_our_map(tmp_path, encoder, settings):
     assert difference(model, other, image_of(model)) < TOLERANCE
     # Off its own square transformers resamples positions by another rule, which can be ours, too.
     assert difference(model, other, image_of(model, more=(2, 5))) > 10 * TOLERANCE
-    model.position_rule = "transformers"
-    assert difference(model, other, image_of(model, more=(2, 5))) < TOLERANCE
-    assert difference(model, other, image_of(model)) < TOLERANCE
+    assert difference(model, other, image_of(model, more=(2, 5)), rule="transformers") < TOLERANCE
+    assert difference(model, other, image_of(model), rule="transformers") < TOLERANCE
 
 
 @SMALL
@@ -294,6 +293,9 @@ def test_config_says_what_the_model_is(folder):
     assert load_model(folder).max_depth is None
     edit(folder / "preprocessor_config.json", size={"height": 392, "width": 392})
     assert load_model(folder).input_size == 392
+    for size in (384, {"shortest_edge": 384}):  # as other versions of transformers write it
+        edit(folder / "preprocessor_config.json", size=size)
+        assert load_model(folder).input_size == 384
     (folder / "preprocessor_config.json").unlink()
     assert load_model(folder).input_size == 70
 
@@ -351,8 +353,23 @@ def test_broken_folders_are_named(folder):
     assert "has a backbone of the type 'vit_small_patch14_dinov2'" in refusal(folder)
     edit(config, backbone_config={"out_indices": ["a"]})
     assert "config.json makes no sense" in refusal(folder)
-    edit(config, backbone_config=backbone, max_depth="far")
-    assert "config.json makes no sense" in refusal(folder)
+    for changes in ({"max_depth": None}, {"max_depth": 20, "depth_estimation_type": "inverse"}):
+        edit(config, backbone_config=backbone, **{"depth_estimation_type": "metric", **changes})
+        assert f"{config} makes no sense" in refusal(folder)
+    edit(config, depth_estimation_type="metric")
+    for value in ("far", True, -20, 0, 1e300, [20]):
+        edit(config, backbone_config=backbone, max_depth=value)
+        assert f"{config} has metadata that make no sense: max_depth={value}" in refusal(folder)
+    for taps in ([1, 2, 3], [1.5, 2, 3, 4], [4, 3, 2, 1], [0, 1, 2, 3], [1, 2, 3, 9999999]):
+        edit(config, backbone_config={**backbone, "out_indices": taps}, max_depth=20)
+        assert f"{config} has metadata that make no sense: taps=" in refusal(folder)
+    edit(config, backbone_config={**backbone, "out_indices": [1, 2, 3, 400]})
+    assert f"{folder}: taps=[0, 1, 2, 399]" in refusal(folder)
+    edit(config, backbone_config=backbone)
+    preprocessor = folder / "preprocessor_config.json"
+    for size in (-5, {"height": 0}, {"shortest_edge": "a"}, {"height": 1e9}, [518]):
+        edit(preprocessor, size=size)
+        assert f"{preprocessor} has metadata that make no sense: input_size=" in refusal(folder)
     edit(config, max_depth=20, model_type="absent")
     assert "is of no type that its config.json names" in refusal(folder)
     config.write_text("[]")

@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 
+from depth_anything.model.arguments import ArgumentError
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import describe, load_model, save_model
 
@@ -133,6 +134,39 @@ def test_official_format_says_what_it_loses(tmp_path, settings, name, advice):
         save_model(DepthAnything("vits", **settings), tmp_path / name, format="official")
 
 
+def test_official_format_says_that_it_loses_the_size(tmp_path, model):
+    model.input_size = 98
+    with pytest.warns(UserWarning, match="input_size=98") as caught:
+        save_model(model, tmp_path / RELATIVE, format="official")
+    assert len(caught) == 1
+
+
+def test_official_format_says_that_it_loses_the_encoder(tmp_path):
+    with pytest.warns(UserWarning, match="encoder=vit_tiny_patch16_224"):
+        save_model(DepthAnything("vit_tiny_patch16_224"), tmp_path / RELATIVE, format="official")
+
+
+def test_official_format_says_that_its_name_is_another_models(tmp_path, model):
+    with pytest.warns(UserWarning, match="name of a metric model"):
+        save_model(model, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
+
+
+def test_a_calibration_goes_where_an_argument_makes_metres(tmp_path, model):
+    """It is for disparity; over depth it would give other metres without a word."""
+    model.calibration = (0.5, 0.25)
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match="max_depth=20 overrides"):
+        read = load_model(tmp_path / "m.safetensors", max_depth=20.0)
+    assert (read.max_depth, read.calibration) == (20.0, None)
+
+
+@pytest.mark.parametrize("max_depth", [0, -5, float("nan"), float("inf"), 1e300])
+def test_impossible_arguments_are_refused(tmp_path, model, max_depth):
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(ArgumentError, match="max_depth="):
+        load_model(tmp_path / "m.safetensors", max_depth=max_depth)
+
+
 def test_official_format_is_silent_where_the_name_says_all(tmp_path):
     metric = DepthAnything("vits", max_depth=20)
     save_model(metric, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
@@ -242,7 +276,8 @@ def test_what_nothing_says_is_warned_of_once_each(tmp_path, model, name):
         read = load_model(tmp_path / name)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
-    assert "taken for V2; version=1 or 2" in messages[0] and "taken for disparity; max_depth=" in messages[1]
+    assert "taken for V2" in messages[0] and "version=1" in messages[0]
+    assert "taken for disparity" in messages[1] and "max_depth=" in messages[1]
     assert all(warning.filename == __file__ for warning in caught)
     assert (read.taps, read.max_depth) == (OFFICIAL_TAPS, None)
 

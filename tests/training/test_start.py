@@ -140,6 +140,14 @@ def labelled(photos, teacher):
     return JoinedRecords(images, open_labels(photos.parent / "labels", images))
 
 
+def test_a_teacher_at_another_size_than_its_own_is_warned_of(tmp_path):
+    save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
+    config = {"teacher": str(tmp_path / "model.safetensors"), "encoder": "vitn", "size": "paper"}
+    assert load_teacher({**config, "image_size": 70}).input_size == 70
+    with pytest.warns(UserWarning, match="image_size=70"):
+        load_teacher({**config, "image_size": 518})
+
+
 def test_a_licence_goes_from_the_set_to_the_card(photos):
     assert shard(photos, "--licence", "CC-BY-4.0") == 0
     images = open_set(photos.parent / "set")
