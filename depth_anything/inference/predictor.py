@@ -46,7 +46,6 @@ class Predictor:
         calibrated: Whether metres come from disparity, by the scale and shift that the model was given.
         farthest: The largest depth possible, metres; None for disparity.
         input_size: What the shorter side of an image becomes, pixels.
-        position_rule: How the position embedding is fitted to other sizes, as `DepthAnything.forward` takes it.
     """
 
     def __init__(
@@ -85,10 +84,10 @@ class Predictor:
             raise ArgumentError(
                 Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPARE)}"
             )
-        # A timm ViT has one rule of its own, which "official" leaves as it is.
-        self.position_rule = model.position_rule if resample == "official" else resample
+        # Given to each call, as other threads may run the same model by another rule. A timm ViT has one of its own.
+        self._rule = {} if resample == "official" else {"position_rule": resample}
         try:
-            model.check_position_rule(self.position_rule)
+            model.check_position_rule(self._rule.get("position_rule", model.position_rule))
         except ValueError as error:
             raise ArgumentError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
         size = model.input_size if input_size is None else input_size
@@ -206,7 +205,7 @@ class Predictor:
             autocast = torch.autocast(self.device.type, dtype=dtype)
         with autocast:
             image = torch.from_numpy(batch).to(self.device, next(self.model.parameters()).dtype)
-            output = self.model(image, position_rule=self.position_rule).float()
+            output = self.model(image, **self._rule).float()
         # Resizing, calibration and tiles would hide a single infinity: the whole map becomes NaN instead.
         sound = output.isfinite().flatten(1).all(dim=1)
         return output.where(sound[:, None, None], torch.nan)

@@ -229,7 +229,7 @@ def test_no_resize_leaves_the_range_of_bytes(resample):
     edges[:, 6:] = 255
     seen = []
     predictor = Predictor(model, device="cpu", input_size=56, resample=resample)
-    model.forward = lambda image: seen.append(image) or image[:, 0]  # the map is the image itself
+    model.forward = lambda image, **rule: seen.append(image) or image[:, 0]  # the map is the image itself
     map = predictor.predict(edges)
     assert map[:, :4].max() < -1.5 and map[:, 8:].min() > 1.5
     painted = colorize(map, colormap="gray").astype(int)
