@@ -14,6 +14,7 @@ from depth_anything.cli.options import (
     counted,
     whole,
 )
+from depth_anything.data.address import printable
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -174,8 +175,8 @@ def _loader(data: "StreamDataset", workers: int, options: argparse.Namespace) ->
 
 def _tell(figures: dict[str, Any], options: argparse.Namespace, cores: int) -> None:
     print(
-        f"{options.set}: {figures['records']:,} records, of the image {figures['image_bytes'] / 1e3:.0f} kB, "
-        f"of the label {figures['label_bytes'] / 1e3:.0f} kB"
+        f"{printable(options.set)}: {figures['records']:,} records, of the image "
+        f"{figures['image_bytes'] / 1e3:.0f} kB, of the label {figures['label_bytes'] / 1e3:.0f} kB"
     )
     print("\nA sample, milliseconds of one core; beside it the bare work on the same bytes, done whole")
     for row in figures["stages"]:
@@ -198,4 +199,4 @@ def _tell(figures: dict[str, Any], options: argparse.Namespace, cores: int) -> N
         )
         print(f"    {row['student']}: {rates} images/s, {need} cores")
     if options.json:
-        print(f"\nwritten: {options.json}")
+        print(f"\nwritten: {printable(options.json)}")

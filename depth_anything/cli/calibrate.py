@@ -154,4 +154,4 @@ def _tell(
                 alone = fit_points(values[image], [point.metres for point in points], threshold=threshold)
                 print(f"{printable(image)} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
             except ValueError as error:
-                print(f"{printable(image)} alone: {error}")
+                print(f"{printable(image)} alone: {printable(error)}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import add_command, check_output
 from depth_anything.cli.shards import add_sky, add_writing, print_written, writing
+from depth_anything.data.address import printable
 
 if TYPE_CHECKING:
     from depth_anything.data.sources.custom import Custom
@@ -65,12 +66,12 @@ def _check(custom: "Custom", output: Path) -> None:
     told = [*found.lines, f"taken:      {found.taken}"]
     refused = [f"not taken:  {name}: {reason}" for name, reason in found.refused]
     write_atomically(text_file, "\n".join([*told, *doubts, *refused, ""]).encode())
-    print("\n".join([*told, *refused[:SHOWN]]))
+    print("\n".join(map(printable, [*told, *refused[:SHOWN]])))
     if refused[SHOWN:]:
-        print(f"not taken:  {len(refused) - SHOWN} more, see {output / 'check.txt'}")
-    print(f"drawn:      {output / 'check.png'}", flush=True)
+        print(f"not taken:  {len(refused) - SHOWN} more, see {printable(output / 'check.txt')}")
+    print(f"drawn:      {printable(output / 'check.png')}", flush=True)
     for doubt in doubts:
-        print(doubt, file=sys.stderr)
+        print(printable(doubt), file=sys.stderr)
 
 
 def _is_earlier(text_file: Path) -> bool:

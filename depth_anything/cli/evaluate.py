@@ -27,6 +27,7 @@ from depth_anything.cli.options import (
     watch,
     whole,
 )
+from depth_anything.data.address import printable
 
 if TYPE_CHECKING:
     from depth_anything.evaluation.benchmarks.da2k import Score
@@ -115,7 +116,7 @@ def add_evaluate(commands: Any) -> None:
     add_version(evaluate)
     evaluate.add_argument(
         "--weights-max-depth",
-        type=float,
+        type=real("--weights-max-depth", most=MOST_METRES, unit="metres"),
         metavar="M",
         help="metres of a metric model whose file does not say it",
     )
@@ -312,7 +313,7 @@ def _conclude(
         if options.compare and len(through) + len(points) > 1:
             print(f"\n{format_overview(through, points, cautions=cautions)}")
     for sentence in missing:
-        print(f"depth-anything evaluate: {sentence}", file=sys.stderr)
+        print(f"depth-anything evaluate: {printable(sentence)}", file=sys.stderr)
     return 1 if missing else 0
 
 
@@ -348,7 +349,7 @@ def _write(
     beside = options.compare and bool(figures)
     if beside:
         text = (folder / "table.txt").read_text(encoding="utf-8").rstrip("\n")
-    print(f"{text}\nreport: {page}")
+    print(f"{text}\nreport: {printable(page)}")
     if options.compare and not beside:
         whose = "a set of one's own" if options.data else "it"
         print(f"{trial.name}: nothing is published on {whose} that could stand beside this")
@@ -435,6 +436,7 @@ def names_of(paths: Sequence[str], *, flag: str = "--weights") -> dict[str, Path
                 if file.is_file()
                 else file.name
             )
+        name = printable(name)  # tables have it
         if name in named:
             raise ValueError(
                 f"two models are called {name!r}: name them, as in {flag} a={named[name]} b={path}"

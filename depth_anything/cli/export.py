@@ -8,6 +8,9 @@ from typing import Any
 from depth_anything.cli.options import add_command, add_weights, check_output, files_of, load
 from depth_anything.data.address import printable
 
+_FOLDER = "path/to/this/folder"
+"""What the card of a transformers folder calls it."""
+
 _CARD = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}")
 
 
@@ -37,8 +40,11 @@ def _export(options: argparse.Namespace) -> None:
     from depth_anything.export import export_model, format_checks
 
     output = Path(options.output)
+    is_folder = output.is_dir()
     check_output(
-        _inside(output) if output.is_dir() else [output], own=_is_export, inputs=files_of(options.weights)
+        _inside(output) if is_folder else [output],
+        own=lambda path: _is_export(path, name=_FOLDER if is_folder else path.name),
+        inputs=files_of(options.weights),
     )
     model, facts = load(
         options.weights,
@@ -56,11 +62,10 @@ def _export(options: argparse.Namespace) -> None:
 
 def _inside(folder: Path) -> list[Path]:
     """List the files of a transformers folder that exporting writes anew."""
-    names = ("config.json", "model.safetensors", "preprocessor_config.json")
-    return [folder / name for name in names] if folder.is_dir() else []
+    return [folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json")]
 
 
-def _is_export(path: Path) -> bool:
+def _is_export(path: Path, *, name: str) -> bool:
     """Tell what exporting wrote, by the card beside it or the report of a program; never a training run's model."""
     folder = path.parent
     if (folder / "config.yaml").exists():
@@ -70,6 +75,6 @@ def _is_export(path: Path) -> bool:
             of = _CARD.search(card.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if of and of[1] in (path.name, folder.name):
+        if of and of[1] == name:
             return True
     return (folder / f"{path.name}.json").exists()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from depth_anything.data.address import printable
+
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
     from depth_anything.inference.predictor import Predictor
@@ -324,6 +326,7 @@ def describe_values(predictor: "Predictor") -> str:
 
 def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
     """Show how far a pass has come on standard error: a bar on a terminal, else a line every half minute."""
+    what = printable(what)
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -267,8 +267,8 @@ def print_written(made: "ShardSet | None", options: argparse.Namespace) -> None:
     if made is None:
         k, n = options.part
         print(
-            f"part {k} of {n} is written; {options.output} is finished when all are. Where parts share this folder the "
-            "last one finishes it, else bring them together:  depth-anything merge OUT FOLDER FOLDER …"
+            f"part {k} of {n} is written; {printable(options.output)} is finished when all are. Where parts share this "
+            "folder the last one finishes it, else bring them together:  depth-anything merge OUT FOLDER FOLDER …"
         )
         return
     print_set(made)
@@ -277,9 +277,11 @@ def print_written(made: "ShardSet | None", options: argparse.Namespace) -> None:
         reasons = sorted(skipped["reasons"].items(), key=lambda row: -row[1])
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons[:3])
         more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-        print(f"not taken:  {skipped['count']} ({told}{more}): see {made.root}/*.skipped.json")
+        print(
+            f"not taken:  {skipped['count']} ({printable(told)}{more}): see {printable(made.root)}/*.skipped.json"
+        )
     for what, count in made.meta.get("left_out", {}).items():
-        print(f"passed over: {count} {what}")
+        print(f"passed over: {count} {printable(what)}")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -313,8 +315,8 @@ def _verify(options: argparse.Namespace) -> int:
             tick=progress.update,
         )
     for problem in problems:
-        print(problem)
-    name = told(options.set)
+        print(printable(problem))
+    name = printable(told(options.set))
     print(f"{name}: {len(problems)} problems" if problems else f"{name}: sound")
     return 1 if problems else 0
 
@@ -337,7 +339,7 @@ def _view(options: argparse.Namespace) -> None:
 
     def told() -> "Iterator[Frame]":
         for frame in read_frames(records, limit=options.count):
-            print("  ".join(describe(frame)))
+            print("  ".join(map(printable, describe(frame))))
             yield frame
 
     save_picture(contact_sheet(told()), picture, made_by=_MADE_BY)
@@ -349,4 +351,4 @@ def print_set(shard_set: "ShardSet") -> None:
     from depth_anything.evaluation.sets import describe_set
 
     for name, value in describe_set(shard_set).items():
-        print(f"{name + ':':<10} {value}")
+        print(f"{name + ':':<10} {printable(value)}")

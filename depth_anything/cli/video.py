@@ -11,6 +11,7 @@ from depth_anything.cli.evaluate import names_of
 from depth_anything.cli.options import (
     FLAGS,
     MOST_BATCH,
+    MOST_METRES,
     WEIGHTS,
     add_command,
     add_network,
@@ -99,7 +100,7 @@ def _add_page(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--max-depth",
         dest="weights_max_depth",
-        type=float,
+        type=real("--max-depth", most=MOST_METRES, unit="metres"),
         metavar="M",
         help="metres of a metric model whose file does not say it",
     )

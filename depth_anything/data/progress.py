@@ -4,6 +4,8 @@ import sys
 import time
 from types import TracebackType
 
+from depth_anything.data.address import printable
+
 QUIET_S = 30.0
 """Seconds between lines where there is no terminal."""
 
@@ -19,13 +21,13 @@ class Progress:
             total: of all units; None where nobody knows.
             unit: in the singular.
         """
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.what, self.total, self.unit, self.done = printable(what), total, unit, 0
         self._begin = self._said = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=what, total=total, unit=f" {unit}s", leave=False)
+            self._bar = tqdm(desc=self.what, total=total, unit=f" {unit}s", leave=False)
 
     def __enter__(self) -> "Progress":
         """Return itself."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from depth_anything.data import codec as map_codec
 from depth_anything.data.headers import MAX_PIXELS, ImageCost, check_cost, cost_of, image_cost, open_image
+from depth_anything.preprocess import show_on_white
 
 __all__ = [
     "MAX_PIXELS",
@@ -31,7 +32,6 @@ __all__ = [
     "make_target",
     "target_field",
 ]
-from depth_anything.preprocess import show_on_white
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")

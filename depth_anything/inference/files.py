@@ -246,7 +246,7 @@ def _maps_of(
         return
     for image, map_ in zip(batch, maps, strict=True):
         try:
-            check_numbers(map_, "it", precision=predictor.precision)
+            check_numbers(map_, image.name, precision=predictor.precision)
         except ValueError as error:
             outcome.fail(image.name, error)
             continue

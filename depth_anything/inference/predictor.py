@@ -250,8 +250,8 @@ def check_numbers(map: np.ndarray, name: str, *, precision: str) -> None:
         return
     way_out = "try --precision fp32"
     if precision == "fp32":
-        way_out = "its weights are damaged or its training diverged, take an earlier checkpoint"
-    raise ValueError(f"the network gives no numbers (NaN or infinity) for {name}: {way_out}")
+        way_out = "it ran with --precision fp32, so its weights are damaged or its training diverged"
+    raise ValueError(f"the network gives no numbers for {name} (NaN or infinity); {way_out}")
 
 
 def _device(name: str, model: DepthAnything) -> torch.device:
