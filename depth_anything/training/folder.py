@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from depth_anything.data.address import without_secrets
 from depth_anything.data.tars import remove_stale, write_atomically
 from depth_anything.training.resume import check_other, check_own, differences
 
@@ -102,9 +103,14 @@ class RunFolder:
     Beside it best.safetensors, the best network of its validations, and best.json, which says how good and of when.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name a folder; nothing is created yet."""
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, typed: Collection[str] = ()) -> None:
+        """Name a folder; nothing is created yet.
+
+        Args:
+            path: Of the folder.
+            typed: Dotted keys that were typed on the command line.
+        """
+        self.path, self.typed = Path(path), typed
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
@@ -112,16 +118,11 @@ class RunFolder:
         self.best, self.best_note = self.path / "best.safetensors", self.path / "best.json"
         self.lock = Lock(self.path)
 
-    def begin(self, config: Mapping[str, Any], *, main: bool, typed: Collection[str] = ()) -> Path | None:
+    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
         In this order: the folder's newest complete checkpoint, then `resume=`, then none, which leaves the
         weights to `init=`.
-
-        Args:
-            config: The composed config, plain values.
-            main: Whether this is the main rank.
-            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: As `claim`; or if `resume=` is no file, or the main rank gave no sign for two minutes.
@@ -129,10 +130,10 @@ class RunFolder:
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
-            self.claim(config, typed=typed)
+            self.claim(config)
             checkpoint = self.newest_checkpoint() or config["resume"]
             if checkpoint is not None and checkpoint == config["resume"]:
-                self._note(check_other(Path(checkpoint), config, typed=typed))
+                self._note(check_other(Path(checkpoint), config, typed=self.typed))
             write_atomically(
                 decision,
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
@@ -178,9 +179,7 @@ class RunFolder:
         figure = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
-    def claim(
-        self, config: Mapping[str, Any], *, exclusive: bool = True, typed: Collection[str] = ()
-    ) -> None:
+    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
 
         Args:
@@ -188,7 +187,6 @@ class RunFolder:
                 first; after a requeue it is ignored.
             exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
                 may do and whose label sets say themselves what made them, passes False.
-            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: If another process writes to it or the saved config is another run's.
@@ -200,11 +198,12 @@ class RunFolder:
                 self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-            self.compare(config, typed=typed)
+            self.compare(config)
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
         remove_stale(self.path)
-        write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        text = yaml.safe_dump(without_secrets(config), sort_keys=False)
+        write_atomically(self.config, text.encode())
 
     def _move_away(self) -> None:
         number = 1
@@ -213,14 +212,11 @@ class RunFolder:
         os.rename(self.path, old)
         self.lock.release()
 
-    def compare(
-        self, config: Mapping[str, Any], *, typed: Collection[str] = (), note: bool = True
-    ) -> list[str]:
+    def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
         """Hold a config against the one of the run, if the folder has trained any step.
 
         Args:
             config: The composed config, plain values.
-            typed: Dotted keys that were typed on the command line.
             note: Write down and print what is changed on purpose.
 
         Returns:
@@ -234,7 +230,7 @@ class RunFolder:
             return []
         old = yaml.safe_load(self.config.read_text()) or {}
         finished = self.finished(config["steps"])
-        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=typed)
+        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=self.typed)
         if note:
             self._note(changes)
         return changes

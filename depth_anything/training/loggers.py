@@ -4,10 +4,13 @@ import csv
 import io
 import netrc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
+
+from depth_anything.data.address import told
 
 
 class MetricsCSV(Logger):
@@ -110,4 +113,20 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
         known = False
     offline = not (known or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, name=name, id=name, resume="allow", save_dir=folder, offline=offline)
+    return WandbLogger(
+        project=project,
+        name=name,
+        id=name,
+        resume="allow",
+        save_dir=folder,
+        offline=offline,
+        **_without_typed(),
+    )
+
+
+def _without_typed() -> dict[str, Any]:
+    """Have Weights & Biases store no metadata where what was typed, which belongs to it, has a secret."""
+    import wandb
+
+    typed = " ".join(sys.argv)
+    return {"settings": wandb.Settings(x_disable_meta=True)} if told(typed) != typed else {}

@@ -18,12 +18,14 @@ from depth_anything.training.dry_run import print_plan
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import keys_typed
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
 def main(cfg: DictConfig) -> None:
     """Run a stage; what the user can mend ends in one sentence and exit code 1."""
+    redact_hydra_files()
     try:
         config = resolve_config(cfg)
         if config["dry_run"]:
@@ -34,6 +36,8 @@ def main(cfg: DictConfig) -> None:
             fit(config)
     except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
         sys.exit(f"error: {plan.as_typed(plan.one_sentence(error), sys.argv[1:])}")
+    except Exception as error:  # a fault of ours; Hydra would print what was typed, passwords and all
+        sys.exit(redact_traceback(error))
 
 
 def build_trainer(
@@ -46,12 +50,12 @@ def build_trainer(
 
 def fit(config: dict[str, Any]) -> None:
     """Train, or go on training, and leave model.safetensors in the run folder."""
-    folder, steps = RunFolder(config["run_dir"]), config["steps"]
+    folder, steps = RunFolder(config["run_dir"], typed=keys_typed(sys.argv[1:])), config["steps"]
     callbacks = fit_callbacks(config, folder)
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
-    checkpoint = folder.begin(config, main=trainer.is_global_zero, typed=keys_typed(sys.argv[1:]))
+    checkpoint = folder.begin(config, main=trainer.is_global_zero)
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return
