@@ -40,8 +40,7 @@ def _stats(options: argparse.Namespace) -> int:
     check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
     shard_set = open_set(options.set)
     stats = gather(shard_set, sample=options.count)
-    print("
-".join(map(printable, told(shard_set, stats))))
+    print("\n".join(map(printable, told(shard_set, stats))))
     save_picture(draw(shard_set, stats), picture, made_by=_MADE_BY)
     print(f"drawn:      {printable(options.output)}")
     return 1 if stats.bad else 0

@@ -6,13 +6,21 @@ it; messages do not, and `told` takes it out of them.
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
-_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@")
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#<>]*@")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#\"'<>]*)[?#][^\s\"'<>]*[^\s\"'<>:;,.)]")
 _TURNING = frozenset(
     "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )  # direction of writing
+# A query without its scheme and host, as HTTP libraries quote it, and a header.
+_PARAMETER = re.compile(
+    r"(?i)([?&;](?:x-(?:amz|goog|ms)-[\w-]+|awsaccesskeyid|signature|sig|se|sp|sv|policy|key-pair-id|expires"
+    r"|[\w-]*(?:token|secret|password|passwd|key|auth|credential)s?)=)(?!\*\*\*)[^\s&;\"'<>]+"
+)
+_HEADER = re.compile(r"(?i)\b((?:proxy-)?authorization\W{1,4}(?:bearer|basic|token)?\s*)[^\s\"',;)}\]]+")
 _FILE = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
 
 
@@ -57,12 +65,35 @@ def told(text: str) -> str:
         >>> told("pipe:curl -H 'Authorization: x' https://host/a.tar cannot be read")
         'pipe:… a.tar cannot be read'
     """
+    if "\n" in text:
+        return "\n".join(map(told, text.split("\n")))
     head, *commands = text.split("pipe:")
     for command in commands:  # nobody can tell which of its words are secret
         names = list(_FILE.finditer(command))
         head += f"pipe:… {command[names[-1].start() :]}" if names else "pipe:…"
-    text = head
-    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+    text = _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", head))
+    return _HEADER.sub(r"\1***", _PARAMETER.sub(r"\1***", text))
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a plain value, as a config, with every text in it as `told` gives it."""
+    if isinstance(value, str):
+        return told(value)
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+def same_place(address: str) -> str:
+    """Reduce an address to where it leads, whoever asks and until when: without user, password and query.
+
+    Example:
+        >>> same_place("https://me:word@host/set?signature=x")
+        'https://host/set'
+    """
+    return told(address).replace("***@", "").removesuffix("?***")
 
 
 def printable(text: object) -> str:

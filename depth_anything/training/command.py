@@ -1,6 +1,8 @@
 """The command line of train.py: the help page, checks of what was typed, and Hydra's errors in one sentence each."""
 
+import contextlib
 import difflib
+import io
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from depth_anything.data.address import told
 from depth_anything.training.check_config import SYNONYMS, advise, find_key, known_keys
 from depth_anything.training.config import STAGES, to_typed
+from depth_anything.training.redact import hide_secrets
 
 GROUPS = ("stage", "sources", "trainer", "logger", "size", "experiment")
 HELP = """python train.py stage=STAGE [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -59,6 +62,7 @@ def run_command(configs: Path) -> None:
     Args:
         configs: The folder of the config files.
     """
+    hide_secrets()
     if "--version" in sys.argv[1:]:
         print(f"depth-anything-train {version('depth-anything-train')}, Hydra {hydra.__version__}")
         return
@@ -82,8 +86,11 @@ def run_command(configs: Path) -> None:
     from depth_anything.training.run import main  # imports torch, which a wrong key need not wait for
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises, and does not print its own advice
+    shown = io.StringIO()
     try:
-        hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
+        with contextlib.redirect_stdout(shown) if flags.cfg else contextlib.nullcontext():
+            hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
+        print(told(shown.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {told(explain(error, flags.overrides))}")
 

@@ -168,11 +168,11 @@ def _open(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection
 
 def _check_run(config: Mapping[str, Any], typed: Collection[str]) -> None:
     """Hold the run folder, the checkpoint and the starting weights against the config, as the run would."""
-    folder = RunFolder(config["run_dir"])
+    folder = RunFolder(config["run_dir"], typed=typed)
     if config["stage"] == "pseudolabel":
         return
     if not config["overwrite"]:
-        folder.compare(config, typed=typed, note=False)
+        folder.compare(config, note=False)
         if folder.finished(config["steps"]):
             print(f"run         {folder.path} is finished, and the command would do nothing")
     if config["resume"] and (config["overwrite"] or folder.newest_checkpoint() is None):

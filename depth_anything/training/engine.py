@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -114,28 +114,16 @@ def connect_ranks(trainer: pl.Trainer) -> None:
     trainer.strategy.setup_environment()
 
 
-def begin_run(
-    trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any], *, typed: Collection[str] = ()
-) -> Path | None:
+def begin_run(trainer: pl.Trainer, folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint that every rank goes on from.
-
-    Args:
-        trainer: Of the run.
-        folder: Of the run.
-        config: The composed config, plain values.
-        typed: Dotted keys that were typed on the command line.
 
     Raises:
         ValueError: On all ranks, with rank 0's sentence.
     """
     connect_ranks(trainer)
     if not dist.is_initialized():
-        return folder.begin(config, main=trainer.is_global_zero, typed=typed)
-
-    def begin() -> Path | None:
-        return folder.begin(config, main=True, typed=typed) if trainer.is_global_zero else None
-
-    return on_all_ranks(begin)[0]
+        return folder.begin(config, main=trainer.is_global_zero)
+    return on_all_ranks(lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
 
 
 def on_all_ranks(work: Callable[[], T]) -> list[T]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from depth_anything.data.address import without_secrets
 from depth_anything.data.liveness import Watch, file_system_time, is_alive
 from depth_anything.data.tars import remove_stale, write_atomically
 from depth_anything.model.integrity import damage_of
@@ -140,9 +141,14 @@ class RunFolder:
     Beside it best.safetensors, the best network of its validations, and best.json, which says how good and of when.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name a folder; nothing is created yet."""
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, typed: Collection[str] = ()) -> None:
+        """Name a folder; nothing is created yet.
+
+        Args:
+            path: Of the folder.
+            typed: Dotted keys that were typed on the command line.
+        """
+        self.path, self.typed = Path(path), typed
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
@@ -151,16 +157,11 @@ class RunFolder:
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = Lock(self.path)
 
-    def begin(self, config: Mapping[str, Any], *, main: bool, typed: Collection[str] = ()) -> Path | None:
+    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
         In this order: the folder's newest undamaged checkpoint, then `resume=`, then none, which leaves the
         weights to `init=`. Damaged checkpoints are renamed to *.damaged and named on standard error.
-
-        Args:
-            config: The composed config, plain values.
-            main: Whether this is the main rank.
-            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: As `claim`; or if `resume=` is no checkpoint or damaged, or the main rank gave no sign for two
@@ -170,10 +171,10 @@ class RunFolder:
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
-            self.claim(config, typed=typed)
+            self.claim(config)
             checkpoint = self._starting_checkpoint(config)
             if checkpoint is not None and checkpoint.parent != self.checkpoints:
-                self._note(check_other(checkpoint, config, typed=typed))
+                self._note(check_other(checkpoint, config, typed=self.typed))
             write_atomically(
                 decision,
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
@@ -219,9 +220,7 @@ class RunFolder:
         figure = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
-    def claim(
-        self, config: Mapping[str, Any], *, exclusive: bool = True, typed: Collection[str] = ()
-    ) -> None:
+    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
 
         Args:
@@ -229,7 +228,6 @@ class RunFolder:
                 first; after a requeue it is ignored.
             exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
                 may do and whose label sets say themselves what made them, passes False.
-            typed: Dotted keys that were typed on the command line.
 
         Raises:
             ValueError: If another process writes to it, the saved config is another run's, or the run was trained
@@ -242,13 +240,14 @@ class RunFolder:
                 self._move_away()
                 self.lock = Lock(self.path)
                 self.lock.acquire()
-            self.compare(config, typed=typed)
+            self.compare(config)
             if config["resume"] is None and not self.finished(config["steps"]):
                 self._refuse_lost_progress()
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
         remove_stale(self.path)
-        write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        text = yaml.safe_dump(without_secrets(config), sort_keys=False)
+        write_atomically(self.config, text.encode())
 
     def _move_away(self) -> None:
         number = 1
@@ -257,14 +256,11 @@ class RunFolder:
         os.rename(self.path, old)
         self.lock.release()
 
-    def compare(
-        self, config: Mapping[str, Any], *, typed: Collection[str] = (), note: bool = True
-    ) -> list[str]:
+    def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
         """Hold a config against the one of the run, if the folder has trained any step.
 
         Args:
             config: The composed config, plain values.
-            typed: Dotted keys that were typed on the command line.
             note: Write down and print what is changed on purpose.
 
         Returns:
@@ -278,7 +274,7 @@ class RunFolder:
             return []
         old = yaml.safe_load(self.config.read_text()) or {}
         finished = self.finished(config["steps"])
-        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=typed)
+        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=self.typed)
         if note:
             self._note(changes)
         return changes

@@ -19,6 +19,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
+from depth_anything.data.address import told
 from depth_anything.data.tars import write_atomically
 from depth_anything.disk import named_write_errors
 
@@ -329,5 +330,19 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
     offline = not (known or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
     return OfflineWandbLogger(
-        project=project, name=name[:128], id=legal_id(name), resume="allow", save_dir=folder, offline=offline
+        project=project,
+        name=name[:128],
+        id=legal_id(name),
+        resume="allow",
+        save_dir=folder,
+        offline=offline,
+        **_without_typed(),
     )
+
+
+def _without_typed() -> dict[str, Any]:
+    """Have Weights & Biases store no metadata where what was typed, which belongs to it, has a secret."""
+    import wandb
+
+    typed = " ".join(sys.argv)
+    return {"settings": wandb.Settings(x_disable_meta=True)} if told(typed) != typed else {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from depth_anything.data.address import told
+from depth_anything.data.address import same_place
 from depth_anything.training.check_config import find_default, find_key
 from depth_anything.training.config import CHANGE, ECHO, FREE, SAME, START, to_typed
 from depth_anything.training.plan import override
@@ -21,13 +21,13 @@ TOLD_BY_CHECKPOINT = ("stage", "encoder", "max_depth", "image_size", "batch_size
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into dotted keys, and take the secrets out of addresses."""
+    """Turn nested mappings into dotted keys, and addresses into what `same_place` leaves of them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value and key not in WHOLE:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = told(value) if isinstance(value, str) else value
+            flat[f"{prefix}{key}"] = same_place(value) if isinstance(value, str) else value
     return flat
 
 

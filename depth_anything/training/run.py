@@ -18,6 +18,7 @@ from depth_anything.training.dry_run import print_plan
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV, SafeLogger
+from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import keys_typed
 from depth_anything.training.signals import signals
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
@@ -26,6 +27,7 @@ from depth_anything.training.start import credited, load_teacher, multiple_of, n
 def main(cfg: DictConfig) -> None:
     """Run a stage; what the user can mend ends in one sentence and exit code 1."""
     signals.listen()
+    redact_hydra_files()
     try:
         config = resolve_config(cfg)
         if config["dry_run"]:
@@ -36,6 +38,8 @@ def main(cfg: DictConfig) -> None:
             fit(config)
     except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
         sys.exit(f"error: {plan.as_typed(plan.one_sentence(error), sys.argv[1:])}")
+    except Exception as error:  # a fault of ours; Hydra would print what was typed, passwords and all
+        sys.exit(redact_traceback(error))
 
 
 def build_trainer(
@@ -48,12 +52,12 @@ def build_trainer(
 
 def fit(config: dict[str, Any]) -> None:
     """Train, or go on training, and leave model.safetensors in the run folder."""
-    folder, steps = RunFolder(config["run_dir"]), config["steps"]
+    folder, steps = RunFolder(config["run_dir"], typed=keys_typed(sys.argv[1:])), config["steps"]
     callbacks = fit_callbacks(config, folder)
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
-    checkpoint = engine.begin_run(trainer, folder, config, typed=keys_typed(sys.argv[1:]))
+    checkpoint = engine.begin_run(trainer, folder, config)
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.told_best()}")
         return

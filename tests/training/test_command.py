@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from depth_anything.training import command
 from depth_anything.training.command import check_overrides, explain, help_page, run_command
 from depth_anything.training.config import STAGES
 
@@ -83,6 +84,7 @@ def test_what_has_a_meaning_passes(typed: str) -> None:
 def test_keys_with_dashes_are_named_without(
     typed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(command, "hide_secrets", lambda: None)  # for the whole process
     monkeypatch.setattr(sys, "argv", ["train.py", "stage=teacher", *typed])
     with pytest.raises(SystemExit) as end:
         run_command(CONFIGS)
@@ -112,6 +114,7 @@ def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> 
 def test_flags_need_no_stage(
     flag: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(command, "hide_secrets", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", flag])
     run_command(CONFIGS)
     assert word in capsys.readouterr().out

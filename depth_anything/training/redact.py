@@ -1,0 +1,61 @@
+"""Keep the secrets of addresses out of tracebacks, warnings, log records and the files that Hydra writes."""
+
+import logging
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from depth_anything.data.address import told
+
+
+def redact_traceback(error: BaseException) -> str:
+    """Format an error and its causes as Python does, without secrets."""
+    return told("".join(traceback.format_exception(error)))
+
+
+def hide_secrets() -> None:
+    """Redact what Python prints by itself: uncaught errors of any thread, warnings, and log records."""
+    sys.excepthook = lambda kind, error, trace: print(redact_traceback(error), end="", file=sys.stderr)
+    threading.excepthook = lambda lost: print(
+        redact_traceback(lost.exc_value or lost.exc_type()), end="", file=sys.stderr
+    )
+    plain = warnings.formatwarning
+    if plain.__name__ != "redacted":
+
+        def redacted(*arguments: Any, **keywords: Any) -> str:
+            return told(plain(*arguments, **keywords))
+
+        warnings.formatwarning = redacted
+        make = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(lambda *a, **k: _redact_record(make(*a, **k)))
+
+
+def _redact_record(record: logging.LogRecord) -> logging.LogRecord:
+    text = record.getMessage()
+    if told(text) != text:
+        record.msg, record.args = told(text), ()
+    if record.exc_info and record.exc_info[1] is not None:
+        record.exc_text = redact_traceback(record.exc_info[1]).rstrip("\n")
+    return record
+
+
+def redact_hydra_files() -> None:
+    """Redact the config and the overrides where hydra.output_subdir or a sweep has Hydra write them."""
+    if not HydraConfig.initialized():
+        return
+    hydra = HydraConfig.get()
+    files = (
+        [Path(hydra.sweep.dir) / "multirun.yaml"]
+        if hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+        else []
+    )
+    if hydra.output_subdir is not None:
+        files += (Path(hydra.runtime.output_dir) / hydra.output_subdir).glob("*.yaml")
+    for file in files:
+        if file.is_file() and (text := file.read_text()) != told(text):
+            file.write_text(told(text))

@@ -1,0 +1,183 @@
+"""Passwords, tokens and signatures of addresses are neither printed nor kept, and no part of what a run is."""
+
+import logging
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from depth_anything.data.address import told, without_secrets
+from depth_anything.training import command, run
+from depth_anything.training.check_config import resolve_config
+from depth_anything.training.folder import RunFolder
+from depth_anything.training.loggers import wandb_logger
+from depth_anything.training.redact import hide_secrets, redact_traceback
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ADDRESS = "https://alice:PASSWORD@host.example/own?X-Amz-Signature=SIGNATURE&token=TOKEN"
+SECRETS = ("PASSWORD", "SIGNATURE", "TOKEN", "alice")
+
+
+def clean(text: str) -> bool:
+    return not any(secret in text for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ADDRESS,
+        f"['stage=teacher', 'photos=\"{ADDRESS}\"']",
+        f"{{'own': '{ADDRESS}'}}",
+        "https://alice:PASS'PASSWORD@host/x",
+        "s3://alice:PASSWORD@bucket/set",
+        "Max retries exceeded with url: /own/manifest.json?X-Amz-Signature=SIGNATURE&X-Amz-Date=1",
+        "GET /own/0.tar?sig=SIGNATURE HTTP/1.1",
+        "/set?a=1&access_token=TOKEN",
+        "headers {'Authorization': 'Bearer TOKEN'}",
+        "Authorization: Basic TOKEN",
+        "pipe:curl -H 'Authorization: Bearer TOKEN' https://host/{}",
+        "pipe:aws --token TOKEN s3 cp s3://b/0.tar -",
+        f"line one\npipe:curl -u alice:PASSWORD\n{ADDRESS}",
+    ],
+)
+def test_no_form_of_an_address_tells_its_secrets(text: str) -> None:
+    assert clean(told(text)) and told(told(text)) == told(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://host/a.tar", "keys=3 token count", "user@host", "a?b=1", "recipe.head_lr=1e-4", "line\n  line"],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert told(text) == text
+
+
+def test_lines_after_a_command_stay() -> None:
+    assert told("pipe:cat SECRET\nValueError: bad").endswith("\nValueError: bad")
+
+
+def test_a_config_keeps_its_shape() -> None:
+    config = {"a": {"b": [ADDRESS, 1, None]}, "c": True, "d": 0.5}
+    assert without_secrets(config) == {"a": {"b": [told(ADDRESS), 1, None]}, "c": True, "d": 0.5}
+
+
+def resolved(address: str, *typed: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return resolve_config(
+            compose("train", ["stage=teacher", "sources=own", f"photos='{address}'", *typed])
+        )
+
+
+def begun(tmp_path: Path, address: str) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(resolved(address))
+    folder.lock.release()
+    folder.checkpoints.mkdir()
+    torch.save({"global_step": 1}, folder.checkpoints / "step-000000001.ckpt")
+    return folder
+
+
+def test_the_run_folder_keeps_no_secret(tmp_path: Path) -> None:
+    folder = begun(tmp_path, ADDRESS)
+    for file in folder.path.rglob("*"):
+        assert file.is_dir() or clean(file.read_bytes().decode(errors="replace")), file
+    assert "host.example/own" in folder.config.read_text()
+
+
+@pytest.mark.parametrize(
+    "renewed",
+    [
+        "https://alice:PASSWORD@host.example/own?X-Amz-Signature=ANOTHER&token=NEW",
+        "https://bob:OTHER@host.example/own",
+        "https://host.example/own",
+    ],
+)
+def test_a_renewed_signature_or_password_is_the_same_run(tmp_path: Path, renewed: str) -> None:
+    folder = begun(tmp_path, ADDRESS)
+    assert folder.compare(resolved(renewed)) == []
+    folder.config.write_text(yaml.safe_dump(resolved(ADDRESS)))  # as it was written before, secrets and all
+    assert folder.compare(resolved(renewed)) == []
+
+
+def test_another_place_is_another_run(tmp_path: Path) -> None:
+    folder = begun(tmp_path, ADDRESS)
+    with pytest.raises(ValueError, match="photos|sources|data.sets") as caught:
+        folder.compare(resolved(ADDRESS.replace("host.example", "elsewhere.example")))
+    assert clean(str(caught.value))
+
+
+def test_tracebacks_of_all_threads_warnings_and_logs_are_redacted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in ((sys, "excepthook"), (threading, "excepthook"), (warnings, "formatwarning")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    factory = logging.getLogRecordFactory()
+    hide_secrets()
+    try:
+        try:
+            raise KeyError(ADDRESS) from OSError(f"cause: {ADDRESS}")
+        except KeyError as error:
+            assert clean(redact_traceback(error)) and "OSError" in redact_traceback(error)
+            sys.excepthook(KeyError, error, error.__traceback__)
+            record = logging.getLogger("x").makeRecord("x", 40, "f", 1, "at %s", (ADDRESS,), sys.exc_info())
+        assert clean(logging.Formatter().format(record))
+        thread = threading.Thread(target=lambda: open(f"/nowhere/{ADDRESS}"))
+        thread.start()
+        thread.join()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            sys.stderr.write(
+                warnings.formatwarning(UserWarning(ADDRESS), UserWarning, "f.py", 1, f"x = '{ADDRESS}'")
+            )
+    finally:
+        logging.setLogRecordFactory(factory)
+    said = capsys.readouterr().err
+    assert clean(said) and "KeyError" in said and "FileNotFoundError" in said and "UserWarning" in said
+
+
+def test_an_error_of_ours_does_not_have_hydra_print_what_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(cfg: Any) -> Any:
+        raise KeyError(cfg.photos)
+
+    monkeypatch.setattr(run, "resolve_config", broken)
+    monkeypatch.chdir(tmp_path)
+    typed = ["stage=teacher", "sources=own", f"photos='{ADDRESS}'", "hydra.output_subdir=.hydra"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    with pytest.raises(SystemExit) as end:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run.main)()
+    assert clean(str(end.value.code)) and "KeyError" in str(end.value.code)
+    assert clean("".join(capfd.readouterr()))
+    files = list((tmp_path / ".hydra").glob("*.yaml"))
+    assert len(files) == 3 and all(clean(file.read_text()) for file in files)
+
+
+def test_weights_and_biases_is_not_told_what_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for typed, hidden in ((f"photos={ADDRESS}", True), ("photos=data/own", False)):
+        monkeypatch.setattr(sys, "argv", ["train.py", typed])
+        logger = wandb_logger(project="p", name="n", folder=str(tmp_path))
+        assert ("settings" in logger._wandb_init) == hidden
+        assert not hidden or logger._wandb_init["settings"].x_disable_meta
+
+
+def test_the_composed_config_is_shown_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "hide_secrets", lambda: None)  # for the whole process
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    typed = ["stage=teacher", "sources=own", f"photos='{ADDRESS}'", "--cfg", "job"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    command.run_command(CONFIGS)
+    shown = capsys.readouterr().out
+    assert "host.example/own" in shown and clean(shown)
