@@ -137,8 +137,9 @@ class ValidPixels(StepCallback):
                 self._named += 1
                 shown = ", ".join(f"{shard}[{index}]" for _, shard, index in places[:3])
                 print(
-                    f"no image of step {step}{whose} has a pixel to learn from: samples {min(n for n, _ in samples)} to "
-                    f"{max(n for n, _ in samples)} ({shown}{', …' if len(places) > 3 else ''})",
+                    f"no image of step {step}{whose} has a pixel to learn from: samples "
+                    f"{min(n for n, _ in samples)} to {max(n for n, _ in samples)} "
+                    f"({shown}{', …' if len(places) > 3 else ''})",
                     file=sys.stderr,
                 )
 
