@@ -327,12 +327,11 @@ class RunFolder:
         """
         if self.newest_checkpoint() is not None:
             return
-        sign = ""
+        sign, last = "", self._last_step_logged()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             sign = f"{self.saved.name} says that step {int(json.loads(self.saved.read_text())['step'])} was saved"
-        if not sign:
-            last, every = self._last_step_logged(), self._checkpoint_interval()
-            sign = f"{self.metrics.name} goes to step {last}" if last > every else ""
+        if not sign and last > self._checkpoint_interval():
+            sign = f"{self.metrics.name} goes to step {last}"
         if not sign and (self.path / "finished.json").is_file():
             sign = "finished.json says that it was finished"
         damaged = self._all_checkpoints()
@@ -346,6 +345,11 @@ class RunFolder:
                 f"{self.path} was trained before: {sign}{where}; type resume=CHECKPOINT for a copy that you have, "
                 "overwrite=true to set the folder aside and begin anew, or name=ANOTHER_NAME for a new run"
             )
+        if last:
+            print(
+                f"{self.path} begins again: it ended after step {last}, before its first checkpoint",
+                file=sys.stderr,
+            )
 
     def _last_step_logged(self) -> int:
         try:
@@ -353,12 +357,12 @@ class RunFolder:
         except OSError:
             return 0
 
-    def _checkpoint_interval(self) -> float:
-        """Steps between the checkpoints of the saved config; infinity if it does not say."""
+    def _checkpoint_interval(self) -> int:
+        """Steps between the checkpoints of the saved config; 0 if it does not say."""
         try:
             return int(yaml.safe_load(self.config.read_text())["checkpoint"]["every"])
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            return float("inf")
+            return 0
 
 
 def step_of(checkpoint: Path | None) -> int:

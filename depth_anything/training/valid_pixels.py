@@ -40,9 +40,11 @@ def has_truth(target: Tensor, valid: Tensor, metric: bool | Tensor) -> Tensor:
         (B,) bool.
     """
     flat, mask = target.flatten(1), valid.flatten(1)
-    least = torch.where(mask, flat, math.inf).amin(1)
-    most = torch.where(mask, flat, -math.inf).amax(1)
-    return (mask.sum(1) >= 2) & ((least < most) | torch.as_tensor(metric, device=target.device))
+    enough = mask.sum(1) >= 2
+    if metric is True:
+        return enough
+    differ = torch.where(mask, flat, math.inf).amin(1) < torch.where(mask, flat, -math.inf).amax(1)
+    return enough & (differ if metric is False else differ | metric)
 
 
 class ValidPixels(StepCallback):

@@ -129,6 +129,14 @@ def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
     assert (tmp_path / "run.1" / "metrics.csv").exists()
 
 
+def test_a_saved_config_without_an_interval_excuses_nothing(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.config.write_text("stage: teacher\nsteps: 30\noverwrite: false\n")
+    log_steps(folder, 1)
+    with pytest.raises(ValueError, match="metrics.csv goes to step 1"):
+        begin(tmp_path / "run")
+
+
 @pytest.mark.parametrize("sign", ["saved.json", "metrics.csv", "finished.json"])
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
 def test_lost_checkpoints_are_noticed(tmp_path: Path, sign: str, empty: bool) -> None:
@@ -149,10 +157,13 @@ def test_lost_checkpoints_are_noticed(tmp_path: Path, sign: str, empty: bool) ->
     assert begin(tmp_path / "run", overwrite=True) == 0
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = started(tmp_path / "run")
     log_steps(folder, 5)  # killed while it was saving its fifth step
     assert begin(tmp_path / "run") == 0
+    assert "begins again" in (said := capsys.readouterr().err) and "step 5," in said
     # the interval is that of the sitting that was killed, not of the next one
     assert begin(tmp_path / "run", checkpoint={"every": 2, "keep": 2}) == 0
 
