@@ -7,9 +7,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from made_servers import Faulty
 from made_shards import plain_tar
 from made_shards import records as made_records
 
+from depth_anything.data import remote
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.shards import (
     BadRecord,
@@ -224,3 +226,22 @@ def test_a_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     )
     with pytest.raises(BadRecord, match="more than a record may have"):
         ShardReader().read(path, 0)
+
+
+def test_names_are_looked_at_by_range_too(pair, tmp_path, monkeypatch):
+    """A wrong index of an earlier version behind an address is asked for once more, and then a bad record."""
+    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    remote._proxy.cache_clear()
+    images, labels = pair
+    index = Path(labels.root, "00000.idx")
+    as_before(index)
+    with Faulty(tmp_path) as server:
+        there = [open_set(f"{server.address}/{name}") for name in ("images", "labels")]
+        assert taken(*there) == ["0", "1", "2", "4", "5"]
+        rewrite(index, "0000002\tdisparity", "0000003\tdisparity")
+        server.seen.clear()
+        reasons = taken(*there)
+        assert "label: its disparity.q12 has another name in the tar" in reasons.pop(2)
+        assert reasons == ["0", "1", "4", "5"]
+        assert [path for path, _ in server.seen].count("/labels/00000.idx") == 2
