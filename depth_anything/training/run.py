@@ -10,12 +10,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from depth_anything.model.weights import fingerprint, save_model
+from depth_anything.model.weights import save_model
 from depth_anything.training import plan
 from depth_anything.training.data import make_scenes
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.pseudolabel import describe_teacher
 from depth_anything.training.start import credited, load_teacher, multiple_of, network, twin, write_run_card
 
 
@@ -87,7 +88,7 @@ def predict(cfg: DictConfig, config: dict[str, Any]) -> None:
     folder.claim(config, exclusive=False)
     make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
     teacher = load_teacher(config)
-    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"], "licence": teacher.licence}
+    made_by = describe_teacher(teacher, config["teacher"])
     data = instantiate(cfg.data, patch=teacher.multiple, teacher=made_by, _convert_="all")
     trainer = build_trainer(cfg, [])
     if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come
