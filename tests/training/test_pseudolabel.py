@@ -425,7 +425,7 @@ def test_a_dead_holders_lease_is_void(tmp_path: Path, host: str, alive: bool, ag
 
 def test_a_note_cut_short_is_void_and_touching_shows_life(tmp_path: Path) -> None:
     path = tmp_path / ".0.lease"
-    for text in ("", '{"host": ', "\0\0\0"):
+    for text in ('{"host": ', "\0\0\0"):
         path.write_text(text)
         assert Lease(path, pid=os.getpid()).take()
         path.unlink()
