@@ -20,19 +20,25 @@ A sigmoid that underflows to 0 must not end a run, nor one such pixel spoil the 
 """
 
 
-def depth_to_disparity(depth: Tensor) -> Tensor:
+def depth_to_disparity(depth: Tensor, *, nearest: float | None = None) -> Tensor:
     """Turn depth into disparity, its reciprocal.
 
     Args:
         depth: any shape, floating point, in metres; infinity is sky, NaN is unknown.
+        nearest: for what a network gives: depths below it, zero included, count as it, so that a pixel next to zero
+            does not take the whole range of the map. None: for measured truth, where zero is unknown.
 
     Returns:
-        Disparity in 1/metres, same shape and dtype: 0 for sky, NaN where depth is unknown or not positive.
+        Disparity in 1/metres, same shape and dtype: 0 for sky, NaN where depth is unknown or, without `nearest`, not
+        positive.
 
     Example:
         >>> depth_to_disparity(torch.tensor([2.0, float("inf"), 0.0])).tolist()
         [0.5, 0.0, nan]
+        >>> depth_to_disparity(torch.tensor([2.0, float("nan"), 0.0]), nearest=0.1).tolist()
+        [0.5, nan, 10.0]
     """
+    depth = depth if nearest is None else depth.clamp(min=nearest)
     known = depth > 0
     return torch.where(known, torch.where(known, depth, 1).reciprocal(), torch.nan)
 

@@ -288,9 +288,11 @@ def _conclude(
 ) -> int:
     """Print the tables and write the reports of all trials that are through; say what is not."""
     from depth_anything.evaluation.compare import format_overview
+    from depth_anything.evaluation.evaluate import NO_NUMBERS, plain
     from depth_anything.evaluation.report import write_summary
-    from depth_anything.evaluation.table import format_summary
+    from depth_anything.evaluation.table import format_summary, point_warnings
 
+    faults: list[str] = []  # of models, as against what is missing
     through: dict[str, list[Result]] = {}
     points: dict[str, dict[str, Score]] = {}
     for trial in trials:
@@ -304,8 +306,13 @@ def _conclude(
         judged = _write(predictors, facts, trial, rows, place, options)
         if trial.protocol is None:
             points[trial.name] = judged
+            warned = point_warnings(judged)
         else:
             through[trial.name] = list(judged.values())
+            warned = [sentence for result in judged.values() for sentence in result.warnings]
+        for sentence in warned:
+            print(f"depth-anything evaluate: {trial.name}: {plain(sentence)}", file=sys.stderr)
+        faults += [sentence for sentence in warned if NO_NUMBERS in sentence]
     if options.benchmarks and through:
         cautions = [f"{trial.name}: {trial.incomplete}" for trial in trials if trial.incomplete]
         write_summary(through, folder, points=points, cautions=cautions, settings={"command": options.typed})
@@ -314,7 +321,7 @@ def _conclude(
             print(f"\n{format_overview(through, points, cautions=cautions)}")
     for sentence in missing:
         print(f"depth-anything evaluate: {printable(sentence)}", file=sys.stderr)
-    return 1 if missing else 0
+    return 1 if missing or faults else 0
 
 
 def _write(

@@ -1,5 +1,7 @@
 """Label sets: for each image shard a shard of labels with the same keys, and NAME.json, which makes it done.
 
+Labels are disparity, larger being nearer, whatever their teacher gives; NAME.json says what that was.
+
 NAME.json is written last. It says what the shard holds, which teacher made it and how, which image shard it
 belongs to, and which images have no label and why: images in = labels out + skipped. The manifest follows
 when every shard is done; it names the teacher, and of every label shard the hash of its image shard, so that
@@ -8,6 +10,7 @@ labels meet no other images than those they were made from.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,8 @@ def write_label_sidecar(
         info: the label shard, as `write_shard` returned it; records 0 and hash "" when no image had a label.
         image_set: name of the set of images.
         image: the image shard.
-        teacher: "fingerprint" of the weights, and what is known of them: "file", "licence".
+        teacher: "fingerprint" of the weights, and what is known of them: "file", "licence", and how its output became
+            disparity: "quantity", "unit", "conversion". Without the latter the output is taken for disparity.
         preprocessing: what was done to an image.
         codec: of the labels.
         values: smallest and largest value of all labels.
@@ -111,10 +115,10 @@ def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
         The set, or None as long as a shard is not done, or its NAME.json is damaged or another tar's.
 
     Raises:
-        ShardError: shards by different teachers, or of other images.
+        ShardError: shards by different teachers, or of other images, or no image has a label.
     """
     if Path(root, "manifest.json").is_file():
-        labels = open_set(root, check=False)
+        labels = _open_finished(root, images, check=False)
         if len(_image_hashes(labels)) == len(images.shards):
             _check_images(root, images, _image_hashes(labels))
             return labels
@@ -125,6 +129,8 @@ def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
     if len(done) < len(images.shards):
         return None
     rows, meta = _described(root, images, done)
+    if not rows:
+        raise _all_skipped(root, images, done)
     return write_manifest(root, name=images.name, shards=rows, meta=meta)
 
 
@@ -147,7 +153,7 @@ def open_labels(
     if not finished and not os.path.isdir(root):
         raise ShardError(f"{root} is not a folder: make the labels of {images.name} with  {_GO_ON}")
     if finished and (is_remote(root) or not allow_partial):
-        labels = open_set(root, name=images.name)
+        labels = _open_finished(root, images, name=images.name)
         hashes = _image_hashes(labels)
     else:
         done = _done_shards(root, images)
@@ -189,7 +195,7 @@ class LabelSet:
         Args:
             root: folder; made with the first shard.
             images: the set to label.
-            teacher: "fingerprint" of its weights, and "file".
+            teacher: as `write_label_sidecar` takes it.
             preprocessing: what is done to an image.
             codec: "q12" or "f32".
 
@@ -250,7 +256,7 @@ class LabelSet:
             raise ShardError(
                 f"{self.root}/{shard}: not every image of {image.records} has one label or one reason"
             )
-        keys = self._keys(image)
+        keys = self.keys(shard)
         Path(self.root).mkdir(parents=True, exist_ok=True)
         Path(self.root, "manifest.json").unlink(missing_ok=True)  # of a finished set a shard is made anew
         path = Path(self.root, f"{shard}.tar")
@@ -274,11 +280,12 @@ class LabelSet:
         """Write the manifest if every shard is done; say whether."""
         return all(map(self.done, self._infos)) and finish_labels(self.root, self.images) is not None
 
-    def _keys(self, image: ShardInfo) -> list[str]:
+    def keys(self, shard: str) -> list[str]:
+        """Name the images of a shard, in its order; by their numbers where nothing of it can be read."""
         try:
-            return self._reader.keys(self.images.url(image.name))
-        except ShardError:  # nothing of this shard can be read, nor named
-            return [f"record {index}" for index in range(image.records)]
+            return self._reader.keys(self.images.url(shard))
+        except ShardError:
+            return [f"record {index}" for index in range(self._infos[shard].records)]
 
 
 def _sidecar(root: str | Path, shard: str) -> Path:
@@ -293,6 +300,26 @@ def _tar_of_index(sidecar: Path) -> tuple[int, str] | None:
         return sidecar.with_suffix(".tar").stat().st_size, digest
     except (OSError, ValueError):
         return None
+
+
+def _open_finished(root: str | Path, images: ShardSet, **how: Any) -> ShardSet:
+    """Open a label set by its manifest; where no image has a label, the error says why."""
+    try:
+        return open_set(root, **how)
+    except ShardError:
+        done = {} if is_remote(str(root)) else _done_shards(root, images)
+        if done and not any(content["records"] for content in done.values()):
+            raise _all_skipped(root, images, done) from None
+        raise
+
+
+def _all_skipped(root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]) -> ShardError:
+    reasons = Counter(reason for content in done.values() for reason in content["skipped"].values())
+    reason, count = reasons.most_common(1)[0]
+    return ShardError(
+        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}; remove "
+        f"that folder and type  {_GO_ON}"
+    )
 
 
 def _done_shards(root: str | Path, images: ShardSet) -> dict[str, dict[str, Any]]:
@@ -332,6 +359,7 @@ def _described(
         "kind": "labels",
         "licence": combine(whose.values()),
         "quantity": "disparity",
+        **({"unit": _unit(made["teacher"])} if "quantity" in made["teacher"] else {}),
         "teacher": made["teacher"],
         "preprocessing": made["preprocessing"],
         "codec": made["codec"],
@@ -352,12 +380,34 @@ def _check_same(root: str | Path, shard: str, content: Mapping[str, Any], made: 
             f"{root}/{shard} was labelled by {_teacher(theirs)}, not by {_teacher(ours)}, and labels of two teachers "
             f"are not mixed: type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
         )
+    if _conversion(theirs) != _conversion(ours):
+        was, now = ("/".join(map(str, _conversion(teacher))) for teacher in (theirs, ours))
+        what = f"its labels were made of {was}, not of {now}"
+        if "quantity" not in theirs:
+            what = f"its labels are older than the conversion to disparity: the depth of {_teacher(theirs)} as it came"
+        raise ShardError(
+            f"{root}/{shard}: {what}; type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
+        )
     for what in ("preprocessing", "codec"):
         if content[what] != made[what]:
             raise ShardError(
                 f"{root}/{shard} was made with {what} {content[what]!r}, not {made[what]!r}: "
                 f"type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
             )
+
+
+def _conversion(teacher: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a teacher gives and how it became disparity; older label sets, which do not say it, kept it as it came."""
+    return (
+        teacher.get("quantity", "disparity"),
+        teacher.get("unit", "relative"),
+        teacher.get("conversion"),
+    )
+
+
+def _unit(teacher: Mapping[str, Any]) -> str:
+    """The unit of labels: known where the teacher knows metres."""
+    return "1/m" if teacher["quantity"] == "depth" else "relative"
 
 
 def _teacher(teacher: Mapping[str, Any]) -> str:

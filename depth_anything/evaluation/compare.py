@@ -11,9 +11,9 @@ from typing import Any
 
 from depth_anything.evaluation.benchmarks.da2k import SCENES as KINDS
 from depth_anything.evaluation.benchmarks.da2k import Score
-from depth_anything.evaluation.evaluate import Result
+from depth_anything.evaluation.evaluate import Result, plain
 from depth_anything.evaluation.published import SCENES, Published, published
-from depth_anything.evaluation.table import TIES, arrow, mean_cells, notes, number, ruled
+from depth_anything.evaluation.table import TIES, arrow, mean_cells, notes, number, point_warnings, ruled
 
 HERE = "measured here"
 OVERVIEW = ("abs_rel", "d1")
@@ -115,7 +115,10 @@ def table_text(results: Sequence[Result], comparison: Comparison) -> str:
 def point_text(scores: Mapping[str, Score], comparison: Comparison) -> str:
     """A comparison of DA-2K with what must be read with our scores."""
     first = next(iter(scores.values()))
-    return f"{format_comparison(comparison)}\n\n{len(first.rows)} images, {first.pairs} pairs. {TIES}"
+    told = "\n".join(
+        [f"{len(first.rows)} images, {first.pairs} pairs. {TIES}", *map(plain, point_warnings(scores))]
+    )
+    return f"{format_comparison(comparison)}\n\n{told}"
 
 
 def format_overview(

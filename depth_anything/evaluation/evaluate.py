@@ -41,6 +41,12 @@ METRICS = {
 SHARP_METRICS = {"boundary_f1": "boundary F1"}
 """Those that come after them where the truth is sharp."""
 
+NO_NUMBERS = "gives no numbers (NaN or infinity)"
+"""What is said of a model whose map has NaN or infinity where it is compared; such a table ends in exit code 1."""
+
+MOST_STRETCH = 1.03
+"""How much the proportions of a map on disk may differ from its image's; rounding to patches makes a few per cent."""
+
 RISING = frozenset({"d1", "d2", "d3", "boundary_f1"})
 """The metrics of which more is better."""
 
@@ -78,8 +84,8 @@ class Result:
     Attributes:
         name: the model's name.
         protocol: the rules it was judged by.
-        rows: one dict an image: "key", "valid" (pixels compared), "scale" and "shift" of the fit, and the
-            metrics, which are NaN where no pixel is valid.
+        rows: one dict an image: "key", "valid" (pixels compared), "scale" and "shift" of the fit, "slope" (sign of the
+            map's relation to the truth, as `_slope` has it), and the metrics, which are NaN where no pixel is valid.
         model: facts about the model for the report (fingerprint, encoder, …).
     """
 
@@ -112,6 +118,32 @@ class Result:
     def broken(self) -> list[str]:
         """Keys of the images on which the model gave something not finite; they turn the means into NaN."""
         return [row["key"] for row in self.rows if row["valid"] and not math.isfinite(row["abs_rel"])]
+
+    @property
+    def inverted(self) -> list[str]:
+        """Keys of the images on which what should be near is far; a fit turns such a map round."""
+        return [row["key"] for row in self.rows if row["valid"] and row.get("slope", 0) < 0]
+
+    @property
+    def constant(self) -> list[str]:
+        """Keys of the images on which the model gave one value for all pixels compared, as a map of zeros."""
+        finite = [row for row in self.rows if row["valid"] > 1 and math.isfinite(row["abs_rel"])]
+        return [row["key"] for row in finite if row.get("slope") == 0]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes these figures no figures of a working model, in a sentence each; as a rule nothing."""
+        lines = []
+        if self.broken:
+            lines.append(f"{self.name} {NO_NUMBERS} on {some(self.broken)}.")
+        if 2 * len(self.inverted) > self.images:
+            lines.append(
+                f"{self.name} gives maps the wrong way round on {some(self.inverted)}: near is far there. Is "
+                "disparity taken for depth, or depth for disparity?"
+            )
+        if self.constant:
+            lines.append(f"{self.name} gives one value for all pixels compared on {some(self.constant)}.")
+        return lines
 
 
 def evaluate(
@@ -172,6 +204,7 @@ def judge(
     known = _compared(truth, protocol)
     valid = known & _part(frame)
     depth = _double(_resized(prediction, frame.depth.shape))
+    slope = _slope(depth, truth, known, quantity=quantity)
     scale, shift = 1.0, 0.0
     if quantity in protocol.fitted:
         scale, shift = _fit(depth, truth, known, quantity=quantity, positive=protocol.positive)
@@ -183,7 +216,8 @@ def judge(
     metrics = {metric: float(value) for metric, value in depth_metrics(depth, truth, valid).items()}
     if protocol.sharp:
         metrics["boundary_f1"] = float(boundary_f1(depth, truth, valid))
-    row = {"key": frame.key, "valid": int(valid.sum()), "scale": scale, "shift": shift, **metrics}
+    fit = {"scale": scale, "shift": shift, "slope": slope}
+    row = {"key": frame.key, "valid": int(valid.sum()), **fit, **metrics}
     return depth[0].float().numpy(), row
 
 
@@ -199,6 +233,8 @@ def judge_batch(
         if protocol.flip:
             mirrored = predictor.predict_batch([np.ascontiguousarray(f.image[:, ::-1]) for f in seen])
             maps = [(map_ + other[:, ::-1]) / 2 for map_, other in zip(maps, mirrored, strict=True)]
+        # Of a network infinity is a fault, and clipping would make a number of it; of a file it may mean the sky.
+        maps = [np.where(np.isfinite(map_), map_, np.nan) for map_ in maps]
     return [
         judge(map_, frame, quantity=predictor.quantity, protocol=protocol)
         for map_, frame in zip(maps, seen, strict=True)
@@ -238,6 +274,36 @@ def merge(parts: Sequence[Result]) -> Result:
     return replace(parts[0], rows=tuple(rows[key] for key in sorted(rows)))
 
 
+def some(keys: Sequence[str]) -> str:
+    """How many images, and the first few by their keys, which are others' words and printed without control signs."""
+    count = f"{len(keys)} image{'s' if len(keys) > 1 else ''}"
+    return f"{count} ({', '.join(map(plain, keys[:5]))}{', …' if len(keys) > 5 else ''})"
+
+
+def plain(text: str) -> str:
+    """A name as one line that moves no cursor: what cannot be printed becomes its escape, as in a Python string.
+
+    >>> plain("a\\nb")
+    'a\\\\nb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_aspect(map_: np.ndarray, shape: tuple[int, ...], key: str) -> None:
+    """Refuse a map from elsewhere that is not of its image's proportions: it would be stretched, or shows a part.
+
+    Raises:
+        ValueError: Its aspect differs from the image's by more than `MOST_STRETCH`, as a map turned on its side does.
+    """
+    (height, width), (rows, columns) = map_.shape, shape[:2]
+    ratio = (width / height) / (columns / rows)
+    if not 1 / MOST_STRETCH <= ratio <= MOST_STRETCH:
+        raise ValueError(
+            f"the map of {key!r} is {width}x{height} and its image {columns}x{rows}: a map may be smaller or larger "
+            "than its image, but must show all of it and have its proportions"
+        )
+
+
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(items)
     while batch := list(islice(items, size)):
@@ -247,6 +313,8 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _recalled(predictor: Recalls, whole: Frame, seen: Frame, protocol: Protocol) -> np.ndarray:
     """A map from disk, of the whole image or of the part that the protocol shows."""
     map_ = predictor.recall(whole)
+    if protocol.view is None:
+        check_aspect(map_, whole.image.shape, whole.key)
     if protocol.view is not None and map_.shape == whole.image.shape[:2]:
         return map_[CROPS[protocol.view](*map_.shape)]
     if protocol.view is not None and map_.shape != seen.image.shape[:2]:
@@ -283,6 +351,12 @@ def _fit(
         valid = valid & (prediction > 0)
     scale, shift = align_least_squares(prediction, target, valid)
     return float(scale), float(shift)
+
+
+def _slope(prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor, *, quantity: str) -> int:
+    """1 where a map grows with what it should be, -1 where it falls with it, 0 where it is constant or no map."""
+    scale, _ = _fit(prediction, truth, valid, quantity=quantity, positive=False)
+    return 0 if math.isnan(scale) else int(scale > 0) - int(scale < 0)
 
 
 def _floor(truth: torch.Tensor, valid: torch.Tensor, protocol: Protocol) -> float:

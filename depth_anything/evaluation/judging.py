@@ -19,7 +19,7 @@ from depth_anything.data.shards import Records, ShardSet
 from depth_anything.data.sources.listing import from_field
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 from depth_anything.evaluation.benchmarks.da2k import Compared, da2k_score
-from depth_anything.evaluation.evaluate import Judgeable, Recalls, judge_batch
+from depth_anything.evaluation.evaluate import Judgeable, Recalls, check_aspect, judge_batch
 from depth_anything.evaluation.kept import KeptRows, Part
 from depth_anything.evaluation.protocols import Protocol, find_protocol
 from depth_anything.evaluation.sets import describe_set, max_depth_of, read_frame, spaced
@@ -249,7 +249,10 @@ class _Recalling:
 
     def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """The maps of all items."""
-        return [self._maps.recall(Frame(item.key, item.image)) for item in self._items]
+        maps = [self._maps.recall(Frame(item.key, item.image)) for item in self._items]
+        for item, map_ in zip(self._items, maps, strict=True):
+            check_aspect(map_, item.image.shape, item.key)
+        return maps
 
 
 def _rows(predictor: Judgeable, items: Sequence[Any], protocol: Protocol | None) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ import numpy as np
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.da2k import Compared, Score, right
 from depth_anything.evaluation.compare import Comparison
-from depth_anything.evaluation.evaluate import Judgeable, Recalls
+from depth_anything.evaluation.evaluate import Judgeable, Recalls, check_aspect
 from depth_anything.evaluation.page import data_address, fill, shrunk
+from depth_anything.evaluation.table import point_warnings
 from depth_anything.geometry import MIN_METRES
 from depth_anything.visualize import paint
 
@@ -88,6 +89,7 @@ def render_points_page(
         models=models,
         columns=len(scores) + 1,
         score=next(iter(scores.values())),
+        notes=point_warnings(scores),
         comparison=comparison,
         examples=[_context(example) for example in examples],
     )
@@ -143,7 +145,9 @@ def draw_pairs(picture: np.ndarray, pairs: np.ndarray, answers: np.ndarray | Non
 
 def _map(predictor: Judgeable, compared: Compared) -> np.ndarray:
     if isinstance(predictor, Recalls):
-        return predictor.recall(Frame(compared.key, compared.image))
+        map_ = predictor.recall(Frame(compared.key, compared.image))
+        check_aspect(map_, compared.image.shape, compared.key)
+        return map_
     return predictor.predict_batch([compared.image])[0]
 
 

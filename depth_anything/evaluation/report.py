@@ -32,7 +32,7 @@ from depth_anything.evaluation.page import Example, render_page
 from depth_anything.evaluation.points import choose_point_examples, collect_point_examples, render_points_page
 from depth_anything.evaluation.protocols import Protocol
 from depth_anything.evaluation.published import Published
-from depth_anything.evaluation.table import best_result, format_summary, format_table
+from depth_anything.evaluation.table import best_result, format_summary, format_table, point_warnings
 
 
 def conclude(
@@ -188,7 +188,8 @@ def conclude_points(
     told: list[dict[str, Any]] = [
         {"name": name, "facts": dict(models[name]), **_score(score)} for name, score in scores.items()
     ]
-    _write_json(folder / "results.json", {**facts, "models": told})
+    warned = point_warnings(scores)
+    _write_json(folder / "results.json", {**facts, "models": told, "warnings": warned})
     _write_rows({name: score.rows for name, score in scores.items()}, folder / "results.csv")
     comparison = replace(compare_points(scores, published), caution=trial.incomplete if published else "")
     (folder / "table.txt").write_text(point_text(scores, comparison) + "\n", encoding="utf-8")
@@ -292,6 +293,9 @@ def _told(results: Sequence[Result]) -> dict[str, Any]:
                 "images": result.images,
                 "empty": result.empty,
                 "broken": result.broken,
+                "inverted": result.inverted,
+                "constant": result.constant,
+                "warnings": result.warnings,
                 "means": result.means,
                 "rows": list(result.rows),
             }
@@ -330,4 +334,13 @@ def _write_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         columns = list(next(iter(rows.values()))[0])
         writer.writerow(["model", *columns])
         for name, own in rows.items():
-            writer.writerows([name, *(row[column] for column in columns)] for row in own)
+            writer.writerows([_cell(name), *(_cell(row[column]) for column in columns)] for row in own)
+
+
+def _cell(value: Any) -> Any:
+    """A value of a CSV; before a text that a spreadsheet would take for a formula stands an apostrophe."""
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+        else value
+    )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depth_anything.evaluation.benchmarks.da2k import Score
-from depth_anything.evaluation.evaluate import METRICS, RISING, SHARP_METRICS, Result
+from depth_anything.evaluation.evaluate import METRICS, NO_NUMBERS, RISING, SHARP_METRICS, Result, plain, some
 
 SUMMARY = ("abs_rel", "d1", "rmse", "log10")
 """The metrics of a summary of several benchmarks."""
@@ -20,7 +20,7 @@ def format_table(results: Sequence[Result]) -> str:
         [cell["text"] + ("*" if cell["best"] else " ") for cell in cells] for cells in mean_cells(results)
     ]
     lines = [[heads[0], *(head + " " for head in heads[1:])]]
-    lines += [[result.name, *row] for result, row in zip(results, rows, strict=True)]
+    lines += [[plain(result.name), *row] for result, row in zip(results, rows, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for name, *numbers in lines:
@@ -52,11 +52,26 @@ def format_points(scores: Mapping[str, Score]) -> str:
     for name, score in scores.items():
         shares = [score.accuracy, *(score.scenes[scene] for scene in scenes)]
         lines.append([name, str(score.pairs), *(f"{100 * share:.1f}" for share in shares)])
-    return f"{ruled(lines, left=1)}\n\n{TIES}"
+    return "\n".join([ruled(lines, left=1), "", TIES, *(plain(w) for w in point_warnings(scores))])
+
+
+def point_warnings(scores: Mapping[str, Score]) -> list[str]:
+    """What makes scores no scores of a working model, in a sentence each."""
+    lines = []
+    for name, score in scores.items():
+        mute = [row["key"] for row in score.rows if row.get("mute")]
+        if mute:
+            lines.append(f"{name} {NO_NUMBERS} on {some(mute)}.")
+        elif score.pairs and score.accuracy < 0.4:
+            lines.append(
+                f"{name} orders most pairs the wrong way round. Is disparity taken for depth, or depth for disparity?"
+            )
+    return lines
 
 
 def ruled(lines: Sequence[Sequence[str]], *, left: int) -> str:
     """Columns, a rule below the first line; so many columns begin at their left, numbers end at their right."""
+    lines = [[plain(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
@@ -84,20 +99,12 @@ def notes(results: Sequence[Result]) -> list[str]:
     if len({result.model.get("quantity") for result in results} - {None}) > 1:
         lines.append(f"What the models give: {_quantities(results)}; only what the protocol names is fitted.")
     if first.empty:
-        lines.append(f"Without a valid pixel, and left out of the means: {_some(first.empty)}.")
-    for result in results:
-        if result.broken:
-            lines.append(f"{result.name} gave values that are not finite on {_some(result.broken)}.")
-    return lines
+        lines.append(f"Without a valid pixel, and left out of the means: {some(first.empty)}.")
+    return [*lines, *(plain(line) for result in results for line in result.warnings)]
 
 
 def _quantities(results: Sequence[Result]) -> str:
     return ", ".join(f"{r.name} {r.model['quantity']}" for r in results if r.model.get("quantity"))
-
-
-def _some(keys: list[str]) -> str:
-    count = f"{len(keys)} image{'s' if len(keys) > 1 else ''}"
-    return f"{count} ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})"
 
 
 def arrow(metric: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depth_anything.geometry import depth_to_disparity
 from depth_anything.losses import silog_loss
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.training.base import DepthModule
@@ -52,7 +53,7 @@ class Metric(DepthModule):
         loss = self.silog_weight * silog
         if metric is None:
             return {"loss": loss, "silog": silog}
-        disparity = 1 / prediction.float().clamp(min=NEAREST_M)
+        disparity = depth_to_disparity(prediction.float(), nearest=NEAREST_M)
         parts = self.map_losses(disparity, {**given, "valid": given["valid"] & ~metric})
         loss = loss + self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"]
         return {"loss": loss, "silog": silog, **parts}

@@ -1,5 +1,7 @@
 """stage=pseudolabel: the teacher labels every photograph exactly once, full frame (DESIGN.md §5).
 
+Labels are disparity whatever the teacher gives; `label_disparity` is the only conversion, `describe_teacher` names it.
+
 A shard of images is the unit of work. Whoever starts takes the next shard that is neither labelled nor leased,
 labels it in memory and publishes the whole label shard by rename, so that any number of processes may start, die
 and come back. Batches are formed inside one shard, by shape, in a fixed order: a shard labelled twice has the
@@ -11,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +33,65 @@ from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, open_set
 from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.geometry import depth_to_disparity
+from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
 from depth_anything.training.signals import signals
 
 PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
 STALE_S = 120.0
+NO_NUMBERS = "the network gives no numbers (NaN or infinity)"
+MOST_NAMED = 20  # images without a label; all of them are in NAME.json
 MANY_SHAPES = 16  # batches' worth of images that may wait for others of their shape
+NEAREST_SHARE = 1e-3
+"""Of a metric teacher's max_depth: nearer depths count as it. Labels keep 12 bits between a map's own extremes, and the
+inverse of a pixel at zero would take them all."""
+
+
+def label_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tensor:
+    """Turn what a teacher's `forward` gives into disparity, larger being nearer: what labels are.
+
+    Args:
+        teacher: Relative: its output is disparity already. Metric: metres, which are inverted. Calibrated: with scale
+            and shift its output is disparity in 1/metres; what lies behind `FARTHEST_M` counts as there.
+        output: Any shape, as `forward` gives it.
+
+    Returns:
+        float32, same shape; in 1/metres where the teacher knows metres. NaN stays NaN.
+    """
+    output = output.float()
+    if teacher.max_depth is not None:
+        return depth_to_disparity(output, nearest=NEAREST_SHARE * teacher.max_depth)
+    if teacher.calibration is not None:
+        scale, shift = teacher.calibration
+        return (output * scale + shift).clamp(min=1 / FARTHEST_M)
+    return output
+
+
+def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
+    """Say in a label set who made it and how its output became disparity; labels are mixed only where all agree.
+
+    Returns:
+        "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of what the teacher predicts, which is
+        "depth" in "m" of metric and calibrated ones; "conversion" to the labels' disparity, None where there was none.
+    """
+    conversion = None
+    if teacher.max_depth is not None:
+        nearest = NEAREST_SHARE * teacher.max_depth
+        conversion = f"1 / depth, depth from {nearest:g} to {teacher.max_depth:g} m"
+    elif teacher.calibration is not None:
+        scale, shift = teacher.calibration
+        conversion = f"{scale!r} * output + {shift!r}, at least 1/{FARTHEST_M:g} m"
+    return {
+        "fingerprint": fingerprint(teacher),
+        "file": file,
+        "licence": teacher.licence,
+        "quantity": teacher.quantity if teacher.calibration is None else "depth",
+        "unit": teacher.unit if teacher.calibration is None else "m",
+        "conversion": conversion,
+    }
 
 
 class Lease:
@@ -231,7 +285,7 @@ class ShardData(pl.LightningDataModule):
             workers: Loader processes a device; each reads a shard of its own.
             patch: The teacher's patch, pixels.
             precision: The trainer's; labels of two precisions are not mixed.
-            teacher: What the label sets say of the teacher: "fingerprint", "file".
+            teacher: What the label sets say of the teacher, as `describe_teacher` gives it.
             codec: Of the labels.
 
         Raises:
@@ -250,7 +304,7 @@ class ShardData(pl.LightningDataModule):
             for name, root in sets.items()
         }
         self.batch_size, self.image_size, self.workers, self.patch = batch_size, image_size, workers, patch
-        self.codec = codec
+        self.codec, self.precision = codec, precision
 
     def finished(self) -> bool:
         """Tell whether every image of every set has its label; write the manifests that are still missing."""
@@ -315,7 +369,7 @@ class PseudoLabel(pl.LightningModule):
         self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
         self._bar: tqdm | None = None
-        self._read = self._failed = 0
+        self._read = self._failed = self._mute = 0
 
     def on_predict_start(self) -> None:
         """Open a bar over the images that had no label when this process began."""
@@ -339,31 +393,47 @@ class PseudoLabel(pl.LightningModule):
         lease = Lease.of(labels, batch.shard, pid=os.getpid())
         made = self._made.setdefault((batch.set, batch.shard), {})
         if batch.indices:
-            disparity = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
-            for index, values in zip(batch.indices, disparity.float().cpu().numpy(), strict=True):
-                if np.isfinite(values).all():
+            output = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
+            disparity = label_disparity(self.model, output)
+            good = (output.isfinite() & disparity.isfinite()).flatten(1).all(1).tolist()  # 1 / inf would be 0
+            for index, values, finite in zip(batch.indices, disparity.cpu().numpy(), good, strict=True):
+                if finite:
                     made[index] = self._pool.submit(encode, values, codec=labels.codec)
             lease.touch()
         else:
             del self._made[batch.set, batch.shard]
-            self._refuse(batch)
             named = {index for index, _ in batch.failed}.union(made)
-            mute = [(i, "the teacher's output is not finite") for i in range(batch.records) if i not in named]
+            mute = [(index, NO_NUMBERS) for index in range(batch.records) if index not in named]
+            self._refuse(batch, mute, labels.keys(batch.shard))
             labels.publish(batch.shard, {i: label.result() for i, label in made.items()}, batch.failed + mute)
             lease.release()
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
 
-    def _refuse(self, batch: Batch) -> None:
-        """Name what failed; stop before a shard is published when it is the disk rather than the images."""
-        self._read, self._failed = self._read + batch.records, self._failed + len(batch.failed)
-        for index, reason in batch.failed[: max(0, 20 - self._failed + len(batch.failed))]:
-            print(f"no label for {batch.set}/{batch.shard}[{index}]: {reason}", file=sys.stderr)
-        if len(batch.failed) == batch.records or (self._read >= 1000 and self._failed > 0.01 * self._read):
+    def _refuse(self, batch: Batch, mute: list[tuple[int, str]], keys: Sequence[str]) -> None:
+        """Name the images without a label; stop before a shard is published when the fault is not the images'."""
+        skipped = [*batch.failed, *mute]
+        for index, reason in skipped[: max(0, MOST_NAMED - self._failed - self._mute)]:
+            print(f"no label for {keys[index]!r} of {batch.set}/{batch.shard}: {reason}", file=sys.stderr)
+        self._read += batch.records
+        self._failed, self._mute = self._failed + len(batch.failed), self._mute + len(mute)
+        many = self._read >= 1000
+        if len(batch.failed) == batch.records or (many and self._failed > 0.01 * self._read):
             raise ValueError(
                 f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
                 f"({batch.failed[-1][1]}); look with `depth-anything verify` and start the same command again"
+            )
+        seen = batch.records - len(batch.failed)
+        if 2 * len(mute) > seen or (many and mute and self._mute > 0.01 * self._read):
+            precision = self._data[0].precision
+            raise ValueError(
+                f"{NO_NUMBERS} for {len(mute)} of {seen} images of {batch.set}/{batch.shard}, as {keys[mute[0][0]]!r}; "
+                + (
+                    f"its weights are no use at trainer.precision={precision}; type teacher=FILE for another teacher"
+                    if precision.startswith("32")
+                    else f"trainer.precision={precision} may overflow: try trainer.precision=32-true"
+                )
             )
 
     def on_predict_end(self) -> None:

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from depth_anything.model.weights import fingerprint, save_model
+from depth_anything.model.weights import save_model
 from depth_anything.training import engine, plan
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.data import make_scenes
@@ -18,6 +18,7 @@ from depth_anything.training.dry_run import print_plan
 from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV, SafeLogger
+from depth_anything.training.pseudolabel import describe_teacher
 from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import keys_typed
 from depth_anything.training.signals import signals
@@ -89,7 +90,7 @@ def predict(config: dict[str, Any]) -> None:
     folder.claim(config, exclusive=False)
     make_scenes(config["sources"]["scenes"], list(config["data"]["sets"].values()))
     teacher = load_teacher(config)
-    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"], "licence": teacher.licence}
+    made_by = describe_teacher(teacher, config["teacher"])
     data = instantiate(config["data"], patch=teacher.multiple, teacher=made_by, _convert_="all")
     trainer = build_trainer(config, [])
     if trainer.world_size > 1 or not data.finished():  # ranks that meet must all come

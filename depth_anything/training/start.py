@@ -1,6 +1,7 @@
 """What a run starts from: its weights, and where they may not come from."""
 
 import shlex
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from depth_anything.model.card import card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import hub_name, licence_on_hub
 from depth_anything.model.lora import add_adapters
-from depth_anything.model.weights import has_head, licence_in, load_encoder, load_model
+from depth_anything.model.published import said_by_name
+from depth_anything.model.weights import fingerprint, has_head, licence_in, load_encoder, load_model
 
 
 def network(config: Mapping[str, Any]) -> DepthAnything:
@@ -46,6 +48,7 @@ def network(config: Mapping[str, Any]) -> DepthAnything:
         pass
     elif other is not None:
         _take(model, other, start)
+        _note_changed_metres(config, model, other)
         base = other.origin.get("start", {}).get("base")
         model.origin = {"start": {"from": _short(source), "licence": other.licence, "base": base}}
     else:
@@ -97,6 +100,22 @@ def _refuse_unaligned(config: Mapping[str, Any]) -> None:
         )
 
 
+def _note_changed_metres(config: Mapping[str, Any], model: DepthAnything, other: DepthAnything) -> None:
+    """Say on stderr what a start's metres become: a calibration is lost, another range stretches them."""
+    if other.calibration is not None:
+        print(
+            f"note: init={config['init']} is calibrated, and training makes that void; calibrate the new model",
+            file=sys.stderr,
+        )
+    ranges = (other.max_depth, model.max_depth)
+    if None not in ranges and ranges[0] != ranges[1] and config.get("start", "all") == "all":
+        print(
+            f"note: init={config['init']} gives depth up to {ranges[0]:g} m, and with max_depth={ranges[1]:g} its "
+            "metres are stretched alike until training has set them right",
+            file=sys.stderr,
+        )
+
+
 def _take(model: DepthAnything, other: DepthAnything, start: str) -> None:
     """Copy a model's weights: its encoder's, or all but a last convolution that said something else."""
     left_out: tuple[str, ...] = ("depth_head.",) if start == "encoder" else ()
@@ -111,7 +130,14 @@ def _take(model: DepthAnything, other: DepthAnything, start: str) -> None:
 def credited(
     model: DepthAnything, config: Mapping[str, Any], sources: Sequence[Records | JoinedRecords]
 ) -> DepthAnything:
-    """Note in a network what it is trained on, and put together the licences of all that goes into it."""
+    """Note in a network what it is trained on, and put together the licences of all that goes into it.
+
+    Raises:
+        ValueError: If a set's labels are older than their conversion to disparity, and their teacher gives metres.
+    """
+    for source in sources:
+        if isinstance(source, JoinedRecords):
+            _refuse_metres(source)
     data = [_credit(source) for source in sources]
     start = model.origin.get("start")
     licences = [start["licence"]] if start else []
@@ -164,6 +190,36 @@ def _credit(source: Records | JoinedRecords) -> dict[str, Any]:
         "licence": source.images.meta.get("licence"),
         "teacher": {"file": _short(teacher.get("file", "a model")), "licence": teacher.get("licence")},
     }
+
+
+def _refuse_metres(source: JoinedRecords) -> None:
+    """Refuse labels that are depth under the name of disparity: what a metric teacher left before it was inverted.
+
+    Label sets of today say what their teacher gave. For older ones its file is asked, where it is still the same one.
+
+    Raises:
+        ValueError: Naming the label set and its teacher.
+    """
+    teacher = source.labels.meta["teacher"]
+    if "quantity" in teacher:
+        return
+    file = str(teacher.get("file", ""))
+    if not Path(file).exists():
+        metric = said_by_name(Path(file)).get("max_depth") is not None
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the file does not say; it was said when it labelled
+            try:
+                model = load_model(file)
+            except ValueError:
+                return  # replaced by something else since
+        metric = model.quantity == "depth" and fingerprint(model) == teacher["fingerprint"]
+    if metric:
+        raise ValueError(
+            f"the labels in {source.labels.root} hold the metres of {file} as if they were disparity (an older version "
+            "did not invert them): remove that folder and label again with `python train.py stage=pseudolabel`, or "
+            "type labels=FOLDER for others"
+        )
 
 
 def _short(path: str | Path) -> str:

@@ -27,7 +27,9 @@ def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
     again = weights / "model.safetensors"
     assert main(["evaluate", "--weights", str(weights), f"again={again}", *arguments, "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
-    assert "AbsRel ↓" in out and str(folder / "report.html") in out and not err
+    assert "AbsRel ↓" in out and str(folder / "report.html") in out
+    # The network is untrained: most of its fits may be negative.
+    assert all("wrong way round" in line and "mean map" not in line for line in err.splitlines())
     document = json.loads((folder / "results.json").read_text())
     names = [model["name"] for model in document["models"]]
     assert names == ["mean map", "student-vitn-tiny", "again"]

@@ -77,7 +77,8 @@ class Score:
     """What a model scored.
 
     Attributes:
-        rows: A dict an image: "key", "scene", "pairs" (how many) and "right" (how many, a tie being a half).
+        rows: A dict an image: "key", "scene", "pairs" (how many), "right" (how many, a tie being a half) and
+            "mute" (1 where the map has no number at a point).
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -165,8 +166,19 @@ def da2k_score(predictor: Predicts, images: Iterable[Compared], *, batch_size: i
         for compared, map_ in zip(batch, maps, strict=True):
             answers = right(map_, compared, quantity=predictor.quantity)
             row = {"pairs": len(answers), "right": float(answers.sum())}
+            row["mute"] = int(_is_mute(map_, compared, quantity=predictor.quantity))
             rows.append({"key": compared.key, "scene": compared.scene, **row})
     return Score(tuple(rows))
+
+
+def _is_mute(map_: np.ndarray, compared: Compared, *, quantity: str) -> bool:
+    """Whether a map has no number at a point that is asked for; infinite depth is sky."""
+    faults = np.isnan(map_) if quantity == "depth" else ~np.isfinite(map_)
+    if not faults.any():
+        return False
+    height, width = compared.image.shape[:2]
+    whole = cv2.resize(faults.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    return bool(whole[compared.pairs[..., 0], compared.pairs[..., 1]].any())
 
 
 def _with_annotations(root: Path) -> Path:
