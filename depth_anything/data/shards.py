@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -23,6 +24,7 @@ from depth_anything.data.index import is_index
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tars import (
+    OF_THE_PATH,
     BadRecord,
     Outage,
     ShardError,
@@ -401,9 +403,10 @@ def _keys(made: ShardSet, shard: str) -> list[str]:
 def _read_manifest(root: str) -> bytes:
     if is_remote(root):
         return remote.read(join(root, "manifest.json"))
-    if os.path.isfile(root):
+    mode = remote.patiently(root, lambda: _mode(root))
+    if stat.S_ISREG(mode):
         raise ShardError(f"{root} is not a folder: give the one that the shards and manifest.json lie in")
-    if not os.path.isdir(root):
+    if not stat.S_ISDIR(mode):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
         return remote.patiently(root, Path(root, "manifest.json").read_bytes)
@@ -414,6 +417,16 @@ def _read_manifest(root: str) -> bytes:
             f"{root} has no manifest.json: finish writing the set, "
             f"or, if its tars are whole, type  depth-anything shard index {root}"
         ) from None
+
+
+def _mode(path: str) -> int:
+    """What a path is, 0 if it is nothing; OSError if its disk fails."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno not in OF_THE_PATH:
+            raise
+        return 0
 
 
 def _unfinished(root: str | Path) -> str:

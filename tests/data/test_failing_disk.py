@@ -125,6 +125,15 @@ def test_a_manifest_that_cannot_be_read_for_now_is_read_again(tmp_path, monkeypa
     assert open_set(tmp_path) == made and waits == [0.5, 1.0]
 
 
+def test_a_folder_that_cannot_be_looked_at_for_now_is_not_called_missing(tmp_path, monkeypatch, waits):
+    made = make(tmp_path)
+    failing(monkeypatch, errno.ESTALE, times=2, name="stat", of=tmp_path.name)
+    assert open_set(tmp_path) == made and waits == [0.5, 1.0]
+    failing(monkeypatch, errno.EIO, times=100, name="stat", of=tmp_path.name)
+    with pytest.raises(Outage, match="cannot be read for now"):
+        open_set(tmp_path)
+
+
 def test_a_shard_that_is_gone_is_lost_but_a_set_that_is_gone_is_an_outage(tmp_path):
     read = Records(make(tmp_path / "set"))
     (tmp_path / "set" / "000001.tar").unlink()
