@@ -16,8 +16,8 @@ from depth_anything.training.config import (
     Key,
     RunConfig,
     choice,
+    default_of,
     fields_of,
-    is_required,
     require,
     to_typed,
 )
@@ -159,8 +159,7 @@ def find_default(path: str) -> Any:
     known = find_key(parent)[0] if parent else Key(section=RunConfig)
     if known is None or known.section is None:
         return MISSING
-    item = known.section.__dataclass_fields__.get("target" if name == "_target_" else name)
-    return MISSING if item is None else item.default
+    return default_of(known.section, name)
 
 
 def advise(path: str, stage: str, *, value: str | None = None) -> str:
@@ -233,13 +232,13 @@ def _check_section(node: Any, section: type, prefix: str, stage: str, *, open_: 
             if not (open_ and _is_argument(node.get("_target_"), str(name), where)):
                 raise ValueError(advise(f"{prefix}{name}", stage, value=to_typed(value)))
         elif stage and stage not in known.stages:
-            unread = value == section.__dataclass_fields__[str(name)].default  # of size=tiny
+            unread = value == default_of(section, str(name))  # of size=tiny
             if not (unread and _is_argument(node.get("_target_"), str(name), where)):
                 raise ValueError(advise(f"{prefix}{name}", stage, value=to_typed(value)))
         else:
             _check_value(value, known, f"{prefix}{name}", stage)
     for name, known in keys.items():
-        if name not in node and is_required(section, name) and (not stage or stage in known.stages):
+        if name not in node and default_of(section, name) is MISSING and (not stage or stage in known.stages):
             raise ValueError(f"the key {prefix}{name} is missing; leave out  ~{prefix}{name}")
 
 

@@ -68,16 +68,14 @@ def key(rule: Rule | None, *, default: Any = MISSING, **settings: Any) -> Any:
 
 def fields_of(section: type) -> dict[str, Key]:
     """Return the keys of a dataclass of the schema by name."""
-    return {
-        "_target_" if name == "target" else name: item.metadata["key"]
-        for name, item in section.__dataclass_fields__.items()
-    }
+    items: dict[str, Any] = vars(section)["__dataclass_fields__"]
+    return {"_target_" if name == "target" else name: item.metadata["key"] for name, item in items.items()}
 
 
-def is_required(section: type, name: str) -> bool:
-    """Tell whether a key must be in every config whose stage knows it."""
-    item = section.__dataclass_fields__["target" if name == "_target_" else name]
-    return item.default is MISSING
+def default_of(section: type, name: str) -> Any:
+    """Return what the absence of a key means; MISSING where it must be in every config whose stage knows it."""
+    item = vars(section)["__dataclass_fields__"].get("target" if name == "_target_" else name)
+    return MISSING if item is None else item.default
 
 
 def integer(low: int, high: int | None = None, *, example: int, optional: bool = False) -> Rule:
