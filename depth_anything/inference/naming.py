@@ -1,6 +1,7 @@
 """What outputs are called: below their folder, in the tree of their sources, no two alike on any disk."""
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import count
@@ -43,17 +44,22 @@ def name_apart(
         >>> name_apart([PurePosixPath("a"), PurePosixPath("A")], ["jpg", "jpg"], endings=[".png"])
         [PosixPath('a_jpg'), PosixPath('A_jpg_2')]
     """
-    alike = Counter(str(stem).casefold() for i, stem in enumerate(stems) if i not in minor)
+    alike = Counter(_folded(str(stem)) for i, stem in enumerate(stems) if i not in minor)
     taken: set[str] = set()
     targets = []
     for i, (stem, mark) in enumerate(zip(stems, marks, strict=True)):
-        others = alike[str(stem).casefold()] - (i not in minor)
+        others = alike[_folded(str(stem))] - (i not in minor)
         name = f"{stem.name}_{mark}" if others and mark else stem.name
         for number in count(1):
             target = stem.parent / (name if number == 1 else f"{name}_{number}")
-            made = {f"{target}{ending}".casefold() for ending in endings}
+            made = {_folded(f"{target}{ending}") for ending in endings}
             if taken.isdisjoint(made):
                 break
         taken |= made
         targets.append(Path(target))
     return targets
+
+
+def _folded(name: str) -> str:
+    """What a disk that ignores case, or how a letter with an accent is composed, takes a name for."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -68,7 +68,9 @@ def list_sources(sources: Sequence[str | Path], *, leave_out: str | Path, ending
         photographs += found
     names = [photograph.name for photograph in photographs]
     below = tree([os.path.abspath(name) for name in names] if several else names, Path(sources[0]))
-    expected = {name for name, path in zip(names, below, strict=True) if _looks_like_image(path)}
+    expected = {
+        name for name, path in zip(names, below, strict=True) if _looks_like_image(path) or name.endswith("/")
+    }
     return Listed(photographs, _targets(below, endings), expected | one_by_one, missing, paths)
 
 

@@ -86,6 +86,7 @@ def test_no_image_at_all_is_an_error(tmp_path, predictor, content):
     [
         (("a.jpg", "a.png"), ("a_jpg", "a_png")),
         (("a.jpg", "A.JPG"), ("A_JPG", "a_jpg_2")),  # one file on the disks of many
+        (("e\u0301.jpg", "\xe9.jpg"), ("e\u0301_jpg", "\xe9_jpg_2")),
         (("a.jpg", "a_disparity.jpg"), ("a", "a_disparity_2")),  # the map of one is the picture of the other
         (("a.jpg", "a.png", "a_jpg.png"), ("a_jpg", "a_png", "a_jpg_2")),
         (("a.jpg", "deep/a.jpg"), ("a", "deep/a")),

@@ -268,6 +268,22 @@ def test_an_image_that_cannot_be_read_does_not_end_the_rest(tmp_path, predictor,
     assert outcome.images == 2 and outcome.failed == {"b.jpg": "Permission denied"}
 
 
+def test_a_folder_that_cannot_be_listed_does_not_end_the_rest(tmp_path, predictor, monkeypatch):
+    for name in ("a", "b/x", "c"):
+        photo(tmp_path / f"in/{name}.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).rstrip("/").endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    outcome = predict_files(predictor, tmp_path / "in", tmp_path / "out")
+    assert outcome.images == 2 and list(outcome.failed) == ["b/"]
+    assert "Permission denied" in outcome.failed["b/"]
+
+
 # Memory
 
 

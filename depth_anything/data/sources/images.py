@@ -84,7 +84,8 @@ class Photographs:
 def list_photographs(source: str | Path, *, leave_out: str | Path | None = None) -> list[Photograph]:
     """List every file of a folder (recursively), list file (a path a line, relative to it) or tar, by name.
 
-    A compressed tar keeps its own order: it can only be read from the front.
+    A compressed tar keeps its own order: it can only be read from the front. A folder inside that cannot be listed is
+    one file that cannot be read.
 
     Args:
         source: The folder, list or tar; a single image counts as a list of one.
@@ -94,7 +95,7 @@ def list_photographs(source: str | Path, *, leave_out: str | Path | None = None)
         ValueError: If there is nothing at `source`, or it is none of these.
     """
     raw = Path(source)
-    lines = _lines(raw, Path(leave_out) if leave_out else None)
+    lines = _lines(raw, Path(leave_out) if leave_out else None, tolerant=True)
     return [Photograph(_shown(line), _size(line), partial(_read, raw, line)) for line in lines]
 
 
@@ -202,9 +203,9 @@ def _read(raw: Path, line: str) -> bytes:
         raise ValueError(error.strerror or type(error).__name__) from error
 
 
-def _lines(raw: Path, leave_out: Path | None) -> Iterable[str]:
+def _lines(raw: Path, leave_out: Path | None, *, tolerant: bool = False) -> Iterable[str]:
     if raw.is_dir():
-        return _in_folder(raw, leave_out.resolve() if leave_out else None)
+        return _in_folder(raw, leave_out.resolve() if leave_out else None, tolerant=tolerant)
     if not raw.is_file():
         raise ValueError(f"{raw} does not exist: type the path of a folder, a list of paths, or a tar")
     if tarfile.is_tarfile(raw):
@@ -213,12 +214,18 @@ def _lines(raw: Path, leave_out: Path | None) -> Iterable[str]:
     return sorted(_in_list(raw), key=_name)
 
 
-def _in_folder(folder: Path, leave_out: Path | None) -> Iterator[str]:
-    for name, path in walk(folder, follow=False, leave_out=leave_out):
+def _in_folder(folder: Path, leave_out: Path | None, *, tolerant: bool) -> Iterator[str]:
+    faults: list[str] = []
+
+    def note(name: str, error: OSError) -> None:
+        faults.append(fault_line(name, f"a folder that cannot be listed: {error.strerror}"))
+
+    for name, path in walk(folder, follow=False, leave_out=leave_out, unlisted=note if tolerant else None):
         if path is None:
             yield fault_line(name, "a link to a folder, which is not followed")
         else:
             yield file_line(name, path)
+    yield from faults
 
 
 def _in_list(path: Path) -> Iterator[str]:

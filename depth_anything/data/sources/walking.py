@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 
 from depth_anything.data.sources.archives import (
@@ -143,13 +143,20 @@ def read_image(raw: Path, line: str) -> bytes:
     raise ValueError(from_field(place))
 
 
-def walk(folder: Path, *, follow: bool, leave_out: Path | None = None) -> Iterator[tuple[str, Path | None]]:
+def walk(
+    folder: Path,
+    *,
+    follow: bool,
+    leave_out: Path | None = None,
+    unlisted: Callable[[str, OSError], None] | None = None,
+) -> Iterator[tuple[str, Path | None]]:
     """List the files below a folder in the order of their names' bytes, with one folder at a time in memory.
 
     Args:
         folder: To begin in.
         follow: Links to folders; each real folder is looked at once.
         leave_out: A folder to pass over, resolved.
+        unlisted: Is told of a folder inside that cannot be listed, and the rest goes on; None refuses it.
 
     Yields:
         The path below `folder` with "/" between, and the path to open; None for a link that is not followed.
@@ -157,17 +164,24 @@ def walk(folder: Path, *, follow: bool, leave_out: Path | None = None) -> Iterat
     Raises:
         ValueError: A folder cannot be listed.
     """
-    yield from _walk(folder, "", {os.path.realpath(folder)} if follow else None, leave_out)
+    yield from _walk(folder, "", {os.path.realpath(folder)} if follow else None, leave_out, unlisted)
 
 
 def _walk(
-    folder: Path, prefix: str, seen: set[str] | None, leave_out: Path | None
+    folder: Path,
+    prefix: str,
+    seen: set[str] | None,
+    leave_out: Path | None,
+    unlisted: Callable[[str, OSError], None] | None,
 ) -> Iterator[tuple[str, Path | None]]:
     try:
         with os.scandir(folder) as entries:
             names = [entry.name + "/" if _is_folder(entry) else entry.name for entry in entries]
     except OSError as error:
-        raise ValueError(f"{folder} cannot be listed: {error.strerror}") from error
+        if unlisted is None or not prefix:
+            raise ValueError(f"{folder} cannot be listed: {error.strerror}") from error
+        unlisted(prefix, error)
+        return
     names.sort(key=os.fsencode)
     for name in names:
         path = folder / name
@@ -181,7 +195,7 @@ def _walk(
                 continue
             if seen is not None:
                 seen.add(real)
-            yield from _walk(path, prefix + name, seen, leave_out)
+            yield from _walk(path, prefix + name, seen, leave_out, unlisted)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
