@@ -7,6 +7,7 @@ the page is told of the server's disk is an alias.
 
 import html
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -220,18 +221,19 @@ def build_page(
                         elem_id="points",
                     )
 
-        cloud, in_space = gr.State(None), gr.State(False)
+        cloud, in_space, refusals = gr.State(None), gr.State(False), gr.State("")
 
         # not `change`: a picture that is refused is taken off the page, and what is wrong with it stays
         gr.on(
             [image.upload, image.clear, model.input, colours.input],
             _answer(predictors, limits, quota),
             [image, model, colours, in_space],
-            [image, slider, legend, png16, exr, cloud, points, facts, no_points],
+            [slider, legend, png16, exr, cloud, points, facts, no_points, refusals],
             api_visibility="private",
             show_progress_on=slider,
             trigger_mode="always_last",
         )
+        refusals.change(lambda: None, None, image, api_visibility="private")
         # a hidden canvas draws nothing, later neither: points are handed over when their tab is open
         points_tab.select(
             lambda made: (_viewer(made), True), cloud, [points, in_space], api_visibility="private"
@@ -248,17 +250,15 @@ def _answer(
     def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
         empty = gr.DownloadButton(interactive=False, value=None)
         facts = _describe(name, predictors[name], limits) if name in predictors else ""
-        made, told, picture = None, "", gr.skip()
+        made, told, refusal = None, "", gr.skip()
         if path:
             try:
                 made = _map(path, name, colour, predictors, limits, quota)
-            except _Refused as refusal:
-                told, picture = _sentence(refusal), None
-                shutil.rmtree(Path(path).parent, ignore_errors=True)
+            except _Refused as error:
+                told, refusal = _sentence(error), secrets.token_hex(8)
         if made is None:
-            return [picture, None, told, empty, empty, None, _viewer(None), facts, ""]
+            return [None, told, empty, empty, None, _viewer(None), facts, "", refusal]
         return [
-            picture,
             made.pair,
             made.legend,
             gr.DownloadButton(value=made.png16, interactive=True),
@@ -267,6 +267,7 @@ def _answer(
             _viewer(made if in_space else None),
             made.facts,
             made.no_points,
+            refusal,
         ]
 
     return show
@@ -314,6 +315,10 @@ def _map(
         if quota and not quota.make_room(0, keep=Path(path)):
             raise _Refused("The disk of this page is full for now: try again in a minute.")
         return _made(Path(path), data, name, colour, predictors[name], limits)
+    except _Refused:
+        raise
+    except FileNotFoundError as error:
+        raise _Refused("This picture is no longer here, others needed its room: send it again.") from error
     except ValueError as error:
         raise _Refused(f"This picture cannot be mapped: {error}.") from error
     except (MemoryError, RuntimeError) as error:
