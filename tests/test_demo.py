@@ -1,5 +1,6 @@
 """The page as a visitor meets it, in headless Chromium; and what it must not do for a visitor."""
 
+import http.client
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -28,6 +30,8 @@ with warnings.catch_warnings():
     pytest.importorskip("gradio", reason="pip install 'depth-anything-train[demo]'")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     from depth_anything.demo import Limits, running
+    from depth_anything.demo.guard import Quota
+    from depth_anything.inference.predictor import check_numbers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -35,11 +39,34 @@ LIMITS = Limits(megapixels=0.5, megabytes=1.0, queue=4)
 PATIENCE_MS = 60_000
 
 
+class Standing:
+    """Stands for a predictor whose maps are told by `made`; without it, memory runs out."""
+
+    def __init__(self, like, made):
+        self.like, self.made = like, made
+
+    def __getattr__(self, name):
+        return getattr(self.like, name)
+
+    def predict(self, image):
+        if self.made is None:
+            raise MemoryError
+        map_ = self.made(image.shape[:2])
+        check_numbers(map_, "the image", precision="fp16")
+        return map_
+
+
 @pytest.fixture(scope="module")
 def predictors():
     relative = Predictor(DepthAnything("vitn"), device="cpu", input_size=70)
     metric = Predictor(DepthAnything("vitn", max_depth=20.0), device="cpu", input_size=70)
-    return {"relative": relative, "<b>metric</b>": metric}
+    return {
+        "relative": relative,
+        "<b>metric</b>": metric,
+        "sky": Standing(relative, lambda shape: np.zeros(shape, np.float32)),
+        "broken": Standing(relative, lambda shape: np.full(shape, np.nan, np.float32)),
+        "greedy": Standing(relative, None),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +145,13 @@ def message(page, words):
     return told
 
 
+def sentence(page, words):
+    """What the page says in place of a map."""
+    told = page.locator("#legend .refused", has_text=words)
+    told.wait_for(timeout=PATIENCE_MS)
+    return told.inner_text()
+
+
 def test_upload_slide_download(page, address, photo, predictors, tmp_path):
     upload_and_wait(page, photo)
     page.wait_for_selector("#slider img", timeout=PATIENCE_MS)
@@ -176,10 +210,15 @@ def test_what_is_no_image_is_told_and_the_page_goes_on(page, photo, tmp_path):
     message(page, "Invalid file type: notes.txt")
     (tmp_path / "notes.jpg").write_text("a note in disguise")
     upload(page, tmp_path / "notes.jpg")
-    told = message(page, "no picture this page can read")
+    told = sentence(page, "no picture this page can read")
     assert str(tmp_path) not in told and "tmp" not in told
     page.wait_for_selector("#legend .bar", state="detached", timeout=PATIENCE_MS)  # no other picture's depth
     assert page.locator("#png16").is_disabled()
+    assert page.locator("#drop img").count() == 0 and page.locator("#slider img").count() == 0
+    page.wait_for_selector(
+        ".toast-body", state="detached", timeout=PATIENCE_MS
+    )  # it is told on the page alone
+    assert "no picture this page can read" in sentence(page, "read")
     Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "again.webp")
     upload_and_wait(page, tmp_path / "again.webp")
 
@@ -187,11 +226,77 @@ def test_what_is_no_image_is_told_and_the_page_goes_on(page, photo, tmp_path):
 def test_what_is_too_large_is_told(page, tmp_path):
     Image.new("L", (1000, 800)).save(tmp_path / "wide.png")
     upload(page, tmp_path / "wide.png")
-    message(page, "has 0.8 megapixels; this page takes 0.5")
+    sentence(page, "has 0.8 megapixels; this page takes 0.5")
     noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "heavy.png")
     upload(page, tmp_path / "heavy.png")
-    message(page, re.compile("maximum|too large|exceed", re.I))
+    sentence(page, "over 1 MB")
+    Image.new("L", (19_000, 10_000)).save(tmp_path / "bomb.png")  # Pillow itself refuses from 179 on
+    upload(page, tmp_path / "bomb.png")
+    sentence(page, "has 190 megapixels; this page takes 0.5")
+    Image.new("L", (900, 90)).save(tmp_path / "strip.png")
+    upload(page, tmp_path / "strip.png")
+    sentence(page, "10 times as long")
+
+
+def test_a_map_without_points_is_shown_and_why_there_are_none(page, photo):
+    upload_and_wait(page, photo)
+    page.click("#model input")
+    page.get_by_role("option", name="sky").click()
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('sky')", timeout=PATIENCE_MS)
+    page.wait_for_selector("#legend .bar", timeout=PATIENCE_MS)
+    assert page.locator("#slider img").count() == 2 and page.locator("#png16").is_enabled()
+    page.get_by_role("tab", name="Points in space").click()
+    page.wait_for_selector("#no-points .refused", timeout=PATIENCE_MS)
+    assert "No points" in page.inner_text("#no-points")
+
+
+@pytest.mark.parametrize("name", ["broken", "greedy"])
+def test_a_request_that_fails_leaves_a_sentence_and_the_page_goes_on(page, photo, name):
+    upload_and_wait(page, photo)
+    page.click("#model input")
+    page.get_by_role("option", name=name).click()
+    sentence(page, "no numbers" if name == "broken" else "not enough memory")
+    assert page.locator("#slider img").count() == 0
+    page.click("#model input")
+    page.get_by_role("option", name="relative").click()
+    upload_and_wait(page, photo)
+
+
+def make_uploads(folder, count, size, *, age=0.0):
+    for number in range(count):
+        (folder / f"{number}").mkdir()
+        path = folder / f"{number}/picture.png"
+        path.write_bytes(bytes(size))
+        for touched in (path, path.parent):
+            os.utime(touched, (time.time() - age - number, time.time() - age - number))
+
+
+def test_old_uploads_give_way_and_fresh_ones_do_not(tmp_path):
+    make_uploads(tmp_path, 5, 1000, age=100)
+    assert Quota(tmp_path, files=10, bytes=10_000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
+    assert Quota(tmp_path, files=10, bytes=5000).make_room(2000, keep=tmp_path / "4/picture.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "4"}  # the oldest is 4, which is in use
+    assert Quota(tmp_path, files=2, bytes=10_000).make_room(0)
+    assert len(list(tmp_path.iterdir())) == 1
+    shutil.rmtree(tmp_path / next(tmp_path.iterdir()))
+    make_uploads(tmp_path, 5, 1000)
+    assert not Quota(tmp_path, files=10, bytes=5000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
+
+
+def test_an_upload_beyond_the_quota_is_refused_before_it_is_read(predictors):
+    limits = Limits(megabytes=0.1, disk_megabytes=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with running(predictors, limits=limits) as url:
+            for size, status in ((60_000, 507), (600_000, 413)):
+                line = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+                line.putrequest("POST", "/gradio_api/upload")
+                line.putheader("Content-Type", "multipart/form-data; boundary=b")
+                line.putheader("Content-Length", str(size))
+                line.endheaders()  # and not a byte of what was announced
+                assert line.getresponse().status == status
+                line.close()
 
 
 def ask(url, data=None):

@@ -6,7 +6,6 @@ the page is told of the server's disk is an alias.
 """
 
 import html
-import io
 import os
 import secrets
 import shutil
@@ -27,8 +26,11 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+from depth_anything.data.headers import image_cost  # noqa: E402
 from depth_anything.data.sample import decode_image  # noqa: E402
+from depth_anything.demo.guard import Alias, Quota, UploadGuard  # noqa: E402
 from depth_anything.inference.formats import encode, shown_values  # noqa: E402
+from depth_anything.inference.memory import check_memory, is_out_of_memory  # noqa: E402
 from depth_anything.inference.pointcloud import choose_focal, encode_points, unproject  # noqa: E402
 from depth_anything.inference.predictor import Predictor  # noqa: E402
 from depth_anything.visualize import colormap_for, paint  # noqa: E402
@@ -46,6 +48,9 @@ _ROUND, _FROM_ABOVE = (
 _BEHIND = 1.15  # times as far from their middle
 _FAR_MEDIANS = 4.0  # disparity makes the far unsure; farther points would make the near ones small
 _STOPS = 24
+_HARD = 4  # times as large as is taken is what a file may be to be told so on the page
+_MULTIPART = 10_000  # bytes of an upload beside its file's, at most
+_LONGEST = 8  # times its short side: the network's short side is fixed, and its cost grows with the long one's square
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ class Limits:
         megapixels: of an image.
         megabytes: of a file.
         queue: visitors who may wait; one is served at a time, since the network has one device.
+        files: uploads, and maps of them, that are kept; the oldest go first.
+        disk_megabytes: of all of them.
     """
 
     megapixels: float = 50.0
     megabytes: float = 30.0
     queue: int = 16
+    files: int = 500
+    disk_megabytes: float = 4000.0
 
 
 class _Refused(ValueError):
@@ -75,8 +84,9 @@ class _Made:
     legend: str
     png16: str
     exr: str
-    points: str
+    points: str | None
     distance: float
+    no_points: str
     facts: str
 
 
@@ -119,18 +129,24 @@ def running(
     folder = Path(tempfile.mkdtemp(prefix="depth-anything-")).resolve()
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    page = build_page(predictors, limits=limits)
+    quota = Quota(folder, limits.files, round(limits.disk_megabytes * 1_000_000))
+    # Gradio says of a larger file what nobody can change, in a corner; up to here the page itself says it.
+    hard_limit = round(_HARD * limits.megabytes * 1_000_000)
+    page = build_page(predictors, limits=limits, quota=quota)
     try:
         _, address, _ = page.queue(max_size=limits.queue, default_concurrency_limit=1).launch(
             server_name=host,
             server_port=port or None,
-            max_file_size=round(limits.megabytes * 1_000_000),
+            max_file_size=hard_limit,
             theme=_theme(),
             css=_CSS,
             js="() => document.body.classList.add('dark')",
             footer_links=[],
             app_kwargs={
-                "middleware": [Middleware(_Alias, folder=str(folder))],
+                "middleware": [
+                    Middleware(UploadGuard, quota=quota, most_bytes=hard_limit + _MULTIPART),
+                    Middleware(Alias, folder=str(folder)),
+                ],
                 "docs_url": None,
                 "redoc_url": None,
             },
@@ -153,12 +169,15 @@ def running(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blocks:
+def build_page(
+    predictors: Mapping[str, Predictor], *, limits: Limits, quota: Quota | None = None
+) -> gr.Blocks:
     """Lay out the page and wire it.
 
     Args:
         predictors: by the names they are offered under.
         limits: what is taken.
+        quota: what may lie on the disk.
     """
     names = list(predictors)
     with gr.Blocks(
@@ -194,6 +213,7 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
                     )
                     legend = gr.HTML(elem_id="legend")
                 with gr.Tab("Points in space") as points_tab:
+                    no_points = gr.HTML(elem_id="no-points")
                     points = gr.Model3D(
                         show_label=False,
                         height=640,
@@ -201,17 +221,19 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
                         elem_id="points",
                     )
 
-        cloud, in_space = gr.State(None), gr.State(False)
+        cloud, in_space, refusals = gr.State(None), gr.State(False), gr.State("")
 
+        # not `change`: a picture that is refused is taken off the page, and what is wrong with it stays
         gr.on(
-            [image.change, model.input, colours.input],
-            _answer(predictors, limits),
+            [image.upload, image.clear, model.input, colours.input],
+            _answer(predictors, limits, quota),
             [image, model, colours, in_space],
-            [slider, legend, png16, exr, cloud, points, facts],
+            [slider, legend, png16, exr, cloud, points, facts, no_points, refusals],
             api_visibility="private",
             show_progress_on=slider,
             trigger_mode="always_last",
         )
+        refusals.change(lambda: None, None, image, api_visibility="private")
         # a hidden canvas draws nothing, later neither: points are handed over when their tab is open
         points_tab.select(
             lambda made: (_viewer(made), True), cloud, [points, in_space], api_visibility="private"
@@ -220,19 +242,22 @@ def build_page(predictors: Mapping[str, Predictor], *, limits: Limits) -> gr.Blo
     return page
 
 
-def _answer(predictors: Mapping[str, Predictor], limits: Limits) -> Callable[..., list[Any]]:
+def _answer(
+    predictors: Mapping[str, Predictor], limits: Limits, quota: Quota | None
+) -> Callable[..., list[Any]]:
     """Make what answers a visitor: from picture, model, colours and open tab to what the page shows."""
 
     def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
         empty = gr.DownloadButton(interactive=False, value=None)
-        nothing = [None, "", empty, empty, None, _viewer(None)]
-        try:
-            made = _map(path, name, colour, predictors, limits) if path else None
-        except _Refused as refusal:
-            gr.Warning(html.escape(str(refusal)), title="Not mapped", duration=12)
-            made = None
+        facts = _describe(name, predictors[name], limits) if name in predictors else ""
+        made, told, refusal = None, "", gr.skip()
+        if path:
+            try:
+                made = _map(path, name, colour, predictors, limits, quota)
+            except _Refused as error:
+                told, refusal = _sentence(error), secrets.token_hex(8)
         if made is None:
-            return [*nothing, _describe(name, predictors[name], limits) if name in predictors else ""]
+            return [None, told, empty, empty, None, _viewer(None), facts, "", refusal]
         return [
             made.pair,
             made.legend,
@@ -241,13 +266,19 @@ def _answer(predictors: Mapping[str, Predictor], limits: Limits) -> Callable[...
             made,
             _viewer(made if in_space else None),
             made.facts,
+            made.no_points,
+            refusal,
         ]
 
     return show
 
 
+def _sentence(why: object) -> str:
+    return f'<p class="refused" role="alert">{html.escape(str(why))}</p>'
+
+
 def _viewer(made: _Made | None) -> gr.Model3D:
-    if made is None:
+    if made is None or made.points is None:
         return gr.Model3D(value=None)
     return gr.Model3D(value=made.points, camera_position=(_ROUND, _FROM_ABOVE, made.distance))
 
@@ -268,15 +299,38 @@ def _take_as_it_came(image: gr.Image) -> None:
     setattr(image, "async_move_resource_to_block_cache", refuse_addresses)  # noqa: B010
 
 
-def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor], limits: Limits) -> _Made:
-    """Map a visitor's image; what is wrong with it is a message on the page."""
+def _map(
+    path: str,
+    name: str,
+    colour: str,
+    predictors: Mapping[str, Predictor],
+    limits: Limits,
+    quota: Quota | None,
+) -> _Made:
+    """Map a visitor's image; what is wrong with it, or with one request alone, is a message on the page."""
     if name not in predictors or colour not in COLOURS:
         raise _Refused("There is no such model, or no such colours.")
-    data = Path(path).read_bytes()
-    image = _decoded(data, limits)
-    predictor = predictors[name]
+    try:
+        data = _checked(Path(path), limits)
+        if quota and not quota.make_room(0, keep=Path(path)):
+            raise _Refused("The disk of this page is full for now: try again in a minute.")
+        return _made(Path(path), data, name, colour, predictors[name], limits)
+    except _Refused:
+        raise
+    except FileNotFoundError as error:
+        raise _Refused("This picture is no longer here, others needed its room: send it again.") from error
+    except ValueError as error:
+        raise _Refused(f"This picture cannot be mapped: {error}.") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _Refused("There is not enough memory for this picture: reduce it first.") from error
+
+
+def _made(path: Path, data: bytes, name: str, colour: str, predictor: Predictor, limits: Limits) -> _Made:
+    image = decode_image(data)
     map_ = predictor.predict(image)
-    folder = Path(tempfile.mkdtemp(prefix="made-", dir=Path(path).parent))
+    folder = Path(tempfile.mkdtemp(prefix="made-", dir=path.parent))
     values, quantity = shown_values(map_, predictor)
     painted = paint(values, quantity=quantity, colormap=COLOURS[colour])
     focal_px, origin = choose_focal(data, image.shape)
@@ -289,35 +343,46 @@ def _map(path: str, name: str, colour: str, predictors: Mapping[str, Predictor],
         far=None if predictor.unit == "m" else _FAR_MEDIANS,
         max_points=_MAX_POINTS,
     )
-    near_far = (cloud.points[:, 2].min(), cloud.points[:, 2].max()) if len(cloud.points) else (1.0, 1.0)
+    points, distance, no_points = None, 1.0, ""
+    try:
+        points = _bytes(folder / "points.glb", encode_points(cloud, "glb"))
+        distance = float(cloud.points[:, 2].min() + cloud.points[:, 2].max()) / 2 * _BEHIND
+    except ValueError as error:  # of sky alone there are none: the map is as good as any
+        no_points = _sentence(f"No points: {error}.")
     return _Made(
         pair=(_saved(folder / "picture.webp", image), _saved(folder / "depth.webp", painted)),
         legend=_legend(map_, colour, predictor),
         png16=_written(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
         exr=_written(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
-        points=_bytes(folder / "points.glb", encode_points(cloud, "glb")),
-        distance=float(sum(near_far)) / 2 * _BEHIND,
+        points=points,
+        distance=distance,
+        no_points=no_points,
         facts=_describe(name, predictor, limits)
         + f"<p>{image.shape[1]} × {image.shape[0]} px. Points: focal {focal_px:.0f} px, {html.escape(origin)}.</p>",
     )
 
 
-def _decoded(data: bytes, limits: Limits) -> np.ndarray:
-    if len(data) > limits.megabytes * 1_000_000:
+def _checked(path: Path, limits: Limits) -> bytes:
+    """Read a visitor's file if its size, and what its header says that it costs, are within the limits."""
+    if path.stat().st_size > limits.megabytes * 1_000_000:
         raise _Refused(f"This file is over {limits.megabytes:g} MB, the most this page takes.")
+    data = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as header:  # the size, before a pixel is decoded
-            megapixels = header.width * header.height / 1e6
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        megapixels = 0.0  # no image, which the decoder says better, or one that Pillow thinks a bomb
-    if megapixels > limits.megapixels:
-        raise _Refused(
-            f"This picture has {megapixels:.3g} megapixels; this page takes {limits.megapixels:g}: reduce it first."
-        )
-    try:
-        return decode_image(data)
+        cost = image_cost(data)
     except ValueError as error:
         raise _Refused(f"That is no picture this page can read ({error}).") from error
+    if cost.pixels > limits.megapixels * 1e6:
+        raise _Refused(
+            f"This picture has {cost.pixels / 1e6:.3g} megapixels; this page takes {limits.megapixels:g}: "
+            "reduce it first."
+        )
+    long, short = max(cost.width, cost.height), max(1, min(cost.width, cost.height))
+    if long > _LONGEST * short:
+        raise _Refused(
+            f"This picture is {long / short:.3g} times as long as it is wide; this page takes {_LONGEST}: crop it."
+        )
+    check_memory(cost.pixels)
+    return data
 
 
 def _written(path: Path, map_: np.ndarray, format: str, predictor: Predictor) -> str:
@@ -374,55 +439,6 @@ def _describe(name: str, predictor: Predictor, limits: Limits) -> str:
     return "".join(f"<p>{fact}</p>" for fact in facts)
 
 
-class _Alias:
-    """Shows another name for the folder of temporary files than it has on the server's disk.
-
-    The alias is as long as the name, so that lengths of responses stay; and no address is fetched for anyone.
-    """
-
-    def __init__(self, app: Any, folder: str) -> None:
-        self._app, self._real = app, folder.encode()
-        self._alias = f"/{secrets.token_hex(len(folder))}"[: len(folder)].encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if "file=http" in scope["path"]:
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        headers = dict(scope["headers"])
-        wanted = {**scope, "path": scope["path"].replace(self._alias.decode(), self._real.decode())}
-        for key in ("raw_path", "query_string"):
-            wanted[key] = (scope.get(key) or b"").replace(self._alias, self._real)
-        asked_in_text = b"multipart" not in headers.get(b"content-type", b"")
-        answers_in_text = False
-
-        async def receive_real() -> Any:
-            message = await receive()
-            if asked_in_text and message.get("body"):
-                message = {**message, "body": message["body"].replace(self._alias, self._real)}
-            return message
-
-        async def send_alias(message: Any) -> None:
-            nonlocal answers_in_text
-            if message["type"] == "http.response.start":
-                kind = dict(message["headers"]).get(b"content-type", b"")
-                answers_in_text = kind.startswith((b"text/", b"application/json"))
-                message = {
-                    **message,
-                    "headers": [
-                        (key, value.replace(self._real, self._alias)) for key, value in message["headers"]
-                    ],
-                }
-            elif answers_in_text and message.get("body"):
-                message = {**message, "body": bytes(message["body"]).replace(self._real, self._alias)}
-            await send(message)
-
-        await self._app(wanted, receive_real, send_alias)
-
-
 def _theme() -> gr.themes.Base:
     """Neutral greys, as in a grading suite; and only fonts that the visitor's machine has."""
     return gr.themes.Base(
@@ -450,5 +466,6 @@ _CSS = """
   font-size: 12.5px; margin-top: 3px; }
 #legend .ends b { color: #e6e7ea; text-transform: uppercase; font-size: 11px; letter-spacing: .08em; }
 #legend .ends span { text-align: center; }
+.refused { color: #ffb4a6; font-size: 14px; margin: 8px 0; overflow-wrap: anywhere; }
 footer { display: none !important; }
 """
