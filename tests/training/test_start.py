@@ -62,6 +62,26 @@ def test_any_format_starts_a_stage(tmp_path, form):
     ) == fingerprint(made)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
+def test_a_metric_start_keeps_its_last_convolution_only_for_metres(tmp_path, form, stage, capsys):
+    path = FORMATS[form](model(max_depth=80.0), tmp_path)
+    metres = {"max_depth": 20.0} if stage == "metric" else {}
+    started = network({**CONFIG, "stage": stage, "init": str(path), **metres})
+    last = "depth_head.scratch.output_conv2.2.weight"
+    same = torch.equal(started.state_dict()[last], model(max_depth=80.0).state_dict()[last])
+    assert same == (stage == "metric") and started.quantity == ("depth" if metres else "disparity")
+    assert ("80 m" in capsys.readouterr().err) == (stage == "metric")  # its metres are stretched
+
+
+def test_a_calibration_does_not_outlive_training_and_that_is_said(tmp_path, capsys):
+    made = model()
+    made.calibration = (0.3, 0.02)
+    path = FORMATS["own"](made, tmp_path)
+    assert network({**CONFIG, "init": str(path)}).calibration is None
+    assert "calibrate" in capsys.readouterr().err
+
+
 def test_official_files_start_a_stage(tmp_path):
     with torch.device("meta"):
         large = DepthAnything("vits")
