@@ -46,7 +46,7 @@ class Witness(StepCallback):
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "compose": (run, "complete"),
+    "compose": (run, "resolve_config"),
     "scenes": (run, "make_scenes"),
     "open": (TrainData, "open"),
     "network": (run, "network"),
