@@ -387,6 +387,10 @@ def dead_pid() -> int:
     return child.pid
 
 
+def write_note(path: Path, *, pid: int) -> None:
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+
+
 def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
     path = tmp_path / "labels" / ".0.lease"
     first, second = Lease(path, pid=os.getpid()), Lease(path, pid=os.getppid())
@@ -464,13 +468,13 @@ def test_who_finds_everything_leased_waits_and_takes_over_from_the_dead(
     data = make_data(tmp_path, make_teacher())
     labels = data.labels["photos"]
     (tmp_path / "labels/photos").mkdir(parents=True)
-    write_note(Path(labels.root, ".0.lease"), host=socket.gethostname(), pid=os.getppid(), age=0)
+    write_note(Path(labels.root, ".0.lease"), pid=os.getppid())
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 2:  # its holder dies
-            write_note(Path(labels.root, ".0.lease"), host=socket.gethostname(), pid=dead_pid(), age=0)
+            write_note(Path(labels.root, ".0.lease"), pid=dead_pid())
 
     monkeypatch.setattr(time, "sleep", nap)
     taken = list(shards_of(batches_of(data)))
@@ -497,7 +501,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         for batch in [*batches.cut("photos", "0"), next(batches.cut("photos", "1"))]:
             module.predict_step(batch, 0)  # and no more: killed here
     root = tmp_path / "labels/photos"
-    write_note(root / ".1.lease", host=socket.gethostname(), pid=dead_pid(), age=0)
+    write_note(root / ".1.lease", pid=dead_pid())
     (root / ".tmp.left").write_bytes(b"half a shard")
     done = (root / "0.tar").stat().st_mtime_ns
     assert "11 labels of photos" in label(make_data(tmp_path, teacher, codec="q12"), teacher)
