@@ -196,6 +196,17 @@ class Checkpoints(StepCallback):
         """Save into `folder` every `every` steps and at the end; keep the newest `keep`."""
         self.folder, self.every, self.keep = folder, every, keep
         self._saved = -1
+        self._began = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Remember where the run stands: of that step there is a checkpoint."""
+        super().on_train_start(trainer, module)
+        self._began = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save where something else than a signal ended the training early, as +trainer.max_time does."""
+        if trainer.global_step > self._began:
+            self.save(trainer, trainer.global_step)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Save when due."""

@@ -25,6 +25,11 @@ from depth_anything.training.config import (
 #: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.
 SET_BY_RUN = {
     "max_steps": "steps=N",
+    "fast_dev_run": "steps=1",
+    "limit_train_batches": "steps=N",
+    "overfit_batches": "sources.labelled.NAME=FOLDER with a small set",
+    "reload_dataloaders_every_n_epochs": "",
+    "barebones": "",
     "accumulate_grad_batches": "micro_batch=N, from which accumulation follows",
     "gradient_clip_val": "recipe.clip_norm=1.0",
     "gradient_clip_algorithm": "recipe.clip_norm=1.0",

@@ -185,14 +185,16 @@ def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None
     Raises:
         Stopped: For a signal, on all ranks once rank 0 has queued the job again, as a launcher may end the job at
             the first bad exit.
-        RuntimeError: If the run ended early without a signal.
+        ValueError: If something else ended the run, as +trainer.max_time does; it is saved.
     """
     if trainer.global_step >= trainer.max_steps:
         return
     agreement = next(c for c in callbacks if isinstance(c, Agreement))
     number, step = agreement.signalled, trainer.global_step
     if not number:
-        raise RuntimeError(f"Lightning ended the run at step {step} of {trainer.max_steps}")
+        raise ValueError(
+            f"Lightning ended the run at step {step} of {trainer.max_steps}, which is saved; the same command goes on"
+        )
     if trainer.is_global_zero:
         saved = f"saved at step {step}" if step else "before the first step"
         print(f"stopped by {name_of(number)} {saved}; the same command goes on", file=sys.stderr)

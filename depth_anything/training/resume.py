@@ -39,6 +39,8 @@ def resume_kind(path: str) -> str:
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
         known, open_ = find_key(".".join(parts[:length]))
+        if known is None and parts[0] == "trainer":
+            return FREE  # as max_time and profiler
         if known is None:
             return START if open_ else SAME
         kinds.append(known.resume)

@@ -230,6 +230,14 @@ def test_a_config_from_before_there_was_a_key_goes_on(own: RunFolder, path: str)
     assert own.compare(resolved("steps=10")) == []
 
 
+@pytest.mark.parametrize(
+    "key", ["+trainer.max_time=00:01:00:00", "+trainer.profiler=simple", "trainer.devices=2"]
+)
+def test_how_lightning_runs_it_may_change_at_every_start(key: str) -> None:
+    assert differences(resolved(), resolved(key)) == {}
+    assert differences(resolved(key), resolved()) == {}
+
+
 def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
     old, typed = resolved(), ["recipe.gm_trim=0.2", "recipe.trim=0.0"]
     for node in (old["recipe"], old["module"]["recipe"]):

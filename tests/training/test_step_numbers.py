@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from depth_anything.training.base import DepthModule, Recipe
 from depth_anything.training.callbacks import Agreement, Checkpoints, Metrics, Progress, StepCallback
-from depth_anything.training.engine import trainer_arguments
+from depth_anything.training.engine import stop_if_signalled, trainer_arguments
 from depth_anything.training.loggers import MetricsCSV, read_metrics
 
 SIDE = 8
@@ -244,3 +244,21 @@ def test_more_than_one_in_a_hundred_bad_records_stop_the_run(tmp_path: Path) -> 
     for word in ("61 of 6000", "1%", "own/0[10]", "verify"):
         assert word in str(raised.value)
     assert len((tmp_path / "failed-records-0.txt").read_text().splitlines()) == 400 + 61
+
+
+class StopsEarly(StepCallback):
+    """Ends the training after a step, as Lightning's Timer does."""
+
+    def on_step(self, trainer: Any, module: Any, step: int) -> None:
+        trainer.should_stop = step == 2
+
+
+def test_a_run_that_lightning_ends_early_is_saved_and_no_success(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=100)
+    callbacks = [checkpoints, Agreement(checkpoints), StopsEarly()]
+    trainer = trainer_of(tmp_path, *callbacks, steps=4)
+    loader = DataLoader(Batches([batch(seed) for seed in range(4)]), batch_size=None)
+    trainer.fit(module_of(), train_dataloaders=loader)
+    with pytest.raises(ValueError, match="step 2 of 4"):
+        stop_if_signalled(trainer, callbacks)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000002.ckpt"]
