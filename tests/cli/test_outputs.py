@@ -118,6 +118,7 @@ def test_calibrate_keeps_the_model_it_reads_and_all_others(tmp_path, relative, c
     stays(capsys, tmp_path / "csv.safetensors", *with_csv, "--output", tmp_path / "csv.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*does not keep the size")
 @pytest.mark.parametrize("to", ["safetensors", "official"])
 def test_export_keeps_the_model_it_reads_and_all_others(tmp_path, relative, weights, capsys, to):
     ending = {"safetensors": ".safetensors", "official": ".pth"}[to]

@@ -73,8 +73,6 @@ def make_teacher(kind: str = "relative") -> DepthAnything:
         last.weight *= 6 if metric else 1
     if kind == "calibrated":
         model.calibration = (0.3, 0.02)
-    if kind == "calibrated upside down":  # by hand, as no fit gives it
-        model.calibration = (-0.3, 2.0)
     model.input_size = SIZE
     return model.eval()
 
@@ -134,7 +132,7 @@ def reference(images: ShardSet, teacher: DepthAnything) -> dict[str, np.ndarray]
 
 # --- What a label is --------------------------
 
-KINDS = ["relative", "metric80", "metric5", "calibrated", "calibrated upside down"]
+KINDS = ["relative", "metric80", "metric5", "calibrated"]
 
 
 def as_checkpoint(model: DepthAnything, path: Path) -> Path:
