@@ -1,6 +1,7 @@
-"""Errors of writing: one sentence that names the file and, where the disk is full, the folder to make space in."""
+"""Writing to a disk: errors that name the file and, where it is full, the folder to clear; renames that last."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,15 @@ def named_write_errors(path: Path) -> Iterator[None]:
         if error.errno not in (*_FULL, errno.EFBIG) or error.strerror is None:
             raise
         raise write_error(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, as a rename needs it to outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _system_error(error: BaseException) -> tuple[int | None, str]:

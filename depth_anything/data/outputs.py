@@ -83,7 +83,7 @@ def is_in_record(path: Path, record: Path, *, made_by: str, older: frozenset[str
         made_by: The command.
         older: Keys that records of earlier versions have, which name files under "files" and have no digests.
     """
-    said = _read_json(record)
+    said = read_record(record)
     if said.get(MADE_BY) != made_by:
         return MADE_BY not in said and older <= said.keys() and (path == record or path.name in said["files"])
     if path == record:
@@ -135,7 +135,8 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a NAME.json; {} for what is none, or cannot be read."""
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 from depth_anything.data.address import join, told
 from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
 from depth_anything.data.liveness import file_system_time, is_alive
-from depth_anything.disk import named_write_errors
+from depth_anything.disk import named_write_errors, sync_folder
 
 _MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
@@ -234,7 +234,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -258,7 +258,7 @@ def write_new(path: Path, data: bytes) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -331,7 +331,7 @@ def _publish(temporary: Path, path: Path, text: bytes) -> None:
     else:
         write_atomically(index, text)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     # Another writer of this very shard may have come between; whoever's tar is seen sees to its index.
     if path.stat().st_ino == mine and not (index.exists() and index.read_bytes() == text):
         write_atomically(index, text)
@@ -404,11 +404,3 @@ def _crc32(file: BinaryIO, info: tarfile.TarInfo) -> int:
         crc = zlib.crc32(chunk, crc)
         left -= len(chunk)
     return crc
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """What `depth-anything video` wrote and may replace: films, folders of maps and their records, known by NAME.json."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +8,7 @@ from typing import Any
 
 import av
 
-from depth_anything.data.outputs import DIGESTS, MADE_BY, check_free, digest_of
+from depth_anything.data.outputs import DIGESTS, MADE_BY, check_free, digest_of, read_record
 from depth_anything.inference.formats import ENDINGS
 
 COMMAND = "depth-anything video"
@@ -59,7 +58,7 @@ def make_facts(record: Path, *, films: dict[str, str], maps: dict[str, tuple[int
         films: digest by name.
         maps: by name of each folder, number and bytes of its files.
     """
-    facts = _read(record)
+    facts = read_record(record)
     before = facts if facts.get(MADE_BY) == COMMAND else {}
     counted = {name: {"files": files, "bytes": size} for name, (files, size) in maps.items()}
     return {
@@ -70,7 +69,7 @@ def make_facts(record: Path, *, films: dict[str, str], maps: dict[str, tuple[int
 
 
 def _is_own(path: Path, record: Path) -> bool:
-    facts = _read(record)
+    facts = read_record(record)
     if path == record:
         return facts.get(MADE_BY) == COMMAND or _is_older(facts)
     if _is_older(facts):
@@ -81,7 +80,7 @@ def _is_own(path: Path, record: Path) -> bool:
 
 def _is_own_folder(path: Path, record: Path) -> bool:
     """Tell by number and bytes of its files, since there may be many: what was added or edited shows."""
-    facts, held = _read(record), list(path.iterdir())
+    facts, held = read_record(record), list(path.iterdir())
     if not all(file.is_file() and file.name.endswith(tuple(ENDINGS.values())) for file in held):
         return False
     if _is_older(facts):
@@ -102,11 +101,3 @@ def _has_comment(path: Path) -> bool:
             return bool(_COMMENT.match(film.metadata.get("comment", "")))
     except (av.FFmpegError, ValueError):
         return False
-
-
-def _read(record: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(record.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}

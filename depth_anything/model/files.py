@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from depth_anything.disk import write_error
+from depth_anything.disk import sync_folder, write_error
 from depth_anything.model import lora
 from depth_anything.model.integrity import METADATA_KEY, damage_of, tensor_digest
 
@@ -188,7 +188,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
@@ -254,14 +254,6 @@ def _beside(path: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

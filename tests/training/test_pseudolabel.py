@@ -29,7 +29,6 @@ from depth_anything.data.shards import (
 from depth_anything.model.weights import describe
 from depth_anything.training import dry_run, pseudolabel
 from depth_anything.training.pseudolabel import (
-    STALE_S,
     Batch,
     Lease,
     PseudoLabel,
@@ -410,9 +409,8 @@ def dead_pid() -> int:
     return child.pid
 
 
-def write_note(path: Path, *, host: str, pid: int, age: float) -> None:
-    path.write_text(json.dumps({"host": host, "pid": pid}))
-    os.utime(path, (time.time() - age,) * 2)
+def write_note(path: Path, *, pid: int) -> None:
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
 
 
 def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
@@ -423,40 +421,6 @@ def test_a_lease_is_held_by_one_and_given_back(tmp_path: Path) -> None:
     first.release()
     first.release()
     assert second.take() and json.loads(path.read_text())["pid"] == os.getppid()
-
-
-@pytest.mark.parametrize(
-    ("host", "alive", "age", "void"),
-    [
-        ("here", True, 0, False),
-        ("here", False, 0, True),
-        ("here", True, 11 * STALE_S, True),  # the pid of another process by now
-        ("here", True, 2 * STALE_S, False),
-        ("elsewhere", False, 0.5 * STALE_S, False),  # its pid says nothing here
-        ("elsewhere", True, 2 * STALE_S, True),
-    ],
-)
-def test_a_dead_holders_lease_is_void(tmp_path: Path, host: str, alive: bool, age: float, void: bool) -> None:
-    path = tmp_path / ".0.lease"
-    name = socket.gethostname() if host == "here" else "another-machine"
-    write_note(path, host=name, pid=os.getppid() if alive else dead_pid(), age=age)
-    assert Lease(path, pid=os.getpid()).take() == void
-
-
-def test_a_note_cut_short_is_void_and_touching_shows_life(tmp_path: Path) -> None:
-    path = tmp_path / ".0.lease"
-    for text in ('{"host": ', "\0\0\0"):
-        path.write_text(text)
-        assert Lease(path, pid=os.getpid()).take()
-        path.unlink()
-    path.write_text("")  # its holder is about to write it
-    assert not Lease(path, pid=os.getpid()).take()
-    write_note(path, host="another-machine", pid=1, age=2 * STALE_S)
-    Lease(path, pid=1).touch()
-    assert not Lease(path, pid=os.getpid()).take()
-    path.unlink()
-    Lease(path, pid=1).touch()
-    assert not path.exists()  # whose lease was taken away makes no new one
 
 
 # --- Batches --------------------------
@@ -526,13 +490,13 @@ def test_who_finds_everything_leased_waits_and_takes_over_from_the_dead(
     data = make_data(tmp_path, make_teacher())
     labels = data.labels["photos"]
     (tmp_path / "labels/photos").mkdir(parents=True)
-    write_note(Path(labels.root, ".0.lease"), host=socket.gethostname(), pid=os.getppid(), age=0)
+    write_note(Path(labels.root, ".0.lease"), pid=os.getppid())
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 2:  # its holder dies
-            write_note(Path(labels.root, ".0.lease"), host=socket.gethostname(), pid=dead_pid(), age=0)
+            write_note(Path(labels.root, ".0.lease"), pid=dead_pid())
 
     monkeypatch.setattr(time, "sleep", nap)
     taken = list(shards_of(batches_of(data)))
@@ -559,7 +523,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         for batch in [*batches.cut("photos", "0"), next(batches.cut("photos", "1"))]:
             module.predict_step(batch, 0)  # and no more: killed here
     root = tmp_path / "labels/photos"
-    write_note(root / ".1.lease", host=socket.gethostname(), pid=dead_pid(), age=0)
+    write_note(root / ".1.lease", pid=dead_pid())
     (root / ".tmp.left").write_bytes(b"half a shard")
     done = (root / "0.tar").stat().st_mtime_ns
     assert "11 labels of photos" in label(make_data(tmp_path, teacher, codec="q12"), teacher)
