@@ -37,6 +37,7 @@ def add_predict(commands: Any) -> None:
         help="images, or a folder (its tree is kept), .txt list or tar of them; several, too",
     )
     _add_images(predict, formats=("png16",))
+    predict.set_defaults(output_flag="--output")
 
 
 def run_images(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +52,15 @@ def run_images(arguments: Sequence[str] | None = None) -> int:
         prog="run.py", description="Map images; see depth-anything predict --help."
     )
     _add_images(parser, formats=())
-    parser.set_defaults(run=_predict, source=[])
+    parser.set_defaults(run=_predict, source=[], output_flag="--outdir")
     return run(parser, arguments)
+
+
+class _OutputFolder(argparse.Action):
+    """Also keeps which name of the flag was typed, as `output_flag`: errors name that one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.outdir, namespace.output_flag = values, option_string
 
 
 def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
@@ -60,7 +68,12 @@ def _add_images(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -
         "--img-path", nargs="+", metavar="PATH", help="the images, as theirs: image, folder, list or tar"
     )
     command.add_argument(
-        "--outdir", "--output", default=FOLDER, metavar="DIR", help="folder of the maps (%(default)s)"
+        "--outdir",
+        "--output",
+        action=_OutputFolder,
+        default=FOLDER,
+        metavar="DIR",
+        help="folder of the maps (%(default)s)",
     )
     add_weights(command)
     add_output_flags(command, formats=formats)
@@ -118,6 +131,7 @@ def _predict(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         facts=facts,
         watch=lambda files: watch(files, what="predict", total=len(files)),
+        way_out=f"give another {options.output_flag}",
     )
     seconds = time.monotonic() - begin
     for file, why in outcome.skipped.items():

@@ -146,7 +146,7 @@ def picture_path(text: str) -> Path:
     from depth_anything.data.outputs import PICTURE_SUFFIXES
 
     path = Path(text)
-    if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise ValueError(f"--output {text} names no picture: type a file that ends in .png or .jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ member: key, extension, offset of the data, size, crc32 of the data. Tabs stand 
 import os
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -127,6 +128,12 @@ def parse_head(text: str) -> tuple[int, str, int, int]:
     if mark not in (_MARK, _MARK_1):
         raise ValueError(f"its mark is {mark}")
     return int(size), digest, int(records), int(members)
+
+
+def is_ours(path: Path) -> bool:
+    """Tell an index of this project, damaged or not, from another program's, by its mark."""
+    with open(path, "rb") as file:
+        return file.read(len(_MARK)).startswith(_MARK.rpartition(" ")[0].encode())
 
 
 def is_index(text: str, made: str) -> bool:

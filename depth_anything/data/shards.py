@@ -20,7 +20,7 @@ import numpy as np
 
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join, told
-from depth_anything.data.index import is_index
+from depth_anything.data.index import is_index, is_ours
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tars import (
@@ -171,13 +171,17 @@ def index_set(
     What an older manifest says of the set beside its shards stays said.
 
     Raises:
-        ShardError: no tars, one that `index_shard` refuses, or a set that is not finished.
+        ShardError: no tars, one that `index_shard` refuses, a set that is not finished, or an index or manifest of
+            another program, which would be replaced.
     """
     root = Path(root)
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:
         raise ShardError(f"{root} holds no .tar: give the folder that the shards lie in")
     before = _manifest_of(root)
+    for path in tars:
+        if (place := path.with_suffix(".idx")).exists() and not is_ours(place):
+            raise _foreign(place)
     rows = [index_shard(path) for path in tars]
     name = name or before.get("name") or root.resolve().name
     return write_manifest(root, name=name, shards=rows, meta={**before.get("meta", {}), **(meta or {})})
@@ -185,14 +189,27 @@ def index_set(
 
 def _manifest_of(root: Path) -> dict[str, Any]:
     """Return what a manifest that will be replaced has said; ShardError if the set is still being written."""
+    path = root / "manifest.json"
     try:
-        return json.loads((root / "manifest.json").read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
     except FileNotFoundError:
         if (root / _BEGUN).exists():
             raise ShardError(_unfinished(root)) from None
         return {}
     except ValueError:
+        if not data.startswith(b'{\n "digest"'):  # as a damaged one of ours does
+            raise _foreign(path) from None
         return {}
+    if not isinstance(content, dict) or not content.keys() >= {"version", "digest", "shards"}:
+        raise _foreign(path)
+    return content
+
+
+def _foreign(path: Path) -> ShardError:
+    return ShardError(
+        f"{path} is not of depth-anything and would be replaced: move it, or link the tars into another folder"
+    )
 
 
 def verify_set(

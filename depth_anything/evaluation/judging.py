@@ -16,7 +16,8 @@ import numpy as np
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import Records, ShardSet
-from depth_anything.data.sources.listing import from_field
+from depth_anything.data.sources.listing import from_field, shown_name
+from depth_anything.data.sources.source import GO_ON, is_of_the_disk
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 from depth_anything.evaluation.benchmarks.da2k import Compared, da2k_score
 from depth_anything.evaluation.evaluate import Judgeable, Recalls, check_aspect, judge_batch
@@ -118,7 +119,7 @@ def trial_of_benchmark(
         try:
             item: Frame | Compared = benchmark.read(root, line)
         except (ValueError, OSError) as error:
-            raise _missing(benchmark, error) from error
+            raise _named(benchmark, error, shown_name(line)) from error
         if isinstance(item, Frame):  # others' maps are called as one of its files
             names = [from_field(text) for text in line.split("\t")]
             item.meta["files"] = sorted(names, key=_may_be_depth)  # the image's name is asked for first
@@ -129,7 +130,7 @@ def trial_of_benchmark(
         if not found:
             raise ValueError(f"{root} lists no image of {benchmark.title}")
     except (ValueError, OSError) as error:
-        raise _missing(benchmark, error) from error
+        raise _named(benchmark, error, str(root)) from error
     lines = [found[number] for number in spaced(len(found), limit)]
     facts = {
         "set": benchmark.name,
@@ -262,7 +263,15 @@ def _rows(predictor: Judgeable, items: Sequence[Any], protocol: Protocol | None)
     return list(da2k_score(asked, items, batch_size=len(items)).rows)
 
 
-def _missing(benchmark: Benchmark, error: Exception) -> MissingData:
+def _named(benchmark: Benchmark, error: Exception, what: str) -> MissingData | OSError:
+    """Name the benchmark in an error; that of a failing disk, raised or wrapped by a reader, stays one."""
+    cause: BaseException | None = error
+    while cause is not None and not is_of_the_disk(cause):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError):
+        failed = OSError(f"{benchmark.name}: {what} cannot be read now ({cause.strerror}): {GO_ON}")
+        failed.errno = cause.errno
+        return failed
     text = str(error).rstrip(".")
     where = "" if benchmark.get.split()[0] in text else f"; {benchmark.title} is at {benchmark.get}"
     return MissingData(f"{benchmark.name}: {text}{where}")

@@ -139,6 +139,7 @@ def predict_files(
     batch_size: int = 1,
     facts: Mapping[str, Any] | None = None,
     watch: Callable[[list[Photograph]], Iterable[Photograph]] = iter,
+    way_out: str = "give another folder for the maps",
 ) -> Outcome:
     """Map an image, or every image of a folder (its tree is kept), list file or tar, or of several of these.
 
@@ -155,6 +156,7 @@ def predict_files(
         batch_size: images that the network sees at once, where their shapes agree.
         facts: about the model, for NAME.json.
         watch: wraps the pass over the files; for progress bars.
+        way_out: what to do where `output` cannot be used, for the error.
 
     Returns:
         What was written and what was skipped; what is no image, or cannot be mapped or written, does not stop the rest.
@@ -167,15 +169,15 @@ def predict_files(
     products = products or Products()
     sources = [source] if isinstance(source, str | Path) else list(source)
     if any(Path(one).resolve() == Path(output).resolve() for one in sources):
-        raise ValueError(f"{output} holds the images: give another folder for the maps")
+        raise ValueError(f"{output} holds the images: {way_out}")
     if os.path.lexists(output) and not Path(output).is_dir():
-        raise ValueError(f"{output} is no folder: give another one for the maps")
+        raise ValueError(f"{output} is no folder: {way_out}")
     if products.save_numpy and predictor.unit != "m":
         raise ValueError("--save-numpy writes metres, and this model gives disparity: take --format npy")
     writer = _Writer(predictor, products, {**(facts or {}), **_how(predictor)})
     listed = list_sources(sources, leave_out=output, endings=writer.endings)
     targets = [Path(output) / target for target in listed.targets]
-    writer.check_free(targets, listed.paths)
+    writer.check_free(targets, listed.paths, way_out=f"{way_out}, or move it")
     outcome = Outcome()
     for name, why in listed.missing.items():
         outcome.skipped[name] = outcome.failed[name] = why
@@ -263,7 +265,7 @@ class _Writer:
         self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in products.values]
         self.endings += [f"_points.{format}" for format in products.points]
 
-    def check_free(self, targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+    def check_free(self, targets: Sequence[Path], inputs: Sequence[Path], *, way_out: str) -> None:
         """Refuse to replace what was not written here, before the network runs; ValueError names it."""
         records = {
             _ending(target, ending): _ending(target, ".json") for target in targets for ending in self.endings
@@ -272,9 +274,7 @@ class _Writer:
         def own(path: Path) -> bool:
             return is_in_record(path, records[path], made_by=MADE_BY, older=_OLDER_KEYS)
 
-        self.replaced = check_free(
-            records, own=own, inputs=lambda: inputs, way_out="give another --outdir, or move it"
-        )
+        self.replaced = check_free(records, own=own, inputs=lambda: inputs, way_out=way_out)
 
     def write(self, image: _Opened, map_: np.ndarray) -> list[Path]:
         with image_lock(map_.size):

@@ -90,7 +90,7 @@ def load_model(
     model.load_state_dict(tensors, strict=False)
     model.input_size = said.get("input_size", model.input_size)
     model.licence = said.get("licence") or named.get("licence")
-    model.calibration = said.get("calibration") if model.max_depth is None else None  # it is for disparity
+    model.calibration = said.get("calibration")
     model.origin = said.get("origin") or _published_origin(path)
     return model.eval()
 
@@ -323,6 +323,11 @@ def _settle_taps(
 
 
 def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) -> float | None:
+    if said.get("calibration") is not None and (max_depth or said.get("max_depth")) is not None:
+        wanted = Argument("max_depth", max_depth or said["max_depth"])
+        raise ArgumentError(
+            f"{path} is calibrated: it turns disparity into metres, and ", wanted, " is for depth"
+        )
     if max_depth is not None:
         if "max_depth" in said and said["max_depth"] != max_depth:
             was = "disparity" if said["max_depth"] is None else f"depth up to {said['max_depth']:g} m"

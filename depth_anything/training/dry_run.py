@@ -10,11 +10,10 @@ import torch
 from depth_anything.data.address import is_remote, told
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
-from depth_anything.model.weights import fingerprint
 from depth_anything.training.data import TrainData
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.plan import extra_sets, split_batch
-from depth_anything.training.pseudolabel import ShardData
+from depth_anything.training.pseudolabel import ShardData, describe_teacher
 from depth_anything.training.resume import check_other
 from depth_anything.training.start import check_start, load_teacher
 from depth_anything.training.validation import trial_of
@@ -200,7 +199,7 @@ def _check_labels(config: Mapping[str, Any]) -> None:
         return
     teacher = load_teacher(config)
     arguments = {key: value for key, value in config["data"].items() if key not in ("_target_", "sets")}
-    made_by = {"fingerprint": fingerprint(teacher), "file": config["teacher"], "licence": teacher.licence}
+    made_by = describe_teacher(teacher, config["teacher"])
     ShardData(**arguments, sets=begun, patch=teacher.multiple, teacher=made_by)
 
 

@@ -118,6 +118,7 @@ def test_calibrate_keeps_the_model_it_reads_and_all_others(tmp_path, relative, c
     stays(capsys, tmp_path / "csv.safetensors", *with_csv, "--output", tmp_path / "csv.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*does not keep the size")
 @pytest.mark.parametrize("to", ["safetensors", "official"])
 def test_export_keeps_the_model_it_reads_and_all_others(tmp_path, relative, weights, capsys, to):
     ending = {"safetensors": ".safetensors", "official": ".pth"}[to]
@@ -169,3 +170,77 @@ def test_names_are_escaped_where_commands_print_them(tmp_path, scenes, capsys):
         )
         out = capsys.readouterr().out
         assert "\x1b" not in out and rf"{command}\x1b[2J\n.png" in out
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "settings.json",
+        "about.json",
+        "listing.txt",
+        "listing.json",
+        "00000.idx",
+        "00000.skipped.json",
+        "7.pixels.json",
+    ],
+)
+@pytest.mark.parametrize("kind", ["images", "scenes", "merge"])
+def test_a_folder_with_files_of_others_gets_no_shards(tmp_path, capsys, kind, mine):
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    lines = {
+        "images": ("shard", "images", tmp_path / "a.png", tmp_path / "out"),
+        "scenes": ("shard", "scenes", tmp_path / "out", "--count", "1", "--size", "28", "28"),
+        "merge": ("merge", tmp_path / "out", tmp_path / "part"),
+    }
+    assert type_line("shard", "images", tmp_path / "a.png", tmp_path / "part") == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / mine).write_text('{"mine": 1}')
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    said = complaint(capsys, *lines[kind])
+    assert str(tmp_path / "out" / mine) in said or "part" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["[1]", "not json", '{"source": 1}'])
+def test_settings_of_others_are_named_and_no_one_is_told_to_remove_their_folder(tmp_path, capsys, text):
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "settings.json").write_text(text)
+    said = complaint(capsys, "shard", "images", tmp_path / "a.png", tmp_path)
+    assert str(tmp_path / "settings.json") in said and "rm -r" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("00000.idx", "v1.2 2\nJPG 512 120\n"),  # of NVIDIA DALI
+        ("00000.idx", ""),
+        ("manifest.json", '{"manifest_version": 3}'),
+        ("manifest.json", "[]"),
+        ("manifest.json", "CACHE MANIFEST"),
+    ],
+)
+def test_indexing_keeps_the_indexes_and_manifests_of_others(tmp_path, scenes, capsys, name, text):
+    for tar in scenes.glob("*.tar"):
+        os.link(tar, tmp_path / tar.name)
+    (tmp_path / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert str(tmp_path / name) in complaint(capsys, "shard", "index", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_index_of_ones_own_is_made_again(tmp_path, scenes, capsys):
+    for tar in scenes.glob("*.tar"):
+        os.link(tar, tmp_path / tar.name)
+    line = ("shard", "index", tmp_path)
+    assert type_line(*line) == 0
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in (*tmp_path.glob("*.idx"), tmp_path / "manifest.json"):
+        path.write_bytes(path.read_bytes()[:60])
+    assert type_line(*line) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp", ".png"])
+def test_a_sheet_of_any_suffix_is_written_again(tmp_path, scenes, suffix):
+    line = ("view", scenes, "--count", "2", "--output", tmp_path / f"sheet{suffix}")
+    assert type_line(*line) == 0 and type_line(*line) == 0

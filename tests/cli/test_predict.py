@@ -57,7 +57,7 @@ def test_predict_passes_over_its_own_output(tmp_path, weights, capsys):
         assert main([*line, "--input-size", "28"]) == 0
         assert "1 image mapped, 0 files skipped" in capsys.readouterr().out
     same = complaint(capsys, "predict", tmp_path, "--weights", weights, "--output", tmp_path)
-    assert "another folder" in same
+    assert "another --output" in same
 
 
 def test_predict_stays_inside_its_output(tmp_path, weights):
@@ -220,3 +220,27 @@ def test_a_network_without_numbers_fails_by_name(tmp_path, capsys):
     said = complaint(capsys, *line, "--input-size", "28")
     assert "a.png" in said and "no numbers" in said
     assert below(tmp_path) == ["a.png", "m.safetensors"] or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "run"),
+    [("--output", main), ("--outdir", main), ("--output", run_images), ("--outdir", run_images)],
+)
+def test_the_flag_that_was_typed_is_named(tmp_path, weights, capsys, flag, run):
+    photo(tmp_path / "a.png")
+    line = ["--img-path", str(tmp_path / "a.png"), "--weights", str(weights)]
+    line = [*(["predict"] if run is main else []), *line, f"{flag}={tmp_path}"]
+    assert run(line) == 2
+    other = {"--output": "--outdir", "--outdir": "--output"}[flag]
+    said = capsys.readouterr().err
+    assert f"another {flag}," in said and other not in said
+
+
+@pytest.mark.parametrize(("run", "flag"), [(main, "--output"), (run_images, "--outdir")])
+def test_the_flag_of_a_folder_that_was_not_typed_is_named(tmp_path, weights, capsys, monkeypatch, run, flag):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "a.png")
+    (tmp_path / "vis_depth").write_text("a file")
+    line = [*(["predict"] if run is main else []), "--img-path", "a.png", "--weights", str(weights)]
+    assert run(line) == 2
+    assert f"another {flag}" in capsys.readouterr().err

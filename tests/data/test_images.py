@@ -318,3 +318,26 @@ def test_real_photographs_are_kept_byte_for_byte(tmp_path):
     for name, (fields, frame) in found.items():
         assert fields["jpg"] == (PHOTOS / name).read_bytes()
         assert frame.meta["original_size"] == list(frame.image.shape[:2])
+
+
+def test_what_is_not_seen_of_a_file_is_said(tmp_path, capsys):
+    frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "anim.gif", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    Image.fromarray(picture()[..., 0].astype(np.uint16) * 16).save(tmp_path / "dark.png")
+    for number in range(4):
+        frames[0].save(tmp_path / f"plain{number}.png")
+    made = write_images(tmp_path, tmp_path / "set")
+    said = capsys.readouterr().err
+    assert made.records == 7 and "plain" not in said
+    for name, what in (("anim.gif", "3 pictures"), ("pages.tif", "3 pictures"), ("dark.png", "12-bit")):
+        assert any(line.startswith(f"{name}: ") and what in line for line in said.splitlines())
+
+
+def test_many_notes_are_counted(tmp_path, capsys):
+    frames = [Image.fromarray(picture(4, 4, seed)) for seed in range(2)]
+    for number in range(9):
+        frames[0].save(tmp_path / f"{number}.gif", save_all=True, append_images=frames[1:], duration=100)
+    write_images(tmp_path, tmp_path / "set", per_shard=8)
+    said = capsys.readouterr().err
+    assert said.count("2 pictures") == 4 and "00000: 5 more" in said

@@ -1,6 +1,9 @@
 """Judging in shares, after a kill, and from files: always the same rows to the last digit."""
 
+import errno
 import json
+import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -294,3 +297,28 @@ def test_missing_data_says_where_it_is(tmp_path):
             trial_of_benchmark(load(name), tmp_path)
     with pytest.raises(ValueError, match="protocol 'moge' says nothing of NYU"):
         trial_of_benchmark(load("nyu"), tmp_path, protocol="moge")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_failing_disk_is_not_missing_data(tmp_path, code, wrapped):
+    make_nyu_bts(tmp_path)
+    benchmark = load("nyu")
+
+    def fail(*arguments):
+        try:
+            raise OSError(code, os.strerror(code))
+        except OSError as error:
+            if wrapped:
+                raise ValueError("its depth cannot be decoded") from error
+            raise
+
+    line = next(iter(benchmark.find(tmp_path)))
+    judged = trial_of_benchmark(replace(benchmark, read=fail), tmp_path)
+    for act, named in (
+        (lambda: trial_of_benchmark(replace(benchmark, find=fail), tmp_path), str(tmp_path)),
+        (lambda: judged.read(line), line.partition("\t")[0]),
+    ):
+        with pytest.raises(OSError, match=re.escape(named)) as caught:
+            act()
+        assert caught.value.errno == code and "nyu" in str(caught.value)

@@ -51,7 +51,9 @@ def contents(folder):
 def refused(predictor, source, output, name, **how):
     """Refused before the network runs, by name, and everything stays."""
     before = contents(output)
-    with pytest.raises(ValueError, match=rf"{name} (was not written by|is read by) this command .*--outdir"):
+    with pytest.raises(
+        ValueError, match=rf"{name} (was not written by|is read by) this command .*another folder"
+    ):
         predict_files(predictor, source, output, **how)
     assert contents(output) == before
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import warnings
 
 import pytest
 import torch
@@ -153,13 +154,23 @@ def test_official_format_says_that_its_name_is_another_models(tmp_path, model):
         save_model(model, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
 
 
-def test_a_calibration_goes_where_an_argument_makes_metres(tmp_path, model):
-    """It is for disparity; over depth it would give other metres without a word."""
+@pytest.mark.parametrize("format", ["safetensors", "transformers"])
+def test_a_calibrated_model_is_not_taken_for_a_metric_one(tmp_path, format):
+    """A calibration is for disparity: whoever types a largest depth, too, would get other metres."""
+    model = DepthAnything("vits")
     model.calibration = (0.5, 0.25)
-    save_model(model, tmp_path / "m.safetensors")
-    with pytest.warns(UserWarning, match="max_depth=20 overrides"):
-        read = load_model(tmp_path / "m.safetensors", max_depth=20.0)
-    assert (read.max_depth, read.calibration) == (20.0, None)
+    path = tmp_path / "m.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_model(model, path, format=format)
+    with pytest.raises(ArgumentError, match=r"m\.safetensors is calibrated.*max_depth=20"):
+        load_model(path, max_depth=20.0)
+    if format == "transformers":  # one file of the folder says metres, the other has the calibration
+        config = json.loads((path / "config.json").read_text())
+        config |= {"depth_estimation_type": "metric", "max_depth": 20}
+        (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ArgumentError, match=r"m\.safetensors is calibrated.*max_depth=20"):
+            load_model(path)
 
 
 @pytest.mark.parametrize("max_depth", [0, -5, float("nan"), float("inf"), 1e300])

@@ -27,7 +27,7 @@ from depth_anything.data.shards import (
     write_shard,
 )
 from depth_anything.model.weights import describe
-from depth_anything.training import pseudolabel
+from depth_anything.training import dry_run, pseudolabel
 from depth_anything.training.pseudolabel import (
     Batch,
     Lease,
@@ -273,6 +273,28 @@ def test_old_labels_of_a_metric_teacher_are_refused(tmp_path: Path) -> None:
     credited(make_teacher(), CONFIG, [joined])
     file.write_bytes(b"no model")
     credited(make_teacher(), CONFIG, [joined])
+
+
+@pytest.mark.parametrize("kind", ["relative", "metric80", "calibrated"])
+def test_a_dry_run_refuses_the_labels_that_the_run_would(tmp_path: Path, kind: str) -> None:
+    images, teacher = write_images(tmp_path / "photos"), make_teacher(kind)
+    file = as_file(teacher, tmp_path)
+    label(make_data(tmp_path, teacher, teacher=describe_teacher(teacher, str(file))), teacher)
+    data = {
+        "sets": {"photos": images.root},
+        "labels": str(tmp_path / "labels"),
+        "batch_size": 2,
+        "image_size": SIZE,
+    }
+    data |= {"_target_": "x.ShardData", "workers": 0, "precision": "32-true", "codec": "f32"}
+    config = {**CONFIG, "teacher": str(file), "labels": data["labels"], "data": data, "image_size": SIZE}
+    dry_run._check_labels(config)
+    forget_conversion(tmp_path / "labels/photos")
+    if kind == "relative":  # which needs none
+        dry_run._check_labels(config)
+        return
+    with pytest.raises(ShardError, match=r"model\.safetensors.*labels=FOLDER"):
+        dry_run._check_labels(config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One shard of a set: its lines read, made records, written with what there is to tell of them."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from depth_anything.data.address import printable
 from depth_anything.data.shards import ShardError, write_shard
 from depth_anything.data.sources.listing import shown_name
 from depth_anything.data.sources.record import Made, to_record
-from depth_anything.data.sources.source import Refused, is_of_the_disk
+from depth_anything.data.sources.source import GO_ON, Refused, is_of_the_disk
 from depth_anything.data.tars import write_atomically
 
-_GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
+_NOTED = 3
+"""Notes on images that are printed of a shard; there may be thousands."""
 
 
 def shard_name(shard: int) -> str:
@@ -53,6 +56,7 @@ def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[s
     skipped: list[tuple[str, str]] = []
     labels: Counter[tuple[str, str | None]] = Counter()
     pixels: Counter[str] = Counter()
+    notes: list[str] = []
     stem = shard_name(job.shard)
     for number, line in zip(job.numbers, job.lines, strict=True):
         try:
@@ -61,9 +65,14 @@ def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[s
             skipped.append((refusal.name, refusal.reason))
         else:
             pixels.update(made.pixels)
+            notes += [f"{shown_name(line)}: {note}" for note in made.notes]
             labels.update([(made.quantity, made.unit)] if made.quantity else [])
             yield f"{job.name}/{stem}/{number:07d}", made.fields
         tick()
+    for note in notes[:_NOTED]:
+        print(printable(note), file=sys.stderr)
+    if len(notes) > _NOTED:
+        print(f"shard {stem}: {len(notes) - _NOTED} more notes of this kind", file=sys.stderr)
     if skipped:
         write_json(job.root / f"{stem}.skipped.json", skipped)
     if labels:
@@ -83,9 +92,9 @@ def _make(job: Job, line: str) -> Made:
     except (ValueError, OSError) as error:
         # A record is left out for what is wrong with it, never because a disk is gone or fails.
         if not job.raw.exists():
-            raise ShardError(f"{job.raw} is gone: {_GO_ON}") from error
+            raise ShardError(f"{job.raw} is gone: {GO_ON}") from error
         if is_of_the_disk(error):
-            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {_GO_ON}") from error
+            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {GO_ON}") from error
         raise Refused(name, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     except MemoryError as error:
         raise Refused(name, "it needs more memory than there is") from error

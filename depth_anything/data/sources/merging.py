@@ -11,7 +11,7 @@ from depth_anything.data.progress import Progress
 from depth_anything.data.shards import ShardError, ShardInfo, ShardSet, open_set
 from depth_anything.data.sources.listing import ABOUT_LISTING, LISTING, Listing
 from depth_anything.data.sources.making import shard_name
-from depth_anything.data.sources.writing import ABOUT, SETTINGS, finish, missing_shards
+from depth_anything.data.sources.writing import ABOUT, SETTINGS, check_free, finish, missing_shards
 from depth_anything.data.tars import info_of, remove_stale, temporary_name
 
 _NOTES = (".skipped.json", ".pixels.json", ".idx")
@@ -45,6 +45,8 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
                     f"{part} holds no part of a set (it has no {name}): name folders that depth-anything shard has "
                     "written, as  depth-anything merge OUT FOLDER FOLDER …"
                 )
+    if not (root / SETTINGS).exists():
+        check_free(root)
     for part in [root, *parts]:
         _check_part(part, first)
     root.mkdir(parents=True, exist_ok=True)

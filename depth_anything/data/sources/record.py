@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame
+from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_notes
 from depth_anything.data.sources.source import Raw, resize_intrinsics
 from depth_anything.preprocess import resize_shape
 
@@ -19,6 +20,7 @@ JPEG_QUALITY = 92
 
 PATCH = 14
 _ORIENTATION = 0x0112
+_JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Made:
         quantity: "depth", "disparity", or None of an image alone.
         unit: Of the label, as the source says.
         pixels: Of the label by what they are: all, valid, sky, and each reason why the others are not.
+        notes: What a user may not expect of the image, as that it is the first of an animation.
     """
 
     fields: dict[str, bytes]
     quantity: str | None
     unit: str | None
     pixels: Counter[str]
+    notes: Sequence[str] = ()
 
 
 def to_record(raw: Raw, *, source: str, name: str, short_side: int | None = None) -> Made:
@@ -88,7 +92,10 @@ def to_record(raw: Raw, *, source: str, name: str, short_side: int | None = None
     kept = {key: value for key, value in meta.items() if value is not None}
     frame = Frame("", image, kept, **({quantity: label} if quantity else {}))
     fields = encode_frame(frame, codec="f32", jpeg_quality=JPEG_QUALITY, original=data)
-    return Made(fields, quantity, kept.get("unit") if quantity else None, pixels)
+    notes = []
+    if isinstance(raw.image, bytes) and not raw.image.startswith(_JPEG):  # which has nothing to note
+        notes = image_notes(raw.image, image)
+    return Made(fields, quantity, kept.get("unit") if quantity else None, pixels, notes)
 
 
 def clean(values: np.ndarray, raw: Raw, *, sky: float) -> tuple[np.ndarray, Counter[str]]:

@@ -18,6 +18,9 @@ OF_THE_FILE = (
 )
 """Numbers of errors that are one file's own; any other is its disk's, and no reason to leave a record out."""
 
+GO_ON = "when the disk is there again, type the same command, which goes on where it stopped"
+"""What to do where `is_of_the_disk` holds."""
+
 
 def is_of_the_disk(error: BaseException) -> bool:
     """Whether a disk failed; what decoders and unpackers find wrong with a file has no number."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from depth_anything.data.progress import Progress
 from depth_anything.data.shards import ShardError, ShardSet, open_set, write_manifest
-from depth_anything.data.sources.listing import ABOUT_LISTING, Listing, make_listing
+from depth_anything.data.sources.listing import ABOUT_LISTING, LISTING, Listing, make_listing
 from depth_anything.data.sources.making import Job, shard_name, write_json, write_one
 from depth_anything.data.sources.pool import make_shards
 from depth_anything.data.sources.source import Facts, Raw
@@ -29,6 +29,8 @@ from depth_anything.licences import check_licence
 SETTINGS, ABOUT = "settings.json", "about.json"
 SKY = ("far", "invalid")
 
+_HEADS = (ABOUT, LISTING, ABOUT_LISTING, "manifest.json")
+_NOTES = (".idx", ".skipped.json", ".pixels.json")
 _NAMED = 100  # skipped files that the manifest names; NAME.skipped.json has them all
 _THREADS = 16
 _REASONS = 50  # that the manifest counts apart
@@ -202,11 +204,11 @@ def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
     """Look whether a folder is free, or was begun with these settings.
 
     Raises:
-        ShardError: It holds another set, or shards from elsewhere.
+        ShardError: It holds another set, or shards or files from elsewhere that would be replaced.
     """
     path = root / SETTINGS
     if path.exists():
-        theirs, ours = json.loads(path.read_text()), json.loads(json.dumps(settings))
+        theirs, ours = _settings_in(path), json.loads(json.dumps(settings))
         keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         if keys:
             differs = ", ".join(f"{key} {theirs.get(key)} in place of {ours.get(key)}" for key in keys)
@@ -214,8 +216,40 @@ def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
                 f"{root} holds a set made with other settings ({differs}): "
                 f"name another folder, or remove it with  rm -r {root}"
             )
-    elif (root / "manifest.json").exists() or any(root.glob("*.tar")):
+    else:
+        check_free(root)
+
+
+def check_free(root: Path) -> None:
+    """Refuse a folder in which files of a set lie that no set was begun with; settings.json is always the first.
+
+    Raises:
+        ShardError: Names the file.
+    """
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    foreign = [name for name in names if name in _HEADS or name.endswith((".tar", *_NOTES))]
+    if not foreign or (root / SETTINGS).exists():  # another process has begun the set meanwhile
+        return
+    if any(name == "manifest.json" or name.endswith(".tar") for name in foreign):
         raise ShardError(f"{root} holds shards from elsewhere: name another folder")
+    raise _foreign(root / foreign[0])
+
+
+def _foreign(path: Path) -> ShardError:
+    return ShardError(
+        f"{path} was not written by this command and would be replaced: name another folder, or move it"
+    )
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """Read settings.json; ShardError if it is that of something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {"source", "name", "per_shard"}:
+        raise _foreign(path)
+    return content
 
 
 def _claim(root: Path, settings: Mapping[str, Any]) -> None:
