@@ -389,7 +389,7 @@ def test_expected_records_come_side_by_side(server):
     """Four requests are answered when all four are there, and not before."""
     read = Records(open_set(f"{server.address}/set"))
     read.read("set/000001", 0)
-    meeting = threading.Barrier(4, timeout=20)
+    meeting = threading.Barrier(4, timeout=120)
     server.fault = lambda path, times: meeting.wait() and None
     places = [("set/000001", index) for index in (3, 1, 4, 0)]
     read.expect(places)
