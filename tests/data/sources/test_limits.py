@@ -14,11 +14,14 @@ import pytest
 from made_custom import make_set
 from made_raw import exr
 from made_shards import make
+from PIL import Image
 
 from depth_anything.data.shards import ShardError, index_shard, open_set, verify_set
 from depth_anything.data.sources import archives, custom, hypersim, maps
 from depth_anything.data.sources.declaration import read_yaml
+from depth_anything.data.sources.folders import check_size
 from depth_anything.data.sources.maps import map_size, read_exr, read_hdf5
+from depth_anything.data.sources.record import is_plain
 from depth_anything.data.sources.walking import find_images
 from depth_anything.evaluation import stats as stats_module
 from depth_anything.evaluation.benchmarks import ddad, nyu
@@ -279,3 +282,23 @@ def test_a_map_that_fills_the_memory_is_not_taken_and_others_are(tmp_path, monke
     monkeypatch.setattr(custom.Custom, "read", read)
     found = survey(declared)
     assert found.taken == 2 and found.refused == [("b", "it needs more memory than there is")]
+
+
+@pytest.mark.parametrize(("height", "taken"), [(9_000, True), (11_000, False)])
+def test_photographs_of_a_set_have_the_limit_of_all_photographs(height, taken):
+    """Of 180 and 220 megapixels, between Pillow's limit and ours."""
+    photograph = io.BytesIO()
+    Image.new("1", (20_000, height)).save(photograph, "PNG")
+    if taken:
+        assert custom.image_size(photograph.getvalue()) == (height, 20_000)
+    else:
+        with pytest.raises(ValueError, match="limit of 200 megapixels"):
+            custom.image_size(photograph.getvalue())
+
+
+def test_a_large_photograph_is_kept_byte_for_byte(monkeypatch):
+    photograph = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(photograph, "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert is_plain(photograph.getvalue())
+    check_size(photograph.getvalue(), np.ones((48, 64)), "depth")
