@@ -37,7 +37,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def answers(port: int, process: subprocess.Popen, seconds: float = 30.0) -> None:
+def answers(port: int, process: subprocess.Popen, seconds: float = 120.0) -> None:
     """Wait until a server listens."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
@@ -70,7 +70,7 @@ def nginx(root: Path, state: Path, *, more: str = "", port: int | None = None) -
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def s3(buckets: dict[str, Path]) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def put(address: str, data: bytes) -> None:
@@ -169,7 +169,7 @@ class Faulty(http.server.ThreadingHTTPServer):
         """Return status, headers and body of what lies behind."""
         if isinstance(self.behind, str):
             parts = urlsplit(self.behind)
-            connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=20)
+            connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=120)
             connection.request("GET", path, headers={**headers, "connection": "close"})
             response = connection.getresponse()
             body, told = response.read(), dict(response.getheaders())
@@ -238,7 +238,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if fault == "stall":
-                self.server.over.wait(20)
+                self.server.over.wait(120)
             self.leave(reset=False)
         else:
             self.wfile.write(body)

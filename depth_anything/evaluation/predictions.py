@@ -147,7 +147,7 @@ class Predictions:
 
 def said_of(file: Path) -> str | None:
     """What a map's file says that it holds, "disparity" or "depth"; None if it does not."""
-    said = _text(file).get("quantity") if file.suffix.lower() == ".png" else None
+    said = _text(file).get("quantity")
     stem = file.stem
     mark = next((mark for mark in _MARKS if stem.endswith(mark)), "")
     if said is None and mark:
@@ -162,7 +162,12 @@ def said_of(file: Path) -> str | None:
 
 
 def _text(file: Path) -> dict[str, str]:
+    """The texts in the header of a PNG or an EXR; none where there are none, or it is damaged."""
     try:
+        if file.suffix.lower() == ".exr":
+            return maps.read_exr_texts(file)
+        if file.suffix.lower() != ".png":
+            return {}
         with Image.open(file) as picture:
             return dict(getattr(picture, "text", {})) if picture.mode.startswith("I") else {}
     except (OSError, ValueError):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import made_source
@@ -16,9 +17,9 @@ from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import BadRecord, open_set, verify_set, write_manifest, write_shard
-from depth_anything.data.sources import maps
+from depth_anything.data.sources import archives, films, maps
 from depth_anything.data.sources.custom import Custom, image_size
-from depth_anything.data.sources.images import list_photographs
+from depth_anything.data.sources.images import list_photographs, write_images
 from depth_anything.data.sources.walking import file_line
 from depth_anything.data.sources.writing import write_source
 from depth_anything.data.tars import Outage
@@ -274,3 +275,103 @@ def test_a_raw_file_that_fills_the_memory_is_left_out_alone(tmp_path, monkeypatc
     assert made is not None
     assert ["room/02", "it needs more memory than there is"] in made.meta["skipped"]["files"]
     assert made.records == 23 - 5 - 1
+
+
+def toy(folder, lines="a/1\na/2\na/3"):
+    raw = made_source.fill(folder)
+    (raw / "toy.txt").write_text(lines)
+    return raw
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT], ids=errno.errorcode.get)
+def test_a_raw_folder_on_a_disk_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch, waits, number):
+    raw, plain, left = toy(tmp_path / "raw"), made_source.read, [2]
+    whole = write_source(made_source, raw, tmp_path / "whole", name="toy")
+
+    def read(folder, line):
+        if line.startswith("a/2") and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), line)
+        return plain(folder, line)
+
+    monkeypatch.setattr(made_source, "read", read)
+    made = write_source(made_source, raw, tmp_path / "set", name="toy")
+    assert made.shards == whole.shards and "skipped" not in made.meta and waits == [0.5, 1.0]
+    left[0] = 100
+    with pytest.raises(Outage, match="a/2 of .*raw cannot be read for now"):
+        write_source(made_source, raw, tmp_path / "other", name="toy")
+    left[0] = 0
+    again = write_source(made_source, raw, tmp_path / "other", name="toy")
+    assert again.shards == whole.shards and "skipped" not in again.meta
+
+
+def test_a_tar_of_photographs_with_a_stale_handle_is_opened_anew(tmp_path, monkeypatch, waits):
+    for k in range(2):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for k in range(2):
+            tar.add(tmp_path / f"{k}.png", f"{k}.png")
+    failing(monkeypatch, errno.ESTALE, times=1, of="a.tar")
+    opened, plain = [], archives.open_tar
+    monkeypatch.setattr(archives, "open_tar", lambda path: opened.append(path) or plain(path))
+    made = write_images(tmp_path / "a.tar", tmp_path / "set")
+    assert made.records == 2 and "skipped" not in made.meta and waits == [0.5]
+    assert len(opened) == 4  # listed before and after, one that is stale, and one in its place
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_film_on_a_failing_disk_is_no_broken_film(tmp_path, monkeypatch, times):
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
+    import av
+
+    from depth_anything.data import video
+
+    path, left = made_films.make_film(tmp_path / "a.mp4", frames=60, sound=None), [times]
+    wanted, plain, plain_open = films.read_frame(path, 1), video._packets, open
+    films._film.cache_clear()
+
+    def packets(container, streams, faults):
+        for place, packet in enumerate(plain(container, streams, faults)):
+            if place == 5 and left[0]:
+                left[0] -= 1
+                faults.end = "Input/output error"
+                return
+            yield packet
+
+    def fail(file, *arguments, **options):
+        if times > 1 and str(file) == str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain_open(file, *arguments, **options)
+
+    monkeypatch.setattr(video, "_packets", packets)
+    monkeypatch.setattr(films, "open", fail, raising=False)
+    if times == 1:
+        assert films.read_frame(path, 1) == wanted
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            films.read_frame(path, 1)
+
+    def refuse(*arguments, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise av.error.OSError(errno.EIO, "Input/output error")
+        return plain_container(*arguments, **options)
+
+    plain_container, left[0] = av.open, times
+    monkeypatch.setattr(av, "open", refuse)
+    if times == 1:
+        assert films.count_frames(path) == 4
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            films.count_frames(path)
+    films._film.cache_clear()
+
+
+def test_a_film_that_is_cut_is_read_through_once(tmp_path, monkeypatch):
+    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
+    path, checked = made_films.make_film(tmp_path / "a.mp4", frames=20, sound=None), []
+    monkeypatch.setattr(films, "_check_disk", checked.append)
+    for number in range(3, 8):
+        with pytest.raises(ValueError, match="the film ends before"):
+            films.read_frame(path, number)
+    assert checked == [path]

@@ -185,6 +185,17 @@ def test_maps_on_disk_are_judged_as_their_model(predictor, whole, tmp_path, form
     assert [row["abs_rel"] for row in rows] == pytest.approx([row["abs_rel"] for row in whole], rel=near)
 
 
+@pytest.mark.parametrize("quantity", ["disparity", "depth"])
+def test_the_header_of_an_exr_says_what_it_holds_whatever_its_name(tmp_path, quantity):
+    map_ = np.ones((28, 42), np.float32)
+    (tmp_path / "001.exr").write_bytes(encode(map_, "exr", quantity=quantity, unit="m"))
+    (tmp_path / "002.exr").write_bytes(b"no EXR")
+    assert Predictions(tmp_path).quantity == quantity
+    other = "depth" if quantity == "disparity" else "disparity"
+    with pytest.raises(ValueError, match=f"say that they are {quantity}, not {other}"):
+        Predictions(tmp_path, quantity=other)
+
+
 def test_predictions_that_cannot_be_taken(tmp_path):
     with pytest.raises(ValueError, match="none is not a folder"):
         Predictions(tmp_path / "none")

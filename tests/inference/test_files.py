@@ -179,7 +179,7 @@ def test_the_next_image_is_decoded_before_it_is_asked_for(tmp_path, predictor, m
     class Slow(Predictor):
         def predict_batch(self, images, *, prepared=None):
             if not at_once:
-                for _ in range(500):  # until what may be decoded ahead is
+                for _ in range(60_000):  # until what may be decoded ahead is
                     if len(decoded) == 3:
                         break
                     torch.empty(1).share_memory_()

@@ -44,7 +44,7 @@ def start(tmp_path: Path) -> Start:
         places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
         command = [sys.executable, str(ROOT / script), *(SMALL if small else []), *places, *arguments]
         return subprocess.run(
-            command, env=environment(**extra), cwd=tmp_path, capture_output=True, text=True, timeout=300
+            command, env=environment(**extra), cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
 
     return run

@@ -50,7 +50,7 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         "--weights",
     ]
     command += [f"teacher={outputs / 'teacher-vitt-tiny'}", f"student={outputs / 'student-vitn-tiny'}"]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((report / "results.json").read_text())
     assert "teacher" in result.stdout and os.path.getsize(report / "report.html") > 10_000

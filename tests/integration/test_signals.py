@@ -74,7 +74,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         runs = []
         for rank, parent in enumerate(parents[:ranks]):
             assert parent.stdout is not None
-            ended = select.select([parent.stdout], [], [], 120)[0]
+            ended = select.select([parent.stdout], [], [], 600)[0]
             code = int(parent.stdout.readline()) if ended else None
             runs.append(Run(code, (folder / str(rank) / "stderr.txt").read_text(), folder))
             assert "Traceback" not in runs[-1].said, runs[-1].said

@@ -53,7 +53,7 @@ from pathlib import Path
 from depth_anything.training.folder import Lock
 Lock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -158,7 +158,7 @@ def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
 
 def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
     """A job that is queued again on another host need not wait until the heartbeat is old."""
-    code = HOLDER.replace("time.sleep(60)", "sys.exit(143)")
+    code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
     assert (
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
         == 143
@@ -169,7 +169,7 @@ def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
     code = HOLDER.replace(
-        "time.sleep(60)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
+        "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
     holder.wait()

@@ -286,7 +286,7 @@ def test_wandb_that_dies_or_refuses_the_key_does_not_stop_a_run(
         env={**clean, "WANDB_SILENT": "true", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [legal_id("exp/one"), "trained"]

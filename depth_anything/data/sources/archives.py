@@ -90,9 +90,9 @@ def read_member(path: Path, offset: int, size: int) -> bytes:
         else:
             data = os.pread(tar.stream.fileno(), size, offset)
     except DAMAGE as error:
+        _opened.cache_clear()  # its handle may be stale, and what is unpacked behind damage would be taken for whole
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        _opened.cache_clear()  # what was unpacked behind the damage would be taken for whole
         raise ValueError(f"the tar is damaged here: {error}") from error
     if len(data) != size:
         raise ValueError("the tar is cut short inside this file")

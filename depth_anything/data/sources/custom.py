@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from depth_anything.data.headers import ImageCost, check_cost, open_image
 from depth_anything.data.sources import maps
 from depth_anything.data.sources.listing import as_field, from_field
 from depth_anything.data.sources.source import Facts, Raw, is_of_the_disk
@@ -299,9 +300,14 @@ def image_size(source: bytes | Path) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether it is too large or damaged is for whoever decodes it
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            try:
+                opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            except Image.DecompressionBombError:  # Pillow's limit is lower than ours
+                opened = open_image(source if isinstance(source, bytes) else maps.read_bytes(source))
+            with opened as picture:
                 width, height = picture.size
                 turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                check_cost(ImageCost("", width, height, 1, 0))
         except Exception as error:  # hostile bytes make Pillow raise a dozen types
             if is_of_the_disk(error):
                 raise

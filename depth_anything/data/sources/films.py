@@ -25,6 +25,7 @@ def count_frames(path: Path) -> int:
 
     Raises:
         ValueError: It is no film, or its length is not told; or PyAV is missing.
+        OSError: Its disk fails.
     """
     with _open(path) as container:
         stream = _pictures(container)
@@ -46,17 +47,34 @@ def read_frame(path: Path, number: int) -> bytes:
 
     Raises:
         ValueError: The film is damaged, or ends before.
+        OSError: Its disk fails.
     """
     film = _film(str(path), os.getpid())
     if number <= film.last:
         _film.cache_clear()
         film = _film(str(path), os.getpid())
-    image = film.frame(number)
+    try:
+        image = film.frame(number)
+    except ValueError:
+        if film.is_checked:
+            raise
+        _check_disk(path)
+        _film.cache_clear()
+        film = _film(str(path), os.getpid())
+        film.is_checked = True
+        image = film.frame(number)
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 class _Film:
-    """A film that is decoded forward."""
+    """A film that is decoded forward.
+
+    Attributes:
+        last: The frame that was asked for last.
+        is_checked: Its disk gave all of it, so that what cannot be decoded is damaged.
+    """
+
+    is_checked = False
 
     def __init__(self, path: str) -> None:
         from depth_anything.data.video import Faults, read_frames
@@ -109,7 +127,19 @@ def _open(path: Path) -> Any:
     except ImportError as error:
         raise ValueError(_NOT_INSTALLED) from error
     path.stat()  # one that is gone is no damaged film
-    return open_video(path)
+    try:
+        return open_video(path)
+    except ValueError:
+        _check_disk(path)
+        return open_video(path)
+
+
+def _check_disk(path: Path) -> None:
+    """Read a film that cannot be decoded, which raises OSError if its disk fails: FFmpeg says the same of damage."""
+    if path.is_file():  # to open a pipe is to wait for ever
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
 
 
 def _pictures(container: Any) -> Any:

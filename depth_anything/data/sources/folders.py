@@ -6,17 +6,15 @@ name in all of them. A frame that lacks a file is listed like any other and refu
 is lost in silence.
 """
 
-import io
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from depth_anything.data.headers import image_cost
 from depth_anything.data.sources.listing import as_field, from_field
 from depth_anything.data.sources.maps import read_bytes
 from depth_anything.data.sources.source import Facts
@@ -133,12 +131,11 @@ def check_size(image: bytes, values: np.ndarray, what: str) -> None:
     Raises:
         ValueError: If the sizes differ, or the image has none.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decompressed
-        try:
-            width, height = Image.open(io.BytesIO(image)).size
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"its image cannot be read: {error}") from error
+    try:
+        cost = image_cost(image)
+    except ValueError as error:
+        raise ValueError(f"its image cannot be read: {error}") from error
+    width, height = cost.width, cost.height
     if values.shape != (height, width):
         theirs = f"{values.shape[1]} x {values.shape[0]}"
         raise ValueError(f"its image has {width} x {height} pixels, its {what} {theirs}")

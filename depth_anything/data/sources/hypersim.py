@@ -37,7 +37,7 @@ import h5py
 import numpy as np
 
 from depth_anything.data.sources.folders import Kind, check_size, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import MAX_PIXELS, check_chunks, read_bytes, read_hdf5
+from depth_anything.data.sources.maps import check_cost, find_dataset, read_bytes, read_hdf5
 from depth_anything.data.sources.source import Facts, Raw
 
 FACTS = Facts(
@@ -268,20 +268,11 @@ def _read_colour(data: bytes) -> np.ndarray:
     """The dataset of an HDF5 file of colours, float (H, W, 3)."""
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            dataset = file["dataset"]
-            shape, kind = dataset.shape, dataset.dtype.kind
-            if (
-                len(shape) != 3
-                or shape[2] != 3
-                or kind != "f"
-                or np.prod(shape, dtype=float) > 3 * MAX_PIXELS
-            ):
+            dataset = find_dataset(file, "dataset")
+            shape = dataset.shape
+            if len(shape) != 3 or shape[2] != 3 or dataset.dtype.kind != "f":
                 raise ValueError(f"{dataset.dtype} of shape {shape} in place of floats (H, W, 3)")
-            if np.prod(dataset.chunks or (1,), dtype=float) > 3 * MAX_PIXELS:
-                raise ValueError(f"it is stored in pieces of {dataset.chunks}")
-            if dataset.is_virtual or dataset.external:
-                raise ValueError("its numbers lie in another file")
-            check_chunks(dataset)
+            check_cost(dataset)
             return dataset[()]
     except Exception as error:  # what damage makes of the library is of a dozen types
         raise ValueError(f"its colour cannot be read: {error}") from error

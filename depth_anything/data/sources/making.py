@@ -4,16 +4,18 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from depth_anything.data.address import printable
+from depth_anything.data.remote import patiently
 from depth_anything.data.shards import ShardError, write_shard
 from depth_anything.data.sources.listing import shown_name
 from depth_anything.data.sources.record import Made, to_record
-from depth_anything.data.sources.source import GO_ON, Refused, is_of_the_disk
+from depth_anything.data.sources.source import GO_ON, Raw, Refused, is_of_the_disk
 from depth_anything.data.tars import write_atomically
 
 _NOTED = 3
@@ -43,7 +45,8 @@ def write_one(job: Job, tick: Callable[[], object]) -> None:
     """Write one shard and the notes on it; `tick` is called after each line.
 
     Raises:
-        ShardError: The raw folder is gone, or its disk fails: that is no reason to leave records out.
+        ShardError: The raw folder is gone: that is no reason to leave records out.
+        Outage: Its disk fails, again and again.
     """
     made = _records(job, tick)
     first = next(made, None)
@@ -83,23 +86,37 @@ def _records(job: Job, tick: Callable[[], object]) -> Iterator[tuple[str, dict[s
 def _make(job: Job, line: str) -> Made:
     """Read a line's record; Refused if it cannot be taken."""
     name, facts = shown_name(line), job.source.FACTS
+
+    def read() -> Raw:
+        with _refusals(name, facts.name):
+            try:
+                return job.source.read(job.raw, line)
+            except (ValueError, OSError) as error:
+                # A record is left out for what is wrong with it, never because a disk is gone or fails.
+                if not job.raw.exists():
+                    raise ShardError(f"{job.raw} is gone: {GO_ON}") from error
+                raise
+
+    raw = patiently(f"{name} of {job.raw}", read)
+    with _refusals(name, facts.name):
+        return to_record(raw, source=facts.name, name=name, short_side=job.short_side)
+
+
+@contextmanager
+def _refusals(name: str, source: str) -> Iterator[None]:
+    """Say of what goes wrong with a record whether the record is at fault: Refused, or else the disk or the code."""
     try:
-        return to_record(
-            job.source.read(job.raw, line), source=facts.name, name=name, short_side=job.short_side
-        )
+        yield
     except ShardError:
         raise
     except (ValueError, OSError) as error:
-        # A record is left out for what is wrong with it, never because a disk is gone or fails.
-        if not job.raw.exists():
-            raise ShardError(f"{job.raw} is gone: {GO_ON}") from error
         if is_of_the_disk(error):
-            raise ShardError(f"{name} of {job.raw} cannot be read now ({error}): {GO_ON}") from error
+            raise
         raise Refused(name, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     except MemoryError as error:
         raise Refused(name, "it needs more memory than there is") from error
     except Exception as error:
-        raise RuntimeError(f"{name}: the reader of {facts.name} broke over it ({error!r})") from error
+        raise RuntimeError(f"{name}: the reader of {source} broke over it ({error!r})") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,8 @@ claims.
 
 import ast
 import io
+import itertools
+import math
 import os
 import re
 import stat
@@ -32,6 +34,10 @@ _MAX_HEADER = 10_000  # bytes; a header longer than that says more than a map ha
 _MAX_EXR = 1 << 30  # bytes of all channels of an EXR, which the library decodes together
 _MAX_CHUNKS = 1 << 16  # of an HDF5 dataset
 _SPARE = 64  # bytes that a checksum may add to a piece
+_GZIP, _LZF = 1, 32000  # HDF5's numbers of these filters
+_OF_SAME_SIZE = (2, 3)  # shuffle and fletcher32
+_LZF_RATIO = 88  # the most that lzf can grow: 264 bytes of 3
+_MAX_LZF = 1 << 30
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -153,9 +159,9 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
     data = read_bytes(source)
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            dataset = _dataset(file, key)
+            dataset = find_dataset(file, key)
             _check_dataset(dataset)
-            check_chunks(dataset)
+            check_cost(dataset)
             return _as_map(dataset[()])
     except NoMap:
         raise
@@ -195,7 +201,7 @@ def map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
         import h5py
 
         with h5py.File(path, "r", locking=False) as file:
-            dataset = _dataset(file, key)
+            dataset = find_dataset(file, key)
             _check_dataset(dataset)
             return _sides(dataset.shape)
     except NoMap:
@@ -306,12 +312,29 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     return shape, np.dtype(kind), columns_first, start + size
 
 
-def _exr_size(path: Path) -> tuple[int, int]:
-    """Height and width of an EXR of one plain picture."""
+def read_exr_texts(path: Path) -> dict[str, str]:
+    """Return the attributes of an EXR's header that are texts, as `quantity`.
+
+    Raises:
+        NoMap: It is none, or damaged.
+    """
+    try:
+        (header,) = _exr_headers(path)
+    except Exception as error:  # the library has a dozen types of its own for what is damaged
+        raise NoMap("the EXR's header cannot be read") from error
+    return {name: value for name, value in header.items() if isinstance(value, str)}
+
+
+def _exr_headers(path: Path) -> list[dict[str, Any]]:
     import OpenEXR
 
     with OpenEXR.File(str(path), True, True, 0) as file:  # separate channels, header only, no threads
-        headers = [dict(part.header) for part in file.parts]
+        return [dict(part.header) for part in file.parts]
+
+
+def _exr_size(path: Path) -> tuple[int, int]:
+    """Height and width of an EXR of one plain picture."""
+    headers = _exr_headers(path)
     if len(headers) != 1:
         raise NoMap(f"the EXR has {len(headers)} parts: a map has one")
     header = headers[0]
@@ -376,7 +399,16 @@ def check_png(data: bytes) -> None:
         place = end + 4
 
 
-def _dataset(file: Any, key: str | None) -> Any:
+def find_dataset(file: Any, key: str | None) -> Any:
+    """Return a dataset of an open HDF5 file; links are not followed, as they could lead into another file.
+
+    Args:
+        file: Of h5py.
+        key: Its path in the file; None: the only one at the top.
+
+    Raises:
+        NoMap: It is not there.
+    """
     import h5py
 
     if key is None:
@@ -403,23 +435,56 @@ def _check_dataset(dataset: Any) -> None:
         raise NoMap(f'"{dataset.name}" is stored in pieces of {dataset.chunks}, which is too large')
 
 
-def check_chunks(dataset: Any) -> None:
-    """Refuse compressed pieces of a dataset that hold more than their size: the library unpacks all of it.
+def check_cost(dataset: Any, number: int | None = None) -> None:
+    """Refuse a dataset of an HDF5 file that could fill the memory; the library unpacks whole pieces.
+
+    Args:
+        dataset: A map, or an image of three channels.
+        number: Only `dataset[number]` will be read; None: all.
 
     Raises:
-        NoMap: There are such, or more than any writer makes.
+        NoMap: It is too large, its numbers lie in another file, or a compressed piece of it holds more than its size.
     """
-    if dataset.chunks is None or dataset.compression != "gzip":
+    name, pieces = f'"{dataset.name}"', dataset.chunks
+    shape = dataset.shape if number is None else dataset.shape[1:]
+    if np.prod(shape, dtype=float) > 3 * MAX_PIXELS:
+        raise NoMap(f"{name} has the shape {_shown(shape)}, which is too large")
+    if dataset.is_virtual or dataset.external:
+        raise NoMap(f"the numbers of {name} lie in another file, which is not opened")
+    if pieces is None:
         return
-    size = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
-    if dataset.id.get_num_chunks() > _MAX_CHUNKS:
-        raise NoMap(f'"{dataset.name}" is stored in more than {_MAX_CHUNKS} pieces')
-    for number in range(dataset.id.get_num_chunks()):
-        skipped, packed = dataset.id.read_direct_chunk(dataset.id.get_chunk_info(number).chunk_offset)
-        if not skipped:
-            unpacked = zlib.decompressobj().decompress(packed, size + _SPARE)
-            if len(unpacked) == size + _SPARE:
-                raise NoMap(f'"{dataset.name}" is damaged: a piece of it holds more than its size')
+    if np.prod(pieces, dtype=float) > 3 * MAX_PIXELS:
+        raise NoMap(f"{name} is stored in pieces of {_shown(pieces)}, which is too large")
+    settings = dataset.id.get_create_plist()
+    filters = [settings.get_filter(place)[0] for place in range(settings.get_nfilters())]
+    packing = [place for place, kind in enumerate(filters) if kind in (_GZIP, _LZF)]
+    if len(packing) > 1 or not {_GZIP, _LZF, *_OF_SAME_SIZE}.issuperset(filters):
+        raise NoMap(f"{name} is packed in a way that is not read: write it with gzip, lzf or neither")
+    size = int(np.prod(pieces)) * dataset.dtype.itemsize + _SPARE
+    for offset in _pieces(dataset, number) if packing else ():
+        skipped, packed = dataset.id.read_direct_chunk(offset)
+        if skipped >> packing[0] & 1:
+            continue
+        if filters[packing[0]] == _LZF:
+            if len(packed) > size or len(packed) * _LZF_RATIO > _MAX_LZF:
+                raise NoMap(f"{name} has a piece of {len(packed)} bytes of lzf: write it in smaller ones")
+        elif len(zlib.decompressobj().decompress(packed, size)) == size:
+            raise NoMap(f"{name} is damaged: a piece of it holds more than its size")
+
+
+def _pieces(dataset: Any, number: int | None) -> list[tuple[int, ...]]:
+    """Where the pieces begin that are there."""
+    held = dataset.id
+    if number is None:
+        if held.get_num_chunks() > _MAX_CHUNKS:
+            raise NoMap(f'"{dataset.name}" is stored in more than {_MAX_CHUNKS} pieces')
+        return [held.get_chunk_info(place).chunk_offset for place in range(held.get_num_chunks())]
+    steps = [range(0, side, step) for side, step in zip(dataset.shape[1:], dataset.chunks[1:], strict=True)]
+    if math.prod(map(len, steps)) > _MAX_CHUNKS:
+        raise NoMap(f'a part of "{dataset.name}" is stored in more than {_MAX_CHUNKS} pieces')
+    first = number // dataset.chunks[0] * dataset.chunks[0]
+    infos = [held.get_chunk_info_by_coord((first, *rest)) for rest in itertools.product(*steps)]
+    return [info.chunk_offset for info in infos if info.byte_offset is not None]
 
 
 def _is_here(group: Any, name: str) -> bool:

@@ -1,7 +1,5 @@
 """From what a source reads to what a shard keeps: one rule for all sets, and every pixel counted by reason."""
 
-import io
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +7,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from depth_anything.data.headers import kind_of, open_image
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_notes
 from depth_anything.data.sources.source import Raw, resize_intrinsics
 from depth_anything.preprocess import resize_shape
@@ -150,12 +148,12 @@ def nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def is_plain(data: bytes) -> bool:
     """Whether every reader shows this file alike: RGB, upright, opaque, of a format that records may hold."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image has looked at the size
-        try:
-            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        except (OSError, Image.DecompressionBombError):
+    try:
+        if kind_of(data) not in ("JPEG", "PNG", "WebP"):
             return False
+        picture = open_image(data)
+    except (ValueError, OSError):
+        return False
     still = not getattr(picture, "is_animated", False) or picture.format == "MPO"
     upright = picture.getexif().get(_ORIENTATION, 1) == 1
     return picture.mode == "RGB" and not picture.has_transparency_data and still and upright

@@ -131,7 +131,9 @@ def read_points(data: bytes) -> np.ndarray:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.getinfo("data.npy").file_size > MAX_BYTES:
                 raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
-            values = np.load(io.BytesIO(archive.read("data.npy")), allow_pickle=False)
+            stream = io.BytesIO(archive.read("data.npy"))
+        _check_held(stream)
+        values = np.load(stream, allow_pickle=False)
         if values.dtype.names is not None:
             values = np.stack([values[axis].reshape(-1) for axis in "XYZ"], 1)
         if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
@@ -140,6 +142,19 @@ def read_points(data: bytes) -> np.ndarray:
         raise ValueError(f"its point cloud cannot be read: {error}") from error
     points = values[:, :3].astype(np.float64)
     return points[np.isfinite(points).all(1)]
+
+
+def _check_held(stream: io.BytesIO) -> None:
+    """Refuse an NPY whose header claims more than follows it: room would be made for what it claims."""
+    form = np.lib.format
+    read_header = (
+        form.read_array_header_1_0 if form.read_magic(stream) == (1, 0) else form.read_array_header_2_0
+    )
+    shape, _, dtype = read_header(stream)
+    held = len(stream.getbuffer()) - stream.tell()
+    if np.prod(shape, dtype=float) * dtype.itemsize > held:
+        raise ValueError(f"{held} bytes follow its header, which says {dtype} of shape {shape}")
+    stream.seek(0)
 
 
 def read_intrinsics(data: bytes) -> np.ndarray:

@@ -33,7 +33,7 @@ import numpy as np
 from depth_anything.data.sample import Frame
 from depth_anything.data.sources.folders import fields
 from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_hdf5, read_png16
+from depth_anything.data.sources.maps import check_cost, find_dataset, read_hdf5, read_png16
 from depth_anything.data.sources.walking import walk
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
 from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
@@ -131,7 +131,10 @@ def _read_matlab(path: str, number: int, field: str) -> tuple[np.ndarray, np.nda
     """Image and depth of the makers' file, upright."""
     try:
         file = _opened(path)
-        image, depth = file["images"][number], file[field][number]
+        images, depths = (find_dataset(file, name) for name in ("images", field))
+        for dataset in (images, depths):
+            check_cost(dataset, number)
+        image, depth = images[number], depths[number]
     except Exception as error:  # damage makes the library raise a dozen types
         raise ValueError(f"the file cannot be read: {error.args[0] if error.args else error!r}") from error
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8 or depth.shape != image.shape[1:]:
@@ -143,7 +146,9 @@ def _read_rgb(path: Path) -> np.ndarray:
     """The image of a frame of its own HDF5 file."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            image = file["rgb"][()]
+            dataset = find_dataset(file, "rgb")
+            check_cost(dataset)
+            image = dataset[()]
     except Exception as error:
         raise ValueError(f"its rgb cannot be read: {error.args[0] if error.args else error!r}") from error
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8:

@@ -8,10 +8,12 @@ import made_raw
 import numpy as np
 import pytest
 
+from depth_anything.data import remote
 from depth_anything.data.sample import decode_record
-from depth_anything.data.shards import Records, ShardError, verify_set
+from depth_anything.data.shards import Records, verify_set
 from depth_anything.data.sources.catalogue import SETS, load
 from depth_anything.data.sources.writing import write_source
+from depth_anything.data.tars import Outage
 from depth_anything.licences import check_licence
 
 LABELLED = [name for name, entry in SETS.items() if entry.labelled]
@@ -91,7 +93,8 @@ def test_a_failing_disk_leaves_no_record_out(tmp_path, name, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", failing)
-        with pytest.raises(ShardError, match="cannot be read now.*type the same command"):
+        patched.setattr(remote, "sleep", lambda seconds: None)
+        with pytest.raises(Outage, match="cannot be read for now: Input/output error.*the same command"):
             write_source(load(name), tmp_path / "raw", tmp_path / "set")
     made = write_source(load(name), tmp_path / "raw", tmp_path / "set")
     assert made.records and "Input/output error" not in str(made.meta.get("skipped"))

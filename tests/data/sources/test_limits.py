@@ -1,8 +1,10 @@
 """What a hostile or damaged file may cost: told by its header before it is paid, in a sentence about this file."""
 
+import io
 import sys
 import tarfile
 import tracemalloc
+import zipfile
 import zlib
 
 import h5py
@@ -12,13 +14,17 @@ import pytest
 from made_custom import make_set
 from made_raw import exr
 from made_shards import make
+from PIL import Image
 
 from depth_anything.data.shards import ShardError, index_shard, open_set, verify_set
 from depth_anything.data.sources import archives, custom, hypersim, maps
 from depth_anything.data.sources.declaration import read_yaml
+from depth_anything.data.sources.folders import check_size
 from depth_anything.data.sources.maps import map_size, read_exr, read_hdf5
+from depth_anything.data.sources.record import is_plain
 from depth_anything.data.sources.walking import find_images
 from depth_anything.evaluation import stats as stats_module
+from depth_anything.evaluation.benchmarks import ddad, nyu
 from depth_anything.evaluation.stats import gather
 from depth_anything.evaluation.survey import survey
 
@@ -125,6 +131,94 @@ def test_hdf5_of_many_kinds_of_storage_is_read(tmp_path):
         assert (read_hdf5(path) == values).all()
 
 
+def lzf_piece(path, packed, *, mask=0):
+    """A map of one piece of 64 bytes, said to be packed by lzf."""
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("dataset", (4, 4), "<f4", chunks=(4, 4), compression="lzf")
+        made.id.write_direct_chunk((0, 0), packed, mask)
+    return path
+
+
+def test_a_piece_of_lzf_that_unpacks_to_more_than_its_size_is_refused(tmp_path, monkeypatch, allowance):
+    values = np.arange(16, dtype="<f4").tobytes()
+    assert read_hdf5(lzf_piece(tmp_path / "plain.h5", values, mask=1)).ravel().tolist() == list(range(16))
+    bomb = b"\0\0" + b"\xe0\xff\0" * 1_000_000  # each three bytes repeat the last byte 264 times
+    with pytest.raises(ValueError, match="3000002 bytes of lzf"):
+        read_hdf5(lzf_piece(tmp_path / "bomb.h5", bomb))
+    small = np.zeros((64, 64), np.float32)
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        file.create_dataset("dataset", data=small, chunks=(64, 64), compression="lzf")
+    assert (read_hdf5(tmp_path / "large.h5") == 0).all()
+    monkeypatch.setattr(maps, "_MAX_LZF", 100)
+    with pytest.raises(ValueError, match="write it in smaller ones"):
+        read_hdf5(tmp_path / "large.h5")
+
+
+def test_filters_of_hdf5_whose_cost_is_not_known_are_refused(tmp_path):
+    twice = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    twice.set_chunk((64, 64))
+    for _ in range(2):
+        twice.set_deflate(9)
+    with h5py.File(tmp_path / "twice.h5", "w") as file:
+        space = h5py.h5s.create_simple((64, 64))
+        h5py.h5d.create(file.id, b"dataset", h5py.h5t.IEEE_F32LE, space, twice)
+    with h5py.File(tmp_path / "scaled.h5", "w") as file:
+        file.create_dataset("dataset", (64, 64), "i4", chunks=(64, 64), scaleoffset=4)
+    for name in ("twice.h5", "scaled.h5"):
+        with pytest.raises(ValueError, match="with gzip, lzf or neither"):
+            read_hdf5(tmp_path / name)
+
+
+def test_a_bomb_is_found_though_another_filter_is_skipped(tmp_path, allowance):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        made = file.create_dataset(
+            "dataset", (64, 64), "<f4", chunks=(64, 64), shuffle=True, compression="gzip"
+        )
+        made.id.write_direct_chunk((0, 0), packed_zeros(1 << 27), 1)  # of shuffle
+    with pytest.raises(ValueError, match="holds more than its size"):
+        read_hdf5(tmp_path / "a.h5")
+
+
+def test_nyus_own_files_are_unpacked_only_at_the_cost_of_a_frame(tmp_path, allowance):
+    bomb = packed_zeros(1 << 27)
+    frame = tmp_path / "00046.h5"
+    with h5py.File(frame, "w") as file:
+        rgb = file.create_dataset("rgb", (3, 48, 64), "u1", chunks=(3, 48, 64), compression="gzip")
+        rgb.id.write_direct_chunk((0, 0, 0), bomb)
+    with pytest.raises(ValueError, match="holds more than its size"):
+        nyu._read_rgb(frame)
+    with h5py.File(frame, "w") as file:
+        file["rgb"] = h5py.ExternalLink("other.h5", "rgb")
+    with pytest.raises(ValueError, match='no dataset "rgb"'):
+        nyu._read_rgb(frame)
+    whole = tmp_path / "labeled.mat"
+    with h5py.File(whole, "w") as file:
+        images = file.create_dataset(
+            "images", (3, 3, 64, 48), "u1", chunks=(1, 3, 32, 48), compression="gzip"
+        )
+        file.create_dataset("depths", data=np.ones((3, 64, 48), np.float32), chunks=(1, 64, 48))
+        images[0] = 7
+        images.id.write_direct_chunk((1, 0, 32, 0), bomb)
+    image, depth = nyu._read_matlab(str(whole), 0, "depths")
+    assert image.shape == (48, 64, 3) and (image == 7).all() and (depth == 1).all()
+    assert not nyu._read_matlab(str(whole), 2, "depths")[0].any()  # nothing is stored of it
+    with pytest.raises(ValueError, match="holds more than its size"):
+        nyu._read_matlab(str(whole), 1, "depths")
+    nyu._opened.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["<f4", [("X", "<f4"), ("Y", "<f4"), ("Z", "<f4")]], ids=["plain", "fields"])
+def test_a_cloud_that_claims_more_points_than_it_holds_is_refused(kind, monkeypatch):
+    stream, archive = io.BytesIO(), io.BytesIO()
+    claim = {"descr": kind, "fortran_order": False, "shape": (1 << 40, 3)}
+    np.lib.format.write_array_header_1_0(stream, claim)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("data.npy", stream.getvalue() + bytes(48))
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(ValueError, match="48 bytes follow its header"):
+        ddad.read_points(archive.getvalue())
+
+
 def claiming(path, size):
     """A tar whose long name is said to have so many bytes, which a sparse file holds."""
     info = tarfile.TarInfo("././@LongLink")
@@ -188,3 +282,23 @@ def test_a_map_that_fills_the_memory_is_not_taken_and_others_are(tmp_path, monke
     monkeypatch.setattr(custom.Custom, "read", read)
     found = survey(declared)
     assert found.taken == 2 and found.refused == [("b", "it needs more memory than there is")]
+
+
+@pytest.mark.parametrize(("height", "taken"), [(9_000, True), (11_000, False)])
+def test_photographs_of_a_set_have_the_limit_of_all_photographs(height, taken):
+    """Of 180 and 220 megapixels, between Pillow's limit and ours."""
+    photograph = io.BytesIO()
+    Image.new("1", (20_000, height)).save(photograph, "PNG")
+    if taken:
+        assert custom.image_size(photograph.getvalue()) == (height, 20_000)
+    else:
+        with pytest.raises(ValueError, match="limit of 200 megapixels"):
+            custom.image_size(photograph.getvalue())
+
+
+def test_a_large_photograph_is_kept_byte_for_byte(monkeypatch):
+    photograph = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(photograph, "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert is_plain(photograph.getvalue())
+    check_size(photograph.getvalue(), np.ones((48, 64)), "depth")

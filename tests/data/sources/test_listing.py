@@ -98,17 +98,21 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path):
 
 
 def test_the_lock_of_another_machine_holds_as_long_as_it_gives_signs_of_life(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(listing, "_STILL_S", 0.8)
-    lock = tmp_path / ".listing.lock"
+    """By a clock of ours: its holder changes the lock twelve times, each nearly a minute after the other."""
+    lock, now, signs = tmp_path / ".listing.lock", [0.0], []
     lock.write_text("elsewhere 1 abc")
-    done = threading.Event()
-    thread = threading.Thread(target=lambda: (make_listing(tmp_path, ["a"]), done.set()))
-    thread.start()
-    for k in range(12):
-        assert not done.wait(0.1), "it must not be taken from the living"
-        os.utime(lock, ns=(k, k))
-    thread.join(timeout=30)
-    assert done.is_set() and not lock.exists()
+
+    def sleep(seconds):
+        assert lock.exists(), "it must not be taken from the living"
+        now[0] += 59 if len(signs) < 12 else seconds
+        if len(signs) < 12:
+            signs.append(now[0])
+            os.utime(lock, ns=(len(signs), len(signs)))
+
+    monkeypatch.setattr(listing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(listing.time, "sleep", sleep)
+    make_listing(tmp_path, ["a"])
+    assert len(signs) == 12 and signs[-1] + 60 < now[0] < signs[-1] + 65 and not lock.exists()
     assert "waiting for process 1 on elsewhere, which lists the set" in capsys.readouterr().err
 
 

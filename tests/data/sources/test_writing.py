@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from made_source import Stopped, fill, stop_at
 
+from depth_anything.data import remote
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import Records, ShardError, open_set, verify_set
 from depth_anything.data.sources import catalogue
 from depth_anything.data.sources.writing import write_source
+from depth_anything.data.tars import Outage
 
 
 def write(raw, root, **options):
@@ -150,7 +152,7 @@ def run(raw, root, *flags):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -239,13 +241,17 @@ def lines(tmp_path, *names):
     return raw
 
 
-def test_a_file_that_is_gone_is_refused_and_a_disk_that_fails_stops(tmp_path):
+def test_a_file_that_is_gone_is_refused_and_a_disk_that_fails_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
     made = write(lines(tmp_path, "a/1", "a/2-gone"), tmp_path / "toy")
     assert made.meta["skipped"]["files"] == [["a/2-gone", "No such file or directory"]]
-    with pytest.raises(ShardError, match=r"a/2-broken .*cannot be read now.*type the same command"):
+    with pytest.raises(Outage, match=r"a/2-broken of .* cannot be read for now: .*the same command"):
         write(lines(tmp_path / "b", "a/1", "a/2-broken"), tmp_path / "b" / "toy")
     with pytest.raises(RuntimeError, match="a/2-bug: the reader of toy broke"):
         write(lines(tmp_path / "c", "a/1", "a/2-bug"), tmp_path / "c" / "toy")
+    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "many")
+    with pytest.raises(ValueError, match="DEPTH_ANYTHING_RETRIES=many"):  # which is no record's fault
+        write(lines(tmp_path / "d", "a/1"), tmp_path / "d" / "toy")
 
 
 def test_a_raw_folder_that_goes_away_stops_and_leaves_nothing_out(tmp_path, monkeypatch):
