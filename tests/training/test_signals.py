@@ -5,10 +5,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 
+from depth_anything.training import run
 from depth_anything.training import signals as module
 from depth_anything.training.engine import requeue
 from depth_anything.training.signals import MAIN_PID, SIGNALS, Signals, Stopped
@@ -156,6 +160,38 @@ def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.Monke
     assert Stopped(15).code == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert Stopped(15).code == 143
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("Lightning"), ValueError("a codec"), InstantiationException("Hydra")]
+)
+def test_an_error_that_a_signal_brought_about_does_not_replace_it(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    """A library that cleans up after the signal's exception, or wraps it, may raise one of its own."""
+
+    def interrupted(config: Any) -> None:
+        with suppress(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        raise raised
+
+    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
+    monkeypatch.setattr(run, "resolve_config", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        run.main(OmegaConf.create())
+    assert stopped.value.code == 143
+
+
+def test_an_error_without_a_signal_is_told(watch: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: Any) -> None:
+        raise ValueError("the disk is away")
+
+    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
+    monkeypatch.setattr(run, "resolve_config", failing)
+    with pytest.raises(SystemExit, match="error: the disk is away"):
+        run.main(OmegaConf.create())
 
 
 @pytest.mark.parametrize("number", [2, 10, 15])
