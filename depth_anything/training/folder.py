@@ -20,6 +20,7 @@ import yaml
 from depth_anything.data.address import without_secrets
 from depth_anything.data.liveness import Watch, file_system_time, is_alive
 from depth_anything.data.tars import remove_stale, write_atomically
+from depth_anything.disk import named_write_errors
 from depth_anything.model.integrity import damage_of
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
@@ -79,7 +80,12 @@ class Lock:
                 "wait for it, stop it, or type name=ANOTHER_NAME"
             )
         self._file, self._process = file, os.getpid()
-        self._beat()
+        try:
+            self._beat()
+        except OSError:
+            self._file = None
+            os.close(file)
+            raise
         atexit.register(self.release)  # a run on another host need not wait until the heartbeat is old
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -133,8 +139,9 @@ class Lock:
         if file is not None:
             sign = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
             text = json.dumps(sign).encode()
-            os.pwrite(file, text, 0)
-            os.ftruncate(file, len(text))
+            with named_write_errors(self.path):
+                os.pwrite(file, text, 0)
+                os.ftruncate(file, len(text))
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):

@@ -230,3 +230,15 @@ def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
     heard = capsys.readouterr().err
     assert ("not queued again" in heard) == bool(said)
     assert said in heard and "Errno" not in heard
+
+
+@pytest.mark.parametrize(("number", "job", "queued"), [(10, "777", "777"), (10, None, ""), (15, "777", "")])
+def test_a_warning_of_the_time_limit_before_the_first_step_says_what_slurm_does(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any, number: int, job: str | None, queued: str
+) -> None:
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)
+    heard = capfd.readouterr().err
+    assert ("not queued again" in heard) == bool(queued) and queued in heard
