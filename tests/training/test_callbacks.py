@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,7 +158,14 @@ def _two(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) -> None:
-    mp.spawn(_two, args=(str(tmp_path),), nprocs=2)
+    ranks = mp.spawn(_two, args=(str(tmp_path),), nprocs=2, join=False)
+    guard = threading.Timer(240, lambda: [rank.kill() for rank in ranks.processes])  # else a fault hangs both
+    guard.start()
+    try:
+        while not ranks.join():
+            pass
+    finally:
+        guard.cancel()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first[:6] == second[:6]
     assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]
