@@ -5,9 +5,11 @@ checkpoint never lands in the middle of an accumulation, and every rank does the
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +67,7 @@ class Metrics(StepCallback):
         super().on_train_start(trainer, module)
         self._since = self._idle = time.perf_counter()
         self._wait, self._steps = 0.0, 0
+        self._sum: Any = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Add the time since the last micro-batch ended: what the step waited for data."""
@@ -81,6 +84,8 @@ class Metrics(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Log when due and forget the step's parts."""
         self._steps += 1
+        for part in module.parts:  # one loss that is no number makes the sum none, whatever comes after it
+            self._sum = part["loss"] + self._sum
         if step % self.every == 0 or step == trainer.max_steps:
             self._log(trainer, module, step)
         module.parts.clear()
@@ -88,15 +93,21 @@ class Metrics(StepCallback):
     def _log(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         names = list(module.parts[0])
         values = torch.stack([torch.stack([part[name] for name in names]) for part in module.parts]).mean(0)
+        values = torch.cat([values, self._sum.to(values.dtype)[None]])
         if trainer.world_size > 1:
             dist.all_reduce(values)
             values /= trainer.world_size
-        numbers = dict(zip(names, values.double().tolist(), strict=True))
+        *means, total = values.double().tolist()
+        numbers = dict(zip(names, means, strict=True))
         valid_share = numbers.pop("valid_share", None)
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
-        if not numbers["loss"] < float("inf"):
+        if not math.isfinite(numbers["loss"]):
             raise ValueError(f"the loss is {numbers['loss']} at step {step}; {LOWER}")
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss was {total} in one of the last {self._steps} steps up to {step}; {LOWER}"
+            )
         numbers.update(self._rates)
         elapsed = time.perf_counter() - self._since
         numbers["images_per_s"] = self._steps * self.batch_size / elapsed
@@ -108,7 +119,7 @@ class Metrics(StepCallback):
         self.latest = numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-        self._since, self._wait, self._steps = time.perf_counter(), 0.0, 0
+        self._since, self._wait, self._steps, self._sum = time.perf_counter(), 0.0, 0, 0.0
 
 
 class Progress(StepCallback):
@@ -295,10 +306,13 @@ class Agreement(StepCallback):
             self._name(Path(trainer.default_root_dir), trainer.global_rank, failed)
 
     def _name(self, folder: Path, rank: int, failed: list[str]) -> None:
-        with open(folder / f"failed-records-{rank}.txt", "a") as file:
-            file.writelines(f"{name}\n" for name in failed)
+        written = False
+        with suppress(OSError):  # on one rank of several; a full disk is told at the next checkpoint
+            with open(folder / f"failed-records-{rank}.txt", "a") as file:
+                file.writelines(f"{name}\n" for name in failed)
+            written = True
         self._here = (self._here + failed)[-3:]
-        if self.failed <= 20:
+        if self.failed <= 20 or not written:
             for name in failed:
                 print(f"replaced a bad record: {name}", file=sys.stderr)
 

@@ -5,10 +5,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
 from importlib import import_module
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
     ANY,
     CHANGE,
@@ -22,34 +23,6 @@ from depth_anything.training.config import (
     to_typed,
 )
 
-#: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.
-SET_BY_RUN = {
-    "max_steps": "steps=N",
-    "fast_dev_run": "steps=1",
-    "limit_train_batches": "steps=N",
-    "overfit_batches": "sources.labelled.NAME=FOLDER with a small set",
-    "reload_dataloaders_every_n_epochs": "",
-    "barebones": "",
-    "accumulate_grad_batches": "micro_batch=N, from which accumulation follows",
-    "gradient_clip_val": "recipe.clip_norm=1.0",
-    "gradient_clip_algorithm": "recipe.clip_norm=1.0",
-    "logger": "logger=wandb or logger=none",
-    "default_root_dir": "output_dir=FOLDER",
-    "max_epochs": "steps=N",
-    "min_epochs": "steps=N",
-    "min_steps": "steps=N",
-    "val_check_interval": "validation.every=N",
-    "check_val_every_n_epoch": "validation.every=N",
-    "limit_val_batches": "validation.limit=N",
-    "num_sanity_val_steps": "validation.every=N",
-    "log_every_n_steps": "logging.every=N",
-    "enable_checkpointing": "checkpoint.every=N",
-    "callbacks": "",
-    "plugins": "",
-    "use_distributed_sampler": "",
-    "enable_progress_bar": "",
-    "enable_model_summary": "",
-}
 #: What a key is called elsewhere, and here.
 SYNONYMS = {
     "lr": "recipe.head_lr",
@@ -107,7 +80,7 @@ def validate_config(config: Mapping[str, Any]) -> None:
         _check_section(config, RunConfig, "", "", open_=False)
     _check_repeated(config)
     _check_encoder(config)
-    _check_trainer(config["trainer"])
+    check_trainer(config["trainer"])
     _check_validation(config["validation"])
     if "recipe" in config and stage != "pseudolabel":
         _check_recipe(config)
@@ -289,7 +262,7 @@ def _is_argument(target: Any, name: str, where: str) -> bool:
         return False
     given = {"module": ("model", "frozen", "data"), "data": ("micro_batch", "patch", "teacher")}
     if name in given.get(where, ()) or (where == "trainer" and name in SET_BY_RUN):
-        return where == "trainer"  # _check_trainer has a sentence for it
+        return where == "trainer"  # check_trainer has a sentence for it
     parameters = _parameters(target, where)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -345,63 +318,6 @@ def _check_encoder(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"image_size={side} is no multiple of {patch}, as the encoder needs; type image_size={near_side}"
         )
-
-
-def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    from pytorch_lightning import Trainer
-    from pytorch_lightning.accelerators import AcceleratorRegistry
-    from pytorch_lightning.strategies import StrategyRegistry
-
-    for name in trainer.keys() & SET_BY_RUN.keys():
-        instead = f"; type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"; leave trainer.{name} out"
-        raise ValueError(f"trainer.{name} is set by the run itself{instead}")
-    hints = get_type_hints(Trainer.__init__)
-    precisions = sorted(str(name) for name in _literals(hints["precision"]))
-    accelerators = sorted(AcceleratorRegistry.available_accelerators())
-    require("trainer.precision", str(trainer["precision"]), choice("auto", *precisions))
-    require("trainer.accelerator", trainer["accelerator"], choice("auto", "gpu", *accelerators))
-    if isinstance(trainer["strategy"], str):
-        strategies = sorted(StrategyRegistry.available_strategies())
-        require("trainer.strategy", trainer["strategy"], choice("auto", *strategies))
-    if trainer["_target_"] == "pytorch_lightning.Trainer":
-        for name, value in trainer.items():
-            if name in hints and name != "precision" and not _fits(value, hints[name]):
-                raise ValueError(
-                    f"trainer.{name}={to_typed(value)} is no value that Lightning's Trainer takes, which is "
-                    f"{_readable(hints[name])}; leave trainer.{name} out or type another"
-                )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a plain value fits a type hint; hints of classes take nodes with a `_target_`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Union or str(origin) == "<class 'types.UnionType'>":
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and (not inner or all(_fits(v, inner[0]) for v in value))
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if hint is Any:
-        return True
-    if hint in (int, float):
-        return type(value) is int or (hint is float and type(value) is float)
-    if hint in (bool, str, type(None)):
-        return type(value) is hint
-    return isinstance(value, Mapping) and "_target_" in value
-
-
-def _literals(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) is Literal:
-        yield from get_args(hint)
-    else:
-        for inner in get_args(hint):
-            yield from _literals(inner)
-
-
-def _readable(hint: Any) -> str:
-    return str(hint).replace("typing.", "") if get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
 def _check_validation(validation: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from depth_anything.data.address import told
 from depth_anything.training.check_config import SYNONYMS, advise, find_key, known_keys
 from depth_anything.training.config import STAGES, to_typed
 from depth_anything.training.redact import hide_secrets
+from depth_anything.training.signals import signals
 
 GROUPS = ("stage", "sources", "trainer", "logger", "size", "experiment")
 HELP = """python train.py stage=STAGE [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -92,6 +93,7 @@ def run_command(configs: Path) -> None:
             hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
         print(told(shown.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
+        signals.check()  # which one of Hydra's errors may have replaced
         sys.exit(f"error: {told(explain(error, flags.overrides))}")
 
 
@@ -109,7 +111,7 @@ def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed
     if dashed:
         raise ValueError(_advise_dashed([*dashed, *(one for one in overrides if "=" not in one)]))
     parsed = _parse(overrides)
-    stage = next((_value(one) for one in parsed if one.key_or_group == "stage"), None)
+    stage = next((_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
     if stage is None:
         raise ValueError(f"which stage? type stage={', stage='.join(_choices(folders, 'stage'))}")
     for one in parsed:

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
@@ -70,6 +71,19 @@ def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+
+
+@contextmanager
+def named_trainer_errors() -> Iterator[None]:
+    """Turn what Lightning's Trainer refuses, as a device that this machine does not have, into one sentence.
+
+    Raises:
+        ValueError: Naming what the Trainer says.
+    """
+    try:
+        yield
+    except (MisconfigurationException, ImportError) as error:
+        raise ValueError(f"Lightning's Trainer refuses the keys of trainer: {error}") from error
 
 
 def fit_callbacks(config: Mapping[str, Any], folder: RunFolder) -> list[pl.Callback]:

@@ -1,7 +1,6 @@
 """A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
 
 import atexit
-import contextlib
 import errno
 import fcntl
 import json
@@ -21,15 +20,24 @@ import yaml
 from depth_anything.data.address import without_secrets
 from depth_anything.data.liveness import Watch, file_system_time, is_alive
 from depth_anything.data.tars import remove_stale, write_atomically
+from depth_anything.disk import named_write_errors
 from depth_anything.model.integrity import damage_of
 from depth_anything.training.loggers import read_metrics
-from depth_anything.training.resume import check_other, check_own, differences
+from depth_anything.training.resume import (
+    check_other,
+    check_own,
+    differences,
+    read_config,
+    read_facts,
+    read_undamaged,
+)
 
 __all__ = ["Lock", "RunFolder", "differences", "launch", "requeued", "step_of"]
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 WATCH_S = 2.5 * HEARTBEAT_S
+SILENCE_S = 120.0
 
 
 class Lock:
@@ -72,7 +80,12 @@ class Lock:
                 "wait for it, stop it, or type name=ANOTHER_NAME"
             )
         self._file, self._process = file, os.getpid()
-        self._beat()
+        try:
+            self._beat()
+        except OSError:
+            self._file = None
+            os.close(file)
+            raise
         atexit.register(self.release)  # a run on another host need not wait until the heartbeat is old
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -126,8 +139,9 @@ class Lock:
         if file is not None:
             sign = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
             text = json.dumps(sign).encode()
-            os.pwrite(file, text, 0)
-            os.ftruncate(file, len(text))
+            with named_write_errors(self.path):
+                os.pwrite(file, text, 0)
+                os.ftruncate(file, len(text))
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
@@ -180,22 +194,24 @@ class RunFolder:
                 json.dumps({"launch": launch(main=True), "checkpoint": str(checkpoint or "")}).encode(),
             )
         else:
-            deadline = time.monotonic() + 120
-            while not (
-                decision.is_file() and json.loads(decision.read_text())["launch"] == launch(main=False)
-            ):
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"rank 0 did not open {self.path} within two minutes; see its own message"
-                    )
-                time.sleep(0.2)
+            self._wait_for(decision)
         chosen = json.loads(decision.read_text())["checkpoint"]
         return Path(chosen) if chosen else None
 
+    def _wait_for(self, decision: Path) -> None:
+        """Wait until the main rank has decided; a large checkpoint takes it minutes, while its lock shows its life."""
+        watch, since = Watch(), time.monotonic()
+        while _read_json(decision).get("launch") != launch(main=False):
+            with suppress(FileNotFoundError):
+                if watch.seconds_unchanged(self.lock.path) == 0.0:
+                    since = time.monotonic()
+            if time.monotonic() - since > SILENCE_S:
+                raise ValueError(f"rank 0 gave no sign in {self.path} for two minutes; see its own message")
+            time.sleep(0.2)
+
     def finished(self, steps: int) -> bool:
         """Tell whether the run has its model and needs no further step."""
-        done = self.path / "finished.json"
-        return self.model.is_file() and done.is_file() and json.loads(done.read_text())["steps"] >= steps
+        return self.model.is_file() and _read_json(self.path / "finished.json").get("steps", -1) >= steps
 
     def finish(self, steps: int) -> None:
         """Note that the model of so many steps is there; the checkpoints may go."""
@@ -203,9 +219,8 @@ class RunFolder:
 
     def read_best(self) -> dict[str, Any]:
         """Read best.json: "step", "metric" and its "value", "images", "protocol", "judged"; {} if none is kept."""
-        if not (self.best.is_file() and self.best_note.is_file()):
-            return {}
-        return dict(json.loads(self.best_note.read_text()))
+        note = _read_json(self.best_note) if self.best.is_file() else {}
+        return note if {"step", "metric", "value", "images", "protocol", "judged"} <= note.keys() else {}
 
     def forget_best(self) -> None:
         """Remove the best network of a run that begins anew, and what is said of it."""
@@ -272,9 +287,12 @@ class RunFolder:
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
             return []
-        old = yaml.safe_load(self.config.read_text()) or {}
-        finished = self.finished(config["steps"])
-        changes = check_own(self.path, old, config, step=step_of(newest), finished=finished, typed=self.typed)
+        old, today, finished = read_undamaged(self.config), config, self.finished(config["steps"])
+        if not old:
+            old = read_facts(newest)[1] if newest is not None else {}
+            today = {key: value for key, value in config.items() if key in old or key == "resume_with"}
+            old, today = {**old, "steps": config["steps"]}, {**today, "steps": config["steps"]}
+        changes = check_own(self.path, old, today, step=step_of(newest), finished=finished, typed=self.typed)
         if note:
             self._note(changes)
         return changes
@@ -328,8 +346,9 @@ class RunFolder:
         if self.newest_checkpoint() is not None:
             return
         sign, last = "", self._last_step_logged()
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            sign = f"{self.saved.name} says that step {int(json.loads(self.saved.read_text())['step'])} was saved"
+        saved = _read_json(self.saved).get("step")
+        if saved is not None:
+            sign = f"{self.saved.name} says that step {saved} was saved"
         if not sign and last > self._checkpoint_interval():
             sign = f"{self.metrics.name} goes to step {last}"
         if not sign and (self.path / "finished.json").is_file():
@@ -360,9 +379,18 @@ class RunFolder:
     def _checkpoint_interval(self) -> int:
         """Steps between the checkpoints of the saved config; 0 if it does not say."""
         try:
-            return int(yaml.safe_load(self.config.read_text())["checkpoint"]["every"])
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return int(read_config(self.config)["checkpoint"]["every"])
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a note of the run; {} where it is not there, or damaged by a power cut."""
+    try:
+        note = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -1,15 +1,16 @@
 """What a run goes on from: whether two configs are one run, and which changes of the recipe are applied."""
 
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from depth_anything.data.address import same_place
+from depth_anything.data.yaml_text import load_yaml
 from depth_anything.training.check_config import find_default, find_key
 from depth_anything.training.config import CHANGE, ECHO, FREE, SAME, START, to_typed
 from depth_anything.training.plan import override
@@ -186,10 +187,10 @@ def check_other(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = 
         ValueError: If the checkpoint is of another network, data position or stage, or of a later step.
     """
     step, facts = read_facts(path)
-    saved = next((p / "config.yaml" for p in path.parents[:2] if (p / "config.yaml").is_file()), None)
-    old = (yaml.safe_load(saved.read_text()) or {}) if saved is not None else {}
-    old = {**old, **facts}
-    same = {key: value for key, value in new.items() if saved is not None or key in facts}
+    file = next((p / "config.yaml" for p in path.parents[:2] if (p / "config.yaml").is_file()), None)
+    saved = read_undamaged(file) if file is not None else {}
+    old = {**saved, **facts}
+    same = {key: value for key, value in new.items() if saved or key in facts}
     changed = differences(old, same, typed=typed)
     for key, (before, after) in changed.items():
         if resume_kind(key) == SAME:
@@ -209,6 +210,31 @@ def check_other(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = 
         f"step {step} of {path}: {key} {to_typed(before)} -> {to_typed(after)}"
         for key, (before, after) in kept.items()
     ]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run.
+
+    Raises:
+        ValueError: If it holds no config, as after a power cut.
+        OSError: If it cannot be read.
+    """
+    try:
+        config = load_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(config, dict) or "stage" not in config:
+        raise ValueError(f"{path} is damaged (it has no key named stage)")
+    return config
+
+
+def read_undamaged(path: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run; {} with a note on standard error where it is damaged."""
+    try:
+        return read_config(path)
+    except ValueError as error:
+        print(f"{error}; only what the checkpoint itself tells is compared", file=sys.stderr)
+        return {}
 
 
 def read_facts(path: Path) -> tuple[int, dict[str, Any]]:

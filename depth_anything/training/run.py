@@ -15,7 +15,6 @@ from depth_anything.training import engine, plan
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.data import make_scenes
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.engine import fit_callbacks, stop_if_signalled, trainer_arguments
 from depth_anything.training.folder import RunFolder, step_of
 from depth_anything.training.loggers import MetricsCSV, SafeLogger
 from depth_anything.training.pseudolabel import describe_teacher
@@ -37,24 +36,26 @@ def main(cfg: DictConfig) -> None:
             predict(config)
         else:
             fit(config)
-    except (ValueError, OSError, OmegaConfBaseException, InstantiationException) as error:
-        sys.exit(f"error: {plan.as_typed(plan.one_sentence(error), sys.argv[1:])}")
-    except Exception as error:  # a fault of ours; Hydra would print what was typed, passwords and all
-        sys.exit(redact_traceback(error))
+    except Exception as error:
+        signals.check()  # what a signal interrupts may raise an error of its own
+        if isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException)):
+            sys.exit(f"error: {plan.as_typed(plan.one_sentence(error), sys.argv[1:])}")
+        sys.exit(redact_traceback(error))  # a fault of ours; Hydra would print the passwords typed
 
 
 def build_trainer(
     config: Mapping[str, Any], callbacks: list[pl.Callback], *, max_steps: int = -1
 ) -> pl.Trainer:
     """Build Lightning's Trainer from its config node."""
-    given = trainer_arguments(callbacks=callbacks, max_steps=max_steps, run_dir=config["run_dir"])
-    return instantiate(config["trainer"], _partial_=True, _convert_="all")(**given)
+    given = engine.trainer_arguments(callbacks=callbacks, max_steps=max_steps, run_dir=config["run_dir"])
+    with engine.named_trainer_errors():
+        return instantiate(config["trainer"], _partial_=True, _convert_="all")(**given)
 
 
 def fit(config: dict[str, Any]) -> None:
     """Train, or go on training, and leave model.safetensors in the run folder."""
     folder, steps = RunFolder(config["run_dir"], typed=keys_typed(sys.argv[1:])), config["steps"]
-    callbacks = fit_callbacks(config, folder)
+    callbacks = engine.fit_callbacks(config, folder)
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = plan.split_batch(config["batch_size"], trainer.world_size, config["micro_batch"])
     trainer.accumulate_grad_batches = accumulation
@@ -75,7 +76,7 @@ def fit(config: dict[str, Any]) -> None:
     model = credited(network(config), config, data.open().sources)
     module = instantiate(config["module"], model, frozen=twin(config), _convert_="object")
     engine.train(trainer, module, data, checkpoint)
-    stop_if_signalled(trainer, callbacks)
+    engine.stop_if_signalled(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)
         write_run_card(module.model, folder.path, title=config["name"], measured=numbers.last("val_"))

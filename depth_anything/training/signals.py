@@ -93,7 +93,11 @@ class Signals:
         """
         if not self._told:
             self._told = True
-            _say(f"stopped by {name_of(number)}; the same command goes on")
+            job = os.environ.get("SLURM_JOB_ID")
+            unqueued = f" when it is submitted again, as Slurm's job {job} is not queued again" if job else ""
+            _say(
+                f"stopped by {name_of(number)}; the same command goes on{unqueued if number == signal.SIGUSR1 else ''}"
+            )
         raise Stopped(number)
 
     @contextmanager

@@ -4,11 +4,11 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from depth_anything.data.shards import JoinedRecords, Records
 from depth_anything.licences import combine
@@ -19,6 +19,7 @@ from depth_anything.model.encoder import hub_name, licence_on_hub
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.published import said_by_name
 from depth_anything.model.weights import fingerprint, has_head, licence_in, load_encoder, load_model
+from depth_anything.training.resume import read_config
 
 
 def network(config: Mapping[str, Any]) -> DepthAnything:
@@ -295,5 +296,6 @@ def _is_teacher(path: Path) -> bool:
     for folder in (path, *path.parents[:2]):  # a run, its model, or one of its checkpoints
         config = folder / "config.yaml"
         if path.exists() and config.is_file():
-            return (yaml.safe_load(config.read_text()) or {}).get("stage") == "teacher"
+            with suppress(ValueError):  # a config.yaml of somebody else
+                return read_config(config)["stage"] == "teacher"
     return False

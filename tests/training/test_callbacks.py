@@ -1,18 +1,21 @@
 """What ranks do together at a step boundary."""
 
 import json
+import math
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from depth_anything.training.callbacks import Agreement, together
+from depth_anything.training.callbacks import Agreement, Metrics, together
 from depth_anything.training.signals import SIGNALS, signals
 
 
@@ -155,10 +158,50 @@ def _two(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) -> None:
-    mp.spawn(_two, args=(str(tmp_path),), nprocs=2)
+    ranks = mp.spawn(_two, args=(str(tmp_path),), nprocs=2, join=False)
+    guard = threading.Timer(240, lambda: [rank.kill() for rank in ranks.processes])  # else a fault hangs both
+    guard.start()
+    try:
+        while not ranks.join():
+            pass
+    finally:
+        guard.cancel()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first[:6] == second[:6]
     assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]
     assert first[6] == second[6] == ["Stopped", "143"]
     assert second[7] == ["KeyError", "'a'"]  # where it happened, with its traceback
     assert first[7][0] == "ValueError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
+
+
+def logged(losses: list[float], every: int) -> Metrics:
+    """Log some steps of one micro-batch each."""
+    metrics = Metrics(every=every, batch_size=1)
+    trainer = SimpleNamespace(global_step=0, max_steps=100, world_size=1, loggers=[], optimizers=[])
+    module: Any = SimpleNamespace(parts=[], grad_norm=None, device=torch.device("cpu"))
+    metrics.on_train_start(trainer, module)  # type: ignore[arg-type]
+    metrics._rates = {}
+    for step, loss in enumerate(losses, start=1):
+        module.parts.append({"loss": torch.tensor(loss)})
+        metrics.on_step(trainer, module, step)  # type: ignore[arg-type]
+    return metrics
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_loss_that_is_no_number_is_found_at_the_next_log_line(lost: float, at: int) -> None:
+    """Its gradient may be zero, and the losses of the next steps numbers again."""
+    losses = [1.0, 2.0, 3.0, 4.0]
+    logged(losses, 4)
+    with pytest.raises(ValueError, match=f"loss .*{lost}.* 4"):
+        logged([*losses[:at], lost, *losses[at + 1 :]], 4)
+
+
+def test_records_that_failed_are_told_where_a_full_disk_takes_no_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agreement = Agreement(Saves(), every=1)
+    agreement.failed = 1000
+    (tmp_path / "failed-records-0.txt").mkdir()  # stands in for what cannot be written
+    agreement._name(tmp_path, 0, ["a/0[3]"])
+    assert "a/0[3]" in capsys.readouterr().err

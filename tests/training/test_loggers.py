@@ -273,7 +273,7 @@ print("trained", flush=True)
     ("environment", "what", "said"),
     [
         ({"WANDB_MODE": "offline"}, "kill", "training goes on"),
-        ({"WANDB_API_KEY": "refused"}, "leave", "offline"),
+        ({"WANDB_API_KEY": "refused", "WANDB_BASE_URL": "http://127.0.0.1:9"}, "leave", "offline"),
     ],
 )
 def test_wandb_that_dies_or_refuses_the_key_does_not_stop_a_run(

@@ -15,7 +15,14 @@ from depth_anything import DepthAnything
 from depth_anything.training.base import DepthModule, Recipe
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.folder import RunFolder
-from depth_anything.training.resume import check_other, differences, keys_typed, read_facts, resume_kind
+from depth_anything.training.resume import (
+    check_other,
+    differences,
+    keys_typed,
+    read_config,
+    read_facts,
+    resume_kind,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE = 28
@@ -273,3 +280,45 @@ def test_the_facts_fit_the_names_that_a_checkpoint_has() -> None:
     said = describe(DepthAnything("vitn"))
     assert {"encoder", "max_depth", "input_size"} <= said.keys() and json.loads(said["max_depth"]) is None
     assert TrainData.__qualname__ == "TrainData"
+
+
+BOMB = "stage: teacher\na: &a [x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghi"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (b"", "no key"), (b"\0" * 300, "no yaml"), (b"\xff\xfe", "no yaml"), (b"[1, 2]", "no key"),
+        (b"stage: [", "no yaml"), (b"stage: teacher\nstage: metric\n", "twice"), (BOMB.encode(), "alias"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_damaged_or_expands_without_end_is_named(
+    tmp_path: Path, text: bytes, what: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"config.yaml is damaged .*{what}"):
+        read_config(path)
+
+
+def test_a_run_whose_config_a_power_cut_took_goes_on_by_its_checkpoint(
+    other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / other.name).write_bytes(other.read_bytes())
+    folder.config.write_bytes(b"\0" * 500)
+    assert folder.compare(resolved("steps=8", "image_size=28")) == []
+    assert "config.yaml is damaged" in capsys.readouterr().err
+    for typed, words in (("encoder=vitt", "encoder=vitn"), ("steps=3", "steps=4")):
+        with pytest.raises(ValueError, match=words):
+            folder.compare(resolved("steps=8", "image_size=28", typed))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 20, b"[]", b'{"st'])
+def test_damaged_notes_of_a_run_count_as_absent(own: RunFolder, damage: bytes) -> None:
+    for path in (own.path / "finished.json", own.best_note, own.saved, own.model, own.best):
+        path.write_bytes(damage)
+    assert not own.finished(8) and own.read_best() == {} and own.told_best() == ""

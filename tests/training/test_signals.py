@@ -5,10 +5,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 
+from depth_anything.training import run
 from depth_anything.training import signals as module
 from depth_anything.training.engine import requeue
 from depth_anything.training.signals import MAIN_PID, SIGNALS, Signals, Stopped
@@ -158,6 +162,38 @@ def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.Monke
     assert Stopped(15).code == 143
 
 
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("Lightning"), ValueError("a codec"), InstantiationException("Hydra")]
+)
+def test_an_error_that_a_signal_brought_about_does_not_replace_it(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    """A library that cleans up after the signal's exception, or wraps it, may raise one of its own."""
+
+    def interrupted(config: Any) -> None:
+        with suppress(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        raise raised
+
+    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
+    monkeypatch.setattr(run, "resolve_config", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        run.main(OmegaConf.create())
+    assert stopped.value.code == 143
+
+
+def test_an_error_without_a_signal_is_told(watch: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: Any) -> None:
+        raise ValueError("the disk is away")
+
+    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
+    monkeypatch.setattr(run, "resolve_config", failing)
+    with pytest.raises(SystemExit, match="error: the disk is away"):
+        run.main(OmegaConf.create())
+
+
 @pytest.mark.parametrize("number", [2, 10, 15])
 def test_train_py_listens_before_its_slow_imports(tmp_path: Any, number: int) -> None:
     """A stand-in for torch sends the signal, and its import ends the process in one sentence."""
@@ -194,3 +230,15 @@ def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
     heard = capsys.readouterr().err
     assert ("not queued again" in heard) == bool(said)
     assert said in heard and "Errno" not in heard
+
+
+@pytest.mark.parametrize(("number", "job", "queued"), [(10, "777", "777"), (10, None, ""), (15, "777", "")])
+def test_a_warning_of_the_time_limit_before_the_first_step_says_what_slurm_does(
+    watch: Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any, number: int, job: str | None, queued: str
+) -> None:
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)
+    heard = capfd.readouterr().err
+    assert ("not queued again" in heard) == bool(queued) and queued in heard

@@ -8,10 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from depth_anything.data.sources import maps
 from depth_anything.data.sources.custom import CAMERA, Custom
+from depth_anything.data.yaml_text import load_yaml
 from depth_anything.licences import check_licence
 
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
@@ -32,8 +31,6 @@ KEYS = (
     "licence",
 )
 _MAX_YAML = 1 << 20
-_MAX_NODES = 10_000
-_MAX_SCALAR = 4096  # characters; 1:2:3:… is a number to base 60 in yaml, which takes hours if it is long
 
 
 def read_yaml(path: str | Path) -> Custom:
@@ -51,58 +48,15 @@ def read_yaml(path: str | Path) -> Custom:
     if len(data) > _MAX_YAML:
         raise ValueError(f"{path} is larger than 1 MiB, which no such yaml is")
     try:
-        given = _Loader.parse(data.decode("utf-8-sig"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}:" if mark else ""
-        what = getattr(error, "problem", None) or error
-        raise ValueError(f"{path}:{where} this is no yaml: {what}") from error
+        given = load_yaml(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: a set is declared by lines such as  images: rgb")
     try:
         return _declared(path.parent, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """As safe_load, but a key that comes twice is an error, and so is what a declaration has no use for.
-
-    An alias stands for all of what it means, and ten of them of ten aliases each fill any memory.
-    """
-
-    nodes = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Any:
-        loader = cls(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, and more than anyone would write, before they are made."""
-        event, problem = self.peek_event(), ""
-        self.nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"*{event.anchor} is an alias: write out what it stands for"
-        elif self.nodes > _MAX_NODES:
-            problem = f"it has more than {_MAX_NODES} values"
-        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
-            problem = f"a value has more than {_MAX_SCALAR} characters"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        """Make a dict of a mapping."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f'"{key.value}" comes twice', problem_mark=key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
 
 
 def _declared(folder: Path, given: Mapping[Any, Any]) -> Custom:

@@ -1,0 +1,124 @@
+"""Validate the arguments of Lightning's Trainer in a config; Lightning is imported where it is asked, not before."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from depth_anything.training.config import TrainerSection, choice, fields_of, require, to_typed
+
+#: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.
+SET_BY_RUN = {
+    "max_steps": "steps=N",
+    "accumulate_grad_batches": "micro_batch=N, from which accumulation follows",
+    "gradient_clip_val": "recipe.clip_norm=1.0",
+    "gradient_clip_algorithm": "recipe.clip_norm=1.0",
+    "logger": "logger=wandb or logger=none",
+    "default_root_dir": "output_dir=FOLDER",
+    "max_epochs": "steps=N",
+    "min_epochs": "steps=N",
+    "min_steps": "steps=N",
+    "fast_dev_run": "steps=1 name=trial",
+    "limit_train_batches": "steps=N",
+    "overfit_batches": "steps=N",
+    "reload_dataloaders_every_n_epochs": "",
+    "barebones": "",
+    "val_check_interval": "validation.every=N",
+    "check_val_every_n_epoch": "validation.every=N",
+    "limit_val_batches": "validation.limit=N",
+    "num_sanity_val_steps": "validation.every=N",
+    "log_every_n_steps": "logging.every=N",
+    "enable_checkpointing": "checkpoint.every=N",
+    "callbacks": "",
+    "plugins": "",
+    "use_distributed_sampler": "",
+    "enable_progress_bar": "",
+    "enable_model_summary": "",
+}
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not take.
+
+    Args:
+        trainer: The node of the config.
+
+    Raises:
+        ValueError: Naming the key, and what to type.
+    """
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.accelerators import AcceleratorRegistry
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    for name in trainer.keys() & SET_BY_RUN.keys():
+        instead = f"; type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"; leave trainer.{name} out"
+        raise ValueError(f"trainer.{name} is set by the run itself{instead}")
+    hints = get_type_hints(Trainer.__init__)
+    precisions = sorted({str(name) for name in _literals(hints["precision"])})
+    accelerators = sorted(AcceleratorRegistry.available_accelerators())
+    require("trainer.precision", str(trainer["precision"]), choice("auto", *precisions))
+    require("trainer.accelerator", trainer["accelerator"], choice("auto", "gpu", *accelerators))
+    if isinstance(trainer["strategy"], str):
+        # processes that are started without a command have no signal handlers of ours
+        strategies = [
+            name
+            for name in sorted(StrategyRegistry.available_strategies())
+            if not re.search("spawn|fork|notebook", name)
+        ]
+        require("trainer.strategy", trainer["strategy"], choice("auto", *strategies))
+    if trainer["_target_"] == "pytorch_lightning.Trainer":
+        for name, value in trainer.items():
+            if name in hints and name != "precision" and not _fits(value, hints[name]):
+                raise ValueError(
+                    f"trainer.{name}={to_typed(value)} is no value that Lightning's Trainer takes, which is "
+                    f"{_readable(hints[name])}; leave trainer.{name} out or type another"
+                )
+        _try_trainer({name: trainer[name] for name in trainer.keys() - fields_of(TrainerSection).keys()})
+
+
+def _try_trainer(given: Mapping[str, Any]) -> None:
+    """Let Lightning's Trainer judge the arguments that are not among this project's keys, one by one."""
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning import Trainer
+
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            continue  # a node with a _target_
+        try:
+            Trainer(**quiet, enable_progress_bar=False, enable_model_summary=False, **{name: value})
+        except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"trainer.{name}={to_typed(value)}: {error}; leave trainer.{name} out or type another"
+            ) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a plain value fits a type hint; hints of classes take nodes with a `_target_`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Union or str(origin) == "<class 'types.UnionType'>":
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and (not inner or all(_fits(v, inner[0]) for v in value))
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if hint is Any:
+        return True
+    if hint in (int, float):
+        return type(value) is int or (hint is float and type(value) is float)
+    if hint in (bool, str, type(None)):
+        return type(value) is hint
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _literals(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for inner in get_args(hint):
+            yield from _literals(inner)
+
+
+def _readable(hint: Any) -> str:
+    return str(hint).replace("typing.", "") if get_origin(hint) else getattr(hint, "__name__", str(hint))
