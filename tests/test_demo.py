@@ -109,6 +109,7 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(address)
@@ -409,6 +410,7 @@ def test_a_film_plays_in_the_browser(browser, tmp_path):
             film.write(np.full((90, 161, 3), (4 * number, 200, 30), np.uint8), number)
     (tmp_path / "play.html").write_text('<video src="a.mp4" muted autoplay></video>')
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     page.goto((tmp_path / "play.html").as_uri())
     if not page.evaluate("document.createElement('video').canPlayType('video/mp4; codecs=\"avc1.640028\"')"):
         pytest.skip("this chromium plays no H.264: apt-get install chromium, Debian's, which does")
