@@ -79,7 +79,12 @@ def _try_trainer(given: Mapping[str, Any]) -> None:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Trainer
 
-    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     for name, value in given.items():
         if isinstance(value, Mapping):
             continue  # a node with a _target_
