@@ -17,11 +17,10 @@ SET_BY_RUN = {
     "max_epochs": "steps=N",
     "min_epochs": "steps=N",
     "min_steps": "steps=N",
+    "max_time": "steps=N",
     "fast_dev_run": "steps=1 name=trial",
     "limit_train_batches": "steps=N",
     "overfit_batches": "steps=N",
-    "reload_dataloaders_every_n_epochs": "",
-    "barebones": "",
     "val_check_interval": "validation.every=N",
     "check_val_every_n_epoch": "validation.every=N",
     "limit_val_batches": "validation.limit=N",
@@ -80,7 +79,12 @@ def _try_trainer(given: Mapping[str, Any]) -> None:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Trainer
 
-    quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     for name, value in given.items():
         if isinstance(value, Mapping):
             continue  # a node with a _target_
