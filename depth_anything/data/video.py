@@ -136,10 +136,13 @@ def read_frames(
     jumps = bool(container.format.flags & Flags.ts_discont.value)
     clock = Clock(jumps=jumps, step=1 / rate)
     packets = clock.follow(_packets(container, [stream, *sound], faults))
-    base = Fraction(stream.time_base)
+    base, count = Fraction(stream.time_base), 0
     for time, frame in _rising(_decoded(stream, packets, faults, hand_on), base=base, step=1 / rate):
         faults.jumps, faults.strays = len(clock.moves) - 1, clock.strays
+        count += 1
         yield time, frame
+    if container.format.name == "gif" and count < stream.frames and not faults.end:
+        faults.end = f"FFmpeg reads {count} of its {stream.frames} pictures, which have no durations"
 
 
 def upright(image: np.ndarray, frame: Any) -> np.ndarray:

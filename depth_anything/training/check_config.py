@@ -217,7 +217,8 @@ def _check_section(node: Any, section: type, prefix: str, stage: str, *, open_: 
             _check_value(value, known, f"{prefix}{name}", stage)
     for name, known in keys.items():
         if name not in node and default_of(section, name) is MISSING and (not stage or stage in known.stages):
-            raise ValueError(f"the key {prefix}{name} is missing; leave out  ~{prefix}{name}")
+            example = to_typed(known.rule.example) if known.rule is not None else "VALUE"
+            raise ValueError(f"the key {prefix}{name} is missing; type +{prefix}{name}={example}")
 
 
 def _check_value(value: Any, known: Key, path: str, stage: str) -> None:

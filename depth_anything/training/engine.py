@@ -213,13 +213,17 @@ def stop_if_signalled(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None
         saved = f"saved at step {step}" if step else "before the first step"
         print(f"stopped by {name_of(number)} {saved}; the same command goes on", file=sys.stderr)
         if number == signal.SIGUSR1:
-            requeue()
+            requeue(saved=step > 0)
     agreement.wait_for_all()
     raise Stopped(number)
 
 
-def requeue() -> None:
-    """Let Slurm queue this job again, or say that it is not; without Slurm do nothing."""
+def requeue(*, saved: bool = True) -> None:
+    """Let Slurm queue this job again, or say that it is not; without Slurm do nothing.
+
+    Args:
+        saved: Whether there is a checkpoint; before the first step there is nothing to save.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
@@ -231,7 +235,8 @@ def requeue() -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     if reason:
+        what = "saved" if saved else "nothing to save"
         print(
-            f"saved, not queued again ({reason}); submit the same command again, or type  scontrol requeue {job}",
+            f"{what}, not queued again ({reason}); submit the same command again, or type  scontrol requeue {job}",
             file=sys.stderr,
         )

@@ -360,6 +360,29 @@ def test_animated_pictures_are_clips(tmp_path, name):
     assert outcome.frames == {name: 5} and not outcome.failed
 
 
+def test_a_gif_of_which_pictures_are_lost_counts_as_cut_short(tmp_path, weights, capsys):
+    """FFmpeg takes all pictures of a GIF without durations for one."""
+    pictures = [Image.new("P", (42, 30), 60 * number) for number in range(3)]
+    stored = (
+        b"GIF87a"
+        + (42).to_bytes(2, "little")
+        + (30).to_bytes(2, "little")
+        + b"\xf7\0\0"
+        + bytes(range(256)) * 3
+    )
+    for picture in pictures:
+        picture.save(tmp_path / "one.gif")
+        one = (tmp_path / "one.gif").read_bytes()
+        colors = 3 * 2 ** ((one[10] & 7) + 1) if one[10] & 0x80 else 0
+        stored += one[one.index(b",", 13 + colors) : -1]
+    (tmp_path / "one.gif").unlink()
+    (tmp_path / "old.gif").write_bytes(stored + b";")
+    with Image.open(tmp_path / "old.gif") as made:
+        assert made.n_frames == 3
+    assert type_video(weights, tmp_path / "old.gif", tmp_path / "out") == 1
+    assert "old.gif" in capsys.readouterr().err
+
+
 def test_an_animated_webp_cut_short_gives_what_it_has(tmp_path):
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (30, 42, 3), np.uint8)) for _ in range(5)]
