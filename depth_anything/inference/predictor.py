@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from depth_anything.inference.memory import check_network_memory
 from depth_anything.inference.tiles import Box, blend, grid_of
 from depth_anything.model.arguments import Argument, ArgumentError
 from depth_anything.model.depth_anything import DepthAnything, check_size
@@ -168,7 +169,7 @@ class Predictor:
             float32 (3, h, w).
 
         Raises:
-            ValueError: For an array that is no such image.
+            ValueError: For an array that is no such image, one that is too long, or too large a size for the memory.
         """
         image = to_rgb(image)
         shape_of, preprocess = PREPARE[self.resample]
@@ -178,6 +179,8 @@ class Predictor:
             raise ValueError(
                 f"{width}x{height} is too long an image: it would be seen at {seen[1]}x{seen[0]}; cut it into pieces"
             )
+        if self.device.type == "cpu":
+            check_network_memory(seen[0] * seen[1])
         return preprocess(image, self.input_size, multiple)
 
     def _maps(self, images: Sequence[np.ndarray], prepared: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from depth_anything.data.sample import decode_image
+from depth_anything.inference import memory
 from depth_anything.inference.predictor import FARTHEST_M, Predictor
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
@@ -359,3 +360,13 @@ def test_calibration_makes_metres(model):
     np.testing.assert_allclose(predictor.predict(image), 1 / (0.4 * disparity + 0.1), rtol=1e-5)
     tiled = Predictor(model, device="cpu", input_size=28, tiles=2).predict(image)
     assert tiled.shape == (30, 40) and (0 < tiled).all() and (tiled <= FARTHEST_M).all()
+
+
+def test_a_size_that_takes_more_memory_than_is_free_is_refused(monkeypatch):
+    """The kernel would kill the process, and the other images with it."""
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 30)
+    predictor = Predictor(DepthAnything("vitn"), device="cpu", input_size=2800)
+    with pytest.raises(ValueError, match="--input-size"):
+        predictor.predict(np.zeros((20, 30, 3), np.uint8))
+    predictor.input_size = 700
+    assert predictor.prepare(np.zeros((20, 20, 3), np.uint8)).shape == (3, 700, 700)
