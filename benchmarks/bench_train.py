@@ -52,6 +52,7 @@ from depth_anything.training.engine import fit_callbacks
 from depth_anything.training.folder import RunFolder
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.run import build_trainer
+from depth_anything.training.valid_pixels import ValidPixels
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -339,6 +340,8 @@ def measure(bench: Bench, *, callbacks: bool, shards: str | None = None) -> Take
 
     turns = TakeTurns(bench, plain)
     others = fit_callbacks(resolve_config(bench.cfg), RunFolder(bench.folder)) if callbacks else []
+    if shards is None:  # one batch again and again is of no set whose records could be named
+        others = [callback for callback in others if not isinstance(callback, ValidPixels)]
     trainer = build_trainer(
         bench.cfg, [*others, turns], max_steps=NEVER
     )  # last: the others' work is in the step

@@ -113,8 +113,8 @@ def test_bench_data(sets, capsys, tmp_path):
         (["photos"], "holds images without depth: add --labels"),
         (["labels"], "holds labels: give the set of their images"),
         (["nowhere"], "nowhere is not a folder"),
-        (["deep", "--workers", "0"], "--workers are whole numbers from 1 up"),
-        (["deep", "--samples", "0"], "--samples is a whole number"),
+        (["deep", "--workers", "0"], "--workers must be a whole number"),
+        (["deep", "--samples", "0"], "--samples must be a whole number"),
     ],
 )
 def test_bench_data_refuses(sets, capsys, arguments, said):

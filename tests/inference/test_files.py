@@ -204,7 +204,7 @@ def test_output_among_the_images(tmp_path, predictor):
 
 def test_constant_maps_divide_by_nothing():
     image, map = np.zeros((4, 5, 3), np.uint8), np.full((4, 5), 3.5, np.float32)
-    shown = np.asarray(Image.open(io.BytesIO(picture(image, map, colormap="Spectral_r", pred_only=True))))
+    shown = np.asarray(Image.open(io.BytesIO(picture(image, map, quantity="disparity", pred_only=True))))
     assert (shown == colorize(np.array([[0.0, 1.0]]))[0, 0]).all()
     for bits in (8, 16):
         back = Image.open(io.BytesIO(png(map, bits=bits, quantity="disparity", unit="relative")))
@@ -282,7 +282,12 @@ def test_the_picture_is_theirs(tmp_path, grayscale, max_depth):
     )
     colormap = "gray" if grayscale else "Spectral" if max_depth else "Spectral_r"
     got = np.asarray(Image.open(tmp_path / "out/a.png"))
-    np.testing.assert_array_equal(got, theirs(pixels, predictor.predict(pixels), colormap=colormap))
+    expected = theirs(pixels, predictor.predict(pixels), colormap=colormap)
+    if (
+        grayscale and max_depth
+    ):  # theirs paints the near of metric models black; here it is white in any picture
+        expected[:, 90:] = 255 - expected[:, 90:]
+    np.testing.assert_array_equal(got, expected)
     products = Products((), grayscale=grayscale, pred_only=True)
     predict_files(predictor, tmp_path / "photos", tmp_path / "out", products=products)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/a.png")), got[:, 90:])

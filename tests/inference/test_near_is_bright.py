@@ -99,13 +99,13 @@ def test_films_paint_as_pictures_do(tmp_path, kind, mode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_paints_as_pictures_do(kind):
     pytest.importorskip("gradio", reason="pip install 'depth-anything-train[demo]'")
-    from depth_anything import demo
+    from depth_anything.demo import page
     from depth_anything.inference.formats import shown_values
 
     values, quantity = shown_values(KINDS[kind].predict(RAMP), KINDS[kind])
     for color, holds in (("Spectral", nearest_is_warm), ("Grey", nearest_is_white)):
-        assert holds(paint(values, quantity=quantity, colormap=demo.COLOURS[color]))
-    legend = demo._legend(KINDS[kind].predict(RAMP), "Spectral", KINDS[kind])
+        assert holds(paint(values, quantity=quantity, colormap=page.COLOURS[color]))
+    legend = page._legend(KINDS[kind].predict(RAMP), "Spectral", KINDS[kind])
     first, last = (int(legend.split("rgb(")[part].split(" ")[0]) for part in (1, -1))
     assert first > last  # of red: the bar begins near
     marks = [

@@ -30,6 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     monkeypatch.setattr(module.atexit, "register", lambda function: None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     made = Signals()
     made.listen()
     yield made
