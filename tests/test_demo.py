@@ -424,3 +424,14 @@ def test_the_old_door_is_the_same_door(capsys):
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, root / "app.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--weights" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_strip_is_refused_by_its_header(tmp_path):
+    from depth_anything.demo import page as module
+
+    Image.new("L", (900, 90)).save(tmp_path / "strip.png")
+    with pytest.raises(module._Refused, match="10 times as long"):
+        module._checked(tmp_path / "strip.png", module.Limits())
+    Image.new("L", (700, 90)).save(tmp_path / "panorama.png")
+    assert module._checked(tmp_path / "panorama.png", module.Limits())
