@@ -20,7 +20,8 @@ from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import build_set, open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, atomic_write, write_shard
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_shard
+from depth_anything.disk import atomic_write
 from depth_anything.errors import PSEUDOLABEL_COMMAND
 from depth_anything.licenses import combine_licenses
 
@@ -342,7 +343,7 @@ def _select_shards(root: str, done: Mapping[str, Any], only: Sequence[str] | Non
     for name in only or ():
         if name not in done:
             raise ShardError(
-                f"{root}: the labels of shard {name}, which this run uses, are missing",
+                f"{root}: the labels of shard {name}, which this run uses, are gone",
                 ["type ", PSEUDOLABEL_COMMAND],
             )
     return list(done) if only is None else only
