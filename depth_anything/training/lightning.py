@@ -23,8 +23,9 @@ from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
+from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import save_with_digest
-from depth_anything.model.tensor_files import write_whole
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     Checkpoints,
     GracefulStop,
@@ -59,7 +60,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write with a digest, flush to the disk, rename; a kill at any moment leaves older checkpoints unchanged."""
-        write_whole(Path(path), lambda temporary: save_with_digest(checkpoint, temporary))
+        with atomic_path(Path(path), make_folder=True, also=WRITE_ERRORS) as temporary:
+            save_with_digest(checkpoint, temporary)
 
 
 def trainer_arguments(

@@ -22,22 +22,23 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.loader import StreamLoader, next_or_failure, return_batch
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.disk import write_new
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
+from depth_anything.progress import ProgressLine
 from depth_anything.training.signals import signal_handler
 
 PREPROCESSING_TEXT = (
@@ -148,8 +149,8 @@ class Lease:
         except (ValueError, KeyError, TypeError):
             host, pid = "", 0
         # On this host the process can be looked up, but its number may belong to another process by now.
-        still = LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
-        return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
+        timeout_s = LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
+        return self._watch.is_dead(self.path, host=host, pid=pid, timeout_s=timeout_s)
 
 
 @dataclass
@@ -216,6 +217,11 @@ class ShardBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches until every shard of every set is labeled, by this process or another."""
+        batches = self._batches()
+        while (batch := next_or_failure(batches)) is not None:
+            yield batch
+
+    def _batches(self) -> Iterator[ImageBatch]:
         worker = get_worker_info()
         count = worker.num_workers if worker else 1
         lane, lanes = self.rank * count + (worker.id if worker else 0), self.world * count
@@ -325,9 +331,7 @@ class ShardData(pl.LightningDataModule):
             ValueError: If a set is not finished.
         """
         if not self.finished():
-            raise ValueError(
-                "not every shard has its labels; read the messages above and start the same command again"
-            )
+            raise UserError("not every shard has its labels", ["read the messages above and ", SAME_COMMAND])
         parts = []
         for name, labels in self.labels.items():
             written = open_labels(labels.root, labels.images)
@@ -375,20 +379,19 @@ class PseudoLabel(pl.LightningModule):
         self._data = (data,)  # in a tuple, which hides it from Lightning
         self._encoded: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard releases the GIL
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
         self._read = self._failed = self._non_finite = 0
 
     def on_predict_start(self) -> None:
         """Open a progress bar over the images that had no label when this process started."""
         left = sum(labels.count_unlabeled_images() for labels in self._data[0].labels.values())
-        has_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = ProgressLine(
+            "labeling",
             total=left,
             unit="image",
-            dynamic_ncols=True,
-            mininterval=0.5 if has_terminal else 10.0,
-            ascii=not has_terminal,
-            disable=not self.trainer.is_global_zero,
+            interval_s=10.0,
+            enabled=self.trainer.is_global_zero,
+            keep=True,
         )
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> int:
@@ -437,23 +440,22 @@ class PseudoLabel(pl.LightningModule):
         self._non_finite += len(non_finite)
         many_read = self._read >= 1000
         if len(batch.failed) == batch.records or (many_read and self._failed > 0.01 * self._read):
-            raise ValueError(
+            raise UserError(
                 f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
-                f"({batch.failed[-1][1]}); check the set with `depth-anything verify` and start the same command again"
+                f"({batch.failed[-1][1]})",
+                ["check the set with `depth-anything verify` and ", SAME_COMMAND],
             )
         decoded = batch.records - len(batch.failed)
         if 2 * len(non_finite) > decoded or (
             many_read and non_finite and self._non_finite > 0.01 * self._read
         ):
             precision = self._data[0].precision
-            raise ValueError(
+            raise UserError(
                 f"{NON_FINITE_REASON} for {len(non_finite)} of {decoded} images of {batch.set}/{batch.shard}, as "
-                f"{keys[non_finite[0][0]]!r}; "
-                + (
-                    f"its weights fail at trainer.precision={precision}; type teacher=FILE for another teacher"
-                    if precision.startswith("32")
-                    else f"trainer.precision={precision} may overflow: try trainer.precision=32-true"
-                )
+                f"{keys[non_finite[0][0]]!r}, at trainer.precision={precision}",
+                "type teacher=FILE for another teacher"
+                if precision.startswith("32")
+                else "the precision may overflow: try trainer.precision=32-true",
             )
 
     def on_predict_end(self) -> None:

@@ -1,13 +1,8 @@
 """The folder of a run: its lock, its files, and the checkpoint from which it continues (docs/contracts.md, runs)."""
 
-import atexit
-import errno
-import fcntl
 import json
 import os
-import socket
 import sys
-import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -18,9 +13,8 @@ import torch
 import yaml
 
 from depth_anything.data.address import redact_nested
-from depth_anything.data.tars import atomic_write, remove_stale
-from depth_anything.disk import name_write_errors
-from depth_anything.locks import FileWatch, file_system_time, process_exists
+from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
@@ -31,117 +25,7 @@ from depth_anything.training.resume import (
     read_config_or_empty,
 )
 
-HEARTBEAT_INTERVAL_S = 10.0
-LOCK_STALE_S = 60.0
-LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
 RANK0_TIMEOUT_S = 120.0
-
-
-class RunLock:
-    """Lock of a run folder: one process writes to it at a time.
-
-    A POSIX record lock keeps out processes of the same host: the kernel drops it when its process dies, and forked
-    workers do not hold it. A heartbeat keeps out processes of other hosts, where the file system may not support locks.
-    The age of the heartbeat is measured by the file system's time; if the holder's own clock disagrees with it, the
-    file is watched for a change.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Name the lock of `folder`."""
-        self.path = folder / "lock.json"
-        self._file: int | None = None
-        self._stop = threading.Event()
-
-    def acquire(self) -> None:
-        """Take the lock and start its heartbeat.
-
-        Raises:
-            ValueError: If another process holds it, naming host and pid.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        free: bool | None = True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # None: a file system without locks
-            free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-        holder = self._read_holder(file)
-        on_this_host = holder.get("host") == socket.gethostname()
-        taken = free is False
-        if holder and not taken and not (on_this_host and (free or not process_exists(int(holder["pid"])))):
-            taken = self._is_holder_alive(holder)
-        if taken:
-            os.close(file)
-            raise ValueError(
-                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
-                "wait for it, stop it, or type name=ANOTHER_NAME"
-            )
-        self._file, self._process = file, os.getpid()
-        try:
-            self._write_heartbeat()
-        except OSError:
-            self._file = None
-            os.close(file)
-            raise
-        atexit.register(self.release)  # a run on another host then need not wait until the heartbeat is stale
-        self._thread = threading.Thread(target=self._heartbeat_loop, daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Release the lock; does nothing in a process forked from the holder."""
-        if self._file is not None and self._process == os.getpid():
-            self._stop.set()
-            self._thread.join()
-            file, self._file = self._file, None
-            os.ftruncate(file, 0)
-            os.close(file)
-
-    @staticmethod
-    def _read_holder(file: int) -> dict[str, Any]:
-        try:
-            holder = dict(json.loads(os.pread(file, 4096, 0)))
-            return {
-                "host": str(holder["host"]),
-                "pid": int(holder["pid"]),
-                "heartbeat": float(holder["heartbeat"]),
-            }
-        except (ValueError, KeyError, TypeError):
-            return {}
-
-    def _is_holder_alive(self, holder: dict[str, Any]) -> bool:
-        """Return whether a process of another host still writes its heartbeat."""
-        now = file_system_time(self.path.parent)
-        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
-        if all(-HEARTBEAT_INTERVAL_S < age < LOCK_STALE_S for age in ages):
-            return True
-        if all(age >= LOCK_STALE_S for age in ages):
-            return False
-        print(
-            f"waiting {LOCK_WATCH_S:.0f} s to see whether process {holder['pid']} on {holder['host']} still writes to "
-            f"{self.path.parent}",
-            file=sys.stderr,
-        )
-        watch, deadline = FileWatch(), time.monotonic() + LOCK_WATCH_S
-        watch.seconds_unchanged(self.path)
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, LOCK_WATCH_S / 4))
-            if watch.seconds_unchanged(self.path) == 0.0:
-                return True
-        return False
-
-    def _write_heartbeat(self) -> None:
-        file = self._file
-        if file is not None:
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-            text = json.dumps(holder).encode()
-            with name_write_errors(self.path):
-                os.pwrite(file, text, 0)
-                os.ftruncate(file, len(text))
-
-    def _heartbeat_loop(self) -> None:
-        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
-            with suppress(OSError):  # a full or unreachable disk; the next heartbeat may succeed
-                self._write_heartbeat()
 
 
 class RunDir:
@@ -164,7 +48,10 @@ class RunDir:
         self.model = self.path / "model.safetensors"
         self.best, self.best_json = self.path / "best.safetensors", self.path / "best.json"
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
-        self.lock = RunLock(self.path)
+        self.lock = self._new_lock()
+
+    def _new_lock(self) -> FileLock:
+        return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
 
     def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
@@ -248,14 +135,13 @@ class RunDir:
             self.lock.acquire()
             if config["overwrite"] and self.config.is_file() and not is_requeued():
                 self._rename_existing()
-                self.lock = RunLock(self.path)
+                self.lock = self._new_lock()
                 self.lock.acquire()
             self.compare(config)
             if config["resume"] is None and not self.finished(config["steps"]):
                 self._check_progress_not_lost()
-            for incomplete in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-                incomplete.unlink(missing_ok=True)
-        remove_stale(self.path)
+        for folder in (self.path, self.checkpoints, self.pictures):
+            remove_stale(folder, exclusive=exclusive)
         text = yaml.safe_dump(redact_nested(config), sort_keys=False)
         atomic_write(self.config, text.encode())
 

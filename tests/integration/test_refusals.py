@@ -23,7 +23,7 @@ def check_error(result: Any, *words: str) -> None:
     assert "Traceback" not in printed, printed
     for word in words:
         assert word in printed, (word, printed)
-    assert "step/s" not in printed, "training began"
+    assert "training:" not in printed, "training began"
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and printed.endswith(errors[0]), printed
     assert "HYDRA_FULL_ERROR" not in printed and "append to your config" not in printed

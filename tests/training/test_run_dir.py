@@ -1,23 +1,18 @@
 """Run folders: the lock, which configs are the same run, and from which checkpoint a run continues."""
 
-import errno
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from depth_anything.data.tars import temporary_path
-from depth_anything.training import run_dir
+from depth_anything.disk import temporary_path
 from depth_anything.training.resume import config_differences
-from depth_anything.training.run_dir import RunDir, RunLock, launch_id, step_from_name
+from depth_anything.training.run_dir import RunDir, launch_id, step_from_name
 
 CONFIG = {
     "stage": "teacher",
@@ -46,135 +41,6 @@ def config(**changes: Any) -> dict[str, Any]:
 def checkpoint(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, path)
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from depth_anything.training.run_dir import RunLock
-RunLock(Path(sys.argv[1])).acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_second_process_is_rejected_until_the_first_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}.*name="):
-        RunLock(tmp_path).acquire()
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
-    lock = RunLock(tmp_path)
-    lock.acquire()  # at once: the kernel dropped the dead holder's lock
-    lock.release()
-
-
-def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
-    """Write a heartbeat of another host, `written` seconds ago, by a clock that is `clock` seconds ahead."""
-    holder = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
-    path.write_text(json.dumps(holder))
-    os.utime(path, (time.time() - written, time.time() - written))
-
-
-@pytest.fixture
-def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_dir, "LOCK_WATCH_S", 0.2)
-
-
-YEAR = 365 * 86400.0
-
-
-def test_a_fresh_heartbeat_of_another_host_holds_the_lock(tmp_path: Path) -> None:
-    elsewhere(tmp_path / "lock.json")
-    with pytest.raises(ValueError, match="process 1 on elsewhere"):
-        RunLock(tmp_path).acquire()
-    elsewhere(tmp_path / "lock.json", written=300)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    ("clock", "written"),
-    [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
-)
-def test_a_dead_holder_is_detected_whatever_its_clock_says(
-    tmp_path: Path, short_watch: None, clock: float, written: float
-) -> None:
-    """A lock written by a clock a year ahead must not hold for a year."""
-    elsewhere(tmp_path / "lock.json", clock=clock, written=written)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
-def test_a_living_holder_is_detected_whatever_its_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
-) -> None:
-    """Two hosts whose clocks are two minutes apart must not both write."""
-    elsewhere(tmp_path / "lock.json", clock=clock)
-    # The holder writes a heartbeat while this process sleeps.
-    monkeypatch.setattr(run_dir.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10))
-    with pytest.raises(ValueError, match="process 1 on elsewhere.*name="):
-        RunLock(tmp_path).acquire()
-
-
-def test_on_a_file_system_without_locks_the_process_id_counts(
-    tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lockf(*arguments: Any) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(run_dir.fcntl, "lockf", lockf)
-    first = RunLock(tmp_path)
-    first.acquire()
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path).acquire()
-    holder = json.loads((tmp_path / "lock.json").read_text())
-    first.release()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / "lock.json").write_text(json.dumps(holder | {"pid": dead.pid}))
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
-)
-def test_a_damaged_lock_file_is_free(tmp_path: Path, content: str) -> None:
-    (tmp_path / "lock.json").write_text(content)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-def test_a_process_that_ends_releases_the_lock(tmp_path: Path) -> None:
-    """A job requeued on another host need not wait until the heartbeat is stale."""
-    code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
-    assert (
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
-        == 143
-    )
-    assert (tmp_path / "lock.json").read_text() == ""
-
-
-def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
-    """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
-    code = HOLDER.replace(
-        "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
-    holder.wait()
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
 
 
 @pytest.mark.parametrize(
@@ -293,4 +159,3 @@ def test_a_missing_resume_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resume=nowhere.ckpt"):
         folder.begin(config(resume="nowhere.ckpt"), main=True)
     folder.lock.release()
-    assert run_dir.LOCK_STALE_S > run_dir.HEARTBEAT_INTERVAL_S * 3
