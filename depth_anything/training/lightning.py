@@ -24,6 +24,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
 from depth_anything.disk import atomic_path
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.model.integrity import save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
@@ -104,15 +105,15 @@ def trainer_arguments(
 
 @contextmanager
 def translate_trainer_errors() -> Iterator[None]:
-    """Turn an error of Lightning's Trainer, as a device that this machine does not have, into a ValueError.
+    """Turn an error of Lightning's Trainer, as a device that this machine does not have, into a UserError.
 
     Raises:
-        ValueError: With Lightning's message.
+        UserError: With Lightning's message.
     """
     try:
         yield
     except (MisconfigurationException, ImportError) as error:
-        raise ValueError(f"Lightning's Trainer rejects the keys of trainer or callbacks: {error}") from error
+        raise UserError(f"Lightning's Trainer rejects the keys of trainer or callbacks: {error}") from error
 
 
 def build_callbacks(
@@ -172,7 +173,7 @@ def start_run(trainer: pl.Trainer, run_dir: RunDir, config: Mapping[str, Any]) -
     """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
-        ValueError: On all ranks, with rank 0's message.
+        UserError: On all ranks, with rank 0's message.
     """
     join_process_group(trainer)
     if not dist.is_initialized():
@@ -187,13 +188,13 @@ def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def translate_memory_errors(smaller: str) -> Iterator[None]:
-    """Turn an out-of-memory error of Python, torch or a GPU into a ValueError that says what to type.
+    """Turn an out-of-memory error of Python, torch or a GPU into a UserError that says what to type.
 
     Args:
         smaller: What to type for smaller batches.
 
     Raises:
-        ValueError: If there is too little memory.
+        UserError: If there is too little memory.
     """
     try:
         yield
@@ -203,8 +204,9 @@ def translate_memory_errors(smaller: str) -> Iterator[None]:
             "out of memory|can't allocate memory", message
         ):
             raise
-        raise ValueError(
-            f"not enough memory ({message or type(error).__name__}); add {smaller} to the same command to continue"
+        raise UserError(
+            f"not enough memory ({message or type(error).__name__})",
+            f"add {smaller} to the same command to continue",
         ) from error
 
 
@@ -252,16 +254,16 @@ def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -
     Raises:
         StoppedBySignal: For a signal, on all ranks, after rank 0 has requeued the job: a launcher may end the job at
             the first nonzero exit code.
-        ValueError: If something else ended the run, as +trainer.max_time does; its last step is saved.
+        UserError: If something else ended the run, as +trainer.max_time does; its last step is saved.
     """
     if trainer.global_step >= trainer.max_steps:
         return
     stop = next(callback for callback in callbacks if isinstance(callback, GracefulStop))
     number, step = stop.agreed_signal, trainer.global_step
     if not number:
-        raise ValueError(
-            f"a callback or Lightning ended the run at step {step} of {trainer.max_steps}, which is saved; "
-            "start the same command again to continue"
+        raise UserError(
+            f"a callback or Lightning ended the run at step {step} of {trainer.max_steps}, which is saved",
+            [SAME_COMMAND, " to continue"],
         )
     if trainer.is_global_zero:
         saved = f"saved at step {step}" if step else "before the first step"

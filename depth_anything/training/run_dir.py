@@ -14,6 +14,7 @@ import yaml
 
 from depth_anything.data.address import redact_nested
 from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
 from depth_anything.training.loggers import read_metrics
@@ -60,7 +61,7 @@ class RunDir:
         checkpoints are renamed to *.damaged and named on stderr.
 
         Raises:
-            ValueError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
+            UserError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
                 of life for two minutes.
             OSError: If a checkpoint cannot be read now, which is not damage.
         """
@@ -86,8 +87,8 @@ class RunDir:
                 if watch.seconds_unchanged(self.lock.path) == 0.0:
                     since = time.monotonic()
             if time.monotonic() - since > RANK0_TIMEOUT_S:
-                raise ValueError(
-                    f"rank 0 showed no sign of life in {self.path} for two minutes; read its own message"
+                raise UserError(
+                    f"rank 0 showed no sign of life in {self.path} for two minutes", "read its own message"
                 )
             time.sleep(0.2)
 
@@ -127,7 +128,7 @@ class RunDir:
                 processes may do; its label sets check their settings themselves.
 
         Raises:
-            ValueError: If another process writes to the folder, the saved config is another run's, or the run was
+            UserError: If another process writes to the folder, the saved config is another run's, or the run was
                 trained before and none of its checkpoints can be used and `resume` names no other.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ class RunDir:
             A line for each value that is changed on purpose.
 
         Raises:
-            ValueError: If it is another run's.
+            UserError: If it is another run's.
         """
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
@@ -204,8 +205,9 @@ class RunDir:
         if checkpoint is None and given is not None:
             checkpoint = Path(given)
             if problem := find_checkpoint_problem(checkpoint):
-                raise ValueError(
-                    f"resume={given} {problem}; type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one"
+                raise UserError(
+                    f"resume={given} {problem}",
+                    "type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one",
                 )
         for path in self._all_checkpoints():
             if path == checkpoint:
@@ -224,7 +226,7 @@ class RunDir:
         A run that was killed before its first checkpoint has nothing to lose and may start again.
 
         Raises:
-            ValueError: Naming the file that shows the progress, and what to type.
+            UserError: Naming the file that shows the progress, and what to type.
         """
         if self.newest_checkpoint() is not None:
             return
@@ -242,9 +244,10 @@ class RunDir:
             evidence = f"{damaged[0]} {find_checkpoint_problem(damaged[0])}{others}"
         if evidence:
             missing = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
-            raise ValueError(
-                f"{self.path} was trained before: {evidence}{missing}; type resume=CHECKPOINT for a copy of one, "
-                "overwrite=true to rename the folder and start anew, or name=ANOTHER_NAME for a new run"
+            raise UserError(
+                f"{self.path} was trained before: {evidence}{missing}",
+                "type resume=CHECKPOINT for a copy of one, overwrite=true to rename the folder and start anew, or "
+                "name=ANOTHER_NAME for a new run",
             )
         if last:
             print(

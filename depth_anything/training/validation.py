@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import PairResult, score_da2k
 from depth_anything.evaluation.evaluate import (
@@ -52,7 +53,7 @@ def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
     """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None for neither.
 
     Raises:
-        ValueError: If it does not exist, or cannot be scored by that protocol.
+        UserError: If it does not exist, or cannot be scored by that protocol.
     """
     settings, root = config["validation"], config["sources"]["validation"]
     options = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
@@ -61,8 +62,9 @@ def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
         return None if root is None else task_from_set(open_set(root), protocol=protocol or "da2", **options)
     benchmark = load_benchmark(settings["benchmark"])
     if not benchmark.depth_limits and (protocol is not None or options["max_depth"] is not None):
-        raise ValueError(
-            f"{benchmark.title} asks for pairs of points alone; type validation.protocol=null validation.max_depth=null"
+        raise UserError(
+            f"{benchmark.title} compares pairs of points, not depth maps",
+            "type validation.protocol=null validation.max_depth=null",
         )
     return task_from_benchmark(benchmark, settings["root"], protocol=protocol, **options)
 
@@ -89,7 +91,7 @@ def _check_valid_pixels(task: EvalTask, images: Sequence[_DepthSummary], *, repo
     """Reject a task in which no image has a pixel to compare; with `report`, print images that have none.
 
     Raises:
-        ValueError: Naming the set, the range of its depth and the range that is compared.
+        UserError: Naming the set, the range of its depth and the range that is compared.
     """
     protocol, empty = task.protocol, [image for image in images if not image.compared]
     if protocol is None or not empty:
@@ -107,10 +109,11 @@ def _check_valid_pixels(task: EvalTask, images: Sequence[_DepthSummary], *, repo
     if known:
         nearest, farthest = min(image.nearest for image in known), max(image.farthest for image in known)
         measured = f"its depth is {nearest:.4g} to {farthest:.4g} m"
-    raise ValueError(
+    raise UserError(
         f"no image of the validation set {task.name} has a valid pixel ({keys}): {measured}, and "
-        f"{protocol.min_depth:g} to {protocol.max_depth:g} m are compared; if its unit is not meters, write it again "
-        "with the right unit; else type validation.max_depth=METERS, or sources.validation=null to skip validation"
+        f"{protocol.min_depth:g} to {protocol.max_depth:g} m are compared",
+        "if its unit is not meters, write it again with the right unit; else type validation.max_depth=METERS, or "
+        "sources.validation=null to skip validation",
     )
 
 
@@ -168,7 +171,7 @@ class ValidationCallback(StepCallback):
             item = task.read(line)
             if task.protocol is not None:
                 if item.depth is None:
-                    raise ValueError(f"{item.key} has no depth in meters to validate on; name a labeled set")
+                    raise UserError(f"{item.key} has no depth in meters to validate on", "name a labeled set")
                 summaries.append(_summarize_depth(item, task.protocol))
             if number < NUM_PICTURES:
                 self.previews.append(item)
