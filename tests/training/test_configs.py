@@ -1,6 +1,7 @@
 """Every shipped combination composes, and every `_target_` takes the arguments it is given."""
 
 import inspect
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,37 @@ def test_first_lines_tell_what_to_expect() -> None:
         head = "\n".join(path.read_text().splitlines()[:8])
         for word in ("Command", "python train.py stage=" + path.stem, "Hardware", "Result", "Paper"):
             assert word in head, (path, word)
+
+
+# --- composed values stay as they are ----------------------------------------------------------------------------
+
+SNAPSHOT = json.loads((Path(__file__).parent / "composed_configs.json").read_text())
+BASES = [command for command in SNAPSHOT if len(command.split()) == 2]
+
+
+def snapshot_of(command: str) -> dict[str, Any]:
+    """Return the flat composed config that the snapshot holds for a command; most are stored as changes to a base."""
+    entry, base = SNAPSHOT[command], SNAPSHOT[" ".join(command.split()[:2])]
+    if command in BASES:
+        return dict(base)
+    return {key: value for key, value in {**base, **entry["changed"]}.items() if key not in entry["absent"]}
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        path = f"{prefix}{name}"
+        values |= flat(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
+    return values
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_composed_values_equal_the_snapshot(base: str) -> None:
+    """Every shipped combination of stage, size, encoder, sources, trainer, logger and experiment."""
+    for command in (command for command in SNAPSHOT if command == base or command.startswith(f"{base} ")):
+        values = {
+            key: value
+            for key, value in flat(composed(*command.split())).items()
+            if not key.startswith(("tiny.", "rates."))
+        }
+        assert values == snapshot_of(command), command
