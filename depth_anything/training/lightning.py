@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir
@@ -98,17 +99,17 @@ def translate_trainer_errors() -> Iterator[None]:
         raise ValueError(f"Lightning's Trainer refuses the keys of trainer: {error}") from error
 
 
-def build_callbacks(config: Mapping[str, Any], folder: RunDir) -> list[pl.Callback]:
+def build_callbacks(config: RunConfig, folder: RunDir) -> list[pl.Callback]:
     """Build the callbacks of a fitting stage, in the order they act in at a step boundary."""
-    metrics = TrainingMetrics(every=config["logging"]["every"], batch_size=config["batch_size"])
+    metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
     validation = ValidationCallback(
         partial(open_validation_task, config),
         folder,
-        every=config["validation"]["every"],
-        input_size=config["image_size"],
+        every=config.validation.every,
+        input_size=config.image_size,
     )
-    checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
-    valid_pixels = ValidPixelCheck(every=config["logging"]["every"])
+    checkpoints = Checkpoints(folder.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    valid_pixels = ValidPixelCheck(every=config.logging.every)
     return [
         metrics,
         valid_pixels,
@@ -140,7 +141,7 @@ def join_process_group(trainer: pl.Trainer) -> None:
     trainer.strategy.setup_environment()
 
 
-def start_run(trainer: pl.Trainer, folder: RunDir, config: Mapping[str, Any]) -> Path | None:
+def start_run(trainer: pl.Trainer, folder: RunDir, config: RunConfig) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint that every rank goes on from.
 
     Raises:

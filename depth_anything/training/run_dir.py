@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,18 @@ from depth_anything.data.tars import atomic_write, remove_stale
 from depth_anything.disk import name_write_errors
 from depth_anything.locks import FileWatch, file_system_time, process_exists
 from depth_anything.model.integrity import find_damage
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
+    FlatConfig,
     check_resume_checkpoint,
     check_same_run,
-    config_differences,
     read_checkpoint_facts,
     read_config,
     read_config_or_empty,
 )
 
-__all__ = ["RunLock", "RunDir", "config_differences", "launch_id", "is_requeued", "step_from_name"]
+__all__ = ["RunLock", "RunDir", "launch_id", "is_requeued", "step_from_name"]
 
 HEARTBEAT_INTERVAL_S = 10.0
 LOCK_STALE_S = 60.0
@@ -171,7 +172,7 @@ class RunDir:
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = RunLock(self.path)
 
-    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+    def begin(self, config: RunConfig, *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
 
         In this order: the folder's newest undamaged checkpoint, then `resume=`, then none, which leaves the
@@ -235,7 +236,7 @@ class RunDir:
         figure = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
 
-    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+    def claim(self, config: RunConfig, *, exclusive: bool = True) -> None:
         """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
 
         Args:
@@ -251,17 +252,17 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
             self.lock.acquire()
-            if config["overwrite"] and self.config.is_file() and not is_requeued():
+            if config.overwrite and self.config.is_file() and not is_requeued():
                 self._move_away()
                 self.lock = RunLock(self.path)
                 self.lock.acquire()
             self.compare(config)
-            if config["resume"] is None and not self.finished(config["steps"]):
+            if config.resume is None and not self.finished(config.steps):
                 self._refuse_lost_progress()
             for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
                 torn.unlink(missing_ok=True)
         remove_stale(self.path)
-        text = yaml.safe_dump(redact_nested(config), sort_keys=False)
+        text = yaml.safe_dump(redact_nested(config.as_dict()), sort_keys=False)
         atomic_write(self.config, text.encode())
 
     def _move_away(self) -> None:
@@ -271,7 +272,7 @@ class RunDir:
         os.rename(self.path, old)
         self.lock.release()
 
-    def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
+    def compare(self, config: RunConfig, *, note: bool = True) -> list[str]:
         """Hold a config against the one of the run, if the folder has trained any step.
 
         Args:
@@ -287,13 +288,18 @@ class RunDir:
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
             return []
-        old, today, finished = read_config_or_empty(self.config), config, self.finished(config["steps"])
-        if not old:
-            old = read_checkpoint_facts(newest)[1] if newest is not None else {}
-            today = {key: value for key, value in config.items() if key in old or key == "resume_with"}
-            old, today = {**old, "steps": config["steps"]}, {**today, "steps": config["steps"]}
+        old, today = read_config_or_empty(self.config), FlatConfig.from_run(config)
+        if not old.values:
+            facts = read_checkpoint_facts(newest)[1] if newest is not None else {}
+            old = FlatConfig({**facts, "steps": config.steps})
+            today = today.only([*old.values, "resume_with"])
         changes = check_same_run(
-            self.path, old, today, step=step_from_name(newest), finished=finished, typed=self.typed
+            self.path,
+            old,
+            today,
+            step=step_from_name(newest),
+            finished=self.finished(config.steps),
+            typed=self.typed,
         )
         if note:
             self._note(changes)
@@ -316,11 +322,11 @@ class RunDir:
     def _all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def _starting_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
+    def _starting_checkpoint(self, config: RunConfig) -> Path | None:
         """Choose where the run goes on, and set aside what is damaged: it would count among those that are kept."""
-        if self.finished(config["steps"]):
+        if self.finished(config.steps):
             return None
-        checkpoint, given = self.newest_checkpoint(), config["resume"]
+        checkpoint, given = self.newest_checkpoint(), config.resume
         if checkpoint is None and given is not None:
             checkpoint = Path(given)
             if reason := find_checkpoint_problem(checkpoint):

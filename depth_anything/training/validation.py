@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from depth_anything.model.tensor_files import write_whole
 from depth_anything.model.weights import save_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.visualize import colorize_by_distance, make_panel
 
@@ -48,23 +49,25 @@ NUM_PICTURES = 4
 """So many of the first images are painted."""
 
 
-def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
+def open_validation_task(config: RunConfig) -> EvalTask | None:
     """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None: nothing.
 
     Raises:
         ValueError: If it is not there, or is not judged by that protocol.
     """
-    settings, root = config["validation"], config["sources"]["validation"]
-    given = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
-    protocol = settings["protocol"]
-    if settings["benchmark"] is None:
-        return None if root is None else task_from_set(open_set(root), protocol=protocol or "da2", **given)
-    benchmark = load_benchmark(settings["benchmark"])
-    if not benchmark.depth_limits and (protocol is not None or given["max_depth"] is not None):
+    settings, root = config.validation, config.sources.validation
+    protocol, limit, max_depth = settings.protocol, settings.limit, settings.max_depth
+    if settings.benchmark is None:
+        if root is None:
+            return None
+        return task_from_set(open_set(root), protocol=protocol or "da2", limit=limit, max_depth=max_depth)
+    assert settings.root is not None  # resolve_config checks it
+    benchmark = load_benchmark(settings.benchmark)
+    if not benchmark.depth_limits and (protocol is not None or max_depth is not None):
         raise ValueError(
             f"{benchmark.title} asks for pairs of points alone; type validation.protocol=null validation.max_depth=null"
         )
-    return task_from_benchmark(benchmark, settings["root"], protocol=protocol, **given)
+    return task_from_benchmark(benchmark, settings.root, protocol=protocol, limit=limit, max_depth=max_depth)
 
 
 class _DepthSummary(NamedTuple):

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
-from depth_anything.training import lightning, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training import initialization, lightning, pseudolabel, run, validation  # noqa: E402
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
@@ -47,12 +47,12 @@ class Witness(StepCallback):
 
 PLACES: dict[str, tuple[Any, str]] = {
     "compose": (run, "resolve_config"),
-    "scenes": (run, "make_scenes"),
+    "scenes": (run, "write_missing_scenes"),
     "open": (TrainData, "open"),
-    "network": (run, "network"),
+    "network": (initialization, "build_model"),
     "setup": (TrainData, "setup"),
     "loader": (TrainData, "train_dataloader"),
-    "look": (validation, "check_fits"),
+    "look": (validation, "check_quantity"),
     "train start": (Checkpoints, "on_train_start"),
     "validation": (validation, "evaluate"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),

@@ -9,24 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything.model.integrity import find_damage, save_with_digest
 from depth_anything.model.tensor_files import write_whole
 from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.config import RunConfig
 from depth_anything.training.lightning import AtomicCheckpointIO
 from depth_anything.training.run_dir import RunDir, step_from_name
 
-CONFIG: dict[str, Any] = {
-    "stage": "teacher",
-    "steps": 30,
-    "overwrite": False,
-    "resume": None,
-    "checkpoint": {"every": 5, "keep": 2},
-}
 
-
-def config(**changes: Any) -> dict[str, Any]:
-    return {**CONFIG, **changes}
+def config(**changes: Any) -> RunConfig:
+    return make_config("stage=teacher", **{"steps": 30, "checkpoint__every": 5, **changes})
 
 
 def checkpoint(path: Path, *, digest: bool = True) -> None:
@@ -165,7 +159,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
     assert begin(tmp_path / "run") == 0
     assert "begins again" in (said := capsys.readouterr().err) and "step 5," in said
     # the interval is that of the sitting that was killed, not of the next one
-    assert begin(tmp_path / "run", checkpoint={"every": 2, "keep": 2}) == 0
+    assert begin(tmp_path / "run", checkpoint__every=2) == 0
 
 
 def test_a_finished_run_needs_no_checkpoints(tmp_path: Path) -> None:

@@ -13,34 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from made_configs import flatten, make_config
 
 from depth_anything.data.tars import temporary_path
 from depth_anything.training import run_dir as folder_module
+from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import config_differences
 from depth_anything.training.run_dir import RunDir, RunLock, launch_id, step_from_name
 
-CONFIG = {
-    "stage": "teacher",
-    "steps": 10,
-    "seed": 0,
-    "overwrite": False,
-    "resume": None,
-    "workers": 2,
-    "recipe": {"encoder_lr": 1e-3, "schedule": "linear", "steps": 10},
-    "module": {"recipe": {"encoder_lr": 1e-3, "steps": 10}},
-    "trainer": {"devices": 1, "precision": "32-true"},
-}
 
-
-def config(**changes: Any) -> dict[str, Any]:
-    made = json.loads(json.dumps(CONFIG))
-    for key, value in changes.items():
-        node, *rest = key.split("__")
-        if rest:
-            made[node][rest[0]] = value
-        else:
-            made[node] = value
-    return made
+def config(**changes: Any) -> RunConfig:
+    return make_config("stage=teacher", "trainer=cpu", **{"steps": 10, **changes})
 
 
 def checkpoint(path: Path) -> None:
@@ -51,8 +34,8 @@ def checkpoint(path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from depth_anything.training.run_dir import Lock
-Lock(Path(sys.argv[1])).acquire()
+from depth_anything.training.run_dir import RunLock
+RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -184,7 +167,7 @@ def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     [{"workers": 7}, {"trainer__devices": 8}, {"overwrite": True}, {"resume": "x"}, {"recipe__steps": 11}],
 )
 def test_free_keys(changes: dict[str, Any]) -> None:
-    assert config_differences(config(), config(**changes)) == {}
+    assert config_differences(flatten(config()), flatten(config(**changes))) == {}
 
 
 @pytest.mark.parametrize(
@@ -212,8 +195,10 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], key: st
 
 def test_more_steps_with_a_constant_schedule_only() -> None:
     constant = {"recipe__schedule": "constant"}
-    assert config_differences(config(**constant), config(**constant, steps=20)) == {}
-    assert list(config_differences(config(**constant), config(**constant, steps=5))) == ["steps"]
+    assert config_differences(flatten(config(**constant)), flatten(config(**constant, steps=20))) == {}
+    assert list(config_differences(flatten(config(**constant)), flatten(config(**constant, steps=5)))) == [
+        "steps"
+    ]
 
 
 def test_overwrite_sets_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
