@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
@@ -34,7 +35,9 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import TrainData
+from depth_anything.training.loggers import build_loggers, logger_nodes
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
 from depth_anything.training.signals import (
@@ -117,7 +120,7 @@ def translate_trainer_errors() -> Iterator[None]:
 
 
 def build_callbacks(
-    config: Mapping[str, Any], run_dir: RunDir, added: Sequence[pl.Callback] = ()
+    config: RunConfig, run_dir: RunDir, added: Sequence[pl.Callback] = ()
 ) -> list[pl.Callback]:
     """Build the callbacks of a fitting stage, in the order in which they act at a step boundary.
 
@@ -127,15 +130,15 @@ def build_callbacks(
         added: Callbacks of the config's `callbacks`. They act before validation and checkpoints, so that both see what
             they did at this step, as an average of the weights.
     """
-    metrics = TrainingMetrics(every=config["logging"]["every"], batch_size=config["batch_size"])
+    metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
     validation = ValidationCallback(
         partial(open_validation_task, config),
         run_dir,
-        every=config["validation"]["every"],
-        input_size=config["image_size"],
+        every=config.validation.every,
+        input_size=config.image_size,
     )
-    checkpoints = Checkpoints(run_dir.checkpoints, **config["checkpoint"])
-    valid_pixels = ValidPixelCheck(every=config["logging"]["every"])
+    checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    valid_pixels = ValidPixelCheck(every=config.logging.every)
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return [
         metrics,
@@ -169,7 +172,7 @@ def join_process_group(trainer: pl.Trainer) -> None:
     trainer.strategy.setup_environment()
 
 
-def start_run(trainer: pl.Trainer, run_dir: RunDir, config: Mapping[str, Any]) -> Path | None:
+def start_run(trainer: pl.Trainer, run_dir: RunDir, config: RunConfig) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
@@ -179,6 +182,35 @@ def start_run(trainer: pl.Trainer, run_dir: RunDir, config: Mapping[str, Any]) -
     if not dist.is_initialized():
         return run_dir.begin(config, main=trainer.is_global_zero)
     return run_on_all_ranks(lambda: run_dir.begin(config, main=True) if trainer.is_global_zero else None)[0]
+
+
+def set_loggers(
+    trainer: pl.Trainer,
+    config: RunConfig,
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    *,
+    build: Callable[..., Logger],
+) -> None:
+    """Give the Trainer metrics.csv, continued at the step of a checkpoint, and the loggers of the config.
+
+    Args:
+        trainer: Lightning's.
+        config: The resolved config.
+        run_dir: The run folder.
+        checkpoint: Where the run continues.
+        build: Hydra's `instantiate`, which only run.py imports.
+
+    Raises:
+        UserError: On all ranks, if rank 0 cannot build a logger or read metrics.csv.
+    """
+
+    def set_on_rank() -> None:
+        main, step = trainer.is_global_zero, step_from_name(checkpoint)
+        added = [build(node, _convert_="all") for node in logger_nodes(config.logger) if main]
+        trainer.loggers = build_loggers(run_dir.metrics, added, step=step, main=main)
+
+    run_on_all_ranks(set_on_rank)
 
 
 def run_on_all_ranks(work: Callable[[], T]) -> list[T]:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
+    FlatConfig,
     check_resume_checkpoint,
     check_same_run,
     read_checkpoint_facts,
@@ -54,7 +56,7 @@ class RunDir:
     def _new_lock(self) -> FileLock:
         return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
 
-    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+    def begin(self, config: RunConfig, *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
 
         1. the folder's newest undamaged checkpoint, 2. `resume=`, 3. None: the weights come from `init=`. Damaged
@@ -118,7 +120,7 @@ class RunDir:
         value = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {value})"
 
-    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+    def claim(self, config: RunConfig, *, exclusive: bool = True) -> None:
         """Lock the folder, compare its config.yaml with `config`, and write the new config.yaml.
 
         Args:
@@ -134,16 +136,16 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
             self.lock.acquire()
-            if config["overwrite"] and self.config.is_file() and not is_requeued():
+            if config.overwrite and self.config.is_file() and not is_requeued():
                 self._rename_existing()
                 self.lock = self._new_lock()
                 self.lock.acquire()
             self.compare(config)
-            if config["resume"] is None and not self.finished(config["steps"]):
+            if config.resume is None and not self.finished(config.steps):
                 self._check_progress_not_lost()
         for folder in (self.path, self.checkpoints, self.pictures):
             remove_stale(folder, exclusive=exclusive)
-        text = yaml.safe_dump(redact_nested(config), sort_keys=False)
+        text = yaml.safe_dump(redact_nested(config.as_dict()), sort_keys=False)
         atomic_write(self.config, text.encode())
 
     def _rename_existing(self) -> None:
@@ -153,7 +155,7 @@ class RunDir:
         os.rename(self.path, old)
         self.lock.release()
 
-    def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
+    def compare(self, config: RunConfig, *, note: bool = True) -> list[str]:
         """Compare a config with the one of the run, if the run has trained any step.
 
         Args:
@@ -169,12 +171,12 @@ class RunDir:
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
             return []
-        old, new, finished = read_config_or_empty(self.config), config, self.finished(config["steps"])
-        if not old:
-            old = read_checkpoint_facts(newest)[1] if newest is not None else {}
-            new = {key: value for key, value in config.items() if key in old or key == "resume_with"}
-            old, new = {**old, "steps": config["steps"]}, {**new, "steps": config["steps"]}
-        step = step_from_name(newest)
+        old, new = read_config_or_empty(self.config), FlatConfig.from_run(config)
+        if not old.values:
+            facts = read_checkpoint_facts(newest)[1] if newest is not None else {}
+            old = FlatConfig({**facts, "steps": config.steps})
+            new = new.only([*old.values, "resume_with"])
+        step, finished = step_from_name(newest), self.finished(config.steps)
         changes = check_same_run(self.path, old, new, step=step, finished=finished, typed=self.typed)
         if note:
             self._record_changes(changes)
@@ -197,11 +199,11 @@ class RunDir:
     def _all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def _choose_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
+    def _choose_checkpoint(self, config: RunConfig) -> Path | None:
         """Choose where the run continues, and rename damaged checkpoints, so that they are not counted as kept."""
-        if self.finished(config["steps"]):
+        if self.finished(config.steps):
             return None
-        checkpoint, given = self.newest_checkpoint(), config["resume"]
+        checkpoint, given = self.newest_checkpoint(), config.resume
         if checkpoint is None and given is not None:
             checkpoint = Path(given)
             if problem := find_checkpoint_problem(checkpoint):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.visualize import colorize_by_distance, make_panel
 
@@ -49,24 +50,26 @@ NUM_PICTURES = 4
 """Number of images that are painted at each validation."""
 
 
-def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
+def open_validation_task(config: RunConfig) -> EvalTask | None:
     """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None for neither.
 
     Raises:
         UserError: If it does not exist, or cannot be scored by that protocol.
     """
-    settings, root = config["validation"], config["sources"]["validation"]
-    options = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
-    protocol = settings["protocol"]
-    if settings["benchmark"] is None:
-        return None if root is None else task_from_set(open_set(root), protocol=protocol or "da2", **options)
-    benchmark = load_benchmark(settings["benchmark"])
-    if not benchmark.depth_limits and (protocol is not None or options["max_depth"] is not None):
+    settings, root = config.validation, config.sources.validation
+    protocol, limit, max_depth = settings.protocol, settings.limit, settings.max_depth
+    if settings.benchmark is None:
+        if root is None:
+            return None
+        return task_from_set(open_set(root), protocol=protocol or "da2", limit=limit, max_depth=max_depth)
+    assert settings.root is not None  # resolve_config checks it
+    benchmark = load_benchmark(settings.benchmark)
+    if not benchmark.depth_limits and (protocol is not None or max_depth is not None):
         raise UserError(
             f"{benchmark.title} compares pairs of points, not depth maps",
             "type validation.protocol=null validation.max_depth=null",
         )
-    return task_from_benchmark(benchmark, settings["root"], protocol=protocol, **options)
+    return task_from_benchmark(benchmark, settings.root, protocol=protocol, limit=limit, max_depth=max_depth)
 
 
 class _DepthSummary(NamedTuple):

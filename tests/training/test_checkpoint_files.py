@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from made_configs import make_config
 from tiny_training import BatchList, make_batch, make_module, make_trainer
 from torch.utils.data import DataLoader
 
@@ -17,20 +18,13 @@ from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import find_damage, save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.config import RunConfig
 from depth_anything.training.lightning import AtomicCheckpointIO
 from depth_anything.training.run_dir import RunDir, step_from_name
 
-CONFIG: dict[str, Any] = {
-    "stage": "teacher",
-    "steps": 30,
-    "overwrite": False,
-    "resume": None,
-    "checkpoint": {"every": 5, "keep": 2},
-}
 
-
-def config(**changes: Any) -> dict[str, Any]:
-    return {**CONFIG, **changes}
+def config(**changes: Any) -> RunConfig:
+    return make_config("stage=teacher", **{"steps": 30, "checkpoint__every": 5, **changes})
 
 
 def checkpoint(path: Path, *, digest: bool = True) -> None:
@@ -171,7 +165,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert begin(tmp_path / "run") == 0
     assert str(folder.path) in (printed := capsys.readouterr().err) and "step 5," in printed
     # checkpoint.every of the killed run counts, not that of the new one.
-    assert begin(tmp_path / "run", checkpoint={"every": 2, "keep": 2}) == 0
+    assert begin(tmp_path / "run", checkpoint__every=2) == 0
 
 
 def test_a_finished_run_needs_no_checkpoints(tmp_path: Path) -> None:
