@@ -222,7 +222,7 @@ def add_view(commands: Any) -> None:
 
 
 def _run_scenes(options: argparse.Namespace) -> None:
-    from depth_anything.scenes.layout import write_scenes
+    from depth_anything.scenes.render import write_scenes
 
     height, width = options.size
     shard_set = write_scenes(

@@ -14,21 +14,8 @@ from depth_anything.ingest.maps import read_bytes
 from depth_anything.licenses import check_license
 
 METERS_PER_UNIT = {"m": 1.0, "cm": 0.01, "mm": 0.001}
-DECLARATION_KEYS = (
-    "name",
-    "images",
-    "depth",
-    "quantity",
-    "unit",
-    "scale",
-    "invalid",
-    "sky",
-    "sky_from",
-    "intrinsics",
-    "distance",
-    "key",
-    "channel",
-    "licence",
+DECLARATION_KEYS = tuple(
+    "name images depth quantity unit scale invalid sky sky_from intrinsics distance key channel licence".split()
 )
 _MAX_YAML_BYTES = 1 << 20
 

@@ -30,21 +30,7 @@ from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.source import is_disk_failure
 from depth_anything.ingest.video_frames import VIDEO_SUFFIXES, count_frames, read_frame
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".j2k",
-)
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .heic .heif .avif .jp2 .j2k".split())
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 CONTAINER_KINDS = ("files", "tars", "lmdb", "videos")
 APPLE_DOUBLE_PREFIX = "._"

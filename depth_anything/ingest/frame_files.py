@@ -127,7 +127,7 @@ def read_frame_file(raw: Path, pattern: FilePattern, path: str) -> bytes:
         raise ValueError(f"its {pattern.content} cannot be read: {error}") from error
 
 
-def read_image_and_map(
+def read_pair(
     raw: Path,
     patterns: tuple[FilePattern, FilePattern],
     paths: Sequence[str],

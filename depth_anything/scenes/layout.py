@@ -1,46 +1,15 @@
-"""Procedural scenes: random rooms and streets with exact depth, in a synthetic and a photographic look.
+"""Random layouts of procedural scenes: furnished rooms and streets, and where the camera is.
 
-Every scene is a function of its seed. Depth is planar (z) in meters, +inf for sky; everything beyond 150 m is sky.
-Pixel centers are at integers: the ray of column x, row y is ((x - cx) / fx, (y - cy) / fy, 1). A seed has the same
-geometry, and so the same depth, in both looks. The depth of glass and of mirrors is that of their surface.
+A layout is a function of its seed. Depth, image and looks are added by render.py.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 
-from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.tars import ShardSet
-from depth_anything.ingest.source import DatasetInfo, RawSample
-from depth_anything.ingest.writer import write_source
-from depth_anything.scenes.materials import (
-    LOOKS,
-    PhiloxRandom,
-    photographic_camera,
-    random_atmosphere,
-    random_material,
-    synthetic_camera,
-)
-from depth_anything.scenes.raycast import (
-    PinholeView,
-    Scene,
-    Solid,
-    add_reflections,
-    cast_rays,
-    rotation_matrix,
-    shade,
-    shadow_map,
-    tint_glass,
-)
-
-RENDERER_VERSION = (
-    2  # increase it when the image of a seed changes, so that old and new sets have different settings
-)
+from depth_anything.scenes.materials import PhiloxRandom
+from depth_anything.scenes.raycast import Solid, rotation_matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +22,6 @@ class SceneLayout:
     field: float  # half of the horizontal field of view, radians
     height: float  # meters from the floor to the ceiling
     indoors: bool
-
-
-# ------------------------------------------------------------------------------------------------- layout
 
 
 def _box(
@@ -357,167 +323,3 @@ def random_layout(seed: int) -> SceneLayout:
     draw = PhiloxRandom(seed, 1)
     layout = _random_room(draw) if draw.bernoulli(0.5) else _random_street(draw)
     return replace(layout, solids=[s for s in layout.solids if _is_clear_of_camera(s, layout.origin)])
-
-
-# ------------------------------------------------------------------------------------------------ images
-
-
-def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
-    """Render a scene. A seed always gives the same image.
-
-    Args:
-        seed: At least 0, below 2**64. Both looks of a seed have the same geometry.
-        look: "synthetic" (plain materials, simple light) or "photographic" (textures, lamps and shadows, glass and
-            mirrors, haze, lens and sensor; JPEG artifacts are added by `SceneSource`).
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-
-    Returns:
-        A frame with depth in meters, float32 (H, W), +inf for sky. `meta` holds source, look, seed, unit, sky and the
-        intrinsics fx, fy, cx, cy in pixels.
-
-    Raises:
-        ValueError: The look is unknown.
-    """
-    if look not in LOOKS:
-        raise ValueError(f"look={look} is unknown: use {' or '.join(LOOKS)}")
-    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width)
-    meta = {
-        "source": "scenes",
-        "look": look,
-        "seed": seed,
-        "original_size": [height, width],
-        "intrinsics": {"fx": focal, "fy": focal, "cx": (width - 1) / 2, "cy": (height - 1) / 2},
-        "unit": "m",
-        "sky": "inf",
-    }
-    return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
-
-
-def write_scenes(
-    root: str | Path,
-    *,
-    look: str,
-    count: int,
-    seed: int,
-    height: int,
-    width: int,
-    per_shard: int = 128,
-    labelled: bool = True,
-) -> ShardSet:
-    """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
-
-    Scene i has the seed `seed * 10_000_000 + i`, so that sets of different seeds share no scene. Several processes may
-    write one set. Synthetic images are PNG, without artifacts; photographic images are JPEG with a random quality from
-    40 to 92.
-
-    Args:
-        root: Folder of the set; its name is the name of the set.
-        look: "synthetic" or "photographic".
-        count: Number of scenes, up to 10 million.
-        seed: Seed of the set.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        per_shard: Scenes per shard.
-        labelled: Write depth; False writes images only.
-
-    Raises:
-        ValueError: The look is unknown, or the folder holds another set.
-    """
-    source = SceneSource(look, count, seed, height, width, labelled)
-    shard_set = write_source(source, Path(), root, per_shard=per_shard)
-    assert shard_set is not None, "a single part has every shard"
-    return shard_set
-
-
-INFO = DatasetInfo(
-    name="scenes",
-    title="procedural scenes",
-    records=0,
-    layout="no files: they are rendered",
-    get="python train.py stage=teacher draws them on first use",
-    licence="Apache-2.0",
-    sharp=True,
-)
-
-
-@dataclass(frozen=True)
-class SceneSource:
-    """A source of scenes for `write_source`. A line is the number of a scene in the set."""
-
-    look: str
-    count: int
-    seed: int
-    height: int
-    width: int
-    labelled: bool
-    INFO: DatasetInfo = INFO
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that determines the scenes."""
-        return {
-            "version": RENDERER_VERSION,
-            "look": self.look,
-            "count": self.count,
-            "seed": self.seed,
-            "height": self.height,
-            "width": self.width,
-            "labelled": self.labelled,
-        }
-
-    def find(self, raw: Path) -> Iterable[str]:
-        """List the numbers of the scenes. Raises ValueError for an unknown look or a count below 1."""
-        if self.look not in LOOKS:
-            raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
-        if self.count < 1:
-            raise ValueError(f"count={self.count} must be at least 1")
-        return map(str, range(self.count))
-
-    def read(self, raw: Path, line: str) -> RawSample:
-        """Render a scene and encode its image; include its depth if the set has labels."""
-        scene = self.seed * 10_000_000 + int(line)
-        frame = render_scene(scene, look=self.look, height=self.height, width=self.width)
-        quality = 40 + PhiloxRandom(scene, 4).integer(53)
-        image = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
-        if self.look == "synthetic":
-            image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
-        meta = {**frame.meta, "name": None}
-        sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
-
-
-def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
-    layout = random_layout(seed)
-    focal = (width / 2) / math.tan(layout.field)
-    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
-    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
-    view = PinholeView(layout.origin, layout.rotation, u, v)
-    panes = [s for s in layout.solids if s.role == "glass"]
-    opaque = [s for s in layout.solids if s.role != "glass"]
-    behind = cast_rays(opaque, view)
-    depth, number = cast_rays(panes, view)
-    in_front = depth < behind[0]
-    number = np.where(in_front, number + np.int16(len(opaque)), np.int16(-1))
-    depth = np.where(in_front, depth, behind[0])
-    draw = PhiloxRandom(seed, 2 + LOOKS.index(look))
-    air = random_atmosphere(look, indoors=layout.indoors, height=layout.height, draw=draw)
-    solids = opaque + panes
-    roles = [("wall", "ceiling", "floor") if s.shape == "shell" else (s.role,) for s in solids]
-    scene = Scene(
-        solids, [tuple(random_material(role, look=look, draw=draw) for role in r) for r in roles], air
-    )
-    if look == "synthetic":
-        radiance = shade(scene, view, depth, np.where(in_front, number, behind[1]))
-        return synthetic_camera(radiance), depth, focal
-    if air.lights:
-        center = (layout.origin + layout.rotation[:, 2] * (3.0 if layout.indoors else 12.0)) * np.array(
-            [1, 0, 1]
-        )
-        first = replace(air.lights[0], shadow=shadow_map(solids, air.lights[0], center))
-        scene = replace(scene, air=replace(air, lights=(first, *air.lights[1:])))
-    image = shade(scene, view, *behind)
-    add_reflections(image, scene, view, *behind)
-    tint_glass(image, scene, number)
-    return photographic_camera(image, depth, draw), depth, focal

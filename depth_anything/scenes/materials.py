@@ -1,4 +1,4 @@
-"""Materials, light, air and cameras of procedural scenes, and the random numbers that choose them.
+"""Materials, light and air of procedural scenes, and the random numbers that choose them.
 
 Pixels are computed only with operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons, integer arithmetic,
 table lookups), so a seed gives the same image in any process and with any version of NumPy.
@@ -250,18 +250,8 @@ _SYNTHETIC_MATERIALS = {
     "glass": ((0.5, 0.6), (0.1, 0.3), (0.6, 0.8), ("",)),
     "mirror": ((0.55, 0.6), (0.0, 0.1), (0.7, 0.9), ("",)),
 }
-_PHOTOGRAPHIC_PATTERNS = (
-    "fractal",
-    "speckle",
-    "wood",
-    "brick",
-    "tiles",
-    "checker",
-    "stripes",
-    "spots",
-    "collage",
-    "camouflage",
-    "text",
+_PHOTOGRAPHIC_PATTERNS = tuple(
+    "fractal speckle wood brick tiles checker stripes spots collage camouflage text".split()
 )
 _PHOTOGRAPHIC_MATERIALS = {
     "floor": (
@@ -424,84 +414,3 @@ def color_temperature(warmth: float) -> Color:
 def _normalize(x: float, y: float, z: float) -> Color:
     length = math.sqrt(x * x + y * y + z * z)
     return x / length, y / length, z / length
-
-
-# ------------------------------------------------------------------------------------- lens and sensor
-
-
-def _translate(image: np.ndarray, offset: int, axis: int) -> np.ndarray:
-    """Return the image translated by offset pixels along an axis, with its border repeated."""
-    length = image.shape[axis]
-    return np.take(image, np.clip(np.arange(length) - offset, 0, length - 1), axis)
-
-
-def binomial_blur(image: np.ndarray, passes: int) -> np.ndarray:
-    """Apply a binomial 1-2-1 blur to the last two axes; each pass adds 0.5 px² of variance."""
-    for _ in range(passes):
-        for axis in (-1, -2):
-            image = (_translate(image, 1, axis) + _translate(image, -1, axis)) * np.float32(
-                0.25
-            ) + image * np.float32(0.5)
-    return image
-
-
-def motion_blur(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """Apply motion blur: the mean of the image translated along a line of (dx, dy) pixels."""
-    steps = max(abs(dx), abs(dy))
-    total = image
-    for k in range(1, steps + 1):
-        total = total + _translate(_translate(image, round(dx * k / steps), -1), round(dy * k / steps), -2)
-    return total / np.float32(steps + 1)
-
-
-def apply_tone_curve(image: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Apply a tone curve to linear RGB (3, H, W) by table lookup; return uint8 (H, W, 3)."""
-    table = np.clip(np.round(255 * curve(np.linspace(0, 1, 4096))), 0, 255).astype(np.uint8)
-    codes = (np.clip(image, 0, 1) * np.float32(4095) + np.float32(0.5)).astype(np.int16)
-    return np.ascontiguousarray(np.moveaxis(table[codes], 0, -1))
-
-
-def synthetic_camera(image: np.ndarray) -> np.ndarray:
-    """Apply the camera of the synthetic look: only gamma."""
-    return apply_tone_curve(image * np.float32(0.9), lambda x: x ** (1 / 2.2))
-
-
-def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom) -> np.ndarray:
-    """Apply the camera of the photographic look: exposure, white balance, focus, motion, vignette, noise, tone curve.
-
-    Args:
-        image: Linear RGB, float32 (3, H, W).
-        depth: Meters, float32 (H, W), +inf for sky; used for the focus only.
-        draw: Random numbers.
-    """
-    height, width = depth.shape
-    gray = (
-        int((image[1] * 4096).astype(np.int64).sum()) / (4096 * depth.size) + 0.02
-    )  # a sum of integers is exact
-    gain = draw.uniform(0.25, 0.5) / gray
-    balance = color_temperature(draw.uniform(-0.6, 0.6))
-    image = image * np.array([gain * c for c in balance], np.float32)[:, None, None]
-    if draw.bernoulli(0.35):  # blur grows with the distance from the focal plane
-        focus = 1 / np.float32(draw.uniform(1.5, 10))
-        away = np.clip(np.abs(1 / depth - focus) * np.float32(draw.uniform(2, 6)), 0, 1)
-        image = image + (binomial_blur(image, 1 + width // 64) - image) * away
-    if draw.bernoulli(0.25):
-        reach = max(1, width // 50)
-        image = motion_blur(image, draw.integer(2 * reach + 1) - reach, draw.integer(2 * reach + 1) - reach)
-    if draw.bernoulli(0.6):
-        image = binomial_blur(image, 1)
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
-    image = image * (1 - np.float32(draw.uniform(0, 0.3)) * (x * x + y * y))
-    read, shot = draw.uniform(0.002, 0.012), draw.uniform(0.005, 0.03)
-    level = np.sqrt(np.maximum(image, 0)) * np.float32(shot) + np.float32(read)
-    image = image + draw.approx_normal(3, height, width) * level
-    mean = (image[0] + image[1] + image[2]) * np.float32(1 / 3)
-    image = mean + (image - mean) * np.float32(draw.uniform(0.4, 1.3))
-    gamma, contrast = draw.uniform(1.7, 2.6), draw.uniform(-0.3, 0.6)
-
-    def curve(x: np.ndarray) -> np.ndarray:
-        tone = x ** (1 / gamma)
-        return tone + contrast * (tone * tone * (3 - 2 * tone) - tone)
-
-    return apply_tone_curve(image, curve)

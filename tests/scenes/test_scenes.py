@@ -13,8 +13,8 @@ from depth_anything.data import codec
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
-from depth_anything.scenes import layout
-from depth_anything.scenes.layout import random_layout, render_scene, write_scenes
+from depth_anything.scenes import render
+from depth_anything.scenes.layout import random_layout
 from depth_anything.scenes.materials import Atmosphere, Light, Material, PhiloxRandom
 from depth_anything.scenes.raycast import (
     PinholeView,
@@ -27,6 +27,7 @@ from depth_anything.scenes.raycast import (
     shadow_map,
     tint_glass,
 )
+from depth_anything.scenes.render import render_scene, write_scenes
 
 SMALL = {"height": 24, "width": 32}
 ROOM = next(seed for seed in range(20) if random_layout(seed).indoors)
@@ -125,7 +126,7 @@ def test_points_computed_with_the_intrinsics_are_inside_the_room():
 
 @pytest.mark.parametrize("seed", [ROOM, STREET])
 def test_both_looks_of_a_seed_have_the_same_depth_and_other_images(seed):
-    plain, photo = (render_scene(seed, look=look, height=48, width=64) for look in layout.LOOKS)
+    plain, photo = (render_scene(seed, look=look, height=48, width=64) for look in render.LOOKS)
     assert (plain.depth == photo.depth).all()
     assert plain.image.dtype == np.uint8 and plain.image.shape == (48, 64, 3)
     assert plain.depth.dtype == np.float32 and plain.depth.shape == (48, 64)
@@ -152,13 +153,13 @@ def test_photographic_images_are_noisier_than_synthetic_images():
 
 def test_a_seed_gives_the_same_bytes_in_another_process():
     program = (
-        "import hashlib; from depth_anything.scenes.layout import render\n"
+        "import hashlib; from depth_anything.scenes.render import render_scene\n"
         "for look in ('synthetic', 'photographic'):\n"
-        "    f = render(4, look=look, height=24, width=32)\n"
+        "    f = render_scene(4, look=look, height=24, width=32)\n"
         "    print(hashlib.sha256(f.image.tobytes() + f.depth.tobytes()).hexdigest())\n"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    for look, line in zip(layout.LOOKS, out.split(), strict=True):
+    for look, line in zip(render.LOOKS, out.split(), strict=True):
         frame = render_scene(4, look=look, **SMALL)
         assert hashlib.sha256(frame.image.tobytes() + frame.depth.tobytes()).hexdigest() == line
 
@@ -174,7 +175,7 @@ PINNED = {
 
 @pytest.mark.parametrize(("look", "seed"), PINNED)
 def test_images_change_only_with_the_renderer_version(look, seed):
-    assert layout.RENDERER_VERSION == 2, "new pictures: pin them here"
+    assert render.RENDERER_VERSION == 2, "new pictures: pin them here"
     depth, colours = PINNED[look, seed]
     frame = render_scene(seed, look=look, **SMALL)
     assert [frame.depth[y, x] for y, x in ((23, 4), (12, 16), (20, 27))] == pytest.approx(depth, abs=1e-4)
@@ -321,7 +322,7 @@ def test_synthetic_images_are_png_and_depth_is_optional(tmp_path):
 
 
 def test_a_finished_set_is_returned_unchanged(written, monkeypatch):
-    monkeypatch.setattr(layout, "render_scene", None)
+    monkeypatch.setattr(render, "render_scene", None)
     before = {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()}
     assert write_scenes(written.root, **SETTINGS) == written
     assert {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()} == before
@@ -352,7 +353,7 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(written, tmp_path, monke
             raise KeyboardInterrupt
         return render_scene(seed, **kwargs)
 
-    monkeypatch.setattr(layout, "render_scene", dying)
+    monkeypatch.setattr(render, "render_scene", dying)
     root = tmp_path / "photos"
     with pytest.raises(KeyboardInterrupt):
         write_scenes(root, **SETTINGS)

@@ -21,13 +21,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    find_frames,
-    join_parts,
-    read_image_and_map,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_bytes, read_pfm
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -62,7 +56,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image or depth is missing or damaged, or the two differ in size.
     """
     _, *paths = split_fields(line)
-    image, depth = read_image_and_map(raw, _PATTERNS, paths, read_pfm)
+    image, depth = read_pair(raw, _PATTERNS, paths, read_pfm)
     path = raw / paths[0]
     meta = {"unit": "arbitrary", **_read_intrinsics(path.parent.parent / "cams" / f"{path.stem}_cam.txt")}
     return RawSample(image, meta, depth=depth)

@@ -29,7 +29,7 @@ from depth_anything.ingest.frame_files import (
     find_frames,
     join_parts,
     read_frame_file,
-    read_image_and_map,
+    read_pair,
     split_fields,
 )
 from depth_anything.ingest.maps import read_png16
@@ -77,7 +77,7 @@ def read(raw: Path, line: str) -> RawSample:
     _, *paths = split_fields(line)
     outdoor = any(paths[2:])
     patterns, paths = (_OUTDOOR, paths[2:]) if outdoor else (_INDOOR, paths)
-    image, millimeters = read_image_and_map(raw, patterns, paths, read_png16)
+    image, millimeters = read_pair(raw, patterns, paths, read_png16)
     invalid = {}
     if outdoor:
         confidence = decode_image(read_frame_file(raw, _CONFIDENCE, paths[2]))[..., 0]

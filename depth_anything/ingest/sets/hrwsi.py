@@ -26,7 +26,7 @@ from depth_anything.ingest.frame_files import (
     find_frames,
     join_parts,
     read_frame_file,
-    read_image_and_map,
+    read_pair,
     split_fields,
 )
 from depth_anything.ingest.maps import png_bit_depth, read_png16
@@ -74,7 +74,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image, disparity or mask is missing or damaged, or they differ in size.
     """
     _, *paths = split_fields(line)
-    image, disparity = read_image_and_map(raw, _PATTERNS, paths, _decode_disparity)
+    image, disparity = read_pair(raw, _PATTERNS, paths, _decode_disparity)
     valid = decode_image(read_frame_file(raw, _MASK, paths[2]))[..., 0] > 0
     check_mask_size(valid, disparity, _MASK.content)
     return RawSample(

@@ -22,13 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    find_frames,
-    join_parts,
-    read_image_and_map,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_exr
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -63,7 +57,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image or disparity is missing or damaged, or the two differ in size.
     """
     _, *paths = split_fields(line)
-    image, disparity = read_image_and_map(raw, _PATTERNS, paths, read_exr)
+    image, disparity = read_pair(raw, _PATTERNS, paths, read_exr)
     height, width = disparity.shape
     center = {"cx": (width - 1) / 2, "cy": (height - 1) / 2}
     meta = {"unit": "px", "intrinsics": {"fx": FOCAL_PX, "fy": FOCAL_PX, **center}}

@@ -19,13 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    find_frames,
-    join_parts,
-    read_image_and_map,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_hdf5
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -60,7 +54,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image or depth is missing or damaged, the two differ in size, or the map is ordinal.
     """
     _, *paths = split_fields(line)
-    image, depth = read_image_and_map(raw, _PATTERNS, paths, _decode_depth)
+    image, depth = read_pair(raw, _PATTERNS, paths, _decode_depth)
     return RawSample(image, {"unit": "arbitrary"}, depth=depth)
 
 

@@ -20,13 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import PngImagePlugin
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    find_frames,
-    join_parts,
-    read_image_and_map,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import MAX_PIXELS, check_png_checksums, png_bit_depth
 from depth_anything.ingest.sets.tartanair import MIN_SKY_DEPTH_M
 from depth_anything.ingest.source import DatasetInfo, RawSample
@@ -81,7 +75,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image or depth is missing or damaged, or the two differ in size.
     """
     _, *paths = split_fields(line)
-    image, depth = read_image_and_map(raw, _PATTERNS, paths, decode_depth)
+    image, depth = read_pair(raw, _PATTERNS, paths, decode_depth)
     sky = (depth >= MIN_SKY_DEPTH_M) & np.isfinite(depth)
     return RawSample(image, {"unit": "m", "intrinsics": _INTRINSICS}, depth=depth, sky=sky)
 

@@ -19,13 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    find_frames,
-    join_parts,
-    read_image_and_map,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_png16
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -72,7 +66,7 @@ def read(raw: Path, line: str) -> RawSample:
         ValueError: Image or depth is missing or damaged, or the two differ in size.
     """
     _, *paths = split_fields(line)
-    image, centimeters = read_image_and_map(raw, _PATTERNS, paths, read_png16)
+    image, centimeters = read_pair(raw, _PATTERNS, paths, read_png16)
     depth = centimeters / np.float32(100)
     return RawSample(
         image, {"unit": "m", "intrinsics": _INTRINSICS}, depth=depth, sky=centimeters == SKY_VALUE
