@@ -1,7 +1,7 @@
 """Small raw datasets with the layouts and file formats of the real ones, and analytic depth.
 
-Every `make_…` fills a folder and returns what a reader must find: name of each frame to its map, float64, NaN for invalid
-pixels and +inf for sky. The files are written with other libraries than the readers use, where possible.
+Every `make_…` fills a folder and returns what a reader must find: name of each frame to its map, float64, NaN for
+invalid pixels and +inf for sky. The files are written with other libraries than the readers use, where possible.
 """
 
 from pathlib import Path
