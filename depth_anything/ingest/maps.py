@@ -45,6 +45,10 @@ class MapError(ValueError):
     """A file that holds no map, or a damaged one; the sentence says why."""
 
 
+class EightBitError(MapError):
+    """A PNG of 8 bits, whose 256 steps are too few for a map."""
+
+
 def read_pfm(source: str | Path | bytes) -> np.ndarray:
     """Read a portable float map of one channel.
 
@@ -381,7 +385,8 @@ def _png_header(data: bytes) -> tuple[int, int]:
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
     if (bits, colours) != (16, 0):
         kind = {0: "grey", 2: "RGB", 3: "of a palette", 4: "grey and alpha", 6: "RGBA"}.get(colours, "?")
-        raise MapError(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
+        error = EightBitError if bits == 8 else MapError
+        raise error(f"the PNG is {kind} of {bits} bits: a map is grey of 16 bits")
     _check_shape((height, width))
     return height, width
 

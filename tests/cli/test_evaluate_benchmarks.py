@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_benchmarks import make_da2k, make_diode, make_kitti, make_nyu_bts, make_sintel
+from benchmark_files import make_da2k, make_diode, make_kitti, make_nyu_bts, make_sintel
 from typing_commands import complaint
 
 from depth_anything.cli import main

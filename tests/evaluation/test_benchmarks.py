@@ -5,7 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-import made_benchmarks as made
+import benchmark_files as made
 import numpy as np
 import pytest
 from made_raw import jpeg, picture, png, room

@@ -2,10 +2,10 @@
 
 import shutil
 
-import made_benchmarks_metric as made
+import benchmark_files_metric as made
 import numpy as np
 import pytest
-from made_benchmarks import read_all
+from benchmark_files import read_all
 from made_raw import TILTED, hypersim_rays, png
 
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark
@@ -42,7 +42,7 @@ def check(name, root, truth):
 @pytest.mark.parametrize(("name", "low", "high", "kb", "garg", "eigen"), ZOEDEPTH)
 def test_what_zoedepth_compares(name, low, high, kb, garg, eigen):
     rules = find_protocol("zoedepth", benchmark=load_benchmark(name))
-    assert (rules.min_depth, rules.max_depth, rules.view == "kb") == (low, high, kb)
+    assert (rules.min_depth, rules.max_depth, rules.view_crop == "kb") == (low, high, kb)
     assert rules.flip and rules.strict and not rules.fitted
     height, width = SIZES.get(name.split("_")[0], (768, 1024))
     compared = np.zeros((height, width), bool)
@@ -54,7 +54,7 @@ def test_what_zoedepth_compares(name, low, high, kb, garg, eigen):
     elif eigen:  # counted in pixels, whatever the size
         compared[45:471, 41:601] = True
     ours = np.zeros_like(compared)
-    ours[CROPS[rules.crop](height, width)] = True
+    ours[CROPS[rules.eval_crop](height, width)] = True
     np.testing.assert_array_equal(ours, compared)
 
 

@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 
-import made_benchmarks as made
-import made_benchmarks_more_a as more
+import benchmark_files as made
+import benchmark_files_booster_ddad_ibims as more
 import numpy as np
 import pytest
 from made_raw import SIZE, picture, png, room
 
+from depth_anything.evaluation.benchmarks.benchmark import MaskedFrame, read_label_image
 from depth_anything.evaluation.benchmarks.booster import read_calibration
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.ddad import (
@@ -18,7 +19,6 @@ from depth_anything.evaluation.benchmarks.ddad import (
     read_intrinsics,
     read_points,
 )
-from depth_anything.evaluation.benchmarks.frames import MaskedFrame, read_label_image
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.predictions import PrecomputedMaps
 from depth_anything.evaluation.protocols import find_protocol
@@ -53,7 +53,7 @@ def test_boosters_glass_and_mirrors(tmp_path):
     frames = made.read_all(load_benchmark("booster_tom"), tmp_path)
     check(frames, truth, rtol=0)
     for key, part in tom.items():
-        np.testing.assert_array_equal(frames[key].part, part)
+        np.testing.assert_array_equal(frames[key].eval_mask, part)
     trial = task_from_benchmark(load_benchmark("booster_tom"), tmp_path / "booster")
     assert trial.incomplete.startswith("only 4 of 228 images")
 
@@ -128,7 +128,7 @@ def test_what_ibims_lacks_is_named(tmp_path):
     mask.unlink()
     with pytest.raises(ValueError, match="its mask of what is transparent is missing"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
-    assert find_protocol("zoedepth", benchmark=benchmark).crop == "eigen_nyu"
+    assert find_protocol("zoedepth", benchmark=benchmark).eval_crop == "eigen_nyu"
 
 
 def test_masks_of_one_bit_and_classes_of_eight_are_read_as_they_are(tmp_path):

@@ -2,8 +2,8 @@
 
 import io
 
+import benchmark_files as made
 import cv2
-import made_benchmarks as made
 import numpy as np
 import pytest
 from made_raw import picture, room

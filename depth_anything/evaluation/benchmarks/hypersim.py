@@ -25,8 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.sets import hypersim
 
@@ -62,5 +67,5 @@ HYPERSIM = Benchmark(
     find=find,
     read=read,
     sharp=True,
-    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, crop="eigen_pixels")},
+    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, eval_crop="eigen_pixels")},
 )

@@ -38,8 +38,14 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import read_png16

@@ -31,8 +31,14 @@ import h5py
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.find_files import walk_files
 from depth_anything.ingest.frame_files import split_fields
@@ -178,7 +184,7 @@ def _make_benchmark(name: str, title: str, depth: str, depth_limits: dict[str, D
     )
 
 
-_INDOOR_LIMITS = DepthLimits(1e-3, 10, crop="eigen_nyu")
+_INDOOR_LIMITS = DepthLimits(1e-3, 10, eval_crop="eigen_nyu")
 NYU = _make_benchmark(
     "nyu",
     "NYU Depth V2, as measured",

@@ -22,15 +22,20 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
 from depth_anything.ingest.source import DatasetInfo
 
 _IMAGES = {name: FilePattern("image", f"{name}/*", r"(frame_\d{4})\.png") for name in ("final", "clean")}
 _DEPTH = FilePattern("depth", "depth/*", r"(frame_\d{4})\.dpt")
 _DPT_TAG = 202021.25
-_FACTS = DatasetInfo(
+_INFO = DatasetInfo(
     name="sintel",
     title="MPI Sintel",
     records=1064,
@@ -43,13 +48,13 @@ _FACTS = DatasetInfo(
 def find(root: Path, *, render: str) -> Iterator[str]:
     """List the frames of a pass, "final" or "clean", sequence by sequence; ValueError if there is none."""
     lines = find_frames(
-        resolve_root(root, "sintel"), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence_name
+        resolve_root(root, "sintel"), _INFO, (_IMAGES[render], _DEPTH), sequence=_sequence_name
     )
     listed = [line for line in lines if not line.startswith("test/")]
     if not any(split_fields(line)[1] for line in listed):
-        looked = _FACTS.layout.replace("final", render)
+        looked = _INFO.layout.replace("final", render)
         raise ValueError(
-            f"{root} holds no {render} pass with depth: looked for {looked}; get it from {_FACTS.get}"
+            f"{root} holds no {render} pass with depth: looked for {looked}; get it from {_INFO.get}"
         )
     return iter(listed)
 
@@ -81,11 +86,11 @@ def _sequence_name(parts: tuple[str, ...]) -> str:
 def _make_benchmark(name: str, render: str) -> Benchmark:
     return Benchmark(
         name=name,
-        title=f"{_FACTS.title}, {render} pass",
-        images=_FACTS.records,
-        layout=_FACTS.layout.replace("final", render),
-        get=_FACTS.get,
-        licence=_FACTS.licence,
+        title=f"{_INFO.title}, {render} pass",
+        images=_INFO.records,
+        layout=_INFO.layout.replace("final", render),
+        get=_INFO.get,
+        licence=_INFO.licence,
         find=partial(find, render=render),
         read=partial(read, render=render),
         depth_limits={"da2": DepthLimits(1e-3, 70)},

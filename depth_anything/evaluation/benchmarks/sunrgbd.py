@@ -32,8 +32,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import read_bytes, read_png16
@@ -139,7 +145,7 @@ def _make_benchmark(name: str, title: str, depth: str) -> Benchmark:
     )
 
 
-_ZOEDEPTH_LIMITS = DepthLimits(0, 8, crop="eigen_pixels")
+_ZOEDEPTH_LIMITS = DepthLimits(0, 8, eval_crop="eigen_pixels")
 SUNRGBD = _make_benchmark("sunrgbd", "SUN RGB-D, as measured", "depth")
 SUNRGBD_FILLED = _make_benchmark("sunrgbd_filled", "SUN RGB-D, filled in", "depth_bfx")
 SUNRGBD_V1 = Benchmark(

@@ -23,8 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.sets import vkitti2
 
@@ -82,5 +88,8 @@ VKITTI2 = Benchmark(
     find=find,
     read=read,
     sharp=True,
-    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg")},
+    depth_limits={
+        "da2": DepthLimits(1e-3, 80),
+        "zoedepth": DepthLimits(1e-3, 80, view_crop="kb", eval_crop="garg"),
+    },
 )
