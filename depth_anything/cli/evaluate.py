@@ -259,7 +259,7 @@ def _score_share(
     raises: bool,
 ) -> list[str]:
     """Score this process's share of all tasks; return, one sentence each, what failed, or raise it."""
-    from depth_anything.evaluation.runner import MissingData, evaluate_share
+    from depth_anything.evaluation.runner import DiskFailure, MissingData, evaluate_share
 
     failures = []
     for task in tasks:
@@ -270,7 +270,7 @@ def _score_share(
             if raises:
                 raise
             failures.append(
-                str(error) if isinstance(error, MissingData | OSError) else f"{task.name}: {error}"
+                str(error) if isinstance(error, MissingData | DiskFailure) else f"{task.name}: {error}"
             )
     return failures
 

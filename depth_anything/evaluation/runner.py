@@ -15,6 +15,7 @@ from depth_anything import __version__
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.errors import UserError, UserMessage
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 from depth_anything.evaluation.depth_task import DepthTask
 from depth_anything.evaluation.frames import describe_set, evenly_spaced, max_depth_from_manifest, read_frame
@@ -46,8 +47,12 @@ class EvalModel:
     facts: Mapping[str, Any]
 
 
-class MissingData(ValueError):
-    """A benchmark is not there, or a part of it; the message says where to get it."""
+class MissingData(UserError):
+    """A benchmark, or a part of it, is missing; the message names it and where to get it."""
+
+
+class DiskFailure(UserMessage, OSError):
+    """The disk of a benchmark cannot be read for now; the message names the benchmark."""
 
 
 def task_from_set(
@@ -229,18 +234,20 @@ def _batches_of_share(lines: Sequence[str], share: Share) -> list[Sequence[str]]
     return batches[share[0] - 1 :: share[1]]
 
 
-def _benchmark_error(benchmark: Benchmark, error: Exception, what: str) -> MissingData | OSError:
-    """Name the benchmark in an error; the error of a failing disk, raised or wrapped by a reader, stays an OSError."""
+def _benchmark_error(benchmark: Benchmark, error: Exception, what: str) -> MissingData | DiskFailure:
+    """Name the benchmark in an error; that of a failing disk stays an OSError, even if a reader wrapped it."""
     cause: BaseException | None = error
     while cause is not None and not is_disk_failure(cause):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError):
-        failed = OSError(f"{benchmark.name}: {what} cannot be read now ({cause.strerror}): {RESUME_ADVICE}")
+        failed = DiskFailure(f"{benchmark.name}: {what} cannot be read now ({cause.strerror})", RESUME_ADVICE)
         failed.errno = cause.errno
         return failed
-    text = str(error).rstrip(".")
-    where = "" if benchmark.get.split()[0] in text else f"; {benchmark.title} is at {benchmark.get}"
-    return MissingData(f"{benchmark.name}: {text}{where}")
+    if isinstance(error, UserError) and error.fix:
+        return MissingData(f"{benchmark.name}: {error.what}", error.fix_parts)
+    return MissingData(
+        f"{benchmark.name}: {str(error).rstrip('.')}", f"{benchmark.title} is at {benchmark.get}"
+    )
 
 
 def _is_label_file(path: str) -> bool:

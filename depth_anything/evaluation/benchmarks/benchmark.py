@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.errors import UserError
 from depth_anything.ingest.maps import read_bytes
 from depth_anything.ingest.source import DatasetInfo
 
@@ -150,11 +151,11 @@ def read_file(root: Path, path: str) -> bytes:
         return read_bytes(root / path)
 
 
-def require_lines(lines: Iterator[str], message: str) -> Iterator[str]:
-    """Pass lines on; raise ValueError with this message if there is none."""
+def require_lines(lines: Iterator[str], what: str, fix: str) -> Iterator[str]:
+    """Yield lines; UserError with this text if there is none."""
     first = next(lines, None)
     if first is None:
-        raise ValueError(message)
+        raise UserError(what, fix)
     yield first
     yield from lines
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, resolve_root
 from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.maps import read_bytes
@@ -87,8 +88,8 @@ def _find_root(root: Path) -> Path:
     for folder in (root, root / "DA-2K"):
         if (folder / ANNOTATIONS_FILE).is_file():
             return folder
-    raise ValueError(
-        f"{root} does not hold DA-2K: looked for {ANNOTATIONS_FILE} with images/; get it from {_GET}"
+    raise UserError(
+        f"{root} does not hold DA-2K: looked for {ANNOTATIONS_FILE} with images/", f"get it from {_GET}"
     )
 
 

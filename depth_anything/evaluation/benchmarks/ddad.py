@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark import (
     Benchmark,
     DepthLimits,
@@ -81,7 +82,7 @@ def find(root: Path) -> Iterator[str]:
     place = _find_root(root)
     here = [scene for scene in _validation_scenes(place) if (place / scene).is_file()]
     if not here:
-        raise ValueError(f"{place} holds no scene of DDAD's validation split: get it from {_GET}")
+        raise UserError(f"{place} holds no scene of DDAD's validation split", f"get it from {_GET}")
     for scene in here:
         folder = PurePosixPath(scene).parent
         for sample in _read_samples(place, scene):
@@ -183,7 +184,7 @@ def _find_root(root: Path) -> Path:
     for place in (root, root / "ddad_train_val"):
         if (place / INDEX_FILE).is_file():
             return place
-    raise ValueError(f"{root} does not hold DDAD: looked for {_LAYOUT}; get it from {_GET}")
+    raise UserError(f"{root} does not hold DDAD: looked for {_LAYOUT}", f"get it from {_GET}")
 
 
 def _validation_scenes(place: Path) -> list[str]:
