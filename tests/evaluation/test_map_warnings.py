@@ -81,7 +81,7 @@ def test_an_inverted_map_is_named(protocol: str, quantity: str, good: Any, bad: 
     assert "inverted" not in text_of(fine)
 
 
-def test_one_image_upside_down_of_four_is_no_inverted_model() -> None:
+def test_one_inverted_map_of_four_gives_no_warning() -> None:
     frames = make_frames()
     turns = iter([1, -1, 1, 1])
     result = evaluate(Maps(frames, lambda depth: next(turns) / depth), frames)
@@ -102,7 +102,7 @@ def test_a_constant_map_is_named(protocol: str, quantity: str, value: float) -> 
 @pytest.mark.parametrize(
     ("protocol", "quantity"), [("da2", "disparity"), ("zoedepth", "depth"), ("marigold", "depth")]
 )
-def test_a_map_without_numbers_is_counted_and_spoils_the_mean(
+def test_nan_and_infinity_are_listed_and_make_the_mean_nan(
     protocol: str, quantity: str, value: float
 ) -> None:
     """Of a network infinite depth is no sky: a sigmoid never gives it."""
@@ -119,7 +119,7 @@ def test_a_map_without_numbers_is_counted_and_spoils_the_mean(
     assert len(result.warnings) == 1 and "rooms/0/2" in result.warnings[0]
 
 
-def test_what_is_not_compared_may_be_no_number() -> None:
+def test_nan_where_nothing_is_compared_is_ignored() -> None:
     frames = make_frames()
     result = evaluate(
         Maps(frames, lambda d: np.where(np.indices(d.shape)[0] == 0, np.nan, 1 / d)), [frames[0], *frames[1:]]
@@ -134,13 +134,13 @@ def test_what_is_not_compared_may_be_no_number() -> None:
     )  # … and now is not
 
 
-def test_rows_of_before_this_say_nothing_wrong() -> None:
+def test_rows_of_earlier_versions_give_no_warning() -> None:
     row = {"key": "a", "valid": 9, **dict.fromkeys(("abs_rel", "d1"), 0.5)}
     result = DepthResult("old", (row,), protocol=PROTOCOLS["da2"])
     assert not (result.warnings or result.inverted or result.constant)
 
 
-def test_pairs_of_points_tell_an_inverted_and_a_mute_model() -> None:
+def test_pairs_of_points_show_inverted_maps_and_nan() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     pairs = np.array([[[r, 7], [r, 0]] for r in range(8)])
     images = [PointPairImage("da2k/a", image, scene="indoor", pairs=pairs)]
@@ -197,7 +197,7 @@ def run(rooms: Path, *words: Any) -> tuple[int, dict[str, Any]]:
     return code, json.loads(results.read_text()) if results.exists() else {}
 
 
-def test_an_inverted_folder_of_maps_is_said_everywhere(
+def test_inverted_maps_are_named_in_table_page_json_and_stderr(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: depth)
@@ -213,7 +213,7 @@ def test_an_inverted_folder_of_maps_is_said_everywhere(
 
 
 @pytest.mark.parametrize("share", ["one", "all"])
-def test_maps_without_numbers_end_in_an_exit_code(
+def test_maps_with_nan_give_exit_code_1(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str], share: str
 ) -> None:
     def make(depth: np.ndarray) -> np.ndarray:
@@ -231,7 +231,7 @@ def test_maps_without_numbers_end_in_an_exit_code(
     assert document["models"][0]["means"]["abs_rel"] is None
 
 
-def test_a_network_without_numbers_ends_in_an_exit_code(
+def test_a_network_with_nan_gives_a_failing_exit_code(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = DepthAnything("vitn")
@@ -251,7 +251,7 @@ def test_a_network_without_numbers_ends_in_an_exit_code(
         lambda map_: np.zeros((24, 24)),
     ],
 )
-def test_maps_of_other_proportions_are_refused(
+def test_maps_of_another_aspect_ratio_are_refused(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str], change: Any
 ) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: change(1 / depth))
@@ -260,7 +260,7 @@ def test_maps_of_other_proportions_are_refused(
     assert "rooms/0/0" in (err := capsys.readouterr().err) and "36x24" in err
 
 
-def test_maps_of_another_size_but_its_proportions_are_taken(tmp_path: Path, rooms: Path) -> None:
+def test_maps_of_another_size_and_the_same_aspect_ratio_are_resized(tmp_path: Path, rooms: Path) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: (1 / depth)[::2, ::2])
     code, document = run(rooms, "--predictions", maps)
     assert code == 0 and document["models"][0]["means"]["abs_rel"] < 0.2
@@ -272,7 +272,7 @@ def test_maps_of_another_size_but_its_proportions_are_taken(tmp_path: Path, room
 @pytest.mark.parametrize(
     "name", ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(A1)", "\t=1", "a\nb", "a\x1b[2Jb", "<i>x</i>", "\u202eabc"]
 )
-def test_a_name_is_no_formula_no_markup_and_moves_no_cursor(tmp_path: Path, name: str) -> None:
+def test_names_are_escaped_in_csv_html_and_terminal(tmp_path: Path, name: str) -> None:
     frames = make_frames()
     frames[1].key = name
     result = evaluate(Maps(frames, lambda d: d * 0), frames, name=name)

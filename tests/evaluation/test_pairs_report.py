@@ -64,7 +64,7 @@ def report(tmp_path_factory):
     return folder, page.read_text(encoding="utf-8"), results
 
 
-def test_the_page_asks_for_nothing_and_escapes_names(report):
+def test_the_page_is_self_contained_and_escapes_names(report):
     _, page, _ = report
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import|<script|<link""", page)
     assert page.count("a,b &lt;script&gt;alert(1)&lt;/script&gt; ü&#34;") >= 5
@@ -72,7 +72,7 @@ def test_the_page_asks_for_nothing_and_escapes_names(report):
         assert needed in page
 
 
-def test_the_page_has_the_table_ours_and_others(report):
+def test_the_page_has_measured_and_reported_results(report):
     _, page, _ = report
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr.*?</tr>", page, re.S)]
     table = {re.sub("<.*?>", "", row[0]): row[1:] for row in rows if len(row) > 5}
@@ -108,7 +108,7 @@ def test_the_page_shows_first_worst_and_median_with_their_figures(report):
             assert cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), 1) is not None
 
 
-def test_files_beside_the_page_parse(report):
+def test_the_json_and_csv_files_parse(report):
     folder, _, results = report
 
     def refuse(name):
@@ -125,7 +125,7 @@ def test_files_beside_the_page_parse(report):
     assert ODD in (folder / "table.txt").read_text(encoding="utf-8")
 
 
-def test_pairs_are_drawn_where_they_lie_in_the_color_of_their_answer():
+def test_pairs_are_drawn_in_the_color_of_their_score():
     picture = np.full((300, 1200, 3), 90, np.uint8)
     pairs = np.array([[[30, 60], [30, 300]], [[150, 60], [150, 300]], [[270, 60], [270, 300]]])
     drawn = draw_pairs(picture, pairs, np.array([1.0, 0.5, 0.0]))

@@ -147,7 +147,7 @@ def test_one_valid_pixel_and_none():
             assert row["abs_rel"] < 1e-6
 
 
-def test_what_lies_outside_a_crop_never_matters():
+def test_pixels_outside_of_a_crop_never_matter():
     rules = EvalProtocol("x", fitted=("disparity",), eval_crop="garg")
     prediction, depth = make((375, 1242), "disparity")
     frame = Frame("k", np.zeros((375, 1242, 3), np.uint8), {}, depth=depth)
@@ -222,7 +222,7 @@ def test_a_benchmark_knows_its_protocols():
     assert find_protocol("da2", max_depth=20).max_depth == 20
 
 
-def test_the_text_says_all_that_matters():
+def test_the_text_of_a_protocol_has_all_its_rules():
     for name, rules in PROTOCOLS.items():
         assert rules.text.startswith(f"{name}: ")
     nyu = find_protocol(

@@ -111,7 +111,7 @@ def test_examples_hold_maps_in_metres(report):
         assert example.predictions["good"].dtype == np.float32
 
 
-def test_page_asks_for_nothing(report):
+def test_the_page_is_self_contained(report):
     page = (report[0] / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://|<script|<link""", page)
     assert "toy &lt;script&gt;" in page
@@ -127,7 +127,7 @@ def test_page_asks_for_nothing(report):
     assert "limit" not in page
 
 
-def test_page_shows_what_was_measured(report):
+def test_the_page_shows_the_metrics_and_pictures(report):
     folder, results, examples = report
     page = (folder / "report.html").read_text(encoding="utf-8")
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
@@ -167,7 +167,7 @@ def test_table_marks_the_best_in_each_direction():
     assert "*" not in table_of(a_result("alone", [0.1]))
 
 
-def test_ties_share_the_mark_and_nan_never_has_it():
+def test_ties_share_the_star_and_nan_never_has_it():
     table = table_of(a_result("a", [0.1]), a_result("b", [0.1]), a_result("c", [float("nan")]))
     a, b, c = table.splitlines()[2:5]
     assert a.count("*") == b.count("*") == 9 and "*" not in c and "nan" in c

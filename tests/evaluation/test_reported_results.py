@@ -22,7 +22,7 @@ def figure(model, benchmark, metric="abs_rel", *, rerun=False, protocol="da2"):
     return row.values[metric]
 
 
-def test_papers_tables():
+def test_values_equal_those_of_the_papers():
     """Read off the papers, not off the code."""
     small, large = "Depth Anything V2 S", "Depth Anything V2 L"
     assert [figure(small, name) for name in ("kitti", "nyu", "sintel", "eth3d", "diode")] == [
@@ -60,7 +60,7 @@ def test_papers_tables():
 
 
 @pytest.mark.parametrize("name", ["kitti", "nyu", "sintel", "eth3d", "diode"])
-def test_the_eight_models_stand_on_each_set(name):
+def test_each_set_has_the_eight_models(name):
     rows = [row.model for row in find_reported_results(name, protocol="da2") if not row.rerun]
     assert rows == ["MiDaS 3.1 BEiT-L-512", *(f"Depth Anything V1 {size}" for size in "SBL")] + [
         f"Depth Anything V2 {size}" for size in "SBLG"
@@ -81,7 +81,7 @@ def test_every_row_is_of_a_known_benchmark_and_metric():
     assert find_reported_results("nothing") == ()
 
 
-def test_what_nobody_reproduces_says_so():
+def test_results_that_nobody_reproduced_have_a_remark():
     for name in (
         "eth3d", "sintel", "diode", "ddad", "booster_ntire2024", "sunrgbd_v1", "hypersim", "vkitti2",
     ):  # fmt: skip

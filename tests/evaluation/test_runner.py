@@ -147,7 +147,7 @@ def test_the_cache_key_of_a_task_is_that_of_earlier_versions():
     assert cache_key(PairsTask("da2k", ["a"], a_frame, {"digest": "sha256:1"}))["protocol"] is None
 
 
-def test_boundaries_are_scored_where_truth_is_sharp(tmp_path):
+def test_boundaries_are_scored_where_the_ground_truth_is_sharp(tmp_path):
     make_sintel(tmp_path / "sintel")
     make_nyu_bts(tmp_path / "nyu")
     sintel, nyu = (task_from_benchmark(load_benchmark(name), tmp_path) for name in ("sintel", "nyu"))
@@ -174,7 +174,7 @@ def perfect_and_flat_rows(task):
     return [score_map(map_, frame, quantity="depth", protocol=task.protocol)[1] for map_ in maps]
 
 
-def test_a_set_says_that_its_truth_is_sharp(tmp_path):
+def test_the_manifest_of_a_set_says_whether_its_depth_is_sharp(tmp_path):
     made = write_scenes(tmp_path / "s", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1)
     assert made.meta["sharp"] is True and task_from_set(made).protocol.sharp
     assert not task_from_set(replace(made, meta={})).protocol.sharp
@@ -184,7 +184,7 @@ def test_a_set_says_that_its_truth_is_sharp(tmp_path):
     assert "sharp" not in bare.meta
 
 
-def test_a_part_of_a_benchmark_is_not_comparable(tmp_path):
+def test_a_part_of_a_benchmark_is_marked_incomparable(tmp_path):
     make_sintel(tmp_path / "sintel")
     some = task_from_benchmark(load_benchmark("sintel"), tmp_path, limit=2)
     assert some.incomplete.startswith("only 4 of 1064 images lie there")
@@ -218,7 +218,7 @@ def write_maps(folder, predictor, form, name):
         ("png16", "photos/{number}.png", 1e-3),
     ],
 )
-def test_maps_on_disk_are_judged_as_their_model(predictor, whole, tmp_path, form, name, near):
+def test_maps_on_disk_have_the_scores_of_their_model(predictor, whole, tmp_path, form, name, near):
     write_maps(tmp_path / "maps", predictor, form, name)
     maps = PrecomputedMaps(tmp_path / "maps", quantity="disparity" if "_disparity" not in name else None)
     assert maps.quantity == "disparity" and len(maps) == 29
@@ -227,7 +227,7 @@ def test_maps_on_disk_are_judged_as_their_model(predictor, whole, tmp_path, form
 
 
 @pytest.mark.parametrize("quantity", ["disparity", "depth"])
-def test_the_header_of_an_exr_says_what_it_holds_whatever_its_name(tmp_path, quantity):
+def test_the_quantity_of_an_exr_is_read_from_its_header(tmp_path, quantity):
     map_ = np.ones((28, 42), np.float32)
     (tmp_path / "001.exr").write_bytes(encode_map(map_, "exr", quantity=quantity, unit="m"))
     (tmp_path / "002.exr").write_bytes(b"no EXR")
@@ -237,7 +237,7 @@ def test_the_header_of_an_exr_says_what_it_holds_whatever_its_name(tmp_path, qua
         PrecomputedMaps(tmp_path, quantity=other)
 
 
-def test_predictions_that_cannot_be_taken(tmp_path):
+def test_folders_without_maps_or_with_unclear_quantity_are_refused(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path / "none")):
         PrecomputedMaps(tmp_path / "none")
     with pytest.raises(ValueError, match=str(tmp_path)):
@@ -255,7 +255,7 @@ def test_predictions_that_cannot_be_taken(tmp_path):
         PrecomputedMaps(tmp_path)
 
 
-def test_a_name_that_two_maps_have_is_not_guessed(tmp_path):
+def test_two_maps_with_the_name_of_a_frame_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / "1_depth.npy", np.full((28, 42), 5.0, np.float32))
@@ -269,7 +269,7 @@ def a_kitti_frame(drive):
     return Frame(f"kitti/{drive}/0000000032", np.zeros((28, 42, 3), np.uint8), {"files": files})
 
 
-def test_a_map_stands_for_one_frame_of_a_set(tmp_path):
+def test_a_map_is_used_for_one_frame_of_a_set_only(tmp_path):
     np.save(tmp_path / "0000000032.npy", np.full((28, 42), 5.0, np.float32))
     maps = PrecomputedMaps(tmp_path, quantity="depth")
     assert maps.load_map(a_kitti_frame("drive_0036")).max() == 5
@@ -281,7 +281,7 @@ def test_a_map_stands_for_one_frame_of_a_set(tmp_path):
 @pytest.mark.parametrize(
     "below", ["", "image_02/data/", "2011_09_26/{0}/image_02/data/", "kitti/{0}/", "{0}/"]
 )
-def test_a_map_is_found_where_its_image_lies(tmp_path, below):
+def test_a_map_is_found_by_the_path_of_its_image(tmp_path, below):
     for value, drive in enumerate(("drive_0036", "drive_0047")):
         path = tmp_path / f"of_{drive}" / below.format(drive) / "0000000032.npy"
         path.parent.mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_a_map_is_found_where_its_image_lies(tmp_path, below):
             maps.load_map(a_kitti_frame("drive_0047"))
 
 
-def test_maps_of_da2k_lie_as_its_images(tmp_path):
+def test_maps_of_da2k_are_found_by_the_path_of_the_image(tmp_path):
     benchmark = load_benchmark("da2k")
     make_da2k(tmp_path / "da2k")
     (elsewhere := tmp_path / "elsewhere").mkdir()
@@ -309,14 +309,14 @@ def test_maps_of_da2k_lie_as_its_images(tmp_path):
     assert len(maps) == len(rows) == 10 and all(row["right"] == row["pairs"] / 2 for row in rows)
 
 
-def test_what_the_authors_metric_script_saves_is_metres(tmp_path):
+def test_maps_of_the_authors_metric_script_are_depth(tmp_path):
     np.save(tmp_path / "1_raw_depth_meter.npy", np.full((28, 42), 5.0, np.float32))
     (tmp_path / "1.json").write_text(json.dumps({"quantity": "disparity"}))
     maps = PrecomputedMaps(tmp_path)
     assert maps.quantity == "depth" and (maps.load_map(a_frame(1)) == 5).all()
 
 
-def test_a_benchmark_is_judged_from_its_files(tmp_path):
+def test_maps_on_disk_are_evaluated_on_a_benchmark(tmp_path):
     truth = make_nyu_bts(tmp_path / "nyu")
     task = task_from_benchmark(load_benchmark("nyu"), tmp_path)
     assert task.protocol.eval_crop == "eigen_nyu" and task.protocol.max_depth == 10
@@ -330,7 +330,7 @@ def test_a_benchmark_is_judged_from_its_files(tmp_path):
     assert len(rows) == len(truth) and all(row["valid"] and row["abs_rel"] < 1e-3 for row in rows)
 
 
-def test_missing_data_says_where_it_is(tmp_path):
+def test_missing_data_names_where_to_get_it(tmp_path):
     with pytest.raises(runner.MissingData, match="^nyu: .*silberman"):
         task_from_benchmark(load_benchmark("nyu"), tmp_path)
     with pytest.raises(runner.MissingData) as caught:

@@ -104,13 +104,13 @@ def read(root: Path, line: str, *, name: str) -> Frame:
         if image.shape[:2] != depth.shape:
             raise ValueError(f"its image is {image.shape[:2]}, its depth {depth.shape}")
         image, depth, camera = warp(image, depth, camera, width=width, height=height)
-        metres = np.where(np.isfinite(depth), depth, np.nan)
+        meters = np.where(np.isfinite(depth), depth, np.nan)
         known = (
-            metres <= np.nanquantile(metres, 0.01) * _MAX_RELATIVE_DEPTH
-            if np.isfinite(metres).any()
+            meters <= np.nanquantile(meters, 0.01) * _MAX_RELATIVE_DEPTH
+            if np.isfinite(meters).any()
             else None
         )
-        return make_frame(f"{name}/{frame}", image, metres, known=known, meta={"intrinsics": camera.tolist()})
+        return make_frame(f"{name}/{frame}", image, meters, known=known, meta={"intrinsics": camera.tolist()})
 
 
 def read_depth(data: bytes) -> np.ndarray:

@@ -6,7 +6,7 @@ the authors' toolbox; it is read from a text with a line per test image, in the 
     sunrgbd_testing_images.txt      of https://github.com/ankurhanda/sunrgbd-meta-data
     SUNRGBD_val_splits.txt          of https://github.com/zhyever/Monocular-Depth-Estimation-Toolbox, splits/
 
-Depth: 16 bits, millimeters rotated left by three bits: mm = v >> 3 | v << 13, as in read3dPoints.m of that toolbox; 0 is
+Depth: 16 bits, millimeters rotated left by three bits: mm = v >> 3 | v << 13, as read3dPoints.m of that toolbox; 0 is
 unknown. depth is the sensor's measurement (`sunrgbd`), depth_bfx is inpainted (`sunrgbd_filled`). Few papers say which
 they use: Monocular-Depth-Estimation-Toolbox uses the measured one, github.com/kmatzen/plumbline the inpainted one, with
 which it comes close to Depth Pro's figure. The toolbox sets depth beyond 8 m to 8 m, where nobody compares it.

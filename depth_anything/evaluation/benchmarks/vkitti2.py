@@ -1,7 +1,7 @@
 """Virtual KITTI 2, the 8 % that ZoeDepth's split excludes from training: rendered drives.
 
-Layout and depth are those of `depth_anything.ingest.sets.vkitti2`, which reads them; camera 0. Sky is unknown here, since
-it has no depth.
+Layout and depth are those of `depth_anything.ingest.sets.vkitti2`, which reads them; camera 0. The sky has no
+depth and is unknown here.
 
 Frames: ZoeDepth's reader (metric_depth/zoedepth/data/vkitti2.py of Depth Anything V1) shuffles the 21,260 frames of
 camera 0 without a seed, once, and keeps 92 % for training: 19,559 names in train.txt, which leaves 1,701. Nobody
