@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from depth_anything.data.tars import StorageUnavailable, remove_stale, temporary_path
+from depth_anything.errors import SAME_COMMAND
 
 _DEFAULT_LIMIT_GB = 50.0
 _POLL_S = 0.1
@@ -77,8 +78,8 @@ def open_shard_copy(
         if size > cache_limit_bytes():
             raise StorageUnavailable(
                 f"a shard of {size / 1e9:.3f} GB is more than the {cache_limit_bytes() / 1e9:g} GB that {root} may "
-                "hold: "
-                f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and start the same command again"
+                "hold",
+                [f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and ", SAME_COMMAND],
             )
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(root / f".lock-{place.name[:2]}"):
@@ -88,8 +89,8 @@ def open_shard_copy(
         raise
     except OSError as error:
         raise StorageUnavailable(
-            f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
-            "to another folder, and start the same command again"
+            f"shards cannot be copied to {root} ({error.strerror or error})",
+            ["set DEPTH_ANYTHING_CACHE=FOLDER to another folder, and ", SAME_COMMAND],
         ) from error
 
 

@@ -27,6 +27,7 @@ from depth_anything.data.tar_index import (
     parse_index_text,
 )
 from depth_anything.disk import name_write_errors, sync_folder
+from depth_anything.errors import Argument, Command, Text, UserError, UserMessage
 from depth_anything.locks import file_system_time, process_exists
 
 _MAX_FILE_NAME = 255  # bytes, on most file systems
@@ -57,21 +58,32 @@ class BoundedHeaderFile:
         return self._file.read(size)
 
 
-class ShardError(ValueError):
-    """A set or shard that cannot be used as it is; the sentence says what to do, and no secret of an address."""
+class ShardError(UserError):
+    """A set or shard that cannot be used as it is. Secrets of addresses are removed from the message."""
 
-    def __init__(self, *arguments: object) -> None:
-        """Take the secrets out of the sentence."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
 
 
-class StorageUnavailable(OSError):
-    """Shards that cannot be read for now. It is no record's fault: nothing stands in for it, and the run stops,
-    lest a server's bad hour change the training."""
+class StorageUnavailable(UserMessage, OSError):
+    """Shards cannot be read for now.
 
-    def __init__(self, *arguments: object) -> None:
-        """Take the secrets out of the sentence."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    This stops a run, and no other record replaces one that cannot be read: an outage must not change the training.
+    """
+
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
+
+
+def redact_parts(text: Text) -> Text:
+    """Remove the secrets of addresses from the text of a message."""
+    if isinstance(text, str):
+        return redact_secrets(text)
+    if isinstance(text, Argument | Command):
+        return text
+    return [redact_secrets(part) if isinstance(part, str) else part for part in text]
 
 
 class BadRecord(ValueError):

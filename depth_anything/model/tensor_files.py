@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from depth_anything.disk import sync_folder, write_error
+from depth_anything.errors import error_reason
 from depth_anything.model import lora
 from depth_anything.model.integrity import DIGEST_KEY, find_damage, tensor_digest
 
@@ -294,8 +295,3 @@ def summarize_names(names: Mapping[str, Any] | list[str]) -> str:
     """Name the first of several."""
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else str(first)
-
-
-def error_reason(error: BaseException) -> str:
-    """Give an error's first line, cut to a length that fits into a sentence."""
-    return str(error).strip().partition("\n")[0][:120] or type(error).__name__

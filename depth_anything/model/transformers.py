@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depth_anything.errors import error_reason
 from depth_anything.licenses import license_from_card
 from depth_anything.model.card import CARD_NAME
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.metadata import validate_metadata
-from depth_anything.model.tensor_files import SUPPORTED_FORMATS, error_reason, read_tensors, save_safetensors
+from depth_anything.model.tensor_files import SUPPORTED_FORMATS, read_tensors, save_safetensors
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_TYPE = "depth_anything"

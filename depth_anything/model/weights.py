@@ -70,12 +70,10 @@ def load_model(
     """
     path = Path(path)
     if version not in (None, 1, 2):
-        raise UserError(Argument("version", version), " must be 1 or 2")
+        raise UserError([Argument("version", version), " must be 1 or 2"])
     if max_depth is not None and not MAX_DEPTH_RANGE_M[0] <= max_depth <= MAX_DEPTH_RANGE_M[1]:
-        raise UserError(
-            Argument("max_depth", max_depth),
-            f" must be metres from {MAX_DEPTH_RANGE_M[0]:g} to {MAX_DEPTH_RANGE_M[1]:g}",
-        )
+        low, high = MAX_DEPTH_RANGE_M
+        raise UserError([Argument("max_depth", max_depth), f" must be from {low:g} to {high:g} meters"])
     tensors, said = _read_model(path)
     named = name_hints(path)
     said = {**named, **said}
@@ -292,9 +290,8 @@ def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
         if (spec.width, spec.depth) == (width, depth):
             return name
     raise UserError(
-        f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}; "
-        "give its timm name, as ",
-        Argument("encoder", "vit_tiny_patch16_224"),
+        f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}",
+        ["give its timm name, as ", Argument("encoder", "vit_tiny_patch16_224")],
     )
 
 
@@ -306,9 +303,8 @@ def _resolve_taps(
         return said["taps"]
     if name not in _V1_ENCODERS:
         if version == 1:
-            raise UserError(
-                Argument("version", 1), f" is for {', '.join(_V1_ENCODERS)}, and {path} is {name}"
-            )
+            known = ", ".join(_V1_ENCODERS)
+            raise UserError([Argument("version", 1), f" is for {known}, and {path} is {name}"])
         return said.get("taps")
     depth = ENCODERS[name].depth
     of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
@@ -333,7 +329,7 @@ def _resolve_max_depth(path: Path, said: Mapping[str, Any], max_depth: float | N
     if said.get("calibration") is not None and (max_depth or said.get("max_depth")) is not None:
         wanted = Argument("max_depth", max_depth or said["max_depth"])
         raise UserError(
-            f"{path} is calibrated: it turns disparity into metres, and ", wanted, " is for depth"
+            [f"{path} is calibrated: it turns disparity into meters, and ", wanted, " is for depth"]
         )
     if max_depth is not None:
         if "max_depth" in said and said["max_depth"] != max_depth:
@@ -398,4 +394,4 @@ def _warn_lost_facts(model: DepthAnything, path: Path) -> None:
 
 
 def _warn(*parts: str | Argument) -> None:
-    warnings.warn(ArgumentWarning(*parts), stacklevel=4)
+    warnings.warn(ArgumentWarning(parts), stacklevel=4)

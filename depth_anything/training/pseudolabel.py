@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.loader import StreamLoader, next_or_failure, return_batch
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.locks import FileWatch
@@ -209,6 +210,11 @@ class ShardBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches until every shard of every set has its labels, by whomever."""
+        batches = self._batches()
+        while (batch := next_or_failure(batches)) is not None:
+            yield batch
+
+    def _batches(self) -> Iterator[ImageBatch]:
         worker = get_worker_info()
         lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         lanes = self.world * (worker.num_workers if worker else 1)
@@ -322,8 +328,8 @@ class ShardData(pl.LightningDataModule):
             ValueError: If a set is not finished after all.
         """
         if not self.finished():
-            raise ValueError(
-                "not every shard has its labels; look at the messages above and start the same command again"
+            raise UserError(
+                "not every shard has its labels", ["look at the messages above and ", SAME_COMMAND]
             )
         told = []
         for name, labels in self.labels.items():
@@ -425,9 +431,10 @@ class PseudoLabel(pl.LightningModule):
         self._failed, self._mute = self._failed + len(batch.failed), self._mute + len(mute)
         many = self._read >= 1000
         if len(batch.failed) == batch.records or (many and self._failed > 0.01 * self._read):
-            raise ValueError(
+            raise UserError(
                 f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
-                f"({batch.failed[-1][1]}); look with `depth-anything verify` and start the same command again"
+                f"({batch.failed[-1][1]})",
+                ["look with `depth-anything verify` and ", SAME_COMMAND],
             )
         seen = batch.records - len(batch.failed)
         if 2 * len(mute) > seen or (many and mute and self._mute > 0.01 * self._read):

@@ -16,26 +16,17 @@ from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import atomic_write
 from depth_anything.disk import write_error
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark as load_benchmark
-from depth_anything.evaluation.benchmarks.da2k import PairResult, score_da2k
-from depth_anything.evaluation.evaluate import (
-    HIGHER_IS_BETTER,
-    DepthResult,
-    crop_to_view,
-    evaluate,
-    masked_truth,
-    merge_results,
-)
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
 from depth_anything.evaluation.protocols import EvalProtocol
 from depth_anything.evaluation.runner import (
-    BATCH_SIZE,
-    EvalTask,
     cache_key,
-    check_quantity,
     lines_of_share,
+    score_lines,
     task_from_benchmark,
     task_from_set,
 )
+from depth_anything.evaluation.task import EvalTask
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.tensor_files import write_whole
 from depth_anything.model.weights import save_model
@@ -160,7 +151,7 @@ class ValidationCallback(StepCallback):
         found: list[_DepthSummary] = []
         if trial is None:
             return found
-        check_quantity(trial, quantity)
+        trial.check_quantity(quantity)
         self.lines = lines_of_share(trial.lines, (trainer.global_rank + 1, trainer.world_size))
         for number, line in enumerate(self.lines):
             item = trial.read(line)
@@ -191,20 +182,11 @@ class ValidationCallback(StepCallback):
         module.model.train(training)
 
     def _judged(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
-        """Judge all ranks' shares; the metric that decides, and the means of all."""
-        assert self.trial is not None
-        rules, read = self.trial.protocol, self.trial.read
-        if rules is None:
-            scores = gather_or_raise(
-                ranks, lambda: score_da2k(predictor, map(read, self.lines), batch_size=BATCH_SIZE)
-            )
-            score = PairResult(tuple(row for share in scores for row in share.rows))
-            return "accuracy", {"accuracy": score.accuracy, **score.scenes}
-
-        def judged() -> DepthResult:
-            return evaluate(predictor, map(read, self.lines), protocol=rules, batch_size=BATCH_SIZE)
-
-        return "abs_rel", merge_results(gather_or_raise(ranks, judged)).means
+        """Score the shares of all ranks; return the metric that ranks networks, and all means."""
+        task = self.trial
+        assert task is not None
+        shares = gather_or_raise(ranks, lambda: score_lines(predictor, task, self.lines))
+        return task.metric, task.result("model", (row for share in shares for row in share)).means
 
     def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
         maps = predictor.predict_batch([item.image for item in self.shown])
@@ -223,16 +205,16 @@ class ValidationCallback(StepCallback):
 
     def _keep_best(self, module: DepthModule, step: int, metric: str, value: float) -> None:
         """Keep the network if it is better than all before; its note goes first and comes last, and so never lies."""
-        better = 1 if metric in (*HIGHER_IS_BETTER, "accuracy") else -1
-        if math.isnan(value) or (self.best and better * value <= better * self.best["value"]):
-            return
         assert self.trial is not None
+        sign = 1 if self.trial.higher_is_better else -1
+        if math.isnan(value) or (self.best and sign * value <= sign * self.best["value"]):
+            return
         self.best = {
             "step": step,
             "metric": metric,
             "value": value,
             "images": self.trial.name,
-            "protocol": self.trial.protocol.name if self.trial.protocol else self.trial.name,
+            "protocol": self.trial.rules,
             "judged": _task_digest(self.trial),
         }
         written = self.folder.best.with_name(f".{self.folder.best.name}.tmp")

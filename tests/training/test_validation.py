@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from made_benchmarks import make_da2k, make_kitti
+from benchmark_files import make_da2k, make_kitti
 
 from depth_anything import DepthAnything, load_model
 from depth_anything.data.sample import Frame, encode_frame
@@ -215,7 +215,7 @@ def test_a_public_benchmark_by_its_own_rules(tmp_path: Path) -> None:
     make_kitti(tmp_path / "benchmarks" / "kitti")
     trial = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks")))
     assert trial is not None and trial.protocol is not None
-    assert (trial.protocol.name, trial.protocol.crop, trial.protocol.max_depth) == ("da2", "garg", 80)
+    assert (trial.protocol.name, trial.protocol.eval_crop, trial.protocol.max_depth) == ("da2", "garg", 80)
     near = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks"), max_depth=20))
     assert near is not None and near.protocol is not None and near.protocol.max_depth == 20.0
     settings = config(benchmark="kitti", root=str(tmp_path / "benchmarks"), validation="not looked at")
