@@ -36,7 +36,7 @@ _UNITS = (("unit: mm", 0.001), ("unit: cm", 0.01), ("unit: m", 1.0), ("scale: 1/
 _SKY_COLOR = (170, 225, 255)  # light blue, which the map's colours do not have
 _MIN_SATURATED_SHARE = 0.002  # of the pixels have the largest value: more than a single spot
 _MOST_MAPS = 0.9  # of the maps must show a sign before it is said
-_EIGHT_BIT_ERROR = "of 8 bits: a map is grey of 16 bits"  # maps.read_png16
+_EIGHT_BIT_ERROR = "bits: a map is gray with 16 bits"  # maps.read_png16
 _EIGHT_BIT_ADVICE = (
     "256 steps are a picture of depth: write the depth itself as 16-bit PNG, NPY, EXR or PFM; if 8 bits are all "
     "there is, save them as NPY and declare  quantity: disparity  where near is bright, or  scale: METRES of a stored 1"
@@ -92,7 +92,7 @@ def check_dataset(custom: CustomSet, *, sample: int = SAMPLE_RECORDS) -> Dataset
     Raises:
         ValueError: Nothing fits together, or nothing of the sample can be read.
     """
-    pairs, found, look = custom.pair(), DatasetCheck(), _SampleStats(custom)
+    pairs, found, look = custom.find_pairs(), DatasetCheck(), _SampleStats(custom)
     found.refused += [(name, f"no {custom.quantity} of this name in {custom.depth}") for name in pairs.images]
     found.refused += [(name, f"no image of this name in {custom.images}") for name in pairs.maps]
     sizes = _read_sizes(custom, pairs, found.refused)
@@ -102,7 +102,7 @@ def check_dataset(custom: CustomSet, *, sample: int = SAMPLE_RECORDS) -> Dataset
     with ProgressLine("looking at pixels", total=len(chosen)) as progress:
         for name in chosen:
             try:
-                look.at(name, custom.line(name, *pairs.both[name]), draw=name in drawn)
+                look.at(name, custom.format_line(name, *pairs.matched[name]), draw=name in drawn)
             except (ValueError, MemoryError) as error:
                 found.refused.append((name, str(error) or "it needs more memory than there is"))
             progress.update()
@@ -110,7 +110,7 @@ def check_dataset(custom: CustomSet, *, sample: int = SAMPLE_RECORDS) -> Dataset
     if not look.seen:
         why = "; ".join(f"{printable_path(name)}: {reason}" for name, reason in found.refused[:3])
         more = f"; {_EIGHT_BIT_ADVICE}" if eight else ""
-        raise ValueError(f"none of {len(pairs.both)} pairs can be taken ({why}){more}")
+        raise ValueError(f"none of {len(pairs.matched)} pairs can be taken ({why}){more}")
     found.taken = len(good) - (len(chosen) - len(look.seen))
     found.lines = _format_facts(custom, pairs, sizes, look)
     found.warnings = _find_warnings(custom, sizes, look.seen)
@@ -125,8 +125,8 @@ def _read_sizes(
 ) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
     """Sizes of image and map of each pair, by their headers; those that do not fit are refused."""
     sizes = {}
-    with ProgressLine("looking at sizes", total=len(pairs.both)) as progress:
-        for name, (image, depth) in pairs.both.items():
+    with ProgressLine("looking at sizes", total=len(pairs.matched)) as progress:
+        for name, (image, depth) in pairs.matched.items():
             try:
                 size = read_image_size(custom.folder / image)
                 try:
@@ -209,7 +209,7 @@ def _format_facts(
     kinds = [(kind, count) for kind, count in look.kinds.most_common() if kind != "all"]
     medians = [seen.median for seen in look.seen]
     lines = [
-        f"pairs:      {len(pairs.both)}",
+        f"pairs:      {len(pairs.matched)}",
         f"alone:      {len(pairs.images)} images without a map, {len(pairs.maps)} maps without an image",
         f"other:      {others or 'no files'} (of another kind or name)",
         f"images:     {format_common_sizes(size for size, _ in sizes.values())}",

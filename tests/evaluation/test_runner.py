@@ -26,7 +26,7 @@ from depth_anything.evaluation.runner import (
     task_from_set,
 )
 from depth_anything.inference.formats import encode_map
-from depth_anything.scenes.layout import write_scenes
+from depth_anything.scenes.render import write_scenes
 
 MODEL = {"fingerprint": "sha256:1"}
 SHARP = replace(PROTOCOLS["da2"], sharp=True)

@@ -9,7 +9,7 @@ from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import write_shard
 from depth_anything.inspect.dataset_stats import compute_stats, draw_stats, format_stats
 from depth_anything.inspect.histogram import ValueHistogram
-from depth_anything.scenes.layout import write_scenes
+from depth_anything.scenes.render import write_scenes
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 

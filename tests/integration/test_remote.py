@@ -20,7 +20,7 @@ from depth_anything.data.labels import LabelSetWriter
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import open_set
 from depth_anything.data.stream import Stream
-from depth_anything.scenes.layout import write_scenes
+from depth_anything.scenes.render import write_scenes
 
 from .conftest import ROOT, SMALL, environment
 
