@@ -27,11 +27,9 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 import urllib3
 
 from depth_anything.data import cache
-from depth_anything.data.address import is_http, is_remote, redact_secrets
+from depth_anything.data.address import is_http, redact_secrets
 from depth_anything.data.tar_index import TarIndex
 from depth_anything.data.tars import PATH_ERRNOS, ShardError, StorageUnavailable
-
-__all__ = ["RESUME_HINT", "PermanentError", "is_remote", "retry", "fetch", "fetch_range"]
 
 T = TypeVar("T")
 

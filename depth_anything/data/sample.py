@@ -14,31 +14,12 @@ from PIL import Image
 
 from depth_anything.data import codec as map_codec
 from depth_anything.data.image_headers import (
-    MAX_PIXELS,
     DecodeCost,
     check_decode_cost,
-    estimate_decode_cost,
     open_image,
     picture_decode_cost,
 )
 from depth_anything.preprocess import composite_on_white
-
-__all__ = [
-    "MAX_PIXELS",
-    "Frame",
-    "DecodeCost",
-    "decode_image",
-    "decode_labels",
-    "decode_image_and_meta",
-    "decode_record",
-    "make_disparity_target",
-    "encode_frame",
-    "estimate_decode_cost",
-    "image_extension",
-    "image_warnings",
-    "convert_to_target",
-    "find_target_field",
-]
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")

@@ -119,7 +119,8 @@ HELD = """
 import sys
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import open_set
 data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=2, image_size=28)
 batches = iter(stream_loader(data, micro_batch=2, workers=2))
 first = next(batches)

@@ -69,7 +69,8 @@ sys.path.insert(0, sys.argv[2])
 from bench_scale import resident_mb
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import open_set
 data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=16, image_size=14, perturb=True)
 batches = iter(stream_loader(data, micro_batch=100, workers=1))
 (worker,) = multiprocessing.active_children()
