@@ -124,11 +124,11 @@ def test_who_may_not_read_and_whose_key_has_expired():
     assert isinstance(refused, remote.PermanentError) and "not for us" in str(refused)
     for code in ("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"):
         expired = remote._fsspec_error("s3://b/a.tar", answered(code))
-        assert isinstance(expired, remote.RetryableError) and expired.hopeless and code in expired.reason
+        assert isinstance(expired, remote.RetryableError) and expired.fatal and code in expired.reason
     slow = remote._fsspec_error("s3://b/a.tar", answered("SlowDown"))
-    assert isinstance(slow, remote.RetryableError) and not slow.hopeless
+    assert isinstance(slow, remote.RetryableError) and not slow.fatal
     missing = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
-    assert remote._fsspec_error("s3://b/a.tar", missing).hopeless
+    assert remote._fsspec_error("s3://b/a.tar", missing).fatal
     assert isinstance(remote._fsspec_error("gs://b/a", Refused()), remote.PermanentError)
 
 
