@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from depth_anything.data.stream import MicroBatchSampler
-from depth_anything.errors import UserError, UserMessage
+from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -23,7 +23,7 @@ PREFETCH_BATCHES = 2
 """Micro-batches that each worker prefetches."""
 
 
-class WorkerError(ChildProcessError):
+class WorkerError(UserMessage, ChildProcessError):
     """A loader worker died or ran out of memory; raised where the next batch is due, between optimizer steps."""
 
 
@@ -175,10 +175,8 @@ class _WorkerIterator(_MultiProcessingDataLoaderIter):
             raise self._error(f"loader worker {number} (process {worker.pid}) {how}{why}") from error
 
     def _error(self, what: str) -> WorkerError:
-        return WorkerError(
-            f"{what}; start the same command again to resume; if it happens again, type "
-            f"workers={self._num_workers // 2} or {self._smaller}"
-        )
+        fewer = f"workers={self._num_workers // 2} or {self._smaller}"
+        return WorkerError(what, [SAME_COMMAND, f" to resume; if it happens again, type {fewer}"])
 
 
 def _shut_down_workers(iterator: "weakref.ref[Any]") -> None:
