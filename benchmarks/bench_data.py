@@ -45,7 +45,6 @@ from depth_anything.data.timing import (
     StageTimer,
     median_and_iqr,
     minimal_decode,
-    stage_report,
     timed_sample,
 )
 from depth_anything.data.transforms import normalize, resize_image
@@ -255,13 +254,13 @@ def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse
     for n in range(4 * args.count):
         theirs(root, n % args.count, args.side, np.random.default_rng(n), their_stages)
         for ending in ENDINGS:
-            made, fields, size = timed_sample(data[ending], n, ours[ending])
+            sample, fields, size = timed_sample(data[ending], n, ours[ending])
             minimal_decode(fields, size, ours[ending])
-        image = torch.from_numpy(made["image"])[None]
+        image = torch.from_numpy(sample["image"])
         with normalising("normalise"):
             normalize(image)
     for ending in ENDINGS:
-        found[f"ours{ending}"] = stage_report(ours[ending])
+        found[f"ours{ending}"] = ours[ending].rows()
     found["theirs"] = [(name, value, None) for name, value in their_stages.medians().items()]
     found["normalise"] = normalising.medians()["normalise"]
     return found

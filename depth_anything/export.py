@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depth_anything.disk import atomic_files
 from depth_anything.errors import Argument, UserError, error_reason
 from depth_anything.inference.predictor import FARTHEST_M, NEAREST_M
 from depth_anything.model.card import build_card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import DINOv2
 from depth_anything.model.metadata import build_metadata
-from depth_anything.model.tensor_files import place_whole, save_text
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import fingerprint, save_model
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -110,19 +111,16 @@ def export_model(
     module = ExportModule(network, precision=precision, position_rule=position_rule)
     facts = {**program_metadata(network, precision=precision), "position_rule": module.position_rule}
     program = trace_program(module)
-    checks: list[ExportCheck] = []
-
-    def write(folder: Path) -> None:
+    with atomic_files(path, also=WRITE_ERRORS) as folder:
         file = folder / path.name
         {"onnx": _write_onnx, "torch": _write_torch}[to](program, file, facts, opset)
         run = {"onnx": run_onnx, "torch": run_torch}[to](file)
-        checks.extend(check_program(run, network, module.reference))
+        checks = check_program(run, network, module.reference)
         _check_tolerance(checks, path, tolerance=TOLERANCE[precision])
         report = {"file": path.name, "made": facts, "tolerance": TOLERANCE[precision]}
         report["checks"] = [asdict(row) for row in checks]
-        save_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", folder / f"{path.name}.json")
-
-    place_whole(path, write)
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{path.name}.json").write_text(text, encoding="utf-8")
     _write_card(model, path, to=to, checks=checks)
     return checks
 

@@ -25,9 +25,9 @@ from depth_anything.cli.options import (
     int_in_range,
     list_weight_files,
     load_weights,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 if TYPE_CHECKING:
     from depth_anything.evaluation.runner import EvalModel

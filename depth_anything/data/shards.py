@@ -2,7 +2,7 @@
 them.
 
 The manifest is written last, so that a set with one is finished. Its digest, over the shards' names, records,
-bytes and hashes, is what a run remembers of its data. The names of data.tars and data.reader are here, too.
+bytes and hashes, is what a run remembers of its data.
 """
 
 import hashlib
@@ -30,30 +30,12 @@ from depth_anything.data.tars import (
     ShardInfo,
     ShardSet,
     StorageUnavailable,
-    atomic_write,
     build_index_text,
     index_shard,
     parse_index,
-    remove_stale,
-    write_shard,
 )
+from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.preprocess import resize_shape
-
-__all__ = [
-    "BadRecord",
-    "JoinedRecords",
-    "Records",
-    "ShardError",
-    "ShardInfo",
-    "ShardReader",
-    "ShardSet",
-    "index_set",
-    "index_shard",
-    "open_set",
-    "verify_set",
-    "write_manifest",
-    "write_shard",
-]
 
 _VERSION = 1
 _OUT_OF_MEMORY = "it needs more memory than there is"

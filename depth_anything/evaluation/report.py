@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from depth_anything import __version__
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.evaluation.html_report import render_template
 from depth_anything.evaluation.reported_results import ReportedResult
 from depth_anything.evaluation.table import (

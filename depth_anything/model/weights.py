@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depth_anything.disk import atomic_folder, atomic_path
 from depth_anything.errors import Argument, ArgumentWarning, UserError
 from depth_anything.model import transformers
 from depth_anything.model.card import CARD_NAME, build_card, is_replaceable_card
@@ -24,13 +25,11 @@ from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, build_metadata, par
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
 from depth_anything.model.tensor_files import (
     SUPPORTED_FORMATS,
+    WRITE_ERRORS,
     read_tensors,
     save_safetensors,
-    save_text,
     save_torch,
     summarize_names,
-    write_folder,
-    write_whole,
 )
 
 _V1_ENCODERS = ("vits", "vitb", "vitl")
@@ -117,31 +116,46 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
         OSError: If it cannot be written.
     """
     path = Path(path)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    state = merge_adapters(state)
-    if format == "safetensors":
-        write_whole(path, lambda temporary: save_safetensors(state, temporary, build_metadata(model)))
-    elif format == "official":
+    if format not in ("safetensors", "official", "transformers"):
+        raise UserError(f"format={format!r} is unknown", "use safetensors, official or transformers")
+    if format == "transformers":
+        _save_transformers(model, path)
+        return
+    if format == "official":
         _warn_lost_facts(model, path)
-        write_whole(path, lambda temporary: save_torch(state, temporary))
-    elif format == "transformers":
-        _save_transformers(model, state, path)
-    else:
-        raise ValueError(f"format={format!r} is unknown; use safetensors, official or transformers")
+    with atomic_path(path, make_folder=True, also=WRITE_ERRORS) as temporary:
+        if format == "safetensors":
+            write_model(model, temporary)
+        else:
+            save_torch(_plain_state(model), temporary)
 
 
-def _save_transformers(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
-    files = transformers.folder_files(model, state, build_metadata(model))
-    if is_replaceable_card(path / CARD_NAME):
-        text = build_card(
-            model, file="path/to/this/folder", form="transformers", title=f"Depth Anything {model.encoder}"
-        )
-        files[CARD_NAME] = lambda temporary: save_text(text, temporary)
+def write_model(model: DepthAnything, path: Path) -> None:
+    """Write a safetensors file in place; for a file that others read, pass a temporary path."""
+    save_safetensors(_plain_state(model), path, build_metadata(model))
+
+
+def _plain_state(model: DepthAnything) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, LoRA adapters merged."""
+    return merge_adapters(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    )
+
+
+def _save_transformers(model: DepthAnything, path: Path) -> None:
     if not transformers.is_replaceable_folder(path):
-        raise ValueError(f"{path} exists and is no transformers folder of a depth model; give another name")
+        raise UserError(
+            f"{path} exists and is not a transformers folder of a depth model", "give another name"
+        )
+    replace_card = is_replaceable_card(path / CARD_NAME)
+    with atomic_folder(path, keep_others=True, also=WRITE_ERRORS) as folder:
+        transformers.write_folder_files(model, _plain_state(model), build_metadata(model), folder)
+        if replace_card:
+            title = f"Depth Anything {model.encoder}"
+            text = build_card(model, file="path/to/this/folder", form="transformers", title=title)
+            (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if model.calibration is not None:
         _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
-    write_folder(path, files)
 
 
 def read_license(path: str | Path) -> str | None:

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from depth_anything.data.loader import WorkerError
-from depth_anything.data.tars import StorageUnavailable, atomic_write
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import atomic_write
 from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
 from depth_anything.training.signals import StoppedBySignal, signal_handler
 
@@ -132,32 +133,31 @@ class TrainingProgress(StepCallback):
     def __init__(self, metrics: TrainingMetrics, *, seconds: float = 20.0) -> None:
         """Show `metrics.latest`; without a terminal print at most every `seconds`."""
         self.metrics, self.seconds = metrics, seconds
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the bar where the run stands."""
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            self._bar = tqdm(
+            self._bar = ProgressLine(
+                "training",
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else self.seconds,
-                ascii=not sys.stderr.isatty(),
+                interval_s=self.seconds,
+                keep=True,
             )
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Advance the bar; show the numbers of the last log line."""
         if self._bar is None:
             return
-        latest = self.metrics.latest
+        latest, shown = self.metrics.latest, {}
         if latest:
             shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
             if "valid_share" in latest:
                 shown["valid"] = f"{latest['valid_share']:.1%}"
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(values=shown)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""

@@ -23,7 +23,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
@@ -31,8 +30,8 @@ from depth_anything.data.loader import StreamLoader, next_or_failure, return_bat
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.disk import write_new
 from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
@@ -40,6 +39,7 @@ from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
+from depth_anything.progress import ProgressLine
 from depth_anything.training.signals import signal_handler
 
 PREPROCESSING_TEXT = (
@@ -149,10 +149,10 @@ class Lease:
             return True
         except (ValueError, KeyError, TypeError):
             host, pid = "", 0
-        still = (
+        timeout_s = (
             LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
         )  # the number may be another's by now
-        return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
+        return self._watch.is_dead(self.path, host=host, pid=pid, timeout_s=timeout_s)
 
 
 @dataclass
@@ -379,20 +379,19 @@ class PseudoLabel(pl.LightningModule):
         self._data = (data,)
         self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
         self._read = self._failed = self._mute = 0
 
     def on_predict_start(self) -> None:
         """Open a bar over the images that had no label when this process began."""
         left = sum(labels.count_unlabeled_images() for labels in self._data[0].labels.values())
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = ProgressLine(
+            "labeling",
             total=left,
             unit="image",
-            dynamic_ncols=True,
-            mininterval=10.0 if quiet else 0.5,
-            ascii=quiet,
-            disable=not self.trainer.is_global_zero,
+            interval_s=10.0,
+            enabled=self.trainer.is_global_zero,
+            keep=True,
         )
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> int:

@@ -22,6 +22,7 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import verify_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, write_shard
 from depth_anything.model.metadata import build_metadata
+from depth_anything.progress import ProgressLine
 from depth_anything.training import dry_run, pseudolabel
 from depth_anything.training.initialization import add_provenance, load_teacher
 from depth_anything.training.pseudolabel import (
@@ -91,7 +92,7 @@ def label(data: ShardData, teacher: DepthAnything) -> str:
     """Label as the command does, in this process and without Lightning."""
     if not data.finished():
         module = PseudoLabel(teacher, data)
-        module._bar = pseudolabel.tqdm(disable=True)
+        module._bar = ProgressLine("labeling", enabled=False)
         for number, batch in enumerate(batches_of(data, image_size=data.image_size)):
             module.predict_step(batch, number)
         module.on_predict_end()
@@ -344,8 +345,8 @@ def test_one_image_without_numbers_is_skipped_by_name(
     )  # seen third: number 3, in the second batch
     assert "7 labels of photos" in label(make_data(tmp_path, teacher), teacher)
     sidecar = read_label_sidecar(tmp_path / "labels/photos", "0")
-    assert sidecar is not None and list(sidecar["skipped"]) == ["photos/0/3"]
-    assert "no numbers" in sidecar["skipped"]["photos/0/3"]
+    assert sidecar is not None and list(sidecar.skipped) == ["photos/0/3"]
+    assert "no numbers" in sidecar.skipped["photos/0/3"]
     assert "'photos/0/3'" in capfd.readouterr().err
     assert set(labels_of(tmp_path, images)) == {
         f"photos/{n}/{i}" for n, c in ((0, 5), (1, 3)) for i in range(c)
@@ -512,7 +513,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     label(make_data(tmp_path, teacher, labels="straight", codec="q12"), teacher)
     data = make_data(tmp_path, teacher, codec="q12")
     module = PseudoLabel(teacher, data)
-    module._bar = pseudolabel.tqdm(disable=True)
+    module._bar = ProgressLine("labeling", enabled=False)
     batches = batches_of(data)
     with torch.no_grad():
         for batch in [*batches.cut("photos", "0"), next(batches.cut("photos", "1"))]:
@@ -573,8 +574,8 @@ def test_a_skipped_image_keeps_its_reason(tmp_path: Path) -> None:
         "6 labels of photos" in (said := label(make_data(tmp_path, teacher), teacher)) and "2 skipped" in said
     )
     sidecar = read_label_sidecar(tmp_path / "labels/photos", "0")
-    assert sidecar is not None and list(sidecar["skipped"]) == ["photos/0/1", "photos/0/4"]
-    assert set(labels_of(tmp_path, images)).isdisjoint(sidecar["skipped"])
+    assert sidecar is not None and list(sidecar.skipped) == ["photos/0/1", "photos/0/4"]
+    assert set(labels_of(tmp_path, images)).isdisjoint(sidecar.skipped)
 
 
 def test_labels_are_of_the_size_that_the_teacher_saw(tmp_path: Path) -> None:
