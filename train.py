@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from depth_anything.training.signals import signals
+from depth_anything.training.signals import signal_handler
 
 if __name__ == "__main__":
-    signals.listen()  # before the imports that take seconds
+    signal_handler.install()  # before the imports that take seconds
     from depth_anything.training.command import run_command
 
     run_command(Path(__file__).resolve().parent / "configs")

@@ -35,10 +35,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import AHEAD, identity, stream_loader
-from depth_anything.data.shards import JoinedRecords, write_manifest, write_shard
-from depth_anything.data.stream import MicroBatches
-from depth_anything.data.timing import Stages, Window, bare_sample, report, spread, staged_sample
+from depth_anything.data.loader import PREFETCH_BATCHES, build_stream_loader, return_batch
+from depth_anything.data.reader import JoinedRecords
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.stream import MicroBatchSampler
+from depth_anything.data.tars import write_shard
+from depth_anything.data.timing import (
+    LoaderTimer,
+    StageTimer,
+    median_and_iqr,
+    minimal_decode,
+    stage_report,
+    timed_sample,
+)
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize_shape
 
@@ -133,10 +142,10 @@ class Theirs(Dataset):
 
 
 def theirs(
-    root: Path, i: int, side: int, rng: np.random.Generator, stage: Stages | None = None
+    root: Path, i: int, side: int, rng: np.random.Generator, stage: StageTimer | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One sample the authors' way."""
-    stage = stage or Stages()
+    stage = stage or StageTimer()
     with stage("read and decode JPEG"):
         image = cv2.imread(str(root / f"{i}.jpg"))
     with stage("RGB in float64"):
@@ -170,7 +179,7 @@ class Bare(Dataset):
     def __getitems__(self, numbers: list[int]) -> int:
         cv2.setNumThreads(0)
         for n in numbers:
-            bare_sample(self.records[n % len(self.records)], self.side, label=self.label)
+            minimal_decode(self.records[n % len(self.records)], self.side, label=self.label)
         return numbers[0]
 
 
@@ -179,17 +188,21 @@ def loaders(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namesp
 
     def plain(dataset: Dataset, whole: bool) -> Any:
         def make(workers: int) -> DataLoader:
-            batches = MicroBatches(rank=0, world=1, size=args.batch)
-            collate = {"collate_fn": identity} if whole else {}
+            batches = MicroBatchSampler(rank=0, world=1, size=args.batch)
+            collate = {"collate_fn": return_batch} if whole else {}
             return DataLoader(
-                dataset, batch_sampler=batches, num_workers=workers, prefetch_factor=AHEAD, **collate
+                dataset,
+                batch_sampler=batches,
+                num_workers=workers,
+                prefetch_factor=PREFETCH_BATCHES,
+                **collate,
             )
 
         return make
 
     def stream(source: JoinedRecords) -> Any:
         data = StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
-        return lambda workers: stream_loader(data, micro_batch=args.batch, workers=workers)
+        return lambda workers: build_stream_loader(data, micro_batch=args.batch, workers=workers)
 
     size = resize_shape(args.height, args.width, args.side)
     sides = {"theirs": plain(Theirs(root, args.count, args.side), False)}
@@ -202,7 +215,7 @@ def loaders(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namesp
 
 def take_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) -> dict[str, Any]:
     """CPU and clock milliseconds an image of each side, and the ratios, each of two neighbours in time."""
-    windows = {name: Window(make(workers)) for name, make in sides.items()}
+    windows = {name: LoaderTimer(make(workers)) for name, make in sides.items()}
     cpu, clock = defaultdict(list), defaultdict(list)
     for repeat in range(args.repeats + 1):
         for name, window in windows.items():
@@ -214,8 +227,8 @@ def take_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) ->
     for window in windows.values():
         window.close()
     return {
-        "cpu_ms": {name: spread(values) for name, values in cpu.items()},
-        "images_per_second": {name: spread(1e3 / np.array(values)) for name, values in clock.items()},
+        "cpu_ms": {name: median_and_iqr(values) for name, values in cpu.items()},
+        "images_per_second": {name: median_and_iqr(1e3 / np.array(values)) for name, values in clock.items()},
         "ratios": ratios(cpu),
         "ratios_by_the_clock": ratios(clock),
     }
@@ -227,14 +240,14 @@ def ratios(milliseconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     rows = {f"theirs / ours{ending}": np.array(milliseconds["theirs"]) / ours[ending] for ending in ENDINGS}
     for bare in ("bare", "bare, image"):
         rows |= {f"{bare} / ours{e}": np.array(milliseconds[f"{bare}{e}"]) / ours[e] for e in ENDINGS}
-    return {name: spread(values) for name, values in rows.items()}
+    return {name: median_and_iqr(values) for name, values in rows.items()}
 
 
 def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of every stage in one process, ours beside the bare work."""
     found: dict[str, Any] = {}
-    their_stages, normalising = Stages(), Stages()
-    ours = {ending: Stages() for ending in ENDINGS}
+    their_stages, normalising = StageTimer(), StageTimer()
+    ours = {ending: StageTimer() for ending in ENDINGS}
     data = {
         ending: StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
         for ending, source in sources.items()
@@ -242,13 +255,13 @@ def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse
     for n in range(4 * args.count):
         theirs(root, n % args.count, args.side, np.random.default_rng(n), their_stages)
         for ending in ENDINGS:
-            made, fields, size = staged_sample(data[ending], n, ours[ending])
-            bare_sample(fields, size, ours[ending])
+            made, fields, size = timed_sample(data[ending], n, ours[ending])
+            minimal_decode(fields, size, ours[ending])
         image = torch.from_numpy(made["image"])[None]
         with normalising("normalise"):
             normalize(image)
     for ending in ENDINGS:
-        found[f"ours{ending}"] = report(ours[ending])
+        found[f"ours{ending}"] = stage_report(ours[ending])
     found["theirs"] = [(name, value, None) for name, value in their_stages.medians().items()]
     found["normalise"] = normalising.medians()["normalise"]
     return found

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from depth_anything.data.sources.listing import Listing, make_listing
+from depth_anything.ingest.file_list import FileList, write_file_list
 
 T = TypeVar("T")
 
@@ -46,8 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        timed("list", lambda: make_listing(root, names(options.lines)))
-        listing = timed("open", lambda: Listing(root, per_shard=options.per_shard))
+        timed("list", lambda: write_file_list(root, names(options.lines)))
+        listing = timed("open", lambda: FileList(root, per_shard=options.per_shard))
         lines = timed("read a shard's lines", lambda: listing.lines(listing.shards // 2))
         size = (root / "listing.txt").stat().st_size / 1e6
         print(f"{listing.count:,} lines, {size:.0f} MB, {listing.shards:,} shards, {len(lines)} lines read")

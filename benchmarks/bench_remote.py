@@ -39,7 +39,8 @@ import urllib3
 import webdataset
 
 from depth_anything.data.reader import Records, ShardReader
-from depth_anything.data.shards import ShardSet, open_set, write_manifest, write_shard
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import ShardSet, write_shard
 
 CONFIGURATION = """\
 daemon off; worker_processes 1; pid {state}/pid; error_log {state}/error.log; {user}
@@ -156,7 +157,7 @@ class Sides:
     def at_once(self) -> int:
         for start in range(0, len(self.places), self.batch):
             batch = self.places[start : start + self.batch]
-            self.http.expect(batch)
+            self.http.prefetch(batch)
             for place in batch:
                 self.http.read(*place)
         return len(self.places)

@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 
 from depth_anything.data.sample import decode_image
-from depth_anything.data.sources import record
-from depth_anything.data.sources.images import list_photographs
-from depth_anything.data.sources.source import Raw
 from depth_anything.data.transforms import resize_image
+from depth_anything.ingest import record
+from depth_anything.ingest.photographs import list_photographs
+from depth_anything.ingest.source import RawSample
 from depth_anything.preprocess import resize_shape
 
 
@@ -67,7 +67,9 @@ def main() -> None:
         png = cv2.imencode(".png", wanted[..., ::-1])[1].tobytes()
         for quality in options.quality:
             with mock.patch.object(record, "JPEG_QUALITY", quality):
-                made = record.to_record(Raw(data), source="", name="", short_side=options.short_side)
+                made = record.encode_sample(
+                    RawSample(data), source="", name="", short_side=options.short_side
+                )
             stored = made.fields.get("jpg", b"")
             got = resize_image(decode_image(stored), *size)
             row = (psnr(wanted, got), ssim(wanted, got), len(stored), len(stored) / len(data))

@@ -27,7 +27,8 @@ RESUMED = 90_000_000
 def write_large_set(root: Path, shards: int) -> None:
     """Write a few shards and link them to many names."""
     from depth_anything.data.sample import Frame, encode_frame
-    from depth_anything.data.shards import ShardInfo, write_manifest, write_shard
+    from depth_anything.data.shards import write_manifest
+    from depth_anything.data.tars import ShardInfo, write_shard
 
     rng = np.random.default_rng(0)
     infos = []
@@ -67,9 +68,10 @@ def one_start(root: str, start: int, args: argparse.Namespace) -> dict[str, Any]
     import torch
 
     from depth_anything.data.dataset import StreamDataset
-    from depth_anything.data.loader import stream_loader
-    from depth_anything.data.shards import Records, open_set
-    from depth_anything.data.timing import cpu_seconds
+    from depth_anything.data.loader import build_stream_loader
+    from depth_anything.data.reader import Records
+    from depth_anything.data.shards import open_set
+    from depth_anything.data.timing import process_cpu_seconds
 
     torch.set_num_threads(1)
     lap("imported")
@@ -78,13 +80,15 @@ def one_start(root: str, start: int, args: argparse.Namespace) -> dict[str, Any]
     data = StreamDataset([Records(made)], seed=0, streams=8 * args.batch, image_size=SIDE)
     data.stream.locate(start)
     lap("order laid out")
-    loader = stream_loader(data, micro_batch=args.batch, workers=args.workers, start=start // args.batch)
+    loader = build_stream_loader(
+        data, micro_batch=args.batch, workers=args.workers, start=start // args.batch
+    )
     batches = iter(loader)
     first = next(batches)["sample"][0].item()
     lap("first batch")
     assert first == start // args.batch * args.batch
     workers = [child.pid for child in multiprocessing.active_children()]
-    cpu["first batch"] += sum(cpu_seconds(pid) for pid in workers)
+    cpu["first batch"] += sum(process_cpu_seconds(pid) for pid in workers)
     memory = {}
     for batch in range(1, args.batches + 1):
         if batch in (1, *range(args.batches // 8, args.batches + 1, args.batches // 8)):

@@ -46,13 +46,14 @@ from depth_anything.data.transforms import normalize
 from depth_anything.losses import feature_alignment_loss, invariant_losses
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
-from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.base import DepthModule
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.engine import fit_callbacks
-from depth_anything.training.folder import RunFolder
+from depth_anything.training.config import Recipe
+from depth_anything.training.lightning import build_callbacks
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.run import build_trainer
-from depth_anything.training.valid_pixels import ValidPixels
+from depth_anything.training.run_dir import RunDir
+from depth_anything.training.valid_pixels import ValidPixelCheck
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -339,9 +340,9 @@ def measure(bench: Bench, *, callbacks: bool, shards: str | None = None) -> Take
         )
 
     turns = TakeTurns(bench, plain)
-    others = fit_callbacks(resolve_config(bench.cfg), RunFolder(bench.folder)) if callbacks else []
+    others = build_callbacks(resolve_config(bench.cfg), RunDir(bench.folder)) if callbacks else []
     if shards is None:  # one batch again and again is of no set whose records could be named
-        others = [callback for callback in others if not isinstance(callback, ValidPixels)]
+        others = [callback for callback in others if not isinstance(callback, ValidPixelCheck)]
     trainer = build_trainer(
         bench.cfg, [*others, turns], max_steps=NEVER
     )  # last: the others' work is in the step

@@ -26,10 +26,10 @@ from PIL import Image
 
 from depth_anything import Predictor, load_model
 from depth_anything.data.shards import open_set
-from depth_anything.evaluation.evaluate import find_protocol
-from depth_anything.evaluation.evaluate import judge as judge_map
-from depth_anything.evaluation.sets import read_frames
-from depth_anything.visualize import colorize, panel
+from depth_anything.evaluation.evaluate import score_map as judge_map
+from depth_anything.evaluation.frames import read_frames
+from depth_anything.evaluation.protocols import find_protocol
+from depth_anything.visualize import colorize, make_panel
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes
@@ -94,7 +94,7 @@ def paint(folder: Path, data: Path, output: Path, *, count: int = 6) -> None:
             depth, _ = judge_map(prediction, frame, quantity="disparity", protocol=protocol)
             row.append(colorize(1.0 / depth, low=float(truth.min()), high=float(truth.max())))
         rows.append(row)
-    picture = panel(rows, titles=["image", "truth", *names])
+    picture = make_panel(rows, titles=["image", "truth", *names])
     Image.fromarray(picture).save(output, quality=88)
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from depth_anything import Predictor
-from depth_anything.cli.options import load
-from depth_anything.inference.video import Settings, predict_videos
-from depth_anything.visualize import panel
+from depth_anything.cli.options import load_weights
+from depth_anything.inference.video import VideoSettings, predict_videos
+from depth_anything.visualize import make_panel
 
 HEIGHT, WIDTH, FRAMES = 252, 448, 96
 NOISE_LEVELS, LIGHT_SHARE = 4.0, 0.04
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     predictor: Any = Truth()
     if options.weights:
-        model, _ = load(options.weights, input_size=options.input_size)
+        model, _ = load_weights(options.weights, input_size=options.input_size)
         predictor = Predictor(model, input_size=model.input_size)
     measure(predictor, options.photo, options.picture)
 
@@ -139,7 +139,7 @@ def measure(predictor: Any, photo: Path, picture: Path | None) -> None:
         for name, settings in MODES.items():
             output = Path(folder, name.replace(" ", "-"))
             predict_videos(
-                predictor, source, output, settings=Settings(**settings, pred_only=True, grayscale=True)
+                predictor, source, output, settings=VideoSettings(**settings, pred_only=True, grayscale=True)
             )
             grey = grey_of(output / "film.mp4")
             levels[name] = {"flicker": round(flicker(grey), 2), "pumping": round(pumping(grey), 1)}
@@ -147,7 +147,7 @@ def measure(predictor: Any, photo: Path, picture: Path | None) -> None:
     print(json.dumps({"% of contrast": levels, "photo": photo.name}, indent=1))
     if picture:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(panel([strips], list(levels))).save(picture, quality=88)
+        Image.fromarray(make_panel([strips], list(levels))).save(picture, quality=88)
 
 
 if __name__ == "__main__":

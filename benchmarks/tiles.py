@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything import Predictor
-from depth_anything.cli.options import load
-from depth_anything.data.sources.images import iter_images
-from depth_anything.inference.tiles import spans
+from depth_anything.cli.options import load_weights
+from depth_anything.inference.tiles import tile_spans
+from depth_anything.ingest.photographs import iterate_images
 
 TILES, FINER = 3, 7 / 3  # 3 x 3 tiles that share a third see 7 / 3 of the input size along each side
 LARGE, LARGE_TILES = (4320, 7680), (8, 16)
@@ -29,7 +29,7 @@ _ALONE = "--memory-of"  # this script, started by itself
 
 def lines(length: int) -> list[int]:
     """Where tiles end along a side, and where neighbours weigh the same."""
-    parts = spans(length, TILES)
+    parts = tile_spans(length, TILES)
     ends = [edge for part in parts for edge in (part.start, part.stop) if 0 < edge < length]
     middles = [(a.stop + b.start) // 2 for a, b in zip(parts, parts[1:], strict=False)]
     return sorted(set(ends + middles))
@@ -67,7 +67,7 @@ def memory(weights: str, tiled: bool) -> float:
 
 def measure_memory(weights: str, how: str) -> None:
     """Print what `memory` asks for; the image itself and the model do not count."""
-    model, _ = load(weights, input_size=None)
+    model, _ = load_weights(weights, input_size=None)
     image = np.random.default_rng(0).integers(0, 255, (*LARGE, 3), np.uint8)
     predictor = Predictor(model, tiles=LARGE_TILES if how == "tiled" else None)
     predictor.predict(image[:64, :64])
@@ -88,13 +88,13 @@ def main() -> None:
         return measure_memory(args.weights, args.alone)
     if args.images is None:
         parser.error("--images is needed: a folder of photographs")
-    model, _ = load(args.weights, input_size=None)
+    model, _ = load_weights(args.weights, input_size=None)
     size = model.input_size
     plain, tiled = Predictor(model), Predictor(model, tiles=TILES)
     finer = Predictor(model, input_size=round(size * FINER / model.multiple) * model.multiple)
     theirs = Predictor(model, resample="transformers")
     rows: dict[str, list[float]] = {}
-    for _, image in iter_images(args.images):
+    for _, image in iterate_images(args.images):
         whole, joined, fine = plain.predict(image), tiled.predict(image), finer.predict(image)
         figures = {
             "steepness, tiled": steepness(joined),

@@ -31,7 +31,7 @@ def write_error(path: Path, error: BaseException) -> OSError:
 
 
 @contextmanager
-def named_write_errors(path: Path) -> Iterator[None]:
+def name_write_errors(path: Path) -> Iterator[None]:
     """Name `path` where the disk is full: a write or fsync that fails names no file.
 
     Other errors go through: what is written may be read from a failing disk meanwhile.

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depth_anything.errors import Argument, UserError
 from depth_anything.inference.predictor import FARTHEST_M, NEAREST_M
-from depth_anything.model.arguments import Argument, ArgumentError
-from depth_anything.model.card import card, write_card
+from depth_anything.model.card import build_card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import DINOv2
-from depth_anything.model.files import place_whole, reason, save_text
-from depth_anything.model.weights import describe, fingerprint, save_model
+from depth_anything.model.metadata import build_metadata
+from depth_anything.model.tensor_files import error_reason, place_whole, save_text
+from depth_anything.model.weights import fingerprint, save_model
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
-PROGRAMS = ("onnx", "torch")
-FORMATS = (*PROGRAMS, "transformers", "official", "safetensors")
+PROGRAM_FORMATS = ("onnx", "torch")
+FORMATS = (*PROGRAM_FORMATS, "transformers", "official", "safetensors")
 PRECISIONS = ("fp32", "fp16")
 
 OPSET = 18
@@ -38,14 +39,14 @@ OPSET = 18
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 """How far from the network's map, as a share of its range, an exported program may be."""
 
-_EXAMPLE = (2, 6, 8)
+_EXAMPLE_SHAPE = (2, 6, 8)
 """Images, and patches down and across, that a program is traced with; two, since one would stay one."""
 
 Program = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Check:
+class ExportCheck:
     """An exported program held against the network on one batch.
 
     Attributes:
@@ -69,7 +70,7 @@ def export_model(
     precision: str = "fp32",
     opset: int = OPSET,
     position_rule: str | None = None,
-) -> list[Check]:
+) -> list[ExportCheck]:
     """Write a model for other programs, run what was written, and leave it only if it gives the network's map.
 
     Programs take float32 (B, 3, H, W) as `DepthAnything.forward` does, of any batch and of any sides that are three or
@@ -94,7 +95,7 @@ def export_model(
     """
     path = Path(path)
     _check_arguments(to, precision, opset, position_rule)
-    if to not in PROGRAMS:
+    if to not in PROGRAM_FORMATS:
         save_model(model, path, format=to)
         if to != "transformers":  # that has its own inside
             _write_card(model, path, to=to)
@@ -102,19 +103,21 @@ def export_model(
             raise ValueError(f"{path} does not hold the model's weights; the disk or the format failed")
         return []
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file, as {path / ('model.' + SUFFIX[to])}")
+        raise ValueError(
+            f"{path} is a folder; give the name of a file, as {path / ('model.' + SUFFIXES[to])}"
+        )
     network = copy.deepcopy(model).cpu().eval()
-    module = Exported(network, precision=precision, position_rule=position_rule)
-    facts = {**facts_of(network, precision=precision), "position_rule": module.position_rule}
-    program = trace(module)
-    checks: list[Check] = []
+    module = ExportModule(network, precision=precision, position_rule=position_rule)
+    facts = {**program_metadata(network, precision=precision), "position_rule": module.position_rule}
+    program = trace_program(module)
+    checks: list[ExportCheck] = []
 
     def write(folder: Path) -> None:
         file = folder / path.name
         {"onnx": _write_onnx, "torch": _write_torch}[to](program, file, facts, opset)
         run = {"onnx": run_onnx, "torch": run_torch}[to](file)
-        checks.extend(check(run, network, module.reference))
-        _refuse_difference(checks, path, tolerance=TOLERANCE[precision])
+        checks.extend(check_program(run, network, module.reference))
+        _check_tolerance(checks, path, tolerance=TOLERANCE[precision])
         report = {"file": path.name, "made": facts, "tolerance": TOLERANCE[precision]}
         report["checks"] = [asdict(row) for row in checks]
         save_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", folder / f"{path.name}.json")
@@ -124,50 +127,52 @@ def export_model(
     return checks
 
 
-SUFFIX = {"onnx": "onnx", "torch": "pt2"}
+SUFFIXES = {"onnx": "onnx", "torch": "pt2"}
 
 
 def _check_arguments(to: str, precision: str, opset: int, position_rule: str | None) -> None:
     """Refuse what does not exist, and what would be ignored."""
-    programs = " and ".join(PROGRAMS)
+    programs = " and ".join(PROGRAM_FORMATS)
     if to not in FORMATS:
-        raise ArgumentError(Argument("to", repr(to)), f" is unknown; use one of {', '.join(FORMATS)}")
+        raise UserError(Argument("to", repr(to)), f" is unknown; use one of {', '.join(FORMATS)}")
     if precision not in PRECISIONS:
-        raise ArgumentError(
+        raise UserError(
             Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
         )
-    if to not in PROGRAMS and precision != "fp32":
-        raise ArgumentError(Argument("precision", precision), f" is for {programs}; {to} keeps float32")
-    if to not in PROGRAMS and position_rule is not None:
-        raise ArgumentError(
+    if to not in PROGRAM_FORMATS and precision != "fp32":
+        raise UserError(Argument("precision", precision), f" is for {programs}; {to} keeps float32")
+    if to not in PROGRAM_FORMATS and position_rule is not None:
+        raise UserError(
             Argument("position_rule", repr(position_rule)), f" is for {programs}; {to} keeps no rule"
         )
     if to != "onnx" and opset != OPSET:
-        raise ArgumentError(Argument("opset", opset), f" is for onnx; {to} has none")
+        raise UserError(Argument("opset", opset), f" is for onnx; {to} has none")
     if to != "onnx":
         return
-    _need("onnx", "onnxscript", "onnxruntime")
+    _require_packages("onnx", "onnxscript", "onnxruntime")
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
     if isinstance(opset, bool) or not isinstance(opset, int) or not OPSET <= opset <= newest:
-        raise ArgumentError(
+        raise UserError(
             Argument("opset", repr(opset)),
             f" cannot be written: give {OPSET}, the oldest that has every operation of the network, to {newest}, the "
             "newest that the installed onnx knows",
         )
 
 
-def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[Check] = ()) -> None:
+def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[ExportCheck] = ()) -> None:
     table = {"How far it is from the network": f"```text\n{format_checks(checks)}\n```"} if checks else {}
     write_card(
-        card(model, file=path.name, form=to, title=path.stem, measured=table), path.parent, file=path.name
+        build_card(model, file=path.name, form=to, title=path.stem, measured=table),
+        path.parent,
+        file=path.name,
     )
 
 
-def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
+def program_metadata(model: DepthAnything, *, precision: str) -> dict[str, str]:
     """Say what a program gives and what it must be given, as strings for its metadata."""
-    facts = {**describe(model), "precision": precision}
+    facts = {**build_metadata(model), "precision": precision}
     del facts["format"]
     if model.calibration is not None:
         facts |= {"quantity": "depth", "unit": "m"}
@@ -180,7 +185,7 @@ def facts_of(model: DepthAnything, *, precision: str) -> dict[str, str]:
     }
 
 
-def format_checks(checks: Sequence[Check]) -> str:
+def format_checks(checks: Sequence[ExportCheck]) -> str:
     """Lay out what was measured as a table."""
     rows = [("batch × height × width", "largest difference", "of the range", "mean relative")]
     for row in checks:
@@ -191,7 +196,7 @@ def format_checks(checks: Sequence[Check]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-class Exported(nn.Module):
+class ExportModule(nn.Module):
     """A network as a program gives it: float32 in and out, in metres where it is calibrated."""
 
     def __init__(self, network: DepthAnything, *, precision: str, position_rule: str | None = None) -> None:
@@ -201,7 +206,7 @@ class Exported(nn.Module):
         network.check_position_rule(self.position_rule)
         self.calibration = network.calibration
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
-        self.network = halved(network) if precision == "fp16" else network
+        self.network = to_half_precision(network) if precision == "fp16" else network
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (B, 3, H, W) to its map (B, H, W)."""
@@ -221,7 +226,7 @@ class Exported(nn.Module):
         return self.finish(network(image, position_rule=self.position_rule))
 
 
-def halved(network: DepthAnything) -> DepthAnything:
+def to_half_precision(network: DepthAnything) -> DepthAnything:
     """Copy a network into half precision, less what half precision breaks.
 
     Scores overflow and their softmax becomes NaN (a black picture), so they are computed in float32, as are norms;
@@ -235,18 +240,18 @@ def halved(network: DepthAnything) -> DepthAnything:
     half: Any = copy.deepcopy(network).half()
     norms: list[Any] = [module for module in half.modules() if isinstance(module, nn.LayerNorm)]
     for norm in norms:
-        norm.float().forward = MethodType(_normalise, norm)
+        norm.float().forward = MethodType(_layer_norm_fp32, norm)
     for block in half.pretrained.blocks:
-        block.attn.forward = MethodType(_attend, block.attn)
+        block.attn.forward = MethodType(_attention_fp32, block.attn)
     half.depth_head.scratch.output_conv2[2].float()
     return half
 
 
-def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def _layer_norm_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
 
 
-def _attend(attention: Any, x: Tensor, **_: Any) -> Tensor:
+def _attention_fp32(attention: Any, x: Tensor, **_: Any) -> Tensor:
     """timm's attention without a mask, its scores and their softmax in float32."""
     query, key, value = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = (query.float() * attention.scale) @ key.float().transpose(2, 3)
@@ -254,14 +259,14 @@ def _attend(attention: Any, x: Tensor, **_: Any) -> Tensor:
     return attention.proj(x.transpose(1, 2).flatten(2))
 
 
-def trace(module: Exported) -> torch.export.ExportedProgram:
+def trace_program(module: ExportModule) -> torch.export.ExportedProgram:
     """Trace a network at sizes and batches that stay open.
 
     Raises:
         ValueError: If its encoder ties its graph to one size.
     """
     patch = module.network.patch_size
-    batch, down, across = _EXAMPLE
+    batch, down, across = _EXAMPLE_SHAPE
     image = torch.zeros(batch, 3, down * patch, across * patch)
     rows, columns = torch.export.Dim("rows", min=3), torch.export.Dim("columns", min=3)
     shapes = ({0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns},)
@@ -269,7 +274,7 @@ def trace(module: Exported) -> torch.export.ExportedProgram:
         program = torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the tracer has many of its own
         raise ValueError(
-            f"{module.network.encoder} cannot be exported with open sizes ({reason(error)})"
+            f"{module.network.encoder} cannot be exported with open sizes ({error_reason(error)})"
         ) from error
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
@@ -292,19 +297,19 @@ def _write_onnx(
             verbose=False,
         )
     except Exception as error:  # the exporter has many of its own
-        raise ArgumentError(
-            f"the network cannot be written as ONNX ({reason(error)}); give ", Argument("opset", OPSET)
+        raise UserError(
+            f"the network cannot be written as ONNX ({error_reason(error)}); give ", Argument("opset", OPSET)
         ) from error
     assert made is not None
     for node in made.model.graph.all_nodes():
         node.metadata_props.clear()
     made.model.metadata_props.update(facts)
-    large = sum(t.numel() * t.element_size() for t in program.state_dict.values()) > MOST_BYTES
+    large = sum(t.numel() * t.element_size() for t in program.state_dict.values()) > MAX_ONNX_BYTES
     made.save(str(file), external_data=large)
     # A version that the exporter cannot convert to is left as another one, without an error.
     said = {item.domain: item.version for item in onnx.load(file, load_external_data=False).opset_import}
     if said.get("") != opset:
-        raise ArgumentError(
+        raise UserError(
             f"the exporter wrote operators of version {said.get('')} in place of ",
             Argument("opset", opset),
             "; give ",
@@ -312,7 +317,7 @@ def _write_onnx(
         )
 
 
-MOST_BYTES = 1_900_000_000
+MAX_ONNX_BYTES = 1_900_000_000
 """Protobuf ends at two gigabytes; more goes into a second file, NAME.data, which ONNX Runtime looks for there."""
 
 
@@ -323,7 +328,7 @@ def _write_torch(program: torch.export.ExportedProgram, file: Path, facts: Mappi
 
 def run_onnx(file: Path) -> Program:
     """Load an ONNX file into ONNX Runtime, on the CPU."""
-    _need("onnxruntime")
+    _require_packages("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -331,8 +336,8 @@ def run_onnx(file: Path) -> Program:
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has many of its own
-        raise ArgumentError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open the program ({reason(error)}); give ",
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open the program ({error_reason(error)}); give ",
             Argument("opset", OPSET),
         ) from error
     name = session.get_inputs()[0].name
@@ -352,11 +357,11 @@ def run_torch(file: Path) -> Program:
     return run
 
 
-def check(
+def check_program(
     run: Program, network: DepthAnything, reference: Callable[[DepthAnything, Tensor], Tensor]
-) -> list[Check]:
+) -> list[ExportCheck]:
     """Hold a program against its network where a traced size would show: turned round, at its own square, batched."""
-    _, down, across = _EXAMPLE
+    _, down, across = _EXAMPLE_SHAPE
     own = max(network.input_size // network.patch_size, 3)
     shapes = [
         (1, across, down),
@@ -376,13 +381,13 @@ def check(
             got = run(image.numpy())
         except Exception as error:  # a fixed size ends in whatever the runtime throws
             raise ValueError(
-                f"the exported program does not run at {size[0]}×{size[1]} ({reason(error)})"
+                f"the exported program does not run at {size[0]}×{size[1]} ({error_reason(error)})"
             ) from error
         rows.append(_compare(got, want))
     return rows
 
 
-def _compare(got: np.ndarray, want: np.ndarray) -> Check:
+def _compare(got: np.ndarray, want: np.ndarray) -> ExportCheck:
     if got.shape != want.shape or got.dtype != np.float32:
         raise ValueError(
             f"the exported program gives {got.dtype} {got.shape}, and the network float32 {want.shape}"
@@ -392,14 +397,14 @@ def _compare(got: np.ndarray, want: np.ndarray) -> Check:
     share = float(difference.max()) / spread if np.isfinite(difference).all() else math.inf
     relative = float((difference / np.maximum(np.abs(want), 1e-3 * spread)).mean())
     batch, height, width = want.shape
-    return Check((batch, height, width), float(difference.max()), share, relative)
+    return ExportCheck((batch, height, width), float(difference.max()), share, relative)
 
 
-def _refuse_difference(checks: Sequence[Check], path: Path, *, tolerance: float) -> None:
+def _check_tolerance(checks: Sequence[ExportCheck], path: Path, *, tolerance: float) -> None:
     worst = max(checks, key=lambda row: row.share)
     if not worst.share <= tolerance:
         shape = "×".join(str(n) for n in worst.shape)
-        raise ArgumentError(
+        raise UserError(
             f"{path} would differ from the network by {worst.share:.1e} of its range at {shape}, more than "
             f"{tolerance:.0e}, and was not left; give another ",
             Argument("opset", OPSET),
@@ -408,7 +413,7 @@ def _refuse_difference(checks: Sequence[Check], path: Path, *, tolerance: float)
         )
 
 
-def _need(*packages: str) -> None:
+def _require_packages(*packages: str) -> None:
     for package in packages:
         try:
             importlib.import_module(package)

@@ -13,7 +13,7 @@ from torch import Tensor
 MIN_DEVIATION = 1e-6
 """Smallest mean absolute deviation that a map is divided by."""
 
-MIN_METRES = 1e-6
+MIN_DEPTH_M = 1e-6
 """Depths below a micrometre count as one in logarithms and ratios.
 
 A sigmoid that underflows to 0 must not end a run, nor one such pixel spoil the mean of a table.
@@ -106,17 +106,17 @@ def masked_order_index(x: Tensor, valid: Tensor, *, rank: Callable[[Any], Any]) 
     with torch.no_grad():
         wanted = rank(valid.sum(1, keepdim=True))
         if x.device.type == "cpu":
-            return _select(x, valid, wanted, rank(x.shape[1]))
-        return _sort_out(x, valid, wanted)
+            return _select_by_kthvalue(x, valid, wanted, rank(x.shape[1]))
+        return _select_by_sort(x, valid, wanted)
 
 
-def _select(x: Tensor, valid: Tensor, wanted: Tensor, common: int) -> Tensor:
+def _select_by_kthvalue(x: Tensor, valid: Tensor, wanted: Tensor, common: int) -> Tensor:
     low = (~valid).cumsum(1, dtype=torch.int32) <= common - wanted
     filled = torch.where(valid, x, torch.where(low, -torch.inf, torch.inf))
     return filled.kthvalue(common + 1, dim=1, keepdim=True).indices
 
 
-def _sort_out(x: Tensor, valid: Tensor, wanted: Tensor) -> Tensor:
+def _select_by_sort(x: Tensor, valid: Tensor, wanted: Tensor) -> Tensor:
     order = torch.where(valid, x, torch.inf).sort(dim=1, stable=True).indices
     return order.gather(1, wanted.clamp(min=0))
 
@@ -194,15 +194,15 @@ def align_least_squares(prediction: Tensor, target: Tensor, valid: Tensor) -> tu
     """
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     count = valid.sum((1, 2)).clamp(min=1)
-    p_centred, p_mean = _centre(prediction, valid, count)
-    t_centred, t_mean = _centre(target, valid, count)
+    p_centred, p_mean = _center(prediction, valid, count)
+    t_centred, t_mean = _center(target, valid, count)
     variance = (p_centred * p_centred).sum((1, 2))
     covariance = (p_centred * t_centred).sum((1, 2))
     scale = torch.where(variance > 0, covariance / torch.where(variance > 0, variance, 1), 0)
     return scale.to(dtype), (t_mean - scale * p_mean).to(dtype)
 
 
-def _centre(x: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _center(x: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Subtract each image's mean, in float64; the minimum first, so that a constant gives exact zeros."""
     x = masked_float(x, valid).double()
     low = torch.where(valid, x, torch.inf).amin((1, 2))

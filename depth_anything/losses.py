@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from depth_anything.geometry import MIN_METRES, masked_float, masked_order_index, robust_scale_shift
+from depth_anything.geometry import MIN_DEPTH_M, masked_float, masked_order_index, robust_scale_shift
 
 
 def scale_shift_invariant_loss(
@@ -51,7 +51,7 @@ def scale_shift_invariant_loss(
         0.6
     """
     residual, valid = _residual(prediction, target, valid)
-    return _mean_absolute(residual, _trimmed(residual, valid, trim))
+    return _mean_absolute(residual, _trim(residual, valid, trim))
 
 
 def gradient_matching_loss(
@@ -87,7 +87,7 @@ def gradient_matching_loss(
         1.5
     """
     residual, valid = _residual(prediction, target, valid)
-    return _mean_gradient(residual, _trimmed(residual, valid, trim), scales)
+    return _mean_gradient(residual, _trim(residual, valid, trim), scales)
 
 
 def invariant_losses(
@@ -124,8 +124,8 @@ def invariant_losses(
         (2.0, 5.0)
     """
     residual, valid = _residual(prediction, target, valid)
-    kept = _trimmed(residual, valid, trim)
-    gradient_kept = kept if gradient_trim == trim else _trimmed(residual, valid, gradient_trim)
+    kept = _trim(residual, valid, trim)
+    gradient_kept = kept if gradient_trim == trim else _trim(residual, valid, gradient_trim)
     return _mean_absolute(residual, kept, weight), _mean_gradient(residual, gradient_kept, scales, weight)
 
 
@@ -151,8 +151,8 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, *, variance_fo
         >>> round(silog_loss(target * torch.e, target, target > 0, variance_focus=0.75).item(), 4)
         0.5
     """
-    valid = valid & _enough(valid)
-    count = _count(valid)
+    valid = valid & _has_enough_pixels(valid)
+    count = _count_valid(valid)
     difference = _masked_log(prediction, valid) - _masked_log(target, valid)
     mean = difference.sum((1, 2)) / count
     # Variance and squared mean apart: their sum cannot cancel below zero as the formula's difference can.
@@ -192,17 +192,17 @@ def feature_alignment_loss(student: Tensor, teacher: Tensor, *, tolerance: float
 
 def _residual(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Subtract the normalised maps, (B, H, W), and tell which pixels count: none where there is but one."""
-    valid = valid & _enough(valid)
-    return _normalised(prediction, valid) - _normalised(target, valid), valid
+    valid = valid & _has_enough_pixels(valid)
+    return _normalize(prediction, valid) - _normalize(target, valid), valid
 
 
-def _normalised(x: Tensor, valid: Tensor) -> Tensor:
+def _normalize(x: Tensor, valid: Tensor) -> Tensor:
     x = masked_float(x, valid)
     scale, shift = robust_scale_shift(x, valid)
     return (x - shift[:, None, None]) / scale[:, None, None]
 
 
-def _trimmed(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
+def _trim(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
     """Take the floor(trim * count) largest |residual| of an image out of `valid`, equal ones from the end."""
     if not 0 <= trim < 1:
         raise ValueError(
@@ -225,7 +225,7 @@ def _trimmed(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
 
 
 def _mean_absolute(residual: Tensor, kept: Tensor, weight: Tensor | None = None) -> Tensor:
-    return _mean(torch.where(kept, residual.abs(), 0).sum((1, 2)) / _count(kept), weight)
+    return _mean(torch.where(kept, residual.abs(), 0).sum((1, 2)) / _count_valid(kept), weight)
 
 
 def _mean_gradient(residual: Tensor, kept: Tensor, scales: int, weight: Tensor | None = None) -> Tensor:
@@ -234,7 +234,7 @@ def _mean_gradient(residual: Tensor, kept: Tensor, scales: int, weight: Tensor |
         r, m = residual[:, ::stride, ::stride], kept[:, ::stride, ::stride]
         across = torch.where(m[:, :, 1:] & m[:, :, :-1], (r[:, :, 1:] - r[:, :, :-1]).abs(), 0)
         down = torch.where(m[:, 1:] & m[:, :-1], (r[:, 1:] - r[:, :-1]).abs(), 0)
-        total = total + (across.sum((1, 2)) + down.sum((1, 2))) / _count(m)
+        total = total + (across.sum((1, 2)) + down.sum((1, 2))) / _count_valid(m)
     return _mean(total, weight)
 
 
@@ -243,12 +243,12 @@ def _mean(per_image: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _masked_log(depth: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, masked_float(depth, valid), 1).clamp(min=MIN_METRES).log()
+    return torch.where(valid, masked_float(depth, valid), 1).clamp(min=MIN_DEPTH_M).log()
 
 
-def _enough(valid: Tensor) -> Tensor:
+def _has_enough_pixels(valid: Tensor) -> Tensor:
     return valid.sum((1, 2), keepdim=True) >= 2
 
 
-def _count(valid: Tensor) -> Tensor:
+def _count_valid(valid: Tensor) -> Tensor:
     return valid.sum((1, 2)).clamp(min=1)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from depth_anything.geometry import MIN_METRES, masked_float
+from depth_anything.geometry import MIN_DEPTH_M, masked_float
 
 BOUNDARY_RATIOS = tuple(1.05 + 0.2 * step / 9 for step in range(10))
 """How many times as far the farther of two neighbours must be: ten steps from 5 % to 25 %."""
@@ -45,7 +45,7 @@ def depth_metrics(prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str
 
     p, t = masked_float(prediction, valid), masked_float(target, valid)
     error = p - t
-    p, t = p.clamp(min=MIN_METRES), t.clamp(min=MIN_METRES)
+    p, t = p.clamp(min=MIN_DEPTH_M), t.clamp(min=MIN_DEPTH_M)
     logs = p.log() - t.log()
     log_mean = mean(logs)
     log_variance = mean((logs - log_mean[:, None, None]).square())
@@ -107,7 +107,7 @@ def boundary_f1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 def _boundary_f1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """The score of one image, (H, W) each."""
     ratios = torch.tensor(BOUNDARY_RATIOS, dtype=prediction.dtype, device=prediction.device)
-    p, t = prediction.clamp(min=MIN_METRES), target.clamp(min=MIN_METRES)
+    p, t = prediction.clamp(min=MIN_DEPTH_M), target.clamp(min=MIN_DEPTH_M)
     precision = recall = torch.zeros_like(ratios)
     for way in (0, 1):
         ends = [
@@ -118,14 +118,14 @@ def _boundary_f1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
             steps = [torch.where(both, ends[map_][second] / ends[map_][first], 0) for map_ in (0, 1)]
             # Few pairs are a contour of either map: only these are held against the ten ratios.
             p_steps, t_steps = (step[torch.maximum(*steps) > ratios[0]] for step in steps)
-            shared = _exceed(torch.minimum(p_steps, t_steps), ratios)
-            precision = precision + shared / _exceed(p_steps, ratios).clamp(min=1) / 4
-            recall = recall + shared / _exceed(t_steps, ratios).clamp(min=1) / 4
+            shared = _count_exceeding(torch.minimum(p_steps, t_steps), ratios)
+            precision = precision + shared / _count_exceeding(p_steps, ratios).clamp(min=1) / 4
+            recall = recall + shared / _count_exceeding(t_steps, ratios).clamp(min=1) / 4
     total = precision + recall
     f1 = torch.where(total > 0, 2 * precision * recall / torch.where(total > 0, total, 1), 0)
     return (ratios * f1).sum() / ratios.sum()
 
 
-def _exceed(steps: Tensor, ratios: Tensor) -> Tensor:
+def _count_exceeding(steps: Tensor, ratios: Tensor) -> Tensor:
     """How many steps exceed each ratio."""
     return (steps[:, None] > ratios).sum(0).to(ratios.dtype)

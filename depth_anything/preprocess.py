@@ -42,7 +42,9 @@ def resize_shape(height: int, width: int, short_side: int = 518, multiple: int =
         (868, 518)
     """
     scale = max(short_side / height, short_side / width)
-    new_height, new_width = (_round_to(scale * side, multiple, short_side) for side in (height, width))
+    new_height, new_width = (
+        _round_to_multiple(scale * side, multiple, short_side) for side in (height, width)
+    )
     return new_height, new_width
 
 
@@ -71,7 +73,9 @@ def preprocess_image(rgb: np.ndarray, short_side: int = 518, multiple: int = 14)
     return prepared
 
 
-def closest_shape(height: int, width: int, side: int = 518, multiple: int = 14) -> tuple[int, int]:
+def transformers_resize_shape(
+    height: int, width: int, side: int = 518, multiple: int = 14
+) -> tuple[int, int]:
     """Compute the size that transformers resizes an image to before the network.
 
     Either the height or the width becomes `side`, whichever changes the image less; the other follows, and both
@@ -102,7 +106,7 @@ def closest_shape(height: int, width: int, side: int = 518, multiple: int = 14) 
     return new_height, new_width
 
 
-def preprocess_as_transformers(rgb: np.ndarray, side: int = 518, multiple: int = 14) -> np.ndarray:
+def preprocess_transformers(rgb: np.ndarray, side: int = 518, multiple: int = 14) -> np.ndarray:
     """Resize and normalise an image as transformers does: bicubic with antialiasing, to bytes, then normalised.
 
     Args:
@@ -121,7 +125,7 @@ def preprocess_as_transformers(rgb: np.ndarray, side: int = 518, multiple: int =
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import normalize, resize
 
-    shape = closest_shape(rgb.shape[0], rgb.shape[1], side, multiple)
+    shape = transformers_resize_shape(rgb.shape[0], rgb.shape[1], side, multiple)
     image = torch.from_numpy(
         np.array(rgb.transpose(2, 0, 1), order="C")
     )  # a copy, as Pillow's arrays are read-only
@@ -150,19 +154,19 @@ def to_rgb(image: Any, *, blue_first: bool = False) -> np.ndarray:
         [[[255, 0, 0], [255, 255, 255]]]
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        raise ValueError(f"{_WANTED}, not {_kind_of(image)}")
+        raise ValueError(f"{_EXPECTED_IMAGE}, not {_describe_object(image)}")
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in image.shape:
-        raise ValueError(f"{_WANTED}, not {_kind_of(image)}")
+        raise ValueError(f"{_EXPECTED_IMAGE}, not {_describe_object(image)}")
     if channels == 3:
         return image[..., ::-1] if blue_first else image
     if channels == 1:
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
     order = {2: [0, 0, 0, 1], 4: [2, 1, 0, 3] if blue_first else [0, 1, 2, 3]}[channels]
-    return show_on_white(image[..., order])
+    return composite_on_white(image[..., order])
 
 
-def show_on_white(rgba: np.ndarray) -> np.ndarray:
+def composite_on_white(rgba: np.ndarray) -> np.ndarray:
     """Put a transparent image before white.
 
     Args:
@@ -180,10 +184,10 @@ def show_on_white(rgba: np.ndarray) -> np.ndarray:
     return np.array(Image.alpha_composite(white, picture).convert("RGB"))
 
 
-_WANTED = "an image must be uint8 of shape (height, width, 3)"
+_EXPECTED_IMAGE = "an image must be uint8 of shape (height, width, 3)"
 
 
-def _kind_of(image: Any) -> str:
+def _describe_object(image: Any) -> str:
     """Say what was given in place of an image, and what to type where that is known."""
     if isinstance(image, np.ndarray):
         return f"{image.dtype} of shape {image.shape}"
@@ -197,6 +201,6 @@ def _kind_of(image: Any) -> str:
     return f"{kind}: give a NumPy array"
 
 
-def _round_to(side: float, multiple: int, least: int) -> int:
+def _round_to_multiple(side: float, multiple: int, least: int) -> int:
     rounded = round(side / multiple) * multiple
     return rounded if rounded >= least else math.ceil(side / multiple) * multiple

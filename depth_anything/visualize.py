@@ -8,14 +8,14 @@ from itertools import accumulate
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GREY = 128
+GRAY = 128
 """Level of red, green and blue of a pixel without a value."""
 
-NEAR_IS_RED = "Spectral_r"
+DEFAULT_COLORMAP = "Spectral_r"
 """The authors' colormap, for disparity: its last color is red."""
 
 GAP_PX = 4
-_BLOCK = 1 << 20  # pixels
+_BLOCK_PIXELS = 1 << 20  # pixels
 FONT_PX = 16
 
 
@@ -48,9 +48,9 @@ def colorize(
         >>> colorize(np.array([[0.0, 0.5, 1.0, np.nan]]), colormap="gray")[0, :, 0].tolist()
         [0, 127, 255, 128]
     """
-    table = _table(colormap)
+    table = _color_table(colormap)
     shown = np.isfinite(map) if valid is None else np.isfinite(map) & valid
-    picture = np.full((*map.shape, 3), GREY, dtype=np.uint8)
+    picture = np.full((*map.shape, 3), GRAY, dtype=np.uint8)
     if not shown.any():
         return picture
     values = map[shown]
@@ -62,20 +62,20 @@ def colorize(
     end = most.astype(kind) if high is None else high
     levels = np.zeros(values.shape, np.uint8)
     for begin in range(
-        0, values.size if end > start else 0, _BLOCK
+        0, values.size if end > start else 0, _BLOCK_PIXELS
     ):  # a large map in float64 takes gigabytes
-        block = slice(begin, begin + _BLOCK)
+        block = slice(begin, begin + _BLOCK_PIXELS)
         share = (values[block].astype(kind) - start) / (end - start)
         levels[block] = share.clip(0, 1) * 255
     picture[shown] = table[levels]
     return picture
 
 
-def paint(
+def colorize_by_distance(
     map: np.ndarray,
     *,
     quantity: str,
-    colormap: str = NEAR_IS_RED,
+    colormap: str = DEFAULT_COLORMAP,
     valid: np.ndarray | None = None,
     low: float | None = None,
     high: float | None = None,
@@ -103,10 +103,10 @@ def paint(
         >>> [paint(map, quantity=q, colormap="gray")[0, :, 0].tolist() for q in ("disparity", "depth")]
         [[0, 255], [255, 0]]
     """
-    return colorize(map, valid=valid, low=low, high=high, colormap=colormap_for(quantity, colormap))
+    return colorize(map, valid=valid, low=low, high=high, colormap=distance_colormap(quantity, colormap))
 
 
-def colormap_for(quantity: str, colormap: str = NEAR_IS_RED) -> str:
+def distance_colormap(quantity: str, colormap: str = DEFAULT_COLORMAP) -> str:
     """Name the matplotlib colormap that paints a quantity by the rule of `paint`.
 
     Example:
@@ -127,10 +127,10 @@ def check_colormap(colormap: str) -> None:
     Example:
         >>> check_colormap("inferno")
     """
-    _table(colormap)
+    _color_table(colormap)
 
 
-def panel(
+def make_panel(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] | None = None, *, max_width: int = 320
 ) -> np.ndarray:
     """Lay pictures out on white, row by row, with a title above each column.
@@ -148,7 +148,7 @@ def panel(
         >>> panel([[picture, picture], [picture]]).shape
         (72, 92, 3)
     """
-    cells = [[_shrink(picture, max_width) for picture in row] for row in rows]
+    cells = [[_shrink_to_width(picture, max_width) for picture in row] for row in rows]
     font = ImageFont.load_default(FONT_PX)
     widths = [0] * max(len(row) for row in [*cells, titles or ()])
     for row in cells:
@@ -172,7 +172,7 @@ def panel(
 
 
 @cache
-def _table(colormap: str) -> np.ndarray:
+def _color_table(colormap: str) -> np.ndarray:
     import matplotlib  # 0.2 s that only those who look at pictures shall pay
 
     if colormap not in matplotlib.colormaps:
@@ -186,7 +186,7 @@ def _table(colormap: str) -> np.ndarray:
     return (colours * 255).astype(np.uint8)  # cut off, as the authors do
 
 
-def _shrink(picture: np.ndarray, max_width: int) -> Image.Image:
+def _shrink_to_width(picture: np.ndarray, max_width: int) -> Image.Image:
     image = Image.fromarray(picture)
     if image.width <= max_width:
         return image

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from depth_anything import DepthAnything
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.sample import Frame, decode_record, disparity_target
-from depth_anything.data.shards import Records, ShardSet
-from depth_anything.data.sources.scenes import render, write_scenes
-from depth_anything.data.transforms import draw_perturbation, draw_view, normalize, view_image, view_map
+from depth_anything.data.reader import Records
+from depth_anything.data.sample import Frame, decode_record, make_disparity_target
+from depth_anything.data.tars import ShardSet
+from depth_anything.data.transforms import crop_image, crop_map, draw_crop, draw_perturbation, normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.preprocess import resize_shape
-from depth_anything.training.base import Recipe
+from depth_anything.scenes.layout import render_scene, write_scenes
+from depth_anything.training.config import Recipe
 from depth_anything.training.teacher import Teacher
 
 SEED, IMAGE_SIZE, STREAMS, BATCH = 0, 70, 8, 4
@@ -40,7 +41,7 @@ def show(name: str, values: np.ndarray | Tensor) -> None:
 
 
 def source() -> None:
-    frame = render(10_000_000, look="synthetic", height=112, width=144)  # what seed 1 draws first
+    frame = render_scene(10_000_000, look="synthetic", height=112, width=144)  # what seed 1 draws first
     show("image", frame.image)
     assert frame.depth is not None
     show("depth", frame.depth)
@@ -80,11 +81,13 @@ def decode(dataset: StreamDataset) -> Frame:
 
 def crop(frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     height, width = resize_shape(*frame.image.shape[:2], IMAGE_SIZE, 14)
-    view = draw_view(height, width, IMAGE_SIZE, seed=SEED, n=0)
+    view = draw_crop(height, width, IMAGE_SIZE, seed=SEED, n=0)
     print(f"resized to {height} x {width}; cut at row {view.top}, column {view.left}; flipped: {view.flip}")
-    image = view_image(frame.image, view)
+    image = crop_image(frame.image, view)
     assert frame.depth is not None
-    target, valid = disparity_target(Frame(frame.key, image, depth=view_map(frame.depth, view)), sky="far")
+    target, valid = make_disparity_target(
+        Frame(frame.key, image, depth=crop_map(frame.depth, view)), sky="far"
+    )
     show("image", image)
     show("target", target)
     show("valid", valid)

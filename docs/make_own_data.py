@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from depth_anything.data.sources.scenes import render
+from depth_anything.scenes.layout import render_scene
 
 COUNT, MEASURED = 32, 24
 HEIGHT, WIDTH = 240, 320
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     for kind in ("photos", "depth"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for number in range(COUNT):
-        frame = render(1000 + number, look="photographic", height=HEIGHT, width=WIDTH)
+        frame = render_scene(1000 + number, look="photographic", height=HEIGHT, width=WIDTH)
         name = f"{number:04d}"
         cv2.imwrite(
             str(folder / f"photos/{name}.jpg"), frame.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]

@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from depth_anything.inference.video import Settings, predict_videos
+from depth_anything.inference.video import VideoSettings, predict_videos
 
 NTSC = Fraction(30000, 1001)
 
@@ -76,7 +76,7 @@ def make_film(
 
 
 def map_film(source, output, **settings):
-    return predict_videos(Brightness(), source, output, settings=Settings(**settings))
+    return predict_videos(Brightness(), source, output, settings=VideoSettings(**settings))
 
 
 def read_film(path):

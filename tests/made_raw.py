@@ -292,14 +292,14 @@ def make_megadepth(raw, *, size=SIZE):
 def frames_of(source, raw, **options):
     """What a source finds and reads, made records and decoded again: name to Frame; refused ones to their reason."""
     from depth_anything.data.sample import decode_record
-    from depth_anything.data.sources.record import to_record
+    from depth_anything.ingest.record import encode_sample
 
     found = {}
     for line in source.find(Path(raw), **options):
         name = line.partition("\t")[0]
         assert name not in found
         try:
-            made = to_record(source.read(Path(raw), line), source=source.FACTS.name, name=name)
+            made = encode_sample(source.read(Path(raw), line), source=source.INFO.name, name=name)
         except ValueError as error:
             found[name] = str(error)
         else:

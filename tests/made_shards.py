@@ -5,7 +5,8 @@ import random
 import tarfile
 from pathlib import Path
 
-from depth_anything.data.shards import write_manifest, write_shard
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.tars import write_shard
 
 
 def records(shard="000000", count=5, size=300):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.data.sources.source import Facts, Raw
+from depth_anything.ingest.source import DatasetInfo, RawSample
 
-FACTS = Facts(
+INFO = DatasetInfo(
     name="toy",
     title="a toy",
     records=23,
@@ -55,14 +55,14 @@ def find(raw: Path, *, seconds: str | None = None):
     return {".txt": 3}
 
 
-def read(raw: Path, line: str) -> Raw:
+def read(raw: Path, line: str) -> RawSample:
     """Make the record of a line, after a while if it says so."""
     name, seconds = line.split("\t")
     time.sleep(float(seconds))
     if name.endswith("-bad"):
         raise ValueError("its depth is missing")
     if name.endswith("-gone"):
-        return Raw((raw / "no such file").read_bytes())
+        return RawSample((raw / "no such file").read_bytes())
     if name.endswith("-broken"):
         raise OSError(5, os.strerror(5))
     if name.endswith("-bug"):
@@ -72,7 +72,7 @@ def read(raw: Path, line: str) -> Raw:
     number = int(name.rpartition("/")[2])
     sky, mirror = masks()
     image = np.full((*SIZE, 3), number, np.uint8)
-    return Raw(image, {"unit": "m"}, depth=depth_of(number), sky=sky, invalid={"mirror": mirror})
+    return RawSample(image, {"unit": "m"}, depth=depth_of(number), sky=sky, invalid={"mirror": mirror})
 
 
 class Stopped(BaseException):

@@ -246,7 +246,7 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     def warn(options):
         warnings.warn("the file does not say what it is", stacklevel=2)
 
-    monkeypatch.setattr(shards, "_verify", warn)
+    monkeypatch.setattr(shards, "_run_verify", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["verify", "anything"]) == 0
@@ -263,7 +263,7 @@ def test_interrupted(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_verify", interrupt)
+    monkeypatch.setattr(shards, "_run_verify", interrupt)
     assert main(["verify", "anything"]) == 130
     assert capsys.readouterr().err.strip() == "depth-anything: interrupted"
 
@@ -271,7 +271,7 @@ def test_interrupted(monkeypatch, capsys):
 def test_long_passes_tell_how_far_they_are_where_there_is_no_terminal(monkeypatch, capsys):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
-    assert list(options.watch(range(4), what="pass", total=4)) == [0, 1, 2, 3]
+    assert list(options.track(range(4), what="pass", total=4)) == [0, 1, 2, 3]
     assert capsys.readouterr().err.splitlines() == [
         "pass: 2 of 4, 0.1 a second, 40 s to go",
         "pass: 4 of 4, 0.1 a second, 0 s to go",

@@ -29,9 +29,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # those of others, on import
     pytest.importorskip("gradio", reason="pip install 'depth-anything-train[demo]'")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    from depth_anything.demo import Limits, running
-    from depth_anything.demo.guard import Quota
-    from depth_anything.inference.predictor import check_numbers
+    from depth_anything.demo.guard import UploadQuota
+    from depth_anything.demo.page import Limits, run_page
+    from depth_anything.inference.predictor import check_finite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -52,7 +52,7 @@ class Standing:
         if self.made is None:
             raise MemoryError
         map_ = self.made(image.shape[:2])
-        check_numbers(map_, "the image", precision="fp16")
+        check_finite(map_, "the image", precision="fp16")
         return map_
 
 
@@ -87,7 +87,7 @@ def address(predictors, looked_up):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with running(predictors, limits=LIMITS) as url:
+            with run_page(predictors, limits=LIMITS) as url:
                 yield url
     finally:
         socket.getaddrinfo = plain
@@ -272,21 +272,25 @@ def make_uploads(folder, count, size, *, age=0.0):
 
 def test_old_uploads_give_way_and_fresh_ones_do_not(tmp_path):
     make_uploads(tmp_path, 5, 1000, age=100)
-    assert Quota(tmp_path, files=10, bytes=10_000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
-    assert Quota(tmp_path, files=10, bytes=5000).make_room(2000, keep=tmp_path / "4/picture.png")
+    assert (
+        UploadQuota(tmp_path, files=10, bytes=10_000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
+    )
+    assert UploadQuota(tmp_path, files=10, bytes=5000).make_room(2000, keep=tmp_path / "4/picture.png")
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "4"}  # the oldest is 4, which is in use
-    assert Quota(tmp_path, files=2, bytes=10_000).make_room(0)
+    assert UploadQuota(tmp_path, files=2, bytes=10_000).make_room(0)
     assert len(list(tmp_path.iterdir())) == 1
     shutil.rmtree(tmp_path / next(tmp_path.iterdir()))
     make_uploads(tmp_path, 5, 1000)
-    assert not Quota(tmp_path, files=10, bytes=5000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
+    assert (
+        not UploadQuota(tmp_path, files=10, bytes=5000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
+    )
 
 
 def test_an_upload_beyond_the_quota_is_refused_before_it_is_read(predictors):
     limits = Limits(megabytes=0.1, disk_megabytes=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with running(predictors, limits=limits) as url:
+        with run_page(predictors, limits=limits) as url:
             for size, status in ((60_000, 507), (600_000, 413)):
                 line = http.client.HTTPConnection(url.split("/")[2], timeout=300)
                 line.putrequest("POST", "/gradio_api/upload")
@@ -348,7 +352,7 @@ def test_nothing_stays_behind(predictors, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     before = threading.active_count()
-    with running(predictors) as url:
+    with run_page(predictors) as url:
         assert url.startswith("http://127.0.0.1:")
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
@@ -399,10 +403,12 @@ def test_a_taken_port_is_one_sentence(tmp_path, capsys, address):
 
 def test_a_film_plays_in_the_browser(browser, tmp_path):
     pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
-    from depth_anything.inference.films import Film
+    from depth_anything.inference.video_writer import VideoWriter
 
     rate = Fraction(30000, 1001)
-    with Film(tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, notes={}) as film:
+    with VideoWriter(
+        tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, notes={}
+    ) as film:
         for number in range(60):
             film.write(np.full((90, 161, 3), (4 * number, 200, 30), np.uint8), number)
     (tmp_path / "play.html").write_text('<video src="a.mp4" muted autoplay></video>')
@@ -431,7 +437,7 @@ def test_a_strip_is_refused_by_its_header(tmp_path):
     from depth_anything.demo import page as module
 
     Image.new("L", (900, 90)).save(tmp_path / "strip.png")
-    with pytest.raises(module._Refused, match="10 times as long"):
-        module._checked(tmp_path / "strip.png", module.Limits())
+    with pytest.raises(module.UploadError, match="10 times as long"):
+        module._read_upload(tmp_path / "strip.png", module.Limits())
     Image.new("L", (700, 90)).save(tmp_path / "panorama.png")
-    assert module._checked(tmp_path / "panorama.png", module.Limits())
+    assert module._read_upload(tmp_path / "panorama.png", module.Limits())

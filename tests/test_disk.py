@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from depth_anything.data.tars import write_atomically, write_new, write_shard
-from depth_anything.disk import named_write_errors, write_error
+from depth_anything.data.tars import atomic_write, write_new, write_shard
+from depth_anything.disk import name_write_errors, write_error
 
 RECORDS = [(f"k{i}", {"txt": bytes(2000)}) for i in range(20)]
 WRITERS: dict[str, Callable[[Path], object]] = {
     "000000.tar": lambda path: write_shard(path, RECORDS),
-    "manifest.json": lambda path: write_atomically(path, bytes(40_000)),
+    "manifest.json": lambda path: atomic_write(path, bytes(40_000)),
     "000000.json": lambda path: write_new(path, bytes(40_000)),
 }
 
@@ -61,13 +61,13 @@ def test_an_older_file_stays_where_the_disk_is_full(
 def test_errors_of_reading_are_left_alone(tmp_path: Path) -> None:
     """What is written may be read from a failing disk meanwhile."""
     failing = OSError(errno.EIO, os.strerror(errno.EIO))
-    with pytest.raises(OSError) as raised, named_write_errors(tmp_path / "a.tar"):
+    with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "a.tar"):
         raise failing
     assert raised.value is failing
 
 
 def test_an_error_is_named_once(tmp_path: Path) -> None:
     inner = write_error(tmp_path / "a.tar", OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError) as raised, named_write_errors(tmp_path / "manifest.json"):
+    with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "manifest.json"):
         raise inner
     assert raised.value is inner

@@ -19,7 +19,7 @@ import torch
 
 from depth_anything import DepthAnything, Predictor, export, load_model, save_model
 from depth_anything.cli import main
-from depth_anything.export import Check, Exported, export_model, format_checks, halved
+from depth_anything.export import ExportCheck, ExportModule, export_model, format_checks, to_half_precision
 
 ONNX_NOISE = [
     "ignore::DeprecationWarning",
@@ -145,7 +145,7 @@ def test_scores_of_half_precision_are_wide():
         block.attn.fused_attn = False
     with torch.no_grad():
         assert plain(batch.half()).isnan().all()
-        wide, want = halved(model)(batch.half()), model(batch)
+        wide, want = to_half_precision(model)(batch.half()), model(batch)
     assert (wide.float() - want).abs().max() < 1e-2 * (want.max() - want.min())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -170,12 +170,14 @@ def test_a_calibrated_program_gives_metres(tmp_path, monkeypatch):
     with torch.no_grad():
         np.testing.assert_allclose(run(prepared)[0].numpy(), predictor.predict(pixels), rtol=1e-4)
         for size in SIZES:
-            torch.testing.assert_close(run(image(*size)), Exported(model, precision="fp32")(image(*size)))
+            torch.testing.assert_close(run(image(*size)), ExportModule(model, precision="fp32")(image(*size)))
 
 
 def test_the_other_position_rule_goes_along():
     model = network()
-    program = export.trace(Exported(model, precision="fp32", position_rule="transformers")).module()
+    program = export.trace_program(
+        ExportModule(model, precision="fp32", position_rule="transformers")
+    ).module()
     theirs = functools.partial(model, position_rule="transformers")
     assert share(model, lambda x: program(torch.from_numpy(x)).detach().numpy(), image(1, 8, 6)) > 1e-4
     for size in SIZES:
@@ -223,7 +225,7 @@ class Wrong:
 )
 def test_a_program_that_differs_is_not_left(tmp_path, monkeypatch, how, message):
     monkeypatch.setattr(export, "run_torch", Wrong(how))
-    monkeypatch.setattr(export, "trace", lambda _: None)
+    monkeypatch.setattr(export, "trace_program", lambda _: None)
     monkeypatch.setattr(export, "_write_torch", lambda program, file, facts, opset: file.write_bytes(b"x"))
     (tmp_path / "model.pt2").write_bytes(b"old")
     with pytest.raises(ValueError, match=message) as raised:
@@ -263,7 +265,7 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("opset", [11, 17, 99, 0, -1, 18.0, True])
 def test_operators_that_cannot_be_written_are_refused(tmp_path, monkeypatch, opset):
-    monkeypatch.setattr(export, "trace", lambda _: pytest.fail("refused before anything is traced"))
+    monkeypatch.setattr(export, "trace_program", lambda _: pytest.fail("refused before anything is traced"))
     with pytest.raises(ValueError, match=f"opset={opset} "):
         export_model(network(), tmp_path / "m.onnx", to="onnx", opset=opset)
     assert not list(tmp_path.iterdir())
@@ -353,11 +355,11 @@ def test_half_precision_is_for_attention_that_is_known():
     with pytest.raises(
         ValueError, match="fp16 is for DINOv2's encoders; export vit_tiny_patch16_224 in fp32"
     ):
-        halved(DepthAnything("vit_tiny_patch16_224"))
+        to_half_precision(DepthAnything("vit_tiny_patch16_224"))
 
 
 def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "MOST_BYTES", 1000)
+    monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)
     export_model(network(), tmp_path / "model.onnx", to="onnx")
     assert names(tmp_path) == ["README.md", "model.onnx", "model.onnx.data", "model.onnx.json"]
     assert (
@@ -370,7 +372,7 @@ def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
 
 
 def test_the_table():
-    rows = [Check((1, 518, 686), 1.5e-6, 3e-7, 2e-7), Check((2, 70, 70), 0.25, 1e-2, 3e-3)]
+    rows = [ExportCheck((1, 518, 686), 1.5e-6, 3e-7, 2e-7), ExportCheck((2, 70, 70), 0.25, 1e-2, 3e-3)]
     assert format_checks(rows).splitlines() == [
         "batch × height × width  largest difference  of the range  mean relative",
         "1 × 518 × 686           1.5e-06             3.0e-07       2.0e-07",

@@ -72,8 +72,8 @@ def test_both_ways_to_find_a_rank_agree(count, share):
     expected = [[r[v].sort().values[rank(count)].item()] for r, v in zip(x, valid, strict=True)]
     wanted = rank(valid.sum(1, keepdim=True))
     assert x.gather(1, masked_order_index(x, valid, rank=rank)).tolist() == expected
-    assert x.gather(1, geometry._select(x, valid, wanted, rank(12))).tolist() == expected
-    assert x.gather(1, geometry._sort_out(x, valid, wanted)).tolist() == expected
+    assert x.gather(1, geometry._select_by_kthvalue(x, valid, wanted, rank(12))).tolist() == expected
+    assert x.gather(1, geometry._select_by_sort(x, valid, wanted)).tolist() == expected
 
 
 def test_median_of_half_sky_and_of_values_as_large_as_the_filling():

@@ -16,10 +16,14 @@ SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 
 # A room may import itself and lower floors; rooms on one floor do not know each other.
 FLOORS = (
-    {"disk", "geometry", "licences", "preprocess"},
+    {"errors", "licenses", "locks", "preprocess", "progress"},
+    {"disk", "geometry"},
     {"model", "data", "losses", "metrics", "visualize"},
+    {"ingest"},
+    {"scenes"},
     {"inference"},
     {"evaluation", "export"},
+    {"inspect"},
     {"demo", "training"},
     {"cli"},
     {"__main__"},

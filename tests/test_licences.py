@@ -4,10 +4,16 @@ import re
 
 import pytest
 
-from depth_anything.data.sources.catalogue import SETS
-from depth_anything.data.sources.catalogue import load as load_source
-from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
-from depth_anything.licences import check_licence, combine, hub_fields, licence_of_card, spdx_name
+from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.ingest.catalog import SETS
+from depth_anything.ingest.catalog import load_source as load_source
+from depth_anything.licenses import (
+    card_license_fields,
+    check_license,
+    combine_licenses,
+    license_from_card,
+    spdx_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,19 +29,19 @@ from depth_anything.licences import check_licence, combine, hub_fields, licence_
     ],
 )
 def test_all_hold_together(parts, whole):
-    assert combine(parts) == whole
-    assert combine([whole, *parts]) == whole  # once more changes nothing
+    assert combine_licenses(parts) == whole
+    assert combine_licenses([whole, *parts]) == whole  # once more changes nothing
 
 
 @pytest.mark.parametrize("typed", ["CC-BY-4.0", "Apache-2.0 AND MIT", "LicenseRef-ours", "GPL-2.0+"])
 def test_a_typed_licence(typed):
-    assert check_licence(typed) == typed
+    assert check_license(typed) == typed
 
 
 @pytest.mark.parametrize("typed", ["", "my own", "all rights reserved", "MIT,Apache-2.0", "<b>"])
 def test_what_is_no_licence(typed):
     with pytest.raises(ValueError, match="is no SPDX name such as CC-BY-4.0"):
-        check_licence(typed)
+        check_license(typed)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_what_is_no_licence(typed):
     ],
 )
 def test_the_form_of_the_hub(licence, fields):
-    assert hub_fields(licence) == fields
+    assert card_license_fields(licence) == fields
 
 
 @pytest.mark.parametrize(
@@ -68,27 +74,27 @@ def test_the_form_of_the_hub(licence, fields):
     ],
 )
 def test_cards_are_read(text, licence):
-    assert licence_of_card(text) == licence
+    assert license_from_card(text) == licence
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_states_an_spdx_expression(name):
-    licence = load(name).licence
-    assert check_licence(licence) == licence == spdx_name(licence)
+    licence = load_benchmark(name).licence
+    assert check_license(licence) == licence == spdx_name(licence)
     assert re.fullmatch(r"(LicenseRef-|CC-BY-|MIT|Apache-)[A-Za-z0-9.-]*", licence)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_set_states_an_spdx_expression(name):
-    licence = load_source(name).FACTS.licence
-    assert check_licence(licence) == licence == spdx_name(licence)
+    licence = load_source(name).INFO.licence
+    assert check_license(licence) == licence == spdx_name(licence)
 
 
 @pytest.mark.parametrize("old", ["LicenceRef-ScanNet", "licenceref-ScanNet", "Licenseref-ScanNet"])
 def test_the_spelling_that_older_manifests_have_is_read_as_spdx_writes_it(old):
     assert spdx_name(old) == "LicenseRef-ScanNet"
-    assert combine([old, "LicenseRef-ScanNet"]) == "LicenseRef-ScanNet"
-    assert combine([f"MIT AND {old}", None]) == "LicenseRef-ScanNet AND MIT AND unknown"
-    assert check_licence(f"{old} OR MIT") == "LicenseRef-ScanNet OR MIT"
-    assert hub_fields(old) == {"license": "other", "license_name": "licenseref-scannet"}
+    assert combine_licenses([old, "LicenseRef-ScanNet"]) == "LicenseRef-ScanNet"
+    assert combine_licenses([f"MIT AND {old}", None]) == "LicenseRef-ScanNet AND MIT AND unknown"
+    assert check_license(f"{old} OR MIT") == "LicenseRef-ScanNet OR MIT"
+    assert card_license_fields(old) == {"license": "other", "license_name": "licenseref-scannet"}
     assert spdx_name("MyLicenceRef-x") == "MyLicenceRef-x"  # another name, which only ends like it

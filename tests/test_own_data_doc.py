@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from depth_anything.cli import build_parser, main
 from depth_anything.data.shards import open_set
-from depth_anything.data.sources import maps
-from depth_anything.data.sources.declaration import KEYS, read_yaml
+from depth_anything.ingest import maps
+from depth_anything.ingest.declaration import DECLARATION_KEYS, load_declaration
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_the_commands_before_the_training_run_word_for_word(tmp_path, monkeypatc
     assert (open_set("data/photos").records, open_set("data/yard").records) == (32, 24)
     block = re.findall(r"(?ms)^```yaml\n(.*?)^```$", PAGE)[0]
     assert Path("try/set.yaml").read_text() == block
-    assert read_yaml("try/set.yaml").sky == 65535
+    assert load_declaration("try/set.yaml").sky == 65535
 
 
 def table(heading):
@@ -62,15 +62,15 @@ def table(heading):
 
 def test_every_key_and_every_ending_has_a_row():
     rows = [word for row in table("All keys") for word in re.findall("`([^`]+)`", row)]
-    assert sorted(rows) == sorted([*KEYS, *maps.ENDINGS])
+    assert sorted(rows) == sorted([*DECLARATION_KEYS, *maps.MAP_SUFFIXES])
 
 
 def test_what_it_says_is_said():
     code = "".join(
         path.read_text()
         for path in [
-            *ROOT.glob("depth_anything/data/sources/*.py"),
-            ROOT / "depth_anything/evaluation/survey.py",
+            *ROOT.glob("depth_anything/ingest/**/*.py"),
+            ROOT / "depth_anything/inspect/dataset_check.py",
         ]
     )
     code = re.sub(r'"\n\s+f?"', "", code)

@@ -7,10 +7,10 @@ from PIL import Image
 from depth_anything.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    closest_shape,
-    preprocess_as_transformers,
     preprocess_image,
+    preprocess_transformers,
     resize_shape,
+    transformers_resize_shape,
 )
 
 
@@ -111,7 +111,7 @@ def test_red_comes_first_and_the_constants_are_those_of_imagenet():
     ],
 )
 def test_the_sizes_transformers_gives(height, width, expected):
-    assert closest_shape(height, width) == expected
+    assert transformers_resize_shape(height, width) == expected
 
 
 def test_equals_the_processor_of_transformers():
@@ -128,6 +128,6 @@ def test_equals_the_processor_of_transformers():
     for height, width in [(48, 64), (126, 126), (91, 300), (301, 200), (20, 133), (640, 480)]:
         rgb = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
         expected = processor(Image.fromarray(rgb), return_tensors="pt")["pixel_values"][0].numpy()
-        result = preprocess_as_transformers(rgb, 126)
+        result = preprocess_transformers(rgb, 126)
         assert result.dtype == np.float32 and result.flags.c_contiguous
         np.testing.assert_array_equal(result, expected)

@@ -74,7 +74,7 @@ def test_both_have_their_flags_and_the_same_ones():
 
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     ours, parser = flags(commands["predict"]), argparse.ArgumentParser()
-    predict._add_images(parser, formats=())
+    predict._add_predict_flags(parser, formats=())
     assert ours == flags(parser) and set(THEIRS) <= ours
     for flag in ("--weights", "--format", "--colormap", "--device", "--precision", "--tiles", "--resample"):
         assert flag in ours
@@ -152,7 +152,7 @@ def test_without_weights_theirs_are_looked_for(folder, capsys, monkeypatch):
     """In checkpoints/ first; where neither that nor the hub has them, it says which file, where from, which licence."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("depth_anything.model.published._fetch", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("depth_anything.model.official_weights._download", lambda *_, **__: 1 / 0)
     line = ["--img-path", "photos", "--input-size", "28"]
     assert run_images(line) == 2
     told = capsys.readouterr().err

@@ -2,7 +2,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from depth_anything.visualize import GREY, colorize, panel
+from depth_anything.visualize import GRAY, colorize, make_panel
 
 
 def ramp(height=5, width=300):
@@ -45,15 +45,15 @@ def test_invalid_and_unknown_pixels_are_grey_and_do_not_set_the_bounds():
     dirty[0], dirty[1], dirty[2], dirty[3] = np.nan, np.inf, -np.inf, 1e30
     valid[3] = False
     picture = colorize(dirty, valid=valid)
-    assert (picture[:4] == GREY).all()
+    assert (picture[:4] == GRAY).all()
     assert (picture[4] == expected[4]).all()
 
 
 def test_maps_without_range_or_without_pixels():
     constant = colorize(np.full((2, 3), 4.2))
     assert (constant == colorize(ramp())[0, 0]).all()
-    assert (colorize(np.full((2, 3), np.nan)) == GREY).all()
-    assert (colorize(np.ones((2, 3)), valid=np.zeros((2, 3), bool)) == GREY).all()
+    assert (colorize(np.full((2, 3), np.nan)) == GRAY).all()
+    assert (colorize(np.ones((2, 3)), valid=np.zeros((2, 3), bool)) == GRAY).all()
     assert colorize(np.zeros((0, 3))).shape == (0, 3, 3)
     assert (colorize(np.ones((2, 3)), low=2, high=2) == constant).all()
     assert colorize(np.array([[0, 7]])).shape == (1, 2, 3)
@@ -71,7 +71,7 @@ def test_panel_places_every_picture_whole():
         [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in row]
         for row in [[(20, 90), (31, 80)], [(10, 8)]]
     ]
-    sheet = panel(rows, ["a", "b"])
+    sheet = make_panel(rows, ["a", "b"])
     top = sheet.shape[0] - 31 - 10 - 2 * 4
     assert (sheet[top : top + 20, 4:94] == rows[0][0]).all()
     assert (sheet[top : top + 31, 98:178] == rows[0][1]).all()
@@ -83,8 +83,8 @@ def test_panel_places_every_picture_whole():
 def test_panel_writes_titles_above_and_gives_them_room():
     black = np.zeros((20, 30, 3), np.uint8)
     plain, titled = (
-        panel([[black, black]]),
-        panel([[black, black]], ["truth", "a title wider than its picture"]),
+        make_panel([[black, black]]),
+        make_panel([[black, black]], ["truth", "a title wider than its picture"]),
     )
     room = titled.shape[0] - plain.shape[0]
     assert 16 <= room <= 32 and titled.shape[1] > plain.shape[1] + 100
@@ -97,7 +97,7 @@ def test_panel_writes_titles_above_and_gives_them_room():
 
 def test_panel_shrinks_wide_pictures_and_keeps_their_shape():
     wide = np.full((100, 1000, 3), 60, np.uint8)
-    sheet = panel([[wide]], max_width=200)
+    sheet = make_panel([[wide]], max_width=200)
     assert sheet.shape == (4 + 20 + 4, 4 + 200 + 4, 3)
     assert (sheet[4:24, 4:204] == 60).all()
-    assert panel([[np.zeros((1, 5000, 3), np.uint8)]], max_width=100).shape == (4 + 1 + 4, 108, 3)
+    assert make_panel([[np.zeros((1, 5000, 3), np.uint8)]], max_width=100).shape == (4 + 1 + 4, 108, 3)

@@ -16,8 +16,8 @@ from typing import Any
 from depth_anything import __version__
 from depth_anything.cli import bench, calibrate, custom, evaluate, export, predict, shards, stats, video
 from depth_anything.cli.options import FlagError
-from depth_anything.data.address import printable, told
-from depth_anything.model.arguments import spell
+from depth_anything.data.address import escape_unprintable, redact_secrets
+from depth_anything.errors import format_error
 
 PROGRAM = "depth-anything"
 
@@ -41,13 +41,15 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     try:
         options = parser.parse_args(arguments)
     except FlagError as error:
-        print(f"{_command_of(parser, arguments)}: {printable(error)}", file=sys.stderr)
+        print(f"{_command_name(parser, arguments)}: {escape_unprintable(error)}", file=sys.stderr)
         return 2
-    options.typed = told(shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)]))
+    options.typed = redact_secrets(
+        shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    )
     command, flags = getattr(options, "command", None), getattr(options, "flags", {})
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = partial(_say_warning, flags=flags)
+            warnings.showwarning = partial(_print_warning, flags=flags)
             return options.run(options) or 0
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -58,19 +60,22 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        sentence = spell(error, flags)
+        sentence = format_error(error, flags)
         print(
-            printable(told(f"{parser.prog}{f' {command}' if command else ''}: {sentence}")), file=sys.stderr
+            escape_unprintable(
+                redact_secrets(f"{parser.prog}{f' {command}' if command else ''}: {sentence}")
+            ),
+            file=sys.stderr,
         )
         return 2
 
 
-def _say_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
+def _print_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
     """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
-    print(f"{PROGRAM}: {printable(spell(message, flags))}", file=sys.stderr)
+    print(f"{PROGRAM}: {escape_unprintable(format_error(message, flags))}", file=sys.stderr)
 
 
-def _command_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:
+def _command_name(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:
     """Name the program and the command, if it has several, that a line of arguments asks for."""
     words = sys.argv[1:] if arguments is None else arguments
     commands = [word for word in words if not word.startswith("-")] if parser.prog == PROGRAM else []

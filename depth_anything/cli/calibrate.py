@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import (
     add_command,
-    add_network,
-    add_weights,
+    add_inference_flags,
+    add_weight_flags,
     check_output,
-    files_of,
+    float_in_range,
+    list_weight_files,
     load_predictor,
-    real,
-    watch,
+    track,
 )
-from depth_anything.data.address import printable
+from depth_anything.data.address import escape_unprintable
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from depth_anything.inference.calibrate import Fit, KnownPoint
+    from depth_anything.inference.calibrate import CalibrationFit, KnownPoint
     from depth_anything.inference.predictor import Predictor
 
 
@@ -51,13 +51,13 @@ def add_calibrate(commands: Any) -> None:
     )
     calibrate.add_argument(
         "--threshold",
-        type=real("--threshold", most=10),
+        type=float_in_range("--threshold", most=10),
         default=0.1,
         metavar="T",
         help="a point that is off by more than this share of its depth is left out (%(default)s)",
     )
-    add_weights(calibrate)
-    add_network(calibrate)
+    add_weight_flags(calibrate)
+    add_inference_flags(calibrate)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -71,19 +71,19 @@ def _calibrate(options: argparse.Namespace) -> None:
     check_output(
         [options.output],
         own=_is_calibrated,
-        inputs=[*files_of(options.weights), *options.images, *options.points],
+        inputs=[*list_weight_files(options.weights), *options.images, *options.points],
     )
-    known = _known_points(options)
+    known = _read_known_points(options)
     predictor, facts = load_predictor(options)
     if predictor.model.quantity == "depth":
         raise ValueError(f"{facts['weights']} gives metres already: calibrate a relative model")
-    values = _values_at(predictor, known)
+    values = _predict_at_points(predictor, known)
     metres = np.array([point.metres for points in known.values() for point in points])
     fit = fit_points(np.concatenate(list(values.values())), metres, threshold=options.threshold)
-    _tell(fit, known, values, options.threshold)
+    _print_fit(fit, known, values, options.threshold)
     predictor.model.calibration = (fit.scale, fit.shift)
     save_model(predictor.model, options.output)
-    print(f"{printable(options.output)}: gives metres, for this camera and this kind of scene")
+    print(f"{escape_unprintable(options.output)}: gives metres, for this camera and this kind of scene")
 
 
 def _is_calibrated(path: Path) -> bool:
@@ -97,7 +97,7 @@ def _is_calibrated(path: Path) -> bool:
         return False
 
 
-def _known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
+def _read_known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
     """Read the points of each image."""
     from depth_anything.inference.calibrate import parse_point, read_points
 
@@ -114,27 +114,34 @@ def _known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
     return {image: read_points(path) for image, path in zip(images, options.points, strict=True)}
 
 
-def _values_at(predictor: "Predictor", known: "Mapping[str, list[KnownPoint]]") -> "dict[str, np.ndarray]":
+def _predict_at_points(
+    predictor: "Predictor", known: "Mapping[str, list[KnownPoint]]"
+) -> "dict[str, np.ndarray]":
     """What the model gives at the points of each image, in disparity even if it is calibrated already."""
     from depth_anything.data.sample import decode_image
-    from depth_anything.inference.calibrate import look_up
+    from depth_anything.inference.calibrate import sample_at_points
 
     values = {}
-    for image, points in watch(known.items(), what="calibrate", total=len(known)):
+    for image, points in track(known.items(), what="calibrate", total=len(known)):
         try:
             pixels = decode_image(Path(image).read_bytes())
         except ValueError as error:
             raise ValueError(f"{image}: {error}") from error
-        values[image] = look_up(predictor.predict_relative(pixels), points, image=image)
+        values[image] = sample_at_points(predictor.predict_uncalibrated(pixels), points, image=image)
     return values
 
 
-def _tell(
-    fit: "Fit", known: "Mapping[str, list[KnownPoint]]", values: "Mapping[str, np.ndarray]", threshold: float
+def _print_fit(
+    fit: "CalibrationFit",
+    known: "Mapping[str, list[KnownPoint]]",
+    values: "Mapping[str, np.ndarray]",
+    threshold: float,
 ) -> None:
     from depth_anything.inference.calibrate import fit_points
 
-    rows = [(printable(Path(image).name), point) for image, points in known.items() for point in points]
+    rows = [
+        (escape_unprintable(Path(image).name), point) for image, points in known.items() for point in points
+    ]
     width = max(len(name) for name, _ in rows)
     print(f"{'image':{width}}       x       y    known    model      off")
     for (name, point), depth, used in zip(rows, fit.depth, fit.used, strict=True):
@@ -152,6 +159,6 @@ def _tell(
         for image, points in known.items():
             try:
                 alone = fit_points(values[image], [point.metres for point in points], threshold=threshold)
-                print(f"{printable(image)} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
+                print(f"{escape_unprintable(image)} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
             except ValueError as error:
-                print(f"{printable(image)} alone: {printable(error)}")
+                print(f"{escape_unprintable(image)} alone: {escape_unprintable(error)}")

@@ -5,13 +5,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.options import add_command, add_weights, check_output, files_of, load
-from depth_anything.data.address import printable
+from depth_anything.cli.options import (
+    add_command,
+    add_weight_flags,
+    check_output,
+    list_weight_files,
+    load_weights,
+)
+from depth_anything.data.address import escape_unprintable
 
-_FOLDER = "path/to/this/folder"
+_CARD_FOLDER_NAME = "path/to/this/folder"
 """What the card of a transformers folder calls it."""
 
-_CARD = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}")
+_CARD_LINE = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}")
 
 
 def add_export(commands: Any) -> None:
@@ -19,7 +25,7 @@ def add_export(commands: Any) -> None:
     export = add_command(
         commands, "export", "write a model for other programs, checked against itself", run=_export
     )
-    add_weights(export)
+    add_weight_flags(export)
     export.add_argument(
         "--to",
         required=True,
@@ -42,11 +48,11 @@ def _export(options: argparse.Namespace) -> None:
     output = Path(options.output)
     is_folder = output.is_dir()
     check_output(
-        _inside(output) if is_folder else [output],
-        own=lambda path: _is_export(path, name=_FOLDER if is_folder else path.name),
-        inputs=files_of(options.weights),
+        _transformers_files(output) if is_folder else [output],
+        own=lambda path: _is_export(path, name=_CARD_FOLDER_NAME if is_folder else path.name),
+        inputs=list_weight_files(options.weights),
     )
-    model, facts = load(
+    model, facts = load_weights(
         options.weights,
         input_size=None,
         encoder=options.encoder,
@@ -57,10 +63,10 @@ def _export(options: argparse.Namespace) -> None:
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)
     if checks:
         print(format_checks(checks))
-    print(f"exported: {printable(output)} (licence: {model.licence or 'unknown'})")
+    print(f"exported: {escape_unprintable(output)} (licence: {model.licence or 'unknown'})")
 
 
-def _inside(folder: Path) -> list[Path]:
+def _transformers_files(folder: Path) -> list[Path]:
     """List the files of a transformers folder that exporting writes anew."""
     return [folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json")]
 
@@ -72,7 +78,7 @@ def _is_export(path: Path, *, name: str) -> bool:
         return False
     for card in (folder / "README.md", folder / f"{path.name}.md"):
         try:
-            of = _CARD.search(card.read_text(encoding="utf-8"))
+            of = _CARD_LINE.search(card.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if of and of[1] == name:

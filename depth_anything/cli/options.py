@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from depth_anything.data.address import printable
+from depth_anything.data.address import escape_unprintable
 
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WEIGHTS = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
+WEIGHTS_HELP = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
 
-ENCODER = "vitl"
+DEFAULT_ENCODER = "vitl"
 """Whose published weights are taken where nothing else is said; theirs."""
 
-MOST_METRES = 1e6
-MOST_WORKERS = 1024
-MOST_BATCH = 65_536
-MOST_PIXELS_A_SIDE = 16_384
+MAX_METERS = 1e6
+MAX_WORKERS = 1024
+MAX_BATCH = 65_536
+MAX_SIDE_PX = 16_384
 """Limits of flags: beyond them is a slip of the hand, which would fill any memory."""
 
 FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
 
-FLAGS = {
+ARGUMENT_FLAGS = {
     "encoder": "--encoder {}",
     "version": "--weights-version {}",
     "max_depth": "--max-depth {}",
@@ -40,7 +40,7 @@ FLAGS = {
     "to": "--to {}",
     "opset": "--opset {}",
 }
-"""What is typed for the arguments that errors and warnings name; see `depth_anything.model.arguments.spell`."""
+"""What is typed for the arguments that errors and warnings name; see `depth_anything.errors.format_error`."""
 
 QUIET_S = 30.0
 """Seconds between lines of progress where there is no terminal."""
@@ -50,7 +50,7 @@ class FlagError(Exception):
     """A flag's value is out of its range; the sentence names the flag. Not one of the errors that argparse rewords."""
 
 
-def whole(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+def int_in_range(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Return what reads a flag's whole number, for `type=` of argparse.
 
     Args:
@@ -73,7 +73,7 @@ def whole(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[str], in
     return read
 
 
-def real(
+def float_in_range(
     flag: str, *, least: float = 0.0, most: float, above: bool = True, unit: str = ""
 ) -> Callable[[str], float]:
     """Return what reads a flag's number, for `type=` of argparse; NaN and infinity are none.
@@ -106,16 +106,18 @@ def add_command(commands: Any, name: str, text: str, *, run: Any = None) -> argp
     return parser
 
 
-def add_weights(command: argparse.ArgumentParser) -> None:
+def add_weight_flags(command: argparse.ArgumentParser) -> None:
     """Declare which model a command runs: a file, or published weights by the names of their encoder and data."""
     command.add_argument(
         "--weights",
         "--load-from",
         metavar="PATH",
-        help=f"{WEIGHTS}; without it the published weights of --encoder, from checkpoints/ or the hub",
+        help=f"{WEIGHTS_HELP}; without it the published weights of --encoder, from checkpoints/ or the hub",
     )
     command.add_argument(
-        "--encoder", metavar="NAME", help=f"vits, vitb, vitl or vitg, for published weights ({ENCODER})"
+        "--encoder",
+        metavar="NAME",
+        help=f"vits, vitb, vitl or vitg, for published weights ({DEFAULT_ENCODER})",
     )
     command.add_argument(
         "--dataset",
@@ -124,15 +126,15 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--max-depth",
-        type=real("--max-depth", most=MOST_METRES, unit="metres"),
+        type=float_in_range("--max-depth", most=MAX_METERS, unit="metres"),
         metavar="M",
         help="metres of a metric model whose file does not say it",
     )
-    add_version(command)
-    command.set_defaults(flags=FLAGS)
+    add_version_flag(command)
+    command.set_defaults(flags=ARGUMENT_FLAGS)
 
 
-def add_version(command: argparse.ArgumentParser) -> None:
+def add_version_flag(command: argparse.ArgumentParser) -> None:
     """Declare the version of Depth Anything that weights are of."""
     command.add_argument(
         "--weights-version",
@@ -142,11 +144,11 @@ def add_version(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_network(command: argparse.ArgumentParser) -> None:
+def add_inference_flags(command: argparse.ArgumentParser) -> None:
     """Declare how any command that runs a network runs it."""
     command.add_argument(
         "--input-size",
-        type=whole("--input-size", least=1, most=MOST_PIXELS_A_SIDE),
+        type=int_in_range("--input-size", least=1, most=MAX_SIDE_PX),
         metavar="N",
         help="short side, pixels (the model's own)",
     )
@@ -162,17 +164,17 @@ def add_network(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tiles(command: argparse.ArgumentParser) -> None:
+def add_tiles_flag(command: argparse.ArgumentParser) -> None:
     """Declare the tiles of large images."""
     command.add_argument(
         "--tiles",
-        type=_tiles,
+        type=_parse_tiles,
         metavar="N|RxC",
         help="so many overlapping tiles down and across, each seen at --input-size; for 4K and more",
     )
 
 
-def add_picture(command: argparse.ArgumentParser) -> None:
+def add_picture_flags(command: argparse.ArgumentParser) -> None:
     """Declare how a map is painted: the authors' flags."""
     command.add_argument("--pred-only", action="store_true", help="only the map, without the image beside it")
     command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
@@ -181,7 +183,7 @@ def add_picture(command: argparse.ArgumentParser) -> None:
 
 def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
     """Declare what is written: the picture as theirs, and files that keep the values."""
-    add_picture(command)
+    add_picture_flags(command)
     command.add_argument(
         "--format",
         nargs="*",
@@ -209,13 +211,15 @@ def check_output(
     Raises:
         ValueError: Names the file.
     """
-    from depth_anything.data.outputs import check_free
+    from depth_anything.inference.overwrite import check_overwrite
 
     read = [Path(path) for path in inputs]
-    check_free(map(Path, outputs), own=own, inputs=lambda: read, way_out=f"give another {flag}, or move it")
+    check_overwrite(
+        map(Path, outputs), own=own, inputs=lambda: read, way_out=f"give another {flag}, or move it"
+    )
 
 
-def files_of(weights: str | Path | None) -> list[Path]:
+def list_weight_files(weights: str | Path | None) -> list[Path]:
     """List the files that a model is read from: the file, or those of a run's or transformers folder."""
     if weights is None:
         return []
@@ -223,7 +227,7 @@ def files_of(weights: str | Path | None) -> list[Path]:
     return [path, *path.glob("*.safetensors"), *path.glob("*.json")] if path.is_dir() else [path]
 
 
-def load(
+def load_weights(
     path: str | Path | None,
     *,
     input_size: int | None,
@@ -248,10 +252,13 @@ def load(
     from depth_anything.model.weights import fingerprint, load_model
 
     if path is None:
-        from depth_anything.model.published import find_weights
+        from depth_anything.model.official_weights import find_official_weights
 
-        path, encoder = find_weights(encoder or ENCODER, metric=dataset, version=version or 2), None
-    path = _weight_file(Path(path))
+        path, encoder = (
+            find_official_weights(encoder or DEFAULT_ENCODER, metric=dataset, version=version or 2),
+            None,
+        )
+    path = _resolve_weight_file(Path(path))
     model = load_model(path, encoder=encoder, max_depth=max_depth, version=version)
     model.input_size = input_size or model.input_size
     facts = {
@@ -269,7 +276,7 @@ def load(
 
 def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, Any]]":
     """Return the predictor that a command's `add_weights` and `add_network` ask for, and what reports say of it."""
-    model, facts = load(
+    model, facts = load_weights(
         options.weights,
         input_size=options.input_size,
         encoder=options.encoder,
@@ -277,10 +284,10 @@ def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, A
         max_depth=options.max_depth,
         version=options.weights_version,
     )
-    return make_predictor(model, options), facts
+    return build_predictor(model, options), facts
 
 
-def make_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Predictor":
+def build_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Predictor":
     """Return a predictor of a model, run as the command's `add_network` and `add_tiles` ask for."""
     from depth_anything.inference.predictor import Predictor
 
@@ -294,7 +301,7 @@ def make_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Pred
     )
 
 
-def refuse_for_several(options: argparse.Namespace, count: int) -> None:
+def check_single_model(options: argparse.Namespace, count: int) -> None:
     """Refuse to tell several models what only one of them may be.
 
     Args:
@@ -324,9 +331,9 @@ def describe_values(predictor: "Predictor") -> str:
     return f"{predictor.quantity}, {predictor.unit}, larger is {direction(predictor.quantity)}"
 
 
-def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
     """Show how far a pass has come on standard error: a bar on a terminal, else a line every half minute."""
-    what = printable(what)
+    what = escape_unprintable(what)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -342,12 +349,12 @@ def watch(items: Iterable[T], *, what: str, total: int | None = None) -> Iterato
             print(f"{what}: {done + 1} of {total or '?'}, {rate:.1f} a second{rest}", file=sys.stderr)
 
 
-def counted(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Put a number before a noun: 1 image, 2 images."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _weight_file(path: Path) -> Path:
+def _resolve_weight_file(path: Path) -> Path:
     if (path / "model.safetensors").exists() and not (path / "config.json").exists():  # that is transformers'
         return path / "model.safetensors"
     if (path / "config.yaml").exists():
@@ -356,19 +363,19 @@ def _weight_file(path: Path) -> Path:
             f"or give one of the files in {path / 'checkpoints'}"
         )
     if not path.exists():
-        from depth_anything.model.published import licence_of, page_of
+        from depth_anything.model.official_weights import official_license, official_page
 
-        if page_of(path):
+        if official_page(path):
             raise FileNotFoundError(
-                f"no weights at {path}: {path.name} (licence {licence_of(path)}) is at {page_of(path)}"
+                f"no weights at {path}: {path.name} (licence {official_license(path)}) is at {official_page(path)}"
             )
         raise FileNotFoundError(
-            f"no weights at {path}: give {WEIGHTS}; for published weights leave it out and say --encoder vits"
+            f"no weights at {path}: give {WEIGHTS_HELP}; for published weights leave it out and say --encoder vits"
         )
     return path
 
 
-def _tiles(text: str) -> int | tuple[int, int]:
+def _parse_tiles(text: str) -> int | tuple[int, int]:
     rows, by, columns = text.lower().partition("x")
     try:
         numbers = (int(rows), int(columns)) if by else (int(rows),)

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from depth_anything.cli.options import add_command, check_output, whole
+from depth_anything.cli.options import add_command, check_output, int_in_range
 from depth_anything.cli.shards import picture_path
-from depth_anything.data.address import printable
+from depth_anything.data.address import escape_unprintable
 
 _MADE_BY = "depth-anything stats"
 
@@ -21,7 +21,7 @@ def add_stats(commands: Any) -> None:
     stats.add_argument("set", metavar="SET", help="folder or URL prefix of a set of shards or of labels")
     stats.add_argument(
         "--count",
-        type=whole("--count", least=1),
+        type=int_in_range("--count", least=1),
         default=500,
         metavar="N",
         help="records looked at, evenly spaced (%(default)s)",
@@ -32,15 +32,15 @@ def add_stats(commands: Any) -> None:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from depth_anything.data.outputs import is_picture_of, save_picture
     from depth_anything.data.shards import open_set
-    from depth_anything.evaluation.stats import draw, gather, told
+    from depth_anything.inference.overwrite import is_picture_by, save_picture
+    from depth_anything.inspect.dataset_stats import compute_stats, draw_stats, format_stats
 
     picture = picture_path(options.output)
-    check_output([options.output], own=lambda path: is_picture_of(path, _MADE_BY))
+    check_output([options.output], own=lambda path: is_picture_by(path, _MADE_BY))
     shard_set = open_set(options.set)
-    stats = gather(shard_set, sample=options.count)
-    print("\n".join(map(printable, told(shard_set, stats))))
-    save_picture(draw(shard_set, stats), picture, made_by=_MADE_BY)
-    print(f"drawn:      {printable(options.output)}")
+    stats = compute_stats(shard_set, sample=options.count)
+    print("\n".join(map(escape_unprintable, format_stats(shard_set, stats))))
+    save_picture(draw_stats(shard_set, stats), picture, made_by=_MADE_BY)
+    print(f"drawn:      {escape_unprintable(options.output)}")
     return 1 if stats.bad else 0

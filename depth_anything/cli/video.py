@@ -7,29 +7,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.evaluate import names_of
+from depth_anything.cli.evaluate import parse_named_paths
 from depth_anything.cli.options import (
-    FLAGS,
-    MOST_BATCH,
-    MOST_METRES,
-    WEIGHTS,
+    ARGUMENT_FLAGS,
+    MAX_BATCH,
+    MAX_METERS,
+    WEIGHTS_HELP,
     add_command,
-    add_network,
-    add_picture,
-    add_tiles,
-    add_version,
-    add_weights,
-    counted,
+    add_inference_flags,
+    add_picture_flags,
+    add_tiles_flag,
+    add_version_flag,
+    add_weight_flags,
+    build_predictor,
+    check_single_model,
     describe_values,
-    load,
+    float_in_range,
+    format_count,
+    int_in_range,
     load_predictor,
-    make_predictor,
-    real,
-    refuse_for_several,
-    watch,
-    whole,
+    load_weights,
+    track,
 )
-from depth_anything.data.address import printable
+from depth_anything.data.address import escape_unprintable
 
 RANGES = ("clip", "running", "frame")
 FORMATS = ("mp4", "png16", "npy", "exr")
@@ -46,12 +46,12 @@ def add_video(commands: Any) -> None:
         help="a video, a folder of videos (its tree is kept) or of frames, or a .txt with a path a line",
     )
     video.add_argument("--output", required=True, metavar="DIR", help="folder of the films")
-    _add_film(video)
+    _add_video_flags(video)
 
 
 def add_demo(commands: Any) -> None:
     """Declare `demo`."""
-    _add_page(add_command(commands, "demo", "a page that maps the images it is given", run=_demo))
+    _add_demo_flags(add_command(commands, "demo", "a page that maps the images it is given", run=_demo))
 
 
 def run_video(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def run_video(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--outdir", dest="output", default="./vis_video_depth", metavar="DIR", help="%(default)s"
     )
-    _add_film(parser)
+    _add_video_flags(parser)
     parser.set_defaults(run=_video)
     return run(parser, arguments)
 
@@ -83,62 +83,66 @@ def run_demo(arguments: Sequence[str] | None = None) -> int:
     from depth_anything.cli import run
 
     parser = argparse.ArgumentParser(prog="app.py", description="A page that maps the images it is given.")
-    _add_page(parser)
+    _add_demo_flags(parser)
     parser.set_defaults(run=_demo)
     return run(parser, arguments)
 
 
-def _add_page(demo: argparse.ArgumentParser) -> None:
+def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--weights",
         nargs="+",
         action="extend",
         metavar="[NAME=]PATH",
-        help=f"models to choose from: {WEIGHTS}; without it the published weights of --encoder",
+        help=f"models to choose from: {WEIGHTS_HELP}; without it the published weights of --encoder",
     )
     demo.add_argument("--encoder", metavar="NAME", help="vits, vitb, vitl or vitg, for published weights")
     demo.add_argument(
         "--max-depth",
         dest="weights_max_depth",
-        type=real("--max-depth", most=MOST_METRES, unit="metres"),
+        type=float_in_range("--max-depth", most=MAX_METERS, unit="metres"),
         metavar="M",
         help="metres of a metric model whose file does not say it",
     )
-    add_version(demo)
+    add_version_flag(demo)
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)"
     )
     demo.add_argument(
-        "--port", type=whole("--port", least=0, most=65_535), default=7860, metavar="N", help="%(default)s"
+        "--port",
+        type=int_in_range("--port", least=0, most=65_535),
+        default=7860,
+        metavar="N",
+        help="%(default)s",
     )
     demo.add_argument(
         "--max-megapixels",
-        type=real("--max-megapixels", most=1e6),
+        type=float_in_range("--max-megapixels", most=1e6),
         default=50.0,
         metavar="N",
         help="of an image (%(default)s)",
     )
     demo.add_argument(
         "--max-megabytes",
-        type=real("--max-megabytes", most=1e6),
+        type=float_in_range("--max-megabytes", most=1e6),
         default=30.0,
         metavar="N",
         help="of a file (%(default)s)",
     )
     demo.add_argument(
         "--queue",
-        type=whole("--queue", least=1),
+        type=int_in_range("--queue", least=1),
         default=16,
         metavar="N",
         help="who may wait at once (%(default)s)",
     )
-    add_network(demo)
-    demo.set_defaults(flags=FLAGS)
+    add_inference_flags(demo)
+    demo.set_defaults(flags=ARGUMENT_FLAGS)
 
 
-def _add_film(command: argparse.ArgumentParser) -> None:
-    add_weights(command)
-    add_picture(command)
+def _add_video_flags(command: argparse.ArgumentParser) -> None:
+    add_weight_flags(command)
+    add_picture_flags(command)
     command.add_argument(
         "--range",
         choices=RANGES,
@@ -147,7 +151,7 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--smooth",
-        type=real("--smooth", most=0.999999, above=False),
+        type=float_in_range("--smooth", most=0.999999, above=False),
         default=0.0,
         metavar="S",
         help="share of the last map in the next where the picture holds still, 0 to below 1 (%(default)s)",
@@ -167,25 +171,25 @@ def _add_film(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--batch-size",
-        type=whole("--batch-size", least=1, most=MOST_BATCH),
+        type=int_in_range("--batch-size", least=1, most=MAX_BATCH),
         default=4,
         metavar="N",
         help="frames at once through the network (%(default)s)",
     )
-    add_network(command)
-    add_tiles(command)
+    add_inference_flags(command)
+    add_tiles_flag(command)
 
 
 def _video(options: argparse.Namespace) -> int:
-    need("av", extra="video", what="PyAV")
-    from depth_anything.inference.clips import parse_rate
-    from depth_anything.inference.video import Settings, predict_videos
+    require_extra("av", extra="video", what="PyAV")
+    from depth_anything.inference.clips import parse_frame_rate
+    from depth_anything.inference.video import VideoSettings, predict_videos
 
     try:
-        rate = parse_rate(options.fps)
+        rate = parse_frame_rate(options.fps)
     except ValueError as error:
         raise ValueError(f"--fps: {error}") from None
-    settings = Settings(
+    settings = VideoSettings(
         range=options.range,
         smooth=options.smooth,
         formats=tuple(dict.fromkeys(options.format)),
@@ -198,43 +202,47 @@ def _video(options: argparse.Namespace) -> int:
     if not Path(options.source).exists():  # before a large model is read
         raise ValueError(f"{options.source} does not exist: give a video, a folder or a list of them")
     predictor, _ = load_predictor(options)
-    outcome = predict_videos(predictor, options.source, options.output, settings=settings, watch=watch)
+    outcome = predict_videos(predictor, options.source, options.output, settings=settings, watch=track)
     for name, why in outcome.skipped.items():
-        print(f"skipped {printable(name)}: {printable(why)}", file=sys.stderr)
+        print(f"skipped {escape_unprintable(name)}: {escape_unprintable(why)}", file=sys.stderr)
     for name, notes in outcome.notes.items():
         for note in notes:
-            print(f"{printable(name)}: {printable(note)}", file=sys.stderr)
+            print(f"{escape_unprintable(name)}: {escape_unprintable(note)}", file=sys.stderr)
     for name, written in outcome.written.items():
-        print(f"{printable(', '.join(map(str, written)))}: {outcome.frames[name]} frames")
+        print(f"{escape_unprintable(', '.join(map(str, written)))}: {outcome.frames[name]} frames")
     print(
-        f"{counted(len(outcome.written), 'video')} mapped, {counted(len(outcome.skipped), 'file')} skipped: "
-        f"{printable(options.output)} ({describe_values(predictor)})"
+        f"{format_count(len(outcome.written), 'video')} mapped, {format_count(len(outcome.skipped), 'file')} skipped: "
+        f"{escape_unprintable(options.output)} ({describe_values(predictor)})"
     )
     return 1 if outcome.failed else 0
 
 
 def _demo(options: argparse.Namespace) -> None:
-    need("gradio", extra="demo", what="Gradio")
-    from depth_anything.demo import Limits, serve
+    require_extra("gradio", extra="demo", what="Gradio")
+    from depth_anything.demo.page import Limits, serve
 
     named: list[tuple[str, Path | None]]
-    named = [*names_of(options.weights).items()] if options.weights else [(options.encoder or "vitl", None)]
-    refuse_for_several(options, len(named))
+    named = (
+        [*parse_named_paths(options.weights).items()]
+        if options.weights
+        else [(options.encoder or "vitl", None)]
+    )
+    check_single_model(options, len(named))
     predictors = {}
     for name, path in named:
-        model, _ = load(
+        model, _ = load_weights(
             path,
             input_size=options.input_size,
             encoder=options.encoder,
             max_depth=options.weights_max_depth,
             version=options.weights_version,
         )
-        predictors[name] = make_predictor(model, options)
+        predictors[name] = build_predictor(model, options)
     limits = Limits(megapixels=options.max_megapixels, megabytes=options.max_megabytes, queue=options.queue)
     serve(predictors, host=options.host, port=options.port, limits=limits)
 
 
-def need(module: str, *, extra: str, what: str) -> None:
+def require_extra(module: str, *, extra: str, what: str) -> None:
     """Refuse to go on without a library of an extra.
 
     Raises:

@@ -17,28 +17,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from depth_anything.data.tars import Outage, remove_stale, temporary_name
+from depth_anything.data.tars import StorageUnavailable, remove_stale, temporary_path
 
-_GB = 50.0
-_WAIT_S = 0.1
+_DEFAULT_LIMIT_GB = 50.0
+_POLL_S = 0.1
 
 
-def folder() -> Path:
+def cache_folder() -> Path:
     """Return the folder of the copies; it need not exist."""
     given = os.environ.get("DEPTH_ANYTHING_CACHE")
     return Path(given or Path(tempfile.gettempdir(), f"depth-anything-shards-{os.getuid()}"))
 
 
-def limit() -> int:
+def cache_limit_bytes() -> int:
     """Return how many bytes the folder may hold.
 
     Raises:
         ValueError: DEPTH_ANYTHING_CACHE_GB is no number above 0.
     """
-    return round(1e9 * setting("DEPTH_ANYTHING_CACHE_GB", _GB))
+    return round(1e9 * positive_setting("DEPTH_ANYTHING_CACHE_GB", _DEFAULT_LIMIT_GB))
 
 
-def setting(name: str, default: float) -> float:
+def positive_setting(name: str, default: float) -> float:
     """Return a number above 0 from the environment.
 
     Raises:
@@ -54,7 +54,9 @@ def setting(name: str, default: float) -> float:
     return value
 
 
-def open_copy(key: str, size: int, fill: Callable[[BinaryIO], None], *, fresh: bool = False) -> BinaryIO:
+def open_shard_copy(
+    key: str, size: int, fill: Callable[[BinaryIO], None], *, fresh: bool = False
+) -> BinaryIO:
     """Open the copy of a shard for reading; bring it first, if it is not there. One process brings, others wait.
 
     Args:
@@ -66,31 +68,32 @@ def open_copy(key: str, size: int, fill: Callable[[BinaryIO], None], *, fresh: b
     Raises:
         Outage: the folder cannot be written, or has no room.
     """
-    root = folder()
+    root = cache_folder()
     place = root / f"{hashlib.sha256(key.encode()).hexdigest()}.tar"
     try:
-        file = None if fresh else _opened(place, size)
+        file = None if fresh else _open_existing(place, size)
         if file is not None:
             return file
-        if size > limit():
-            raise Outage(
-                f"a shard of {size / 1e9:.3f} GB is more than the {limit() / 1e9:g} GB that {root} may hold: "
+        if size > cache_limit_bytes():
+            raise StorageUnavailable(
+                f"a shard of {size / 1e9:.3f} GB is more than the {cache_limit_bytes() / 1e9:g} GB that {root} may "
+                "hold: "
                 f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and start the same command again"
             )
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(root / f".lock-{place.name[:2]}"):
-            file = None if fresh else _opened(place, size)
-            return file if file is not None else _bring(place, size, fill)
-    except Outage:
+            file = None if fresh else _open_existing(place, size)
+            return file if file is not None else _download(place, size, fill)
+    except StorageUnavailable:
         raise
     except OSError as error:
-        raise Outage(
+        raise StorageUnavailable(
             f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
             "to another folder, and start the same command again"
         ) from error
 
 
-def _opened(place: Path, size: int) -> BinaryIO | None:
+def _open_existing(place: Path, size: int) -> BinaryIO | None:
     """Open a copy and note that it is wanted; None where there is none."""
     try:
         file = open(place, "rb")  # noqa: SIM115, the caller closes it
@@ -103,8 +106,8 @@ def _opened(place: Path, size: int) -> BinaryIO | None:
     return file
 
 
-def _bring(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO:
-    temporary = _reserve(place, size)
+def _download(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO:
+    temporary = _reserve_space(place, size)
     try:
         file = open(temporary, "r+b")  # noqa: SIM115, the caller closes it
         try:
@@ -122,14 +125,14 @@ def _bring(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO
         temporary.unlink(missing_ok=True)
 
 
-def _reserve(place: Path, size: int) -> Path:
+def _reserve_space(place: Path, size: int) -> Path:
     """Make room for a copy and hold it by a temporary file of its size."""
-    root, temporary = place.parent, temporary_name(place)
+    root, temporary = place.parent, temporary_path(place)
     while True:
         with _locked(root / ".lock"):
             remove_stale(root)
-            there = _listed(root)
-            spare = limit() - sum(entry.st_size for path, entry in there.items() if path != place)
+            there = _stat_files(root)
+            spare = cache_limit_bytes() - sum(entry.st_size for path, entry in there.items() if path != place)
             copies = [path for path in there if path.suffix == ".tar" and path != place]
             for copy in sorted(copies, key=lambda path: there[path].st_mtime_ns):
                 if spare < size:
@@ -139,10 +142,10 @@ def _reserve(place: Path, size: int) -> Path:
                 with open(temporary, "xb") as file:
                     _allocate(file.fileno(), size)
                 return temporary
-        time.sleep(_WAIT_S)  # what others are copying will be done soon, and may go then
+        time.sleep(_POLL_S)  # what others are copying will be done soon, and may go then
 
 
-def _listed(root: Path) -> dict[Path, os.stat_result]:
+def _stat_files(root: Path) -> dict[Path, os.stat_result]:
     found = {}
     for path in root.iterdir():
         with suppress(FileNotFoundError):  # copies that fail go without asking

@@ -23,25 +23,25 @@ import zstandard
 
 CODECS = ("q12", "f32")
 _HEADER = struct.Struct("<4sIBBHIIff")
-_CRC_FROM = 8  # the crc covers what stands behind it
+_CRC_START = 8  # the crc covers what stands behind it
 _MAGIC = b"DAM1"
 _F32, _Q12 = 0, 1
-_SPECIALS = (np.nan, np.inf, -np.inf)
-_TYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
+_SPECIAL_VALUES = (np.nan, np.inf, -np.inf)
+_DTYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
 # Added to every difference, so that small negative ones do not set the high byte, which then compresses to
 # nothing.
 _BIAS = {_F32: 0, _Q12: 128}
 # 4095 steps would meet the bound of 1/8190 of the range in exact arithmetic only; rounding to float32 takes a
 # little more, and a map far from zero for its range takes much more. The first that holds is used, else every
 # bit is kept.
-_STEPS = (4160, 65535)
-_BOUND = 1 / 8190
+_Q12_STEPS = (4160, 65535)
+_Q12_MAX_ERROR = 1 / 8190
 _MAX_SIDE = 1 << 15
 _MAX_PIXELS = 1 << 26
 _ZSTD_BLOCK = 1 << 17  # a zstandard block holds at most this much, and takes at least four bytes
-_ROWS = 16
-_BAND = 128
-_of_thread = threading.local()
+_SUM_BLOCK_ROWS = 16
+_DEQUANTIZE_ROWS = 128
+_thread_local = threading.local()
 
 
 def encode(values: np.ndarray, *, codec: str) -> bytes:
@@ -56,7 +56,7 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
         ValueError: values is not a map of at most 2^26 pixels, or the codec is unknown.
     """
     values = np.asarray(values, dtype=np.float32)
-    if values.ndim != 2 or not _size_allowed(*values.shape):
+    if values.ndim != 2 or not _is_allowed_size(*values.shape):
         raise ValueError(
             f"cannot encode an array of shape {values.shape}: it takes (H, W), up to 2^26 pixels"
         )
@@ -68,24 +68,24 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
     if codec == "f32":
         return _pack(values.view(np.uint32), kind=_F32, low=low, high=high)
     clean = values if known.size == values.size else np.where(finite, values, np.float32(low))
-    for steps in _STEPS:
-        levels = _quantise(clean, low, high, steps)
-        restored = _restore(levels, low, high, steps)
+    for steps in _Q12_STEPS:
+        levels = _quantize(clean, low, high, steps)
+        restored = _dequantize(levels, low, high, steps)
         error = np.abs(restored.astype(np.float64) - clean).max()
-        if error <= (high - low) * _BOUND and restored.max() == high:
+        if error <= (high - low) * _Q12_MAX_ERROR and restored.max() == high:
             masks = [values != values, values == np.inf, values == -np.inf]
             return _pack(levels, kind=_Q12, steps=steps, low=low, high=high, masks=masks)
     return _pack(values.view(np.uint32), kind=_F32, low=low, high=high)
 
 
-def size(data: bytes) -> tuple[int, int]:
+def map_size(data: bytes) -> tuple[int, int]:
     """Return the height and width of an encoded map from its header.
 
     Raises:
         ValueError: it has no such header.
     """
     _, _, _, _, height, width, _, _ = _header(data)
-    if not _size_allowed(height, width):
+    if not _is_allowed_size(height, width):
         raise ValueError(f"the encoded map has an impossible header: {height}x{width}")
     return height, width
 
@@ -103,21 +103,21 @@ def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(Non
             that the bytes could not hold.
     """
     crc, kind, flags, steps, height, width, low, high = _header(data)
-    if zlib.crc32(memoryview(data)[_CRC_FROM:]) != crc:
+    if zlib.crc32(memoryview(data)[_CRC_START:]) != crc:
         raise ValueError("the encoded map is damaged: its checksum differs")
-    if kind not in _TYPES or flags > 7 or not _size_allowed(height, width):
+    if kind not in _DTYPES or flags > 7 or not _is_allowed_size(height, width):
         raise ValueError(f"the encoded map has an impossible header: kind {kind}, {height}x{width}")
     if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
     pixels, mask_bytes = height * width, -(-height * width // 8)
-    length = pixels * _TYPES[kind].itemsize + mask_bytes * flags.bit_count()
+    length = pixels * _DTYPES[kind].itemsize + mask_bytes * flags.bit_count()
     body = _decompress(memoryview(data)[_HEADER.size :], length)
     bits = _unpack(body, height, width, kind, rows, columns)
     if kind == _F32:
         return bits.view(np.float32)
-    values = _restore(bits, low, high, steps)
+    values = _dequantize(bits, low, high, steps)
     start = pixels * 2
-    for bit, special in enumerate(_SPECIALS):
+    for bit, special in enumerate(_SPECIAL_VALUES):
         if flags >> bit & 1:
             packed = np.frombuffer(body, np.uint8, mask_bytes, start)
             mask = np.unpackbits(packed, count=pixels).reshape(height, width)[rows, columns]
@@ -138,11 +138,11 @@ def _header(data: bytes) -> tuple[int, int, int, int, int, int, float, float]:
     return _HEADER.unpack_from(data)[1:]
 
 
-def _size_allowed(height: int, width: int) -> bool:
+def _is_allowed_size(height: int, width: int) -> bool:
     return 1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE and height * width <= _MAX_PIXELS
 
 
-def _quantise(values: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
+def _quantize(values: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
     levels = values.astype(np.float64)
     levels -= low
     if high > low:
@@ -150,15 +150,17 @@ def _quantise(values: np.ndarray, low: float, high: float, steps: int) -> np.nda
     return np.rint(levels, out=levels).astype(np.uint16)
 
 
-def _restore(levels: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
+def _dequantize(levels: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
     values = np.empty(levels.shape, np.float32)
-    exact = np.empty((_BAND, levels.shape[1]))  # so many rows at a time stay in the core's own cache
-    for top in range(0, len(levels), _BAND):
+    exact = np.empty(
+        (_DEQUANTIZE_ROWS, levels.shape[1])
+    )  # so many rows at a time stay in the core's own cache
+    for top in range(0, len(levels), _DEQUANTIZE_ROWS):
         band = exact[: len(levels) - top]
-        band[:] = levels[top : top + _BAND]
+        band[:] = levels[top : top + _DEQUANTIZE_ROWS]
         band *= (high - low) / steps
         band += low
-        values[top : top + _BAND] = band
+        values[top : top + _DEQUANTIZE_ROWS] = band
     return values
 
 
@@ -171,7 +173,7 @@ def _pack(
     steps: int = 0,
     masks: list[np.ndarray] | None = None,
 ) -> bytes:
-    dtype = _TYPES[kind]
+    dtype = _DTYPES[kind]
     change = bits.astype(dtype)
     change[1:] -= bits[:-1].astype(dtype)
     change += dtype.type(_BIAS[kind])
@@ -184,8 +186,8 @@ def _pack(
     payload = zstandard.ZstdCompressor(level=1).compress(b"".join(body))
     height, width = bits.shape
     header = _HEADER.pack(_MAGIC, 0, kind, flags, steps, height, width, low, high)
-    crc = zlib.crc32(payload, zlib.crc32(header[_CRC_FROM:]))
-    return header[:4] + struct.pack("<I", crc) + header[_CRC_FROM:] + payload
+    crc = zlib.crc32(payload, zlib.crc32(header[_CRC_START:]))
+    return header[:4] + struct.pack("<I", crc) + header[_CRC_START:] + payload
 
 
 def _decompress(payload: memoryview, size: int) -> bytes:
@@ -202,13 +204,13 @@ def _decompress(payload: memoryview, size: int) -> bytes:
 
 def _decompressor() -> zstandard.ZstdDecompressor:
     # One for each thread, as it cannot be shared; a new one for each map costs as much as decompressing it.
-    if not hasattr(_of_thread, "decompressor"):
-        _of_thread.decompressor = zstandard.ZstdDecompressor()
-    return _of_thread.decompressor
+    if not hasattr(_thread_local, "decompressor"):
+        _thread_local.decompressor = zstandard.ZstdDecompressor()
+    return _thread_local.decompressor
 
 
 def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, columns: slice) -> np.ndarray:
-    dtype, pixels = _TYPES[kind], height * width
+    dtype, pixels = _DTYPES[kind], height * width
     planes = np.frombuffer(body, np.uint8, pixels * dtype.itemsize).reshape(dtype.itemsize, height, width)
     planes = planes[:, : rows.stop, columns]  # a value is the sum of all above it and of nothing beside it
     bits = planes[-1].astype(dtype)
@@ -216,18 +218,18 @@ def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, column
         bits <<= dtype.type(8)
         bits |= plane
     bits -= dtype.type(_BIAS[kind])
-    _sum_down(bits)
+    _cumulative_sum_rows(bits)
     return bits[rows.start :]
 
 
-def _sum_down(bits: np.ndarray) -> None:
+def _cumulative_sum_rows(bits: np.ndarray) -> None:
     # A running sum over rows, in place and modulo the type, by blocks of rows: numpy's own accumulate walks
     # columns and takes five times as long.
     height, width = bits.shape
-    blocks = bits[: height - height % _ROWS].reshape(-1, _ROWS, width)
-    for row in range(1, _ROWS):
+    blocks = bits[: height - height % _SUM_BLOCK_ROWS].reshape(-1, _SUM_BLOCK_ROWS, width)
+    for row in range(1, _SUM_BLOCK_ROWS):
         blocks[:, row] += blocks[:, row - 1]
     for block in range(1, len(blocks)):
         blocks[block] += blocks[block - 1, -1]
-    for row in range(max(1, height - height % _ROWS), height):
+    for row in range(max(1, height - height % _SUM_BLOCK_ROWS), height):
         bits[row] += bits[row - 1]

@@ -14,24 +14,26 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
-from depth_anything.data.handover import Handover, Placed, arrays_in, lay_out
-from depth_anything.data.sample import decode_photograph, make_target, target_field
-from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardReader
+from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
+from depth_anything.data.shared_batch import SharedBatch, SharedBatchPool, array_views, batch_layout
 from depth_anything.data.stream import Stream
-from depth_anything.data.tars import Outage
+from depth_anything.data.tars import BadRecord, StorageUnavailable
 from depth_anything.data.transforms import (
     PERTURBATIONS,
-    draw_cutmix,
+    crop_encoded_map,
+    crop_image,
+    draw_crop,
+    draw_cutmix_box,
     draw_perturbation,
-    draw_view,
-    view_encoded,
-    view_image,
 )
 from depth_anything.preprocess import resize_shape
 
-SKY = ("far", "invalid")
+SKY_POLICIES = ("far", "invalid")
 
-_PLACES = 100_000  # looked at for one sample, where most are known to be bad or lost with their shard
+_MAX_REPLACEMENTS = (
+    100_000  # looked at for one sample, where most are known to be bad or lost with their shard
+)
 
 
 class StreamDataset(Dataset):
@@ -86,11 +88,11 @@ class StreamDataset(Dataset):
                 `repeat` names what is not there.
         """
         self.sources = list(sources)
-        self.seed, self.image_size, self.sky = seed, image_size, sky_policies(self.sources, sky)
+        self.seed, self.image_size, self.sky = seed, image_size, resolve_sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
         self.perturb, self.cutmix = perturb, cutmix
         self.depth_range, self.relative = depth_range, frozenset(relative)
-        self.handover: Handover | None = None
+        self.handover: SharedBatchPool | None = None
         if self.short_side < image_size:
             raise ValueError(
                 f"image_size={image_size} exceeds short_side={self.short_side}; give at most that"
@@ -105,8 +107,8 @@ class StreamDataset(Dataset):
         # stand in, twice for images and their labels, and some that they have just left.
         reader = ShardReader(max_indexes=max(2048, 2 * streams + 512))
         for source in readers:
-            source.share(reader)
-        self._far = {source.name: source for source in readers if source.is_far}
+            source.share_reader(reader)
+        self._far = {source.name: source for source in readers if source.is_remote}
         shards = [shard for source in self.sources for shard in source.shards]
         self.stream = Stream(shards, seed=seed, streams=streams, repeat=repeat)
         self._bad: set[tuple[str, int]] = set()  # records that have failed in this process
@@ -135,10 +137,10 @@ class StreamDataset(Dataset):
         worker = get_worker_info()
         if worker is not None:
             cv2.setNumThreads(0)  # a worker has one core; torch sees to its own threads
-        fields, length = lay_out(self._arrays(len(numbers)))
+        fields, length = batch_layout(self._arrays(len(numbers)))
         place = self.handover.take(worker.id, length) if self.handover and worker else None
         memory = np.empty(length, np.uint8) if place is None else place.memory
-        arrays = arrays_in(memory, fields)
+        arrays = array_views(memory, fields)
         failed = []
         if self._far:
             self._expect(numbers)
@@ -149,9 +151,9 @@ class StreamDataset(Dataset):
         if self.perturb:
             arrays["perturbation"][:] = [draw_perturbation(self.seed, n) for n in numbers]
         if self.cutmix:
-            arrays["box"][:] = [draw_cutmix(self.seed, n) for n in numbers]
+            arrays["box"][:] = [draw_cutmix_box(self.seed, n) for n in numbers]
         if place is not None:
-            return Placed(place, fields, {"failed": failed})
+            return SharedBatch(place, fields, {"failed": failed})
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "failed": failed}
 
     def _expect(self, numbers: Sequence[int]) -> None:
@@ -163,9 +165,9 @@ class StreamDataset(Dataset):
             if name in self._far and (shard, index) not in self._bad:
                 places.setdefault(name, []).append((shard, index))
         for name, wanted in places.items():
-            self._far[name].expect(wanted)
+            self._far[name].prefetch(wanted)
 
-    def hand_over(self, *, workers: int, micro_batch: int, places: int = 4) -> None:
+    def use_shared_memory(self, *, workers: int, micro_batch: int, places: int = 4) -> None:
         """Let forked loader workers write micro-batches where the main process reads them.
 
         Call it before the loader starts them; without it, batches are copied into new shared memory.
@@ -175,8 +177,8 @@ class StreamDataset(Dataset):
             micro_batch: samples of a micro-batch.
             places: for each worker: two that it works ahead, and two that the main process changes over.
         """
-        _, length = lay_out(self._arrays(micro_batch))
-        self.handover = Handover(workers=workers, places=places, length=length) if workers else None
+        _, length = batch_layout(self._arrays(micro_batch))
+        self.handover = SharedBatchPool(workers=workers, places=places, length=length) if workers else None
 
     def _arrays(self, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Return dtype and shape of each array of a micro-batch of `count`."""
@@ -204,7 +206,7 @@ class StreamDataset(Dataset):
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
             gone = self._remember((shard, index), error)
-        for other in islice(self.stream.stand_ins(n), _PLACES):
+        for other in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
             if other[0] != gone and other not in self._bad:
                 try:
                     self._write(*other, n, place)
@@ -221,11 +223,11 @@ class StreamDataset(Dataset):
         depth_range = None if source.name in self.relative else self.depth_range
         target, valid = place["target"][0], place["valid"][0]
         key, fields = source.read(shard, index)
-        with _bad_record(shard, index, key):
-            name = target_field(fields, metres=depth_range is not None)
-            whole, meta = decode_photograph(fields)
-        with _bad_record(shard, index, key, name):
-            size = codec.size(fields[name])
+        with _record_errors(shard, index, key):
+            name = find_target_field(fields, meters=depth_range is not None)
+            whole, meta = decode_image_and_meta(fields)
+        with _record_errors(shard, index, key, name):
+            size = codec.map_size(fields[name])
         if not isinstance(source, JoinedRecords):
             height, width, _ = whole.shape
             size = resize_shape(height, width, self.short_side, self.patch)
@@ -234,10 +236,10 @@ class StreamDataset(Dataset):
                 f"{key}: a label of {size[0]} x {size[1]} px is too small for {self.image_size}; "
                 f"type image_size={min(size)}, or make larger labels"
             )
-        view = draw_view(*size, self.image_size, seed=self.seed, n=n)
-        with _bad_record(shard, index, key, name):
-            view_encoded(fields[name], view, out=target)
-        make_target(
+        view = draw_crop(*size, self.image_size, seed=self.seed, n=n)
+        with _record_errors(shard, index, key, name):
+            crop_encoded_map(fields[name], view, out=target)
+        convert_to_target(
             target,
             valid,
             quantity=name.split(".")[0],
@@ -245,7 +247,7 @@ class StreamDataset(Dataset):
             meta=meta,
             depth_range=depth_range,
         )  # the map is cut first and converted after, as most pixels are cut away
-        view_image(whole, view, out=place["image"][0])
+        crop_image(whole, view, out=place["image"][0])
         if self.relative:
             place["metric"][0] = depth_range is not None
 
@@ -256,18 +258,18 @@ class StreamDataset(Dataset):
 
 
 @contextmanager
-def _bad_record(shard: str, index: int, key: str, name: str = "") -> Iterator[None]:
+def _record_errors(shard: str, index: int, key: str, name: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise BadRecord(shard, index, key, f"{name}: {error}" if name else str(error)) from error
     except MemoryError as error:  # whether there is enough is the machine's fault, not the record's
-        raise Outage(
+        raise StorageUnavailable(
             f"{shard}[{index}] {key} cannot be decoded for now: the memory is full; use fewer loader workers"
         ) from error
 
 
-def sky_policies(
+def resolve_sky_policies(
     sources: Sequence[Records | JoinedRecords], sky: str | Mapping[str, str] | None
 ) -> dict[str, str]:
     """Say for each set what becomes of its sky: "far" gives it disparity 0, "invalid" leaves it out.
@@ -280,7 +282,7 @@ def sky_policies(
     Raises:
         ValueError: another word, or a set that is not there.
     """
-    if isinstance(sky, str) and sky in SKY:
+    if isinstance(sky, str) and sky in SKY_POLICIES:
         sky = {source.name: sky for source in sources}
     if sky is not None and not isinstance(sky, Mapping):
         raise ValueError(f"sky={sky} is unknown; type sky=far, sky=invalid or sky={{SET: invalid}}")
@@ -289,14 +291,14 @@ def sky_policies(
     for name, policy in given.items():
         if name not in names:
             raise ValueError(f"sky names {name}, which is none of the sets {', '.join(sorted(names))}")
-        if policy not in SKY:
+        if policy not in SKY_POLICIES:
             raise ValueError(f"sky={policy} of {name} is unknown; type sky=far or sky=invalid")
     for source in sources:
         if source.name in given:
             continue
         meta = source.set.meta if isinstance(source, Records) else {}
-        given[source.name] = meta.get("sky_policy", SKY[0])
-        if given[source.name] not in SKY:
+        given[source.name] = meta.get("sky_policy", SKY_POLICIES[0])
+        if given[source.name] not in SKY_POLICIES:
             raise ValueError(
                 f"the manifest of {source.name} has sky_policy={given[source.name]}, which is unknown; "
                 f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}"

@@ -19,11 +19,11 @@ from depth_anything import __version__
 from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
-from depth_anything.data.shards import make_set, open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_atomically, write_shard
-from depth_anything.licences import combine
+from depth_anything.data.shards import build_set, open_set, write_manifest
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, atomic_write, write_shard
+from depth_anything.licenses import combine_licenses
 
-_GO_ON = "python train.py stage=pseudolabel"
+_PSEUDOLABEL_COMMAND = "python train.py stage=pseudolabel"
 
 
 def write_label_sidecar(
@@ -74,7 +74,7 @@ def write_label_sidecar(
         "version": __version__,
     }
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(_sidecar(root, image.name), text.encode())
+    atomic_write(_sidecar_path(root, image.name), text.encode())
 
 
 def read_label_sidecar(root: str | Path, shard: str) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def read_label_sidecar(root: str | Path, shard: str) -> dict[str, Any] | None:
     Raises:
         ShardError: it is damaged, belongs to another shard, or the tar beside it is not the one it means.
     """
-    path = _sidecar(root, shard)
+    path = _sidecar_path(root, shard)
     try:
         content = json.loads(path.read_bytes())
         name, image = content["name"], content["image"]
@@ -96,13 +96,15 @@ def read_label_sidecar(root: str | Path, shard: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: remove it and type  {_GO_ON}") from error
+        raise ShardError(f"{path} is damaged: remove it and type  {_PSEUDOLABEL_COMMAND}") from error
     if name != shard:
         raise ShardError(
-            f"{path} is that of shard {name}: put the files back, or remove it and type  {_GO_ON}"
+            f"{path} is that of shard {name}: put the files back, or remove it and type  {_PSEUDOLABEL_COMMAND}"
         )
-    if content["records"] and _tar_of_index(path) != wanted:
-        raise ShardError(f"{path} does not belong to the tar beside it: remove it and type  {_GO_ON}")
+    if content["records"] and _tar_size_and_hash(path) != wanted:
+        raise ShardError(
+            f"{path} does not belong to the tar beside it: remove it and type  {_PSEUDOLABEL_COMMAND}"
+        )
     return content
 
 
@@ -118,19 +120,19 @@ def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
         ShardError: shards by different teachers, or of other images, or no image has a label.
     """
     if Path(root, "manifest.json").is_file():
-        labels = _open_finished(root, images, check=False)
+        labels = _open_finished_labels(root, images, check=False)
         if len(_image_hashes(labels)) == len(images.shards):
-            _check_images(root, images, _image_hashes(labels))
+            _check_image_hashes(root, images, _image_hashes(labels))
             return labels
     try:
-        done = _done_shards(root, images)
+        done = _read_done_sidecars(root, images)
     except ShardError:
         return None
     if len(done) < len(images.shards):
         return None
-    rows, meta = _described(root, images, done)
+    rows, meta = _manifest_rows_and_meta(root, images, done)
     if not rows:
-        raise _all_skipped(root, images, done)
+        raise _no_labels_error(root, images, done)
     return write_manifest(root, name=images.name, shards=rows, meta=meta)
 
 
@@ -151,28 +153,31 @@ def open_labels(
     root = str(root).rstrip("/")
     finished = is_remote(root) or Path(root, "manifest.json").is_file()
     if not finished and not os.path.isdir(root):
-        raise ShardError(f"{root} is not a folder: make the labels of {images.name} with  {_GO_ON}")
+        raise ShardError(
+            f"{root} is not a folder: make the labels of {images.name} with  {_PSEUDOLABEL_COMMAND}"
+        )
     if finished and (is_remote(root) or not allow_partial):
-        labels = _open_finished(root, images, name=images.name)
+        labels = _open_finished_labels(root, images, name=images.name)
         hashes = _image_hashes(labels)
     else:
-        done = _done_shards(root, images)
+        done = _read_done_sidecars(root, images)
         if not allow_partial:
             raise ShardError(
-                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done: type  {_GO_ON}  "
+                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done: type  "
+                f"{_PSEUDOLABEL_COMMAND}  "
                 "to go on, or give allow_partial=true to use what there is"
             )
-        done = {name: done[name] for name in _chosen(root, done, only)}
-        rows, meta = _described(root, images, done)
-        labels = make_set(root, name=images.name, shards=rows, meta=meta)
+        done = {name: done[name] for name in _select_shards(root, done, only)}
+        rows, meta = _manifest_rows_and_meta(root, images, done)
+        labels = build_set(root, name=images.name, shards=rows, meta=meta)
         hashes = meta["images"]["hashes"]
         if not labels.records:
-            raise ShardError(f"{root} has no labels yet: type  {_GO_ON}")
-    _check_images(root, images, {shard.name: hashes[shard.name] for shard in labels.shards})
+            raise ShardError(f"{root} has no labels yet: type  {_PSEUDOLABEL_COMMAND}")
+    _check_image_hashes(root, images, {shard.name: hashes[shard.name] for shard in labels.shards})
     return labels
 
 
-class LabelSet:
+class LabelSetWriter:
     """A label set that is being made, by any number of processes.
 
     Attributes:
@@ -230,13 +235,13 @@ class LabelSet:
                 return False  # damaged, or its maker died while replacing it: made anew
             if content is None:
                 return False
-            _check_same(self.root, shard, content, self._made)
+            _check_same_settings(self.root, shard, content, self._made)
             if content["image"]["hash"] != self._infos[shard].hash:
-                raise _other_images(self.root, self.images, shard)
+                raise _other_images_error(self.root, self.images, shard)
             self._done.add(shard)
         return True
 
-    def images_left(self) -> int:
+    def count_unlabeled_images(self) -> int:
         """Images of the shards that are not done."""
         return sum(shard.records for shard in self.images.shards if not self.done(shard.name))
 
@@ -288,11 +293,11 @@ class LabelSet:
             return [f"record {index}" for index in range(self._infos[shard].records)]
 
 
-def _sidecar(root: str | Path, shard: str) -> Path:
+def _sidecar_path(root: str | Path, shard: str) -> Path:
     return Path(root, f"{shard}.json")
 
 
-def _tar_of_index(sidecar: Path) -> tuple[int, str] | None:
+def _tar_size_and_hash(sidecar: Path) -> tuple[int, str] | None:
     """Return bytes and hash of the tar beside a sidecar, as far as its index tells."""
     try:
         with open(sidecar.with_suffix(".idx"), errors="replace") as file:
@@ -302,27 +307,27 @@ def _tar_of_index(sidecar: Path) -> tuple[int, str] | None:
         return None
 
 
-def _open_finished(root: str | Path, images: ShardSet, **how: Any) -> ShardSet:
+def _open_finished_labels(root: str | Path, images: ShardSet, **how: Any) -> ShardSet:
     """Open a label set by its manifest; where no image has a label, the error says why."""
     try:
         return open_set(root, **how)
     except ShardError:
-        done = {} if is_remote(str(root)) else _done_shards(root, images)
+        done = {} if is_remote(str(root)) else _read_done_sidecars(root, images)
         if done and not any(content["records"] for content in done.values()):
-            raise _all_skipped(root, images, done) from None
+            raise _no_labels_error(root, images, done) from None
         raise
 
 
-def _all_skipped(root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]) -> ShardError:
+def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]) -> ShardError:
     reasons = Counter(reason for content in done.values() for reason in content["skipped"].values())
     reason, count = reasons.most_common(1)[0]
     return ShardError(
         f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}; remove "
-        f"that folder and type  {_GO_ON}"
+        f"that folder and type  {_PSEUDOLABEL_COMMAND}"
     )
 
 
-def _done_shards(root: str | Path, images: ShardSet) -> dict[str, dict[str, Any]]:
+def _read_done_sidecars(root: str | Path, images: ShardSet) -> dict[str, dict[str, Any]]:
     known = set(os.listdir(root)) if os.path.isdir(root) else set()
     done = {}
     for shard in images.shards:
@@ -332,23 +337,23 @@ def _done_shards(root: str | Path, images: ShardSet) -> dict[str, dict[str, Any]
     return done
 
 
-def _chosen(root: str, done: Mapping[str, Any], only: Sequence[str] | None) -> Sequence[str]:
+def _select_shards(root: str, done: Mapping[str, Any], only: Sequence[str] | None) -> Sequence[str]:
     for name in only or ():
         if name not in done:
             raise ShardError(
-                f"{root}: the labels of shard {name}, which this run uses, are gone: type  {_GO_ON}"
+                f"{root}: the labels of shard {name}, which this run uses, are gone: type  {_PSEUDOLABEL_COMMAND}"
             )
     return list(done) if only is None else only
 
 
-def _described(
+def _manifest_rows_and_meta(
     root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]
 ) -> tuple[list[ShardInfo], dict[str, Any]]:
     """Return the rows and the meta of a manifest; ShardError where shards do not go together."""
     made: Mapping[str, Any] = next(iter(done.values()), {"teacher": {}, "preprocessing": "", "codec": ""})
     for name, content in done.items():
-        _check_same(root, name, content, made)
-    _check_images(root, images, {name: content["image"]["hash"] for name, content in done.items()})
+        _check_same_settings(root, name, content, made)
+    _check_image_hashes(root, images, {name: content["image"]["hash"] for name, content in done.items()})
     rows = [
         ShardInfo(name, content["records"], content["bytes"], content["hash"])
         for name, content in done.items()
@@ -357,9 +362,9 @@ def _described(
     whose = {"images": images.meta.get("licence"), "teacher": made["teacher"].get("licence")}
     meta = {
         "kind": "labels",
-        "licence": combine(whose.values()),
+        "licence": combine_licenses(whose.values()),
         "quantity": "disparity",
-        **({"unit": _unit(made["teacher"])} if "quantity" in made["teacher"] else {}),
+        **({"unit": _label_unit(made["teacher"])} if "quantity" in made["teacher"] else {}),
         "teacher": made["teacher"],
         "preprocessing": made["preprocessing"],
         "codec": made["codec"],
@@ -373,30 +378,35 @@ def _described(
     return rows, meta
 
 
-def _check_same(root: str | Path, shard: str, content: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+def _check_same_settings(
+    root: str | Path, shard: str, content: Mapping[str, Any], made: Mapping[str, Any]
+) -> None:
     theirs, ours = content["teacher"], made["teacher"]
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise ShardError(
-            f"{root}/{shard} was labelled by {_teacher(theirs)}, not by {_teacher(ours)}, and labels of two teachers "
-            f"are not mixed: type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
+            f"{root}/{shard} was labelled by {_describe_teacher(theirs)}, not by {_describe_teacher(ours)}, and "
+            "labels of two teachers "
+            f"are not mixed: type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
         )
-    if _conversion(theirs) != _conversion(ours):
-        was, now = ("/".join(map(str, _conversion(teacher))) for teacher in (theirs, ours))
+    if _teacher_conversion(theirs) != _teacher_conversion(ours):
+        was, now = ("/".join(map(str, _teacher_conversion(teacher))) for teacher in (theirs, ours))
         what = f"its labels were made of {was}, not of {now}"
         if "quantity" not in theirs:
-            what = f"its labels are older than the conversion to disparity: the depth of {_teacher(theirs)} as it came"
+            teacher = _describe_teacher(theirs)
+            what = f"its labels are older than the conversion to disparity: the depth of {teacher} as it came"
         raise ShardError(
-            f"{root}/{shard}: {what}; type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
+            f"{root}/{shard}: {what}; type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove "
+            "this one"
         )
     for what in ("preprocessing", "codec"):
         if content[what] != made[what]:
             raise ShardError(
                 f"{root}/{shard} was made with {what} {content[what]!r}, not {made[what]!r}: "
-                f"type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
+                f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
             )
 
 
-def _conversion(teacher: Mapping[str, Any]) -> tuple[Any, ...]:
+def _teacher_conversion(teacher: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a teacher gives and how it became disparity; older label sets, which do not say it, kept it as it came."""
     return (
         teacher.get("quantity", "disparity"),
@@ -405,12 +415,12 @@ def _conversion(teacher: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _unit(teacher: Mapping[str, Any]) -> str:
+def _label_unit(teacher: Mapping[str, Any]) -> str:
     """The unit of labels: known where the teacher knows metres."""
     return "1/m" if teacher["quantity"] == "depth" else "relative"
 
 
-def _teacher(teacher: Mapping[str, Any]) -> str:
+def _describe_teacher(teacher: Mapping[str, Any]) -> str:
     fingerprint = str(teacher["fingerprint"])[:19]
     return f"{teacher['file']} ({fingerprint})" if "file" in teacher else fingerprint
 
@@ -419,18 +429,18 @@ def _image_hashes(labels: ShardSet) -> dict[str, str]:
     try:
         return labels.meta["images"]["hashes"]
     except (KeyError, TypeError):
-        raise ShardError(f"{labels.root} is not a label set: make one with  {_GO_ON}") from None
+        raise ShardError(f"{labels.root} is not a label set: make one with  {_PSEUDOLABEL_COMMAND}") from None
 
 
-def _check_images(root: str | Path, images: ShardSet, hashes: Mapping[str, str]) -> None:
+def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str, str]) -> None:
     known = {shard.name: shard.hash for shard in images.shards}
     for name, digest in hashes.items():
         if known.get(name) != digest:
-            raise _other_images(root, images, name)
+            raise _other_images_error(root, images, name)
 
 
-def _other_images(root: str | Path, images: ShardSet, shard: str) -> ShardError:
+def _other_images_error(root: str | Path, images: ShardSet, shard: str) -> ShardError:
     return ShardError(
         f"{root}/{shard} labels other images than {images.root}/{shard}: "
-        f"type  {_GO_ON} labels=FOLDER  with another folder, or remove this one"
+        f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
     )

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.stream import MicroBatches
+from depth_anything.data.stream import MicroBatchSampler
 
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Micro-batches that each worker makes ahead."""
 
 
@@ -21,7 +21,7 @@ class WorkerError(ChildProcessError):
     """A loader worker died, or had too little memory; it is raised where the next batch is due, between steps."""
 
 
-def stream_loader(
+def build_stream_loader(
     dataset: StreamDataset,
     *,
     micro_batch: int,
@@ -42,20 +42,20 @@ def stream_loader(
         start: the first micro-batch, counted over the run: samples seen ÷ (world · micro_batch).
         pin_memory: copy batches into pinned memory, as transfers to a GPU need it.
     """
-    dataset.hand_over(workers=workers, micro_batch=micro_batch, places=AHEAD + 2)
-    return Loader(
+    dataset.use_shared_memory(workers=workers, micro_batch=micro_batch, places=PREFETCH_BATCHES + 2)
+    return StreamLoader(
         dataset,
         smaller=f"micro_batch={largest_divisor(micro_batch)}",
-        batch_sampler=MicroBatches(rank=rank, world=world, size=micro_batch, start=start),
-        collate_fn=identity,
+        batch_sampler=MicroBatchSampler(rank=rank, world=world, size=micro_batch, start=start),
+        collate_fn=return_batch,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=AHEAD if workers else None,
+        prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=workers > 0,
     )
 
 
-def identity(batch: Any) -> Any:
+def return_batch(batch: Any) -> Any:
     """Hand a batch over as the dataset made it; module-level, so that spawned workers can find it."""
     return batch
 
@@ -79,7 +79,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Loader(DataLoader):
+class StreamLoader(DataLoader):
     """A loader whose workers ignore signals, and whose errors name the worker and what to type."""
 
     def __init__(self, dataset: Any, *, smaller: str, **options: Any) -> None:
@@ -92,17 +92,17 @@ class Loader(DataLoader):
         # At its exit Python sends SIGTERM to workers that are still there and waits for them: for ever, as they
         # ignore it. Before that it calls this.
         iterator = super().__iter__()
-        atexit.register(_shut_down, weakref.ref(iterator))
+        atexit.register(_shut_down_workers, weakref.ref(iterator))
         return iterator
 
     def _get_iterator(self) -> Any:
-        return _Workers(self) if self.num_workers else super()._get_iterator()
+        return _WorkerIterator(self) if self.num_workers else super()._get_iterator()
 
 
-class _Workers(_MultiProcessingDataLoaderIter):
+class _WorkerIterator(_MultiProcessingDataLoaderIter):
     """The worker processes of a loader."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: StreamLoader) -> None:
         handler = signal.getsignal(signal.SIGCHLD)
         self._smaller = loader.smaller
         super().__init__(loader)
@@ -141,7 +141,7 @@ class _Workers(_MultiProcessingDataLoaderIter):
         )
 
 
-def _shut_down(iterator: "weakref.ref[Any]") -> None:
+def _shut_down_workers(iterator: "weakref.ref[Any]") -> None:
     held = iterator()
     if isinstance(held, _MultiProcessingDataLoaderIter):
         held._shutdown_workers()

@@ -17,29 +17,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from depth_anything.data import remote
-from depth_anything.data.address import index_of, is_remote
-from depth_anything.data.index import Index, Member
+from depth_anything.data.address import index_address, is_remote
 from depth_anything.data.sample import LABEL_FIELDS
+from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
     BadRecord,
-    Outage,
     ShardError,
     ShardInfo,
     ShardSet,
-    index_text,
+    StorageUnavailable,
+    build_index_text,
     parse_index,
 )
 
-_SIDE_BY_SIDE = 16  # requests that a process has under way
-_MOST = 1 << 30  # bytes of a record; no image and label have as many
-_HEADER = 512  # bytes of a tar's header, which stands right before the data
-_LONG_NAME = 98  # from here on, with "./" before it, a name may stand in blocks of its own before the header
-_LONG_HEADER = 1 << 13
+_MAX_REQUESTS = 16  # requests that a process has under way
+_MAX_RECORD_BYTES = 1 << 30  # bytes of a record; no image and label have as many
+_HEADER_BYTES = 512  # bytes of a tar's header, which stands right before the data
+_LONG_NAME_LENGTH = (
+    98  # from here on, with "./" before it, a name may stand in blocks of its own before the header
+)
+_LONG_HEADER_BYTES = 1 << 13
 
-_threads: list[ThreadPoolExecutor] = []
-os.register_at_fork(after_in_child=_threads.clear)
+_fetch_pool: list[ThreadPoolExecutor] = []
+os.register_at_fork(after_in_child=_fetch_pool.clear)
 
-Fields = tuple[str, dict[str, bytes]]
+KeyAndFields = tuple[str, dict[str, bytes]]
 
 
 class ShardReader:
@@ -64,10 +66,10 @@ class ShardReader:
         self.max_open, self.max_indexes, self.total_bytes = max_open, max_indexes, total_bytes
         self._process, self._lock = os.getpid(), threading.RLock()
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._indexes: OrderedDict[str, Index] = OrderedDict()
+        self._indexes: OrderedDict[str, TarIndex] = OrderedDict()
         self._gone: dict[str, str] = {}  # shards of which nothing can be read, and why
 
-    def read(self, url: str | Path, index: int, *, hash: str | None = None) -> Fields:
+    def read(self, url: str | Path, index: int, *, hash: str | None = None) -> KeyAndFields:
         """Read one record: its key, and its fields (extension to bytes).
 
         Each field is held against its crc32 and against the name in the tar's header before it.
@@ -95,11 +97,11 @@ class ShardReader:
         try:
             return self._read(url, index, hash, fresh=True)
         except BadRecord as error:
-            if isinstance(error.__cause__, remote.Gone):
+            if isinstance(error.__cause__, remote.PermanentError):
                 self._gone[url] = error.reason  # its other records need not ask
             raise
 
-    def _read(self, url: str, index: int, hash: str | None, *, fresh: bool = False) -> Fields:
+    def _read(self, url: str, index: int, hash: str | None, *, fresh: bool = False) -> KeyAndFields:
         key = ""
         try:
             table = self.index(url)
@@ -108,16 +110,20 @@ class ShardReader:
             key = table.key(index)
             members = table.members(index)
             longest = max(len(key) + 1 + len(member.extension) for member in members)
-            start = max(0, members[0].offset - (_HEADER if longest <= _LONG_NAME else _LONG_HEADER))
+            start = max(
+                0, members[0].offset - (_HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES)
+            )
             end = max(member.offset + member.size for member in members)
-            if end - start > _MOST:
-                raise ShardError(f"its {end - start} bytes are more than a record may have, {_MOST}")
+            if end - start > _MAX_RECORD_BYTES:
+                raise ShardError(
+                    f"its {end - start} bytes are more than a record may have, {_MAX_RECORD_BYTES}"
+                )
             data = self._bytes(url, start, end - start, table, fresh=fresh)
-            fields = {member.extension: _cut(data, member, start) for member in members}
+            fields = {member.extension: _extract_field(data, member, start) for member in members}
             for member in members:
-                _check_name(data, member, start)
+                _check_header_name(data, member, start)
             return key, fields
-        except Outage:
+        except StorageUnavailable:
             raise
         except (ShardError, OSError) as error:
             raise BadRecord(url, index, key, str(error)) from error
@@ -137,7 +143,7 @@ class ShardReader:
             raise KeyError(key)
         return found
 
-    def index(self, url: str | Path) -> Index:
+    def index(self, url: str | Path) -> TarIndex:
         """Return a shard's index: NAME.idx, or, of a local tar without one, made by reading it through.
 
         Raises:
@@ -147,7 +153,7 @@ class ShardReader:
         url = str(url)
         table = self._indexes.get(url)
         if table is None:
-            table = remote.patiently(url, lambda: _load_index(url))
+            table = remote.retry(url, lambda: _load_index(url))
         with self._lock:
             self._indexes[url] = table
             self._indexes.move_to_end(url)
@@ -177,16 +183,16 @@ class ShardReader:
         """Close all files."""
         self.close()
 
-    def _bytes(self, url: str, start: int, count: int, table: Index, *, fresh: bool) -> bytes:
+    def _bytes(self, url: str, start: int, count: int, table: TarIndex, *, fresh: bool) -> bytes:
         if is_remote(url):
-            data = remote.patiently(  # whose cache lies on a disk of ours
+            data = remote.retry(  # whose cache lies on a disk of ours
                 url,
-                lambda: remote.read_range(
+                lambda: remote.fetch_range(
                     url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
                 ),
             )
         else:
-            data = remote.patiently(url, lambda: self._pread(url, start, count))
+            data = remote.retry(url, lambda: self._pread(url, start, count))
         if len(data) != count:
             raise ShardError(f"{len(data)} bytes came in place of {count}: the shard is truncated")
         return data
@@ -216,24 +222,24 @@ class ShardReader:
         return descriptor
 
 
-class _Ahead:
+class _Prefetcher:
     """Records that are being fetched, each by a thread, before they are asked for."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._under_way: dict[tuple[str, int], Future[Fields]] = {}
+        self._under_way: dict[tuple[str, int], Future[KeyAndFields]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Ahead, ()
+        return _Prefetcher, ()
 
-    def begin(self, fetch: Callable[[str, int], Fields], places: Iterable[tuple[str, int]]) -> None:
+    def begin(self, fetch: Callable[[str, int], KeyAndFields], places: Iterable[tuple[str, int]]) -> None:
         """Fetch these, and forget what was never asked for."""
-        if not _threads:
-            _threads.append(ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="fetch"))
+        if not _fetch_pool:
+            _fetch_pool.append(ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="fetch"))
         self._process = os.getpid()
-        self._under_way = {place: _threads[0].submit(fetch, *place) for place in dict.fromkeys(places)}
+        self._under_way = {place: _fetch_pool[0].submit(fetch, *place) for place in dict.fromkeys(places)}
 
-    def take(self, shard: str, index: int) -> Future[Fields] | None:
+    def take(self, shard: str, index: int) -> Future[KeyAndFields] | None:
         """Return what was begun of a record, if it was, and by this process."""
         return self._under_way.pop((shard, index), None) if self._process == os.getpid() else None
 
@@ -251,28 +257,28 @@ class Records:
         """Open nothing yet."""
         self.set, self.name, self.digest = shard_set, shard_set.name, shard_set.digest
         self._infos = {f"{self.name}/{shard.name}": shard for shard in shard_set.shards}
-        self._reader, self._ahead = ShardReader(total_bytes=shard_set.bytes), _Ahead()
+        self._reader, self._ahead = ShardReader(total_bytes=shard_set.bytes), _Prefetcher()
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every shard."""
         return [(name, info.records) for name, info in self._infos.items()]
 
-    def share(self, reader: ShardReader) -> None:
+    def share_reader(self, reader: ShardReader) -> None:
         """Read through a reader that other sets read through, too: its files and indexes are counted once."""
         reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
         self._reader = reader
 
     @property
-    def is_far(self) -> bool:
+    def is_remote(self) -> bool:
         """Whether reading means asking a server, so that `expect` pays."""
         return is_remote(self.set.root)
 
-    def expect(self, places: Iterable[tuple[str, int]]) -> None:
+    def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
         """Begin to fetch records that will be read next, side by side."""
         self._ahead.begin(self._fetch, places)
 
-    def read(self, shard: str, index: int) -> Fields:
+    def read(self, shard: str, index: int) -> KeyAndFields:
         """Read a record: key and fields.
 
         Args:
@@ -286,8 +292,8 @@ class Records:
         begun = self._ahead.take(shard, index)
         return begun.result() if begun else self._fetch(shard, index)
 
-    def _fetch(self, shard: str, index: int) -> Fields:
-        return _read(self._reader, self.set, self._infos[shard], shard, index)
+    def _fetch(self, shard: str, index: int) -> KeyAndFields:
+        return _read_record(self._reader, self.set, self._infos[shard], shard, index)
 
 
 class JoinedRecords:
@@ -318,28 +324,28 @@ class JoinedRecords:
         self.digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
         self._label_infos = {f"{labels.name}/{shard.name}": shard for shard in labels.shards}
         self._image_infos = {shard.name: shard for shard in images.shards}
-        self._reader, self._ahead = ShardReader(total_bytes=images.bytes + labels.bytes), _Ahead()
+        self._reader, self._ahead = ShardReader(total_bytes=images.bytes + labels.bytes), _Prefetcher()
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every label shard."""
         return [(name, info.records) for name, info in self._label_infos.items()]
 
-    def share(self, reader: ShardReader) -> None:
+    def share_reader(self, reader: ShardReader) -> None:
         """Read through a reader that other sets read through, too: its files and indexes are counted once."""
         reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
         self._reader = reader
 
     @property
-    def is_far(self) -> bool:
+    def is_remote(self) -> bool:
         """Whether reading means asking a server, so that `expect` pays."""
         return is_remote(self.images.root) or is_remote(self.labels.root)
 
-    def expect(self, places: Iterable[tuple[str, int]]) -> None:
+    def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
         """Begin to fetch records that will be read next, side by side."""
         self._ahead.begin(self._fetch, places)
 
-    def read(self, shard: str, index: int) -> Fields:
+    def read(self, shard: str, index: int) -> KeyAndFields:
         """Read a label and its image: the key they share; all fields of the image but labels, and the
         label's.
 
@@ -350,10 +356,10 @@ class JoinedRecords:
         begun = self._ahead.take(shard, index)
         return begun.result() if begun else self._fetch(shard, index)
 
-    def _fetch(self, shard: str, index: int) -> Fields:
+    def _fetch(self, shard: str, index: int) -> KeyAndFields:
         try:
             return self._pair(shard, index)
-        except _NoPair:
+        except _KeyNotInImages:
             info = self._label_infos[shard]
             addresses = self.labels.url(info.name), self.images.url(info.name)
             if not any(map(is_remote, addresses)):
@@ -362,9 +368,9 @@ class JoinedRecords:
                 self._reader.forget(address)
             return self._pair(shard, index)
 
-    def _pair(self, shard: str, index: int) -> Fields:
+    def _pair(self, shard: str, index: int) -> KeyAndFields:
         info = self._label_infos[shard]
-        key, label = _read(self._reader, self.labels, info, shard, index, what="label: ")
+        key, label = _read_record(self._reader, self.labels, info, shard, index, what="label: ")
         image_info = self._image_infos.get(info.name)
         if image_info is None or image_info.hash != self._hashes[info.name]:
             wrong = "is missing" if image_info is None else "is not the one this label was made from"
@@ -373,67 +379,67 @@ class JoinedRecords:
             number = self._reader.find(self.images.url(info.name), key)
         except KeyError:
             reason = f"image: the shard {self.images.name}/{info.name} has no such key"
-            raise _NoPair(shard, index, key, reason) from None
+            raise _KeyNotInImages(shard, index, key, reason) from None
         except ShardError as error:
             raise BadRecord(shard, index, key, f"image: {error}") from error
-        _, image = _read(self._reader, self.images, image_info, shard, number, what="image: ")
+        _, image = _read_record(self._reader, self.images, image_info, shard, number, what="image: ")
         kept = {name: data for name, data in image.items() if name.split(".")[0] not in LABEL_FIELDS}
         return key, {**label, **kept}
 
 
-class _NoPair(BadRecord):
+class _KeyNotInImages(BadRecord):
     """A label whose key its image shard does not have."""
 
 
-def _read(
+def _read_record(
     reader: ShardReader, shards: ShardSet, info: ShardInfo, shard: str, index: int, *, what: str = ""
-) -> Fields:
+) -> KeyAndFields:
     try:
         return reader.read(shards.url(info.name), index, hash=info.hash)
     except BadRecord as error:
         if not is_remote(shards.root) and not os.path.exists(os.path.join(shards.root, "manifest.json")):
-            raise Outage(
-                f"{shards.root} is gone, or its disk is: {remote.AGAIN} when it is there again"
+            raise StorageUnavailable(
+                f"{shards.root} is gone, or its disk is: {remote.RESUME_HINT} when it is there again"
             ) from error
         raise BadRecord(shard, index, error.key, what + error.reason) from error
 
 
-def _load_index(url: str) -> Index:
+def _load_index(url: str) -> TarIndex:
     if is_remote(url):
-        address = index_of(url)
+        address = index_address(url)
         try:
-            return parse_index(remote.read(address).decode(errors="replace"), where=address)
-        except remote.Gone:
+            return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
+        except remote.PermanentError:
             raise
         except ShardError:  # it may have come damaged
-            return parse_index(remote.read(address).decode(errors="replace"), where=address)
+            return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
     path = Path(url)
     size = path.stat().st_size if path.is_file() else None
     if not size:
         raise ShardError(f"{url} is missing" if size is None else f"{url} is empty")
     place = path.with_suffix(".idx")
     if not place.exists():
-        return parse_index(index_text(path), where=path)
+        return parse_index(build_index_text(path), where=path)
     table = parse_index(place.read_text(errors="replace"), where=place)
     if table.bytes != size:
         raise ShardError(f"{url} has {size} bytes, its index says {table.bytes}: truncated, or another tar")
     return table
 
 
-def _cut(data: bytes, member: Member, start: int) -> bytes:
+def _extract_field(data: bytes, member: TarMember, start: int) -> bytes:
     field = data[member.offset - start : member.offset - start + member.size]
     if zlib.crc32(field) != member.crc:
         raise ShardError(f"the checksum of its {member.extension} differs: damaged, or another tar's index")
     return field
 
 
-def _check_name(data: bytes, member: Member, start: int) -> None:
+def _check_header_name(data: bytes, member: TarMember, start: int) -> None:
     """Hold a member's key and extension against the tar's own header, in the bytes from `start` on."""
     place = member.offset - start
-    before = data[max(0, place - _LONG_HEADER) : place]
-    if not _is_named(before, f"{member.key}.{member.extension}"):
+    before = data[max(0, place - _LONG_HEADER_BYTES) : place]
+    if not _header_has_name(before, f"{member.key}.{member.extension}"):
         try:
-            tarfile.TarInfo.frombuf(before[-_HEADER:], "utf-8", "replace")
+            tarfile.TarInfo.frombuf(before[-_HEADER_BYTES:], "utf-8", "replace")
         except tarfile.HeaderError as error:
             raise ShardError(
                 f"the header checksum of its {member.extension} differs: damaged, or another tar's index"
@@ -444,25 +450,25 @@ def _check_name(data: bytes, member: Member, start: int) -> None:
         )
 
 
-def _is_named(before: bytes, name: str) -> bool:
+def _header_has_name(before: bytes, name: str) -> bool:
     """Whether the header at the end of the bytes before a member's data has this name."""
-    header = before[-_HEADER:]
+    header = before[-_HEADER_BYTES:]
     wanted = name.encode()
     if header.startswith(wanted + b"\0"):
         return True
     stored = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
         stored = header[345:500].partition(b"\0")[0] + b"/" + stored
-    spelled = _spelling(name)
+    spelled = _name_pattern(name)
     if re.fullmatch(spelled, stored):
         return True
     # The names of others' tars may be longer than a header holds: a pax record or a block of GNU's has them then.
-    return len(name) > _LONG_NAME and bool(
-        re.search(b"(?:path=|\0)" + spelled + b"[\n\0]", before[:-_HEADER])
+    return len(name) > _LONG_NAME_LENGTH and bool(
+        re.search(b"(?:path=|\0)" + spelled + b"[\n\0]", before[:-_HEADER_BYTES])
     )
 
 
-def _spelling(name: str) -> bytes:
+def _name_pattern(name: str) -> bytes:
     """A pattern of the ways to write a member's name: "./" may stand before it; the extension may have capitals."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")

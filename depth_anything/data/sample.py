@@ -13,34 +13,44 @@ import simplejpeg
 from PIL import Image
 
 from depth_anything.data import codec as map_codec
-from depth_anything.data.headers import MAX_PIXELS, ImageCost, check_cost, cost_of, image_cost, open_image
-from depth_anything.preprocess import show_on_white
+from depth_anything.data.image_headers import (
+    MAX_PIXELS,
+    DecodeCost,
+    check_decode_cost,
+    estimate_decode_cost,
+    open_image,
+    picture_decode_cost,
+)
+from depth_anything.preprocess import composite_on_white
 
 __all__ = [
     "MAX_PIXELS",
     "Frame",
-    "ImageCost",
+    "DecodeCost",
     "decode_image",
     "decode_labels",
-    "decode_photograph",
+    "decode_image_and_meta",
     "decode_record",
-    "disparity_target",
+    "make_disparity_target",
     "encode_frame",
-    "image_cost",
+    "estimate_decode_cost",
     "image_extension",
-    "image_notes",
-    "make_target",
-    "target_field",
+    "image_warnings",
+    "convert_to_target",
+    "find_target_field",
 ]
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")
 
 _ORIENTATION = 0x0112
-_DARK, _SAMPLED = 16, 1000  # of 255, where 4095 of 65535 is 16; rows and columns that are looked at
-_SPARE_BYTES = 2  # between the last pixel of a JPEG and the mark of its end
-_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
-_CV2_FLAGS = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | cv2.IMREAD_IGNORE_ORIENTATION
+_DARK_LEVEL, _MAX_SAMPLED_SIDE = (
+    16,
+    1000,
+)  # of 255, where 4095 of 65535 is 16; rows and columns that are looked at
+_TOLERATED_EXTRA_BYTES = 2  # between the last pixel of a JPEG and the mark of its end
+_IMREAD_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
+_CV2_FLAGS = (cv2.IMREAD_COLOR if _IMREAD_RGB is None else _IMREAD_RGB) | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 @dataclass
@@ -85,18 +95,18 @@ def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
         if image is not None:
             return image
         picture = open_image(data)
-        check_cost(cost_of(picture, data))
+        check_decode_cost(picture_decode_cost(picture, data))
         plain = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
         image = _decode_jpeg(data) if plain else None
         image = _to_rgb(picture) if image is None else image
-        return _upright(image, _orientation(picture)) if upright else image
+        return _apply_orientation(image, _exif_orientation(picture)) if upright else image
     except MemoryError as error:
         raise ValueError("there is not enough memory to decode the image: reduce it first") from error
     except Exception as error:  # hostile bytes make Pillow raise a dozen types
         raise ValueError(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
-def image_notes(data: bytes, image: np.ndarray) -> list[str]:
+def image_warnings(data: bytes, image: np.ndarray) -> list[str]:
     """Say what a user may not expect of a decoded image, a sentence each.
 
     Args:
@@ -107,8 +117,8 @@ def image_notes(data: bytes, image: np.ndarray) -> list[str]:
         That it holds further pictures; that its 16 bits hold values of 12, so that it is nearly black.
     """
     picture, notes = open_image(data), []
-    step = -(-max(image.shape[:2]) // _SAMPLED)
-    if _is_deep(picture) and np.percentile(image[::step, ::step], 99.9) <= _DARK:
+    step = -(-max(image.shape[:2]) // _MAX_SAMPLED_SIDE)
+    if _is_16_bit(picture) and np.percentile(image[::step, ::step], 99.9) <= _DARK_LEVEL:
         notes.append(
             "it is nearly black: its 16-bit values use the lowest sixteenth of their range, as 12-bit data do; "
             "scale them to 16 bits first"
@@ -128,22 +138,22 @@ def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
     Raises:
         ValueError: no image, or a field that cannot be decoded, which is named.
     """
-    image, meta = decode_photograph(fields)
+    image, meta = decode_image_and_meta(fields)
     return Frame(key, image, meta, **decode_labels(fields))
 
 
-def decode_photograph(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, Any]]:
+def decode_image_and_meta(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, Any]]:
     """Decode the image of a record, uint8 (H, W, 3) RGB, and its json, {} if it has none; ValueError as above."""
     name = next((name for name in IMAGE_FIELDS if name in fields), None)
     if name is None:
         raise ValueError(
             f"no image among the fields {sorted(fields)}: one of {', '.join(IMAGE_FIELDS)} is needed"
         )
-    image = _field(decode_image, fields, name)
-    return image, _field(_decode_meta, fields, "json") if "json" in fields else {}
+    image = _decode_field(decode_image, fields, name)
+    return image, _decode_field(_decode_meta, fields, "json") if "json" in fields else {}
 
 
-def target_field(fields: Mapping[str, bytes], *, metres: bool = False) -> str:
+def find_target_field(fields: Mapping[str, bytes], *, meters: bool = False) -> str:
     """Name the field that a record's training target is made of: its disparity or, without one, its depth.
 
     Args:
@@ -153,11 +163,11 @@ def target_field(fields: Mapping[str, bytes], *, metres: bool = False) -> str:
     Raises:
         ValueError: it has neither, or no depth where that is asked for.
     """
-    for label in ("depth",) if metres else reversed(LABEL_FIELDS):
+    for label in ("depth",) if meters else reversed(LABEL_FIELDS):
         for codec in map_codec.CODECS:
             if f"{label}.{codec}" in fields:
                 return f"{label}.{codec}"
-    if metres:
+    if meters:
         raise ValueError("it has no depth, which metres are learnt from")
     raise ValueError("it has neither depth nor disparity: an image without a label")
 
@@ -168,7 +178,7 @@ def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
     for label in LABEL_FIELDS:
         name = next((f"{label}.{codec}" for codec in map_codec.CODECS if f"{label}.{codec}" in fields), None)
         if name is not None:
-            labels[label] = _field(map_codec.decode, fields, name)
+            labels[label] = _decode_field(map_codec.decode, fields, name)
     return labels
 
 
@@ -210,7 +220,7 @@ def image_extension(data: bytes) -> str:
     raise ValueError("only JPEG, PNG and WebP files are kept as they came: encode this image anew")
 
 
-def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.ndarray]:
+def make_disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.ndarray]:
     """Make the training target of a labelled frame.
 
     Args:
@@ -229,11 +239,11 @@ def disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.
         raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
     target, valid = np.array(label, np.float32), np.empty(label.shape, bool)
     quantity = "depth" if frame.disparity is None else "disparity"
-    make_target(target, valid, quantity=quantity, sky=sky, meta=frame.meta)
+    convert_to_target(target, valid, quantity=quantity, sky=sky, meta=frame.meta)
     return target, valid
 
 
-def make_target(
+def convert_to_target(
     values: np.ndarray,
     valid: np.ndarray,
     *,
@@ -275,7 +285,7 @@ def make_target(
         np.copyto(values, 0, where=~valid)
 
 
-def _field(decoder: Any, fields: Mapping[str, bytes], name: str) -> Any:
+def _decode_field(decoder: Any, fields: Mapping[str, bytes], name: str) -> Any:
     try:
         return decoder(fields[name])
     except ValueError as error:
@@ -300,7 +310,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2):  # sequential or progressive: bits, height, width, channels
             height, width = (int.from_bytes(data[place + i : place + i + 2], "big") for i in (5, 7))
-            check_cost(ImageCost("JPEG", width, height, data[place + 9], 0))
+            check_decode_cost(DecodeCost("JPEG", width, height, data[place + 9], 0))
             return data[place + 4] == 8 and data[place + 9] in (1, 3) and width > 0 and height > 0
         exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
         if exif or length < 2 or not (marker in (0xDB, 0xC4, 0xDD, 0xFE) or 0xE0 <= marker <= 0xEF):
@@ -319,23 +329,23 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     except (
         ValueError
     ) as error:  # of all that the library warns of; most OpenCV and the authors take without a word
-        if _is_damage(str(error)):
+        if _is_jpeg_damage(str(error)):
             raise
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
-        return image if image is None or _RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return image if image is None or _IMREAD_RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _is_damage(warning: str) -> bool:
+def _is_jpeg_damage(warning: str) -> bool:
     """Tell a picture that is partly grey or shifted from one with a few bytes too many, as some cameras write."""
     extra = re.search(r"(\d+) extraneous bytes before marker", warning)
     if extra:
-        return int(extra[1]) > _SPARE_BYTES
+        return int(extra[1]) > _TOLERATED_EXTRA_BYTES
     return any(
         words in warning for words in ("Corrupt JPEG data", "Unsupported marker", "Bogus", "structure")
     )
 
 
-def _orientation(picture: Any) -> int:
+def _exif_orientation(picture: Any) -> int:
     if "exif" not in picture.info:
         return 1
     try:
@@ -344,7 +354,7 @@ def _orientation(picture: Any) -> int:
         return 1
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
     # The tag says which edges of the scene the first row and the first column of the file are (EXIF 2.32,
     # 4.6.4).
     if orientation in (5, 6, 7, 8):
@@ -364,11 +374,11 @@ def _to_rgb(picture: Any) -> np.ndarray:
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
         return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data:
-        return show_on_white(np.asarray(picture.convert("RGBA")))
+        return composite_on_white(np.asarray(picture.convert("RGBA")))
     return np.array(picture.convert("RGB"))
 
 
-def _is_deep(picture: Any) -> bool:
+def _is_16_bit(picture: Any) -> bool:
     """Tell whether a picture's file has 16 bits a channel, of which Pillow keeps the upper half of colors."""
     modes = [picture.mode, *(str(tile[3]) for tile in picture.tile)]
     return any("16" in mode for mode in modes) or picture.mode == "I"

@@ -19,22 +19,22 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data import remote
-from depth_anything.data.address import is_remote, join, told
-from depth_anything.data.index import is_index, is_ours
+from depth_anything.data.address import is_remote, join_address, redact_secrets
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, decode_labels, decode_record
+from depth_anything.data.tar_index import index_matches, is_project_index
 from depth_anything.data.tars import (
-    OF_THE_PATH,
+    PATH_ERRNOS,
     BadRecord,
-    Outage,
     ShardError,
     ShardInfo,
     ShardSet,
+    StorageUnavailable,
+    atomic_write,
+    build_index_text,
     index_shard,
-    index_text,
     parse_index,
     remove_stale,
-    write_atomically,
     write_shard,
 )
 from depth_anything.preprocess import resize_shape
@@ -56,15 +56,15 @@ __all__ = [
 ]
 
 _VERSION = 1
-_NO_MEMORY = "it needs more memory than there is"
+_OUT_OF_MEMORY = "it needs more memory than there is"
 _THREADS = 16
-_BEGUN = "settings.json"  # lies in the folder of a set from the first moment it is written
-_MULTIPLES = (1, 8, 14, 16, 32)  # of a patch: sides that images are resized to
+_SETTINGS_FILE = "settings.json"  # lies in the folder of a set from the first moment it is written
+_PATCH_SIZES = (1, 8, 14, 16, 32)  # of a patch: sides that images are resized to
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-def make_set(
+def build_set(
     root: str | Path, *, name: str, shards: Iterable[ShardInfo], meta: Mapping[str, Any]
 ) -> ShardSet:
     """Put shards together to a set, in the order of their names.
@@ -101,7 +101,7 @@ def write_manifest(
     Raises:
         ShardError: a name that cannot be one, or two shards of one name.
     """
-    made = make_set(root, name=name, shards=shards, meta=meta)
+    made = build_set(root, name=name, shards=shards, meta=meta)
     head = {
         "version": _VERSION,
         "name": name,
@@ -113,7 +113,7 @@ def write_manifest(
     rows = ",\n".join(json.dumps(vars(shard)) for shard in made.shards)
     text = f'{text.removesuffix("}").rstrip()},\n "shards": [\n{rows}\n]}}\n'
     remove_stale(Path(root))
-    write_atomically(Path(root, "manifest.json"), text.encode())
+    atomic_write(Path(root, "manifest.json"), text.encode())
     return made
 
 
@@ -133,13 +133,13 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
     try:
         made = _parse_manifest(_read_manifest(root), root, name)
     except ShardError as error:
-        if not is_remote(root) or isinstance(error, remote.Gone):
+        if not is_remote(root) or isinstance(error, remote.PermanentError):
             raise
         made = _parse_manifest(_read_manifest(root), root, name)  # it may have come damaged
     if not made.records:
         raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
     if check and not is_remote(root):
-        for problem in remote.patiently(root, lambda: _missing(made)):
+        for problem in remote.retry(root, lambda: _find_missing_shards(made)):
             raise ShardError(
                 f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
             )
@@ -147,14 +147,14 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
 
 
 def _parse_manifest(data: bytes, root: str, name: str | None) -> ShardSet:
-    where = join(root, "manifest.json")
+    where = join_address(root, "manifest.json")
     try:
         content = json.loads(data)
         rows = [
             ShardInfo(str(r["name"]), int(r["records"]), int(r["bytes"]), str(r["hash"]))
             for r in content["shards"]
         ]
-        made = make_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
+        made = build_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
         intact = made.digest == content["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{where} is damaged ({error!r}): copy it again") from error
@@ -178,35 +178,35 @@ def index_set(
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:
         raise ShardError(f"{root} holds no .tar: give the folder that the shards lie in")
-    before = _manifest_of(root)
+    before = _read_previous_manifest(root)
     for path in tars:
-        if (place := path.with_suffix(".idx")).exists() and not is_ours(place):
-            raise _foreign(place)
+        if (place := path.with_suffix(".idx")).exists() and not is_project_index(place):
+            raise _foreign_file_error(place)
     rows = [index_shard(path) for path in tars]
     name = name or before.get("name") or root.resolve().name
     return write_manifest(root, name=name, shards=rows, meta={**before.get("meta", {}), **(meta or {})})
 
 
-def _manifest_of(root: Path) -> dict[str, Any]:
+def _read_previous_manifest(root: Path) -> dict[str, Any]:
     """Return what a manifest that will be replaced has said; ShardError if the set is still being written."""
     path = root / "manifest.json"
     try:
         data = path.read_bytes()
         content = json.loads(data)
     except FileNotFoundError:
-        if (root / _BEGUN).exists():
-            raise ShardError(_unfinished(root)) from None
+        if (root / _SETTINGS_FILE).exists():
+            raise ShardError(_unfinished_message(root)) from None
         return {}
     except ValueError:
         if not data.startswith(b'{\n "digest"'):  # as a damaged one of ours does
-            raise _foreign(path) from None
+            raise _foreign_file_error(path) from None
         return {}
     if not isinstance(content, dict) or not content.keys() >= {"version", "digest", "shards"}:
-        raise _foreign(path)
+        raise _foreign_file_error(path)
     return content
 
 
-def _foreign(path: Path) -> ShardError:
+def _foreign_file_error(path: Path) -> ShardError:
     return ShardError(
         f"{path} is not of depth-anything and would be replaced: move it, or link the tars into another folder"
     )
@@ -246,13 +246,13 @@ def verify_set(
     except ShardError as error:
         return [str(error)]
     far = is_remote(made.root)
-    problems = [*([] if far else _missing(made)), *_counted_wrong(made)]
+    problems = [*([] if far else _find_missing_shards(made)), *_check_listed_count(made)]
     known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
     for entry in [] if far else sorted(os.listdir(made.root)):
         if entry.endswith((".tar", ".idx")) and entry not in known and not entry.startswith("."):
             problems.append(f"{made.root}/{entry} is not in the manifest")
     present = [shard for shard in made.shards if far or Path(made.url(shard.name)).is_file()]
-    verify_one = _verify_far if far else _verify_shard
+    verify_one = _verify_remote_shard if far else _verify_local_shard
 
     def verify(shard: ShardInfo) -> tuple[list[str], np.ndarray]:
         found: list[str] = []
@@ -262,7 +262,9 @@ def verify_set(
             if far and not isinstance(error, ShardError):
                 raise
             found.append(
-                str(error) if isinstance(error, ShardError | Outage) else f"{made.url(shard.name)}: {error}"
+                str(error)
+                if isinstance(error, ShardError | StorageUnavailable)
+                else f"{made.url(shard.name)}: {error}"
             )
             keys = np.empty(0, np.uint64)
         if tick is not None:
@@ -272,11 +274,13 @@ def verify_set(
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(verify, present))
     problems += chain.from_iterable(found for found, _ in results)
-    problems = [told(problem) for problem in problems]
-    return problems + _repeated_keys(made, [shard.name for shard in present], [keys for _, keys in results])
+    problems = [redact_secrets(problem) for problem in problems]
+    return problems + _find_repeated_keys(
+        made, [shard.name for shard in present], [keys for _, keys in results]
+    )
 
 
-def _verify_shard(
+def _verify_local_shard(
     made: ShardSet,
     shard: ShardInfo,
     problems: list[str],
@@ -286,35 +290,35 @@ def _verify_shard(
 ) -> np.ndarray:
     """Verify a shard; return a 64-bit hash of each key."""
     path = Path(made.url(shard.name))
-    text, place = index_text(path), path.with_suffix(".idx")
+    text, place = build_index_text(path), path.with_suffix(".idx")
     if not place.is_file():
         problems.append(f"{place} is missing: type  depth-anything shard index {made.root}")
-    elif not is_index(place.read_text(errors="replace"), text):
+    elif not index_matches(place.read_text(errors="replace"), text):
         problems.append(f"{place} is not the index of its tar: type  depth-anything shard index {made.root}")
     table = parse_index(text, where=path)
     if (table.hash, table.records) != (shard.hash, shard.records):
         problems.append(f"{path} is not the tar that the manifest means: its hash differs")
     keys, labels, reader = table.keys(), made.meta.get("kind") == "labels", ShardReader()
-    if labels and not _sidecar_fits(path, shard):
+    if labels and not _sidecar_matches(path, shard):
         problems.append(f"{path.with_suffix('.json')} is missing, or is not that of its tar")
     mine = None if joined is None else JoinedRecords(joined.images, made)  # a thread needs its own reader
     for index, key in enumerate(keys if decode or joined else ()):
         try:
             if mine is not None:
-                _check_joined(*mine.read(f"{made.name}/{shard.name}", index), decode=decode)
+                _check_joined_size(*mine.read(f"{made.name}/{shard.name}", index), decode=decode)
                 continue
             fields = reader.read(path, index)[1]
             if not labels:
-                _check_frame(decode_record(key, fields))
+                _check_label_size(decode_record(key, fields))
             elif not decode_labels(fields):
                 raise ValueError(f"no label among the fields {sorted(fields)}")
         except (ValueError, MemoryError) as error:
-            reason = error.reason if isinstance(error, BadRecord) else str(error) or _NO_MEMORY
+            reason = error.reason if isinstance(error, BadRecord) else str(error) or _OUT_OF_MEMORY
             problems.append(f"{path}[{index}] {key}: {reason}")
-    return _hashed(keys)
+    return _hash_keys(keys)
 
 
-def _verify_far(
+def _verify_remote_shard(
     made: ShardSet,
     shard: ShardInfo,
     problems: list[str],
@@ -331,23 +335,23 @@ def _verify_far(
         try:
             key, fields = records.read(f"{made.name}/{shard.name}", index)
             if joined is not None:
-                _check_joined(key, fields, decode=decode)
+                _check_joined_size(key, fields, decode=decode)
             elif decode and not labels:
-                _check_frame(decode_record(key, fields))
+                _check_label_size(decode_record(key, fields))
             elif decode and not decode_labels(fields):
                 raise ValueError(f"no label among the fields {sorted(fields)}")
         except (ValueError, MemoryError) as error:
-            reason = error.reason if isinstance(error, BadRecord) else str(error) or _NO_MEMORY
+            reason = error.reason if isinstance(error, BadRecord) else str(error) or _OUT_OF_MEMORY
             problems.append(f"{made.url(shard.name)}[{index}] {keys[index]}: {reason}")
-    return _hashed(keys)
+    return _hash_keys(keys)
 
 
-def _hashed(keys: Sequence[str]) -> np.ndarray:
+def _hash_keys(keys: Sequence[str]) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
 
 
-def _check_frame(frame: Frame) -> None:
+def _check_label_size(frame: Frame) -> None:
     """Hold sizes against each other: label and image are of one size, or the json states the label's."""
     label = frame.depth if frame.disparity is None else frame.disparity
     size = frame.image.shape[:2]
@@ -357,7 +361,7 @@ def _check_frame(frame: Frame) -> None:
         )
 
 
-def _check_joined(key: str, fields: Mapping[str, bytes], *, decode: bool) -> None:
+def _check_joined_size(key: str, fields: Mapping[str, bytes], *, decode: bool) -> None:
     """Hold a label against its image: of one size, or of one that the image is resized to."""
     if not decode:
         return
@@ -366,13 +370,13 @@ def _check_joined(key: str, fields: Mapping[str, bytes], *, decode: bool) -> Non
     if label is None:
         raise ValueError(f"no label among the fields {sorted(fields)}")
     (height, width), size = frame.image.shape[:2], label.shape
-    if not any(resize_shape(height, width, min(size), multiple) == size for multiple in _MULTIPLES):
+    if not any(resize_shape(height, width, min(size), multiple) == size for multiple in _PATCH_SIZES):
         raise ValueError(
             f"its label has {size[0]} x {size[1]} pixels, to which no image of {height} x {width} is resized"
         )
 
 
-def _counted_wrong(made: ShardSet) -> list[str]:
+def _check_listed_count(made: ShardSet) -> list[str]:
     """Hold the records of a set that was listed against its listing: nothing is lost between the two."""
     try:
         listed, skipped = made.meta["settings"]["count"], made.meta.get("skipped", {"count": 0})["count"]
@@ -385,7 +389,7 @@ def _counted_wrong(made: ShardSet) -> list[str]:
     ]
 
 
-def _sidecar_fits(tar: Path, shard: ShardInfo) -> bool:
+def _sidecar_matches(tar: Path, shard: ShardInfo) -> bool:
     try:
         content = json.loads(tar.with_suffix(".json").read_bytes())
         found = ShardInfo(content["name"], content["records"], content["bytes"], content["hash"])
@@ -394,7 +398,7 @@ def _sidecar_fits(tar: Path, shard: ShardInfo) -> bool:
     return found == shard
 
 
-def _repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.ndarray]) -> list[str]:
+def _find_repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.ndarray]) -> list[str]:
     # Eight bytes a record stand for the keys, which would not fit in memory.
     if not hashes:
         return []
@@ -405,55 +409,55 @@ def _repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.nda
     pairs = {(int(owner[order[i]]), int(owner[order[i + 1]])) for i in twice}
     problems = []
     for one, other in sorted(pairs):
-        shared = set(_keys(made, names[one])) & set(_keys(made, names[other]))
+        shared = set(_read_keys(made, names[one])) & set(_read_keys(made, names[other]))
         problems += [f'the key "{key}" is in {names[one]} and in {names[other]}' for key in sorted(shared)]
     return problems
 
 
-def _keys(made: ShardSet, shard: str) -> list[str]:
+def _read_keys(made: ShardSet, shard: str) -> list[str]:
     url = made.url(shard)
     if is_remote(url):
         return ShardReader().keys(url)
-    return parse_index(index_text(Path(url)), where=url).keys()
+    return parse_index(build_index_text(Path(url)), where=url).keys()
 
 
 def _read_manifest(root: str) -> bytes:
     if is_remote(root):
-        return remote.read(join(root, "manifest.json"))
-    mode = remote.patiently(root, lambda: _mode(root))
+        return remote.fetch(join_address(root, "manifest.json"))
+    mode = remote.retry(root, lambda: _file_mode(root))
     if stat.S_ISREG(mode):
         raise ShardError(f"{root} is not a folder: give the one that the shards and manifest.json lie in")
     if not stat.S_ISDIR(mode):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
-        return remote.patiently(root, Path(root, "manifest.json").read_bytes)
+        return remote.retry(root, Path(root, "manifest.json").read_bytes)
     except FileNotFoundError:
-        if os.path.exists(os.path.join(root, _BEGUN)):
-            raise ShardError(_unfinished(root)) from None
+        if os.path.exists(os.path.join(root, _SETTINGS_FILE)):
+            raise ShardError(_unfinished_message(root)) from None
         raise ShardError(
             f"{root} has no manifest.json: finish writing the set, "
             f"or, if its tars are whole, type  depth-anything shard index {root}"
         ) from None
 
 
-def _mode(path: str) -> int:
+def _file_mode(path: str) -> int:
     """What a path is, 0 if it is nothing; OSError if its disk fails."""
     try:
         return os.stat(path).st_mode
     except OSError as error:
-        if error.errno not in OF_THE_PATH:
+        if error.errno not in PATH_ERRNOS:
             raise
         return 0
 
 
-def _unfinished(root: str | Path) -> str:
+def _unfinished_message(root: str | Path) -> str:
     return (
         f"{root} is not finished: go on writing it with the command that it was begun with, "
         "or bring its parts together with  depth-anything merge OUT FOLDER FOLDER …"
     )
 
 
-def _missing(made: ShardSet) -> list[str]:
+def _find_missing_shards(made: ShardSet) -> list[str]:
     # One listing says which are there; their sizes are asked for side by side, as a network disk takes its time
     # over each and a set has up to 60,000.
     listed = set(os.listdir(made.root))
@@ -461,7 +465,7 @@ def _missing(made: ShardSet) -> list[str]:
     parts = [there[i::_THREADS] for i in range(_THREADS)]
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = dict(
-            chain.from_iterable(pool.map(lambda part: [(s.name, _size(made, s)) for s in part], parts))
+            chain.from_iterable(pool.map(lambda part: [(s.name, _tar_size(made, s)) for s in part], parts))
         )
     problems = []
     for shard in made.shards:
@@ -473,5 +477,5 @@ def _missing(made: ShardSet) -> list[str]:
     return problems
 
 
-def _size(made: ShardSet, shard: ShardInfo) -> int:
+def _tar_size(made: ShardSet, shard: ShardInfo) -> int:
     return os.stat(made.url(shard.name)).st_size

@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 256  # records of a stream that are shuffled among themselves
+SHUFFLE_BLOCK = 256  # records of a stream that are shuffled among themselves
 _CACHED_BLOCKS = 8192  # 0.5 KiB each; neighbouring samples use as many blocks as there are streams
 _CACHED_PASSES = 2  # micro-batches may straddle the end of a pass
 
 # What a draw is for. Two purposes never share a Philox word; the numbers are part of the order, so they stay.
 _SHARDS, _STREAMS, _BLOCKS = 1, 2, 3
-VIEW, PERTURBATION, CUTMIX = 16, 17, 18
+CROP, PERTURBATION, CUTMIX = 16, 17, 18
 
 
-def _philox(count: int, seed: int, purpose: int, *place: int) -> np.ndarray:
+def _philox_words(count: int, seed: int, purpose: int, *place: int) -> np.ndarray:
     """Return `count` raw Philox words (uint64) of seed, purpose and up to three integers of place.
 
     Raw words are the part of NumPy's generators that its versions promise to keep.
@@ -36,20 +36,20 @@ def _philox(count: int, seed: int, purpose: int, *place: int) -> np.ndarray:
 
 def permutation(length: int, seed: int, purpose: int, *place: int) -> np.ndarray:
     """Return a permutation of range(length), int64: the stable argsort of the other numbers' words."""
-    return np.argsort(_philox(length, seed, purpose, *place), kind="stable")
+    return np.argsort(_philox_words(length, seed, purpose, *place), kind="stable")
 
 
-def words(seed: int, n: int, count: int, *, purpose: int = 0) -> np.ndarray:
+def random_uint64(seed: int, n: int, count: int, *, purpose: int = 0) -> np.ndarray:
     """Return the `count` uint64 words that belong to sample `n`, another set of them for each purpose."""
-    return _philox(count, seed, purpose, n)
+    return _philox_words(count, seed, purpose, n)
 
 
-def uniform(seed: int, n: int, count: int, *, purpose: int = 0) -> np.ndarray:
+def random_uniform(seed: int, n: int, count: int, *, purpose: int = 0) -> np.ndarray:
     """Return `count` float64 in [0, 1) that belong to sample `n`, another set of them for each purpose."""
-    return (words(seed, n, count, purpose=purpose) >> np.uint64(11)) * 2.0**-53
+    return (random_uint64(seed, n, count, purpose=purpose) >> np.uint64(11)) * 2.0**-53
 
 
-class _Pass(NamedTuple):
+class _PassTable(NamedTuple):
     """One pass: shards end to end on a line, and the streams cut from it."""
 
     order: np.ndarray  # which copy of a shard lies j-th on the line (π)
@@ -91,7 +91,7 @@ class Stream:
             ValueError: there is nothing to read, a shard comes twice, or a number is out of range.
         """
         shards = sorted((str(name), int(records)) for name, records in shards)
-        times = _times([name for name, _ in shards], dict(repeat or {}))
+        times = _repeat_counts([name for name, _ in shards], dict(repeat or {}))
         self.seed, self.streams = int(seed), int(streams)
         self._names = [name for name, _ in shards]
         self._sizes = np.array([records for _, records in shards], np.int64)
@@ -108,7 +108,7 @@ class Stream:
                 raise ValueError(f"shard {a} is named twice; to read it more often, give repeat={{'{a}': 2}}")
         text = json.dumps([shards, [int(t) for t in times], self.seed, self.streams])
         self.digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-        self._passes: dict[int, _Pass] = {}
+        self._passes: dict[int, _PassTable] = {}
         self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
 
     def locate(self, n: int) -> tuple[int, str, int]:
@@ -119,7 +119,7 @@ class Stream:
         number, j, index = self._find(n)
         return number, self._names[self._shard(number, j)], index
 
-    def stand_ins(self, n: int) -> Iterator[tuple[str, int]]:
+    def replacements(self, n: int) -> Iterator[tuple[str, int]]:
         """Yield, in order, the (shard, index) that may take the place of sample `n`'s unreadable record.
 
         First the rest of its shard, wrapping, then the shards that follow in its pass, wrapping, each once.
@@ -142,14 +142,19 @@ class Stream:
         number, i = divmod(int(n), self.records)
         k, c = divmod(i, self.streams)
         table = self._pass(number)
-        x = int(table.begin[c]) + k - k % BLOCK + int(self._block(number, c, k // BLOCK)[k % BLOCK])
+        x = (
+            int(table.begin[c])
+            + k
+            - k % SHUFFLE_BLOCK
+            + int(self._block(number, c, k // SHUFFLE_BLOCK)[k % SHUFFLE_BLOCK])
+        )
         j = bisect_right(table.first, x) - 1
         return number, j, x - int(table.first[j])
 
     def _shard(self, number: int, j: int) -> int:
         return int(self._copies[self._pass(number).order[j]])
 
-    def _pass(self, number: int) -> _Pass:
+    def _pass(self, number: int) -> _PassTable:
         if number not in self._passes:
             order = permutation(len(self._copies), self.seed, _SHARDS, number)
             first = np.concatenate([[0], np.cumsum(self._sizes[self._copies[order]])])
@@ -158,20 +163,20 @@ class Stream:
             lengths = quotient + (laid < extra)
             begin = np.empty(self.streams, np.int64)
             begin[laid] = np.cumsum(lengths) - lengths
-            _keep(self._passes, number, _Pass(order, first, begin), _CACHED_PASSES)
+            _cache_put(self._passes, number, _PassTable(order, first, begin), _CACHED_PASSES)
         return self._passes[number]
 
     def _block(self, number: int, c: int, block: int) -> np.ndarray:
         key = (number, c, block)
         if key not in self._blocks:
             quotient, extra = divmod(self.records, self.streams)
-            length = min(BLOCK, quotient + (c < extra) - block * BLOCK)
+            length = min(SHUFFLE_BLOCK, quotient + (c < extra) - block * SHUFFLE_BLOCK)
             shuffled = permutation(length, self.seed, _BLOCKS, number, c, block).astype(np.int16)
-            _keep(self._blocks, key, shuffled, _CACHED_BLOCKS)
+            _cache_put(self._blocks, key, shuffled, _CACHED_BLOCKS)
         return self._blocks[key]
 
 
-def _times(names: Sequence[str], repeat: dict[str, int]) -> list[int]:
+def _repeat_counts(names: Sequence[str], repeat: dict[str, int]) -> list[int]:
     """Return how often each shard comes; its own entry in `repeat` counts before its set's."""
     sets = {name.split("/")[0] for name in names}
     for name, times in repeat.items():
@@ -186,7 +191,7 @@ def _times(names: Sequence[str], repeat: dict[str, int]) -> list[int]:
     return [int(repeat.get(name, repeat.get(name.split("/")[0], 1))) for name in names]
 
 
-def _keep(cache: dict, key: object, value: object, limit: int) -> None:
+def _cache_put(cache: dict, key: object, value: object, limit: int) -> None:
     """Put `value` into `cache`, dropping the oldest entry when it is full."""
     if len(cache) >= limit:
         del cache[next(iter(cache))]
@@ -202,7 +207,7 @@ def micro_batch_numbers(q: int, *, rank: int, world: int, size: int) -> list[int
     return [world * (q * size + i) + rank for i in range(size)]
 
 
-class MicroBatches:
+class MicroBatchSampler:
     """An endless batch sampler: the sample numbers of one rank's micro-batches. It has no length.
 
     Each iteration begins anew at `start`, the index of the first micro-batch: samples seen ÷ (world · size).

@@ -17,10 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from depth_anything.data.address import join, told
-from depth_anything.data.index import Index, Member, is_index, parse_head, read_index, write_index
-from depth_anything.data.liveness import file_system_time, is_alive
-from depth_anything.disk import named_write_errors, sync_folder
+from depth_anything.data.address import join_address, redact_secrets
+from depth_anything.data.tar_index import (
+    TarIndex,
+    TarMember,
+    format_index,
+    index_matches,
+    parse_index_header,
+    parse_index_text,
+)
+from depth_anything.disk import name_write_errors, sync_folder
+from depth_anything.locks import file_system_time, process_exists
 
 _MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
@@ -31,11 +38,11 @@ _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes of a tar's header, with a long name
 _STALE_S = 86400
 
-OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+PATH_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Numbers of errors that say what a shard's path is; any other says that it cannot be read for now."""
 
 
-class HeaderFile:
+class BoundedHeaderFile:
     """A file for tarfile, which would read as much into memory as a header claims that a long name has."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -55,16 +62,16 @@ class ShardError(ValueError):
 
     def __init__(self, *arguments: object) -> None:
         """Take the secrets out of the sentence."""
-        super().__init__(*(told(part) if isinstance(part, str) else part for part in arguments))
+        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
 
 
-class Outage(OSError):
+class StorageUnavailable(OSError):
     """Shards that cannot be read for now. It is no record's fault: nothing stands in for it, and the run stops,
     lest a server's bad hour change the training."""
 
     def __init__(self, *arguments: object) -> None:
         """Take the secrets out of the sentence."""
-        super().__init__(*(told(part) if isinstance(part, str) else part for part in arguments))
+        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
 
 
 class BadRecord(ValueError):
@@ -79,7 +86,7 @@ class BadRecord(ValueError):
 
     def __init__(self, shard: str, index: int, key: str, reason: str) -> None:
         """Hold the four; they survive pickling, as workers send their errors."""
-        shard, reason = told(shard), told(reason)
+        shard, reason = redact_secrets(shard), redact_secrets(reason)
         super().__init__(shard, index, key, reason)
         self.shard, self.index, self.key, self.reason = shard, index, key, reason
 
@@ -128,7 +135,7 @@ class ShardSet:
 
     def url(self, shard: str) -> str:
         """Return the address of a shard's tar."""
-        return join(self.root, f"{shard}.tar")
+        return join_address(self.root, f"{shard}.tar")
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
@@ -150,14 +157,14 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
     if path.suffix != ".tar":
         raise ShardError(f"a shard's name ends in .tar, and {path} does not")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = temporary_path(path)
     try:
-        with named_write_errors(path), open(temporary, "xb") as file:
+        with name_write_errors(path), open(temporary, "xb") as file:
             written = _write_members(file, path, records)
             file.flush()
             os.fsync(file.fileno())
-        text = index_text(temporary)
-        info = _info(path, text)
+        text = build_index_text(temporary)
+        info = _parse_shard_info(path, text)
         if info.records != written:
             raise ShardError(f"{path}: {written} records went in, {info.records} came out")
         _publish(temporary, path, text.encode())
@@ -173,12 +180,12 @@ def index_shard(path: str | Path) -> ShardInfo:
         ShardError: the tar is missing, truncated or damaged, or a name in it cannot be a key; it is named.
     """
     path = Path(path)
-    text = index_text(path)
-    write_atomically(path.with_suffix(".idx"), text.encode())
-    return _info(path, text)
+    text = build_index_text(path)
+    atomic_write(path.with_suffix(".idx"), text.encode())
+    return _parse_shard_info(path, text)
 
 
-def info_of(path: Path) -> ShardInfo:
+def read_shard_info(path: Path) -> ShardInfo:
     """Return what the index of a local tar says of it, without reading the tar; made first if there is none.
 
     Raises:
@@ -188,9 +195,9 @@ def info_of(path: Path) -> ShardInfo:
     if not place.exists():
         return index_shard(path)
     try:
-        info = _info(path, place.read_text(errors="replace"))
+        info = _parse_shard_info(path, place.read_text(errors="replace"))
     except ValueError as error:
-        raise ShardError(_damaged(place)) from error
+        raise ShardError(_damaged_index_message(place)) from error
     if not path.is_file() or path.stat().st_size != info.bytes:
         raise ShardError(
             f"{path} is missing, or is not the tar of {place.name}: remove both and make it again"
@@ -198,38 +205,38 @@ def info_of(path: Path) -> ShardInfo:
     return info
 
 
-def index_text(path: Path) -> str:
+def build_index_text(path: Path) -> str:
     """Read a tar through and return the text of its index; ShardError as `index_shard`."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            members = list(_members(file, path, size))
+            members = list(_read_members(file, path, size))
             file.seek(0)
             digest = hashlib.sha256()
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:
         raise ShardError(f"{path} is missing") from None
-    return write_index(members, bytes=size, hash=f"sha256:{digest.hexdigest()}")
+    return format_index(members, bytes=size, hash=f"sha256:{digest.hexdigest()}")
 
 
-def parse_index(text: str, *, where: str | Path) -> Index:
+def parse_index(text: str, *, where: str | Path) -> TarIndex:
     """Parse the text of an index.
 
     Raises:
         ShardError: it is no index, is cut short, names a key twice, does not add up, or its checksum differs.
     """
     try:
-        return read_index(text)
+        return parse_index_text(text)
     except (ValueError, OverflowError) as error:
-        raise ShardError(_damaged(where)) from error
+        raise ShardError(_damaged_index_message(where)) from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> None:
     """Write a file so that it is seen whole or not at all, after a power cut, too."""
-    temporary = temporary_name(path)
+    temporary = temporary_path(path)
     try:
-        with named_write_errors(path), open(temporary, "xb") as file:
+        with name_write_errors(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -241,9 +248,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_new(path: Path, data: bytes) -> bool:
     """Write a file that is seen whole, unless there is one of this name: then leave it, and return False."""
-    temporary = temporary_name(path)
+    temporary = temporary_path(path)
     try:
-        with named_write_errors(path), open(temporary, "xb") as file:
+        with name_write_errors(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -268,12 +275,12 @@ def remove_stale(folder: Path) -> None:
     for path in folder.glob(".tmp.*"):
         *_, writer_host, pid, _ = path.name.split(".")
         with suppress(OSError):  # its writer may have finished meanwhile
-            dead = writer_host == host and not is_alive(int(pid))
+            dead = writer_host == host and not process_exists(int(pid))
             if dead or file_system_time(folder) - path.stat().st_mtime > _STALE_S:
                 path.unlink()
 
 
-def temporary_name(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Name a temporary file beside `path`, by host and process, so that a dead one's can be told."""
     behind = f".{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
     room = _MAX_FILE_NAME - len(f".tmp.{behind}")
@@ -324,43 +331,43 @@ def _publish(temporary: Path, path: Path, text: bytes) -> None:
     # index goes first: a tar without an index is whole, a tar with another's is not. One that is there already
     # is left alone, as others may be reading it.
     index, mine = path.with_suffix(".idx"), temporary.stat().st_ino
-    if _is_there(path, text):
+    if _is_published(path, text):
         return
     if path.exists():
         index.unlink(missing_ok=True)
     else:
-        write_atomically(index, text)
+        atomic_write(index, text)
     os.replace(temporary, path)
     sync_folder(path.parent)
     # Another writer of this very shard may have come between; whoever's tar is seen sees to its index.
     if path.stat().st_ino == mine and not (index.exists() and index.read_bytes() == text):
-        write_atomically(index, text)
+        atomic_write(index, text)
 
 
-def _is_there(path: Path, text: bytes) -> bool:
+def _is_published(path: Path, text: bytes) -> bool:
     try:
-        made = index_text(path)
-        return made.encode() == text and is_index(path.with_suffix(".idx").read_text(), made)
+        made = build_index_text(path)
+        return made.encode() == text and index_matches(path.with_suffix(".idx").read_text(), made)
     except (OSError, ValueError):
         return False
 
 
-def _info(path: Path, text: str) -> ShardInfo:
-    size, digest, records, _ = parse_head(text)
+def _parse_shard_info(path: Path, text: str) -> ShardInfo:
+    size, digest, records, _ = parse_index_header(text)
     return ShardInfo(path.stem, records, size, digest)
 
 
-def _damaged(index: str | Path) -> str:
+def _damaged_index_message(index: str | Path) -> str:
     return f"{index} is damaged: type  depth-anything shard index {str(index).rpartition('/')[0] or '.'}"
 
 
-def _members(file: BinaryIO, path: Path, size: int) -> Iterator[Member]:
+def _read_members(file: BinaryIO, path: Path, size: int) -> Iterator[TarMember]:
     if size == 0:
         raise ShardError(f"{path} is empty")
     seen: dict[str, set[str]] = {}
     last, end = "", 0
     try:
-        with tarfile.open(fileobj=HeaderFile(file), mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=BoundedHeaderFile(file), mode="r:") as tar:  # type: ignore[call-overload]
             for info in tar:
                 end = info.offset_data + (-(-info.size // 512) * 512 if info.isreg() else 0)
                 if end > size:
@@ -374,7 +381,7 @@ def _members(file: BinaryIO, path: Path, size: int) -> Iterator[Member]:
                     raise ShardError(f'{path}: the key "{key}" comes twice, and keys are unique')
                 seen.setdefault(key, set()).add(extension)
                 last = key
-                yield Member(key, extension, info.offset_data, info.size, _crc32(file, info))
+                yield TarMember(key, extension, info.offset_data, info.size, _crc32(file, info))
     except (tarfile.TarError, OverflowError, UnicodeError, EOFError) as error:
         raise ShardError(f"{path} is damaged, or is no tar: {error}") from error
     # tarfile takes a header cut in two, or one of garbage, for the end.

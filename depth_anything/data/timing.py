@@ -17,20 +17,20 @@ from torch.utils.data import DataLoader
 
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import AHEAD
+from depth_anything.data.loader import PREFETCH_BATCHES
+from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.sample import (
     IMAGE_FIELDS,
+    convert_to_target,
     decode_image,
-    decode_photograph,
-    make_target,
-    target_field,
+    decode_image_and_meta,
+    find_target_field,
 )
-from depth_anything.data.shards import JoinedRecords
-from depth_anything.data.transforms import draw_view, resize_image, view_encoded, view_image
+from depth_anything.data.transforms import crop_encoded_map, crop_image, draw_crop, resize_image
 from depth_anything.preprocess import resize_shape
 
 #: Stage of a sample to the bare work that it is held against.
-STAGES: dict[str, str | None] = {
+SAMPLE_STAGES: dict[str, str | None] = {
     "find the record": None,
     "read it, checksums": None,
     "decode the image": "decode the image, bare",
@@ -39,10 +39,10 @@ STAGES: dict[str, str | None] = {
     "decode the label": "decode the label, bare",
     "target and mask": None,
 }
-_REST_S = 0.02
+_IDLE_POLL_S = 0.02
 
 
-class Stages:
+class StageTimer:
     """CPU and clock milliseconds by stage, a figure for each time it ran."""
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class Stages:
         return max(0.0, float(np.mean(self.clock[name]) - np.mean(self.cpu[name])))
 
 
-def staged_sample(
-    dataset: StreamDataset, n: int, stage: Stages
+def timed_sample(
+    dataset: StreamDataset, n: int, stage: StageTimer
 ) -> tuple[dict[str, np.ndarray], Mapping[str, bytes], tuple[int, int]]:
     """Make sample `n` as `dataset` does, each hop timed.
 
@@ -87,25 +87,25 @@ def staged_sample(
     with stage("read it, checksums"):
         _, fields = source.read(shard, index)
     with stage("decode the image"):
-        name = target_field(fields)
-        whole, meta = decode_photograph(fields)
-    size = codec.size(fields[name])
+        name = find_target_field(fields)
+        whole, meta = decode_image_and_meta(fields)
+    size = codec.map_size(fields[name])
     if not isinstance(source, JoinedRecords):
         size = resize_shape(whole.shape[0], whole.shape[1], dataset.short_side, dataset.patch)
-    view = draw_view(*size, side, seed=dataset.seed, n=n)
+    view = draw_crop(*size, side, seed=dataset.seed, n=n)
     with stage("resize the image"):
         resized = resize_image(whole, *size)
     with stage("cut and mirror it"):
-        image = view_image(resized, view)
+        image = crop_image(resized, view)
     with stage("decode the label"):
-        view_encoded(fields[name], view, out=target)
+        crop_encoded_map(fields[name], view, out=target)
     with stage("target and mask"):
-        make_target(target, valid, quantity=name.split(".")[0], sky=dataset.sky[source.name], meta=meta)
+        convert_to_target(target, valid, quantity=name.split(".")[0], sky=dataset.sky[source.name], meta=meta)
     return {"image": image, "target": target, "valid": valid}, fields, size
 
 
-def bare_sample(
-    fields: Mapping[str, bytes], size: tuple[int, int], stage: Stages | None = None, *, label: bool = True
+def minimal_decode(
+    fields: Mapping[str, bytes], size: tuple[int, int], stage: StageTimer | None = None, *, label: bool = True
 ) -> None:
     """Do with a record's bytes what no loader can do without: decode image and label whole, resize the image.
 
@@ -115,7 +115,7 @@ def bare_sample(
         stage: what to time it with.
         label: decode the label, too.
     """
-    stage = stage or Stages()
+    stage = stage or StageTimer()
     name = next(name for name in IMAGE_FIELDS if name in fields)
     with stage("decode the image, bare"):
         if name in ("jpg", "jpeg"):
@@ -126,10 +126,10 @@ def bare_sample(
         resize_image(image, *size)
     if label:
         with stage("decode the label, bare"):
-            codec.decode(fields[target_field(fields)])
+            codec.decode(fields[find_target_field(fields)])
 
 
-class Window:
+class LoaderTimer:
     """A loader that is measured by windows; between them its workers come to rest, their batches made ahead."""
 
     def __init__(self, loader: DataLoader) -> None:
@@ -137,7 +137,7 @@ class Window:
         before = set(multiprocessing.active_children())
         self._batches: Iterator[Any] = iter(loader)
         self._pids = [child.pid for child in multiprocessing.active_children() if child not in before]
-        self._ahead = AHEAD * loader.num_workers
+        self._ahead = PREFETCH_BATCHES * loader.num_workers
         self.rest()
 
     def measure(self, batches: int) -> tuple[float, float]:
@@ -160,7 +160,7 @@ class Window:
         """Wait until the workers have made all that they make ahead."""
         before, now = -1.0, self._cpu()
         while now - before > 1e-4:
-            time.sleep(_REST_S)
+            time.sleep(_IDLE_POLL_S)
             before, now = now, self._cpu()
 
     def close(self) -> None:
@@ -168,22 +168,22 @@ class Window:
         del self._batches
 
     def _cpu(self) -> float:
-        return sum(cpu_seconds(pid) for pid in self._pids if pid is not None)
+        return sum(process_cpu_seconds(pid) for pid in self._pids if pid is not None)
 
 
-def cpu_seconds(pid: int) -> float:
+def process_cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used in all its threads."""
     return time.clock_gettime((~pid << 3) | 2)  # the kernel's number for a process's CPU clock
 
 
-def report(stages: Stages) -> list[tuple[str, float, float | None]]:
+def stage_report(stages: StageTimer) -> list[tuple[str, float, float | None]]:
     """Return (stage, milliseconds, milliseconds of the bare work) in order, and the sums of each."""
     medians = stages.medians()
-    rows = [(name, medians[name], medians.get(bare or "")) for name, bare in STAGES.items()]
+    rows = [(name, medians[name], medians.get(bare or "")) for name, bare in SAMPLE_STAGES.items()]
     return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] or 0.0 for row in rows))]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def median_and_iqr(values: Sequence[float]) -> dict[str, float]:
     """Return median and interquartile range."""
     low, middle, high = np.percentile(values, [25, 50, 75])
     return {"median": round(float(middle), 3), "iqr": round(float(high - low), 3)}

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from depth_anything.data import codec
-from depth_anything.data.stream import CUTMIX, PERTURBATION, VIEW, uniform
+from depth_anything.data.stream import CROP, CUTMIX, PERTURBATION, random_uniform
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 # The strengths of UniMatch (`dataset/semi.py`), by V1's first author; the papers of V1 and V2 give none.
@@ -23,11 +23,11 @@ HUE = 0.25
 BLUR_SIGMA = (0.1, 2.0)
 BLUR_RADIUS = 6
 PERTURBATIONS = ("brightness", "contrast", "saturation", "hue", "grey", "sigma")  # columns of a perturbation
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision weighs it
+_LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601 luma as torchvision weighs it
 
 
 @dataclass(frozen=True)
-class View:
+class Crop:
     """What a sample shows of its frame: a square cut from the resized whole, mirrored or not, in pixels."""
 
     height: int  # of the whole frame after resizing
@@ -38,11 +38,11 @@ class View:
     flip: bool
 
 
-def draw_view(height: int, width: int, side: int, *, seed: int, n: int) -> View:
+def draw_crop(height: int, width: int, side: int, *, seed: int, n: int) -> Crop:
     """Return sample `n`'s square of `side` px in a frame of (height, width); half of all are mirrored."""
-    down, right, mirror = uniform(seed, n, 3, purpose=VIEW)
+    down, right, mirror = random_uniform(seed, n, 3, purpose=CROP)
     top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
-    return View(height, width, top, left, side, bool(mirror < 0.5))
+    return Crop(height, width, top, left, side, bool(mirror < 0.5))
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1)[0].numpy()
 
 
-def view_image(image: np.ndarray, view: View, *, out: np.ndarray | None = None) -> np.ndarray:
+def crop_image(image: np.ndarray, view: Crop, *, out: np.ndarray | None = None) -> np.ndarray:
     """Return what `view` shows of an image, uint8 (H, W, 3), as uint8 (side, side, 3), contiguous.
 
     The image is resized by antialiased bicubic; one that already has the view's size is not resampled.
@@ -70,7 +70,7 @@ def view_image(image: np.ndarray, view: View, *, out: np.ndarray | None = None) 
     return out
 
 
-def view_map(values: np.ndarray, view: View) -> np.ndarray:
+def crop_map(values: np.ndarray, view: Crop) -> np.ndarray:
     """Return what `view` shows of a map (H, W), as (side, side): the values nearest to the pixels' centres.
 
     Values are never blended, so edges stay sharp and unknown or infinite pixels keep to themselves. cv2's
@@ -79,12 +79,12 @@ def view_map(values: np.ndarray, view: View) -> np.ndarray:
     if values.shape == (view.height, view.width):  # a label, mostly; four times as fast
         square = values[view.top : view.top + view.side, view.left : view.left + view.side]
         return np.ascontiguousarray(square[:, ::-1] if view.flip else square)
-    rows = _nearest(values.shape[0], view.height, view.top, view.side)
-    columns = _nearest(values.shape[1], view.width, view.left, view.side)
+    rows = _nearest_indices(values.shape[0], view.height, view.top, view.side)
+    columns = _nearest_indices(values.shape[1], view.width, view.left, view.side)
     return values.take(rows, 0).take(columns[::-1] if view.flip else columns, 1)
 
 
-def view_encoded(data: bytes, view: View, *, out: np.ndarray) -> None:
+def crop_encoded_map(data: bytes, view: Crop, *, out: np.ndarray) -> None:
     """Fill `out`, float32 (side, side), with what `view` shows of an encoded map.
 
     As view_map of the decoded map, which is never decoded but where it is seen.
@@ -92,7 +92,7 @@ def view_encoded(data: bytes, view: View, *, out: np.ndarray) -> None:
     Raises:
         ValueError: the bytes are damaged, or not of that format.
     """
-    height, width = codec.size(data)
+    height, width = codec.map_size(data)
     if (height, width) == (view.height, view.width):
         across = slice(view.left, view.left + view.side)
         values = codec.decode(data, rows=slice(view.top, view.top + view.side), columns=across)
@@ -101,15 +101,15 @@ def view_encoded(data: bytes, view: View, *, out: np.ndarray) -> None:
         else:
             out[:] = values
         return
-    rows = _nearest(height, view.height, view.top, view.side)
-    columns = _nearest(width, view.width, view.left, view.side)
+    rows = _nearest_indices(height, view.height, view.top, view.side)
+    columns = _nearest_indices(width, view.width, view.left, view.side)
     first, left = int(rows[0]), int(columns[0])
     part = codec.decode(data, rows=slice(first, int(rows[-1]) + 1), columns=slice(left, int(columns[-1]) + 1))
     columns = columns[::-1] if view.flip else columns
     np.take(part.take(rows - first, 0), columns - left, 1, out=out, mode="clip")
 
 
-def _nearest(source: int, target: int, start: int, count: int) -> np.ndarray:
+def _nearest_indices(source: int, target: int, start: int, count: int) -> np.ndarray:
     """Return which of `source` pixels hold the centres of pixels start … start + count - 1 of `target`."""
     return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
 
@@ -120,7 +120,9 @@ def draw_perturbation(seed: int, n: int) -> np.ndarray:
     Colours jitter in 8 of 10 samples, 2 of 10 turn grey and half are blurred, each by a draw of its own.
     1, 1, 1, 0, 0, 0 changes nothing.
     """
-    jitter, light, contrast, saturation, hue, grey, blur, width = uniform(seed, n, 8, purpose=PERTURBATION)
+    jitter, light, contrast, saturation, hue, grey, blur, width = random_uniform(
+        seed, n, 8, purpose=PERTURBATION
+    )
     values = [1.0, 1.0, 1.0, 0.0, float(grey < 0.2), 0.0]
     if jitter < 0.8:
         values[0] += BRIGHTNESS * (2 * light - 1)
@@ -142,12 +144,12 @@ def normalize(image: torch.Tensor, perturbation: torch.Tensor | None = None) -> 
     unit = image.permute(0, 3, 1, 2).float() / 255
     if perturbation is not None:
         unit = perturb(unit, perturbation)
-    shift, scale = _imagenet(image.device)
+    shift, scale = _imagenet_constants(image.device)
     return torch.addcmul(shift, unit, scale)
 
 
 @cache
-def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _imagenet_constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -mean / std and 1 / std; kept, since to copy them over makes the host wait."""
     mean, std = (
         torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
@@ -172,17 +174,17 @@ def perturb(image: torch.Tensor, perturbation: torch.Tensor) -> torch.Tensor:
     mean = _luma(image).mean((2, 3), keepdim=True)
     image = torch.lerp(mean, image, contrast).clamp(0, 1)
     image = torch.lerp(_luma(image), image, saturation).clamp(0, 1)
-    image = _turn_hue(image, hue)
+    image = _shift_hue(image, hue)
     image = torch.lerp(image, _luma(image), grey)
     return _blur(image, sigma)
 
 
 def _luma(image: torch.Tensor) -> torch.Tensor:
     red, green, blue = image.split(1, 1)
-    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
+    return _LUMA_WEIGHTS[0] * red + _LUMA_WEIGHTS[1] * green + _LUMA_WEIGHTS[2] * blue
 
 
-def _turn_hue(image: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+def _shift_hue(image: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn the hue by `turn` cycles, (B, 1, 1, 1), at the same value and saturation (of HSV)."""
     high, low = image.amax(1, keepdim=True), image.amin(1, keepdim=True)
     chroma = high - low
@@ -213,12 +215,12 @@ def _blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return planes.reshape(image.shape)
 
 
-def draw_cutmix(seed: int, n: int) -> np.ndarray:
+def draw_cutmix_box(seed: int, n: int) -> np.ndarray:
     """Return sample `n`'s CutMix box, float32 (4,): top, left, bottom, right as shares of the sides.
 
     Half the boxes are empty; the others cover 2 to 40 % of the image, three times as long as wide at most.
     """
-    mix, area, aspect, down, right = uniform(seed, n, 5, purpose=CUTMIX)
+    mix, area, aspect, down, right = random_uniform(seed, n, 5, purpose=CUTMIX)
     if mix >= 0.5:
         return np.zeros(4, np.float32)
     area, aspect = 0.02 + 0.38 * area, 3 ** (2 * aspect - 1)
@@ -227,7 +229,7 @@ def draw_cutmix(seed: int, n: int) -> np.ndarray:
     return np.array([top, left, top + height, left + width], np.float32)
 
 
-def cutmix(given: dict[str, torch.Tensor], box: torch.Tensor) -> dict[str, torch.Tensor]:
+def apply_cutmix(given: dict[str, torch.Tensor], box: torch.Tensor) -> dict[str, torch.Tensor]:
     """Fill each sample's box from the sample before it in the micro-batch, the first one's from the last.
 
     The two parts have disparities of different scale and shift: take the loss of `valid & region` and that of

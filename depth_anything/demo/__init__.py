@@ -1,5 +1,5 @@
 """A web page that maps the image it is given."""
 
-from depth_anything.demo.page import COLOURS, Limits, build_page, running, serve
+from depth_anything.demo.page import COLORMAPS, Limits, build_page, run_page, serve
 
-__all__ = ["COLOURS", "Limits", "build_page", "running", "serve"]
+__all__ = ["COLORMAPS", "Limits", "build_page", "run_page", "serve"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FRESH_S = 30  # what is younger may still be written, or mapped
+_MIN_AGE_S = 30  # what is younger may still be written, or mapped
 
 
 @dataclass(frozen=True)
-class Quota:
+class UploadQuota:
     """What may lie in the folder of temporary files.
 
     Attributes:
@@ -37,7 +37,7 @@ class Quota:
         for changed, bytes_, path in held:
             if files < self.files and size + coming <= self.bytes:
                 return True
-            fresh = time.time() - changed < _FRESH_S
+            fresh = time.time() - changed < _MIN_AGE_S
             if fresh or (keep is not None and keep.is_relative_to(path)):
                 continue
             shutil.rmtree(path, ignore_errors=True)
@@ -61,7 +61,7 @@ class Quota:
 class UploadGuard:
     """Refuses an upload that is too large, does not say its size, or for which there is no room."""
 
-    def __init__(self, app: Any, quota: Quota, most_bytes: int) -> None:
+    def __init__(self, app: Any, quota: UploadQuota, most_bytes: int) -> None:
         """Take what may lie on the disk, and the bytes of one upload at most."""
         self._app, self._quota, self._most = app, quota, most_bytes
 
@@ -78,7 +78,7 @@ class UploadGuard:
         await self._app(scope, receive, send)
 
 
-class Alias:
+class FolderAlias:
     """Shows another name for the folder of temporary files than it has on the server's disk.
 
     The alias is as long as the name, so that lengths of responses stay; and no address is fetched for anyone.

@@ -26,31 +26,31 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
-from depth_anything.data.headers import image_cost  # noqa: E402
+from depth_anything.data.image_headers import estimate_decode_cost  # noqa: E402
 from depth_anything.data.sample import decode_image  # noqa: E402
-from depth_anything.demo.guard import Alias, Quota, UploadGuard  # noqa: E402
-from depth_anything.inference.formats import encode, shown_values  # noqa: E402
-from depth_anything.inference.memory import check_memory, is_out_of_memory  # noqa: E402
-from depth_anything.inference.pointcloud import choose_focal, encode_points, unproject  # noqa: E402
+from depth_anything.demo.guard import FolderAlias, UploadGuard, UploadQuota  # noqa: E402
+from depth_anything.inference.formats import display_values, encode_map  # noqa: E402
+from depth_anything.inference.memory import check_image_memory, is_out_of_memory  # noqa: E402
+from depth_anything.inference.pointcloud import choose_focal_length, encode_points, unproject  # noqa: E402
 from depth_anything.inference.predictor import Predictor  # noqa: E402
-from depth_anything.visualize import colormap_for, paint  # noqa: E402
+from depth_anything.visualize import colorize_by_distance, distance_colormap  # noqa: E402
 
-COLOURS = {"Spectral": "Spectral_r", "Inferno": "inferno", "Grey": "gray"}
+COLORMAPS = {"Spectral": "Spectral_r", "Inferno": "inferno", "Grey": "gray"}
 """What the page calls them, and matplotlib's names, as `paint` takes them: near is red, bright or white."""
 
-_SHOWN_PX = 2048  # longer side of what the slider shows; the download has every pixel
+_MAX_DISPLAY_PX = 2048  # longer side of what the slider shows; the download has every pixel
 _MAX_POINTS = 400_000
 _SWEEP_S, _KEEP_S = 300, 3600  # how often old files are looked for, and how old they may get
 _ROUND, _FROM_ABOVE = (
     90,
     86,
 )  # degrees: the viewer of the points looks as the photographer did, slightly raised
-_BEHIND = 1.15  # times as far from their middle
-_FAR_MEDIANS = 4.0  # disparity makes the far unsure; farther points would make the near ones small
-_STOPS = 24
-_HARD = 4  # times as large as is taken is what a file may be to be told so on the page
-_MULTIPART = 10_000  # bytes of an upload beside its file's, at most
-_LONGEST = 8  # times its short side: the network's short side is fixed, and its cost grows with the long one's square
+_CAMERA_DISTANCE = 1.15  # times as far from their middle
+_MAX_DEPTH_MEDIANS = 4.0  # disparity makes the far unsure; farther points would make the near ones small
+_GRADIENT_STOPS = 24
+_HARD_LIMIT_FACTOR = 4  # times as large as is taken is what a file may be to be told so on the page
+_MULTIPART_BYTES = 10_000  # bytes of an upload beside its file's, at most
+_MAX_ASPECT_RATIO = 8  # the network's short side is fixed; its cost grows with the square of the long one
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Limits:
     disk_megabytes: float = 4000.0
 
 
-class _Refused(ValueError):
+class UploadError(ValueError):
     """What is wrong with what a visitor sent."""
 
 
 @dataclass(frozen=True)
-class _Made:
+class _PageResult:
     """What one image became: files and words for the page."""
 
     pair: tuple[str, str]
@@ -104,13 +104,13 @@ def serve(predictors: Mapping[str, Predictor], *, host: str, port: int, limits: 
     """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # else temporary files would stay
-    with running(predictors, host=host, port=port, limits=limits) as address:
+    with run_page(predictors, host=host, port=port, limits=limits) as address:
         print(f"{address}  ({', '.join(predictors)}; Ctrl-C ends it)", flush=True)
         stop.wait()
 
 
 @contextmanager
-def running(
+def run_page(
     predictors: Mapping[str, Predictor],
     *,
     host: str = "127.0.0.1",
@@ -129,9 +129,9 @@ def running(
     folder = Path(tempfile.mkdtemp(prefix="depth-anything-")).resolve()
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    quota = Quota(folder, limits.files, round(limits.disk_megabytes * 1_000_000))
+    quota = UploadQuota(folder, limits.files, round(limits.disk_megabytes * 1_000_000))
     # Gradio says of a larger file what nobody can change, in a corner; up to here the page itself says it.
-    hard_limit = round(_HARD * limits.megabytes * 1_000_000)
+    hard_limit = round(_HARD_LIMIT_FACTOR * limits.megabytes * 1_000_000)
     page = build_page(predictors, limits=limits, quota=quota)
     try:
         _, address, _ = page.queue(max_size=limits.queue, default_concurrency_limit=1).launch(
@@ -144,8 +144,8 @@ def running(
             footer_links=[],
             app_kwargs={
                 "middleware": [
-                    Middleware(UploadGuard, quota=quota, most_bytes=hard_limit + _MULTIPART),
-                    Middleware(Alias, folder=str(folder)),
+                    Middleware(UploadGuard, quota=quota, most_bytes=hard_limit + _MULTIPART_BYTES),
+                    Middleware(FolderAlias, folder=str(folder)),
                 ],
                 "docs_url": None,
                 "redoc_url": None,
@@ -170,7 +170,7 @@ def running(
 
 
 def build_page(
-    predictors: Mapping[str, Predictor], *, limits: Limits, quota: Quota | None = None
+    predictors: Mapping[str, Predictor], *, limits: Limits, quota: UploadQuota | None = None
 ) -> gr.Blocks:
     """Lay out the page and wire it.
 
@@ -193,11 +193,11 @@ def build_page(
                     height=230,
                     elem_id="drop",
                 )
-                _take_as_it_came(image)
+                _disable_preprocessing(image)
                 model = gr.Dropdown(
                     names, value=names[0], label="Model", visible=len(names) > 1, elem_id="model"
                 )
-                colours = gr.Radio(list(COLOURS), value="Spectral", label="Colours", elem_id="colours")
+                colours = gr.Radio(list(COLORMAPS), value="Spectral", label="Colours", elem_id="colours")
                 with gr.Row(elem_id="save"):
                     png16 = gr.DownloadButton(
                         "16-bit PNG", interactive=False, size="sm", min_width=80, elem_id="png16"
@@ -205,7 +205,7 @@ def build_page(
                     exr = gr.DownloadButton(
                         "Float EXR", interactive=False, size="sm", min_width=80, elem_id="exr"
                     )
-                facts = gr.HTML(_describe(names[0], predictors[names[0]], limits), elem_id="facts")
+                facts = gr.HTML(_model_html(names[0], predictors[names[0]], limits), elem_id="facts")
             with gr.Column(scale=3, min_width=420):
                 with gr.Tab("Picture and depth") as picture_tab:
                     slider = gr.ImageSlider(
@@ -226,7 +226,7 @@ def build_page(
         # not `change`: a picture that is refused is taken off the page, and what is wrong with it stays
         gr.on(
             [image.upload, image.clear, model.input, colours.input],
-            _answer(predictors, limits, quota),
+            _make_handler(predictors, limits, quota),
             [image, model, colours, in_space],
             [slider, legend, png16, exr, cloud, points, facts, no_points, refusals],
             api_visibility="private",
@@ -236,35 +236,35 @@ def build_page(
         refusals.change(lambda: None, None, image, api_visibility="private")
         # a hidden canvas draws nothing, later neither: points are handed over when their tab is open
         points_tab.select(
-            lambda made: (_viewer(made), True), cloud, [points, in_space], api_visibility="private"
+            lambda made: (_point_viewer(made), True), cloud, [points, in_space], api_visibility="private"
         )
         picture_tab.select(lambda: (None, False), None, [points, in_space], api_visibility="private")
     return page
 
 
-def _answer(
-    predictors: Mapping[str, Predictor], limits: Limits, quota: Quota | None
+def _make_handler(
+    predictors: Mapping[str, Predictor], limits: Limits, quota: UploadQuota | None
 ) -> Callable[..., list[Any]]:
     """Make what answers a visitor: from picture, model, colours and open tab to what the page shows."""
 
     def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
         empty = gr.DownloadButton(interactive=False, value=None)
-        facts = _describe(name, predictors[name], limits) if name in predictors else ""
+        facts = _model_html(name, predictors[name], limits) if name in predictors else ""
         made, told, refusal = None, "", gr.skip()
         if path:
             try:
-                made = _map(path, name, colour, predictors, limits, quota)
-            except _Refused as error:
-                told, refusal = _sentence(error), secrets.token_hex(8)
+                made = _predict_upload(path, name, colour, predictors, limits, quota)
+            except UploadError as error:
+                told, refusal = _error_html(error), secrets.token_hex(8)
         if made is None:
-            return [None, told, empty, empty, None, _viewer(None), facts, "", refusal]
+            return [None, told, empty, empty, None, _point_viewer(None), facts, "", refusal]
         return [
             made.pair,
             made.legend,
             gr.DownloadButton(value=made.png16, interactive=True),
             gr.DownloadButton(value=made.exr, interactive=True),
             made,
-            _viewer(made if in_space else None),
+            _point_viewer(made if in_space else None),
             made.facts,
             made.no_points,
             refusal,
@@ -273,17 +273,17 @@ def _answer(
     return show
 
 
-def _sentence(why: object) -> str:
+def _error_html(why: object) -> str:
     return f'<p class="refused" role="alert">{html.escape(str(why))}</p>'
 
 
-def _viewer(made: _Made | None) -> gr.Model3D:
+def _point_viewer(made: _PageResult | None) -> gr.Model3D:
     if made is None or made.points is None:
         return gr.Model3D(value=None)
     return gr.Model3D(value=made.points, camera_position=(_ROUND, _FROM_ABOVE, made.distance))
 
 
-def _take_as_it_came(image: gr.Image) -> None:
+def _disable_preprocessing(image: gr.Image) -> None:
     """Have a file handed on as it was sent, so that what is wrong with it is told by us, and no address fetched.
 
     On the instance: for a subclass, Gradio would write a .pyi file beside this one.
@@ -299,118 +299,123 @@ def _take_as_it_came(image: gr.Image) -> None:
     setattr(image, "async_move_resource_to_block_cache", refuse_addresses)  # noqa: B010
 
 
-def _map(
+def _predict_upload(
     path: str,
     name: str,
     colour: str,
     predictors: Mapping[str, Predictor],
     limits: Limits,
-    quota: Quota | None,
-) -> _Made:
+    quota: UploadQuota | None,
+) -> _PageResult:
     """Map a visitor's image; what is wrong with it, or with one request alone, is a message on the page."""
-    if name not in predictors or colour not in COLOURS:
-        raise _Refused("There is no such model, or no such colours.")
+    if name not in predictors or colour not in COLORMAPS:
+        raise UploadError("There is no such model, or no such colours.")
     try:
-        data = _checked(Path(path), limits)
+        data = _read_upload(Path(path), limits)
         if quota and not quota.make_room(0, keep=Path(path)):
-            raise _Refused("The disk of this page is full for now: try again in a minute.")
-        return _made(Path(path), data, name, colour, predictors[name], limits)
-    except _Refused:
+            raise UploadError("The disk of this page is full for now: try again in a minute.")
+        return _build_result(Path(path), data, name, colour, predictors[name], limits)
+    except UploadError:
         raise
     except FileNotFoundError as error:
-        raise _Refused("This picture is no longer here, others needed its room: send it again.") from error
+        raise UploadError("This picture is no longer here, others needed its room: send it again.") from error
     except ValueError as error:
-        raise _Refused(f"This picture cannot be mapped: {error}.") from error
+        raise UploadError(f"This picture cannot be mapped: {error}.") from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _Refused("There is not enough memory for this picture: reduce it first.") from error
+        raise UploadError("There is not enough memory for this picture: reduce it first.") from error
 
 
-def _made(path: Path, data: bytes, name: str, colour: str, predictor: Predictor, limits: Limits) -> _Made:
+def _build_result(
+    path: Path, data: bytes, name: str, colour: str, predictor: Predictor, limits: Limits
+) -> _PageResult:
     image = decode_image(data)
     map_ = predictor.predict(image)
     folder = Path(tempfile.mkdtemp(prefix="made-", dir=path.parent))
-    values, quantity = shown_values(map_, predictor)
-    painted = paint(values, quantity=quantity, colormap=COLOURS[colour])
-    focal_px, origin = choose_focal(data, image.shape)
+    values, quantity = display_values(map_, predictor)
+    painted = colorize_by_distance(values, quantity=quantity, colormap=COLORMAPS[colour])
+    focal_px, origin = choose_focal_length(data, image.shape)
     origin = origin.partition(";")[0]  # what follows is about the command line
     cloud = unproject(
         image,
         map_,
         quantity=predictor.quantity,
         focal_px=focal_px,
-        far=None if predictor.unit == "m" else _FAR_MEDIANS,
+        far=None if predictor.unit == "m" else _MAX_DEPTH_MEDIANS,
         max_points=_MAX_POINTS,
     )
     points, distance, no_points = None, 1.0, ""
     try:
-        points = _bytes(folder / "points.glb", encode_points(cloud, "glb"))
-        distance = float(cloud.points[:, 2].min() + cloud.points[:, 2].max()) / 2 * _BEHIND
+        points = _save_bytes(folder / "points.glb", encode_points(cloud, "glb"))
+        distance = float(cloud.points[:, 2].min() + cloud.points[:, 2].max()) / 2 * _CAMERA_DISTANCE
     except ValueError as error:  # of sky alone there are none: the map is as good as any
-        no_points = _sentence(f"No points: {error}.")
-    return _Made(
-        pair=(_saved(folder / "picture.webp", image), _saved(folder / "depth.webp", painted)),
-        legend=_legend(map_, colour, predictor),
-        png16=_written(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
-        exr=_written(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
+        no_points = _error_html(f"No points: {error}.")
+    return _PageResult(
+        pair=(_save_preview(folder / "picture.webp", image), _save_preview(folder / "depth.webp", painted)),
+        legend=_legend_html(map_, colour, predictor),
+        png16=_save_map(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
+        exr=_save_map(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
         points=points,
         distance=distance,
         no_points=no_points,
-        facts=_describe(name, predictor, limits)
+        facts=_model_html(name, predictor, limits)
         + f"<p>{image.shape[1]} × {image.shape[0]} px. Points: focal {focal_px:.0f} px, {html.escape(origin)}.</p>",
     )
 
 
-def _checked(path: Path, limits: Limits) -> bytes:
+def _read_upload(path: Path, limits: Limits) -> bytes:
     """Read a visitor's file if its size, and what its header says that it costs, are within the limits."""
     if path.stat().st_size > limits.megabytes * 1_000_000:
-        raise _Refused(f"This file is over {limits.megabytes:g} MB, the most this page takes.")
+        raise UploadError(f"This file is over {limits.megabytes:g} MB, the most this page takes.")
     data = path.read_bytes()
     try:
-        cost = image_cost(data)
+        cost = estimate_decode_cost(data)
     except ValueError as error:
-        raise _Refused(f"That is no picture this page can read ({error}).") from error
+        raise UploadError(f"That is no picture this page can read ({error}).") from error
     if cost.pixels > limits.megapixels * 1e6:
-        raise _Refused(
+        raise UploadError(
             f"This picture has {cost.pixels / 1e6:.3g} megapixels; this page takes {limits.megapixels:g}: "
             "reduce it first."
         )
     long, short = max(cost.width, cost.height), max(1, min(cost.width, cost.height))
-    if long > _LONGEST * short:
-        raise _Refused(
-            f"This picture is {long / short:.3g} times as long as it is wide; this page takes {_LONGEST}: crop it."
+    if long > _MAX_ASPECT_RATIO * short:
+        raise UploadError(
+            f"This picture is {long / short:.3g} times as long as it is wide; this page takes "
+            f"{_MAX_ASPECT_RATIO}: crop it."
         )
-    check_memory(cost.pixels)
+    check_image_memory(cost.pixels)
     return data
 
 
-def _written(path: Path, map_: np.ndarray, format: str, predictor: Predictor) -> str:
-    return _bytes(path, encode(map_, format, quantity=predictor.quantity, unit=predictor.unit))
+def _save_map(path: Path, map_: np.ndarray, format: str, predictor: Predictor) -> str:
+    return _save_bytes(path, encode_map(map_, format, quantity=predictor.quantity, unit=predictor.unit))
 
 
-def _bytes(path: Path, data: bytes) -> str:
+def _save_bytes(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     return str(path)
 
 
-def _saved(path: Path, image: np.ndarray) -> str:
+def _save_preview(path: Path, image: np.ndarray) -> str:
     picture = Image.fromarray(image)
-    picture.thumbnail((_SHOWN_PX, _SHOWN_PX), Image.Resampling.LANCZOS)
+    picture.thumbnail((_MAX_DISPLAY_PX, _MAX_DISPLAY_PX), Image.Resampling.LANCZOS)
     picture.save(path, quality=90, method=2)
     return str(path)
 
 
-def _legend(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
+def _legend_html(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
     """Say what the colours mean: a bar from near to far with values of the map."""
-    values, quantity = shown_values(map_, predictor)
+    values, quantity = display_values(map_, predictor)
     low, high = float(values.min()), float(values.max())
     near, far = (high, low) if quantity == "disparity" else (low, high)
     marks = [near + (far - near) * part / 4 for part in range(5)]
     if predictor.calibrated:  # one over depth is painted, and metres are read
         marks = [1 / mark for mark in marks]
-    table = matplotlib.colormaps[colormap_for(quantity, COLOURS[colour])]
-    shares = np.linspace(1, 0, _STOPS) if quantity == "disparity" else np.linspace(0, 1, _STOPS)
+    table = matplotlib.colormaps[distance_colormap(quantity, COLORMAPS[colour])]
+    shares = (
+        np.linspace(1, 0, _GRADIENT_STOPS) if quantity == "disparity" else np.linspace(0, 1, _GRADIENT_STOPS)
+    )
     stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in table(s)[:3])) for s in shares)
     unit = " m" if predictor.unit == "m" else ""
     ticks = "".join(f"<span>{mark:.3g}{unit}</span>" for mark in marks)
@@ -426,7 +431,7 @@ def _legend(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
     )
 
 
-def _describe(name: str, predictor: Predictor, limits: Limits) -> str:
+def _model_html(name: str, predictor: Predictor, limits: Limits) -> str:
     model = predictor.model
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     gives = "depth in metres" if predictor.unit == "m" else "relative disparity"

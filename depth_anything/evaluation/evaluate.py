@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.frames import PartFrame
-from depth_anything.evaluation.protocols import CROPS, Protocol, find_protocol
+from depth_anything.evaluation.benchmarks.frames import MaskedFrame
+from depth_anything.evaluation.protocols import CROPS, EvalProtocol, find_protocol
 from depth_anything.geometry import align_least_squares, disparity_to_depth
 from depth_anything.metrics import boundary_f1, depth_metrics
 
@@ -38,20 +38,20 @@ METRICS = {
 }
 """Metric name → printed name, in the order of tables."""
 
-SHARP_METRICS = {"boundary_f1": "boundary F1"}
+BOUNDARY_METRICS = {"boundary_f1": "boundary F1"}
 """Those that come after them where the truth is sharp."""
 
-NO_NUMBERS = "gives no numbers (NaN or infinity)"
+NON_FINITE_NOTE = "gives no numbers (NaN or infinity)"
 """What is said of a model whose map has NaN or infinity where it is compared; such a table ends in exit code 1."""
 
-MOST_STRETCH = 1.03
+MAX_ASPECT_RATIO = 1.03
 """How much the proportions of a map on disk may differ from its image's; rounding to patches makes a few per cent."""
 
-RISING = frozenset({"d1", "d2", "d3", "boundary_f1"})
+HIGHER_IS_BETTER = frozenset({"d1", "d2", "d3", "boundary_f1"})
 """The metrics of which more is better."""
 
 
-class Predicts(typing.Protocol):
+class DepthPredictor(typing.Protocol):
     """What is judged: a `Predictor`, a baseline, or anything with these two."""
 
     @property
@@ -63,22 +63,22 @@ class Predicts(typing.Protocol):
 
 
 @typing.runtime_checkable
-class Recalls(typing.Protocol):
+class MapReader(typing.Protocol):
     """What is judged without being asked for images: maps that some program made before."""
 
     @property
     def quantity(self) -> str:
         """As of `Predicts`."""
 
-    def recall(self, frame: Frame) -> np.ndarray:
+    def load_map(self, frame: Frame) -> np.ndarray:
         """The float (h,w) map of a frame; ValueError if there is none."""
 
 
-Judgeable = Predicts | Recalls
+MapSource = DepthPredictor | MapReader
 
 
 @dataclass(frozen=True)
-class Result:
+class DepthResult:
     """What one model did on one set, image by image.
 
     Attributes:
@@ -90,14 +90,14 @@ class Result:
     """
 
     name: str
-    protocol: Protocol
+    protocol: EvalProtocol
     rows: tuple[dict[str, Any], ...]
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, str]:
         """What was measured: metric name → printed name."""
-        return METRICS | SHARP_METRICS if self.protocol.sharp else METRICS
+        return METRICS | BOUNDARY_METRICS if self.protocol.sharp else METRICS
 
     @cached_property
     def means(self) -> dict[str, float]:
@@ -135,27 +135,29 @@ class Result:
         """What makes these figures no figures of a working model, in a sentence each; as a rule nothing."""
         lines = []
         if self.broken:
-            lines.append(f"{self.name} {NO_NUMBERS} on {some(self.broken)}.")
+            lines.append(f"{self.name} {NON_FINITE_NOTE} on {format_keys(self.broken)}.")
         if 2 * len(self.inverted) > self.images:
             lines.append(
-                f"{self.name} gives maps the wrong way round on {some(self.inverted)}: near is far there. Is "
+                f"{self.name} gives maps the wrong way round on {format_keys(self.inverted)}: near is far there. Is "
                 "disparity taken for depth, or depth for disparity?"
             )
         if self.constant:
-            lines.append(f"{self.name} gives one value for all pixels compared on {some(self.constant)}.")
+            lines.append(
+                f"{self.name} gives one value for all pixels compared on {format_keys(self.constant)}."
+            )
         return lines
 
 
 def evaluate(
-    predictor: Judgeable,
+    predictor: MapSource,
     frames: Iterable[Frame],
     *,
     name: str = "model",
-    protocol: str | Protocol = "da2",
+    protocol: str | EvalProtocol = "da2",
     max_depth: float | None = None,
     batch_size: int = 16,
     model: dict[str, Any] | None = None,
-) -> Result:
+) -> DepthResult:
     """Judge a model on frames with known depth. Holds `batch_size` frames at a time.
 
     Args:
@@ -174,12 +176,12 @@ def evaluate(
     rules = find_protocol(protocol, max_depth=max_depth)
     rows = []
     for batch in _batches(frames, batch_size):
-        rows += [row for _, row in judge_batch(predictor, batch, protocol=rules)]
-    return Result(name, rules, tuple(rows), model or {})
+        rows += [row for _, row in score_frames(predictor, batch, protocol=rules)]
+    return DepthResult(name, rules, tuple(rows), model or {})
 
 
-def judge(
-    prediction: np.ndarray, frame: Frame, *, quantity: str, protocol: Protocol
+def score_map(
+    prediction: np.ndarray, frame: Frame, *, quantity: str, protocol: EvalProtocol
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Bring one prediction to metres by the protocol's rule, and measure it.
 
@@ -199,19 +201,19 @@ def judge(
         raise ValueError(
             f"record {frame.key!r} has no depth in metres: evaluation needs a labelled set with a depth field"
         )
-    protocol.check_takes(quantity)
-    truth = _double(frame.depth)
-    known = _compared(truth, protocol)
-    valid = known & _part(frame)
-    depth = _double(_resized(prediction, frame.depth.shape))
-    slope = _slope(depth, truth, known, quantity=quantity)
+    protocol.check_quantity(quantity)
+    truth = _to_float64(frame.depth)
+    known = _valid_mask(truth, protocol)
+    valid = known & _region_mask(frame)
+    depth = _to_float64(_resize(prediction, frame.depth.shape))
+    slope = _slope_sign(depth, truth, known, quantity=quantity)
     scale, shift = 1.0, 0.0
     if quantity in protocol.fitted:
-        scale, shift = _fit(depth, truth, known, quantity=quantity, positive=protocol.positive)
+        scale, shift = _fit_scale_shift(depth, truth, known, quantity=quantity, positive=protocol.positive)
         depth = depth * scale + shift
     if quantity == "disparity":
         # What the fit puts behind infinity (disparity ≤ 0) is as far as can be, not as near as can be.
-        depth = disparity_to_depth(depth, min_disparity=_floor(truth, known, protocol))
+        depth = disparity_to_depth(depth, min_disparity=_min_disparity(truth, known, protocol))
     depth = depth.clamp(protocol.min_depth, protocol.max_depth)
     metrics = {metric: float(value) for metric, value in depth_metrics(depth, truth, valid).items()}
     if protocol.sharp:
@@ -221,13 +223,13 @@ def judge(
     return depth[0].float().numpy(), row
 
 
-def judge_batch(
-    predictor: Judgeable, frames: Sequence[Frame], *, protocol: Protocol
+def score_frames(
+    predictor: MapSource, frames: Sequence[Frame], *, protocol: EvalProtocol
 ) -> list[tuple[np.ndarray, dict[str, Any]]]:
     """Predict frames together, and judge each; what `judge` returns, a frame each, in their order."""
-    seen = [show(frame, protocol) for frame in frames]
-    if isinstance(predictor, Recalls):
-        maps = [_recalled(predictor, *pair, protocol) for pair in zip(frames, seen, strict=True)]
+    seen = [crop_to_view(frame, protocol) for frame in frames]
+    if isinstance(predictor, MapReader):
+        maps = [_load_map(predictor, *pair, protocol) for pair in zip(frames, seen, strict=True)]
     else:
         maps = predictor.predict_batch([frame.image for frame in seen])
         if protocol.flip:
@@ -236,12 +238,12 @@ def judge_batch(
         # Of a network infinity is a fault, and clipping would make a number of it; of a file it may mean the sky.
         maps = [np.where(np.isfinite(map_), map_, np.nan) for map_ in maps]
     return [
-        judge(map_, frame, quantity=predictor.quantity, protocol=protocol)
+        score_map(map_, frame, quantity=predictor.quantity, protocol=protocol)
         for map_, frame in zip(maps, seen, strict=True)
     ]
 
 
-def show(frame: Frame, protocol: Protocol) -> Frame:
+def crop_to_view(frame: Frame, protocol: EvalProtocol) -> Frame:
     """Cut a frame to what the protocol shows to a model.
 
     Raises:
@@ -256,31 +258,31 @@ def show(frame: Frame, protocol: Protocol) -> Frame:
         box = CROPS[protocol.view](*shape)
     except ValueError as error:
         raise ValueError(f"record {frame.key!r} cannot be cut to {protocol.view}: {error}") from error
-    if isinstance(frame, PartFrame) and frame.part is not None:
+    if isinstance(frame, MaskedFrame) and frame.part is not None:
         frame = replace(frame, part=frame.part[box])
     return replace(frame, image=frame.image[box], depth=None if frame.depth is None else frame.depth[box])
 
 
-def compared_truth(frame: Frame, protocol: Protocol) -> np.ndarray:
+def masked_truth(frame: Frame, protocol: EvalProtocol) -> np.ndarray:
     """The truth of a frame as the model was shown it, float32 (H,W) metres; NaN where it is not compared."""
     assert frame.depth is not None
-    compared = _compared(_double(frame.depth), protocol) & _part(frame)
+    compared = _valid_mask(_to_float64(frame.depth), protocol) & _region_mask(frame)
     return np.where(compared[0].numpy(), frame.depth, np.float32(np.nan))
 
 
-def merge(parts: Sequence[Result]) -> Result:
+def merge_results(parts: Sequence[DepthResult]) -> DepthResult:
     """Join what ranks found on their shares of one set: rows sorted by key, a key that came twice once."""
     rows = {row["key"]: row for part in parts for row in part.rows}
     return replace(parts[0], rows=tuple(rows[key] for key in sorted(rows)))
 
 
-def some(keys: Sequence[str]) -> str:
+def format_keys(keys: Sequence[str]) -> str:
     """How many images, and the first few by their keys, which are others' words and printed without control signs."""
     count = f"{len(keys)} image{'s' if len(keys) > 1 else ''}"
-    return f"{count} ({', '.join(map(plain, keys[:5]))}{', …' if len(keys) > 5 else ''})"
+    return f"{count} ({', '.join(map(escape_control_characters, keys[:5]))}{', …' if len(keys) > 5 else ''})"
 
 
-def plain(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """A name as one line that moves no cursor: what cannot be printed becomes its escape, as in a Python string.
 
     >>> plain("a\\nb")
@@ -297,7 +299,7 @@ def check_aspect(map_: np.ndarray, shape: tuple[int, ...], key: str) -> None:
     """
     (height, width), (rows, columns) = map_.shape, shape[:2]
     ratio = (width / height) / (columns / rows)
-    if not 1 / MOST_STRETCH <= ratio <= MOST_STRETCH:
+    if not 1 / MAX_ASPECT_RATIO <= ratio <= MAX_ASPECT_RATIO:
         raise ValueError(
             f"the map of {key!r} is {width}x{height} and its image {columns}x{rows}: a map may be smaller or larger "
             "than its image, but must show all of it and have its proportions"
@@ -310,9 +312,9 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _recalled(predictor: Recalls, whole: Frame, seen: Frame, protocol: Protocol) -> np.ndarray:
+def _load_map(predictor: MapReader, whole: Frame, seen: Frame, protocol: EvalProtocol) -> np.ndarray:
     """A map from disk, of the whole image or of the part that the protocol shows."""
-    map_ = predictor.recall(whole)
+    map_ = predictor.load_map(whole)
     if protocol.view is None:
         check_aspect(map_, whole.image.shape, whole.key)
     if protocol.view is not None and map_.shape == whole.image.shape[:2]:
@@ -325,7 +327,7 @@ def _recalled(predictor: Recalls, whole: Frame, seen: Frame, protocol: Protocol)
     return map_
 
 
-def _compared(truth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+def _valid_mask(truth: torch.Tensor, protocol: EvalProtocol) -> torch.Tensor:
     """Which pixels of a (1,H,W) truth are compared; never those whose depth is NaN or infinite."""
     low, high = protocol.min_depth, protocol.max_depth
     within = (truth > low) & (truth < high) if protocol.strict else (truth >= low) & (truth <= high)
@@ -337,13 +339,13 @@ def _compared(truth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
     return within & inside
 
 
-def _part(frame: Frame) -> torch.Tensor:
+def _region_mask(frame: Frame) -> torch.Tensor:
     """Which pixels of its truth a frame is compared in: (1,H,W), or one True for all."""
-    part = frame.part if isinstance(frame, PartFrame) else None
+    part = frame.part if isinstance(frame, MaskedFrame) else None
     return torch.tensor(True) if part is None else torch.from_numpy(np.ascontiguousarray(part))[None]
 
 
-def _fit(
+def _fit_scale_shift(
     prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor, *, quantity: str, positive: bool
 ) -> tuple[float, float]:
     target = 1.0 / truth.where(valid, torch.ones(())) if quantity == "disparity" else truth
@@ -353,23 +355,23 @@ def _fit(
     return float(scale), float(shift)
 
 
-def _slope(prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor, *, quantity: str) -> int:
+def _slope_sign(prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor, *, quantity: str) -> int:
     """1 where a map grows with what it should be, -1 where it falls with it, 0 where it is constant or no map."""
-    scale, _ = _fit(prediction, truth, valid, quantity=quantity, positive=False)
+    scale, _ = _fit_scale_shift(prediction, truth, valid, quantity=quantity, positive=False)
     return 0 if math.isnan(scale) else int(scale > 0) - int(scale < 0)
 
 
-def _floor(truth: torch.Tensor, valid: torch.Tensor, protocol: Protocol) -> float:
+def _min_disparity(truth: torch.Tensor, valid: torch.Tensor, protocol: EvalProtocol) -> float:
     if protocol.floor_at_truth:
         return 1.0 / float(truth[valid].max()) if valid.any() else 1.0
     return 1.0 / protocol.max_depth if protocol.floor is None else protocol.floor
 
 
-def _double(map_: np.ndarray) -> torch.Tensor:
+def _to_float64(map_: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(map_, dtype=np.float64))[None]
 
 
-def _resized(map_: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _resize(map_: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if map_.shape == shape:
         return map_
     return cv2.resize(

@@ -8,16 +8,16 @@ import numpy as np
 from PIL import Image
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources import maps
-from depth_anything.data.sources.walking import walk
+from depth_anything.ingest import maps
+from depth_anything.ingest.find_files import walk_files
 
-ENDINGS = (".npy", ".png", ".exr")
+MAP_SUFFIXES = (".npy", ".png", ".exr")
 
-_MARKS = {"_disparity": "disparity", "_depth": "depth", "_raw_depth_meter": "depth"}
+_QUANTITY_ENDINGS = {"_disparity": "disparity", "_depth": "depth", "_raw_depth_meter": "depth"}
 """What `depth-anything predict` and the authors' metric script put behind a name, and what it says."""
 
 
-class Predictions:
+class PrecomputedMaps:
     """A folder of maps with a predictor's interface: asked for a frame, it reads the file of that frame's name.
 
     Files are `.npy`, 16-bit `.png` with the text that `depth-anything predict` writes (`low`, `high`), or `.exr`.
@@ -44,23 +44,27 @@ class Predictions:
             raise ValueError(f"no predictions: {folder} is not a folder")
         files = [
             path
-            for _, path in walk(self.folder, follow=True)
-            if path and path.suffix.lower() in ENDINGS and path.is_file()
+            for _, path in walk_files(self.folder, follow=True)
+            if path and path.suffix.lower() in MAP_SUFFIXES and path.is_file()
         ]
-        said = {file: said_of(file) for file in files}
+        said = {file: read_quantity(file) for file in files}
         # A coloured picture beside the values is no map, nor is an 8-bit copy of one.
-        files = [f for f in files if f.suffix.lower() != ".png" or _text(f).get("low")]
+        files = [f for f in files if f.suffix.lower() != ".png" or _header_texts(f).get("low")]
         if not files:
-            raise ValueError(f"no predictions: {folder} holds no {', '.join(ENDINGS)} with a map's values")
+            raise ValueError(
+                f"no predictions: {folder} holds no {', '.join(MAP_SUFFIXES)} with a map's values"
+            )
         self.quantity = self._one_quantity({f: said[f] for f in files}, quantity)
         self._files = files
         self._paths: dict[str, list[Path]] = {}
         for file in files:
-            for name in _ends(_plain(file.relative_to(self.folder).with_suffix("").as_posix())):
+            for name in _path_endings(
+                _strip_quantity_ending(file.relative_to(self.folder).with_suffix("").as_posix())
+            ):
                 self._paths.setdefault(name, []).append(file)
         self._taken: dict[tuple[str, Path], str] = {}
 
-    def recall(self, frame: Frame) -> np.ndarray:
+    def load_map(self, frame: Frame) -> np.ndarray:
         """Read the map of a frame, float32 (h,w).
 
         It is looked for by the frame's key and by the names of the files it was made of: the one file whose path
@@ -70,7 +74,13 @@ class Predictions:
             ValueError: no file, several, a damaged one, or one that was read for another frame of the set.
         """
         whole = [frame.key, str(frame.meta.get("name", "")), *frame.meta.get("files", [])]
-        names = [end for name in whole for other in (name, _stem(name)) for end in _ends(other) if end]
+        names = [
+            end
+            for name in whole
+            for other in (name, _drop_extension(name))
+            for end in _path_endings(other)
+            if end
+        ]
         names.sort(key=lambda name: -name.count("/"))
         several: list[Path] = []
         for name in dict.fromkeys(names):
@@ -84,7 +94,8 @@ class Predictions:
                 f"{several[0]} and {several[-1]} have its name"
             )
         raise ValueError(
-            f"no prediction of {frame.key!r} in {self.folder}: a file {_stem(frame.key)}{ENDINGS[0]} is needed, "
+            f"no prediction of {frame.key!r} in {self.folder}: a file "
+            f"{_drop_extension(frame.key)}{MAP_SUFFIXES[0]} is needed, "
             "or one called as its image"
         )
 
@@ -128,7 +139,7 @@ class Predictions:
     @staticmethod
     def _best(files: list[Path]) -> Path | None:
         """One file of those with a name; of one map in several formats the most exact one."""
-        if len({_plain(file.with_suffix("").as_posix()) for file in files}) != 1:
+        if len({_strip_quantity_ending(file.with_suffix("").as_posix()) for file in files}) != 1:
             return None  # nothing, or images of one name in several folders
         return min(files, key=lambda file: ((".npy", ".exr", ".png").index(file.suffix.lower()), file))
 
@@ -137,7 +148,7 @@ class Predictions:
         try:
             values = maps.read_map(file).astype(np.float32)
             if file.suffix.lower() == ".png":
-                text = _text(file)
+                text = _header_texts(file)
                 low, high = float(text["low"]), float(text["high"])
                 values = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
         except (ValueError, KeyError) as error:
@@ -145,13 +156,13 @@ class Predictions:
         return values
 
 
-def said_of(file: Path) -> str | None:
+def read_quantity(file: Path) -> str | None:
     """What a map's file says that it holds, "disparity" or "depth"; None if it does not."""
-    said = _text(file).get("quantity")
+    said = _header_texts(file).get("quantity")
     stem = file.stem
-    mark = next((mark for mark in _MARKS if stem.endswith(mark)), "")
+    mark = next((mark for mark in _QUANTITY_ENDINGS if stem.endswith(mark)), "")
     if said is None and mark:
-        said = _MARKS[mark]
+        said = _QUANTITY_ENDINGS[mark]
     beside = file.with_name(f"{stem.removesuffix(mark)}.json")
     if said is None and beside.is_file():
         try:
@@ -161,11 +172,11 @@ def said_of(file: Path) -> str | None:
     return said if said in ("disparity", "depth") else None
 
 
-def _text(file: Path) -> dict[str, str]:
+def _header_texts(file: Path) -> dict[str, str]:
     """The texts in the header of a PNG or an EXR; none where there are none, or it is damaged."""
     try:
         if file.suffix.lower() == ".exr":
-            return maps.read_exr_texts(file)
+            return maps.read_exr_strings(file)
         if file.suffix.lower() != ".png":
             return {}
         with Image.open(file) as picture:
@@ -174,16 +185,16 @@ def _text(file: Path) -> dict[str, str]:
         return {}
 
 
-def _plain(name: str) -> str:
-    return next((name.removesuffix(mark) for mark in _MARKS if name.endswith(mark)), name)
+def _strip_quantity_ending(name: str) -> str:
+    return next((name.removesuffix(mark) for mark in _QUANTITY_ENDINGS if name.endswith(mark)), name)
 
 
-def _ends(name: str) -> list[str]:
+def _path_endings(name: str) -> list[str]:
     """A path's ends, the longest first: a/b/c, b/c, c."""
     parts = name.split("/")
     return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
-def _stem(name: str) -> str:
+def _drop_extension(name: str) -> str:
     head, slash, last = name.rpartition("/")
     return f"{head}{slash}{last.rpartition('.')[0] or last}"

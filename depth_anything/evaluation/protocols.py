@@ -16,7 +16,7 @@ Box = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvalProtocol:
     """A protocol: which predictions are fitted to the truth, and between which depths they are compared.
 
     Attributes:
@@ -52,7 +52,7 @@ class Protocol:
     @property
     def text(self) -> str:
         """The protocol in one sentence."""
-        fits = [_FITS[quantity] for quantity in ("disparity", "depth") if quantity in self.fitted]
+        fits = [_FIT_DESCRIPTIONS[quantity] for quantity in ("disparity", "depth") if quantity in self.fitted]
         parts = fits or ["nothing fitted"]
         if "disparity" in self.fitted:
             floor = f"{self.floor:g}" if self.floor is not None else f"1/{self.max_depth:g} m"
@@ -69,7 +69,7 @@ class Protocol:
             compared = f"compared in depth over all pixels{where} with truth; means over images"
         return f"{self.name}: {', '.join(parts)}, {compared}"
 
-    def check_takes(self, quantity: str) -> None:
+    def check_quantity(self, quantity: str) -> None:
         """Raise ValueError if predictions of this quantity cannot be compared by these rules."""
         if quantity == "disparity" and "disparity" not in self.fitted:
             fitting = ", ".join(name for name, other in PROTOCOLS.items() if "disparity" in other.fitted)
@@ -79,25 +79,27 @@ class Protocol:
             )
 
 
-_FITS = {
+_FIT_DESCRIPTIONS = {
     "disparity": "disparity fitted per image by least squares to 1/truth",
     "depth": "depth fitted per image by least squares to truth",
 }
 
 PROTOCOLS = {
-    "da2": Protocol("da2", fitted=("disparity",)),
-    "marigold": Protocol("marigold", fitted=("disparity", "depth"), strict=True, floor=1e-3, positive=True),
-    "moge": Protocol(
+    "da2": EvalProtocol("da2", fitted=("disparity",)),
+    "marigold": EvalProtocol(
+        "marigold", fitted=("disparity", "depth"), strict=True, floor=1e-3, positive=True
+    ),
+    "moge": EvalProtocol(
         "moge", fitted=("disparity",), min_depth=0.0, max_depth=float("inf"), strict=True, floor_at_truth=True
     ),
-    "zoedepth": Protocol("zoedepth", fitted=(), strict=True, flip=True),
+    "zoedepth": EvalProtocol("zoedepth", fitted=(), strict=True, flip=True),
 }
 """da2: the rule that reproduces the published NYU and KITTI figures within 7 %; it fits no model of depth."""
 
 
 def find_protocol(
-    protocol: str | Protocol, *, benchmark: Benchmark | None = None, max_depth: float | None = None
-) -> Protocol:
+    protocol: str | EvalProtocol, *, benchmark: Benchmark | None = None, max_depth: float | None = None
+) -> EvalProtocol:
     """The rules of that name, or those given.
 
     Args:
@@ -113,10 +115,10 @@ def find_protocol(
             raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
         name, protocol = protocol, PROTOCOLS[protocol]
         if benchmark is not None:
-            if name not in benchmark.caps:
-                used = ", ".join(benchmark.caps) or "none"
+            if name not in benchmark.depth_limits:
+                used = ", ".join(benchmark.depth_limits) or "none"
                 raise ValueError(f"protocol {name!r} says nothing of {benchmark.title}: use one of: {used}")
-            there = benchmark.caps[name]
+            there = benchmark.depth_limits[name]
             protocol = replace(
                 protocol,
                 min_depth=there.min_depth,
@@ -128,22 +130,22 @@ def find_protocol(
     return protocol if max_depth is None else replace(protocol, max_depth=float(max_depth))
 
 
-def garg(height: int, width: int) -> Box:
+def garg_crop(height: int, width: int) -> Box:
     """KITTI's road and what stands beside it: Garg et al. (arXiv 1603.04992)."""
-    return _share(height, 0.40810811, 0.99189189), _share(width, 0.03594771, 0.96405229)
+    return _fraction_slice(height, 0.40810811, 0.99189189), _fraction_slice(width, 0.03594771, 0.96405229)
 
 
-def eigen_kitti(height: int, width: int) -> Box:
+def eigen_kitti_crop(height: int, width: int) -> Box:
     """KITTI's pixels below the sky: Eigen et al. (arXiv 1406.2283)."""
-    return _share(height, 0.3324324, 0.91351351), _share(width, 0.03594771, 0.96405229)
+    return _fraction_slice(height, 0.3324324, 0.91351351), _fraction_slice(width, 0.03594771, 0.96405229)
 
 
-def eigen_nyu(height: int, width: int) -> Box:
+def eigen_nyu_crop(height: int, width: int) -> Box:
     """Where both cameras of NYUv2's Kinect see: rows 45 to 471, columns 41 to 601 of 480 by 640, in proportion."""
-    return _share(height, 45 / 480, 471 / 480), _share(width, 41 / 640, 601 / 640)
+    return _fraction_slice(height, 45 / 480, 471 / 480), _fraction_slice(width, 41 / 640, 601 / 640)
 
 
-def eigen_pixels(height: int, width: int) -> Box:
+def eigen_pixels_crop(height: int, width: int) -> Box:
     """The same rows 45 to 471 and columns 41 to 601 whatever the size: ZoeDepth's box on all sets of rooms.
 
     Of larger images that is a part at the upper left; of smaller ones what there is of it.
@@ -151,7 +153,7 @@ def eigen_pixels(height: int, width: int) -> Box:
     return slice(min(45, height), min(471, height)), slice(min(41, width), min(601, width))
 
 
-def kb(height: int, width: int) -> Box:
+def kb_crop(height: int, width: int) -> Box:
     """The KITTI benchmark's 1216 by 352 pixels: at the bottom, in the middle."""
     if height < 352 or width < 1216:
         raise ValueError(f"the kb crop has 1216x352 pixels, which {width}x{height} have not")
@@ -160,18 +162,18 @@ def kb(height: int, width: int) -> Box:
 
 
 CROPS: dict[str, Callable[[int, int], Box]] = {
-    "garg": garg,
-    "eigen_kitti": eigen_kitti,
-    "eigen_nyu": eigen_nyu,
-    "eigen_pixels": eigen_pixels,
-    "kb": kb,
+    "garg": garg_crop,
+    "eigen_kitti": eigen_kitti_crop,
+    "eigen_nyu": eigen_nyu_crop,
+    "eigen_pixels": eigen_pixels_crop,
+    "kb": kb_crop,
 }
 """Name → height and width to the box of that image."""
 
 
-_EXACT = 1e-9
+_ROUNDING_TOLERANCE = 1e-9
 """What a share of a length may lack of a whole number by rounding."""
 
 
-def _share(length: int, low: float, high: float) -> slice:
-    return slice(int(low * length + _EXACT), int(high * length + _EXACT))
+def _fraction_slice(length: int, low: float, high: float) -> slice:
+    return slice(int(low * length + _ROUNDING_TOLERANCE), int(high * length + _ROUNDING_TOLERANCE))

@@ -23,26 +23,42 @@ import torch
 
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
-from depth_anything.data.tars import write_atomically
-from depth_anything.evaluation.benchmarks.da2k import Score
-from depth_anything.evaluation.compare import compare, compare_points, format_overview, point_text, table_text
-from depth_anything.evaluation.evaluate import Judgeable, Result, compared_truth, judge_batch, show
-from depth_anything.evaluation.judging import Trial
-from depth_anything.evaluation.page import Example, render_page
-from depth_anything.evaluation.points import choose_point_examples, collect_point_examples, render_points_page
-from depth_anything.evaluation.protocols import Protocol
-from depth_anything.evaluation.published import Published
-from depth_anything.evaluation.table import best_result, format_summary, format_table, point_warnings
+from depth_anything.data.tars import atomic_write
+from depth_anything.evaluation.benchmarks.da2k import PairResult
+from depth_anything.evaluation.compare import (
+    compare_pairs,
+    compare_results,
+    format_compared_pairs,
+    format_depth_table,
+    format_overview,
+)
+from depth_anything.evaluation.da2k_report import (
+    choose_pair_examples,
+    collect_pair_examples,
+    render_pairs_page,
+)
+from depth_anything.evaluation.evaluate import (
+    DepthResult,
+    MapSource,
+    crop_to_view,
+    masked_truth,
+    score_frames,
+)
+from depth_anything.evaluation.html_report import DepthExample, render_page
+from depth_anything.evaluation.protocols import EvalProtocol
+from depth_anything.evaluation.reported_results import ReportedResult
+from depth_anything.evaluation.runner import EvalTask
+from depth_anything.evaluation.table import best_result, format_summary, format_table, pair_warnings
 
 
-def conclude(
-    predictors: Mapping[str, Judgeable],
-    trial: Trial,
-    results: Sequence[Result],
+def write_task_report(
+    predictors: Mapping[str, MapSource],
+    trial: EvalTask,
+    results: Sequence[DepthResult],
     folder: str | Path,
     *,
     settings: Mapping[str, Any] | None = None,
-    published: Sequence[Published] = (),
+    published: Sequence[ReportedResult] = (),
 ) -> Path:
     """Write the report of a trial that is through, with pictures; the path of its page.
 
@@ -70,7 +86,7 @@ def conclude(
     )
 
 
-def choose_examples(results: Sequence[Result], *, first: int = 4) -> dict[str, str]:
+def choose_examples(results: Sequence[DepthResult], *, first: int = 4) -> dict[str, str]:
     """Which images to show: key → why. The first few, then the best, median and worst of the best model."""
     leader = best_result(results)
     ranked = sorted((row for row in leader.rows if row["valid"]), key=lambda row: row["abs_rel"])
@@ -85,12 +101,12 @@ def choose_examples(results: Sequence[Result], *, first: int = 4) -> dict[str, s
 
 
 def collect_examples(
-    predictors: Mapping[str, Judgeable],
+    predictors: Mapping[str, MapSource],
     frames: Iterable[Frame],
     *,
     why: Mapping[str, str],
-    protocol: Protocol,
-) -> list[Example]:
+    protocol: EvalProtocol,
+) -> list[DepthExample]:
     """Predict the frames whose key is in `why` again, and keep what the page shows, in the order of `why`."""
     examples = {}
     for frame in frames:
@@ -98,21 +114,21 @@ def collect_examples(
             continue
         maps = {}
         for name, predictor in predictors.items():
-            maps[name] = judge_batch(predictor, [frame], protocol=protocol)[0][0]
-        seen = show(frame, protocol)
-        truth = compared_truth(seen, protocol)
-        examples[frame.key] = Example(frame.key, why[frame.key], seen.image, truth, maps)
+            maps[name] = score_frames(predictor, [frame], protocol=protocol)[0][0]
+        seen = crop_to_view(frame, protocol)
+        truth = masked_truth(seen, protocol)
+        examples[frame.key] = DepthExample(frame.key, why[frame.key], seen.image, truth, maps)
     return [examples[key] for key in why if key in examples]
 
 
 def write_report(
-    results: Sequence[Result],
+    results: Sequence[DepthResult],
     folder: str | Path,
     *,
-    examples: Sequence[Example] = (),
+    examples: Sequence[DepthExample] = (),
     data: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    published: Sequence[Published] = (),
+    published: Sequence[ReportedResult] = (),
     caution: str = "",
     title: str = "Evaluation",
     date: str | None = None,
@@ -139,11 +155,11 @@ def write_report(
     _check_comparable(results)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = _facts(data, settings, published, date)
-    _write_json(folder / "results.json", {**facts, **_told(results)})
-    _write_rows({result.name: result.rows for result in results}, folder / "results.csv")
-    comparison = replace(compare(results, published), caution=caution if published else "")
-    text = table_text(results, comparison) if published else format_table(results)
+    facts = _report_metadata(data, settings, published, date)
+    _write_json(folder / "results.json", {**facts, **_results_json(results)})
+    _write_csv({result.name: result.rows for result in results}, folder / "results.csv")
+    comparison = replace(compare_results(results, published), caution=caution if published else "")
+    text = format_depth_table(results, comparison) if published else format_table(results)
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     page = folder / "report.html"
     html = render_page(results, examples, facts, comparison=comparison, title=title)
@@ -151,15 +167,15 @@ def write_report(
     return page
 
 
-def conclude_points(
-    predictors: Mapping[str, Judgeable],
-    trial: Trial,
-    scores: Mapping[str, Score],
+def write_pairs_report(
+    predictors: Mapping[str, MapSource],
+    trial: EvalTask,
+    scores: Mapping[str, PairResult],
     folder: str | Path,
     *,
     models: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any] | None = None,
-    published: Sequence[Published] = (),
+    published: Sequence[ReportedResult] = (),
     date: str | None = None,
 ) -> Path:
     """Write results.json, results.csv, table.txt and report.html of models that ordered pairs of points.
@@ -179,31 +195,31 @@ def conclude_points(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    why = choose_point_examples(scores)
+    why = choose_pair_examples(scores)
     lines = {
         row["key"]: line for row, line in zip(next(iter(scores.values())).rows, trial.lines, strict=True)
     }
-    examples = collect_point_examples(predictors, (trial.read(lines[key]) for key in why), why=why)
-    facts = _facts(trial.facts, settings, published, date)
+    examples = collect_pair_examples(predictors, (trial.read(lines[key]) for key in why), why=why)
+    facts = _report_metadata(trial.facts, settings, published, date)
     told: list[dict[str, Any]] = [
-        {"name": name, "facts": dict(models[name]), **_score(score)} for name, score in scores.items()
+        {"name": name, "facts": dict(models[name]), **_pairs_json(score)} for name, score in scores.items()
     ]
-    warned = point_warnings(scores)
+    warned = pair_warnings(scores)
     _write_json(folder / "results.json", {**facts, "models": told, "warnings": warned})
-    _write_rows({name: score.rows for name, score in scores.items()}, folder / "results.csv")
-    comparison = replace(compare_points(scores, published), caution=trial.incomplete if published else "")
-    (folder / "table.txt").write_text(point_text(scores, comparison) + "\n", encoding="utf-8")
+    _write_csv({name: score.rows for name, score in scores.items()}, folder / "results.csv")
+    comparison = replace(compare_pairs(scores, published), caution=trial.incomplete if published else "")
+    (folder / "table.txt").write_text(format_compared_pairs(scores, comparison) + "\n", encoding="utf-8")
     page = folder / "report.html"
-    html = render_points_page(scores, examples, facts, models, comparison=comparison, title="Evaluation")
+    html = render_pairs_page(scores, examples, facts, models, comparison=comparison, title="Evaluation")
     page.write_text(html, encoding="utf-8")
     return page
 
 
 def write_summary(
-    trials: Mapping[str, Sequence[Result]],
+    trials: Mapping[str, Sequence[DepthResult]],
     folder: str | Path,
     *,
-    points: Mapping[str, Mapping[str, Score]] | None = None,
+    points: Mapping[str, Mapping[str, PairResult]] | None = None,
     cautions: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> None:
@@ -221,7 +237,7 @@ def write_summary(
     points = points or {}
     document: dict[str, Any] = {
         "settings": dict(settings or {}),
-        "versions": versions(),
+        "versions": package_versions(),
         "benchmarks": {
             name: {
                 "protocol": {**asdict(results[0].protocol), "text": results[0].protocol.text},
@@ -239,7 +255,7 @@ def write_summary(
     (folder / "summary.txt").write_text(text, encoding="utf-8")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {
         "depth_anything": __version__,
@@ -252,7 +268,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_comparable(results: Sequence[Result]) -> None:
+def _check_comparable(results: Sequence[DepthResult]) -> None:
     if not results:
         raise ValueError("no result to report")
     first = results[0]
@@ -265,10 +281,10 @@ def _check_comparable(results: Sequence[Result]) -> None:
             )
 
 
-def _facts(
+def _report_metadata(
     data: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
-    published: Sequence[Published],
+    published: Sequence[ReportedResult],
     date: str | None,
 ) -> dict[str, Any]:
     """How a report was made, for its page and its JSON."""
@@ -276,12 +292,12 @@ def _facts(
         "date": date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "data": dict(data or {}),
         "settings": dict(settings or {}),
-        "versions": versions(),
+        "versions": package_versions(),
         "published": [{**asdict(figure), "values": dict(figure.values)} for figure in published],
     }
 
 
-def _told(results: Sequence[Result]) -> dict[str, Any]:
+def _results_json(results: Sequence[DepthResult]) -> dict[str, Any]:
     """Protocol and models of a report's JSON."""
     protocol = results[0].protocol
     return {
@@ -304,7 +320,7 @@ def _told(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _score(score: Score) -> dict[str, Any]:
+def _pairs_json(score: PairResult) -> dict[str, Any]:
     return {
         "images": len(score.rows),
         "pairs": score.pairs,
@@ -315,29 +331,31 @@ def _score(score: Score) -> dict[str, Any]:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    finite = _finite({"version": 1, **document})
-    write_atomically(path, json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    finite = _replace_non_finite({"version": 1, **document})
+    atomic_write(path, json.dumps(finite, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for both."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_rows(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def _write_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns = list(next(iter(rows.values()))[0])
         writer.writerow(["model", *columns])
         for name, own in rows.items():
-            writer.writerows([_cell(name), *(_cell(row[column]) for column in columns)] for row in own)
+            writer.writerows(
+                [_escape_formula(name), *(_escape_formula(row[column]) for column in columns)] for row in own
+            )
 
 
-def _cell(value: Any) -> Any:
+def _escape_formula(value: Any) -> Any:
     """A value of a CSV; before a text that a spreadsheet would take for a formula stands an apostrophe."""
     return (
         f"'{value}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-THRESHOLD = 0.1
+OUTLIER_THRESHOLD = 0.1
 """A point is left out where the model is off by more than this share of its depth."""
 
 MAX_PAIRS = 20_000
@@ -30,7 +30,7 @@ class KnownPoint:
 
 
 @dataclass(frozen=True)
-class Fit:
+class CalibrationFit:
     """Scale and shift, and how well the points agree with them.
 
     Attributes:
@@ -50,7 +50,7 @@ class Fit:
     @property
     def abs_rel(self) -> float:
         """Mean of |depth − metres| / metres over the points used."""
-        return float(_error(self.depth, self.metres)[self.used].mean())
+        return float(_relative_error(self.depth, self.metres)[self.used].mean())
 
     @property
     def rmse_m(self) -> float:
@@ -71,7 +71,7 @@ def read_points(path: str | Path) -> list[KnownPoint]:
         raise ValueError(f"{path} is no text with x,y,metres a line: {error}") from error
     points = []
     for line, row in rows:
-        if line == rows[0][0] and not _number(row[0]):
+        if line == rows[0][0] and not _is_number(row[0]):
             continue
         points.append(parse_point(",".join(row), where=f"{path}, line {line}"))
     if not points:
@@ -86,7 +86,7 @@ def parse_point(text: str, *, where: str = "--point") -> KnownPoint:
         ValueError: another text, or a depth that is not above 0; `where` is named.
     """
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 3 or not all(map(_number, parts)):
+    if len(parts) != 3 or not all(map(_is_number, parts)):
         raise ValueError(f"{where}: {text!r} is not x,y,metres, as 320,240,2.5")
     point = KnownPoint(*map(float, parts))
     if not 0 < point.metres < np.inf:
@@ -94,7 +94,7 @@ def parse_point(text: str, *, where: str = "--point") -> KnownPoint:
     return point
 
 
-def look_up(map: np.ndarray, points: Sequence[KnownPoint], *, image: str) -> np.ndarray:
+def sample_at_points(map: np.ndarray, points: Sequence[KnownPoint], *, image: str) -> np.ndarray:
     """Take a map's values at points, each that of the nearest pixel.
 
     Args:
@@ -117,7 +117,9 @@ def look_up(map: np.ndarray, points: Sequence[KnownPoint], *, image: str) -> np.
     return np.array([map[int(point.y + 0.5), int(point.x + 0.5)] for point in points], np.float64)
 
 
-def fit_points(disparity: ArrayLike, metres: ArrayLike, *, threshold: float = THRESHOLD) -> Fit:
+def fit_points(
+    disparity: ArrayLike, metres: ArrayLike, *, threshold: float = OUTLIER_THRESHOLD
+) -> CalibrationFit:
     """Fit scale and shift such that 1 / (scale · disparity + shift) is near the known depths of most points.
 
     Every pair of points proposes a fit; the one with the least sum of errors wins, an error being the share of its
@@ -139,25 +141,25 @@ def fit_points(disparity: ArrayLike, metres: ArrayLike, *, threshold: float = TH
         raise ValueError(f"threshold={threshold} must be above 0")
     if np.ptp(disparity) < 1e-6 * max(float(np.abs(disparity).max()), 1e-12):
         raise ValueError("the model gives all points the same disparity: choose points at different depths")
-    proposal = _best_pair(disparity, metres, threshold)
+    proposal = _fit_best_pair(disparity, metres, threshold)
     if proposal is None:
-        raise _disagreement(disparity, metres, 0, threshold)
+        raise _no_consensus_error(disparity, metres, 0, threshold)
     scale, shift = proposal
-    used = _error(_depth(disparity, scale, shift), metres) <= threshold
+    used = _relative_error(_to_depth(disparity, scale, shift), metres) <= threshold
     for _ in range(10):
         refined = _least_squares(disparity[used], metres[used])
-        agree = _error(_depth(disparity, *refined), metres) <= threshold
+        agree = _relative_error(_to_depth(disparity, *refined), metres) <= threshold
         if refined[0] <= 0 or agree.sum() < used.sum():
             break
         (scale, shift), settled, used = refined, bool((agree == used).all()), agree
         if settled:
             break
     if 2 * used.sum() <= len(metres) and len(metres) > 2:
-        raise _disagreement(disparity, metres, int(used.sum()), threshold)
-    return Fit(scale, shift, _depth(disparity, scale, shift), metres, used)
+        raise _no_consensus_error(disparity, metres, int(used.sum()), threshold)
+    return CalibrationFit(scale, shift, _to_depth(disparity, scale, shift), metres, used)
 
 
-def _best_pair(disparity: np.ndarray, metres: np.ndarray, threshold: float) -> tuple[float, float] | None:
+def _fit_best_pair(disparity: np.ndarray, metres: np.ndarray, threshold: float) -> tuple[float, float] | None:
     pairs = np.array(list(itertools.combinations(range(len(metres)), 2)))
     pairs = pairs[:: max(1, len(pairs) // MAX_PAIRS)]
     first, second = pairs.T
@@ -170,7 +172,7 @@ def _best_pair(disparity: np.ndarray, metres: np.ndarray, threshold: float) -> t
     scales, shifts = scales[good], shifts[good]
     costs = np.zeros(len(scales))
     for d, m in zip(disparity, metres, strict=True):  # a point at a time, so that thousands fit into memory
-        costs += np.minimum(_error(_depth(d, scales, shifts), m), threshold)
+        costs += np.minimum(_relative_error(_to_depth(d, scales, shifts), m), threshold)
     best = int(costs.argmin())
     return float(scales[best]), float(shifts[best])
 
@@ -181,16 +183,18 @@ def _least_squares(disparity: np.ndarray, metres: np.ndarray) -> tuple[float, fl
     return float(scale), float(shift)
 
 
-def _depth(disparity: np.ndarray, scale: np.ndarray | float, shift: np.ndarray | float) -> np.ndarray:
+def _to_depth(disparity: np.ndarray, scale: np.ndarray | float, shift: np.ndarray | float) -> np.ndarray:
     inverse = np.asarray(scale * disparity + shift)
     return 1 / np.maximum(inverse, 1e-6)  # behind the camera counts as very far
 
 
-def _error(depth: np.ndarray, metres: np.ndarray) -> np.ndarray:
+def _relative_error(depth: np.ndarray, metres: np.ndarray) -> np.ndarray:
     return np.abs(depth - metres) / metres
 
 
-def _disagreement(disparity: np.ndarray, metres: np.ndarray, agree: int, threshold: float) -> ValueError:
+def _no_consensus_error(
+    disparity: np.ndarray, metres: np.ndarray, agree: int, threshold: float
+) -> ValueError:
     if np.corrcoef(disparity, 1 / metres)[0, 1] < 0:
         return ValueError(
             "the map is upside down at these points: it puts nearer what is farther; are x and y swapped, "
@@ -202,7 +206,7 @@ def _disagreement(disparity: np.ndarray, metres: np.ndarray, agree: int, thresho
     )
 
 
-def _number(text: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:

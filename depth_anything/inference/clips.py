@@ -20,15 +20,15 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, WebPImagePlugin
 
 from depth_anything.data.sample import decode_image
-from depth_anything.data.video import (
-    A_PICTURE,
+from depth_anything.data.video_reader import (
     MAX_PIXELS,
-    Faults,
+    PICTURE_MESSAGE,
+    VideoFaults,
+    apply_display_matrix,
+    display_orientation,
     list_streams,
     open_video,
-    orientation,
     read_frames,
-    upright,
 )
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
@@ -41,15 +41,15 @@ VIDEO_SUFFIXES = {
 """What says that a file is meant to be a video. Others are videos, too, if they can be read as such."""
 
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
-_HD_LINES = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
+_HD_HEIGHT_PX = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
 _EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
-_FINEST = 1 << 24  # ticks a second, at most
-_FINE = 32  # ticks a frame, at least: room for what a file puts at one time
-_FASTEST = 1000  # frames a second
-_LATE_S = 3600  # by which pictures may begin after the sound
+_MAX_TICKS_PER_SECOND = 1 << 24  # ticks a second, at most
+_MIN_TICKS_PER_FRAME = 32  # ticks a frame, at least: room for what a file puts at one time
+_MAX_FRAME_RATE = 1000  # frames a second
+_MAX_START_DELAY_S = 3600  # by which pictures may begin after the sound
 
 
-class Picture(NamedTuple):
+class ClipFrame(NamedTuple):
     """A frame: uint8 (H, W, 3) RGB, upright; its time in ticks of its clip; what its own files are called."""
 
     image: np.ndarray
@@ -57,7 +57,7 @@ class Picture(NamedTuple):
     name: str
 
 
-class Sound(Protocol):
+class AudioSink(Protocol):
     """Where the audio of a clip goes."""
 
     def add_audio(self, stream: Any) -> None:
@@ -101,7 +101,7 @@ class Clip(ABC):
         return [self.path]
 
     @abstractmethod
-    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
         """Yield the frames in order; the audio goes to `sound` on the way, as it lies in the file."""
 
 
@@ -127,13 +127,15 @@ class VideoFile(Clip):
         """Take a stream's facts, if it gives a frame."""
         with closing(open_video(self.path)) as container:
             stream = container.streams[index]
-            self._stream, self.rate = index, _rate(stream)
+            self._stream, self.rate = index, _frame_rate(stream)
             first, frame = next(
-                read_frames(container, stream, rate=self.rate, faults=Faults()), (Fraction(0), None)
+                read_frames(container, stream, rate=self.rate, faults=VideoFaults()), (Fraction(0), None)
             )
             if frame is None:
                 return False
-            self.time_base, self._grid = _clock(Fraction(stream.time_base), self.rate, stream.average_rate)
+            self.time_base, self._grid = _choose_time_base(
+                Fraction(stream.time_base), self.rate, stream.average_rate
+            )
             self.frames = stream.frames or None
             self._said = self.frames is not None
             self._seconds = float(container.duration or 0) / 1e6
@@ -141,15 +143,15 @@ class VideoFile(Clip):
                 self._seconds = max(self._seconds, float(stream.frames / self.rate))
             if not self.frames:
                 self.frames = round(self._seconds * self.rate) or None
-            self._start = _start(container, first)
-            across = orientation(frame)[0]
+            self._start = _start_time(container, first)
+            across = display_orientation(frame)[0]
             size = (frame.height, frame.width)
             self.height, self.width = size[::-1] if across else size
             aspect = Fraction(stream.sample_aspect_ratio or 1)
             self.pixel_aspect = 1 / aspect if across else aspect
         return True
 
-    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
         """Yield the frames in order; the audio goes to `sound` on the way, not decoded.
 
         A file that is cut short or damaged gives the frames that it has; `notes` then says how many.
@@ -157,7 +159,7 @@ class VideoFile(Clip):
         self.notes.clear()
         self.incomplete = False
         self._sizes: set[tuple[int, int]] = set()
-        faults, last, done, heard = Faults(), -1, -1, Fraction(0)
+        faults, last, done, heard = VideoFaults(), -1, -1, Fraction(0)
         with closing(open_video(self.path)) as container:
             stream = container.streams[self._stream]
             stream.thread_type = "AUTO"
@@ -166,7 +168,7 @@ class VideoFile(Clip):
                 for track in tracks:
                     sound.add_audio(track)
 
-            def hand_on(packet: Any) -> None:
+            def on_packet(packet: Any) -> None:
                 nonlocal heard
                 if packet.dts is not None:
                     heard = max(heard, (packet.dts + (packet.duration or 0)) * packet.time_base - self._start)
@@ -174,11 +176,11 @@ class VideoFile(Clip):
                     sound.write_audio(packet, self._start)
 
             frames = read_frames(
-                container, stream, rate=self.rate, faults=faults, sound=tracks, hand_on=hand_on
+                container, stream, rate=self.rate, faults=faults, sound=tracks, on_packet=on_packet
             )
             for done, (seconds, frame) in enumerate(frames):
                 last = max(self._ticks(seconds, Fraction(stream.time_base), first=not done), last + 1)
-                yield Picture(self._rgb(frame), last, f"{done + 1:06d}")
+                yield ClipFrame(self._rgb(frame), last, f"{done + 1:06d}")
         self._note_faults(faults, done + 1, end=(last + 1) * self.time_base, heard=heard)
 
     def _ticks(self, seconds: Fraction, tick: Fraction, *, first: bool) -> int:
@@ -193,7 +195,7 @@ class VideoFile(Clip):
 
     def _rgb(self, frame: Any) -> np.ndarray:
         self._sizes.add((frame.height, frame.width))
-        across = orientation(frame)[0]
+        across = display_orientation(frame)[0]
         height, width = (self.width, self.height) if across else (self.height, self.width)
         said = int(frame.colorspace) != _UNSPECIFIED
         image = self._reformatter.reformat(
@@ -201,12 +203,12 @@ class VideoFile(Clip):
             format="rgb24",
             width=width,
             height=height,
-            src_colorspace=None if said or frame.height < _HD_LINES else _BT709,
+            src_colorspace=None if said or frame.height < _HD_HEIGHT_PX else _BT709,
             threads=1,  # to start more takes longer than they save
         ).to_ndarray()
-        return upright(image, frame)
+        return apply_display_matrix(image, frame)
 
-    def _note_faults(self, faults: Faults, count: int, *, end: Fraction, heard: Fraction) -> None:
+    def _note_faults(self, faults: VideoFaults, count: int, *, end: Fraction, heard: Fraction) -> None:
         """Say what went otherwise than it should, and whether pictures are missing."""
         short = bool(faults.end or faults.lost)
         if faults.end:
@@ -216,7 +218,7 @@ class VideoFile(Clip):
         if faults.early:
             self.notes.append(f"its first {faults.early} packets need pictures before its beginning")
         least = self._seconds - max(_EARLY_S, _EARLY * self._seconds) - float(1 / self.rate)
-        early = end < least and not (faults.jumps or faults.strays)
+        early = end < least and not (faults.jumps or faults.repaired_packets)
         cut = early and heard < least  # or else the sound goes on, and the pictures may well end here
         if self._said and count < (self.frames or 0) and (short or cut or self._lost_end()):
             short = True
@@ -230,8 +232,8 @@ class VideoFile(Clip):
             self.notes.append(
                 f"its timestamps jump (times: {faults.jumps}): each part follows the one before"
             )
-        if faults.strays:
-            self.notes.append(f"wrong timestamps of packets ({faults.strays}) were put right")
+        if faults.repaired_packets:
+            self.notes.append(f"wrong timestamps of packets ({faults.repaired_packets}) were put right")
         if len(self._sizes) > 1:
             sizes = ", ".join(f"{width}×{height}" for height, width in sorted(self._sizes))
             self.notes.append(
@@ -267,10 +269,10 @@ class AnimatedWebP(Clip):
                 )
             self.frames = getattr(picture, "n_frames", 1)
             if self.frames == 1:
-                raise ValueError(A_PICTURE)
-            self.rate = Fraction(1000, _milliseconds(picture))
+                raise ValueError(PICTURE_MESSAGE)
+            self.rate = Fraction(1000, _frame_duration_ms(picture))
 
-    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
         """Yield the frames, white where they are transparent; there is no audio."""
         self.notes.clear()
         self.incomplete, time = False, 0
@@ -284,10 +286,10 @@ class AnimatedWebP(Clip):
                     self.notes.append(f"cut short: it has {number} of {self.frames} frames")
                     return
                 white = Image.new("RGBA", image.size, "white")
-                yield Picture(
+                yield ClipFrame(
                     np.asarray(Image.alpha_composite(white, image).convert("RGB")), time, f"{number + 1:06d}"
                 )
-                time += _milliseconds(picture)
+                time += _frame_duration_ms(picture)
 
     def _opened(self) -> Image.Image:
         try:
@@ -305,7 +307,7 @@ class FrameFolder(Clip):
         Raises:
             ValueError: it cannot be read.
         """
-        self._files = sorted(files, key=natural_key)
+        self._files = sorted(files, key=natural_sort_key)
         first = self._decode(path, self._files[0])
         height, width = first.shape[:2]
         super().__init__(name, path, height, width, rate, 1 / rate, frames=len(files))
@@ -319,20 +321,20 @@ class FrameFolder(Clip):
         """The files that are read."""
         return [self.path / name for name in self._files]
 
-    def read(self, sound: Sound | None = None) -> Iterator[Picture]:
+    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
         """Yield the frames; there is no audio.
 
         Raises:
             ValueError: a frame cannot be read or is of another size; it is named.
         """
-        self.notes[:] = _gaps(self._files)
+        self.notes[:] = _missing_frame_notes(self._files)
         for number, file in enumerate(self._files):
             image = self._decode(self.path, file)
             if image.shape[:2] != (self.height, self.width):
                 raise ValueError(
                     f"its frame {file} is {image.shape[1]}×{image.shape[0]}, the first is {self.width}×{self.height}"
                 )
-            yield Picture(image, number, self._stems[number])
+            yield ClipFrame(image, number, self._stems[number])
 
     @staticmethod
     def _decode(folder: Path, file: str) -> np.ndarray:
@@ -367,26 +369,26 @@ def list_clips(
     if not path.exists():
         raise ValueError(f"{source} does not exist: give a video, a folder of videos or of frames, or a list")
     if path.is_dir():
-        _from_folder(path, Path(leave_out).resolve() if leave_out else None, rate, clips, skipped)
+        _add_folder(path, Path(leave_out).resolve() if leave_out else None, rate, clips, skipped)
     elif path.suffix.lower() == ".txt":
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             if line.strip():
-                _from_line(line.strip(), path.parent / line.strip(), rate, clips, skipped)
+                _add_path(line.strip(), path.parent / line.strip(), rate, clips, skipped)
     else:
-        _add(clips, skipped, path.name, lambda: _open_file(path.name, path))
+        _add_if_readable(clips, skipped, path.name, lambda: _open_clip(path.name, path))
     if not clips:
         first = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"no video in {source} ({first or 'it is empty'})")
-    return sorted(clips, key=lambda clip: natural_key(clip.name)), skipped
+    return sorted(clips, key=lambda clip: natural_sort_key(clip.name)), skipped
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """Sort names as people do: by their numbers where they have numbers."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def parse_rate(text: str) -> Fraction:
+def parse_frame_rate(text: str) -> Fraction:
     """Read frames a second: 24, 30000/1001, or 29.97 and its like, which mean the 1001st.
 
     Raises:
@@ -406,7 +408,7 @@ def parse_rate(text: str) -> Fraction:
     return slowed if "." in text and abs(rate - slowed) < Fraction(1, 200) else rate
 
 
-def _from_folder(
+def _add_folder(
     root: Path, leave_out: Path | None, rate: Fraction, clips: list[Clip], skipped: dict[str, str]
 ) -> None:
     for here, folders, files in os.walk(root):
@@ -415,28 +417,28 @@ def _from_folder(
         images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
         before = len(clips)
         for name in sorted(set(files) - set(images)):
-            _from_line((folder / name).relative_to(root).as_posix(), folder / name, rate, clips, skipped)
+            _add_path((folder / name).relative_to(root).as_posix(), folder / name, rate, clips, skipped)
         inside = folder.relative_to(root).as_posix()
         if images and len(clips) == before:
             title = folder.resolve().name if folder == root else inside
-            _add(clips, skipped, title, lambda: FrameFolder(title, folder, images, rate=rate))  # noqa: B023
+            _add_if_readable(clips, skipped, title, lambda: FrameFolder(title, folder, images, rate=rate))  # noqa: B023
         else:
             for name in images:
                 skipped[(folder / name).relative_to(root).as_posix()] = "a picture beside a video"
 
 
-def _from_line(name: str, path: Path, rate: Fraction, clips: list[Clip], skipped: dict[str, str]) -> None:
+def _add_path(name: str, path: Path, rate: Fraction, clips: list[Clip], skipped: dict[str, str]) -> None:
     if path.is_dir():
         images = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
         if images:
-            _add(clips, skipped, name, lambda: FrameFolder(name, path, images, rate=rate))
+            _add_if_readable(clips, skipped, name, lambda: FrameFolder(name, path, images, rate=rate))
         else:
             skipped[name] = "a folder without frames"
     else:
-        _add(clips, skipped, name, lambda: _open_file(name, path))
+        _add_if_readable(clips, skipped, name, lambda: _open_clip(name, path))
 
 
-def _open_file(name: str, path: Path) -> Clip:
+def _open_clip(name: str, path: Path) -> Clip:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(12)
@@ -445,7 +447,7 @@ def _open_file(name: str, path: Path) -> Clip:
     return VideoFile(name, path)
 
 
-def _add(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> None:
+def _add_if_readable(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> None:
     try:
         clips.append(look())
     except OSError as error:
@@ -454,43 +456,43 @@ def _add(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> No
         skipped[name] = str(error) or "it takes more memory than there is"
 
 
-def _clock(time_base: Fraction, rate: Fraction, average: Fraction | None) -> tuple[Fraction, bool]:
+def _choose_time_base(time_base: Fraction, rate: Fraction, average: Fraction | None) -> tuple[Fraction, bool]:
     """Choose a tick in which all the file's times are whole, and those of the exact rate, too."""
     tick, grid = time_base, False
     if (1 / rate / time_base).denominator != 1:
         finest = math.lcm(time_base.denominator, rate.numerator)
         steady = average is None or abs(average - rate) < rate / 100
-        if steady and finest <= _FINEST:
+        if steady and finest <= _MAX_TICKS_PER_SECOND:
             tick, grid = Fraction(1, finest), True
-    while tick * rate * _FINE > 1 and tick.denominator < _FINEST:
+    while tick * rate * _MIN_TICKS_PER_FRAME > 1 and tick.denominator < _MAX_TICKS_PER_SECOND:
         tick /= 2
     return tick, grid
 
 
-def _rate(stream: Any) -> Fraction:
+def _frame_rate(stream: Any) -> Fraction:
     """Frames a second; what a clock of microseconds makes of a rate that is not told is none."""
     for rate in (stream.guessed_rate, stream.average_rate):
-        if rate and 0 < rate <= _FASTEST:
+        if rate and 0 < rate <= _MAX_FRAME_RATE:
             return Fraction(rate)
     return Fraction(24)
 
 
-def _milliseconds(picture: Image.Image) -> int:
+def _frame_duration_ms(picture: Image.Image) -> int:
     """How long the current frame of a WebP is shown; browsers take 100 where it says 10 or less."""
     picture.load()
     duration = round(picture.info.get("duration", 0))
     return duration if duration > 10 else 100
 
 
-def _start(container: Any, first: Fraction) -> Fraction:
+def _start_time(container: Any, first: Fraction) -> Fraction:
     """Choose the time that becomes 0: the container's, unless its timestamps jump before the first picture."""
     if container.start_time is None:
         return first
     start = Fraction(container.start_time, 1_000_000)
-    return start if 0 <= first - start <= _LATE_S else first
+    return start if 0 <= first - start <= _MAX_START_DELAY_S else first
 
 
-def _gaps(files: list[str]) -> list[str]:
+def _missing_frame_notes(files: list[str]) -> list[str]:
     found = [re.findall(r"\d+", Path(file).stem) for file in files]
     if not all(found):
         return []

@@ -12,54 +12,55 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.data.outputs import DISK_ERRORS, check_free, is_in_record, make_record
-from depth_anything.data.sample import decode_image, image_cost, image_notes
-from depth_anything.data.sources.images import Photograph
-from depth_anything.data.tars import write_atomically
+from depth_anything.data.image_headers import estimate_decode_cost
+from depth_anything.data.sample import decode_image, image_warnings
+from depth_anything.data.tars import atomic_write
 from depth_anything.inference.formats import (
     ENDINGS,
+    FORMAT_DESCRIPTIONS,
     GAP_PX,
-    MEANINGS,
-    chosen_colormap,
     direction,
-    encode,
-    picture,
-    shown_name,
-    shown_values,
+    display_name,
+    display_values,
+    encode_map,
+    encode_picture,
+    resolve_colormap,
     write_map,
 )
-from depth_anything.inference.memory import check_memory, image_lock, is_out_of_memory
+from depth_anything.inference.image_list import ImageList, list_images
+from depth_anything.inference.memory import check_image_memory, is_out_of_memory, lock_large_image
+from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, build_record, check_overwrite, is_recorded
 from depth_anything.inference.pointcloud import (
     MAX_POINTS,
     POINT_FORMATS,
-    SATURATED,
-    choose_focal,
+    SATURATED_DEPTH_SHARE,
+    choose_focal_length,
     encode_points,
     unproject,
 )
-from depth_anything.inference.predictor import Predictor, check_numbers
-from depth_anything.inference.sources import Listed, list_sources
-from depth_anything.visualize import colormap_for
+from depth_anything.inference.predictor import Predictor, check_finite
+from depth_anything.ingest.photographs import Photograph
+from depth_anything.visualize import distance_colormap
 
-__all__ = ["Outcome", "Products", "predict_files", "write_map"]
+__all__ = ["PredictResult", "PredictSettings", "predict_files", "write_map"]
 
-THREADS = 2
+WORKER_THREADS = 2
 """That decode ahead of the network, and as many that write behind it."""
 
-MADE_BY = "depth-anything predict"
+COMMAND = "depth-anything predict"
 """In NAME.json: whose files they are."""
 
-_OLDER_KEYS = frozenset(
+_LEGACY_RECORD_KEYS = frozenset(
     ("image", "height", "width", "quantity", "unit", "larger", "low", "high", "files", "model")
 )
 """Of a NAME.json of the versions that kept no digests."""
 
-RAW_METRES = "_raw_depth_meter.npy"
+RAW_DEPTH_SUFFIX = "_raw_depth_meter.npy"
 """The authors' name of what --save-numpy writes."""
 
 
 @dataclass(frozen=True)
-class Products:
+class PredictSettings:
     """What is made of an image.
 
     Attributes:
@@ -92,7 +93,7 @@ class Products:
 
 
 @dataclass
-class Outcome:
+class PredictResult:
     """What became of the files.
 
     Attributes:
@@ -119,7 +120,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _PreparedImage:
     """An image, ready for the network."""
 
     name: str
@@ -135,12 +136,12 @@ def predict_files(
     source: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    products: Products | None = None,
+    settings: PredictSettings | None = None,
     batch_size: int = 1,
     facts: Mapping[str, Any] | None = None,
     watch: Callable[[list[Photograph]], Iterable[Photograph]] = iter,
     way_out: str = "give another folder for the maps",
-) -> Outcome:
+) -> PredictResult:
     """Map an image, or every image of a folder (its tree is kept), list file or tar, or of several of these.
 
     Writes NAME.png, the picture; NAME_disparity (of a model that gives metres NAME_depth) in each format; NAME_points
@@ -166,31 +167,31 @@ def predict_files(
             file that was not written here would be replaced.
         OSError: the disk of `output` is full, fails or is read-only.
     """
-    products = products or Products()
+    settings = settings or PredictSettings()
     sources = [source] if isinstance(source, str | Path) else list(source)
     if any(Path(one).resolve() == Path(output).resolve() for one in sources):
         raise ValueError(f"{output} holds the images: {way_out}")
     if os.path.lexists(output) and not Path(output).is_dir():
         raise ValueError(f"{output} is no folder: {way_out}")
-    if products.save_numpy and predictor.unit != "m":
+    if settings.save_numpy and predictor.unit != "m":
         raise ValueError("--save-numpy writes metres, and this model gives disparity: take --format npy")
-    writer = _Writer(predictor, products, {**(facts or {}), **_how(predictor)})
-    listed = list_sources(sources, leave_out=output, endings=writer.endings)
+    writer = _PredictionWriter(predictor, settings, {**(facts or {}), **_inference_settings(predictor)})
+    listed = list_images(sources, leave_out=output, endings=writer.endings)
     targets = [Path(output) / target for target in listed.targets]
     writer.check_free(targets, listed.paths, way_out=f"{way_out}, or move it")
-    outcome = Outcome()
+    outcome = PredictResult()
     for name, why in listed.missing.items():
         outcome.skipped[name] = outcome.failed[name] = why
-    opened = _opened(
+    opened = _load_images(
         predictor,
         listed,
         targets,
-        products,
-        ahead=batch_size + THREADS,
+        settings,
+        ahead=batch_size + WORKER_THREADS,
         outcome=outcome,
         watch=watch,
     )
-    _map_and_write(predictor, opened, writer, outcome, batch_size=batch_size)
+    _predict_and_write(predictor, opened, writer, outcome, batch_size=batch_size)
     if not outcome.images:
         first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
         where = ", ".join(map(str, sources[:3]))
@@ -198,40 +199,45 @@ def predict_files(
     return outcome
 
 
-def _map_and_write(
-    predictor: Predictor, opened: Iterable[_Opened], writer: "_Writer", outcome: Outcome, *, batch_size: int
+def _predict_and_write(
+    predictor: Predictor,
+    opened: Iterable[_PreparedImage],
+    writer: "_PredictionWriter",
+    outcome: PredictResult,
+    *,
+    batch_size: int,
 ) -> None:
     """Send images through the network and to the writer; what is wrong with one is noted."""
-    pending: deque[tuple[_Opened, Future[list[Path]]]] = deque()
+    pending: deque[tuple[_PreparedImage, Future[list[Path]]]] = deque()
 
     def settle() -> None:
         image, future = pending.popleft()
         try:
             outcome.written += future.result()
         except (ValueError, OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            if isinstance(error, OSError) and error.errno in FATAL_DISK_ERRNOS:
                 raise
             outcome.fail(image.name, error)
             return
         outcome.images += 1
         if image.notes:
             outcome.notes[image.name] = image.notes
-        if writer.products.points:
+        if writer.settings.points:
             outcome.focals[image.focal[1]] += 1
 
-    with ThreadPoolExecutor(THREADS) as behind:
+    with ThreadPoolExecutor(WORKER_THREADS) as behind:
         for batch in _batches(opened, batch_size):
-            for image, map_ in _maps_of(predictor, batch, outcome):
+            for image, map_ in _predict_batch(predictor, batch, outcome):
                 pending.append((image, behind.submit(writer.write, image, map_)))
-            while len(pending) > THREADS:
+            while len(pending) > WORKER_THREADS:
                 settle()
         while pending:
             settle()
 
 
-def _maps_of(
-    predictor: Predictor, batch: list[_Opened], outcome: Outcome
-) -> Iterator[tuple[_Opened, np.ndarray]]:
+def _predict_batch(
+    predictor: Predictor, batch: list[_PreparedImage], outcome: PredictResult
+) -> Iterator[tuple[_PreparedImage, np.ndarray]]:
     """Yield the images of a batch with their maps; without those that have none, or no memory."""
     try:
         maps = predictor.predict_batch(
@@ -244,44 +250,46 @@ def _maps_of(
             outcome.fail(batch[0].name, error)
             return
         for image in batch:
-            yield from _maps_of(predictor, [image], outcome)
+            yield from _predict_batch(predictor, [image], outcome)
         return
     for image, map_ in zip(batch, maps, strict=True):
         try:
-            check_numbers(map_, image.name, precision=predictor.precision)
+            check_finite(map_, image.name, precision=predictor.precision)
         except ValueError as error:
             outcome.fail(image.name, error)
             continue
         yield image, map_
 
 
-class _Writer:
+class _PredictionWriter:
     """Makes an image's files; any thread may."""
 
-    def __init__(self, predictor: Predictor, products: Products, facts: Mapping[str, Any]) -> None:
-        self.predictor, self.products, self.facts = predictor, products, facts
-        self.colormap = chosen_colormap(grayscale=products.grayscale, colormap=products.colormap)
-        self.endings = [".png", ".json", *([RAW_METRES] if products.save_numpy else [])]
-        self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in products.values]
-        self.endings += [f"_points.{format}" for format in products.points]
+    def __init__(self, predictor: Predictor, settings: PredictSettings, facts: Mapping[str, Any]) -> None:
+        self.predictor, self.settings, self.facts = predictor, settings, facts
+        self.colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
+        self.endings = [".png", ".json", *([RAW_DEPTH_SUFFIX] if settings.save_numpy else [])]
+        self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in settings.values]
+        self.endings += [f"_points.{format}" for format in settings.points]
 
     def check_free(self, targets: Sequence[Path], inputs: Sequence[Path], *, way_out: str) -> None:
         """Refuse to replace what was not written here, before the network runs; ValueError names it."""
         records = {
-            _ending(target, ending): _ending(target, ".json") for target in targets for ending in self.endings
+            _add_ending(target, ending): _add_ending(target, ".json")
+            for target in targets
+            for ending in self.endings
         }
 
         def own(path: Path) -> bool:
-            return is_in_record(path, records[path], made_by=MADE_BY, older=_OLDER_KEYS)
+            return is_recorded(path, records[path], made_by=COMMAND, older=_LEGACY_RECORD_KEYS)
 
-        self.replaced = check_free(records, own=own, inputs=lambda: inputs, way_out=way_out)
+        self.replaced = check_overwrite(records, own=own, inputs=lambda: inputs, way_out=way_out)
 
-    def write(self, image: _Opened, map_: np.ndarray) -> list[Path]:
-        with image_lock(map_.size):
+    def write(self, image: _PreparedImage, map_: np.ndarray) -> list[Path]:
+        with lock_large_image(map_.size):
             made = self._made(image, map_)
         files = {image.target.name + ending: data for ending, (data, _) in made.items()}
         notes = self._notes(image, map_, {ending: meaning for ending, (_, meaning) in made.items()})
-        notes |= make_record(MADE_BY, files)
+        notes |= build_record(COMMAND, files)
         # The record comes first: whoever is killed in between knows the files again the next time.
         files = {f"{image.target.name}.json": (json.dumps(notes, indent=1) + "\n").encode(), **files}
         image.target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +299,7 @@ class _Writer:
                 path = image.target.with_name(name)
                 if path not in self.replaced and os.path.lexists(path):
                     raise ValueError(f"{path} has appeared meanwhile and would be replaced")
-                write_atomically(path, data)
+                atomic_write(path, data)
                 paths.append(path)
         except BaseException:
             for path in paths:  # a part of an image's files looks like all of them
@@ -300,43 +308,48 @@ class _Writer:
             raise
         return paths
 
-    def _made(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
+    def _made(self, image: _PreparedImage, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         """Per ending of a file its bytes, and what they mean."""
         quantity, unit = self.predictor.quantity, self.predictor.unit
         made = {".png": self._picture(image, map_)}
-        for format in self.products.values:
-            data = encode(map_, format, quantity=quantity, unit=unit)
-            made[f"_{quantity}{ENDINGS[format]}"] = data, MEANINGS[format]
-        if self.products.save_numpy:
-            made[RAW_METRES] = encode(map_, "npy", quantity=quantity, unit=unit), MEANINGS["npy"]
-        return made | (self._points(image, map_) if self.products.points else {})
+        for format in self.settings.values:
+            data = encode_map(map_, format, quantity=quantity, unit=unit)
+            made[f"_{quantity}{ENDINGS[format]}"] = data, FORMAT_DESCRIPTIONS[format]
+        if self.settings.save_numpy:
+            made[RAW_DEPTH_SUFFIX] = (
+                encode_map(map_, "npy", quantity=quantity, unit=unit),
+                FORMAT_DESCRIPTIONS["npy"],
+            )
+        return made | (self._points(image, map_) if self.settings.points else {})
 
-    def _picture(self, image: _Opened, map_: np.ndarray) -> tuple[bytes, str]:
-        values, quantity = shown_values(map_, self.predictor)
-        what, alone = shown_name(self.predictor), self.products.pred_only
+    def _picture(self, image: _PreparedImage, map_: np.ndarray) -> tuple[bytes, str]:
+        values, quantity = display_values(map_, self.predictor)
+        what, alone = display_name(self.predictor), self.settings.pred_only
         beside = "" if alone else f"the image, {GAP_PX} px of white and "
-        data = picture(image.pixels, values, quantity=quantity, colormap=self.colormap, pred_only=alone)
-        colors = colormap_for(quantity, self.colormap)
+        data = encode_picture(
+            image.pixels, values, quantity=quantity, colormap=self.colormap, pred_only=alone
+        )
+        colors = distance_colormap(quantity, self.colormap)
         return data, f"picture: {beside}{what} in {colors} from its smallest value to its largest"
 
-    def _points(self, image: _Opened, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
+    def _points(self, image: _PreparedImage, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         farthest = self.predictor.farthest
         cloud = unproject(
             image.pixels,
             map_,
             quantity=self.predictor.quantity,
             focal_px=image.focal[0],
-            far=None if farthest is None else SATURATED * farthest,
-            max_points=self.products.max_points,
+            far=None if farthest is None else SATURATED_DEPTH_SHARE * farthest,
+            max_points=self.settings.max_points,
         )
         made = {}
-        for format in self.products.points if len(cloud.points) else ():  # of sky alone there are none
+        for format in self.settings.points if len(cloud.points) else ():  # of sky alone there are none
             axes = "y down, z forward" if format == "ply" else "y up, z back"
             scale = "metres" if cloud.unit == "m" else "up to scale: the median depth is 1"
             made[f"_points.{format}"] = encode_points(cloud, format), f"points, x right, {axes}; {scale}"
         return made
 
-    def _notes(self, image: _Opened, map_: np.ndarray, meanings: Mapping[str, str]) -> dict[str, Any]:
+    def _notes(self, image: _PreparedImage, map_: np.ndarray, meanings: Mapping[str, str]) -> dict[str, Any]:
         notes = {
             "image": image.name,
             "height": map_.shape[0],
@@ -348,12 +361,12 @@ class _Writer:
             "high": float(map_.max()),
             "files": {image.target.name + ending: meaning for ending, meaning in meanings.items()},
         }
-        if self.products.points:
+        if self.settings.points:
             notes |= {"focal_px": image.focal[0], "focal": image.focal[1]}
         return notes | {"model": self.facts}
 
 
-def _how(predictor: Predictor) -> dict[str, Any]:
+def _inference_settings(predictor: Predictor) -> dict[str, Any]:
     """How the network was run."""
     return {
         "input_size": predictor.input_size,
@@ -364,33 +377,33 @@ def _how(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _opened(
+def _load_images(
     predictor: Predictor,
-    listed: Listed,
+    listed: ImageList,
     targets: list[Path],
-    products: Products,
+    settings: PredictSettings,
     *,
     ahead: int,
-    outcome: Outcome,
+    outcome: PredictResult,
     watch: Callable[[list[Photograph]], Iterable[Photograph]],
-) -> Iterator[_Opened]:
+) -> Iterator[_PreparedImage]:
     """Yield the images among the files in order, read and prepared before they are asked for."""
 
-    def open_one(name: str, target: Path, coming: Future[bytes]) -> _Opened:
+    def open_one(name: str, target: Path, coming: Future[bytes]) -> _PreparedImage:
         data = coming.result()
-        pixels = image_cost(data).pixels
-        check_memory(pixels)
-        with image_lock(pixels):
+        pixels = estimate_decode_cost(data).pixels
+        check_image_memory(pixels)
+        with lock_large_image(pixels):
             image = decode_image(data)
             prepared = predictor.prepare(image)
         focal = (0.0, "")
-        if products.points:
-            focal = choose_focal(data, image.shape, focal_px=products.focal_px)
-        return _Opened(name, target, image, prepared, focal, image_notes(data, image))
+        if settings.points:
+            focal = choose_focal_length(data, image.shape, focal_px=settings.focal_px)
+        return _PreparedImage(name, target, image, prepared, focal, image_warnings(data, image))
 
     # One reader, as a tar is read from the front; the waiting are few, as they may be large.
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as openers:
-        waiting: deque[Future[_Opened]] = deque()
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WORKER_THREADS) as openers:
+        waiting: deque[Future[_PreparedImage]] = deque()
         coming = zip(listed.photographs, targets, strict=True)
         for photograph in watch(listed.photographs):
             for file, target in islice(coming, ahead - len(waiting)):
@@ -407,11 +420,11 @@ def _opened(
             yield image
 
 
-def _batches(images: Iterable[_Opened], size: int) -> Iterator[list[_Opened]]:
+def _batches(images: Iterable[_PreparedImage], size: int) -> Iterator[list[_PreparedImage]]:
     images = iter(images)
     while batch := list(islice(images, size)):
         yield batch
 
 
-def _ending(target: Path, ending: str) -> Path:
+def _add_ending(target: Path, ending: str) -> Path:
     return target.with_name(target.name + ending)

@@ -9,22 +9,22 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from depth_anything.data.tars import write_atomically
+from depth_anything.data.tars import atomic_write
 from depth_anything.inference.predictor import Predictor
-from depth_anything.visualize import NEAR_IS_RED, check_colormap, paint
+from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance
 
 GAP_PX = 50
 """White between picture and map, as in the authors' output."""
 
-_ROWS = 64
+_ROWS_PER_BLOCK = 64
 
-COMPRESSION = 1
+PNG_COMPRESSION = 1
 """Of PNGs: the usual 6 takes as long as a small network."""
 
 ENDINGS = {"png8": "_8bit.png", "png16": ".png", "npy": ".npy", "npz": ".npz", "exr": ".exr"}
 """What follows NAME_disparity or NAME_depth."""
 
-MEANINGS = {
+FORMAT_DESCRIPTIONS = {
     "png8": "8-bit PNG: value = low + level / 255 * (high - low); low and high in its text and here",
     "png16": "16-bit PNG: value = low + level / 65535 * (high - low); low and high in its text and here",
     "npy": "NumPy float32 (H, W): the values",
@@ -38,7 +38,7 @@ def direction(quantity: str) -> str:
     return "nearer" if quantity == "disparity" else "farther"
 
 
-def shown_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
+def display_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
     """Choose what a picture or film shows of a map: the map, but of a calibrated model one over its depth.
 
     The far of a calibrated model is guesswork, and would take all colors.
@@ -53,7 +53,7 @@ def shown_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str
     return (1 / map, "disparity") if _is_calibrated(predictor) else (map, predictor.quantity)
 
 
-def shown_name(predictor: Predictor) -> str:
+def display_name(predictor: Predictor) -> str:
     """Say what `shown_values` of a predictor are, in words."""
     return "1 / depth" if _is_calibrated(predictor) else predictor.quantity
 
@@ -62,13 +62,13 @@ def _is_calibrated(predictor: Predictor) -> bool:
     return getattr(predictor, "calibrated", False)  # what stands in for a network may have nothing but maps
 
 
-def chosen_colormap(*, grayscale: bool, colormap: str | None) -> str:
+def resolve_colormap(*, grayscale: bool, colormap: str | None) -> str:
     """Return the colormap that --grayscale and --colormap choose, as `paint` takes it.
 
     Raises:
         ValueError: If matplotlib knows no such colormap.
     """
-    chosen = "gray" if grayscale else colormap or NEAR_IS_RED
+    chosen = "gray" if grayscale else colormap or DEFAULT_COLORMAP
     check_colormap(chosen)
     return chosen
 
@@ -100,10 +100,10 @@ def write_map(
         low: value of level 0, the smallest one unless given; what lies below has it too.
         high: value of level 65535, the largest one unless given; what lies above has it too.
     """
-    write_atomically(path, png(map, bits=16, quantity=quantity, unit=unit, low=low, high=high))
+    atomic_write(path, encode_png(map, bits=16, quantity=quantity, unit=unit, low=low, high=high))
 
 
-def encode(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
+def encode_map(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
     """Make the bytes of a file of values.
 
     Args:
@@ -114,9 +114,9 @@ def encode(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
     """
     notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
     if format == "exr":
-        return _exr(map, notes)
+        return _encode_exr(map, notes)
     if format in ("png8", "png16"):
-        return png(map, bits=int(format[3:]), quantity=quantity, unit=unit)
+        return encode_png(map, bits=int(format[3:]), quantity=quantity, unit=unit)
     out = io.BytesIO()
     if format == "npz":
         arrays = {"map": map, **{key: np.array(value) for key, value in notes.items()}}
@@ -126,7 +126,7 @@ def encode(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
     return out.getvalue()
 
 
-def png(
+def encode_png(
     map: np.ndarray,
     *,
     bits: int,
@@ -140,20 +140,27 @@ def png(
     high = float(map.max()) if high is None else high
     top = 2**bits - 1
     levels = np.zeros(map.shape, np.uint8 if bits == 8 else np.uint16)
-    for row in range(0, len(map) if high > low else 0, _ROWS):  # a large map in float64 takes gigabytes
-        share = (map[row : row + _ROWS].astype(np.float64) - low) / (high - low)
-        levels[row : row + _ROWS] = np.rint(share.clip(0, 1) * top)
+    for row in range(
+        0, len(map) if high > low else 0, _ROWS_PER_BLOCK
+    ):  # a large map in float64 takes gigabytes
+        share = (map[row : row + _ROWS_PER_BLOCK].astype(np.float64) - low) / (high - low)
+        levels[row : row + _ROWS_PER_BLOCK] = np.rint(share.clip(0, 1) * top)
     text = PngInfo()
     notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
     for key, value in {**notes, "low": repr(low), "high": repr(high)}.items():
         text.add_text(key, value)
     out = io.BytesIO()
-    Image.fromarray(levels).save(out, "PNG", pnginfo=text, compress_level=COMPRESSION)
+    Image.fromarray(levels).save(out, "PNG", pnginfo=text, compress_level=PNG_COMPRESSION)
     return out.getvalue()
 
 
-def picture(
-    image: np.ndarray, map: np.ndarray, *, quantity: str, colormap: str = NEAR_IS_RED, pred_only: bool = False
+def encode_picture(
+    image: np.ndarray,
+    map: np.ndarray,
+    *,
+    quantity: str,
+    colormap: str = DEFAULT_COLORMAP,
+    pred_only: bool = False,
 ) -> bytes:
     """Make the authors' picture, a PNG: the image, white, and the map between its own extremes in colours.
 
@@ -164,14 +171,14 @@ def picture(
         colormap: as `paint` takes it.
         pred_only: the map alone.
     """
-    painted = paint(map, quantity=quantity, colormap=colormap)
+    painted = colorize_by_distance(map, quantity=quantity, colormap=colormap)
     out = io.BytesIO()
     whole = painted if pred_only else side_by_side(image, painted)
-    Image.fromarray(whole).save(out, "PNG", compress_level=COMPRESSION)
+    Image.fromarray(whole).save(out, "PNG", compress_level=PNG_COMPRESSION)
     return out.getvalue()
 
 
-def _exr(map: np.ndarray, notes: dict[str, str]) -> bytes:
+def _encode_exr(map: np.ndarray, notes: dict[str, str]) -> bytes:
     import OpenEXR
 
     header: dict[str, Any] = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage, **notes}

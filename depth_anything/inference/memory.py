@@ -10,19 +10,19 @@ BYTES_PER_PIXEL = 40
 NETWORK_BYTES_PER_PIXEL = 500
 """That a network takes at least on a CPU, per pixel that it sees: measured 594 for vits (1,540 px), 967 for vitb."""
 
-LARGE_SEEN = 4_000_000
+LARGE_INPUT_PIXELS = 4_000_000
 """Pixels that a network sees from which on its memory is checked: less takes 2 GB at most."""
 
-LARGE_PIXELS = 40_000_000
+LARGE_IMAGE_PIXELS = 40_000_000
 """Images from this size on are decoded, and written, one at a time."""
 
-_large = threading.Lock()
+_large_image_lock = threading.Lock()
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def check_memory(pixels: int) -> None:
+def check_image_memory(pixels: int) -> None:
     """Refuse an image that would take more memory than is free.
 
     Args:
@@ -31,7 +31,7 @@ def check_memory(pixels: int) -> None:
     Raises:
         ValueError: Says how much it takes and what is free.
     """
-    need, free = pixels * BYTES_PER_PIXEL, free_memory() if pixels >= LARGE_PIXELS else None
+    need, free = pixels * BYTES_PER_PIXEL, free_memory() if pixels >= LARGE_IMAGE_PIXELS else None
     if free is not None and need > free:
         raise ValueError(
             f"its {pixels / 1e6:.0f} megapixels take some {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
@@ -48,7 +48,7 @@ def check_network_memory(seen: int) -> None:
     Raises:
         ValueError: Says how much it takes and what is free.
     """
-    need, free = seen * NETWORK_BYTES_PER_PIXEL, free_memory() if seen >= LARGE_SEEN else None
+    need, free = seen * NETWORK_BYTES_PER_PIXEL, free_memory() if seen >= LARGE_INPUT_PIXELS else None
     if free is not None and need > free:
         raise ValueError(
             f"at this input size the network sees {seen / 1e6:.0f} megapixels, which take at least {need / 1e9:.0f} GB "
@@ -56,14 +56,14 @@ def check_network_memory(seen: int) -> None:
         )
 
 
-def image_lock(pixels: int) -> AbstractContextManager[object]:
+def lock_large_image(pixels: int) -> AbstractContextManager[object]:
     """Return what threads hold while they work on an image, so that large ones take turns."""
-    return _large if pixels >= LARGE_PIXELS else nullcontext()
+    return _large_image_lock if pixels >= LARGE_IMAGE_PIXELS else nullcontext()
 
 
 def free_memory() -> int | None:
     """Return the bytes that this process may still take, by the machine and its container; None if unknown."""
-    known = [value for value in (_of_machine(), _of_container()) if value is not None]
+    known = [value for value in (_free_machine_memory(), _free_container_memory()) if value is not None]
     return min(known, default=None)
 
 
@@ -76,7 +76,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _of_machine() -> int | None:
+def _free_machine_memory() -> int | None:
     try:
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -86,7 +86,7 @@ def _of_machine() -> int | None:
     return None
 
 
-def _of_container() -> int | None:
+def _free_container_memory() -> int | None:
     """What a container's limit leaves; files that it has read count as free, since they give way."""
     for limit, taken, word in (
         ("memory.max", "memory.stat", "anon"),

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 
 
-def tree(names: Sequence[str], source: Path) -> list[PurePosixPath]:
+def relative_output_paths(names: Sequence[str], source: Path) -> list[PurePosixPath]:
     """Names as paths below the output; where a list has /elsewhere/a.jpg or ../a.jpg, from what all have in common.
 
     Args:
@@ -23,7 +23,7 @@ def tree(names: Sequence[str], source: Path) -> list[PurePosixPath]:
     return paths
 
 
-def name_apart(
+def assign_unique_paths(
     stems: Sequence[PurePosixPath],
     marks: Sequence[str],
     *,
@@ -44,15 +44,15 @@ def name_apart(
         >>> name_apart([PurePosixPath("a"), PurePosixPath("A")], ["jpg", "jpg"], endings=[".png"])
         [PosixPath('a_jpg'), PosixPath('A_jpg_2')]
     """
-    alike = Counter(_folded(str(stem)) for i, stem in enumerate(stems) if i not in minor)
+    alike = Counter(_fold_case(str(stem)) for i, stem in enumerate(stems) if i not in minor)
     taken: set[str] = set()
     targets = []
     for i, (stem, mark) in enumerate(zip(stems, marks, strict=True)):
-        others = alike[_folded(str(stem))] - (i not in minor)
+        others = alike[_fold_case(str(stem))] - (i not in minor)
         name = f"{stem.name}_{mark}" if others and mark else stem.name
         for number in count(1):
             target = stem.parent / (name if number == 1 else f"{name}_{number}")
-            made = {_folded(f"{target}{ending}") for ending in endings}
+            made = {_fold_case(f"{target}{ending}") for ending in endings}
             if taken.isdisjoint(made):
                 break
         taken |= made
@@ -60,6 +60,6 @@ def name_apart(
     return targets
 
 
-def _folded(name: str) -> str:
+def _fold_case(name: str) -> str:
     """What a disk that ignores case, or how a letter with an accent is composed, takes a name for."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depth_anything.data.headers import open_image
+from depth_anything.data.image_headers import open_image
 
-FOCAL_PX = 470.4
+DEFAULT_FOCAL_PX = 470.4
 """Of the authors' depth_to_pointcloud.py."""
 
-FOCAL_WIDTH_PX = 640
+DEFAULT_FOCAL_WIDTH_PX = 640
 """Longer side of the images that `FOCAL_PX` belongs to; the field of view is then 68 degrees."""
 
 MAX_POINTS = 1_000_000
 POINT_FORMATS = ("ply", "glb")
 
-FAR_MEDIANS = 10.0
+MAX_DEPTH_MEDIANS = 10.0
 """Without metres, what lies farther than so many times the median depth is taken for sky."""
 
-SATURATED = 0.99
+SATURATED_DEPTH_SHARE = 0.99
 """A metric network that is sure of nothing, as of the sky, comes close to its largest depth."""
 
 _FULL_FRAME_MM = math.hypot(36, 24)
@@ -51,7 +51,9 @@ class PointCloud:
     focal_px: float
 
 
-def choose_focal(data: bytes, shape: tuple[int, ...], *, focal_px: float | None = None) -> tuple[float, str]:
+def choose_focal_length(
+    data: bytes, shape: tuple[int, ...], *, focal_px: float | None = None
+) -> tuple[float, str]:
     """Choose a focal length: the one given, else that of the photograph's EXIF, else the authors'.
 
     Args:
@@ -64,13 +66,14 @@ def choose_focal(data: bytes, shape: tuple[int, ...], *, focal_px: float | None 
     """
     if focal_px is not None:
         return focal_px, "given"
-    found = _focal_of_exif(data, shape)
+    found = _focal_from_exif(data, shape)
     if found is not None:
         return found
-    default = FOCAL_PX * max(shape[:2]) / FOCAL_WIDTH_PX
+    default = DEFAULT_FOCAL_PX * max(shape[:2]) / DEFAULT_FOCAL_WIDTH_PX
     return (
         default,
-        f"assumed: {FOCAL_PX} px for a longer side of {FOCAL_WIDTH_PX} px; EXIF says nothing, --focal would",
+        f"assumed: {DEFAULT_FOCAL_PX} px for a longer side of {DEFAULT_FOCAL_WIDTH_PX} px; EXIF says nothing, "
+        "--focal would",
     )
 
 
@@ -101,8 +104,8 @@ def unproject(
     """
     if not focal_px > 0 or max_points < 1:
         raise ValueError(f"focal={focal_px} and max_points={max_points} must be above 0")
-    depth, unit = _depth(map, quantity)
-    limit = FAR_MEDIANS if far is None and unit == "relative" else far or math.inf
+    depth, unit = _to_depth(map, quantity)
+    limit = MAX_DEPTH_MEDIANS if far is None and unit == "relative" else far or math.inf
     kept = np.isfinite(depth) & (depth > 0) & (depth <= limit)
     step = max(1, math.ceil(math.sqrt(kept.sum() / max_points)))
     while kept[::step, ::step].sum() > max_points:
@@ -133,7 +136,7 @@ def encode_points(cloud: PointCloud, format: str) -> bytes:
         raise ValueError("no point is near enough to be drawn: the map is all sky")
     if format == "glb":
         turned = cloud.points * np.array([1, -1, -1], np.float32)
-        scene = trimesh.Scene(trimesh.PointCloud(turned, colors=_linear(cloud.colors)))
+        scene = trimesh.Scene(trimesh.PointCloud(turned, colors=_srgb_to_linear(cloud.colors)))
         scene.metadata.update(unit=cloud.unit, axes="x right, y up, z back", focal_px=cloud.focal_px)
         return bytes(scene.export(file_type="glb"))
     data = bytes(trimesh.PointCloud(cloud.points, colors=cloud.colors).export(file_type="ply"))
@@ -142,14 +145,14 @@ def encode_points(cloud: PointCloud, format: str) -> bytes:
     return data[:end] + comment.encode() + data[end:]
 
 
-def _linear(colors: np.ndarray) -> np.ndarray:
+def _srgb_to_linear(colors: np.ndarray) -> np.ndarray:
     """Turn sRGB bytes into linear ones, as glTF 2.0 has them in COLOR_0; viewers show others pale."""
     share = np.arange(256) / 255
     light = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     return np.rint(light * 255).astype(np.uint8)[colors]
 
 
-def _depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:
+def _to_depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:
     values = map.astype(np.float64)
     if quantity == "depth":
         return values, "m"
@@ -159,7 +162,7 @@ def _depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:
         return np.where(values > 0, scale / np.where(values > 0, values, 1), np.inf), "relative"
 
 
-def _focal_of_exif(data: bytes, shape: tuple[int, ...]) -> tuple[float, str] | None:
+def _focal_from_exif(data: bytes, shape: tuple[int, ...]) -> tuple[float, str] | None:
     try:
         exif = open_image(data).getexif().get_ifd(_EXIF_IFD)
         equivalent, length = (float(exif.get(tag, 0)) for tag in (_FOCAL_35MM, _FOCAL_LENGTH))

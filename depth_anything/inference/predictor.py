@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from depth_anything.errors import Argument, UserError
 from depth_anything.inference.memory import check_network_memory
-from depth_anything.inference.tiles import Box, blend, grid_of
-from depth_anything.model.arguments import Argument, ArgumentError
-from depth_anything.model.depth_anything import DepthAnything, check_size
+from depth_anything.inference.tiles import Box, blend_tiles, parse_grid
+from depth_anything.model.depth_anything import DepthAnything, check_input_size
 from depth_anything.preprocess import (
-    closest_shape,
-    preprocess_as_transformers,
     preprocess_image,
+    preprocess_transformers,
     resize_shape,
     to_rgb,
+    transformers_resize_shape,
 )
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PREPARE = {
+PREPROCESSING = {
     "official": (resize_shape, preprocess_image),
-    "transformers": (closest_shape, preprocess_as_transformers),
+    "transformers": (transformers_resize_shape, preprocess_transformers),
 }
 
-MAX_RATIO = 32
+MAX_ASPECT_RATIO = 32
 """Of an image's sides. As the shorter one is enlarged to `input_size`, a longer image would fill any memory."""
 
 FARTHEST_M = 1000.0
@@ -78,21 +78,21 @@ class Predictor:
                 without tiles.
         """
         if precision not in PRECISIONS:
-            raise ArgumentError(
+            raise UserError(
                 Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
             )
-        if resample not in PREPARE:
-            raise ArgumentError(
-                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPARE)}"
+        if resample not in PREPROCESSING:
+            raise UserError(
+                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPROCESSING)}"
             )
         # Given to each call, as other threads may run the same model by another rule. A timm ViT has one of its own.
         self._rule = {} if resample == "official" else {"position_rule": resample}
         try:
             model.check_position_rule(self._rule.get("position_rule", model.position_rule))
         except ValueError as error:
-            raise ArgumentError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
-        self.input_size = check_size(model.input_size if input_size is None else input_size)
-        self.device = _device(device, model)
+            raise UserError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
+        self.input_size = check_input_size(model.input_size if input_size is None else input_size)
+        self.device = _resolve_device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
@@ -100,7 +100,7 @@ class Predictor:
         self.farthest = FARTHEST_M if self.calibrated else model.max_depth
         self.precision = precision
         self.resample = resample
-        self.tiles = None if tiles is None else grid_of(tiles)
+        self.tiles = None if tiles is None else parse_grid(tiles)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Predict one image's map.
@@ -115,10 +115,10 @@ class Predictor:
             ValueError: For an array that is no such image, or a network that gives NaN or infinity for it.
         """
         map = self.predict_batch([image])[0]
-        check_numbers(map, "the image", precision=self.precision)
+        check_finite(map, "the image", precision=self.precision)
         return map
 
-    def predict_relative(self, image: np.ndarray) -> np.ndarray:
+    def predict_uncalibrated(self, image: np.ndarray) -> np.ndarray:
         """Predict one image's map as the network gives it, without the model's calibration.
 
         Args:
@@ -131,7 +131,7 @@ class Predictor:
             ValueError: As `predict`.
         """
         map = self._maps([image], [self.prepare(image)])[0]
-        check_numbers(map, "the image", precision=self.precision)
+        check_finite(map, "the image", precision=self.precision)
         return map
 
     def predict_batch(
@@ -172,10 +172,10 @@ class Predictor:
             ValueError: For an array that is no such image, one that is too long, or too large a size for the memory.
         """
         image = to_rgb(image)
-        shape_of, preprocess = PREPARE[self.resample]
+        shape_of, preprocess = PREPROCESSING[self.resample]
         (height, width), multiple = image.shape[:2], self.model.multiple
         seen = shape_of(height, width, self.input_size, multiple)
-        if seen[0] * seen[1] > MAX_RATIO * max(self.input_size, multiple) ** 2:
+        if seen[0] * seen[1] > MAX_ASPECT_RATIO * max(self.input_size, multiple) ** 2:
             raise ValueError(
                 f"{width}x{height} is too long an image: it would be seen at {seen[1]}x{seen[0]}; cut it into pieces"
             )
@@ -227,7 +227,7 @@ class Predictor:
         def tile_at(box: Box) -> Tensor:
             return disparity(self._run(self.prepare(image[box])[None])[0])
 
-        joined = blend(disparity(output), tile_at, image.shape[:2], self.tiles)
+        joined = blend_tiles(disparity(output), tile_at, image.shape[:2], self.tiles)
         return 1 / np.maximum(joined, 1 / max_depth) if max_depth else joined
 
     def _in_metres(self, map: np.ndarray) -> np.ndarray:
@@ -238,7 +238,7 @@ class Predictor:
         return (1 / inverse.clip(1 / FARTHEST_M, 1 / NEAREST_M)).astype(np.float32)
 
 
-def check_numbers(map: np.ndarray, name: str, *, precision: str) -> None:
+def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:
     """Refuse a map that holds NaN or infinity.
 
     Args:
@@ -257,13 +257,13 @@ def check_numbers(map: np.ndarray, name: str, *, precision: str) -> None:
     raise ValueError(f"the network gives no numbers for {name} (NaN or infinity); {way_out}")
 
 
-def _device(name: str, model: DepthAnything) -> torch.device:
+def _resolve_device(name: str, model: DepthAnything) -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise ArgumentError(
+            raise UserError(
                 Argument("device", repr(name)), " does not exist here; use auto, cpu, cuda or cuda:1"
             ) from error
         return device

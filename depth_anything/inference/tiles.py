@@ -15,19 +15,19 @@ from torch.nn import functional as F
 OVERLAP = 1 / 3
 """Of a tile, shared with each neighbour."""
 
-CELLS = 32
+CELLS_PER_SIDE = 32
 """A tile is compared with the whole image in so many cells a side."""
 
-BROAD = 4
+COARSE_CELLS_PER_SIDE = 4
 """Cells a side in which a tile's mean is made that of the whole image: what is broad only the whole can see."""
 
-SAMPLES = 8
+SAMPLES_PER_CELL = 8
 """That a cell is the mean of, a side."""
 
 Box = tuple[slice, slice]
 
 
-def grid_of(tiles: int | tuple[int, int]) -> tuple[int, int]:
+def parse_grid(tiles: int | tuple[int, int]) -> tuple[int, int]:
     """Read `tiles` as rows and columns.
 
     Raises:
@@ -39,7 +39,7 @@ def grid_of(tiles: int | tuple[int, int]) -> tuple[int, int]:
     return rows, columns
 
 
-def spans(length: int, count: int) -> list[slice]:
+def tile_spans(length: int, count: int) -> list[slice]:
     """Lay tiles over one side: of one length, evenly, neighbours sharing `OVERLAP`.
 
     Args:
@@ -51,7 +51,7 @@ def spans(length: int, count: int) -> list[slice]:
     return [slice(start, start + side) for start in starts]
 
 
-def weights(length: int, parts: list[slice]) -> list[np.ndarray]:
+def blend_weights(length: int, parts: list[slice]) -> list[np.ndarray]:
     """Compute the blending weights of tiles along one side; at every pixel they sum to one.
 
     A tile's own weight rises as a raised cosine from its end to the end of its neighbour; at the image's edges
@@ -69,9 +69,9 @@ def weights(length: int, parts: list[slice]) -> list[np.ndarray]:
         x = np.arange(part.start, part.stop) + 0.5
         window = np.ones(len(x))
         if i > 0:
-            window *= _rise((x - part.start) / max(parts[i - 1].stop - part.start, 1))
+            window *= _raised_cosine((x - part.start) / max(parts[i - 1].stop - part.start, 1))
         if i < len(parts) - 1:
-            window *= _rise((part.stop - x) / max(part.stop - parts[i + 1].start, 1))
+            window *= _raised_cosine((part.stop - x) / max(part.stop - parts[i + 1].start, 1))
         windows.append(window)
     total = np.zeros(length)
     for part, window in zip(parts, windows, strict=True):
@@ -80,7 +80,7 @@ def weights(length: int, parts: list[slice]) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def blend(
+def blend_tiles(
     whole: Tensor, tile_at: Callable[[Box], Tensor], shape: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
     """Join the maps of tiles into one.
@@ -99,30 +99,30 @@ def blend(
         float32 of `shape`: disparity on the scale of `whole`, never negative; NaN where a tile holds NaN.
     """
     joined = np.zeros(shape, np.float32)
-    for box, window in _layout(shape, grid):
+    for box, window in _tile_boxes(shape, grid):
         size = (box[0].stop - box[0].start, box[1].stop - box[1].start)
-        part = _carried_over(tile_at(box), whole, box, shape, size)
+        part = _align_tile(tile_at(box), whole, box, shape, size)
         joined[box] += part.cpu().numpy() * window
     return joined.clip(min=0, out=joined)
 
 
-def _carried_over(
+def _align_tile(
     tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
     """Bring a tile to the scale of the whole image, and its broad shape to what the whole image says of it."""
     if not tile.isfinite().all():  # has no fit, and the whole image must not stand in for it unseen
         return tile.new_full(size, torch.nan)
-    scale, shift = fit(tile, whole, box, shape)
+    scale, shift = fit_scale_shift(tile, whole, box, shape)
     if scale <= 0:
-        return _cut(whole, box, shape, size)
+        return _sample_box(whole, box, shape, size)
     part = F.interpolate(tile[None, None], size=size, mode="bilinear", align_corners=True) * scale + shift
     everything = (slice(0, shape[0]), slice(0, shape[1]))
-    residual = _means(whole, box, shape) - (_means(tile, everything, shape) * scale + shift)
-    broad = F.avg_pool2d(residual[None, None], CELLS // BROAD).to(part.dtype)
+    residual = _cell_means(whole, box, shape) - (_cell_means(tile, everything, shape) * scale + shift)
+    broad = F.avg_pool2d(residual[None, None], CELLS_PER_SIDE // COARSE_CELLS_PER_SIDE).to(part.dtype)
     return (part + F.interpolate(broad, size=size, mode="bicubic", align_corners=False))[0, 0]
 
 
-def fit(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[float, float]:
+def fit_scale_shift(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[float, float]:
     """Compute scale and shift that carry a tile's values over to those of the whole image, by least squares.
 
     Args:
@@ -132,23 +132,23 @@ def fit(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[
         shape: of the image.
     """
     everything = (slice(0, shape[0]), slice(0, shape[1]))
-    own, goal = (_means(map, part, shape).flatten() for map, part in ((tile, everything), (whole, box)))
+    own, goal = (_cell_means(map, part, shape).flatten() for map, part in ((tile, everything), (whole, box)))
     spread = own - own.mean()
     variance = (spread * spread).sum()
     scale = float((spread * goal).sum() / variance) if variance > 0 else 0.0
     return scale, float(goal.mean()) - scale * float(own.mean())
 
 
-def _layout(shape: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple[Box, np.ndarray]]:
+def _tile_boxes(shape: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple[Box, np.ndarray]]:
     """Yield each tile's place and its weights."""
-    down, across = (spans(length, count) for length, count in zip(shape, grid, strict=True))
-    rows, columns = weights(shape[0], down), weights(shape[1], across)
+    down, across = (tile_spans(length, count) for length, count in zip(shape, grid, strict=True))
+    rows, columns = blend_weights(shape[0], down), blend_weights(shape[1], across)
     for row, row_weights in zip(down, rows, strict=True):
         for column, column_weights in zip(across, columns, strict=True):
             yield (row, column), row_weights[:, None] * column_weights
 
 
-def _cut(whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _sample_box(whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Sample a part of a map at `size` cells; the map's corners lie on those of the image, as in `predict`."""
     axes = []
     for part, length, count in zip(box, shape, size, strict=True):
@@ -161,12 +161,14 @@ def _cut(whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int])
     return sampled[0, 0]
 
 
-def _means(map: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
+def _cell_means(map: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
     """Average a part of a map in cells, so that what one map is too small to show does not count in the other."""
-    fine = _cut(map, box, shape, (SAMPLES * CELLS, SAMPLES * CELLS))
-    return F.avg_pool2d(fine[None, None], SAMPLES)[0, 0].double()
+    fine = _sample_box(
+        map, box, shape, (SAMPLES_PER_CELL * CELLS_PER_SIDE, SAMPLES_PER_CELL * CELLS_PER_SIDE)
+    )
+    return F.avg_pool2d(fine[None, None], SAMPLES_PER_CELL)[0, 0].double()
 
 
-def _rise(share: np.ndarray) -> np.ndarray:
+def _raised_cosine(share: np.ndarray) -> np.ndarray:
     """A smooth step from 0 to 1; what rises here and falls there sums to one."""
     return np.sin(np.pi / 2 * share.clip(0, 1)) ** 2

@@ -14,31 +14,43 @@ from typing import Any, Protocol
 import av
 import numpy as np
 
-from depth_anything.data.address import printable
-from depth_anything.data.outputs import DISK_ERRORS
-from depth_anything.data.tars import write_atomically
-from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, FrameFolder, Picture, list_clips
-from depth_anything.inference.films import MAP_FORMATS, Film, MapFolder, check_size, encoder
+from depth_anything.data.address import escape_unprintable
+from depth_anything.data.tars import atomic_write
+from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, ClipFrame, FrameFolder, list_clips
 from depth_anything.inference.formats import (
     GAP_PX,
-    chosen_colormap,
     direction,
-    shown_name,
-    shown_values,
+    display_name,
+    display_values,
+    resolve_colormap,
     side_by_side,
 )
-from depth_anything.inference.memory import check_memory
-from depth_anything.inference.naming import name_apart, tree
-from depth_anything.inference.ownership import check_outputs, make_facts
-from depth_anything.inference.predictor import Predictor, check_numbers
-from depth_anything.inference.steady import RANGES, Running, Smoother, Spool, spread
-from depth_anything.visualize import paint
+from depth_anything.inference.memory import check_image_memory
+from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
+from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS
+from depth_anything.inference.ownership import build_video_record, check_video_overwrite
+from depth_anything.inference.predictor import Predictor, check_finite
+from depth_anything.inference.temporal import (
+    RANGE_MODES,
+    MapCache,
+    SmoothedRange,
+    TemporalSmoother,
+    percentile_range,
+)
+from depth_anything.inference.video_writer import (
+    MAP_FORMATS,
+    MapFolderWriter,
+    VideoWriter,
+    check_video_size,
+    find_h264_encoder,
+)
+from depth_anything.visualize import colorize_by_distance
 
 FORMATS = ("mp4", *MAP_FORMATS)
 
 
 @dataclass(frozen=True)
-class Settings:
+class VideoSettings:
     """How films are made.
 
     Attributes:
@@ -72,9 +84,9 @@ class Settings:
             raise ValueError(
                 f"format {' '.join(unknown) or 'of nothing'} is unknown; use {', '.join(FORMATS)}"
             )
-        if self.range not in RANGES:
-            raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGES)}")
-        chosen_colormap(grayscale=self.grayscale, colormap=self.colormap)
+        if self.range not in RANGE_MODES:
+            raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGE_MODES)}")
+        resolve_colormap(grayscale=self.grayscale, colormap=self.colormap)
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth={self.smooth} must be 0 or more and below 1")
         if self.batch_size < 1:
@@ -86,7 +98,7 @@ class Settings:
         return tuple(name for name in self.formats if name in MAP_FORMATS)
 
 
-class Watch(Protocol):
+class FrameProgress(Protocol):
     """Shows how far a pass has come; gives the items on as they are."""
 
     def __call__(self, items: Iterable[Any], *, what: str, total: int | None) -> Iterable[Any]:
@@ -94,7 +106,7 @@ class Watch(Protocol):
 
 
 @dataclass
-class Outcome:
+class VideoResult:
     """What became of the clips.
 
     Attributes:
@@ -121,9 +133,9 @@ def predict_videos(
     source: str | Path,
     output: str | Path,
     *,
-    settings: Settings | None = None,
-    watch: Watch = lambda items, what, total: items,
-) -> Outcome:
+    settings: VideoSettings | None = None,
+    watch: FrameProgress = lambda items, what, total: items,
+) -> VideoResult:
     """Map a video, every video of a folder (its tree is kept) or list, or folders of frames.
 
     Writes NAME.mp4, a folder NAME_disparity (of a metric model NAME_depth) of maps if `settings` ask for them,
@@ -144,17 +156,17 @@ def predict_videos(
         ValueError: nothing at `source`, no video among it, or something that is read, or that others wrote, has the
             name of what is to be written.
     """
-    settings = settings or Settings()
+    settings = settings or VideoSettings()
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"{output} is a file: give a folder for what is made")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
-    outcome = Outcome(skipped=skipped)
-    outcome.failed = {name: why for name, why in skipped.items() if _is_wanted(name, Path(source))}
+    outcome = VideoResult(skipped=skipped)
+    outcome.failed = {name: why for name, why in skipped.items() if _is_expected(name, Path(source))}
     if "mp4" in settings.formats:
-        encoder()
-    targets = [Path(output) / target for target in _targets(clips, Path(source), predictor.quantity)]
-    made = [_files(target, predictor, settings) for target in targets]
-    replaced = check_outputs(
+        find_h264_encoder()
+    targets = [Path(output) / target for target in _output_paths(clips, Path(source), predictor.quantity)]
+    made = [_output_files(target, predictor, settings) for target in targets]
+    replaced = check_video_overwrite(
         [(path, paths[-1]) for paths in made for path in paths],
         inputs=lambda: [Path(source), *(path for clip in clips for path in clip.files)],
     )
@@ -164,7 +176,7 @@ def predict_videos(
                 predictor, clip, target, settings=settings, replaced=replaced, watch=watch
             )
         except (OSError, av.FFmpegError) as error:
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            if isinstance(error, OSError) and error.errno in FATAL_DISK_ERRNOS:
                 raise
             outcome.fail(clip.name, error.strerror or str(error))
         except MemoryError:
@@ -188,9 +200,9 @@ def predict_video(
     clip: Clip,
     target: Path,
     *,
-    settings: Settings,
+    settings: VideoSettings,
     replaced: Collection[Path] = (),
-    watch: Watch = lambda items, what, total: items,
+    watch: FrameProgress = lambda items, what, total: items,
 ) -> int:
     """Map one clip.
 
@@ -214,31 +226,31 @@ def predict_video(
         OSError: the files cannot be written.
     """
     if "mp4" in settings.formats:
-        check_size(clip.height, _film_width(clip, settings))
-    check_memory(clip.height * clip.width * settings.batch_size)
-    files = _files(target, predictor, settings)
+        check_video_size(clip.height, _video_width(clip, settings))
+    check_image_memory(clip.height * clip.width * settings.batch_size)
+    files = _output_files(target, predictor, settings)
     target.parent.mkdir(parents=True, exist_ok=True)
     for path in files:
         with suppress(FileNotFoundError):
             os.lstat(path)  # a name that the disk does not take is told before hours of work
-    name = printable(clip.name)
-    flow = _Flow(predictor, settings)
-    seen, spool, count = _Seen(), None, 0
+    name = escape_unprintable(clip.name)
+    flow = _MapPipeline(predictor, settings)
+    seen, spool, count = _ClipRange(), None, 0
     with ExitStack() as stack:
         if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
-            spool = stack.enter_context(Spool(target.parent, (clip.height, clip.width)))
+            spool = stack.enter_context(MapCache(target.parent, (clip.height, clip.width)))
             for _, map_ in flow.maps(watch(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
                 seen.add(map_, predictor)
                 flow.keep(map_, spool)
-        film, folder = _writers(stack, predictor, clip, target, settings, seen, replaced)
-        scale = _Scale(settings.range, seen, clip.time_base, predictor)
+        film, folder = _open_writers(stack, predictor, clip, target, settings, seen, replaced)
+        scale = _DisplayRange(settings.range, seen, clip.time_base, predictor)
         what = f"{name} (2 of 2)" if spool else name
         for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
             if not spool:
                 seen.add(map_, predictor)
             shown, kept = scale(map_, picture.pts)
             if film:
-                film.write(_drawn(picture.image, map_, shown, predictor, settings), picture.pts)
+                film.write(_paint_frame(picture.image, map_, shown, predictor, settings), picture.pts)
             if folder:
                 folder.write(picture.name, map_, *kept)
             count += 1
@@ -247,7 +259,7 @@ def predict_video(
         # The record comes first: whoever is killed in between knows the files again the next time.
         digest = film.finish() if film else ""
         clip.notes += film.notes if film else []
-        facts = _facts(predictor, clip, settings, seen, count) | make_facts(
+        facts = _clip_record(predictor, clip, settings, seen, count) | build_video_record(
             files[-1],
             films={files[0].name: digest} if film else {},
             maps={files[-2].name: (folder.files, folder.bytes)} if folder else {},
@@ -255,12 +267,12 @@ def predict_video(
         appeared = [path for path in files if path not in replaced and os.path.lexists(path)]
         if appeared:
             raise ValueError(f"{appeared[0]} has appeared meanwhile and would be replaced")
-        write_atomically(files[-1], json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        atomic_write(files[-1], json.dumps(facts, indent=1, ensure_ascii=False).encode())
     return count
 
 
 @dataclass
-class _Seen:
+class _ClipRange:
     """What a clip spans: most of the values that are painted (`shown_values`), and all values of its maps."""
 
     low: float = np.inf
@@ -269,24 +281,24 @@ class _Seen:
     most: float = -np.inf
 
     def add(self, map_: np.ndarray, predictor: Predictor) -> None:
-        low, high = spread(shown_values(map_, predictor)[0])
+        low, high = percentile_range(display_values(map_, predictor)[0])
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.least, self.most = min(self.least, float(map_.min())), max(self.most, float(map_.max()))
 
 
-class _Flow:
+class _MapPipeline:
     """Frames to maps: through the network in batches, then through the smoother, one after the other."""
 
-    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+    def __init__(self, predictor: Predictor, settings: VideoSettings) -> None:
         self._predictor, self._batch_size = predictor, settings.batch_size
         self._precision = getattr(predictor, "precision", "fp32")  # what stands in for a network has none
         align = predictor.quantity == "disparity"
-        self._smoother = Smoother(settings.smooth, align=align) if settings.smooth else None
+        self._smoother = TemporalSmoother(settings.smooth, align=align) if settings.smooth else None
         self._kept = copy.copy(self._smoother)
 
     def maps(
-        self, pictures: Iterable[Picture], spool: Spool | None = None
-    ) -> Iterator[tuple[Picture, np.ndarray]]:
+        self, pictures: Iterable[ClipFrame], spool: MapCache | None = None
+    ) -> Iterator[tuple[ClipFrame, np.ndarray]]:
         """Yield each picture with its map: those that `spool` has from there."""
         left, smoother = iter(pictures), self._smoother
         if spool:
@@ -296,50 +308,52 @@ class _Flow:
         while batch := list(islice(left, self._batch_size)):
             maps = self._predictor.predict_batch([picture.image for picture in batch])
             for picture, map_ in zip(batch, maps, strict=True):
-                check_numbers(map_, f"frame {picture.name}", precision=self._precision)
+                check_finite(map_, f"frame {picture.name}", precision=self._precision)
                 yield picture, smoother(picture.image, map_) if smoother else map_
 
-    def keep(self, map_: np.ndarray, spool: Spool) -> None:
+    def keep(self, map_: np.ndarray, spool: MapCache) -> None:
         """Keep a map, and how the smoother stood after the last one that found room."""
         if spool.append(map_):
             self._kept = copy.copy(self._smoother)
 
 
-class _Scale:
+class _DisplayRange:
     """Which range a frame is shown in, and which it is written as integers in, which cuts nothing off."""
 
-    def __init__(self, mode: str, seen: _Seen, time_base: Fraction, predictor: Predictor) -> None:
+    def __init__(self, mode: str, seen: _ClipRange, time_base: Fraction, predictor: Predictor) -> None:
         self._mode, self._seen, self._time_base, self._predictor = mode, seen, time_base, predictor
-        self._running, self._last = Running(), 0
+        self._running, self._last = SmoothedRange(), 0
 
     def __call__(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
         if self._mode == "clip":
             return (self._seen.low, self._seen.high), (self._seen.least, self._seen.most)
-        values = shown_values(map_, self._predictor)[0]
+        values = display_values(map_, self._predictor)[0]
         least, most = float(map_.min()), float(map_.max())
         if self._mode == "frame":
             return (float(values.min()), float(values.max())), (least, most)
-        low, high = self._running.update(*spread(values), float((pts - self._last) * self._time_base))
+        low, high = self._running.update(
+            *percentile_range(values), float((pts - self._last) * self._time_base)
+        )
         self._last = pts
         if values is not map_:  # other values are painted than are written
             return (low, high), (least, most)
         return (low, high), (min(low, least), max(high, most))
 
 
-def _writers(
+def _open_writers(
     stack: ExitStack,
     predictor: Predictor,
     clip: Clip,
     target: Path,
-    settings: Settings,
-    seen: _Seen,
+    settings: VideoSettings,
+    seen: _ClipRange,
     replaced: Collection[Path],
-) -> tuple[Film | None, MapFolder | None]:
+) -> tuple[VideoWriter | None, MapFolderWriter | None]:
     film = folder = None
     if settings.map_formats:
-        path = _ending(target, f"_{predictor.quantity}")
+        path = _add_ending(target, f"_{predictor.quantity}")
         folder = stack.enter_context(
-            MapFolder(
+            MapFolderWriter(
                 path,
                 formats=settings.map_formats,
                 quantity=predictor.quantity,
@@ -352,12 +366,14 @@ def _writers(
             "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
         }
         if np.isfinite(seen.low):
-            notes["comment"] += f", colours of {shown_name(predictor)} from {seen.low:.6g} to {seen.high:.6g}"
+            notes["comment"] += (
+                f", colours of {display_name(predictor)} from {seen.low:.6g} to {seen.high:.6g}"
+            )
         film = stack.enter_context(
-            Film(
-                _ending(target, ".mp4"),
+            VideoWriter(
+                _add_ending(target, ".mp4"),
                 height=clip.height,
-                width=_film_width(clip, settings),
+                width=_video_width(clip, settings),
                 rate=clip.rate,
                 time_base=clip.time_base,
                 pixel_aspect=clip.pixel_aspect,
@@ -367,18 +383,24 @@ def _writers(
     return film, folder
 
 
-def _drawn(
-    image: np.ndarray, map_: np.ndarray, shown: tuple[float, float], predictor: Predictor, settings: Settings
+def _paint_frame(
+    image: np.ndarray,
+    map_: np.ndarray,
+    shown: tuple[float, float],
+    predictor: Predictor,
+    settings: VideoSettings,
 ) -> np.ndarray:
-    values, quantity = shown_values(map_, predictor)
-    colormap = chosen_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
-    picture = paint(values, quantity=quantity, low=shown[0], high=shown[1], colormap=colormap)
+    values, quantity = display_values(map_, predictor)
+    colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
+    picture = colorize_by_distance(values, quantity=quantity, low=shown[0], high=shown[1], colormap=colormap)
     return picture if settings.pred_only else side_by_side(image, picture)
 
 
-def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, count: int) -> dict[str, Any]:
+def _clip_record(
+    predictor: Predictor, clip: Clip, settings: VideoSettings, seen: _ClipRange, count: int
+) -> dict[str, Any]:
     """What NAME.json says."""
-    span = {"of": shown_name(predictor), "low": seen.low, "high": seen.high}
+    span = {"of": display_name(predictor), "low": seen.low, "high": seen.high}
     return {
         "source": clip.path.name,
         "quantity": predictor.quantity,
@@ -396,35 +418,35 @@ def _facts(predictor: Predictor, clip: Clip, settings: Settings, seen: _Seen, co
     }
 
 
-def _film_width(clip: Clip, settings: Settings) -> int:
+def _video_width(clip: Clip, settings: VideoSettings) -> int:
     return clip.width if settings.pred_only else 2 * clip.width + GAP_PX
 
 
-def _files(target: Path, predictor: Predictor, settings: Settings) -> list[Path]:
+def _output_files(target: Path, predictor: Predictor, settings: VideoSettings) -> list[Path]:
     """List what is made of a clip."""
     return [
-        *([_ending(target, ".mp4")] if "mp4" in settings.formats else []),
-        *([_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
-        _ending(target, ".json"),
+        *([_add_ending(target, ".mp4")] if "mp4" in settings.formats else []),
+        *([_add_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
+        _add_ending(target, ".json"),
     ]
 
 
-def _is_wanted(name: str, source: Path) -> bool:
+def _is_expected(name: str, source: Path) -> bool:
     """Tell a file that was meant to be mapped from what lies beside videos in a folder."""
     return not source.is_dir() or Path(name).suffix.lower() in VIDEO_SUFFIXES or (source / name).is_dir()
 
 
-def _ending(target: Path, ending: str) -> Path:
+def _add_ending(target: Path, ending: str) -> Path:
     return target.with_name(target.name + ending)
 
 
-def _targets(clips: list[Clip], source: Path, quantity: str) -> list[Path]:
+def _output_paths(clips: list[Clip], source: Path, quantity: str) -> list[Path]:
     """Name what each clip becomes; a folder of frames has no ending to lose."""
-    names = tree([clip.name for clip in clips], source)
+    names = relative_output_paths([clip.name for clip in clips], source)
     folders = [isinstance(clip, FrameFolder) for clip in clips]
     stems = [name if folder else name.with_suffix("") for name, folder in zip(names, folders, strict=True)]
     marks = [
         "frames" if folder else name.suffix[1:] or "video"
         for name, folder in zip(names, folders, strict=True)
     ]
-    return name_apart(stems, marks, endings=(".mp4", ".json", f"_{quantity}"))
+    return assign_unique_paths(stems, marks, endings=(".mp4", ".json", f"_{quantity}"))

@@ -10,19 +10,19 @@ from typing import Any
 
 import yaml
 
-from depth_anything.licences import hub_fields
+from depth_anything.licenses import card_license_fields
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
-from depth_anything.model.files import save_text, write_whole
-from depth_anything.model.metadata import print_safely
+from depth_anything.model.metadata import printable_line
+from depth_anything.model.tensor_files import save_text, write_whole
 
-CARD = "README.md"
-_MARK = re.compile(
+CARD_NAME = "README.md"
+_FOOTER = re.compile(
     r"\n<!-- depth-anything wrote this card of (.+), sha256 (\w{64}); once edited, it stays -->\n?$"
 )
 
 
-def card(
+def build_card(
     model: DepthAnything, *, file: str, form: str, title: str, measured: Mapping[str, str] | None = None
 ) -> str:
     """Write the card of a saved model.
@@ -37,10 +37,10 @@ def card(
     Returns:
         Markdown with a YAML head.
     """
-    front = yaml.safe_dump(_front(model, form), sort_keys=False, allow_unicode=True)
-    lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape(title)}", "", *_what(model), ""]
-    lines += ["## How to use it", "", *_use(model, file, form), ""]
-    lines += ["## Where it comes from", "", *_whence(model), ""]
+    front = yaml.safe_dump(_front_matter(model, form), sort_keys=False, allow_unicode=True)
+    lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape_markdown(title)}", "", *_summary(model), ""]
+    lines += ["## How to use it", "", *_usage(model, file, form), ""]
+    lines += ["## Where it comes from", "", *_provenance(model), ""]
     for heading, text in (measured or {}).items():
         lines += [f"## {heading}", "", text, ""]
     body = "\n".join(lines).rstrip() + "\n"
@@ -61,57 +61,57 @@ def write_card(text: str, folder: Path, *, file: str) -> Path | None:
     Returns:
         The card; None where a user has edited it, so that it stays.
     """
-    path = folder / CARD
-    if (of := _written_for(path)) is not None and of != file:
+    path = folder / CARD_NAME
+    if (of := _generated_for(path)) is not None and of != file:
         path = folder / f"{file}.md"
-    if not is_ours(path):
+    if not is_replaceable_card(path):
         return None
     write_whole(path, lambda temporary: save_text(text, temporary))
     return path
 
 
-def is_ours(path: Path) -> bool:
+def is_replaceable_card(path: Path) -> bool:
     """Say whether a card may be written at `path`: there is none, or one as it was written here."""
-    return not path.exists() or _written_for(path) is not None
+    return not path.exists() or _generated_for(path) is not None
 
 
-def _written_for(path: Path) -> str | None:
+def _generated_for(path: Path) -> str | None:
     """Tell whose card lies at `path`, if it was written here and nobody has edited it since."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    mark = _MARK.search(text)
+    mark = _FOOTER.search(text)
     if mark is None or hashlib.sha256(text[: mark.start()].encode()).hexdigest() != mark[2]:
         return None
     return mark[1]
 
 
-def _front(model: DepthAnything, form: str) -> dict[str, Any]:
+def _front_matter(model: DepthAnything, form: str) -> dict[str, Any]:
     tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
     tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
     tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
     base = (model.origin.get("start") or {}).get("base")
     return {
-        **hub_fields(model.licence),
+        **card_license_fields(model.licence),
         "library_name": {"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
         "pipeline_tag": "depth-estimation",
         "tags": tags,
-        **({"base_model": print_safely(base)} if base else {}),
+        **({"base_model": printable_line(base)} if base else {}),
     }
 
 
-def _escape(text: object) -> str:
+def _escape_markdown(text: object) -> str:
     """Write others' text into Markdown: on one line, and without meaning to it."""
-    return re.sub(r"([\\`|*<>\[\]#])", r"\\\1", print_safely(text))
+    return re.sub(r"([\\`|*<>\[\]#])", r"\\\1", printable_line(text))
 
 
-def _code(text: object) -> str:
+def _markdown_code(text: object) -> str:
     """Write others' text as code in Markdown, in a table, too."""
-    return f"`{print_safely(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+    return f"`{printable_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def _what(model: DepthAnything) -> list[str]:
+def _summary(model: DepthAnything) -> list[str]:
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if model.max_depth is not None:
         gives = f"**Output: depth in metres**, 0 to {model.max_depth:g}; larger is farther."
@@ -128,7 +128,7 @@ def _what(model: DepthAnything) -> list[str]:
         )
     return [
         "Depth from a single image: the network of Depth Anything "
-        f"(encoder {_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, DPT head; "
+        f"(encoder {_markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, DPT head; "
         f"{parameters:,} parameters).",
         "",
         gives,
@@ -137,7 +137,7 @@ def _what(model: DepthAnything) -> list[str]:
     ]
 
 
-def _use(model: DepthAnything, file: str, form: str) -> list[str]:
+def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
     name, typed_name = json.dumps(file, ensure_ascii=False), shlex.quote(file)
     # The authors' format keeps tensors alone, so that whoever reads it must be told the rest.
     depth = f", max_depth={model.max_depth:g}" if form == "official" and model.max_depth else ""
@@ -172,7 +172,7 @@ def _use(model: DepthAnything, file: str, form: str) -> list[str]:
         "```",
     ]
     if form in ("onnx", "torch"):
-        return _use_program(model, name, form)
+        return _program_usage(model, name, form)
     ways = {"transformers": [theirs, ours, typed], "official": [official, ours, typed]}.get(
         form, [ours, typed]
     )
@@ -189,7 +189,7 @@ def _use(model: DepthAnything, file: str, form: str) -> list[str]:
     return lines[:-1]
 
 
-def _use_program(model: DepthAnything, name: str, form: str) -> list[str]:
+def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
     opened = {
         "onnx": [
             "import onnxruntime",
@@ -235,15 +235,15 @@ def _official_arguments(model: DepthAnything) -> str:
     )
 
 
-def _whence(model: DepthAnything) -> list[str]:
+def _provenance(model: DepthAnything) -> list[str]:
     origin = model.origin
-    lines = [f"Licence of the weights: **{_escape(model.licence or 'unknown')}**."]
+    lines = [f"Licence of the weights: **{_escape_markdown(model.licence or 'unknown')}**."]
     if origin.get("start"):
         start = origin["start"]
         verb = "Started from" if origin.get("stage") else "These are the weights of"
         lines += [
             "",
-            f"{verb} {_code(start['from'])} (licence: {_escape(start.get('licence') or 'unknown')}).",
+            f"{verb} {_markdown_code(start['from'])} (licence: {_escape_markdown(start.get('licence') or 'unknown')}).",
         ]
     elif origin.get("stage"):
         lines += ["", "Started from random weights."]
@@ -252,21 +252,23 @@ def _whence(model: DepthAnything) -> list[str]:
         command = f"train.py stage={origin['stage']}{lora}"
         lines += [
             "",
-            f"Trained by {_code(command)} on:",
+            f"Trained by {_markdown_code(command)} on:",
             "",
-            *_table(origin.get("data", [])),
+            *_data_table(origin.get("data", [])),
         ]
     elif not origin.get("start"):
         lines += ["", "Its file says nothing of its training."]
     return lines
 
 
-def _table(data: list[dict[str, Any]]) -> list[str]:
+def _data_table(data: list[dict[str, Any]]) -> list[str]:
     rows = ["| set | records | licence | labelled by | its licence |", "|---|---|---|---|---|"]
     for row in data:
         teacher = row.get("teacher")
-        labelled = _code(teacher["file"]) if teacher else "its own truth"
-        licence = _escape(teacher.get("licence") or "unknown") if teacher else "–"
-        of_set = _escape(row.get("licence") or "unknown")
-        rows.append(f"| {_escape(row['set'])} | {row['records']:,} | {of_set} | {labelled} | {licence} |")
+        labelled = _markdown_code(teacher["file"]) if teacher else "its own truth"
+        licence = _escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
+        of_set = _escape_markdown(row.get("licence") or "unknown")
+        rows.append(
+            f"| {_escape_markdown(row['set'])} | {row['records']:,} | {of_set} | {labelled} | {licence} |"
+        )
     return rows

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.model.arguments import Argument, ArgumentError
+from depth_anything.errors import Argument, UserError
 from depth_anything.model.dpt import DPTHead
-from depth_anything.model.encoder import POSITION_RULES, DINOv2, build_encoder, canonical_name, hub_weights
+from depth_anything.model.encoder import (
+    POSITION_RULES,
+    DINOv2,
+    build_encoder,
+    canonical_encoder_name,
+    load_hub_weights,
+)
 from depth_anything.preprocess import preprocess_image, to_rgb
 
-MULTIPLE = 14
+OFFICIAL_PATCH = 14
 """Pixels: the authors' patch. Smaller patches that fit into it see photographs at the authors' sizes."""
 
 
@@ -63,16 +69,16 @@ class DepthAnything(nn.Module):
             ValueError: For an unknown encoder, impossible taps or depth, or weights that cannot be had.
         """
         super().__init__()
-        self.encoder = canonical_name(encoder)
+        self.encoder = canonical_encoder_name(encoder)
         self.pretrained, spec = build_encoder(self.encoder)
-        self.taps = _checked_taps(spec.taps if taps is None else taps, spec.depth)
+        self.taps = _validate_taps(spec.taps if taps is None else taps, spec.depth)
         if max_depth is not None and not 0 < max_depth < float("inf"):
             raise ValueError(
                 f"max_depth={max_depth} must be a number of metres above 0, or None for disparity"
             )
         self.max_depth = None if max_depth is None else float(max_depth)
         self.patch_size = spec.patch
-        self.multiple = MULTIPLE if MULTIPLE % spec.patch == 0 else spec.patch
+        self.multiple = OFFICIAL_PATCH if OFFICIAL_PATCH % spec.patch == 0 else spec.patch
         self.input_size = spec.patch * spec.grid
         self.licence: str | None = None
         self.origin: dict[str, Any] = {}
@@ -83,7 +89,7 @@ class DepthAnything(nn.Module):
             spec.width, features=spec.features, out_channels=spec.out_channels, max_depth=self.max_depth
         )
         if pretrained:
-            unmatched = self.pretrained.load_state_dict(hub_weights(self.encoder), strict=False)
+            unmatched = self.pretrained.load_state_dict(load_hub_weights(self.encoder), strict=False)
             assert set(unmatched.missing_keys) <= {"mask_token"} and not unmatched.unexpected_keys
 
     @property
@@ -191,7 +197,7 @@ class DepthAnything(nn.Module):
             ValueError: For anything that is no such image, or a size below 1.
         """
         rgb = to_rgb(bgr, blue_first=True)
-        size = check_size(self.input_size if input_size is None else input_size)
+        size = check_input_size(self.input_size if input_size is None else input_size)
         pixels = preprocess_image(rgb, size, self.multiple)
         image = torch.from_numpy(pixels)
         output = self(image[None].to(next(self.parameters()))).float()
@@ -199,20 +205,18 @@ class DepthAnything(nn.Module):
         return output[0, 0].cpu().numpy()
 
 
-def check_size(input_size: Any) -> int:
+def check_input_size(input_size: Any) -> int:
     """Return the size that images are resized to, if it is a number of pixels.
 
     Raises:
         ValueError: If it is not.
     """
     if isinstance(input_size, bool) or not isinstance(input_size, int | np.integer) or input_size < 1:
-        raise ArgumentError(
-            Argument("input_size", repr(input_size)), " must be a whole number of pixels above 0"
-        )
+        raise UserError(Argument("input_size", repr(input_size)), " must be a whole number of pixels above 0")
     return int(input_size)
 
 
-def _checked_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
+def _validate_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
     if len(taps) != 4 or sorted(set(taps)) != list(taps) or taps[0] < 0 or taps[-1] >= depth:
         raise ValueError(f"taps={list(taps)} must be four ascending blocks out of 0 to {depth - 1}")
     return tuple(int(tap) for tap in taps)

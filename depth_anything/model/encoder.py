@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import depth_anything.model.lean_timm  # noqa: F401  # isort: skip  # before timm
+import depth_anything.model.timm_import  # noqa: F401  # isort: skip  # before timm
 import timm
 import torch
 from timm.layers import Mlp
@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.licences import spdx_name
-from depth_anything.model.arguments import Argument, ArgumentError
+from depth_anything.errors import Argument, UserError
+from depth_anything.licenses import spdx_name
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class DINOv2(VisionTransformer):
         return tokens + positions.to(tokens.dtype)
 
 
-def canonical_name(name: str) -> str:
+def canonical_encoder_name(name: str) -> str:
     """Give the table's name for an encoder that timm calls otherwise; any other name stays."""
     for ours, spec in ENCODERS.items():
         if spec.hub and name in (spec.hub, spec.hub.partition(".")[0]):
@@ -232,10 +232,10 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     """
     if name in ENCODERS:
         return DINOv2(ENCODERS[name]), ENCODERS[name]
-    module = _timm_encoder(name, pretrained=False)
+    module = _build_timm_encoder(name, pretrained=False)
     width, depth = module.embed_dim, len(module.blocks)
     if depth < 4:
-        raise ArgumentError(Argument("encoder", name), f" has {depth} blocks, and the head reads four")
+        raise UserError(Argument("encoder", name), f" has {depth} blocks, and the head reads four")
     limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
     patch = module.patch_embed.patch_size[0]
     spec = EncoderSpec(
@@ -252,24 +252,22 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     return module, spec
 
 
-def _timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
+def _build_timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
     known = f"use one of {', '.join(ENCODERS)}, or a timm ViT such as vit_tiny_patch16_224"
     if not timm.is_model(name):
-        raise ArgumentError(Argument("encoder", name), f" is unknown; {known}")
+        raise UserError(Argument("encoder", name), f" is unknown; {known}")
     try:
         module = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
         )
     except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
-        raise ArgumentError(
-            Argument("encoder", name), f" is no ViT that runs at any size; {known}"
-        ) from error
+        raise UserError(Argument("encoder", name), f" is no ViT that runs at any size; {known}") from error
     if not isinstance(module, VisionTransformer | Eva):
-        raise ArgumentError(Argument("encoder", name), f" is no plain ViT; {known}")
+        raise UserError(Argument("encoder", name), f" is no plain ViT; {known}")
     return module
 
 
-def hub_weights(name: str) -> dict[str, Tensor]:
+def load_hub_weights(name: str) -> dict[str, Tensor]:
     """Fetch an encoder's published weights through timm, which keeps them in its cache.
 
     Args:
@@ -289,7 +287,7 @@ def hub_weights(name: str) -> dict[str, Tensor]:
     logger.setLevel(logging.ERROR)  # it prints every retry; the sentence below says it once
     try:
         if name not in ENCODERS:
-            return _timm_encoder(name, pretrained=True).state_dict()
+            return _build_timm_encoder(name, pretrained=True).state_dict()
         state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -298,24 +296,24 @@ def hub_weights(name: str) -> dict[str, Tensor]:
         ) from error
     finally:
         logger.setLevel(level)
-    return gated_names(state) if ENCODERS[name].swiglu else state
+    return rename_swiglu(state) if ENCODERS[name].swiglu else state
 
 
-def hub_name(name: str) -> str | None:
+def hub_repository(name: str) -> str | None:
     """Tell where on the hub an encoder's published weights are; None where there are none."""
     hub = ENCODERS[name].hub if name in ENCODERS else name
     config = timm.get_pretrained_cfg(hub) if hub else None
     return config.hf_hub_id if config else None
 
 
-def licence_on_hub(name: str) -> str | None:
+def hub_license(name: str) -> str | None:
     """Tell the licence of an encoder's published weights, as timm states it."""
     hub = ENCODERS[name].hub if name in ENCODERS else name
     config = timm.get_pretrained_cfg(hub) if hub else None
     return spdx_name(config.license) if config and config.license else None
 
 
-def gated_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_swiglu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give timm's packed SwiGLU layers DINOv2's names; the tensors are the same."""
     return {
         key.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): tensor

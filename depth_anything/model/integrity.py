@@ -25,13 +25,13 @@ from typing import Any, BinaryIO
 import torch
 
 #: Key of a safetensors file's metadata that holds the digest.
-METADATA_KEY = "sha256"
-CHANGED = "its bytes are not those that were written"
+DIGEST_KEY = "sha256"
+_CHANGED = "its bytes are not those that were written"
 
 _COMMENT = re.compile(rb"sha256:[0-9a-f]{64}")
 _COMMENT_BYTES = len("sha256:") + 64
 _LENGTH_BYTES = 2  # of the field before a zip's comment, which says how long that is
-_END, _END_BYTES = b"PK\x05\x06", 22  # the last record of a zip file without a comment
+_ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22  # the last record of a zip file without a comment
 _CHUNK = 1 << 22
 
 
@@ -49,7 +49,7 @@ class _HashingFile:
         self._file.flush()
 
 
-def save_checked(content: Mapping[str, Any], path: Path) -> None:
+def save_with_digest(content: Mapping[str, Any], path: Path) -> None:
     """Write what `torch.load` reads, with its digest; the bytes do not depend on the path.
 
     Args:
@@ -81,11 +81,11 @@ def tensor_digest(file: BinaryIO, header: Mapping[str, Any]) -> str:
     """
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
     digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
-    _update(digest, file)
+    _hash_file(digest, file)
     return digest.hexdigest()
 
 
-def damage_of(path: Path) -> str:
+def find_damage(path: Path) -> str:
     """Tell what is wrong with the bytes of a model file or checkpoint; "" where they are as they were written.
 
     The file is read through, once for each state of it: asked again, the answer is remembered.
@@ -98,58 +98,60 @@ def damage_of(path: Path) -> str:
         OSError: If it cannot be read now, which is no damage.
     """
     state = path.stat()
-    return _damage(path, state.st_size, state.st_mtime_ns, state.st_ino)
+    return _find_damage(path, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 @lru_cache(maxsize=64)
-def _damage(path: Path, size: int, changed_ns: int, number: int) -> str:
+def _find_damage(path: Path, size: int, changed_ns: int, number: int) -> str:
     with path.open("rb") as file:
         head = file.read(9)
         if head[8:] == b"{":
-            return _damage_of_safetensors(file, size)
+            return _check_safetensors(file, size)
         if head.startswith(b"PK\x03\x04"):
-            return _damage_of_zip(file, size)
+            return _check_zip(file, size)
     return ""
 
 
-def _damage_of_safetensors(file: BinaryIO, size: int) -> str:
+def _check_safetensors(file: BinaryIO, size: int) -> str:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
         return ""
     try:
         header = json.loads(file.read(length))
-        wanted = header["__metadata__"][METADATA_KEY]
+        wanted = header["__metadata__"][DIGEST_KEY]
     except (ValueError, KeyError, TypeError, RecursionError):  # no header, or no digest in it
         return ""
     if tensor_digest(file, header) == wanted:
         return ""
-    return f'{CHANGED}; a program that changes tensors on purpose must leave "{METADATA_KEY}" out of the metadata'
+    return (
+        f'{_CHANGED}; a program that changes tensors on purpose must leave "{DIGEST_KEY}" out of the metadata'
+    )
 
 
-def _damage_of_zip(file: BinaryIO, size: int) -> str:
+def _check_zip(file: BinaryIO, size: int) -> str:
     file.seek(max(0, size - _COMMENT_BYTES - _LENGTH_BYTES))
     length, comment = file.read(_LENGTH_BYTES), file.read()
     if not _COMMENT.fullmatch(comment):
-        return CHANGED if _has_tail(file, size) else _damage_by_crc(file)
+        return _CHANGED if _has_trailing_bytes(file, size) else _check_crc(file)
     if int.from_bytes(length, "little") != _COMMENT_BYTES:
-        return CHANGED
+        return _CHANGED
     digest = hashlib.sha256()
     file.seek(0)
-    _update(digest, file, size - _COMMENT_BYTES - _LENGTH_BYTES)
+    _hash_file(digest, file, size - _COMMENT_BYTES - _LENGTH_BYTES)
     digest.update(bytes(_LENGTH_BYTES))  # as the file was before the digest was added
-    return "" if comment.decode() == f"sha256:{digest.hexdigest()}" else CHANGED
+    return "" if comment.decode() == f"sha256:{digest.hexdigest()}" else _CHANGED
 
 
-def _has_tail(file: BinaryIO, size: int) -> bool:
+def _has_trailing_bytes(file: BinaryIO, size: int) -> bool:
     """Tell whether bytes follow the end of a zip file: torch writes none, so they are what is left of a digest."""
     file.seek(max(0, size - 65_557))  # as far as zip readers look for the end
     tail = file.read()
-    end = tail.rfind(_END)
-    return end >= 0 and (end + _END_BYTES != len(tail) or any(tail[-_LENGTH_BYTES:]))
+    end = tail.rfind(_ZIP_END)
+    return end >= 0 and (end + _ZIP_END_BYTES != len(tail) or any(tail[-_LENGTH_BYTES:]))
 
 
-def _damage_by_crc(file: BinaryIO) -> str:
+def _check_crc(file: BinaryIO) -> str:
     file.seek(0)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -159,13 +161,13 @@ def _damage_by_crc(file: BinaryIO) -> str:
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # a place before the file's start is damage, too
             raise
-        return f"{CHANGED}: {error}"
+        return f"{_CHANGED}: {error}"
     except Exception as error:  # damaged bytes make zipfile raise a dozen types
         return f"it is cut short or overwritten: {str(error).strip() or type(error).__name__}"
     return f"the CRC32 of {broken} is wrong" if broken else ""
 
 
-def _update(digest: Any, file: BinaryIO, count: int | None = None) -> None:
+def _hash_file(digest: Any, file: BinaryIO, count: int | None = None) -> None:
     """Hash `count` bytes of a file from where it stands, or all to its end."""
     while count is None or count > 0:
         chunk = file.read(_CHUNK if count is None else min(_CHUNK, count))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from depth_anything.model.depth_anything import DepthAnything
 
-SCALE = 2.0
+LORA_SCALE = 2.0
 """peft's lora_alpha / rank. Adam takes any other one back with its rate, so that it is no option."""
 
 #: What a checkpoint says of the adapters in it.
-SAID = "lora_scale"
-_LAYERS = frozenset("qkv q_proj k_proj v_proj proj fc1 fc1_g fc1_x fc2 w12 w3".split())
-_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
+LORA_METADATA_KEY = "lora_scale"
+_LAYER_NAMES = frozenset("qkv q_proj k_proj v_proj proj fc1 fc1_g fc1_x fc2 w12 w3".split())
+_LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def import_peft() -> Any:
@@ -50,7 +50,7 @@ def add_adapters(model: DepthAnything, rank: int) -> None:
         ValueError: If peft is missing, the encoder is built otherwise, or the rank exceeds its width.
     """
     peft = import_peft()
-    targets = adaptable(model)
+    targets = adaptable_layers(model)
     if not targets:
         raise ValueError(
             f"lora={rank} finds no layers that it knows in encoder={model.encoder}; type lora=null"
@@ -58,38 +58,40 @@ def add_adapters(model: DepthAnything, rank: int) -> None:
     width = model.pretrained.embed_dim
     if rank > width:
         raise ValueError(f"lora={rank} exceeds the {width} channels of encoder={model.encoder}; type lora=8")
-    settings = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules=targets)
+    settings = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=0.0, target_modules=targets)
     peft.inject_adapter_in_model(settings, model.pretrained)  # freezes what is not an adapter
 
 
-def adaptable(model: DepthAnything) -> list[str]:
+def adaptable_layers(model: DepthAnything) -> list[str]:
     """List the linear layers, by their names in the encoder, that compute what the head reads."""
     modules = dict(model.pretrained.named_modules())
     return [
         name
         for block in range(model.taps[-1] + 1)
         for name, layer in modules.items()
-        if name.startswith(f"blocks.{block}.") and isinstance(layer, nn.Linear) and _is_called(modules, name)
+        if name.startswith(f"blocks.{block}.")
+        and isinstance(layer, nn.Linear)
+        and _runs_as_module(modules, name)
     ]
 
 
-def _is_called(modules: Mapping[str, nn.Module], name: str) -> bool:
+def _runs_as_module(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Tell layers that run as modules; timm's Eva takes the bare weight where q and v alone have a bias."""
     owner, _, leaf = name.rpartition(".")
-    return leaf in _LAYERS and (leaf != "qkv" or getattr(modules[owner], "q_bias", None) is None)
+    return leaf in _LAYER_NAMES and (leaf != "qkv" or getattr(modules[owner], "q_bias", None) is None)
 
 
-def adapted(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     """Tell whether a model has adapters."""
-    return any(name.endswith(_UP) for name, _ in model.named_parameters())
+    return any(name.endswith(_LORA_B) for name, _ in model.named_parameters())
 
 
-def said_of(model: nn.Module) -> dict[str, str]:
+def lora_metadata(model: nn.Module) -> dict[str, str]:
     """Say in a checkpoint what its adapters do not: their scale; nothing of a plain model."""
-    return {SAID: str(SCALE)} if adapted(model) else {}
+    return {LORA_METADATA_KEY: str(LORA_SCALE)} if has_adapters(model) else {}
 
 
-def merged(tensors: Mapping[str, Tensor], scale: float = SCALE) -> dict[str, Tensor]:
+def merge_adapters(tensors: Mapping[str, Tensor], scale: float = LORA_SCALE) -> dict[str, Tensor]:
     """Make the tensors of the plain network out of those with adapters, in float64, rounded once.
 
     Args:
@@ -104,9 +106,9 @@ def merged(tensors: Mapping[str, Tensor], scale: float = SCALE) -> dict[str, Ten
         RuntimeError: If one does not fit its layer.
     """
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
-    for name in [name for name in plain if name.endswith(_UP)]:
-        layer = name.removesuffix(_UP)
-        up, down = plain.pop(name), plain.pop(layer + _DOWN)
+    for name in [name for name in plain if name.endswith(_LORA_B)]:
+        layer = name.removesuffix(_LORA_B)
+        up, down = plain.pop(name), plain.pop(layer + _LORA_A)
         weight = plain[f"{layer}.weight"]
         change = torch.mm(up.double(), down.double()) * scale
         plain[f"{layer}.weight"] = weight.double().add_(change).to(weight.dtype)

@@ -17,20 +17,20 @@ from depth_anything import __version__
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 
-LARGEST_SIZE = 8192
+MAX_INPUT_SIZE = 8192
 """Pixels of a short side that a file may ask for."""
 
-DEPTHS_M = (1e-3, 1e6)
+MAX_DEPTH_RANGE_M = (1e-3, 1e6)
 """Metres that the largest depth of a metric model may be."""
 
-LONGEST_TEXT = 10_000
+MAX_TEXT_LENGTH = 10_000
 """Characters of a name, a licence and the like; licences of many sets are joined."""
 
 _UNKNOWN = "unknown"
-_IN_JSON = ("taps", "max_depth", "input_size", "origin", "calibration")
+_JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration")
 
 
-def describe(model: DepthAnything) -> dict[str, str]:
+def build_metadata(model: DepthAnything) -> dict[str, str]:
     """Say what the tensors of a model do not: the metadata of its safetensors file.
 
     A Lightning checkpoint that keeps this under "depth_anything" needs no arguments to be loaded either.
@@ -55,7 +55,7 @@ def describe(model: DepthAnything) -> dict[str, str]:
     }
 
 
-def read_metadata(metadata: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def parse_metadata(metadata: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Read what `describe` wrote; a file without an encoder in its metadata says nothing.
 
     Args:
@@ -70,13 +70,13 @@ def read_metadata(metadata: Mapping[str, Any], path: str | Path) -> dict[str, An
     """
     if "encoder" not in metadata:
         return {}
-    facts = {name: metadata[name] for name in _FACTS if name in metadata}
-    for name in facts.keys() & set(_IN_JSON):
-        facts[name] = _parse(name, facts[name], path)
-    return check_facts(facts, path)
+    facts = {name: metadata[name] for name in _PARSERS if name in metadata}
+    for name in facts.keys() & set(_JSON_FIELDS):
+        facts[name] = _parse_json(name, facts[name], path)
+    return validate_metadata(facts, path)
 
 
-def check_facts(facts: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def validate_metadata(facts: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Check facts that a file states of its model, one by one.
 
     Args:
@@ -92,164 +92,174 @@ def check_facts(facts: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     checked = {}
     for name, value in facts.items():
         try:
-            checked[name] = _FACTS[name](value)
-        except _Unlike as wanted:
-            raise _refusal(path, name, value, f"is not {wanted}") from None
+            checked[name] = _PARSERS[name](value)
+        except _InvalidValue as wanted:
+            raise _metadata_error(path, name, value, f"is not {wanted}") from None
     quantity, unit = checked.pop("quantity", None), checked.pop("unit", None)
     if "max_depth" in checked:
         metric = checked["max_depth"] is not None
         if quantity not in (None, "depth" if metric else "disparity"):
-            raise _refusal(path, "quantity", quantity, f"contradicts its max_depth={facts['max_depth']}")
+            raise _metadata_error(
+                path, "quantity", quantity, f"contradicts its max_depth={facts['max_depth']}"
+            )
         if unit not in (None, "m" if metric else "relative"):
-            raise _refusal(path, "unit", unit, f"contradicts its max_depth={facts['max_depth']}")
+            raise _metadata_error(path, "unit", unit, f"contradicts its max_depth={facts['max_depth']}")
         if metric and checked.get("calibration") is not None:
-            raise _refusal(path, "calibration", facts["calibration"], "is for disparity, and it gives depth")
+            raise _metadata_error(
+                path, "calibration", facts["calibration"], "is for disparity, and it gives depth"
+            )
     return checked
 
 
-def print_safely(text: object) -> str:
+def printable_line(text: object) -> str:
     """Write text on one line of printable characters: newlines, escapes and the like become `\\n`, `\\x1b`."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text).strip()
     )
 
 
-class _Unlike(Exception):
+class _InvalidValue(Exception):
     """A value is not what its fact must be; the message says what that is."""
 
 
-def _refusal(path: str | Path, name: str, value: Any, why: str) -> ValueError:
-    shown = print_safely(value)
+def _metadata_error(path: str | Path, name: str, value: Any, why: str) -> ValueError:
+    shown = printable_line(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return ValueError(
         f"{path} has metadata that make no sense: {name}={shown} {why}; ask whoever made the file for another"
     )
 
 
-def _parse(name: str, text: Any, path: str | Path) -> Any:
+def _parse_json(name: str, text: Any, path: str | Path) -> Any:
     try:
         if not isinstance(text, str):
             raise ValueError
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _refusal(path, name, text, "is not JSON") from None
+        raise _metadata_error(path, name, text, "is not JSON") from None
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
-        raise _Unlike(f"text of at most {LONGEST_TEXT} characters")
-    return print_safely(value)
+def _parse_text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_LENGTH:
+        raise _InvalidValue(f"text of at most {MAX_TEXT_LENGTH} characters")
+    return printable_line(value)
 
 
-def _encoder(value: Any) -> str:
-    name = _text(value)
+def _parse_encoder(value: Any) -> str:
+    name = _parse_text(value)
     if name not in ENCODERS and not timm.is_model(name):
-        raise _Unlike(f"one of {', '.join(ENCODERS)} or the name of a timm ViT")
+        raise _InvalidValue(f"one of {', '.join(ENCODERS)} or the name of a timm ViT")
     return name
 
 
-def _one_of(*names: str) -> Callable[[Any], str]:
+def _choice_parser(*names: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in names:
-            raise _Unlike(" or ".join(names))
+            raise _InvalidValue(" or ".join(names))
         return value
 
     return read
 
 
-def _whole(value: Any, *, least: int, most: int) -> int:
+def _parse_int(value: Any, *, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise _Unlike(f"a whole number from {least} to {most}")
+        raise _InvalidValue(f"a whole number from {least} to {most}")
     return value
 
 
-def _number(value: Any, *, least: float, most: float) -> float:
+def _parse_float(value: Any, *, least: float, most: float) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not least <= value <= most:  # not a number compares as neither
-        raise _Unlike(f"a number from {least:g} to {most:g}")
+        raise _InvalidValue(f"a number from {least:g} to {most:g}")
     return float(value)
 
 
-def _taps(value: Any) -> tuple[int, ...]:
+def _parse_taps(value: Any) -> tuple[int, ...]:
     try:
-        taps = tuple(_whole(tap, least=0, most=999) for tap in value)
-    except (TypeError, _Unlike):
+        taps = tuple(_parse_int(tap, least=0, most=999) for tap in value)
+    except (TypeError, _InvalidValue):
         taps = ()
     if len(taps) != 4 or list(taps) != sorted(set(taps)):
-        raise _Unlike("four blocks, from 0 and ascending")
+        raise _InvalidValue("four blocks, from 0 and ascending")
     return taps
 
 
-def _calibration(value: Any) -> tuple[float, float]:
-    wanted = _Unlike("two finite numbers, scale above 0 and shift")
+def _parse_calibration(value: Any) -> tuple[float, float]:
+    wanted = _InvalidValue("two finite numbers, scale above 0 and shift")
     if not isinstance(value, list) or len(value) != 2:
         raise wanted
     try:
-        scale, shift = (_number(number, least=-1e30, most=1e30) for number in value)
-    except _Unlike:
+        scale, shift = (_parse_float(number, least=-1e30, most=1e30) for number in value)
+    except _InvalidValue:
         raise wanted from None
     if not scale > 0 or not math.isfinite(1 / scale):
         raise wanted
     return scale, shift
 
 
-def _licence(value: Any) -> str | None:
-    text = _text(value)
+def _parse_license(value: Any) -> str | None:
+    text = _parse_text(value)
     return None if text in ("", _UNKNOWN) else text
 
 
-def _maybe(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else read(value)
 
 
-def _mapping(
+def _parse_mapping(
     value: Any, *, required: Mapping[str, Callable[[Any], Any]], others: Mapping[str, Callable[[Any], Any]]
 ) -> dict[str, Any]:
     """Check a mapping by its keys; those that are not known here stay as they are, and nothing reads them."""
     if not isinstance(value, dict) or not required.keys() <= value.keys():
-        raise _Unlike(f"a mapping with {', '.join(required)}" if required else "a mapping")
+        raise _InvalidValue(f"a mapping with {', '.join(required)}" if required else "a mapping")
     readers = {**required, **others}
     checked = {}
     for key, inner in value.items():
         try:
             checked[key] = readers[key](inner) if key in readers else inner
-        except _Unlike as wanted:
-            raise _Unlike(f"a mapping whose {key} is {wanted}") from None
+        except _InvalidValue as wanted:
+            raise _InvalidValue(f"a mapping whose {key} is {wanted}") from None
     return checked
 
 
-def _rows(value: Any) -> list[dict[str, Any]]:
+def _parse_data(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise _Unlike("a list")
-    return [_row(row) for row in value]
+        raise _InvalidValue("a list")
+    return [_parse_data_row(row) for row in value]
 
 
-_teacher = partial(_mapping, required={"file": _text}, others={"licence": _maybe(_text)})
-_row = partial(
-    _mapping,
-    required={"set": _text, "records": partial(_whole, least=0, most=10**15)},
-    others={"licence": _maybe(_text), "teacher": _maybe(_teacher)},
+_parse_teacher = partial(
+    _parse_mapping, required={"file": _parse_text}, others={"licence": _optional(_parse_text)}
 )
-_start = partial(_mapping, required={"from": _text}, others={"licence": _maybe(_text), "base": _maybe(_text)})
-_origin = partial(
-    _mapping,
+_parse_data_row = partial(
+    _parse_mapping,
+    required={"set": _parse_text, "records": partial(_parse_int, least=0, most=10**15)},
+    others={"licence": _optional(_parse_text), "teacher": _optional(_parse_teacher)},
+)
+_parse_start = partial(
+    _parse_mapping,
+    required={"from": _parse_text},
+    others={"licence": _optional(_parse_text), "base": _optional(_parse_text)},
+)
+_parse_origin = partial(
+    _parse_mapping,
     required={},
     others={
-        "start": _start,
-        "stage": _text,
-        "data": _rows,
-        "lora": partial(_whole, least=1, most=100_000),
+        "start": _parse_start,
+        "stage": _parse_text,
+        "data": _parse_data,
+        "lora": partial(_parse_int, least=1, most=100_000),
     },
 )
 
-_FACTS: dict[str, Callable[[Any], Any]] = {
-    "encoder": _encoder,
-    "taps": _taps,
-    "quantity": _one_of("disparity", "depth"),
-    "unit": _one_of("relative", "m"),
-    "max_depth": _maybe(partial(_number, least=DEPTHS_M[0], most=DEPTHS_M[1])),
-    "input_size": partial(_whole, least=1, most=LARGEST_SIZE),
-    "licence": _licence,
-    "origin": _origin,
-    "calibration": _maybe(_calibration),
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "encoder": _parse_encoder,
+    "taps": _parse_taps,
+    "quantity": _choice_parser("disparity", "depth"),
+    "unit": _choice_parser("relative", "m"),
+    "max_depth": _optional(partial(_parse_float, least=MAX_DEPTH_RANGE_M[0], most=MAX_DEPTH_RANGE_M[1])),
+    "input_size": partial(_parse_int, least=1, most=MAX_INPUT_SIZE),
+    "licence": _parse_license,
+    "origin": _parse_origin,
+    "calibration": _optional(_parse_calibration),
 }

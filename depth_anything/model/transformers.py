@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depth_anything.licences import licence_of_card
-from depth_anything.model.card import CARD
+from depth_anything.licenses import license_from_card
+from depth_anything.model.card import CARD_NAME
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
-from depth_anything.model.files import EXPECTED, read_file, reason, save_safetensors
-from depth_anything.model.metadata import check_facts
+from depth_anything.model.metadata import validate_metadata
+from depth_anything.model.tensor_files import SUPPORTED_FORMATS, error_reason, read_tensors, save_safetensors
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_TYPE = "depth_anything"
 
 # Official name → the file's, either way. What stands in braces is copied.
-_NAMES = (
+_NAME_PAIRS = (
     ("pretrained.cls_token", "backbone.embeddings.cls_token"),
     ("pretrained.mask_token", "backbone.embeddings.mask_token"),
     ("pretrained.pos_embed", "backbone.embeddings.position_embeddings"),
@@ -53,7 +53,7 @@ _NAMES = (
     ("depth_head.scratch.output_conv2.2.{}", "head.conv3.{}"),
 )
 # Official name → the several that it is made of, one above the other.
-_JOINED = (
+_FUSED_NAMES = (
     (
         "pretrained.blocks.{}.attn.qkv.{}",
         tuple(
@@ -67,7 +67,7 @@ _JOINED = (
     ),
 )
 # Version 5's names in memory → the file's.
-_IN_MEMORY = (
+_V5_NAMES = (
     (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
     (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
@@ -80,19 +80,19 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{\}", r"(\w+)"))
 
 
-_TO_THEIRS = tuple((_pattern(ours), theirs) for ours, theirs in _NAMES)
-_TO_OURS = tuple((_pattern(theirs), ours) for ours, theirs in _NAMES)
-_QKV, _QKV_PARTS = _pattern(_JOINED[0][0]), _JOINED[0][1]
-_JOIN = tuple((tuple(_pattern(part) for part in theirs), ours) for ours, theirs in _JOINED)
+_TO_TRANSFORMERS = tuple((_pattern(ours), theirs) for ours, theirs in _NAME_PAIRS)
+_TO_OFFICIAL = tuple((_pattern(theirs), ours) for ours, theirs in _NAME_PAIRS)
+_QKV, _QKV_PARTS = _pattern(_FUSED_NAMES[0][0]), _FUSED_NAMES[0][1]
+_FUSED_PARTS = tuple((tuple(_pattern(part) for part in theirs), ours) for ours, theirs in _FUSED_NAMES)
 
 
-def is_theirs(names: Mapping[str, Any]) -> bool:
+def has_transformers_names(names: Mapping[str, Any]) -> bool:
     """Say whether tensors have transformers' names: those of a depth network or of a DINOv2 alone."""
     starts = ("backbone.embeddings.", "neck.", "embeddings.patch_embeddings.", "dinov2.embeddings.")
     return any(name.startswith(starts) for name in names)
 
 
-def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors of a transformers file their official names; what has none keeps its own.
 
     Args:
@@ -105,18 +105,18 @@ def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^(?:dinov2\.)?(?=(?:embeddings|encoder|layernorm)\.)", "backbone.", name)
-        for pattern, theirs in _IN_MEMORY:
+        for pattern, theirs in _V5_NAMES:
             name = pattern.sub(theirs, name)
-        if (place := _place_in(name)) is not None:
+        if (place := _find_fused_part(name)) is not None:
             parts.setdefault(place[0], {})[place[1]] = tensor
         else:
-            found[_renamed(name, _TO_OURS)] = tensor
+            found[_rename(name, _TO_OFFICIAL)] = tensor
     for name, tensors_of in parts.items():
         found[name] = torch.cat([tensor for _, tensor in sorted(tensors_of.items())])
     return found
 
 
-def file_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the tensors of a state dict the names of a transformers file; the inverse of `official_names`."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -124,19 +124,19 @@ def file_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, piece in zip(_QKV_PARTS, tensor.chunk(3), strict=True):
                 found[part.format(*match.groups())] = piece.contiguous()
         else:
-            found[_renamed(name, _TO_THEIRS)] = tensor
+            found[_rename(name, _TO_TRANSFORMERS)] = tensor
     return found
 
 
-def _place_in(name: str) -> tuple[str, int] | None:
-    for patterns, ours in _JOIN:
+def _find_fused_part(name: str) -> tuple[str, int] | None:
+    for patterns, ours in _FUSED_PARTS:
         for i, pattern in enumerate(patterns):
             if match := pattern.fullmatch(name):
                 return ours.format(*match.groups()), i
     return None
 
 
-def _renamed(name: str, table: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+def _rename(name: str, table: tuple[tuple[re.Pattern[str], str], ...]) -> str:
     for pattern, other in table:
         if match := pattern.fullmatch(name):
             return other.format(*match.groups())
@@ -159,14 +159,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{folder} is a LoRA adapter, which is no model by itself: merge it into its base; {EXPECTED}"
+                f"{folder} is a LoRA adapter, which is no model by itself: merge it into its base; {SUPPORTED_FORMATS}"
             )
-        raise ValueError(f"{folder} is a folder without a config.json; {EXPECTED}")
-    said = _said_by_config(folder)
+        raise ValueError(f"{folder} is a folder without a config.json; {SUPPORTED_FORMATS}")
+    said = _read_config(folder)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for file in _weight_files(folder):
-        more, about = read_file(file)
+        more, about = read_tensors(file)
         tensors.update(more)
         metadata.update(about)
     return tensors, metadata, said
@@ -192,7 +192,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _said_by_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = _read_json(path)
     kind = config.get("model_type")
@@ -204,7 +204,7 @@ def _said_by_config(folder: Path) -> dict[str, Any]:
         what = (
             f"a transformers model of the type {kind!r}" if kind else "of no type that its config.json names"
         )
-        raise ValueError(f"{folder} is {what}, not {MODEL_TYPE!r}; {EXPECTED}")
+        raise ValueError(f"{folder} is {what}, not {MODEL_TYPE!r}; {SUPPORTED_FORMATS}")
     backbone = config.get("backbone_config")
     if not isinstance(backbone, dict) or backbone.get("model_type", "dinov2") != "dinov2":
         other = backbone.get("model_type") if isinstance(backbone, dict) else config.get("backbone")
@@ -213,29 +213,32 @@ def _said_by_config(folder: Path) -> dict[str, Any]:
         kind = config.get("depth_estimation_type", "relative")
         if kind not in ("relative", "metric") or (kind == "metric" and config["max_depth"] is None):
             raise ValueError(f"depth_estimation_type={kind!r} with max_depth={config.get('max_depth')!r}")
-        facts = {"taps": _taps(backbone), "max_depth": config["max_depth"] if kind == "metric" else None}
+        facts = {
+            "taps": _taps_from_backbone(backbone),
+            "max_depth": config["max_depth"] if kind == "metric" else None,
+        }
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} makes no sense ({reason(error)}); fetch it again") from error
-    said = check_facts(facts, path)
-    said |= {"licence": licence} if (licence := _licence_of(folder)) else {}
-    return said | _said_by_preprocessor(folder / "preprocessor_config.json")
+        raise ValueError(f"{path} makes no sense ({error_reason(error)}); fetch it again") from error
+    said = validate_metadata(facts, path)
+    said |= {"licence": licence} if (licence := _read_card_license(folder)) else {}
+    return said | _read_preprocessor(folder / "preprocessor_config.json")
 
 
-def _said_by_preprocessor(path: Path) -> dict[str, Any]:
+def _read_preprocessor(path: Path) -> dict[str, Any]:
     """Read the short side that images are resized to, in any of the ways in which transformers has written it."""
     size = _read_json(path, {}).get("size")
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
-    return {} if size is None else check_facts({"input_size": size}, path)
+    return {} if size is None else validate_metadata({"input_size": size}, path)
 
 
-def _licence_of(folder: Path) -> str | None:
+def _read_card_license(folder: Path) -> str | None:
     """Read the licence that the folder's card says, as all the hub's do."""
-    path = folder / CARD
-    return licence_of_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    path = folder / CARD_NAME
+    return license_from_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
-def _taps(backbone: Mapping[str, Any]) -> tuple[int, ...]:
+def _taps_from_backbone(backbone: Mapping[str, Any]) -> tuple[int, ...]:
     """Read which blocks the head reads: stage 0 is the embedding, so that 1 is the first block."""
     if backbone.get("out_indices"):
         return tuple(index - 1 for index in backbone["out_indices"])
@@ -248,13 +251,13 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({reason(error)})") from error
+        raise ValueError(f"{path} cannot be read ({error_reason(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, no config")
     return content
 
 
-def is_replaceable(folder: Path) -> bool:
+def is_replaceable_folder(folder: Path) -> bool:
     """Say whether a folder is empty or a depth model's, so that a new model may take its place."""
     if not folder.exists():
         return True
@@ -280,8 +283,8 @@ def folder_files(
     Raises:
         ValueError: If transformers has no such model.
     """
-    config, preprocessor = config_of(model), preprocessor_of(model)
-    tensors = file_names(state)
+    config, preprocessor = build_config(model), build_preprocessor_config(model)
+    tensors = to_transformers_names(state)
     return {
         "model.safetensors": lambda path: save_safetensors(tensors, path, metadata),
         "config.json": lambda path: _write_json(config, path),
@@ -293,7 +296,7 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def config_of(model: DepthAnything) -> dict[str, Any]:
+def build_config(model: DepthAnything) -> dict[str, Any]:
     """Describe a model as transformers' config.json does.
 
     Raises:
@@ -344,7 +347,7 @@ def config_of(model: DepthAnything) -> dict[str, Any]:
     }
 
 
-def preprocessor_of(model: DepthAnything) -> dict[str, Any]:
+def build_preprocessor_config(model: DepthAnything) -> dict[str, Any]:
     """Describe how images are prepared, as preprocessor_config.json of the authors' -hf repositories does."""
     return {
         "do_normalize": True,

@@ -14,31 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depth_anything.errors import Argument, ArgumentWarning, UserError
 from depth_anything.model import transformers
-from depth_anything.model.arguments import Argument, ArgumentError, ArgumentWarning
-from depth_anything.model.card import CARD, card, is_ours
+from depth_anything.model.card import CARD_NAME, build_card, is_replaceable_card
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.encoder import ENCODERS, canonical_name, gated_names, hub_weights
-from depth_anything.model.files import (
-    EXPECTED,
-    read_file,
+from depth_anything.model.encoder import ENCODERS, canonical_encoder_name, load_hub_weights, rename_swiglu
+from depth_anything.model.lora import merge_adapters
+from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, build_metadata, parse_metadata
+from depth_anything.model.official_weights import name_hints, official_license, official_repository
+from depth_anything.model.tensor_files import (
+    SUPPORTED_FORMATS,
+    read_tensors,
     save_safetensors,
     save_text,
     save_torch,
-    some,
+    summarize_names,
     write_folder,
     write_whole,
 )
-from depth_anything.model.lora import merged
-from depth_anything.model.metadata import DEPTHS_M, describe, read_metadata
-from depth_anything.model.published import licence_of, repository_of, said_by_name
 
-_HAS_V1 = ("vits", "vitb", "vitl")
+_V1_ENCODERS = ("vits", "vitb", "vitl")
 # What DDP, Lightning, torch.compile, FSDP and checkpointing put before or into the names of parameters.
 _WRAPPERS = re.compile(
     r"^(?:(?:module|model|_orig_mod)\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
 )
-_UNUSED = "mask_token"  # in official files and in no forward pass; a file may lack it
+_MASK_TOKEN = "mask_token"  # in official files and in no forward pass; a file may lack it
 
 
 def load_model(
@@ -70,36 +70,37 @@ def load_model(
     """
     path = Path(path)
     if version not in (None, 1, 2):
-        raise ArgumentError(Argument("version", version), " must be 1 or 2")
-    if max_depth is not None and not DEPTHS_M[0] <= max_depth <= DEPTHS_M[1]:
-        raise ArgumentError(
-            Argument("max_depth", max_depth), f" must be metres from {DEPTHS_M[0]:g} to {DEPTHS_M[1]:g}"
+        raise UserError(Argument("version", version), " must be 1 or 2")
+    if max_depth is not None and not MAX_DEPTH_RANGE_M[0] <= max_depth <= MAX_DEPTH_RANGE_M[1]:
+        raise UserError(
+            Argument("max_depth", max_depth),
+            f" must be metres from {MAX_DEPTH_RANGE_M[0]:g} to {MAX_DEPTH_RANGE_M[1]:g}",
         )
     tensors, said = _read_model(path)
-    named = said_by_name(path)
+    named = name_hints(path)
     said = {**named, **said}
-    name = canonical_name(encoder or said.get("encoder") or _encoder_of(tensors, path))
-    taps = _settle_taps(path, name, said, version)
-    model = _unfilled(
+    name = canonical_encoder_name(encoder or said.get("encoder") or _detect_encoder(tensors, path))
+    taps = _resolve_taps(path, name, said, version)
+    model = _build_empty(
         name,
         path if encoder is None else None,
         taps=taps,
-        max_depth=_settle_depth(path, said, max_depth),
-        check=lambda model: _check_fit(tensors, model, path, name),
+        max_depth=_resolve_max_depth(path, said, max_depth),
+        check=lambda model: _check_tensors(tensors, model, path, name),
     )
     model.load_state_dict(tensors, strict=False)
     model.input_size = said.get("input_size", model.input_size)
     model.licence = said.get("licence") or named.get("licence")
     model.calibration = said.get("calibration")
-    model.origin = said.get("origin") or _published_origin(path)
+    model.origin = said.get("origin") or _official_origin(path)
     return model.eval()
 
 
-def _published_origin(path: Path) -> dict[str, Any]:
-    licence = licence_of(path)
+def _official_origin(path: Path) -> dict[str, Any]:
+    licence = official_license(path)
     if licence is None:
         return {}
-    base = repository_of(path)
+    base = official_repository(path)
     return {"start": {"from": path.name, "licence": licence, **({"base": base} if base else {})}}
 
 
@@ -119,39 +120,39 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
     """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    state = merged(state)
+    state = merge_adapters(state)
     if format == "safetensors":
-        write_whole(path, lambda temporary: save_safetensors(state, temporary, describe(model)))
+        write_whole(path, lambda temporary: save_safetensors(state, temporary, build_metadata(model)))
     elif format == "official":
-        _warn_unsaid(model, path)
+        _warn_lost_facts(model, path)
         write_whole(path, lambda temporary: save_torch(state, temporary))
     elif format == "transformers":
-        _save_folder(model, state, path)
+        _save_transformers(model, state, path)
     else:
         raise ValueError(f"format={format!r} is unknown; use safetensors, official or transformers")
 
 
-def _save_folder(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
-    files = transformers.folder_files(model, state, describe(model))
-    if is_ours(path / CARD):
-        text = card(
+def _save_transformers(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
+    files = transformers.folder_files(model, state, build_metadata(model))
+    if is_replaceable_card(path / CARD_NAME):
+        text = build_card(
             model, file="path/to/this/folder", form="transformers", title=f"Depth Anything {model.encoder}"
         )
-        files[CARD] = lambda temporary: save_text(text, temporary)
-    if not transformers.is_replaceable(path):
+        files[CARD_NAME] = lambda temporary: save_text(text, temporary)
+    if not transformers.is_replaceable_folder(path):
         raise ValueError(f"{path} exists and is no transformers folder of a depth model; give another name")
     if model.calibration is not None:
         _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
     write_folder(path, files)
 
 
-def licence_in(path: str | Path) -> str | None:
+def read_license(path: str | Path) -> str | None:
     """Tell under which licence the weights of a file or folder are, as far as it or its official name says.
 
     Raises:
         ValueError: As `load_model`, for a file that is missing or no checkpoint.
     """
-    return _read(Path(path))[1].get("licence") or licence_of(path)
+    return _read_checkpoint(Path(path))[1].get("licence") or official_license(path)
 
 
 def has_head(path: str | Path) -> bool:
@@ -160,7 +161,7 @@ def has_head(path: str | Path) -> bool:
     Raises:
         ValueError: As `load_model`, for a file that is missing or no checkpoint.
     """
-    return any(name.startswith("depth_head.") for name in _read(Path(path))[0])
+    return any(name.startswith("depth_head.") for name in _read_checkpoint(Path(path))[0])
 
 
 def load_encoder(model: DepthAnything, source: str | Path) -> None:
@@ -175,12 +176,12 @@ def load_encoder(model: DepthAnything, source: str | Path) -> None:
         ValueError: If the weights cannot be had or are not those of this encoder.
     """
     if source == "hub":
-        tensors = hub_weights(model.encoder)
+        tensors = load_hub_weights(model.encoder)
     else:
-        tensors = _encoder_tensors(_read(Path(source))[0])
+        tensors = _encoder_tensors(_read_checkpoint(Path(source))[0])
         if "blocks.0.mlp.w12.weight" in model.pretrained.state_dict():
-            tensors = gated_names(tensors)
-    _check_fit(tensors, model.pretrained, source, f"the encoder {model.encoder}")
+            tensors = rename_swiglu(tensors)
+    _check_tensors(tensors, model.pretrained, source, f"the encoder {model.encoder}")
     model.pretrained.load_state_dict(tensors, strict=False)
 
 
@@ -193,10 +194,12 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     Returns:
         "sha256:" and the hash over names, shapes and bytes of all tensors, in float32 where the file has less.
     """
-    tensors = merged(model.state_dict()) if isinstance(model, nn.Module) else _read_model(Path(model))[0]
+    tensors = (
+        merge_adapters(model.state_dict()) if isinstance(model, nn.Module) else _read_model(Path(model))[0]
+    )
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.endswith(_UNUSED):
+        if name.endswith(_MASK_TOKEN):
             continue
         tensor = tensor.detach().cpu()
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
@@ -205,7 +208,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _unfilled(
+def _build_empty(
     name: str,
     said_by: Path | None,
     *,
@@ -240,34 +243,36 @@ def _unfilled(
 
 def _read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a whole model: its tensors under official names, and what its files say of it."""
-    tensors, said = _read(path)
+    tensors, said = _read_checkpoint(path)
     # A checkpoint of a training may hold other networks, too; what is left of transformers' names is a surplus.
     ours = ("pretrained.", "depth_head.", "backbone.", "neck.", "head.")
     tensors = {name: t for name, t in tensors.items() if name.startswith(ours)} or tensors
     if not any(name.startswith("depth_head.") for name in tensors):
         if "patch_embed.proj.weight" in tensors or "pretrained.patch_embed.proj.weight" in tensors:
-            raise ValueError(f"{path} holds an encoder without a depth head; {EXPECTED}")
-        raise ValueError(f"{path} holds no Depth Anything model (it has {some(tensors)}); {EXPECTED}")
+            raise ValueError(f"{path} holds an encoder without a depth head; {SUPPORTED_FORMATS}")
+        raise ValueError(
+            f"{path} holds no Depth Anything model (it has {summarize_names(tensors)}); {SUPPORTED_FORMATS}"
+        )
     return tensors, said
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read any checkpoint into tensors under the names that wrappers had hidden, and what it says of them."""
     config: dict[str, Any] = {}
-    if path.is_dir() and not _is_run(path):
+    if path.is_dir() and not _is_run_folder(path):
         tensors, metadata, config = transformers.read_folder(path)
     else:
         path = path / "model.safetensors" if path.is_dir() else path
-        tensors, metadata = read_file(path)
+        tensors, metadata = read_tensors(path)
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if transformers.is_theirs(tensors):
-        tensors = transformers.official_names(tensors)
-    said = read_metadata(metadata, path)
+    if transformers.has_transformers_names(tensors):
+        tensors = transformers.to_official_names(tensors)
+    said = parse_metadata(metadata, path)
     licence = said.get("licence") or config.get("licence")  # a card has no room for several
     return tensors, {**said, **config, "licence": licence}
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run_folder(folder: Path) -> bool:
     """Tell the folder of a finished run from one of transformers, which has a config.json."""
     return (folder / "model.safetensors").is_file() and not (folder / "config.json").exists()
 
@@ -279,29 +284,31 @@ def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.startswith("head.")}
 
 
-def _encoder_of(tensors: Mapping[str, Tensor], path: Path) -> str:
+def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     width = next((t.shape[-1] for name, t in tensors.items() if name == "pretrained.cls_token" and t.ndim), 0)
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     for name, spec in ENCODERS.items():
         if (spec.width, spec.depth) == (width, depth):
             return name
-    raise ArgumentError(
+    raise UserError(
         f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}; "
         "give its timm name, as ",
         Argument("encoder", "vit_tiny_patch16_224"),
     )
 
 
-def _settle_taps(
+def _resolve_taps(
     path: Path, name: str, said: Mapping[str, Any], version: int | None
 ) -> tuple[int, ...] | None:
     """Choose the four blocks; None stands for the encoder's own."""
     if version is None and "taps" in said:
         return said["taps"]
-    if name not in _HAS_V1:
+    if name not in _V1_ENCODERS:
         if version == 1:
-            raise ArgumentError(Argument("version", 1), f" is for {', '.join(_HAS_V1)}, and {path} is {name}")
+            raise UserError(
+                Argument("version", 1), f" is for {', '.join(_V1_ENCODERS)}, and {path} is {name}"
+            )
         return said.get("taps")
     depth = ENCODERS[name].depth
     of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
@@ -322,10 +329,10 @@ def _settle_taps(
     return found or of_version[2]
 
 
-def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) -> float | None:
+def _resolve_max_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) -> float | None:
     if said.get("calibration") is not None and (max_depth or said.get("max_depth")) is not None:
         wanted = Argument("max_depth", max_depth or said["max_depth"])
-        raise ArgumentError(
+        raise UserError(
             f"{path} is calibrated: it turns disparity into metres, and ", wanted, " is for depth"
         )
     if max_depth is not None:
@@ -344,7 +351,7 @@ def _settle_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) 
     return said.get("max_depth")
 
 
-def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Path, name: str) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Path, name: str) -> None:
     """Refuse tensors that are not exactly those of a module."""
     wanted = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     given = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -355,16 +362,16 @@ def _check_fit(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Pat
             )
         if wanted[key] != given[key]:
             raise ValueError(f"{path} is not {name}: its {key} is {given[key]}, expected {wanted[key]}")
-    missing = [key for key in wanted if key not in given and not key.endswith(_UNUSED)]
+    missing = [key for key in wanted if key not in given and not key.endswith(_MASK_TOKEN)]
     if missing:
-        raise ValueError(f"{path} is not {name}: it lacks {some(missing)}")
-    surplus = [key for key in given if key not in wanted and not key.endswith(_UNUSED)]
+        raise ValueError(f"{path} is not {name}: it lacks {summarize_names(missing)}")
+    surplus = [key for key in given if key not in wanted and not key.endswith(_MASK_TOKEN)]
     if surplus:
-        raise ValueError(f"{path} is not {name}: it also has {some(surplus)}")
+        raise ValueError(f"{path} is not {name}: it also has {summarize_names(surplus)}")
 
 
-def _warn_unsaid(model: DepthAnything, path: Path) -> None:
-    said = said_by_name(path)
+def _warn_lost_facts(model: DepthAnything, path: Path) -> None:
+    said = name_hints(path)
     spec = ENCODERS.get(model.encoder)
     needed: list[Argument] = []
     if model.calibration is not None:

@@ -6,19 +6,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from depth_anything.data.transforms import cutmix, normalize
+from depth_anything.data.transforms import apply_cutmix, normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.lora import said_of
-from depth_anything.model.weights import describe
-from depth_anything.training.config import SCHEDULES, Recipe, choice, require
+from depth_anything.model.lora import lora_metadata
+from depth_anything.model.metadata import build_metadata
+from depth_anything.training.config import SCHEDULES, Recipe, check_value, choice
 from depth_anything.training.resume import apply_recipe
 
-__all__ = ["DepthModule", "Recipe", "parameter_groups", "rate_factor"]
+__all__ = ["DepthModule", "Recipe", "parameter_groups", "learning_rate_factor"]
 
 
-def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
+def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
     """Compute the share of the full learning rate at an optimizer step.
 
     Args:
@@ -34,7 +34,7 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float
     Raises:
         ValueError: For an unknown schedule.
     """
-    require("recipe.schedule", schedule, choice(*SCHEDULES))
+    check_value("recipe.schedule", schedule, choice(*SCHEDULES))
     climb = round(warmup * steps)
     if step < climb:
         return (step + 1) / (climb + 1)
@@ -104,7 +104,7 @@ class DepthModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what its tensors do not, so that `load_model` reads it as it reads a model file."""
-        checkpoint["depth_anything"] = {**describe(self.model), **said_of(self.model)}
+        checkpoint["depth_anything"] = {**build_metadata(self.model), **lora_metadata(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with today's recipe, and with the batches done in micro-batches of today.
@@ -127,7 +127,7 @@ class DepthModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay)
 
         def factor(step: int) -> float:
-            return rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)
+            return learning_rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -148,9 +148,9 @@ class DepthModule(pl.LightningModule):
         if "perturbation" in batch:
             image = normalize(batch["image"], batch["perturbation"]).to(dtype)
         given = {"clean": clean, "image": image, "target": batch["target"], "valid": batch["valid"]}
-        return cutmix(given, batch["box"]) if "box" in batch else given
+        return apply_cutmix(given, batch["box"]) if "box" in batch else given
 
-    def map_losses(self, prediction: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def disparity_losses(self, prediction: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars.
 
         With CutMix each image's two parts are normalised and compared apart, and their losses weigh as their
@@ -178,7 +178,7 @@ class DepthModule(pl.LightningModule):
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the stage's terms and their weighted sum under "loss"; each stage writes its own."""
         given = self.inputs(batch)
-        parts = self.map_losses(self.model(given["image"]), given)
+        parts = self.disparity_losses(self.model(given["image"]), given)
         return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -19,14 +19,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from depth_anything.data.loader import WorkerError
-from depth_anything.data.tars import Outage, write_atomically
+from depth_anything.data.tars import StorageUnavailable, atomic_write
 from depth_anything.training.base import DepthModule
-from depth_anything.training.signals import Stopped, signals
+from depth_anything.training.signals import StoppedBySignal, signal_handler
 
 T = TypeVar("T")
 
-LOWER = "the last checkpoint is from before it: lower recipe.encoder_lr and recipe.head_lr, under name=ANOTHER_NAME"
-CHECKPOINT = "step-{:09d}.ckpt"
+NON_FINITE_ADVICE = (
+    "the last checkpoint is from before it: "
+    "lower recipe.encoder_lr and recipe.head_lr, under name=ANOTHER_NAME"
+)
+CHECKPOINT_NAME = "step-{:09d}.ckpt"
 
 
 class StepCallback(pl.Callback):
@@ -50,7 +53,7 @@ class StepCallback(pl.Callback):
         """Act after optimizer step number `step`, counted from 1."""
 
 
-class Metrics(StepCallback):
+class TrainingMetrics(StepCallback):
     """Log losses, rates, gradient norm, images/s, data wait, memory and the share of valid pixels.
 
     Losses and shares are those of the logged step: the mean over all its micro-batches on all ranks. There is one
@@ -103,10 +106,10 @@ class Metrics(StepCallback):
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not math.isfinite(numbers["loss"]):
-            raise ValueError(f"the loss is {numbers['loss']} at step {step}; {LOWER}")
+            raise ValueError(f"the loss is {numbers['loss']} at step {step}; {NON_FINITE_ADVICE}")
         if not math.isfinite(total):
             raise ValueError(
-                f"the loss was {total} in one of the last {self._steps} steps up to {step}; {LOWER}"
+                f"the loss was {total} in one of the last {self._steps} steps up to {step}; {NON_FINITE_ADVICE}"
             )
         numbers.update(self._rates)
         elapsed = time.perf_counter() - self._since
@@ -122,10 +125,10 @@ class Metrics(StepCallback):
         self._since, self._wait, self._steps, self._sum = time.perf_counter(), 0.0, 0, 0.0
 
 
-class Progress(StepCallback):
+class TrainingProgress(StepCallback):
     """A bar with ETA on a terminal, a line now and then elsewhere; rank 0 alone."""
 
-    def __init__(self, metrics: Metrics, *, seconds: float = 20.0) -> None:
+    def __init__(self, metrics: TrainingMetrics, *, seconds: float = 20.0) -> None:
         """Show `metrics.latest`; without a terminal print at most every `seconds`."""
         self.metrics, self.seconds = metrics, seconds
         self._bar: tqdm | None = None
@@ -165,7 +168,7 @@ class Progress(StepCallback):
         self.on_train_end(trainer, module)
 
 
-def together(ranks: int, work: Callable[[], T]) -> list[T]:
+def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
     """Do something on every rank and share what came out; where one fails, all stop with its sentence.
 
     A rank that stopped alone would leave the others waiting for it until a timeout. Before the first step a signal
@@ -180,18 +183,18 @@ def together(ranks: int, work: Callable[[], T]) -> list[T]:
         return [work()]
     result, sentence, number, own = None, "", 0, None
     try:
-        with signals.interruptible():
+        with signal_handler.interruptible():
             result = work()
     except (ValueError, OSError) as error:  # an Outage, too
         sentence = str(error)
-    except Stopped as stop:
+    except StoppedBySignal as stop:
         number = stop.number
     except Exception as error:
         sentence, own = f"rank {dist.get_rank()} failed: {error!r}", error
     shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, (result, sentence, number))
     if number := max(number for _, _, number in shares):
-        signals.stop(number)
+        signal_handler.stop(number)
     if own is not None:
         raise own
     for _, sentence, _ in shares:
@@ -226,7 +229,11 @@ class Checkpoints(StepCallback):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Save what is done when the next batch cannot be had; several ranks are not all here to do so."""
-        if isinstance(exception, Outage | WorkerError) and trainer.world_size == 1 and trainer.global_step:
+        if (
+            isinstance(exception, StorageUnavailable | WorkerError)
+            and trainer.world_size == 1
+            and trainer.global_step
+        ):
             self.save(trainer, trainer.global_step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
@@ -240,26 +247,28 @@ class Checkpoints(StepCallback):
             return
         norm: Any = trainer.lightning_module.grad_norm
         if norm is not None and not bool(torch.isfinite(norm)):  # alike on all ranks: gradients are averaged
-            raise ValueError(f"the gradient is not finite at step {step}, which is not saved; {LOWER}")
-        together(trainer.world_size, lambda: self._write(trainer, step))
+            raise ValueError(
+                f"the gradient is not finite at step {step}, which is not saved; {NON_FINITE_ADVICE}"
+            )
+        gather_or_raise(trainer.world_size, lambda: self._write(trainer, step))
         self._saved = step
 
     def _write(self, trainer: pl.Trainer, step: int) -> None:
         try:
             for logger in trainer.loggers:
                 logger.save()  # a row that a kill took would not be written again
-            trainer.save_checkpoint(self.folder / CHECKPOINT.format(step))
+            trainer.save_checkpoint(self.folder / CHECKPOINT_NAME.format(step))
         except OSError:
             if trainer.world_size > 1:
                 trainer.strategy.barrier()  # where the other ranks wait for the checkpoint
             raise
         if trainer.is_global_zero:
-            write_atomically(self.folder.parent / "saved.json", json.dumps({"step": step}).encode())
+            atomic_write(self.folder.parent / "saved.json", json.dumps({"step": step}).encode())
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink(missing_ok=True)
 
 
-class Agreement(StepCallback):
+class GracefulStop(StepCallback):
     """Stop all ranks at the same step boundary: a signal was caught on one, or too many records are bad.
 
     Signal handlers only set a flag (training/signals.py). Lightning 2.6 instead saves inside the handler, which
@@ -281,7 +290,7 @@ class Agreement(StepCallback):
             at_least: Records read before the ceiling counts.
         """
         self.checkpoints, self.every, self.ceiling, self.at_least = checkpoints, every, ceiling, at_least
-        self.signalled = 0
+        self.agreed_signal = 0
         self.failed = self.read = 0
         self._here: list[str] = []
         self._group: Any = None
@@ -289,12 +298,12 @@ class Agreement(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open a CPU group, so that agreeing never waits for the GPU, and stop here if a signal came before."""
         super().on_train_start(trainer, module)
-        signals.listen()  # again, where a library has put handlers of its own in place
-        signals.hold()
+        signal_handler.install()  # again, where a library has put handlers of its own in place
+        signal_handler.hold()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
         self._agree(trainer.world_size)
-        if self.signalled and trainer.global_step < trainer.max_steps:
+        if self.agreed_signal and trainer.global_step < trainer.max_steps:
             trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
@@ -321,7 +330,7 @@ class Agreement(StepCallback):
         if trainer.world_size > 1 and step % self.every:
             return
         failed, read = self._agree(trainer.world_size)
-        if self.signalled and step < trainer.max_steps:
+        if self.agreed_signal and step < trainer.max_steps:
             self.checkpoints.save(trainer, step)
             trainer.should_stop = True
         if read >= self.at_least and failed > self.ceiling * read:
@@ -332,16 +341,16 @@ class Agreement(StepCallback):
 
     def _agree(self, ranks: int) -> tuple[int, int]:
         """Find the signal that any rank has received; return the failed and the read records of all ranks."""
-        totals = [signals.caught, self.failed, self.read]
+        totals = [signal_handler.caught, self.failed, self.read]
         if ranks > 1:
             shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
             dist.all_reduce(shared[1:], group=self._group)
             dist.all_reduce(shared[:1], op=dist.ReduceOp.MAX, group=self._group)
             totals = [int(n) for n in shared.tolist()]
-        self.signalled, failed, read = totals
+        self.agreed_signal, failed, read = totals
         return failed, read
 
-    def wait_for_all(self) -> None:
+    def wait_for_all_ranks(self) -> None:
         """Wait until every rank has called this."""
         if self._group is not None:
             dist.barrier(group=self._group)

@@ -14,17 +14,17 @@ from depth_anything.training.config import (
     ANY,
     CHANGE,
     STAGES,
-    Key,
+    ConfigKey,
     RunConfig,
+    check_value,
     choice,
-    default_of,
-    fields_of,
-    require,
-    to_typed,
+    default_value,
+    format_value,
+    keys_of,
 )
 
 #: What a key is called elsewhere, and here.
-SYNONYMS = {
+KEY_SYNONYMS = {
     "lr": "recipe.head_lr",
     "learning_rate": "recipe.head_lr",
     "epochs": "steps",
@@ -36,7 +36,7 @@ SYNONYMS = {
     "pretrained": "init",
 }
 #: Keys of `data` that must repeat the run's key of the same name.
-REPEATED = (
+KEYS_REPEATED_IN_DATA = (
     "seed batch_size streams image_size workers perturb cutmix mix replay replay_share allow_partial min_depth "
     "max_depth run_dir"
 ).split()
@@ -74,18 +74,18 @@ def validate_config(config: Mapping[str, Any]) -> None:
     """
     stage = config.get("stage")
     if isinstance(stage, str) and stage in STAGES:
-        _check_section(config, RunConfig, "", stage, open_=False)
+        _check_section(config, RunConfig, "", stage, is_open=False)
     else:  # of a user's own stage file: every key of any stage is known
-        require("stage", stage, fields_of(RunConfig)["stage"].rule)  # type: ignore[arg-type]
-        _check_section(config, RunConfig, "", "", open_=False)
-    _check_repeated(config)
+        check_value("stage", stage, keys_of(RunConfig)["stage"].rule)  # type: ignore[arg-type]
+        _check_section(config, RunConfig, "", "", is_open=False)
+    _check_repeated_keys(config)
     _check_encoder(config)
     check_trainer(config["trainer"])
     _check_validation(config["validation"])
     if "recipe" in config and stage != "pseudolabel":
         _check_recipe(config)
     if stage == "metric":
-        _check_metric(config)
+        _check_metric_stage(config)
     _check_resume_with(config.get("resume_with"))
 
 
@@ -93,7 +93,7 @@ def _check_resume_with(named: Any) -> None:
     for name in [named] if isinstance(named, str) else named or []:
         known, _ = find_key(name)
         if known is None or known.resume != CHANGE:
-            can = [path for path in known_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE]
+            can = [path for path in list_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE]
             near = difflib.get_close_matches(name, can, 1, 0.5) or ["recipe.head_lr"]
             raise ValueError(
                 f"resume_with names {name}, which no run can change; type resume_with=[{near[0]}] "
@@ -101,46 +101,46 @@ def _check_resume_with(named: Any) -> None:
             )
 
 
-def known_keys(stage: str, section: type = RunConfig, prefix: str = "") -> Iterator[str]:
+def list_keys(stage: str, section: type = RunConfig, prefix: str = "") -> Iterator[str]:
     """List the dotted keys that a stage knows; "" is any stage."""
-    for name, known in fields_of(section).items():
+    for name, known in keys_of(section).items():
         if not stage or stage in known.stages:
             if known.section is not None:
-                yield from known_keys(stage, known.section, f"{prefix}{name}.")
+                yield from list_keys(stage, known.section, f"{prefix}{name}.")
             else:
                 yield prefix + name
 
 
-def find_key(path: str) -> tuple[Key | None, bool]:
+def find_key(path: str) -> tuple[ConfigKey | None, bool]:
     """Look a dotted key up in the schema.
 
     Returns:
         The key, or None for an unknown one; and whether its section is open to arguments of a class.
     """
-    known: Key | None = Key(section=RunConfig)
-    open_ = False
+    known: ConfigKey | None = ConfigKey(section=RunConfig)
+    is_open = False
     for name in path.split("."):
         assert known is not None
         if known.section is not None:
-            open_ = known.open
-            known = fields_of(known.section).get(name)
+            is_open = known.open
+            known = keys_of(known.section).get(name)
         else:
             known = None if known.names and name not in known.names else known.entries
         if known is None:
             break
-    return known, open_
+    return known, is_open
 
 
 def find_default(path: str) -> Any:
     """Look up the default of a dotted key: what its absence means; MISSING if it has none."""
     parent, _, name = path.rpartition(".")
-    known = find_key(parent)[0] if parent else Key(section=RunConfig)
+    known = find_key(parent)[0] if parent else ConfigKey(section=RunConfig)
     if known is None or known.section is None:
         return MISSING
-    return default_of(known.section, name)
+    return default_value(known.section, name)
 
 
-def advise(path: str, stage: str, *, value: str | None = None) -> str:
+def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> str:
     """Say in a sentence that a key is unknown to a stage, and what to type in its place.
 
     Args:
@@ -162,11 +162,11 @@ def advise(path: str, stage: str, *, value: str | None = None) -> str:
     parts = path.split(".")
     length = next(n for n in range(1, len(parts) + 1) if find_key(".".join(parts[:n]))[0] is None)
     parent, last, rest = ".".join(parts[: length - 1]), parts[length - 1], parts[length:]
-    beside = _names_below(parent, stage)
-    near = [".".join(filter(None, (parent, name, *rest))) for name in _nearest(last, beside)]
+    beside = _names_in_section(parent, stage)
+    near = [".".join(filter(None, (parent, name, *rest))) for name in _closest_name(last, beside)]
     if not near:
-        keys = [name for name in known_keys(stage) if not name.startswith(("data.", "tiny."))]
-        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | SYNONYMS
+        keys = [name for name in list_keys(stage) if not name.startswith(("data.", "tiny."))]
+        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | KEY_SYNONYMS
         near = [ends[name] for name in difflib.get_close_matches(last, list(ends), 1, 0.75)]
     if near:
         plus = "+" if find_key(near[0])[0] is None else ""
@@ -176,75 +176,82 @@ def advise(path: str, stage: str, *, value: str | None = None) -> str:
     return f"there is no key {path}; leave it out, or type  python train.py --help  for the keys there are"
 
 
-def _names_below(parent: str, stage: str) -> list[str]:
+def _names_in_section(parent: str, stage: str) -> list[str]:
     """List the names that a section has at a stage, its class's arguments among them."""
-    known = find_key(parent)[0] if parent else Key(section=RunConfig)
+    known = find_key(parent)[0] if parent else ConfigKey(section=RunConfig)
     assert known is not None
     if known.section is None:
         return list(known.names)
-    names = [name for name, one in fields_of(known.section).items() if not stage or stage in one.stages]
+    names = [name for name, one in keys_of(known.section).items() if not stage or stage in one.stages]
     if parent == "trainer":
-        arguments = _parameters("pytorch_lightning.Trainer", parent)
+        arguments = _target_parameters("pytorch_lightning.Trainer", parent)
         names += [name for name in arguments if name not in SET_BY_RUN and name not in names]
     return [name for name in names if name != "_target_"]
 
 
-def _nearest(name: str, names: list[str]) -> list[str]:
+def _closest_name(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, 1, 0.6)
 
 
-def _check_section(node: Any, section: type, prefix: str, stage: str, *, open_: bool) -> None:
+def _check_section(node: Any, section: type, prefix: str, stage: str, *, is_open: bool) -> None:
     where = prefix.rstrip(".")
     if not isinstance(node, Mapping):
-        example = next(iter(fields_of(section)))
+        example = next(iter(keys_of(section)))
         raise ValueError(
-            f"{where}={to_typed(node)} is no value: {where} holds keys; type them one by one, as {prefix}{example}=…"
+            f"{where}={format_value(node)} is no value: {where} holds keys; type them one by one, as "
+            f"{prefix}{example}=…"
         )
-    keys = fields_of(section)
+    keys = keys_of(section)
     if isinstance(node.get("_target_"), str):
-        _parameters(node["_target_"], where)  # so that a class that is not there is named first
+        _target_parameters(node["_target_"], where)  # so that a class that is not there is named first
     order = list(keys)
     for name, value in sorted(node.items(), key=lambda item: order.index(item[0]) if item[0] in keys else -1):
         known = keys.get(str(name))
         if known is None:
-            if not (open_ and _is_argument(node.get("_target_"), str(name), where)):
-                raise ValueError(advise(f"{prefix}{name}", stage, value=to_typed(value)))
+            if not (is_open and _takes_argument(node.get("_target_"), str(name), where)):
+                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
         elif stage and stage not in known.stages:
-            unread = value == default_of(section, str(name))  # of size=tiny
-            if not (unread and _is_argument(node.get("_target_"), str(name), where)):
-                raise ValueError(advise(f"{prefix}{name}", stage, value=to_typed(value)))
+            unread = value == default_value(section, str(name))  # of size=tiny
+            if not (unread and _takes_argument(node.get("_target_"), str(name), where)):
+                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
         else:
             _check_value(value, known, f"{prefix}{name}", stage)
     for name, known in keys.items():
-        if name not in node and default_of(section, name) is MISSING and (not stage or stage in known.stages):
-            example = to_typed(known.rule.example) if known.rule is not None else "VALUE"
+        if (
+            name not in node
+            and default_value(section, name) is MISSING
+            and (not stage or stage in known.stages)
+        ):
+            example = format_value(known.rule.example) if known.rule is not None else "VALUE"
             raise ValueError(f"the key {prefix}{name} is missing; type +{prefix}{name}={example}")
 
 
-def _check_value(value: Any, known: Key, path: str, stage: str) -> None:
+def _check_value(value: Any, known: ConfigKey, path: str, stage: str) -> None:
     if known.section is not None:
         if value is None or (known.open and value == {}):
             if path in ("logger", "tiny"):
                 return
-        _check_section(value, known.section, f"{path}.", stage, open_=known.open)
+        _check_section(value, known.section, f"{path}.", stage, is_open=known.open)
     elif known.entries is not None:
         if not isinstance(value, Mapping):
             if value is None and path.startswith(("tiny.", "rates")):
                 return
-            raise ValueError(f"{path}={to_typed(value)} must be {{NAME: VALUE}}; type '+{path}.NAME=VALUE'")
+            raise ValueError(
+                f"{path}={format_value(value)} must be {{NAME: VALUE}}; type '+{path}.NAME=VALUE'"
+            )
         for name, item in value.items():
             if known.names and name not in known.names:
-                raise ValueError(advise(f"{path}.{name}", stage))
+                raise ValueError(unknown_key_message(f"{path}.{name}", stage))
             _check_value(item, known.entries, f"{path}.{name}", stage)
     elif known.rule is not None:
-        require(path, value, known.rule)
+        check_value(path, value, known.rule)
 
 
 def numbers_to_text(config: Mapping[str, Any], section: type = RunConfig) -> dict[str, Any]:
     """Return a config in which a folder, file or name that was typed as a number is text."""
-    keys = fields_of(section)
+    keys = keys_of(section)
 
-    def convert(value: Any, known: Key | None) -> Any:
+    def convert(value: Any, known: ConfigKey | None) -> Any:
         if known is None or isinstance(value, bool):
             return value
         if known.section is not None and isinstance(value, Mapping):
@@ -257,18 +264,18 @@ def numbers_to_text(config: Mapping[str, Any], section: type = RunConfig) -> dic
     return {name: convert(value, keys.get(name)) for name, value in config.items()}
 
 
-def _is_argument(target: Any, name: str, where: str) -> bool:
+def _takes_argument(target: Any, name: str, where: str) -> bool:
     """Tell whether the class that a section names takes an argument of this name."""
     if not isinstance(target, str):
         return False
     given = {"module": ("model", "frozen", "data"), "data": ("micro_batch", "patch", "teacher")}
     if name in given.get(where, ()) or (where == "trainer" and name in SET_BY_RUN):
         return where == "trainer"  # check_trainer has a sentence for it
-    parameters = _parameters(target, where)
+    parameters = _target_parameters(target, where)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _parameters(target: str, where: str) -> Mapping[str, inspect.Parameter]:
+def _target_parameters(target: str, where: str) -> Mapping[str, inspect.Parameter]:
     """Import what `_target_` names and return its parameters.
 
     Raises:
@@ -284,15 +291,18 @@ def _parameters(target: str, where: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(found).parameters
 
 
-def _check_repeated(config: Mapping[str, Any]) -> None:
+def _check_repeated_keys(config: Mapping[str, Any]) -> None:
     """Refuse a key of `data`, `module` or `recipe` that differs from the run's key, which it only repeats."""
-    pairs = [(f"data.{name}", name, config["data"].get(name, config.get(name))) for name in REPEATED]
+    pairs = [
+        (f"data.{name}", name, config["data"].get(name, config.get(name))) for name in KEYS_REPEATED_IN_DATA
+    ]
     if "steps" in config and isinstance(config.get("recipe"), Mapping):
         pairs.append(("recipe.steps", "steps", config["recipe"].get("steps", config["steps"])))
     for path, name, value in pairs:
         if name in config and value != config[name]:
             raise ValueError(
-                f"{path}={to_typed(value)} repeats {name}={to_typed(config[name])}; type {name}={to_typed(value)}"
+                f"{path}={format_value(value)} repeats {name}={format_value(config[name])}; type "
+                f"{name}={format_value(value)}"
             )
     module = config["module"]
     if module.get("recipe", config.get("recipe")) != config.get("recipe"):
@@ -301,7 +311,7 @@ def _check_repeated(config: Mapping[str, Any]) -> None:
 
 def _check_encoder(config: Mapping[str, Any]) -> None:
     from depth_anything.model.encoder import ENCODERS  # imports torch and timm
-    from depth_anything.training.start import multiple_of
+    from depth_anything.training.initialization import image_size_multiple
 
     name = config["encoder"]
     if name not in ENCODERS:
@@ -313,7 +323,7 @@ def _check_encoder(config: Mapping[str, Any]) -> None:
                 f"encoder={name} is unknown; type encoder={near[0] if near else 'vits'} (there are "
                 f"{', '.join(ENCODERS)}, and timm's ViTs by their names)"
             )
-    side, patch = config["image_size"], multiple_of(name)
+    side, patch = config["image_size"], image_size_multiple(name)
     if side % patch and config["stage"] != "pseudolabel" or side < patch:
         near_side = max(1, round(side / patch)) * patch
         raise ValueError(
@@ -322,14 +332,14 @@ def _check_encoder(config: Mapping[str, Any]) -> None:
 
 
 def _check_validation(validation: Mapping[str, Any]) -> None:
-    from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS
+    from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS
     from depth_anything.evaluation.protocols import PROTOCOLS
 
     name, root = validation.get("benchmark"), validation.get("root")
     if name is not None:
-        require("validation.benchmark", name, choice(*BENCHMARKS))
+        check_value("validation.benchmark", name, choice(*BENCHMARKS))
     if validation.get("protocol") is not None:
-        require("validation.protocol", validation["protocol"], choice(*PROTOCOLS))
+        check_value("validation.protocol", validation["protocol"], choice(*PROTOCOLS))
     if name is not None and root is None:
         raise ValueError(
             f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={name}"
@@ -359,12 +369,12 @@ def _check_recipe(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"recipe.gm_scales={scales} strides farther than image_size={config['image_size']}; type recipe.gm_scales=4"
         )
-    _check_names(config)
+    _check_set_names(config)
 
 
-def _check_names(config: Mapping[str, Any]) -> None:
+def _check_set_names(config: Mapping[str, Any]) -> None:
     """Hold the names in `sky` and `data.repeat` against the sets of the run."""
-    from depth_anything.training.plan import extra_sets
+    from depth_anything.training.batch_plan import extra_sets
 
     sets = {
         **config["data"]["sets"],
@@ -379,11 +389,11 @@ def _check_names(config: Mapping[str, Any]) -> None:
                 near = difflib.get_close_matches(str(name), sets, 1, 0.0) or ["SET"]
                 raise ValueError(
                     f"{path} names {name}, which is none of the sets {', '.join(sets) or '(none)'}; type {path}="
-                    f"{to_typed({near[0]: named[name]})}"
+                    f"{format_value({near[0]: named[name]})}"
                 )
 
 
-def _check_metric(config: Mapping[str, Any]) -> None:
+def _check_metric_stage(config: Mapping[str, Any]) -> None:
     near, far, rank = config["min_depth"], config["max_depth"], config.get("lora")
     if near >= far:
         raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")

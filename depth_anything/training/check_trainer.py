@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from depth_anything.training.config import TrainerSection, choice, fields_of, require, to_typed
+from depth_anything.training.config import TrainerConfig, check_value, choice, format_value, keys_of
 
 #: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.
 SET_BY_RUN = {
@@ -53,10 +53,10 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         instead = f"; type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"; leave trainer.{name} out"
         raise ValueError(f"trainer.{name} is set by the run itself{instead}")
     hints = get_type_hints(Trainer.__init__)
-    precisions = sorted({str(name) for name in _literals(hints["precision"])})
+    precisions = sorted({str(name) for name in _literal_values(hints["precision"])})
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
-    require("trainer.precision", str(trainer["precision"]), choice("auto", *precisions))
-    require("trainer.accelerator", trainer["accelerator"], choice("auto", "gpu", *accelerators))
+    check_value("trainer.precision", str(trainer["precision"]), choice("auto", *precisions))
+    check_value("trainer.accelerator", trainer["accelerator"], choice("auto", "gpu", *accelerators))
     if isinstance(trainer["strategy"], str):
         # processes that are started without a command have no signal handlers of ours
         strategies = [
@@ -64,18 +64,20 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
             for name in sorted(StrategyRegistry.available_strategies())
             if not re.search("spawn|fork|notebook", name)
         ]
-        require("trainer.strategy", trainer["strategy"], choice("auto", *strategies))
+        check_value("trainer.strategy", trainer["strategy"], choice("auto", *strategies))
     if trainer["_target_"] == "pytorch_lightning.Trainer":
         for name, value in trainer.items():
-            if name in hints and name != "precision" and not _fits(value, hints[name]):
+            if name in hints and name != "precision" and not _matches_hint(value, hints[name]):
                 raise ValueError(
-                    f"trainer.{name}={to_typed(value)} is no value that Lightning's Trainer takes, which is "
-                    f"{_readable(hints[name])}; leave trainer.{name} out or type another"
+                    f"trainer.{name}={format_value(value)} is no value that Lightning's Trainer takes, which is "
+                    f"{_format_hint(hints[name])}; leave trainer.{name} out or type another"
                 )
-        _try_trainer({name: trainer[name] for name in trainer.keys() - fields_of(TrainerSection).keys()})
+        _try_trainer_arguments(
+            {name: trainer[name] for name in trainer.keys() - keys_of(TrainerConfig).keys()}
+        )
 
 
-def _try_trainer(given: Mapping[str, Any]) -> None:
+def _try_trainer_arguments(given: Mapping[str, Any]) -> None:
     """Let Lightning's Trainer judge the arguments that are not among this project's keys, one by one."""
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Trainer
@@ -93,19 +95,21 @@ def _try_trainer(given: Mapping[str, Any]) -> None:
             Trainer(**quiet, enable_progress_bar=False, enable_model_summary=False, **{name: value})
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             raise ValueError(
-                f"trainer.{name}={to_typed(value)}: {error}; leave trainer.{name} out or type another"
+                f"trainer.{name}={format_value(value)}: {error}; leave trainer.{name} out or type another"
             ) from error
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _matches_hint(value: Any, hint: Any) -> bool:
     """Tell whether a plain value fits a type hint; hints of classes take nodes with a `_target_`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Union or str(origin) == "<class 'types.UnionType'>":
-        return any(_fits(value, one) for one in inner)
+        return any(_matches_hint(value, one) for one in inner)
     if origin is Literal:
         return value in inner
     if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and (not inner or all(_fits(v, inner[0]) for v in value))
+        return isinstance(value, (list, tuple)) and (
+            not inner or all(_matches_hint(v, inner[0]) for v in value)
+        )
     if origin is dict:
         return isinstance(value, Mapping)
     if hint is Any:
@@ -117,13 +121,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, Mapping) and "_target_" in value
 
 
-def _literals(hint: Any) -> Iterator[Any]:
+def _literal_values(hint: Any) -> Iterator[Any]:
     if get_origin(hint) is Literal:
         yield from get_args(hint)
     else:
         for inner in get_args(hint):
-            yield from _literals(inner)
+            yield from _literal_values(inner)
 
 
-def _readable(hint: Any) -> str:
+def _format_hint(hint: Any) -> str:
     return str(hint).replace("typing.", "") if get_origin(hint) else getattr(hint, "__name__", str(hint))

@@ -18,13 +18,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from depth_anything.data.address import told
-from depth_anything.training.check_config import SYNONYMS, advise, find_key, known_keys
-from depth_anything.training.config import STAGES, to_typed
-from depth_anything.training.redact import hide_secrets
-from depth_anything.training.signals import signals
+from depth_anything.data.address import redact_secrets
+from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
+from depth_anything.training.config import STAGES, format_value
+from depth_anything.training.redact import install_redaction
+from depth_anything.training.signals import signal_handler
 
-GROUPS = ("stage", "sources", "trainer", "logger", "size", "experiment")
+CONFIG_GROUPS = ("stage", "sources", "trainer", "logger", "size", "experiment")
 HELP = """python train.py stage=STAGE [GROUP=CHOICE ...] [KEY=VALUE ...]
 
 Train a depth network, or label images with one. The same command goes on where a run stopped.
@@ -63,7 +63,7 @@ def run_command(configs: Path) -> None:
     Args:
         configs: The folder of the config files.
     """
-    hide_secrets()
+    install_redaction()
     if "--version" in sys.argv[1:]:
         print(f"depth-anything-train {version('depth-anything-train')}, Hydra {hydra.__version__}")
         return
@@ -78,12 +78,12 @@ def run_command(configs: Path) -> None:
     )
     try:
         if flags.help:
-            print(help_page(flags.overrides, configs))
+            print(format_help(flags.overrides, configs))
             return
         if not any(of_hydra):
             check_overrides(flags.overrides, folders, dashed=unknown)
     except ValueError as error:
-        sys.exit(f"error: {told(str(error))}")
+        sys.exit(f"error: {redact_secrets(str(error))}")
     from depth_anything.training.run import main  # imports torch, which a wrong key need not wait for
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises, and does not print its own advice
@@ -91,10 +91,10 @@ def run_command(configs: Path) -> None:
     try:
         with contextlib.redirect_stdout(shown) if flags.cfg else contextlib.nullcontext():
             hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
-        print(told(shown.getvalue()), end="")
+        print(redact_secrets(shown.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
-        signals.check()  # which one of Hydra's errors may have replaced
-        sys.exit(f"error: {told(explain(error, flags.overrides))}")
+        signal_handler.check()  # which one of Hydra's errors may have replaced
+        sys.exit(f"error: {redact_secrets(explain_hydra_error(error, flags.overrides))}")
 
 
 def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed: Sequence[str] = ()) -> None:
@@ -109,32 +109,32 @@ def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed
         ValueError: Naming the override, and what to type.
     """
     if dashed:
-        raise ValueError(_advise_dashed([*dashed, *(one for one in overrides if "=" not in one)]))
-    parsed = _parse(overrides)
-    stage = next((_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
+        raise ValueError(_dashed_key_message([*dashed, *(one for one in overrides if "=" not in one)]))
+    parsed = _parse_overrides(overrides)
+    stage = next((_override_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
     if stage is None:
-        raise ValueError(f"which stage? type stage={', stage='.join(_choices(folders, 'stage'))}")
+        raise ValueError(f"which stage? type stage={', stage='.join(_group_choices(folders, 'stage'))}")
     for one in parsed:
         if (
-            one.key_or_group in GROUPS
+            one.key_or_group in CONFIG_GROUPS
             and one.is_delete()
             and one.key_or_group not in ("experiment", "logger")
         ):
             raise ValueError(f"{one.key_or_group} cannot be removed; leave out {one.input_line}")
-        if one.key_or_group in GROUPS and not one.is_delete():
-            _check_choice(one, folders)
+        if one.key_or_group in CONFIG_GROUPS and not one.is_delete():
+            _check_group_choice(one, folders)
     known_stage = stage if stage in STAGES else ""
     foreign = {
         one.key_or_group.partition(".")[0]
         for one in parsed
-        if one.key_or_group.endswith("._target_") and not _value(one).startswith("depth_anything.")
+        if one.key_or_group.endswith("._target_") and not _override_value(one).startswith("depth_anything.")
     }
     for one in parsed:
-        if one.key_or_group not in GROUPS and not one.key_or_group.startswith("hydra."):
-            _check_key(one, known_stage, foreign)
+        if one.key_or_group not in CONFIG_GROUPS and not one.key_or_group.startswith("hydra."):
+            _check_override_key(one, known_stage, foreign)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parser, parsed = OverridesParser.create(), []
     for number, typed in enumerate(overrides):
         try:
@@ -144,11 +144,11 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
                 overrides[number + 1 : number + 3 if overrides[number + 1 :][:1] == ["="] else number + 2]
             )
             before = overrides[number - 1] if number else ""
-            raise ValueError(_advise_unreadable(typed, before, after)) from error
+            raise ValueError(_syntax_error_message(typed, before, after)) from error
     return parsed
 
 
-def _advise_unreadable(typed: str, before: str, after: str) -> str:
+def _syntax_error_message(typed: str, before: str, after: str) -> str:
     name, mark, value = typed.partition("=")
     if mark:
         quoted = shlex.quote(f"{name}='{value}'") if "'" not in value else shlex.quote(f'{name}="{value}"')
@@ -163,39 +163,43 @@ def _advise_unreadable(typed: str, before: str, after: str) -> str:
     return f"{typed} lacks its value; type {typed}={after if after and '=' not in after else 'VALUE'}"
 
 
-def _advise_dashed(dashed: Sequence[str]) -> str:
+def _dashed_key_message(dashed: Sequence[str]) -> str:
     name, mark, value = dashed[0].lstrip("-").partition("=")
     if not mark:
         value = dashed[1] if len(dashed) > 1 else "VALUE"
     name = name.replace("-", "_")
-    if find_key(name)[0] is None and name not in GROUPS:
-        names = {path.rpartition(".")[2]: path for path in (*known_keys(""), *GROUPS)} | SYNONYMS
+    if find_key(name)[0] is None and name not in CONFIG_GROUPS:
+        names = {path.rpartition(".")[2]: path for path in (*list_keys(""), *CONFIG_GROUPS)} | KEY_SYNONYMS
         name = next((names[near] for near in difflib.get_close_matches(name, list(names), 1)), name)
     return f"{dashed[0]}: keys are typed without dashes; type {name}={value}"
 
 
-def _value(one: Override) -> str:
+def _override_value(one: Override) -> str:
     value = one.value()
     return (
-        value if isinstance(value, str) else to_typed(value) if isinstance(value, (int, float, bool)) else ""
+        value
+        if isinstance(value, str)
+        else format_value(value)
+        if isinstance(value, (int, float, bool))
+        else ""
     )
 
 
-def _typed_value(one: Override) -> str | None:
+def _override_text(one: Override) -> str | None:
     typed = one.input_line or ""
     return typed.partition("=")[2] if "=" in typed else None
 
 
-def _choices(folders: Sequence[Path], group: str) -> list[str]:
+def _group_choices(folders: Sequence[Path], group: str) -> list[str]:
     files = {
         path.relative_to(folder / group) for folder in folders for path in (folder / group).rglob("*.yaml")
     }
     return sorted(path.with_suffix("").as_posix() for path in files)
 
 
-def _check_choice(one: Override, folders: Sequence[Path]) -> None:
+def _check_group_choice(one: Override, folders: Sequence[Path]) -> None:
     group, chosen = one.key_or_group, one.value()
-    choices = _choices(folders, group)
+    choices = _group_choices(folders, group)
     if one.is_sweep_override() or (chosen is None and group in ("experiment", "logger")):
         return
     if str(chosen) not in choices:
@@ -205,41 +209,41 @@ def _check_choice(one: Override, folders: Sequence[Path]) -> None:
             if near
             else " or ".join(f"{group}={name}" for name in choices)
         )
-        raise ValueError(f"{group}={to_typed(chosen)} is unknown; type {there}")
+        raise ValueError(f"{group}={format_value(chosen)} is unknown; type {there}")
     if one.is_add():
         raise ValueError(f"{group} is there already; type {group}={chosen}, without the +")
 
 
-def _check_key(one: Override, stage: str, foreign: set[str]) -> None:
+def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
     path = one.key_or_group
-    known, open_ = find_key(path)
+    known, is_open = find_key(path)
     section = path.partition(".")[0]
     if known is None:
         if section in foreign or section == "logger" or path.startswith("trainer.strategy."):
             return  # run.complete looks at the class that takes it
-        if open_ and section == "trainer" and _takes(path.partition(".")[2]):
+        if is_open and section == "trainer" and _is_trainer_argument(path.partition(".")[2]):
             if one.is_add() or one.is_force_add():
                 return
             raise ValueError(
                 f"trainer.{path.partition('.')[2]} is not among this project's keys but Lightning's; "
-                f"type +{path}={_typed_value(one)}"
+                f"type +{path}={_override_text(one)}"
             )
-        raise ValueError(advise(path, stage, value=_typed_value(one)))
+        raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
         part, _ = find_key(".".join(parts[:length]))
         if part is not None and stage and stage not in part.stages and section not in foreign:
-            raise ValueError(advise(path, stage, value=_typed_value(one)))
+            raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
     value = None if one.is_delete() or one.is_sweep_override() else one.value()
     if known.section is not None and isinstance(value, dict):  # recipe={head_lr: 1e-4}
         for name, item in value.items():
             if section not in foreign and find_key(f"{path}.{name}")[0] is None:
-                raise ValueError(advise(f"{path}.{name}", stage, value=to_typed(item)))
+                raise ValueError(unknown_key_message(f"{path}.{name}", stage, value=format_value(item)))
     if one.is_delete() and not path.startswith(("sources.labelled.", "sources.images.", "sources.scenes.")):
         raise ValueError(f"{path} cannot be removed; leave out {one.input_line}, or type {path}=VALUE")
 
 
-def _takes(name: str) -> bool:
+def _is_trainer_argument(name: str) -> bool:
     """Tell whether Lightning's Trainer has an argument of this name."""
     import inspect
 
@@ -248,7 +252,7 @@ def _takes(name: str) -> bool:
     return name in inspect.signature(Trainer.__init__).parameters
 
 
-def explain(error: BaseException, typed: Sequence[str]) -> str:
+def explain_hydra_error(error: BaseException, typed: Sequence[str]) -> str:
     """Turn an error of Hydra's or OmegaConf's into one sentence, without its advice.
 
     Args:
@@ -266,18 +270,18 @@ def explain(error: BaseException, typed: Sequence[str]) -> str:
         if find_key(path)[0] is not None:
             return f"the key {path} is not in this config; type +{path}={values.get(path, 'VALUE')}"
         stage = values.get("stage", "")
-        return advise(path, stage if stage in STAGES else "", value=values.get(path))
+        return unknown_key_message(path, stage if stage in STAGES else "", value=values.get(path))
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     full_key = getattr(error, "full_key", None)
     return (f"{full_key}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
 
 
-def help_page(overrides: Sequence[str], configs: Path) -> str:
+def format_help(overrides: Sequence[str], configs: Path) -> str:
     """Write the page of --help for the stage and size that were typed, teacher and paper by default."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    typed = [one for one in overrides if one.partition("=")[0] in GROUPS]
+    typed = [one for one in overrides if one.partition("=")[0] in CONFIG_GROUPS]
     given = {one.partition("=")[0]: one.partition("=")[2] for one in typed}
     typed += [
         f"{group}={value}" for group, value in (("stage", "teacher"), ("size", "paper")) if group not in given
@@ -287,7 +291,7 @@ def help_page(overrides: Sequence[str], configs: Path) -> str:
         config = OmegaConf.to_container(compose("train", typed), resolve=False)
     stage, size = given.get("stage", "teacher"), given.get("size", "paper")
     lines = []
-    for path in known_keys(stage if stage in STAGES else ""):
+    for path in list_keys(stage if stage in STAGES else ""):
         if path.startswith(("data.", "module.", "tiny.", "sources.", "logger.")) or path.endswith("_target_"):
             continue
         node = config
@@ -295,6 +299,8 @@ def help_page(overrides: Sequence[str], configs: Path) -> str:
             node = node.get(name) if isinstance(node, dict) else None
         known, _ = find_key(path)
         rule = known.rule.text if known is not None and known.rule is not None else ""
-        lines.append(f"  {path}={to_typed(node)}".ljust(46) + rule)
-    groups = "\n".join(f"  {group + '=':<13}{', '.join(_choices([configs], group))}" for group in GROUPS)
+        lines.append(f"  {path}={format_value(node)}".ljust(46) + rule)
+    groups = "\n".join(
+        f"  {group + '=':<13}{', '.join(_group_choices([configs], group))}" for group in CONFIG_GROUPS
+    )
     return HELP.format(groups=groups, keys="\n".join(lines), stage=stage, size=size)

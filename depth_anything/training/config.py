@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-FITTING = ("teacher", "student", "metric")
-STAGES = (*FITTING, "pseudolabel")
+FIT_STAGES = ("teacher", "student", "metric")
+STAGES = (*FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
 
 FREE = "free"
@@ -27,7 +27,7 @@ ECHO = "echo"
 
 
 @dataclass(frozen=True)
-class Rule:
+class ValueRule:
     """What a value must be."""
 
     accepts: Callable[[Any], bool]
@@ -37,7 +37,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """What the schema says of one key.
 
     Attributes:
@@ -51,34 +51,34 @@ class Key:
         replay_only: In stage=metric, nothing reads the key without replay.
     """
 
-    rule: Rule | None = None
+    rule: ValueRule | None = None
     stages: tuple[str, ...] = STAGES
     resume: str = SAME
     section: type | None = None
-    entries: "Key | None" = None
+    entries: "ConfigKey | None" = None
     names: tuple[str, ...] = ()
     open: bool = False
     replay_only: bool = False
 
 
-def key(rule: Rule | None, *, default: Any = MISSING, **settings: Any) -> Any:
+def config_key(rule: ValueRule | None, *, default: Any = MISSING, **settings: Any) -> Any:
     """Declare a field of the schema; a key with a default may be absent from a config."""
-    return field(default=default, metadata={"key": Key(rule, **settings)})
+    return field(default=default, metadata={"key": ConfigKey(rule, **settings)})
 
 
-def fields_of(section: type) -> dict[str, Key]:
+def keys_of(section: type) -> dict[str, ConfigKey]:
     """Return the keys of a dataclass of the schema by name."""
     items: dict[str, Any] = vars(section)["__dataclass_fields__"]
     return {"_target_" if name == "target" else name: item.metadata["key"] for name, item in items.items()}
 
 
-def default_of(section: type, name: str) -> Any:
+def default_value(section: type, name: str) -> Any:
     """Return what the absence of a key means; MISSING where it must be in every config whose stage knows it."""
     item = vars(section)["__dataclass_fields__"].get("target" if name == "_target_" else name)
     return MISSING if item is None else item.default
 
 
-def integer(low: int, high: int | None = None, *, example: int, optional: bool = False) -> Rule:
+def integer(low: int, high: int | None = None, *, example: int, optional: bool = False) -> ValueRule:
     """Accept whole numbers from `low` to `high`; true and false are no numbers."""
 
     def accepts(value: Any) -> bool:
@@ -88,7 +88,7 @@ def integer(low: int, high: int | None = None, *, example: int, optional: bool =
 
     above = {0: "from 0 up", 1: "above 0"}.get(low, f"from {low} up")
     text = f"a whole number {above if high is None else f'from {low} to {high}'}"
-    return Rule(accepts, text + (", or null" if optional else ""), example)
+    return ValueRule(accepts, text + (", or null" if optional else ""), example)
 
 
 def real(
@@ -100,7 +100,7 @@ def real(
     below: bool = False,
     unit: str = "",
     optional: bool = False,
-) -> Rule:
+) -> ValueRule:
     """Accept finite numbers from `low` (or above it) to `high` (or below it)."""
 
     def accepts(value: Any) -> bool:
@@ -117,18 +117,18 @@ def real(
     else:
         span = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
     text = f"a number {unit and unit + ' '}{span}"
-    return Rule(accepts, text + (", or null" if optional else ""), example)
+    return ValueRule(accepts, text + (", or null" if optional else ""), example)
 
 
-def flag() -> Rule:
+def flag() -> ValueRule:
     """Accept true and false."""
-    return Rule(lambda value: type(value) is bool, "true or false", True)
+    return ValueRule(lambda value: type(value) is bool, "true or false", True)
 
 
-def choice(*options: str, optional: bool = False) -> Rule:
+def choice(*options: str, optional: bool = False) -> ValueRule:
     """Accept one of some words."""
     text = f"{', '.join(options[:-1])} or {options[-1]}" if len(options) > 1 else options[0]
-    return Rule(
+    return ValueRule(
         lambda value: (value is None and optional) or (isinstance(value, str) and value in options),
         text + (", or null" if optional else ""),
         options[0],
@@ -136,7 +136,7 @@ def choice(*options: str, optional: bool = False) -> Rule:
     )
 
 
-def text(what: str, *, example: str, optional: bool = False) -> Rule:
+def text(what: str, *, example: str, optional: bool = False) -> ValueRule:
     """Accept words that are not empty; a number is taken for its digits."""
 
     def accepts(value: Any) -> bool:
@@ -144,7 +144,7 @@ def text(what: str, *, example: str, optional: bool = False) -> Rule:
             return optional
         return type(value) in (str, int, float) and str(value).strip() != ""
 
-    return Rule(accepts, what + (", or null" if optional else ""), example)
+    return ValueRule(accepts, what + (", or null" if optional else ""), example)
 
 
 def _is_betas(value: Any) -> bool:
@@ -152,7 +152,7 @@ def _is_betas(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(one.accepts, value))
 
 
-def _is_names(value: Any) -> bool:
+def _is_set_names(value: Any) -> bool:
     if value is None or isinstance(value, (bool, str)):
         return value != ""
     return isinstance(value, Sequence) and all(isinstance(name, str) and name for name in value)
@@ -178,25 +178,25 @@ def _is_devices(value: Any) -> bool:
     return type(value) is int and (value >= 1 or value == -1)
 
 
-BETAS = Rule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
-NAMES = Rule(_is_names, "true, null, or names of sets", True)
-SKY = Rule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")
-REPEAT = Rule(_is_repeat, "null or {SET: a whole number above 0}", None)
-DEVICES = Rule(_is_devices, "auto, -1 for all, a whole number above 0, or a list of device numbers", 1)
-STRATEGY = Rule(
+BETAS = ValueRule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
+SET_NAMES = ValueRule(_is_set_names, "true, null, or names of sets", True)
+SKY = ValueRule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")
+REPEAT = ValueRule(_is_repeat, "null or {SET: a whole number above 0}", None)
+DEVICES = ValueRule(_is_devices, "auto, -1 for all, a whole number above 0, or a list of device numbers", 1)
+STRATEGY = ValueRule(
     lambda value: isinstance(value, (str, Mapping)) and bool(value), "a strategy of Lightning's", "auto"
 )
-ANY = Rule(lambda value: True, "any value", None)
+ANY = ValueRule(lambda value: True, "any value", None)
 FOLDER = text("a folder", example="FOLDER")
 FILE = text("a file", example="FILE", optional=True)
-RATE = real(0, 1, example=5e-5)
+LEARNING_RATE = real(0, 1, example=5e-5)
 WEIGHT = real(0, example=1.0)
-SHARE = real(0, 1, below=True, example=0.1)
+FRACTION = real(0, 1, below=True, example=0.1)
 SEED = integer(0, 2**64 - 1, example=0)
-TARGET = text("the name of a class, as package.module.Class", example="my_stage.MyStage")
-CHANGED_KEYS = Rule(
+CLASS_PATH = text("the name of a class, as package.module.Class", example="my_stage.MyStage")
+KEY_NAMES = ValueRule(
     lambda value: (
-        value is None or isinstance(value, str) or (_is_names(value) and not isinstance(value, bool))
+        value is None or isinstance(value, str) or (_is_set_names(value) and not isinstance(value, bool))
     ),
     "the names of the keys that change, as [recipe.head_lr,steps]",
     ["recipe.head_lr"],
@@ -227,27 +227,27 @@ class Recipe:
         compile: Compile encoder blocks in place.
     """
 
-    steps: int = key(integer(1, 10**9, example=1000), resume=ECHO)
-    encoder_lr: float = key(RATE, resume=CHANGE)
-    head_lr: float = key(RATE, resume=CHANGE)
-    betas: tuple[float, float] = key(BETAS, default=(0.9, 0.999), resume=CHANGE)
-    weight_decay: float = key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
-    schedule: str = key(choice(*SCHEDULES), default="linear", resume=CHANGE)
-    warmup: float = key(SHARE, default=0.0, resume=CHANGE)
-    clip_norm: float | None = key(
+    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
+    encoder_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
+    head_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
+    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
+    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
+    schedule: str = config_key(choice(*SCHEDULES), default="linear", resume=CHANGE)
+    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
+    clip_norm: float | None = config_key(
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
-    ssi_weight: float = key(WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
-    gm_weight: float = key(WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
-    gm_scales: int = key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
-    trim: float = key(SHARE, default=0.0, resume=CHANGE, replay_only=True)
-    gm_trim: float = key(SHARE, default=0.0, resume=CHANGE, replay_only=True)
-    alignment_weight: float = key(WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
-    alignment_tolerance: float = key(
+    ssi_weight: float = config_key(WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
+    gm_weight: float = config_key(WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
+    gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
+    trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    alignment_weight: float = config_key(WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
+    alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
     )
-    checkpointing: bool = key(flag(), default=False, resume=CHANGE)
-    compile: bool = key(flag(), default=False, resume=CHANGE)
+    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
+    compile: bool = config_key(flag(), default=False, resume=CHANGE)
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range before anything is built.
@@ -255,9 +255,9 @@ class Recipe:
         Raises:
             ValueError: Naming the key and what it must be.
         """
-        for name, known in fields_of(type(self)).items():
+        for name, known in keys_of(type(self)).items():
             if known.rule is not None:
-                require(f"recipe.{name}", getattr(self, name), known.rule)
+                check_value(f"recipe.{name}", getattr(self, name), known.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,201 +269,212 @@ class MetricRecipe(Recipe):
         variance_focus: 1 forgives a wrong scale altogether, 0 not at all.
     """
 
-    silog_weight: float = key(WEIGHT, default=1.0, stages=("metric",), resume=CHANGE)
-    variance_focus: float = key(real(0, 1, example=0.5), default=0.5, stages=("metric",), resume=CHANGE)
+    silog_weight: float = config_key(WEIGHT, default=1.0, stages=("metric",), resume=CHANGE)
+    variance_focus: float = config_key(
+        real(0, 1, example=0.5), default=0.5, stages=("metric",), resume=CHANGE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeSection(MetricRecipe):
+class RecipeConfig(MetricRecipe):
     """The recipe of a config: the numbers of any stage's, and the class that holds them."""
 
-    target: str = key(TARGET, resume=START)
+    target: str = config_key(CLASS_PATH, resume=START)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointing:
+class CheckpointConfig:
     """When checkpoints are written, in optimizer steps, and how many stay."""
 
-    every: int = key(integer(1, example=2000))
-    keep: int = key(integer(1, example=2))
+    every: int = config_key(integer(1, example=2000))
+    keep: int = config_key(integer(1, example=2))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingConfig:
     """When numbers are logged, in optimizer steps."""
 
-    every: int = key(integer(1, example=50))
+    every: int = config_key(integer(1, example=50))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationConfig:
     """On what a run is validated, and when."""
 
-    every: int = key(integer(1, example=5000))
-    limit: int = key(integer(1, example=256))
-    benchmark: str | None = key(text("a benchmark", example="nyu", optional=True), default=None)
-    root: str | None = key(text("a folder", example="FOLDER", optional=True), default=None)
-    protocol: str | None = key(text("a protocol", example="da2", optional=True), default=None)
-    max_depth: float | None = key(
+    every: int = config_key(integer(1, example=5000))
+    limit: int = config_key(integer(1, example=256))
+    benchmark: str | None = config_key(text("a benchmark", example="nyu", optional=True), default=None)
+    root: str | None = config_key(text("a folder", example="FOLDER", optional=True), default=None)
+    protocol: str | None = config_key(text("a protocol", example="da2", optional=True), default=None)
+    max_depth: float | None = config_key(
         real(0, above=True, unit="of metres", example=20, optional=True), default=None
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneSet:
+class SceneSetConfig:
     """A procedural set that is written on first use."""
 
-    root: str = key(FOLDER)
-    look: str = key(choice("synthetic", "photographic"))
-    count: int = key(integer(1, 10_000_000, example=768))
-    seed: int = key(integer(0, example=1))
-    height: int = key(integer(14, example=112))
-    width: int = key(integer(14, example=144))
-    labelled: bool = key(flag(), default=True)
-    per_shard: int = key(integer(1, example=128), default=128)
+    root: str = config_key(FOLDER)
+    look: str = config_key(choice("synthetic", "photographic"))
+    count: int = config_key(integer(1, 10_000_000, example=768))
+    seed: int = config_key(integer(0, example=1))
+    height: int = config_key(integer(14, example=112))
+    width: int = config_key(integer(14, example=144))
+    labelled: bool = config_key(flag(), default=True)
+    per_shard: int = config_key(integer(1, example=128), default=128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
+class SourcesConfig:
     """Where sets lie: {name: folder, URL or command}."""
 
-    labelled: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
-    images: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
-    validation: str | None = key(text("a folder", example="FOLDER", optional=True), resume=FREE)
-    scenes: dict[str, SceneSet] = key(None, entries=Key(section=SceneSet), resume=START)
+    labelled: dict[str, str] = config_key(None, entries=ConfigKey(FOLDER), resume=START)
+    images: dict[str, str] = config_key(None, entries=ConfigKey(FOLDER), resume=START)
+    validation: str | None = config_key(text("a folder", example="FOLDER", optional=True), resume=FREE)
+    scenes: dict[str, SceneSetConfig] = config_key(
+        None, entries=ConfigKey(section=SceneSetConfig), resume=START
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerSection:
+class TrainerConfig:
     """Lightning's Trainer; its other arguments are added as +trainer.NAME=VALUE."""
 
-    target: str = key(TARGET, resume=START)
-    accelerator: str = key(text("an accelerator of Lightning's", example="auto"), resume=FREE)
-    devices: Any = key(DEVICES, resume=FREE)
-    num_nodes: int = key(integer(1, example=1), resume=FREE)
-    strategy: Any = key(STRATEGY, resume=FREE)
-    precision: Any = key(
-        Rule(lambda value: type(value) in (str, int), "a precision of Lightning's", "auto"), resume=CHANGE
+    target: str = config_key(CLASS_PATH, resume=START)
+    accelerator: str = config_key(text("an accelerator of Lightning's", example="auto"), resume=FREE)
+    devices: Any = config_key(DEVICES, resume=FREE)
+    num_nodes: int = config_key(integer(1, example=1), resume=FREE)
+    strategy: Any = config_key(STRATEGY, resume=FREE)
+    precision: Any = config_key(
+        ValueRule(lambda value: type(value) in (str, int), "a precision of Lightning's", "auto"),
+        resume=CHANGE,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggerSection:
+class LoggerConfig:
     """A logger beside metrics.csv; its arguments are those of its class."""
 
-    target: str = key(TARGET, default=None)
+    target: str = config_key(CLASS_PATH, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleSection:
+class ModuleConfig:
     """The LightningModule of the stage; a user's own takes arguments of its own."""
 
-    target: str = key(TARGET, resume=START)
-    recipe: Any = key(ANY, default=None, stages=FITTING, resume=ECHO)
+    target: str = config_key(CLASS_PATH, resume=START)
+    recipe: Any = config_key(ANY, default=None, stages=FIT_STAGES, resume=ECHO)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
+class DataConfig:
     """The arguments of the stage's DataModule, most of which repeat keys of the run."""
 
-    target: str = key(TARGET, resume=START)
-    sets: dict[str, str] = key(None, entries=Key(FOLDER), resume=START)
-    labels: str | None = key(text("a folder", example="FOLDER", optional=True), resume=ECHO)
-    seed: int = key(SEED, stages=FITTING, resume=ECHO)
-    batch_size: int = key(integer(1, 10**6, example=16), resume=ECHO)
-    streams: int = key(integer(1, 10**7, example=128), stages=FITTING, resume=ECHO)
-    image_size: int = key(integer(1, 2**14, example=518), resume=ECHO)
-    workers: int = key(integer(0, 1024, example=4), resume=FREE)
-    labelled: dict[str, str] = key(None, entries=Key(FOLDER), stages=("student",), resume=ECHO)
-    mix: Any = key(NAMES, stages=("student",), resume=ECHO)
-    sky: Any = key(SKY, stages=FITTING, resume=ECHO)
-    perturb: bool = key(flag(), stages=FITTING, resume=ECHO)
-    cutmix: bool = key(flag(), stages=("student",), resume=ECHO)
-    repeat: dict[str, int] | None = key(REPEAT, stages=FITTING)
-    images: dict[str, str] = key(None, entries=Key(FOLDER), stages=("metric",), resume=ECHO)
-    replay: Any = key(NAMES, stages=("metric",), resume=ECHO)
-    replay_share: float = key(
+    target: str = config_key(CLASS_PATH, resume=START)
+    sets: dict[str, str] = config_key(None, entries=ConfigKey(FOLDER), resume=START)
+    labels: str | None = config_key(text("a folder", example="FOLDER", optional=True), resume=ECHO)
+    seed: int = config_key(SEED, stages=FIT_STAGES, resume=ECHO)
+    batch_size: int = config_key(integer(1, 10**6, example=16), resume=ECHO)
+    streams: int = config_key(integer(1, 10**7, example=128), stages=FIT_STAGES, resume=ECHO)
+    image_size: int = config_key(integer(1, 2**14, example=518), resume=ECHO)
+    workers: int = config_key(integer(0, 1024, example=4), resume=FREE)
+    labelled: dict[str, str] = config_key(None, entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
+    mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO)
+    sky: Any = config_key(SKY, stages=FIT_STAGES, resume=ECHO)
+    perturb: bool = config_key(flag(), stages=FIT_STAGES, resume=ECHO)
+    cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO)
+    repeat: dict[str, int] | None = config_key(REPEAT, stages=FIT_STAGES)
+    images: dict[str, str] = config_key(None, entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
+    replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO)
+    replay_share: float = config_key(
         real(0, 1, above=True, below=True, example=0.1), stages=("metric",), resume=ECHO
     )
-    allow_partial: bool = key(flag(), stages=("student", "metric"), resume=FREE)
-    min_depth: float = key(ANY, stages=("metric",), resume=ECHO)
-    max_depth: float = key(ANY, stages=("metric",), resume=ECHO)
-    run_dir: str = key(FOLDER, stages=FITTING, resume=FREE)
-    precision: str = key(ANY, stages=("pseudolabel",), resume=ECHO)
-    codec: str = key(choice("q12", "f32"), stages=("pseudolabel",))
+    allow_partial: bool = config_key(flag(), stages=("student", "metric"), resume=FREE)
+    min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO)
+    max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO)
+    run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE)
+    precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
+    codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiny:
+class TinyConfig:
     """The numbers of size=tiny, by stage or encoder."""
 
-    perturb: Any = key(None, entries=Key(flag()), names=STAGES, default=None)
-    rate: Any = key(None, entries=Key(RATE), default=None)
-    encoder: Any = key(None, entries=Key(text("an encoder", example="vitn")), names=STAGES, default=None)
-    init: Any = key(None, entries=Key(FILE), names=STAGES, default=None)
-    max_depth: Any = key(real(0, above=True, unit="of metres", example=80), default=None)
-    steps: Any = key(None, entries=Key(entries=Key(integer(1, example=400))), names=FITTING, default=None)
+    perturb: Any = config_key(None, entries=ConfigKey(flag()), names=STAGES, default=None)
+    rate: Any = config_key(None, entries=ConfigKey(LEARNING_RATE), default=None)
+    encoder: Any = config_key(
+        None, entries=ConfigKey(text("an encoder", example="vitn")), names=STAGES, default=None
+    )
+    init: Any = config_key(None, entries=ConfigKey(FILE), names=STAGES, default=None)
+    max_depth: Any = config_key(real(0, above=True, unit="of metres", example=80), default=None)
+    steps: Any = config_key(
+        None, entries=ConfigKey(entries=ConfigKey(integer(1, example=400))), names=FIT_STAGES, default=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run: every key of configs/train.yaml and of the groups below it."""
 
-    name: str = key(text("the name of a run", example="second"), resume=FREE)
-    output_dir: str = key(FOLDER, resume=FREE)
-    run_dir: str = key(FOLDER, resume=FREE)
-    data_dir: str = key(FOLDER, resume=START)
-    photos: str = key(FOLDER, resume=START)
-    seed: int = key(SEED)
-    workers: int = key(integer(0, 1024, example=4), resume=FREE)
-    micro_batch: int | None = key(integer(1, optional=True, example=4), resume=FREE)
-    streams: int | None = key(integer(1, 10**7, optional=True, example=128), default=None)
-    init: str | None = key(FILE, resume=START)
-    resume: str | None = key(FILE, resume=FREE)
-    resume_with: Any = key(CHANGED_KEYS, default=None, resume=FREE)
-    overwrite: bool = key(flag(), resume=FREE)
-    allow_partial: bool = key(flag(), resume=FREE)
-    dry_run: bool = key(flag(), resume=FREE)
-    checkpoint: Checkpointing = key(None, section=Checkpointing, resume=FREE)
-    logging: Logging = key(None, section=Logging, resume=FREE)
-    validation: Validation = key(None, section=Validation, resume=FREE)
-    stage: str = key(text("a stage", example="teacher"))
-    size: str = key(text("a size", example="tiny"), resume=START)
-    encoder: str = key(text("an encoder", example="vits"))
-    batch_size: int = key(integer(1, 10**6, example=16))
-    steps: int = key(integer(1, 10**9, example=1000), stages=FITTING, resume=CHANGE)
-    image_size: int = key(integer(1, 2**14, example=518))
-    perturb: bool = key(flag(), default=False, stages=FITTING, resume=CHANGE)
-    sky: Any = key(SKY, default=None, stages=("teacher", "student"))
-    mix: Any = key(NAMES, default=None, stages=("student",))
-    cutmix: bool = key(flag(), default=False, stages=("student",), resume=CHANGE)
-    labels: str | None = key(
+    name: str = config_key(text("the name of a run", example="second"), resume=FREE)
+    output_dir: str = config_key(FOLDER, resume=FREE)
+    run_dir: str = config_key(FOLDER, resume=FREE)
+    data_dir: str = config_key(FOLDER, resume=START)
+    photos: str = config_key(FOLDER, resume=START)
+    seed: int = config_key(SEED)
+    workers: int = config_key(integer(0, 1024, example=4), resume=FREE)
+    micro_batch: int | None = config_key(integer(1, optional=True, example=4), resume=FREE)
+    streams: int | None = config_key(integer(1, 10**7, optional=True, example=128), default=None)
+    init: str | None = config_key(FILE, resume=START)
+    resume: str | None = config_key(FILE, resume=FREE)
+    resume_with: Any = config_key(KEY_NAMES, default=None, resume=FREE)
+    overwrite: bool = config_key(flag(), resume=FREE)
+    allow_partial: bool = config_key(flag(), resume=FREE)
+    dry_run: bool = config_key(flag(), resume=FREE)
+    checkpoint: CheckpointConfig = config_key(None, section=CheckpointConfig, resume=FREE)
+    logging: LoggingConfig = config_key(None, section=LoggingConfig, resume=FREE)
+    validation: ValidationConfig = config_key(None, section=ValidationConfig, resume=FREE)
+    stage: str = config_key(text("a stage", example="teacher"))
+    size: str = config_key(text("a size", example="tiny"), resume=START)
+    encoder: str = config_key(text("an encoder", example="vits"))
+    batch_size: int = config_key(integer(1, 10**6, example=16))
+    steps: int = config_key(integer(1, 10**9, example=1000), stages=FIT_STAGES, resume=CHANGE)
+    image_size: int = config_key(integer(1, 2**14, example=518))
+    perturb: bool = config_key(flag(), default=False, stages=FIT_STAGES, resume=CHANGE)
+    sky: Any = config_key(SKY, default=None, stages=("teacher", "student"))
+    mix: Any = config_key(SET_NAMES, default=None, stages=("student",))
+    cutmix: bool = config_key(flag(), default=False, stages=("student",), resume=CHANGE)
+    labels: str | None = config_key(
         text("a folder", example="FOLDER", optional=True),
         stages=("student", "metric", "pseudolabel"),
         resume=START,
         replay_only=True,
     )
-    teacher: str = key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
-    start: str = key(choice("encoder", "all"), stages=("metric",), resume=START)
-    freeze_encoder: bool = key(flag(), default=False, stages=("metric",))
-    lora: int | None = key(integer(1, optional=True, example=8), default=None, stages=("metric",))
-    max_depth: float = key(real(0, above=True, unit="of metres", example=20), stages=("metric",))
-    min_depth: float = key(real(0, above=True, unit="of metres", example=0.001), stages=("metric",))
-    replay: Any = key(NAMES, default=None, stages=("metric",))
-    replay_share: float = key(
+    teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
+    start: str = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
+    freeze_encoder: bool = config_key(flag(), default=False, stages=("metric",))
+    lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
+    max_depth: float = config_key(real(0, above=True, unit="of metres", example=20), stages=("metric",))
+    min_depth: float = config_key(real(0, above=True, unit="of metres", example=0.001), stages=("metric",))
+    replay: Any = config_key(SET_NAMES, default=None, stages=("metric",))
+    replay_share: float = config_key(
         real(0, 1, above=True, below=True, example=0.1), default=0.1, stages=("metric",), replay_only=True
     )
-    rates: dict[Any, float] = key(None, entries=Key(RATE), default=None, stages=("metric",), resume=FREE)
-    sources: Sources = key(None, section=Sources)
-    recipe: RecipeSection = key(None, section=RecipeSection, stages=FITTING, open=True)
-    module: ModuleSection = key(None, section=ModuleSection, open=True)
-    data: DataSection = key(None, section=DataSection, open=True)
-    trainer: TrainerSection = key(None, section=TrainerSection, open=True)
-    logger: LoggerSection | None = key(None, section=LoggerSection, default=None, open=True, resume=FREE)
-    tiny: Tiny | None = key(None, section=Tiny, default=None, resume=FREE)
+    rates: dict[Any, float] = config_key(
+        None, entries=ConfigKey(LEARNING_RATE), default=None, stages=("metric",), resume=FREE
+    )
+    sources: SourcesConfig = config_key(None, section=SourcesConfig)
+    recipe: RecipeConfig = config_key(None, section=RecipeConfig, stages=FIT_STAGES, open=True)
+    module: ModuleConfig = config_key(None, section=ModuleConfig, open=True)
+    data: DataConfig = config_key(None, section=DataConfig, open=True)
+    trainer: TrainerConfig = config_key(None, section=TrainerConfig, open=True)
+    logger: LoggerConfig | None = config_key(None, section=LoggerConfig, default=None, open=True, resume=FREE)
+    tiny: TinyConfig | None = config_key(None, section=TinyConfig, default=None, resume=FREE)
 
 
-def require(name: str, value: Any, rule: Rule) -> None:
+def check_value(name: str, value: Any, rule: ValueRule) -> None:
     """Hold a value against the rule of its key.
 
     Raises:
@@ -474,19 +485,19 @@ def require(name: str, value: Any, rule: Rule) -> None:
     if rule.options:
         near = difflib.get_close_matches(str(value), rule.options, 1, 0.5) or list(rule.options[:1])
         others = ", ".join(option for option in rule.options if option != near[0])
-        raise ValueError(f"{name}={to_typed(value)} is unknown; type {name}={near[0]} (or {others})")
+        raise ValueError(f"{name}={format_value(value)} is unknown; type {name}={near[0]} (or {others})")
     example = rule.example
     if isinstance(value, float) and value.is_integer() and rule.accepts(int(value)):
         example = int(value)  # steps=1e3
-    raise ValueError(f"{name}={to_typed(value)} must be {rule.text}; type {name}={to_typed(example)}")
+    raise ValueError(f"{name}={format_value(value)} must be {rule.text}; type {name}={format_value(example)}")
 
 
-def to_typed(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value as it is typed behind a key."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{to_typed(item)}" for name, item in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{format_value(item)}" for name, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(to_typed, value)) + "]"
+        return "[" + ",".join(map(format_value, value)) + "]"
     return str(value)

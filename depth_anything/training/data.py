@@ -11,16 +11,18 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from depth_anything.data.address import is_remote, join
+from depth_anything.data.address import is_remote, join_address
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import open_labels
-from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import BadRecord, JoinedRecords, Records, ShardSet, open_set
-from depth_anything.data.sources.scenes import write_scenes
-from depth_anything.training.plan import chosen_sets, override, share_repeat
+from depth_anything.data.loader import build_stream_loader
+from depth_anything.data.reader import JoinedRecords, Records
+from depth_anything.data.shards import open_set
+from depth_anything.data.tars import BadRecord, ShardSet
+from depth_anything.scenes.layout import write_scenes
+from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
 
 
-def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
+def require_truth(source: Records | JoinedRecords, root: str) -> None:
     """Look at the first record that can be read: a set without depth cannot train anything.
 
     Raises:
@@ -37,7 +39,7 @@ def refuse_unlabelled(source: Records | JoinedRecords, root: str) -> None:
             return
 
 
-def refuse_without_metres(images: ShardSet) -> None:
+def require_meters(images: ShardSet) -> None:
     """Hold a set's manifest against what metres are learnt from: depth, and in metres.
 
     Raises:
@@ -52,7 +54,7 @@ def refuse_without_metres(images: ShardSet) -> None:
         )
 
 
-def make_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
+def write_missing_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
     """Write the procedural sets among `needed` folders, where they are not complete yet; an address has its own."""
     for settings in scenes.values():
         root = str(settings["root"])
@@ -121,8 +123,8 @@ class TrainData(pl.LightningDataModule):
         self.seed, self.batch_size, self.micro_batch, self.streams = seed, batch_size, micro_batch, streams
         self.patch, self.image_size, self.workers, self.sky = patch, image_size, workers, sky
         self.perturb, self.cutmix = perturb, cutmix
-        self.mixed = chosen_sets(mix, labelled or {}, key="mix")
-        self.replayed, self.replay_share = chosen_sets(replay, images or {}, key="replay"), replay_share
+        self.mix_sets = select_sets(mix, labelled or {}, key="mix")
+        self.replay_sets, self.replay_share = select_sets(replay, images or {}, key="replay"), replay_share
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
         self._dataset: StreamDataset | None = None
@@ -145,16 +147,20 @@ class TrainData(pl.LightningDataModule):
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
                 if self.depth_range is not None:
-                    refuse_without_metres(images)
+                    require_meters(images)
                     sources.append(Records(images))
                 else:
-                    sources.append(Records(images) if self.labels is None else self._joined(name, images))
-                refuse_unlabelled(sources[-1], root)
-            sources += self._beside("mix", self.mixed) + self._beside("replay", self.replayed)
+                    sources.append(
+                        Records(images) if self.labels is None else self._join_labels(name, images)
+                    )
+                require_truth(sources[-1], root)
+            sources += self._open_extra_sets("mix", self.mix_sets) + self._open_extra_sets(
+                "replay", self.replay_sets
+            )
             repeat = self.repeat
-            if self.replayed:
+            if self.replay_sets:
                 sizes = {name: count for source in sources for name, count in source.shards}
-                repeat = share_repeat(sizes, self.replayed, share=self.replay_share, repeat=repeat)
+                repeat = repeat_for_share(sizes, self.replay_sets, share=self.replay_share, repeat=repeat)
             self._dataset = StreamDataset(
                 sources,
                 seed=self.seed,
@@ -166,11 +172,11 @@ class TrainData(pl.LightningDataModule):
                 cutmix=self.cutmix,
                 repeat=repeat or None,
                 depth_range=self.depth_range,
-                relative=self.replayed,
+                relative=self.replay_sets,
             )
         return self._dataset
 
-    def _beside(self, key: str, sets: Mapping[str, str]) -> list[Records | JoinedRecords]:
+    def _open_extra_sets(self, key: str, sets: Mapping[str, str]) -> list[Records | JoinedRecords]:
         """Open the sets that `key` adds: with truth of their own, or photographs that are joined with labels."""
         sources: list[Records | JoinedRecords] = []
         for name, root in sets.items():
@@ -184,15 +190,15 @@ class TrainData(pl.LightningDataModule):
                 )
             images = open_set(root, name=name)
             own = key == "mix" or self.labels is None or images.meta.get("quantity") is not None
-            sources.append(Records(images) if own else self._joined(name, images))
-            refuse_unlabelled(sources[-1], root)
+            sources.append(Records(images) if own else self._join_labels(name, images))
+            require_truth(sources[-1], root)
         return sources
 
-    def _joined(self, name: str, images: ShardSet) -> JoinedRecords:
+    def _join_labels(self, name: str, images: ShardSet) -> JoinedRecords:
         return JoinedRecords(images, self._open_labels(name, images))
 
     def _open_labels(self, name: str, images: Any) -> Any:
-        root = join(str(self.labels), name)
+        root = join_address(str(self.labels), name)
         if not self.allow_partial:
             return open_labels(root, images)
         frozen = self.run_dir / f"labels-{name}.json"
@@ -215,7 +221,7 @@ class TrainData(pl.LightningDataModule):
         """Build the endless loader from the step the run stands at (restored before Lightning calls this)."""
         trainer = self.trainer
         assert trainer is not None
-        return stream_loader(
+        return build_stream_loader(
             self.open(),
             micro_batch=self.micro_batch,
             workers=self.workers,
@@ -236,7 +242,7 @@ class TrainData(pl.LightningDataModule):
             "repeat": self.repeat,
             "sky": self.open().sky,
             "depth_range": self.depth_range,
-            "replay_share": self.replay_share if self.replayed else None,
+            "replay_share": self.replay_share if self.replay_sets else None,
             "sets": self.digests(),
         }
 
@@ -261,9 +267,10 @@ class TrainData(pl.LightningDataModule):
                 raise ValueError(f"this run was begun with {key}={state[key]}; type {key}={state[key]}")
         if state.get("repeat", self.repeat) != self.repeat:
             raise ValueError(
-                f"this run was begun with another repeat; type  {override('data.repeat', state['repeat'] or None)}"
+                "this run was begun with another repeat; type  "
+                f"{format_override('data.repeat', state['repeat'] or None)}"
             )
-        share = self.replay_share if self.replayed else None
+        share = self.replay_share if self.replay_sets else None
         if state.get("replay_share") != share:
             raise ValueError(
                 f"this run was begun with replay_share={state.get('replay_share')}, now it is {share}; "
@@ -280,7 +287,7 @@ class TrainData(pl.LightningDataModule):
         if changed:
             raise ValueError(
                 f"this run was begun with the sky of {changed[0]} {then[changed[0]]}, now it is "
-                f"{self.open().sky[changed[0]]}; type  {override('sky', then)}"
+                f"{self.open().sky[changed[0]]}; type  {format_override('sky', then)}"
             )
 
     def digests(self) -> dict[str, str]:

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from depth_anything.data.address import is_remote, told
+from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
+from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.data import TrainData
-from depth_anything.training.folder import RunFolder
-from depth_anything.training.plan import extra_sets, split_batch
+from depth_anything.training.initialization import check_initial_weights, load_teacher
 from depth_anything.training.pseudolabel import ShardData, describe_teacher
-from depth_anything.training.resume import check_other
-from depth_anything.training.start import check_start, load_teacher
-from depth_anything.training.validation import trial_of
+from depth_anything.training.resume import check_resume_checkpoint
+from depth_anything.training.run_dir import RunDir
+from depth_anything.training.validation import open_validation_task
 
-BESIDE = {"mix": "mixed in", "replay": "replayed"}
-MISSING = " (not there yet)"
+EXTRA_SET_ACTIONS = {"mix": "mixed in", "replay": "replayed"}
+NOT_FOUND = " (not there yet)"
 
 
-def count(parameters: Any) -> str:
+def count_parameters(parameters: Any) -> str:
     """Print a number of values with commas."""
     return f"{sum(p.numel() for p in parameters):,}"
 
@@ -39,20 +39,20 @@ def print_plan(config: Mapping[str, Any], *, typed: Collection[str] = ()) -> Non
     Raises:
         ValueError: For whatever the run would refuse.
     """
-    _check_run(config, typed)
+    _check_run_dir(config, typed)
     with torch.device("meta"):
         model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"))
         model.pretrained.requires_grad_(not config.get("freeze_encoder"))
     head = list(model.depth_head.parameters())
     encoder = list(model.pretrained.parameters())
     print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
-    print(f"network     {config['encoder']}: {count(model.parameters())} parameters")
-    print(f"            encoder {count(encoder)}, head {count(head)}")
+    print(f"network     {config['encoder']}: {count_parameters(model.parameters())} parameters")
+    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
     if config["stage"] == "pseudolabel":
-        there = "" if Path(config["teacher"]).exists() else MISSING
+        there = "" if Path(config["teacher"]).exists() else NOT_FOUND
         print(f"teacher     {config['teacher']}{there}")
         print(f"labels      {config['labels']}")
-        _check_labels(config)
+        _check_label_teacher(config)
         _print_sets(config["sources"]["images"])
         print(
             f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}"
@@ -64,18 +64,20 @@ def print_plan(config: Mapping[str, Any], *, typed: Collection[str] = ()) -> Non
             add_adapters(model, config["lora"])
         print(f"adapters    LoRA of rank {config['lora']} beside the encoder's frozen layers")
     for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
-        print(f"group       {name}: {count(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}")
+        print(
+            f"group       {name}: {count_parameters(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}"
+        )
     print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
-    print(f"loss        {_loss(config)}")
+    print(f"loss        {_describe_loss(config)}")
     whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
-    there = "" if config["init"] in (None, "hub") or Path(config["init"]).exists() else MISSING
+    there = "" if config["init"] in (None, "hub") or Path(config["init"]).exists() else NOT_FOUND
     print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}{there}")
     _print_sets(config["data"]["sets"])
     if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
-        print(f"labels      {told(str(config['data']['labels']))}")
+        print(f"labels      {redact_secrets(str(config['data']['labels']))}")
     for key, sets in extra_sets(config).items():
         share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
-        _print_sets(sets, what=f"{BESIDE[key]}{share}")
+        _print_sets(sets, what=f"{EXTRA_SET_ACTIONS[key]}{share}")
     _print_batch(config)
 
 
@@ -87,7 +89,7 @@ def _print_batch(config: Mapping[str, Any]) -> None:
     """
     batch, side = config["batch_size"], config["image_size"]
     print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
-    print(f"passes      {_passes(config)}")
+    print(f"passes      {_describe_passes(config)}")
     devices = count_devices(config["trainer"])
     if devices is not None:
         counts = [devices]
@@ -113,7 +115,7 @@ def count_devices(trainer: Mapping[str, Any]) -> int | None:
     return number * trainer["num_nodes"] if isinstance(number, int) and number > 0 else None
 
 
-def _passes(config: Mapping[str, Any]) -> str:
+def _describe_passes(config: Mapping[str, Any]) -> str:
     """Open the sets that are there, and say how often all of them are seen.
 
     Raises:
@@ -124,8 +126,8 @@ def _passes(config: Mapping[str, Any]) -> str:
     sets = {**config["data"]["sets"]}
     for added in extra_sets(config).values():
         sets.update(added)
-    absent = {name for name, root in sets.items() if not _is_there(config, name, str(root))}
-    records = _open(config, sets, absent)
+    absent = {name for name, root in sets.items() if not _is_local_and_complete(config, name, str(root))}
+    records = _count_records(config, sets, absent)
     scenes = {str(scene["root"]): scene["count"] for scene in config["sources"]["scenes"].values()}
     drawn = {name: scenes.get(str(sets[name])) for name in absent}
     if None in drawn.values() or (absent and config.get("replay")):
@@ -135,7 +137,7 @@ def _passes(config: Mapping[str, Any]) -> str:
     return f"{config['batch_size'] * config['steps'] / records:,.3g} over {records:,} records"
 
 
-def _is_there(config: Mapping[str, Any], name: str, root: str) -> bool:
+def _is_local_and_complete(config: Mapping[str, Any], name: str, root: str) -> bool:
     """Tell whether a set, and its labels where the stage joins them, lie on this machine; addresses are not asked."""
     if is_remote(root) or not (Path(root) / "manifest.json").is_file():
         return False
@@ -144,7 +146,7 @@ def _is_there(config: Mapping[str, Any], name: str, root: str) -> bool:
     return not joined or (not is_remote(str(labels)) and (Path(labels) / name).is_dir())
 
 
-def _open(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection[str]) -> int:
+def _count_records(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection[str]) -> int:
     """Open the sets of a run that are there, as the run would; return the records of a pass over them."""
     arguments = {key: value for key, value in config["data"].items() if key != "_target_"}
     for key in ("sets", "labelled", "images"):
@@ -165,9 +167,9 @@ def _open(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection
         return TrainData(**arguments, micro_batch=1, patch=patch).open().stream.records
 
 
-def _check_run(config: Mapping[str, Any], typed: Collection[str]) -> None:
+def _check_run_dir(config: Mapping[str, Any], typed: Collection[str]) -> None:
     """Hold the run folder, the checkpoint and the starting weights against the config, as the run would."""
-    folder = RunFolder(config["run_dir"], typed=typed)
+    folder = RunDir(config["run_dir"], typed=typed)
     if config["stage"] == "pseudolabel":
         return
     if not config["overwrite"]:
@@ -175,18 +177,18 @@ def _check_run(config: Mapping[str, Any], typed: Collection[str]) -> None:
         if folder.finished(config["steps"]):
             print(f"run         {folder.path} is finished, and the command would do nothing")
     if config["resume"] and (config["overwrite"] or folder.newest_checkpoint() is None):
-        for line in check_other(Path(config["resume"]), config, typed=typed):
+        for line in check_resume_checkpoint(Path(config["resume"]), config, typed=typed):
             print(f"resume      {line}")
-    check_start(config)
+    check_initial_weights(config)
     name, root = config["validation"]["benchmark"], config["sources"]["validation"]
     where = config["validation"]["root"] if name is not None else root
     if where is not None and not is_remote(str(where)) and Path(where).exists():
-        trial_of(config)
+        open_validation_task(config)
     elif where is not None:
-        print(f"validation  {told(str(where))}{'' if is_remote(str(where)) else MISSING}")
+        print(f"validation  {redact_secrets(str(where))}{'' if is_remote(str(where)) else NOT_FOUND}")
 
 
-def _check_labels(config: Mapping[str, Any]) -> None:
+def _check_label_teacher(config: Mapping[str, Any]) -> None:
     """Refuse labels that another teacher has begun, where both are there."""
     begun = {
         name: root
@@ -203,7 +205,7 @@ def _check_labels(config: Mapping[str, Any]) -> None:
     ShardData(**arguments, sets=begun, patch=teacher.multiple, teacher=made_by)
 
 
-def _loss(config: Mapping[str, Any]) -> str:
+def _describe_loss(config: Mapping[str, Any]) -> str:
     recipe = config["recipe"]
     if config["stage"] == "metric":
         silog = (
@@ -212,11 +214,11 @@ def _loss(config: Mapping[str, Any]) -> str:
         silog += f"{config['max_depth']:g} m"
         if not config["replay"]:
             return silog
-        return f"{silog}; replayed: {_invariant(recipe)}"
-    return _invariant(recipe)
+        return f"{silog}; replayed: {_describe_invariant_losses(recipe)}"
+    return _describe_invariant_losses(recipe)
 
 
-def _invariant(recipe: Mapping[str, Any]) -> str:
+def _describe_invariant_losses(recipe: Mapping[str, Any]) -> str:
     terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
     if recipe.get("alignment_weight"):
         terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
@@ -226,4 +228,4 @@ def _invariant(recipe: Mapping[str, Any]) -> str:
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
     for name, root in sets.items():
         there = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
-        print(f"{what:<11} {name}: {told(str(root))}{'' if there else MISSING}")
+        print(f"{what:<11} {name}: {redact_secrets(str(root))}{'' if there else NOT_FOUND}")

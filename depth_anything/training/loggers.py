@@ -19,9 +19,9 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from depth_anything.data.address import told
-from depth_anything.data.tars import write_atomically
-from depth_anything.disk import named_write_errors
+from depth_anything.data.address import redact_secrets
+from depth_anything.data.tars import atomic_write
+from depth_anything.disk import name_write_errors
 
 
 @dataclass
@@ -52,16 +52,18 @@ def read_metrics(path: Path) -> MetricsTable:
         return MetricsTable([], [], 0)
     cut = bool(lines.pop().strip())  # every row that was written whole ends its line
     lines = [line for line in lines if line.strip()]
-    columns = _fields(lines[0]) if lines else []
+    columns = _split_fields(lines[0]) if lines else []
     if columns.count("step") != 1 or len(set(columns)) < len(columns):
         return MetricsTable([], [], len(lines) + cut)
     found = [
-        dict(zip(columns, row, strict=True)) for line in lines[1:] if _is_row(row := _fields(line), columns)
+        dict(zip(columns, row, strict=True))
+        for line in lines[1:]
+        if _is_valid_row(row := _split_fields(line), columns)
     ]
     return MetricsTable(columns, found, len(lines) - 1 - len(found) + cut)
 
 
-def _fields(line: bytes) -> list[str]:
+def _split_fields(line: bytes) -> list[str]:
     """Split a line into its fields; none where it holds what is no text."""
     try:
         text = line.decode("utf-8-sig").strip()
@@ -70,7 +72,7 @@ def _fields(line: bytes) -> list[str]:
         return []
 
 
-def _is_row(fields: list[str], columns: list[str]) -> bool:
+def _is_valid_row(fields: list[str], columns: list[str]) -> bool:
     if len(fields) != len(columns):
         return False
     try:
@@ -182,7 +184,7 @@ class MetricsCSV(Logger):
             self.save()
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        with named_write_errors(self.path), open(self.path, "ab", buffering=0) as file:
+        with name_write_errors(self.path), open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             try:
                 text = self._text(rows)
@@ -194,7 +196,7 @@ class MetricsCSV(Logger):
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, self._text(rows, header=True))
+        atomic_write(self.path, self._text(rows, header=True))
 
     def _text(self, rows: list[dict[str, Any]], *, header: bool = False) -> bytes:
         text = io.StringIO(newline="")
@@ -268,11 +270,11 @@ class SafeLogger(Logger):
                 file=sys.stderr,
             )
             self._logger = None
-            atexit.register(_ignore_lost_connections)  # Python calls the last one registered first
+            atexit.register(_silence_connection_errors_at_exit)  # Python calls the last one registered first
             return None
 
 
-def _ignore_lost_connections() -> None:
+def _silence_connection_errors_at_exit() -> None:
     """Keep a library's farewell to a service that has died from printing a traceback at exit."""
     told = sys.unraisablehook
 
@@ -283,7 +285,7 @@ def _ignore_lost_connections() -> None:
     sys.unraisablehook = hook
 
 
-class OfflineWandbLogger(WandbLogger):
+class OfflineFallbackWandbLogger(WandbLogger):
     """Weights & Biases, which goes offline where the service cannot be reached or refuses the key."""
 
     @property
@@ -305,7 +307,7 @@ class OfflineWandbLogger(WandbLogger):
             return super().experiment
 
 
-def legal_id(name: str) -> str:
+def wandb_run_id(name: str) -> str:
     """Make a run's name an id that Weights & Biases takes; the same for the same name, and another for another.
 
     >>> legal_id("student-vits"), legal_id("exp/one")
@@ -329,20 +331,20 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
         known = False
     offline = not (known or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return OfflineWandbLogger(
+    return OfflineFallbackWandbLogger(
         project=project,
         name=name[:128],
-        id=legal_id(name),
+        id=wandb_run_id(name),
         resume="allow",
         save_dir=folder,
         offline=offline,
-        **_without_typed(),
+        **_command_line_settings(),
     )
 
 
-def _without_typed() -> dict[str, Any]:
+def _command_line_settings() -> dict[str, Any]:
     """Have Weights & Biases store no metadata where what was typed, which belongs to it, has a secret."""
     import wandb
 
     typed = " ".join(sys.argv)
-    return {"settings": wandb.Settings(x_disable_meta=True)} if told(typed) != typed else {}
+    return {"settings": wandb.Settings(x_disable_meta=True)} if redact_secrets(typed) != typed else {}

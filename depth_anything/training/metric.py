@@ -13,7 +13,7 @@ from depth_anything.training.config import MetricRecipe
 
 __all__ = ["Metric", "MetricRecipe"]
 
-NEAREST_M = 1e-3
+MIN_DEPTH_M = 1e-3
 """Nearer predictions have its disparity: one pixel that is next to nothing must not be all that counts."""
 
 
@@ -53,7 +53,7 @@ class Metric(DepthModule):
         loss = self.silog_weight * silog
         if metric is None:
             return {"loss": loss, "silog": silog}
-        disparity = depth_to_disparity(prediction.float(), nearest=NEAREST_M)
-        parts = self.map_losses(disparity, {**given, "valid": given["valid"] & ~metric})
+        disparity = depth_to_disparity(prediction.float(), nearest=MIN_DEPTH_M)
+        parts = self.disparity_losses(disparity, {**given, "valid": given["valid"] & ~metric})
         loss = loss + self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"]
         return {"loss": loss, "silog": silog, **parts}

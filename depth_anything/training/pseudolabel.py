@@ -26,31 +26,34 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from depth_anything.data.codec import encode
-from depth_anything.data.labels import LabelSet, open_labels
-from depth_anything.data.liveness import Watch
-from depth_anything.data.loader import Loader, identity
+from depth_anything.data.labels import LabelSetWriter, open_labels
+from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.shards import open_set
 from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
+from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
-from depth_anything.training.signals import signals
+from depth_anything.training.signals import signal_handler
 
-PREPROCESSING = "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
-STALE_S = 120.0
-NO_NUMBERS = "the network gives no numbers (NaN or infinity)"
-MOST_NAMED = 20  # images without a label; all of them are in NAME.json
-MANY_SHAPES = 16  # batches' worth of images that may wait for others of their shape
-NEAREST_SHARE = 1e-3
+PREPROCESSING_TEXT = (
+    "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
+)
+LEASE_STALE_S = 120.0
+NON_FINITE_REASON = "the network gives no numbers (NaN or infinity)"
+MAX_REPORTED_IMAGES = 20  # images without a label; all of them are in NAME.json
+MAX_WAITING_BATCHES = 16  # batches' worth of images that may wait for others of their shape
+MIN_DEPTH_SHARE = 1e-3
 """Of a metric teacher's max_depth: nearer depths count as it. Labels keep 12 bits between a map's own extremes, and the
 inverse of a pixel at zero would take them all."""
 
 
-def label_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tensor:
+def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tensor:
     """Turn what a teacher's `forward` gives into disparity, larger being nearer: what labels are.
 
     Args:
@@ -63,7 +66,7 @@ def label_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tenso
     """
     output = output.float()
     if teacher.max_depth is not None:
-        return depth_to_disparity(output, nearest=NEAREST_SHARE * teacher.max_depth)
+        return depth_to_disparity(output, nearest=MIN_DEPTH_SHARE * teacher.max_depth)
     if teacher.calibration is not None:
         scale, shift = teacher.calibration
         return (output * scale + shift).clamp(min=1 / FARTHEST_M)
@@ -79,7 +82,7 @@ def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
     """
     conversion = None
     if teacher.max_depth is not None:
-        nearest = NEAREST_SHARE * teacher.max_depth
+        nearest = MIN_DEPTH_SHARE * teacher.max_depth
         conversion = f"1 / depth, depth from {nearest:g} to {teacher.max_depth:g} m"
     elif teacher.calibration is not None:
         scale, shift = teacher.calibration
@@ -97,14 +100,14 @@ def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
 class Lease:
     """A note beside a label shard that says who is making it; a dead holder's note is void."""
 
-    _watch = Watch()  # of all notes that this process has come across
+    _watch = FileWatch()  # of all notes that this process has come across
 
     def __init__(self, path: Path, *, pid: int) -> None:
         """Name the note; `pid` is the process whose death voids it."""
         self.path, self.pid = path, pid
 
     @classmethod
-    def of(cls, labels: LabelSet, shard: str, *, pid: int) -> "Lease":
+    def of(cls, labels: LabelSetWriter, shard: str, *, pid: int) -> "Lease":
         """Name the lease of a label shard."""
         return cls(Path(labels.root) / f".{shard}.lease", pid=pid)
 
@@ -146,13 +149,13 @@ class Lease:
         except (ValueError, KeyError, TypeError):
             host, pid = "", 0
         still = (
-            STALE_S if host != socket.gethostname() else 10 * STALE_S
+            LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
         )  # the number may be another's by now
         return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
 
 
 @dataclass
-class Batch:
+class ImageBatch:
     """Images of one shape and one shard; the last of a shard is empty and tells what would not decode.
 
     A batch of a shard of no records says that this process waits for others.
@@ -165,13 +168,13 @@ class Batch:
     image: torch.Tensor  # (b,h,w,3) uint8
     failed: list[tuple[int, str]] = field(default_factory=list)
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "ImageBatch":
         """Let the loader put the pixels where the GPU can fetch them while it works."""
         self.image = self.image.pin_memory()
         return self
 
     @classmethod
-    def stack(cls, set: str, shard: str, records: int, images: list[tuple[int, np.ndarray]]) -> "Batch":
+    def stack(cls, set: str, shard: str, records: int, images: list[tuple[int, np.ndarray]]) -> "ImageBatch":
         """Stack images of one shape."""
         pixels = torch.from_numpy(np.stack([image for _, image in images]))
         return cls(set, shard, records, [index for index, _ in images], pixels)
@@ -182,7 +185,7 @@ class ShardBatches(IterableDataset):
 
     def __init__(
         self,
-        labels: Mapping[str, LabelSet],
+        labels: Mapping[str, LabelSetWriter],
         *,
         image_size: int,
         patch: int,
@@ -204,7 +207,7 @@ class ShardBatches(IterableDataset):
         self.image_size, self.patch, self.batch_size = image_size, patch, batch_size
         self.rank, self.world, self.pid = rank, world, os.getpid()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches until every shard of every set has its labels, by whomever."""
         worker = get_worker_info()
         lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
@@ -227,9 +230,11 @@ class ShardBatches(IterableDataset):
                     handed.add((name, shard))
             if len(handed) == before:  # others hold what is left, and one of them may yet die
                 time.sleep(0.5)
-                yield Batch("", "", 0, [], torch.empty(0, dtype=torch.uint8))  # Lightning looks a batch ahead
+                yield ImageBatch(
+                    "", "", 0, [], torch.empty(0, dtype=torch.uint8)
+                )  # Lightning looks a batch ahead
 
-    def cut(self, name: str, shard: str) -> Iterator[Batch]:
+    def cut(self, name: str, shard: str) -> Iterator[ImageBatch]:
         """Cut a shard into batches of one shape; each leaves as soon as it is full, the rest at the end.
 
         The order depends on the shard alone, and a record that fails leaves its place with its reason.
@@ -249,14 +254,14 @@ class ShardBatches(IterableDataset):
             same = waiting.setdefault((height, width), [])
             same.append((index, resize_image(frame.image, height, width)))
             if len(same) == self.batch_size:
-                yield Batch.stack(name, shard, count, waiting.pop((height, width)))
-            elif sum(map(len, waiting.values())) > MANY_SHAPES * self.batch_size:
-                yield Batch.stack(
+                yield ImageBatch.stack(name, shard, count, waiting.pop((height, width)))
+            elif sum(map(len, waiting.values())) > MAX_WAITING_BATCHES * self.batch_size:
+                yield ImageBatch.stack(
                     name, shard, count, waiting.pop(max(waiting, key=lambda s: len(waiting[s])))
                 )
         for same in waiting.values():
-            yield Batch.stack(name, shard, count, same)
-        yield Batch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
+            yield ImageBatch.stack(name, shard, count, same)
+        yield ImageBatch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
 
 
 class ShardData(pl.LightningDataModule):
@@ -292,9 +297,9 @@ class ShardData(pl.LightningDataModule):
             ValueError: If a set is missing or damaged, or its labels are another teacher's.
         """
         super().__init__()
-        preprocessing = PREPROCESSING.format(size=image_size, patch=patch, precision=precision)
+        preprocessing = PREPROCESSING_TEXT.format(size=image_size, patch=patch, precision=precision)
         self.labels = {
-            name: LabelSet(
+            name: LabelSetWriter(
                 os.path.join(labels, name),
                 open_set(root, name=name),
                 teacher=teacher,
@@ -342,16 +347,16 @@ class ShardData(pl.LightningDataModule):
             world=self.trainer.world_size,
         )
         gpu = self.trainer.strategy.root_device.type == "cuda"
-        return Loader(
+        return StreamLoader(
             batches,
             smaller=f"batch_size={max(1, self.batch_size // 2)}",
             batch_size=None,
             num_workers=self.workers,
             pin_memory=gpu,
-            collate_fn=identity,
+            collate_fn=return_batch,
         )
 
-    def give_back(self) -> None:
+    def release_leases(self) -> None:
         """Give back the shards that this process has taken and not finished."""
         for labels in self.labels.values():
             for path in Path(labels.root).glob(".*.lease"):
@@ -373,7 +378,7 @@ class PseudoLabel(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Open a bar over the images that had no label when this process began."""
-        left = sum(labels.images_left() for labels in self._data[0].labels.values())
+        left = sum(labels.count_unlabeled_images() for labels in self._data[0].labels.values())
         quiet = not sys.stderr.isatty()
         self._bar = tqdm(
             total=left,
@@ -384,9 +389,9 @@ class PseudoLabel(pl.LightningModule):
             disable=not self.trainer.is_global_zero,
         )
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> int:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> int:
         """Label a batch; after a shard's last one, publish the shard. Returns how many images that was."""
-        signals.check()
+        signal_handler.check()
         if not batch.records:
             return 0
         labels = self._data[0].labels[batch.set]
@@ -394,7 +399,7 @@ class PseudoLabel(pl.LightningModule):
         made = self._made.setdefault((batch.set, batch.shard), {})
         if batch.indices:
             output = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
-            disparity = label_disparity(self.model, output)
+            disparity = convert_to_disparity(self.model, output)
             good = (output.isfinite() & disparity.isfinite()).flatten(1).all(1).tolist()  # 1 / inf would be 0
             for index, values, finite in zip(batch.indices, disparity.cpu().numpy(), good, strict=True):
                 if finite:
@@ -403,7 +408,7 @@ class PseudoLabel(pl.LightningModule):
         else:
             del self._made[batch.set, batch.shard]
             named = {index for index, _ in batch.failed}.union(made)
-            mute = [(index, NO_NUMBERS) for index in range(batch.records) if index not in named]
+            mute = [(index, NON_FINITE_REASON) for index in range(batch.records) if index not in named]
             self._refuse(batch, mute, labels.keys(batch.shard))
             labels.publish(batch.shard, {i: label.result() for i, label in made.items()}, batch.failed + mute)
             lease.release()
@@ -411,10 +416,10 @@ class PseudoLabel(pl.LightningModule):
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
 
-    def _refuse(self, batch: Batch, mute: list[tuple[int, str]], keys: Sequence[str]) -> None:
+    def _refuse(self, batch: ImageBatch, mute: list[tuple[int, str]], keys: Sequence[str]) -> None:
         """Name the images without a label; stop before a shard is published when the fault is not the images'."""
         skipped = [*batch.failed, *mute]
-        for index, reason in skipped[: max(0, MOST_NAMED - self._failed - self._mute)]:
+        for index, reason in skipped[: max(0, MAX_REPORTED_IMAGES - self._failed - self._mute)]:
             print(f"no label for {keys[index]!r} of {batch.set}/{batch.shard}: {reason}", file=sys.stderr)
         self._read += batch.records
         self._failed, self._mute = self._failed + len(batch.failed), self._mute + len(mute)
@@ -428,7 +433,8 @@ class PseudoLabel(pl.LightningModule):
         if 2 * len(mute) > seen or (many and mute and self._mute > 0.01 * self._read):
             precision = self._data[0].precision
             raise ValueError(
-                f"{NO_NUMBERS} for {len(mute)} of {seen} images of {batch.set}/{batch.shard}, as {keys[mute[0][0]]!r}; "
+                f"{NON_FINITE_REASON} for {len(mute)} of {seen} images of {batch.set}/{batch.shard}, as "
+                f"{keys[mute[0][0]]!r}; "
                 + (
                     f"its weights are no use at trainer.precision={precision}; type teacher=FILE for another teacher"
                     if precision.startswith("32")

@@ -10,15 +10,15 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from depth_anything.data.address import told
+from depth_anything.data.address import redact_secrets
 
 
 def redact_traceback(error: BaseException) -> str:
     """Format an error and its causes as Python does, without secrets."""
-    return told("".join(traceback.format_exception(error)))
+    return redact_secrets("".join(traceback.format_exception(error)))
 
 
-def hide_secrets() -> None:
+def install_redaction() -> None:
     """Redact what Python prints by itself: uncaught errors of any thread, warnings, and log records."""
     sys.excepthook = lambda kind, error, trace: print(redact_traceback(error), end="", file=sys.stderr)
     threading.excepthook = lambda lost: print(
@@ -28,7 +28,7 @@ def hide_secrets() -> None:
     if plain.__name__ != "redacted":
 
         def redacted(*arguments: Any, **keywords: Any) -> str:
-            return told(plain(*arguments, **keywords))
+            return redact_secrets(plain(*arguments, **keywords))
 
         warnings.formatwarning = redacted
         make = logging.getLogRecordFactory()
@@ -37,8 +37,8 @@ def hide_secrets() -> None:
 
 def _redact_record(record: logging.LogRecord) -> logging.LogRecord:
     text = record.getMessage()
-    if told(text) != text:
-        record.msg, record.args = told(text), ()
+    if redact_secrets(text) != text:
+        record.msg, record.args = redact_secrets(text), ()
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = redact_traceback(record.exc_info[1]).rstrip("\n")
     return record
@@ -57,5 +57,5 @@ def redact_hydra_files() -> None:
     if hydra.output_subdir is not None:
         files += (Path(hydra.runtime.output_dir) / hydra.output_subdir).glob("*.yaml")
     for file in files:
-        if file.is_file() and (text := file.read_text()) != told(text):
-            file.write_text(told(text))
+        if file.is_file() and (text := file.read_text()) != redact_secrets(text):
+            file.write_text(redact_secrets(text))

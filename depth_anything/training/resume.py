@@ -9,53 +9,53 @@ from typing import Any
 
 import torch
 
-from depth_anything.data.address import same_place
-from depth_anything.data.yaml_text import load_yaml
+from depth_anything.data.address import strip_credentials
+from depth_anything.data.safe_yaml import load_yaml
+from depth_anything.training.batch_plan import format_override
 from depth_anything.training.check_config import find_default, find_key
-from depth_anything.training.config import CHANGE, ECHO, FREE, SAME, START, to_typed
-from depth_anything.training.plan import override
+from depth_anything.training.config import CHANGE, ECHO, FREE, SAME, START, format_value
 
 #: Keys whose value is the user's own mapping, compared as a whole.
-WHOLE = frozenset(("sky", "repeat"))
+COMPARED_WHOLE = frozenset(("sky", "repeat"))
 #: Keys that a checkpoint's weights and position depend on, and that it tells itself.
-TOLD_BY_CHECKPOINT = ("stage", "encoder", "max_depth", "image_size", "batch_size", "streams", "seed")
+KEYS_IN_CHECKPOINT = ("stage", "encoder", "max_depth", "image_size", "batch_size", "streams", "seed")
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested mappings into dotted keys, and addresses into what `same_place` leaves of them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value and key not in WHOLE:
-            flat.update(flatten(value, f"{prefix}{key}."))
+        if isinstance(value, Mapping) and value and key not in COMPARED_WHOLE:
+            flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = same_place(value) if isinstance(value, str) else value
+            flat[f"{prefix}{key}"] = strip_credentials(value) if isinstance(value, str) else value
     return flat
 
 
-def resume_kind(path: str) -> str:
+def resume_policy(path: str) -> str:
     """Look up whether a dotted key may differ between two starts: FREE, ECHO, CHANGE, SAME or START."""
     if path.startswith("sources.scenes.validation."):
         return FREE
     kinds = []
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
-        known, open_ = find_key(".".join(parts[:length]))
+        known, is_open = find_key(".".join(parts[:length]))
         if known is None and parts[0] == "trainer":
             return FREE  # as max_time and profiler
         if known is None:
-            return START if open_ else SAME
+            return START if is_open else SAME
         kinds.append(known.resume)
         if known.resume in (FREE, ECHO):
             return known.resume
-    return kinds[-1] if find_key(path)[0] is not None and kinds[-1] != SAME else _inherited(kinds)
+    return kinds[-1] if find_key(path)[0] is not None and kinds[-1] != SAME else _inherited_policy(kinds)
 
 
-def _inherited(kinds: Sequence[str]) -> str:
+def _inherited_policy(kinds: Sequence[str]) -> str:
     """A name of the user's, as a set's, has the kind of the mapping it is in."""
     return next((kind for kind in reversed(kinds) if kind != SAME), SAME)
 
 
-def differences(
+def config_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, typed: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """List the dotted keys that make two configs different runs, each with its old and new value.
@@ -68,16 +68,16 @@ def differences(
         new: Of today's command.
         typed: Dotted keys that were typed on the command line.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = flatten_config(old), flatten_config(new)
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | after.keys()):
         known = find_key(key)[0] is not None
         values = before.get(key), after.get(key)
         if known and key not in before:
-            values = (_default(key) if key in typed else values[1]), values[1]
+            values = (_default_value(key) if key in typed else values[1]), values[1]
         elif known and key not in after:
-            values = values[0], _default(key)
-        if values[0] != values[1] and resume_kind(key) not in (FREE, ECHO):
+            values = values[0], _default_value(key)
+        if values[0] != values[1] and resume_policy(key) not in (FREE, ECHO):
             changed[key] = values
     if before.get("stage") == "metric" and not (before.get("replay") or after.get("replay")):
         changed = {key: pair for key, pair in changed.items() if not _is_replay_only(key)}
@@ -87,7 +87,7 @@ def differences(
     return changed
 
 
-def _default(key: str) -> Any:
+def _default_value(key: str) -> Any:
     default = find_default(key)
     return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
@@ -97,18 +97,18 @@ def _is_replay_only(key: str) -> bool:
     return known is not None and known.replay_only
 
 
-def keys_typed(overrides: Sequence[str]) -> set[str]:
+def typed_keys(overrides: Sequence[str]) -> set[str]:
     """List the dotted keys of overrides, as they were typed on the command line."""
     return {override.partition("=")[0].lstrip("+~") for override in overrides if "=" in override}
 
 
-def changes_on_purpose(config: Mapping[str, Any]) -> list[str]:
+def keys_to_change(config: Mapping[str, Any]) -> list[str]:
     """List the keys that `resume_with` names."""
     named = config.get("resume_with") or []
     return [named] if isinstance(named, str) else list(named)
 
 
-def check_own(
+def check_same_run(
     folder: Path,
     old: Mapping[str, Any],
     new: Mapping[str, Any],
@@ -133,27 +133,28 @@ def check_own(
     Raises:
         ValueError: If a key differs that may not, or that resume_with does not name; or nothing is left to train.
     """
-    changed = differences(old, new, typed=typed)
-    on_purpose = [key for key in changes_on_purpose(new) if key in changed]
+    changed = config_differences(old, new, typed=typed)
+    on_purpose = [key for key in keys_to_change(new) if key in changed]
     for key in (key for key in changed if key not in on_purpose):
-        raise ValueError(_refusal(folder, key, changed, on_purpose))
+        raise ValueError(_changed_key_message(folder, key, changed, on_purpose))
     if new.get("steps") is not None and new["steps"] < step:
-        raise ValueError(_too_few(f"{folder} has a checkpoint", step, new["steps"]))
+        raise ValueError(_too_few_steps_message(f"{folder} has a checkpoint", step, new["steps"]))
     if on_purpose and finished:
         raise ValueError(
             f"{folder} is finished, and no step is left for another {on_purpose[0]}; type resume_with=[steps,"
             f"{','.join(key for key in on_purpose if key != 'steps')}] steps=N with N above {step or new.get('steps')}"
         )
     return [
-        f"step {step}: {key} {to_typed(changed[key][0])} -> {to_typed(changed[key][1])}" for key in on_purpose
+        f"step {step}: {key} {format_value(changed[key][0])} -> {format_value(changed[key][1])}"
+        for key in on_purpose
     ]
 
 
-def _too_few(what: str, step: int, steps: int) -> str:
+def _too_few_steps_message(what: str, step: int, steps: int) -> str:
     return f"{what} of step {step}, and steps={steps} are fewer; type steps={step} or more"
 
 
-def _refusal(
+def _changed_key_message(
     folder: Path, key: str, changed: Mapping[str, tuple[Any, Any]], on_purpose: Sequence[str]
 ) -> str:
     before, after = changed[key]
@@ -164,17 +165,17 @@ def _refusal(
             f"{folder} was begun with {key}={before}, a key that this version does not have; go on with the version "
             "that began it, or type name=ANOTHER_NAME"
         )
-    names = [*on_purpose, *(other for other in (key, *others) if resume_kind(other) == CHANGE)]
+    names = [*on_purpose, *(other for other in (key, *others) if resume_policy(other) == CHANGE)]
     purpose = (
-        f"resume_with=[{','.join(names)}] to change it on purpose, " if resume_kind(key) == CHANGE else ""
+        f"resume_with=[{','.join(names)}] to change it on purpose, " if resume_policy(key) == CHANGE else ""
     )
     return (
-        f"{folder} was begun with {key}={before}, now {key}={after}{more}; type {override(key, before)} to "
+        f"{folder} was begun with {key}={before}, now {key}={after}{more}; type {format_override(key, before)} to "
         f"continue it, {purpose}name=ANOTHER_NAME for a run beside it, or overwrite=true to set it aside"
     )
 
 
-def check_other(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = ()) -> list[str]:
+def check_resume_checkpoint(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = ()) -> list[str]:
     """Hold the checkpoint of another folder, which resume= names, against today's config.
 
     The recipe, `steps` and what else may change on purpose apply from the checkpoint's step on. What its weights or
@@ -186,28 +187,29 @@ def check_other(path: Path, new: Mapping[str, Any], *, typed: Collection[str] = 
     Raises:
         ValueError: If the checkpoint is of another network, data position or stage, or of a later step.
     """
-    step, facts = read_facts(path)
+    step, facts = read_checkpoint_facts(path)
     file = next((p / "config.yaml" for p in path.parents[:2] if (p / "config.yaml").is_file()), None)
-    saved = read_undamaged(file) if file is not None else {}
+    saved = read_config_or_empty(file) if file is not None else {}
     old = {**saved, **facts}
     same = {key: value for key, value in new.items() if saved or key in facts}
-    changed = differences(old, same, typed=typed)
+    changed = config_differences(old, same, typed=typed)
     for key, (before, after) in changed.items():
-        if resume_kind(key) == SAME:
+        if resume_policy(key) == SAME:
             begin = (
                 ""
                 if key in ("encoder", "stage", "lora")
                 else f", or init={path} in place of resume= to begin anew"
             )
             raise ValueError(
-                f"resume={path} is of a run with {key}={before}, now {key}={after}; type {override(key, before)} to go "
+                f"resume={path} is of a run with {key}={before}, now {key}={after}; type "
+                f"{format_override(key, before)} to go "
                 f"on from it{begin}"
             )
     if new["steps"] < step:
-        raise ValueError(_too_few(f"resume={path} is", step, new["steps"]))
-    kept = {key: pair for key, pair in changed.items() if resume_kind(key) == CHANGE}
+        raise ValueError(_too_few_steps_message(f"resume={path} is", step, new["steps"]))
+    kept = {key: pair for key, pair in changed.items() if resume_policy(key) == CHANGE}
     return [
-        f"step {step} of {path}: {key} {to_typed(before)} -> {to_typed(after)}"
+        f"step {step} of {path}: {key} {format_value(before)} -> {format_value(after)}"
         for key, (before, after) in kept.items()
     ]
 
@@ -228,7 +230,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_undamaged(path: Path) -> dict[str, Any]:
+def read_config_or_empty(path: Path) -> dict[str, Any]:
     """Read the config.yaml of a run; {} with a note on standard error where it is damaged."""
     try:
         return read_config(path)
@@ -237,7 +239,7 @@ def read_undamaged(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_facts(path: Path) -> tuple[int, dict[str, Any]]:
+def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
     """Read the step of a checkpoint, and what it tells of its run, by the keys of a config.
 
     Raises:

@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-ONE_PRESS_S = 0.3
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAME_KEYPRESS_S = 0.3
 """`timeout` and srun send Ctrl-C to a process and to its group: two signals so close are one press of the keys."""
-MAIN_PID = "DEPTH_ANYTHING_MAIN_PID"
+MAIN_PID_VARIABLE = "DEPTH_ANYTHING_MAIN_PID"
 """Environment variable with the number of the process that lets Lightning launch the other ranks, which inherit it."""
 
 
-class Stopped(SystemExit):
+class StoppedBySignal(SystemExit):
     """A signal ends this process; the exit code is 128 + the signal's number.
 
     It is 0 on the ranks that Lightning launched: at another code it would kill rank 0, whose code is the run's.
@@ -33,11 +33,11 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         """Hold the signal's number."""
-        super().__init__(0 if launched_by_lightning() else 128 + number)
+        super().__init__(0 if is_launched_by_lightning() else 128 + number)
         self.number = number
 
 
-class Signals:
+class SignalHandler:
     """The signals that this process has received, and whether the next one may end it at once.
 
     Attributes:
@@ -52,20 +52,20 @@ class Signals:
         self._held = self._told = False
         self._interruptible = 0
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Install the handlers, or install them again where a library has replaced them."""
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may
         if self._process != os.getpid():
             self._process = os.getpid()
             atexit.register(self.ignore)  # Python gives the signals back before it ends
-        for number in SIGNALS:
+        for number in HANDLED_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup
                 signal.signal(number, self._receive)
 
     def ignore(self) -> None:
         """Ignore every signal from here on: this process is about to end, with the exit code that it should have."""
-        for number in SIGNALS:
+        for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def hold(self) -> None:
@@ -95,10 +95,11 @@ class Signals:
             self._told = True
             job = os.environ.get("SLURM_JOB_ID")
             unqueued = f" when it is submitted again, as Slurm's job {job} is not queued again" if job else ""
-            _say(
-                f"stopped by {name_of(number)}; the same command goes on{unqueued if number == signal.SIGUSR1 else ''}"
+            _print_on_rank0(
+                f"stopped by {signal_name(number)}; the same command goes "
+                f"on{unqueued if number == signal.SIGUSR1 else ''}"
             )
-        raise Stopped(number)
+        raise StoppedBySignal(number)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -115,15 +116,17 @@ class Signals:
             self._interruptible -= 1
 
     def _may_stop(self) -> bool:
-        return not self._held and (self._interruptible > 0 or _is_alone())
+        return not self._held and (self._interruptible > 0 or _may_exit_alone())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker that was forked a moment ago and does not ignore signals yet
         now = time.monotonic()
         if number == signal.SIGINT:
-            if self._pressed is not None and now - self._pressed > ONE_PRESS_S:
-                _say("stopped at once by a second Ctrl-C; the same command goes on from the last checkpoint")
+            if self._pressed is not None and now - self._pressed > SAME_KEYPRESS_S:
+                _print_on_rank0(
+                    "stopped at once by a second Ctrl-C; the same command goes on from the last checkpoint"
+                )
                 os._exit(128 + number)
             self._pressed = now if self._pressed is None else self._pressed
         if self.caught:
@@ -131,14 +134,16 @@ class Signals:
         self.caught = number
         self.check()
         again = " again" if number == signal.SIGINT else ""
-        _say(f"{name_of(number)}: saving, then stopping; Ctrl-C{again} ends the run without saving")
+        _print_on_rank0(
+            f"{signal_name(number)}: saving, then stopping; Ctrl-C{again} ends the run without saving"
+        )
 
 
-signals = Signals()
+signal_handler = SignalHandler()
 """Those of this process."""
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """Name a signal for the user, with its number.
 
     >>> name_of(15)
@@ -147,16 +152,16 @@ def name_of(number: int) -> str:
     return f"signal {number} ({signal.Signals(number).name})"
 
 
-def launched_by_lightning() -> bool:
+def is_launched_by_lightning() -> bool:
     """Tell whether Lightning launched this process as a further rank of a run that was started once."""
     return (
         os.environ.get("LOCAL_RANK", "0") != "0"
         and "TORCHELASTIC_RUN_ID" not in os.environ
-        and os.environ.get(MAIN_PID) == str(os.getppid())
+        and os.environ.get(MAIN_PID_VARIABLE) == str(os.getppid())
     )
 
 
-def _is_alone() -> bool:
+def _may_exit_alone() -> bool:
     """Tell whether no other rank will wait for this process: there is none, or its launcher ends them all."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and getattr(distributed, "is_initialized", bool)():
@@ -164,7 +169,7 @@ def _is_alone() -> bool:
     return "LOCAL_RANK" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _say(sentence: str) -> None:
+def _print_on_rank0(sentence: str) -> None:
     """Write to standard error past Python's buffers, which the interrupted code may be writing to; rank 0 alone."""
     ranks = (os.environ.get(key) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     if next((rank for rank in ranks if rank is not None), "0") == "0":

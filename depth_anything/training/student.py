@@ -23,7 +23,7 @@ class Student(DepthModule):
             return super().losses(batch)
         given = self.inputs(batch)
         prediction, features = self.model(given["image"], return_features=True)
-        parts = self.map_losses(prediction, given)
+        parts = self.disparity_losses(prediction, given)
         with torch.no_grad():
             wanted = self._frozen[0].features(given["clean"])
         with torch.autocast(prediction.device.type, enabled=False):

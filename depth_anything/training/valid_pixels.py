@@ -17,17 +17,17 @@ from torch import Tensor
 
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.sample import target_field
+from depth_anything.data.sample import find_target_field
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback
 
-SAMPLES, STEPS = 64, 10
+STOP_AFTER_IMAGES, STOP_AFTER_STEPS = 64, 10
 """So many images in a row, over so many steps, have nothing to learn from before the run stops."""
-NAMED = 3
+MAX_REPORTED_BATCHES = 3
 """So many batches are named."""
 
 
-def has_truth(target: Tensor, valid: Tensor, metric: bool | Tensor) -> Tensor:
+def has_valid_target(target: Tensor, valid: Tensor, metric: bool | Tensor) -> Tensor:
     """Tell which images of a batch the losses can learn from.
 
     Args:
@@ -47,7 +47,7 @@ def has_truth(target: Tensor, valid: Tensor, metric: bool | Tensor) -> Tensor:
     return enough & (differ if metric is False else differ | metric)
 
 
-class ValidPixels(StepCallback):
+class ValidPixelCheck(StepCallback):
     """Watch how many images have valid pixels, with one synchronization every `every` steps."""
 
     def __init__(self, open_data: Callable[[pl.Trainer], StreamDataset] | None = None, *, every: int) -> None:
@@ -57,11 +57,11 @@ class ValidPixels(StepCallback):
             open_data: Finds the data that is trained on; None: the datamodule's.
             every: In optimizer steps.
         """
-        self._open_data, self.every = open_data or _opened, every
+        self._open_data, self.every = open_data or _open_train_data, every
         self._pending: list[tuple[int, Tensor]] = []  # step; (2, B) sample numbers and whether there is truth
         self._named = 0
-        self._runs = {False: _Run(), True: _Run()}  # of the sets in metres, and of those in disparity
-        self._sets: dict[str, _Run] = {}
+        self._runs = {False: _Streak(), True: _Streak()}  # of the sets in metres, and of those in disparity
+        self._sets: dict[str, _Streak] = {}
         self._warned: set[str] = set()
         self._began = 0
 
@@ -73,7 +73,7 @@ class ValidPixels(StepCallback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Note on the device which images have truth; nothing waits for it."""
         metric = batch["metric"] if "metric" in batch else self._open_data(trainer).depth_range is not None
-        truth = has_truth(batch["target"], batch["valid"], metric)
+        truth = has_valid_target(batch["target"], batch["valid"], metric)
         self._pending.append((trainer.global_step + 1, torch.stack([batch["sample"], truth.long()])))
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
@@ -96,17 +96,19 @@ class ValidPixels(StepCallback):
         for number, run in enumerate(self._runs.values()):
             samples, steps, never = totals[3 * number : 3 * number + 3]
             samples *= trainer.world_size
-            if samples and ((samples >= SAMPLES and steps >= STEPS) or (whole and never)):
+            if samples and (
+                (samples >= STOP_AFTER_IMAGES and steps >= STOP_AFTER_STEPS) or (whole and never)
+            ):
                 raise ValueError(
                     f"none of the last {samples} images ({steps} steps) has a pixel to learn from: "
-                    f"{_describe(data, run.last)}"
+                    f"{_describe_sample(data, run.last)}"
                 )
         for name, run in self._sets.items():
-            if run.samples >= SAMPLES and name not in self._warned and trainer.is_global_zero:
+            if run.samples >= STOP_AFTER_IMAGES and name not in self._warned and trainer.is_global_zero:
                 self._warned.add(name)
                 print(
                     f"none of the last {run.samples} images of the set {name} has a pixel to learn from: "
-                    f"{_describe(data, run.last)}",
+                    f"{_describe_sample(data, run.last)}",
                     file=sys.stderr,
                 )
 
@@ -125,7 +127,7 @@ class ValidPixels(StepCallback):
             names = [shard.split("/")[0] for _, shard, _ in places]
             for name in dict.fromkeys(names):
                 of_set = [sample for sample, its in zip(samples, names, strict=True) if its == name]
-                self._sets.setdefault(name, _Run()).add(of_set)
+                self._sets.setdefault(name, _Streak()).add(of_set)
             for relative, run in self._runs.items():
                 group = [
                     sample
@@ -133,7 +135,7 @@ class ValidPixels(StepCallback):
                     if (name in data.relative) == relative
                 ]
                 run.add(group)
-            if not any(has for _, has in samples) and self._named < NAMED and tell:
+            if not any(has for _, has in samples) and self._named < MAX_REPORTED_BATCHES and tell:
                 self._named += 1
                 shown = ", ".join(f"{shard}[{index}]" for _, shard, index in places[:3])
                 shown += ", …" if len(places) > 3 else ""
@@ -144,7 +146,7 @@ class ValidPixels(StepCallback):
                 )
 
 
-class _Run:
+class _Streak:
     """Images in a row without truth.
 
     Attributes:
@@ -165,12 +167,12 @@ class _Run:
             self.samples, self.steps, self.last = self.samples + len(samples), self.steps + 1, samples[-1][0]
 
 
-def _opened(trainer: pl.Trainer) -> StreamDataset:
+def _open_train_data(trainer: pl.Trainer) -> StreamDataset:
     data: Any = trainer
     return data.datamodule.open()
 
 
-def _describe(data: StreamDataset, number: int) -> str:
+def _describe_sample(data: StreamDataset, number: int) -> str:
     """Say of a sample without truth where it lies, what its map holds, and what the likely cause is."""
     _, shard, index = data.stream.locate(number)
     name = shard.split("/")[0]
@@ -178,7 +180,7 @@ def _describe(data: StreamDataset, number: int) -> str:
     source = next(source for source in data.sources if source.name == name)
     try:
         key, fields = source.read(shard, index)
-        field = target_field(fields, metres=depth_range is not None)
+        field = find_target_field(fields, meters=depth_range is not None)
         values = codec.decode(fields[field])
     except (ValueError, OSError) as error:
         return f"{shard}[{index}] of the set {name} ({error})"

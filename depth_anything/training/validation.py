@@ -14,34 +14,41 @@ from PIL import Image
 
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import write_atomically
+from depth_anything.data.tars import atomic_write
 from depth_anything.disk import write_error
-from depth_anything.evaluation.benchmarks.catalogue import load as load_benchmark
-from depth_anything.evaluation.benchmarks.da2k import Score, da2k_score
-from depth_anything.evaluation.evaluate import RISING, Result, compared_truth, evaluate, merge, show
-from depth_anything.evaluation.judging import (
-    BATCH_SIZE,
-    Trial,
-    check_fits,
-    identity,
-    share_of,
-    trial_of_benchmark,
-    trial_of_set,
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark as load_benchmark
+from depth_anything.evaluation.benchmarks.da2k import PairResult, score_da2k
+from depth_anything.evaluation.evaluate import (
+    HIGHER_IS_BETTER,
+    DepthResult,
+    crop_to_view,
+    evaluate,
+    masked_truth,
+    merge_results,
 )
-from depth_anything.evaluation.protocols import Protocol
+from depth_anything.evaluation.protocols import EvalProtocol
+from depth_anything.evaluation.runner import (
+    BATCH_SIZE,
+    EvalTask,
+    cache_key,
+    check_quantity,
+    lines_of_share,
+    task_from_benchmark,
+    task_from_set,
+)
 from depth_anything.inference.predictor import Predictor
-from depth_anything.model.files import write_whole
+from depth_anything.model.tensor_files import write_whole
 from depth_anything.model.weights import save_model
 from depth_anything.training.base import DepthModule
-from depth_anything.training.callbacks import StepCallback, together
-from depth_anything.training.folder import RunFolder
-from depth_anything.visualize import paint, panel
+from depth_anything.training.callbacks import StepCallback, gather_or_raise
+from depth_anything.training.run_dir import RunDir
+from depth_anything.visualize import colorize_by_distance, make_panel
 
-PICTURES = 4
+NUM_PICTURES = 4
 """So many of the first images are painted."""
 
 
-def trial_of(config: Mapping[str, Any]) -> Trial | None:
+def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
     """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None: nothing.
 
     Raises:
@@ -51,16 +58,16 @@ def trial_of(config: Mapping[str, Any]) -> Trial | None:
     given = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
     protocol = settings["protocol"]
     if settings["benchmark"] is None:
-        return None if root is None else trial_of_set(open_set(root), protocol=protocol or "da2", **given)
+        return None if root is None else task_from_set(open_set(root), protocol=protocol or "da2", **given)
     benchmark = load_benchmark(settings["benchmark"])
-    if not benchmark.caps and (protocol is not None or given["max_depth"] is not None):
+    if not benchmark.depth_limits and (protocol is not None or given["max_depth"] is not None):
         raise ValueError(
             f"{benchmark.title} asks for pairs of points alone; type validation.protocol=null validation.max_depth=null"
         )
-    return trial_of_benchmark(benchmark, settings["root"], protocol=protocol, **given)
+    return task_from_benchmark(benchmark, settings["root"], protocol=protocol, **given)
 
 
-class _Truth(NamedTuple):
+class _DepthSummary(NamedTuple):
     """What an image offers to be judged by: its key, the pixels that are compared, and its range in metres."""
 
     key: str
@@ -69,16 +76,16 @@ class _Truth(NamedTuple):
     farthest: float
 
 
-def _truth_of(frame: Frame, rules: Protocol) -> _Truth:
-    shown = show(frame, rules)
+def _summarize_depth(frame: Frame, rules: EvalProtocol) -> _DepthSummary:
+    shown = crop_to_view(frame, rules)
     assert shown.depth is not None
     known = shown.depth[np.isfinite(shown.depth) & (shown.depth > 0)]
     nearest, farthest = (float(known.min()), float(known.max())) if known.size else (math.nan, math.nan)
-    compared = int(np.isfinite(compared_truth(shown, rules)).sum())
-    return _Truth(frame.key, compared, nearest, farthest)
+    compared = int(np.isfinite(masked_truth(shown, rules)).sum())
+    return _DepthSummary(frame.key, compared, nearest, farthest)
 
 
-def _refuse_nothing_valid(trial: Trial, found: Sequence[_Truth], *, tell: bool) -> None:
+def _check_valid_pixels(trial: EvalTask, found: Sequence[_DepthSummary], *, tell: bool) -> None:
     """Refuse images of which none has a pixel to compare; with `tell`, name those that have none among others.
 
     Raises:
@@ -107,7 +114,7 @@ def _refuse_nothing_valid(trial: Trial, found: Sequence[_Truth], *, tell: bool) 
     )
 
 
-class Validation(StepCallback):
+class ValidationCallback(StepCallback):
     """Judge held-out images as `depth-anything evaluate` does, paint the first few, and keep the best network.
 
     The best is the one of the least mean AbsRel, or of the most pairs of points in the right order. It lies beside
@@ -115,7 +122,7 @@ class Validation(StepCallback):
     """
 
     def __init__(
-        self, open_trial: Callable[[], Trial | None], folder: RunFolder, *, every: int, input_size: int
+        self, open_trial: Callable[[], EvalTask | None], folder: RunDir, *, every: int, input_size: int
     ) -> None:
         """Judge every `every` steps and at the end.
 
@@ -126,7 +133,7 @@ class Validation(StepCallback):
             input_size: Short side the network sees, pixels.
         """
         self._open, self.folder, self.every, self.input_size = open_trial, folder, every, input_size
-        self.trial: Trial | None = None
+        self.trial: EvalTask | None = None
         self.lines: list[str] = []
         self.shown: list[Any] = []
         self.best: dict[str, Any] = {}
@@ -134,34 +141,34 @@ class Validation(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Look at this rank's share of the images, and which network was best before."""
         super().on_train_start(trainer, module)
-        shares = together(trainer.world_size, lambda: self._look(trainer, module.model.quantity))
+        shares = gather_or_raise(trainer.world_size, lambda: self._look(trainer, module.model.quantity))
         if self.trial is None:
             return
-        _refuse_nothing_valid(
+        _check_valid_pixels(
             self.trial, [truth for share in shares for truth in share], tell=trainer.is_global_zero
         )
         if not trainer.is_global_zero:
             return
         if trainer.global_step == 0:
-            self.folder.forget_best()
+            self.folder.delete_best()
         best = self.folder.read_best()  # of a later step, too: what a killed run found is found
-        self.best = best if best.get("judged") == _judged_on(self.trial) else {}
+        self.best = best if best.get("judged") == _task_digest(self.trial) else {}
 
-    def _look(self, trainer: pl.Trainer, quantity: str) -> list[_Truth]:
+    def _look(self, trainer: pl.Trainer, quantity: str) -> list[_DepthSummary]:
         """Open the images and read each once, so that what cannot be judged is said before anything is trained."""
         self.trial = trial = self._open()
-        found: list[_Truth] = []
+        found: list[_DepthSummary] = []
         if trial is None:
             return found
-        check_fits(trial, quantity)
-        self.lines = share_of(trial.lines, (trainer.global_rank + 1, trainer.world_size))
+        check_quantity(trial, quantity)
+        self.lines = lines_of_share(trial.lines, (trainer.global_rank + 1, trainer.world_size))
         for number, line in enumerate(self.lines):
             item = trial.read(line)
             if trial.protocol is not None:
                 if item.depth is None:
                     raise ValueError(f"{item.key} has no depth in metres to validate on; name a labelled set")
-                found.append(_truth_of(item, trial.protocol))
-            if number < PICTURES:
+                found.append(_summarize_depth(item, trial.protocol))
+            if number < NUM_PICTURES:
                 self.shown.append(item)
         return found
 
@@ -180,7 +187,7 @@ class Validation(StepCallback):
                 self._paint(trainer, predictor, step)
                 self._keep_best(module, step, metric, numbers[metric])
 
-        together(trainer.world_size, keep)  # a full disk stops all ranks
+        gather_or_raise(trainer.world_size, keep)  # a full disk stops all ranks
         module.model.train(training)
 
     def _judged(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
@@ -188,22 +195,24 @@ class Validation(StepCallback):
         assert self.trial is not None
         rules, read = self.trial.protocol, self.trial.read
         if rules is None:
-            scores = together(
-                ranks, lambda: da2k_score(predictor, map(read, self.lines), batch_size=BATCH_SIZE)
+            scores = gather_or_raise(
+                ranks, lambda: score_da2k(predictor, map(read, self.lines), batch_size=BATCH_SIZE)
             )
-            score = Score(tuple(row for share in scores for row in share.rows))
+            score = PairResult(tuple(row for share in scores for row in share.rows))
             return "accuracy", {"accuracy": score.accuracy, **score.scenes}
 
-        def judged() -> Result:
+        def judged() -> DepthResult:
             return evaluate(predictor, map(read, self.lines), protocol=rules, batch_size=BATCH_SIZE)
 
-        return "abs_rel", merge(together(ranks, judged)).means
+        return "abs_rel", merge_results(gather_or_raise(ranks, judged)).means
 
     def _paint(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
         maps = predictor.predict_batch([item.image for item in self.shown])
-        rows = [_row(item, map_, predictor.quantity) for item, map_ in zip(self.shown, maps, strict=True)]
+        rows = [
+            _picture_row(item, map_, predictor.quantity) for item, map_ in zip(self.shown, maps, strict=True)
+        ]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
-        picture = panel(rows, titles=titles)
+        picture = make_panel(rows, titles=titles)
         write_whole(
             self.folder.pictures / f"step-{step:09d}.jpg",
             lambda temporary: Image.fromarray(picture).save(temporary, "JPEG", quality=90),
@@ -214,7 +223,7 @@ class Validation(StepCallback):
 
     def _keep_best(self, module: DepthModule, step: int, metric: str, value: float) -> None:
         """Keep the network if it is better than all before; its note goes first and comes last, and so never lies."""
-        better = 1 if metric in (*RISING, "accuracy") else -1
+        better = 1 if metric in (*HIGHER_IS_BETTER, "accuracy") else -1
         if math.isnan(value) or (self.best and better * value <= better * self.best["value"]):
             return
         assert self.trial is not None
@@ -224,27 +233,27 @@ class Validation(StepCallback):
             "value": value,
             "images": self.trial.name,
             "protocol": self.trial.protocol.name if self.trial.protocol else self.trial.name,
-            "judged": _judged_on(self.trial),
+            "judged": _task_digest(self.trial),
         }
         written = self.folder.best.with_name(f".{self.folder.best.name}.tmp")
         try:
             save_model(module.model, written)
         except OSError as error:  # a full disk, perhaps: the older network and its note stay
             raise write_error(self.folder.best, error) from error
-        self.folder.best_note.unlink(missing_ok=True)
+        self.folder.best_json.unlink(missing_ok=True)
         os.replace(written, self.folder.best)
-        write_atomically(self.folder.best_note, json.dumps(self.best).encode())
+        atomic_write(self.folder.best_json, json.dumps(self.best).encode())
 
 
-def _judged_on(trial: Trial) -> str:
+def _task_digest(trial: EvalTask) -> str:
     """A digest of all that a figure depends on besides the network: others are not held against it."""
-    return "sha256:" + hashlib.sha256(json.dumps(identity(trial), sort_keys=True).encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(json.dumps(cache_key(trial), sort_keys=True).encode()).hexdigest()
 
 
-def _row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:
+def _picture_row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:
     """An image, its truth where there is one for each pixel, and what the network says; near is red."""
     disparity = map_ if quantity == "disparity" else 1.0 / map_.clip(1e-3)
     truth = []
     if isinstance(item, Frame) and item.depth is not None:
-        truth = [paint(1.0 / item.depth, quantity="disparity")]
-    return [item.image, *truth, paint(disparity, quantity="disparity")]
+        truth = [colorize_by_distance(1.0 / item.depth, quantity="disparity")]
+    return [item.image, *truth, colorize_by_distance(disparity, quantity="disparity")]

@@ -9,7 +9,8 @@ from typing_commands import complaint
 from depth_anything import load_model
 from depth_anything.cli import main
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import open_set, write_manifest, write_shard
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
 
 
 def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
@@ -46,8 +47,8 @@ def test_evaluate_writes_a_report(tmp_path, scenes, weights, capsys):
 def test_evaluate_is_the_function(tmp_path, scenes, weights):
     from depth_anything import Predictor
     from depth_anything.evaluation.evaluate import evaluate
+    from depth_anything.evaluation.frames import read_frames
     from depth_anything.evaluation.protocols import PROTOCOLS
-    from depth_anything.evaluation.sets import read_frames
 
     folder = tmp_path / "r"
     line = [

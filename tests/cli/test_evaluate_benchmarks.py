@@ -12,7 +12,7 @@ from made_benchmarks import make_da2k, make_diode, make_kitti, make_nyu_bts, mak
 from typing_commands import complaint
 
 from depth_anything.cli import main
-from depth_anything.evaluation import judging
+from depth_anything.evaluation import runner
 
 
 def evaluate(*arguments):
@@ -82,7 +82,7 @@ def test_a_set_of_ones_own_stands_alone(tmp_path, weights, capsys):
 
 
 def test_shares_and_one_process_write_one_table(tmp_path, scenes, weights, capsys, monkeypatch):
-    monkeypatch.setattr(judging, "BATCH_SIZE", 2)
+    monkeypatch.setattr(runner, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--limit", 5)
     assert evaluate(*arguments, "--output", tmp_path / "one") == 0
     capsys.readouterr()
@@ -123,7 +123,7 @@ def test_what_the_second_process_cannot_read_is_an_exit_code(tmp_path, weights):
 
 
 def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, monkeypatch):
-    monkeypatch.setattr(judging, "BATCH_SIZE", 2)
+    monkeypatch.setattr(runner, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--device", "cpu", "--output")
     words = ["evaluate", *map(str, arguments)]
     threads = torch.get_num_threads()

@@ -49,7 +49,7 @@ def test_what_was_begun_goes_on_without_another_look(tmp_path, monkeypatch):
     typed = ["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out"), "--per-shard", "2"]
     assert main([*typed, "--part", "1/2"]) == 0
     looked = []
-    monkeypatch.setattr(custom_command, "_check", lambda *_: looked.append(1))
+    monkeypatch.setattr(custom_command, "_write_check_report", lambda *_: looked.append(1))
     assert main([*typed, "--part", "2/2"]) == 0 and not looked
     assert open_set(tmp_path / "out").records == 3
 

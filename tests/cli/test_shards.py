@@ -10,10 +10,11 @@ from typing_commands import complaint, read_png
 
 from depth_anything.cli import main
 from depth_anything.data.codec import encode
-from depth_anything.data.labels import LabelSet
+from depth_anything.data.labels import LabelSetWriter
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import open_set, write_manifest, write_shard
-from depth_anything.data.sources.images import write_images
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
+from depth_anything.ingest.photographs import write_images
 
 
 def test_scenes_become_a_set(scenes):
@@ -94,7 +95,7 @@ def pair(tmp_path):
         Image.fromarray(np.full((40, 60, 3), 50 + number, np.uint8)).save(photos / f"{number}.jpg")
     images = write_images(photos, tmp_path / "images")
     teacher = {"fingerprint": "sha256:" + "a" * 64, "file": "teacher/model.safetensors"}
-    labels = LabelSet(tmp_path / "labels", images, teacher=teacher, preprocessing="518", codec="q12")
+    labels = LabelSetWriter(tmp_path / "labels", images, teacher=teacher, preprocessing="518", codec="q12")
     maps = np.random.default_rng(1).random((2, 28, 42), np.float32)
     labels.publish("00000", {i: encode(maps[i], codec="q12") for i in (0, 1)}, [(2, "truncated jpeg")])
     labels.finish()

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 from PIL import Image
 
-from depth_anything.data.codec import decode, encode, size, value_range
+from depth_anything.data.codec import decode, encode, map_size, value_range
 
 
 def plausible_map(height=518, width=518, noise=3e-4, seed=0):
@@ -224,7 +224,7 @@ def test_a_part_is_cut_from_the_whole(codec, specials):
     if specials:
         values[3:20, 5:9], values[40, ::3], values[69, 52] = np.nan, np.inf, -np.inf
     data = encode(values, codec=codec)
-    assert size(data) == (70, 53)
+    assert map_size(data) == (70, 53)
     whole = decode(data)
     for rows in (slice(None), slice(0, 1), slice(13, 51), slice(48, 70), slice(69, 70)):
         for columns in (slice(None), slice(0, 7), slice(5, 53), slice(52, 53)):
@@ -240,8 +240,8 @@ def test_a_part_of_what_is_damaged_is_refused():
         decode(bytes(data), rows=slice(0, 8), columns=slice(0, 8))
     for wrong in (b"", b"DAM1", data[:20], b"PNG." + data[4:]):
         with pytest.raises(ValueError, match="not an encoded map"):
-            size(bytes(wrong))
+            map_size(bytes(wrong))
     huge = bytearray(encode(np.zeros((1, 1)), codec="q12"))
     huge[12:20] = struct.pack("<II", 1 << 16, 1 << 16)
     with pytest.raises(ValueError, match="impossible header"):
-        size(bytes(huge))
+        map_size(bytes(huge))

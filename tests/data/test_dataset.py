@@ -15,17 +15,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as reference
 
 from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.sample import Frame, decode_record, encode_frame
-from depth_anything.data.shards import (
-    BadRecord,
-    JoinedRecords,
-    Records,
-    open_set,
-    write_manifest,
-    write_shard,
-)
-from depth_anything.data.stream import MicroBatches
-from depth_anything.data.transforms import draw_cutmix, draw_perturbation, draw_view
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.stream import MicroBatchSampler
+from depth_anything.data.tars import BadRecord, write_shard
+from depth_anything.data.transforms import draw_crop, draw_cutmix_box, draw_perturbation
 
 SIZES = {"0": 7, "1": 1, "2": 12}
 OPTIONS = {"seed": 5, "streams": 6, "image_size": 28}
@@ -111,7 +106,7 @@ def plain_sample(source, n, stream, side=28, short=28):
         for a, b in zip(made.depth.shape, (height, width), strict=True)
     )
     depth = made.depth[rows][:, columns]
-    view = draw_view(height, width, side, seed=OPTIONS["seed"], n=n)
+    view = draw_crop(height, width, side, seed=OPTIONS["seed"], n=n)
     cut = (slice(view.top, view.top + side), slice(view.left, view.left + side))
     image, depth = image.numpy()[cut], depth[cut]
     if view.flip:
@@ -171,7 +166,7 @@ def test_images_take_the_size_of_their_labels(sets, tmp_path):
         made = decode_record(*source.read(shard, index))
         height, width = made.disparity.shape
         assert (height, width) == (28 + index % 2 * 14, 42) and made.image.shape[0] > height - 3
-        view = draw_view(height, width, 28, seed=5, n=n)
+        view = draw_crop(height, width, 28, seed=5, n=n)
         cut = (slice(view.top, view.top + 28), slice(view.left, view.left + 28))
         image = torch.from_numpy(made.image).permute(2, 0, 1)
         image = reference.resize(image, [height, width], interpolation=3, antialias=True).permute(1, 2, 0)
@@ -188,7 +183,7 @@ def test_perturbation_and_box_by_number(sets):
     batch = data.__getitems__([8, 3])
     assert batch["perturbation"].dtype == batch["box"].dtype == torch.float32
     assert batch["perturbation"].numpy().tolist() == [draw_perturbation(5, n).tolist() for n in (8, 3)]
-    assert batch["box"].numpy().tolist() == [draw_cutmix(5, n).tolist() for n in (8, 3)]
+    assert batch["box"].numpy().tolist() == [draw_cutmix_box(5, n).tolist() for n in (8, 3)]
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
@@ -199,7 +194,7 @@ def test_content_depends_on_the_number_alone(sets, workers, start):
     seen = []
     world = 1 if start == "spawn" else 2  # each start of spawned workers takes seconds
     for rank in range(world):
-        batches = MicroBatches(rank=rank, world=world, size=6 // world, start=6)
+        batches = MicroBatchSampler(rank=rank, world=world, size=6 // world, start=6)
         loader = DataLoader(
             fresh, batch_sampler=batches, collate_fn=dict, num_workers=workers, multiprocessing_context=start
         )
@@ -219,7 +214,7 @@ def test_workers_leave_cv2_one_thread(sets):
 
     before = cv2.getNumThreads()
     data = Told([Records(sets["a"])], **OPTIONS)
-    batches = MicroBatches(rank=0, world=1, size=1)
+    batches = MicroBatchSampler(rank=0, world=1, size=1)
     loader = DataLoader(
         data, batch_sampler=batches, collate_fn=dict, num_workers=1, multiprocessing_context="fork"
     )
@@ -252,13 +247,13 @@ def test_bad_records_keep_their_numbers():
             continue
         wanted = stand_in.get((shard, index), index)
         made = frame("", wanted)  # its content, but the view of sample n
-        view = draw_view(28, 42, 28, seed=5, n=n)
+        view = draw_crop(28, 42, 28, seed=5, n=n)
         image = torch.from_numpy(np.ascontiguousarray(made.image)).permute(2, 0, 1)
         image = reference.resize(image, [28, 42], interpolation=3, antialias=True).permute(1, 2, 0).numpy()
         image = image[:, view.left : view.left + 28]
         assert (batch["image"][n].numpy() == (image[:, ::-1] if view.flip else image)).all(), (shard, index)
     n = place["m/1", 0]  # nothing left in its shard: the next one of the pass
-    following = next(p for p in data.stream.stand_ins(n) if p not in bad + cut)
+    following = next(p for p in data.stream.replacements(n) if p not in bad + cut)
     assert source.reads[following] >= 2
 
 

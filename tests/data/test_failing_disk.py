@@ -16,14 +16,14 @@ from depth_anything.data import dataset, remote
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import BadRecord, open_set, verify_set, write_manifest, write_shard
-from depth_anything.data.sources import archives, films, maps
-from depth_anything.data.sources.custom import Custom, image_size
-from depth_anything.data.sources.images import list_photographs, write_images
-from depth_anything.data.sources.walking import file_line
-from depth_anything.data.sources.writing import write_source
-from depth_anything.data.tars import Outage
-from depth_anything.evaluation.survey import survey
+from depth_anything.data.shards import open_set, verify_set, write_manifest
+from depth_anything.data.tars import BadRecord, StorageUnavailable, write_shard
+from depth_anything.ingest import archive_io, maps, video_frames
+from depth_anything.ingest.custom import CustomSet, read_image_size
+from depth_anything.ingest.find_files import file_line
+from depth_anything.ingest.photographs import list_photographs, write_images
+from depth_anything.ingest.writer import write_source
+from depth_anything.inspect.dataset_check import check_dataset
 
 PASSING = [
     errno.ESTALE,
@@ -43,7 +43,7 @@ def waits(monkeypatch):
     told = []
     monkeypatch.setattr(remote, "sleep", told.append)
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    remote._named.clear()
+    remote._reported.clear()
     return told
 
 
@@ -77,7 +77,7 @@ def test_a_disk_that_goes_on_failing_is_an_outage_and_no_bad_record(tmp_path, mo
     read = Records(make(tmp_path))
     with monkeypatch.context() as patched:
         failing(patched, number, times=100, name=name, of=".tar")
-        with pytest.raises(Outage, match="000001.tar cannot be read for now"):
+        with pytest.raises(StorageUnavailable, match="000001.tar cannot be read for now"):
             read.read("set/000001", 2)
     assert read.read("set/000001", 2) == records("000001")[2]  # nothing of it is remembered
 
@@ -109,7 +109,7 @@ def test_an_index_that_cannot_be_read_for_now_is_no_bad_record(tmp_path, monkeyp
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Path, name, fail)
-    with pytest.raises(Outage, match="000001.tar cannot be read for now"):
+    with pytest.raises(StorageUnavailable, match="000001.tar cannot be read for now"):
         ShardReader().read(tmp_path / "000001.tar", 0)
 
 
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_looked_at_for_now_is_not_called_missing(tmp_pat
     failing(monkeypatch, errno.ESTALE, times=2, name="stat", of=tmp_path.name)
     assert open_set(tmp_path) == made and waits == [0.5, 1.0]
     failing(monkeypatch, errno.EIO, times=100, name="stat", of=tmp_path.name)
-    with pytest.raises(Outage, match="cannot be read for now"):
+    with pytest.raises(StorageUnavailable, match="cannot be read for now"):
         open_set(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_shard_that_is_gone_is_lost_but_a_set_that_is_gone_is_an_outage(tmp_pa
     read.read("set/000002", 0)
     shutil.rmtree(tmp_path / "set")
     (tmp_path / "set").mkdir()  # where a disk was mounted
-    with pytest.raises(Outage, match="set is gone"):
+    with pytest.raises(StorageUnavailable, match="set is gone"):
         read.read("set/000001", 0)
 
 
@@ -167,7 +167,7 @@ def test_training_data_is_the_same_after_a_moment_and_stops_after_more(tmp_path,
     data = samples([Records(one), Records(other)])
     with monkeypatch.context() as patched:
         failing(patched, errno.EIO, times=100, of="one/00000.tar")
-        with pytest.raises(Outage, match="one/00000.tar"):
+        with pytest.raises(StorageUnavailable, match="one/00000.tar"):
             data.__getitems__(range(12))
     failing(monkeypatch, errno.ETIMEDOUT, times=2, of="one/00000.tar")
     got = data.__getitems__(range(12))
@@ -183,7 +183,7 @@ def test_labels_are_no_more_lost_than_images(tmp_path, monkeypatch):
     for folder in ("images", "labels"):
         with monkeypatch.context() as patched:
             failing(patched, errno.ESTALE, times=100, of=f"{folder}/00000.tar")
-            with pytest.raises(Outage, match=f"{folder}/00000.tar"):
+            with pytest.raises(StorageUnavailable, match=f"{folder}/00000.tar"):
                 JoinedRecords(images, labels).read("set/00000", 0)
 
 
@@ -194,8 +194,8 @@ def test_a_full_memory_stops_training_and_is_no_bad_record(tmp_path, monkeypatch
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(dataset, "decode_photograph", fail)
-        with pytest.raises(Outage, match="set/00000.*memory"):
+        patched.setattr(dataset, "decode_image_and_meta", fail)
+        with pytest.raises(StorageUnavailable, match="set/00000.*memory"):
             data[0]
     assert not data[0]["failed"]
 
@@ -221,19 +221,19 @@ def test_raw_files_of_a_failing_disk_are_not_left_out(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb" / "1.png")
     np.save(tmp_path / "depth" / "1.npy", np.ones((8, 8), np.float32))
-    custom = Custom(tmp_path, "rgb", "depth")
+    custom = CustomSet(tmp_path, "rgb", "depth")
     photograph = list_photographs(tmp_path / "rgb")[0]
 
     def fail(*arguments, **options):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "1")
 
     for act in (
-        lambda: image_size(tmp_path / "rgb" / "1.png"),
-        lambda: maps.map_size(tmp_path / "depth" / "1.npy"),
+        lambda: read_image_size(tmp_path / "rgb" / "1.png"),
+        lambda: maps.read_map_size(tmp_path / "depth" / "1.npy"),
         lambda: maps.read_npy(tmp_path / "depth" / "1.npy"),
         lambda: file_line("1.png", tmp_path / "rgb" / "1.png"),
         photograph.read,
-        lambda: survey(custom),
+        lambda: check_dataset(custom),
     ):
         with monkeypatch.context() as patched:
             patched.setattr("builtins.open", fail)
@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(ValueError, match="rgb/b cannot be listed: Input/output error"):
-        Custom(tmp_path, "rgb", "depth").pair()
+        CustomSet(tmp_path, "rgb", "depth").pair()
 
 
 def test_a_raw_file_that_fills_the_memory_is_left_out_alone(tmp_path, monkeypatch):
@@ -298,7 +298,7 @@ def test_a_raw_folder_on_a_disk_that_fails_for_a_moment_is_read_again(tmp_path, 
     made = write_source(made_source, raw, tmp_path / "set", name="toy")
     assert made.shards == whole.shards and "skipped" not in made.meta and waits == [0.5, 1.0]
     left[0] = 100
-    with pytest.raises(Outage, match="a/2 of .*raw cannot be read for now"):
+    with pytest.raises(StorageUnavailable, match="a/2 of .*raw cannot be read for now"):
         write_source(made_source, raw, tmp_path / "other", name="toy")
     left[0] = 0
     again = write_source(made_source, raw, tmp_path / "other", name="toy")
@@ -312,8 +312,8 @@ def test_a_tar_of_photographs_with_a_stale_handle_is_opened_anew(tmp_path, monke
         for k in range(2):
             tar.add(tmp_path / f"{k}.png", f"{k}.png")
     failing(monkeypatch, errno.ESTALE, times=1, of="a.tar")
-    opened, plain = [], archives.open_tar
-    monkeypatch.setattr(archives, "open_tar", lambda path: opened.append(path) or plain(path))
+    opened, plain = [], archive_io.open_tar
+    monkeypatch.setattr(archive_io, "open_tar", lambda path: opened.append(path) or plain(path))
     made = write_images(tmp_path / "a.tar", tmp_path / "set")
     assert made.records == 2 and "skipped" not in made.meta and waits == [0.5]
     assert len(opened) == 4  # listed before and after, one that is stale, and one in its place
@@ -324,11 +324,11 @@ def test_a_film_on_a_failing_disk_is_no_broken_film(tmp_path, monkeypatch, times
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     import av
 
-    from depth_anything.data import video
+    from depth_anything.data import video_reader
 
     path, left = made_films.make_film(tmp_path / "a.mp4", frames=60, sound=None), [times]
-    wanted, plain, plain_open = films.read_frame(path, 1), video._packets, open
-    films._film.cache_clear()
+    wanted, plain, plain_open = video_frames.read_frame(path, 1), video_reader._demux_packets, open
+    video_frames._cached_decoder.cache_clear()
 
     def packets(container, streams, faults):
         for place, packet in enumerate(plain(container, streams, faults)):
@@ -343,13 +343,13 @@ def test_a_film_on_a_failing_disk_is_no_broken_film(tmp_path, monkeypatch, times
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return plain_open(file, *arguments, **options)
 
-    monkeypatch.setattr(video, "_packets", packets)
-    monkeypatch.setattr(films, "open", fail, raising=False)
+    monkeypatch.setattr(video_reader, "_demux_packets", packets)
+    monkeypatch.setattr(video_frames, "open", fail, raising=False)
     if times == 1:
-        assert films.read_frame(path, 1) == wanted
+        assert video_frames.read_frame(path, 1) == wanted
     else:
         with pytest.raises(OSError, match="Input/output error"):
-            films.read_frame(path, 1)
+            video_frames.read_frame(path, 1)
 
     def refuse(*arguments, **options):
         left[0] -= 1
@@ -360,18 +360,18 @@ def test_a_film_on_a_failing_disk_is_no_broken_film(tmp_path, monkeypatch, times
     plain_container, left[0] = av.open, times
     monkeypatch.setattr(av, "open", refuse)
     if times == 1:
-        assert films.count_frames(path) == 4
+        assert video_frames.count_frames(path) == 4
     else:
         with pytest.raises(OSError, match="Input/output error"):
-            films.count_frames(path)
-    films._film.cache_clear()
+            video_frames.count_frames(path)
+    video_frames._cached_decoder.cache_clear()
 
 
 def test_a_film_that_is_cut_is_read_through_once(tmp_path, monkeypatch):
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     path, checked = made_films.make_film(tmp_path / "a.mp4", frames=20, sound=None), []
-    monkeypatch.setattr(films, "_check_disk", checked.append)
+    monkeypatch.setattr(video_frames, "_check_disk_readable", checked.append)
     for number in range(3, 8):
         with pytest.raises(ValueError, match="the film ends before"):
-            films.read_frame(path, number)
+            video_frames.read_frame(path, number)
     assert checked == [path]

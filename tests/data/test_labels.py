@@ -11,21 +11,15 @@ import pytest
 
 from depth_anything.data.codec import decode, encode
 from depth_anything.data.labels import (
-    LabelSet,
+    LabelSetWriter,
     finish_labels,
     open_labels,
     read_label_sidecar,
     write_label_sidecar,
 )
-from depth_anything.data.shards import (
-    JoinedRecords,
-    ShardError,
-    ShardInfo,
-    open_set,
-    verify_set,
-    write_manifest,
-    write_shard,
-)
+from depth_anything.data.reader import JoinedRecords
+from depth_anything.data.shards import open_set, verify_set, write_manifest
+from depth_anything.data.tars import ShardError, ShardInfo, write_shard
 
 TEACHER = {"fingerprint": "sha256:" + "a" * 64, "file": "teacher/model.safetensors"}
 COUNT = 4
@@ -42,7 +36,7 @@ def make_images(root, shards=("a", "b", "c"), text="picture"):
 
 
 def label_set(root, images, *, teacher=TEACHER, preprocessing="518", codec="q12"):
-    return LabelSet(root, images, teacher=teacher, preprocessing=preprocessing, codec=codec)
+    return LabelSetWriter(root, images, teacher=teacher, preprocessing=preprocessing, codec=codec)
 
 
 def values(shard, index):
@@ -71,13 +65,13 @@ def finished(root, images, **failed):
 def test_labels_from_start_to_finish(tmp_path, images):
     root = tmp_path / "labels" / "set"
     labels = label_set(root, images)
-    assert labels.images_left() == 12 and not labels.finish()
+    assert labels.count_unlabeled_images() == 12 and not labels.finish()
     label(labels, "b", failed=[0, 2])
-    assert labels.done("b") and not labels.done("a") and labels.images_left() == 8
+    assert labels.done("b") and not labels.done("a") and labels.count_unlabeled_images() == 8
     label(labels, "a")
     assert not labels.finish() and finish_labels(root, images) is None
     label(label_set(root, images), "c")
-    assert labels.finish() and label_set(root, images).images_left() == 0
+    assert labels.finish() and label_set(root, images).count_unlabeled_images() == 0
     opened = open_labels(root, images)
     assert opened == open_set(root) == finish_labels(root, images)
     renamed = open_set(images.root, name="other")
@@ -245,7 +239,7 @@ def test_images_that_were_added_later_want_labels(tmp_path, images):
     assert open_labels(root, more).records == 12
     assert finish_labels(root, more) is None
     labels = label_set(root, more)
-    assert labels.images_left() == 4 and not labels.finish()
+    assert labels.count_unlabeled_images() == 4 and not labels.finish()
     label(labels, "d")
     assert labels.finish() and open_labels(root, more).records == 16
 

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from depth_anything.data import liveness
-from depth_anything.data.liveness import Watch, file_system_time, is_alive
+from depth_anything import locks
+from depth_anything.locks import FileWatch, file_system_time, process_exists
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """This process's own clock, which the test turns."""
     now = [1000.0]
-    monkeypatch.setattr(liveness.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -27,7 +27,7 @@ def dead_pid():
 
 @pytest.mark.parametrize("stamp", [0, 4_000_000_000], ids=["1970", "2096"])
 def test_a_holder_elsewhere_is_dead_when_its_file_stays_the_same(tmp_path, clock, stamp):
-    path, watch = tmp_path / "lease", Watch()
+    path, watch = tmp_path / "lease", FileWatch()
     path.write_text("a")
     os.utime(path, (stamp, stamp))
     holder = {"host": "elsewhere", "pid": 1, "still": 60.0}
@@ -46,10 +46,10 @@ def test_a_holder_elsewhere_is_dead_when_its_file_stays_the_same(tmp_path, clock
 
 
 def test_a_holder_of_this_host_is_looked_up(tmp_path, clock):
-    path, watch = tmp_path / "lease", Watch()
+    path, watch = tmp_path / "lease", FileWatch()
     path.write_text("a")
     here = socket.gethostname()
-    assert is_alive(os.getpid())
+    assert process_exists(os.getpid())
     assert watch.is_dead(path, host=here, pid=dead_pid(), still=60.0)
     assert not watch.is_dead(path, host=here, pid=os.getpid(), still=60.0)
     clock[0] += 61
@@ -59,14 +59,14 @@ def test_a_holder_of_this_host_is_looked_up(tmp_path, clock):
 
 
 def test_a_file_that_is_gone_is_held_by_nobody(tmp_path, clock):
-    watch = Watch()
+    watch = FileWatch()
     assert watch.is_dead(tmp_path / "lease", host="elsewhere", pid=1, still=60.0)
     with pytest.raises(FileNotFoundError):
         watch.seconds_unchanged(tmp_path / "lease")
 
 
 def test_the_file_systems_time_is_that_of_a_new_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(liveness.time, "time", lambda: 0.0)  # this host's clock has no part in it
+    monkeypatch.setattr(locks.time, "time", lambda: 0.0)  # this host's clock has no part in it
     before = file_system_time(tmp_path)
     (tmp_path / "new").touch()
     assert before <= (tmp_path / "new").stat().st_mtime < before + 60

@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
-from depth_anything.data.shards import (
-    BadRecord,
-    ShardError,
-    index_shard,
-    open_set,
-    write_manifest,
-    write_shard,
-)
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import BadRecord, ShardError, index_shard, write_shard
 
 
 def records(shard, count=6, size=200):

@@ -19,15 +19,8 @@ from made_shards import make, records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
-from depth_anything.data.shards import (
-    BadRecord,
-    ShardError,
-    open_set,
-    verify_set,
-    write_manifest,
-    write_shard,
-)
-from depth_anything.data.tars import Outage
+from depth_anything.data.shards import open_set, verify_set, write_manifest
+from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
 
 TAR = "/set/000001.tar"
 
@@ -41,9 +34,9 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # however busy the machine is
     monkeypatch.setenv("HOME", str(tmp_path))  # whose .netrc is read
-    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
         kept.clear()
-    for remembered in (remote._netrc, remote._proxy):
+    for remembered in (remote._netrc_hosts, remote._proxy_url):
         remembered.cache_clear()
 
 
@@ -150,10 +143,10 @@ def test_slow_is_not_stalled(monkeypatch, size, stalled):
     minutes = itertools.count(0, 61)
     monkeypatch.setattr(remote, "monotonic", lambda: next(minutes))
     if stalled:
-        with pytest.raises(remote._Later, match="stalled: 10000 bytes came in 61 s"):
-            list(remote._chunks(Pieces(size)))
+        with pytest.raises(remote.RetryableError, match="stalled: 10000 bytes came in 61 s"):
+            list(remote._read_chunks(Pieces(size)))
     else:
-        assert b"".join(remote._chunks(Pieces(size))) == bytes(4 * size)
+        assert b"".join(remote._read_chunks(Pieces(size))) == bytes(4 * size)
 
 
 @pytest.mark.parametrize("kind", ["500", "reset", "close", "cut", "stall"])
@@ -166,7 +159,7 @@ def test_an_outage_is_no_bad_record(server, waits, monkeypatch, kind):
         remote._pools.clear()
     server.fault = lambda path, times: kind
     with pytest.raises(
-        Outage, match="000001.tar cannot be read for now.*start the same command again"
+        StorageUnavailable, match="000001.tar cannot be read for now.*start the same command again"
     ) as error:
         read.read("set/000001", 0)
     assert not isinstance(error.value, ValueError) and "\n" not in str(error.value)
@@ -181,7 +174,7 @@ def test_an_outage_is_no_bad_record(server, waits, monkeypatch, kind):
 def test_waits_double_up_to_a_minute(server, waits, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "9")
     server.fault = faults("500", "*")
-    with pytest.raises(Outage, match="10 times"):
+    with pytest.raises(StorageUnavailable, match="10 times"):
         ShardReader().read(f"{server.address}{TAR}", 0)
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
 
@@ -192,9 +185,9 @@ def test_nobody_there(tmp_path, waits):
         read = Records(open_set(f"{server.address}/set"))
         read.read("set/000000", 0)
     remote._pools.clear()  # the server's threads outlive it as long as its connections
-    with pytest.raises(Outage, match="000001.idx.*Connection refused"):
+    with pytest.raises(StorageUnavailable, match="000001.idx.*Connection refused"):
         read.read("set/000001", 0)
-    with pytest.raises(Outage, match="manifest.json.*host"):
+    with pytest.raises(StorageUnavailable, match="manifest.json.*host"):
         open_set("http://no-such-host.invalid/set")
     assert made.records == 15
 
@@ -213,7 +206,7 @@ def test_what_fails_for_good_is_a_bad_record(server, waits, capfd, status):
 
 def test_no_entry_is_nothing_to_wait_for(server, waits):
     server.fault = faults("401", "*")
-    with pytest.raises(Outage, match="HTTP 401 Unauthorized; start"):
+    with pytest.raises(StorageUnavailable, match="HTTP 401 Unauthorized; start"):
         Records(open_set(f"{server.address}/set")).read("set/000001", 0)
     assert len(asked(server)) == 1 and not waits
 
@@ -309,9 +302,9 @@ def test_a_redirect_does_not_leave_a_safe_connection(monkeypatch):
     answer = urllib3.HTTPResponse(
         status=302, headers={"Location": "http://host/a.tar", "Content-Length": "0"}
     )
-    monkeypatch.setattr(remote, "_ask", lambda url, headers, trusted: answer)
+    monkeypatch.setattr(remote, "_send_request", lambda url, headers, trusted: answer)
     with pytest.raises(ShardError, match="https://host/a.tar sends us to http://host/a.tar, where"):
-        remote.read("https://host/a.tar")
+        remote.fetch("https://host/a.tar")
 
 
 def test_credentials_go_to_their_host_alone(tmp_path, server, monkeypatch):
@@ -323,10 +316,10 @@ def test_credentials_go_to_their_host_alone(tmp_path, server, monkeypatch):
         assert other.headers and not any("authorization" in h for h in other.headers)
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password word\ndefault login x password y\n")
     (tmp_path / ".netrc").chmod(0o600)
-    remote._netrc.cache_clear()
+    remote._netrc_hosts.cache_clear()
     open_set(f"{server.address}/set")
     assert server.headers[-1]["authorization"] == "Basic bWU6d29yZA=="
-    with pytest.raises(Outage):
+    with pytest.raises(StorageUnavailable):
         open_set("http://no-such-host.invalid/set")
     assert remote._credentials(remote.urlsplit("http://elsewhere/set")) == {}
 
@@ -346,7 +339,7 @@ def test_secrets_are_not_told(tmp_path, server, waits, capfd):
         ):
             try:
                 attempt()
-            except (ShardError, BadRecord, Outage) as error:
+            except (ShardError, BadRecord, StorageUnavailable) as error:
                 told += [str(error), repr(error), *traceback.format_exception(error)]
     assert len(told) > 50
     everything = "".join(told) + "".join(capfd.readouterr())
@@ -399,14 +392,14 @@ def test_expected_records_come_side_by_side(server):
     meeting = threading.Barrier(4, timeout=120)
     server.fault = lambda path, times: meeting.wait() and None
     places = [("set/000001", index) for index in (3, 1, 4, 0)]
-    read.expect(places)
+    read.prefetch(places)
     assert [read.read(*place) for place in places] == [records("000001")[index] for _, index in places]
     server.fault = faults("404", "*")
-    read.expect([("set/000001", 2), ("set/000002", 2)])
+    read.prefetch([("set/000001", 2), ("set/000002", 2)])
     assert read.read("set/000002", 2) == records("000002")[2]
     with pytest.raises(BadRecord, match="HTTP 404"):
         read.read("set/000001", 2)
-    read.expect([("set/000002", 1)])
+    read.prefetch([("set/000002", 1)])
     with multiprocessing.get_context("fork").Pool(1) as pool:  # what the parent began is not the child's
         assert pool.apply(read.read, ("set/000002", 1)) == records("000002")[1]
     assert pickle.loads(pickle.dumps(read)).read("set/000002", 1) == records("000002")[1]
@@ -429,7 +422,7 @@ def test_verify_behind_an_address(tmp_path, server, waits):
     assert "not the tar that the manifest means" in problem and len(repeated) == 5
     assert 'the key "set/000002/000000" is in 000001 and in 000002' in repeated
     server.fault = faults("500", "*", path="/set/000000.tar")
-    with pytest.raises(Outage, match="HTTP 500"):
+    with pytest.raises(StorageUnavailable, match="HTTP 500"):
         verify_set(root)
 
 

@@ -15,8 +15,8 @@ from made_shards import make, records
 
 from depth_anything.data import cache, remote
 from depth_anything.data.reader import Records, ShardReader
-from depth_anything.data.shards import BadRecord, ShardError, open_set, write_shard
-from depth_anything.data.tars import Outage
+from depth_anything.data.shards import open_set
+from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
 
 SIZE = 20480  # of a shard below
 
@@ -29,7 +29,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", str(3 * SIZE / 1e9))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # however busy the machine is
-    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
         kept.clear()
 
 
@@ -143,7 +143,9 @@ def test_one_brings_the_others_wait(tmp_path, command, monkeypatch):
 
 def test_no_room_at_all(command, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", str((SIZE - 1) / 1e9))
-    with pytest.raises(Outage, match="DEPTH_ANYTHING_CACHE_GB=4 or more, and start the same command again"):
+    with pytest.raises(
+        StorageUnavailable, match="DEPTH_ANYTHING_CACHE_GB=4 or more, and start the same command again"
+    ):
         Records(open_set(command)).read("set/000001", 0)
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", "-1")
     with pytest.raises(ValueError, match="DEPTH_ANYTHING_CACHE_GB=-1 is no number above 0"):
@@ -155,7 +157,7 @@ def test_a_full_disk_is_an_outage(command, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(Outage, match="No space left on device.*DEPTH_ANYTHING_CACHE=FOLDER"):
+    with pytest.raises(StorageUnavailable, match="No space left on device.*DEPTH_ANYTHING_CACHE=FOLDER"):
         Records(open_set(command)).read("set/000001", 0)
     assert not list((tmp_path / "cache").glob("*.tar"))
 
@@ -218,20 +220,20 @@ def test_commands_that_fail(tmp_path, command, monkeypatch, capfd):
     table = ShardReader().index(f"{good}/000001.tar")
     for address, said in cases.items():
         monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "0.2" if "sleep" in address else "60")
-        with pytest.raises(Outage, match=said) as error:
-            remote.read_range(f"{address}/000001.tar", 512, 10, table=table, total_bytes=None)
+        with pytest.raises(StorageUnavailable, match=said) as error:
+            remote.fetch_range(f"{address}/000001.tar", 512, 10, table=table, total_bytes=None)
         assert "000001.tar" in str(error.value)
         assert "sesame" not in str(error.value)
     assert "sesame" not in capfd.readouterr().err
     short = f"pipe:head -c 3000 {good}/000001.tar; true "
     with pytest.raises(ShardError, match=f"truncated: it ended after 3000 of {SIZE} bytes"):
-        remote.read_range(f"{short}/000001.tar", 512, 10, table=table, total_bytes=None)
+        remote.fetch_range(f"{short}/000001.tar", 512, 10, table=table, total_bytes=None)
     other = f"pipe:cat {good}/000002.tar; true "
     with pytest.raises(ShardError, match="its hash differs"):
-        remote.read_range(f"{other}/000001.tar", 512, 10, table=table, total_bytes=None)
+        remote.fetch_range(f"{other}/000001.tar", 512, 10, table=table, total_bytes=None)
     longer = f"pipe:cat {good}/000001.tar {good}/000002.tar; true "
     with pytest.raises(ShardError, match=f"more than {SIZE} bytes"):
-        remote.read_range(f"{longer}/000001.tar", 512, 10, table=table, total_bytes=None)
+        remote.fetch_range(f"{longer}/000001.tar", 512, 10, table=table, total_bytes=None)
     assert not list((tmp_path / "cache").glob("*.tar")) and not list((tmp_path / "cache").glob(".tmp.*"))
 
 
@@ -260,4 +262,4 @@ def test_http_that_fails_while_a_shard_is_copied(tmp_path, monkeypatch, capfd):
         (tmp_path / "set" / "000002.tar").write_bytes(data)
         with pytest.raises(BadRecord, match="its hash differs"):
             read.read("set/000002", 0)
-    assert cache.folder() == tmp_path / "cache"
+    assert cache.cache_folder() == tmp_path / "cache"

@@ -12,8 +12,8 @@ from made_shards import make, records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import Records
-from depth_anything.data.shards import BadRecord, ShardError, open_set
-from depth_anything.data.tars import Outage
+from depth_anything.data.shards import open_set
+from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # however busy the machine is
-    for kept in (remote._pools, remote._wholes, remote._named, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
         kept.clear()
 
 
@@ -84,7 +84,9 @@ def test_s3_fails_for_now(server, monkeypatch, capfd, kind):
     assert line.startswith("s3://shards/set/000001.tar: ") and line.endswith("asked again")
     server.fault = lambda path, times: kind if path.endswith("000001.tar") else None
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
-    with pytest.raises(Outage, match="s3://shards/set/000001.tar cannot be read for now: .*2 times"):
+    with pytest.raises(
+        StorageUnavailable, match="s3://shards/set/000001.tar cannot be read for now: .*2 times"
+    ):
         read.read("set/000001", 2)
 
 
@@ -103,9 +105,9 @@ def test_s3_fails_for_good(server):
     server.fault = lambda path, times: "short" if path.endswith("000002.tar") else None
     with pytest.raises(BadRecord, match="truncated"):
         read.read("set/000002", 0)
-    table = remote.Index([], bytes=1 << 30, hash="sha256:0")
+    table = remote.TarIndex([], bytes=1 << 30, hash="sha256:0")
     with pytest.raises(ShardError, match="shorter than its index"):
-        remote.read_range("s3://shards/set/000000.tar", 1 << 29, 10, table=table, total_bytes=None)
+        remote.fetch_range("s3://shards/set/000000.tar", 1 << 29, 10, table=table, total_bytes=None)
 
 
 def answered(code):
@@ -118,16 +120,16 @@ def answered(code):
 
 
 def test_who_may_not_read_and_whose_key_has_expired():
-    refused = remote._of_fsspec("s3://b/a.tar", answered("AccessDenied"))
-    assert isinstance(refused, remote.Gone) and "not for us" in str(refused)
+    refused = remote._fsspec_error("s3://b/a.tar", answered("AccessDenied"))
+    assert isinstance(refused, remote.PermanentError) and "not for us" in str(refused)
     for code in ("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"):
-        expired = remote._of_fsspec("s3://b/a.tar", answered(code))
-        assert isinstance(expired, remote._Later) and expired.hopeless and code in expired.reason
-    slow = remote._of_fsspec("s3://b/a.tar", answered("SlowDown"))
-    assert isinstance(slow, remote._Later) and not slow.hopeless
+        expired = remote._fsspec_error("s3://b/a.tar", answered(code))
+        assert isinstance(expired, remote.RetryableError) and expired.hopeless and code in expired.reason
+    slow = remote._fsspec_error("s3://b/a.tar", answered("SlowDown"))
+    assert isinstance(slow, remote.RetryableError) and not slow.hopeless
     missing = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
-    assert remote._of_fsspec("s3://b/a.tar", missing).hopeless
-    assert isinstance(remote._of_fsspec("gs://b/a", Refused()), remote.Gone)
+    assert remote._fsspec_error("s3://b/a.tar", missing).hopeless
+    assert isinstance(remote._fsspec_error("gs://b/a", Refused()), remote.PermanentError)
 
 
 class Refused(Exception):

@@ -15,9 +15,9 @@ from depth_anything.data.sample import (
     Frame,
     decode_image,
     decode_record,
-    disparity_target,
     encode_frame,
     image_extension,
+    make_disparity_target,
 )
 
 
@@ -291,11 +291,11 @@ def test_meta_must_be_json():
 def test_disparity_target_of_depth():
     depth = np.array([[2, 0.5, np.inf, np.nan], [0, -1, -np.inf, 1e-45]], np.float32)
     frame = Frame("k", picture(), depth=depth)
-    disparity, valid = disparity_target(frame)
+    disparity, valid = make_disparity_target(frame)
     np.testing.assert_array_equal(valid, [[True, True, True, False], [False] * 4])
     np.testing.assert_array_equal(disparity, np.array([[0.5, 2, 0, 0], [0] * 4], np.float32))
     assert disparity.dtype == np.float32 and valid.dtype == bool
-    disparity, valid = disparity_target(frame, sky="invalid")
+    disparity, valid = make_disparity_target(frame, sky="invalid")
     np.testing.assert_array_equal(valid, [[True, True, False, False], [False] * 4])
     np.testing.assert_array_equal(depth[0, 2], np.inf)  # the frame is left alone
 
@@ -303,7 +303,7 @@ def test_disparity_target_of_depth():
 def test_disparity_target_of_disparity():
     frame = Frame("k", picture(), disparity=np.array([[0, 3, np.nan, np.inf]], np.float32))
     for sky in ("far", "invalid"):
-        disparity, valid = disparity_target(frame, sky=sky)
+        disparity, valid = make_disparity_target(frame, sky=sky)
         np.testing.assert_array_equal(valid, [[True, True, False, False]])
         np.testing.assert_array_equal(disparity, [[0, 3, 0, 0]])
 
@@ -316,27 +316,27 @@ def test_disparity_target_where_zero_is_sky():
         ({"sky": "zero"}, "invalid", [False, True, False, True]),
     ):
         frame = Frame("k", np.zeros((1, 4, 3), np.uint8), meta, disparity=values.copy())
-        target, valid = disparity_target(frame, sky=sky)
+        target, valid = make_disparity_target(frame, sky=sky)
         assert valid.tolist() == [told] and target.tolist() == [[0, 0.5, 0, 2]]
         np.testing.assert_array_equal(frame.disparity, values)  # the frame's own is left alone
 
 
 def test_disparity_target_refuses():
     with pytest.raises(ValueError, match="neither depth nor disparity"):
-        disparity_target(Frame("a/b/c", picture()))
+        make_disparity_target(Frame("a/b/c", picture()))
     with pytest.raises(ValueError, match='"far" or "invalid"'):
-        disparity_target(labelled_frame(), sky="near")
+        make_disparity_target(labelled_frame(), sky="near")
 
 
 def test_labels_survive_the_shard_codec():
     frame = labelled_frame()
-    disparity, valid = disparity_target(frame)
+    disparity, valid = make_disparity_target(frame)
     frame = Frame("k", frame.image, disparity=np.where(valid, disparity, np.nan).astype(np.float32))
     record = {
         **encode_frame(Frame("k", frame.image), codec="q12"),
         "disparity.q12": encode(frame.disparity, codec="q12"),
     }
-    again, valid_again = disparity_target(decode_record("k", record))
+    again, valid_again = make_disparity_target(decode_record("k", record))
     np.testing.assert_array_equal(valid_again, valid)
     assert np.abs(again - disparity)[valid].max() <= np.ptp(disparity[valid]) / 8190 * (1 + 1e-6)
     assert json.loads(record["json"]) == {}

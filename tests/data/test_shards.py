@@ -8,15 +8,8 @@ import pytest
 from made_shards import make, names, plain_tar, records
 
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import (
-    ShardError,
-    ShardInfo,
-    index_set,
-    open_set,
-    verify_set,
-    write_manifest,
-    write_shard,
-)
+from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
+from depth_anything.data.tars import ShardError, ShardInfo, write_shard
 
 
 def test_index_set_refuses(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 
 from depth_anything.data import stream as stream_module
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import write_manifest, write_shard
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.tars import write_shard
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

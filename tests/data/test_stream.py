@@ -8,13 +8,13 @@ import pytest
 
 from depth_anything.data import stream as stream_module
 from depth_anything.data.stream import (
-    VIEW,
-    MicroBatches,
+    CROP,
+    MicroBatchSampler,
     Stream,
     micro_batch_numbers,
     permutation,
-    uniform,
-    words,
+    random_uint64,
+    random_uniform,
 )
 
 SHARDS = [("b/1", 700), ("a/0", 530), ("a/1", 1), ("a/2", 0), ("c/x-7", 1311)]
@@ -64,14 +64,16 @@ def digest(values):
 
 
 def test_words_are_philox():
-    assert words(7, 12345678901, 9, purpose=VIEW).tolist() == philox([7, VIEW], [0, 12345678901, 0, 0], 9)
+    assert random_uint64(7, 12345678901, 9, purpose=CROP).tolist() == philox(
+        [7, CROP], [0, 12345678901, 0, 0], 9
+    )
     expected = np.argsort(philox([2**64 - 1, 3], [0, 4, 5, 6], 300), kind="stable")
     assert permutation(300, 2**64 - 1, 3, 4, 5, 6).tolist() == expected.tolist()
 
 
 def test_golden():
     """The order of every run ever started hangs on these; they change for no reason whatever."""
-    assert words(0, 0, 2).tolist() == GOLDEN_WORDS
+    assert random_uint64(0, 0, 2).tolist() == GOLDEN_WORDS
     assert digest(permutation(1000, 1, 2, 3, 4, 5).tolist()) == GOLDEN_PERMUTATION
     s = Stream(SHARDS, seed=3, streams=24)
     assert digest([s.locate(n) for n in range(3 * s.records)]) == GOLDEN_ORDER
@@ -143,9 +145,9 @@ def test_plain_types():
 
 def test_sixty_thousand_shards(monkeypatch):
     drawn = []
-    original = stream_module._philox
+    original = stream_module._philox_words
     monkeypatch.setattr(
-        stream_module, "_philox", lambda count, *key: drawn.append(count) or original(count, *key)
+        stream_module, "_philox_words", lambda count, *key: drawn.append(count) or original(count, *key)
     )
     s = Stream([(f"set/{i:06d}", 1000) for i in range(60_000)], seed=0, streams=1536)
     number, name, index = s.locate(90_000_000)
@@ -170,7 +172,7 @@ def test_stand_ins_tour_the_pass():
     s = Stream(SHARDS, seed=5, streams=24, repeat={"b": 3})
     for n in (0, 999, 2 * s.records + 17):
         number, name, index = s.locate(n)
-        tour = list(s.stand_ins(n))
+        tour = list(s.replacements(n))
         size = dict(SHARDS)[name]
         assert tour[: size - 1] == [(name, i % size) for i in range(index + 1, index + size)]
         everything = {(shard, i) for shard, count in SHARDS for i in range(count)}
@@ -199,22 +201,22 @@ def test_steps_are_the_same_for_every_layout():
 
 
 def test_micro_batches_have_no_end_and_begin_anywhere():
-    batches = MicroBatches(rank=1, world=2, size=3)
+    batches = MicroBatchSampler(rank=1, world=2, size=3)
     first = list(itertools.islice(batches, 6))
     assert first[0] == [1, 3, 5] and first[1] == [7, 9, 11]
-    assert list(itertools.islice(MicroBatches(rank=1, world=2, size=3, start=4), 2)) == first[4:]
+    assert list(itertools.islice(MicroBatchSampler(rank=1, world=2, size=3, start=4), 2)) == first[4:]
     assert list(itertools.islice(batches, 6)) == first  # each iteration begins anew
     assert not hasattr(batches, "__len__")
 
 
 def test_uniform():
-    u = np.concatenate([uniform(0, n, 50) for n in range(400)])
+    u = np.concatenate([random_uniform(0, n, 50) for n in range(400)])
     assert u.dtype == np.float64 and u.min() >= 0 and u.max() < 1
     assert np.allclose(np.histogram(u, 10, (0, 1))[0] / u.size, 0.1, atol=0.01)
-    expected = [(word >> 11) / 2**53 for word in philox([3, VIEW], [0, 8, 0, 0], 4)]
-    assert uniform(3, 8, 4, purpose=VIEW).tolist() == expected
-    keys = [(3, 8, VIEW), (3, 9, VIEW), (4, 8, VIEW), (3, 8, 0)]
-    assert len({uniform(seed, n, 1, purpose=purpose)[0] for seed, n, purpose in keys}) == 4
+    expected = [(word >> 11) / 2**53 for word in philox([3, CROP], [0, 8, 0, 0], 4)]
+    assert random_uniform(3, 8, 4, purpose=CROP).tolist() == expected
+    keys = [(3, 8, CROP), (3, 9, CROP), (4, 8, CROP), (3, 8, 0)]
+    assert len({random_uniform(seed, n, 1, purpose=purpose)[0] for seed, n, purpose in keys}) == 4
 
 
 @pytest.mark.parametrize(
@@ -239,4 +241,4 @@ def test_no_sample_before_the_first():
     with pytest.raises(ValueError, match="no sample -1"):
         Stream(SHARDS, seed=0, streams=4).locate(-1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        MicroBatches(rank=2, world=2, size=1)
+        MicroBatchSampler(rank=2, world=2, size=1)

@@ -14,19 +14,18 @@ import numpy as np
 import pytest
 from made_shards import make, names, plain_tar, records
 
-from depth_anything.data.shards import (
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
+from depth_anything.data.tars import (
     BadRecord,
-    Records,
     ShardError,
     ShardInfo,
-    index_set,
     index_shard,
-    open_set,
-    verify_set,
-    write_manifest,
+    parse_index,
+    remove_stale,
+    temporary_path,
     write_shard,
 )
-from depth_anything.data.tars import parse_index, remove_stale, temporary_name
 
 
 def test_write_and_read_back(tmp_path):
@@ -239,7 +238,7 @@ def test_killed_writers_leave_whole_shards(tmp_path):
 
 
 def test_stale_temporaries_are_removed_and_others_kept(tmp_path):
-    mine = temporary_name(tmp_path / "a.tar")
+    mine = temporary_path(tmp_path / "a.tar")
     host, pid = mine.name.split(".")[-3:-1]
     dead = tmp_path / f".tmp.a.tar.{host}.999999999.aa"
     elsewhere = tmp_path / ".tmp.a.tar.another-host.999999999.aa"

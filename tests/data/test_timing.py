@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from depth_anything.cli import main
-from depth_anything.cli.bench import STUDENTS, demand
+from depth_anything.cli.bench import STUDENT_GFLOPS, estimate_demand
 from depth_anything.data import timing
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import finish_labels, write_label_sidecar
-from depth_anything.data.loader import stream_loader
+from depth_anything.data.loader import build_stream_loader
+from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import JoinedRecords, Records, open_set, write_manifest, write_shard
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
 
 SIDE, RECORDS = 28, 24
 
@@ -54,38 +56,41 @@ def test_the_timed_sample_is_the_loaders(sets, joined):
     photos, deep, labels = (open_set(sets / name) for name in ("photos", "deep", "labels"))
     source = JoinedRecords(photos, labels) if joined else Records(deep)
     data = StreamDataset([source], seed=1, streams=4, image_size=SIDE, sky=None)
-    stages = timing.Stages()
+    stages = timing.StageTimer()
     for n in range(10):
-        made, fields, size = timing.staged_sample(data, n, stages)
-        timing.bare_sample(fields, size, stages)
+        made, fields, size = timing.timed_sample(data, n, stages)
+        timing.minimal_decode(fields, size, stages)
         batch = data[n]
         for name in ("image", "target", "valid"):
             np.testing.assert_array_equal(made[name], batch[name][0].numpy())
         assert size == ((28, 42) if joined else (28, 42))
-    assert stages.cpu.keys() == {*timing.STAGES, *(bare for bare in timing.STAGES.values() if bare)}
+    assert stages.cpu.keys() == {
+        *timing.SAMPLE_STAGES,
+        *(bare for bare in timing.SAMPLE_STAGES.values() if bare),
+    }
     assert {len(values) for values in stages.cpu.values()} == {10}
-    *rows, total = timing.report(stages)
+    *rows, total = timing.stage_report(stages)
     assert total == ("all", sum(row[1] for row in rows), sum(row[2] or 0 for row in rows))
     assert stages.waiting("read it, checksums") >= 0
 
 
 def test_a_window_counts_what_workers_do(sets):
     data = StreamDataset([Records(open_set(sets / "deep"))], seed=1, streams=4, image_size=SIDE)
-    window = timing.Window(stream_loader(data, micro_batch=2, workers=2))
+    window = timing.LoaderTimer(build_stream_loader(data, micro_batch=2, workers=2))
     assert len(window._pids) == 2
-    before = [timing.cpu_seconds(pid) for pid in window._pids]
+    before = [timing.process_cpu_seconds(pid) for pid in window._pids]
     cpu, clock = window.measure(10)
-    used = sum(timing.cpu_seconds(pid) for pid in window._pids) - sum(before)
+    used = sum(timing.process_cpu_seconds(pid) for pid in window._pids) - sum(before)
     assert 0 < used / 14 <= cpu and clock > 0
     window.close()
 
 
 def test_demand_is_the_arithmetic_it_says():
-    rows = {row["student"]: row for row in demand(4.0, 518)}
-    assert rows.keys() == STUDENTS.keys()
+    rows = {row["student"]: row for row in estimate_demand(4.0, 518)}
+    assert rows.keys() == STUDENT_GFLOPS.keys()
     assert rows["vits"]["images_per_s"] == [717, 717] and rows["vits"]["cores"] == [2.9, 2.9]
     assert rows["vitl"]["images_per_s"] == [63, 101] and rows["vitl"]["cores"] == [0.3, 0.4]
-    assert demand(4.0, 259)[0]["images_per_s"][0] == 2867  # a quarter of the pixels
+    assert estimate_demand(4.0, 259)[0]["images_per_s"][0] == 2867  # a quarter of the pixels
 
 
 def test_bench_data(sets, capsys, tmp_path):

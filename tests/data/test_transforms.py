@@ -6,20 +6,20 @@ from torchvision.transforms.v2 import functional as reference
 
 from depth_anything.data.codec import encode
 from depth_anything.data.transforms import (
-    View,
-    cutmix,
-    draw_cutmix,
+    Crop,
+    apply_cutmix,
+    crop_encoded_map,
+    crop_image,
+    crop_map,
+    draw_crop,
+    draw_cutmix_box,
     draw_perturbation,
-    draw_view,
     normalize,
     perturb,
-    view_encoded,
-    view_image,
-    view_map,
 )
 
 STILL = [1, 1, 1, 0, 0, 0]
-GOLDEN_VIEW = View(height=518, width=686, top=3, left=149, side=448, flip=True)
+GOLDEN_VIEW = Crop(height=518, width=686, top=3, left=149, side=448, flip=True)
 GOLDEN_PERTURBATION = [1.1791954, 0.9013036, 0.8163545, -0.0518750, 0, 1.0027565]
 GOLDEN_BOX = [0.0855114, 0.1778541, 0.4145634, 0.8458474]
 
@@ -48,8 +48,8 @@ def ramp(height, width):
 @pytest.mark.parametrize("flip", [False, True])
 def test_image_and_map_lie_on_each_other(source, target, flip):
     image, x, y = ramp(*source)
-    view = View(*target, top=0, left=71, side=518, flip=flip)
-    square, across, down = view_image(image, view), view_map(x, view), view_map(y, view)
+    view = Crop(*target, top=0, left=71, side=518, flip=flip)
+    square, across, down = crop_image(image, view), crop_map(x, view), crop_map(y, view)
     assert square.shape == (518, 518, 3) and square.dtype == np.uint8 and square.flags.c_contiguous
     assert across.shape == (518, 518) and across.dtype == np.float32 and across.flags.c_contiguous
     columns = (np.arange(518) + 71.5) / target[1]
@@ -70,42 +70,42 @@ def test_crop_equals_slicing(flip):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
     values = rng.random((40, 60), np.float32)
-    view = View(40, 60, top=3, left=11, side=28, flip=flip)
+    view = Crop(40, 60, top=3, left=11, side=28, flip=flip)
     cut = (slice(3, 31), slice(11, 39))
     turn = np.fliplr if flip else np.asarray
-    assert (view_image(image, view) == turn(image[cut])).all()  # equal size: not resampled
-    assert (view_map(values, view) == turn(values[cut])).all()
-    larger = View(70, 100, top=3, left=11, side=28, flip=flip)
+    assert (crop_image(image, view) == turn(image[cut])).all()  # equal size: not resampled
+    assert (crop_map(values, view) == turn(values[cut])).all()
+    larger = Crop(70, 100, top=3, left=11, side=28, flip=flip)
     whole = reference.resize(
         torch.from_numpy(image).permute(2, 0, 1), [70, 100], interpolation=3, antialias=True
     )
-    assert (view_image(image, larger) == turn(whole.permute(1, 2, 0).numpy()[cut])).all()
+    assert (crop_image(image, larger) == turn(whole.permute(1, 2, 0).numpy()[cut])).all()
     rows, columns = (
         np.round((np.arange(n) + 0.5) * m / n - 0.5 + 1e-9).astype(int) for n, m in ((70, 40), (100, 60))
     )
-    assert (view_map(values, larger) == turn(values[rows][:, columns][cut])).all()
+    assert (crop_map(values, larger) == turn(values[rows][:, columns][cut])).all()
 
 
 def test_map_is_never_blended():
     values = np.array([[np.nan, 1, np.inf], [2, -3, 1e30], [0, 5, np.nan]], np.float32)
-    shown = view_map(values, View(7, 8, 0, 0, 7, False))
+    shown = crop_map(values, Crop(7, 8, 0, 0, 7, False))
     assert shown[2:, 0].tolist() == [2, 2, 2, 0, 0] and shown[:, 3].tolist() == [1, 1, -3, -3, -3, 5, 5]
     assert np.isnan(shown).sum() == 2 * 3 + 2 * 2 and np.isinf(shown).sum() == 2 * 2
 
 
 def test_views_are_drawn_evenly_and_by_number():
-    views = [draw_view(30, 41, 28, seed=4, n=n) for n in range(4000)]
-    assert views[17] == draw_view(30, 41, 28, seed=4, n=17) != draw_view(30, 41, 28, seed=5, n=17)
+    views = [draw_crop(30, 41, 28, seed=4, n=n) for n in range(4000)]
+    assert views[17] == draw_crop(30, 41, 28, seed=4, n=17) != draw_crop(30, 41, 28, seed=5, n=17)
     assert {view.top for view in views} == {0, 1, 2} and {view.left for view in views} == set(range(14))
     assert np.bincount([view.left for view in views]).min() > 200
     assert 0.46 < np.mean([view.flip for view in views]) < 0.54
-    assert draw_view(28, 28, 28, seed=0, n=0).top == 0
+    assert draw_crop(28, 28, 28, seed=0, n=0).top == 0
 
 
 def test_golden_draws():
-    assert draw_view(518, 686, 448, seed=1, n=2) == GOLDEN_VIEW
+    assert draw_crop(518, 686, 448, seed=1, n=2) == GOLDEN_VIEW
     assert draw_perturbation(1, 3).tolist() == pytest.approx(GOLDEN_PERTURBATION, abs=1e-6)
-    assert draw_cutmix(1, 3).tolist() == pytest.approx(GOLDEN_BOX, abs=1e-6)
+    assert draw_cutmix_box(1, 3).tolist() == pytest.approx(GOLDEN_BOX, abs=1e-6)
 
 
 def test_normalize():
@@ -195,7 +195,7 @@ def test_cutmix():
     target = torch.arange(3.0).view(3, 1, 1).expand(3, 20, 10)
     valid = torch.tensor([True, False, True]).view(3, 1, 1).expand(3, 20, 10)
     box = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0, 0, 0, 0], [0, 0, 1, 1]])
-    mixed = cutmix({"image": image, "target": target, "valid": valid}, box)
+    mixed = apply_cutmix({"image": image, "target": target, "valid": valid}, box)
     region = mixed["region"]
     assert region[0, 2:10, 2:6].all() and region[0].sum() == 32 and not region[1].any() and region[2].all()
     assert (mixed["image"][0, :, region[0]] == 2).all() and (mixed["image"][0, :, ~region[0]] == 0).all()
@@ -204,7 +204,7 @@ def test_cutmix():
 
 
 def test_cutmix_boxes():
-    boxes = np.stack([draw_cutmix(0, n) for n in range(3000)])
+    boxes = np.stack([draw_cutmix_box(0, n) for n in range(3000)])
     assert boxes.dtype == np.float32 and boxes.min() >= 0 and boxes.max() <= 1 + 1e-6
     height, width = (boxes[:, 2:] - boxes[:, :2]).T
     used = height > 0
@@ -219,7 +219,7 @@ def test_an_encoded_map_looks_as_the_decoded_one(shape, flip):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     values[:3, :4], values[-1, -2:] = np.nan, np.inf
     for top, left in ((0, 0), (18, 38), (7, 11)):
-        view = View(60, 80, top, left, 42, flip)
+        view = Crop(60, 80, top, left, 42, flip)
         out = np.full((42, 42), 7, np.float32)
-        view_encoded(encode(values, codec="f32"), view, out=out)
-        np.testing.assert_array_equal(out, view_map(values, view))
+        crop_encoded_map(encode(values, codec="f32"), view, out=out)
+        np.testing.assert_array_equal(out, crop_map(values, view))

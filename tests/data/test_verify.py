@@ -6,16 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from depth_anything.data.labels import LabelSet
+from depth_anything.data.labels import LabelSetWriter
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import (
-    ShardError,
-    index_set,
-    open_set,
-    verify_set,
-    write_manifest,
-    write_shard,
-)
+from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
+from depth_anything.data.tars import ShardError, write_shard
 from depth_anything.preprocess import resize_shape
 
 SIZE = (30, 40)
@@ -66,7 +60,7 @@ def pair(tmp_path):
 
 def label(root, images, sizes):
     teacher = {"fingerprint": "sha256:0", "file": "t"}
-    labels = LabelSet(root, images, teacher=teacher, preprocessing="p", codec="f32")
+    labels = LabelSetWriter(root, images, teacher=teacher, preprocessing="p", codec="f32")
     maps = {k: fields(label=size, quantity="disparity")["disparity.f32"] for k, size in sizes.items()}
     missing = [(k, "dark") for k in range(3) if k not in sizes]
     labels.publish("00000", maps, missing)

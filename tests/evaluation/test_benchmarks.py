@@ -12,16 +12,16 @@ from made_raw import jpeg, picture, png, room
 from PIL import Image
 
 from depth_anything.evaluation.benchmarks import nyu as nyu_module
-from depth_anything.evaluation.benchmarks.catalogue import BENCHMARKS, load
-from depth_anything.evaluation.benchmarks.kitti import FRAMES, frames_of
-from depth_anything.evaluation.judging import trial_of_benchmark
+from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.benchmarks.kitti import EIGEN_FRAMES, frame_numbers
+from depth_anything.evaluation.runner import task_from_benchmark
 
 RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[3] / "shared" / "rgbd"))
 
 
 def check(name, root, truth):
     """All of the truth, nothing else, to the last bit of float32; NaN where it is not known."""
-    frames = made.read_all(load(name), root)
+    frames = made.read_all(load_benchmark(name), root)
     assert set(frames) == set(truth)
     for key, depth in truth.items():
         assert frames[key].depth.dtype == np.float32
@@ -31,26 +31,29 @@ def check(name, root, truth):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_row_has_its_facts_and_can_be_sent_to_a_process(name):
-    benchmark = load(name)
+    benchmark = load_benchmark(name)
     assert benchmark.name == name and (benchmark.images > 0 or name in ("moge_spring", "moge_hammer"))
     assert benchmark.title and benchmark.layout and benchmark.get.startswith("http") and benchmark.licence
-    assert all(0 <= caps.min_depth < caps.max_depth for caps in benchmark.caps.values())
+    assert all(
+        0 <= depth_limits.min_depth < depth_limits.max_depth
+        for depth_limits in benchmark.depth_limits.values()
+    )
     assert pickle.loads(pickle.dumps(benchmark)).find
-    assert benchmark.protocol in (*benchmark.caps, name)
+    assert benchmark.protocol in (*benchmark.depth_limits, name)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_what_is_not_there_is_named_with_where_to_get_it(name, tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        list(load(name).find(tmp_path / "none"))
+        list(load_benchmark(name).find(tmp_path / "none"))
     (tmp_path / "readme.txt").write_text("nothing")
     with pytest.raises(ValueError, match="http"):
-        list(load(name).find(tmp_path))
+        list(load_benchmark(name).find(tmp_path))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="choose one of: kitti, nyu"):
-        load("kitty")
+        load_benchmark("kitty")
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -62,22 +65,22 @@ def test_kitti_in_one_tree_or_two(tmp_path, apart):
 
 
 def test_kitti_holds_652_frames_of_28_drives():
-    assert len(FRAMES) == 28
-    numbers = {drive: frames_of(drive) for drive in FRAMES}
+    assert len(EIGEN_FRAMES) == 28
+    numbers = {drive: frame_numbers(drive) for drive in EIGEN_FRAMES}
     assert sum(len(set(found)) for found in numbers.values()) == 652
     assert all(found == sorted(found) for found in numbers.values())
     assert sum(len(found) for drive, found in numbers.items() if drive.startswith("2011_09_26")) == 487
     assert numbers["2011_09_26_drive_0013_sync"][:4] == [5, 10, 20, 30]
     assert numbers["2011_10_03_drive_0027_sync"][-1] == 4535
-    assert frames_of("2011_09_26_drive_0001_sync") == []
+    assert frame_numbers("2011_09_26_drive_0001_sync") == []
 
 
 def test_a_part_of_a_benchmark_is_called_one(tmp_path):
     made.make_kitti(tmp_path)
-    trial = trial_of_benchmark(load("kitti"), tmp_path)
+    trial = task_from_benchmark(load_benchmark("kitti"), tmp_path)
     assert trial.incomplete.startswith("only 2 of 652 images") and trial.facts["images"] == "2 of 652"
     made.make_nyu_matlab(tmp_path / "nyu")
-    trial = trial_of_benchmark(load("nyu"), tmp_path)
+    trial = task_from_benchmark(load_benchmark("nyu"), tmp_path)
     assert trial.incomplete == "" and len(trial.lines) == 654
 
 
@@ -86,16 +89,16 @@ def test_kitti_without_a_frame_of_the_list_and_a_frame_without_its_image(tmp_pat
     name = next(iter(truth))
     drive, number = name.split("/")
     (tmp_path / "raw" / drive[:10] / drive / f"image_02/data/{number}.png").unlink()
-    line = next(iter(load("kitti").find(tmp_path)))
+    line = next(iter(load_benchmark("kitti").find(tmp_path)))
     with pytest.raises(
         ValueError, match=r"kitti/2011_09_26_drive_0002_sync/0000000069: its image is missing"
     ):
-        load("kitti").read(tmp_path, line)
+        load_benchmark("kitti").read(tmp_path, line)
     for drive, _ in made.KITTI_FRAMES:
         for folder in tmp_path.rglob(drive):
             shutil.rmtree(folder)
     with pytest.raises(ValueError, match="none of the 652"):
-        list(load("kitti").find(tmp_path))
+        list(load_benchmark("kitti").find(tmp_path))
 
 
 @pytest.mark.skipif(not RGBD.is_dir(), reason="needs the real frames of ../shared/rgbd")
@@ -106,7 +109,7 @@ def test_the_real_frame_of_kitti(tmp_path):
     for path, source in ((image, "rgb"), (depth, "depth")):
         path.parent.mkdir(parents=True)
         shutil.copy(RGBD / f"kitti_demo_{source}_0000000050.png", path)
-    (frame,) = made.read_all(load("kitti"), tmp_path).values()
+    (frame,) = made.read_all(load_benchmark("kitti"), tmp_path).values()
     known = np.isfinite(frame.depth)
     stored = made.crop_png16(depth, frame.depth.shape)
     assert 0.1 < known.mean() < 0.3 and np.array_equal(known, stored > 0)
@@ -118,7 +121,7 @@ def test_the_real_frame_of_kitti(tmp_path):
 def test_nyu_as_its_makers_publish_it(tmp_path):
     raw, filled = made.make_nyu_matlab(tmp_path)
     for name, truth in (("nyu", raw), ("nyu_filled", filled)):
-        benchmark = load(name)
+        benchmark = load_benchmark(name)
         lines = {line.partition("\t")[0]: line for line in benchmark.find(tmp_path)}
         assert len(lines) == 654 and set(truth) <= set(lines)
         for key, depth in truth.items():
@@ -127,14 +130,14 @@ def test_nyu_as_its_makers_publish_it(tmp_path):
             np.testing.assert_array_equal(
                 frame.image, picture(made.nyu_depths(int(key) % 7)[1], seed=int(key))
             )
-    nyu_module._opened.cache_clear()
+    nyu_module._open_matlab.cache_clear()
 
 
 def test_nyu_as_bts_extracts_it(tmp_path):
     frames = check("nyu", tmp_path, made.make_nyu_bts(tmp_path))
     assert all(np.isnan(frame.depth).sum() == 15 for frame in frames.values())
     with pytest.raises(ValueError, match=r"filled_0046\.png or 00046\.h5"):
-        list(load("nyu_filled").find(tmp_path))
+        list(load_benchmark("nyu_filled").find(tmp_path))
 
 
 def test_nyu_as_marigold_extracts_it(tmp_path):
@@ -144,11 +147,13 @@ def test_nyu_as_marigold_extracts_it(tmp_path):
     folder = tmp_path / "test/bathroom_0001"
     shutil.copy(folder / "depth_0046.png", folder / "filled_0046.png")  # as its download has it
     with pytest.raises(ValueError, match=r"filled_0046\.png\): it has holes.*take nyu"):
-        made.read_all(load("nyu_filled"), tmp_path)
+        made.read_all(load_benchmark("nyu_filled"), tmp_path)
 
 
 def test_marigold_compares_what_the_kinect_measured():
-    assert "marigold" in load("nyu").caps and list(load("nyu_filled").caps) == ["da2"]
+    assert "marigold" in load_benchmark("nyu").depth_limits and list(
+        load_benchmark("nyu_filled").depth_limits
+    ) == ["da2"]
 
 
 def test_nyu_in_a_file_a_frame(tmp_path):
@@ -157,13 +162,13 @@ def test_nyu_in_a_file_a_frame(tmp_path):
     assert red != blue
     path = tmp_path / "val/official/00001.h5"
     path.write_bytes(path.read_bytes()[:700])
-    benchmark = load("nyu_filled")
+    benchmark = load_benchmark("nyu_filled")
     with pytest.raises(ValueError, match=r"00001\.h5"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
 
 
 def test_nyu_holds_the_654_frames_of_the_split():
-    frames = nyu_module.test_frames()
+    frames = nyu_module.eigen_test_frames()
     assert len(frames) == len(set(frames)) == 654 and list(frames) == sorted(frames)
     assert frames[:6] == (0, 1, 8, 13, 14, 15) and frames[-1] == 1448 and 44 not in frames and 45 in frames
 
@@ -174,7 +179,7 @@ def test_the_real_frame_of_nyu(tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(RGBD / "nyu_demo_rgb_rgb_00050.jpg", folder / "rgb_00055.jpg")
     shutil.copy(RGBD / "nyu_demo_depth_sync_depth_00050.png", folder / "sync_depth_00055.png")
-    (frame,) = made.read_all(load("nyu"), tmp_path).values()
+    (frame,) = made.read_all(load_benchmark("nyu"), tmp_path).values()
     known = np.isfinite(frame.depth)
     assert frame.depth.shape == (480, 640) and known.mean() > 0.7
     assert (
@@ -189,7 +194,7 @@ def test_eth3d(tmp_path):
     assert frames["office/DSC_0219"].image.mean() > 50  # not the darker undistorted one
     path = tmp_path / "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
     path.write_bytes(path.read_bytes()[:-4])
-    benchmark = load("eth3d")
+    benchmark = load_benchmark("eth3d")
     with pytest.raises(ValueError, match=r"eth3d/office/DSC_0219: its depth has 6908 bytes, 6912 are needed"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
 
@@ -203,7 +208,7 @@ def test_one_scene_of_eth3d_and_a_camera_that_was_turned(tmp_path):
     exif = picture_.getexif()
     exif[0x0112] = 6  # a quarter turn; the depth's rows are the sensor's all the same
     picture_.save(path, exif=exif)
-    frames = made.read_all(load("eth3d"), scene)
+    frames = made.read_all(load_benchmark("eth3d"), scene)
     assert list(frames) == ["DSC_0219", "DSC_0220"]
     np.testing.assert_array_equal(frames["DSC_0219"].depth, truth["office/DSC_0219"].astype(np.float32))
     assert frames["DSC_0219"].image.shape[:2] == truth["office/DSC_0219"].shape
@@ -216,7 +221,7 @@ def test_diode_and_its_halves(tmp_path):
         return {key.rpartition("/")[2]: frame.depth for key, frame in frames.items()}
 
     for name, part in (("diode", ""), ("diode_indoor", "indoors"), ("diode_outdoor", "outdoor")):
-        found = last(made.read_all(load(name), tmp_path))
+        found = last(made.read_all(load_benchmark(name), tmp_path))
         wanted = {key: depth for key, depth in truth.items() if part in key}
         assert set(found) == set(wanted) and len(wanted) == (1 if part else 2)
         for key, depth in wanted.items():
@@ -227,10 +232,10 @@ def test_diode_and_its_halves(tmp_path):
     with pytest.raises(
         ValueError, match=r"its mask is missing: no file \*_depth_mask\.npy in a folder scan_\*$"
     ):
-        made.read_all(load("diode_indoor"), tmp_path)
+        made.read_all(load_benchmark("diode_indoor"), tmp_path)
     shutil.rmtree(tmp_path / "val/outdoor")
     with pytest.raises(ValueError, match="validation split outdoor"):
-        list(load("diode_outdoor").find(tmp_path))
+        list(load_benchmark("diode_outdoor").find(tmp_path))
 
 
 @pytest.mark.parametrize("render", ["final", "clean"])
@@ -240,13 +245,13 @@ def test_sintel(tmp_path, render):
     check(name, tmp_path / "training", made.make_sintel(tmp_path, render=render))
     other = "sintel_clean" if render == "final" else "sintel"
     with pytest.raises(ValueError, match="pass with depth"):
-        list(load(other).find(tmp_path))
+        list(load_benchmark(other).find(tmp_path))
 
 
 def test_sintels_depth_is_refused_if_it_is_none(tmp_path):
     made.make_sintel(tmp_path)
     path = tmp_path / "training/depth/alley_1/frame_0001.dpt"
-    benchmark, data = load("sintel"), path.read_bytes()
+    benchmark, data = load_benchmark("sintel"), path.read_bytes()
     line = next(iter(benchmark.find(tmp_path)))
     for damaged in (
         data[:-1],
@@ -268,10 +273,10 @@ def test_scannet_reads_its_list_and_keeps_the_depths_size(tmp_path):
     with pytest.raises(
         ValueError, match=r"scannet/scene0406_02/000300: scene0406_02/depth/000300\.png: No such file"
     ):
-        load("scannet").read(tmp_path, next(iter(load("scannet").find(tmp_path))))
+        load_benchmark("scannet").read(tmp_path, next(iter(load_benchmark("scannet").find(tmp_path))))
     (tmp_path / "scannet_val_sampled_list_800_1.txt").write_text("one\n")
     with pytest.raises(ValueError, match="line 1"):
-        list(load("scannet").find(tmp_path))
+        list(load_benchmark("scannet").find(tmp_path))
 
 
 def test_benchmarks_of_the_same_files_are_found_below_the_folder_of_all(tmp_path):
@@ -279,13 +284,13 @@ def test_benchmarks_of_the_same_files_are_found_below_the_folder_of_all(tmp_path
     made.make_diode(tmp_path / "diode")
     made.make_sintel(tmp_path / "sintel", render="clean")
     for name, count in (("nyu_filled", 2), ("diode_outdoor", 1), ("sintel_clean", 4)):
-        assert len(made.read_all(load(name), tmp_path)) == count
+        assert len(made.read_all(load_benchmark(name), tmp_path)) == count
 
 
 def test_an_image_of_another_size_is_refused(tmp_path):
     made.make_nyu_bts(tmp_path)
     jpeg(tmp_path / "official_splits/test/bathroom/rgb_00045.jpg", picture(room((20, 30))))
-    benchmark = load("nyu")
+    benchmark = load_benchmark("nyu")
     with pytest.raises(ValueError, match="image has 30 x 20 pixels, its depth 48 x 36"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
     png(tmp_path / "official_splits/test/bathroom/sync_depth_00045.png", picture(room())[..., 0])

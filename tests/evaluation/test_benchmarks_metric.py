@@ -8,10 +8,10 @@ import pytest
 from made_benchmarks import read_all
 from made_raw import TILTED, hypersim_rays, png
 
-from depth_anything.evaluation.benchmarks.catalogue import load
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
 from depth_anything.evaluation.evaluate import evaluate
-from depth_anything.evaluation.judging import MissingData, trial_of_benchmark
 from depth_anything.evaluation.protocols import CROPS, find_protocol
+from depth_anything.evaluation.runner import MissingData, task_from_benchmark
 
 # Set, then min_depth_eval, max_depth_eval, do_kb_crop, garg_crop, eigen_crop of DATASETS_CONFIG in
 # zoedepth/utils/config.py: the same in isl-org/ZoeDepth and in metric_depth/ of Depth Anything V1.
@@ -31,7 +31,7 @@ SIZES = {"kitti": (352, 1216), "nyu": (480, 640), "vkitti2": (352, 1216), "sunrg
 
 def check(name, root, truth):
     """All of the truth in its order, nothing else, to the last bit of float32."""
-    frames = read_all(load(name), root)
+    frames = read_all(load_benchmark(name), root)
     assert list(frames) == list(truth)
     for key, depth in truth.items():
         assert frames[key].depth.dtype == np.float32 and frames[key].key == f"{name}/{key}"
@@ -41,7 +41,7 @@ def check(name, root, truth):
 
 @pytest.mark.parametrize(("name", "low", "high", "kb", "garg", "eigen"), ZOEDEPTH)
 def test_what_zoedepth_compares(name, low, high, kb, garg, eigen):
-    rules = find_protocol("zoedepth", benchmark=load(name))
+    rules = find_protocol("zoedepth", benchmark=load_benchmark(name))
     assert (rules.min_depth, rules.max_depth, rules.view == "kb") == (low, high, kb)
     assert rules.flip and rules.strict and not rules.fitted
     height, width = SIZES.get(name.split("_")[0], (768, 1024))
@@ -75,16 +75,16 @@ def test_sunrgbd_by_the_other_list_and_in_part(tmp_path):
     with pytest.raises(
         MissingData, match=r"sunrgbd_testing_images\.txt, which says .*github\.com/ankurhanda"
     ):
-        trial_of_benchmark(load("sunrgbd"), tmp_path)
+        task_from_benchmark(load_benchmark("sunrgbd"), tmp_path)
     (tmp_path / "SUNRGBD_val_splits.txt").write_text("\n".join(pairs))
     shutil.rmtree(tmp_path / "SUNRGBD/kv1")
     check("sunrgbd", tmp_path, {name: depth for name, depth in measured.items() if "kv1" not in name})
-    assert trial_of_benchmark(load("sunrgbd"), tmp_path).incomplete.startswith("only 3 of 5050")
+    assert task_from_benchmark(load_benchmark("sunrgbd"), tmp_path).incomplete.startswith("only 3 of 5050")
 
 
 def test_sunrgbd_says_what_is_missing_and_damaged(tmp_path):
     made.make_sunrgbd(tmp_path)
-    benchmark, folder = load("sunrgbd"), tmp_path / "SUNRGBD" / made.SUN_TEST[0]
+    benchmark, folder = load_benchmark("sunrgbd"), tmp_path / "SUNRGBD" / made.SUN_TEST[0]
     path = tmp_path / "sunrgbd_testing_images.txt"
     line = next(iter(benchmark.find(tmp_path)))
     png(folder / "depth/0000000.png", np.zeros((36, 48), np.uint8))
@@ -117,14 +117,14 @@ def test_sunrgbd_says_what_is_missing_and_damaged(tmp_path):
 def test_sunrgbd_as_v1_reads_it(tmp_path):
     check("sunrgbd_v1", tmp_path, made.make_sunrgbd_v1(tmp_path))
     (tmp_path / "depth/2.png").unlink()
-    lines = list(load("sunrgbd_v1").find(tmp_path))
+    lines = list(load_benchmark("sunrgbd_v1").find(tmp_path))
     with pytest.raises(ValueError, match="sunrgbd_v1/000002: No such file"):
-        load("sunrgbd_v1").read(tmp_path, lines[1])
+        load_benchmark("sunrgbd_v1").read(tmp_path, lines[1])
 
 
 def test_hypersims_test_split_by_each_scenes_camera(tmp_path):
     truth = made.make_hypersim_test(tmp_path)
-    frames = read_all(load("hypersim"), tmp_path)
+    frames = read_all(load_benchmark("hypersim"), tmp_path)
     assert list(frames) == list(truth) and len(truth) == 2
     for key, depth in truth.items():
         assert frames[key].key == f"hypersim/{key}" and frames[key].meta["M_cam_from_uv"] == TILTED.tolist()
@@ -141,7 +141,7 @@ def test_hypersims_test_split_by_each_scenes_camera(tmp_path):
 
 def test_hypersim_says_what_is_missing_without_the_flags_of_another_command(tmp_path):
     made.make_hypersim_test(tmp_path)
-    benchmark, cameras = load("hypersim"), tmp_path / "metadata_camera_parameters.csv"
+    benchmark, cameras = load_benchmark("hypersim"), tmp_path / "metadata_camera_parameters.csv"
     split, line = tmp_path / "metadata_images_split_scene_v1.csv", next(iter(benchmark.find(tmp_path)))
     path = tmp_path / "ai_037_002/images/scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5"
     path.write_bytes(path.read_bytes()[:600])
@@ -168,7 +168,7 @@ def test_vkitti2_without_the_frames_of_the_list(tmp_path):
 
 def test_vkitti2_says_what_is_missing_and_damaged(tmp_path):
     made.make_vkitti2_split(tmp_path)
-    benchmark, path = load("vkitti2"), tmp_path / "train.txt"
+    benchmark, path = load_benchmark("vkitti2"), tmp_path / "train.txt"
     lines = list(benchmark.find(tmp_path))
     depth = tmp_path / "Scene01/clone/frames/depth/Camera_0/depth_00001.png"
     depth.write_bytes(depth.read_bytes()[:200])
@@ -199,7 +199,7 @@ class Far:
 
 def test_vkitti2_judged_by_zoedepths_rules(tmp_path):
     truth = made.make_vkitti2_split(tmp_path, size=(375, 1242))
-    trial = trial_of_benchmark(load("vkitti2"), tmp_path, protocol="zoedepth")
+    trial = task_from_benchmark(load_benchmark("vkitti2"), tmp_path, protocol="zoedepth")
     result = evaluate(Far(), map(trial.read, trial.lines), protocol=trial.protocol)
     expected = []
     for depth in truth.values():

@@ -11,13 +11,18 @@ import pytest
 from made_raw import SIZE, picture, png, room
 
 from depth_anything.evaluation.benchmarks.booster import read_calibration
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.benchmarks.ddad import _pose, project, read_intrinsics, read_points
-from depth_anything.evaluation.benchmarks.frames import PartFrame, read_labels
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.ddad import (
+    _pose_matrix,
+    project_points,
+    read_intrinsics,
+    read_points,
+)
+from depth_anything.evaluation.benchmarks.frames import MaskedFrame, read_label_image
 from depth_anything.evaluation.evaluate import evaluate
-from depth_anything.evaluation.judging import trial_of_benchmark
-from depth_anything.evaluation.predictions import Predictions
+from depth_anything.evaluation.predictions import PrecomputedMaps
 from depth_anything.evaluation.protocols import find_protocol
+from depth_anything.evaluation.runner import task_from_benchmark
 
 
 def check(frames, truth, **tolerance):
@@ -30,26 +35,26 @@ def check(frames, truth, **tolerance):
 
 def first(name, root):
     """A benchmark and the line of its first frame."""
-    return load(name), next(iter(load(name).find(root)))
+    return load_benchmark(name), next(iter(load_benchmark(name).find(root)))
 
 
 @pytest.mark.parametrize("below", ["", "train", "train/balanced"])
 def test_booster(tmp_path, below):
     truth, _ = more.make_booster(tmp_path)
-    frames = made.read_all(load("booster"), tmp_path / below)
+    frames = made.read_all(load_benchmark("booster"), tmp_path / below)
     check(frames, truth, rtol=0)
-    assert not any(isinstance(frame, PartFrame) for frame in frames.values())
+    assert not any(isinstance(frame, MaskedFrame) for frame in frames.values())
     blue, red = made.blue_and_red(frames["Bathroom/im0"])
     assert red > blue * 1.5 and red > 80  # the left camera's picture, in RGB
 
 
 def test_boosters_glass_and_mirrors(tmp_path):
     truth, tom = more.make_booster(tmp_path / "booster")  # found below the folder of all benchmarks
-    frames = made.read_all(load("booster_tom"), tmp_path)
+    frames = made.read_all(load_benchmark("booster_tom"), tmp_path)
     check(frames, truth, rtol=0)
     for key, part in tom.items():
         np.testing.assert_array_equal(frames[key].part, part)
-    trial = trial_of_benchmark(load("booster_tom"), tmp_path / "booster")
+    trial = task_from_benchmark(load_benchmark("booster_tom"), tmp_path / "booster")
     assert trial.incomplete.startswith("only 4 of 228 images")
 
     class Far:
@@ -81,7 +86,7 @@ def test_what_booster_lacks_is_named(tmp_path):
     (scene / "mask_cat.png").unlink()
     with pytest.raises(ValueError, match=r"booster/Bathroom/im0: mask_cat\.png: No such file"):
         benchmark.read(tmp_path, line)
-    assert load("booster").read(tmp_path, line).depth.shape == SIZE  # which needs no materials
+    assert load_benchmark("booster").read(tmp_path, line).depth.shape == SIZE  # which needs no materials
     (scene / "disp_00.npy").write_bytes((scene / "disp_00.npy").read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"booster/Bathroom/im0: the NPY is damaged"):
         benchmark.read(tmp_path, line)
@@ -105,7 +110,7 @@ def test_boosters_calibration(tmp_path):
 @pytest.mark.parametrize("below", ["", "ibims1_core_raw"])
 def test_ibims(tmp_path, below):
     truth = more.make_ibims(tmp_path)
-    frames = made.read_all(load("ibims"), tmp_path / below)
+    frames = made.read_all(load_benchmark("ibims"), tmp_path / below)
     check(frames, truth, rtol=0)
     assert np.isnan(frames["corridor_01"].depth).sum() == 7 + 18 + 2 * SIZE[1]
 
@@ -130,17 +135,17 @@ def test_masks_of_one_bit_and_classes_of_eight_are_read_as_they_are(tmp_path):
     path = tmp_path / "mask.png"
     classes = np.arange(12, dtype=np.uint8).reshape(3, 4)
     png(path, classes)
-    np.testing.assert_array_equal(read_labels(path.read_bytes()), classes)
+    np.testing.assert_array_equal(read_label_image(path.read_bytes()), classes)
     png(path, classes.astype(np.uint16))
     with pytest.raises(ValueError, match="8 bits"):
-        read_labels(path.read_bytes())
+        read_label_image(path.read_bytes())
 
 
 @pytest.mark.parametrize("below", ["", "ddad_train_val"])
 def test_ddad(tmp_path, below):
     """Points in two forms, poses of two times, farther points and those behind: each pixel's nearest."""
     truth = more.make_ddad(tmp_path)
-    frames = made.read_all(load("ddad"), tmp_path / below)
+    frames = made.read_all(load_benchmark("ddad"), tmp_path / below)
     assert list(frames) == list(truth)  # the validation split in its order
     check(frames, truth, rtol=1e-6)
     blue, red = made.blue_and_red(next(iter(frames.values())))
@@ -162,7 +167,7 @@ def test_nearest_points_win_and_those_behind_or_beside_count_for_nothing():
         ]
     )
     for order in (points, points[::-1]):
-        depth = project(order, camera, size=(3, 4))
+        depth = project_points(order, camera, size=(3, 4))
         # Cut off towards zero, as dgp: column -0.1 is 0, column -1.1 is out; row 3 is out.
         assert depth.tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
@@ -172,14 +177,14 @@ def test_a_pose_of_dgps_own_test_scene():
 
     def pose(quaternion, place):
         rotation = dict(zip(("qw", "qx", "qy", "qz"), quaternion, strict=True))
-        return _pose({"rotation": rotation, "translation": dict(zip("xyz", place, strict=True))})
+        return _pose_matrix({"rotation": rotation, "translation": dict(zip("xyz", place, strict=True))})
 
     lidar = pose((0.2854539, -0.0045405, -0.0075921, 0.9583516), (400.859369, -259.6111708, 12.4990004))
     camera = pose((0.6131109, -0.6216371, -0.3486726, 0.3407194), (399.324935, -258.9284766, 13.8422181))
     mounted = pose((0.5070133, -0.5062291, 0.4993248, -0.4871800), (1.6520093, 0.2450428, 1.3548472))
     np.testing.assert_allclose(np.linalg.inv(lidar) @ camera, mounted, atol=2e-6)
     with pytest.raises(ValueError, match="turns nothing"):
-        _pose({"translation": {"x": 1}})
+        _pose_matrix({"translation": {"x": 1}})
 
 
 def edit(path, change):
@@ -281,14 +286,14 @@ def test_ddads_clouds_and_calibrations_that_are_none(tmp_path):
 )
 def test_others_maps_are_found_by_key_and_image(tmp_path, name, make, wanted):
     make(tmp_path / name)
-    trial = trial_of_benchmark(load(name), tmp_path)
+    trial = task_from_benchmark(load_benchmark(name), tmp_path)
     frame = trial.read(trial.lines[0])
     for place in (f"{frame.key}.npy", wanted):
         maps = tmp_path / "maps" / place.replace("/", "_")
         (maps / place).parent.mkdir(parents=True)
         np.save(maps / place, np.full(SIZE, 4, np.float32))
-        assert (Predictions(maps, quantity="depth").recall(frame) == 4).all()
+        assert (PrecomputedMaps(maps, quantity="depth").load_map(frame) == 4).all()
     (tmp_path / "none").mkdir()
     np.save(tmp_path / "none/0.npy", np.ones(SIZE))
     with pytest.raises(ValueError, match=re.escape(f"a file {frame.key}.npy is needed")):
-        Predictions(tmp_path / "none", quantity="depth").recall(frame)
+        PrecomputedMaps(tmp_path / "none", quantity="depth").load_map(frame)

@@ -7,10 +7,10 @@ import made_benchmarks as made
 import numpy as np
 import pytest
 
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.benchmarks.da2k import Compared, da2k_score, right
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.da2k import PointPairImage, score_da2k, score_pairs
 
-DA2K = load("da2k")
+DA2K = load_benchmark("da2k")
 
 
 class Maps:
@@ -37,17 +37,17 @@ def test_a_true_map_scores_everything_and_a_turned_one_nothing(benchmark):
     root, maps = benchmark
     images = compared(root)
     assert len(images) == 10 and sum(len(image.pairs) for image in images) == 60
-    assert da2k_score(Maps(maps), images).accuracy == 1
-    assert da2k_score(Maps([1 / map_ for map_ in maps], "depth"), images, batch_size=3).accuracy == 1
-    assert da2k_score(Maps([-map_ for map_ in maps]), images).accuracy == 0
-    assert da2k_score(Maps(maps, "depth"), images).accuracy == 0
+    assert score_da2k(Maps(maps), images).accuracy == 1
+    assert score_da2k(Maps([1 / map_ for map_ in maps], "depth"), images, batch_size=3).accuracy == 1
+    assert score_da2k(Maps([-map_ for map_ in maps]), images).accuracy == 0
+    assert score_da2k(Maps(maps, "depth"), images).accuracy == 0
 
 
 @pytest.mark.parametrize("quantity", ["disparity", "depth"])
 def test_a_constant_map_scores_half(benchmark, quantity):
     root, maps = benchmark
     constant = [np.full_like(map_, 3) for map_ in maps]
-    score = da2k_score(Maps(constant, quantity), compared(root))
+    score = score_da2k(Maps(constant, quantity), compared(root))
     assert score.accuracy == 0.5 and score.pairs == 60
     assert set(score.scenes.values()) == {0.5}
 
@@ -60,7 +60,7 @@ def test_points_in_the_other_order_change_nothing(tmp_path):
         truth = made.make_da2k(root, swapped=swapped)
         noisy = [truth[path] + rng.normal(0, 0.1, truth[path].shape) for path in sorted(truth)]
         rng = np.random.default_rng(0)
-        scores.append(da2k_score(Maps(noisy), compared(root)))
+        scores.append(score_da2k(Maps(noisy), compared(root)))
     assert scores[0].rows == scores[1].rows
     assert 0.5 < scores[0].accuracy < 1
 
@@ -70,28 +70,28 @@ def test_points_are_rows_and_columns():
     pairs = np.array([[[9, 1], [1, 30]]])
     disparity = np.zeros((10, 40))
     disparity[9, 1] = 1
-    pair = Compared("da2k/x", image, "indoor", pairs)
-    assert right(disparity, pair, quantity="disparity").tolist() == [1]
+    pair = PointPairImage("da2k/x", image, "indoor", pairs)
+    assert score_pairs(disparity, pair, quantity="disparity").tolist() == [1]
     disparity[9, 1], disparity[1, 9] = 0, 1
-    assert right(disparity, pair, quantity="disparity").tolist() == [0.5]
-    assert right(
+    assert score_pairs(disparity, pair, quantity="disparity").tolist() == [0.5]
+    assert score_pairs(
         np.repeat(np.repeat(disparity, 2, 0), 2, 1) * 0 + 1, pair, quantity="disparity"
     ).tolist() == [0.5]
     disparity[9, 1] = np.nan
-    assert right(disparity, pair, quantity="disparity").tolist() == [0]
+    assert score_pairs(disparity, pair, quantity="disparity").tolist() == [0]
     with pytest.raises(ValueError, match="metres"):
-        right(disparity, pair, quantity="metres")
+        score_pairs(disparity, pair, quantity="metres")
 
 
 def test_scenes_are_counted_apart(benchmark):
     root, maps = benchmark
     images = compared(root)
     wrong = [-map_ if image.scene == "aerial" else map_ for image, map_ in zip(images, maps, strict=True)]
-    score = da2k_score(Maps(wrong), images)
+    score = score_da2k(Maps(wrong), images)
     assert list(score.scenes) == ["indoor", "outdoor", "non_real", "transparent_reflective", "aerial"]
     assert score.scenes["aerial"] == 0 and score.scenes["indoor"] == 1
     assert score.accuracy == pytest.approx(1 - 12 / 60)
-    assert np.isnan(da2k_score(Maps([]), []).accuracy)
+    assert np.isnan(score_da2k(Maps([]), []).accuracy)
 
 
 def test_the_folder_above_does_too(tmp_path):

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import BadRecord, write_manifest, write_shard
-from depth_anything.evaluation.evaluate import METRICS, evaluate, merge
-from depth_anything.evaluation.protocols import PROTOCOLS, Protocol
-from depth_anything.evaluation.sets import (
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.tars import BadRecord, write_shard
+from depth_anything.evaluation.evaluate import METRICS, evaluate, merge_results
+from depth_anything.evaluation.frames import (
     MeanMap,
-    max_depth_of,
-    mean_map,
+    compute_mean_map,
+    evenly_spaced,
+    max_depth_from_manifest,
     read_frames,
-    spaced,
 )
+from depth_anything.evaluation.protocols import PROTOCOLS, EvalProtocol
 from depth_anything.metrics import depth_metrics
 
 
@@ -108,7 +109,7 @@ def test_depth_is_not_fitted_unless_the_protocol_says_so():
     fitted = evaluate(model, frames, protocol=both).rows[0]
     assert fitted["abs_rel"] < 1e-5 and fitted["scale"] == pytest.approx(0.5, rel=1e-5)
     with pytest.raises(ValueError, match="fits no disparity"):
-        evaluate(Remembered([depth]), frames, protocol=Protocol("raw", fitted=()))
+        evaluate(Remembered([depth]), frames, protocol=EvalProtocol("raw", fitted=()))
 
 
 def test_depth_is_clipped():
@@ -158,8 +159,8 @@ def test_shares_of_ranks_merge_into_the_whole():
     whole = evaluate(model, frames)
     parts = [evaluate(model, frames[rank::3]) for rank in range(3)] + [evaluate(model, [])]
     padded = pickle.loads(pickle.dumps([*parts, parts[0]]))  # a rank may be given a frame twice
-    assert merge(padded).means == whole.means
-    assert [row["key"] for row in merge(padded).rows] == [frame.key for frame in frames]
+    assert merge_results(padded).means == whole.means
+    assert [row["key"] for row in merge_results(padded).rows] == [frame.key for frame in frames]
 
 
 def test_a_smaller_map_is_stretched_to_the_truth():
@@ -198,7 +199,7 @@ def test_the_mean_map_is_the_mean_of_each_frame_in_its_own_range():
         disparity = np.where(np.isinf(frame.depth), 0, 1 / frame.depth)
         low, high = np.nanmin(disparity), np.nanmax(disparity)
         units.append((disparity - low) / (high - low))
-    baseline = mean_map(frames, size=32)
+    baseline = compute_mean_map(frames, size=32)
     np.testing.assert_allclose(baseline.map, np.nanmean(units, axis=0), atol=1e-6)
     assert baseline.quantity == "disparity" and baseline.map.dtype == np.float32
     shapes = [
@@ -209,13 +210,13 @@ def test_the_mean_map_is_the_mean_of_each_frame_in_its_own_range():
 
 def test_the_mean_map_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no mean map"):
-        mean_map([make_frame(0, np.full((4, 4), np.nan))])
+        compute_mean_map([make_frame(0, np.full((4, 4), np.nan))])
 
 
 def test_the_mean_map_has_no_holes():
     depth = make_depth(0, shape=(64, 64))
     depth[:32] = np.nan
-    baseline = mean_map([make_frame(0, depth)])
+    baseline = compute_mean_map([make_frame(0, depth)])
     assert np.isfinite(baseline.map).all()
     assert baseline.map[:30] == pytest.approx(baseline.map[33:].mean(), abs=0.01)
 
@@ -227,10 +228,10 @@ def test_the_mean_map_looks_at_no_image():
 
 
 def test_spaced_numbers():
-    assert spaced(5, None) == spaced(5, 5) == spaced(5, 99) == [0, 1, 2, 3, 4]
-    assert spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(5, None) == evenly_spaced(5, 5) == evenly_spaced(5, 99) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        spaced(10, 0)
+        evenly_spaced(10, 0)
 
 
 @pytest.fixture
@@ -263,8 +264,8 @@ def test_frames_hold_depth(shard_set):
 
 
 def test_the_set_says_how_far_it_is_compared(shard_set):
-    assert max_depth_of(shard_set) == 6.5
-    assert max_depth_of(dataclasses.replace(shard_set, meta={})) == 80
+    assert max_depth_from_manifest(shard_set) == 6.5
+    assert max_depth_from_manifest(dataclasses.replace(shard_set, meta={})) == 80
 
 
 def test_a_damaged_record_ends_the_evaluation_by_name(shard_set):

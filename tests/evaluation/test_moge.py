@@ -9,8 +9,8 @@ import pytest
 from made_raw import picture, room
 from PIL import Image
 
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.benchmarks.moge import read_depth, resize_known, warp
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.moge import read_depth, resize_nearest_valid, warp
 
 SQUARE = np.array([[1.5, 0, 0.5], [0, 2.0, 0.5], [0, 0, 1]])  # square pixels at 4 : 3
 SHIFTED = np.array([[1.2, 0, 0.43], [0, 1.6, 0.61], [0, 0, 1]])
@@ -153,7 +153,7 @@ def test_depth_is_resized_as_by_hand(size, share):
     depth = draw.uniform(1, 9, (24, 32)).astype(np.float32)
     depth[draw.random(depth.shape) >= share] = np.nan
     depth[draw.random(depth.shape) < 0.05] = np.inf
-    got = resize_known(depth, width=size[1], height=size[0])
+    got = resize_nearest_valid(depth, width=size[1], height=size[0])
     np.testing.assert_array_equal(got, nearest_by_hand(depth, width=size[1], height=size[0]))
 
 
@@ -240,7 +240,7 @@ def test_as_many_pixels_are_compared_as_by_the_loader_of_moge(tmp_path, name, si
     folder = {"moge_nyu": "NYUv2", "moge_kitti": "KITTI", "moge_gso": "GSO", "moge_sintel": "Sintel"}[name]
     black = np.zeros((*size, 3), np.uint8)
     made.make_moge(tmp_path, folder, camera=camera, depths=[depth], images=[black])
-    [frame] = made.read_all(load(name), tmp_path).values()
+    [frame] = made.read_all(load_benchmark(name), tmp_path).values()
     assert np.isfinite(frame.depth).sum() == count
 
 
@@ -250,7 +250,7 @@ def test_the_bundle_is_read_in_the_order_of_its_index(tmp_path):
     far[0, 0], far[1, 1], far[2, 2] = 1e5, np.inf, np.nan
     images = [picture(depth, seed=seed) for seed in (0, 1)]
     made.make_moge(tmp_path, "NYUv2", camera=SQUARE, depths=[depth, far], images=images)
-    benchmark = load("moge_nyu")
+    benchmark = load_benchmark("moge_nyu")
     for root in (tmp_path, tmp_path / "NYUv2"):
         frames = made.read_all(benchmark, root)
         assert list(frames) == ["scene/001", "scene/000"]
@@ -258,13 +258,13 @@ def test_the_bundle_is_read_in_the_order_of_its_index(tmp_path):
         assert np.argwhere(np.isnan(frames["scene/001"].depth)).tolist() == [[0, 0], [1, 1], [2, 2]]
         assert frames["scene/001"].key == "moge_nyu/scene/001"
     with pytest.raises(ValueError, match=r"KITTI/\.index\.txt; get KITTI\.zip"):
-        list(load("moge_kitti").find(tmp_path))
+        list(load_benchmark("moge_kitti").find(tmp_path))
 
 
 def test_what_leads_elsewhere_or_is_damaged_is_refused(tmp_path):
     depth = room((48, 64))
     made.make_moge(tmp_path, "GSO", camera=SQUARE, depths=[depth], images=[picture(depth)])
-    benchmark = load("moge_gso")
+    benchmark = load_benchmark("moge_gso")
     line = next(iter(benchmark.find(tmp_path)))
     assert benchmark.read(tmp_path, line).depth.shape == (512, 512)
     (tmp_path / "GSO/scene/000/depth.png").rename(tmp_path / "depth.png")

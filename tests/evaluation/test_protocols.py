@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.evaluate import METRICS, evaluate, judge, show
-from depth_anything.evaluation.protocols import CROPS, PROTOCOLS, Protocol, find_protocol
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.evaluate import METRICS, crop_to_view, evaluate, score_map
+from depth_anything.evaluation.protocols import CROPS, PROTOCOLS, EvalProtocol, find_protocol
 
 SHAPES = {"eigen_nyu": (480, 640), "garg": (375, 1242), "eigen_kitti": (352, 1216), None: (60, 80)}
 
@@ -98,15 +98,15 @@ def make(shape, quantity, seed=0):
     ],
 )
 def test_protocols_equal_numpy(name, low, high, crop, quantity):
-    caps = {name: Caps(low, high, crop=crop or "")}
-    rules = find_protocol(name, benchmark=a_benchmark(caps))
+    depth_limits = {name: DepthLimits(low, high, crop=crop or "")}
+    rules = find_protocol(name, benchmark=a_benchmark(depth_limits))
     prediction, depth = make(SHAPES[crop], quantity)
     frame = Frame("k", np.zeros((*depth.shape, 3), np.uint8), {}, depth=depth)
     if (name, quantity) == ("zoedepth", "disparity"):
         with pytest.raises(ValueError, match="fits no disparity.*da2, marigold, moge"):
-            judge(prediction, frame, quantity=quantity, protocol=rules)
+            score_map(prediction, frame, quantity=quantity, protocol=rules)
         return
-    row = judge(prediction, frame, quantity=quantity, protocol=rules)[1]
+    row = score_map(prediction, frame, quantity=quantity, protocol=rules)[1]
     expected, count = reference(name, prediction, depth, quantity, low=low, high=high, crop=crop)
     assert row["valid"] == count > 1000
     for metric in METRICS:
@@ -119,7 +119,7 @@ def test_constant_predictions_are_the_mean_of_what_is_fitted(name, value):
     depth = make((60, 80), "depth")[1].clip(0.5, 40)
     frame = Frame("k", np.zeros((60, 80, 3), np.uint8), {}, depth=depth)
     constant = np.full((60, 80), value, np.float32)
-    row = judge(constant, frame, quantity="disparity", protocol=PROTOCOLS[name])[1]
+    row = score_map(constant, frame, quantity="disparity", protocol=PROTOCOLS[name])[1]
     t = depth[np.isfinite(depth)].astype(np.float64)
     mean = 1 / np.mean(1 / t)
     if (
@@ -135,24 +135,26 @@ def test_one_valid_pixel_and_none():
     noise = np.random.default_rng(0).random((4, 4), np.float32)
     for name, rules in PROTOCOLS.items():
         quantity = "depth" if name == "zoedepth" else "disparity"
-        none = judge(noise, Frame("k", image, {}, depth=depth.copy()), quantity=quantity, protocol=rules)[1]
+        none = score_map(noise, Frame("k", image, {}, depth=depth.copy()), quantity=quantity, protocol=rules)[
+            1
+        ]
         assert none["valid"] == 0 and math.isnan(none["abs_rel"])
         one = depth.copy()
         one[1, 2] = 5.0
-        row = judge(noise, Frame("k", image, {}, depth=one), quantity=quantity, protocol=rules)[1]
+        row = score_map(noise, Frame("k", image, {}, depth=one), quantity=quantity, protocol=rules)[1]
         assert row["valid"] == 1
         if name != "zoedepth":
             assert row["abs_rel"] < 1e-6
 
 
 def test_what_lies_outside_a_crop_never_matters():
-    rules = Protocol("x", fitted=("disparity",), crop="garg")
+    rules = EvalProtocol("x", fitted=("disparity",), crop="garg")
     prediction, depth = make((375, 1242), "disparity")
     frame = Frame("k", np.zeros((375, 1242, 3), np.uint8), {}, depth=depth)
-    before = judge(prediction, frame, quantity="disparity", protocol=rules)[1]
+    before = score_map(prediction, frame, quantity="disparity", protocol=rules)[1]
     outside = ~inside("garg", depth.shape)
     prediction[outside], depth[outside] = np.nan, 3.0
-    assert judge(prediction, frame, quantity="disparity", protocol=rules)[1] == before
+    assert score_map(prediction, frame, quantity="disparity", protocol=rules)[1] == before
 
 
 def test_crops_of_other_sizes():
@@ -168,9 +170,9 @@ def test_crops_of_other_sizes():
 
 
 def test_zoedepth_crops_diode_as_its_code_does():
-    rooms = find_protocol("zoedepth", benchmark=load("diode_indoor"))
+    rooms = find_protocol("zoedepth", benchmark=load_benchmark("diode_indoor"))
     assert CROPS[rooms.crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
-    outdoor = find_protocol("zoedepth", benchmark=load("diode_outdoor"))
+    outdoor = find_protocol("zoedepth", benchmark=load_benchmark("diode_outdoor"))
     assert outdoor.crop == "garg" and outdoor.max_depth == 80
 
 
@@ -192,24 +194,26 @@ def test_the_model_is_shown_the_view_and_its_mirror():
     depth = np.full((375, 1242), 30.0, np.float32)
     frame = Frame("k", np.zeros((375, 1242, 3), np.uint8), {}, depth=depth)
     rules = find_protocol(
-        "zoedepth", benchmark=a_benchmark({"zoedepth": Caps(1e-3, 80, cut="kb", crop="garg")})
+        "zoedepth", benchmark=a_benchmark({"zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg")})
     )
     row = evaluate(model, [frame], protocol=rules).rows[0]
     assert model.shapes == [(352, 1216, 3)] * 2
     assert row["abs_rel"] == pytest.approx(50 / 30)  # the mean of both is 608.5 everywhere, lowered to 80
     assert row["valid"] == inside("garg", (352, 1216)).sum()
     with pytest.raises(ValueError, match="'k' cannot be cut to kb: .*which 1000x375 have not"):
-        show(Frame("k", frame.image[:, :1000], {}, depth=depth[:, :1000]), rules)
+        crop_to_view(Frame("k", frame.image[:, :1000], {}, depth=depth[:, :1000]), rules)
     with pytest.raises(ValueError, match="'k' cannot be cut to kb: its depth has another size"):
-        show(Frame("k", frame.image, {}, depth=depth[:100]), rules)
+        crop_to_view(Frame("k", frame.image, {}, depth=depth[:100]), rules)
 
 
-def a_benchmark(caps):
-    return Benchmark("b", "The B", 1, "", "https://b", "MIT", lambda root: [], lambda root, line: None, caps)
+def a_benchmark(depth_limits):
+    return Benchmark(
+        "b", "The B", 1, "", "https://b", "MIT", lambda root: [], lambda root, line: None, depth_limits
+    )
 
 
 def test_a_benchmark_knows_its_protocols():
-    benchmark = a_benchmark({"da2": Caps(1e-3, 10, crop="eigen_nyu")})
+    benchmark = a_benchmark({"da2": DepthLimits(1e-3, 10, crop="eigen_nyu")})
     rules = find_protocol("da2", benchmark=benchmark)
     assert (rules.max_depth, rules.crop, rules.view) == (10, "eigen_nyu", None)
     with pytest.raises(ValueError, match="protocol 'moge' says nothing of The B: use one of: da2"):
@@ -220,7 +224,7 @@ def test_a_benchmark_knows_its_protocols():
 def test_the_text_says_all_that_matters():
     for name, rules in PROTOCOLS.items():
         assert rules.text.startswith(f"{name}: ")
-    nyu = find_protocol("da2", benchmark=a_benchmark({"da2": Caps(1e-3, 10, crop="eigen_nyu")})).text
+    nyu = find_protocol("da2", benchmark=a_benchmark({"da2": DepthLimits(1e-3, 10, crop="eigen_nyu")})).text
     assert "least squares to 1/truth, raised to 1/10 m and inverted, clipped to 0.001–10 m" in nyu
     assert "of the eigen_nyu crop" in nyu
     assert "1/farthest truth" in PROTOCOLS["moge"].text and "clipped" not in PROTOCOLS["moge"].text

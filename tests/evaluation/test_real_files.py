@@ -14,15 +14,16 @@ import pytest
 from made_raw import frames_of, jpeg, picture, png, room
 
 from depth_anything.cli import main
+from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
-from depth_anything.data.shards import Records, open_set, verify_set
-from depth_anything.data.sources import hypersim, tartanair
-from depth_anything.data.sources.maps import read_png16
+from depth_anything.data.shards import open_set, verify_set
 from depth_anything.evaluation.benchmarks import kitti
-from depth_anything.evaluation.benchmarks.catalogue import load
-from depth_anything.evaluation.benchmarks.sunrgbd import turned_back
-from depth_anything.evaluation.evaluate import compared_truth, show
+from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.sunrgbd import decode_millimeters
+from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
 from depth_anything.evaluation.protocols import find_protocol
+from depth_anything.ingest.maps import read_png16
+from depth_anything.ingest.sets import hypersim, tartanair
 
 REAL = Path(os.environ.get("DEPTH_ANYTHING_REAL", Path(__file__).parents[3] / "shared" / "real"))
 real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files of ../shared/real")
@@ -30,7 +31,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files of ../
 
 def frames(name, root):
     """Every frame of a benchmark, or what is said of it."""
-    benchmark = load(name)
+    benchmark = load_benchmark(name)
     for line in benchmark.find(root):
         try:
             yield benchmark.read(root, line)
@@ -40,8 +41,8 @@ def frames(name, root):
 
 def counted(name, frame, protocol):
     """The pixels that a protocol compares."""
-    rules = find_protocol(protocol, benchmark=load(name))
-    return int(np.isfinite(compared_truth(show(frame, rules), rules)).sum())
+    rules = find_protocol(protocol, benchmark=load_benchmark(name))
+    return int(np.isfinite(masked_truth(crop_to_view(frame, rules), rules)).sum())
 
 
 @real
@@ -54,7 +55,7 @@ def test_hypersim_has_the_intrinsics_of_each_scene_without_tilt():
         camera = np.array(matrices[row["scene_name"]].split(","), np.float64).reshape(3, 3)
         if np.abs(camera[2, :2]).max() < 1e-6:
             untilted.add(row["scene_name"])
-        made = hypersim._intrinsics(camera, 768, 1024)
+        made = hypersim._pixel_intrinsics(camera, 768, 1024)
         if made:
             found[row["scene_name"]] = made["intrinsics"]
     assert (len(rows), len(found)) == (482, 208) and found.keys() == untilted
@@ -101,7 +102,7 @@ def test_sun_rgbd_is_read_though_the_list_has_two_slashes(tmp_path, name):
 @real
 def test_sun_rgbds_low_bits_are_its_high_ones():
     stored = read_png16(REAL / "sunrgbd" / "open3d" / "SUN_depth.png")
-    millimetres = turned_back(stored)
+    millimetres = decode_millimeters(stored)
     assert (millimetres > 8191).sum() == 7149 and (stored & 7 > 0).sum() == 7149
     assert millimetres.max() < 10_000
 
@@ -139,7 +140,7 @@ def test_nyus_pixels_are_those_of_eigens_crop(tmp_path):
 def test_kittis_frames_are_those_of_the_list():
     lines = (REAL / "lists" / "monodepth2_eigen_benchmark_test_files.txt").read_text().splitlines()
     theirs = {(words[0].split("/")[1], int(words[1])) for words in map(str.split, lines)}
-    ours = {(drive, number) for drive in kitti.FRAMES for number in kitti.frames_of(drive)}
+    ours = {(drive, number) for drive in kitti.EIGEN_FRAMES for number in kitti.frame_numbers(drive)}
     assert ours == theirs and len(theirs) == 652
 
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.da2k import Score
-from depth_anything.evaluation.evaluate import METRICS, Protocol, Result, evaluate
-from depth_anything.evaluation.published import Published
+from depth_anything.evaluation.benchmarks.da2k import PairResult
+from depth_anything.evaluation.evaluate import METRICS, DepthResult, evaluate
+from depth_anything.evaluation.protocols import EvalProtocol
 from depth_anything.evaluation.report import choose_examples, collect_examples, write_report, write_summary
-from depth_anything.evaluation.sheet import contact_sheet, describe
+from depth_anything.evaluation.reported_results import ReportedResult
 from depth_anything.evaluation.table import format_table
+from depth_anything.inspect.contact_sheet import contact_sheet, describe_frame
 
-PROTOCOL = Protocol("da2", fitted=("disparity",))
+PROTOCOL = EvalProtocol("da2", fitted=("disparity",))
 
 
 class Noisy:
@@ -61,7 +62,7 @@ def judged(frames, **noises):
 
 def a_result(name, values, **changes):
     rows = [dict.fromkeys(METRICS, value) | {"key": str(i), "valid": 9} for i, value in enumerate(values)]
-    return Result(name, PROTOCOL, tuple(row | changes for row in rows))
+    return DepthResult(name, PROTOCOL, tuple(row | changes for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_what_is_not_comparable_is_refused(tmp_path):
         ValueError, match="'a' and 'b' were judged by different protocols or on different images"
     ):
         write_report([one, a_result("b", [0.1])], tmp_path)
-    other = Result("b", Protocol("x", fitted=()), one.rows)
+    other = DepthResult("b", EvalProtocol("x", fitted=()), one.rows)
     with pytest.raises(ValueError, match="different protocols"):
         write_report([one, other], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -206,14 +207,14 @@ def test_contact_sheet_holds_images_targets_and_facts():
     sheet = contact_sheet(frames, columns=2)
     assert sheet.dtype == np.uint8 and sheet.ndim == 3
     assert sheet.shape[1] > 2 * 2 * 200 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
-    assert describe(frames[4])[0] == "toy/0/004"
-    assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d m, median \d\.\d+ m", describe(frames[4])[1])
-    assert describe(frames[4])[2] == "98% known, 2% sky, 0% unknown"
-    assert describe(frames[1])[1] == "60 x 40 (target 30 x 20), disparity 1 to 1, median 1"
+    assert describe_frame(frames[4])[0] == "toy/0/004"
+    assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d m, median \d\.\d+ m", describe_frame(frames[4])[1])
+    assert describe_frame(frames[4])[2] == "98% known, 2% sky, 0% unknown"
+    assert describe_frame(frames[1])[1] == "60 x 40 (target 30 x 20), disparity 1 to 1, median 1"
     frames[4].meta["unit"], frames[1].meta["unit"] = "arbitrary", "px"
-    assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d, median \d\.\d+", describe(frames[4])[1])
-    assert describe(frames[1])[1].endswith("disparity 1 to 1 px, median 1 px")
-    assert "no target" in describe(frames[2])[1] and "0% known" in describe(frames[3])[2]
+    assert re.fullmatch(r"60 x 40, depth 1 to 1\d\.\d, median \d\.\d+", describe_frame(frames[4])[1])
+    assert describe_frame(frames[1])[1].endswith("disparity 1 to 1 px, median 1 px")
+    assert "no target" in describe_frame(frames[2])[1] and "0% known" in describe_frame(frames[3])[2]
 
 
 ODD = 'a,b <script>alert(1)</script> ü"\n=1'
@@ -224,7 +225,7 @@ def test_odd_names_are_escaped_everywhere(tmp_path):
     frames[1].depth[:] = np.inf
     models, results = judged(frames, **{ODD: 0.01})
     examples = collect_examples(models, frames, why=choose_examples(results), protocol=PROTOCOL)
-    figure = Published(
+    figure = ReportedResult(
         f"paper {ODD}", "nyu", "da2", {"abs_rel": 0.1}, f"source {ODD}", remark=f"remark {ODD}"
     )
     write_report(
@@ -275,7 +276,7 @@ def test_the_page_has_worst_and_median_with_their_own_figures(tmp_path):
 
 
 def test_summaries_hold_no_nan(tmp_path):
-    points = {"da2k": {"m": Score(())}}
+    points = {"da2k": {"m": PairResult(())}}
     write_summary({"nyu": [a_result("m", [math.nan])]}, tmp_path, points=points)
     document = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert document["benchmarks"]["nyu"]["models"][0]["means"]["abs_rel"] is None

@@ -7,7 +7,13 @@ from PIL import Image
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
 from depth_anything.cli import main
-from depth_anything.inference.calibrate import KnownPoint, fit_points, look_up, parse_point, read_points
+from depth_anything.inference.calibrate import (
+    KnownPoint,
+    fit_points,
+    parse_point,
+    read_points,
+    sample_at_points,
+)
 from depth_anything.inference.predictor import FARTHEST_M
 
 SCALE, SHIFT = 0.21, 0.034
@@ -102,10 +108,10 @@ def test_points_are_read(tmp_path):
 def test_points_are_looked_up():
     map = np.arange(12, dtype=np.float32).reshape(3, 4)
     points = [parse_point(text) for text in ("0,0,1", "3,2,1", "1.4,0.6,1")]
-    assert look_up(map, points, image="a.jpg").tolist() == [0, 11, 5]
+    assert sample_at_points(map, points, image="a.jpg").tolist() == [0, 11, 5]
     for outside in ("4,0,1", "0,3,1", "-1,0,1", "nan,0,1"):
         with pytest.raises(ValueError, match="lies outside a.jpg, which is 4 wide and 3 high"):
-            look_up(map, [parse_point(outside)], image="a.jpg")
+            sample_at_points(map, [parse_point(outside)], image="a.jpg")
 
 
 # The command
@@ -143,7 +149,7 @@ def test_a_calibrated_model_gives_metres_with_no_flag(folder, capsys):
     depth = predictor.predict(pixels)
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, 1 / (SCALE * relative + SHIFT), rtol=1e-3)
-    np.testing.assert_array_equal(predictor.predict_relative(pixels), relative)
+    np.testing.assert_array_equal(predictor.predict_uncalibrated(pixels), relative)
     assert main(["predict", "0.png", "--weights", "metric.safetensors", "--output", "maps"]) == 0
     assert "(depth, m, larger is farther)" in capsys.readouterr().out
     again = [*line[:4], "metric.safetensors", *line[5:], "--output", "again.safetensors"]

@@ -20,7 +20,7 @@ from made_films import (  # noqa: E402
     write_frames,
 )
 
-from depth_anything.inference.clips import list_clips, natural_key, parse_rate  # noqa: E402
+from depth_anything.inference.clips import list_clips, natural_sort_key, parse_frame_rate  # noqa: E402
 
 # Turned films
 
@@ -130,7 +130,9 @@ def test_a_film_without_frames(tmp_path):
 
 def test_a_folder_of_frames_is_a_clip_in_natural_order(tmp_path):
     write_frames(tmp_path / "shot", ["f9.png", "f10.png", "f11.png", "f13.png"])
-    outcome = map_film(tmp_path / "shot", tmp_path / "out", rate=parse_rate("23.976"), formats=("mp4", "npy"))
+    outcome = map_film(
+        tmp_path / "shot", tmp_path / "out", rate=parse_frame_rate("23.976"), formats=("mp4", "npy")
+    )
     assert outcome.frames == {"shot": 4}
     assert outcome.notes == {"shot": ["1 numbers between its first frame and its last are missing"]}
     assert facts_of(tmp_path / "out/shot.mp4")["rate"] == Fraction(24000, 1001)
@@ -178,7 +180,13 @@ def test_a_list_names_files_and_folders_of_frames(tmp_path):
 
 
 def test_natural_order():
-    assert sorted(["f10", "f9", "f009b", "F1", "a"], key=natural_key) == ["F1", "a", "f009b", "f9", "f10"]
+    assert sorted(["f10", "f9", "f009b", "F1", "a"], key=natural_sort_key) == [
+        "F1",
+        "a",
+        "f009b",
+        "f9",
+        "f10",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,10 +200,10 @@ def test_natural_order():
     ],
 )
 def test_rates_are_read(text, rate):
-    assert parse_rate(text) == rate
+    assert parse_frame_rate(text) == rate
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "fast", "1/0", "nan", "1e9"])
 def test_rates_that_are_none(text):
     with pytest.raises(ValueError, match="no number of frames a second"):
-        parse_rate(text)
+        parse_frame_rate(text)

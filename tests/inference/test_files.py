@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from depth_anything.inference import files
-from depth_anything.inference.files import Products, predict_files
-from depth_anything.inference.formats import encode, picture, png, write_map
+from depth_anything.inference.files import PredictSettings, predict_files
+from depth_anything.inference.formats import encode_map, encode_picture, encode_png, write_map
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.visualize import colorize
@@ -105,20 +105,24 @@ def test_equal_names_do_not_overwrite(tmp_path, predictor, names, stems):
 def test_captions_beside_photographs_change_no_name(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
     put(tmp_path / "photos", "a.txt", data=b"a caption")
-    predict_files(predictor, tmp_path / "photos", tmp_path / "out", products=Products(formats=()))
+    predict_files(predictor, tmp_path / "photos", tmp_path / "out", settings=PredictSettings(formats=()))
     assert made(tmp_path / "out") == named(["a"])
 
 
 def test_lists_and_tars(tmp_path, predictor):
     put(tmp_path, "far/away/a.jpg", "far/b.jpg", "lists/c.jpg")
     (tmp_path / "lists/l.txt").write_text(f"c.jpg\n\n{tmp_path / 'far/away/a.jpg'}\n../far/b.jpg\nnone.jpg\n")
-    outcome = predict_files(predictor, tmp_path / "lists/l.txt", tmp_path / "out1", products=Products(()))
+    outcome = predict_files(
+        predictor, tmp_path / "lists/l.txt", tmp_path / "out1", settings=PredictSettings(())
+    )
     assert made(tmp_path / "out1") == named(["far/away/a", "far/b", "lists/c"])
     assert list(outcome.skipped) == ["none.jpg"]
     for mode, name in (("w", "t.tar"), ("w:gz", "t.tar.gz")):
         with tarfile.open(tmp_path / name, mode) as tar:
             tar.add(tmp_path / "far", "photos")
-        predict_files(predictor, tmp_path / name, tmp_path / name[2:], products=Products(()), batch_size=2)
+        predict_files(
+            predictor, tmp_path / name, tmp_path / name[2:], settings=PredictSettings(()), batch_size=2
+        )
         assert made(tmp_path / name[2:]) == named(["photos/away/a", "photos/b"])
 
 
@@ -144,7 +148,7 @@ def test_batches_change_nothing_and_order_is_kept(tmp_path, predictor, batch_siz
             predictor,
             tmp_path / "photos",
             tmp_path / "out",
-            products=Products(["npy"]),
+            settings=PredictSettings(["npy"]),
             batch_size=batch_size,
         )
     finally:
@@ -164,7 +168,7 @@ def test_files_are_whole_or_not_there(tmp_path, predictor, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_atomically", full)
+    monkeypatch.setattr(files, "atomic_write", full)
     with pytest.raises(OSError, match="No space left"):
         predict_files(predictor, tmp_path / "photos", tmp_path / "out")
     assert made(tmp_path / "out") == []
@@ -204,17 +208,19 @@ def test_output_among_the_images(tmp_path, predictor):
 
 def test_constant_maps_divide_by_nothing():
     image, map = np.zeros((4, 5, 3), np.uint8), np.full((4, 5), 3.5, np.float32)
-    shown = np.asarray(Image.open(io.BytesIO(picture(image, map, quantity="disparity", pred_only=True))))
+    shown = np.asarray(
+        Image.open(io.BytesIO(encode_picture(image, map, quantity="disparity", pred_only=True)))
+    )
     assert (shown == colorize(np.array([[0.0, 1.0]]))[0, 0]).all()
     for bits in (8, 16):
-        back = Image.open(io.BytesIO(png(map, bits=bits, quantity="disparity", unit="relative")))
+        back = Image.open(io.BytesIO(encode_png(map, bits=bits, quantity="disparity", unit="relative")))
         assert (np.asarray(back) == 0).all() and float(back.text["low"]) == 3.5 == float(back.text["high"])
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_round_trip_is_within_one_level(bits):
     map = np.random.default_rng(0).normal(2, 9, (50, 60)).astype(np.float32)
-    back = Image.open(io.BytesIO(png(map, bits=bits, quantity="depth", unit="m")))
+    back = Image.open(io.BytesIO(encode_png(map, bits=bits, quantity="depth", unit="m")))
     low, high, top = float(back.text["low"]), float(back.text["high"]), 2**bits - 1
     assert np.asarray(back).dtype == (np.uint8 if bits == 8 else np.uint16)
     values = low + np.asarray(back) / top * (high - low)
@@ -278,7 +284,7 @@ def test_the_picture_is_theirs(tmp_path, grayscale, max_depth):
     Image.fromarray(pixels).save(tmp_path / "photos/a.png")
     predictor = Predictor(model, device="cpu", input_size=28)
     predict_files(
-        predictor, tmp_path / "photos", tmp_path / "out", products=Products((), grayscale=grayscale)
+        predictor, tmp_path / "photos", tmp_path / "out", settings=PredictSettings((), grayscale=grayscale)
     )
     colormap = "gray" if grayscale else "Spectral" if max_depth else "Spectral_r"
     got = np.asarray(Image.open(tmp_path / "out/a.png"))
@@ -288,8 +294,8 @@ def test_the_picture_is_theirs(tmp_path, grayscale, max_depth):
     ):  # theirs paints the near of metric models black; here it is white in any picture
         expected[:, 90:] = 255 - expected[:, 90:]
     np.testing.assert_array_equal(got, expected)
-    products = Products((), grayscale=grayscale, pred_only=True)
-    predict_files(predictor, tmp_path / "photos", tmp_path / "out", products=products)
+    settings = PredictSettings((), grayscale=grayscale, pred_only=True)
+    predict_files(predictor, tmp_path / "photos", tmp_path / "out", settings=settings)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/a.png")), got[:, 90:])
 
 
@@ -297,7 +303,11 @@ def test_every_format_says_what_it_holds(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
     every = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
     outcome = predict_files(
-        predictor, tmp_path / "photos", tmp_path / "out", products=Products(every), facts={"weights": "w.pth"}
+        predictor,
+        tmp_path / "photos",
+        tmp_path / "out",
+        settings=PredictSettings(every),
+        facts={"weights": "w.pth"},
     )
     out = tmp_path / "out"
     notes = json.loads((out / "a.json").read_text())
@@ -323,11 +333,11 @@ def test_every_format_says_what_it_holds(tmp_path, predictor):
 
 def test_metres_as_their_metric_run_saves_them(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
-    products = Products((), save_numpy=True)
+    settings = PredictSettings((), save_numpy=True)
     with pytest.raises(ValueError, match="this model gives disparity: take --format npy"):
-        predict_files(predictor, tmp_path / "photos", tmp_path / "out", products=products)
+        predict_files(predictor, tmp_path / "photos", tmp_path / "out", settings=settings)
     metric = Predictor(DepthAnything("vitn", max_depth=20), device="cpu", input_size=28)
-    predict_files(metric, tmp_path / "photos", tmp_path / "out", products=products)
+    predict_files(metric, tmp_path / "photos", tmp_path / "out", settings=settings)
     depth = np.load(tmp_path / "out/a_raw_depth_meter.npy")
     assert depth.shape == (30, 40) and 0 < depth.min() < depth.max() < 20
     assert json.loads((tmp_path / "out/a.json").read_text())["larger"] == "farther"
@@ -341,7 +351,10 @@ def test_a_calibrated_model_paints_disparity_and_writes_metres(tmp_path):
     predict_files(Predictor(model, device="cpu", input_size=28), folder, tmp_path / "relative")
     model.calibration = (0.5, -0.2)
     predict_files(
-        Predictor(model, device="cpu", input_size=28), folder, tmp_path / "metric", products=Products(["npy"])
+        Predictor(model, device="cpu", input_size=28),
+        folder,
+        tmp_path / "metric",
+        settings=PredictSettings(["npy"]),
     )
     relative, metric = (np.asarray(Image.open(tmp_path / name / "a.png")) for name in ("relative", "metric"))
     assert np.abs(relative.astype(int) - metric).max() <= 4  # a level apart where float32 rounds
@@ -351,5 +364,6 @@ def test_a_calibrated_model_paints_disparity_and_writes_metres(tmp_path):
 
 def test_npy_is_no_pickle():
     assert (
-        np.load(io.BytesIO(encode(np.ones((2, 3), np.float32), "npy", quantity="depth", unit="m"))).sum() == 6
+        np.load(io.BytesIO(encode_map(np.ones((2, 3), np.float32), "npy", quantity="depth", unit="m"))).sum()
+        == 6
     )

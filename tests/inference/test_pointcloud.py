@@ -8,7 +8,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from depth_anything.inference.pointcloud import choose_focal, encode_points, unproject
+from depth_anything.inference.pointcloud import choose_focal_length, encode_points, unproject
 
 FOCAL = 100.0
 
@@ -128,13 +128,13 @@ def photograph(**tags):
 
 def test_the_focal_length_of_the_photograph():
     full_frame = photograph(xA405=50)
-    focal, whence = choose_focal(full_frame, (300, 400, 3))
+    focal, whence = choose_focal_length(full_frame, (300, 400, 3))
     assert focal == pytest.approx(50 / 43.2666 * 500, rel=1e-4) and whence == "EXIF: 50 mm on 35 mm film"
-    assert choose_focal(full_frame, (400, 300, 3))[0] == pytest.approx(focal)  # turned upright
+    assert choose_focal_length(full_frame, (400, 300, 3))[0] == pytest.approx(focal)  # turned upright
     sensor = photograph(x920A=8.0, xA20E=2540.0, xA210=2, xA002=4000, xA003=3000)  # 100 px a mm, then resized
-    focal, whence = choose_focal(sensor, (300, 400, 3))
+    focal, whence = choose_focal_length(sensor, (300, 400, 3))
     assert focal == pytest.approx(80) and whence == "EXIF: 8 mm, 100 px a mm of the sensor"
-    assert choose_focal(full_frame, (300, 400, 3), focal_px=321) == (321, "given")
+    assert choose_focal_length(full_frame, (300, 400, 3), focal_px=321) == (321, "given")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_focal_length_of_the_photograph():
 )
 def test_the_assumed_focal_length_is_the_authors(data):
     for shape, expected in [((480, 640), 470.4), ((640, 480), 470.4), ((960, 1280), 940.8)]:
-        focal, whence = choose_focal(data, shape)
+        focal, whence = choose_focal_length(data, shape)
         assert focal == pytest.approx(expected) and whence.startswith(
             "assumed: 470.4 px for a longer side of 640"
         )

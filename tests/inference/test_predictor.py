@@ -13,7 +13,8 @@ from depth_anything.inference import memory
 from depth_anything.inference.predictor import FARTHEST_M, Predictor
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import describe, load_model, save_model
+from depth_anything.model.metadata import build_metadata
+from depth_anything.model.weights import load_model, save_model
 from depth_anything.preprocess import resize_shape
 
 
@@ -55,7 +56,7 @@ def test_the_models_own_size_is_the_default(tmp_path, build, own, multiple, keep
     model.input_size = own
     if keep == "ckpt":
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state, "depth_anything": describe(model)}, tmp_path / "last.ckpt")
+        torch.save({"state_dict": state, "depth_anything": build_metadata(model)}, tmp_path / "last.ckpt")
         model = load_model(tmp_path / "last.ckpt")
     elif keep != "memory":
         if keep == "transformers" and multiple == 16:
@@ -170,7 +171,7 @@ def test_what_is_no_image_is_refused(model, what):
     image, predictor = NO_IMAGES[what], Predictor(model, device="cpu", input_size=28)
     for take in (
         predictor.predict,
-        predictor.predict_relative,
+        predictor.predict_uncalibrated,
         predictor.prepare,
         model.infer_image,
         lambda image: predictor.predict_batch([photograph(8, 8), image]),

@@ -9,7 +9,7 @@ import torch
 
 from depth_anything.inference import tiles
 from depth_anything.inference.predictor import Predictor
-from depth_anything.inference.tiles import blend, fit, grid_of, spans, weights
+from depth_anything.inference.tiles import blend_tiles, blend_weights, fit_scale_shift, parse_grid, tile_spans
 from depth_anything.model.depth_anything import DepthAnything
 
 
@@ -39,7 +39,7 @@ def with_own_scales(map, seed=1):
 def seams(map, columns):
     """How much steeper a map is where tiles end, and amid what they share, than elsewhere: 1 if nobody can tell."""
     steps = np.abs(np.diff(map, axis=1)).mean(0)
-    parts = spans(map.shape[1], columns)
+    parts = tile_spans(map.shape[1], columns)
     ends = [end for a, b in itertools.pairwise(parts) for end in (b.start, a.stop)]
     shared = np.zeros(len(steps), bool)
     for a, b in itertools.pairwise(parts):
@@ -52,19 +52,19 @@ def seams(map, columns):
     ("length", "count"), [(1, 1), (1, 4), (7, 3), (100, 1), (640, 2), (641, 3), (4320, 7)]
 )
 def test_tiles_cover_a_side_alike_and_weights_sum_to_one(length, count):
-    parts = spans(length, count)
+    parts = tile_spans(length, count)
     assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == length
     assert len({part.stop - part.start for part in parts}) == 1
     total = np.zeros(length)
-    for part, window in zip(parts, weights(length, parts), strict=True):
+    for part, window in zip(parts, blend_weights(length, parts), strict=True):
         assert window.dtype == np.float32 and window.min() >= 0
         total[part] += window
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
 def test_weights_fall_smoothly_to_nothing_where_a_tile_ends():
-    parts = spans(600, 3)
-    first, middle, _ = weights(600, parts)
+    parts = tile_spans(600, 3)
+    first, middle, _ = blend_weights(600, parts)
     assert first[0] == 1 and first[-1] < 1e-3 and middle[0] < 1e-3 and middle[-1] < 1e-3
     assert np.abs(np.diff(middle)).max() < 0.03
     overlap = parts[0].stop - parts[1].start
@@ -74,14 +74,14 @@ def test_weights_fall_smoothly_to_nothing_where_a_tile_ends():
 def test_scale_and_shift_carry_a_tile_over():
     map = landscape(280, 392)
     box = (slice(100, 240), slice(50, 250))
-    scale, shift = fit(torch.from_numpy(map[box] * 2 - 3), small(map), box, map.shape)
+    scale, shift = fit_scale_shift(torch.from_numpy(map[box] * 2 - 3), small(map), box, map.shape)
     assert scale == pytest.approx(0.5, rel=0.05) and shift == pytest.approx(1.5, abs=0.1)
-    assert fit(torch.ones(20, 20), small(map), box, map.shape)[0] == 0
+    assert fit_scale_shift(torch.ones(20, 20), small(map), box, map.shape)[0] == 0
 
 
 def test_tiles_of_any_scale_and_shift_become_the_map():
     map = landscape(560, 784)
-    joined = blend(small(map), with_own_scales(map), map.shape, (3, 4))
+    joined = blend_tiles(small(map), with_own_scales(map), map.shape, (3, 4))
     assert joined.dtype == np.float32 and joined.shape == map.shape
     error = np.abs(joined - map).mean() / np.ptp(map)
     coarse = cv2.resize(small(map).numpy(), map.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -92,27 +92,27 @@ def test_tiles_of_any_scale_and_shift_become_the_map():
 def test_seams_would_be_seen(monkeypatch):
     """The measure measures: without alignment, or without blending, it is far from 1."""
     map = landscape(560, 784)
-    joined = blend(small(map), with_own_scales(map), map.shape, (1, 4))
-    monkeypatch.setattr(tiles, "_carried_over", lambda tile, *_: tile)
-    apart = blend(small(map), with_own_scales(map), map.shape, (1, 4))
-    monkeypatch.setattr(tiles, "_rise", np.ones_like)
-    hard = blend(small(map), with_own_scales(map), map.shape, (1, 4))
+    joined = blend_tiles(small(map), with_own_scales(map), map.shape, (1, 4))
+    monkeypatch.setattr(tiles, "_align_tile", lambda tile, *_: tile)
+    apart = blend_tiles(small(map), with_own_scales(map), map.shape, (1, 4))
+    monkeypatch.setattr(tiles, "_raised_cosine", np.ones_like)
+    hard = blend_tiles(small(map), with_own_scales(map), map.shape, (1, 4))
     assert np.abs(apart - map).mean() > 10 * np.abs(joined - map).mean()
     assert seams(hard, 4) > 3 * seams(joined, 4)
 
 
 def test_a_tile_that_contradicts_the_whole_is_left_out():
     map = landscape(280, 392)
-    coarse = blend(small(map), lambda box: torch.from_numpy(-map[box]), map.shape, (2, 2))
+    coarse = blend_tiles(small(map), lambda box: torch.from_numpy(-map[box]), map.shape, (2, 2))
     np.testing.assert_allclose(coarse, map, atol=0.5)
-    flat = blend(small(map), lambda box: torch.ones(28, 28), map.shape, (2, 2))
+    flat = blend_tiles(small(map), lambda box: torch.ones(28, 28), map.shape, (2, 2))
     np.testing.assert_array_equal(flat, coarse)
 
 
 def test_disparity_is_never_negative():
     map = landscape(280, 392) - 1.2
     assert map.min() < 0
-    joined = blend(small(map.clip(0)), lambda box: torch.from_numpy(map[box]), map.shape, (2, 2))
+    joined = blend_tiles(small(map.clip(0)), lambda box: torch.from_numpy(map[box]), map.shape, (2, 2))
     assert joined.min() == 0
 
 
@@ -126,15 +126,15 @@ def test_no_more_than_one_tile_is_held():
         alive.clear()
         return tile
 
-    blend(small(map), tile_at, map.shape, (3, 3))
+    blend_tiles(small(map), tile_at, map.shape, (3, 3))
     assert max(most) == 1 and len(most) == 9
 
 
 @pytest.mark.parametrize("count", [0, 65, (0, 2), (2, -1)])
 def test_a_grid_without_tiles_is_refused(count):
     with pytest.raises(ValueError, match="must be 1 to 64 a side"):
-        grid_of(count)
-    assert grid_of(3) == (3, 3) and grid_of((2, 5)) == (2, 5)
+        parse_grid(count)
+    assert parse_grid(3) == (3, 3) and parse_grid((2, 5)) == (2, 5)
 
 
 # With a network

@@ -32,9 +32,9 @@ from made_films import (  # noqa: E402
     write_frames,
 )
 
-from depth_anything.inference import films  # noqa: E402
+from depth_anything.inference import video_writer  # noqa: E402
 from depth_anything.inference.clips import FrameFolder  # noqa: E402
-from depth_anything.inference.video import Settings, predict_videos  # noqa: E402
+from depth_anything.inference.video import VideoSettings, predict_videos  # noqa: E402
 
 # What goes in comes out: rate, frames, sound, sizes
 
@@ -186,7 +186,7 @@ class Failing(Brightness):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_a_broken_off_run_leaves_nothing(tmp_path, mode, error):
     source = make_film(tmp_path / "in.mp4", frames=24)
-    settings = Settings(range=mode, formats=("mp4", "npy"))
+    settings = VideoSettings(range=mode, formats=("mp4", "npy"))
     with pytest.raises(type(error)):
         predict_videos(Failing(12, error), source, tmp_path / "out", settings=settings)
     assert not list((tmp_path / "out").iterdir())
@@ -198,7 +198,7 @@ def test_a_killed_run_leaves_no_film_and_the_next_one_tidies_up(tmp_path):
         from fractions import Fraction
         from pathlib import Path
         import numpy as np
-        from depth_anything.inference.films import Film
+        from depth_anything.inference.video_writer import Film
         rate = Fraction(25)
         film = Film(Path({str(tmp_path)!r}, "a.mp4"), height=48, width=64, rate=rate, time_base=1 / rate, notes={{}})
         for number in range(100):
@@ -249,7 +249,7 @@ def test_the_source_is_never_overwritten(tmp_path):
 )
 def test_settings_that_cannot_be(settings, word):
     with pytest.raises(ValueError, match=word):
-        Settings(**settings)
+        VideoSettings(**settings)
 
 
 # Encoders
@@ -264,10 +264,10 @@ def test_without_x264_the_next_best_is_taken_and_without_any_it_says_so(monkeypa
         monkeypatch.setattr(av.codec, "Codec", codec)
 
     only("libopenh264")
-    assert films.encoder() == "libopenh264"
+    assert video_writer.find_h264_encoder() == "libopenh264"
     only()
     with pytest.raises(ValueError, match="no H.264 encoder: type  pip install"):
-        films.encoder()
+        video_writer.find_h264_encoder()
 
 
 # Ten minutes
@@ -290,7 +290,11 @@ def test_ten_minutes_take_no_more_memory_than_one(tmp_path):
             yield item
 
     outcome = predict_videos(
-        Brightness(), source, tmp_path / "out", settings=Settings(pred_only=True, batch_size=32), watch=watch
+        Brightness(),
+        source,
+        tmp_path / "out",
+        settings=VideoSettings(pred_only=True, batch_size=32),
+        watch=watch,
     )
     assert outcome.frames == {"long.mp4": 17_982}
     assert facts_of(tmp_path / "out/long.mp4")["frames"] == 17_982
@@ -332,7 +336,7 @@ def test_a_mistake_is_one_sentence(tmp_path, weights, capsys, monkeypatch):
 
 def test_a_metric_film_says_metres(tmp_path):
     source = make_film(tmp_path / "a.mp4", frames=2, sound=None)
-    predict_videos(Metres(), source, tmp_path / "out", settings=Settings(formats=("mp4", "png16")))
+    predict_videos(Metres(), source, tmp_path / "out", settings=VideoSettings(formats=("mp4", "png16")))
     facts = json.loads((tmp_path / "out/a.json").read_text())
     assert (facts["quantity"], facts["unit"], facts["larger"]) == ("depth", "m", "farther")
     assert (tmp_path / "out/a_depth").is_dir()
@@ -347,7 +351,7 @@ def test_frames_are_those_the_file_would_give_one_by_one(tmp_path):
     predictor = Predictor(DepthAnything("vitn"), device="cpu", input_size=70)
     write_frames(tmp_path / "shot", [f"{n}.png" for n in range(5)])
     predict_videos(
-        predictor, tmp_path / "shot", tmp_path / "out", settings=Settings(formats=("npy",), batch_size=2)
+        predictor, tmp_path / "shot", tmp_path / "out", settings=VideoSettings(formats=("npy",), batch_size=2)
     )
     clip = FrameFolder("shot", tmp_path / "shot", [f"{n}.png" for n in range(5)], rate=Fraction(24))
     for picture in clip.read():

@@ -14,10 +14,10 @@ av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'
 
 from made_films import Brightness, facts_of, frame, make_film, map_film, read_film, write_frames  # noqa: E402
 
-from depth_anything.data import video as opened_video  # noqa: E402
-from depth_anything.inference import films  # noqa: E402
+from depth_anything.data import video_reader as opened_video  # noqa: E402
+from depth_anything.inference import video_writer  # noqa: E402
 from depth_anything.inference.clips import list_clips  # noqa: E402
-from depth_anything.inference.video import Settings, predict_videos  # noqa: E402
+from depth_anything.inference.video import VideoSettings, predict_videos  # noqa: E402
 
 
 class Untouched(Brightness):
@@ -64,7 +64,7 @@ def test_what_others_wrote_is_refused_before_the_network_runs(tmp_path, what):
     FOREIGN[what](tmp_path / "out")
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match=r"out/a(\.mp4|\.json|_disparity)"):
-        settings = Settings(formats=("mp4", "npy"))
+        settings = VideoSettings(formats=("mp4", "npy"))
         predict_videos(Untouched(), tmp_path / "in", tmp_path / "out", settings=settings)
     assert tree_of(tmp_path) == before
 
@@ -103,7 +103,7 @@ def test_what_is_read_is_never_replaced(tmp_path, read):
     source, output = read(tmp_path)
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match=r"out/a(_mov)?\.mp4 is read"):
-        predict_videos(Untouched(), source, output, settings=Settings())
+        predict_videos(Untouched(), source, output, settings=VideoSettings())
     assert tree_of(tmp_path) == before
 
 
@@ -116,7 +116,9 @@ def test_frames_that_are_read_are_not_replaced_by_maps(tmp_path):
     (tmp_path / "list.txt").write_text("shot.mov\nshot_disparity\n")
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match="shot_disparity/00000"):
-        predict_videos(Untouched(), tmp_path / "list.txt", tmp_path, settings=Settings(formats=("png16",)))
+        predict_videos(
+            Untouched(), tmp_path / "list.txt", tmp_path, settings=VideoSettings(formats=("png16",))
+        )
     assert tree_of(tmp_path) == before
 
 
@@ -152,7 +154,7 @@ def test_what_was_changed_by_hand_is_no_longer_replaced(tmp_path, change):
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match="a_disparity|a.mp4"):
         predict_videos(
-            Untouched(), tmp_path / "in", tmp_path / "out", settings=Settings(formats=("mp4", "npy"))
+            Untouched(), tmp_path / "in", tmp_path / "out", settings=VideoSettings(formats=("mp4", "npy"))
         )
     assert tree_of(tmp_path) == before
 
@@ -175,7 +177,7 @@ def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
     make_film(tmp_path / "a.mp4", frames=2, sound=None)
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="out is"):
-        predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=Settings())
+        predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=VideoSettings())
 
 
 # One fails, the others are mapped
@@ -190,7 +192,7 @@ def test_a_film_too_wide_for_h264_is_told_before_the_network_runs(tmp_path, alon
         out.mux(stream.encode(None))
     with pytest.raises(ValueError, match=r"16384.*--format"):
         predict_videos(
-            Untouched(), tmp_path / "wide.mkv", tmp_path / "out", settings=Settings(pred_only=alone)
+            Untouched(), tmp_path / "wide.mkv", tmp_path / "out", settings=VideoSettings(pred_only=alone)
         )
     make_film(tmp_path / "fits.mp4", frames=2)
     outcome = map_film(tmp_path, tmp_path / "out", pred_only=alone)
@@ -222,7 +224,7 @@ def test_a_film_without_numbers_is_named_and_nothing_is_written_for_it(tmp_path,
     write_frames(folder, [f"{number}.png" for number in range(6)])
     Image.new("RGB", (41, 30), "white").save(folder / "4.png")
     write_frames(tmp_path / "in/fine", ["1.png", "2.png"])
-    settings = Settings(range=mode, formats=("mp4", "png16", "npy"))
+    settings = VideoSettings(range=mode, formats=("mp4", "png16", "npy"))
     outcome = predict_videos(Broken(value), tmp_path / "in", tmp_path / "out", settings=settings)
     assert list(outcome.failed) == ["white"] and set(outcome.written) == {"fine"}
     assert "frame 4" in outcome.skipped["white"] and "--precision fp32" in outcome.skipped["white"]
@@ -247,7 +249,7 @@ def test_a_film_that_takes_too_much_memory_stops_no_other(tmp_path):
 
     make_film(tmp_path / "in/large.mp4", frames=2, size=(64, 64))
     make_film(tmp_path / "in/small.mp4", frames=2)
-    outcome = predict_videos(Greedy(), tmp_path / "in", tmp_path / "out", settings=Settings())
+    outcome = predict_videos(Greedy(), tmp_path / "in", tmp_path / "out", settings=VideoSettings())
     assert list(outcome.failed) == ["large.mp4"] and "memory" in outcome.skipped["large.mp4"]
     assert set(outcome.written) == {"small.mp4"}
 
@@ -265,7 +267,7 @@ def test_a_film_that_would_lose_pictures_is_not_kept(tmp_path, monkeypatch):
         for packet in packets[1:]:
             film._container.mux(packet)
 
-    monkeypatch.setattr(films.Film, "_mux", write_one_less)
+    monkeypatch.setattr(video_writer.VideoWriter, "_mux", write_one_less)
     make_film(tmp_path / "a.mp4", frames=4)
     with pytest.raises(ValueError, match="of 4 pictures"):
         map_film(tmp_path / "a.mp4", tmp_path / "out")

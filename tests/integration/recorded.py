@@ -25,10 +25,10 @@ import torch  # noqa: E402
 from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
-from depth_anything.training import engine, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training import lightning, pseudolabel, run, validation  # noqa: E402
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
-from depth_anything.training.engine import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
 
 
 class Witness(StepCallback):
@@ -115,8 +115,8 @@ def follow_environment() -> None:
         signal_at(place, int(rank), int(number), *map(float, again))
 
 
-genuine = engine.fit_callbacks
-engine.fit_callbacks = lambda config, folder: [Witness(), *genuine(config, folder)]
+genuine = lightning.build_callbacks
+lightning.build_callbacks = lambda config, folder: [Witness(), *genuine(config, folder)]
 
 if __name__ == "__main__":
     follow_environment()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import open_set
 
 WITNESS = "tests/integration/recorded.py"
 

@@ -16,10 +16,11 @@ import pytest
 from made_servers import Faulty, nginx, s3, s3_environment
 
 from depth_anything.data import codec
-from depth_anything.data.labels import LabelSet
-from depth_anything.data.shards import ShardReader, open_set
-from depth_anything.data.sources.scenes import write_scenes
+from depth_anything.data.labels import LabelSetWriter
+from depth_anything.data.reader import ShardReader
+from depth_anything.data.shards import open_set
 from depth_anything.data.stream import Stream
+from depth_anything.scenes.layout import write_scenes
 
 from .conftest import ROOT, SMALL, environment
 
@@ -37,7 +38,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"height": 42, "width": 56, "per_shard": 12, "look": "photographic"}
     images = write_scenes(data / "scenes-photographic", count=48, seed=2, labelled=False, **small)
     write_scenes(data / "scenes-validation", count=8, seed=3, **small)
-    labels = LabelSet(
+    labels = LabelSetWriter(
         data / "labels-tiny" / images.name, images, teacher={"fingerprint": "sha256:0", "licence": "Apache-2.0"},
         preprocessing="none", codec="q12",
     )  # fmt: skip

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from depth_anything import DepthAnything, load_model, save_model
-from depth_anything.model.card import card, is_ours, write_card
+from depth_anything.model.card import build_card, is_replaceable_card, write_card
 
 
 def network(**settings):
@@ -24,7 +24,7 @@ def test_the_head_is_the_hubs():
     model = network(max_depth=80.0)
     model.licence = "CC-BY-NC-4.0"
     model.origin = {"start": {"from": "timm/x", "licence": "Apache-2.0", "base": "timm/x"}}
-    text = card(model, file="hf", form="transformers", title="street depth")
+    text = build_card(model, file="hf", form="transformers", title="street depth")
     assert front(text) == {
         "license": "cc-by-nc-4.0",
         "library_name": "transformers",
@@ -47,7 +47,7 @@ def test_others_text_stays_text():
     start = {"from": HOSTILE, "licence": HOSTILE, "base": HOSTILE}
     model.origin = {"start": start, "stage": HOSTILE, "data": [row]}
     for form in ("safetensors", "onnx", "transformers", "official", "torch"):
-        text = card(model, file="m", form=form, title=HOSTILE)
+        text = build_card(model, file="m", form=form, title=HOSTILE)
         head = front(text)
         assert head["license"] == "other" and head["pipeline_tag"] == "depth-estimation"
         assert head["base_model"].startswith("x\\nlicense: mit")
@@ -74,7 +74,7 @@ def test_the_licence_of_a_card_is_its_own_whatever_others_say(tmp_path):
 @pytest.mark.parametrize("file", ['a "b".onnx', "c\\d.onnx", "e $(f) 'g'.onnx", "h\ni.onnx"])
 @pytest.mark.parametrize("form", ["safetensors", "transformers", "official", "onnx", "torch"])
 def test_any_name_makes_examples_that_run(form, file):
-    text = card(network(), file=file, form=form, title="m")
+    text = build_card(network(), file=file, form=form, title="m")
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         assert file in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     for line in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
@@ -89,13 +89,13 @@ def test_any_name_makes_examples_that_run(form, file):
     ],
 )
 def test_unit_and_direction_are_said(model, said):
-    assert said in card(model, file="m.safetensors", form="safetensors", title="m")
+    assert said in build_card(model, file="m.safetensors", form="safetensors", title="m")
 
 
 def test_a_calibration_is_said():
     model = network()
     model.calibration = (0.5, 0.25)
-    assert "1 / (0.5 · output + 0.25) is depth in metres" in card(
+    assert "1 / (0.5 · output + 0.25) is depth in metres" in build_card(
         model, file="m", form="safetensors", title="m"
     )
 
@@ -116,7 +116,7 @@ def test_training_data_and_their_licences_are_said():
             {"set": "scenes", "records": 7, "licence": "Apache-2.0", "teacher": None},
         ],
     }
-    text = card(model, file="m", form="safetensors", title="m", measured={"Evaluation": "| a |"})
+    text = build_card(model, file="m", form="safetensors", title="m", measured={"Evaluation": "| a |"})
     assert front(text)["license"] == "other"
     assert "Licence of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
     assert "Started from `timm/vit` (licence: Apache-2.0)." in text
@@ -136,7 +136,7 @@ def test_training_data_and_their_licences_are_said():
     ],
 )
 def test_ways_to_load(form, lines):
-    text = card(network(max_depth=20.0), file="the file", form=form, title="m")
+    text = build_card(network(max_depth=20.0), file="the file", form=form, title="m")
     for line in lines:
         assert line in text and '"the file"' in text
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -144,20 +144,20 @@ def test_ways_to_load(form, lines):
 
 
 def one_card(title, file="m"):
-    return card(network(), file=file, form="safetensors", title=title)
+    return build_card(network(), file=file, form="safetensors", title=title)
 
 
 def test_a_users_card_is_left_alone(tmp_path):
     path = tmp_path / "README.md"
     assert write_card(one_card("one"), tmp_path, file="m") == path
-    assert is_ours(path)
+    assert is_replaceable_card(path)
     assert write_card(one_card("two"), tmp_path, file="m") == path
     assert "# two" in path.read_text()
     path.write_text(path.read_text().replace("# two", "# mine"))
     assert write_card(one_card("three"), tmp_path, file="m") is None
     assert "# mine" in path.read_text()
     path.write_bytes(b"\xff\xfe")
-    assert not is_ours(path)
+    assert not is_replaceable_card(path)
 
 
 def test_two_models_in_a_folder_have_two_cards(tmp_path):

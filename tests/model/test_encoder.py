@@ -13,9 +13,9 @@ from depth_anything.model.encoder import (
     POSITION_RULES,
     DINOv2,
     build_encoder,
-    canonical_name,
-    gated_names,
-    hub_weights,
+    canonical_encoder_name,
+    load_hub_weights,
+    rename_swiglu,
     resample_positions,
 )
 
@@ -84,9 +84,9 @@ def test_attention_is_fused():
 
 
 def test_other_names_of_dinov2_are_ours():
-    assert canonical_name("vit_small_patch14_dinov2") == "vits"
-    assert canonical_name("vit_giant_patch14_dinov2.lvd142m") == "vitg"
-    assert canonical_name("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
+    assert canonical_encoder_name("vit_small_patch14_dinov2") == "vits"
+    assert canonical_encoder_name("vit_giant_patch14_dinov2.lvd142m") == "vitg"
+    assert canonical_encoder_name("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_giant_reads_timms_layers():
         block.mlp.fc1 = nn.Linear(48, 2 * hidden)
         block.mlp.fc2 = nn.Linear(hidden, 48)
     ours = DINOv2(spec)
-    ours.load_state_dict({**gated_names(theirs.state_dict()), "mask_token": torch.zeros(1, 48)})
+    ours.load_state_dict({**rename_swiglu(theirs.state_dict()), "mask_token": torch.zeros(1, 48)})
     image = torch.randn(1, 3, 70, 70)
     torch.testing.assert_close(
         ours.forward_features(image), theirs.forward_features(image), atol=1e-5, rtol=0
@@ -143,7 +143,7 @@ def test_giant_reads_timms_layers():
 
 def test_weights_nobody_published_are_refused():
     with pytest.raises(ValueError, match="encoder=vitn has no published weights"):
-        hub_weights("vitn")
+        load_hub_weights("vitn")
 
 
 def test_offline_is_one_sentence(monkeypatch):
@@ -154,7 +154,7 @@ def test_offline_is_one_sentence(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^cannot fetch vit_small\S+ \(no route to host\); give a local file"
     ):
-        hub_weights("vits")
+        load_hub_weights("vits")
 
 
 def test_hub_weights_have_our_names(monkeypatch):
@@ -167,6 +167,6 @@ def test_hub_weights_have_our_names(monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda name, **settings: asked.append((name, settings)) or published
     )
-    state = hub_weights("vits")
+    state = load_hub_weights("vits")
     assert asked == [("vit_small_patch14_dinov2.lvd142m", {"pretrained": True, "num_classes": 0})]
     assert DINOv2(spec).state_dict().keys() - state.keys() == {"mask_token"}

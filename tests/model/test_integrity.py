@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from depth_anything import DepthAnything
 from depth_anything.model import integrity
-from depth_anything.model.files import read_file, save_safetensors, write_whole
-from depth_anything.model.integrity import damage_of, save_checked
-from depth_anything.model.weights import describe, fingerprint, load_encoder, load_model, save_model
+from depth_anything.model.integrity import find_damage, save_with_digest
+from depth_anything.model.metadata import build_metadata
+from depth_anything.model.tensor_files import read_tensors, save_safetensors, write_whole
+from depth_anything.model.weights import fingerprint, load_encoder, load_model, save_model
 
 
 def content() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def content() -> dict[str, Any]:
 def written(path: Path, kind: str) -> bytes:
     """Write a file of a kind and return its bytes."""
     if kind == "checkpoint":
-        save_checked(content(), path)
+        save_with_digest(content(), path)
     elif kind == "old checkpoint":
         torch.save(content(), path)
     else:
@@ -42,10 +43,10 @@ KINDS = ("checkpoint", "old checkpoint", "safetensors")
 
 def test_a_checkpoint_with_a_digest_is_read_by_every_reader(tmp_path: Path) -> None:
     path, plain = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
-    save_checked(content(), path)
+    save_with_digest(content(), path)
     with plain.open("wb") as file:
         torch.save(content(), file)
-    assert damage_of(path) == damage_of(plain) == ""
+    assert find_damage(path) == find_damage(plain) == ""
     for mmap in (True, False):
         read = torch.load(path, weights_only=True, mmap=mmap)
         assert read["global_step"] == 7
@@ -55,7 +56,7 @@ def test_a_checkpoint_with_a_digest_is_read_by_every_reader(tmp_path: Path) -> N
         assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
     # what is added is the comment and its length, and nothing depends on the name or the hour
     assert path.read_bytes()[:-73] == plain.read_bytes()[:-2]
-    save_checked(content(), tmp_path / "other.ckpt")
+    save_with_digest(content(), tmp_path / "other.ckpt")
     assert (tmp_path / "other.ckpt").read_bytes() == path.read_bytes()
 
 
@@ -64,7 +65,7 @@ def test_a_checkpoint_with_a_digest_is_read_by_every_reader(tmp_path: Path) -> N
 def test_flipped_bytes_anywhere_never_become_other_weights(tmp_path: Path, kind: str, seed: int) -> None:
     path, rng = tmp_path / "file", random.Random(seed)
     whole = written(path, kind)
-    before = read_file(path)[0]
+    before = read_tensors(path)[0]
     header = 8 + int.from_bytes(whole[:8], "little") if kind == "safetensors" else 4096
     spans = [(0, len(whole)), (len(whole) // 3, len(whole) // 2), (9, header), (len(whole) - 400, len(whole))]
     for start, end in spans:
@@ -74,9 +75,9 @@ def test_flipped_bytes_anywhere_never_become_other_weights(tmp_path: Path, kind:
                 changed[place] ^= rng.randrange(1, 256)
             path.write_bytes(changed)
             if kind == "checkpoint":
-                assert damage_of(path), (start, count)
+                assert find_damage(path), (start, count)
             try:
-                read = read_file(path)[0]
+                read = read_tensors(path)[0]
             except ValueError as error:
                 assert str(path) in str(error)
             else:  # bytes between the records, or of the description
@@ -88,13 +89,13 @@ def test_flipped_bytes_anywhere_never_become_other_weights(tmp_path: Path, kind:
 def test_bytes_flipped_in_the_middle_of_the_tensors_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file"
     changed = bytearray(written(path, kind))
-    assert damage_of(path) == ""
+    assert find_damage(path) == ""
     for place in range(len(changed) // 2, len(changed) // 2 + 64):
         changed[place] ^= 0x10
     path.write_bytes(changed)
-    assert damage_of(path)
+    assert find_damage(path)
     with pytest.raises(ValueError, match="damaged") as raised:
-        read_file(path)
+        read_tensors(path)
     assert str(path) in str(raised.value)
 
 
@@ -108,17 +109,17 @@ def test_a_lost_tail_is_damage(tmp_path: Path, kind: str, lost: int, how: str) -
         pytest.skip("torch itself refuses a zip without its last record")
     tail = {"cut": b"", "zeros": bytes(lost), "longer": whole[-lost:] + bytes(lost)}[how]
     path.write_bytes(whole[:-lost] + tail)
-    assert damage_of(path)
+    assert find_damage(path)
 
 
 def test_the_digest_of_another_checkpoint_is_damage(tmp_path: Path) -> None:
     one, other = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
-    save_checked(content(), one)
-    save_checked({**content(), "global_step": 8}, other)
+    save_with_digest(content(), one)
+    save_with_digest({**content(), "global_step": 8}, other)
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(first[:-71] + second[-71:])
     other.write_bytes(second[:-71] + first[-71:].upper())
-    assert damage_of(one) and damage_of(other)
+    assert find_damage(one) and find_damage(other)
 
 
 def test_safetensors_of_others_and_old_ones_load(tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_safetensors_of_others_and_old_ones_load(tmp_path: Path) -> None:
     save_file(state, tmp_path / "plain.safetensors")
     save_file(state, tmp_path / "old.safetensors", metadata={"encoder": "vitn", "version": "0.1"})
     for name in ("plain", "old"):
-        assert damage_of(tmp_path / f"{name}.safetensors") == ""
-        assert read_file(tmp_path / f"{name}.safetensors")[0].keys() == state.keys()
+        assert find_damage(tmp_path / f"{name}.safetensors") == ""
+        assert read_tensors(tmp_path / f"{name}.safetensors")[0].keys() == state.keys()
 
 
 def test_metadata_may_be_edited_and_tensors_may_not(tmp_path: Path) -> None:
@@ -136,11 +137,11 @@ def test_metadata_may_be_edited_and_tensors_may_not(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), copy, metadata={**metadata, "licence": "mit"})
-    assert read_file(copy)[1] == {"encoder": "vitn", "licence": "mit"}
+    assert read_tensors(copy)[1] == {"encoder": "vitn", "licence": "mit"}
     halves = {name: tensor.half() for name, tensor in load_file(path).items()}
     save_file(halves, copy, metadata=metadata)
     with pytest.raises(ValueError, match='"sha256"'):
-        read_file(copy)
+        read_tensors(copy)
     swapped = load_file(path)
     swapped["pretrained.layer0"], swapped["pretrained.layer1"] = (
         swapped["pretrained.layer1"],
@@ -148,7 +149,7 @@ def test_metadata_may_be_edited_and_tensors_may_not(tmp_path: Path) -> None:
     )
     save_file(swapped, copy, metadata=metadata)
     with pytest.raises(ValueError, match="damaged"):
-        read_file(copy)
+        read_tensors(copy)
 
 
 def test_a_zip_without_crc_records_loads(tmp_path: Path) -> None:
@@ -157,38 +158,38 @@ def test_a_zip_without_crc_records_loads(tmp_path: Path) -> None:
         torch.save(content(), tmp_path / "a.pth")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert damage_of(tmp_path / "a.pth") == ""
-    assert read_file(tmp_path / "a.pth")[0]
+    assert find_damage(tmp_path / "a.pth") == ""
+    assert read_tensors(tmp_path / "a.pth")[0]
 
 
 def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checked(content(), tmp_path / "a.ckpt")
+    save_with_digest(content(), tmp_path / "a.ckpt")
 
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(integrity, "_update", fail)
+    monkeypatch.setattr(integrity, "_hash_file", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        damage_of(tmp_path / "a.ckpt")
+        find_damage(tmp_path / "a.ckpt")
     torch.save(content(), tmp_path / "old.ckpt")
     monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        damage_of(tmp_path / "old.ckpt")
+        find_damage(tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match="cannot be read"):
-        read_file(tmp_path / "old.ckpt")
+        read_tensors(tmp_path / "old.ckpt")
 
 
 def test_a_file_is_read_through_once_for_each_state_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[str] = []
-    update = integrity._update
-    monkeypatch.setattr(integrity, "_update", lambda *a: (passes.append("pass"), update(*a)))
+    update = integrity._hash_file
+    monkeypatch.setattr(integrity, "_hash_file", lambda *a: (passes.append("pass"), update(*a)))
     path = tmp_path / "a.ckpt"
-    save_checked(content(), path)
-    assert [damage_of(path), damage_of(path), passes] == ["", "", ["pass"]]
+    save_with_digest(content(), path)
+    assert [find_damage(path), find_damage(path), passes] == ["", "", ["pass"]]
     path.write_bytes(bytes([80, 75, 3, 4]) + path.read_bytes()[4:-1] + b"g")
-    assert damage_of(path)
+    assert find_damage(path)
 
 
 @pytest.mark.parametrize("use", ("load_model", "load_encoder", "fingerprint", "a run's folder"))
@@ -213,14 +214,14 @@ def test_every_format_that_is_saved_holds_a_digest_or_crc_records(tmp_path: Path
     save_model(model, tmp_path / "m.safetensors")
     save_model(model, tmp_path / "hf", format="transformers")
     save_model(model, tmp_path / "m.pth", format="official")
-    checkpoint = {"state_dict": model.state_dict(), "depth_anything": describe(model)}
-    write_whole(tmp_path / "m.ckpt", lambda temporary: save_checked(checkpoint, temporary))
+    checkpoint = {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}
+    write_whole(tmp_path / "m.ckpt", lambda temporary: save_with_digest(checkpoint, temporary))
     for name in ("m.safetensors", "hf/model.safetensors", "m.pth", "m.ckpt"):
         path = tmp_path / name
-        assert damage_of(path) == ""
+        assert find_damage(path) == ""
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64 :])
-        assert damage_of(path), name
+        assert find_damage(path), name
 
 
 def test_the_digest_is_of_the_tensors_alone(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.model import lora
 from depth_anything.model.accelerate import accelerate
-from depth_anything.model.card import card
-from depth_anything.model.lora import adaptable, add_adapters, merged, said_of
-from depth_anything.model.weights import describe, fingerprint
+from depth_anything.model.card import build_card
+from depth_anything.model.lora import adaptable_layers, add_adapters, lora_metadata, merge_adapters
+from depth_anything.model.metadata import build_metadata
+from depth_anything.model.weights import fingerprint
 
 pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")
 # torch 2.15 warns of what its own compiler does.
@@ -38,7 +39,7 @@ def images(model, sides=5):
 def plain(model):
     """Build the same network without adapters."""
     other = DepthAnything(model.encoder, max_depth=model.max_depth, taps=model.taps)
-    other.load_state_dict(merged(model.state_dict()))
+    other.load_state_dict(merge_adapters(model.state_dict()))
     return other.eval()
 
 
@@ -57,7 +58,7 @@ def test_every_linear_layer_has_one_and_nothing_else_is_trained(encoder, trained
         model = DepthAnything(encoder)
         blocks = len(model.pretrained.blocks)
         linear = {n for n, m in model.pretrained.named_modules() if isinstance(m, torch.nn.Linear)}
-        assert set(adaptable(model)) == linear and len(linear) == 4 * blocks
+        assert set(adaptable_layers(model)) == linear and len(linear) == 4 * blocks
         head = [p.shape for p in model.head_parameters()]
         add_adapters(model, 8)
     assert sum(p.numel() for p in model.encoder_parameters()) == trained
@@ -69,7 +70,7 @@ def test_every_linear_layer_has_one_and_nothing_else_is_trained(encoder, trained
 def test_blocks_that_the_head_does_not_hear_of_have_none():
     with torch.device("meta"):
         model = DepthAnything("vits", taps=(0, 1, 2, 3))
-    assert {name.split(".")[1] for name in adaptable(model)} == {"0", "1", "2", "3"}
+    assert {name.split(".")[1] for name in adaptable_layers(model)} == {"0", "1", "2", "3"}
 
 
 @pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
@@ -99,7 +100,7 @@ def test_what_cannot_be_is_one_sentence(monkeypatch):
     ):
         add_adapters(DepthAnything("vitn"), 4)
     monkeypatch.undo()
-    monkeypatch.setattr(lora, "_LAYERS", frozenset())
+    monkeypatch.setattr(lora, "_LAYER_NAMES", frozenset())
     with pytest.raises(ValueError, match="finds no layers that it knows in encoder=vitn; type lora=null"):
         add_adapters(DepthAnything("vitn"), 4)
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_is_one_sentence(monkeypatch):
 def test_the_merged_network_is_the_plain_one_and_says_the_same(small_official_encoders, encoder):
     model = network(encoder, max_depth=20.0).eval()
     untouched = DepthAnything(encoder, max_depth=20.0).state_dict()
-    made = merged(model.state_dict())
+    made = merge_adapters(model.state_dict())
     assert {n: (t.shape, t.dtype) for n, t in made.items()} == {
         n: (t.shape, t.dtype) for n, t in untouched.items()
     }
@@ -130,11 +131,11 @@ def test_merging_rounds_once_and_leaves_a_plain_network_alone():
     name = "pretrained.blocks.2.mlp.fc1"
     up, down = (state[f"{name}.lora_{which}.default.weight"].double() for which in "BA")
     wanted = (state[f"{name}.base_layer.weight"].double() + 2 * up @ down).float()
-    assert torch.equal(merged(state)[f"{name}.weight"], wanted)
+    assert torch.equal(merge_adapters(state)[f"{name}.weight"], wanted)
     unadapted = DepthAnything("vitn")
     state = unadapted.state_dict()
-    assert all(made is state[name] for name, made in merged(state).items())
-    assert not said_of(unadapted) and said_of(model)
+    assert all(made is state[name] for name, made in merge_adapters(state).items())
+    assert not lora_metadata(unadapted) and lora_metadata(model)
 
 
 def saved_anyhow(model, folder):
@@ -144,7 +145,8 @@ def saved_anyhow(model, folder):
     save_model(model, folder / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(
-        {"state_dict": state, "depth_anything": {**describe(model), **said_of(model)}}, folder / "c.ckpt"
+        {"state_dict": state, "depth_anything": {**build_metadata(model), **lora_metadata(model)}},
+        folder / "c.ckpt",
     )
     return [
         folder / name
@@ -162,7 +164,7 @@ def test_every_door_reads_it_without_peft_and_without_a_flag(model, tmp_path, mo
         assert (read.encoder, read.max_depth) == ("vits", 20.0)
         assert fingerprint(path) == fingerprint(read) == fingerprint(adapted) == fingerprint(wanted)
         assert torch.equal(read(images(read)), wanted(images(read)))
-    for text in (card(net, file="m", form="safetensors", title="m") for net in (adapted, wanted)):
+    for text in (build_card(net, file="m", form="safetensors", title="m") for net in (adapted, wanted)):
         assert f"{sum(p.numel() for p in wanted.parameters()):,} parameters" in text
 
 
@@ -199,7 +201,7 @@ LAYER = "model.pretrained.blocks.1.attn.proj"
 )
 def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, message):
     model = network()
-    said = {**describe(model), **said_of(model)}
+    said = {**build_metadata(model), **lora_metadata(model)}
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, value in change.items():
         place = said if name == "lora_scale" else state
@@ -213,7 +215,9 @@ def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, messag
 
 def test_adapters_of_an_unknown_scale_are_not_guessed(tmp_path):
     model = network()
-    torch.save({"state_dict": model.state_dict(), "depth_anything": describe(model)}, tmp_path / "c.ckpt")
+    torch.save(
+        {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}, tmp_path / "c.ckpt"
+    )
     with pytest.raises(ValueError, match="is a LoRA adapter, which is no model by itself"):
         load_model(tmp_path / "c.ckpt")
 

@@ -3,7 +3,12 @@
 import huggingface_hub
 import pytest
 
-from depth_anything.model.published import find_weights, licence_of, repository_of, said_by_name
+from depth_anything.model.official_weights import (
+    find_official_weights,
+    name_hints,
+    official_license,
+    official_repository,
+)
 
 
 class Hub:
@@ -49,37 +54,37 @@ FILES = [
 def test_weights_lie_here_or_come_from_the_hub(monkeypatch, tmp_path, wanted, file, place):
     encoder, metric, version = wanted
     hub = Hub(monkeypatch)
-    found = find_weights(encoder, metric=metric, version=version, folder=tmp_path)
+    found = find_official_weights(encoder, metric=metric, version=version, folder=tmp_path)
     assert found.as_posix() == f"cache/{place}/{file}"
     assert len(hub.asked) == 1 and hub.asked[0].endswith(file)
     (tmp_path / file).touch()
-    assert find_weights(encoder, metric=metric, version=version, folder=tmp_path) == tmp_path / file
+    assert find_official_weights(encoder, metric=metric, version=version, folder=tmp_path) == tmp_path / file
     assert len(hub.asked) == 1
 
 
 def test_the_cache_is_asked_before_the_network(monkeypatch, tmp_path):
     Hub(monkeypatch, cached="elsewhere/depth_anything_v2_vitl.pth", down=OSError("no network"))
-    assert find_weights("vitl", folder=tmp_path).as_posix() == "elsewhere/depth_anything_v2_vitl.pth"
+    assert find_official_weights("vitl", folder=tmp_path).as_posix() == "elsewhere/depth_anything_v2_vitl.pth"
 
 
 def test_fetching_what_may_not_be_sold_says_so(monkeypatch, tmp_path):
     Hub(monkeypatch)
     with pytest.warns(UserWarning, match="depth_anything_v2_vitb.pth comes from .*Base under CC-BY-NC-4.0"):
-        find_weights("vitb", folder=tmp_path)
-    find_weights("vits", folder=tmp_path)  # without a warning
+        find_official_weights("vitb", folder=tmp_path)
+    find_official_weights("vits", folder=tmp_path)  # without a warning
 
 
 def test_without_a_network_the_sentence_says_what_to_fetch_where_and_the_licence(monkeypatch, tmp_path):
     Hub(monkeypatch, down=OSError("Name or service not known\nand a trace"))
     with pytest.raises(ValueError) as raised:
-        find_weights("vitl", metric="vkitti", folder=tmp_path / "checkpoints")
+        find_official_weights("vitl", metric="vkitti", folder=tmp_path / "checkpoints")
     said = str(raised.value)
     assert "\n" not in said and "Name or service not known" in said
     assert str(tmp_path / "checkpoints" / "depth_anything_v2_metric_vkitti_vitl.pth") in said
     assert "https://huggingface.co/depth-anything/Depth-Anything-V2-Metric-VKITTI-Large" in said
     assert "CC-BY-NC-4.0" in said
     with pytest.raises(ValueError, match="https://huggingface.co/spaces/LiheYoung/Depth-Anything and put it"):
-        find_weights("vits", version=1, folder=tmp_path)
+        find_official_weights("vits", version=1, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +100,14 @@ def test_without_a_network_the_sentence_says_what_to_fetch_where_and_the_licence
 def test_what_was_never_published_is_not_looked_for(monkeypatch, tmp_path, arguments, said):
     hub = Hub(monkeypatch)
     with pytest.raises(ValueError, match=said):
-        find_weights(**arguments, folder=tmp_path)
+        find_official_weights(**arguments, folder=tmp_path)
     assert not hub.asked
 
 
 def test_a_giant_of_ones_own_is_taken_from_the_folder(monkeypatch, tmp_path):
     Hub(monkeypatch)
     (tmp_path / "depth_anything_v2_vitg.pth").touch()
-    assert find_weights("vitg", folder=tmp_path) == tmp_path / "depth_anything_v2_vitg.pth"
+    assert find_official_weights("vitg", folder=tmp_path) == tmp_path / "depth_anything_v2_vitg.pth"
 
 
 @pytest.mark.parametrize(
@@ -121,29 +126,29 @@ def test_a_giant_of_ones_own_is_taken_from_the_folder(monkeypatch, tmp_path):
     ],
 )
 def test_a_licence_goes_with_a_name(name, licence):
-    assert licence_of(name) == licence
-    assert said_by_name(name).get("licence") == licence
+    assert official_license(name) == licence
+    assert name_hints(name).get("licence") == licence
 
 
 def test_a_name_says_version_and_range():
-    assert said_by_name("depth_anything_v2_metric_vkitti_vitb.pth") == {
+    assert name_hints("depth_anything_v2_metric_vkitti_vitb.pth") == {
         "version": 2,
         "max_depth": 80.0,
         "licence": "CC-BY-NC-4.0",
     }
-    assert said_by_name("depth_anything_vits14.pth") == {
+    assert name_hints("depth_anything_vits14.pth") == {
         "version": 1,
         "max_depth": None,
         "licence": "Apache-2.0",
     }
-    assert said_by_name("mine.pth") == {}
+    assert name_hints("mine.pth") == {}
 
 
 def test_a_name_tells_its_model_on_the_hub():
-    assert repository_of("x/depth_anything_v2_vitb.pth") == "depth-anything/Depth-Anything-V2-Base"
+    assert official_repository("x/depth_anything_v2_vitb.pth") == "depth-anything/Depth-Anything-V2-Base"
     metric = "depth_anything_v2_metric_vkitti_vits.pth"
-    assert repository_of(metric) == "depth-anything/Depth-Anything-V2-Metric-VKITTI-Small"
-    assert repository_of("depth_anything_vitl14.pth") == "LiheYoung/depth_anything_vitl14"
+    assert official_repository(metric) == "depth-anything/Depth-Anything-V2-Metric-VKITTI-Small"
+    assert official_repository("depth_anything_vitl14.pth") == "LiheYoung/depth_anything_vitl14"
     for name in ("depth_anything_v2_vitg.pth", "dinov2_vits14_pretrain.pth", "model.safetensors"):
-        assert repository_of(name) is None
-    assert licence_of("dinov2_vitg14_reg4_pretrain.pth") == "Apache-2.0"
+        assert official_repository(name) is None
+    assert official_license("dinov2_vitg14_reg4_pretrain.pth") == "Apache-2.0"

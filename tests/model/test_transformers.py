@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
-from depth_anything.model.transformers import config_of, file_names, official_names
+from depth_anything.model.transformers import build_config, to_official_names, to_transformers_names
 from depth_anything.model.weights import fingerprint, load_encoder, load_model, save_model
 
 RELATIVE = "depth_anything_v2_vits.pth"
@@ -94,7 +94,7 @@ def test_transformers_gives_our_map(tmp_path, encoder, settings):
 @SMALL
 @pytest.mark.parametrize("max_depth", [None, 20])
 def test_we_give_the_map_of_transformers(tmp_path, max_depth):
-    config = config_of(network("vits", max_depth=max_depth))
+    config = build_config(network("vits", max_depth=max_depth))
     backbone = transformers.Dinov2Config(**config.pop("backbone_config"))
     torch.manual_seed(3)
     other = transformers.DepthAnythingForDepthEstimation(
@@ -109,14 +109,14 @@ def test_we_give_the_map_of_transformers(tmp_path, max_depth):
 
 def test_the_real_small_network_at_518():
     model = network("vits")
-    config = config_of(model)
+    config = build_config(model)
     backbone = transformers.Dinov2Config(**config.pop("backbone_config"))
     with torch.device("meta"):
         other = transformers.DepthAnythingForDepthEstimation(
             transformers.DepthAnythingConfig(**config, backbone_config=backbone)
         ).eval()
     assert model.input_size == 518 and sum(p.numel() for p in other.parameters()) == 24_785_089
-    ours = official_names({name: torch.empty(0) for name in other.state_dict()})
+    ours = to_official_names({name: torch.empty(0) for name in other.state_dict()})
     assert ours.keys() == model.state_dict().keys()
 
 
@@ -140,10 +140,10 @@ def test_a_photograph_through_the_pipeline(tmp_path):
 @pytest.mark.parametrize("encoder", ["vits", "vitg", "vitt"])
 def test_names_go_there_and_back(encoder):
     state = network(encoder).state_dict()
-    names = file_names(state)
+    names = to_transformers_names(state)
     assert not names.keys() & state.keys()
     assert sum(t.numel() for t in names.values()) == sum(t.numel() for t in state.values())
-    back = official_names(names)
+    back = to_official_names(names)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
@@ -159,7 +159,7 @@ def test_names_are_those_of_the_file_and_of_memory(tmp_path):
         assert ours.keys() == its.keys() and all(torch.equal(ours[name], its[name]) for name in ours)
         memory = other.state_dict()
         assert memory.keys() != ours.keys()  # else the next line shows nothing
-        found = official_names(memory)
+        found = to_official_names(memory)
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -321,7 +321,7 @@ def test_v1_as_its_own_code_pushed_it(tmp_path):
 
 @SMALL
 def test_dinov2_of_transformers_starts_an_encoder(tmp_path):
-    backbone = config_of(network("vits"))["backbone_config"]
+    backbone = build_config(network("vits"))["backbone_config"]
     other = transformers.Dinov2Model(transformers.Dinov2Config(**backbone))
     other.save_pretrained(tmp_path / "dinov2")
     model = DepthAnything("vits").eval()
@@ -405,7 +405,7 @@ def test_what_transformers_cannot_hold_is_not_written(tmp_path):
     with torch.device("meta"):
         timms = DepthAnything("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="only DINOv2 encoders, so vit_tiny_patch16_224 cannot"):
-        config_of(timms)
+        build_config(timms)
     with pytest.raises(ValueError, match="whole metres only, so max_depth=12.5 cannot be written"):
         save_model(DepthAnything("vitn", max_depth=12.5), tmp_path / "hf", format="transformers")
     assert not list(tmp_path.iterdir())

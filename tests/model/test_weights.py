@@ -10,9 +10,10 @@ import warnings
 import pytest
 import torch
 
-from depth_anything.model.arguments import ArgumentError
+from depth_anything.errors import UserError
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import describe, load_model, save_model
+from depth_anything.model.metadata import build_metadata
+from depth_anything.model.weights import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("small_official_encoders")
 OFFICIAL_TAPS = (1, 2, 3, 5)
@@ -48,8 +49,8 @@ def test_metadata_of_the_file(tmp_path, model):
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
     digest = header["__metadata__"].pop("sha256")
     assert re.fullmatch("[0-9a-f]{64}", digest)
-    assert header["__metadata__"] == describe(model)
-    assert describe(model) | {"version": ""} == {
+    assert header["__metadata__"] == build_metadata(model)
+    assert build_metadata(model) | {"version": ""} == {
         "format": "pt",
         "project": "depth-anything-train",
         "version": "",
@@ -163,20 +164,20 @@ def test_a_calibrated_model_is_not_taken_for_a_metric_one(tmp_path, format):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_model(model, path, format=format)
-    with pytest.raises(ArgumentError, match=r"m\.safetensors is calibrated.*max_depth=20"):
+    with pytest.raises(UserError, match=r"m\.safetensors is calibrated.*max_depth=20"):
         load_model(path, max_depth=20.0)
     if format == "transformers":  # one file of the folder says metres, the other has the calibration
         config = json.loads((path / "config.json").read_text())
         config |= {"depth_estimation_type": "metric", "max_depth": 20}
         (path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ArgumentError, match=r"m\.safetensors is calibrated.*max_depth=20"):
+        with pytest.raises(UserError, match=r"m\.safetensors is calibrated.*max_depth=20"):
             load_model(path)
 
 
 @pytest.mark.parametrize("max_depth", [0, -5, float("nan"), float("inf"), 1e300])
 def test_impossible_arguments_are_refused(tmp_path, model, max_depth):
     save_model(model, tmp_path / "m.safetensors")
-    with pytest.raises(ArgumentError, match="max_depth="):
+    with pytest.raises(UserError, match="max_depth="):
         load_model(tmp_path / "m.safetensors", max_depth=max_depth)
 
 
@@ -242,7 +243,7 @@ def test_wrappers_are_seen_through(tmp_path, model, wrap):
 
 def test_checkpoint_that_describes_itself(tmp_path):
     model = DepthAnything("vits", max_depth=20, taps=(0, 1, 2, 3))
-    content = {"state_dict": prefixed(model.state_dict(), "model."), "depth_anything": describe(model)}
+    content = {"state_dict": prefixed(model.state_dict(), "model."), "depth_anything": build_metadata(model)}
     torch.save(content, tmp_path / "last.ckpt")
     read = load_model(tmp_path / "last.ckpt")
     assert (read.max_depth, read.taps) == (20.0, (0, 1, 2, 3)) and same(read, model)
@@ -290,7 +291,7 @@ def test_metadata_count_more_than_an_official_name(tmp_path, name, max_depth):
     model.licence, model.input_size = "apache-2.0", 84
     save_model(model, tmp_path / f"{name}.safetensors")
     torch.save(
-        {"state_dict": model.state_dict(), "depth_anything": describe(model)}, tmp_path / f"{name}.ckpt"
+        {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}, tmp_path / f"{name}.ckpt"
     )
     for suffix in ("safetensors", "ckpt"):
         read = load_model(tmp_path / f"{name}.{suffix}")
@@ -322,7 +323,7 @@ def test_arguments_answer_what_nothing_says(tmp_path, model):
 def test_a_version_is_refused_where_there_was_none(tmp_path):
     model = DepthAnything("vitg", taps=(0, 1, 2, 4))
     save_model(model, tmp_path / "m.safetensors")
-    with pytest.raises(ArgumentError, match="version=1 is for vits"):
+    with pytest.raises(UserError, match="version=1 is for vits"):
         load_model(tmp_path / "m.safetensors", version=1)
     assert load_model(tmp_path / "m.safetensors", version=2).taps == (0, 1, 2, 4)
 

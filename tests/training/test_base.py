@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from depth_anything import DepthAnything
-from depth_anything.data.transforms import draw_cutmix, draw_perturbation, normalize
-from depth_anything.losses import (
-    feature_alignment_loss,
-    gradient_matching_loss,
-    scale_shift_invariant_loss,
-)
-from depth_anything.training.base import DepthModule, Recipe, parameter_groups, rate_factor
+from depth_anything.data.transforms import draw_cutmix_box, draw_perturbation, normalize
+from depth_anything.losses import feature_alignment_loss, gradient_matching_loss, scale_shift_invariant_loss
+from depth_anything.training.base import DepthModule, learning_rate_factor, parameter_groups
+from depth_anything.training.config import Recipe
 from depth_anything.training.student import Student
 
 SIDE = 28
@@ -56,7 +53,7 @@ def drawn(draw: Any, size: int = 4) -> torch.Tensor:
     ],
 )
 def test_rate(schedule: str, factors: list[float]) -> None:
-    got = [rate_factor(step, steps=100, warmup=0.1, schedule=schedule) for step in (0, 10, 55, 100)]
+    got = [learning_rate_factor(step, steps=100, warmup=0.1, schedule=schedule) for step in (0, 10, 55, 100)]
     assert got == pytest.approx(factors)
 
 
@@ -101,7 +98,7 @@ def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
 
 
 def test_cutmix_compares_the_parts_apart_and_weighs_them_by_area() -> None:
-    boxes = drawn(draw_cutmix)
+    boxes = drawn(draw_cutmix_box)
     boxes[0], boxes[1] = torch.tensor([0.25, 0.25, 0.75, 0.5]), 0  # one that is mixed, one that is not
     given, model = batch(box=boxes), network()
     parts = DepthModule(model, recipe(trim=0.1)).losses(given)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from depth_anything.training.callbacks import Agreement, Metrics, together
-from depth_anything.training.signals import SIGNALS, signals
+from depth_anything.training.callbacks import GracefulStop, TrainingMetrics, gather_or_raise
+from depth_anything.training.signals import HANDLED_SIGNALS, signal_handler
 
 
 def _rank(rank: int, folder: str, failing: int | None) -> None:
@@ -29,7 +29,7 @@ def _rank(rank: int, folder: str, failing: int | None) -> None:
         return 10 + rank
 
     try:
-        told = str(together(2, work))
+        told = str(gather_or_raise(2, work))
     except ValueError as error:
         told = f"refused: {error}"
     Path(folder, f"{rank}.txt").write_text(told)
@@ -46,9 +46,9 @@ def test_ranks_share_what_came_out_or_stop_together(tmp_path: Path, failing: int
 
 
 def test_a_single_process_needs_no_group() -> None:
-    assert together(1, lambda: 3) == [3]
+    assert gather_or_raise(1, lambda: 3) == [3]
     with pytest.raises(KeyError):
-        together(1, lambda: {}["a"])
+        gather_or_raise(1, lambda: {}["a"])
 
 
 class Saves:
@@ -66,7 +66,7 @@ def trainer_at(step: int, *, ranks: int = 1, steps: int = 20) -> Any:
 
 
 def agree(
-    agreement: Agreement, saves: Saves, *, signal_at: int, ranks: int, steps: int = 20
+    agreement: GracefulStop, saves: Saves, *, signal_at: int, ranks: int, steps: int = 20
 ) -> tuple[Any, ...]:
     """Train with a signal after a step (0: before the first, -1: none); the step it stopped at and what it saved."""
     trainer = trainer_at(0, ranks=ranks, steps=steps)
@@ -78,15 +78,15 @@ def agree(
         if trainer.global_step == signal_at:
             signal.raise_signal(signal.SIGTERM)
         agreement.on_step(trainer, None, trainer.global_step)
-    return trainer.global_step, saves.steps, agreement.signalled
+    return trainer.global_step, saves.steps, agreement.agreed_signal
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    signals.forget()
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    signal_handler.forget()
     yield
-    signals.forget()
+    signal_handler.forget()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -99,21 +99,21 @@ def test_one_process_stops_at_the_step_of_the_signal(
     handlers: None, signal_at: int, outcome: tuple[Any, ...]
 ) -> None:
     saves = Saves()
-    assert agree(Agreement(saves, every=10), saves, signal_at=signal_at, ranks=1) == outcome
+    assert agree(GracefulStop(saves, every=10), saves, signal_at=signal_at, ranks=1) == outcome
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_one(
     handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")  # of several, so that it is noted
-    signals.listen()
+    signal_handler.install()
     saves = Saves()
-    assert agree(Agreement(saves, every=10), saves, signal_at=0, ranks=1) == (0, [], 15)
+    assert agree(GracefulStop(saves, every=10), saves, signal_at=0, ranks=1) == (0, [], 15)
 
 
 @pytest.mark.parametrize(("failed", "refused"), [(9, False), (11, True)])
 def test_more_bad_records_than_the_ceiling_stop_the_run(handlers: None, failed: int, refused: bool) -> None:
-    agreement = Agreement(Saves(), ceiling=0.01, at_least=1000)
+    agreement = GracefulStop(Saves(), ceiling=0.01, at_least=1000)
     agreement.read, agreement.failed, agreement._here = 1000, failed, ["set/a[1]"]
     if refused:
         with pytest.raises(ValueError, match=r"11 of 1000.*set/a\[1\]"):
@@ -130,13 +130,15 @@ def _two(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     told: list[Any] = []
     for who, step in ((0, 3), (1, 3), (1, 4), (0, 0), (1, 0), (0, 19)):
-        signals.forget()
-        signals.listen()
+        signal_handler.forget()
+        signal_handler.install()
         saves = Saves()
         told.append(
-            agree(Agreement(saves, every=4), saves, signal_at=step if rank == who else -1, ranks=2, steps=20)
+            agree(
+                GracefulStop(saves, every=4), saves, signal_at=step if rank == who else -1, ranks=2, steps=20
+            )
         )
-    signals.forget()
+    signal_handler.forget()
 
     def work() -> None:
         if rank == 1:
@@ -149,10 +151,10 @@ def _two(rank: int, folder: str) -> None:
 
     for task in (work, fail):
         try:
-            together(2, task)
+            gather_or_raise(2, task)
         except BaseException as error:
             told.append([type(error).__name__, str(error)])
-        signals.forget()
+        signal_handler.forget()
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -174,9 +176,9 @@ def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) ->
     assert first[7][0] == "ValueError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
 
 
-def logged(losses: list[float], every: int) -> Metrics:
+def logged(losses: list[float], every: int) -> TrainingMetrics:
     """Log some steps of one micro-batch each."""
-    metrics = Metrics(every=every, batch_size=1)
+    metrics = TrainingMetrics(every=every, batch_size=1)
     trainer = SimpleNamespace(global_step=0, max_steps=100, world_size=1, loggers=[], optimizers=[])
     module: Any = SimpleNamespace(parts=[], grad_norm=None, device=torch.device("cpu"))
     metrics.on_train_start(trainer, module)  # type: ignore[arg-type]
@@ -200,7 +202,7 @@ def test_a_loss_that_is_no_number_is_found_at_the_next_log_line(lost: float, at:
 def test_records_that_failed_are_told_where_a_full_disk_takes_no_list(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    agreement = Agreement(Saves(), every=1)
+    agreement = GracefulStop(Saves(), every=1)
     agreement.failed = 1000
     (tmp_path / "failed-records-0.txt").mkdir()  # stands in for what cannot be written
     agreement._name(tmp_path, 0, ["a/0[3]"])

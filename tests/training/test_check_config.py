@@ -6,16 +6,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from depth_anything.training.base import Recipe
-from depth_anything.training.check_config import (
-    SET_BY_RUN,
-    advise,
-    find_key,
-    known_keys,
-    resolve_config,
-)
-from depth_anything.training.config import STAGES
-from depth_anything.training.engine import trainer_arguments
+from depth_anything.training.check_config import find_key, list_keys, resolve_config, unknown_key_message
+from depth_anything.training.check_trainer import SET_BY_RUN
+from depth_anything.training.config import STAGES, Recipe
+from depth_anything.training.lightning import trainer_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -42,7 +36,7 @@ def test_every_shipped_config_is_valid_and_the_schema_names_no_key_that_is_not_t
 
     config = resolved(f"stage={stage}", f"size={size}")
     added = {"recipe.gm_scales", "recipe.gm_trim"} if stage == "metric" else set()  # by +, for replay
-    wanted = {key for key in known_keys(stage) if not key.startswith(("tiny.", "logger."))}
+    wanted = {key for key in list_keys(stage) if not key.startswith(("tiny.", "logger."))}
     assert wanted - added <= paths(config)
 
 
@@ -200,7 +194,7 @@ def test_what_the_run_gives_to_the_trainer_is_nobody_elses(tmp_path: Path) -> No
 )  # fmt: skip
 def test_the_nearest_key_is_named_with_what_to_type(path: str, near: str) -> None:
     assert find_key(path)[0] is None
-    assert advise(path, "teacher", value="5").endswith(f"Type {near}=5")
+    assert unknown_key_message(path, "teacher", value="5").endswith(f"Type {near}=5")
 
 
 @pytest.mark.parametrize("changes", [{"clip_norm": -1}, {"head_lr": "x"}, {"betas": 0.9}, {"trim": 1.0}])

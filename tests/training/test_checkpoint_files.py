@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from depth_anything.model.files import write_whole
-from depth_anything.model.integrity import damage_of, save_checked
+from depth_anything.model.integrity import find_damage, save_with_digest
+from depth_anything.model.tensor_files import write_whole
 from depth_anything.training.callbacks import Checkpoints
-from depth_anything.training.engine import AtomicCheckpointIO
-from depth_anything.training.folder import RunFolder, step_of
+from depth_anything.training.lightning import AtomicCheckpointIO
+from depth_anything.training.run_dir import RunDir, step_from_name
 
 CONFIG: dict[str, Any] = {
     "stage": "teacher",
@@ -30,9 +30,9 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def checkpoint(path: Path, *, digest: bool = True) -> None:
-    content = {"global_step": step_of(path), "loops": {}, "state_dict": {"w": torch.randn(64, 64)}}
+    content = {"global_step": step_from_name(path), "loops": {}, "state_dict": {"w": torch.randn(64, 64)}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checked(content, path) if digest else torch.save(content, path)
+    save_with_digest(content, path) if digest else torch.save(content, path)
 
 
 def flip(path: Path, *, place: float = 0.5) -> None:
@@ -44,9 +44,9 @@ def flip(path: Path, *, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
-def started(path: Path, *steps: int, digest: bool = True) -> RunFolder:
+def started(path: Path, *steps: int, digest: bool = True) -> RunDir:
     """Make the folder of a run that was stopped, with its checkpoints."""
-    folder = RunFolder(path)
+    folder = RunDir(path)
     folder.claim(config())
     folder.lock.release()
     for step in steps:
@@ -56,14 +56,14 @@ def started(path: Path, *steps: int, digest: bool = True) -> RunFolder:
 
 def begin(path: Path, **changes: Any) -> int:
     """Start the run again; return the step it goes on from, 0 for none."""
-    folder = RunFolder(path)
+    folder = RunDir(path)
     try:
-        return step_of(folder.begin(config(**changes), main=True))
+        return step_from_name(folder.begin(config(**changes), main=True))
     finally:
         folder.lock.release()
 
 
-def log_steps(folder: RunFolder, last: int) -> None:
+def log_steps(folder: RunDir, last: int) -> None:
     rows = "".join(f"{step},0.5\n" for step in range(1, last + 1))
     folder.metrics.write_text("step,loss\n" + rows)
 
@@ -195,7 +195,7 @@ def test_a_disk_that_cannot_be_read_stops_and_changes_nothing(
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("depth_anything.model.integrity._update", fail)
+    monkeypatch.setattr("depth_anything.model.integrity._hash_file", fail)
     with pytest.raises(OSError, match="Input/output error"):
         begin(tmp_path / "run")
     assert len(list(folder.checkpoints.glob("*.ckpt"))) == 2
@@ -204,7 +204,7 @@ def test_a_disk_that_cannot_be_read_stops_and_changes_nothing(
 # Checkpoints
 
 
-def trainer(folder: RunFolder, *, ranks: int = 1, content: Any = None) -> Any:
+def trainer(folder: RunDir, *, ranks: int = 1, content: Any = None) -> Any:
     """As much of a trainer as saving asks for, with the writer of the project."""
     log = SimpleNamespace(saved=0)
     log.save = lambda: setattr(log, "saved", log.saved + 1)
@@ -222,26 +222,26 @@ def trainer(folder: RunFolder, *, ranks: int = 1, content: Any = None) -> Any:
     return made
 
 
-def saver(folder: RunFolder, **settings: Any) -> Checkpoints:
+def saver(folder: RunDir, **settings: Any) -> Checkpoints:
     return Checkpoints(folder.checkpoints, **{"every": 5, **settings})
 
 
-def names(folder: RunFolder) -> list[str]:
+def names(folder: RunDir) -> list[str]:
     return sorted(path.name for path in folder.checkpoints.iterdir())
 
 
 def test_checkpoints_come_when_due_and_the_newest_are_kept(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     made, saves = trainer(folder), saver(folder)
     for step in range(1, 31):
         saves.on_step(made, made.lightning_module, step)
     assert names(folder) == ["step-000000025.ckpt", "step-000000030.ckpt"]
     assert made.loggers[0].saved == 6 and folder.saved.read_text() == '{"step": 30}'
-    assert all(damage_of(path) == "" for path in folder.checkpoints.iterdir())
+    assert all(find_damage(path) == "" for path in folder.checkpoints.iterdir())
 
 
 def test_the_last_step_is_saved_and_a_step_only_once(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     made, saves = trainer(folder), saver(folder, every=7)
     saves.on_step(made, made.lightning_module, 30)
     saves.save(made, 30)
@@ -250,7 +250,7 @@ def test_the_last_step_is_saved_and_a_step_only_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_weights_after_a_gradient_that_is_no_number_are_not_saved(tmp_path: Path, norm: float) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     made = trainer(folder)
     made.lightning_module.grad_norm = torch.tensor(norm)
     with pytest.raises(ValueError, match=r"step 5\b.*recipe\.encoder_lr"):
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_not_written_in_place(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("size", [1000, 200_000])
 def test_a_disk_that_is_full_at_a_checkpoint(tmp_path: Path, size: int) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     state = {"global_step": 1, "loops": {}, "state_dict": {"w": torch.zeros(400, 400)}}
     made, saves = trainer(folder, content=state), saver(folder)
     saves.save(made, 5)
@@ -303,7 +303,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(tmp_path: Path, size: int) -> None:
 def test_a_full_disk_is_told_with_the_folder_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     made, saves = trainer(folder), saver(folder)
 
     def full(_: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from depth_anything.training import command
-from depth_anything.training.command import check_overrides, explain, help_page, run_command
+from depth_anything.training.command import check_overrides, explain_hydra_error, format_help, run_command
 from depth_anything.training.config import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_what_has_a_meaning_passes(typed: str) -> None:
 def test_keys_with_dashes_are_named_without(
     typed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "hide_secrets", lambda: None)  # for the whole process
+    monkeypatch.setattr(command, "install_redaction", lambda: None)  # for the whole process
     monkeypatch.setattr(sys, "argv", ["train.py", "stage=teacher", *typed])
     with pytest.raises(SystemExit) as end:
         run_command(CONFIGS)
@@ -94,7 +94,7 @@ def test_keys_with_dashes_are_named_without(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> None:
-    page = help_page([f"stage={stage}"], CONFIGS)
+    page = format_help([f"stage={stage}"], CONFIGS)
     for word in (
         *(f"stage={name} " for name in STAGES),
         "paper, tiny",
@@ -114,7 +114,7 @@ def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> 
 def test_flags_need_no_stage(
     flag: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "hide_secrets", lambda: None)
+    monkeypatch.setattr(command, "install_redaction", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", flag])
     run_command(CONFIGS)
     assert word in capsys.readouterr().out
@@ -132,8 +132,8 @@ def test_hydras_own_errors_lose_their_advice() -> None:
     error = ValueError(
         "Could not override 'x.foo'.\nTo append to your config use +x.foo=1\nKey 'foo' is not in struct"
     )
-    assert "append" not in explain(error, ["stage=teacher", "x.foo=1"])
-    assert explain(ValueError("one\ntwo"), []) == "one"
+    assert "append" not in explain_hydra_error(error, ["stage=teacher", "x.foo=1"])
+    assert explain_hydra_error(ValueError("one\ntwo"), []) == "one"
 
 
 def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from depth_anything.data.labels import finish_labels, write_label_sidecar
+from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import Records, open_set, write_manifest, write_shard
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
+from depth_anything.training.batch_plan import format_override, required_folders, select_sets
 from depth_anything.training.data import TrainData
-from depth_anything.training.plan import chosen_sets, needed_sets, override
 
 SIDE, COUNT = 28, 6
 TEACHER = {"fingerprint": "sha256:0", "file": "teacher"}
@@ -126,20 +128,20 @@ def test_labels_and_truth_in_one_run(roots: dict[str, str]) -> None:
 def test_choice_of_mixed_sets(roots: dict[str, str]) -> None:
     labelled = {"a": "A", "b": "B"}
     assert (
-        chosen_sets(None, labelled, key="mix")
-        == chosen_sets(False, labelled, key="mix")
-        == chosen_sets([], labelled, key="mix")
+        select_sets(None, labelled, key="mix")
+        == select_sets(False, labelled, key="mix")
+        == select_sets([], labelled, key="mix")
         == {}
     )
-    assert chosen_sets(True, labelled, key="mix") == labelled
-    assert chosen_sets("b", labelled, key="mix") == chosen_sets(["b", "b"], labelled, key="mix") == {"b": "B"}
+    assert select_sets(True, labelled, key="mix") == labelled
+    assert select_sets("b", labelled, key="mix") == select_sets(["b", "b"], labelled, key="mix") == {"b": "B"}
     with pytest.raises(
         ValueError, match=r"mix names hypersin, and sources.labelled has a, hypersim; .*\[hypersim\]"
     ):
-        chosen_sets(["a", "hypersin"], {"a": "A", "hypersim": "H"}, key="mix")
+        select_sets(["a", "hypersin"], {"a": "A", "hypersim": "H"}, key="mix")
     for mix, known in ((True, {}), (3, labelled), ("a", {})):
         with pytest.raises(ValueError, match="mix.*type mix="):
-            chosen_sets(mix, known, key="mix")
+            select_sets(mix, known, key="mix")
     with pytest.raises(ValueError, match="mix names photos, which is also a set of images.*type "):
         student(roots, labelled={"photos": roots["plain"]}, mix=True).open()
     with pytest.raises(ValueError, match="holds images without depth"):
@@ -152,10 +154,10 @@ def test_mixed_sets_are_made_before_they_are_read() -> None:
         "data": {"sets": {"p": "P"}},
         "sources": {"labelled": {"s": "S", "t": "T"}, "validation": "V"},
     }
-    assert needed_sets(config) == ["P", "S", "T", "V"]
-    assert needed_sets({**config, "mix": None}) == ["P", "V"]
+    assert required_folders(config) == ["P", "S", "T", "V"]
+    assert required_folders({**config, "mix": None}) == ["P", "V"]
     del config["mix"]  # a teacher has no such key
-    assert needed_sets(config) == ["P", "V"]
+    assert required_folders(config) == ["P", "V"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_a_manifest_that_changes_its_mind_is_noticed(tmp_path: Path) -> None:
     ],
 )
 def test_values_as_they_are_typed(value: Any, typed: str) -> None:
-    assert override("k", value) == typed
+    assert format_override("k", value) == typed
 
 
 @pytest.mark.parametrize("changes", [{"streams": 8}, {"seed": 1}, {"batch_size": 4}], ids=str)

@@ -9,10 +9,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from depth_anything import DepthAnything, save_model
-from depth_anything.data.sources.scenes import write_scenes
+from depth_anything.scenes.layout import write_scenes
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.dry_run import count_devices, print_plan
-from depth_anything.training.folder import RunFolder
+from depth_anything.training.run_dir import RunDir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -103,7 +103,7 @@ def test_what_the_run_would_refuse_is_refused(folder: Path, typed: list[str], me
     write_scenes(folder / "torn", look="synthetic", count=2, seed=1, height=70, width=70)
     next((folder / "torn").glob("*.tar")).unlink()
     (folder / "broken.safetensors").write_bytes(b"no")
-    run = RunFolder(folder / "outputs" / "teacher")
+    run = RunDir(folder / "outputs" / "teacher")
     save_model(DepthAnything("vitn"), run.model)
     run.config.write_text(yaml.safe_dump(resolved("stage=teacher")))
     with pytest.raises(ValueError, match=message):
@@ -129,7 +129,7 @@ def test_labels_of_another_teacher_are_refused(folder: Path, capsys: pytest.Capt
 
 def test_a_finished_run_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = resolved("stage=teacher", "name=done")
-    run = RunFolder(config["run_dir"])
+    run = RunDir(config["run_dir"])
     save_model(DepthAnything("vitn"), run.model)
     run.config.write_text(yaml.safe_dump(config))
     run.finish(config["steps"])

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from depth_anything.data import liveness
-from depth_anything.data.liveness import Watch
-from depth_anything.training.pseudolabel import STALE_S, Lease
+from depth_anything import locks
+from depth_anything.locks import FileWatch
+from depth_anything.training.pseudolabel import LEASE_STALE_S, Lease
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(liveness.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Lease, "_watch", Watch())
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Lease, "_watch", FileWatch())
     return now
 
 
@@ -48,10 +48,10 @@ def test_the_clock_of_another_host_does_not_matter(
     os.utime(path, (stamp, stamp))
     mine = Lease(path, pid=os.getpid())
     assert not mine.take()
-    clock[0] += STALE_S - 1
+    clock[0] += LEASE_STALE_S - 1
     os.utime(path, (stamp + 1, stamp + 1))  # its holder touches it
     assert not mine.take()
-    clock[0] += STALE_S + 1
+    clock[0] += LEASE_STALE_S + 1
     assert mine.take()
 
 

@@ -12,7 +12,7 @@ import pytest
 from pytorch_lightning.loggers import Logger
 
 from depth_anything.training import loggers
-from depth_anything.training.loggers import MetricsCSV, SafeLogger, legal_id
+from depth_anything.training.loggers import MetricsCSV, SafeLogger, wandb_run_id
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -233,18 +233,20 @@ def test_a_logger_without_pictures_is_given_none() -> None:
 
 @pytest.mark.parametrize("name", ["exp/one", "a:b", " a ", "/", "", "x" * 300, "a\nb", "é/ß"])
 def test_a_name_that_is_no_id_becomes_one(name: str) -> None:
-    made = legal_id(name)
+    made = wandb_run_id(name)
     assert made and made == made.strip() and len(made) <= 128 and not set(":;,#?/'\n") & set(made)
-    assert made == legal_id(name) != legal_id(name + "/2")
+    assert made == wandb_run_id(name) != wandb_run_id(name + "/2")
 
 
 def test_names_that_differ_in_what_no_id_has_stay_apart() -> None:
-    assert len({legal_id(name) for name in ("exp/one", "exp:one", "exp-one", "exp//one", "exp/one ")}) == 5
+    assert (
+        len({wandb_run_id(name) for name in ("exp/one", "exp:one", "exp-one", "exp//one", "exp/one ")}) == 5
+    )
 
 
 @pytest.mark.parametrize("name", ["teacher-vitt-tiny", "a_b.c", "a b", "x" * 100])
 def test_a_name_that_is_an_id_stays(name: str) -> None:
-    assert legal_id(name) == name
+    assert wandb_run_id(name) == name
 
 
 TRAINING = """
@@ -289,6 +291,6 @@ def test_wandb_that_dies_or_refuses_the_key_does_not_stop_a_run(
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [legal_id("exp/one"), "trained"]
+    assert done.stdout.split() == [wandb_run_id("exp/one"), "trained"]
     assert said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.glob("wandb/offline-run-*"))

@@ -10,14 +10,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
-from depth_anything.model.card import card
+from depth_anything.model.card import build_card
 from depth_anything.model.weights import fingerprint
 from depth_anything.training.base import parameter_groups
 from depth_anything.training.check_config import validate_config
+from depth_anything.training.config import MetricRecipe
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.folder import differences
-from depth_anything.training.metric import Metric, MetricRecipe
-from depth_anything.training.start import credited, network
+from depth_anything.training.initialization import add_provenance, build_model
+from depth_anything.training.metric import Metric
+from depth_anything.training.resume import config_differences
 
 pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,7 +39,7 @@ def relative(path: Path) -> Path:
 
 
 def started(path: Path, *overrides: str) -> DepthAnything:
-    return network(composed(f"init={relative(path / 'r.safetensors')}", "lora=4", *overrides))
+    return build_model(composed(f"init={relative(path / 'r.safetensors')}", "lora=4", *overrides))
 
 
 def batch() -> dict[str, Any]:
@@ -99,7 +100,7 @@ def test_a_checkpoint_midway_is_a_network(tmp_path: Path, monkeypatch: pytest.Mo
         assert fingerprint(read) == fingerprint(module.model)
         metres = Predictor(read, device="cpu", input_size=SIDE).predict(picture)
         torch.testing.assert_close(torch.from_numpy(metres), torch.from_numpy(live), rtol=1e-4, atol=1e-4)
-        again = network(composed(f"init={path}", "start=all"))
+        again = build_model(composed(f"init={path}", "start=all"))
         assert fingerprint(again) == fingerprint(module.model)
 
 
@@ -111,14 +112,14 @@ def test_training_goes_on_from_its_own_state_dict(tmp_path: Path) -> None:
 
 
 def test_the_card_says_how(tmp_path: Path) -> None:
-    model = credited(started(tmp_path), composed("lora=4"), [])
+    model = add_provenance(started(tmp_path), composed("lora=4"), [])
     save_model(model, tmp_path / "model.safetensors")
     read = load_model(tmp_path / "model.safetensors")
     assert read.origin["lora"] == 4
-    assert "Trained by `train.py stage=metric lora=4` on:" in card(
+    assert "Trained by `train.py stage=metric lora=4` on:" in build_card(
         read, file="m", form="safetensors", title="m"
     )
-    whole = credited(network(composed("init=null")), composed(), [])
+    whole = add_provenance(build_model(composed("init=null")), composed(), [])
     assert "lora" not in whole.origin
 
 
@@ -169,7 +170,7 @@ def test_without_peft_it_is_said_before_anything_is_made(monkeypatch: pytest.Mon
 
 
 def test_another_rank_is_another_run() -> None:
-    assert list(differences(composed("lora=4"), composed("lora=8"))) == ["lora"]
+    assert list(config_differences(composed("lora=4"), composed("lora=8"))) == ["lora"]
     before = composed()
     del before["lora"], before["rates"]  # begun before there were any
-    assert not differences(before, composed())
+    assert not config_differences(before, composed())

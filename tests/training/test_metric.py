@@ -14,16 +14,18 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
-from depth_anything.data.sample import Frame, encode_frame, make_target, target_field
-from depth_anything.data.shards import ShardSet, write_manifest, write_shard
-from depth_anything.data.transforms import draw_view, normalize, view_map
+from depth_anything.data.sample import Frame, convert_to_target, encode_frame, find_target_field
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.tars import ShardSet, write_shard
+from depth_anything.data.transforms import crop_map, draw_crop, normalize
 from depth_anything.evaluation.evaluate import evaluate
-from depth_anything.model.weights import describe
-from depth_anything.training.base import parameter_groups, rate_factor
+from depth_anything.model.metadata import build_metadata
+from depth_anything.training.base import learning_rate_factor, parameter_groups
 from depth_anything.training.check_config import resolve_config
+from depth_anything.training.config import MetricRecipe
 from depth_anything.training.data import TrainData
-from depth_anything.training.metric import Metric, MetricRecipe
-from depth_anything.training.start import network
+from depth_anything.training.initialization import build_model
+from depth_anything.training.metric import Metric
 
 ROOT = Path(__file__).parents[2]
 RGBD = ROOT.parent / "shared" / "rgbd"
@@ -81,18 +83,20 @@ def test_depth_stays_depth_within_its_range() -> None:
     valid = np.empty(values.shape, bool)
     for sky in ("far", "invalid"):
         target = values.copy()
-        make_target(target, valid, quantity="depth", sky=sky, meta={"sky": "inf"}, depth_range=(1.0, 20.0))
+        convert_to_target(
+            target, valid, quantity="depth", sky=sky, meta={"sky": "inf"}, depth_range=(1.0, 20.0)
+        )
         assert valid.tolist() == [[False, True, True, False, False, False, False, False]]
         assert target.tolist() == [[0, 1, 20, 0, 0, 0, 0, 0]]
     with pytest.raises(ValueError, match="disparity has no metres"):
-        make_target(values, valid, quantity="disparity", sky="far", meta={}, depth_range=(1.0, 20.0))
+        convert_to_target(values, valid, quantity="disparity", sky="far", meta={}, depth_range=(1.0, 20.0))
 
 
 def test_metres_come_from_depth_though_a_record_has_both() -> None:
     both = {"disparity.f32": b"", "depth.q12": b""}
-    assert (target_field(both), target_field(both, metres=True)) == ("disparity.f32", "depth.q12")
+    assert (find_target_field(both), find_target_field(both, meters=True)) == ("disparity.f32", "depth.q12")
     with pytest.raises(ValueError, match="has no depth"):
-        target_field({"disparity.f32": b""}, metres=True)
+        find_target_field({"disparity.f32": b""}, meters=True)
 
 
 def test_a_sparse_map_keeps_its_points_and_its_holes(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_a_sparse_map_keeps_its_points_and_its_holes(tmp_path: Path) -> None:
     for n in range(6):
         batch = dataset[n]
         _, _, index = dataset.stream.locate(n)
-        truth = view_map(depths[index], draw_view(28, 42, SIDE, seed=3, n=n))
+        truth = crop_map(depths[index], draw_crop(28, 42, SIDE, seed=3, n=n))
         inside = (truth >= 0.001) & (truth <= 20)  # NaN and the sky are neither
         assert 0 < inside.sum() < inside.size / 3
         assert np.array_equal(batch["valid"][0].numpy(), inside)
@@ -168,11 +172,11 @@ def test_late_cosine_is_onecycle_with_div_1() -> None:
         optimizer, max_lr=1.0, total_steps=201, pct_start=0.7, div_factor=1, final_div_factor=1e4
     )
     for step in range(200):
-        ours = rate_factor(step, steps=200, warmup=0.0, schedule="late-cosine")
+        ours = learning_rate_factor(step, steps=200, warmup=0.0, schedule="late-cosine")
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=0.02)
         optimizer.step()
         theirs.step()
-    assert rate_factor(139, steps=200, warmup=0.0, schedule="late-cosine") == 1.0
+    assert learning_rate_factor(139, steps=200, warmup=0.0, schedule="late-cosine") == 1.0
 
 
 # --- what it starts from ---------------------------------------------------------------------------------------
@@ -205,17 +209,17 @@ def test_encoder_alone_or_all_but_the_last_convolution(tmp_path: Path) -> None:
     relative.licence = "CC-BY-NC-4.0"
     save_model(relative, tmp_path / "r.safetensors")
     names = set(relative.state_dict())
-    fresh = network(CONFIG)
+    fresh = build_model(CONFIG)
     assert (fresh.quantity, fresh.unit, fresh.max_depth, fresh.depth_head.max_depth) == ("depth", "m", 80, 80)
-    started = network({**CONFIG, "init": str(tmp_path / "r.safetensors")})
+    started = build_model({**CONFIG, "init": str(tmp_path / "r.safetensors")})
     assert {name for name in names if name.startswith("pretrained.")} <= same(started, relative)
     head = {name for name in names if name.startswith("depth_head.") and name.endswith(".weight")}
     assert not head & same(started, relative) and head <= same(started, fresh)  # new, and drawn from the seed
     assert started.origin["start"]["licence"] == "CC-BY-NC-4.0"
-    whole = network({**CONFIG, "init": str(tmp_path / "r.safetensors"), "start": "all"})
+    whole = build_model({**CONFIG, "init": str(tmp_path / "r.safetensors"), "start": "all"})
     assert names - same(whole, relative) == {f"{LAST}weight", f"{LAST}bias"}
     save_model(whole, tmp_path / "m.safetensors")
-    again = network({**CONFIG, "init": str(tmp_path / "m.safetensors"), "start": "all"})
+    again = build_model({**CONFIG, "init": str(tmp_path / "m.safetensors"), "start": "all"})
     assert same(again, whole) == names  # metric from metric: the last convolution, too
 
 
@@ -223,12 +227,12 @@ def test_the_blocks_a_head_reads_come_with_it(tmp_path: Path) -> None:
     shallow = DepthAnything("vitt", taps=(0, 1, 2, 3))
     save_model(shallow, tmp_path / "r.safetensors")
     config = {**CONFIG, "encoder": "vitt", "init": str(tmp_path / "r.safetensors")}
-    assert network({**config, "start": "all"}).taps == shallow.taps
-    assert network(config).taps == DepthAnything("vitt").taps
+    assert build_model({**config, "start": "all"}).taps == shallow.taps
+    assert build_model(config).taps == DepthAnything("vitt").taps
 
 
 def test_a_frozen_encoder_is_not_trained() -> None:
-    frozen = network({**CONFIG, "freeze_encoder": True})
+    frozen = build_model({**CONFIG, "freeze_encoder": True})
     encoder, head = parameter_groups(frozen, encoder_lr=1.0, head_lr=2.0)
     assert encoder["params"] == [] and head["params"]
     module = Metric(frozen, recipe())
@@ -244,7 +248,7 @@ def test_a_start_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"there is no model at .*gone; run `python train.py stage=student size=tiny`"
     ):
-        network({**CONFIG, "init": str(tmp_path / "gone")})
+        build_model({**CONFIG, "init": str(tmp_path / "gone")})
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
@@ -306,21 +310,21 @@ def test_nonsense_is_refused_before_anything_is_read(typed: str, message: str) -
 
 def test_every_door_gives_metres_without_a_flag(tmp_path: Path) -> None:
     """A run's model and its Lightning checkpoint, through load_model, Predictor, evaluate and run.py."""
-    made = network({**CONFIG, "max_depth": 12.5})
+    made = build_model({**CONFIG, "max_depth": 12.5})
     save_model(made, tmp_path / "run" / "model.safetensors")
     state = {f"model.{name}": tensor for name, tensor in made.state_dict().items()}
-    torch.save({"state_dict": state, "depth_anything": describe(made)}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, "depth_anything": build_metadata(made)}, tmp_path / "last.ckpt")
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     truth = np.full((60, 80), 6.0, np.float32)
     for path in (tmp_path / "run", tmp_path / "run" / "model.safetensors", tmp_path / "last.ckpt"):
         read = load_model(path)
         predictor = Predictor(read, device="cpu", input_size=read.input_size)
         assert (read.max_depth, read.unit, predictor.quantity, predictor.unit) == (12.5, "m", "depth", "m")
-        metres = predictor.predict(pixels)
-        assert 0 < metres.min() and metres.max() < 12.5
+        meters = predictor.predict(pixels)
+        assert 0 < meters.min() and meters.max() < 12.5
         (row,) = evaluate(predictor, [Frame("a", pixels, {}, depth=truth)]).rows
         assert row["abs_rel"] == pytest.approx(
-            np.mean(np.abs(metres - 6.0) / 6.0), rel=1e-5
+            np.mean(np.abs(meters - 6.0) / 6.0), rel=1e-5
         )  # nothing fitted
     Image.fromarray(pixels).save(tmp_path / "a.png")
     command = [sys.executable, str(ROOT / "run.py"), "--weights", str(tmp_path / "run"), "--img-path"]
@@ -328,4 +332,4 @@ def test_every_door_gives_metres_without_a_flag(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (saved,) = (tmp_path / "out").rglob("*.npy")
-    np.testing.assert_allclose(np.load(saved), metres, rtol=1e-4)
+    np.testing.assert_allclose(np.load(saved), meters, rtol=1e-4)

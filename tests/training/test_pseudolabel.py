@@ -17,27 +17,22 @@ import torch
 from depth_anything import DepthAnything, Predictor, load_model, save_model
 from depth_anything.data.codec import decode
 from depth_anything.data.labels import open_labels, read_label_sidecar
+from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import (
-    JoinedRecords,
-    ShardError,
-    ShardSet,
-    verify_set,
-    write_manifest,
-    write_shard,
-)
-from depth_anything.model.weights import describe
+from depth_anything.data.shards import verify_set, write_manifest
+from depth_anything.data.tars import ShardError, ShardSet, write_shard
+from depth_anything.model.metadata import build_metadata
 from depth_anything.training import dry_run, pseudolabel
+from depth_anything.training.initialization import add_provenance, load_teacher
 from depth_anything.training.pseudolabel import (
-    Batch,
+    ImageBatch,
     Lease,
     PseudoLabel,
     ShardBatches,
     ShardData,
+    convert_to_disparity,
     describe_teacher,
-    label_disparity,
 )
-from depth_anything.training.start import credited, load_teacher
 
 SIZE = 28
 CONFIG = {"encoder": "vitn", "size": "tiny", "stage": "student"}
@@ -116,8 +111,8 @@ def labels_of(root: Path, images: ShardSet, labels: str = "labels") -> dict[str,
 
 def reference(images: ShardSet, teacher: DepthAnything) -> dict[str, np.ndarray]:
     """What `predict` gives for each photograph, as disparity: the reciprocal of its metres, or the map itself."""
+    from depth_anything.data.reader import Records
     from depth_anything.data.sample import decode_record
-    from depth_anything.data.shards import Records
 
     predictor, records = Predictor(teacher, device="cpu", input_size=SIZE), Records(images)
     found = {}
@@ -136,7 +131,7 @@ KINDS = ["relative", "metric80", "metric5", "calibrated"]
 
 def as_checkpoint(model: DepthAnything, path: Path) -> Path:
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, "depth_anything": describe(model)}, path / "last.ckpt")
+    torch.save({"state_dict": state, "depth_anything": build_metadata(model)}, path / "last.ckpt")
     return path / "last.ckpt"
 
 
@@ -190,14 +185,14 @@ def test_the_label_set_says_what_was_converted(
 
 def test_zero_far_and_unknown_depth_become_sensible_disparity() -> None:
     metres = torch.tensor([0.0, 1e-9, 0.02, 2.0, 20.0, float("inf"), float("nan")])
-    metric = label_disparity(make_teacher("metric20"), metres)
+    metric = convert_to_disparity(make_teacher("metric20"), metres)
     torch.testing.assert_close(metric, torch.tensor([50, 50, 50, 0.5, 0.05, 0.0, torch.nan]), equal_nan=True)
-    half = label_disparity(make_teacher("metric20"), torch.tensor([0.0, 2.0], dtype=torch.float16))
+    half = convert_to_disparity(make_teacher("metric20"), torch.tensor([0.0, 2.0], dtype=torch.float16))
     assert half.dtype == torch.float32 and half.tolist() == [50, 0.5]
-    calibrated = label_disparity(make_teacher("calibrated"), torch.tensor([0.0, 1.0, -5.0, torch.nan]))
+    calibrated = convert_to_disparity(make_teacher("calibrated"), torch.tensor([0.0, 1.0, -5.0, torch.nan]))
     torch.testing.assert_close(calibrated, torch.tensor([0.02, 0.32, 1e-3, torch.nan]), equal_nan=True)
     plain = torch.tensor([0.0, 3.0])
-    assert torch.equal(label_disparity(make_teacher(), plain), plain)
+    assert torch.equal(convert_to_disparity(make_teacher(), plain), plain)
 
 
 def test_a_pixel_at_zero_leaves_the_others_their_digits(tmp_path: Path) -> None:
@@ -206,7 +201,7 @@ def test_a_pixel_at_zero_leaves_the_others_their_digits(tmp_path: Path) -> None:
 
     depth = torch.linspace(1, 20, 400).reshape(20, 20)
     depth[0, 0] = 0
-    values = decode(encode(label_disparity(make_teacher("metric20"), depth).numpy(), codec="q12"))
+    values = decode(encode(convert_to_disparity(make_teacher("metric20"), depth).numpy(), codec="q12"))
     others = depth.numpy().ravel()[1:]
     assert np.abs(values.ravel()[1:] * others - 1).max() < 0.13
     assert np.corrcoef(values.ravel()[1:], 1 / others)[0, 1] > 0.999
@@ -251,7 +246,7 @@ def test_old_labels_of_a_relative_teacher_go_on(tmp_path: Path) -> None:
     assert all(np.array_equal(before[key], values) for key, values in labels_of(tmp_path, images).items())
     assert "unit" not in open_labels(folder, images).meta  # the digest of a set that is in use stays
     joined = JoinedRecords(images, open_labels(folder, images))
-    assert credited(make_teacher(), CONFIG, [joined]).origin["data"][0]["records"] == 8
+    assert add_provenance(make_teacher(), CONFIG, [joined]).origin["data"][0]["records"] == 8
 
 
 def test_old_labels_of_a_metric_teacher_are_refused(tmp_path: Path) -> None:
@@ -266,13 +261,13 @@ def test_old_labels_of_a_metric_teacher_are_refused(tmp_path: Path) -> None:
         make_data(tmp_path, teacher)
     joined = JoinedRecords(images, open_labels(folder, images, allow_partial=True))
     with pytest.raises(ValueError, match=r"labels/photos.*model\.safetensors.*stage=pseudolabel"):
-        credited(make_teacher(), CONFIG, [joined])
+        add_provenance(make_teacher(), CONFIG, [joined])
     save_model(
         DepthAnything("vitn", max_depth=80.0), file
     )  # another one has its name now: nothing is known of the labels
-    credited(make_teacher(), CONFIG, [joined])
+    add_provenance(make_teacher(), CONFIG, [joined])
     file.write_bytes(b"no model")
-    credited(make_teacher(), CONFIG, [joined])
+    add_provenance(make_teacher(), CONFIG, [joined])
 
 
 @pytest.mark.parametrize("kind", ["relative", "metric80", "calibrated"])
@@ -288,13 +283,13 @@ def test_a_dry_run_refuses_the_labels_that_the_run_would(tmp_path: Path, kind: s
     }
     data |= {"_target_": "x.ShardData", "workers": 0, "precision": "32-true", "codec": "f32"}
     config = {**CONFIG, "teacher": str(file), "labels": data["labels"], "data": data, "image_size": SIZE}
-    dry_run._check_labels(config)
+    dry_run._check_label_teacher(config)
     forget_conversion(tmp_path / "labels/photos")
     if kind == "relative":  # which needs none
-        dry_run._check_labels(config)
+        dry_run._check_label_teacher(config)
         return
     with pytest.raises(ShardError, match=r"model\.safetensors.*labels=FOLDER"):
-        dry_run._check_labels(config)
+        dry_run._check_label_teacher(config)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +305,9 @@ def test_old_labels_of_an_official_file_are_known_by_its_name(
     joined = JoinedRecords(images, open_labels(tmp_path / "labels/photos", images))
     if refused:
         with pytest.raises(ValueError, match=file):
-            credited(make_teacher(), CONFIG, [joined])
+            add_provenance(make_teacher(), CONFIG, [joined])
     else:
-        credited(make_teacher(), CONFIG, [joined])
+        add_provenance(make_teacher(), CONFIG, [joined])
 
 
 # --- A network that gives no numbers --------------------------
@@ -380,9 +375,9 @@ def test_more_than_a_few_in_many_stop_too(tmp_path: Path) -> None:
     keys = [f"k{i}" for i in range(100)]
     mute = [(0, "no numbers"), (1, "no numbers")]
     for _ in range(9):
-        module._refuse(Batch("photos", "0", 100, [], torch.empty(0)), mute, keys)
+        module._refuse(ImageBatch("photos", "0", 100, [], torch.empty(0)), mute, keys)
     with pytest.raises(ValueError, match="k0"):
-        module._refuse(Batch("photos", "0", 100, [], torch.empty(0)), mute, keys)
+        module._refuse(ImageBatch("photos", "0", 100, [], torch.empty(0)), mute, keys)
 
 
 def test_a_set_without_any_label_says_why(tmp_path: Path) -> None:
@@ -448,7 +443,7 @@ def test_a_shard_is_cut_into_batches_of_one_shape_in_a_fixed_order(tmp_path: Pat
 
 def test_many_shapes_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape with most images leaves when more than so many batches' worth would wait."""
-    monkeypatch.setattr(pseudolabel, "MANY_SHAPES", 1)
+    monkeypatch.setattr(pseudolabel, "MAX_WAITING_BATCHES", 1)
     write_images(tmp_path / "photos", counts=(8,), wide=2)
     data = make_data(tmp_path, make_teacher())
     cut = list(batches_of(data, batch_size=3).cut("photos", "0"))
@@ -547,8 +542,8 @@ def test_more_than_one_unreadable_image_in_a_hundred_stops_the_run(tmp_path: Pat
     write_images(tmp_path / "photos", counts=(5,))
     keys = [f"k{i}" for i in range(500)]
 
-    def shard(failed: int) -> Batch:
-        return Batch("photos", "0", 500, [], torch.empty(0), [(i, "cut short") for i in range(failed)])
+    def shard(failed: int) -> ImageBatch:
+        return ImageBatch("photos", "0", 500, [], torch.empty(0), [(i, "cut short") for i in range(failed)])
 
     good, bad = (PseudoLabel(teacher, make_data(tmp_path, teacher)) for _ in range(2))
     for count in (4, 6):
@@ -564,11 +559,11 @@ def test_only_the_first_skipped_images_are_printed(
     teacher = make_teacher()
     write_images(tmp_path / "photos", counts=(5,))
     module = PseudoLabel(teacher, make_data(tmp_path, teacher))
-    batch = Batch("photos", "0", 90, [], torch.empty(0), [(i, "cut short") for i in range(15)])
+    batch = ImageBatch("photos", "0", 90, [], torch.empty(0), [(i, "cut short") for i in range(15)])
     for _ in range(2):
         module._refuse(batch, [(89, "no numbers")], [f"k{i}\x1b[2J" for i in range(90)])
     printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == pseudolabel.MOST_NAMED and "\x1b" not in "".join(printed)
+    assert len(printed) == pseudolabel.MAX_REPORTED_IMAGES and "\x1b" not in "".join(printed)
     assert "k0" in printed[0] and "k89" in printed[15] and "cut short" in printed[16]
 
 

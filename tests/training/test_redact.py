@@ -13,12 +13,12 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from depth_anything.data.address import told, without_secrets
+from depth_anything.data.address import redact_nested, redact_secrets
 from depth_anything.training import command, run
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.folder import RunFolder
 from depth_anything.training.loggers import wandb_logger
-from depth_anything.training.redact import hide_secrets, redact_traceback
+from depth_anything.training.redact import install_redaction, redact_traceback
+from depth_anything.training.run_dir import RunDir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ADDRESS = "https://alice:PASSWORD@host.example/own?X-Amz-Signature=SIGNATURE&token=TOKEN"
@@ -48,7 +48,7 @@ def clean(text: str) -> bool:
     ],
 )
 def test_no_form_of_an_address_tells_its_secrets(text: str) -> None:
-    assert clean(told(text)) and told(told(text)) == told(text)
+    assert clean(redact_secrets(text)) and redact_secrets(redact_secrets(text)) == redact_secrets(text)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_no_form_of_an_address_tells_its_secrets(text: str) -> None:
     ["https://host/a.tar", "keys=3 token count", "user@host", "a?b=1", "recipe.head_lr=1e-4", "line\n  line"],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert told(text) == text
+    assert redact_secrets(text) == text
 
 
 def test_lines_after_a_command_stay() -> None:
-    assert told("pipe:cat SECRET\nValueError: bad").endswith("\nValueError: bad")
+    assert redact_secrets("pipe:cat SECRET\nValueError: bad").endswith("\nValueError: bad")
 
 
 def test_a_config_keeps_its_shape() -> None:
     config = {"a": {"b": [ADDRESS, 1, None]}, "c": True, "d": 0.5}
-    assert without_secrets(config) == {"a": {"b": [told(ADDRESS), 1, None]}, "c": True, "d": 0.5}
+    assert redact_nested(config) == {"a": {"b": [redact_secrets(ADDRESS), 1, None]}, "c": True, "d": 0.5}
 
 
 def resolved(address: str, *typed: str) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def resolved(address: str, *typed: str) -> dict[str, Any]:
         )
 
 
-def begun(tmp_path: Path, address: str) -> RunFolder:
-    folder = RunFolder(tmp_path / "run")
+def begun(tmp_path: Path, address: str) -> RunDir:
+    folder = RunDir(tmp_path / "run")
     folder.claim(resolved(address))
     folder.lock.release()
     folder.checkpoints.mkdir()
@@ -119,7 +119,7 @@ def test_tracebacks_of_all_threads_warnings_and_logs_are_redacted(
     for owner, name in ((sys, "excepthook"), (threading, "excepthook"), (warnings, "formatwarning")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     factory = logging.getLogRecordFactory()
-    hide_secrets()
+    install_redaction()
     try:
         try:
             raise KeyError(ADDRESS) from OSError(f"cause: {ADDRESS}")
@@ -174,7 +174,7 @@ def test_weights_and_biases_is_not_told_what_was_typed(
 def test_the_composed_config_is_shown_without_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "hide_secrets", lambda: None)  # for the whole process
+    monkeypatch.setattr(command, "install_redaction", lambda: None)  # for the whole process
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     typed = ["stage=teacher", "sources=own", f"photos='{ADDRESS}'", "--cfg", "job"]
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])

@@ -12,13 +12,15 @@ import torch
 from depth_anything import DepthAnything
 from depth_anything.data.labels import finish_labels, write_label_sidecar
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import open_set, write_manifest, write_shard
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
 from depth_anything.data.transforms import normalize
 from depth_anything.losses import invariant_losses, silog_loss
+from depth_anything.training.batch_plan import repeat_for_share, required_folders
+from depth_anything.training.config import MetricRecipe
 from depth_anything.training.data import TrainData
-from depth_anything.training.folder import differences
-from depth_anything.training.metric import NEAREST_M, Metric, MetricRecipe
-from depth_anything.training.plan import needed_sets, share_repeat
+from depth_anything.training.metric import MIN_DEPTH_M, Metric
+from depth_anything.training.resume import config_differences
 
 SIDE, COUNT = 28, 6
 
@@ -127,7 +129,7 @@ def test_a_stand_in_says_what_it_is_itself(roots: dict[str, str]) -> None:
 )
 def test_whole_repeats_come_near_the_share(own: int, general: int, share: float, expected: Any) -> None:
     shards = {"own/a": own - own // 3, "own/b": own // 3, "general/a": general}
-    repeat = share_repeat(shards, ["general"], share=share, repeat={})
+    repeat = repeat_for_share(shards, ["general"], share=share, repeat={})
     assert repeat == expected
     of_general = general * repeat.get("general", 1)
     found = of_general / (of_general + own * repeat.get("own", 1))
@@ -136,7 +138,7 @@ def test_whole_repeats_come_near_the_share(own: int, general: int, share: float,
 
 def test_a_share_keeps_what_repeats_already() -> None:
     shards = {"a/0": 100, "a/1": 100, "b/0": 50, "g/0": 4000}
-    repeat = share_repeat(shards, ["g"], share=0.5, repeat={"b": 3, "a/1": 2})
+    repeat = repeat_for_share(shards, ["g"], share=0.5, repeat={"b": 3, "a/1": 2})
     assert repeat == {"a": 9, "a/1": 18, "b": 27}  # 4050 to 4000
 
 
@@ -154,7 +156,7 @@ def test_each_image_counts_in_the_loss_of_its_kind_alone() -> None:
     metres = net(normalize(given["image"])).detach()
     keep = given["metric"]
     silog = silog_loss(metres[keep], given["target"][keep], given["valid"][keep]) / 2  # of 4 images, 2
-    others = (1 / metres.clamp(min=NEAREST_M))[~keep], given["target"][~keep], given["valid"][~keep]
+    others = (1 / metres.clamp(min=MIN_DEPTH_M))[~keep], given["target"][~keep], given["valid"][~keep]
     ssi, gm = (value / 2 for value in invariant_losses(*others, trim=0.1))
     for name, value in (("silog", silog), ("ssi", ssi), ("gm", gm)):
         torch.testing.assert_close(parts[name].detach(), value)
@@ -204,18 +206,18 @@ def test_without_replay_its_keys_make_no_other_run() -> None:
         "replay_share": 0.1,
         "recipe": {"schedule": "poly", "trim": 0.1},
     }
-    assert differences(old, new) == {}
-    assert set(differences(new, {**new, "replay": True})) == {"replay"}
+    assert config_differences(old, new) == {}
+    assert set(config_differences(new, {**new, "replay": True})) == {"replay"}
     replaying = {**new, "replay": True}
-    assert set(differences(replaying, {**replaying, "labels": "M", "replay_share": 0.2})) == {
+    assert set(config_differences(replaying, {**replaying, "labels": "M", "replay_share": 0.2})) == {
         "labels",
         "replay_share",
     }
     student = {**new, "stage": "student"}
-    assert set(differences(student, {**student, "labels": "M"})) == {"labels"}
+    assert set(config_differences(student, {**student, "labels": "M"})) == {"labels"}
 
 
 def test_replayed_sets_are_made_before_they_are_read() -> None:
     sources = {"labelled": {"s": "S"}, "images": {"p": "P", "q": "Q"}, "validation": None}
     config = {"data": {"sets": {"s": "S"}}, "sources": sources, "replay": ["q"]}
-    assert needed_sets(config) == ["S", "Q"]
+    assert required_folders(config) == ["S", "Q"]

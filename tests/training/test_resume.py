@@ -12,17 +12,18 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from depth_anything import DepthAnything
-from depth_anything.training.base import DepthModule, Recipe
+from depth_anything.training.base import DepthModule
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.folder import RunFolder
+from depth_anything.training.config import Recipe
 from depth_anything.training.resume import (
-    check_other,
-    differences,
-    keys_typed,
+    check_resume_checkpoint,
+    config_differences,
+    read_checkpoint_facts,
     read_config,
-    read_facts,
-    resume_kind,
+    resume_policy,
+    typed_keys,
 )
+from depth_anything.training.run_dir import RunDir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE = 28
@@ -104,7 +105,7 @@ def test_the_recipe_as_it_was_changes_no_bit(other: Path) -> None:
 def test_a_checkpoint_tells_its_step_whatever_its_name(other: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "mine.ckpt"
     renamed.write_bytes(other.read_bytes())
-    step, facts = read_facts(renamed)
+    step, facts = read_checkpoint_facts(renamed)
     assert step == 4 and facts == {"encoder": "vitn", "image_size": SIDE, "stage": "teacher"}
 
 
@@ -125,27 +126,29 @@ def test_another_network_or_fewer_steps_are_refused(
         path = tmp_path / "alone.ckpt"
         path.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match=f"resume=.*{words}") as caught:
-        check_other(path, resolved("image_size=28", "steps=9", *typed))
+        check_resume_checkpoint(path, resolved("image_size=28", "steps=9", *typed))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("typed", ["batch_size=4", "seed=5", "streams=8", "sky=invalid"])
 def test_another_position_in_the_data_is_refused(other: Path, typed: str) -> None:
     with pytest.raises(ValueError, match=rf"now {typed}; type {typed.partition('=')[0]}="):
-        check_other(other, resolved("image_size=28", typed))
+        check_resume_checkpoint(other, resolved("image_size=28", typed))
 
 
 def test_another_stage_is_refused(other: Path) -> None:
     config = {**resolved("image_size=28"), "stage": "student"}
     with pytest.raises(ValueError, match="stage=teacher, now stage=student"):
-        check_other(other, config)
+        check_resume_checkpoint(other, config)
 
 
 def test_what_applies_from_another_folders_checkpoint_on_is_listed(other: Path) -> None:
     typed = ["recipe.head_lr=1e-7", "steps=12", "recipe.clip_norm=null", "perturb=false"]
-    lines = check_other(other, resolved("image_size=28", *typed))
+    lines = check_resume_checkpoint(other, resolved("image_size=28", *typed))
     assert {line.split(": ")[1].split()[0] for line in lines} == {one.partition("=")[0] for one in typed}
-    assert not check_other(other, resolved("image_size=28", "steps=8", "name=x", "photos=y", "init=null"))
+    assert not check_resume_checkpoint(
+        other, resolved("image_size=28", "steps=8", "name=x", "photos=y", "init=null")
+    )
 
 
 def test_no_checkpoint_is_named(tmp_path: Path) -> None:
@@ -153,13 +156,13 @@ def test_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"global_step": 3}, tmp_path / "y.ckpt")
     for name in ("x.ckpt", "y.ckpt", "z.ckpt"):
         with pytest.raises(ValueError, match=f"{name} is no checkpoint"):
-            check_other(tmp_path / name, resolved())
+            check_resume_checkpoint(tmp_path / name, resolved())
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> RunFolder:
+def own(tmp_path: Path) -> RunDir:
     """A run's own folder, with a checkpoint of step 5."""
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDir(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
     torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, folder.checkpoints / "step-000000005.ckpt")
     folder.config.write_text(yaml.safe_dump(resolved("steps=10")))
@@ -170,7 +173,7 @@ def own(tmp_path: Path) -> RunFolder:
     "typed",
     ["steps=20", "recipe.head_lr=1e-5", "recipe.weight_decay=0.1", "recipe.schedule=cosine", "steps=7"],
 )
-def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunFolder, typed: str) -> None:
+def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunDir, typed: str) -> None:
     key, _, value = typed.partition("=")
     config = resolved(*dict.fromkeys([*([] if key == "steps" else ["steps=10"]), typed]))
     with pytest.raises(ValueError, match=rf"{key}=.*resume_with=\[{key}\]"):
@@ -188,12 +191,12 @@ def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunFolder, t
     assert own.compare(config) == []  # the same command goes on, with or without resume_with
 
 
-def test_steps_that_are_done_cannot_be_taken_back(own: RunFolder) -> None:
+def test_steps_that_are_done_cannot_be_taken_back(own: RunDir) -> None:
     with pytest.raises(ValueError, match="step 5, and steps=3"):
         own.compare(resolved("steps=3", "resume_with=steps"))
 
 
-def test_only_what_is_named_changes(own: RunFolder) -> None:
+def test_only_what_is_named_changes(own: RunDir) -> None:
     with pytest.raises(ValueError, match="seed=0, now seed=4"):
         own.compare(resolved("steps=20", "seed=4", "resume_with=steps"))
     with pytest.raises(ValueError, match=r"recipe.head_lr=.*resume_with=\[steps,recipe.head_lr\]"):
@@ -206,7 +209,7 @@ def test_what_no_run_can_change_is_not_named(key: str) -> None:
         resolved(f"resume_with=[{key}]")
 
 
-def test_a_finished_run_needs_more_steps_for_another_rate(own: RunFolder) -> None:
+def test_a_finished_run_needs_more_steps_for_another_rate(own: RunDir) -> None:
     own.model.write_bytes(b"x")
     own.finish(10)
     with pytest.raises(ValueError, match=r"finished.*resume_with=\[steps,recipe.head_lr\] steps="):
@@ -226,7 +229,7 @@ def test_a_finished_run_needs_more_steps_for_another_rate(own: RunFolder) -> Non
         "resume_with",
     ],
 )
-def test_a_config_from_before_there_was_a_key_goes_on(own: RunFolder, path: str) -> None:
+def test_a_config_from_before_there_was_a_key_goes_on(own: RunDir, path: str) -> None:
     old = resolved("steps=10")
     for node in (old, old["module"], old["data"]):
         *parents, name = path.split(".")
@@ -241,8 +244,8 @@ def test_a_config_from_before_there_was_a_key_goes_on(own: RunFolder, path: str)
     "key", ["+trainer.max_time=00:01:00:00", "+trainer.profiler=simple", "trainer.devices=2"]
 )
 def test_how_lightning_runs_it_may_change_at_every_start(key: str) -> None:
-    assert differences(resolved(), resolved(key)) == {}
-    assert differences(resolved(key), resolved()) == {}
+    assert config_differences(resolved(), resolved(key)) == {}
+    assert config_differences(resolved(key), resolved()) == {}
 
 
 def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
@@ -250,10 +253,10 @@ def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
     for node in (old["recipe"], old["module"]["recipe"]):
         del node["gm_trim"], node["trim"]
     new = resolved(*typed)
-    assert differences(old, new, typed=keys_typed(typed)) == {"recipe.gm_trim": (0.0, 0.2)}
+    assert config_differences(old, new, typed=typed_keys(typed)) == {"recipe.gm_trim": (0.0, 0.2)}
 
 
-def test_a_key_of_another_version_is_told_without_advice_that_fails(own: RunFolder) -> None:
+def test_a_key_of_another_version_is_told_without_advice_that_fails(own: RunDir) -> None:
     own.config.write_text(yaml.safe_dump({**resolved("steps=10"), "moving_average": 0.9}))
     with pytest.raises(ValueError, match="moving_average=0.9") as caught:
         own.compare(resolved("steps=10"))
@@ -266,18 +269,18 @@ def test_where_a_run_computes_is_free_and_what_it_learns_is_not() -> None:
         "workers=7", "trainer=ddp", "trainer.devices=3", "micro_batch=2", "logger=wandb", "validation.every=3",
         "sources.validation=x", "checkpoint.keep=5", "name=b", "sources.scenes.validation.count=9",
     )  # fmt: skip
-    assert differences(old, free) == {}
+    assert config_differences(old, free) == {}
     for typed in ("seed=1", "sources.labelled.scenes-synthetic=x", "init=x", "trainer.precision=64-true"):
-        assert typed.partition("=")[0] in differences(old, resolved(typed)), typed
-    assert resume_kind("recipe.head_lr") == "change" and resume_kind("nothing.at.all") == "same"
+        assert typed.partition("=")[0] in config_differences(old, resolved(typed)), typed
+    assert resume_policy("recipe.head_lr") == "change" and resume_policy("nothing.at.all") == "same"
 
 
 def test_the_facts_fit_the_names_that_a_checkpoint_has() -> None:
     """`describe` and TrainData write them; a renamed field would make resume= blind."""
-    from depth_anything.model.weights import describe
+    from depth_anything.model.metadata import build_metadata
     from depth_anything.training.data import TrainData
 
-    said = describe(DepthAnything("vitn"))
+    said = build_metadata(DepthAnything("vitn"))
     assert {"encoder", "max_depth", "input_size"} <= said.keys() and json.loads(said["max_depth"]) is None
     assert TrainData.__qualname__ == "TrainData"
 
@@ -306,7 +309,7 @@ def test_a_config_that_is_damaged_or_expands_without_end_is_named(
 def test_a_run_whose_config_a_power_cut_took_goes_on_by_its_checkpoint(
     other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.checkpoints.mkdir()
     (folder.checkpoints / other.name).write_bytes(other.read_bytes())
     folder.config.write_bytes(b"\0" * 500)
@@ -318,7 +321,7 @@ def test_a_run_whose_config_a_power_cut_took_goes_on_by_its_checkpoint(
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 20, b"[]", b'{"st'])
-def test_damaged_notes_of_a_run_count_as_absent(own: RunFolder, damage: bytes) -> None:
-    for path in (own.path / "finished.json", own.best_note, own.saved, own.model, own.best):
+def test_damaged_notes_of_a_run_count_as_absent(own: RunDir, damage: bytes) -> None:
+    for path in (own.path / "finished.json", own.best_json, own.saved, own.model, own.best):
         path.write_bytes(damage)
-    assert not own.finished(8) and own.read_best() == {} and own.told_best() == ""
+    assert not own.finished(8) and own.read_best() == {} and own.describe_best() == ""

@@ -14,25 +14,32 @@ from omegaconf import OmegaConf
 
 from depth_anything.training import run
 from depth_anything.training import signals as module
-from depth_anything.training.engine import requeue
-from depth_anything.training.signals import MAIN_PID, SIGNALS, Signals, Stopped
+from depth_anything.training.lightning import requeue_slurm_job
+from depth_anything.training.signals import HANDLED_SIGNALS, MAIN_PID_VARIABLE, SignalHandler, StoppedBySignal
 
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", MAIN_PID):
+    for key in (
+        "LOCAL_RANK",
+        "RANK",
+        "SLURM_PROCID",
+        "SLURM_JOB_ID",
+        "TORCHELASTIC_RUN_ID",
+        MAIN_PID_VARIABLE,
+    ):
         monkeypatch.delenv(key, raising=False)
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[SignalHandler]:
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     monkeypatch.setattr(module.atexit, "register", lambda function: None)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    made = Signals()
-    made.listen()
+    made = SignalHandler()
+    made.install()
     yield made
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -49,15 +56,15 @@ def press(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[int]:
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_before_the_first_step_a_signal_ends_the_process_at_once(watch: Signals, number: int) -> None:
-    with pytest.raises(Stopped) as stopped:
+def test_before_the_first_step_a_signal_ends_the_process_at_once(watch: SignalHandler, number: int) -> None:
+    with pytest.raises(StoppedBySignal) as stopped:
         signal.raise_signal(number)
     assert stopped.value.code == 128 + number
 
 
 @pytest.mark.parametrize("number", ENDING)
 def test_from_the_first_step_on_a_signal_is_only_noted(
-    watch: Signals, number: int, capfd: pytest.CaptureFixture[str]
+    watch: SignalHandler, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watch.hold()
     signal.raise_signal(number)
@@ -67,7 +74,7 @@ def test_from_the_first_step_on_a_signal_is_only_noted(
     assert f"signal {number}" in capfd.readouterr().err
 
 
-def test_the_first_signal_counts(watch: Signals) -> None:
+def test_the_first_signal_counts(watch: SignalHandler) -> None:
     """Slurm sends SIGTERM after SIGUSR1, whose run is queued again."""
     watch.hold()
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -80,7 +87,7 @@ def test_the_first_signal_counts(watch: Signals) -> None:
     [((5.0,), []), ((5.0, 5.1), []), ((5.0, 5.1, 6.0), [130]), ((5.0, 60.0), [130])],
 )
 def test_a_second_press_of_ctrl_c_ends_the_process_at_once(
-    watch: Signals, monkeypatch: pytest.MonkeyPatch, moments: tuple[float, ...], codes: list[int]
+    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, moments: tuple[float, ...], codes: list[int]
 ) -> None:
     """`timeout -s INT` sends one press twice, to the process and to its group."""
     watch.hold()
@@ -88,7 +95,9 @@ def test_a_second_press_of_ctrl_c_ends_the_process_at_once(
     assert watch.caught == signal.SIGINT
 
 
-def test_a_first_press_after_sigterm_is_not_a_second(watch: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_press_after_sigterm_is_not_a_second(
+    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch.hold()
     signal.raise_signal(signal.SIGTERM)
     assert press(monkeypatch, 5.0) == []
@@ -105,37 +114,37 @@ def test_a_first_press_after_sigterm_is_not_a_second(watch: Signals, monkeypatch
     ],
 )
 def test_a_rank_that_others_wait_for_stops_with_them(
-    watch: Signals, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], at_once: bool
+    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], at_once: bool
 ) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     if at_once:
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedBySignal):
             signal.raise_signal(signal.SIGTERM)
         return
     signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Stopped), watch.interruptible():
+    with pytest.raises(StoppedBySignal), watch.interruptible():
         raise AssertionError("it was noted before")
 
 
 def test_a_rank_can_be_interrupted_where_the_ranks_share_the_outcome(
-    watch: Signals, monkeypatch: pytest.MonkeyPatch
+    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(Stopped), watch.interruptible():
+    with pytest.raises(StoppedBySignal), watch.interruptible():
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_an_exception_that_a_library_swallowed_comes_again(watch: Signals) -> None:
+def test_an_exception_that_a_library_swallowed_comes_again(watch: SignalHandler) -> None:
     try:
         signal.raise_signal(signal.SIGTERM)
     except BaseException:
         pass
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedBySignal):
         watch.check()
 
 
-def test_a_forked_worker_does_not_act_on_its_parents_signals(watch: Signals) -> None:
+def test_a_forked_worker_does_not_act_on_its_parents_signals(watch: SignalHandler) -> None:
     child = os.fork()
     if not child:
         try:
@@ -146,49 +155,49 @@ def test_a_forked_worker_does_not_act_on_its_parents_signals(watch: Signals) -> 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_nohup_stays_in_force(watch: Signals) -> None:
+def test_nohup_stays_in_force(watch: SignalHandler) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    watch.listen()
+    watch.install()
     signal.raise_signal(signal.SIGHUP)
     assert watch.caught == 0
 
 
 def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning kills rank 0, whose exit code is the run's, when another rank ends with anything else."""
-    monkeypatch.setenv(MAIN_PID, str(os.getppid()))
-    assert Stopped(15).code == 143  # rank 0
+    monkeypatch.setenv(MAIN_PID_VARIABLE, str(os.getppid()))
+    assert StoppedBySignal(15).code == 143  # rank 0
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Stopped(15).code == 0
+    assert StoppedBySignal(15).code == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert Stopped(15).code == 143
+    assert StoppedBySignal(15).code == 143
 
 
 @pytest.mark.parametrize(
     "raised", [RuntimeError("Lightning"), ValueError("a codec"), InstantiationException("Hydra")]
 )
 def test_an_error_that_a_signal_brought_about_does_not_replace_it(
-    watch: Signals, monkeypatch: pytest.MonkeyPatch, raised: Exception
+    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, raised: Exception
 ) -> None:
     """A library that cleans up after the signal's exception, or wraps it, may raise one of its own."""
 
     def interrupted(config: Any) -> None:
-        with suppress(Stopped):
+        with suppress(StoppedBySignal):
             signal.raise_signal(signal.SIGTERM)
         raise raised
 
-    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "signal_handler", watch)
     monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
     monkeypatch.setattr(run, "resolve_config", interrupted)
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(StoppedBySignal) as stopped:
         run.main(OmegaConf.create())
     assert stopped.value.code == 143
 
 
-def test_an_error_without_a_signal_is_told(watch: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_signal_is_told(watch: SignalHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(config: Any) -> None:
         raise ValueError("the disk is away")
 
-    monkeypatch.setattr(run, "signals", watch)
+    monkeypatch.setattr(run, "signal_handler", watch)
     monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
     monkeypatch.setattr(run, "resolve_config", failing)
     with pytest.raises(SystemExit, match="error: the disk is away"):
@@ -227,7 +236,7 @@ def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
     if scontrol is not None:
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
         (tmp_path / "scontrol").chmod(0o755)
-    requeue()
+    requeue_slurm_job()
     heard = capsys.readouterr().err
     assert ("not queued again" in heard) == bool(said)
     assert said in heard and "Errno" not in heard
@@ -235,11 +244,16 @@ def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
 
 @pytest.mark.parametrize(("number", "job", "queued"), [(10, "777", "777"), (10, None, ""), (15, "777", "")])
 def test_a_warning_of_the_time_limit_before_the_first_step_says_what_slurm_does(
-    watch: Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any, number: int, job: str | None, queued: str
+    watch: SignalHandler,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    number: int,
+    job: str | None,
+    queued: str,
 ) -> None:
     if job is not None:
         monkeypatch.setenv("SLURM_JOB_ID", job)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedBySignal):
         signal.raise_signal(number)
     heard = capfd.readouterr().err
     assert ("not queued again" in heard) == bool(queued) and queued in heard

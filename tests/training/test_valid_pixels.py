@@ -14,15 +14,22 @@ from torch import nn
 
 from depth_anything.data.labels import finish_labels, write_label_sidecar
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import open_set, write_manifest, write_shard
-from depth_anything.training.base import DepthModule, Recipe
-from depth_anything.training.callbacks import Metrics, Progress
+from depth_anything.data.shards import open_set, write_manifest
+from depth_anything.data.tars import write_shard
+from depth_anything.training.base import DepthModule
+from depth_anything.training.callbacks import TrainingMetrics, TrainingProgress
+from depth_anything.training.config import MetricRecipe, Recipe
 from depth_anything.training.data import TrainData
-from depth_anything.training.engine import trainer_arguments
+from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.loggers import MetricsCSV, read_metrics
-from depth_anything.training.metric import Metric, MetricRecipe
+from depth_anything.training.metric import Metric
 from depth_anything.training.student import Student
-from depth_anything.training.valid_pixels import SAMPLES, STEPS, ValidPixels, has_truth
+from depth_anything.training.valid_pixels import (
+    STOP_AFTER_IMAGES,
+    STOP_AFTER_STEPS,
+    ValidPixelCheck,
+    has_valid_target,
+)
 
 SIDE, COUNT = 28, 6
 
@@ -103,8 +110,8 @@ def fit(
 ) -> list[dict[str, str]]:
     """Train as a run does, accumulating two micro-batches, and return the rows of metrics.csv."""
     log = MetricsCSV(folder / "metrics.csv")
-    metrics = Metrics(every=every, batch_size=4)
-    callbacks = [metrics, ValidPixels(every=every), Progress(metrics)]
+    metrics = TrainingMetrics(every=every, batch_size=4)
+    callbacks = [metrics, ValidPixelCheck(every=every), TrainingProgress(metrics)]
     arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder))
     trainer = pl.Trainer(**{**arguments, "accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2})
     trainer.loggers = [log]
@@ -166,7 +173,7 @@ def test_a_run_without_a_pixel_to_learn_from_stops(
     said = capsys.readouterr().err
     assert "step 1 " in said and "samples 0 to 3" in said and "own/0[" in said
     rows = read_metrics(tmp_path / "metrics.csv").rows
-    assert len(rows) == SAMPLES // 4 >= STEPS
+    assert len(rows) == STOP_AFTER_IMAGES // 4 >= STOP_AFTER_STEPS
     assert {row["valid_share"] for row in rows} == {"1.0" if words == ["4"] else "0.0"}
 
 
@@ -237,10 +244,10 @@ def test_the_share_is_the_mean_over_micro_batches_and_in_the_progress_line(
 def test_which_images_have_truth() -> None:
     target = torch.tensor([[1.0, 2, 3], [1, 1, 1], [1, 2, 3], [1, 2, 3], [5, 0, 0], [0, 0, 7]])[:, None]
     valid = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()[:, None]
-    assert has_truth(target, valid, False).tolist() == [True, False, False, False, True, False]
-    assert has_truth(target, valid, True).tolist() == [True, True, False, False, True, True]
+    assert has_valid_target(target, valid, False).tolist() == [True, False, False, False, True, False]
+    assert has_valid_target(target, valid, True).tolist() == [True, True, False, False, True, True]
     kinds = torch.tensor([False, True, True, False, False, False])
-    assert has_truth(target, valid, kinds).tolist() == [True, True, False, False, True, False]
+    assert has_valid_target(target, valid, kinds).tolist() == [True, True, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_ranks_stop_together_or_not_at_all(
     stream = SimpleNamespace(locate=lambda n: (0, "own/0", n % 7))
     source = SimpleNamespace(name="own", read=lambda shard, index: ("own/0/1", {}))
     dataset: Any = SimpleNamespace(stream=stream, relative=frozenset(), depth_range=(0, 80), sources=[source])
-    watch = ValidPixels(lambda trainer: dataset, every=4)
+    watch = ValidPixelCheck(lambda trainer: dataset, every=4)
     trainer: Any = SimpleNamespace(global_step=0, max_steps=100, world_size=2, is_global_zero=False)
     module: Any = SimpleNamespace(device="cpu")
     watch.on_train_start(trainer, module)

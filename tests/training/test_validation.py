@@ -19,9 +19,10 @@ from made_benchmarks import make_da2k, make_kitti
 
 from depth_anything import DepthAnything, load_model
 from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.shards import write_manifest, write_shard
-from depth_anything.training.folder import RunFolder
-from depth_anything.training.validation import Validation, trial_of
+from depth_anything.data.shards import write_manifest
+from depth_anything.data.tars import write_shard
+from depth_anything.training.run_dir import RunDir
+from depth_anything.training.validation import ValidationCallback, open_validation_task
 
 ROOT = Path(__file__).parents[2]
 NONE = {"every": 2, "limit": 20, "benchmark": None, "root": None, "protocol": None, "max_depth": None}
@@ -80,8 +81,10 @@ class Run:
             loggers=[self.log],
         )
         folder.mkdir(exist_ok=True)
-        self.folder = RunFolder(folder)
-        self.validation = Validation(lambda: trial_of(settings), self.folder, every=2, input_size=42)
+        self.folder = RunDir(folder)
+        self.validation = ValidationCallback(
+            lambda: open_validation_task(settings), self.folder, every=2, input_size=42
+        )
         self.validation.on_train_start(self.trainer, self.module)
 
     def at(self, step: int, *, shift: float = 0.0) -> dict[str, float]:
@@ -148,7 +151,7 @@ def test_between_two_times_nothing_is_judged(tmp_path: Path) -> None:
 
 def test_nothing_to_judge_on_is_no_error(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", config())
-    assert run.at(2) == {} and not run.folder.best.exists() and run.folder.told_best() == ""
+    assert run.at(2) == {} and not run.folder.best.exists() and run.folder.describe_best() == ""
 
 
 def test_the_best_stays_when_later_ones_are_worse(tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_the_best_stays_when_later_ones_are_worse(tmp_path: Path) -> None:
         step: run.at(step, shift=shift)["val_abs_rel"] for step, shift in ((2, 3.0), (4, -3.0), (6, 3.0))
     }
     assert values[4] < values[2] == pytest.approx(values[6], rel=1e-3)
-    note = json.loads(run.folder.best_note.read_text())
+    note = json.loads(run.folder.best_json.read_text())
     assert {name: note[name] for name in note if name != "judged"} == {
         "step": 4, "metric": "abs_rel", "value": values[4], "images": "rooms", "protocol": "da2",
     }  # fmt: skip
@@ -166,22 +169,24 @@ def test_the_best_stays_when_later_ones_are_worse(tmp_path: Path) -> None:
     assert (kept.max_depth, kept.input_size) == (10.0, 42)
     bias = run.module.model.depth_head.scratch.output_conv2[2].bias - 3.0
     torch.testing.assert_close(kept.depth_head.scratch.output_conv2[2].bias, bias)
-    assert f"best on rooms: {run.folder.best} (step 4, abs_rel {values[4]:.4g})" in run.folder.told_best()
+    assert f"best on rooms: {run.folder.best} (step 4, abs_rel {values[4]:.4g})" in run.folder.describe_best()
     # A run that goes on knows it, from before that step, too; one that begins anew, or is judged otherwise, does not.
     later, earlier = (Run(tmp_path / "run", settings, step=step, max_depth=10.0) for step in (5, 3))
     assert later.validation.best == earlier.validation.best == note
     later.at(6, shift=3.0)
-    assert json.loads(run.folder.best_note.read_text()) == note
+    assert json.loads(run.folder.best_json.read_text()) == note
     other = config(validation=str(tmp_path / "rooms"), max_depth=3.0)
     otherwise = Run(tmp_path / "run", other, step=7, max_depth=10.0)
     assert otherwise.validation.best == {}
     assert otherwise.at(8, shift=3.0)["val_abs_rel"] > 0
-    assert json.loads(run.folder.best_note.read_text())["step"] == 8
+    assert json.loads(run.folder.best_json.read_text())["step"] == 8
     make_da2k(tmp_path / "da2k")
     pairs = Run(tmp_path / "run", config(benchmark="da2k", root=str(tmp_path)), step=9)
     assert pairs.validation.best == {} and "val_accuracy" in pairs.at(9)
     anew = Run(tmp_path / "run", settings, max_depth=10.0)
-    assert anew.folder.read_best() == {} and not anew.folder.best.exists() and anew.folder.told_best() == ""
+    assert (
+        anew.folder.read_best() == {} and not anew.folder.best.exists() and anew.folder.describe_best() == ""
+    )
 
 
 def test_a_kill_between_the_network_and_its_note_leaves_no_lie(
@@ -194,24 +199,24 @@ def test_a_kill_between_the_network_and_its_note_leaves_no_lie(
     def killed(path: Path, data: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("depth_anything.training.validation.write_atomically", killed)
+    monkeypatch.setattr("depth_anything.training.validation.atomic_write", killed)
     with pytest.raises(KeyboardInterrupt):
         run.at(4, shift=-3.0)
-    assert run.folder.best.exists() and run.folder.read_best() == {} and run.folder.told_best() == ""
+    assert run.folder.best.exists() and run.folder.read_best() == {} and run.folder.describe_best() == ""
 
 
 def test_a_network_that_gives_no_numbers_is_never_the_best(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", config(validation=write_rooms(tmp_path / "rooms", 2)), max_depth=10.0)
     assert np.isnan(run.at(2, shift=float("nan"))["val_abs_rel"])
-    assert not run.folder.best.exists() and not run.folder.best_note.exists()
+    assert not run.folder.best.exists() and not run.folder.best_json.exists()
 
 
 def test_a_public_benchmark_by_its_own_rules(tmp_path: Path) -> None:
     make_kitti(tmp_path / "benchmarks" / "kitti")
-    trial = trial_of(config(benchmark="kitti", root=str(tmp_path / "benchmarks")))
+    trial = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks")))
     assert trial is not None and trial.protocol is not None
     assert (trial.protocol.name, trial.protocol.crop, trial.protocol.max_depth) == ("da2", "garg", 80)
-    near = trial_of(config(benchmark="kitti", root=str(tmp_path / "benchmarks"), max_depth=20))
+    near = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks"), max_depth=20))
     assert near is not None and near.protocol is not None and near.protocol.max_depth == 20.0
     settings = config(benchmark="kitti", root=str(tmp_path / "benchmarks"), validation="not looked at")
     run = Run(tmp_path / "run", settings, max_depth=80.0)
@@ -252,18 +257,18 @@ def test_rules_for_maps_say_nothing_of_pairs(tmp_path: Path) -> None:
     make_da2k(tmp_path / "da2k")
     for settings in ({"protocol": "da2"}, {"max_depth": 3.0}):
         with pytest.raises(ValueError, match="pairs of points alone; type validation.protocol=null"):
-            trial_of(config(benchmark="da2k", root=str(tmp_path), **settings))
+            open_validation_task(config(benchmark="da2k", root=str(tmp_path), **settings))
 
 
 def test_pairs_of_points_decide_by_how_many_are_right(tmp_path: Path) -> None:
     make_da2k(tmp_path / "da2k")
     run = Run(tmp_path / "run", config(benchmark="da2k", root=str(tmp_path)))
     numbers = run.at(2)
-    note = json.loads(run.folder.best_note.read_text())
+    note = json.loads(run.folder.best_json.read_text())
     assert 0 <= numbers["val_accuracy"] <= 1 and "val_indoor" in numbers
     assert (note["metric"], note["value"], note["protocol"]) == ("accuracy", numbers["val_accuracy"], "da2k")
     assert run.at(4)["val_accuracy"] == numbers["val_accuracy"]
-    assert json.loads(run.folder.best_note.read_text())["step"] == 2  # equal is not better
+    assert json.loads(run.folder.best_json.read_text())["step"] == 2  # equal is not better
     assert (run.folder.pictures / "step-000000004.jpg").is_file()
 
 
@@ -284,7 +289,7 @@ def test_a_run_leaves_its_best_and_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all((path / "manifest.json").is_file() for path in scenes.values())
-    folder = RunFolder(tmp_path / "outputs" / "metric-vitn-tiny")
+    folder = RunDir(tmp_path / "outputs" / "metric-vitn-tiny")
     with open(folder.path / "metrics.csv") as file:
         found = {
             int(row["step"]): float(row["val_abs_rel"]) for row in csv.DictReader(file) if row["val_abs_rel"]
@@ -349,7 +354,7 @@ def test_where_the_disk_is_full_the_older_best_network_and_its_note_stay(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("depth_anything.model.files.save_file", full)
+    monkeypatch.setattr("depth_anything.model.tensor_files.save_file", full)
     with pytest.raises(OSError) as raised:
         run.at(4, shift=-3.0)
     assert f"{run.folder.best} " in str(raised.value) and "No space left" in str(raised.value)

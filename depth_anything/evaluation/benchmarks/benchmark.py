@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Caps:
+class DepthLimits:
     """What a protocol compares on a benchmark.
 
     Attributes:
@@ -51,10 +51,10 @@ class Benchmark:
     licence: str
     find: Callable[[Path], Iterable[str]]
     read: Callable[[Path, str], Any]
-    caps: Mapping[str, Caps] = field(default_factory=dict)
+    depth_limits: Mapping[str, DepthLimits] = field(default_factory=dict)
     sharp: bool = False
 
     @property
     def protocol(self) -> str:
         """The protocol by default."""
-        return next(iter(self.caps), self.name)
+        return next(iter(self.depth_limits), self.name)

@@ -34,26 +34,26 @@ from xml.etree import ElementTree
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import read_bytes, read_npy
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
 from depth_anything.evaluation.benchmarks.frames import (
-    PartFrame,
-    about,
+    MaskedFrame,
     make_frame,
-    read_labels,
-    read_named,
-    root_of,
-    some,
+    prefix_errors,
+    read_file,
+    read_label_image,
+    require_lines,
+    resolve_root,
 )
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.maps import read_bytes, read_npy
+from depth_anything.ingest.source import DatasetInfo
 
 TRANSPARENT_OR_MIRROR = (2, 3)
 """Classes of mask_cat.png."""
 
-_OTHERS = {"unbalanced", "test"}
-_IMAGE = Kind("image", "camera_00", r"(\w+)\.png")
-_FACTS = Facts(
+_SKIPPED_FOLDERS = {"unbalanced", "test"}
+_IMAGE = FilePattern("image", "camera_00", r"(\w+)\.png")
+_FACTS = DatasetInfo(
     name="booster",
     title="Booster, training scenes",
     records=228,
@@ -66,9 +66,11 @@ _FACTS = Facts(
 
 def find(root: Path) -> Iterator[str]:
     """List the images scene by scene; ValueError if there is none."""
-    lines = find_frames(root_of(root, "booster"), _FACTS, (_IMAGE,), sequence=_scene)
-    listed = (line for line in lines if not _OTHERS & set(line.partition("\t")[0].split("/")[:-1]))
-    return some(listed, f"{root} holds no image of Booster's training scenes: get it from {_FACTS.get}")
+    lines = find_frames(resolve_root(root, "booster"), _FACTS, (_IMAGE,), sequence=_scene_name)
+    listed = (line for line in lines if not _SKIPPED_FOLDERS & set(line.partition("\t")[0].split("/")[:-1]))
+    return require_lines(
+        listed, f"{root} holds no image of Booster's training scenes: get it from {_FACTS.get}"
+    )
 
 
 def read(root: Path, line: str, *, tom: bool = False) -> Frame:
@@ -79,21 +81,21 @@ def read(root: Path, line: str, *, tom: bool = False) -> Frame:
         line: Of `find`.
         tom: Whether only what is transparent or a mirror is compared.
     """
-    name, image = fields(line)
-    root = root_of(root, "booster")
-    with about(f"booster/{name}"):
-        data = read_kind(root, _IMAGE, image)
+    name, image = split_fields(line)
+    root = resolve_root(root, "booster")
+    with prefix_errors(f"booster/{name}"):
+        data = read_frame_file(root, _IMAGE, image)
         scene = Path(root, image).parent.parent
-        pixels = read_npy(read_named(scene, "disp_00.npy")).astype(np.float64)
-        focal, baseline = read_calibration(read_named(scene, "calib_00-02.xml"))
+        pixels = read_npy(read_file(scene, "disp_00.npy")).astype(np.float64)
+        focal, baseline = read_calibration(read_file(scene, "calib_00-02.xml"))
         with np.errstate(divide="ignore", invalid="ignore"):
             frame = make_frame(f"booster/{name}", data, focal * baseline / pixels)
         if not tom:
             return frame
-        part = np.isin(_materials(scene), TRANSPARENT_OR_MIRROR)
+        part = np.isin(_read_materials(scene), TRANSPARENT_OR_MIRROR)
         if part.shape != pixels.shape:
             raise ValueError("its materials and its disparity differ in size")
-        return PartFrame(**vars(frame), part=part)
+        return MaskedFrame(**vars(frame), part=part)
 
 
 def read_calibration(data: bytes) -> tuple[float, float]:
@@ -109,16 +111,16 @@ def read_calibration(data: bytes) -> tuple[float, float]:
     return focal, baseline
 
 
-def _materials(scene: Path) -> np.ndarray:
-    with about("mask_cat.png"):
-        return read_labels(read_bytes(scene / "mask_cat.png"))
+def _read_materials(scene: Path) -> np.ndarray:
+    with prefix_errors("mask_cat.png"):
+        return read_label_image(read_bytes(scene / "mask_cat.png"))
 
 
-def _scene(parts: tuple[str, ...]) -> str:
-    return "/".join(parts[:-1] if _OTHERS & set(parts) else parts[-2:-1])
+def _scene_name(parts: tuple[str, ...]) -> str:
+    return "/".join(parts[:-1] if _SKIPPED_FOLDERS & set(parts) else parts[-2:-1])
 
 
-def _benchmark(name: str, title: str, *, tom: bool) -> Benchmark:
+def _make_benchmark(name: str, title: str, *, tom: bool) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
@@ -128,9 +130,9 @@ def _benchmark(name: str, title: str, *, tom: bool) -> Benchmark:
         licence=_FACTS.licence,
         find=find,
         read=partial(read, tom=tom),
-        caps={"da2": Caps(1e-3, 10), "marigold": Caps(1e-3, 10)},
+        depth_limits={"da2": DepthLimits(1e-3, 10), "marigold": DepthLimits(1e-3, 10)},
     )
 
 
-BOOSTER = _benchmark(_FACTS.name, _FACTS.title, tom=False)
-BOOSTER_TOM = _benchmark("booster_tom", f"{_FACTS.title}, transparent or mirror", tom=True)
+BOOSTER = _make_benchmark(_FACTS.name, _FACTS.title, tom=False)
+BOOSTER_TOM = _make_benchmark("booster_tom", f"{_FACTS.title}, transparent or mirror", tom=True)

@@ -25,13 +25,13 @@ import cv2
 import numpy as np
 
 from depth_anything.data.sample import decode_image
-from depth_anything.data.sources.listing import as_field, from_field
-from depth_anything.data.sources.maps import read_bytes
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
-from depth_anything.evaluation.benchmarks.frames import root_of
+from depth_anything.evaluation.benchmarks.frames import resolve_root
+from depth_anything.ingest.file_list import escape_field, unescape_field
+from depth_anything.ingest.maps import read_bytes
 
-ANNOTATIONS = "annotations.json"
-SCENES = (
+ANNOTATIONS_FILE = "annotations.json"
+SCENE_TYPES = (
     "indoor",
     "outdoor",
     "non_real",
@@ -45,7 +45,7 @@ _GET = "https://huggingface.co/datasets/depth-anything/DA-2K (682 MB)"
 
 
 @dataclass(frozen=True)
-class Compared:
+class PointPairImage:
     """An image and pairs of its points.
 
     Attributes:
@@ -61,7 +61,7 @@ class Compared:
     pairs: np.ndarray
 
 
-class Predicts(Protocol):
+class PairPredictor(Protocol):
     """What is judged: a `Predictor`, or anything with these two."""
 
     @property
@@ -73,7 +73,7 @@ class Predicts(Protocol):
 
 
 @dataclass(frozen=True)
-class Score:
+class PairResult:
     """What a model scored.
 
     Attributes:
@@ -91,48 +91,48 @@ class Score:
     @property
     def accuracy(self) -> float:
         """Share of the pairs that are right, 0 to 1; NaN without a pair."""
-        return _share(self.rows)
+        return _accuracy(self.rows)
 
     @property
     def scenes(self) -> dict[str, float]:
         """The same for each kind of scene that occurs, in the order of `SCENES`."""
         return {
-            scene: _share(rows)
-            for scene in SCENES
+            scene: _accuracy(rows)
+            for scene in SCENE_TYPES
             if (rows := tuple(row for row in self.rows if row["scene"] == scene))
         }
 
 
 def find(root: Path) -> Iterator[str]:
     """List the images that have pairs, in the order of their paths; ValueError if annotations.json is not there."""
-    root = _with_annotations(root_of(root))
-    return iter([as_field(path) for path in sorted(_annotations(str(root / ANNOTATIONS)))])
+    root = _find_root(resolve_root(root))
+    return iter([escape_field(path) for path in sorted(_load_annotations(str(root / ANNOTATIONS_FILE)))])
 
 
-def read(root: Path, line: str) -> Compared:
+def read(root: Path, line: str) -> PointPairImage:
     """Read an image and its pairs; ValueError if it is missing or damaged, or a point lies outside."""
-    root = _with_annotations(root_of(root))
-    path = from_field(line.partition("\t")[0])
-    annotated = _annotations(str(root / ANNOTATIONS))
+    root = _find_root(resolve_root(root))
+    path = unescape_field(line.partition("\t")[0])
+    annotated = _load_annotations(str(root / ANNOTATIONS_FILE))
     if path not in annotated:
-        raise ValueError(f"{root / ANNOTATIONS} names no image {path}")
+        raise ValueError(f"{root / ANNOTATIONS_FILE} names no image {path}")
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{path} leads out of the folder")
-    scene = next((part for part in path.split("/") if part in SCENES), None)
+    scene = next((part for part in path.split("/") if part in SCENE_TYPES), None)
     if scene is None:
-        raise ValueError(f"{path} lies in no folder of a kind of scene ({', '.join(SCENES)})")
+        raise ValueError(f"{path} lies in no folder of a kind of scene ({', '.join(SCENE_TYPES)})")
     try:
         image = decode_image(read_bytes(root / path))
     except ValueError as error:
         raise ValueError(f"{root / path}: {error}") from error
-    pairs = np.array([_ordered(pair, path) for pair in annotated[path]], np.int64).reshape(-1, 2, 2)
+    pairs = np.array([_parse_pair(pair, path) for pair in annotated[path]], np.int64).reshape(-1, 2, 2)
     if (pairs < 0).any() or (pairs >= image.shape[:2]).any():
         size = f"{image.shape[0]} rows and {image.shape[1]} columns"
         raise ValueError(f"{path} has {size}, and a point outside of them: points are [row, column]")
-    return Compared(f"da2k/{path}", image, scene, pairs)
+    return PointPairImage(f"da2k/{path}", image, scene, pairs)
 
 
-def right(map_: np.ndarray, compared: Compared, *, quantity: str) -> np.ndarray:
+def score_pairs(map_: np.ndarray, compared: PointPairImage, *, quantity: str) -> np.ndarray:
     """Say which pairs a map orders as people do.
 
     Args:
@@ -157,21 +157,23 @@ def right(map_: np.ndarray, compared: Compared, *, quantity: str) -> np.ndarray:
     return np.where(near > far, 1.0, 0.5 * (near == far)) * known
 
 
-def da2k_score(predictor: Predicts, images: Iterable[Compared], *, batch_size: int = 16) -> Score:
+def score_da2k(
+    predictor: PairPredictor, images: Iterable[PointPairImage], *, batch_size: int = 16
+) -> PairResult:
     """Ask a model for the order of all pairs. Holds `batch_size` images at a time."""
     rows = []
     images = iter(images)
     while batch := list(islice(images, batch_size)):
         maps = predictor.predict_batch([compared.image for compared in batch])
         for compared, map_ in zip(batch, maps, strict=True):
-            answers = right(map_, compared, quantity=predictor.quantity)
+            answers = score_pairs(map_, compared, quantity=predictor.quantity)
             row = {"pairs": len(answers), "right": float(answers.sum())}
-            row["mute"] = int(_is_mute(map_, compared, quantity=predictor.quantity))
+            row["mute"] = int(_has_missing_values(map_, compared, quantity=predictor.quantity))
             rows.append({"key": compared.key, "scene": compared.scene, **row})
-    return Score(tuple(rows))
+    return PairResult(tuple(rows))
 
 
-def _is_mute(map_: np.ndarray, compared: Compared, *, quantity: str) -> bool:
+def _has_missing_values(map_: np.ndarray, compared: PointPairImage, *, quantity: str) -> bool:
     """Whether a map has no number at a point that is asked for; infinite depth is sky."""
     faults = np.isnan(map_) if quantity == "depth" else ~np.isfinite(map_)
     if not faults.any():
@@ -181,15 +183,17 @@ def _is_mute(map_: np.ndarray, compared: Compared, *, quantity: str) -> bool:
     return bool(whole[compared.pairs[..., 0], compared.pairs[..., 1]].any())
 
 
-def _with_annotations(root: Path) -> Path:
+def _find_root(root: Path) -> Path:
     for folder in (root, root / "DA-2K"):
-        if (folder / ANNOTATIONS).is_file():
+        if (folder / ANNOTATIONS_FILE).is_file():
             return folder
-    raise ValueError(f"{root} does not hold DA-2K: looked for {ANNOTATIONS} with images/; get it from {_GET}")
+    raise ValueError(
+        f"{root} does not hold DA-2K: looked for {ANNOTATIONS_FILE} with images/; get it from {_GET}"
+    )
 
 
 @lru_cache(maxsize=2)
-def _annotations(path: str) -> Mapping[str, Any]:
+def _load_annotations(path: str) -> Mapping[str, Any]:
     try:
         read_ = json.loads(read_bytes(Path(path)))
     except ValueError as error:
@@ -199,7 +203,7 @@ def _annotations(path: str) -> Mapping[str, Any]:
     return read_
 
 
-def _ordered(pair: Any, path: str) -> list[list[int]]:
+def _parse_pair(pair: Any, path: str) -> list[list[int]]:
     """Nearer and farther point of an annotated pair."""
     try:
         nearer = pair["closer_point"]
@@ -213,7 +217,7 @@ def _ordered(pair: Any, path: str) -> list[list[int]]:
         ) from None
 
 
-def _share(rows: Iterable[dict[str, Any]]) -> float:
+def _accuracy(rows: Iterable[dict[str, Any]]) -> float:
     rows = tuple(rows)
     pairs = sum(row["pairs"] for row in rows)
     return float(np.sum([row["right"] for row in rows]) / pairs) if pairs else float("nan")

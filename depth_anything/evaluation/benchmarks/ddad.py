@@ -33,20 +33,20 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.data.sources.folders import fields
-from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import MAX_BYTES
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.ingest.file_list import escape_field
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.maps import MAX_FILE_BYTES
 
-INDEX, CAMERA, LIDAR = "ddad.json", "CAMERA_01", "LIDAR"
-_VAL = "1"
+INDEX_FILE, CAMERA, LIDAR = "ddad.json", "CAMERA_01", "LIDAR"
+_VALIDATION_SPLIT = "1"
 _GET = "https://github.com/TRI-ML/DDAD (DDAD.tar, 257 GB)"
-_LAYOUT = f"ddad_train_val/{INDEX} with the folders of its scenes"
+_LAYOUT = f"ddad_train_val/{INDEX_FILE} with the folders of its scenes"
 
 
 @dataclass(frozen=True)
-class Sample:
+class LidarSample:
     """What the camera and the LiDAR saw at a time.
 
     Attributes:
@@ -72,39 +72,39 @@ def find(root: Path) -> Iterator[str]:
     Raises:
         ValueError: If ddad.json, or each of its scenes, is not there, or a scene's file is damaged.
     """
-    place = _place(root)
-    here = [scene for scene in _scenes(place) if (place / scene).is_file()]
+    place = _find_root(root)
+    here = [scene for scene in _validation_scenes(place) if (place / scene).is_file()]
     if not here:
         raise ValueError(f"{place} holds no scene of DDAD's validation split: get it from {_GET}")
     for scene in here:
         folder = PurePosixPath(scene).parent
-        for sample in _samples(place, scene):
+        for sample in _read_samples(place, scene):
             paths = [str(folder / path) if path else "" for path in (sample.cloud, sample.image)]
-            yield "\t".join(map(as_field, [f"{folder}/{sample.name}", scene, *paths]))
+            yield "\t".join(map(escape_field, [f"{folder}/{sample.name}", scene, *paths]))
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame and make its depth of the points; ValueError if a file is missing or damaged."""
-    name, scene, cloud, image = fields(line)
-    place = _place(root)
-    with about(f"ddad/{name}"):
-        held = {one.name: one for one in _samples(place, scene)}
+    name, scene, cloud, image = split_fields(line)
+    place = _find_root(root)
+    with prefix_errors(f"ddad/{name}"):
+        held = {one.name: one for one in _read_samples(place, scene)}
         sample = held.get(PurePosixPath(name).name)
         if sample is None:
             raise ValueError(f"{scene} holds it no longer")
         for path, what in ((image, CAMERA), (cloud, LIDAR)):
             if not path:
                 raise ValueError(f"its scene has no {what} at that time")
-        pixels = decode_image(read_named(place, _inside(image)))
-        calibration = _inside(f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
-        camera = read_intrinsics(read_named(place, calibration))
-        points = read_points(read_named(place, _inside(cloud)))
+        pixels = decode_image(read_file(place, _check_inside(image)))
+        calibration = _check_inside(f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
+        camera = read_intrinsics(read_file(place, calibration))
+        points = read_points(read_file(place, _check_inside(cloud)))
         turn = np.linalg.inv(sample.camera) @ sample.lidar
-        depth = project(points @ turn[:3, :3].T + turn[:3, 3], camera, size=pixels.shape[:2])
+        depth = project_points(points @ turn[:3, :3].T + turn[:3, 3], camera, size=pixels.shape[:2])
         return make_frame(f"ddad/{name}", pixels, depth)
 
 
-def project(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
+def project_points(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
     """Make a map of depth of points.
 
     Args:
@@ -129,10 +129,10 @@ def read_points(data: bytes) -> np.ndarray:
     """The points of a cloud's .npz, float64 (N, 3); ValueError if it is damaged, or holds something else."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if archive.getinfo("data.npy").file_size > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+            if archive.getinfo("data.npy").file_size > MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MiB")
             stream = io.BytesIO(archive.read("data.npy"))
-        _check_held(stream)
+        _check_npy_size(stream)
         values = np.load(stream, allow_pickle=False)
         if values.dtype.names is not None:
             values = np.stack([values[axis].reshape(-1) for axis in "XYZ"], 1)
@@ -144,7 +144,7 @@ def read_points(data: bytes) -> np.ndarray:
     return points[np.isfinite(points).all(1)]
 
 
-def _check_held(stream: io.BytesIO) -> None:
+def _check_npy_size(stream: io.BytesIO) -> None:
     """Refuse an NPY whose header claims more than follows it: room would be made for what it claims."""
     form = np.lib.format
     read_header = (
@@ -171,59 +171,59 @@ def read_intrinsics(data: bytes) -> np.ndarray:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
-def _place(root: Path) -> Path:
+def _find_root(root: Path) -> Path:
     """The folder of ddad.json."""
-    root = root_of(root)
+    root = resolve_root(root)
     for place in (root, root / "ddad_train_val"):
-        if (place / INDEX).is_file():
+        if (place / INDEX_FILE).is_file():
             return place
     raise ValueError(f"{root} does not hold DDAD: looked for {_LAYOUT}; get it from {_GET}")
 
 
-def _scenes(place: Path) -> list[str]:
+def _validation_scenes(place: Path) -> list[str]:
     """Scene files of the validation split, below `place`."""
     try:
-        names = json.loads((place / INDEX).read_bytes())["scene_splits"][_VAL]["filenames"]
-        return [_inside(name) for name in names]
+        names = json.loads((place / INDEX_FILE).read_bytes())["scene_splits"][_VALIDATION_SPLIT]["filenames"]
+        return [_check_inside(name) for name in names]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{place / INDEX} has no scenes of the validation split") from None
+        raise ValueError(f"{place / INDEX_FILE} has no scenes of the validation split") from None
 
 
-def _inside(path: str) -> str:
+def _check_inside(path: str) -> str:
     """The path, if it leads to nothing outside of the folder."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{path!r} leads out of the folder")
     return path
 
 
-def _samples(place: Path, scene: str) -> tuple[Sample, ...]:
-    path = place / _inside(scene)
+def _read_samples(place: Path, scene: str) -> tuple[LidarSample, ...]:
+    path = place / _check_inside(scene)
     return _read_scene(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _read_scene(path: Path, changed: int) -> tuple[Sample, ...]:
+def _read_scene(path: Path, changed: int) -> tuple[LidarSample, ...]:
     """The samples of a scene's file, `changed` then; ValueError if it is damaged."""
     try:
         scene = json.loads(path.read_bytes())
         data = {datum["key"]: datum for datum in scene["data"]}
-        return tuple(_sample(sample, data) for sample in scene["samples"])
+        return tuple(_parse_sample(sample, data) for sample in scene["samples"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _sample(sample: dict[str, Any], data: dict[str, Any]) -> Sample:
+def _parse_sample(sample: dict[str, Any], data: dict[str, Any]) -> LidarSample:
     """A sample with what its keys stand for; names of sensors are compared without their case, as dgp does."""
     seen = [data[key] for key in sample["datum_keys"] if key in data]
     named = {datum["id"]["name"].upper(): datum["datum"] for datum in seen}
     image, cloud = named.get(CAMERA, {}).get("image", {}), named.get(LIDAR, {}).get("point_cloud", {})
     seen_at, points_at = (str(datum.get("filename", "")) for datum in (image, cloud))
-    camera, lidar = (_pose(datum["pose"]) if datum else np.eye(4) for datum in (image, cloud))
+    camera, lidar = (_pose_matrix(datum["pose"]) if datum else np.eye(4) for datum in (image, cloud))
     name = PurePosixPath(seen_at or points_at).stem
-    return Sample(name, str(sample["calibration_key"]), seen_at, points_at, camera, lidar)
+    return LidarSample(name, str(sample["calibration_key"]), seen_at, points_at, camera, lidar)
 
 
-def _pose(pose: dict[str, Any]) -> np.ndarray:
+def _pose_matrix(pose: dict[str, Any]) -> np.ndarray:
     """A pose as float64 (4, 4)."""
     rotation, translation = pose.get("rotation", {}), pose.get("translation", {})
     quaternion = np.array([float(rotation.get(f"q{axis}", 0)) for axis in "wxyz"])
@@ -250,5 +250,5 @@ DDAD = Benchmark(
     licence="CC-BY-NC-SA-4.0",
     find=find,
     read=read,
-    caps={"da2": Caps(1e-3, 200), "zoedepth": Caps(1e-3, 80, crop="garg")},
+    depth_limits={"da2": DepthLimits(1e-3, 200), "zoedepth": DepthLimits(1e-3, 80, crop="garg")},
 )

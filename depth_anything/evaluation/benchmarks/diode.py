@@ -21,17 +21,17 @@ from functools import partial
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import read_npy
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.maps import read_npy
+from depth_anything.ingest.source import DatasetInfo
 
 _NAME = r"(\d{5}_\d{5}_(?:indoors|outdoor)_\d{3}_\d{3})"
-_IMAGE = Kind("image", "scan_*", _NAME + r"\.png")
-_DEPTH = Kind("depth", "scan_*", _NAME + r"_depth\.npy")
-_MASK = Kind("mask", "scan_*", _NAME + r"_depth_mask\.npy")
-_FACTS = Facts(
+_IMAGE = FilePattern("image", "scan_*", _NAME + r"\.png")
+_DEPTH = FilePattern("depth", "scan_*", _NAME + r"_depth\.npy")
+_MASK = FilePattern("mask", "scan_*", _NAME + r"_depth_mask\.npy")
+_FACTS = DatasetInfo(
     name="diode",
     title="DIODE, validation",
     records=771,
@@ -51,29 +51,31 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
     Raises:
         ValueError: If there is none.
     """
-    lines = find_frames(root_of(root, "diode"), _FACTS, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
+    lines = find_frames(resolve_root(root, "diode"), _FACTS, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
     listed = (
         line
         for line in lines
         for folders, _, name in [line.partition("\t")[0].rpartition("/")]
         if "train" not in folders.split("/") and (not part or f"_{part}_" in name)
     )
-    return some(listed, f"{root} holds no frame of DIODE's validation split {part}: get it from {_FACTS.get}")
+    return require_lines(
+        listed, f"{root} holds no frame of DIODE's validation split {part}: get it from {_FACTS.get}"
+    )
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if a file is missing or damaged, or sizes differ."""
-    name, image, depth, mask = fields(line)
-    root = root_of(root, "diode")
-    with about(f"diode/{name}"):
-        metres = read_npy(read_kind(root, _DEPTH, depth))
-        known = read_npy(read_kind(root, _MASK, mask)) > 0
+    name, image, depth, mask = split_fields(line)
+    root = resolve_root(root, "diode")
+    with prefix_errors(f"diode/{name}"):
+        metres = read_npy(read_frame_file(root, _DEPTH, depth))
+        known = read_npy(read_frame_file(root, _MASK, mask)) > 0
         return make_frame(
-            f"diode/{name.rpartition('/')[2]}", read_kind(root, _IMAGE, image), metres, known=known
+            f"diode/{name.rpartition('/')[2]}", read_frame_file(root, _IMAGE, image), metres, known=known
         )
 
 
-def _benchmark(part: str, images: int, caps: dict[str, Caps]) -> Benchmark:
+def _make_benchmark(part: str, images: int, depth_limits: dict[str, DepthLimits]) -> Benchmark:
     word = part.rstrip("s")
     return Benchmark(
         name=f"{_FACTS.name}_{word}" if part else _FACTS.name,
@@ -84,11 +86,15 @@ def _benchmark(part: str, images: int, caps: dict[str, Caps]) -> Benchmark:
         licence=_FACTS.licence,
         find=partial(find, part=part),
         read=read,
-        caps=caps,
+        depth_limits=depth_limits,
     )
 
 
-_RELATIVE = Caps(1e-3, 50)
-DIODE = _benchmark("", 771, {"da2": _RELATIVE, "marigold": Caps(0.6, 350)})
-DIODE_INDOOR = _benchmark("indoors", 325, {"da2": _RELATIVE, "zoedepth": Caps(1e-3, 10, crop="eigen_pixels")})
-DIODE_OUTDOOR = _benchmark("outdoor", 446, {"da2": _RELATIVE, "zoedepth": Caps(1e-3, 80, crop="garg")})
+_DA2_LIMITS = DepthLimits(1e-3, 50)
+DIODE = _make_benchmark("", 771, {"da2": _DA2_LIMITS, "marigold": DepthLimits(0.6, 350)})
+DIODE_INDOOR = _make_benchmark(
+    "indoors", 325, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 10, crop="eigen_pixels")}
+)
+DIODE_OUTDOOR = _make_benchmark(
+    "outdoor", 446, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 80, crop="garg")}
+)

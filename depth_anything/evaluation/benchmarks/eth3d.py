@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.source import DatasetInfo
 
-_IMAGE = Kind("image", "images/dslr_images", r"(\w+)\.JPG")
-_DEPTH = Kind("depth", "ground_truth_depth/dslr_images", r"(\w+)\.JPG")
-_FACTS = Facts(
+_IMAGE = FilePattern("image", "images/dslr_images", r"(\w+)\.JPG")
+_DEPTH = FilePattern("depth", "ground_truth_depth/dslr_images", r"(\w+)\.JPG")
+_FACTS = DatasetInfo(
     name="eth3d",
     title="ETH3D, high resolution",
     records=454,
@@ -36,15 +36,15 @@ _FACTS = Facts(
 
 def find(root: Path) -> Iterator[str]:
     """List the frames scene by scene; ValueError if there is none."""
-    return find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH), sequence=_scene)
+    return find_frames(resolve_root(root), _FACTS, (_IMAGE, _DEPTH), sequence=_scene_name)
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing, damaged or of another size."""
-    name, image, depth = fields(line)
-    with about(f"eth3d/{name}"):
-        pixels = decode_image(read_kind(Path(root), _IMAGE, image), upright=False)
-        data = read_kind(Path(root), _DEPTH, depth)
+    name, image, depth = split_fields(line)
+    with prefix_errors(f"eth3d/{name}"):
+        pixels = decode_image(read_frame_file(Path(root), _IMAGE, image), upright=False)
+        data = read_frame_file(Path(root), _DEPTH, depth)
         height, width = pixels.shape[:2]
         if len(data) != height * width * 4:
             raise ValueError(
@@ -54,7 +54,7 @@ def read(root: Path, line: str) -> Frame:
         return make_frame(f"eth3d/{name}", pixels, np.frombuffer(data, "<f4").reshape(height, width))
 
 
-def _scene(parts: tuple[str, ...]) -> str:
+def _scene_name(parts: tuple[str, ...]) -> str:
     """The scene's name; none where the root is the scene's own folder."""
     return parts[-3] if len(parts) > 2 else ""
 
@@ -68,5 +68,5 @@ ETH3D = Benchmark(
     licence=_FACTS.licence,
     find=find,
     read=read,
-    caps={"da2": Caps(1e-3, 80), "marigold": Caps(1e-5, float("inf"))},
+    depth_limits={"da2": DepthLimits(1e-3, 80), "marigold": DepthLimits(1e-5, float("inf"))},
 )

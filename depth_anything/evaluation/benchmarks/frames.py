@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.data.sources.maps import read_bytes
+from depth_anything.ingest.maps import read_bytes
 
 
 @dataclass
-class PartFrame(Frame):
+class MaskedFrame(Frame):
     """A frame of which a part is compared: fits are over all that is known, errors over what of it is in the part.
 
     Attributes:
@@ -50,9 +50,9 @@ def make_frame(
     """
     pixels = decode_image(image) if isinstance(image, bytes) else image
     if known is not None and known.shape != depth.shape:
-        raise ValueError(f"its depth has {_size(depth)} pixels, the mask of it {_size(known)}")
+        raise ValueError(f"its depth has {_format_size(depth)} pixels, the mask of it {_format_size(known)}")
     if same_size and pixels.shape[:2] != depth.shape:
-        raise ValueError(f"its image has {_size(pixels)} pixels, its depth {_size(depth)}")
+        raise ValueError(f"its image has {_format_size(pixels)} pixels, its depth {_format_size(depth)}")
     good = np.isfinite(depth) & (depth > 0)
     if known is not None:
         good &= known
@@ -61,7 +61,7 @@ def make_frame(
     )
 
 
-def read_labels(data: bytes) -> np.ndarray:
+def read_label_image(data: bytes) -> np.ndarray:
     """Decode a mask, or classes of pixels, from a grey image of 8 bits or of one.
 
     Returns:
@@ -77,7 +77,7 @@ def read_labels(data: bytes) -> np.ndarray:
 
 
 @contextmanager
-def about(key: str) -> Iterator[None]:
+def prefix_errors(key: str) -> Iterator[None]:
     """Name the frame in what is said of its files: a ValueError begins with its key."""
     try:
         yield
@@ -85,13 +85,13 @@ def about(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
-def read_named(root: Path, path: str) -> bytes:
+def read_file(root: Path, path: str) -> bytes:
     """Read a file below the root; a ValueError begins with its path."""
-    with about(path):
+    with prefix_errors(path):
         return read_bytes(root / path)
 
 
-def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
+def require_lines(lines: Iterator[str], wanted: str) -> Iterator[str]:
     """Pass lines on; ValueError saying what was looked for if there is none."""
     first = next(lines, None)
     if first is None:
@@ -100,7 +100,7 @@ def some(lines: Iterator[str], wanted: str) -> Iterator[str]:
     yield from lines
 
 
-def root_of(root: Path, folder: str = "") -> Path:
+def resolve_root(root: Path, folder: str = "") -> Path:
     """The folder of a benchmark: the one called `folder` in `root`, if there is one, or else `root` itself.
 
     Several benchmarks of the same files are thus found below the folder of all benchmarks, too.
@@ -116,5 +116,5 @@ def root_of(root: Path, folder: str = "") -> Path:
     return root / folder if folder and (root / folder).is_dir() else root
 
 
-def _size(values: np.ndarray) -> str:
+def _format_size(values: np.ndarray) -> str:
     return f"{values.shape[1]} x {values.shape[0]}"

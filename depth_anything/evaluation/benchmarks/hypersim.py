@@ -1,6 +1,6 @@
 """Hypersim, its test split: rendered interiors.
 
-Layout, images (the preview) and depth are those of `depth_anything.data.sources.hypersim`, which reads them; its two
+Layout, images (the preview) and depth are those of `depth_anything.ingest.sets.hypersim`, which reads them; its two
 tables must lie in the folder, too.
 
 Depth: planar, in metres, from the distances that are stored, by each scene's own camera. Depth Anything V1 and
@@ -25,28 +25,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources import hypersim
-from depth_anything.data.sources.folders import fields
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.sets import hypersim
 
 # What only `depth-anything shard` can be told.
-_OF_SHARD = re.compile(r", or add --\w+ \w+$|: type another split$")
+_SHARD_ADVICE = re.compile(r", or add --\w+ \w+$|: type another split$")
 
 
 def find(root: Path) -> Iterator[str]:
     """List the frames of the test split; ValueError if there is none, or a table is missing."""
-    root = root_of(root)
+    root = resolve_root(root)
     try:
         yield from hypersim.find(root, split="test")
     except ValueError as error:
-        raise ValueError(_OF_SHARD.sub("", str(error))) from error
+        raise ValueError(_SHARD_ADVICE.sub("", str(error))) from error
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if a file is missing or damaged, or its scene's camera is not known."""
-    key = f"hypersim/{fields(line)[0]}"
-    with about(key):
+    key = f"hypersim/{split_fields(line)[0]}"
+    with prefix_errors(key):
         raw = hypersim.read(Path(root), line)
         assert raw.depth is not None
         return make_frame(key, raw.image, raw.depth, meta=raw.meta)
@@ -56,11 +56,11 @@ HYPERSIM = Benchmark(
     name="hypersim",
     title="Hypersim, test",
     images=7690,
-    layout=f"{hypersim.FACTS.layout}, and the two tables",
-    get=hypersim.FACTS.get,
-    licence=hypersim.FACTS.licence,
+    layout=f"{hypersim.INFO.layout}, and the two tables",
+    get=hypersim.INFO.get,
+    licence=hypersim.INFO.licence,
     find=find,
     read=read,
     sharp=True,
-    caps={"da2": Caps(1e-3, 80), "zoedepth": Caps(1e-3, 80, crop="eigen_pixels")},
+    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, crop="eigen_pixels")},
 )

@@ -21,20 +21,25 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import read_png16
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_labels, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import (
+    make_frame,
+    prefix_errors,
+    read_label_image,
+    resolve_root,
+)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.maps import read_png16
+from depth_anything.ingest.source import DatasetInfo
 
 _NAME = r"(\w+)\.png"
-_KINDS = (
-    Kind("image", "rgb", _NAME),
-    Kind("depth", "depth", _NAME),
-    Kind("mask of what the scan missed", "mask_invalid", _NAME),
-    Kind("mask of what is transparent", "mask_transp", _NAME),
+_FILES = (
+    FilePattern("image", "rgb", _NAME),
+    FilePattern("depth", "depth", _NAME),
+    FilePattern("mask of what the scan missed", "mask_invalid", _NAME),
+    FilePattern("mask of what is transparent", "mask_transp", _NAME),
 )
-_FACTS = Facts(
+_FACTS = DatasetInfo(
     name="ibims",
     title="iBims-1",
     records=100,
@@ -46,15 +51,15 @@ _FACTS = Facts(
 
 def find(root: Path) -> Iterator[str]:
     """List the frames in the order of their names; ValueError if there is none."""
-    return find_frames(root_of(root), _FACTS, _KINDS, sequence=lambda parts: "")
+    return find_frames(resolve_root(root), _FACTS, _FILES, sequence=lambda parts: "")
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if a file is missing or damaged, or sizes differ."""
-    name, *paths = fields(line)
-    with about(f"ibims/{name}"):
-        image, depth, *masks = map(read_kind, [Path(root)] * len(_KINDS), _KINDS, paths)
-        scanned, opaque = (read_labels(mask) > 0 for mask in masks)
+    name, *paths = split_fields(line)
+    with prefix_errors(f"ibims/{name}"):
+        image, depth, *masks = map(read_frame_file, [Path(root)] * len(_FILES), _FILES, paths)
+        scanned, opaque = (read_label_image(mask) > 0 for mask in masks)
         if scanned.shape != opaque.shape:
             raise ValueError("its two masks differ in size")
         metres = read_png16(depth).astype(np.float64) * 50 / 65535
@@ -71,5 +76,5 @@ IBIMS = Benchmark(
     find=find,
     read=read,
     sharp=True,
-    caps={"da2": Caps(1e-3, 50), "zoedepth": Caps(0.0, 10, crop="eigen_nyu")},
+    depth_limits={"da2": DepthLimits(1e-3, 50), "zoedepth": DepthLimits(0.0, 10, crop="eigen_nyu")},
 )

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.maps import read_png16
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.maps import read_png16
+from depth_anything.ingest.source import DatasetInfo
 
-FRAMES = {
+EIGEN_FRAMES = {
     "2011_09_26_drive_0002_sync": "6-63/3 69",
     "2011_09_26_drive_0009_sync": "16-176/16 196-388/16",
     "2011_09_26_drive_0013_sync": "5-10/5 20 30-50/5 60-70/5 80-135/5",
@@ -59,9 +59,9 @@ FRAMES = {
 """Drive → the numbers of its frames: FIRST-LAST/STEP, or one alone."""
 
 _DRIVE = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_sync")
-_IMAGE = Kind("image", "image_02/data", r"(\d{10})\.(?:png|jpg)")
-_DEPTH = Kind("depth", "proj_depth/groundtruth/image_02", r"(\d{10})\.png")
-_FACTS = Facts(
+_IMAGE = FilePattern("image", "image_02/data", r"(\d{10})\.(?:png|jpg)")
+_DEPTH = FilePattern("depth", "proj_depth/groundtruth/image_02", r"(\d{10})\.png")
+_FACTS = DatasetInfo(
     name="kitti",
     title="KITTI, Eigen's 652 frames",
     records=652,
@@ -72,10 +72,10 @@ _FACTS = Facts(
 )
 
 
-def frames_of(drive: str) -> list[int]:
+def frame_numbers(drive: str) -> list[int]:
     """The numbers of a drive's frames in the list, ascending; none if it is not in it."""
     numbers: list[int] = []
-    for run in FRAMES.get(drive, "").split():
+    for run in EIGEN_FRAMES.get(drive, "").split():
         first, _, rest = run.partition("-")
         last, _, step = rest.partition("/")
         numbers += range(int(first), int(last or first) + 1, int(step or 1))
@@ -84,23 +84,23 @@ def frames_of(drive: str) -> list[int]:
 
 def find(root: Path) -> Iterator[str]:
     """List those of the 652 frames that lie there, in the order of drives and numbers; ValueError if none does."""
-    wanted = {f"{drive}/{number:010d}" for drive in FRAMES for number in frames_of(drive)}
-    lines = find_frames(root_of(root), _FACTS, (_IMAGE, _DEPTH), sequence=_drive)
+    wanted = {f"{drive}/{number:010d}" for drive in EIGEN_FRAMES for number in frame_numbers(drive)}
+    lines = find_frames(resolve_root(root), _FACTS, (_IMAGE, _DEPTH), sequence=_drive_name)
     listed = (line for line in lines if line.partition("\t")[0] in wanted)
-    return some(
+    return require_lines(
         listed, f"{root} holds frames of KITTI, but none of the 652 of Eigen's test: get it from {_FACTS.get}"
     )
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
-    name, image, depth = fields(line)
-    with about(f"kitti/{name}"):
-        metres = read_png16(read_kind(Path(root), _DEPTH, depth)).astype(np.float32) / 256
-        return make_frame(f"kitti/{name}", read_kind(Path(root), _IMAGE, image), metres)
+    name, image, depth = split_fields(line)
+    with prefix_errors(f"kitti/{name}"):
+        metres = read_png16(read_frame_file(Path(root), _DEPTH, depth)).astype(np.float32) / 256
+        return make_frame(f"kitti/{name}", read_frame_file(Path(root), _IMAGE, image), metres)
 
 
-def _drive(parts: tuple[str, ...]) -> str:
+def _drive_name(parts: tuple[str, ...]) -> str:
     return next((part for part in parts if _DRIVE.fullmatch(part)), "")
 
 
@@ -113,9 +113,9 @@ KITTI = Benchmark(
     licence=_FACTS.licence,
     find=find,
     read=read,
-    caps={
-        "da2": Caps(1e-3, 80, crop="garg"),
-        "marigold": Caps(1e-5, 80, cut="kb", crop="eigen_kitti"),
-        "zoedepth": Caps(1e-3, 80, cut="kb", crop="garg"),
+    depth_limits={
+        "da2": DepthLimits(1e-3, 80, crop="garg"),
+        "marigold": DepthLimits(1e-5, 80, cut="kb", crop="eigen_kitti"),
+        "zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg"),
     },
 )

@@ -38,15 +38,15 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.data.sources.folders import fields
-from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_png16
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.ingest.file_list import escape_field
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.maps import read_png16
 
-INDEX = ".index.txt"
+INDEX_FILE = ".index.txt"
 _GET = "https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation"
-_DROP = 1000.0
+_MAX_RELATIVE_DEPTH = 1000.0
 # Name here → folder, width, height, images (0: not published), licence.
 _SETS: dict[str, tuple[str, int, int, int, str]] = {
     "moge_nyu": ("NYUv2", 640, 480, 654, "LicenseRef-NYU-Depth-V2"),
@@ -61,7 +61,12 @@ _SETS: dict[str, tuple[str, int, int, int, str]] = {
     "moge_hammer": ("HAMMER", 1664, 832, 0, "LicenseRef-HAMMER"),
 }
 
-_SHARP = ("moge_ibims", "moge_sintel", "moge_spring", "moge_hammer")  # where MoGe scores boundaries
+_SETS_WITH_BOUNDARIES = (
+    "moge_ibims",
+    "moge_sintel",
+    "moge_spring",
+    "moge_hammer",
+)  # where MoGe scores boundaries
 
 
 def find(root: Path, *, name: str) -> Iterator[str]:
@@ -72,34 +77,38 @@ def find(root: Path, *, name: str) -> Iterator[str]:
         name: One of the sets'.
     """
     folder = _SETS[name][0]
-    root = root_of(root, "moge")
-    place = next((place for place in (root / folder, root) if (place / INDEX).is_file()), None)
+    root = resolve_root(root, "moge")
+    place = next((place for place in (root / folder, root) if (place / INDEX_FILE).is_file()), None)
     if place is None or (place == root and root.name != folder and (root / folder).exists()):
         raise ValueError(
-            f"{root} does not hold {folder}: looked for {folder}/{INDEX}; get {folder}.zip from {_GET}"
+            f"{root} does not hold {folder}: looked for {folder}/{INDEX_FILE}; get {folder}.zip from {_GET}"
         )
     below = f"{folder}/" if place != root else ""
-    for text in (place / INDEX).read_text(encoding="utf-8").splitlines():
+    for text in (place / INDEX_FILE).read_text(encoding="utf-8").splitlines():
         if text.strip():
-            yield "\t".join(map(as_field, [text.strip(), f"{below}{text.strip()}"]))
+            yield "\t".join(map(escape_field, [text.strip(), f"{below}{text.strip()}"]))
 
 
 def read(root: Path, line: str, *, name: str) -> Frame:
     """Read a frame and warp it to its set's size; ValueError if a file is missing or damaged."""
-    frame, place = fields(line)
+    frame, place = split_fields(line)
     _, width, height, _, _ = _SETS[name]
-    root = root_of(root, "moge")
-    with about(f"{name}/{frame}"):
+    root = resolve_root(root, "moge")
+    with prefix_errors(f"{name}/{frame}"):
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise ValueError("its path leads out of the bundle")
-        image = decode_image(read_named(root, f"{place}/image.jpg"))
-        depth = read_depth(read_named(root, f"{place}/depth.png"))
-        camera = _intrinsics(read_named(root, f"{place}/meta.json"))
+        image = decode_image(read_file(root, f"{place}/image.jpg"))
+        depth = read_depth(read_file(root, f"{place}/depth.png"))
+        camera = _parse_intrinsics(read_file(root, f"{place}/meta.json"))
         if image.shape[:2] != depth.shape:
             raise ValueError(f"its image is {image.shape[:2]}, its depth {depth.shape}")
         image, depth, camera = warp(image, depth, camera, width=width, height=height)
         metres = np.where(np.isfinite(depth), depth, np.nan)
-        known = metres <= np.nanquantile(metres, 0.01) * _DROP if np.isfinite(metres).any() else None
+        known = (
+            metres <= np.nanquantile(metres, 0.01) * _MAX_RELATIVE_DEPTH
+            if np.isfinite(metres).any()
+            else None
+        )
         return make_frame(f"{name}/{frame}", image, metres, known=known, meta={"intrinsics": camera.tolist()})
 
 
@@ -141,8 +150,8 @@ def warp(
     """
     camera = camera.astype(np.float32)
     inverse = np.linalg.inv(camera)
-    turn = _turn(inverse @ np.array([0.5, 0.5, 1.0], np.float32))
-    wide, high = _view(camera, inverse, turn, width / height)
+    turn = _rotation_to_z(inverse @ np.array([0.5, 0.5, 1.0], np.float32))
+    wide, high = _view_size(camera, inverse, turn, width / height)
     new = np.array([[1 / wide, 0, 0.5], [0, 1 / high, 0.5], [0, 0, 1]], np.float32)
     # Pixels of about the target's size, seen from the old camera.
     raw_height, raw_width = image.shape[:2]
@@ -151,9 +160,9 @@ def warp(
     if min(near_width, near_height) < 1:
         raise ValueError("its camera sees nothing")
     image = np.asarray(Image.fromarray(image).resize((near_width, near_height), Image.Resampling.LANCZOS))
-    resized = resize_known(depth.astype(np.float32), width=near_width, height=near_height)
+    resized = resize_nearest_valid(depth.astype(np.float32), width=near_width, height=near_height)
     distance = resized * _ray_lengths(inverse, near_width, near_height)
-    seen = _rays(width, height) @ (camera @ np.linalg.inv(turn) @ np.linalg.inv(new)).T
+    seen = _pixel_rays(width, height) @ (camera @ np.linalg.inv(turn) @ np.linalg.inv(new)).T
     pixels = seen[..., :2] / (seen[..., 2:] + 1e-12) * np.array([near_width, near_height], np.float32) - 0.5
     x, y = pixels[..., 0], pixels[..., 1]
     warped = cv2.remap(image, x, y, cv2.INTER_LINEAR)
@@ -162,7 +171,7 @@ def warp(
     return warped, far / (_ray_lengths(np.linalg.inv(new), width, height) + 1e-12), new
 
 
-def resize_known(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
+def resize_nearest_valid(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
     """Bring a map to another size: each pixel takes the known value nearest to its center, if one lies near it.
 
     Near is a window of source pixels about as large as the new pixel, and at least one.
@@ -175,8 +184,8 @@ def resize_known(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
     Returns:
         float32 (height, width), NaN where the window holds nothing known.
     """
-    rows, first_row, tall = _windows(depth.shape[0], height)
-    columns, first_column, broad = _windows(depth.shape[1], width)
+    rows, first_row, tall = _source_windows(depth.shape[0], height)
+    columns, first_column, broad = _source_windows(depth.shape[1], width)
     out = np.full((height, width), np.nan, np.float32)
     nearest = np.full((height, width), np.inf, np.float32)
     for down in range(tall):
@@ -192,25 +201,25 @@ def resize_known(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
     return out
 
 
-def _windows(length: int, wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _source_windows(length: int, wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Along one side: the new pixels' centers in source pixels (float32), the first of each window, and its length."""
     size = max(1, length / wanted)
-    centers = _centers(wanted) * np.float32(length)
+    centers = _pixel_centers(wanted) * np.float32(length)
     return centers, np.round(centers - np.float32(size / 2)).astype(np.int64), math.ceil(size)
 
 
-def _centers(count: int) -> np.ndarray:
+def _pixel_centers(count: int) -> np.ndarray:
     """Centers of pixels as shares of a side, float32 (count,)."""
     return np.linspace(0.5 / count, 1 - 0.5 / count, count, dtype=np.float32)
 
 
-def _rays(width: int, height: int) -> np.ndarray:
+def _pixel_rays(width: int, height: int) -> np.ndarray:
     """Each pixel's center as shares of the sides, and one: float32 (height, width, 3)."""
-    u, v = np.meshgrid(_centers(width), _centers(height))
+    u, v = np.meshgrid(_pixel_centers(width), _pixel_centers(height))
     return np.stack([u, v, np.ones_like(u)], -1)
 
 
-def _turn(axis: np.ndarray) -> np.ndarray:
+def _rotation_to_z(axis: np.ndarray) -> np.ndarray:
     """The rotation that brings a direction to (0, 0, 1) by the shortest way, float32 (3, 3)."""
     x, y, z = axis / np.linalg.norm(axis)
     if z <= -1 + 1e-6:
@@ -219,7 +228,7 @@ def _turn(axis: np.ndarray) -> np.ndarray:
     return np.eye(3, dtype=np.float32) + cross + (1 / (1 + z)) * (cross @ cross)
 
 
-def _view(
+def _view_size(
     camera: np.ndarray, inverse: np.ndarray, turn: np.ndarray, aspect: float
 ) -> tuple[np.floating[Any], np.floating[Any]]:
     """Width and height, at distance 1, of the widest view of this aspect that the turned image fills."""
@@ -233,14 +242,14 @@ def _view(
     for number, end in enumerate(corners):
         begin = corners[number - 1]
         for diagonal in (np.array([aspect, 1.0]), np.array([aspect, -1.0])):
-            x, y = _crossing(diagonal, begin, end - begin)
+            x, y = _intersection(diagonal, begin, end - begin)
             wide, high = min(wide, 2 * abs(x)), min(high, 2 * abs(y))
     if not (0 < wide < float("inf") and 0 < high < float("inf")):
         raise ValueError("its camera sees nothing")
     return wide, high
 
 
-def _crossing(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> np.ndarray:
+def _intersection(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> np.ndarray:
     """Where the line along `diagonal` through the origin meets that along `edge` through `begin`, float64 (2,).
 
     By damped least squares over the point and its places on both lines, as MoGe's loader has it: the damping's last
@@ -255,10 +264,10 @@ def _crossing(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> np.n
 
 def _ray_lengths(inverse: np.ndarray, width: int, height: int) -> np.ndarray:
     """Length of the ray through each pixel's center to where its depth is 1, float32 (height, width)."""
-    return np.sqrt(np.square(_rays(width, height) @ inverse.T).sum(-1))
+    return np.sqrt(np.square(_pixel_rays(width, height) @ inverse.T).sum(-1))
 
 
-def _intrinsics(data: bytes) -> np.ndarray:
+def _parse_intrinsics(data: bytes) -> np.ndarray:
     """Intrinsics of a meta.json, float64 (3, 3)."""
     try:
         camera = np.array(json.loads(data)["intrinsics"], np.float64)
@@ -270,19 +279,19 @@ def _intrinsics(data: bytes) -> np.ndarray:
     return camera
 
 
-def _benchmark(name: str) -> Benchmark:
+def _make_benchmark(name: str) -> Benchmark:
     folder, width, height, images, licence = _SETS[name]
     return Benchmark(
         name=name,
         title=f"{folder} of MoGe's bundle, {width} x {height}",
         images=images,
-        layout=f"{folder}/{INDEX} and image.jpg, depth.png, meta.json in the folders it names",
+        layout=f"{folder}/{INDEX_FILE} and image.jpg, depth.png, meta.json in the folders it names",
         get=f"{_GET} ({folder}.zip)",
         licence=licence,
         find=partial(find, name=name),
         read=partial(read, name=name),
-        caps={"moge": Caps(0.0, float("inf"))},
-        sharp=name in _SHARP,
+        depth_limits={"moge": DepthLimits(0.0, float("inf"))},
+        sharp=name in _SETS_WITH_BOUNDARIES,
     )
 
 
@@ -297,4 +306,4 @@ def _benchmark(name: str) -> Benchmark:
     MOGE_DIODE,
     MOGE_SPRING,
     MOGE_HAMMER,
-) = map(_benchmark, _SETS)
+) = map(_make_benchmark, _SETS)

@@ -31,15 +31,15 @@ import h5py
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import fields
-from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import check_cost, find_dataset, read_hdf5, read_png16
-from depth_anything.data.sources.walking import walk
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.ingest.file_list import escape_field
+from depth_anything.ingest.find_files import walk_files
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.maps import check_hdf5_cost, find_hdf5_dataset, read_hdf5, read_png16
 
-MATLAB = "nyu_depth_v2_labeled.mat"
-_TEST = (
+MATLAB_FILE = "nyu_depth_v2_labeled.mat"
+_TEST_FRAMES = (
     "0-1 8 13-17 20 27-42 45-46 55-56 58-62 75-78 83-90 116-118 124-128 130-133 136 152-154 166-168 170-175 179-201 "
     "206-211 219-221 249 263 270-272 278-284 295-301 309-311 314-316 324-334 350-351 354-363 383-389 394-396 410-413 "
     "429-434 440-447 461-465 468-476 507-512 514-525 530-532 536-538 548-550 554-570 578-582 590-593 602-606 611-612 "
@@ -51,21 +51,21 @@ _TEST = (
     "1296-1298 1301-1307 1313-1314 1328-1331 1334-1339 1346-1348 1352-1355 1363-1364 1367-1368 1383-1390 1393-1400 "
     "1406-1413 1420-1423 1429-1432 1440-1448"
 )
-_FIELDS = {"raw": "rawDepths", "filled": "depths"}
+_MATLAB_FIELDS = {"raw": "rawDepths", "filled": "depths"}
 # Depth's name → its field, the number's offset from the file's count, and the names of the image beside.
-_PICTURES = (
+_EXTRACTED_LAYOUTS = (
     (re.compile(r"sync_depth_(\d{5})\.png"), "raw", 0, ("rgb_{}.jpg", "rgb_{}.png")),
     (re.compile(r"depth_(\d{4})\.png"), "raw", 1, ("rgb_{}.png", "rgb_{}.jpg")),
     (re.compile(r"filled_(\d{4})\.png"), "filled", 1, ("rgb_{}.png", "rgb_{}.jpg")),
     (re.compile(r"(\d{5})\.h5"), "filled", 1, ("{}.h5",)),
 )
-_GET = f"https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html ({MATLAB}, 2.8 GB)"
+_GET = f"https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html ({MATLAB_FILE}, 2.8 GB)"
 
 
 @lru_cache(maxsize=1)
-def test_frames() -> tuple[int, ...]:
+def eigen_test_frames() -> tuple[int, ...]:
     """The 654 numbers of Eigen's test frames in the makers' file, counted from 0."""
-    runs = (run.partition("-") for run in _TEST.split())
+    runs = (run.partition("-") for run in _TEST_FRAMES.split())
     return tuple(number for first, _, last in runs for number in range(int(first), int(last or first) + 1))
 
 
@@ -79,15 +79,17 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
     Raises:
         ValueError: If there is no such folder, or nothing of these layouts in it.
     """
-    root = root_of(root, "nyu")
-    wanted = set(test_frames())
-    if (root / MATLAB).is_file():
-        return (f"{number:05d}\t{MATLAB}" for number in test_frames())
+    root = resolve_root(root, "nyu")
+    wanted = set(eigen_test_frames())
+    if (root / MATLAB_FILE).is_file():
+        return (f"{number:05d}\t{MATLAB_FILE}" for number in eigen_test_frames())
     found: dict[int, str] = {}
     names = [
-        (name, folder) for path, _ in walk(root, follow=True) for folder, _, name in [path.rpartition("/")]
+        (name, folder)
+        for path, _ in walk_files(root, follow=True)
+        for folder, _, name in [path.rpartition("/")]
     ]
-    for pattern, kind, offset, images in _PICTURES:
+    for pattern, kind, offset, images in _EXTRACTED_LAYOUTS:
         for name, folder in names:
             match = pattern.fullmatch(name) if kind == depth and not found.keys() >= wanted else None
             number = int(match[1]) - offset if match else -1
@@ -95,45 +97,46 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
                 beside = [f"{folder}/{image.format(match[1])}".lstrip("/") for image in images]
                 image = next((path for path in beside if (root / path).is_file()), beside[0])
                 found[number] = "\t".join(
-                    map(as_field, [f"{number:05d}", f"{folder}/{name}".lstrip("/"), image])
+                    map(escape_field, [f"{number:05d}", f"{folder}/{name}".lstrip("/"), image])
                 )
         if found:
             break
     if not found:
         raise ValueError(
-            f"{root} does not hold NYU Depth V2: looked for {MATLAB}, or {_shown(depth)} below it; get it from {_GET}"
+            f"{root} does not hold NYU Depth V2: looked for {MATLAB_FILE}, or {_example_files(depth)} below it; "
+            f"get it from {_GET}"
         )
     return iter([found[number] for number in sorted(found)])
 
 
 def read(root: Path, line: str, *, depth: str) -> Frame:
     """Read a frame; ValueError if it is missing or damaged."""
-    name, path, *image = fields(line)
-    root = root_of(root, "nyu")
+    name, path, *image = split_fields(line)
+    root = resolve_root(root, "nyu")
     key = f"nyu{'' if depth == 'raw' else '_filled'}/{name}"
-    with about(f"{key} ({path})"):
-        if path == MATLAB:
-            return make_frame(key, *_read_matlab(str(Path(root, path)), int(name), _FIELDS[depth]))
+    with prefix_errors(f"{key} ({path})"):
+        if path == MATLAB_FILE:
+            return make_frame(key, *_read_matlab(str(Path(root, path)), int(name), _MATLAB_FIELDS[depth]))
         if path.endswith(".h5"):
             return make_frame(key, _read_rgb(Path(root, path)), read_hdf5(Path(root, path), "depth"))
         metres = read_png16(Path(root, path)).astype(np.float32) / 1000
         if depth == "filled" and not metres.all():
             raise ValueError("it has holes, and so it is the measured depth under another name: take nyu")
-        return make_frame(key, read_named(root, image[0]), metres)
+        return make_frame(key, read_file(root, image[0]), metres)
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str) -> Any:
+def _open_matlab(path: str) -> Any:
     return h5py.File(path, "r", locking=False)
 
 
 def _read_matlab(path: str, number: int, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Image and depth of the makers' file, upright."""
     try:
-        file = _opened(path)
-        images, depths = (find_dataset(file, name) for name in ("images", field))
+        file = _open_matlab(path)
+        images, depths = (find_hdf5_dataset(file, name) for name in ("images", field))
         for dataset in (images, depths):
-            check_cost(dataset, number)
+            check_hdf5_cost(dataset, number)
         image, depth = images[number], depths[number]
     except Exception as error:  # damage makes the library raise a dozen types
         raise ValueError(f"the file cannot be read: {error.args[0] if error.args else error!r}") from error
@@ -146,8 +149,8 @@ def _read_rgb(path: Path) -> np.ndarray:
     """The image of a frame of its own HDF5 file."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            dataset = find_dataset(file, "rgb")
-            check_cost(dataset)
+            dataset = find_hdf5_dataset(file, "rgb")
+            check_hdf5_cost(dataset)
             image = dataset[()]
     except Exception as error:
         raise ValueError(f"its rgb cannot be read: {error.args[0] if error.args else error!r}") from error
@@ -156,27 +159,30 @@ def _read_rgb(path: Path) -> np.ndarray:
     return np.ascontiguousarray(image.transpose(1, 2, 0))
 
 
-def _shown(depth: str) -> str:
+def _example_files(depth: str) -> str:
     names = {"raw": "sync_depth_00045.png or depth_0046.png", "filled": "filled_0046.png or 00046.h5"}
     return names[depth]
 
 
-def _benchmark(name: str, title: str, depth: str, caps: dict[str, Caps]) -> Benchmark:
+def _make_benchmark(name: str, title: str, depth: str, depth_limits: dict[str, DepthLimits]) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
         images=654,
-        layout=f"{MATLAB}, or {_shown(depth)} with its image",
+        layout=f"{MATLAB_FILE}, or {_example_files(depth)} with its image",
         get=_GET,
         licence="LicenseRef-NYU-Depth-V2",
         find=partial(find, depth=depth),
         read=partial(read, depth=depth),
-        caps=caps,
+        depth_limits=depth_limits,
     )
 
 
-_ROOM = Caps(1e-3, 10, crop="eigen_nyu")
-NYU = _benchmark(
-    "nyu", "NYU Depth V2, as measured", "raw", {"da2": _ROOM, "marigold": _ROOM, "zoedepth": _ROOM}
+_INDOOR_LIMITS = DepthLimits(1e-3, 10, crop="eigen_nyu")
+NYU = _make_benchmark(
+    "nyu",
+    "NYU Depth V2, as measured",
+    "raw",
+    {"da2": _INDOOR_LIMITS, "marigold": _INDOOR_LIMITS, "zoedepth": _INDOOR_LIMITS},
 )
-NYU_FILLED = _benchmark("nyu_filled", "NYU Depth V2, filled in", "filled", {"da2": _ROOM})
+NYU_FILLED = _make_benchmark("nyu_filled", "NYU Depth V2, filled in", "filled", {"da2": _INDOOR_LIMITS})

@@ -16,37 +16,37 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import fields
-from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_png16
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, read_named, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.ingest.file_list import escape_field
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.maps import read_png16
 
-LIST = "scannet_val_sampled_list_800_1.txt"
-_GET = f"http://www.scan-net.org (a form), and {LIST} from https://github.com/prs-eth/Marigold"
+LIST_FILE = "scannet_val_sampled_list_800_1.txt"
+_GET = f"http://www.scan-net.org (a form), and {LIST_FILE} from https://github.com/prs-eth/Marigold"
 
 
 def find(root: Path) -> Iterator[str]:
     """List the frames of the list in its order; ValueError if it is not there, or damaged."""
-    root = root_of(root)
-    path = root / LIST
+    root = resolve_root(root)
+    path = root / LIST_FILE
     if not path.is_file():
         raise ValueError(
-            f"{root} does not hold {LIST}, which says the frames that are compared: get it from {_GET}"
+            f"{root} does not hold {LIST_FILE}, which says the frames that are compared: get it from {_GET}"
         )
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = text.split()
         if len(words) != 2:
             raise ValueError(f"{path}, line {number}: {text!r} is no image and its depth")
         scene, _, frame = words[0].partition("/")
-        yield "\t".join(map(as_field, [f"{scene}/{Path(frame).stem}", *words]))
+        yield "\t".join(map(escape_field, [f"{scene}/{Path(frame).stem}", *words]))
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
-    name, image, depth = fields(line)
-    with about(f"scannet/{name}"):
-        data, values = read_named(Path(root), image), read_png16(read_named(Path(root), depth))
+    name, image, depth = split_fields(line)
+    with prefix_errors(f"scannet/{name}"):
+        data, values = read_file(Path(root), image), read_png16(read_file(Path(root), depth))
         return make_frame(f"scannet/{name}", data, values.astype(np.float32) / 1000, same_size=False)
 
 
@@ -54,10 +54,10 @@ SCANNET = Benchmark(
     name="scannet",
     title="ScanNet, 800 frames of Marigold",
     images=800,
-    layout=f"scene0406_02/color/000300.jpg with scene0406_02/depth/000300.png, and {LIST}",
+    layout=f"scene0406_02/color/000300.jpg with scene0406_02/depth/000300.png, and {LIST_FILE}",
     get=_GET,
     licence="LicenseRef-ScanNet",
     find=find,
     read=read,
-    caps={"marigold": Caps(1e-3, 10)},
+    depth_limits={"marigold": DepthLimits(1e-3, 10)},
 )

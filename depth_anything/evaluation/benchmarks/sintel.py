@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import Kind, fields, find_frames, read_kind
-from depth_anything.data.sources.source import Facts
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
+from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
+from depth_anything.ingest.source import DatasetInfo
 
-_IMAGES = {name: Kind("image", f"{name}/*", r"(frame_\d{4})\.png") for name in ("final", "clean")}
-_DEPTH = Kind("depth", "depth/*", r"(frame_\d{4})\.dpt")
-_TAG = 202021.25
-_FACTS = Facts(
+_IMAGES = {name: FilePattern("image", f"{name}/*", r"(frame_\d{4})\.png") for name in ("final", "clean")}
+_DEPTH = FilePattern("depth", "depth/*", r"(frame_\d{4})\.dpt")
+_DPT_TAG = 202021.25
+_FACTS = DatasetInfo(
     name="sintel",
     title="MPI Sintel",
     records=1064,
@@ -42,9 +42,11 @@ _FACTS = Facts(
 
 def find(root: Path, *, render: str) -> Iterator[str]:
     """List the frames of a pass, "final" or "clean", sequence by sequence; ValueError if there is none."""
-    lines = find_frames(root_of(root, "sintel"), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence)
+    lines = find_frames(
+        resolve_root(root, "sintel"), _FACTS, (_IMAGES[render], _DEPTH), sequence=_sequence_name
+    )
     listed = [line for line in lines if not line.startswith("test/")]
-    if not any(fields(line)[1] for line in listed):
+    if not any(split_fields(line)[1] for line in listed):
         looked = _FACTS.layout.replace("final", render)
         raise ValueError(
             f"{root} holds no {render} pass with depth: looked for {looked}; get it from {_FACTS.get}"
@@ -54,29 +56,29 @@ def find(root: Path, *, render: str) -> Iterator[str]:
 
 def read(root: Path, line: str, *, render: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
-    name, image, depth = fields(line)
-    root = root_of(root, "sintel")
-    with about(f"sintel/{render}/{name}"):
-        data = read_kind(root, _IMAGES[render], image)
-        return make_frame(f"sintel/{render}/{name}", data, read_dpt(read_kind(root, _DEPTH, depth)))
+    name, image, depth = split_fields(line)
+    root = resolve_root(root, "sintel")
+    with prefix_errors(f"sintel/{render}/{name}"):
+        data = read_frame_file(root, _IMAGES[render], image)
+        return make_frame(f"sintel/{render}/{name}", data, read_dpt(read_frame_file(root, _DEPTH, depth)))
 
 
 def read_dpt(data: bytes) -> np.ndarray:
     """Decode a .dpt file to float32 (H, W); ValueError if it is none, or damaged."""
     tag, width, height = struct.unpack_from("<fii", data) if len(data) >= 12 else (0.0, 0, 0)
-    if tag != _TAG:
+    if tag != _DPT_TAG:
         raise ValueError("its depth is no .dpt file: it does not begin with 202021.25")
     if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
         raise ValueError(f"its depth is damaged: {len(data) - 12} bytes for {width} x {height} pixels")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width)
 
 
-def _sequence(parts: tuple[str, ...]) -> str:
+def _sequence_name(parts: tuple[str, ...]) -> str:
     """Of test sequences the name is kept apart: they have no depth, and are no part of this."""
     return f"test/{parts[-1]}" if "test" in parts[:-2] else parts[-1]
 
 
-def _benchmark(name: str, render: str) -> Benchmark:
+def _make_benchmark(name: str, render: str) -> Benchmark:
     return Benchmark(
         name=name,
         title=f"{_FACTS.title}, {render} pass",
@@ -86,10 +88,10 @@ def _benchmark(name: str, render: str) -> Benchmark:
         licence=_FACTS.licence,
         find=partial(find, render=render),
         read=partial(read, render=render),
-        caps={"da2": Caps(1e-3, 70)},
+        depth_limits={"da2": DepthLimits(1e-3, 70)},
         sharp=True,
     )
 
 
-SINTEL = _benchmark("sintel", "final")
-SINTEL_CLEAN = _benchmark("sintel_clean", "clean")
+SINTEL = _make_benchmark("sintel", "final")
+SINTEL_CLEAN = _make_benchmark("sintel_clean", "clean")

@@ -32,16 +32,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources.folders import fields
-from depth_anything.data.sources.listing import as_field
-from depth_anything.data.sources.maps import read_bytes, read_png16
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.ingest.file_list import escape_field
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.maps import read_bytes, read_png16
 
-LISTS = ("sunrgbd_testing_images.txt", "SUNRGBD_val_splits.txt")
+LIST_FILES = ("sunrgbd_testing_images.txt", "SUNRGBD_val_splits.txt")
 _FOLDER = "SUNRGBD"
 _LIST_FROM = "https://github.com/ankurhanda/sunrgbd-meta-data"
-_GET = f"https://rgbd.cs.princeton.edu (SUNRGBD.zip), and {LISTS[0]} from {_LIST_FROM}"
+_GET = f"https://rgbd.cs.princeton.edu (SUNRGBD.zip), and {LIST_FILES[0]} from {_LIST_FROM}"
 _IMAGE = re.compile(r"img-(\d{6})\.jpg")
 _V1_GET = f"{_LIST_FROM} (SUNRGBD-test_images.tgz as rgb, sunrgb_test_depth.tgz as depth)"
 
@@ -56,14 +56,14 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
     Raises:
         ValueError: If the list is missing or damaged, or no frame of it lies there.
     """
-    root = root_of(root, "sunrgbd")
-    path = next((root / name for name in LISTS if (root / name).is_file()), None)
+    root = resolve_root(root, "sunrgbd")
+    path = next((root / name for name in LIST_FILES if (root / name).is_file()), None)
     if path is None:
         raise ValueError(
-            f"{root} does not hold {LISTS[0]}, which says the frames that are compared: get it from {_LIST_FROM}"
+            f"{root} does not hold {LIST_FILES[0]}, which says the frames that are compared: get it from {_LIST_FROM}"
         )
-    listed = (line for image in _listed(path) for line in _line(root, image, depth))
-    return some(
+    listed = (line for image in _read_list(path) for line in _frame_line(root, image, depth))
+    return require_lines(
         listed,
         f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1; get it from {_GET}",
     )
@@ -71,41 +71,41 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
 
 def read(root: Path, line: str, *, depth: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged, or sizes differ."""
-    name, image, path = fields(line)
-    root = root_of(root, "sunrgbd")
+    name, image, path = split_fields(line)
+    root = resolve_root(root, "sunrgbd")
     key = f"sunrgbd{'' if depth == 'depth' else '_filled'}/{name}"
-    with about(key):
+    with prefix_errors(key):
         if not path:
             raise ValueError(f"its depth is not known: none or several PNGs lie in its folder {depth}")
-        metres = turned_back(read_png16(root / path)).astype(np.float32) / 1000
+        metres = decode_millimeters(read_png16(root / path)).astype(np.float32) / 1000
         return make_frame(key, read_bytes(root / image), metres)
 
 
-def turned_back(values: np.ndarray) -> np.ndarray:
+def decode_millimeters(values: np.ndarray) -> np.ndarray:
     """Make the values of the makers' PNGs, uint16, millimetres: their three lowest bits become the highest."""
     return (values >> 3) | (values << 13)
 
 
 def find_v1(root: Path) -> Iterator[str]:
     """List V1's frames in the order of their numbers; ValueError if there is none."""
-    root = root_of(root)
+    root = resolve_root(root)
     names = sorted(path.name for path in (root / "rgb").glob("img-*.jpg"))
     numbers = [match[1] for name in names if (match := _IMAGE.fullmatch(name))]
     lines = (f"{number}\trgb/img-{number}.jpg\tdepth/{int(number)}.png" for number in numbers)
-    return some(
+    return require_lines(
         lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg; get it from {_V1_GET}"
     )
 
 
 def read_v1(root: Path, line: str) -> Frame:
     """Read a frame of V1's, its depth as V1 reads it; ValueError if image or depth is missing or damaged."""
-    name, image, depth = fields(line)
-    with about(f"sunrgbd_v1/{name}"):
+    name, image, depth = split_fields(line)
+    with prefix_errors(f"sunrgbd_v1/{name}"):
         metres = read_png16(Path(root, depth)).astype(np.float32) / 10_000
         return make_frame(f"sunrgbd_v1/{name}", read_bytes(Path(root, image)), metres, same_size=False)
 
 
-def _listed(path: Path) -> Iterator[PurePosixPath]:
+def _read_list(path: Path) -> Iterator[PurePosixPath]:
     """The images of a list, below SUNRGBD."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         image = PurePosixPath((text.split() or [""])[0])
@@ -114,7 +114,7 @@ def _listed(path: Path) -> Iterator[PurePosixPath]:
         yield image.relative_to(_FOLDER)
 
 
-def _line(root: Path, image: PurePosixPath, depth: str) -> Iterator[str]:
+def _frame_line(root: Path, image: PurePosixPath, depth: str) -> Iterator[str]:
     """A frame's line, if its folder is there."""
     inside = f"{_FOLDER}/" if (root / _FOLDER).is_dir() else ""
     folder = f"{inside}{image.parent.parent}"
@@ -122,26 +122,26 @@ def _line(root: Path, image: PurePosixPath, depth: str) -> Iterator[str]:
         maps = sorted(path.name for path in (root / folder / depth).glob("*.png"))
         names = [f"{image.stem}.png"] if f"{image.stem}.png" in maps else maps
         place = f"{folder}/{depth}/{names[0]}" if len(names) == 1 else ""
-        yield "\t".join(map(as_field, [str(image.parent.parent), f"{inside}{image}", place]))
+        yield "\t".join(map(escape_field, [str(image.parent.parent), f"{inside}{image}", place]))
 
 
-def _benchmark(name: str, title: str, depth: str) -> Benchmark:
+def _make_benchmark(name: str, title: str, depth: str) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
         images=5050,
-        layout=f"{_FOLDER}/kv1/NYUdata/NYU0001/ with image and {depth}, and {LISTS[0]}",
+        layout=f"{_FOLDER}/kv1/NYUdata/NYU0001/ with image and {depth}, and {LIST_FILES[0]}",
         get=_GET,
         licence="LicenseRef-SUN-RGB-D",
         find=partial(find, depth=depth),
         read=partial(read, depth=depth),
-        caps={"da2": Caps(1e-3, 8), "zoedepth": _ZOEDEPTH},
+        depth_limits={"da2": DepthLimits(1e-3, 8), "zoedepth": _ZOEDEPTH_LIMITS},
     )
 
 
-_ZOEDEPTH = Caps(0, 8, crop="eigen_pixels")
-SUNRGBD = _benchmark("sunrgbd", "SUN RGB-D, as measured", "depth")
-SUNRGBD_FILLED = _benchmark("sunrgbd_filled", "SUN RGB-D, filled in", "depth_bfx")
+_ZOEDEPTH_LIMITS = DepthLimits(0, 8, crop="eigen_pixels")
+SUNRGBD = _make_benchmark("sunrgbd", "SUN RGB-D, as measured", "depth")
+SUNRGBD_FILLED = _make_benchmark("sunrgbd_filled", "SUN RGB-D, filled in", "depth_bfx")
 SUNRGBD_V1 = Benchmark(
     name="sunrgbd_v1",
     title="SUN RGB-D as Depth Anything V1 reads it",
@@ -151,5 +151,5 @@ SUNRGBD_V1 = Benchmark(
     licence="LicenseRef-SUN-RGB-D",
     find=find_v1,
     read=read_v1,
-    caps={"zoedepth": _ZOEDEPTH},
+    depth_limits={"zoedepth": _ZOEDEPTH_LIMITS},
 )

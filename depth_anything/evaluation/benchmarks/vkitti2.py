@@ -1,6 +1,6 @@
 """Virtual KITTI 2, the 8 % of it that ZoeDepth's split sets aside: drives, rendered.
 
-Layout and depth are those of `depth_anything.data.sources.vkitti2`, which reads them; camera 0. What is sky is not
+Layout and depth are those of `depth_anything.ingest.sets.vkitti2`, which reads them; camera 0. What is sky is not
 known here, since it has no depth.
 
 Frames: ZoeDepth's reader (metric_depth/zoedepth/data/vkitti2.py of Depth Anything V1) shuffles the 21,260 frames of
@@ -23,14 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.data.sources import vkitti2
-from depth_anything.data.sources.folders import fields
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, Caps
-from depth_anything.evaluation.benchmarks.frames import about, make_frame, root_of, some
+from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
+from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.ingest.frame_files import split_fields
+from depth_anything.ingest.sets import vkitti2
 
-LIST = "train.txt"
+LIST_FILE = "train.txt"
 _LIST_FROM = "https://github.com/DepthAnything/Depth-Anything-V2, metric_depth/dataset/splits/vkitti2"
-_NAMED = re.compile(r"(Scene\d\d)/([\w-]+)/frames/rgb/(Camera_\d)/rgb_(\d+)\.jpg(?:\s|$)")
+_LIST_LINE = re.compile(r"(Scene\d\d)/([\w-]+)/frames/rgb/(Camera_\d)/rgb_(\d+)\.jpg(?:\s|$)")
 
 
 def find(root: Path) -> Iterator[str]:
@@ -39,32 +39,32 @@ def find(root: Path) -> Iterator[str]:
     Raises:
         ValueError: If there is none, or train.txt is missing or damaged.
     """
-    root = root_of(root)
-    path = root / LIST
+    root = resolve_root(root)
+    path = root / LIST_FILE
     lines = vkitti2.find(root)
     first = next(lines)
     if not path.is_file():
         raise ValueError(
-            f"{root} does not hold {LIST}, which says the frames that are not compared: get it from {_LIST_FROM}"
+            f"{root} does not hold {LIST_FILE}, which says the frames that are not compared: get it from {_LIST_FROM}"
         )
-    named = set(_names(path))
+    named = set(_training_frames(path))
     rest = (line for line in (first, *lines) if line.partition("\t")[0] not in named)
-    return some(rest, f"{path} names all frames in {root}: get the one of {_LIST_FROM}")
+    return require_lines(rest, f"{path} names all frames in {root}: get the one of {_LIST_FROM}")
 
 
 def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged, or they differ in size."""
-    key = f"vkitti2/{fields(line)[0]}"
-    with about(key):
+    key = f"vkitti2/{split_fields(line)[0]}"
+    with prefix_errors(key):
         raw = vkitti2.read(Path(root), line)
         assert raw.depth is not None and raw.sky is not None
         return make_frame(key, raw.image, raw.depth, known=~raw.sky, meta=raw.meta)
 
 
-def _names(path: Path) -> Iterator[str]:
+def _training_frames(path: Path) -> Iterator[str]:
     """The frames of a list, as `vkitti2.find` names them, wherever they lay for who wrote it."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = _NAMED.search(text)
+        match = _LIST_LINE.search(text)
         if not match:
             raise ValueError(
                 f"{path}, line {number}: {text!r:.200} is no …/frames/rgb/Camera_0/rgb_00000.jpg"
@@ -76,11 +76,11 @@ VKITTI2 = Benchmark(
     name="vkitti2",
     title="Virtual KITTI 2, the frames not in train.txt",
     images=1701,
-    layout=f"{vkitti2.FACTS.layout}, and {LIST}",
-    get=vkitti2.FACTS.get,
-    licence=vkitti2.FACTS.licence,
+    layout=f"{vkitti2.INFO.layout}, and {LIST_FILE}",
+    get=vkitti2.INFO.get,
+    licence=vkitti2.INFO.licence,
     find=find,
     read=read,
     sharp=True,
-    caps={"da2": Caps(1e-3, 80), "zoedepth": Caps(1e-3, 80, cut="kb", crop="garg")},
+    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg")},
 )

@@ -1,1 +1,0 @@
-"""Readers of raw data, a file a data set."""

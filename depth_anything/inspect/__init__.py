@@ -1,0 +1,1 @@
+"""Statistics, contact sheets and checks of data sets."""

@@ -1,0 +1,154 @@
+"""What the authors published: file names, where the files are, and under which licence."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from depth_anything.errors import Argument, UserError
+
+_SIZES = {"vits": "Small", "vitb": "Base", "vitl": "Large"}
+_METRIC_SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
+_MAX_DEPTH_M = {"hypersim": 20.0, "vkitti": 80.0}
+# Only V1's names end in 14; a metric one names the set it was trained on. A browser adds (1) to a second download.
+_OFFICIAL_NAME = re.compile(
+    r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?(vit[sblg])(14)?(?: ?\(\d+\))?"
+)
+_DINOV2_NAME = re.compile(r"dinov2_vit[sblg]14(?:_reg4)?_pretrain(?: ?\(\d+\))?")
+_PERMISSIVE, _NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
+
+
+def find_official_weights(
+    encoder: str,
+    *,
+    metric: str | None = None,
+    version: int = 2,
+    folder: str | Path = "checkpoints",
+) -> Path:
+    """Find the authors' weights: in a folder under their official name, else in the hub's cache or the hub.
+
+    Args:
+        encoder: "vits", "vitb" or "vitl"; "vitg" only from the folder.
+        metric: None for disparity; "hypersim" (rooms, up to 20 m) or "vkitti" (streets, up to 80 m) for depth.
+        version: 2, or 1 for the weights of the first paper.
+        folder: Where files of one's own lie.
+
+    Returns:
+        The file, under its official name.
+
+    Raises:
+        ValueError: If there are no such weights, or they are not here and cannot be fetched; the sentence says
+            which file is wanted, where it comes from and under which licence.
+    """
+    file = _file_name(encoder, metric, version)
+    here = Path(folder) / file
+    if here.is_file():
+        return here
+    if encoder not in _SIZES:
+        raise ValueError(
+            f"there is no {here}, and the authors never published {encoder}; take vitl, or train one"
+        )
+    repository, kind, inside = _hub_location(encoder, metric, version)
+    page, licence = official_page(file), official_license(file)
+    try:
+        return _download(repository, kind, inside, warning=_license_warning(file, page))
+    except Exception as error:  # HTTP, cache and disk have exceptions of their own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"there is no {here}, and it cannot be fetched ({reason}): get {file} (licence {licence}) "
+            f"from {page} and put it there"
+        ) from error
+
+
+def official_license(name: str | Path) -> str | None:
+    """Look up the licence of an official file by its name; None for any other name.
+
+    DINOv2's are under Apache-2.0, as are V1's and V2's small ones; V2's others are under CC-BY-NC-4.0. Of the metric
+    models the hub's pages say Apache-2.0, but they were trained on from V2's, so the stricter one stands here.
+    """
+    if _DINOV2_NAME.fullmatch(Path(name).stem.lower()):
+        return _PERMISSIVE
+    match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
+    if match is None or not (match[1] or (match[4] and not match[2])):
+        return None
+    return _NON_COMMERCIAL if match[1] and match[3] != "vits" else _PERMISSIVE
+
+
+def official_page(name: str | Path) -> str | None:
+    """Look up where an official file lies, by its name; None for any other name, and for what was never published."""
+    match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
+    if match is None or official_license(name) is None or match[3] not in _SIZES:
+        return None
+    repository, kind, _ = _hub_location(match[3], match[2], 2 if match[1] else 1)
+    return f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}"
+
+
+def official_repository(name: str | Path) -> str | None:
+    """Tell which model on the hub has an official file's weights; None for any other name, and where none has."""
+    match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
+    if official_license(name) is None or match is None or match[3] not in _SIZES:
+        return None
+    if not match[1]:  # the files lie in a space; their copies, for the code's from_pretrained, in models
+        return f"LiheYoung/depth_anything_{match[3]}14"
+    return _hub_location(match[3], match[2], 2)[0]
+
+
+def name_hints(name: str | Path) -> dict[str, Any]:
+    """Tell what an official file name says of its model: version, max_depth (metres or None) and licence."""
+    match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
+    licence = official_license(name)
+    if match is None or licence is None:
+        return {}
+    if match[1]:
+        return {"version": 2, "max_depth": _MAX_DEPTH_M.get(match[2]), "licence": licence}
+    return {"version": 1, "max_depth": None, "licence": licence}
+
+
+def _file_name(encoder: str, metric: str | None, version: int) -> str:
+    if encoder not in (*_SIZES, "vitg"):
+        raise UserError(
+            "there are no published weights of ",
+            Argument("encoder", encoder),
+            f"; use one of {', '.join(_SIZES)}",
+        )
+    if metric not in (None, *_METRIC_SETS):
+        raise ValueError(
+            f"metric={metric} is unknown; use one of {', '.join(_METRIC_SETS)}, or None for disparity"
+        )
+    if version == 1:
+        if metric or encoder == "vitg":
+            raise UserError(
+                f"version 1 has no {metric or encoder} weights of this network; use ", Argument("version", 2)
+            )
+        return f"depth_anything_{encoder}14.pth"
+    if version != 2:
+        raise ValueError(f"version={version} must be 1 or 2")
+    return f"depth_anything_v2_{f'metric_{metric}_' if metric else ''}{encoder}.pth"
+
+
+def _hub_location(encoder: str, metric: str | None, version: int) -> tuple[str, str, str]:
+    """Tell a file's repository, the repository's kind, and the file's path in it."""
+    file = _file_name(encoder, metric, version)
+    if version == 1:
+        return "LiheYoung/Depth-Anything", "space", f"checkpoints/{file}"
+    trained_on = f"Metric-{_METRIC_SETS[metric]}-" if metric else ""
+    return f"depth-anything/Depth-Anything-V2-{trained_on}{_SIZES[encoder]}", "model", file
+
+
+def _license_warning(file: str, page: str) -> str | None:
+    if official_license(file) != _NON_COMMERCIAL:
+        return None
+    return f"{file} comes from {page} under {_NON_COMMERCIAL}: no commercial use"
+
+
+def _download(repository: str, kind: str, file: str, *, warning: str | None) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, file, repo_type=kind)
+    if isinstance(cached, str):
+        return Path(cached)
+    # Asked once: hf_hub_download asks six times over half a minute before it says that there is no network.
+    get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind))
+    if warning:
+        warnings.warn(warning, stacklevel=3)
+    return Path(hf_hub_download(repository, file, repo_type=kind))

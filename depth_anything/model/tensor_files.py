@@ -1,0 +1,301 @@
+"""Files of tensors as bytes: read without running what they hold, written whole or not at all.
+
+Files are others' work: whatever is in them ends in tensors or in one sentence.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from depth_anything.disk import sync_folder, write_error
+from depth_anything.model import lora
+from depth_anything.model.integrity import DIGEST_KEY, find_damage, tensor_digest
+
+SUPPORTED_FORMATS = (
+    "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
+)
+
+# What other files begin with, by the place where it stands.
+_FILE_SIGNATURES = {
+    (0, b"\xff\xd8\xff"): "a JPEG picture",
+    (0, b"\x89PNG"): "a PNG picture",
+    (0, b"GIF8"): "a GIF picture",
+    (8, b"WEBP"): "a WebP picture",
+    (0, b"II*\0"): "a TIFF picture",
+    (0, b"MM\0*"): "a TIFF picture",
+    (4, b"ftyp"): "a video",
+    (0, b"%PDF"): "a PDF document",
+    (0, b"version https://git-lfs"): "a Git LFS pointer (fetch the file itself: git lfs pull)",
+    (0, b"\x1f\x8b"): "a gzip archive (unpack it first)",
+    (0, b"\xfd7zXZ\0"): "an xz archive (unpack it first)",
+    (0, b"BZh"): "a bzip2 archive (unpack it first)",
+    (0, b"\x28\xb5\x2f\xfd"): "a Zstandard archive (unpack it first)",
+    (0, b"7z\xbc\xaf\x27\x1c"): "a 7-Zip archive (unpack it first)",
+    (0, b"Rar!"): "a RAR archive (unpack it first)",
+    (257, b"ustar"): "a tar archive (unpack it first)",
+    (0, b"GGUF"): "a GGUF file",
+    (0, b"\x89HDF"): "an HDF5 file",
+    (0, b"\x93NUMPY"): "a NumPy array",
+    (4, b"TFL3"): "a TensorFlow Lite file, which is for running only",
+}
+_MAX_HEADER_BYTES = 100_000_000  # bytes, by the format of safetensors
+# An ONNX file begins with its format's version, and then with the field of the exporter's name or of the graph.
+_ONNX_START = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", re.DOTALL)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read any checkpoint: its tensors as it names them, and what it says of itself.
+
+    What a file is, is told by its content; its name may end in anything.
+
+    Raises:
+        ValueError: If the file is missing, damaged, of another kind, or holds code.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        damage = find_damage(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {SUPPORTED_FORMATS}") from error
+    if damage:
+        raise ValueError(f"{path} is damaged or cut short ({damage}); fetch it again, or give another copy")
+    # safetensors first: the length of its header may begin like a pickle
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES:
+        content, metadata = _read_safetensors(path)
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
+    else:
+        raise ValueError(f"{path} is {_describe_file(head, path.name)}; {SUPPORTED_FORMATS}")
+    tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; {SUPPORTED_FORMATS}")
+    if lora.LORA_METADATA_KEY in metadata:
+        tensors = _merge_adapters(tensors, metadata[lora.LORA_METADATA_KEY], path)
+    if any("lora_" in name for name in tensors):
+        raise ValueError(
+            f"{path} is a LoRA adapter, which is no model by itself: merge it into its base; {SUPPORTED_FORMATS}"
+        )
+    return tensors, metadata
+
+
+def _describe_file(head: bytes, name: str) -> str:
+    """Say what a file is that is no checkpoint, by its first bytes."""
+    if not head.strip(b"\0"):
+        return "empty" if not head else "nothing but zeros where it begins, as a copy that was broken off"
+    if _ONNX_START.match(head):
+        return "an ONNX file, which is for running only"
+    for (place, start), kind in _FILE_SIGNATURES.items():
+        if head[place:].startswith(start):
+            return kind
+    # The last character may be cut in the middle.
+    text = head.decode("utf-8-sig", errors="ignore").strip()
+    if (
+        len(text.encode()) < len(head.strip()) - 6
+        or not text.replace("\n", "").replace("\t", "").isprintable()
+    ):
+        return "no checkpoint"
+    if text.startswith("<"):
+        return "a web page" if "<html" in text.lower() or "<!doctype html" in text.lower() else "an XML text"
+    if name.endswith((".index.json", "config.json")):
+        return "a part of a folder (give the folder)"
+    if text.startswith(("{", "[")):
+        return "a JSON text"
+    return f"a text, which begins with {text.splitlines()[0][:60]!r}"
+
+
+def _merge_adapters(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[str, Tensor]:
+    try:
+        number = float(scale)
+        if not 0 < number < 1e6:
+            raise ValueError(f"{lora.LORA_METADATA_KEY}={number:g}")
+        return lora.merge_adapters(tensors, number)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has LoRA adapters that do not fit their layers ({error_reason(error)}); save it again"
+        ) from error
+
+
+def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        if path.suffix == ".safetensors":  # by this name alone torch takes a path for another format
+            with path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"code to run ({named[1]})" if named else "more than tensors"
+        raise ValueError(f"{path} holds {what}, which is never unpickled; {SUPPORTED_FORMATS}") from error
+    except Exception as error:  # a damaged file can end the reader anywhere
+        if kind := _describe_archive(path):
+            raise ValueError(f"{path} is {kind}; {SUPPORTED_FORMATS}") from error
+        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+    metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
+    for _ in range(3):  # a dictionary may hold itself
+        inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {SUPPORTED_FORMATS}")
+    return content, dict(metadata) if isinstance(metadata, Mapping) else {}
+
+
+def _describe_archive(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
+    inside = {name.partition("/")[2] for name in names}
+    if "archive_format" in inside:
+        return "a program of torch.export, which is for running only"
+    if "data.pkl" in inside and "constants.pkl" not in inside:
+        return None
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays, but no checkpoint"
+    weights = [name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))]
+    return (
+        f"a zip archive of {summarize_names(weights)} (unpack it first)"
+        if weights
+        else "an archive, but no checkpoint"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            metadata.pop(DIGEST_KEY, None)  # of the file's bytes, and nothing that is said of the model
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except Exception as error:  # a damaged file can end the reader anywhere
+        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file that appears under its name when it is complete; its folder is made.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older file stays.
+    """
+    with _beside(path) as temporary:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+    """Write a folder of files that appears under its name when all are complete, in place of an older one.
+
+    Args:
+        path: The folder. What others put into an older one is carried over.
+        files: What writes each file, by its name.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older folder stays.
+    """
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        for name, write in files.items():
+            write(temporary / name)
+            _sync(temporary / name)
+        if not path.exists():
+            temporary.replace(path)
+            return
+        for other in path.iterdir():
+            if not (temporary / other.name).exists():
+                (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
+        old = temporary.with_suffix(".old")
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+
+
+def place_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file and what belongs beside it in a folder for the while; all move to `path`'s folder.
+
+    Args:
+        path: The file; it appears last, when what belongs to it is there.
+        write: Given the folder, writes there under the final names.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left, and an older file stays. What `write` raises otherwise goes
+            through, and leaves as little.
+    """
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        write(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
+            _sync(file)
+            file.replace(path.with_name(file.name))
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the same folder; nothing is left under it, and errors name the path itself."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise write_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors, metadata and a digest so that the same ones make the same bytes, readable as the umask has it."""
+    save_file(dict(state), path, metadata={**metadata, DIGEST_KEY: "0" * 64})
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"][DIGEST_KEY] = tensor_digest(file, header)
+        header["__metadata__"] = dict(
+            sorted(header["__metadata__"].items())
+        )  # the library has no fixed order
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # the library makes files for the owner alone
+
+
+def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as torch does; the bytes do not depend on the path."""
+    with path.open("wb") as file:  # given a path, torch would write its name into the file
+        torch.save(state, file)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write text in UTF-8."""
+    path.write_text(text, encoding="utf-8")
+
+
+def summarize_names(names: Mapping[str, Any] | list[str]) -> str:
+    """Name the first of several."""
+    first, *rest = names
+    return f"{first} and {len(rest)} more" if rest else str(first)
+
+
+def error_reason(error: BaseException) -> str:
+    """Give an error's first line, cut to a length that fits into a sentence."""
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__

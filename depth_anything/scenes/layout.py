@@ -1,0 +1,525 @@
+"""Procedural scenes: ray-cast rooms and streets with exact depth, in a synthetic and a photographic look.
+
+Facts: no data set is read; every scene is a function of its seed. Depth is planar z-depth in metres, +inf for
+sky (beyond 150 m counts as sky). Pixel centres lie on integers: the ray through column x, row y is
+((x - cx) / fx, (y - cy) / fy, 1). The same seed has the same geometry, hence the same depth, in both looks.
+Glass has the depth of its surface, a mirror that of its face.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from depth_anything.data.sample import Frame, encode_frame
+from depth_anything.data.tars import ShardSet
+from depth_anything.ingest.source import DatasetInfo, RawSample
+from depth_anything.ingest.writer import write_source
+from depth_anything.scenes.materials import (
+    LOOKS,
+    PhiloxRandom,
+    photographic_camera,
+    random_atmosphere,
+    random_material,
+    synthetic_camera,
+)
+from depth_anything.scenes.raycast import (
+    PinholeView,
+    Scene,
+    Solid,
+    add_reflections,
+    cast_rays,
+    rotation_matrix,
+    shade,
+    shadow_map,
+    tint_glass,
+)
+
+RENDERER_VERSION = (
+    2  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SceneLayout:
+    """Solids, where the camera stands and how it looks, and whether there is a roof."""
+
+    solids: list[Solid]
+    origin: np.ndarray
+    rotation: np.ndarray
+    field: float  # half the horizontal angle of view, radians
+    height: float  # metres up to the ceiling
+    indoors: bool
+
+
+# ------------------------------------------------------------------------------------------------- worlds
+
+
+def _box(
+    x: float,
+    y: float,
+    z: float,
+    width: float,
+    height: float,
+    length: float,
+    role: str,
+    *,
+    yaw: float = 0.0,
+    pitch: float = 0.0,
+    roll: float = 0.0,
+    shape: str = "box",
+) -> Solid:
+    """A solid whose underside stands y metres above the floor."""
+    center, half = np.array([x, -y - height / 2, z]), np.array([width, height, length]) / 2
+    return Solid(shape, center, half, rotation_matrix(yaw, pitch, roll).T, role)
+
+
+class Placement:
+    """A turned spot on the floor, to put parts of one thing on."""
+
+    def __init__(self, x: float, z: float, yaw: float) -> None:
+        """Choose the spot in metres and its turn about the vertical in radians."""
+        self.x, self.z, self.yaw = x, z, yaw
+
+    def put(
+        self,
+        dx: float,
+        y: float,
+        dz: float,
+        width: float,
+        height: float,
+        length: float,
+        role: str,
+        *,
+        shape: str = "box",
+    ) -> Solid:
+        """A part at (dx, dz) in the thing's own axes, its underside y metres above the floor."""
+        c, s = math.cos(self.yaw), math.sin(self.yaw)
+        x, z = self.x + c * dx + s * dz, self.z - s * dx + c * dz
+        return _box(x, y, z, width, height, length, role, yaw=self.yaw, shape=shape)
+
+
+def _legs(
+    place: Placement, width: float, length: float, height: float, thick: float, shape: str
+) -> list[Solid]:
+    x, z = width / 2 - thick, length / 2 - thick
+    return [
+        place.put(a * x, 0, b * z, thick, height, thick, "thin", shape=shape)
+        for a in (-1, 1)
+        for b in (-1, 1)
+    ]
+
+
+def _table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    width, length, height = draw.uniform(0.8, 1.8), draw.uniform(0.6, 1.0), draw.uniform(0.45, 0.95)
+    parts = [place.put(0, height, 0, width, 0.05, length, "furniture")]
+    parts += _legs(place, width, length, height, draw.uniform(0.04, 0.08), draw.choice(("box", "tube")))
+    for _ in range(draw.integer(4)):
+        x, z = draw.uniform(-0.4, 0.4) * width, draw.uniform(-0.4, 0.4) * length
+        size, shape = draw.uniform(0.1, 0.3), draw.choice(("box", "ball", "tube"))
+        parts.append(
+            place.put(x, height + 0.05, z, size, size * draw.uniform(0.6, 2), size, "furniture", shape=shape)
+        )
+    return parts
+
+
+def _chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    side, height = draw.uniform(0.4, 0.55), draw.uniform(0.4, 0.5)
+    back = place.put(0, height, side / 2, side, draw.uniform(0.35, 0.6), 0.05, "furniture")
+    seat = place.put(0, height, 0, side, 0.06, side, "furniture")
+    return [seat, back, *_legs(place, side, side, height, 0.05, draw.choice(("box", "tube")))]
+
+
+def _cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    width, length, height = draw.uniform(0.5, 1.6), draw.uniform(0.35, 0.6), draw.uniform(0.6, 2.1)
+    if draw.bernoulli(0.5):
+        return [place.put(0, 0, 0, width, height, length, "furniture")]
+    boards = 2 + draw.integer(4)
+    parts = [place.put(s * width / 2, 0, 0, 0.04, height, length, "furniture") for s in (-1, 1)]
+    parts += [
+        place.put(0, k * (height - 0.04) / boards, 0, width, 0.04, length, "furniture")
+        for k in range(boards + 1)
+    ]
+    return parts
+
+
+def _sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    width, length = draw.uniform(1.2, 2.2), draw.uniform(0.8, 1.0)
+    parts = [
+        place.put(0, 0, 0, width, 0.42, length, "furniture"),
+        place.put(0, 0.3, 0.4, width, 0.55, 0.2, "furniture"),
+    ]
+    parts += [place.put(s * width / 2, 0, 0, 0.2, 0.62, length, "furniture") for s in (-1, 1)]
+    return parts
+
+
+def _lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    height, wide = draw.uniform(1.2, 1.8), draw.uniform(0.25, 0.45)
+    shade = place.put(0, height, 0, wide, wide * 0.8, wide, "lamp", shape=draw.choice(("tube", "ball")))
+    foot = place.put(0, 0, 0, 0.3, 0.03, 0.3, "thin", shape="tube")
+    return [place.put(0, 0, 0, 0.04, height, 0.04, "thin", shape="tube"), shade, foot]
+
+
+def _loose_object(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    size, shape = draw.uniform(0.3, 1.1), draw.choice(("box", "ball", "tube"))
+    return [place.put(0, 0, 0, size, size * draw.uniform(0.6, 1.6), size, "furniture", shape=shape)]
+
+
+def _glass_screen(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    width, height = draw.uniform(0.8, 1.6), draw.uniform(1.2, 2.0)
+    posts = [place.put(s * width / 2, 0, 0, 0.05, height, 0.05, "thin") for s in (-1, 1)]
+    return [*posts, place.put(0, 0.05, 0, width, height - 0.05, 0.02, "glass")]
+
+
+def _coat_stand(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """A coat stand or fence: thin uprights in a row."""
+    count, height = 2 + draw.integer(6), draw.uniform(0.8, 1.9)
+    parts = [place.put(k * 0.18, 0, 0, 0.03, height, 0.03, "thin", shape="tube") for k in range(count)]
+    return [*parts, place.put((count - 1) * 0.09, height * 0.9, 0, count * 0.18, 0.03, 0.03, "thin")]
+
+
+def _place_at_wall(width: float, length: float, gap: float, draw: PhiloxRandom) -> Placement:
+    """A spot `gap` metres before one of a room's walls, its own z axis pointing at the wall."""
+    yaw = draw.integer(4) * math.pi / 2
+    along = draw.uniform(-0.4, 0.4)
+    x, z = math.sin(yaw), math.cos(yaw)
+    return Placement(
+        x * (width / 2 - gap) + abs(z) * along * width, z * (length / 2 - gap) + abs(x) * along * length, yaw
+    )
+
+
+def _place_ahead(eye: np.ndarray, yaw: float, distance: float, draw: PhiloxRandom) -> Placement:
+    """A spot on the floor within half a radian of where the camera looks."""
+    angle = yaw + draw.uniform(-0.5, 0.5)
+    x, z = eye[0] + distance * math.sin(angle), eye[2] + distance * math.cos(angle)
+    return Placement(float(x), float(z), draw.uniform(0, 2 * math.pi))
+
+
+def _random_room(draw: PhiloxRandom) -> SceneLayout:
+    """A furnished box, the camera near one end of it, facing more or less the other."""
+    width, length, height = draw.uniform(4, 9), draw.uniform(6, 14), draw.uniform(2.4, 3.6)
+    eye = np.array(
+        [draw.uniform(-0.42, 0.42) * width, -draw.uniform(0.7, 2.0), draw.uniform(-0.46, -0.25) * length]
+    )
+
+    def spot() -> Placement:
+        x, z = draw.uniform(-0.43, 0.43) * width, draw.uniform(-0.43, 0.43) * length
+        return Placement(x, z, draw.uniform(0, 2 * math.pi))
+
+    solids = [_box(0, 0, 0, width, height, length, "wall", shape="shell")]
+    things = (
+        _table,
+        _table,
+        _chair,
+        _chair,
+        _chair,
+        _cabinet,
+        _sofa,
+        _lamp,
+        _loose_object,
+        _loose_object,
+        _glass_screen,
+        _coat_stand,
+    )
+    for _ in range(3 + draw.integer(6)):
+        solids += draw.choice(things)(spot(), draw)
+    inward = math.atan2(-eye[0], -eye[2]) + draw.uniform(-0.5, 0.5)
+    for _ in range(1 + draw.integer(4)):  # close by, large in the picture
+        place = _place_ahead(eye, inward, draw.uniform(1.6, 3.6), draw)
+        x, z = (
+            min(max(p, 0.5 - side / 2), side / 2 - 0.5) for p, side in ((place.x, width), (place.z, length))
+        )
+        solids += draw.choice((_cabinet, _sofa, _loose_object, _loose_object, _table, _chair))(
+            Placement(x, z, place.yaw), draw
+        )
+    for _ in range(2 + draw.integer(3)):
+        solids += _cabinet(_place_at_wall(width, length, 0.3, draw), draw)
+    for _ in range(2 + draw.integer(7)):
+        role = draw.choice(("poster", "poster", "poster", "mirror"))
+        place, y = _place_at_wall(width, length, 0.02, draw), draw.uniform(0.8, height - 1.1)
+        solids.append(place.put(0, y, 0, draw.uniform(0.3, 1.5), draw.uniform(0.3, 1.1), 0.04, role))
+    if draw.bernoulli(0.5):  # a rug
+        solids.append(spot().put(0, 0, 0, draw.uniform(1, 2.5), 0.01, draw.uniform(1, 2), "poster"))
+    for _ in range(draw.integer(3)):  # hanging lamps
+        place, drop, wide = spot(), draw.uniform(0.4, 1.0), draw.uniform(0.2, 0.5)
+        solids.append(place.put(0, height - drop, 0, 0.02, drop, 0.02, "thin", shape="tube"))
+        solids.append(place.put(0, height - drop - wide / 2, 0, wide, wide, wide, "lamp", shape="ball"))
+    turn = rotation_matrix(inward, draw.uniform(-0.25, 0.55), draw.uniform(-0.12, 0.12))
+    return SceneLayout(solids, eye, turn, draw.uniform(0.5, 0.75), height, True)
+
+
+def _car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    place, length = Placement(x, z, draw.uniform(-0.05, 0.05)), draw.uniform(3.6, 4.8)
+    tall = draw.uniform(0.5, 1.2)
+    wheels = [
+        _box(x + a * 0.8, 0, z + b * length * 0.3, 0.64, 0.2, 0.64, "road", roll=math.pi / 2, shape="tube")
+        for a in (-1, 1)
+        for b in (-1, 1)
+    ]
+    wheels = [replace(w, center=w.center + np.array([0, -0.22, 0])) for w in wheels]
+    cabin = place.put(0, 0.9, 0.1, 1.5, tall, length * 0.5, "car")
+    return [*wheels, place.put(0, 0.3, 0, 1.8, 0.65, length, "car"), cabin]
+
+
+def _tree(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    trunk, wide = draw.uniform(1.5, 3), draw.uniform(1.5, 3.5)
+    crown = _box(x, trunk * 0.9, z, wide, wide * draw.uniform(0.8, 1.6), wide, "foliage", shape="ball")
+    return [_box(x, 0, z, 0.3, trunk, 0.3, "furniture", shape="tube"), crown]
+
+
+def _person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    tall = draw.uniform(1.2, 1.6)
+    return [
+        _box(x, 0, z, 0.45, tall, 0.35, "furniture", shape="tube"),
+        _box(x, tall - 0.02, z, 0.24, 0.28, 0.24, "furniture", shape="ball"),
+    ]
+
+
+def _trash_bin(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    size, shape = draw.uniform(0.7, 1.8), draw.choice(("box", "box", "tube", "ball"))
+    tall, yaw = size * draw.uniform(0.7, 1.4), draw.uniform(0, math.pi)
+    return [_box(x, 0, z, size, tall, size, "furniture", yaw=yaw, shape=shape)]
+
+
+def _pole(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    tall, side = draw.uniform(3, 8), -1 if x > 0 else 1
+    parts = [_box(x, 0, z, 0.14, tall, 0.14, "thin", shape="tube")]
+    if draw.bernoulli(0.5):
+        return [
+            *parts,
+            _box(x + side * 0.7, tall - 0.1, z, 1.4, 0.08, 0.1, "thin"),
+            _box(x + side * 1.3, tall - 0.25, z, 0.5, 0.15, 0.25, "lamp"),
+        ]
+    return [*parts, _box(x, min(tall, 2.5) - 0.6, z - 0.1, 0.6, 0.6, 0.03, "poster")]
+
+
+def _random_street(draw: PhiloxRandom) -> SceneLayout:
+    """A road between two rows of buildings, the camera on it or beside it."""
+    half = draw.uniform(3, 6)
+    walk = half + draw.uniform(1.5, 4)
+    eye = np.array([draw.uniform(-0.8, 0.8) * half, -draw.uniform(1.2, 2.4), 0.0])
+    solids = [_box(0, -1, 0, 400, 1, 400, "ground"), _box(0, 0, 60, 2 * half, 0.01, 200, "road")]
+    for side in (-1, 1):
+        solids.append(_box(side * (half + walk) / 2, 0, 60, walk - half, 0.15, 200, "ground"))
+        z = draw.uniform(-6, 4)
+        while z < 110:
+            long, deep, tall = draw.uniform(5, 16), draw.uniform(6, 12), draw.uniform(3.5, 18)
+            front = walk + draw.choice((0.0, 0.0, draw.uniform(0, 4)))
+            solids.append(_box(side * (front + deep / 2), 0, z + long / 2, deep, tall, long, "facade"))
+            if draw.bernoulli(0.25):  # a shop window
+                role = draw.choice(("glass", "mirror"))
+                solids.append(_box(side * (front - 0.03), 0.5, z + long / 2, 0.06, 2.2, long * 0.7, role))
+            z += long + draw.choice((0.0, 0.0, 2.0, 8.0))
+        for _ in range(2 + draw.integer(5)):
+            z, x = draw.uniform(4, 45), side * draw.uniform(half + 0.3, walk - 0.2)
+            solids += draw.choice((_tree, _pole, _pole, _person, _person))(x, z, draw)
+        for _ in range(draw.integer(4)):
+            solids += _car(side * (half - draw.uniform(1, 1.6)), draw.uniform(5, 40), draw)
+    if draw.bernoulli(0.4):
+        z = draw.uniform(50, 120)
+        solids.append(_box(0, 0, z + 6, 60, draw.uniform(5, 25), 12, "facade"))
+    for _ in range(draw.integer(4)):  # wires across the street
+        solids.append(_box(0, draw.uniform(3.5, 6), draw.uniform(6, 25), 2 * walk, 0.06, 0.06, "thin"))
+    if draw.bernoulli(0.3):  # a wet patch
+        solids.append(
+            _box(
+                draw.uniform(-1, 1) * half,
+                0.011,
+                draw.uniform(5, 14),
+                draw.uniform(1.5, 4),
+                0.005,
+                draw.uniform(2, 6),
+                "mirror",
+            )
+        )
+    ahead = draw.uniform(-0.8, 0.8)
+    for _ in range(1 + draw.integer(3)):  # close by, large in the picture
+        place = _place_ahead(eye, ahead, draw.uniform(3, 9), draw)
+        x = min(max(place.x, 1 - walk), walk - 1)
+        solids += draw.choice((_car, _car, _person, _tree, _trash_bin))(x, place.z, draw)
+    turn = rotation_matrix(ahead, draw.uniform(-0.25, 0.35), draw.uniform(-0.1, 0.1))
+    return SceneLayout(solids, eye, turn, draw.uniform(0.45, 0.75), 6.0, False)
+
+
+def _is_clear_of_camera(solid: Solid, eye: np.ndarray) -> bool:
+    """Whether the camera is well outside a solid (or inside the shell)."""
+    if solid.shape == "shell":
+        return True
+    away = np.abs(solid.axes @ (eye - solid.center)) - solid.half
+    return float(away.max()) > (0.9 if solid.role not in ("ground", "road") else 0.1)
+
+
+def random_layout(seed: int) -> SceneLayout:
+    """The geometry of a seed: as many rooms as streets; nothing within 0.9 m of the camera."""
+    draw = PhiloxRandom(seed, 1)
+    made = _random_room(draw) if draw.bernoulli(0.5) else _random_street(draw)
+    return replace(made, solids=[s for s in made.solids if _is_clear_of_camera(s, made.origin)])
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
+    """One scene: the same seed always gives the same picture.
+
+    Args:
+        seed: Non-negative, below 2**64. Both looks of a seed share their geometry.
+        look: "synthetic" (plain materials, simple light) or "photographic" (textures, lamps and shadows,
+            glass and mirrors, haze, lens and sensor; JPEG comes with writing).
+        height: Pixels.
+        width: Pixels.
+
+    Returns:
+        A Frame with depth in metres, float32 (H, W), +inf for sky; meta holds source, look, seed, unit, sky
+        and the intrinsics fx, fy, cx, cy in pixels.
+
+    Raises:
+        ValueError: If there is no such look.
+    """
+    if look not in LOOKS:
+        raise ValueError(f"look={look} is unknown: type synthetic or photographic")
+    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width)
+    meta = {
+        "source": "scenes",
+        "look": look,
+        "seed": seed,
+        "original_size": [height, width],
+        "intrinsics": {"fx": focal, "fy": focal, "cx": (width - 1) / 2, "cy": (height - 1) / 2},
+        "unit": "m",
+        "sky": "inf",
+    }
+    return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
+
+
+def write_scenes(
+    root: str | Path,
+    *,
+    look: str,
+    count: int,
+    seed: int,
+    height: int,
+    width: int,
+    per_shard: int = 128,
+    labelled: bool = True,
+) -> ShardSet:
+    """Write scenes as a set of shards, or return the set if it is there already.
+
+    Scene i is render(seed * 10_000_000 + i), so that sets of different seeds share no scene. May be killed
+    and started again, and several processes may write one set. Synthetic pictures are PNG, for they should
+    stay clean; photographs are JPEG of a quality from 40 to 92, drawn scene by scene.
+
+    Args:
+        root: Folder of the set, which is named after it.
+        look: "synthetic" or "photographic".
+        count: Scenes, up to 10 million.
+        seed: Of the set.
+        height: Pixels.
+        width: Pixels.
+        per_shard: Scenes a shard.
+        labelled: False writes pictures without their depth.
+
+    Raises:
+        ValueError: If there is no such look, or the folder holds another set.
+    """
+    source = SceneSource(look, count, seed, height, width, labelled)
+    made = write_source(source, Path(), root, per_shard=per_shard)
+    assert made is not None, "one part of one has every shard"
+    return made
+
+
+INFO = DatasetInfo(
+    name="scenes",
+    title="procedural scenes",
+    records=0,
+    layout="nothing: they are drawn",
+    get="python train.py stage=teacher draws them on first use",
+    licence="Apache-2.0",
+    sharp=True,
+)
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """The scenes of a set as a source: a line is the number of a scene in it."""
+
+    look: str
+    count: int
+    seed: int
+    height: int
+    width: int
+    labelled: bool
+    INFO: DatasetInfo = INFO
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scenes."""
+        return {
+            "version": RENDERER_VERSION,
+            "look": self.look,
+            "count": self.count,
+            "seed": self.seed,
+            "height": self.height,
+            "width": self.width,
+            "labelled": self.labelled,
+        }
+
+    def find(self, raw: Path) -> Iterable[str]:
+        """Number the scenes; ValueError if there can be none."""
+        if self.look not in LOOKS:
+            raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
+        if self.count < 1:
+            raise ValueError(f"count={self.count}: at least 1")
+        return map(str, range(self.count))
+
+    def read(self, raw: Path, line: str) -> RawSample:
+        """Draw a scene: its picture encoded, its depth if the set has labels."""
+        scene = self.seed * 10_000_000 + int(line)
+        frame = render_scene(scene, look=self.look, height=self.height, width=self.width)
+        quality = 40 + PhiloxRandom(scene, 4).integer(53)
+        picture = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
+        if self.look == "synthetic":
+            picture = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
+        meta = {**frame.meta, "name": None}
+        sky = np.isinf(frame.depth) if frame.depth is not None else None
+        return RawSample(picture, meta, depth=frame.depth if self.labelled else None, sky=sky)
+
+
+def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Picture uint8 (H, W, 3), depth float32 (H, W) in metres, and the focal length in pixels."""
+    made = random_layout(seed)
+    focal = (width / 2) / math.tan(made.field)
+    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
+    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
+    view = PinholeView(made.origin, made.rotation, u, v)
+    panes = [s for s in made.solids if s.role == "glass"]
+    opaque = [s for s in made.solids if s.role != "glass"]
+    behind = cast_rays(opaque, view)
+    depth, number = cast_rays(panes, view)
+    in_front = depth < behind[0]
+    number = np.where(in_front, number + np.int16(len(opaque)), np.int16(-1))
+    depth = np.where(in_front, depth, behind[0])
+    draw = PhiloxRandom(seed, 2 + LOOKS.index(look))
+    air = random_atmosphere(look, indoors=made.indoors, height=made.height, draw=draw)
+    solids = opaque + panes
+    roles = [("wall", "ceiling", "floor") if s.shape == "shell" else (s.role,) for s in solids]
+    scene = Scene(
+        solids, [tuple(random_material(role, look=look, draw=draw) for role in r) for r in roles], air
+    )
+    if look == "synthetic":
+        return (
+            synthetic_camera(shade(scene, view, depth, np.where(in_front, number, behind[1]))),
+            depth,
+            focal,
+        )
+    if air.lights:
+        center = (made.origin + made.rotation[:, 2] * (3.0 if made.indoors else 12.0)) * np.array([1, 0, 1])
+        first = replace(air.lights[0], shadow=shadow_map(solids, air.lights[0], center))
+        scene = replace(scene, air=replace(air, lights=(first, *air.lights[1:])))
+    image = shade(scene, view, *behind)
+    add_reflections(image, scene, view, *behind)
+    tint_glass(image, scene, number)
+    return photographic_camera(image, depth, draw), depth, focal

@@ -1,0 +1,301 @@
+"""What a run starts from: its weights, and where they may not come from."""
+
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depth_anything.data.reader import JoinedRecords, Records
+from depth_anything.errors import ArgumentWarning, UserError, format_error
+from depth_anything.licenses import combine_licenses
+from depth_anything.model.card import build_card, write_card
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.encoder import hub_license, hub_repository
+from depth_anything.model.lora import add_adapters
+from depth_anything.model.official_weights import name_hints
+from depth_anything.model.weights import fingerprint, has_head, load_encoder, load_model, read_license
+from depth_anything.training.resume import read_config
+
+
+def build_model(config: Mapping[str, Any]) -> DepthAnything:
+    """Build the network of a run with its starting weights.
+
+    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or the authors, or null for
+    random weights, drawn from `seed`. stage=metric makes metres up to `max_depth`; of a whole model it takes what
+    `start` says; `freeze_encoder` leaves the encoder as it comes, and `lora` gives it adapters, which alone learn.
+
+    Raises:
+        ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
+    """
+    _reject_teacher_weights(config)
+    source, start = config["init"], config.get("start", "all")
+    if config["stage"] == "metric" and source not in (None, "hub") and not Path(source).exists():
+        raise ValueError(
+            f"there is no model at {source}; run `python train.py stage=student size={config['size']}` first, type "
+            "init=FILE for another relative model, or init=hub for DINOv2's encoder"
+        )
+    whole = source not in (None, "hub") and has_head(source)
+    other = _load_model_for_run(Path(source), encoder=config["encoder"]) if whole else None
+    torch.manual_seed(config["seed"])
+    taps = other.taps if other is not None and start == "all" else None
+    model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"), taps=taps)
+    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
+    if source is None:
+        pass
+    elif other is not None:
+        _copy_weights(model, other, start)
+        _print_depth_scale_notes(config, model, other)
+        base = other.origin.get("start", {}).get("base")
+        model.origin = {"start": {"from": _short_path(source), "licence": other.licence, "base": base}}
+    else:
+        load_encoder(model, source)
+        named = hub_repository(config["encoder"]) if source == "hub" else None
+        licence = hub_license(config["encoder"]) if named else read_license(source)
+        model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
+    if config.get("freeze_encoder"):
+        model.pretrained.requires_grad_(False)
+    if config.get("lora"):
+        add_adapters(model, config["lora"])
+    return model
+
+
+def check_initial_weights(config: Mapping[str, Any]) -> None:
+    """Refuse starting weights as a run would, where they are there; nothing is fetched.
+
+    Raises:
+        ValueError: As `network` and `twin`.
+    """
+    _reject_teacher_weights(config)
+    _check_alignment_weights(config)
+    source = config["init"]
+    if source in (None, "hub") or not Path(source).exists():
+        return
+    if has_head(source):
+        load_model(source, encoder=config["encoder"])
+    else:
+        load_encoder(DepthAnything(config["encoder"]), source)
+
+
+def _reject_teacher_weights(config: Mapping[str, Any]) -> None:
+    source = config["init"]
+    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
+        raise ValueError(
+            f"init={source} is a teacher; a student starts from DINOv2 of its size: "
+            "type init=hub or init=DINOV2_FILE"
+        )
+
+
+def _check_alignment_weights(config: Mapping[str, Any]) -> None:
+    source = config["init"]
+    if not config["recipe"].get("alignment_weight"):
+        return
+    if source is None or (source != "hub" and Path(source).exists() and has_head(source)):
+        raise ValueError(
+            f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
+            "or recipe.alignment_weight=0"
+        )
+
+
+def _print_depth_scale_notes(config: Mapping[str, Any], model: DepthAnything, other: DepthAnything) -> None:
+    """Say on stderr what a start's metres become: a calibration is lost, another range stretches them."""
+    if other.calibration is not None:
+        print(
+            f"note: init={config['init']} is calibrated, and training makes that void; calibrate the new model",
+            file=sys.stderr,
+        )
+    ranges = (other.max_depth, model.max_depth)
+    if None not in ranges and ranges[0] != ranges[1] and config.get("start", "all") == "all":
+        print(
+            f"note: init={config['init']} gives depth up to {ranges[0]:g} m, and with max_depth={ranges[1]:g} its "
+            "metres are stretched alike until training has set them right",
+            file=sys.stderr,
+        )
+
+
+def _copy_weights(model: DepthAnything, other: DepthAnything, start: str) -> None:
+    """Copy a model's weights: its encoder's, or all but a last convolution that said something else."""
+    left_out: tuple[str, ...] = ("depth_head.",) if start == "encoder" else ()
+    if model.quantity != other.quantity:  # disparity grows where depth shrinks, and no sigmoid followed it
+        left_out += ("depth_head.scratch.output_conv2.2.",)
+    state = other.state_dict()
+    model.load_state_dict(
+        {name: t for name, t in state.items() if not name.startswith(left_out)}, strict=False
+    )
+
+
+def add_provenance(
+    model: DepthAnything, config: Mapping[str, Any], sources: Sequence[Records | JoinedRecords]
+) -> DepthAnything:
+    """Note in a network what it is trained on, and put together the licences of all that goes into it.
+
+    Raises:
+        ValueError: If a set's labels are older than their conversion to disparity, and their teacher gives metres.
+    """
+    for source in sources:
+        if isinstance(source, JoinedRecords):
+            _reject_metric_labels(source)
+    data = [_set_provenance(source) for source in sources]
+    start = model.origin.get("start")
+    licences = [start["licence"]] if start else []
+    for row in data:
+        licences += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
+    model.licence = combine_licenses(licences)
+    model.origin = {**model.origin, "stage": config["stage"], "data": data}
+    if config.get("lora"):
+        model.origin["lora"] = config["lora"]
+    return model
+
+
+def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
+    """Write the card of a run's model beside it; one that a user has edited stays.
+
+    Args:
+        model: As it is saved.
+        folder: Of the run.
+        title: Its name.
+        measured: Name to value of what the last validation found.
+    """
+    rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
+    table = "\n".join(
+        [
+            "What the run's last validation found; its config.yaml says on what:",
+            "",
+            "| metric | mean |",
+            "|---|---|",
+            *rows,
+        ]
+    )
+    text = build_card(
+        model,
+        file="model.safetensors",
+        form="safetensors",
+        title=title,
+        measured={"Evaluation": table} if rows else {},
+    )
+    write_card(text, folder, file="model.safetensors")
+
+
+def _set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
+    if isinstance(source, Records):
+        licence = source.set.meta.get("licence")
+        return {"set": source.name, "records": source.set.records, "licence": licence, "teacher": None}
+    teacher = source.labels.meta["teacher"]
+    return {
+        "set": source.name,
+        "records": source.labels.records,
+        "licence": source.images.meta.get("licence"),
+        "teacher": {"file": _short_path(teacher.get("file", "a model")), "licence": teacher.get("licence")},
+    }
+
+
+def _reject_metric_labels(source: JoinedRecords) -> None:
+    """Refuse labels that are depth under the name of disparity: what a metric teacher left before it was inverted.
+
+    Label sets of today say what their teacher gave. For older ones its file is asked, where it is still the same one.
+
+    Raises:
+        ValueError: Naming the label set and its teacher.
+    """
+    teacher = source.labels.meta["teacher"]
+    if "quantity" in teacher:
+        return
+    file = str(teacher.get("file", ""))
+    if not Path(file).exists():
+        metric = name_hints(Path(file)).get("max_depth") is not None
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the file does not say; it was said when it labelled
+            try:
+                model = load_model(file)
+            except ValueError:
+                return  # replaced by something else since
+        metric = model.quantity == "depth" and fingerprint(model) == teacher["fingerprint"]
+    if metric:
+        raise ValueError(
+            f"the labels in {source.labels.root} hold the metres of {file} as if they were disparity (an older version "
+            "did not invert them): remove that folder and label again with `python train.py stage=pseudolabel`, or "
+            "type labels=FOLDER for others"
+        )
+
+
+def _short_path(path: str | Path) -> str:
+    """Name a file as others may know it: with its folder, if its own name says nothing."""
+    path = Path(path)
+    return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
+
+
+def image_size_multiple(encoder: str) -> int:
+    """Look up what an encoder's images are resized to multiples of, pixels, without building its weights."""
+    with torch.device("meta"):
+        return DepthAnything(encoder).multiple
+
+
+def build_frozen_encoder(config: Mapping[str, Any]) -> DepthAnything | None:
+    """Build the frozen DINOv2 that a student's features are aligned with; None where they are not.
+
+    Raises:
+        ValueError: If features are to be aligned and there are no DINOv2 weights.
+    """
+    if not config["recipe"].get("alignment_weight"):
+        return None
+    _check_alignment_weights(config)
+    frozen = DepthAnything(config["encoder"])
+    load_encoder(frozen, config["init"])
+    return frozen
+
+
+def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
+    """Load the network that labels.
+
+    Raises:
+        ValueError: If there is none where `teacher` points.
+    """
+    path = Path(config["teacher"])
+    if not path.exists():
+        raise ValueError(
+            f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
+            "or type teacher=FILE"
+        )
+    teacher = _load_model_for_run(path, encoder=config["encoder"])
+    size = config.get("image_size", teacher.input_size)
+    if size != teacher.input_size:
+        warnings.warn(
+            f"teacher={path} was made for images of {teacher.input_size} px, and labels them at image_size={size}; "
+            f"type image_size={teacher.input_size} unless you mean that",
+            stacklevel=2,
+        )
+    return teacher
+
+
+def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
+    """Read a model; what would take an argument of `load_model` is told by what can be typed here."""
+    file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
+    export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
+    typed = {
+        "encoder": "encoder={}",
+        "version": f"the file that is made by  {export} --weights-version {{}}",
+        "max_depth": f"the file that is made by  {export} --max-depth {{}}",
+    }
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ArgumentWarning)
+            model = load_model(path, encoder=encoder)
+    except UserError as error:
+        raise ValueError(format_error(error, typed)) from error
+    for warning in caught:
+        warnings.warn(format_error(warning.message, typed), warning.category, stacklevel=3)
+    return model
+
+
+def _is_teacher(path: Path) -> bool:
+    for folder in (path, *path.parents[:2]):  # a run, its model, or one of its checkpoints
+        config = folder / "config.yaml"
+        if path.exists() and config.is_file():
+            with suppress(ValueError):  # a config.yaml of somebody else
+                return read_config(config)["stage"] == "teacher"
+    return False

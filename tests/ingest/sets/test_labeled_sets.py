@@ -1,0 +1,105 @@
+"""What holds for every labelled set: the catalogue, the facts, and the whole way to verified shards."""
+
+import errno
+import inspect
+from pathlib import Path
+
+import made_raw
+import numpy as np
+import pytest
+
+from depth_anything.data import remote
+from depth_anything.data.reader import Records
+from depth_anything.data.sample import decode_record
+from depth_anything.data.shards import verify_set
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.ingest.catalog import SETS, load_source
+from depth_anything.ingest.writer import write_source
+from depth_anything.licenses import check_license
+
+LABELLED = [name for name, entry in SETS.items() if entry.labelled]
+
+
+def test_the_papers_five_and_four_more_are_there():
+    paper = {"blendedmvs", "hypersim", "irs", "tartanair", "vkitti2"}
+    assert set(LABELLED) == paper | {"tartanair2", "diml", "hrwsi", "megadepth"}
+    taken = sum(load_source(name).INFO.records for name in paper)
+    assert taken == 605_756  # 604 K in the paper's table, whose rows are rounded
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_its_facts_and_flags_are_whole(name):
+    source, entry = load_source(name), SETS[name]
+    assert source.INFO.name == name and source.INFO.sky in ("far", "invalid")
+    check_license(source.INFO.licence)
+    for word in ("Layout", "Licence:", "Get it from", "Facts from"):
+        assert word in source.__doc__
+    options = {
+        option.name: option.default
+        for option in inspect.signature(source.find).parameters.values()
+        if option.kind is option.KEYWORD_ONLY
+    }
+    assert options == {flag.name[2:]: flag.default for flag in entry.flags}
+
+
+@pytest.mark.parametrize("short_side", [None, 28])
+@pytest.mark.parametrize("name", LABELLED)
+def test_raw_files_become_verified_shards(tmp_path, name, short_side):
+    truth = getattr(made_raw, f"make_{name}")(tmp_path / "raw")
+    lines = [*load_source(name).find(tmp_path / "raw")]
+    made = write_source(
+        load_source(name), tmp_path / "raw", tmp_path / "set", per_shard=3, short_side=short_side
+    )
+    assert verify_set(tmp_path / "set", decode=True) == []
+    records, pixels, names = Records(made), 0, []
+    for shard, count in records.shards:
+        for index in range(count):
+            frame = decode_record(*records.read(shard, index))
+            label = frame.depth if frame.depth is not None else frame.disparity
+            assert frame.image.shape[:2] == label.shape == ((36, 48) if short_side is None else (28, 42))
+            assert frame.meta["original_size"] == [36, 48] and frame.meta["source"] == name
+            if short_side is None:
+                np.testing.assert_allclose(label, truth[frame.meta["name"]], rtol=2e-7)
+            names.append(frame.meta["name"])
+            pixels += 36 * 48
+    left_out = made.meta.get("left_out", {}).get("amusement/*", 0)
+    refused = made.meta.get("skipped", {}).get("count", 0)
+    assert names == [n for n in sorted(truth) if n in names]  # in order
+    assert len(names) + left_out + refused == len(lines)
+    counted = dict(made.meta["pixels"])
+    assert counted.pop("all") == pixels == sum(counted.values())
+    assert made.meta["licence"] == load_source(name).INFO.licence
+    assert made.meta["sky_policy"] == load_source(name).INFO.sky
+    assert ("amusement" in str(names)) is False
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_what_macos_leaves_beside_files_is_none_of_the_set(tmp_path, name):
+    getattr(made_raw, f"make_{name}")(tmp_path)
+    before = [*load_source(name).find(tmp_path)]
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        path.with_name(".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert [*load_source(name).find(tmp_path)] == before
+
+
+@pytest.mark.parametrize("name", ["blendedmvs", "irs"])
+def test_a_failing_disk_leaves_no_record_out(tmp_path, name, monkeypatch):
+    """Input and output errors are the disk's: the run stops, and goes on when the disk is there again."""
+    getattr(made_raw, f"make_{name}")(tmp_path / "raw")
+    plain = Path.read_bytes
+
+    def failing(path):
+        if path.suffix in (".pfm", ".exr"):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing)
+        patched.setattr(remote, "sleep", lambda seconds: None)
+        with pytest.raises(
+            StorageUnavailable, match="cannot be read for now: Input/output error.*the same command"
+        ):
+            write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
+    made = write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
+    assert made.records and "Input/output error" not in str(made.meta.get("skipped"))

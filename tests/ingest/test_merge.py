@@ -1,0 +1,183 @@
+"""Parts of a set from several folders brought together."""
+
+import errno
+import os
+import shutil
+
+import made_source
+import pytest
+from made_source import Stopped, fill, stop_at
+
+from depth_anything.cli import main
+from depth_anything.data.shards import open_set, verify_set
+from depth_anything.data.tars import ShardError
+from depth_anything.ingest.merge import merge_parts
+from depth_anything.ingest.writer import write_source
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("raw") / "toy")
+
+
+def write(raw, root, **options):
+    return write_source(made_source, raw, root, **{"per_shard": 4, "name": "toy", **options})
+
+
+@pytest.fixture(scope="module")
+def three(raw, tmp_path_factory):
+    """The whole, and three parts of it, each in a folder of its own."""
+    folder = tmp_path_factory.mktemp("parts")
+    whole = write(raw, folder / "whole")
+    for k in (1, 2, 3):
+        assert write(raw, folder / str(k), part=(k, 3)) is None
+    return whole, [folder / str(k) for k in (1, 2, 3)]
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+@pytest.fixture(params=["linked", "copied"])
+def disk(request, monkeypatch):
+    """One disk, or several: then nothing can be linked from one to another."""
+    if request.param == "copied":
+        link = os.link
+
+        def refuse(source, target):
+            if os.path.dirname(source) == os.path.dirname(target):
+                return link(source, target)
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def test_parts_make_the_whole(three, tmp_path, disk):
+    whole, parts = three
+    before = [contents(part) for part in parts]
+    made = merge_parts(tmp_path / "toy", parts)
+    assert made.digest == whole.digest and made.meta == whole.meta
+    assert contents(tmp_path / "toy") == contents(parts[0].parent / "whole")
+    assert verify_set(made.root, decode=True) == [] and [contents(part) for part in parts] == before
+    assert merge_parts(tmp_path / "toy") == made, "once more does no harm"
+
+
+def test_parts_are_brought_into_the_first(three, tmp_path):
+    whole, parts = three
+    shutil.copytree(parts[1], tmp_path / "toy")
+    assert merge_parts(tmp_path / "toy", [parts[0], parts[2]]).digest == whole.digest
+
+
+def test_files_that_were_copied_together_are_finished(three, tmp_path, capsys):
+    whole, parts = three
+    for part in parts:
+        shutil.copytree(part, tmp_path / "toy", dirs_exist_ok=True)
+    assert main(["merge", str(tmp_path / "toy")]) == 0
+    out = capsys.readouterr().out
+    assert whole.digest in out and "5 (5 x its depth is missing)" in out
+    assert open_set(tmp_path / "toy").digest == whole.digest
+
+
+def test_what_lacks_is_named_and_can_be_brought_later(three, tmp_path):
+    whole, parts = three
+    with pytest.raises(ShardError, match=r"2 of 6 shards lack \(00004, 00005\): name the folders"):
+        merge_parts(tmp_path / "toy", parts[:2])
+    with pytest.raises(ShardError, match="2 of 6 shards lack"):
+        merge_parts(tmp_path / "toy")
+    assert merge_parts(tmp_path / "toy", parts[2:]).digest == whole.digest
+
+
+def test_what_lacks_can_be_made_in_the_merged_folder(raw, three, tmp_path):
+    whole, parts = three
+    with pytest.raises(ShardError, match="lack"):
+        merge_parts(tmp_path / "toy", parts[:2])
+    assert write(raw, tmp_path / "toy").digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"per_shard": 5}, "other settings .per_shard 5 in place of 4"),
+        ({"short_side": 6}, "other settings .short_side 6 in place of None"),
+        ({"licence": "MIT"}, "other facts .licence MIT in place of CC0-1.0"),
+        ({"sky": "invalid"}, "other facts .sky_policy invalid in place of far"),
+    ],
+)
+def test_parts_of_other_settings_are_refused(raw, three, tmp_path, options, named):
+    write(raw, tmp_path / "2", part=(2, 3), **options)
+    with pytest.raises(ShardError, match=named):
+        merge_parts(tmp_path / "toy", [three[1][0], tmp_path / "2"])
+    assert not (tmp_path / "toy").exists()
+
+
+def test_what_is_told_of_a_part_can_be_told_anew(raw, three, tmp_path):
+    write(raw, tmp_path / "2", part=(2, 3), sky="invalid")
+    parts = [three[1][0], tmp_path / "2", three[1][2]]
+    with pytest.raises(ShardError, match="type its command again with the others' --licence and --sky"):
+        merge_parts(tmp_path / "toy", parts)
+    write(raw, tmp_path / "2", part=(2, 3), sky="far")
+    assert merge_parts(tmp_path / "toy", parts).digest == three[0].digest
+
+
+def test_parts_of_other_raw_data_are_refused(three, tmp_path):
+    other = fill(tmp_path / "raw", count=24)
+    write(other, tmp_path / "2", part=(2, 3))
+    with pytest.raises(ShardError, match="other raw data .hash .*lines 24 in place of 23"):
+        merge_parts(tmp_path / "toy", [three[1][0], tmp_path / "2"])
+
+
+def test_shards_of_one_name_must_be_the_same(three, tmp_path):
+    whole, parts = three
+    shutil.copytree(parts[0], tmp_path / "1")
+    assert merge_parts(tmp_path / "fine", [*parts, tmp_path / "1"]).digest == whole.digest
+    shutil.copy(parts[1] / "00003.tar", tmp_path / "1" / "00000.tar")
+    shutil.copy(parts[1] / "00003.idx", tmp_path / "1" / "00000.idx")
+    with pytest.raises(ShardError, match="the shard 00000 in .* are not the same: verify both"):
+        merge_parts(tmp_path / "toy", [*parts, tmp_path / "1"])
+
+
+@pytest.mark.parametrize("disk", ["copied"], indirect=True)
+def test_a_copy_is_held_against_its_hash(three, tmp_path, disk):
+    whole, parts = three
+    shutil.copytree(parts[0], tmp_path / "1")
+    data = bytearray((tmp_path / "1" / "00000.tar").read_bytes())
+    data[700] ^= 1
+    (tmp_path / "1" / "00000.tar").write_bytes(data)
+    with pytest.raises(ShardError, match=r"00000.tar is damaged .*copy it from its machine again"):
+        merge_parts(tmp_path / "toy", [tmp_path / "1", *parts[1:]])
+    assert not (tmp_path / "toy" / "00000.tar").exists()
+    assert merge_parts(tmp_path / "toy", parts).digest == whole.digest
+
+
+def test_a_tar_cut_short_on_its_way_is_refused(three, tmp_path):
+    whole, parts = three
+    shutil.copytree(parts[0], tmp_path / "1")
+    os.truncate(tmp_path / "1" / "00000.tar", 1024)
+    with pytest.raises(ShardError, match="00000.tar is missing, or is not the tar of 00000.idx"):
+        merge_parts(tmp_path / "toy", [tmp_path / "1", *parts[1:]])
+
+
+def test_folders_without_parts_are_refused(three, tmp_path):
+    with pytest.raises(
+        ShardError, match="toy holds no part of a set .it has no settings.json.*merge OUT FOLDER"
+    ):
+        merge_parts(tmp_path / "toy")
+    with pytest.raises(ShardError, match="holds no part of a set .it has no settings.json"):
+        merge_parts(tmp_path / "toy", [three[1][0], tmp_path])
+
+
+def test_a_stop_between_any_two_steps_of_merging_changes_no_byte(three, tmp_path, monkeypatch):
+    whole, parts = three
+    wanted, call = contents(parts[0].parent / "whole"), 0
+    while True:
+        root = tmp_path / f"{call}" / "toy"
+        try:
+            with monkeypatch.context() as patch:
+                stop_at(patch, call)
+                merge_parts(root, parts)
+        except Stopped:
+            assert merge_parts(root, parts).digest == whole.digest and contents(root) == wanted
+        else:
+            break
+        call += 1
+    assert call > 30

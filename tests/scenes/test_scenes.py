@@ -1,0 +1,398 @@
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depth_anything.data import codec
+from depth_anything.data.reader import Records
+from depth_anything.data.sample import decode_record
+from depth_anything.data.shards import open_set, verify_set
+from depth_anything.scenes import layout
+from depth_anything.scenes.layout import random_layout, render_scene, write_scenes
+from depth_anything.scenes.materials import Atmosphere, Light, Material, PhiloxRandom
+from depth_anything.scenes.raycast import (
+    PinholeView,
+    Scene,
+    Solid,
+    add_reflections,
+    cast_rays,
+    rotation_matrix,
+    shade,
+    shadow_map,
+    tint_glass,
+)
+
+SMALL = {"height": 24, "width": 32}
+ROOM = next(seed for seed in range(20) if random_layout(seed).indoors)
+STREET = next(seed for seed in range(20) if not random_layout(seed).indoors)
+
+
+def view(width=33, height=25, field=0.6):
+    focal = width / 2 / math.tan(field)
+    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
+    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
+    return PinholeView(np.zeros(3), np.eye(3), u, v)
+
+
+def solid(shape, center, half, *, axes=None, role="furniture"):
+    axes = np.eye(3) if axes is None else axes
+    return Solid(shape, np.array(center, float), np.array(half, float), axes, role)
+
+
+def inside(one, points):
+    """Whether float64 points (n, 3) lie inside a solid, from its definition."""
+    p = (points - one.center) @ one.axes.T / one.half
+    if one.shape == "ball":
+        return (p**2).sum(1) < 1
+    if one.shape == "tube":
+        return (p[:, 0] ** 2 + p[:, 2] ** 2 < 1) & (abs(p[:, 1]) < 1)
+    return (abs(p) < 1).all(1)
+
+
+def march(solids, seen, step=0.02, far=14.0):
+    """Depth by walking along every ray in float64: no algebra in common with `cast`."""
+    v, u = np.meshgrid(seen.v.astype(float), seen.u.astype(float), indexing="ij")
+    rays = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3) @ seen.rotation.T
+    depth = np.full(len(rays), np.inf)
+    left = np.arange(len(rays))
+    for t in np.arange(0.1, far, step):
+        points = seen.origin + t * rays[left]
+        hit = np.zeros(len(left), bool)
+        for one in solids:
+            within = inside(one, points)
+            hit |= ~within if one.shape == "shell" else within
+        depth[left[hit]] = t
+        left = left[~hit]
+        if not left.size:
+            break
+    return depth.reshape(len(seen.v), len(seen.u))
+
+
+@pytest.mark.parametrize("shape", ["box", "ball", "tube"])
+def test_a_turned_solid_is_where_a_walk_along_the_rays_finds_it(shape):
+    one = solid(shape, (0.3, -0.2, 4), (0.9, 1.4, 0.6), axes=rotation_matrix(0.7, 0.4, -0.3).T)
+    seen = view()
+    depth, number = cast_rays([one], seen)
+    walked = march([one], seen)
+    assert 0.1 < np.isfinite(walked).mean() < 0.9
+    assert (np.isfinite(depth) == np.isfinite(walked)).mean() > 0.98  # a step may miss a grazed edge
+    both = np.isfinite(depth) & np.isfinite(walked)
+    assert np.abs(depth[both] - walked[both]).max() < 0.021
+    assert ((number == 0) == np.isfinite(depth)).all()
+
+
+def test_a_furnished_room_is_where_a_walk_along_the_rays_finds_it():
+    made = random_layout(ROOM)
+    seen = PinholeView(made.origin, made.rotation, view().u[::2], view().v[::2])
+    depth, _ = cast_rays(made.solids, seen)
+    walked = march(made.solids, seen)
+    assert np.isfinite(depth).all()
+    assert np.mean(np.abs(depth - walked) < 0.021) > 0.97
+
+
+def test_nearest_wins_in_any_order_and_what_lies_behind_the_camera_is_not_seen():
+    near, far = solid("box", (0, 0, 3), (0.3, 0.3, 0.3)), solid("box", (0, 0, 6), (3, 3, 0.5))
+    behind = solid("ball", (0, 0, -3), (1, 1, 1))
+    one, _ = cast_rays([near, far, behind], view())
+    other, _ = cast_rays([behind, far, near], view())
+    assert (one == other).all()
+    assert one[12, 16] == pytest.approx(2.7) and one[12, 7] == pytest.approx(5.5)
+
+
+def test_depth_of_a_wall_seen_at_an_angle_is_planar_not_radial():
+    wall = solid("box", (0, 0, 5), (50, 50, 1))
+    depth, _ = cast_rays([wall], view())
+    assert np.allclose(depth, 4)
+
+
+def test_points_from_the_intrinsics_lie_in_the_room():
+    frame, made = render_scene(ROOM, look="synthetic", **SMALL), random_layout(ROOM)
+    k = frame.meta["intrinsics"]
+    y, x = np.mgrid[:24, :32]
+    rays = np.stack([(x - k["cx"]) / k["fx"], (y - k["cy"]) / k["fy"], np.ones((24, 32))], -1)
+    points = frame.depth[..., None] * (rays @ made.rotation.T) + made.origin
+    shell = next(one for one in made.solids if one.shape == "shell")
+    reach = np.abs(points - shell.center) / shell.half
+    assert reach.max() < 1 + 1e-4
+    assert (reach.max(-1) > 1 - 1e-4).mean() > 0.1  # and many on the walls
+
+
+@pytest.mark.parametrize("seed", [ROOM, STREET])
+def test_both_looks_of_a_seed_share_depth_and_nothing_else(seed):
+    plain, photo = (render_scene(seed, look=look, height=48, width=64) for look in layout.LOOKS)
+    assert (plain.depth == photo.depth).all()
+    assert plain.image.dtype == np.uint8 and plain.image.shape == (48, 64, 3)
+    assert plain.depth.dtype == np.float32 and plain.depth.shape == (48, 64)
+    assert np.abs(plain.image.astype(int) - photo.image).mean() > 10
+    assert plain.meta["look"] == "synthetic" and photo.meta["look"] == "photographic"
+
+
+def test_streets_have_sky_at_infinity_and_rooms_have_none():
+    assert np.isinf(render_scene(STREET, look="synthetic", **SMALL).depth).any()
+    assert np.isfinite(render_scene(ROOM, look="synthetic", **SMALL).depth).all()
+    for seed in range(40):
+        depth = render_scene(seed, look="synthetic", height=12, width=16).depth
+        assert not np.isnan(depth).any() and depth.min() > 0.1
+        assert depth[np.isfinite(depth)].max() <= 150
+
+
+def test_photographs_are_noisier_than_synthetic_pictures():
+    def rough(look):
+        images = [render_scene(seed, look=look, **SMALL).image.astype(float).mean(-1) for seed in range(12)]
+        return np.mean([np.median(np.abs(i[1:-1] - (i[2:] + i[:-2]) / 2)) for i in images])
+
+    assert rough("photographic") > 1.5 * rough("synthetic")
+
+
+def test_a_seed_gives_the_same_bytes_in_another_process():
+    program = (
+        "import hashlib; from depth_anything.scenes.layout import render\n"
+        "for look in ('synthetic', 'photographic'):\n"
+        "    f = render(4, look=look, height=24, width=32)\n"
+        "    print(hashlib.sha256(f.image.tobytes() + f.depth.tobytes()).hexdigest())\n"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    for look, line in zip(layout.LOOKS, out.split(), strict=True):
+        frame = render_scene(4, look=look, **SMALL)
+        assert hashlib.sha256(frame.image.tobytes() + frame.depth.tobytes()).hexdigest() == line
+
+
+# (look, seed): depth at three pixels in metres, colour at three; the same on numpy 2.2, 2.4 and 2.5
+PINNED = {
+    ("synthetic", 0): ([2.7857, 3.5483, 5.3871], [[172, 180, 196], [93, 112, 105], [145, 150, 157]]),
+    ("photographic", 0): ([2.7857, 3.5483, 5.3871], [[150, 168, 175], [92, 89, 90], [102, 114, 122]]),
+    ("synthetic", 1): ([2.6897, 2.6571, 2.2754], [[109, 118, 131], [87, 91, 125], [147, 188, 175]]),
+    ("photographic", 1): ([2.6897, 2.6571, 2.2754], [[214, 203, 184], [115, 112, 106], [85, 120, 123]]),
+}
+
+
+@pytest.mark.parametrize(("look", "seed"), PINNED)
+def test_pictures_change_only_with_the_version_of_scenes(look, seed):
+    assert layout.RENDERER_VERSION == 2, "new pictures: pin them here"
+    depth, colours = PINNED[look, seed]
+    frame = render_scene(seed, look=look, **SMALL)
+    assert [frame.depth[y, x] for y, x in ((23, 4), (12, 16), (20, 27))] == pytest.approx(depth, abs=1e-4)
+    found = np.array([frame.image[y, x] for y, x in ((2, 3), (12, 16), (20, 27))], int)
+    assert np.abs(found - colours).max() <= 1
+
+
+def test_draws_are_raw_philox_words():
+    words = np.random.Philox(key=np.array([7, 3], np.uint64)).random_raw(256).tolist()
+    draw = PhiloxRandom(7, 3)
+    assert [draw.uniform() for _ in range(256)] == [(w >> 11) / 2**53 for w in reversed(words)]
+    approx_normal = PhiloxRandom(1).approx_normal(3, 100, 100)
+    assert abs(approx_normal.mean()) < 0.02 and abs(approx_normal.std() - 1) < 0.02
+
+
+def test_an_unknown_look_is_refused():
+    with pytest.raises(ValueError, match="type synthetic or photographic"):
+        render_scene(0, look="cartoon", **SMALL)
+
+
+# What light, glass and mirrors do
+
+
+def plain(color):
+    return (Material((0, 0, 0), color),)
+
+
+DARK = Atmosphere((1, 1, 1), (1, 1, 1), (), (0, 0, 0), 0.0, (0, 0, 0))  # even light, no haze, black sky
+
+
+def test_a_mirror_shows_what_stands_behind_the_camera():
+    mirror = solid("box", (0, 0, 4), (3, 3, 0.02), role="mirror")
+    red = solid("ball", (0, 0, -2), (1, 1, 1))
+    scene = Scene([mirror, red], [plain((1, 1, 1)), plain((1, 0, 0))], DARK)
+    seen = view()
+    depth, number = cast_rays(scene.solids, seen)
+    image = shade(scene, seen, depth, number)
+    add_reflections(image, scene, seen, depth, number)
+    # the ball's image stands at 2 * 3.98 + 2 = 9.96 m and is 1 m wide: 0.1 in u
+    shown = image[0] > image[1] + 0.5
+    assert shown[12, 16]
+    width = shown[12].sum() * (seen.u[1] - seen.u[0])
+    assert width == pytest.approx(2 / 9.96, abs=2 * float(seen.u[1] - seen.u[0]))
+    assert depth[12, 16] == pytest.approx(3.98)
+
+
+def test_glass_is_seen_through_and_tinted():
+    image = np.stack([np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)] * 3)
+    before = image.copy()
+    pane = solid("box", (0, 0, 2), (1, 1, 0.01), role="glass")
+    number = np.full((3, 4), -1)
+    number[:, 2:] = 0
+    tint_glass(image, Scene([pane], [plain((1.0, 0.5, 1.0))], DARK), number)
+    assert (image[:, :, :2] == before[:, :, :2]).all()
+    behind = np.diff(image[:, :, 2:], axis=2) / np.diff(before[:, :, 2:], axis=2)
+    assert (behind[0] > 0.5).all() and np.allclose(behind[1] * 2, behind[0])
+
+
+def test_glass_and_mirrors_have_the_depth_of_their_surface():
+    seen = 0
+    for seed in range(60):
+        made = random_layout(seed)
+        if not made.indoors or not any(one.role == "glass" for one in made.solids):
+            continue
+        with_pane = render_scene(seed, look="photographic", **SMALL).depth
+        focal = 16 / math.tan(made.field)
+        pixels = PinholeView(
+            made.origin,
+            made.rotation,
+            ((np.arange(32) - 15.5) / focal).astype(np.float32),
+            ((np.arange(24) - 11.5) / focal).astype(np.float32),
+        )
+        opaque, _ = cast_rays([one for one in made.solids if one.role != "glass"], pixels)
+        assert (with_pane <= opaque).all()
+        seen += int((with_pane < opaque - 0.1).sum())
+    assert seen > 100
+
+
+def test_a_lamp_is_shadowed_by_what_stands_before_it():
+    lamp = Light((0, -3, 0), (1, 1, 1), distant=False)
+    table = solid("box", (0, -1, 0), (0.5, 0.05, 0.5))
+    dark = shadow_map([table], lamp, np.array([0.0, 0, 0.1]))
+    # the table's edge is 0.5 m out at 2 m below the lamp, so its shadow ends 0.75 m out on the floor
+    x = np.array([0.0, 0.5, 0.7, 0.85, 1.5], np.float32)
+    assert dark([x, np.zeros(5, np.float32), np.zeros(5, np.float32)]).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_haze_hides_what_is_far():
+    wall = [solid("box", (0, 0, z), (50, 50, 0.5)) for z in (3, 60)]
+    air = Atmosphere((1, 1, 1), (1, 1, 1), (), (0, 0, 1), 0.05, (0, 0, 0))
+    colours = []
+    for one in wall:
+        scene, seen = Scene([one], [plain((1, 0, 0))], air), view(5, 5)
+        colours.append(shade(scene, seen, *cast_rays(scene.solids, seen))[:, 2, 2])
+    assert colours[0][0] > 0.8 and colours[1][2] > 0.9
+    assert colours[0][0] == pytest.approx(math.exp(-0.05 * 2.5), abs=0.02)
+
+
+# Writing
+
+
+SETTINGS = {"look": "photographic", "count": 10, "seed": 3, "height": 24, "width": 32, "per_shard": 4}
+
+
+def tars(root):
+    return {path.name: path.read_bytes() for path in sorted(Path(root).glob("*.tar"))}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "photos"
+    return write_scenes(root, **SETTINGS)
+
+
+def test_a_written_set_reads_back_as_rendered(written):
+    assert [shard.records for shard in written.shards] == [4, 4, 2]
+    assert verify_set(written.root, decode=True) == []
+    records = Records(open_set(written.root))
+    key, fields = records.read("photos/00001", 2)
+    frame, rendered = decode_record(key, fields), render_scene(30_000_006, look="photographic", **SMALL)
+    assert key == "photos/00001/0000006"
+    assert set(fields) == {"jpg", "json", "depth.f32"}
+    assert (frame.depth == rendered.depth).all()
+    assert frame.meta == rendered.meta
+    assert (
+        frame.meta["unit"] == "m" and frame.meta["sky"] == "inf" and frame.meta["original_size"] == [24, 32]
+    )
+    assert np.abs(frame.image.astype(int) - rendered.image).mean() < 20  # JPEG
+    assert codec.decode(fields["depth.f32"]).dtype == np.float32
+
+
+def test_synthetic_pictures_stay_clean_and_truth_can_be_left_out(tmp_path):
+    made = write_scenes(tmp_path / "s", **{**SETTINGS, "look": "synthetic", "count": 2}, labelled=False)
+    key, fields = Records(made).read("s/00000", 1)
+    assert set(fields) == {"png", "json"}
+    rendered = render_scene(30_000_001, look="synthetic", **SMALL)
+    assert (decode_record(key, fields).image == rendered.image).all()
+
+
+def test_a_complete_set_is_returned_untouched(written, monkeypatch):
+    monkeypatch.setattr(layout, "render_scene", None)
+    before = {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()}
+    assert write_scenes(written.root, **SETTINGS) == written
+    assert {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 4},
+        {"count": 11},
+        {"look": "synthetic"},
+        {"height": 25},
+        {"per_shard": 5},
+        {"labelled": False},
+    ],
+)
+def test_other_settings_are_refused_with_what_to_type(written, other):
+    with pytest.raises(ValueError, match=f"{next(iter(other))} .*rm -r"):
+        write_scenes(written.root, **{**SETTINGS, **other})
+
+
+def test_a_killed_writer_is_continued_to_the_same_bytes(written, tmp_path, monkeypatch):
+    calls = []
+
+    def dying(seed, **kwargs):
+        calls.append(seed)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return render_scene(seed, **kwargs)
+
+    monkeypatch.setattr(layout, "render_scene", dying)
+    root = tmp_path / "photos"
+    with pytest.raises(KeyboardInterrupt):
+        write_scenes(root, **SETTINGS)
+    assert not (root / "manifest.json").exists() and list(tars(root)) == ["00000.tar"]
+    with pytest.raises(ValueError, match="rm -r"):
+        write_scenes(root, **{**SETTINGS, "seed": 4})
+    calls.clear()
+    calls.extend([0] * 10)
+    again = write_scenes(root, **SETTINGS)
+    assert len(calls) == 10 + 6, "the finished shard must not be drawn again"
+    assert again.digest == written.digest and tars(root) == tars(written.root)
+    assert (root / "manifest.json").read_bytes() == Path(written.root, "manifest.json").read_bytes()
+
+
+def test_processes_that_race_write_the_same_set(written, tmp_path):
+    root = tmp_path / "photos"
+    made, threads = [], []
+    for _ in range(3):
+        threads.append(threading.Thread(target=lambda: made.append(write_scenes(root, **SETTINGS))))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert [one.digest for one in made] == [written.digest] * 3
+    assert tars(root) == tars(written.root) and verify_set(root) == []
+    assert not list(root.glob(".tmp*"))
+
+
+def test_settings_are_told_in_the_manifest(written):
+    meta = json.loads(Path(written.root, "manifest.json").read_text())["meta"]
+    assert meta["unit"] == "m" and meta["sky"] == "inf"
+    assert meta["settings"]["look"] == "photographic" and meta["settings"]["seed"] == 3
+
+
+def test_shards_of_others_are_not_written_over(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.tar").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="name another folder"):
+        write_scenes(tmp_path / "x", **SETTINGS)
+
+
+def test_a_name_that_cannot_name_a_set_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="cannot name a set"):
+        write_scenes(tmp_path / "my scenes", **SETTINGS)

@@ -1,0 +1,54 @@
+"""The arithmetic of a batch, refusals with the nearest workable values, and the printed plan."""
+
+import re
+
+import pytest
+
+from depth_anything.training.batch_plan import complete_commands, split_batch
+
+
+@pytest.mark.parametrize("batch_size", [16, 64, 192])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
+def test_product_is_the_batch(batch_size: int, devices: int) -> None:
+    share = batch_size // devices
+    for micro_batch in [None, *(m for m in range(1, share + 1) if share % m == 0)]:
+        micro, accumulation = split_batch(batch_size, devices, micro_batch)
+        assert micro * accumulation * devices == batch_size
+        assert micro == (micro_batch or share)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "micro_batch"),
+    [
+        (16, 3, None),
+        (192, 7, None),
+        (64, 128, None),
+        (16, 1, 5),
+        (16, 2, 3),
+        (64, 8, 9),
+        (64, 8, 0),
+        (24, 1, 7),
+    ],
+)
+def test_refusal_names_values_that_work(batch_size: int, devices: int, micro_batch: int | None) -> None:
+    with pytest.raises(ValueError) as caught:
+        split_batch(batch_size, devices, micro_batch)
+    message = str(caught.value)
+    assert "\n" not in message and "type" in message
+    offered = [int(n) for n in re.findall(r"type trainer.devices=(\d+)", message)]
+    for number in offered:
+        split_batch(batch_size, number, None)
+    micros = [int(n) for n in re.findall(r"micro_batch=(\d+)", message.partition("type")[2])]
+    for number in micros:
+        split_batch(batch_size, devices, number)
+    assert offered or micros
+
+
+def test_a_refusal_repeats_where_the_users_things_are() -> None:
+    typed = ["stage=student", "sources=own", "photos=my pictures", "encoder=vits", "steps=5"]
+    told = complete_commands("no labels yet: type  python train.py stage=pseudolabel  to go on", typed)
+    assert (
+        told
+        == "no labels yet: type  python train.py stage=pseudolabel sources=own 'photos=my pictures'  to go on"
+    )
+    assert complete_commands("image_size=100 is odd", typed) == "image_size=100 is odd"
