@@ -1,4 +1,4 @@
-"""docs/recipe.md says what the configs hold, and leaves no number of the recipe out."""
+"""The defaults in docs/recipe.md are those of configs/, and no number of the recipe is missing."""
 
 import re
 from pathlib import Path
