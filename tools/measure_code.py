@@ -35,6 +35,7 @@ from typing import Any
 
 PACKAGE = "depth_anything"
 MAX_DOC_LINE, MAX_SUBJECT = 120, 72
+MAX_CELL = 60  # characters of a table cell that lists names
 SHARED_LINES = 6
 WALKS = ("photo", "frame", "sample", "key")
 TITLES = {
@@ -562,7 +563,8 @@ def rows(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
     where = ", ".join(f"{folder} {count}" for folder, count in faces["of these in"].items())
     yield untyped, f"{faces[untyped]} ({where})"
     for kind, found in measured["names"].items():
-        yield kind, f"{len(found)} ({', '.join(found)})" if found else "0"
+        names_found = f"{len(found)} ({', '.join(found)})" if found else "0"
+        yield kind, names_found if len(names_found) < MAX_CELL else str(len(found))
     yield (
         "lines of the longest function, median, hints",
         (f"{faces['longest function']}, {faces['median function']:g}, {faces['hints, %']:g} %"),
