@@ -1,4 +1,4 @@
-"""Print the list of modules of docs/architecture.md: every file of the package with the first sentence of its docstring.
+"""Print the modules of docs/architecture.md: every file of the package with the first sentence of its docstring.
 
 python docs/list_modules.py            print it
 python docs/list_modules.py --write    put it into docs/architecture.md
