@@ -1,10 +1,10 @@
-"""Ways to keep a disparity map: bytes, milliseconds to encode and to decode, and the largest error.
+"""Compare encodings of a disparity map: bytes, encoding and decoding time, and the largest error.
 
     python benchmarks/bench_codec.py [--map FILE.npy ...] [--json FILE]
 
-The yardstick is a 16-bit PNG as Pillow writes it by default (level 6), decoded to float32 as a reader must. All other
-ways keep 12 bits and use zstandard; they differ in what the bytes are when it gets them. Process CPU time of one
-thread, median and quartiles; the ways take turns, so that a busy machine slows all of them.
+The reference is a 16-bit PNG with Pillow's defaults (level 6), decoded to float32. All other encodings keep 12 bits
+and use zstandard; they differ in the bytes that are compressed. CPU time of one thread, median and quartiles;
+encodings alternate, so that other load affects all of them.
 """
 
 import argparse

@@ -1,19 +1,17 @@
-"""The loader beside the authors' way and beside the bare work, from shard to batch, image and label.
+"""Compare the loader with the authors' and with the necessary work alone, from shard to batch of images and labels.
 
     OMP_NUM_THREADS=1 nice -n -15 python benchmarks/bench_data.py [--images FOLDER] [--json FILE]
 
-All sides start from the same JPEGs and the same maps, of 1024 x 768, and go through a DataLoader of their own with 1
-and with 2 workers; they take turns, so that a busy machine slows all. CPU time is that of all processes of a side.
+All variants start from the same JPEGs and maps of 1024 x 768 and run in a DataLoader of their own with 1 and with 2
+workers. They alternate, so that other load affects all of them. CPU time is that of all processes of a variant.
 
-    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole frames
-                       normalised and cut last, a JPEG and a 16-bit PNG of full size a sample
-    ours               image and label shards as training reads them, labels at the short side of 518
+    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole images normalized
+                       and cropped last, a JPEG and a 16-bit PNG of full size per sample
+    ours               image and label shards as training reads them, labels with a short side of 518
     ours, pre-resized  the same with images of that size, JPEG quality 92, as `shard --short-side 518` writes them
-    bare               what no loader can do without, of the same bytes: decode image and label, resize the image; the
-                       bytes are in memory, and nothing is handed over
+    bare               the necessary work on the same bytes: decode image and label, resize the image; the bytes are in
+                       memory, and nothing is transferred between processes
     bare, image        the same without the label
-
-Ours leaves normalising to the device; a ratio counts it in.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""What a record costs that comes over http instead of from disk.
+"""Measure the cost of a record read over http instead of from disk.
 
     python benchmarks/bench_remote.py [--latency MS] [--json FILE]
 
-A real nginx on loopback serves shards of random bytes as large as an image and its label; --latency lets a relay in
-between hold every answer back, as a real network does. The sides take turns over the same records:
+A local nginx serves shards of random bytes as large as an image and its label; --latency adds a delay to every
+answer. The variants alternate over the same records:
 
     disk            Records of a folder, records drawn at random
-    http            Records of an address, the same records, one after the other, by range on one connection
-    http, at once   the same, micro-batches expected, so that their records come side by side
-    fsspec          the same ranges through fsspec's http file system, in place of urllib3
-    pipe:curl       WebDataset's own way, whole shards from their beginning to their end, nothing drawn
+    http            Records of an address, sequentially, by range on one connection
+    http, parallel  the same, with the records of a micro-batch requested in parallel
+    fsspec          the same ranges through fsspec's http file system
+    pipe:curl       WebDataset's own way: whole shards in the order of the tar
 
-CPU is that of the reading process and, for pipe:curl, of its commands; nginx's own is nobody's.
+CPU is that of the reading process and, for pipe:curl, of its commands, without nginx.
 """
 
 import argparse

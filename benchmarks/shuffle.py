@@ -1,12 +1,12 @@
-"""How far the order of samples is from a perfect shuffle: arithmetic on Stream alone, no data.
+"""Compare the order of samples with a perfect shuffle, by arithmetic on Stream alone.
 
     python benchmarks/shuffle.py [--json FILE] [--picture FILE]
 
-Two questions, each beside a permutation drawn by NumPy of the same number of records:
+Two questions, each compared with a NumPy permutation of as many records:
 
-    within a batch   how many distinct shards it holds, and how often two of its samples share one
-    over passes      where a record comes in the next pass; how often two that met in a batch meet again in it; how far
-                     apart two neighbours of a shard come
+    within a batch   how many distinct shards it has, and how often two of its samples share one
+    over passes      where a record comes in the next pass; how often two records of a batch meet again in it; how far
+                     apart two neighbors of a shard come
 """
 
 import argparse
