@@ -34,8 +34,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from depth_anything.data import codec
-from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import PREFETCH_BATCHES, build_stream_loader, return_batch
+from depth_anything.data.dataset import StreamDataset, return_batch
+from depth_anything.data.loader import PREFETCH_BATCHES, build_stream_loader
 from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.stream import MicroBatchSampler

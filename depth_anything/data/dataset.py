@@ -50,8 +50,8 @@ _NO_TIMER: AbstractContextManager[None] = nullcontext()
 class StreamDataset(Dataset):
     """Training samples by number, from any number of sets.
 
-    For `DataLoader(dataset, batch_sampler=MicroBatchSampler(…), collate_fn=…)`, with a collate_fn that returns its
-    argument: a worker sends whole micro-batches. Files are opened in the process that reads.
+    For `DataLoader(dataset, batch_sampler=MicroBatchSampler(…), collate_fn=return_batch)`: a worker sends whole
+    micro-batches. Files are opened in the process that reads.
 
     Attributes:
         sources: The sets.
@@ -306,6 +306,11 @@ class StreamDataset(Dataset):
         """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
         self._bad.add(place)
         return None if error.key else place[0]
+
+
+def return_batch(batch: Any) -> Any:
+    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
+    return batch
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.dataset import StreamDataset, return_batch
 from depth_anything.data.stream import MicroBatchSampler
 
 PREFETCH_BATCHES = 2
@@ -53,11 +53,6 @@ def build_stream_loader(
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=workers > 0,
     )
-
-
-def return_batch(batch: Any) -> Any:
-    """Return a batch as the dataset built it: a collate_fn that spawned workers can unpickle."""
-    return batch
 
 
 def largest_divisor(number: int) -> int:

@@ -12,7 +12,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -112,7 +112,12 @@ class ShardReader:
                 raise ShardError(f"{url} is not the tar of the manifest: its hash differs")
             members = table.members(index)
             key = members[0].key
-            start, end = _byte_span(members)
+            longest = end = 0
+            for member in members:
+                longest = max(longest, len(key) + 1 + len(member.extension))
+                end = max(end, member.offset + member.size)
+            header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
+            start = max(0, members[0].offset - header)
             if end - start > _MAX_RECORD_BYTES:
                 raise ShardError(f"its {end - start} bytes are more than the limit of {_MAX_RECORD_BYTES}")
             if far:
@@ -430,16 +435,6 @@ def _load_index(url: str) -> TarIndex:
     if table.bytes != size:
         raise ShardError(f"{url} has {size} bytes, its index says {table.bytes}: truncated, or another tar")
     return table
-
-
-def _byte_span(members: Sequence[TarMember]) -> tuple[int, int]:
-    """Return the first byte of a record's first tar header, and the end of its data."""
-    longest = end = 0
-    for member in members:
-        longest = max(longest, len(member.key) + 1 + len(member.extension))
-        end = max(end, member.offset + member.size)
-    header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
-    return max(0, members[0].offset - header), end
 
 
 def _extract_field(data: bytes, member: TarMember, start: int) -> bytes:

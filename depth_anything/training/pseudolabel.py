@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from depth_anything.data.codec import encode
+from depth_anything.data.dataset import return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.loader import StreamLoader
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set

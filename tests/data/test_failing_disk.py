@@ -9,8 +9,8 @@ from pathlib import Path
 import made_source
 import numpy as np
 import pytest
-from made_shards import make, records
 from PIL import Image
+from shard_builders import make, records
 
 from depth_anything.data import dataset, remote
 from depth_anything.data.dataset import StreamDataset

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from made_servers import Faulty
-from made_shards import make, records
+from local_servers import FaultyServer
+from shard_builders import make, records
 
 from depth_anything.data import cache, remote
 from depth_anything.data.reader import Records, ShardReader
@@ -247,7 +247,7 @@ def test_http_failure_while_a_shard_is_copied(tmp_path, monkeypatch, capfd):
     def fault(path, times):
         return {0: "whole", 1: "cut"}.get(times, "whole") if path.endswith("1.tar") else None
 
-    with Faulty(tmp_path) as server:
+    with FaultyServer(tmp_path) as server:
         server.fault = fault
         read = Records(open_set(f"{server.address}/set"))
         assert [read.read("set/000001", i) for i in range(5)] == records("000001", size=2000)

@@ -7,8 +7,8 @@ import urllib.parse
 
 import fsspec
 import pytest
-from made_servers import Faulty, s3, s3_environment
-from made_shards import make, records
+from local_servers import FaultyServer, s3, s3_environment
+from shard_builders import make, records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import Records
@@ -37,7 +37,7 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def server(bucket, monkeypatch):
-    with Faulty(bucket) as made:
+    with FaultyServer(bucket) as made:
         for name, value in s3_environment(made.address).items():
             monkeypatch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
@@ -145,7 +145,7 @@ def test_missing_package_is_named(monkeypatch):
         open_set("s3://shards/set")
 
 
-class Bucket(Faulty):
+class Bucket(FaultyServer):
     """The one request of Google's JSON API that reading sends: the bytes of an object, by range."""
 
     def fetch(self, path, headers):
