@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     batch = 8 if args.small else 192
     found = [
         compare(shards=shards, per_shard=per_shard, batch=batch, passes=3, batches=0),
-        # Streams of several shards each, as with the paper's settings: the records of a shard are in one part of a pass.
+        # Streams of several shards each, as in the paper's run: the records of a shard are in one part of a pass.
         compare(shards=5 * shards, per_shard=per_shard, batch=max(4, batch // 12), passes=2, batches=0),
         compare(shards=large, per_shard=per_shard, batch=batch, passes=0, batches=9 if args.small else 1500),
     ]
