@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote
+from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
@@ -100,7 +101,7 @@ class ShardReader:
         try:
             return self._read_once(url, index, hash, fresh=True)
         except BadRecord as error:
-            if isinstance(error.__cause__, remote.PermanentError):
+            if isinstance(error.__cause__, PermanentError):
                 self._unreadable[url] = error.reason  # do not ask again for its other records
             raise
 
@@ -170,7 +171,7 @@ class ShardReader:
     def _load(self, url: str) -> _LoadedIndex:
         loaded = self._indexes.get(url)
         if loaded is None:
-            loaded = _LoadedIndex(remote.retry(url, lambda: _load_index(url)), is_remote(url))
+            loaded = _LoadedIndex(retry(url, lambda: _load_index(url)), is_remote(url))
         with self._lock:
             self._indexes[url] = loaded
             self._indexes.move_to_end(url)
@@ -202,7 +203,7 @@ class ShardReader:
 
     def _fetch_range(self, url: str, start: int, count: int, table: TarIndex, *, fresh: bool) -> bytes:
         # retried once more here, because the cache of whole shards is on a local disk
-        return remote.retry(
+        return retry(
             url,
             lambda: remote.fetch_range(
                 url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
@@ -213,7 +214,7 @@ class ShardReader:
         try:
             return self._pread(path, start, count)
         except OSError as error:
-            return remote.retry(path, lambda: self._pread(path, start, count), failed=error)
+            return retry(path, lambda: self._pread(path, start, count), failed=error)
 
     def _pread(self, path: str, start: int, count: int) -> bytes:
         with self._lock:
@@ -319,7 +320,7 @@ class _RecordSource:
         except BadRecord as error:
             if not is_remote(entry.root) and not os.path.exists(os.path.join(entry.root, "manifest.json")):
                 raise StorageUnavailable(
-                    f"{entry.root} is missing; mount its disk, then {remote.RESUME_HINT}"
+                    f"{entry.root} is missing; mount its disk, then {RESUME_HINT}"
                 ) from error
             raise BadRecord(shard, index, error.key, side + error.reason) from error
 
@@ -420,7 +421,7 @@ def _load_index(url: str) -> TarIndex:
         address = index_address(url)
         try:
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
-        except remote.PermanentError:
+        except PermanentError:
             raise
         except ShardError:  # it may have been damaged on the way
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)

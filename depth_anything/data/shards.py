@@ -20,6 +20,7 @@ import numpy as np
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join_address, redact_secrets
 from depth_anything.data.reader import JoinedRecords, ShardReader
+from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tar_index import index_matches, is_project_index
 from depth_anything.data.tars import (
@@ -116,13 +117,13 @@ def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -
     try:
         shard_set = _parse_manifest(_read_manifest(root), root, name)
     except ShardError as error:
-        if not is_remote(root) or isinstance(error, remote.PermanentError):
+        if not is_remote(root) or isinstance(error, PermanentError):
             raise
         shard_set = _parse_manifest(_read_manifest(root), root, name)  # it may have been damaged on the way
     if not shard_set.records:
         raise ShardError(f"{root} has no records: write shards there with  depth-anything shard")
     if check and not is_remote(root):
-        for problem in remote.retry(root, lambda: _find_missing_shards(shard_set)):
+        for problem in retry(root, lambda: _find_missing_shards(shard_set)):
             raise ShardError(
                 f"{problem}: copy it again; for a list of all problems type  depth-anything verify {root}"
             )
@@ -399,13 +400,13 @@ def _read_keys(shard_set: ShardSet, shard: str) -> list[str]:
 def _read_manifest(root: str) -> bytes:
     if is_remote(root):
         return remote.fetch(join_address(root, "manifest.json"))
-    mode = remote.retry(root, lambda: _file_mode(root))
+    mode = retry(root, lambda: _file_mode(root))
     if stat.S_ISREG(mode):
         raise ShardError(f"{root} is not a folder: type the folder of the shards and manifest.json")
     if not stat.S_ISDIR(mode):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
-        return remote.retry(root, Path(root, "manifest.json").read_bytes)
+        return retry(root, Path(root, "manifest.json").read_bytes)
     except FileNotFoundError:
         if os.path.exists(os.path.join(root, _SETTINGS_FILE)):
             raise ShardError(_unfinished_message(root)) from None

@@ -17,7 +17,7 @@ import urllib3
 from local_servers import FaultyServer, nginx
 from shard_builders import make, records
 
-from depth_anything.data import remote
+from depth_anything.data import remote, retry
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.shards import open_set, verify_set, write_manifest
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
@@ -34,7 +34,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
     monkeypatch.setenv("HOME", str(tmp_path))  # whose .netrc is read
-    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
         kept.clear()
     for remembered in (remote._netrc_hosts, remote._proxy_url):
         remembered.cache_clear()
@@ -44,7 +44,7 @@ def alone(tmp_path, monkeypatch):
 def waits(monkeypatch):
     """Record the waits instead of sleeping."""
     seconds = []
-    monkeypatch.setattr(remote, "sleep", seconds.append)
+    monkeypatch.setattr(retry, "sleep", seconds.append)
     return seconds
 
 
@@ -143,7 +143,7 @@ def test_slow_server_is_not_stalled(monkeypatch, size, stalled):
     minutes = itertools.count(0, 61)
     monkeypatch.setattr(remote, "monotonic", lambda: next(minutes))
     if stalled:
-        with pytest.raises(remote.RetryableError, match="10000 bytes in 61 s"):
+        with pytest.raises(retry.RetryableError, match="10000 bytes in 61 s"):
             list(remote._read_chunks(ResponseInPieces(size)))
     else:
         assert b"".join(remote._read_chunks(ResponseInPieces(size))) == bytes(4 * size)
