@@ -187,11 +187,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, int | None]:
         """Pickle the settings only."""
-        return {
-            "max_open": self.max_open,
-            "max_indexes": self.max_indexes,
-            "total_bytes": self.total_bytes,
-        }
+        return {name: getattr(self, name) for name in ("max_open", "max_indexes", "total_bytes")}
 
     def __setstate__(self, state: dict[str, int | None]) -> None:
         """Start with no open files."""
@@ -255,7 +251,7 @@ def _shard_entries(shard_set: ShardSet) -> dict[str, _ShardEntry]:
     return {s.name: _ShardEntry(shard_set.url(s.name), root, s.hash, s.records) for s in shard_set.shards}
 
 
-class _RecordSource:
+class RecordSource:
     """Base of `Records` and `JoinedRecords`: the list of shards, the reader, and prefetching.
 
     Attributes:
@@ -265,6 +261,7 @@ class _RecordSource:
     """
 
     def __init__(self, shard_set: ShardSet, *, digest: str, is_remote: bool, total_bytes: int) -> None:
+        """Open nothing yet."""
         self.name, self.digest, self.is_remote = shard_set.name, digest, is_remote
         self._shards = {f"{self.name}/{name}": entry for name, entry in _shard_entries(shard_set).items()}
         self._reader = ShardReader(total_bytes=total_bytes)
@@ -325,7 +322,7 @@ class _RecordSource:
             raise BadRecord(shard, index, error.key, side + error.reason) from error
 
 
-class Records(_RecordSource):
+class Records(RecordSource):
     """The records of a set; cheap to create and to send to other processes.
 
     Attributes:
@@ -334,19 +331,15 @@ class Records(_RecordSource):
 
     def __init__(self, shard_set: ShardSet) -> None:
         """Open nothing yet."""
-        super().__init__(
-            shard_set,
-            digest=shard_set.digest,
-            is_remote=is_remote(shard_set.root),
-            total_bytes=shard_set.bytes,
-        )
+        far = is_remote(shard_set.root)
+        super().__init__(shard_set, digest=shard_set.digest, is_remote=far, total_bytes=shard_set.bytes)
         self.set = shard_set
 
     def _fetch(self, shard: str, index: int) -> KeyAndFields:
         return self._read_record(self._shards[shard], shard, index)
 
 
-class JoinedRecords(_RecordSource):
+class JoinedRecords(RecordSource):
     """Label records, each joined by its key with the image record that it labels.
 
     A record has all fields of the image except labels, and those of the label.

@@ -17,7 +17,7 @@ from depth_anything.data.tars import PATH_ERRNOS, ShardError, StorageUnavailable
 
 T = TypeVar("T")
 
-RESUME_HINT = "start the same command again, and it goes on"
+RESUME_HINT = "start the same command again to resume"
 
 _RETRIES, _FIRST_WAIT_S, _LONGEST_WAIT_S = 6.0, 0.5, 60.0
 _MAX_REPORTED = 20  # addresses whose retries are reported
