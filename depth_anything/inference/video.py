@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from depth_anything.data.address import escape_unprintable
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.inference.clip_list import VIDEO_SUFFIXES, list_clips
 from depth_anything.inference.clips import Clip, ClipFrame, FrameFolder
 from depth_anything.inference.formats import (

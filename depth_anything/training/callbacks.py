@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from depth_anything.data.loader import WorkerError
-from depth_anything.data.tars import StorageUnavailable, atomic_write
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import atomic_write
+from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
 from depth_anything.training.signals import StoppedBySignal, signal_handler
 
@@ -131,32 +133,31 @@ class TrainingProgress(StepCallback):
     def __init__(self, metrics: TrainingMetrics, *, seconds: float = 20.0) -> None:
         """Show `metrics.latest`; without a terminal print at most every `seconds`."""
         self.metrics, self.seconds = metrics, seconds
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the bar where the run stands."""
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            self._bar = tqdm(
+            self._bar = ProgressLine(
+                "training",
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else self.seconds,
-                ascii=not sys.stderr.isatty(),
+                interval_s=self.seconds,
+                keep=True,
             )
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Advance the bar; show the numbers of the last log line."""
         if self._bar is None:
             return
-        latest = self.metrics.latest
+        latest, shown = self.metrics.latest, {}
         if latest:
             shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
             if "valid_share" in latest:
                 shown["valid"] = f"{latest['valid_share']:.1%}"
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(values=shown)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""
@@ -181,25 +182,25 @@ def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
     """
     if ranks == 1:
         return [work()]
-    result, sentence, number, own = None, "", 0, None
+    result, failure, number, own = None, None, 0, None
     try:
         with signal_handler.interruptible():
             result = work()
-    except (ValueError, OSError) as error:  # an Outage, too
-        sentence = str(error)
+    except (ValueError, OSError) as error:
+        failure = UserError(error.parts if isinstance(error, UserMessage) else str(error))
     except StoppedBySignal as stop:
         number = stop.number
     except Exception as error:
-        sentence, own = f"rank {dist.get_rank()} failed: {error!r}", error
+        failure, own = UserError(f"rank {dist.get_rank()} failed: {error!r}"), error
     shares: list[Any] = [None] * ranks
-    dist.all_gather_object(shares, (result, sentence, number))
+    dist.all_gather_object(shares, (result, failure, number))
     if number := max(number for _, _, number in shares):
         signal_handler.stop(number)
     if own is not None:
         raise own
-    for _, sentence, _ in shares:
-        if sentence:
-            raise ValueError(sentence)
+    for _, failure, _ in shares:
+        if failure is not None:
+            raise failure
     return [result for result, _, _ in shares]
 
 
@@ -334,9 +335,9 @@ class GracefulStop(StepCallback):
             self.checkpoints.save(trainer, step)
             trainer.should_stop = True
         if read >= self.at_least and failed > self.ceiling * read:
-            raise ValueError(
-                f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}; "
-                "look at the set with `depth-anything verify` and start the same command again"
+            raise UserError(
+                f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}",
+                ["look at the set with `depth-anything verify` and ", SAME_COMMAND],
             )
 
     def _agree(self, ranks: int) -> tuple[int, int]:

@@ -22,8 +22,9 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
+from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import save_with_digest
-from depth_anything.model.tensor_files import write_whole
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     Checkpoints,
     GracefulStop,
@@ -54,7 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write with a digest, flush to the disk, rename; a kill at any moment leaves the older checkpoints alone."""
-        write_whole(Path(path), lambda temporary: save_with_digest(checkpoint, temporary))
+        with atomic_path(Path(path), make_folder=True, also=WRITE_ERRORS) as temporary:
+            save_with_digest(checkpoint, temporary)
 
 
 def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from depth_anything.data.address import redact_secrets
-from depth_anything.data.tars import atomic_write
-from depth_anything.disk import name_write_errors
+from depth_anything.disk import atomic_write, name_write_errors
 
 
 @dataclass

@@ -23,22 +23,23 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.loader import StreamLoader, next_or_failure, return_batch
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.disk import write_new
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
+from depth_anything.progress import ProgressLine
 from depth_anything.training.signals import signal_handler
 
 PREPROCESSING_TEXT = (
@@ -148,10 +149,10 @@ class Lease:
             return True
         except (ValueError, KeyError, TypeError):
             host, pid = "", 0
-        still = (
+        timeout_s = (
             LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
         )  # the number may be another's by now
-        return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
+        return self._watch.is_dead(self.path, host=host, pid=pid, timeout_s=timeout_s)
 
 
 @dataclass
@@ -209,6 +210,11 @@ class ShardBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches until every shard of every set has its labels, by whomever."""
+        batches = self._batches()
+        while (batch := next_or_failure(batches)) is not None:
+            yield batch
+
+    def _batches(self) -> Iterator[ImageBatch]:
         worker = get_worker_info()
         lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         lanes = self.world * (worker.num_workers if worker else 1)
@@ -322,8 +328,8 @@ class ShardData(pl.LightningDataModule):
             ValueError: If a set is not finished after all.
         """
         if not self.finished():
-            raise ValueError(
-                "not every shard has its labels; look at the messages above and start the same command again"
+            raise UserError(
+                "not every shard has its labels", ["look at the messages above and ", SAME_COMMAND]
             )
         told = []
         for name, labels in self.labels.items():
@@ -373,20 +379,19 @@ class PseudoLabel(pl.LightningModule):
         self._data = (data,)
         self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
         self._read = self._failed = self._mute = 0
 
     def on_predict_start(self) -> None:
         """Open a bar over the images that had no label when this process began."""
         left = sum(labels.count_unlabeled_images() for labels in self._data[0].labels.values())
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = ProgressLine(
+            "labeling",
             total=left,
             unit="image",
-            dynamic_ncols=True,
-            mininterval=10.0 if quiet else 0.5,
-            ascii=quiet,
-            disable=not self.trainer.is_global_zero,
+            interval_s=10.0,
+            enabled=self.trainer.is_global_zero,
+            keep=True,
         )
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> int:
@@ -425,9 +430,10 @@ class PseudoLabel(pl.LightningModule):
         self._failed, self._mute = self._failed + len(batch.failed), self._mute + len(mute)
         many = self._read >= 1000
         if len(batch.failed) == batch.records or (many and self._failed > 0.01 * self._read):
-            raise ValueError(
+            raise UserError(
                 f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
-                f"({batch.failed[-1][1]}); look with `depth-anything verify` and start the same command again"
+                f"({batch.failed[-1][1]})",
+                ["look with `depth-anything verify` and ", SAME_COMMAND],
             )
         seen = batch.records - len(batch.failed)
         if 2 * len(mute) > seen or (many and mute and self._mute > 0.01 * self._read):

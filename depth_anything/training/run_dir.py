@@ -1,13 +1,8 @@
 """A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
 
-import atexit
-import errno
-import fcntl
 import json
 import os
-import socket
 import sys
-import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -18,9 +13,11 @@ import torch
 import yaml
 
 from depth_anything.data.address import redact_nested
-from depth_anything.data.tars import atomic_write, remove_stale
-from depth_anything.disk import name_write_errors
-from depth_anything.locks import FileWatch, file_system_time, process_exists
+from depth_anything.disk import (
+    atomic_write,
+    remove_stale,
+)
+from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
@@ -32,121 +29,9 @@ from depth_anything.training.resume import (
     read_config_or_empty,
 )
 
-__all__ = ["RunLock", "RunDir", "config_differences", "launch_id", "is_requeued", "step_from_name"]
+__all__ = ["RunDir", "config_differences", "launch_id", "is_requeued", "step_from_name"]
 
-HEARTBEAT_INTERVAL_S = 10.0
-LOCK_STALE_S = 60.0
-LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
 RANK0_TIMEOUT_S = 120.0
-
-
-class RunLock:
-    """One process writes to a run folder at a time.
-
-    A POSIX record lock (which the kernel drops when its process dies, and which forked workers do not hold)
-    keeps out processes of the same host; the heartbeat keeps out those of other hosts, where the file system
-    may not carry locks. Heartbeats are held against the file system's time; where that and the holder's own clock
-    do not say the same, the file is watched for a change.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Name the lock of `folder`."""
-        self.path = folder / "lock.json"
-        self._file: int | None = None
-        self._stop = threading.Event()
-
-    def acquire(self) -> None:
-        """Take the lock and keep its heartbeat going.
-
-        Raises:
-            ValueError: If another process holds it, naming host and pid.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        free: bool | None = True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # None: a file system without locks
-            free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-        holder = self._read(file)
-        here = holder.get("host") == socket.gethostname()
-        taken = free is False
-        if holder and not taken and not (here and (free or not process_exists(int(holder["pid"])))):
-            taken = self._shows_life(holder)
-        if taken:
-            os.close(file)
-            raise ValueError(
-                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
-                "wait for it, stop it, or type name=ANOTHER_NAME"
-            )
-        self._file, self._process = file, os.getpid()
-        try:
-            self._beat()
-        except OSError:
-            self._file = None
-            os.close(file)
-            raise
-        atexit.register(self.release)  # a run on another host need not wait until the heartbeat is old
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Give the lock back; a dead process needs no release."""
-        if (
-            self._file is not None and self._process == os.getpid()
-        ):  # never by a process forked from the holder
-            self._stop.set()
-            self._thread.join()
-            file, self._file = self._file, None
-            os.ftruncate(file, 0)
-            os.close(file)
-
-    @staticmethod
-    def _read(file: int) -> dict[str, Any]:
-        try:
-            holder = dict(json.loads(os.pread(file, 4096, 0)))
-            return {
-                "host": str(holder["host"]),
-                "pid": int(holder["pid"]),
-                "heartbeat": float(holder["heartbeat"]),
-            }
-        except (ValueError, KeyError, TypeError):
-            return {}
-
-    def _shows_life(self, holder: dict[str, Any]) -> bool:
-        """Tell whether a process elsewhere still writes its heartbeat."""
-        now = file_system_time(self.path.parent)
-        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
-        if all(-HEARTBEAT_INTERVAL_S < age < LOCK_STALE_S for age in ages):
-            return True
-        if all(age >= LOCK_STALE_S for age in ages):
-            return False
-        told = f"process {holder['pid']} on {holder['host']}"
-        print(
-            f"waiting {LOCK_WATCH_S:.0f} s to see whether {told} still writes to {self.path.parent}",
-            file=sys.stderr,
-        )
-        watch, deadline = FileWatch(), time.monotonic() + LOCK_WATCH_S
-        watch.seconds_unchanged(self.path)
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, LOCK_WATCH_S / 4))
-            if watch.seconds_unchanged(self.path) == 0.0:
-                return True
-        return False
-
-    def _beat(self) -> None:
-        file = self._file
-        if file is not None:
-            sign = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-            text = json.dumps(sign).encode()
-            with name_write_errors(self.path):
-                os.pwrite(file, text, 0)
-                os.ftruncate(file, len(text))
-
-    def _run(self) -> None:
-        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
-            with suppress(OSError):  # a disk that is full or away for a moment; the next beat may succeed
-                self._beat()
 
 
 class RunDir:
@@ -169,7 +54,10 @@ class RunDir:
         self.model = self.path / "model.safetensors"
         self.best, self.best_json = self.path / "best.safetensors", self.path / "best.json"
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
-        self.lock = RunLock(self.path)
+        self.lock = self._new_lock()
+
+    def _new_lock(self) -> FileLock:
+        return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
 
     def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
@@ -253,14 +141,13 @@ class RunDir:
             self.lock.acquire()
             if config["overwrite"] and self.config.is_file() and not is_requeued():
                 self._move_away()
-                self.lock = RunLock(self.path)
+                self.lock = self._new_lock()
                 self.lock.acquire()
             self.compare(config)
             if config["resume"] is None and not self.finished(config["steps"]):
                 self._refuse_lost_progress()
-            for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-                torn.unlink(missing_ok=True)
-        remove_stale(self.path)
+        for folder in (self.path, self.checkpoints, self.pictures):
+            remove_stale(folder, exclusive=exclusive)
         text = yaml.safe_dump(redact_nested(config), sort_keys=False)
         atomic_write(self.config, text.encode())
 

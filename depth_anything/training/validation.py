@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +13,7 @@ from PIL import Image
 
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import atomic_write
-from depth_anything.disk import write_error
+from depth_anything.disk import atomic_path, atomic_write
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark as load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import PairResult, score_da2k
 from depth_anything.evaluation.evaluate import (
@@ -37,8 +35,8 @@ from depth_anything.evaluation.runner import (
     task_from_set,
 )
 from depth_anything.inference.predictor import Predictor
-from depth_anything.model.tensor_files import write_whole
-from depth_anything.model.weights import save_model
+from depth_anything.model.tensor_files import WRITE_ERRORS
+from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.run_dir import RunDir
@@ -213,10 +211,9 @@ class ValidationCallback(StepCallback):
         ]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
         picture = make_panel(rows, titles=titles)
-        write_whole(
-            self.folder.pictures / f"step-{step:09d}.jpg",
-            lambda temporary: Image.fromarray(picture).save(temporary, "JPEG", quality=90),
-        )
+        path = self.folder.pictures / f"step-{step:09d}.jpg"
+        with atomic_path(path, make_folder=True) as temporary:
+            Image.fromarray(picture).save(temporary, "JPEG", quality=90)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("depth", [picture], step=step)
@@ -235,13 +232,9 @@ class ValidationCallback(StepCallback):
             "protocol": self.trial.protocol.name if self.trial.protocol else self.trial.name,
             "judged": _task_digest(self.trial),
         }
-        written = self.folder.best.with_name(f".{self.folder.best.name}.tmp")
-        try:
-            save_model(module.model, written)
-        except OSError as error:  # a full disk, perhaps: the older network and its note stay
-            raise write_error(self.folder.best, error) from error
-        self.folder.best_json.unlink(missing_ok=True)
-        os.replace(written, self.folder.best)
+        with atomic_path(self.folder.best, also=WRITE_ERRORS) as temporary:
+            write_model(module.model, temporary)
+            self.folder.best_json.unlink(missing_ok=True)
         atomic_write(self.folder.best_json, json.dumps(self.best).encode())
 
 

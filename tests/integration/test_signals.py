@@ -193,9 +193,9 @@ def test_the_failure_of_rank_0_reaches_the_other_rank(start: Start, tmp_path: Pa
         folder.parent.mkdir()
         folder.write_text("a file")
     else:
-        from depth_anything.training.run_dir import RunLock
+        from depth_anything.locks import FileLock
 
-        lock = RunLock(folder)
+        lock = FileLock(folder / "lock.json", fix="")
         lock.acquire()
     runs = start(tmp_path, "stage=teacher", "steps=2", ranks=2)
     if why == "locked":

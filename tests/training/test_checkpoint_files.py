@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import find_damage, save_with_digest
-from depth_anything.model.tensor_files import write_whole
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import Checkpoints
 from depth_anything.training.lightning import AtomicCheckpointIO
 from depth_anything.training.run_dir import RunDir, step_from_name
@@ -319,9 +320,8 @@ def test_a_full_disk_is_told_with_the_folder_and_what_to_do(
 
 
 def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
-    def write(path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError) as raised, atomic_path(path, also=WRITE_ERRORS):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
-
-    with pytest.raises(OSError, match="make space in") as raised:
-        write_whole(tmp_path / "model.safetensors", write)
+    assert str(path) in str(raised.value) and f"make space in {tmp_path}" in str(raised.value)
     assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import verify_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, write_shard
 from depth_anything.model.metadata import build_metadata
+from depth_anything.progress import ProgressLine
 from depth_anything.training import dry_run, pseudolabel
 from depth_anything.training.initialization import add_provenance, load_teacher
 from depth_anything.training.pseudolabel import (
@@ -91,7 +92,7 @@ def label(data: ShardData, teacher: DepthAnything) -> str:
     """Label as the command does, in this process and without Lightning."""
     if not data.finished():
         module = PseudoLabel(teacher, data)
-        module._bar = pseudolabel.tqdm(disable=True)
+        module._bar = ProgressLine("labeling", enabled=False)
         for number, batch in enumerate(batches_of(data, image_size=data.image_size)):
             module.predict_step(batch, number)
         module.on_predict_end()
@@ -512,7 +513,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     label(make_data(tmp_path, teacher, labels="straight", codec="q12"), teacher)
     data = make_data(tmp_path, teacher, codec="q12")
     module = PseudoLabel(teacher, data)
-    module._bar = pseudolabel.tqdm(disable=True)
+    module._bar = ProgressLine("labeling", enabled=False)
     batches = batches_of(data)
     with torch.no_grad():
         for batch in [*batches.cut("photos", "0"), next(batches.cut("photos", "1"))]:

@@ -1,23 +1,18 @@
 """Who may write to a run folder, which configs are one run, and where it goes on."""
 
-import errno
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from depth_anything.data.tars import temporary_path
-from depth_anything.training import run_dir as folder_module
+from depth_anything.disk import temporary_path
 from depth_anything.training.resume import config_differences
-from depth_anything.training.run_dir import RunDir, RunLock, launch_id, step_from_name
+from depth_anything.training.run_dir import RunDir, launch_id, step_from_name
 
 CONFIG = {
     "stage": "teacher",
@@ -46,137 +41,6 @@ def config(**changes: Any) -> dict[str, Any]:
 def checkpoint(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, path)
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from depth_anything.training.run_dir import Lock
-Lock(Path(sys.argv[1])).acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}.*name="):
-        RunLock(tmp_path).acquire()
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
-    lock = RunLock(tmp_path)
-    lock.acquire()  # at once: the kernel dropped the dead holder's lock
-    lock.release()
-
-
-def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
-    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
-    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
-    path.write_text(json.dumps(sign))
-    os.utime(path, (time.time() - written, time.time() - written))
-
-
-@pytest.fixture
-def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "LOCK_WATCH_S", 0.2)
-
-
-YEAR = 365 * 86400.0
-
-
-def test_heartbeat_of_another_host(tmp_path: Path) -> None:
-    elsewhere(tmp_path / "lock.json")
-    with pytest.raises(ValueError, match="process 1 on elsewhere"):
-        RunLock(tmp_path).acquire()
-    elsewhere(tmp_path / "lock.json", written=300)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    ("clock", "written"),
-    [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
-)
-def test_a_dead_holder_is_known_whatever_its_clock_said(
-    tmp_path: Path, short_watch: None, clock: float, written: float
-) -> None:
-    """A lock a year ahead once refused for a year."""
-    elsewhere(tmp_path / "lock.json", clock=clock, written=written)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
-def test_a_living_holder_is_known_whatever_its_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
-) -> None:
-    """Of two hosts whose clocks were two minutes apart both once wrote."""
-    elsewhere(tmp_path / "lock.json", clock=clock)
-    # It beats while this process sleeps between two looks.
-    monkeypatch.setattr(
-        folder_module.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10)
-    )
-    with pytest.raises(ValueError, match="process 1 on elsewhere.*name="):
-        RunLock(tmp_path).acquire()
-
-
-def test_a_file_system_without_locks_goes_by_the_process(
-    tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lockf(*arguments: Any) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(folder_module.fcntl, "lockf", lockf)
-    first = RunLock(tmp_path)
-    first.acquire()
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path).acquire()
-    sign = json.loads((tmp_path / "lock.json").read_text())
-    first.release()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / "lock.json").write_text(json.dumps(sign | {"pid": dead.pid}))
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    "torn", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
-)
-def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
-    (tmp_path / "lock.json").write_text(torn)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
-    """A job that is queued again on another host need not wait until the heartbeat is old."""
-    code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
-    assert (
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
-        == 143
-    )
-    assert (tmp_path / "lock.json").read_text() == ""
-
-
-def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
-    code = HOLDER.replace(
-        "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
-    holder.wait()
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
 
 
 @pytest.mark.parametrize(
@@ -293,4 +157,3 @@ def test_missing_resume_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resume=nowhere.ckpt is no checkpoint"):
         made.begin(config(resume="nowhere.ckpt"), main=True)
     made.lock.release()
-    assert folder_module.LOCK_STALE_S > folder_module.HEARTBEAT_INTERVAL_S * 3

@@ -219,7 +219,7 @@ def test_progress_shows_the_last_logged_numbers_from_where_the_run_stands(
     metrics.latest = {"loss": 1.23456, "images_per_s": 78.9, "valid_share": 0.0421}
     progress.on_step(trainer, module, 6)
     progress.on_exception(trainer, module, ValueError())
-    for word in ("4/10", "6/10", "loss=1.235", "images/s=78.9", "valid=4.2%"):
+    for word in ("5 of 10", "6 of 10", "loss=1.235", "images/s=78.9", "valid=4.2%"):
         assert word in shown.getvalue(), word
 
 

@@ -111,7 +111,7 @@ def fit(
     """Train as a run does, accumulating two micro-batches, and return the rows of metrics.csv."""
     log = MetricsCSV(folder / "metrics.csv")
     metrics = TrainingMetrics(every=every, batch_size=4)
-    callbacks = [metrics, ValidPixelCheck(every=every), TrainingProgress(metrics)]
+    callbacks = [metrics, ValidPixelCheck(every=every), TrainingProgress(metrics, seconds=0.0)]
     arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder))
     trainer = pl.Trainer(**{**arguments, "accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2})
     trainer.loggers = [log]
