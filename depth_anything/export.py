@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.errors import Argument, UserError
+from depth_anything.disk import atomic_files
+from depth_anything.errors import Argument, UserError, error_reason
 from depth_anything.inference.predictor import FARTHEST_M, NEAREST_M
 from depth_anything.model.card import build_card, write_card
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import DINOv2
 from depth_anything.model.metadata import build_metadata
-from depth_anything.model.tensor_files import error_reason, place_whole, save_text
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import fingerprint, save_model
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -110,19 +111,16 @@ def export_model(
     module = ExportModule(network, precision=precision, position_rule=position_rule)
     facts = {**program_metadata(network, precision=precision), "position_rule": module.position_rule}
     program = trace_program(module)
-    checks: list[ExportCheck] = []
-
-    def write(folder: Path) -> None:
+    with atomic_files(path, also=WRITE_ERRORS) as folder:
         file = folder / path.name
         {"onnx": _write_onnx, "torch": _write_torch}[to](program, file, facts, opset)
         run = {"onnx": run_onnx, "torch": run_torch}[to](file)
-        checks.extend(check_program(run, network, module.reference))
+        checks = check_program(run, network, module.reference)
         _check_tolerance(checks, path, tolerance=TOLERANCE[precision])
         report = {"file": path.name, "made": facts, "tolerance": TOLERANCE[precision]}
         report["checks"] = [asdict(row) for row in checks]
-        save_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", folder / f"{path.name}.json")
-
-    place_whole(path, write)
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{path.name}.json").write_text(text, encoding="utf-8")
     _write_card(model, path, to=to, checks=checks)
     return checks
 
@@ -134,19 +132,19 @@ def _check_arguments(to: str, precision: str, opset: int, position_rule: str | N
     """Refuse what does not exist, and what would be ignored."""
     programs = " and ".join(PROGRAM_FORMATS)
     if to not in FORMATS:
-        raise UserError(Argument("to", repr(to)), f" is unknown; use one of {', '.join(FORMATS)}")
+        raise UserError([Argument("to", repr(to)), " is unknown"], f"use one of {', '.join(FORMATS)}")
     if precision not in PRECISIONS:
         raise UserError(
-            Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+            [Argument("precision", repr(precision)), " is unknown"], f"use one of {', '.join(PRECISIONS)}"
         )
     if to not in PROGRAM_FORMATS and precision != "fp32":
-        raise UserError(Argument("precision", precision), f" is for {programs}; {to} keeps float32")
+        raise UserError([Argument("precision", precision), f" is for {programs}; {to} keeps float32"])
     if to not in PROGRAM_FORMATS and position_rule is not None:
         raise UserError(
-            Argument("position_rule", repr(position_rule)), f" is for {programs}; {to} keeps no rule"
+            [Argument("position_rule", repr(position_rule)), f" is for {programs}; {to} keeps no rule"]
         )
     if to != "onnx" and opset != OPSET:
-        raise UserError(Argument("opset", opset), f" is for onnx; {to} has none")
+        raise UserError([Argument("opset", opset), f" is for onnx; {to} has none"])
     if to != "onnx":
         return
     _require_packages("onnx", "onnxscript", "onnxruntime")
@@ -155,9 +153,9 @@ def _check_arguments(to: str, precision: str, opset: int, position_rule: str | N
     newest = onnx.defs.onnx_opset_version()
     if isinstance(opset, bool) or not isinstance(opset, int) or not OPSET <= opset <= newest:
         raise UserError(
-            Argument("opset", repr(opset)),
-            f" cannot be written: give {OPSET}, the oldest that has every operation of the network, to {newest}, the "
-            "newest that the installed onnx knows",
+            [Argument("opset", repr(opset)), " cannot be written"],
+            f"give {OPSET}, the oldest that has every operation of the network, to {newest}, the newest that the "
+            "installed onnx knows",
         )
 
 
@@ -298,7 +296,8 @@ def _write_onnx(
         )
     except Exception as error:  # the exporter has many of its own
         raise UserError(
-            f"the network cannot be written as ONNX ({error_reason(error)}); give ", Argument("opset", OPSET)
+            f"the network cannot be written as ONNX ({error_reason(error)})",
+            ["give ", Argument("opset", OPSET)],
         ) from error
     assert made is not None
     for node in made.model.graph.all_nodes():
@@ -310,10 +309,11 @@ def _write_onnx(
     said = {item.domain: item.version for item in onnx.load(file, load_external_data=False).opset_import}
     if said.get("") != opset:
         raise UserError(
-            f"the exporter wrote operators of version {said.get('')} in place of ",
-            Argument("opset", opset),
-            "; give ",
-            Argument("opset", OPSET),
+            [
+                f"the exporter wrote operators of version {said.get('')} in place of ",
+                Argument("opset", opset),
+            ],
+            ["give ", Argument("opset", OPSET)],
         )
 
 
@@ -337,8 +337,8 @@ def run_onnx(file: Path) -> Program:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has many of its own
         raise UserError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open the program ({error_reason(error)}); give ",
-            Argument("opset", OPSET),
+            f"ONNX Runtime {onnxruntime.__version__} cannot open the program ({error_reason(error)})",
+            ["give ", Argument("opset", OPSET)],
         ) from error
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})[0]
@@ -406,10 +406,8 @@ def _check_tolerance(checks: Sequence[ExportCheck], path: Path, *, tolerance: fl
         shape = "×".join(str(n) for n in worst.shape)
         raise UserError(
             f"{path} would differ from the network by {worst.share:.1e} of its range at {shape}, more than "
-            f"{tolerance:.0e}, and was not left; give another ",
-            Argument("opset", OPSET),
-            " or ",
-            Argument("precision", "fp32"),
+            f"{tolerance:.0e}, and was removed",
+            ["give another ", Argument("opset", OPSET), " or ", Argument("precision", "fp32")],
         )
 
 

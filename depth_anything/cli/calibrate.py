@@ -13,9 +13,9 @@ from depth_anything.cli.options import (
     float_in_range,
     list_weight_files,
     load_predictor,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 if TYPE_CHECKING:
     import numpy as np

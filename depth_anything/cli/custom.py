@@ -48,7 +48,7 @@ def _run_custom(options: argparse.Namespace) -> None:
 
 def _write_check_report(custom: "CustomSet", output: Path) -> None:
     """Look at the set, say what is there, and leave a picture and all that was said in the output folder."""
-    from depth_anything.data.tars import atomic_write
+    from depth_anything.disk import atomic_write
     from depth_anything.inference.overwrite import is_picture_by, save_picture
     from depth_anything.inspect.dataset_check import check_dataset
 

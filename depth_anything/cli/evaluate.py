@@ -25,9 +25,9 @@ from depth_anything.cli.options import (
     int_in_range,
     list_weight_files,
     load_weights,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 if TYPE_CHECKING:
     from depth_anything.evaluation.benchmarks.da2k import PairResult
@@ -265,7 +265,7 @@ def _evaluate_tasks(
     raises: bool,
 ) -> list[str]:
     """Judge this process's share of all trials; in a sentence each what could not be, or raised."""
-    from depth_anything.evaluation.runner import evaluate_share
+    from depth_anything.evaluation.runner import DiskFailure, MissingData, evaluate_share
 
     broken = []
     for trial in trials:
@@ -283,7 +283,8 @@ def _evaluate_tasks(
             except (ValueError, OSError) as error:
                 if raises:
                     raise
-                broken.append(f"{error}" if trial.name in str(error) else f"{trial.name}: {error}")
+                has_name = isinstance(error, MissingData | DiskFailure)
+                broken.append(str(error) if has_name else f"{trial.name}: {error}")
                 break
     return broken
 

@@ -19,9 +19,9 @@ from depth_anything.cli.options import (
     format_count,
     int_in_range,
     load_predictor,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 DEFAULT_OUTPUT = "./vis_depth"
 """Where pictures go unless told; theirs."""

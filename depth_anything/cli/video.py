@@ -27,9 +27,9 @@ from depth_anything.cli.options import (
     int_in_range,
     load_predictor,
     load_weights,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 RANGES = ("clip", "running", "frame")
 FORMATS = ("mp4", "png16", "npy", "exr")

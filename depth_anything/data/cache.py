@@ -7,17 +7,19 @@ what it may hold.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from depth_anything.data.tars import StorageUnavailable, remove_stale, temporary_path
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import remove_stale, temporary_path
+from depth_anything.errors import SAME_COMMAND
+from depth_anything.locks import kernel_lock
 
 _DEFAULT_LIMIT_GB = 50.0
 _POLL_S = 0.1
@@ -77,19 +79,19 @@ def open_shard_copy(
         if size > cache_limit_bytes():
             raise StorageUnavailable(
                 f"a shard of {size / 1e9:.3f} GB is more than the {cache_limit_bytes() / 1e9:g} GB that {root} may "
-                "hold: "
-                f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and start the same command again"
+                "hold",
+                [f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and ", SAME_COMMAND],
             )
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(root / f".lock-{place.name[:2]}"):
+        with kernel_lock(root / f".lock-{place.name[:2]}"):
             file = None if fresh else _open_existing(place, size)
             return file if file is not None else _download(place, size, fill)
     except StorageUnavailable:
         raise
     except OSError as error:
         raise StorageUnavailable(
-            f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
-            "to another folder, and start the same command again"
+            f"shards cannot be copied to {root} ({error.strerror or error})",
+            ["set DEPTH_ANYTHING_CACHE=FOLDER to another folder, and ", SAME_COMMAND],
         ) from error
 
 
@@ -113,7 +115,7 @@ def _download(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> Binar
         try:
             fill(file)
             file.flush()
-            with _locked(place.parent / ".lock"):
+            with kernel_lock(place.parent / ".lock"):
                 os.replace(
                     temporary, place
                 )  # from here on another may push it out; the open file stays readable
@@ -129,7 +131,7 @@ def _reserve_space(place: Path, size: int) -> Path:
     """Make room for a copy and hold it by a temporary file of its size."""
     root, temporary = place.parent, temporary_path(place)
     while True:
-        with _locked(root / ".lock"):
+        with kernel_lock(root / ".lock"):
             remove_stale(root)
             there = _stat_files(root)
             spare = cache_limit_bytes() - sum(entry.st_size for path, entry in there.items() if path != place)
@@ -160,18 +162,3 @@ def _allocate(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel drops when its process dies; without, where the file system has none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
+from depth_anything.data.loader import send_failures
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import SharedBatch, SharedBatchPool, array_views, batch_layout
@@ -117,6 +118,7 @@ class StreamDataset(Dataset):
         """Return sample `n` as a micro-batch of one."""
         return self.__getitems__([n])
 
+    @send_failures
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Return the samples of these numbers as one micro-batch of b samples, S being image_size.
 

@@ -20,10 +20,13 @@ from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import build_set, open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, atomic_write, write_shard
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_shard
+from depth_anything.disk import atomic_write
+from depth_anything.errors import PSEUDOLABEL_COMMAND
 from depth_anything.licenses import combine_licenses
 
-_PSEUDOLABEL_COMMAND = "python train.py stage=pseudolabel"
+_LABEL_AGAIN = ("remove it and type ", PSEUDOLABEL_COMMAND)
+_OTHER_FOLDER = ("type ", PSEUDOLABEL_COMMAND, " labels=FOLDER with another folder, or remove this one")
 
 
 def write_label_sidecar(
@@ -96,15 +99,11 @@ def read_label_sidecar(root: str | Path, shard: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: remove it and type  {_PSEUDOLABEL_COMMAND}") from error
+        raise ShardError(f"{path} is damaged", _LABEL_AGAIN) from error
     if name != shard:
-        raise ShardError(
-            f"{path} is that of shard {name}: put the files back, or remove it and type  {_PSEUDOLABEL_COMMAND}"
-        )
+        raise ShardError(f"{path} is that of shard {name}", ["put the files back, or ", *_LABEL_AGAIN])
     if content["records"] and _tar_size_and_hash(path) != wanted:
-        raise ShardError(
-            f"{path} does not belong to the tar beside it: remove it and type  {_PSEUDOLABEL_COMMAND}"
-        )
+        raise ShardError(f"{path} does not belong to the tar next to it", _LABEL_AGAIN)
     return content
 
 
@@ -154,7 +153,7 @@ def open_labels(
     finished = is_remote(root) or Path(root, "manifest.json").is_file()
     if not finished and not os.path.isdir(root):
         raise ShardError(
-            f"{root} is not a folder: make the labels of {images.name} with  {_PSEUDOLABEL_COMMAND}"
+            f"{root} is not a folder", [f"make the labels of {images.name} with ", PSEUDOLABEL_COMMAND]
         )
     if finished and (is_remote(root) or not allow_partial):
         labels = _open_finished_labels(root, images, name=images.name)
@@ -163,16 +162,19 @@ def open_labels(
         done = _read_done_sidecars(root, images)
         if not allow_partial:
             raise ShardError(
-                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done: type  "
-                f"{_PSEUDOLABEL_COMMAND}  "
-                "to go on, or give allow_partial=true to use what there is"
+                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done",
+                [
+                    "type ",
+                    PSEUDOLABEL_COMMAND,
+                    " to go on, or give allow_partial=true to use the finished ones",
+                ],
             )
         done = {name: done[name] for name in _select_shards(root, done, only)}
         rows, meta = _manifest_rows_and_meta(root, images, done)
         labels = build_set(root, name=images.name, shards=rows, meta=meta)
         hashes = meta["images"]["hashes"]
         if not labels.records:
-            raise ShardError(f"{root} has no labels yet: type  {_PSEUDOLABEL_COMMAND}")
+            raise ShardError(f"{root} has no labels yet", ["type ", PSEUDOLABEL_COMMAND])
     _check_image_hashes(root, images, {shard.name: hashes[shard.name] for shard in labels.shards})
     return labels
 
@@ -322,8 +324,8 @@ def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, dict
     reasons = Counter(reason for content in done.values() for reason in content["skipped"].values())
     reason, count = reasons.most_common(1)[0]
     return ShardError(
-        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}; remove "
-        f"that folder and type  {_PSEUDOLABEL_COMMAND}"
+        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}",
+        ["remove that folder and type ", PSEUDOLABEL_COMMAND],
     )
 
 
@@ -341,7 +343,8 @@ def _select_shards(root: str, done: Mapping[str, Any], only: Sequence[str] | Non
     for name in only or ():
         if name not in done:
             raise ShardError(
-                f"{root}: the labels of shard {name}, which this run uses, are gone: type  {_PSEUDOLABEL_COMMAND}"
+                f"{root}: the labels of shard {name}, which this run uses, are gone",
+                ["type ", PSEUDOLABEL_COMMAND],
             )
     return list(done) if only is None else only
 
@@ -385,8 +388,8 @@ def _check_same_settings(
     if theirs["fingerprint"] != ours["fingerprint"]:
         raise ShardError(
             f"{root}/{shard} was labelled by {_describe_teacher(theirs)}, not by {_describe_teacher(ours)}, and "
-            "labels of two teachers "
-            f"are not mixed: type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
+            "labels of two teachers are not mixed",
+            _OTHER_FOLDER,
         )
     if _teacher_conversion(theirs) != _teacher_conversion(ours):
         was, now = ("/".join(map(str, _teacher_conversion(teacher))) for teacher in (theirs, ours))
@@ -394,15 +397,11 @@ def _check_same_settings(
         if "quantity" not in theirs:
             teacher = _describe_teacher(theirs)
             what = f"its labels are older than the conversion to disparity: the depth of {teacher} as it came"
-        raise ShardError(
-            f"{root}/{shard}: {what}; type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove "
-            "this one"
-        )
+        raise ShardError(f"{root}/{shard}: {what}", _OTHER_FOLDER)
     for what in ("preprocessing", "codec"):
         if content[what] != made[what]:
             raise ShardError(
-                f"{root}/{shard} was made with {what} {content[what]!r}, not {made[what]!r}: "
-                f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
+                f"{root}/{shard} was made with {what} {content[what]!r}, not {made[what]!r}", _OTHER_FOLDER
             )
 
 
@@ -429,7 +428,9 @@ def _image_hashes(labels: ShardSet) -> dict[str, str]:
     try:
         return labels.meta["images"]["hashes"]
     except (KeyError, TypeError):
-        raise ShardError(f"{labels.root} is not a label set: make one with  {_PSEUDOLABEL_COMMAND}") from None
+        raise ShardError(
+            f"{labels.root} is not a label set", ["make one with ", PSEUDOLABEL_COMMAND]
+        ) from None
 
 
 def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str, str]) -> None:
@@ -440,7 +441,4 @@ def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str,
 
 
 def _other_images_error(root: str | Path, images: ShardSet, shard: str) -> ShardError:
-    return ShardError(
-        f"{root}/{shard} labels other images than {images.root}/{shard}: "
-        f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
-    )
+    return ShardError(f"{root}/{shard} labels other images than {images.root}/{shard}", _OTHER_FOLDER)

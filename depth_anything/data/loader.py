@@ -5,13 +5,19 @@ import re
 import signal
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.stream import MicroBatchSampler
+from depth_anything.errors import UserError, UserMessage
+
+if TYPE_CHECKING:
+    from depth_anything.data.dataset import StreamDataset
 
 PREFETCH_BATCHES = 2
 """Micro-batches that each worker makes ahead."""
@@ -22,7 +28,7 @@ class WorkerError(ChildProcessError):
 
 
 def build_stream_loader(
-    dataset: StreamDataset,
+    dataset: "StreamDataset",
     *,
     micro_batch: int,
     workers: int,
@@ -79,6 +85,37 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of a loader worker on its way to the main process, in place of a batch.
+
+    torch would raise an error of the same class whose only argument is the text of the traceback.
+    """
+
+    error: ValueError | OSError
+
+
+def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what makes a batch, so that a worker sends its ValueError or OSError in place of the batch."""
+
+    @wraps(method)
+    def make_batch(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            if isinstance(error, UserMessage):
+                return WorkerFailure(error)
+            kind = OSError if isinstance(error, OSError) else UserError
+            return WorkerFailure(kind(str(error) or type(error).__name__))
+
+    return make_batch
+
+
+next_or_failure = send_failures(lambda batches: next(batches, None))
+
+
 class StreamLoader(DataLoader):
     """A loader whose workers ignore signals, and whose errors name the worker and what to type."""
 
@@ -113,13 +150,16 @@ class _WorkerIterator(_MultiProcessingDataLoaderIter):
 
     def __next__(self) -> Any:
         try:
-            return super().__next__()
+            batch = super().__next__()
         except (MemoryError, RuntimeError) as error:
             memory = re.search(r"MemoryError|can't allocate memory|Insufficient memory", str(error))
             worker = re.search(r"DataLoader worker process (\d+)", str(error))
             if memory is None or worker is None:
                 raise
             raise self._error(f"loader worker {worker[1]} ran out of memory") from error
+        if isinstance(batch, WorkerFailure):
+            raise batch.error
+        return batch
 
     def _try_get_data(self, *arguments: Any, **options: Any) -> Any:
         try:

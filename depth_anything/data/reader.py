@@ -399,7 +399,7 @@ def _read_record(
     except BadRecord as error:
         if not is_remote(shards.root) and not os.path.exists(os.path.join(shards.root, "manifest.json")):
             raise StorageUnavailable(
-                f"{shards.root} is gone, or its disk is: {remote.RESUME_HINT} when it is there again"
+                f"{shards.root} is gone, or its disk is", (*remote.RESUME_HINT, " when it is there again")
             ) from error
         raise BadRecord(shard, index, error.key, what + error.reason) from error
 

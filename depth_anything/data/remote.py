@@ -30,6 +30,7 @@ from depth_anything.data import cache
 from depth_anything.data.address import is_http, is_remote, redact_secrets
 from depth_anything.data.tar_index import TarIndex
 from depth_anything.data.tars import PATH_ERRNOS, ShardError, StorageUnavailable
+from depth_anything.errors import SAME_COMMAND
 
 __all__ = ["RESUME_HINT", "PermanentError", "is_remote", "retry", "fetch", "fetch_range"]
 
@@ -43,7 +44,7 @@ _MAX_REDIRECTS = 5
 _MAX_REPORTED = 20
 _MAX_CONNECTIONS = 32
 _RETRY_STATUSES = frozenset((408, 425, 429))  # besides all from 500 up
-RESUME_HINT = "start the same command again, and it goes on"
+RESUME_HINT = (SAME_COMMAND, ", and it goes on")
 _PIP_EXTRAS = {"s3": "remote", "s3a": "remote", "gs": "remote", "gcs": "remote"}
 
 _pools: dict[str, Any] = {}  # by proxy, "" for none
@@ -142,7 +143,7 @@ def retry(address: str, attempt: Callable[[], T]) -> T:
         _report_retry(address, failure.reason)
         sleep(min(max(_FIRST_WAIT_S * 2 ** (number - 1), failure.wait), _LONGEST_WAIT_S))
     tried = f", {number} times in {monotonic() - began:.0f} s" if number > 1 else ""
-    raise StorageUnavailable(f"{address} cannot be read for now: {failure.reason}{tried}; {RESUME_HINT}")
+    raise StorageUnavailable(f"{address} cannot be read for now: {failure.reason}{tried}", RESUME_HINT)
 
 
 def _report_retry(address: str, reason: str) -> None:

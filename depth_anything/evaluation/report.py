@@ -23,7 +23,7 @@ import torch
 
 from depth_anything import __version__
 from depth_anything.data.sample import Frame
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.evaluation.benchmarks.da2k import PairResult
 from depth_anything.evaluation.compare import (
     compare_pairs,

@@ -17,6 +17,7 @@ from depth_anything import __version__
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.errors import Text, UserError, UserMessage
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 from depth_anything.evaluation.benchmarks.da2k import PointPairImage, score_da2k
 from depth_anything.evaluation.evaluate import MapReader, MapSource, check_aspect, score_frames
@@ -34,8 +35,12 @@ ROWS_FOLDER = "rows"
 WithProgress = Callable[[Iterable[str], str], Iterable[str]]
 
 
-class MissingData(ValueError):
-    """A benchmark that is not there, or not all of it; the sentence says where to get it."""
+class MissingData(UserError):
+    """A benchmark, or a part of it, is missing; the message names it and where to get it."""
+
+
+class DiskFailure(UserMessage, OSError):
+    """The disk of a benchmark cannot be read for now; the message names the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -272,18 +277,19 @@ def _score_batch(
     return list(score_da2k(asked, items, batch_size=len(items)).rows)
 
 
-def _with_benchmark_name(benchmark: Benchmark, error: Exception, what: str) -> MissingData | OSError:
+def _with_benchmark_name(benchmark: Benchmark, error: Exception, what: str) -> MissingData | DiskFailure:
     """Name the benchmark in an error; that of a failing disk, raised or wrapped by a reader, stays one."""
     cause: BaseException | None = error
     while cause is not None and not is_disk_failure(cause):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError):
-        failed = OSError(f"{benchmark.name}: {what} cannot be read now ({cause.strerror}): {RESUME_ADVICE}")
+        failed = DiskFailure(f"{benchmark.name}: {what} cannot be read now ({cause.strerror})", RESUME_ADVICE)
         failed.errno = cause.errno
         return failed
-    text = str(error).rstrip(".")
-    where = "" if benchmark.get.split()[0] in text else f"; {benchmark.title} is at {benchmark.get}"
-    return MissingData(f"{benchmark.name}: {text}{where}")
+    fix: Text = f"{benchmark.title} is at {benchmark.get}"
+    if isinstance(error, UserError) and error.fix:
+        return MissingData(f"{benchmark.name}: {error.what}", error.fix_parts)
+    return MissingData(f"{benchmark.name}: {str(error).rstrip('.')}", fix)
 
 
 def _looks_like_depth_file(path: str) -> bool:

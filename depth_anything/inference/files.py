@@ -14,7 +14,7 @@ import numpy as np
 
 from depth_anything.data.image_headers import estimate_decode_cost
 from depth_anything.data.sample import decode_image, image_warnings
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.inference.formats import (
     ENDINGS,
     FORMAT_DESCRIPTIONS,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.inference.predictor import Predictor
 from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance
 

@@ -104,7 +104,7 @@ def save_picture(pixels: np.ndarray, path: Path, *, made_by: str) -> None:
         path: Its suffix, one of `PICTURE_SUFFIXES`, chooses the format.
         made_by: The command.
     """
-    from depth_anything.data.tars import atomic_write
+    from depth_anything.disk import atomic_write
 
     exif, out = Image.Exif(), io.BytesIO()
     exif[ExifTags.Base.Software] = made_by

@@ -79,18 +79,19 @@ class Predictor:
         """
         if precision not in PRECISIONS:
             raise UserError(
-                Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+                [Argument("precision", repr(precision)), " is unknown"], f"use one of {', '.join(PRECISIONS)}"
             )
         if resample not in PREPROCESSING:
             raise UserError(
-                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPROCESSING)}"
+                [Argument("resample", repr(resample)), " is unknown"],
+                f"use one of {', '.join(PREPROCESSING)}",
             )
         # Given to each call, as other threads may run the same model by another rule. A timm ViT has one of its own.
         self._rule = {} if resample == "official" else {"position_rule": resample}
         try:
             model.check_position_rule(self._rule.get("position_rule", model.position_rule))
         except ValueError as error:
-            raise UserError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
+            raise UserError([Argument("resample", repr(resample)), f" cannot be: {error}"]) from error
         self.input_size = check_input_size(model.input_size if input_size is None else input_size)
         self.device = _resolve_device(device, model)
         self.model = model.to(self.device).eval()
@@ -264,7 +265,7 @@ def _resolve_device(name: str, model: DepthAnything) -> torch.device:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             raise UserError(
-                Argument("device", repr(name)), " does not exist here; use auto, cpu, cuda or cuda:1"
+                [Argument("device", repr(name)), " does not exist here"], "use auto, cpu, cuda or cuda:1"
             ) from error
         return device
     current = next(model.parameters()).device

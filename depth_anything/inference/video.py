@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from depth_anything.data.address import escape_unprintable
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, ClipFrame, FrameFolder, list_clips
 from depth_anything.inference.formats import (
     GAP_PX,

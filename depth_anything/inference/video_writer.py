@@ -1,8 +1,6 @@
 """What is made of clips: H.264 that plays in a browser, with the clip's sound; and folders of maps."""
 
-import os
-import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +10,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from depth_anything.data.tars import remove_stale, temporary_path
+from depth_anything.disk import atomic_folder, atomic_path, remove_stale
 from depth_anything.inference.audio import AudioWriter
 from depth_anything.inference.formats import ENDINGS, encode_map, encode_png
 from depth_anything.inference.overwrite import file_sha256
@@ -66,13 +64,15 @@ class VideoWriter:
         Raises:
             ValueError: this PyAV has no H.264 encoder.
         """
-        self._path, self._temporary = path, temporary_path(path)
+        self._output = ExitStack()
+        self._temporary = self._output.enter_context(atomic_path(path))
         self._time_base, self._reformatter = time_base, VideoReformatter()
         name = find_h264_encoder()
         remove_stale(path.parent)
         self._container: Any = av.open(
             str(self._temporary), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
         )
+        self._output.callback(self._close)
         self._container.metadata.update(notes)
         stream: Any = self._container.add_stream(name, rate=rate, options=H264_ENCODERS[name])
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
@@ -106,14 +106,15 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish the film, or remove what there is of it."""
-        try:
-            if kind is None:
-                self.finish()
-                os.replace(self._temporary, self._path)
-        finally:
-            with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
-                self._container.close()
-            self._temporary.unlink(missing_ok=True)
+        if kind is not None:
+            self._output.__exit__(kind, error, trace)
+            return
+        with self._output:
+            self.finish()
+
+    def _close(self) -> None:
+        with suppress(av.FFmpegError, ValueError):  # an incomplete film is removed anyway
+            self._container.close()
 
     def finish(self) -> str:
         """Write the end of the film, which is not yet seen under its name; return its sha256.
@@ -183,26 +184,20 @@ class MapFolderWriter:
         """
         if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} is in the way and was not made by this command: move it")
-        self._path, self._temporary = path, temporary_path(path)
+        self._output = atomic_folder(path, sync=False)
+        self._temporary = self._output.__enter__()
         self._formats, self._quantity, self._unit = formats, quantity, unit
         self.files = self.bytes = 0
-        self._temporary.mkdir()
 
     def __enter__(self) -> "MapFolderWriter":
         """Return itself; leaving finishes the folder, or removes it after an exception."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Finish the folder, or remove what there is of it."""
-        try:
-            if kind is None:
-                old = temporary_path(self._path)
-                if self._path.exists():
-                    os.replace(self._path, old)
-                os.replace(self._temporary, self._path)
-                shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._output.__exit__(kind, error, trace)
 
     def write(self, name: str, map: np.ndarray, low: float, high: float) -> None:
         """Write a frame's map; `low` and `high` become the first and last of a PNG's levels."""

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.data.tars import ShardError, atomic_write, remove_stale, temporary_path, write_new
+from depth_anything.data.tars import ShardError
+from depth_anything.disk import atomic_path, atomic_write, remove_stale, write_new
 from depth_anything.locks import FileWatch
 from depth_anything.progress import ProgressLine
 
@@ -125,10 +126,9 @@ def write_file_list(root: Path, found: Iterable[str], *, leave_out: Iterable[str
         if (root / FILE_LIST_INFO).exists():
             return
         remove_stale(root)
-        temporary = temporary_path(root / FILE_LIST)
         digest, left_out, count = hashlib.sha256(), Counter[str](), 0
-        try:
-            with open(temporary, "xb") as file, ProgressLine(f"listing {root}", total=None) as progress:
+        with atomic_path(root / FILE_LIST) as temporary:
+            with open(temporary, "xb") as file, ProgressLine(f"listing {root}", unit="record") as progress:
                 for line in _filter_lines(found, tuple(leave_out), left_out):
                     if "\n" in line:
                         raise ValueError(f"{line!r} holds a line end: no name of a record may")
@@ -138,13 +138,8 @@ def write_file_list(root: Path, found: Iterable[str], *, leave_out: Iterable[str
                     count += 1
                     progress.update()
                     sign()
-                file.flush()
-                os.fsync(file.fileno())
             if not count:
                 raise ValueError(f"nothing is left to take (passed over: {dict(left_out) or 'nothing'})")
-            os.replace(temporary, root / FILE_LIST)
-        finally:
-            temporary.unlink(missing_ok=True)
         about = {"lines": count, "hash": f"sha256:{digest.hexdigest()}", "left_out": dict(left_out)}
         atomic_write(root / FILE_LIST_INFO, json.dumps(about, indent=1, sort_keys=True).encode())
 
@@ -209,7 +204,7 @@ def _wait_for_lock(lock: Path) -> None:
             host, pid, _ = (lock.read_text().split() + ["another machine", "0", ""])[:3]
         except FileNotFoundError:
             return
-        if watch.is_dead(lock, host=host, pid=int(pid), still=_STALE_LOCK_S):
+        if watch.is_dead(lock, host=host, pid=int(pid), timeout_s=_STALE_LOCK_S):
             lock.unlink(missing_ok=True)
             return
         if not told and pause > 0.5:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.image_headers import estimate_decode_cost
+from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.find_files import APPLE_DOUBLE_PREFIX, walk_files
 from depth_anything.ingest.maps import read_bytes
@@ -85,8 +86,8 @@ def find_frames(
                     )
                 frames[match[1]] = _AMBIGUOUS if match[1] in frames else file
     if not found:
-        what = "unpack the archives that lie there" if packed else f"get it from {facts.get}"
-        raise ValueError(f"{raw} does not hold {facts.title}: looked for {facts.layout}; {what}")
+        fix = "unpack the archives that lie there" if packed else f"get it from {facts.get}"
+        raise UserError(f"{raw} does not hold {facts.title}: looked for {facts.layout}", fix)
     for name in sorted(found):
         held = [found[name].get(kind, ("", {})) for kind in kinds]
         for frame in sorted({frame for _, frames in held for frame in frames}):

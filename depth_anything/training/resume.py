@@ -277,6 +277,15 @@ def read_config_or_empty(path: Path) -> FlatConfig:
         return FlatConfig({})
 
 
+def data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the state of the DataModule in a checkpoint: position, seed and the digests of its sets; None without.
+
+    Lightning stores it under the class name of the DataModule. Checkpoints of version 2 say which name that is; those
+    of version 1 have no "run_format" and were written by TrainData.
+    """
+    return checkpoint.get(checkpoint.get("run_format", {}).get("data_state", "TrainData"))
+
+
 def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
     """Read the step of a checkpoint, and the config keys whose values it holds.
 
@@ -292,8 +301,8 @@ def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
         raise ValueError(
             f"resume={path} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
         ) from error
-    data = checkpoint.get("TrainData", {})
-    facts = {key: data[key] for key in ("batch_size", "streams", "seed") if key in data}
+    data = data_state(checkpoint) or {}
+    facts: dict[str, Any] = {key: data[key] for key in ("batch_size", "streams", "seed") if key in data}
     facts |= {key: metadata[key] for key in ("encoder",) if key in metadata}
     for key, name in (("max_depth", "max_depth"), ("image_size", "input_size")):
         if json.loads(metadata.get(name, "null")) is not None:

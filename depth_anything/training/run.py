@@ -7,18 +7,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from depth_anything.model.weights import save_model
-from depth_anything.training import batch_plan, initialization, lightning
+from depth_anything.training import batch_plan, initialization, lightning, loggers
 from depth_anything.training.check_config import USER_ERRORS, resolve_config
+from depth_anything.training.command import format_failure
 from depth_anything.training.config import RunConfig
 from depth_anything.training.data import write_missing_scenes
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import write_run_card
-from depth_anything.training.loggers import MetricsCSV, SafeLogger
 from depth_anything.training.optimizer import optimizer_factory
 from depth_anything.training.pseudolabel import describe_teacher
 from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import typed_keys
-from depth_anything.training.run_dir import RunDir, step_from_name
+from depth_anything.training.run_dir import RunDir
 from depth_anything.training.signals import signal_handler
 
 
@@ -35,15 +34,17 @@ def main(cfg: DictConfig) -> None:
         else:
             fit(config)
     except Exception as error:
-        signal_handler.check()  # the error may be an effect of a signal
+        signal_handler.raise_if_received()  # the error may be an effect of a signal
         if isinstance(error, USER_ERRORS):
-            sys.exit(f"error: {batch_plan.complete_commands(batch_plan.error_message(error), sys.argv[1:])}")
+            sys.exit(f"error: {format_failure(error, sys.argv[1:])}")
         sys.exit(redact_traceback(error))  # a bug; Hydra would print the passwords that were typed
 
 
 def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps: int = -1) -> pl.Trainer:
     """Build Lightning's Trainer from its config node."""
-    arguments = lightning.trainer_arguments(callbacks=callbacks, max_steps=max_steps, run_dir=config.run_dir)
+    arguments = lightning.trainer_arguments(
+        callbacks=callbacks, max_steps=max_steps, run_dir=config.run_dir, log_every=config.logging.every
+    )
     with lightning.translate_trainer_errors():
         return instantiate(config.trainer.as_dict(), _partial_=True, _convert_="all")(**arguments)
 
@@ -51,7 +52,8 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps:
 def fit(config: RunConfig) -> None:
     """Train, or continue training, and write model.safetensors into the run folder."""
     folder, steps = RunDir(config.run_dir, typed=typed_keys(sys.argv[1:])), config.steps
-    callbacks = lightning.build_callbacks(config, folder)
+    added = [instantiate(node, _convert_="all") for node in (config.callbacks or {}).values()]
+    callbacks = lightning.build_callbacks(config, folder, added)
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = batch_plan.split_batch(config.batch_size, trainer.world_size, config.micro_batch)
     trainer.accumulate_grad_batches = accumulation
@@ -64,11 +66,7 @@ def fit(config: RunConfig) -> None:
     patch = initialization.image_size_multiple(config.encoder)
     data = instantiate(config.data.as_dict(), micro_batch=micro, patch=patch, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network
-    if trainer.is_global_zero:
-        numbers = MetricsCSV(folder.path / "metrics.csv")
-        numbers.rewind(step_from_name(checkpoint))
-        logger = [SafeLogger(instantiate(config.logger))] if config.logger else []
-        trainer.loggers = [numbers, *logger]
+    lightning.set_loggers(trainer, config, folder, checkpoint, build=instantiate)
     model = initialization.build_model(config)
     initialization.add_provenance(model, config, data.open().sources)
     frozen = initialization.build_frozen_encoder(config)
@@ -79,7 +77,8 @@ def fit(config: RunConfig) -> None:
     lightning.raise_if_incomplete(trainer, callbacks)
     if trainer.is_global_zero:
         save_model(module.model, folder.model)
-        write_run_card(module.model, folder.path, title=config.name, measured=numbers.last("val_"))
+        measured = loggers.read_latest(folder.metrics, "val_")
+        initialization.write_run_card(module.model, folder.path, title=config.name, measured=measured)
         folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}{folder.describe_best()}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from depth_anything.data.tars import atomic_write, temporary_path
+from depth_anything.disk import atomic_write, temporary_path
 from depth_anything.inference import files, memory
 from depth_anything.inference.files import PredictSettings, predict_files
 from depth_anything.inference.predictor import Predictor

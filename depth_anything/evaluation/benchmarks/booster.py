@@ -69,7 +69,7 @@ def find(root: Path) -> Iterator[str]:
     lines = find_frames(resolve_root(root, "booster"), _FACTS, (_IMAGE,), sequence=_scene_name)
     listed = (line for line in lines if not _SKIPPED_FOLDERS & set(line.partition("\t")[0].split("/")[:-1]))
     return require_lines(
-        listed, f"{root} holds no image of Booster's training scenes: get it from {_FACTS.get}"
+        listed, f"{root} holds no image of Booster's training scenes", f"get it from {_FACTS.get}"
     )
 
 

@@ -59,7 +59,7 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
         if "train" not in folders.split("/") and (not part or f"_{part}_" in name)
     )
     return require_lines(
-        listed, f"{root} holds no frame of DIODE's validation split {part}: get it from {_FACTS.get}"
+        listed, f"{root} holds no frame of DIODE's validation split {part}", f"get it from {_FACTS.get}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
+from depth_anything.errors import UserError
 from depth_anything.ingest.maps import read_bytes
 
 
@@ -91,11 +92,11 @@ def read_file(root: Path, path: str) -> bytes:
         return read_bytes(root / path)
 
 
-def require_lines(lines: Iterator[str], wanted: str) -> Iterator[str]:
-    """Pass lines on; ValueError saying what was looked for if there is none."""
+def require_lines(lines: Iterator[str], what: str, fix: str) -> Iterator[str]:
+    """Yield lines; UserError with this text if there is none."""
     first = next(lines, None)
     if first is None:
-        raise ValueError(wanted)
+        raise UserError(what, fix)
     yield first
     yield from lines
 

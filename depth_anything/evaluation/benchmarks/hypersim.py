@@ -20,18 +20,15 @@ The train split is one of V2's five training sets: for what learnt from it this 
 Licence: CC BY-SA 3.0. Get it from https://github.com/apple/ml-hypersim.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
 from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.sets import hypersim
-
-# What only `depth-anything shard` can be told.
-_SHARD_ADVICE = re.compile(r", or add --\w+ \w+$|: type another split$")
 
 
 def find(root: Path) -> Iterator[str]:
@@ -39,8 +36,8 @@ def find(root: Path) -> Iterator[str]:
     root = resolve_root(root)
     try:
         yield from hypersim.find(root, split="test")
-    except ValueError as error:
-        raise ValueError(_SHARD_ADVICE.sub("", str(error))) from error
+    except UserError as error:  # its fix names flags of `depth-anything shard`
+        raise UserError(error.what) from error
 
 
 def read(root: Path, line: str) -> Frame:

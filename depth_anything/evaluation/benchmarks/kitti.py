@@ -88,7 +88,9 @@ def find(root: Path) -> Iterator[str]:
     lines = find_frames(resolve_root(root), _FACTS, (_IMAGE, _DEPTH), sequence=_drive_name)
     listed = (line for line in lines if line.partition("\t")[0] in wanted)
     return require_lines(
-        listed, f"{root} holds frames of KITTI, but none of the 652 of Eigen's test: get it from {_FACTS.get}"
+        listed,
+        f"{root} holds frames of KITTI, but none of the 652 of Eigen's test",
+        f"get it from {_FACTS.get}",
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
 from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, resolve_root
 from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
@@ -48,8 +49,8 @@ def find(root: Path, *, render: str) -> Iterator[str]:
     listed = [line for line in lines if not line.startswith("test/")]
     if not any(split_fields(line)[1] for line in listed):
         looked = _FACTS.layout.replace("final", render)
-        raise ValueError(
-            f"{root} holds no {render} pass with depth: looked for {looked}; get it from {_FACTS.get}"
+        raise UserError(
+            f"{root} holds no {render} pass with depth: looked for {looked}", f"get it from {_FACTS.get}"
         )
     return iter(listed)
 

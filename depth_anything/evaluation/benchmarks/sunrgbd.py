@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from depth_anything.data.sample import Frame
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
 from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
 from depth_anything.ingest.file_list import escape_field
@@ -59,13 +60,15 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
     root = resolve_root(root, "sunrgbd")
     path = next((root / name for name in LIST_FILES if (root / name).is_file()), None)
     if path is None:
-        raise ValueError(
-            f"{root} does not hold {LIST_FILES[0]}, which says the frames that are compared: get it from {_LIST_FROM}"
+        raise UserError(
+            f"{root} does not hold {LIST_FILES[0]}, the list of the compared frames",
+            f"get it from {_LIST_FROM}",
         )
     listed = (line for image in _read_list(path) for line in _frame_line(root, image, depth))
     return require_lines(
         listed,
-        f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1; get it from {_GET}",
+        f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1",
+        f"get it from {_GET}",
     )
 
 
@@ -93,7 +96,7 @@ def find_v1(root: Path) -> Iterator[str]:
     numbers = [match[1] for name in names if (match := _IMAGE.fullmatch(name))]
     lines = (f"{number}\trgb/img-{number}.jpg\tdepth/{int(number)}.png" for number in numbers)
     return require_lines(
-        lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg; get it from {_V1_GET}"
+        lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg", f"get it from {_V1_GET}"
     )
 
 

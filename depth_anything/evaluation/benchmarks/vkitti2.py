@@ -49,7 +49,7 @@ def find(root: Path) -> Iterator[str]:
         )
     named = set(_training_frames(path))
     rest = (line for line in (first, *lines) if line.partition("\t")[0] not in named)
-    return require_lines(rest, f"{path} names all frames in {root}: get the one of {_LIST_FROM}")
+    return require_lines(rest, f"{path} names all frames in {root}", f"get the one of {_LIST_FROM}")
 
 
 def read(root: Path, line: str) -> Frame:

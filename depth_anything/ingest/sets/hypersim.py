@@ -36,6 +36,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from depth_anything.errors import UserError
 from depth_anything.ingest.frame_files import (
     FilePattern,
     check_map_size,
@@ -113,7 +114,7 @@ def find(
             taken += 1
             yield "\t".join([line, images, matrices.get(scene, "")])
     if not taken:
-        raise ValueError(f"{raw} holds no frame of the split {split} of {table}: type another split")
+        raise UserError(f"{raw} holds no frame of the split {split} of {table}", "type another split")
 
 
 def read(raw: Path, line: str) -> RawSample:
@@ -205,7 +206,7 @@ def _find_table(raw: Path, name: str, published: str, instead: str) -> Path:
         if name in files:
             return Path(here, name)
     where = f"{published} of https://github.com/apple/ml-hypersim"
-    raise ValueError(f"{raw} has no {name}: put it there from {where}, or add {instead}")
+    raise UserError(f"{raw} has no {name}, which is published in {where}", f"put it there, or add {instead}")
 
 
 def _read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
