@@ -18,25 +18,16 @@ from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
 from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark
-from depth_anything.evaluation.benchmarks.da2k import PairResult, score_da2k
-from depth_anything.evaluation.evaluate import (
-    HIGHER_IS_BETTER,
-    DepthResult,
-    crop_to_view,
-    evaluate,
-    masked_truth,
-    merge_results,
-)
+from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
 from depth_anything.evaluation.protocols import EvalProtocol
 from depth_anything.evaluation.runner import (
-    BATCH_SIZE,
-    EvalTask,
     cache_key,
-    check_quantity,
     lines_of_share,
+    score_lines,
     task_from_benchmark,
     task_from_set,
 )
+from depth_anything.evaluation.task import EvalTask
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
@@ -168,7 +159,7 @@ class ValidationCallback(StepCallback):
         summaries: list[_DepthSummary] = []
         if task is None:
             return summaries
-        check_quantity(task, quantity)
+        task.check_quantity(quantity)
         self.lines = lines_of_share(task.lines, (trainer.global_rank + 1, trainer.world_size))
         for number, line in enumerate(self.lines):
             item = task.read(line)
@@ -201,19 +192,10 @@ class ValidationCallback(StepCallback):
 
     def _score(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
         """Score the shares of all ranks; return the metric that decides, and the means of all metrics."""
-        assert self.task is not None
-        protocol, read = self.task.protocol, self.task.read
-        if protocol is None:
-            shares = gather_or_raise(
-                ranks, lambda: score_da2k(predictor, map(read, self.lines), batch_size=BATCH_SIZE)
-            )
-            result = PairResult(tuple(row for share in shares for row in share.rows))
-            return "accuracy", {"accuracy": result.accuracy, **result.scenes}
-
-        def score_share() -> DepthResult:
-            return evaluate(predictor, map(read, self.lines), protocol=protocol, batch_size=BATCH_SIZE)
-
-        return "abs_rel", merge_results(gather_or_raise(ranks, score_share)).means
+        task = self.task
+        assert task is not None
+        shares = gather_or_raise(ranks, lambda: score_lines(predictor, task, self.lines))
+        return task.metric, task.result("model", (row for share in shares for row in share)).means
 
     def _write_picture(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
         maps = predictor.predict_batch([item.image for item in self.previews])
@@ -235,16 +217,16 @@ class ValidationCallback(StepCallback):
 
         best.json is deleted first and rewritten last, so it never describes the wrong weights.
         """
-        sign = 1 if metric in (*HIGHER_IS_BETTER, "accuracy") else -1
+        assert self.task is not None
+        sign = 1 if self.task.higher_is_better else -1
         if math.isnan(value) or (self.best and sign * value <= sign * self.best["value"]):
             return
-        assert self.task is not None
         self.best = {
             "step": step,
             "metric": metric,
             "value": value,
             "images": self.task.name,
-            "protocol": self.task.protocol.name if self.task.protocol else self.task.name,
+            "protocol": self.task.rules,
             "judged": _task_digest(self.task),
         }
         with atomic_path(self.run_dir.best, also=WRITE_ERRORS) as temporary:

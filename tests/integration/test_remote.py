@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from made_servers import Faulty, nginx, s3, s3_environment
+from local_servers import FaultyServer, nginx, s3, s3_environment
 
 from depth_anything.data import codec
 from depth_anything.data.labels import LabelSetWriter
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import open_set
 from depth_anything.data.stream import Stream
-from depth_anything.scenes.layout import write_scenes
+from depth_anything.scenes.render import write_scenes
 
 from .conftest import ROOT, SMALL, environment
 
@@ -120,8 +120,8 @@ def passing(path: str, times: int) -> str | None:
 
 
 def test_faults_and_an_outage_over_http(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
-    """The server fails now and then, and then for good: the run stops; the same command completes it later."""
-    with nginx(sets, tmp_path / "state") as behind, Faulty(behind) as server:
+    """Faults all along, and in the middle the server falls silent: the run stops; the same command ends it."""
+    with nginx(sets, tmp_path / "state") as behind, FaultyServer(behind) as server:
         down = threading.Event()
 
         def fault(path: str, times: int) -> str | None:
@@ -137,8 +137,8 @@ def test_faults_and_an_outage_over_http(sets: Path, disk: Run, train: Train, tmp
         assert (
             f"type  python train.py {SMALL[0]} " in stopped and f"data_dir={server.address}/data" in stopped
         )
-        named = [line.split(": ")[0] for line in first.errors.splitlines() if line.endswith("asked again")]
-        assert len(named) > 4 and len(set(named)) == len(named)  # each address once
+        named = [line.split(": ")[0] for line in first.errors.splitlines() if line.endswith("retrying")]
+        assert len(named) > 4 and len(set(named)) == len(named)  # each once
         done = first.order.splitlines()
         assert 0 < len(done) < STEPS * BATCH
         server.fault = passing
@@ -159,7 +159,7 @@ def test_lost_records_are_named(sets: Path, disk: Run, train: Train, tmp_path: P
     lost = [(s, i) for s, i in places if s.endswith(missing) or (s.endswith(damaged[0]) and i == damaged[1])]
     assert len(lost) == 13  # a pass
 
-    class Damaged(Faulty):
+    class Damaged(FaultyServer):
         def fetch(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
             status, told, body = super().fetch(path, headers)
             if path.endswith(f"photographic/{damaged[0]}.tar") and status == 206:
@@ -181,7 +181,7 @@ def test_lost_records_are_named(sets: Path, disk: Run, train: Train, tmp_path: P
         "HTTP 404" in reasons[f"{images.name}/{missing}"]
         and "checksum" in reasons[f"{images.name}/{damaged[0]}"]
     )
-    assert run.errors.count("replaced a bad record: ") == 13 and "asked again" not in run.errors
+    assert run.errors.count("replaced a bad record: ") == 13 and "retrying" not in run.errors
     numbers = [line.split()[:2] for line in run.order.splitlines()]
     assert numbers == [line.split()[:2] for line in disk.order.splitlines()] and run.model != disk.model
 
@@ -199,12 +199,12 @@ def test_lost_records_are_named(sets: Path, disk: Run, train: Train, tmp_path: P
 
 
 def test_over_s3(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
-    """The same run from moto's S3 server with faults."""
-    with s3({"bucket": sets}) as behind, Faulty(behind) as server:
+    """The same run from moto's S3 server, with faults on the way."""
+    with s3({"bucket": sets}) as behind, FaultyServer(behind) as server:
         failing = ("500", "close", "503", "cut")
         server.fault = lambda path, times: failing[zlib.crc32(path.encode()) % 4] if times == 1 else None
         run = train(tmp_path, "s3://bucket/data", **s3_environment(server.address))
         asked = [wanted for path, wanted in server.seen if path.endswith(".tar")]
     assert run.code == 0, run.errors[-3000:]
     assert run.order == disk.order and run.model == disk.model and not run.lost
-    assert all(asked) and "s3://bucket/data/" in run.errors and "asked again" in run.errors
+    assert all(asked) and "s3://bucket/data/" in run.errors and "retrying" in run.errors

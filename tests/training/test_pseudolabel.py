@@ -353,8 +353,8 @@ def test_one_image_with_nan_is_skipped_and_reported(
     )  # the third image seen is record 3, in the second batch
     assert "7 labels of photos" in label(make_data(tmp_path, teacher), teacher)
     sidecar = read_label_sidecar(tmp_path / "labels/photos", "0")
-    assert sidecar is not None and list(sidecar["skipped"]) == ["photos/0/3"]
-    assert "no numbers" in sidecar["skipped"]["photos/0/3"]
+    assert sidecar is not None and list(sidecar.skipped) == ["photos/0/3"]
+    assert "no numbers" in sidecar.skipped["photos/0/3"]
     assert "'photos/0/3'" in capfd.readouterr().err
     assert set(labels_of(tmp_path, images)) == {
         f"photos/{n}/{i}" for n, c in ((0, 5), (1, 3)) for i in range(c)
@@ -581,8 +581,8 @@ def test_a_skipped_image_keeps_its_reason(tmp_path: Path) -> None:
     summary = label(make_data(tmp_path, teacher), teacher)
     assert "6 labels of photos" in summary and "2 skipped" in summary
     sidecar = read_label_sidecar(tmp_path / "labels/photos", "0")
-    assert sidecar is not None and list(sidecar["skipped"]) == ["photos/0/1", "photos/0/4"]
-    assert set(labels_of(tmp_path, images)).isdisjoint(sidecar["skipped"])
+    assert sidecar is not None and list(sidecar.skipped) == ["photos/0/1", "photos/0/4"]
+    assert set(labels_of(tmp_path, images)).isdisjoint(sidecar.skipped)
 
 
 def test_labels_have_the_size_of_the_resized_image(tmp_path: Path) -> None:

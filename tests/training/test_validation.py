@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from made_benchmarks import make_da2k, make_kitti
+from benchmark_files import make_da2k, make_kitti
 from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model
@@ -223,7 +223,7 @@ def test_a_benchmark_is_scored_by_its_own_protocol(tmp_path: Path) -> None:
     make_kitti(tmp_path / "benchmarks" / "kitti")
     task = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks")))
     assert task is not None and task.protocol is not None
-    assert (task.protocol.name, task.protocol.crop, task.protocol.max_depth) == ("da2", "garg", 80)
+    assert (task.protocol.name, task.protocol.eval_crop, task.protocol.max_depth) == ("da2", "garg", 80)
     near = open_validation_task(config(benchmark="kitti", root=str(tmp_path / "benchmarks"), max_depth=20))
     assert near is not None and near.protocol is not None and near.protocol.max_depth == 20.0
     settings = config(benchmark="kitti", root=str(tmp_path / "benchmarks"), validation="not read")
