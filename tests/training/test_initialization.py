@@ -26,7 +26,8 @@ from depth_anything.training.initialization import (
 
 
 def config(stage="teacher", **changes):
-    return make_config(f"stage={stage}", "encoder=vitn", **{"init": None, **changes})
+    start = {"start": "all"} if stage == "metric" else {}
+    return make_config(f"stage={stage}", "encoder=vitn", **{"init": None, **start, **changes})
 
 
 def labeling(teacher, **changes):
