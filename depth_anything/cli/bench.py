@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,47 @@ if TYPE_CHECKING:
 # 989 TFLOP/s (dense bf16) that training may reach. A training step counts as three forward passes. Not measured.
 STUDENT_GFLOPS = {"vits": (115, 0.25, 0.25), "vitb": (381, 0.25, 0.35), "vitl": (1304, 0.25, 0.40)}
 PEAK_GFLOPS, REFERENCE_SIDE = 989_000, 518
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Milliseconds of one core for a stage of a sample, and for the minimal work of any loader (`bare_ms`)."""
+
+    stage: str
+    ms: float
+    bare_ms: float | None
+
+
+@dataclass(frozen=True)
+class LoaderSpeed:
+    """Speed of the loader with a number of workers."""
+
+    workers: int
+    cpu_ms: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Images per second that a GPU trains on, and CPU cores that this needs; the lowest and the highest estimate."""
+
+    student: str
+    images_per_s: list[int]
+    cores: list[float]
+
+
+@dataclass
+class BenchReport:
+    """Results of `bench-data`; the fields are the keys of --json."""
+
+    set: str
+    records: int
+    image_bytes: int
+    label_bytes: int
+    stages: list[StageCost]
+    waiting_ms: float
+    loader: list[LoaderSpeed] = field(default_factory=list)
+    demand: list[Demand] = field(default_factory=list)
 
 
 def add_bench(commands: Any) -> None:
@@ -75,17 +117,14 @@ def _run_bench(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     data = _open_dataset(options)
-    stages = _time_stages(data, options.samples)
-    results: dict[str, Any] = {"set": options.set, "records": data.stream.records, **stages}
+    report = _time_stages(data, options)
     cores = len(os.sched_getaffinity(0))
-    results["loader"] = [
-        _time_loader(data, workers, options) for workers in options.workers or sorted({1, cores})
-    ]
-    cost = results["loader"][-1]["cpu_ms"]
-    results["demand"] = estimate_demand(cost, options.image_size)
-    _print_report(results, options, cores)
+    for workers in options.workers or sorted({1, cores}):
+        report.loader.append(_time_loader(data, workers, options))
+    report.demand = estimate_demand(report.loader[-1].cpu_ms, options.image_size)
+    _print_report(report, options, cores)
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
 def _is_bench_report(path: Path) -> bool:
@@ -96,7 +135,7 @@ def _is_bench_report(path: Path) -> bool:
         return False
 
 
-def estimate_demand(cpu_ms: float, side: int) -> list[dict[str, Any]]:
+def estimate_demand(cpu_ms: float, side: int) -> list[Demand]:
     """Estimate how many images per second one GPU trains on, and the CPU cores that this needs, for each student.
 
     Args:
@@ -106,13 +145,7 @@ def estimate_demand(cpu_ms: float, side: int) -> list[dict[str, Any]]:
     rows = []
     for student, (gflop, low, high) in STUDENT_GFLOPS.items():
         rates = [share * PEAK_GFLOPS / (3 * gflop * (side / REFERENCE_SIDE) ** 2) for share in (low, high)]
-        rows.append(
-            {
-                "student": student,
-                "images_per_s": [round(rate) for rate in rates],
-                "cores": [round(rate * cpu_ms / 1e3, 1) for rate in rates],
-            }
-        )
+        rows.append(Demand(student, [round(r) for r in rates], [round(r * cpu_ms / 1e3, 1) for r in rates]))
     return rows
 
 
@@ -136,10 +169,10 @@ def _open_dataset(options: argparse.Namespace) -> "StreamDataset":
     return StreamDataset([source], seed=0, streams=64, image_size=options.image_size, sky=None)
 
 
-def _time_stages(data: "StreamDataset", samples: int) -> dict[str, Any]:
+def _time_stages(data: "StreamDataset", options: argparse.Namespace) -> BenchReport:
     from depth_anything.data.timing import StageTimer, minimal_decode, timed_sample
 
-    timer, warm_up = StageTimer(), min(8, samples)
+    timer, samples, warm_up = StageTimer(), options.samples, min(8, options.samples)
     image_bytes = label_bytes = 0
     for n in range(-warm_up, samples):
         if n == 0:
@@ -149,55 +182,55 @@ def _time_stages(data: "StreamDataset", samples: int) -> dict[str, Any]:
         label = sum(len(value) for name, value in fields.items() if name.startswith(("depth.", "disparity.")))
         image_bytes, label_bytes = image_bytes + sum(map(len, fields.values())) - label, label_bytes + label
     count = samples + warm_up
-    return {
-        "image_bytes": image_bytes // count,
-        "label_bytes": label_bytes // count,
-        "stages": [
-            {"stage": name, "ms": round(ms, 3), "bare_ms": None if minimal is None else round(minimal, 3)}
+    return BenchReport(
+        set=options.set,
+        records=data.stream.records,
+        image_bytes=image_bytes // count,
+        label_bytes=label_bytes // count,
+        stages=[
+            StageCost(name, round(ms, 3), None if minimal is None else round(minimal, 3))
             for name, ms, minimal in timer.rows()
         ],
-        "waiting_ms": round(timer.mean_wait("read the record"), 3),
-    }
+        waiting_ms=round(timer.mean_wait("read the record"), 3),
+    )
 
 
-def _time_loader(data: "StreamDataset", workers: int, options: argparse.Namespace) -> dict[str, Any]:
+def _time_loader(data: "StreamDataset", workers: int, options: argparse.Namespace) -> LoaderSpeed:
     from depth_anything.data.loader import build_stream_loader
     from depth_anything.data.timing import LoaderTimer
 
     timer = LoaderTimer(build_stream_loader(data, micro_batch=options.batch_size, workers=workers))
     cpu, wall = timer.measure(max(1, options.samples * workers // options.batch_size))
     timer.close()
-    return {
-        "workers": workers,
-        "cpu_ms": round(1e3 * cpu / options.batch_size, 3),
-        "images_per_s": round(options.batch_size / wall, 1),
-    }
+    size = options.batch_size
+    return LoaderSpeed(workers, cpu_ms=round(1e3 * cpu / size, 3), images_per_s=round(size / wall, 1))
 
 
-def _print_report(results: dict[str, Any], options: argparse.Namespace, cores: int) -> None:
+def _print_report(report: BenchReport, options: argparse.Namespace, cores: int) -> None:
     print(
-        f"{escape_unprintable(options.set)}: {results['records']:,} records, {results['image_bytes'] / 1e3:.0f} kB per "
-        f"image, {results['label_bytes'] / 1e3:.0f} kB per label"
+        f"{escape_unprintable(options.set)}: {report.records:,} records, {report.image_bytes / 1e3:.0f} kB per "
+        f"image, {report.label_bytes / 1e3:.0f} kB per label"
     )
     print("\nOne sample, milliseconds of one core; right: the minimal work of any loader, on the whole frame")
-    for row in results["stages"]:
-        minimal = "" if row["bare_ms"] is None else f"{row['bare_ms']:8.2f}"
-        print(f"{row['ms']:8.2f} {minimal:>8}  {row['stage']}")
-    print(f"{results['waiting_ms']:8.2f}           mean wait for the disk or the server")
+    for row in report.stages:
+        minimal = "" if row.bare_ms is None else f"{row.bare_ms:8.2f}"
+        print(f"{row.ms:8.2f} {minimal:>8}  {row.stage}")
+    print(f"{report.waiting_ms:8.2f}           mean wait for the disk or the server")
     print("\nThe training loader")
-    for row in results["loader"]:
+    for speed in report.loader:
         print(
-            f"{format_count(row['workers'], 'worker') + ':':>14} {row['images_per_s']:.0f} images/s, "
-            f"{row['cpu_ms']:.2f} ms of one core per image"
+            f"{format_count(speed.workers, 'worker') + ':':>14} {speed.images_per_s:.0f} images/s, "
+            f"{speed.cpu_ms:.2f} ms of one core per image"
         )
     print(
         f"\nCPU cores that keep an H100 busy (estimated from three forward passes of {options.image_size} px at "
         f"25 to 40 % of 989 TFLOP/s; no GPU was measured). This machine has {cores}."
     )
-    for row in results["demand"]:
-        rates, need = (
-            "–".join(f"{value:g}" for value in dict.fromkeys(row[k])) for k in ("images_per_s", "cores")
+    for need in report.demand:
+        rates, cores_needed = (
+            "–".join(f"{value:g}" for value in dict.fromkeys(values))
+            for values in (need.images_per_s, need.cores)
         )
-        print(f"    {row['student']}: {rates} images/s, {need} cores")
+        print(f"    {need.student}: {rates} images/s, {cores_needed} cores")
     if options.json:
         print(f"\nwritten: {escape_unprintable(options.json)}")

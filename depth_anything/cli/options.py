@@ -206,7 +206,7 @@ def check_output(
 
     read = [Path(path) for path in inputs]
     check_overwrite(
-        map(Path, outputs), own=own, inputs=lambda: read, way_out=f"give another {flag}, or move it"
+        [*map(Path, outputs)], is_own=own, inputs=lambda: read, fix=f"give another {flag}, or move it"
     )
 
 

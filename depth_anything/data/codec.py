@@ -79,10 +79,7 @@ def map_size(data: bytes) -> tuple[int, int]:
     Raises:
         ValueError: The header is invalid.
     """
-    _, _, _, _, height, width, _, _ = _read_header(data)
-    if not _is_allowed_size(height, width):
-        raise ValueError(f"the encoded map has an impossible header: {height}x{width}")
-    return height, width
+    return _read_header(data)[4:6]
 
 
 def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
@@ -100,7 +97,7 @@ def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(Non
     crc, kind, flags, steps, height, width, low, high = _read_header(data)
     if zlib.crc32(memoryview(data)[_CRC_START:]) != crc:
         raise ValueError("the encoded map is damaged: its checksum differs")
-    if kind not in _DTYPES or flags > 7 or not _is_allowed_size(height, width):
+    if kind not in _DTYPES or flags > 7:
         raise ValueError(f"the encoded map has an impossible header: kind {kind}, {height}x{width}")
     if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
@@ -130,7 +127,10 @@ def value_range(data: bytes) -> tuple[float, float]:
 def _read_header(data: bytes) -> tuple[int, int, int, int, int, int, float, float]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise ValueError("not an encoded map: it does not start with DAM1 and a complete header")
-    return _HEADER.unpack_from(data)[1:]
+    fields = _HEADER.unpack_from(data)[1:]
+    if not _is_allowed_size(*fields[4:6]):
+        raise ValueError(f"the encoded map has an impossible header: {fields[4]}x{fields[5]}")
+    return fields
 
 
 def _is_allowed_size(height: int, width: int) -> bool:

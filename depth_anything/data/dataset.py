@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
 from depth_anything.data.loader import send_failures
-from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import (
     ArrayField,
@@ -51,8 +51,8 @@ _NO_TIMER: AbstractContextManager[None] = nullcontext()
 class StreamDataset(Dataset):
     """Training samples by number, from any number of sets.
 
-    For `DataLoader(dataset, batch_sampler=MicroBatchSampler(…), collate_fn=…)`, with a collate_fn that returns its
-    argument: a worker sends whole micro-batches. Files are opened in the process that reads.
+    For `DataLoader(dataset, batch_sampler=MicroBatchSampler(…), collate_fn=return_batch)`: a worker sends whole
+    micro-batches. Files are opened in the process that reads.
 
     Attributes:
         sources: The sets.
@@ -62,7 +62,7 @@ class StreamDataset(Dataset):
 
     def __init__(
         self,
-        sources: Sequence[Records | JoinedRecords],
+        sources: Sequence[RecordSource],
         *,
         seed: int,
         streams: int,
@@ -110,12 +110,12 @@ class StreamDataset(Dataset):
             raise ValueError(
                 f"image_size={image_size} exceeds short_side={self.short_side}; type at most that"
             )
-        self._sources: dict[str, Records | JoinedRecords] = {}
+        self._sources: dict[str, RecordSource] = {}
         for source in self.sources:
             if source.name in self._sources:
                 raise ValueError(f"two sets have the name {source.name}; rename one of them")
             self._sources[source.name] = source
-        readers = [source for source in self.sources if isinstance(source, Records | JoinedRecords)]
+        readers = [source for source in self.sources if isinstance(source, RecordSource)]
         # One reader for all sets, so that the memory of a worker does not grow with their number. It keeps the indexes
         # of the shards that the streams read, twice for images and labels, and of some that they have just left.
         reader = ShardReader(max_indexes=max(2048, 2 * streams + 512))
@@ -323,7 +323,7 @@ def _record_errors(shard: str, index: int, key: str, field: str = "") -> Iterato
 
 
 def resolve_sky_policies(
-    sources: Sequence[Records | JoinedRecords], sky: str | Mapping[str, str] | None
+    sources: Sequence[RecordSource], sky: str | Mapping[str, str] | None
 ) -> dict[str, str]:
     """Return the sky policy of each set: "far" gives the sky disparity 0, "invalid" leaves it out.
 

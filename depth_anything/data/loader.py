@@ -62,7 +62,7 @@ def build_stream_loader(
 
 
 def return_batch(batch: Any) -> Any:
-    """Return a batch as the dataset built it: a collate_fn that spawned workers can unpickle."""
+    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
     return batch
 
 

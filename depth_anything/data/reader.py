@@ -12,13 +12,14 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote
+from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
@@ -100,7 +101,7 @@ class ShardReader:
         try:
             return self._read_once(url, index, hash, fresh=True)
         except BadRecord as error:
-            if isinstance(error.__cause__, remote.PermanentError):
+            if isinstance(error.__cause__, PermanentError):
                 self._unreadable[url] = error.reason  # do not ask again for its other records
             raise
 
@@ -112,7 +113,12 @@ class ShardReader:
                 raise ShardError(f"{url} is not the tar of the manifest: its hash differs")
             members = table.members(index)
             key = members[0].key
-            start, end = _byte_span(members)
+            longest = end = 0
+            for member in members:
+                longest = max(longest, len(key) + 1 + len(member.extension))
+                end = max(end, member.offset + member.size)
+            header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
+            start = max(0, members[0].offset - header)
             if end - start > _MAX_RECORD_BYTES:
                 raise ShardError(f"its {end - start} bytes are more than the limit of {_MAX_RECORD_BYTES}")
             if far:
@@ -165,7 +171,7 @@ class ShardReader:
     def _load(self, url: str) -> _LoadedIndex:
         loaded = self._indexes.get(url)
         if loaded is None:
-            loaded = _LoadedIndex(remote.retry(url, lambda: _load_index(url)), is_remote(url))
+            loaded = _LoadedIndex(retry(url, lambda: _load_index(url)), is_remote(url))
         with self._lock:
             self._indexes[url] = loaded
             self._indexes.move_to_end(url)
@@ -181,11 +187,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, int | None]:
         """Pickle the settings only."""
-        return {
-            "max_open": self.max_open,
-            "max_indexes": self.max_indexes,
-            "total_bytes": self.total_bytes,
-        }
+        return {name: getattr(self, name) for name in ("max_open", "max_indexes", "total_bytes")}
 
     def __setstate__(self, state: dict[str, int | None]) -> None:
         """Start with no open files."""
@@ -197,7 +199,7 @@ class ShardReader:
 
     def _fetch_range(self, url: str, start: int, count: int, table: TarIndex, *, fresh: bool) -> bytes:
         # retried once more here, because the cache of whole shards is on a local disk
-        return remote.retry(
+        return retry(
             url,
             lambda: remote.fetch_range(
                 url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
@@ -208,7 +210,7 @@ class ShardReader:
         try:
             return self._pread(path, start, count)
         except OSError as error:
-            return remote.retry(path, lambda: self._pread(path, start, count), failed=error)
+            return retry(path, lambda: self._pread(path, start, count), failed=error)
 
     def _pread(self, path: str, start: int, count: int) -> bytes:
         with self._lock:
@@ -249,7 +251,7 @@ def _shard_entries(shard_set: ShardSet) -> dict[str, _ShardEntry]:
     return {s.name: _ShardEntry(shard_set.url(s.name), root, s.hash, s.records) for s in shard_set.shards}
 
 
-class _RecordSource:
+class RecordSource:
     """Base of `Records` and `JoinedRecords`: the list of shards, the reader, and prefetching.
 
     Attributes:
@@ -259,6 +261,7 @@ class _RecordSource:
     """
 
     def __init__(self, shard_set: ShardSet, *, digest: str, is_remote: bool, total_bytes: int) -> None:
+        """Open nothing yet."""
         self.name, self.digest, self.is_remote = shard_set.name, digest, is_remote
         self._shards = {f"{self.name}/{name}": entry for name, entry in _shard_entries(shard_set).items()}
         self._reader = ShardReader(total_bytes=total_bytes)
@@ -314,12 +317,12 @@ class _RecordSource:
         except BadRecord as error:
             if not is_remote(entry.root) and not os.path.exists(os.path.join(entry.root, "manifest.json")):
                 raise StorageUnavailable(
-                    f"{entry.root} is missing", ["mount its disk, then ", *remote.RESUME_HINT]
+                    f"{entry.root} is missing", ["mount its disk, then ", *RESUME_HINT]
                 ) from error
             raise BadRecord(shard, index, error.key, side + error.reason) from error
 
 
-class Records(_RecordSource):
+class Records(RecordSource):
     """The records of a set; cheap to create and to send to other processes.
 
     Attributes:
@@ -328,19 +331,15 @@ class Records(_RecordSource):
 
     def __init__(self, shard_set: ShardSet) -> None:
         """Open nothing yet."""
-        super().__init__(
-            shard_set,
-            digest=shard_set.digest,
-            is_remote=is_remote(shard_set.root),
-            total_bytes=shard_set.bytes,
-        )
+        far = is_remote(shard_set.root)
+        super().__init__(shard_set, digest=shard_set.digest, is_remote=far, total_bytes=shard_set.bytes)
         self.set = shard_set
 
     def _fetch(self, shard: str, index: int) -> KeyAndFields:
         return self._read_record(self._shards[shard], shard, index)
 
 
-class JoinedRecords(_RecordSource):
+class JoinedRecords(RecordSource):
     """Label records, each joined by its key with the image record that it labels.
 
     A record has all fields of the image except labels, and those of the label.
@@ -415,7 +414,7 @@ def _load_index(url: str) -> TarIndex:
         address = index_address(url)
         try:
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
-        except remote.PermanentError:
+        except PermanentError:
             raise
         except ShardError:  # it may have been damaged on the way
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
@@ -430,16 +429,6 @@ def _load_index(url: str) -> TarIndex:
     if table.bytes != size:
         raise ShardError(f"{url} has {size} bytes, its index says {table.bytes}: truncated, or another tar")
     return table
-
-
-def _byte_span(members: Sequence[TarMember]) -> tuple[int, int]:
-    """Return the first byte of a record's first tar header, and the end of its data."""
-    longest = end = 0
-    for member in members:
-        longest = max(longest, len(member.key) + 1 + len(member.extension))
-        end = max(end, member.offset + member.size)
-    header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
-    return max(0, members[0].offset - header), end
 
 
 def _extract_field(data: bytes, member: TarMember, start: int) -> bytes:

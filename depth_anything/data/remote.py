@@ -1,12 +1,8 @@
-"""Fetch shards from http(s), s3, gs and other addresses, and retry reads that fail for a moment.
+"""Fetch shards from http(s), s3, gs and other addresses.
 
 http and https are read by range over kept-alive connections, object stores by range through fsspec. All other
-addresses (pipe:, http servers without ranges) are copied whole into the cache of `cache.py`.
-
-A permanent error (404, 403, wrong size) is a ShardError: the record is replaced. A retryable error (5xx, refused,
-reset, cut short, stalled) is reported once per address on stderr and retried after 0.5 s, 1 s, 2 s and so on. When
-the retries are used up, StorageUnavailable stops the run. `retry` is one loop for http, fsspec, pipes and local
-disks; urllib3's own Retry is switched off, because it covers only the first of these, and no body that is cut short.
+addresses (pipe:, http servers without ranges) are copied whole into the cache of `cache.py`. Which errors are retried,
+replace a record or stop the run is in `retry.py`.
 """
 
 import functools
@@ -19,31 +15,27 @@ import re
 import ssl
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from hashlib import sha256
 from select import select
-from time import monotonic, sleep
-from typing import Any, BinaryIO, TypeVar
+from time import monotonic
+from typing import Any, BinaryIO
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
 
 from depth_anything.data import cache
 from depth_anything.data.address import is_http, redact_secrets
+from depth_anything.data.retry import PermanentError, RetryableError, retry, short_reason
 from depth_anything.data.tar_index import TarIndex
-from depth_anything.data.tars import PATH_ERRNOS, ShardError, StorageUnavailable
-from depth_anything.errors import SAME_COMMAND
+from depth_anything.data.tars import ShardError
 
-T = TypeVar("T")
-
-RESUME_HINT = (SAME_COMMAND, ", and it goes on")
-
-_TIMEOUT_S, _RETRIES, _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 6.0, 0.5, 60.0
+_TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 1000  # a slower server counts as stalled
 _CHUNK = 1 << 18
 _MAX_FILE_BYTES = 1 << 30  # of a manifest or an index
 _MAX_REDIRECTS = 5
-_MAX_REPORTED = 20  # addresses whose retries are reported
 _MAX_CONNECTIONS = 32
 _RETRY_STATUSES = frozenset((408, 425, 429))  # and every status from 500 up
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "depth-anything-train"}
@@ -51,31 +43,8 @@ _PIP_EXTRAS = {"s3": "remote", "s3a": "remote", "gs": "remote", "gcs": "remote"}
 
 _pools: dict[str, Any] = {}  # connection pools by proxy, "" for none
 _without_ranges: set[str] = set()  # prefixes whose server ignores Range
-_reported: set[str] = set()  # addresses whose retries were reported
 _announced: set[str] = set()  # prefixes whose whole copies were announced
 os.register_at_fork(after_in_child=_pools.clear)
-
-
-class PermanentError(ShardError):
-    """An address that cannot be read, however often it is tried."""
-
-
-class RetryableError(Exception):
-    """An address that may answer when it is tried again."""
-
-    def __init__(
-        self, reason: str, *, wait_s: float = 0.0, silent: bool = False, fatal: bool = False
-    ) -> None:
-        """Store the reason.
-
-        Args:
-            reason: A few words for the message.
-            wait_s: Seconds that the server asks to wait.
-            silent: An idle connection was closed: retry at once, without a message.
-            fatal: Retrying cannot help: stop the run.
-        """
-        super().__init__(reason)
-        self.reason, self.wait_s, self.silent, self.fatal = reason, wait_s, silent, fatal
 
 
 def fetch(address: str) -> bytes:
@@ -123,52 +92,6 @@ def fetch_range(
         return os.pread(file.fileno(), count, start)
 
 
-def retry(address: str, attempt: Callable[[], T], *, failed: OSError | None = None) -> T:
-    """Call `attempt` until it succeeds.
-
-    Args:
-        address: Named in messages.
-        attempt: The read. An OSError that it raises is a disk that fails for now, unless its errno is in
-            `PATH_ERRNOS`; then it is raised again.
-        failed: Error of a first attempt that the caller has made.
-
-    Raises:
-        StorageUnavailable: DEPTH_ANYTHING_RETRIES are used up, or retrying cannot help.
-    """
-    retries = int(cache.positive_setting("DEPTH_ANYTHING_RETRIES", _RETRIES))
-    start, failures = monotonic(), 0
-    error = None if failed is None else _as_retryable(failed)
-    while True:
-        if error is not None:
-            failures += 1
-            if error.fatal or failures > retries:
-                break
-            if not error.silent or failures > 1:
-                _report_retry(address, error.reason)
-                sleep(min(max(_FIRST_WAIT_S * 2 ** (failures - 1), error.wait_s), _LONGEST_WAIT_S))
-        try:
-            return attempt()
-        except (RetryableError, OSError) as raised:
-            error = _as_retryable(raised)
-    tried = f", {failures} times in {monotonic() - start:.0f} s" if failures > 1 else ""
-    raise StorageUnavailable(f"{address} cannot be read for now: {error.reason}{tried}", RESUME_HINT)
-
-
-def _as_retryable(error: RetryableError | OSError) -> RetryableError:
-    if isinstance(error, RetryableError):
-        return error
-    if isinstance(error, StorageUnavailable) or error.errno in PATH_ERRNOS:
-        raise error
-    return RetryableError(_short_reason(error), fatal=isinstance(error, PermissionError))
-
-
-def _report_retry(address: str, reason: str) -> None:
-    if address not in _reported and len(_reported) <= _MAX_REPORTED:
-        _reported.add(address)
-        more = "" if len(_reported) <= _MAX_REPORTED else " (retries of other addresses are not reported)"
-        print(f"{redact_secrets(address)}: {redact_secrets(reason)}; retrying{more}", file=sys.stderr)
-
-
 def _announce_whole_copies(prefix: str, total_bytes: int | None) -> None:
     # The main process prints it or, if that reads nothing, the worker that creates the folder.
     worker = multiprocessing.parent_process() is not None
@@ -214,7 +137,8 @@ def _limit_size(address: str, chunks: Iterator[bytes], limit: int) -> Iterator[b
 
 def _read_whole(address: str) -> Iterator[bytes]:
     if is_http(address):
-        yield from _http_read(address)
+        with closing(_http_get(address, {})) as response:
+            yield from _read_chunks(response)
     elif _supports_fsspec(address):
         yield _fsspec_read(address, 0, None)  # start=None would make some file systems ask for the size first
     else:
@@ -230,20 +154,15 @@ def _read_part(address: str, start: int, count: int, shard_bytes: int) -> bytes 
     return None
 
 
+def _timeout_s() -> float:
+    return cache.positive_setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+
+
 # http and https
 
 
-def _http_read(address: str) -> Iterator[bytes]:
-    response = _http_get(address, {})
-    try:
-        yield from _read_chunks(response)
-    finally:
-        response.close()
-
-
 def _http_read_range(address: str, start: int, count: int, shard_bytes: int) -> bytes | None:
-    response = _http_get(address, {"Range": f"bytes={start}-{start + count - 1}"})
-    try:
+    with closing(_http_get(address, {"Range": f"bytes={start}-{start + count - 1}"})) as response:
         if response.status != 206:
             return None
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
@@ -252,8 +171,6 @@ def _http_read_range(address: str, start: int, count: int, shard_bytes: int) -> 
         if span and int(span[1]) != start:
             raise RetryableError(f"byte {span[1]} was sent in place of {start}")
         return b"".join(_limit_size(address, _read_chunks(response), count))
-    finally:
-        response.close()
 
 
 def _http_get(address: str, headers: Mapping[str, str]) -> Any:
@@ -338,7 +255,7 @@ def _pool_manager(parts: SplitResult) -> Any:
     """Return the connection pools of this process, through the proxy that the environment names."""
     proxy = _proxy_url(parts.scheme, parts.hostname or "")
     if proxy not in _pools:
-        timeout = cache.positive_setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+        timeout = _timeout_s()
         options: dict[str, Any] = {
             "num_pools": 16,
             "maxsize": _MAX_CONNECTIONS,
@@ -365,7 +282,7 @@ def _proxy_url(scheme: str, host: str) -> str:
 
 def _read_chunks(response: Any) -> Iterator[bytes]:
     """Yield a body in chunks; RetryableError if it is cut short or slower than `_MIN_BYTES_PER_S`."""
-    limit = cache.positive_setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    limit = _timeout_s()
     since, received = monotonic(), 0
     while True:
         try:
@@ -396,21 +313,16 @@ def _classify_error(error: Exception) -> RetryableError:
     if isinstance(cause, e.NameResolutionError):
         return RetryableError("host name not found")
     if isinstance(cause, e.NewConnectionError):
-        return RetryableError(_short_reason(cause.__cause__ or cause))
+        return RetryableError(short_reason(cause.__cause__ or cause))
     if isinstance(cause, e.ConnectTimeoutError):
         return RetryableError("connection timed out")
     if isinstance(cause, e.ReadTimeoutError | TimeoutError):
         return RetryableError("stalled: read timed out")
     if isinstance(cause, e.SSLError | ssl.SSLError):
         wrong = "CERTIFICATE_VERIFY_FAILED" in str(cause)
-        return RetryableError(f"no secure connection ({_short_reason(cause)})", fatal=wrong)
+        return RetryableError(f"no secure connection ({short_reason(cause)})", fatal=wrong)
     closed = isinstance(cause, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
-    return RetryableError(_short_reason(cause), silent=closed and not isinstance(error, e.IncompleteRead))
-
-
-def _short_reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return redact_secrets(" ".join(str(text).split()))[:300]
+    return RetryableError(short_reason(cause), silent=closed and not isinstance(error, e.IncompleteRead))
 
 
 # fsspec: s3, gs and others
@@ -443,7 +355,7 @@ def _supports_fsspec(address: str) -> bool:
 def _fsspec_read(address: str, start: int, end: int | None) -> bytes:
     import fsspec
 
-    timeout = cache.positive_setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    timeout = _timeout_s()
     try:
         system, path = fsspec.core.url_to_fs(address, **_fsspec_options(_scheme(address), timeout))
         system.retries = 1  # of s3fs; `retry` does it, with a message
@@ -470,7 +382,7 @@ def _fsspec_options(scheme: str, timeout: float) -> dict[str, Any]:
 def _fsspec_error(address: str, error: Exception) -> Exception:
     answer = getattr(error.__cause__, "response", None)
     code = answer.get("Error", {}).get("Code", "") if isinstance(answer, dict) else ""
-    reason = f"{code} {_short_reason(error)}".strip() if code not in str(error) else _short_reason(error)
+    reason = f"{code} {short_reason(error)}".strip() if code not in str(error) else short_reason(error)
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if code == "InvalidRange":
         return PermanentError(f"{address} is truncated: it is shorter than its index says")
@@ -491,7 +403,7 @@ def _read_command(address: str) -> Iterator[bytes]:
     """Yield what a command prints; RetryableError if it stalls or its exit code is not 0."""
     from webdataset import gopen  # takes 1.5 s to import, and only pipes need it
 
-    timeout = cache.positive_setting("DEPTH_ANYTHING_TIMEOUT", _TIMEOUT_S)
+    timeout = _timeout_s()
     try:
         source = gopen(address)
     except ValueError:

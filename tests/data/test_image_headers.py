@@ -168,7 +168,7 @@ def test_thousands_of_channels_are_refused():
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\x93NUMPY\1\0", "NumPy"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "sound"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "audio"),
         (b"not at all", "neither JPEG"),
     ],
 )

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import urllib3
-from made_servers import Faulty, nginx
-from made_shards import make, records
+from local_servers import FaultyServer, nginx
+from shard_builders import make, records
 
-from depth_anything.data import remote
+from depth_anything.data import remote, retry
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.shards import open_set, verify_set, write_manifest
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
@@ -34,7 +34,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
     monkeypatch.setenv("HOME", str(tmp_path))  # whose .netrc is read
-    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
         kept.clear()
     for remembered in (remote._netrc_hosts, remote._proxy_url):
         remembered.cache_clear()
@@ -44,7 +44,7 @@ def alone(tmp_path, monkeypatch):
 def waits(monkeypatch):
     """Record the waits instead of sleeping."""
     seconds = []
-    monkeypatch.setattr(remote, "sleep", seconds.append)
+    monkeypatch.setattr(retry, "sleep", seconds.append)
     return seconds
 
 
@@ -57,7 +57,7 @@ def set_short_timeout(monkeypatch):
 @pytest.fixture
 def server(tmp_path):
     make(tmp_path / "set")
-    with Faulty(tmp_path) as made:
+    with FaultyServer(tmp_path) as made:
         yield made
 
 
@@ -143,7 +143,7 @@ def test_slow_server_is_not_stalled(monkeypatch, size, stalled):
     minutes = itertools.count(0, 61)
     monkeypatch.setattr(remote, "monotonic", lambda: next(minutes))
     if stalled:
-        with pytest.raises(remote.RetryableError, match="10000 bytes in 61 s"):
+        with pytest.raises(retry.RetryableError, match="10000 bytes in 61 s"):
             list(remote._read_chunks(ResponseInPieces(size)))
     else:
         assert b"".join(remote._read_chunks(ResponseInPieces(size))) == bytes(4 * size)
@@ -179,7 +179,7 @@ def test_waits_double_up_to_a_minute(server, waits, monkeypatch):
 
 def test_server_that_does_not_run(tmp_path, waits):
     made = make(tmp_path / "set")
-    with Faulty(tmp_path) as server:
+    with FaultyServer(tmp_path) as server:
         read = Records(open_set(f"{server.address}/set"))
         read.read("set/000000", 0)
     remote._pools.clear()  # the server's threads outlive it as long as its connections
@@ -267,7 +267,7 @@ def test_joined_over_http(tmp_path, server):
     key, fields = joined.read("set/000001", 2)
     assert key == "set/000001/000002" and fields["jpg"] == records("000001")[2][1]["jpg"]
 
-    class Flipped(Faulty):
+    class Flipped(FaultyServer):
         def fetch(self, path, headers):
             status, answered, body = super().fetch(path, headers)
             if path == "/set/000002.idx" and sum(seen == path for seen, _ in self.seen) == 1:
@@ -280,7 +280,7 @@ def test_joined_over_http(tmp_path, server):
 
 
 def test_redirects_are_followed_to_http_only(tmp_path, server, waits):
-    with Faulty(tmp_path) as other:
+    with FaultyServer(tmp_path) as other:
         server.fault = lambda path, times: f"to:{other.address}{path}"
         read = Records(open_set(f"{server.address}/set"))
         assert read.read("set/000001", 2) == records("000001")[2]
@@ -305,7 +305,7 @@ def test_redirect_from_https_to_http_is_refused(monkeypatch):
 
 def test_credentials_are_sent_to_their_host_only(tmp_path, server, monkeypatch):
     named = server.address.replace("http://", "http://me:pass%20word@")
-    with Faulty(tmp_path) as other:
+    with FaultyServer(tmp_path) as other:
         server.fault = lambda path, times: f"to:{other.address}{path}" if path.endswith(".tar") else None
         assert Records(open_set(f"{named}/set")).read("set/000001", 0) == records("000001")[0]
         assert {h.get("authorization") for h in server.headers} == {"Basic bWU6cGFzcyB3b3Jk"}

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from made_servers import Faulty
-from made_shards import make, records
+from local_servers import FaultyServer
+from shard_builders import make, records
 
-from depth_anything.data import cache, remote
+from depth_anything.data import cache, remote, retry
 from depth_anything.data.reader import Records, ShardReader
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
@@ -29,7 +29,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", str(3 * SIZE / 1e9))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
-    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
         kept.clear()
 
 
@@ -208,7 +208,7 @@ def test_killed_while_copying(tmp_path, command):
 
 
 def test_failing_commands(tmp_path, command, monkeypatch, capfd):
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     good = f"{tmp_path}/set"
     cases = {
         f"pipe:TOKEN=sesame; head -c 3000 {good}/000001.tar; exit 3; cat ": "exited with 3",
@@ -241,13 +241,13 @@ def test_unknown_openers():
 
 
 def test_http_failure_while_a_shard_is_copied(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     make(tmp_path / "set", size=2000)
 
     def fault(path, times):
         return {0: "whole", 1: "cut"}.get(times, "whole") if path.endswith("1.tar") else None
 
-    with Faulty(tmp_path) as server:
+    with FaultyServer(tmp_path) as server:
         server.fault = fault
         read = Records(open_set(f"{server.address}/set"))
         assert [read.read("set/000001", i) for i in range(5)] == records("000001", size=2000)

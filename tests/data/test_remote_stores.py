@@ -7,10 +7,10 @@ import urllib.parse
 
 import fsspec
 import pytest
-from made_servers import Faulty, s3, s3_environment
-from made_shards import make, records
+from local_servers import FaultyServer, s3, s3_environment
+from shard_builders import make, records
 
-from depth_anything.data import remote
+from depth_anything.data import remote, retry
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable
@@ -23,7 +23,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
-    for kept in (remote._pools, remote._without_ranges, remote._reported, remote._announced):
+    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
         kept.clear()
 
 
@@ -37,7 +37,7 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def server(bucket, monkeypatch):
-    with Faulty(bucket) as made:
+    with FaultyServer(bucket) as made:
         for name, value in s3_environment(made.address).items():
             monkeypatch.setenv(name, value)
         fsspec.filesystem("s3").clear_instance_cache()
@@ -63,7 +63,7 @@ def test_s3_by_range_from_many_processes(server, tmp_path, method):
 
 @pytest.mark.parametrize("kind", ["500", "503", "cut", "close", "stall"])
 def test_temporary_failures_of_s3_are_retried(server, monkeypatch, capfd, kind):
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     read = Records(open_set("s3://shards/set"))
     read.read("set/000001", 1)
     times = []
@@ -119,15 +119,15 @@ def s3_error(code):
 
 def test_denied_access_is_permanent_and_expired_keys_stop_the_run():
     refused = remote._fsspec_error("s3://b/a.tar", s3_error("AccessDenied"))
-    assert isinstance(refused, remote.PermanentError) and "AccessDenied" in str(refused)
+    assert isinstance(refused, retry.PermanentError) and "AccessDenied" in str(refused)
     for code in ("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"):
         expired = remote._fsspec_error("s3://b/a.tar", s3_error(code))
-        assert isinstance(expired, remote.RetryableError) and expired.fatal and code in expired.reason
+        assert isinstance(expired, retry.RetryableError) and expired.fatal and code in expired.reason
     slow = remote._fsspec_error("s3://b/a.tar", s3_error("SlowDown"))
-    assert isinstance(slow, remote.RetryableError) and not slow.fatal
+    assert isinstance(slow, retry.RetryableError) and not slow.fatal
     missing = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
     assert remote._fsspec_error("s3://b/a.tar", missing).fatal
-    assert isinstance(remote._fsspec_error("gs://b/a", Refused()), remote.PermanentError)
+    assert isinstance(remote._fsspec_error("gs://b/a", Refused()), retry.PermanentError)
 
 
 class Refused(Exception):
@@ -145,7 +145,7 @@ def test_missing_package_is_named(monkeypatch):
         open_set("s3://shards/set")
 
 
-class Bucket(Faulty):
+class Bucket(FaultyServer):
     """The one request of Google's JSON API that reading sends: the bytes of an object, by range."""
 
     def fetch(self, path, headers):
@@ -156,7 +156,7 @@ class Bucket(Faulty):
 
 def test_gs_by_range(tmp_path, monkeypatch, capfd):
     pytest.importorskip("gcsfs", reason="needs gcsfs: pip install gcsfs")
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     make(tmp_path / "set")
     with Bucket(tmp_path) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)

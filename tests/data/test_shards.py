@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from made_shards import make, names, plain_tar, records
+from shard_builders import make, names, plain_tar, records
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest

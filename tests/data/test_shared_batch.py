@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import build_stream_loader, return_batch
+from depth_anything.data.dataset import StreamDataset, return_batch
+from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest

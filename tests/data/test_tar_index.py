@@ -7,9 +7,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from made_servers import Faulty
-from made_shards import plain_tar
-from made_shards import records as made_records
+from local_servers import FaultyServer
+from shard_builders import plain_tar
+from shard_builders import records as made_records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
@@ -235,7 +235,7 @@ def test_names_are_checked_in_remote_tars(pair, tmp_path, monkeypatch):
     images, labels = pair
     index = Path(labels.root, "00000.idx")
     to_format_1(index)
-    with Faulty(tmp_path) as server:
+    with FaultyServer(tmp_path) as server:
         there = [open_set(f"{server.address}/{name}") for name in ("images", "labels")]
         assert read_pairs(*there) == ["0", "1", "2", "4", "5"]
         rewrite(index, "0000002\tdisparity", "0000003\tdisparity")

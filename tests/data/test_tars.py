@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_shards import make, names, plain_tar, records
+from shard_builders import make, names, plain_tar, records
 
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
@@ -192,7 +192,7 @@ def index_shard_copy(path, folder):
 WRITER = """
 import sys
 sys.path.insert(0, {tests!r})
-from made_shards import records, write_shard
+from shard_builders import records, write_shard
 from pathlib import Path
 root = Path(sys.argv[1])
 print("ready", flush=True)

@@ -86,26 +86,26 @@ def test_loader_timer_counts_the_cpu_time_of_workers(sets):
 
 
 def test_demand_follows_from_flops_and_cpu_time():
-    rows = {row["student"]: row for row in estimate_demand(4.0, 518)}
+    rows = {row.student: row for row in estimate_demand(4.0, 518)}
     assert rows.keys() == STUDENT_GFLOPS.keys()
-    assert rows["vits"]["images_per_s"] == [717, 717] and rows["vits"]["cores"] == [2.9, 2.9]
-    assert rows["vitl"]["images_per_s"] == [63, 101] and rows["vitl"]["cores"] == [0.3, 0.4]
-    assert estimate_demand(4.0, 259)[0]["images_per_s"][0] == 2867  # a quarter of the pixels
+    assert rows["vits"].images_per_s == [717, 717] and rows["vits"].cores == [2.9, 2.9]
+    assert rows["vitl"].images_per_s == [63, 101] and rows["vitl"].cores == [0.3, 0.4]
+    assert estimate_demand(4.0, 259)[0].images_per_s[0] == 2867  # a quarter of the pixels
 
 
 def test_bench_data(sets, capsys, tmp_path):
     small = ["--image-size", "28", "--samples", "4", "--batch-size", "2"]
     where = ["bench-data", str(sets / "photos"), "--labels", str(sets / "labels")]
     assert main([*where, *small, "--workers", "1", "2", "--json", str(tmp_path / "x.json")]) == 0
-    said = capsys.readouterr().out
-    for words in (
+    out = capsys.readouterr().out
+    for text in (
         f"{RECORDS} records",
         "decode the label",
         "2 workers",
         "no GPU was measured",
         "vitl",
     ):
-        assert words in said
+        assert text in out
     figures = json.loads((tmp_path / "x.json").read_text())
     assert [row["workers"] for row in figures["loader"]] == [1, 2]
     assert figures["image_bytes"] > 100 and figures["label_bytes"] > 100
