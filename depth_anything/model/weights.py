@@ -167,6 +167,15 @@ def has_head(path: str | Path) -> bool:
     return any(name.startswith("depth_head.") for name in _read_checkpoint(Path(path))[0])
 
 
+def read_head_name(path: str | Path) -> str | None:
+    """Return the head that the metadata of a file names; None for `DPTHead` and if the file does not say it.
+
+    Raises:
+        ValueError: As `load_model`, if the file is missing or not a checkpoint.
+    """
+    return _read_checkpoint(Path(path))[1].get("head")
+
+
 def load_encoder(model: DepthAnything, source: str | Path) -> None:
     """Load pretrained weights into a model's encoder; the head stays unchanged.
 
@@ -223,7 +232,7 @@ def _check_arguments(version: int | None, max_depth: float | None) -> None:
 def _check_head(path: Path, saved: str | None, head: HeadBuilder | None) -> None:
     """Raise UserError unless `head` is the one that the file names; a file never makes this code import anything."""
     if saved is not None and saved != head_name(head):
-        raise UserError(f"{path} was saved with the head {saved}", ["pass ", Argument("head", saved)])
+        raise UserError(f"{path} was saved with the head {saved}", ["give ", Argument("head", saved)])
 
 
 def _build_empty(

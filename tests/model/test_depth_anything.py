@@ -3,14 +3,18 @@
 import hashlib
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from depth_anything.errors import UserError
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.dpt import DPTHead
 from depth_anything.model.encoder import ENCODERS
+from depth_anything.model.weights import fingerprint, load_model, read_head_name, save_model
 from depth_anything.preprocess import preprocess_image
 
 # Official classes on the meta device: tensors in the state dict, parameters, sha256 over their sorted
@@ -348,3 +352,40 @@ def test_timms_encoders_keep_their_rule():
     assert model(image, position_rule="timm").shape == (1, 64, 80)
     with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
         model(image, position_rule="transformers")
+
+
+class LinearHead(torch.nn.Module):
+    """A decoder that maps each token of the last tap to the pixels of its patch."""
+
+    def __init__(self, width, *, features, out_channels, max_depth=None, scale=1.0):
+        super().__init__()
+        self.project, self.max_depth, self.scale = torch.nn.Conv2d(width, 1, 1), max_depth, scale
+
+    def forward(self, tokens, grid, size):
+        level = self.project(tokens[-1].transpose(1, 2).unflatten(2, grid))
+        return self.scale * F.interpolate(level, size=size)[:, 0].relu()
+
+
+def test_another_head_is_trained_saved_and_loaded_by_its_name(tmp_path):
+    model = DepthAnything("vitn", head=partial(LinearHead, scale=2.0)).eval()
+    assert model.head == f"{__name__}.LinearHead" and DepthAnything("vitn", head=DPTHead).head is None
+    image = torch.randn(1, 3, 70, 70)
+    model(image).sum().backward()
+    assert model.depth_head.project.weight.grad is not None
+    path = tmp_path / "m.safetensors"
+    save_model(model, path)
+    for head in (None, DPTHead):
+        with pytest.raises(UserError, match=f"m.safetensors .*head={model.head}"):
+            load_model(path, head=head)
+    assert torch.equal(load_model(path, head=partial(LinearHead, scale=2.0))(image), model(image))
+    assert read_head_name(path) == model.head
+    for format in ("official", "transformers"):
+        with pytest.raises(UserError, match=f"{format}.*{model.head}.*safetensors"):
+            save_model(model, tmp_path / "other", format=format)
+
+
+def test_a_head_without_metadata_is_given_by_the_argument(tmp_path):
+    model = DepthAnything("vitn", head=LinearHead).eval()
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    read = load_model(tmp_path / "plain.pth", head=LinearHead, max_depth=None)
+    assert fingerprint(read) == fingerprint(model)
