@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from depth_anything.disk import atomic_write
 from depth_anything.licenses import card_license_fields
@@ -37,7 +37,7 @@ def build_card(
     Returns:
         Markdown with YAML front matter.
     """
-    front = yaml.safe_dump(_front_matter(model, form), sort_keys=False, allow_unicode=True)
+    front = _front_matter(model, form).to_yaml(line_break="\n")
     lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape_markdown(title)}", "", *_summary(model), ""]
     lines += ["## How to use it", "", *_usage(model, file, form), ""]
     lines += ["## Where it comes from", "", *_provenance(model), ""]
@@ -87,18 +87,18 @@ def _generated_for(path: Path) -> str | None:
     return mark[1]
 
 
-def _front_matter(model: DepthAnything, form: str) -> dict[str, Any]:
+def _front_matter(model: DepthAnything, form: str) -> ModelCardData:
     tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
     tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
     tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
     base = (model.origin.get("start") or {}).get("base")
-    return {
+    return ModelCardData(
         **card_license_fields(model.licence),
-        "library_name": {"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
-        "pipeline_tag": "depth-estimation",
-        "tags": tags,
-        **({"base_model": printable_line(base)} if base else {}),
-    }
+        library_name={"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
+        pipeline_tag="depth-estimation",
+        tags=tags,
+        base_model=printable_line(base) if base else None,
+    )
 
 
 def _escape_markdown(text: object) -> str:
