@@ -6,7 +6,7 @@ too. It orders the refinement levels the other way, has separate queries, keys a
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ _FUSED_PARTS = tuple(
 )
 
 
-def has_transformers_names(names: Mapping[str, Any]) -> bool:
+def has_transformers_names(names: Iterable[str]) -> bool:
     """Return whether names are those of transformers, of a depth network or of a DINOv2 alone."""
     starts = ("backbone.embeddings.", "neck.", "embeddings.patch_embeddings.", "dinov2.embeddings.")
     return any(name.startswith(starts) for name in names)
@@ -227,7 +227,7 @@ def _read_config(folder: Path) -> ModelFacts:
 
 def _read_preprocessor(path: Path) -> ModelFacts:
     """Read the shorter image side, in any format that versions of transformers wrote."""
-    size = _read_json(path, {}).get("size")
+    size = _read_json(path, optional=True).get("size")
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return {} if size is None else validate_metadata({"input_size": size}, path)
@@ -246,9 +246,9 @@ def _taps_from_backbone(backbone: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(re.sub(r"^stage", "", str(name))) - 1 for name in backbone["out_features"])
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.is_file():
-        return default
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
