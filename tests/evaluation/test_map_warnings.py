@@ -74,7 +74,7 @@ def text_of(result: DepthResult) -> str:
     ],
 )
 def test_an_inverted_map_is_named(protocol: str, quantity: str, good: Any, bad: Any) -> None:
-    fine, wrong = (judged(make, protocol=protocol, quantity=quantity) for make in (good, bad))
+    fine, wrong = (evaluate_maps(make, protocol=protocol, quantity=quantity) for make in (good, bad))
     assert not fine.warnings and not fine.inverted
     assert wrong.inverted == [f"rooms/0/{number}" for number in range(4)] and len(wrong.warnings) == 1
     assert wrong.warnings[0] in text_of(wrong) and "rooms/0/0" in wrong.warnings[0]
