@@ -6,7 +6,7 @@ import sys
 import warnings
 
 import pytest
-from made_shards import make
+from shard_builders import make
 from typing_commands import complaint
 
 from depth_anything import __version__

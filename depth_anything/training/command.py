@@ -94,7 +94,7 @@ def run_command(configs: Path) -> None:
             hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
         print(redact_secrets(shown.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
-        signal_handler.check()  # which one of Hydra's errors may have replaced
+        signal_handler.raise_if_received()  # which one of Hydra's errors may have replaced
         sys.exit(f"error: {redact_secrets(explain_hydra_error(error, flags.overrides))}")
 
 

@@ -17,7 +17,7 @@ from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
-from depth_anything.scenes.layout import write_scenes
+from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
 
 

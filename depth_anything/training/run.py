@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         else:
             fit(config)
     except Exception as error:
-        signal_handler.check()  # what a signal interrupts may raise an error of its own
+        signal_handler.raise_if_received()  # what a signal interrupts may raise an error of its own
         if isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException)):
             sys.exit(f"error: {format_failure(error, sys.argv[1:])}")
         sys.exit(redact_traceback(error))  # a fault of ours; Hydra would print the passwords typed
