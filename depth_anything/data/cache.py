@@ -6,17 +6,19 @@ DEPTH_ANYTHING_CACHE_GB its maximum size.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from depth_anything.data.tars import StorageUnavailable, remove_stale, temporary_path
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import remove_stale, temporary_path
+from depth_anything.errors import SAME_COMMAND
+from depth_anything.locks import kernel_lock
 
 _DEFAULT_LIMIT_GB = 50.0
 _POLL_S = 0.1
@@ -77,19 +79,19 @@ def open_shard_copy(
             needed_gb = max(1, -(-size // 10**9)) * 4
             raise StorageUnavailable(
                 f"a shard of {size / 1e9:.3f} GB does not fit into {root} with its limit of "
-                f"{cache_limit_bytes() / 1e9:g} GB: set DEPTH_ANYTHING_CACHE_GB={needed_gb} or more, and start the "
-                "same command again"
+                f"{cache_limit_bytes() / 1e9:g} GB",
+                [f"set DEPTH_ANYTHING_CACHE_GB={needed_gb} or more, and ", SAME_COMMAND],
             )
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(root / f".lock-{path.name[:2]}"):
+        with kernel_lock(root / f".lock-{path.name[:2]}"):
             file = None if fresh else _open_existing(path, size)
             return file if file is not None else _download(path, size, download)
     except StorageUnavailable:
         raise
     except OSError as error:
         raise StorageUnavailable(
-            f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
-            "to another folder, and start the same command again"
+            f"shards cannot be copied to {root} ({error.strerror or error})",
+            ["set DEPTH_ANYTHING_CACHE=FOLDER to another folder, and ", SAME_COMMAND],
         ) from error
 
 
@@ -113,7 +115,7 @@ def _download(path: Path, size: int, download: Callable[[BinaryIO], None]) -> Bi
         try:
             download(file)
             file.flush()
-            with _locked(path.parent / ".lock"):
+            with kernel_lock(path.parent / ".lock"):
                 # From here on another process may delete it; the open file stays readable.
                 os.replace(temporary, path)
         except BaseException:
@@ -128,7 +130,7 @@ def _reserve_space(path: Path, size: int) -> Path:
     """Delete old copies until there is room for another, and allocate a temporary file of its size."""
     root, temporary = path.parent, temporary_path(path)
     while True:
-        with _locked(root / ".lock"):
+        with kernel_lock(root / ".lock"):
             remove_stale(root)
             files = _stat_files(root)
             free = cache_limit_bytes() - sum(entry.st_size for other, entry in files.items() if other != path)
@@ -161,18 +163,3 @@ def _allocate(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel releases when the process dies; no lock on file systems without locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
+from depth_anything.data.loader import send_failures
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import (
@@ -129,6 +130,7 @@ class StreamDataset(Dataset):
         """Return sample `n` as a micro-batch of one."""
         return self.__getitems__([n])
 
+    @send_failures
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Return the samples with these numbers as one micro-batch of b samples, S being image_size.
 
@@ -306,11 +308,6 @@ class StreamDataset(Dataset):
         """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
         self._bad.add(place)
         return None if error.key else place[0]
-
-
-def return_batch(batch: Any) -> Any:
-    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
-    return batch
 
 
 @contextmanager

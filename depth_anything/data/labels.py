@@ -21,11 +21,13 @@ from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import build_set, open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, atomic_write, write_shard
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_shard
+from depth_anything.disk import atomic_write
+from depth_anything.errors import PSEUDOLABEL_COMMAND
 from depth_anything.licenses import combine_licenses
 
-_PSEUDOLABEL_COMMAND = "python train.py stage=pseudolabel"
-_OTHER_FOLDER = f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
+_LABEL_AGAIN = ("remove it and type ", PSEUDOLABEL_COMMAND)
+_OTHER_FOLDER = ("type ", PSEUDOLABEL_COMMAND, " labels=FOLDER with another folder, or remove this one")
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,13 @@ def read_label_sidecar(root: str | Path, shard: str) -> LabelSidecar | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged: remove it and type  {_PSEUDOLABEL_COMMAND}") from error
+        raise ShardError(f"{path} is damaged", _LABEL_AGAIN) from error
     if sidecar.name != shard:
         raise ShardError(
-            f"{path} belongs to shard {sidecar.name}: restore the file names, or remove it and type  "
-            f"{_PSEUDOLABEL_COMMAND}"
+            f"{path} belongs to shard {sidecar.name}", ["restore the file names, or ", *_LABEL_AGAIN]
         )
     if sidecar.records and _tar_size_and_hash(path) != (sidecar.bytes, sidecar.hash):
-        raise ShardError(
-            f"{path} does not match the tar next to it: remove it and type  {_PSEUDOLABEL_COMMAND}"
-        )
+        raise ShardError(f"{path} does not match the tar next to it", _LABEL_AGAIN)
     return sidecar
 
 
@@ -224,7 +223,9 @@ def open_labels(
     root = str(root).rstrip("/")
     finished = is_remote(root) or Path(root, "manifest.json").is_file()
     if not finished and not os.path.isdir(root):
-        raise ShardError(f"{root} is not a folder: make labels of {images.name} with  {_PSEUDOLABEL_COMMAND}")
+        raise ShardError(
+            f"{root} is not a folder", [f"make labels of {images.name} with ", PSEUDOLABEL_COMMAND]
+        )
     if finished and (is_remote(root) or not allow_partial):
         labels = _open_finished_labels(root, images, name=images.name)
         hashes = _image_hashes(labels)
@@ -232,15 +233,15 @@ def open_labels(
         done = _read_done_sidecars(root, images)
         if not allow_partial:
             raise ShardError(
-                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done: type  "
-                f"{_PSEUDOLABEL_COMMAND}  to continue, or allow_partial=true to use these"
+                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done",
+                ["type ", PSEUDOLABEL_COMMAND, " to continue, or allow_partial=true to use these"],
             )
         done = {name: done[name] for name in _select_shards(root, done, only)}
         rows, meta = _manifest_rows_and_meta(root, images, done)
         labels = build_set(root, name=images.name, shards=rows, meta=meta)
         hashes = meta["images"]["hashes"]
         if not labels.records:
-            raise ShardError(f"{root} has no labels yet: type  {_PSEUDOLABEL_COMMAND}")
+            raise ShardError(f"{root} has no labels yet", ["type ", PSEUDOLABEL_COMMAND])
     _check_image_hashes(root, images, {shard.name: hashes[shard.name] for shard in labels.shards})
     return labels
 
@@ -388,8 +389,8 @@ def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, Labe
     reasons = Counter(reason for sidecar in done.values() for reason in sidecar.skipped.values())
     reason, count = reasons.most_common(1)[0]
     return ShardError(
-        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}; "
-        f"remove that folder and type  {_PSEUDOLABEL_COMMAND}"
+        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}",
+        ["remove that folder and type ", PSEUDOLABEL_COMMAND],
     )
 
 
@@ -407,7 +408,8 @@ def _select_shards(root: str, done: Mapping[str, LabelSidecar], only: Sequence[s
     for name in only or ():
         if name not in done:
             raise ShardError(
-                f"{root}: the labels of shard {name}, which this run uses, are missing: type  {_PSEUDOLABEL_COMMAND}"
+                f"{root}: the labels of shard {name}, which this run uses, are missing",
+                ["type ", PSEUDOLABEL_COMMAND],
             )
     return list(done) if only is None else only
 
@@ -451,25 +453,28 @@ def _check_same_settings(
     if settings.teacher["fingerprint"] != expected.teacher["fingerprint"]:
         raise ShardError(
             f"{root}/{shard} was labeled by {settings.teacher_name}, not by {expected.teacher_name}, and labels of two "
-            f"teachers are not mixed: {_OTHER_FOLDER}"
+            "teachers are not mixed",
+            _OTHER_FOLDER,
         )
     if settings.conversion != expected.conversion:
         theirs, ours = ("/".join(map(str, each.conversion)) for each in (settings, expected))
         what = f"its labels were made from {theirs}, not from {ours}"
         if "quantity" not in settings.teacher:
             what = f"its labels are the unconverted depth of {settings.teacher_name}, by an older version"
-        raise ShardError(f"{root}/{shard}: {what}; {_OTHER_FOLDER}")
+        raise ShardError(f"{root}/{shard}: {what}", _OTHER_FOLDER)
     for name in ("preprocessing", "codec"):
         theirs, ours = getattr(settings, name), getattr(expected, name)
         if theirs != ours:
-            raise ShardError(f"{root}/{shard} was made with {name} {theirs!r}, not {ours!r}: {_OTHER_FOLDER}")
+            raise ShardError(f"{root}/{shard} was made with {name} {theirs!r}, not {ours!r}", _OTHER_FOLDER)
 
 
 def _image_hashes(labels: ShardSet) -> dict[str, str]:
     try:
         return labels.meta["images"]["hashes"]
     except (KeyError, TypeError):
-        raise ShardError(f"{labels.root} is not a label set: make one with  {_PSEUDOLABEL_COMMAND}") from None
+        raise ShardError(
+            f"{labels.root} is not a label set", ["make one with ", PSEUDOLABEL_COMMAND]
+        ) from None
 
 
 def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str, str]) -> None:
@@ -481,5 +486,5 @@ def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str,
 
 def _other_images_error(root: str | Path, images: ShardSet, shard: str) -> ShardError:
     return ShardError(
-        f"{root}/{shard} labels other images than those of {images.root}/{shard}: {_OTHER_FOLDER}"
+        f"{root}/{shard} labels other images than those of {images.root}/{shard}", _OTHER_FOLDER
     )

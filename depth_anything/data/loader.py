@@ -5,24 +5,30 @@ import re
 import signal
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from depth_anything.data.dataset import StreamDataset, return_batch
 from depth_anything.data.stream import MicroBatchSampler
+from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+
+if TYPE_CHECKING:
+    from depth_anything.data.dataset import StreamDataset
 
 PREFETCH_BATCHES = 2
 """Micro-batches that each worker prefetches."""
 
 
-class WorkerError(ChildProcessError):
+class WorkerError(UserMessage, ChildProcessError):
     """A loader worker died or ran out of memory; raised where the next batch is due, between optimizer steps."""
 
 
 def build_stream_loader(
-    dataset: StreamDataset,
+    dataset: "StreamDataset",
     *,
     micro_batch: int,
     workers: int,
@@ -55,6 +61,11 @@ def build_stream_loader(
     )
 
 
+def return_batch(batch: Any) -> Any:
+    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
+    return batch
+
+
 def largest_divisor(number: int) -> int:
     """Return the largest proper divisor of a number; 1 for 1.
 
@@ -72,6 +83,37 @@ def ignore_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of a loader worker on its way to the main process, in place of a batch.
+
+    torch would raise an error of the same class whose only argument is the text of the traceback.
+    """
+
+    error: ValueError | OSError
+
+
+def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what makes a batch, so that a worker sends its ValueError or OSError in place of the batch."""
+
+    @wraps(method)
+    def make_batch(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            if isinstance(error, UserMessage):
+                return WorkerFailure(error)
+            kind = OSError if isinstance(error, OSError) else UserError
+            return WorkerFailure(kind(str(error) or type(error).__name__))
+
+    return make_batch
+
+
+next_or_failure = send_failures(lambda batches: next(batches, None))
 
 
 class StreamLoader(DataLoader):
@@ -108,13 +150,16 @@ class _WorkerIterator(_MultiProcessingDataLoaderIter):
 
     def __next__(self) -> Any:
         try:
-            return super().__next__()
+            batch = super().__next__()
         except (MemoryError, RuntimeError) as error:
             memory = re.search(r"MemoryError|can't allocate memory|Insufficient memory", str(error))
             worker = re.search(r"DataLoader worker process (\d+)", str(error))
             if memory is None or worker is None:
                 raise
             raise self._error(f"loader worker {worker[1]} ran out of memory") from error
+        if isinstance(batch, WorkerFailure):
+            raise batch.error
+        return batch
 
     def _try_get_data(self, *arguments: Any, **options: Any) -> Any:
         try:
@@ -130,10 +175,8 @@ class _WorkerIterator(_MultiProcessingDataLoaderIter):
             raise self._error(f"loader worker {number} (process {worker.pid}) {how}{why}") from error
 
     def _error(self, what: str) -> WorkerError:
-        return WorkerError(
-            f"{what}; start the same command again to resume; if it happens again, type "
-            f"workers={self._num_workers // 2} or {self._smaller}"
-        )
+        fewer = f"workers={self._num_workers // 2} or {self._smaller}"
+        return WorkerError(what, [SAME_COMMAND, f" to resume; if it happens again, type {fewer}"])
 
 
 def _shut_down_workers(iterator: "weakref.ref[Any]") -> None:

@@ -317,7 +317,7 @@ class RecordSource:
         except BadRecord as error:
             if not is_remote(entry.root) and not os.path.exists(os.path.join(entry.root, "manifest.json")):
                 raise StorageUnavailable(
-                    f"{entry.root} is missing; mount its disk, then {RESUME_HINT}"
+                    f"{entry.root} is missing", ["mount its disk, then ", *RESUME_HINT]
                 ) from error
             raise BadRecord(shard, index, error.key, side + error.reason) from error
 

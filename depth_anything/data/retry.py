@@ -14,10 +14,11 @@ from typing import TypeVar
 from depth_anything.data.address import redact_secrets
 from depth_anything.data.cache import positive_setting
 from depth_anything.data.tars import PATH_ERRNOS, ShardError, StorageUnavailable
+from depth_anything.errors import SAME_COMMAND
 
 T = TypeVar("T")
 
-RESUME_HINT = "start the same command again to resume"
+RESUME_HINT = (SAME_COMMAND, " to resume")
 
 _RETRIES, _FIRST_WAIT_S, _LONGEST_WAIT_S = 6.0, 0.5, 60.0
 _MAX_REPORTED = 20  # addresses whose retries are reported
@@ -73,7 +74,7 @@ def retry(address: str, attempt: Callable[[], T], *, failed: OSError | None = No
         except (RetryableError, OSError) as raised:
             error = _as_retryable(raised)
     tried = f", {failures} times in {monotonic() - start:.0f} s" if failures > 1 else ""
-    raise StorageUnavailable(f"{address} cannot be read for now: {error.reason}{tried}; {RESUME_HINT}")
+    raise StorageUnavailable(f"{address} cannot be read for now: {error.reason}{tried}", RESUME_HINT)
 
 
 def _as_retryable(error: RetryableError | OSError) -> RetryableError:

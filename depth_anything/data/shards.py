@@ -30,12 +30,11 @@ from depth_anything.data.tars import (
     ShardInfo,
     ShardSet,
     StorageUnavailable,
-    atomic_write,
     build_index_text,
     index_shard,
     parse_index,
-    remove_stale,
 )
+from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.preprocess import resize_shape
 
 _VERSION = 1

@@ -8,12 +8,9 @@ import errno
 import hashlib
 import os
 import re
-import secrets
-import socket
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -27,17 +24,15 @@ from depth_anything.data.tar_index import (
     parse_index_header,
     parse_index_text,
 )
-from depth_anything.disk import name_write_errors, sync_folder
-from depth_anything.locks import file_system_time, process_exists
+from depth_anything.disk import atomic_write, name_write_errors, sync_folder, temporary_path
+from depth_anything.errors import Argument, Command, Text, UserError, UserMessage
 
-_MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # as WebDataset: the key ends at the first dot
 _MAX_NAME = 100  # characters, in a plain tar header
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes of a tar's header, with a long name
-_STALE_S = 86400
 
 PATH_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of the path itself; any other OSError means that the disk cannot be read for now."""
@@ -62,23 +57,32 @@ class BoundedHeaderFile:
         return self._file.read(size)
 
 
-class ShardError(ValueError):
-    """A set or shard that cannot be used. The message says what to do, and secrets in addresses are redacted."""
+class ShardError(UserError):
+    """A set or shard that cannot be used. Secrets of addresses are removed from the message."""
 
-    def __init__(self, *arguments: object) -> None:
-        """Redact the message."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
 
 
-class StorageUnavailable(OSError):
+class StorageUnavailable(UserMessage, OSError):
     """A disk, a server or the memory fails for now.
 
     No record is at fault, so none is replaced, and the run stops: otherwise an outage would change the training.
     """
 
-    def __init__(self, *arguments: object) -> None:
-        """Redact the message."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
+
+
+def redact_parts(text: Text) -> Text:
+    """Remove the secrets of addresses from the text of a message."""
+    if isinstance(text, str):
+        return redact_secrets(text)
+    if isinstance(text, Argument | Command):
+        return text
+    return [redact_secrets(part) if isinstance(part, str) else part for part in text]
 
 
 class BadRecord(ValueError):
@@ -240,68 +244,6 @@ def parse_index(text: str, *, where: str | Path) -> TarIndex:
         return parse_index_text(text)
     except (ValueError, OverflowError) as error:
         raise ShardError(_damaged_index_message(where)) from error
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is seen whole or not at all, after a power cut, too."""
-    temporary = temporary_path(path)
-    try:
-        with name_write_errors(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_new(path: Path, data: bytes) -> bool:
-    """Write a file that is seen whole, unless there is one of this name: then leave it, and return False."""
-    temporary = temporary_path(path)
-    try:
-        with name_write_errors(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            with open(path, "xb") as file:
-                file.write(data)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files of writers that died: on this host by their process, else when a day old."""
-    host = _host()
-    for path in folder.glob(".tmp.*"):
-        *_, writer_host, pid, _ = path.name.split(".")
-        with suppress(OSError):  # its writer may have finished meanwhile
-            dead = writer_host == host and not process_exists(int(pid))
-            if dead or file_system_time(folder) - path.stat().st_mtime > _STALE_S:
-                path.unlink()
-
-
-def temporary_path(path: Path) -> Path:
-    """Name a temporary file beside `path`, by host and process, so that a dead one's can be told."""
-    behind = f".{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-    room = _MAX_FILE_NAME - len(f".tmp.{behind}")
-    name = os.fsencode(path.name)[:room].decode(
-        "utf-8", "ignore"
-    )  # a long name is cut: the end tells whose it is
-    return path.with_name(f".tmp.{name}{behind}")
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
 
 
 def _write_members(file: BinaryIO, path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:

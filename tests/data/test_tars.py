@@ -16,16 +16,8 @@ from shard_builders import make, names, plain_tar, records
 
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
-from depth_anything.data.tars import (
-    BadRecord,
-    ShardError,
-    ShardInfo,
-    index_shard,
-    parse_index,
-    remove_stale,
-    temporary_path,
-    write_shard,
-)
+from depth_anything.data.tars import BadRecord, ShardError, ShardInfo, index_shard, parse_index, write_shard
+from depth_anything.disk import remove_stale, temporary_path
 
 
 def test_write_and_read_back(tmp_path):
