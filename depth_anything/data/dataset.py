@@ -5,6 +5,8 @@ The content of a sample depends only on its number, the seed and the shards, in 
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -14,7 +16,6 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
-from depth_anything.data.loader import send_failures
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import (
@@ -36,6 +37,7 @@ from depth_anything.data.transforms import (
     draw_perturbation,
     resize_image,
 )
+from depth_anything.errors import UserError, UserMessage
 from depth_anything.preprocess import resize_shape
 
 SKY_POLICIES = ("far", "invalid")
@@ -46,6 +48,43 @@ Timer = Callable[[str], AbstractContextManager[None]]
 """Called with the name of a stage of `StreamDataset.write_sample`; the stage runs inside the context."""
 
 _NO_TIMER: AbstractContextManager[None] = nullcontext()
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of a loader worker, sent to the main process in place of a batch.
+
+    PyTorch would raise an error of the same class whose only argument is the text of the traceback.
+    """
+
+    error: ValueError | OSError
+
+
+def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in place of the batch."""
+
+    @wraps(method)
+    def build_or_fail(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            if isinstance(error, UserMessage):
+                return WorkerFailure(error)
+            kind = OSError if isinstance(error, OSError) else UserError
+            return WorkerFailure(kind(str(error) or type(error).__name__))
+
+    return build_or_fail
+
+
+next_or_failure = send_failures(lambda batches: next(batches, None))
+"""Return the next item of an iterator of batches, None at its end; errors as in `send_failures`."""
+
+
+def return_batch(batch: Any) -> Any:
+    """Return a batch as the dataset built it: a collate_fn that spawned workers can unpickle."""
+    return batch
 
 
 class StreamDataset(Dataset):
