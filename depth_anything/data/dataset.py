@@ -146,13 +146,13 @@ class StreamDataset(Dataset):
         self.depth_range, self.relative = depth_range, frozenset(relative)
         self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
-            raise ValueError(
-                f"image_size={image_size} exceeds short_side={self.short_side}; type at most that"
+            raise UserError(
+                f"image_size={image_size} exceeds short_side={self.short_side}", "type at most that"
             )
         self._sources: dict[str, RecordSource] = {}
         for source in self.sources:
             if source.name in self._sources:
-                raise ValueError(f"two sets have the name {source.name}; rename one of them")
+                raise UserError(f"two sets have the name {source.name}", "rename one of them")
             self._sources[source.name] = source
         readers = [source for source in self.sources if isinstance(source, RecordSource)]
         # One reader for all sets, so that the memory of a worker does not grow with their number. It keeps the indexes
@@ -278,7 +278,7 @@ class StreamDataset(Dataset):
                     return failure
                 except BadRecord as error:  # it is reported when its own number is read
                     lost = self._mark_bad(place, error)
-        raise ValueError(f"sample {n}: {failure}; no other record can be read: type  depth-anything verify")
+        raise UserError(f"sample {n}: {failure}; no other record can be read", "type  depth-anything verify")
 
     def write_sample(
         self,
@@ -319,9 +319,9 @@ class StreamDataset(Dataset):
         if not isinstance(source, JoinedRecords):
             size = resize_shape(image.shape[0], image.shape[1], self.short_side, self.patch)
         if min(size) < self.image_size:
-            raise ValueError(
-                f"{key}: its label of {size[0]} x {size[1]} px is too small for image_size={self.image_size}; "
-                f"type image_size={min(size)}, or make larger labels"
+            raise UserError(
+                f"{key}: its label of {size[0]} x {size[1]} px is too small for image_size={self.image_size}",
+                f"type image_size={min(size)}, or make larger labels",
             )
         crop = draw_crop(*size, self.image_size, seed=self.seed, n=n)
         with timer("decode the label"), _record_errors(shard, index, key, name):
@@ -357,7 +357,7 @@ def _record_errors(shard: str, index: int, key: str, field: str = "") -> Iterato
         raise BadRecord(shard, index, key, f"{field}: {error}" if field else str(error)) from error
     except MemoryError as error:  # the machine is at fault, not the record
         raise StorageUnavailable(
-            f"{shard}[{index}] {key} cannot be decoded: the memory is full; type a smaller number of workers="
+            f"{shard}[{index}] {key} cannot be decoded: the memory is full", "type a smaller workers=N"
         ) from error
 
 
@@ -377,22 +377,22 @@ def resolve_sky_policies(
     if isinstance(sky, str) and sky in SKY_POLICIES:
         sky = {source.name: sky for source in sources}
     if sky is not None and not isinstance(sky, Mapping):
-        raise ValueError(f"sky={sky} is unknown; type sky=far, sky=invalid or sky={{SET: invalid}}")
+        raise UserError(f"sky={sky} is unknown", "type sky=far, sky=invalid or sky={SET: invalid}")
     policies = dict(sky or {})
     names = [source.name for source in sources]
     for name, policy in policies.items():
         if name not in names:
             raise ValueError(f"sky names {name}, which is not one of the sets {', '.join(sorted(names))}")
         if policy not in SKY_POLICIES:
-            raise ValueError(f"sky={policy} of {name} is unknown; type sky=far or sky=invalid")
+            raise UserError(f"sky={policy} of {name} is unknown", "type sky=far or sky=invalid")
     for source in sources:
         if source.name in policies:
             continue
         meta = source.set.meta if isinstance(source, Records) else {}
         policies[source.name] = meta.get("sky_policy", SKY_POLICIES[0])
         if policies[source.name] not in SKY_POLICIES:
-            raise ValueError(
-                f"the manifest of {source.name} has the unknown sky_policy={policies[source.name]}; "
-                f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}"
+            raise UserError(
+                f"the manifest of {source.name} has the unknown sky_policy={policies[source.name]}",
+                f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}",
             )
     return policies
