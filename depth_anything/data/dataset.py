@@ -52,7 +52,7 @@ _NO_TIMER: AbstractContextManager[None] = nullcontext()
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """An error of a loader worker, sent to the main process in place of a batch.
+    """An error of a loader worker, sent to the main process in record of a batch.
 
     PyTorch would raise an error of the same class whose only argument is the text of the traceback.
     """
@@ -61,7 +61,7 @@ class WorkerFailure:
 
 
 def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in place of the batch."""
+    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in record of the batch."""
 
     @wraps(method)
     def build_or_fail(*arguments: Any) -> Any:
@@ -217,13 +217,13 @@ class StreamDataset(Dataset):
 
     def _prefetch(self, numbers: Sequence[int]) -> None:
         """Let remote sets fetch the records of a micro-batch in parallel."""
-        places: dict[str, list[tuple[str, int]]] = {}
+        records: dict[str, list[tuple[str, int]]] = {}
         for n in numbers:
             _, shard, index = self.stream.locate(n)
             name = shard.split("/")[0]
             if name in self._remote and (shard, index) not in self._bad:
-                places.setdefault(name, []).append((shard, index))
-        for name, wanted in places.items():
+                records.setdefault(name, []).append((shard, index))
+        for name, wanted in records.items():
             self._remote[name].prefetch(wanted)
 
     def use_shared_memory(self, *, workers: int, micro_batch: int, slots: int = 4) -> None:
@@ -271,13 +271,13 @@ class StreamDataset(Dataset):
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
             lost = self._mark_bad((shard, index), error)
-        for place in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
-            if place[0] != lost and place not in self._bad:
+        for record in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
+            if record[0] != lost and record not in self._bad:
                 try:
-                    self.write_sample(*place, n, out)
+                    self.write_sample(*record, n, out)
                     return failure
                 except BadRecord as error:  # it is reported when its own number is read
-                    lost = self._mark_bad(place, error)
+                    lost = self._mark_bad(record, error)
         raise UserError(f"sample {n}: {failure}; no other record can be read", "type  depth-anything verify")
 
     def write_sample(
@@ -343,10 +343,10 @@ class StreamDataset(Dataset):
             out["metric"][0] = depth_range is not None
         return fields, size
 
-    def _mark_bad(self, place: tuple[str, int], error: BadRecord) -> str | None:
+    def _mark_bad(self, record: tuple[str, int], error: BadRecord) -> str | None:
         """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
-        self._bad.add(place)
-        return None if error.key else place[0]
+        self._bad.add(record)
+        return None if error.key else record[0]
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class ShardReader:
             else:
                 data = self._read_local(url, start, end - start)
             if len(data) != end - start:
-                raise ShardError(f"the shard is truncated: {len(data)} bytes in place of {end - start}")
+                raise ShardError(f"the shard is truncated: {len(data)} bytes in record of {end - start}")
             fields = {}
             for member in members:
                 fields[member.extension] = _extract_field(data, member, start)
@@ -281,13 +281,13 @@ class RecordSource:
         reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
         self._reader = reader
 
-    def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
+    def prefetch(self, records: Iterable[tuple[str, int]]) -> None:
         """Start to fetch records (shard, index) in parallel; forget those of the last call that were not read."""
         if not _fetch_pool:
             _fetch_pool.append(ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="fetch"))
         self._prefetch_process = os.getpid()  # the threads do not exist in a forked process
         self._prefetched = {
-            place: _fetch_pool[0].submit(self._fetch, *place) for place in dict.fromkeys(places)
+            record: _fetch_pool[0].submit(self._fetch, *record) for record in dict.fromkeys(records)
         }
 
     def read(self, shard: str, index: int) -> KeyAndFields:
