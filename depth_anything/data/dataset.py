@@ -52,7 +52,7 @@ _NO_TIMER: AbstractContextManager[None] = nullcontext()
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """An error of a loader worker, sent to the main process in record of a batch.
+    """An error of a loader worker, sent to the main process in place of a batch.
 
     PyTorch would raise an error of the same class whose only argument is the text of the traceback.
     """
@@ -61,7 +61,7 @@ class WorkerFailure:
 
 
 def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in record of the batch."""
+    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in place of the batch."""
 
     @wraps(method)
     def build_or_fail(*arguments: Any) -> Any:

@@ -125,7 +125,7 @@ class ShardReader:
             else:
                 data = self._read_local(url, start, end - start)
             if len(data) != end - start:
-                raise ShardError(f"the shard is truncated: {len(data)} bytes in record of {end - start}")
+                raise ShardError(f"the shard is truncated: {len(data)} bytes in place of {end - start}")
             fields = {}
             for member in members:
                 fields[member.extension] = _extract_field(data, member, start)
