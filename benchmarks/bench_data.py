@@ -5,8 +5,8 @@
 All variants start from the same JPEGs and maps of 1024 x 768 and run in a DataLoader of their own with 1 and with 2
 workers. They alternate, so that other load affects all of them. CPU time is that of all processes of a variant.
 
-    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole images normalized
-                       and cropped last, a JPEG and a 16-bit PNG of full size per sample
+    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole images
+                       normalized and cropped last, a JPEG and a 16-bit PNG of full size per sample
     ours               image and label shards as training reads them, labels with a short side of 518
     ours, pre-resized  the same with images of that size, JPEG quality 92, as `shard --short-side 518` writes them
     bare               the necessary work on the same bytes: decode image and label, resize the image; the bytes are in
