@@ -24,7 +24,7 @@ from depth_anything.data.tars import ShardSet
 from depth_anything.data.transforms import crop_image, crop_map, draw_crop, draw_perturbation, normalize
 from depth_anything.losses import invariant_losses
 from depth_anything.preprocess import resize_shape
-from depth_anything.scenes.layout import render_scene, write_scenes
+from depth_anything.scenes.render import render_scene, write_scenes
 from depth_anything.training.config import Recipe
 from depth_anything.training.teacher import Teacher
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from depth_anything.scenes.layout import render_scene
+from depth_anything.scenes.render import render_scene
 
 COUNT, MEASURED = 32, 24
 HEIGHT, WIDTH = 240, 320

@@ -1,4 +1,4 @@
-"""A user's folder of images and maps in miniature, in any of the formats, with analytic depth."""
+"""A small user's set of images and maps, in any of the formats, with analytic depth."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def write_map(path, stored):
 def make_set(
     root, *, names=("a", "b", "c"), ending=".png", scale=0.001, size=SIZE, yaml="unit: mm\n", lowest=0
 ):
-    """Images rgb/NAME.jpg, maps depth/NAME.*, set.yaml; returns name to depth in metres, float64 (H, W)."""
+    """Write rgb/NAME.jpg, depth/NAME.* and set.yaml; return depth in meters by name, float64 (H, W)."""
     truth = {}
     for number, name in enumerate(names):
         metres = room(size, seed=number % 3)

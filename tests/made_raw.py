@@ -1,7 +1,7 @@
-"""Raw data sets in miniature: layouts and file formats of the real ones, by others' writers, with analytic depth.
+"""Small raw datasets with the layouts and file formats of the real ones, and analytic depth.
 
-Every `make_…` fills a folder and returns what a reader must find there: name of each frame to its true map, float64,
-NaN where nothing is known and +inf where there is sky.
+Every `make_…` fills a folder and returns what a reader must find: name of each frame to its map, float64, NaN for
+invalid pixels and +inf for sky. The files are written with other libraries than the readers use, where possible.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZE = (36, 48)
 
 
 def room(size=SIZE, *, fx=40.0, fy=40.0, seed=0):
-    """Planar depth in metres, closed form: a floor 1.5 m below, a wall, a slanted board in front of it."""
+    """Return planar depth in meters in closed form: a floor 1.5 m below, a wall, a slanted board in front of it."""
     height, width = size
     x = (np.arange(width) - (width - 1) / 2) / fx
     y = (np.arange(height)[:, None] - (height - 1) / 2) / fy
@@ -26,7 +26,7 @@ def room(size=SIZE, *, fx=40.0, fy=40.0, seed=0):
 
 
 def picture(depth, *, seed=0):
-    """A picture of it: near is bright, edges show, the colour turns with the seed."""
+    """Return an image of a depth map: near is bright; the tint depends on the seed."""
     near = 1 / np.maximum(depth, 0.5)
     shade = (60 + 180 * near / near.max()).clip(0, 255)
     tint = np.roll([1.0, 0.8, 0.6], seed)
@@ -59,7 +59,7 @@ def hdf5(path, values, *, key="dataset"):
 def make_blendedmvs(
     raw, *, scenes=("5a3ca9cb270f0e3f14d0eddb", "5b08286b2775267d5b0634ba"), size=SIZE, frames=2
 ):
-    """Rows bottom-up, zeros where the mesh has a hole, and the masked pictures that are not to be taken."""
+    """Rows bottom-up, zeros in holes of the mesh, and the masked images, which must not be read."""
     truth = {}
     for number, scene in enumerate(scenes):
         for frame in range(frames):
@@ -87,7 +87,7 @@ def make_blendedmvs(
 
 
 def make_irs(raw, *, size=SIZE, channels="RGB"):
-    """Disparity in pixels as IRS stores it; the right image and normals lie beside."""
+    """Disparity in pixels, with the right image and normals, which must not be read."""
     truth = {}
     for number, scene in enumerate(("Home/ArchVizInterior03Data", "Store/Supermarket_Day")):
         for frame in (1, 2):
@@ -106,7 +106,7 @@ def make_irs(raw, *, size=SIZE, channels="RGB"):
 
 
 def make_tartanair(raw, *, environments=("abandonedfactory", "amusement"), size=SIZE):
-    """float32 NPY, 10,000 m for the sky, a rare 0."""
+    """float32 NPY with 10,000 m for the sky and a single 0."""
     truth = {}
     for number, environment in enumerate(environments):
         for level in ("Easy", "Hard"):
@@ -128,7 +128,7 @@ def make_tartanair(raw, *, environments=("abandonedfactory", "amusement"), size=
 
 
 def make_tartanair2(raw, *, cameras=("lcam_front", "rcam_back"), size=SIZE):
-    """Four bytes of a float32 as the four channels that OpenCV writes, as the set's own documentation has it."""
+    """The four bytes of a float32 as the four channels that OpenCV writes, as in the documentation of the set."""
     truth = {}
     for camera in cameras:
         folder = Path(raw, "AbandonedCable", "Data_easy", "P000")
@@ -145,7 +145,7 @@ def make_tartanair2(raw, *, cameras=("lcam_front", "rcam_back"), size=SIZE):
 
 
 def make_vkitti2(raw, *, size=SIZE, cameras=(0, 1), apart=False):
-    """Centimetres in 16 bits, 65535 for the far plane; the two tars in one folder or in two."""
+    """Centimeters in 16 bits, 65535 for the far plane; the two tars in one folder or in two."""
     truth = {}
     for scene, variation in (("Scene01", "clone"), ("Scene20", "15-deg-left")):
         for camera in cameras:
@@ -167,7 +167,7 @@ def make_vkitti2(raw, *, size=SIZE, cameras=(0, 1), apart=False):
 
 
 CANONICAL = np.array([[np.tan(np.pi / 6), 0, 0], [0, np.tan(np.pi / 6) * 0.75, 0], [0, 0, -1]])
-"""M_cam_from_uv of a scene with the textbook camera."""
+"""M_cam_from_uv of an untilted camera."""
 TILTED = np.array(
     [
         [0.579607251426182, 0.0, -0.06955286861651404],
@@ -175,20 +175,20 @@ TILTED = np.array(
         [0.0, 0.004054126980668954, -1.003909173803896],
     ]
 )
-"""Of ai_037_002, one of the many that are tilted and shifted."""
+"""M_cam_from_uv of ai_037_002, a tilted and shifted camera."""
 
 
 def hypersim_rays(camera, size):
-    """Directions through the pixels' centres, camera · (u, v, 1): float64 (H, W, 3)."""
+    """Return the ray of each pixel center, camera · (u, v, 1): float64 (H, W, 3)."""
     height, width = size
     u, v = np.meshgrid((np.arange(width) + 0.5) / width * 2 - 1, 1 - (np.arange(height) + 0.5) / height * 2)
     return np.einsum("ij,hwj->hwi", camera, np.stack([u, v, np.ones(size)], -1))
 
 
 def make_hypersim(raw, *, size=SIZE, scenes=None, hdr=True):
-    """Distances along the rays of each scene's camera to a wall and a floor, float16, and the two tables.
+    """Distances along the rays to a wall and a floor, float16, and the two tables.
 
-    The truth returned is the planar depth of the stored distance: its quantum, that of float16, is the set's.
+    Returns the planar depth of the stored distances, with the rounding of float16.
     """
     scenes = {"ai_001_001": CANONICAL, "ai_037_002": TILTED} if scenes is None else scenes
     truth, split = (
@@ -213,12 +213,12 @@ def make_hypersim(raw, *, size=SIZE, scenes=None, hdr=True):
             jpeg(preview / f"frame.{frame:04d}.color.jpg", picture(shown, seed=number) // 4)
             if hdr:
                 entities = np.where(np.isnan(depth), -1, 5).astype(np.int32)
-                colour = (picture(shown, seed=number) / 255.0) ** 2.2 * (3 + frame)
-                colour[5, 5], colour[6, 6] = 60000, 0
+                color = (picture(shown, seed=number) / 255.0) ** 2.2 * (3 + frame)
+                color[5, 5], color[6, 6] = 60000, 0
                 hdf5(geometry / f"frame.{frame:04d}.render_entity_id.hdf5", entities)
                 hdf5(
                     images / f"scene_cam_00_final_hdf5/frame.{frame:04d}.color.hdf5",
-                    colour.astype(np.float16),
+                    color.astype(np.float16),
                 )
             truth[f"{scene}/cam_00/frame.{frame:04d}"] = depth
             split.append(f"{scene},cam_00,{frame},True,,{'train' if frame == 0 else 'val'}")
@@ -231,7 +231,7 @@ def make_hypersim(raw, *, size=SIZE, scenes=None, hdr=True):
 
 
 def make_diml(raw, *, size=SIZE):
-    """Millimetres in 16 bits; outdoors a confidence of 8 bits."""
+    """Millimeters in 16 bits; outdoors with an 8-bit confidence."""
     truth = {}
     depth = room(size)
     stored = np.round(depth * 1000).astype(np.uint16)
@@ -255,7 +255,7 @@ def make_diml(raw, *, size=SIZE):
 
 
 def make_hrwsi(raw, *, size=SIZE, bits=8):
-    """Disparity up to scale and shift in a grey PNG; a mask beside."""
+    """Disparity up to scale and shift in a gray PNG, with a mask."""
     truth = {}
     for split, names in (("train", ("aa_1", "bb.2")), ("val", ("cc",))):
         for name in names:
@@ -273,7 +273,7 @@ def make_hrwsi(raw, *, size=SIZE, bits=8):
 
 
 def make_megadepth(raw, *, size=SIZE):
-    """float32 in HDF5, zeros where nothing was matched; the last file holds an order only."""
+    """float32 in HDF5, zeros for unmatched pixels; the last file is an ordinal map."""
     truth = {}
     for place in ("0000", "5018"):
         folder = Path(raw, "phoenix/S6/zl548/MegaDepth_v1", place, "dense0")
@@ -290,7 +290,7 @@ def make_megadepth(raw, *, size=SIZE):
 
 
 def frames_of(source, raw, **options):
-    """What a source finds and reads, made records and decoded again: name to Frame; refused ones to their reason."""
+    """Find, read, encode and decode all frames of a source: name to Frame, or to the reason of a rejected frame."""
     from depth_anything.data.sample import decode_record
     from depth_anything.ingest.record import encode_sample
 

@@ -1,4 +1,4 @@
-"""A source of raw data for the tests of the writing engine: small pictures with analytic depth, some of them bad."""
+"""A source for tests of the writer: small images with analytic depth, some of which are rejected."""
 
 import os
 import time
@@ -21,7 +21,7 @@ SIZE = (12, 16)
 
 
 def fill(raw, count=23):
-    """Names, two of them dull, some bad: the whole second shard of four among these."""
+    """Write the names of the records: two are left out, and some are rejected, among them a whole shard of four."""
     raw.mkdir(parents=True)
     bad = {4, 5, 6, 7, 9}
     names = [f"room/{k:02d}{'-bad' if k in bad else ''}" for k in range(count)]
@@ -30,15 +30,15 @@ def fill(raw, count=23):
 
 
 def depth_of(number):
-    """Metres, float64, with every kind of pixel that is not to be believed."""
+    """Return depth in meters, float64, with every kind of invalid value."""
     depth = np.linspace(1, 5, SIZE[0] * SIZE[1]).reshape(SIZE) + number
     depth[0, :5] = np.nan, np.inf, -np.inf, -2.0, 0.0
-    depth[1, 0] = 1e300  # no float32
+    depth[1, 0] = 1e300  # overflows float32
     return depth
 
 
 def masks():
-    """Sky in the last row, where a part of it is not to be trusted either; and a patch of mirror."""
+    """Return the masks of the sky, the last row, and of a mirror, which covers a part of the sky."""
     sky, mirror = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
     sky[-1] = True
     mirror[-1, :3] = True
@@ -47,7 +47,7 @@ def masks():
 
 
 def find(raw: Path, *, seconds: str | None = None):
-    """List the names, and leave a trace of having done so."""
+    """List the names, and append to the file "found" for each call."""
     with open(raw / "found", "a") as file:
         file.write("x")
     for name in (raw / "toy.txt").read_text().splitlines():
@@ -56,7 +56,7 @@ def find(raw: Path, *, seconds: str | None = None):
 
 
 def read(raw: Path, line: str) -> RawSample:
-    """Make the record of a line, after a while if it says so."""
+    """Return the sample of a line, after the delay in the line; raise the error that its name asks for."""
     name, seconds = line.split("\t")
     time.sleep(float(seconds))
     if name.endswith("-bad"):
@@ -76,11 +76,11 @@ def read(raw: Path, line: str) -> RawSample:
 
 
 class Stopped(BaseException):
-    """As Ctrl-C, at a moment of our choice."""
+    """An interruption, as by Ctrl-C."""
 
 
 def stop_at(patch, call):
-    """Raise in the place of the call-th step that can be seen on disk."""
+    """Raise `Stopped` instead of the call-th replace, link or fsync."""
     calls = []
 
     def stop(real):

@@ -1,4 +1,4 @@
-"""`depth-anything shard custom`: a user's own images and depth, checked, shown, and written as shards."""
+"""`depth-anything shard custom`: check a user's own images with depth, draw them, and write them as shards."""
 
 import argparse
 import sys
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 _COMMAND_NAME = "depth-anything shard custom"
 
 MAX_PRINTED_REJECTIONS = 5
-"""Refused records that are named on the terminal; check.txt names all."""
+"""Rejected records that are named on the terminal; check.txt names all."""
 
 
 def add_custom(kinds: Any) -> None:
-    """Declare `custom` among the kinds of `shard`."""
+    """Add the command `shard custom`."""
     custom = add_command(kinds, "custom", "pack your own images with depth or disparity", run=_run_custom)
-    custom.add_argument("source", metavar="SET.yaml", help="what lies where, in which unit: docs/own-data.md")
+    custom.add_argument("source", metavar="SET.yaml", help="declares folders and units: docs/own-data.md")
     custom.add_argument(
-        "output", metavar="OUT", help="folder of the new set; gets check.png and check.txt, too"
+        "output", metavar="OUT", help="folder of the new set; check.png and check.txt are written to it too"
     )
     add_writer_options(custom)
     add_sky_option(custom)
-    custom.add_argument("--check-only", action="store_true", help="say what is found, and write no shards")
+    custom.add_argument("--check-only", action="store_true", help="check the set, and write no shards")
 
 
 def _run_custom(options: argparse.Namespace) -> None:
@@ -38,17 +38,18 @@ def _run_custom(options: argparse.Namespace) -> None:
 
     output = Path(options.output)
     custom = replace(load_declaration(options.source), leave_out=output.resolve())
-    if options.check_only or not (output / FILE_LIST_INFO).exists():  # begun: it was checked then
+    started = (output / FILE_LIST_INFO).exists()  # the set was checked when it was started
+    if options.check_only or not started:
         _write_check_report(custom, output)
     if options.check_only:
         return
-    how = {**writer_options(options), "name": options.name or custom.name}
-    print_write_result(write_source(custom, custom.folder, output, sky=options.sky, **how), options)
+    settings = {**writer_options(options), "name": options.name or custom.name}
+    print_write_result(write_source(custom, custom.folder, output, sky=options.sky, **settings), options)
 
 
 def _write_check_report(custom: "CustomSet", output: Path) -> None:
-    """Look at the set, say what is there, and leave a picture and all that was said in the output folder."""
-    from depth_anything.data.tars import atomic_write
+    """Check the set, print the result, and write check.png and check.txt to the output folder."""
+    from depth_anything.disk import atomic_write
     from depth_anything.inference.overwrite import is_picture_by, save_picture
     from depth_anything.inspect.dataset_check import check_dataset
 
@@ -58,26 +59,24 @@ def _write_check_report(custom: "CustomSet", output: Path) -> None:
         own=lambda path: is_picture_by(picture_file, _COMMAND_NAME) or _is_check_report(text_file),
         flag="OUT",
     )
-    found = check_dataset(custom)
+    result = check_dataset(custom)
     output.mkdir(parents=True, exist_ok=True)
-    assert found.picture is not None
-    save_picture(found.picture, picture_file, made_by=_COMMAND_NAME)
-    warnings = [f"look:       {doubt}" for doubt in found.warnings]
-    told = [*found.lines, f"taken:      {found.taken}"]
-    refused = [f"not taken:  {name}: {reason}" for name, reason in found.refused]
-    atomic_write(text_file, "\n".join([*told, *warnings, *refused, ""]).encode())
-    print("\n".join(map(escape_unprintable, [*told, *refused[:MAX_PRINTED_REJECTIONS]])))
-    if refused[MAX_PRINTED_REJECTIONS:]:
-        print(
-            f"not taken:  {len(refused) - MAX_PRINTED_REJECTIONS} more, see {escape_unprintable(output / 'check.txt')}"
-        )
-    print(f"drawn:      {escape_unprintable(output / 'check.png')}", flush=True)
-    for doubt in warnings:
-        print(escape_unprintable(doubt), file=sys.stderr)
+    assert result.picture is not None
+    save_picture(result.picture, picture_file, made_by=_COMMAND_NAME)
+    warnings = [f"look:       {warning}" for warning in result.warnings]
+    summary = [*result.lines, f"taken:      {result.taken}"]
+    rejected = [f"not taken:  {name}: {reason}" for name, reason in result.refused]
+    atomic_write(text_file, "\n".join([*summary, *warnings, *rejected, ""]).encode())
+    print("\n".join(map(escape_unprintable, [*summary, *rejected[:MAX_PRINTED_REJECTIONS]])))
+    if (more := len(rejected) - MAX_PRINTED_REJECTIONS) > 0:
+        print(f"not taken:  {more} more, see {escape_unprintable(text_file)}")
+    print(f"drawn:      {escape_unprintable(picture_file)}", flush=True)
+    for warning in warnings:
+        print(escape_unprintable(warning), file=sys.stderr)
 
 
 def _is_check_report(text_file: Path) -> bool:
-    """Tell a check.txt by its lines, for those of versions whose picture does not say who drew it."""
+    """Recognize a check.txt by its lines. Early versions did not mark their check.png with the command's name."""
     try:
         return "\ntaken:      " in text_file.read_text(encoding="utf-8")
     except (OSError, ValueError):

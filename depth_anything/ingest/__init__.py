@@ -1,1 +1,1 @@
-"""Writing shards: raw data sets, photographs and a user's own data to shard sets."""
+"""Read raw datasets and photographs and write them as shards."""

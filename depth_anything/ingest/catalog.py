@@ -1,4 +1,4 @@
-"""Every set that `depth-anything shard` knows by name, and where its source is; nothing is imported before use."""
+"""The datasets that `depth-anything shard` knows by name. A dataset's module is imported on first use."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -7,14 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SetOption:
-    """An option of a set's own, which its `find` takes by keyword.
+    """A command line option of one dataset, passed to its `find` as a keyword.
 
     Attributes:
-        name: As typed: "--split".
-        help: What it means.
-        choices: What it may be; None: anything.
-        default: Where it is not typed.
-        path: It names a file.
+        name: As it is typed: "--split".
+        help: Its help text.
+        choices: Allowed values; None: any.
+        default: Value if it is not typed.
+        path: The value is the path of a file.
     """
 
     name: str
@@ -26,87 +26,91 @@ class SetOption:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A set of the catalogue.
+    """A dataset.
 
     Attributes:
-        where: "module" below this package, or "module:name in it".
-        help: Its makers' name and what is in it.
-        labelled: It has depth or disparity.
-        flags: Of its own.
+        location: "module" in `ingest.sets`, or "module:name" of an object in it.
+        help: Its title and content.
+        labeled: It has depth or disparity.
+        options: Its own command line options.
     """
 
-    where: str
+    location: str
     help: str
-    labelled: bool = False
-    flags: tuple[SetOption, ...] = ()
+    labeled: bool = False
+    options: tuple[SetOption, ...] = ()
 
 
 SETS: dict[str, CatalogEntry] = {
     "blendedmvs": CatalogEntry(
-        "sets.blendedmvs", "BlendedMVS, all three parts: scenes rebuilt from photographs", labelled=True
+        "blendedmvs", "BlendedMVS, all three parts: scenes reconstructed from photographs", labeled=True
     ),
     "hypersim": CatalogEntry(
-        "sets.hypersim",
+        "hypersim",
         "Hypersim: rendered interiors",
-        labelled=True,
-        flags=(
+        labeled=True,
+        options=(
             SetOption(
                 "--split",
-                "of the published ones; all takes what lies there",
+                "published split; all reads every frame in RAW",
                 ("train", "val", "test", "all"),
                 "train",
             ),
             SetOption(
                 "--images",
-                "the preview as it is, or the makers' tone mapping of the colours in float",
+                "preview stores the JPEG previews; hdr tone-maps the float colors as the authors do",
                 ("preview", "hdr"),
                 "preview",
             ),
-            SetOption("--cameras", "metadata_camera_parameters.csv, if it does not lie in RAW", path=True),
+            SetOption("--cameras", "metadata_camera_parameters.csv, if it is not in RAW", path=True),
         ),
     ),
     "irs": CatalogEntry(
-        "sets.irs", "IRS: rendered homes, offices, restaurants and stores in stereo", labelled=True
+        "irs", "IRS: rendered homes, offices, restaurants and stores in stereo", labeled=True
     ),
-    "tartanair": CatalogEntry("sets.tartanair", "TartanAir: flights through rendered places", labelled=True),
+    "tartanair": CatalogEntry(
+        "tartanair", "TartanAir: camera flights through rendered environments", labeled=True
+    ),
     "vkitti2": CatalogEntry(
-        "sets.vkitti2",
-        "Virtual KITTI 2: drives, rendered",
-        labelled=True,
-        flags=(SetOption("--camera", "left, right or both", ("0", "1", "both"), "0"),),
+        "vkitti2",
+        "Virtual KITTI 2: rendered drives",
+        labeled=True,
+        options=(SetOption("--camera", "left, right or both", ("0", "1", "both"), "0"),),
     ),
     "tartanair2": CatalogEntry(
-        "sets.tartanair2",
-        "TartanAir V2: 65 more places, twelve cameras",
-        labelled=True,
-        flags=(SetOption("--camera", "as lcam_front, rcam_back; or all", None, "lcam_front"),),
+        "tartanair2",
+        "TartanAir V2: 65 more environments, twelve cameras",
+        labeled=True,
+        options=(SetOption("--camera", "such as lcam_front or rcam_back; or all", None, "lcam_front"),),
     ),
-    "diml": CatalogEntry("sets.diml", "DIML/CVL RGB-D: rooms and streets, measured; of V1", labelled=True),
+    "diml": CatalogEntry(
+        "diml", "DIML/CVL RGB-D: indoor and outdoor scenes, measured; used by V1", labeled=True
+    ),
     "hrwsi": CatalogEntry(
-        "sets.hrwsi",
-        "HR-WSI: photographs from the web, matched in stereo; of V1",
-        labelled=True,
-        flags=(SetOption("--split", "of the published ones", ("train", "val", "all"), "train"),),
+        "hrwsi",
+        "HR-WSI: stereo photographs from the web; used by V1",
+        labeled=True,
+        options=(SetOption("--split", "published split", ("train", "val", "all"), "train"),),
     ),
     "megadepth": CatalogEntry(
-        "sets.megadepth", "MegaDepth v1: tourists' photographs, rebuilt; of V1", labelled=True
+        "megadepth", "MegaDepth v1: tourist photographs with reconstructed depth; used by V1", labeled=True
     ),
     "bdd100k": CatalogEntry(
-        "sets.unlabeled:bdd100k", "BDD100K: driving; its videos at 2 frames a second, or images"
+        "unlabeled:bdd100k", "BDD100K: driving; its videos at 2 frames per second, or images"
     ),
-    "landmarks": CatalogEntry("sets.unlabeled:landmarks", "Google Landmarks v2"),
-    "imagenet21k": CatalogEntry("sets.unlabeled:imagenet21k", "ImageNet-21K"),
-    "lsun": CatalogEntry("sets.unlabeled:lsun", "LSUN: scenes, lmdb"),
-    "objects365": CatalogEntry("sets.unlabeled:objects365", "Objects365 v2"),
-    "openimages": CatalogEntry("sets.unlabeled:openimages", "Open Images V7"),
-    "places365": CatalogEntry("sets.unlabeled:places365", "Places365"),
-    "sa1b": CatalogEntry("sets.unlabeled:sa1b", "SA-1B: Segment Anything, tars as published"),
+    "landmarks": CatalogEntry("unlabeled:landmarks", "Google Landmarks v2"),
+    "imagenet21k": CatalogEntry("unlabeled:imagenet21k", "ImageNet-21K"),
+    "lsun": CatalogEntry("unlabeled:lsun", "LSUN: scenes, LMDB"),
+    "objects365": CatalogEntry("unlabeled:objects365", "Objects365 v2"),
+    "openimages": CatalogEntry("unlabeled:openimages", "Open Images V7"),
+    "places365": CatalogEntry("unlabeled:places365", "Places365"),
+    "sa1b": CatalogEntry("unlabeled:sa1b", "SA-1B: Segment Anything, tars as published"),
 }
-"""Name to entry. A labelled set is a module of its own."""
+"""Name to entry. Each labeled set is a module of its own."""
 
 
 def load_source(name: str) -> Any:
-    """Import the source of a set; KeyError if the catalogue has none of this name."""
-    module, _, member = SETS[name].where.partition(":")
-    source = import_module(f"depth_anything.ingest.{module}")
+    """Import the source of a dataset; raises KeyError if the catalog does not have the name."""
+    module, _, member = SETS[name].location.partition(":")
+    source = import_module(f"depth_anything.ingest.sets.{module}")
     return getattr(source, member) if member else source

@@ -1,13 +1,15 @@
-"""Photographs wherever they lie below a folder: files, members of tars, values of lmdb folders, frames of films.
+"""Find the images below a folder: plain files, members of tars, values of LMDB folders, frames of videos.
 
-A line of a listing is the name that people see, and after tabs where its bytes are:
+Each image is a line of a file list. The line holds the name of the image and, after tabs, the place of its bytes:
 
     NAME                               a file
-    NAME <tab> file <tab> SIZE         likewise, where sizes are looked at
+    NAME <tab> file <tab> SIZE         a file, with its size in bytes
     NAME <tab> tar <tab> TAR <tab> OFFSET <tab> SIZE
-    NAME <tab> lmdb <tab> FOLDER       the key is what NAME has behind FOLDER/
-    NAME <tab> film <tab> FILM <tab> NUMBER
-    NAME <tab> ! <tab> REASON          cannot be read, and why
+    NAME <tab> lmdb <tab> FOLDER       the key is NAME without the leading FOLDER/
+    NAME <tab> film <tab> VIDEO <tab> NUMBER
+    NAME <tab> ! <tab> REASON          a file that cannot be read
+
+A set stores the hash of its file list, so the words and the reasons of these lines are part of the file format.
 """
 
 import os
@@ -28,55 +30,41 @@ from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.source import is_disk_failure
 from depth_anything.ingest.video_frames import VIDEO_SUFFIXES, count_frames, read_frame
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".j2k",
-)
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .heic .heif .avif .jp2 .j2k".split())
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-CONTAINER_KINDS = ("files", "tars", "lmdb", "films")
+CONTAINER_KINDS = ("files", "tars", "lmdb", "videos")
 APPLE_DOUBLE_PREFIX = "._"
-"""How the names begin of what macOS keeps beside a file on other disks and in archives; the rest is the file's name."""
+"""Prefix of the metadata files that macOS writes next to each file on foreign disks and in archives."""
 
-_KIND_NAMES = {"files": "image files", "tars": "tars", "lmdb": "databases", "films": "films"}
+_KIND_NAMES = {"files": "image files", "tars": "tars", "lmdb": "databases", "videos": "videos"}
 
 
 def find_images(
     raw: Path, *, kinds: Collection[str] = ("files", "tars")
 ) -> Generator[str, None, Counter[str]]:
-    """List the images below a folder in the order of their paths; those of a tar in its own order.
+    """List the images below a folder in the order of their paths, and those of a tar in the order of the tar.
 
-    Links to folders are followed, each folder is looked at once. Names that are no image's (annotations, lists,
-    checksums) are passed over and counted.
+    Links to folders are followed; each folder is visited once. Files that are not images, such as annotations, lists
+    and checksums, are skipped and counted.
 
     Args:
         raw: The folder, or a single tar.
-        kinds: What to look into: "files", "tars", "lmdb", "films".
+        kinds: Where to look for images; any of `CONTAINER_KINDS`.
 
     Yields:
-        A line an image.
+        One line per image; see the module docstring.
 
     Returns:
-        How many names were passed over, by suffix.
+        Number of skipped files by suffix.
 
     Raises:
-        ValueError: There is no such folder, or it cannot be listed.
+        ValueError: The folder does not exist or cannot be listed.
     """
-    passed_over: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     found: Counter[str] = Counter()
     if raw.is_file() and raw.name.lower().endswith(TAR_SUFFIXES):
-        yield from _find_in_tar(raw, "", passed_over)
-        return passed_over
+        yield from _find_in_tar(raw, "", skipped)
+        return skipped
     if not raw.is_dir():
         raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was downloaded to")
     for name, path in walk_files(raw, follow=True):
@@ -86,46 +74,29 @@ def find_images(
         if kind == "files":
             yield escape_field(name)
         elif kind == "tars":
-            yield from _find_in_tar(path, name, passed_over)
+            yield from _find_in_tar(path, name, skipped)
         elif kind == "lmdb":
             yield from _find_in_lmdb(path.parent, name.rpartition("/")[0])
-        elif kind == "films":
+        elif kind == "videos":
             yield from _find_in_video(path, name)
         else:
-            passed_over[kind] += 1
+            skipped[kind] += 1
     several = [f"{found[kind]} {_KIND_NAMES[kind]}" for kind in CONTAINER_KINDS if found[kind]]
     if len(several) > 1:
         print(
-            f"{raw} holds {' and '.join(several)}, and images are taken from all of them: if some are copies of "
-            "others, begin anew and pass them over, as with  --leave-out '*.tar/*'",
+            f"{raw} holds {' and '.join(several)}, and images are read from all of them. If some are copies of "
+            "others, start again in a new folder and skip them, for example with  --leave-out '*.tar/*'",
             file=sys.stderr,
         )
-    return passed_over
-
-
-def _classify(name: str, kinds: Collection[str]) -> str:
-    """Say what a file is by its name: one of `kinds`, or the suffix under which it is counted."""
-    low = name.lower()
-    if low.rpartition("/")[2].startswith(APPLE_DOUBLE_PREFIX):
-        return f"{APPLE_DOUBLE_PREFIX}*"
-    for kind, endings in (("files", IMAGE_SUFFIXES), ("tars", TAR_SUFFIXES), ("films", VIDEO_SUFFIXES)):
-        if kind in kinds and low.endswith(endings):
-            return kind
-    if "lmdb" in kinds and low.rpartition("/")[2] == "data.mdb":
-        return "lmdb"
-    return _suffix_of(low)
-
-
-def _suffix_of(name: str) -> str:
-    return os.path.splitext(name.lower())[1] or "no suffix"
+    return skipped
 
 
 def read_image_file(raw: Path, line: str) -> bytes:
-    """Read the file that a line of `find_images` means.
+    """Read the image file of a line of `find_images`.
 
     Raises:
-        ValueError: It cannot be read as a whole.
-        OSError: It is not there, or its disk fails.
+        ValueError: The file is damaged, incomplete or cannot be read.
+        OSError: The file does not exist, or its disk fails.
     """
     name, *where = line.split("\t")
     if not where or where[0] == "file":
@@ -147,68 +118,62 @@ def walk_files(
     folder: Path,
     *,
     follow: bool,
-    leave_out: Path | None = None,
-    unlisted: Callable[[str, OSError], None] | None = None,
+    skip_folder: Callable[[Path], bool] | None = None,
+    on_error: Callable[[str, OSError], None] | None = None,
+    files_first: bool = False,
 ) -> Iterator[tuple[str, Path | None]]:
-    """List the files below a folder in the order of their names' bytes, with one folder at a time in memory.
+    """List the files below a folder in the byte order of their names, holding one folder at a time in memory.
 
     Args:
-        folder: To begin in.
-        follow: Links to folders; each real folder is looked at once.
-        leave_out: A folder to pass over, resolved.
-        unlisted: Is told of a folder inside that cannot be listed, and the rest goes on; None refuses it.
+        folder: Where to start.
+        follow: Follow links to folders; each real folder is visited once.
+        skip_folder: Returns whether a folder below `folder` is skipped.
+        on_error: Called with the relative path of a folder below `folder` that cannot be listed; the walk continues.
+            None raises instead.
+        files_first: List the files of a folder before its subfolders.
 
     Yields:
-        The path below `folder` with "/" between, and the path to open; None for a link that is not followed.
+        The path relative to `folder` with "/" as separator, and the path to open, which is None for a link to a
+        folder that is not followed.
 
     Raises:
         ValueError: A folder cannot be listed.
     """
-    yield from _walk_folder(folder, "", {os.path.realpath(folder)} if follow else None, leave_out, unlisted)
+    visited = {os.path.realpath(folder)}
 
+    def walk(here: Path, prefix: str) -> Iterator[tuple[str, Path | None]]:
+        try:
+            with os.scandir(here) as entries:
+                names = [entry.name + "/" if _is_folder(entry) else entry.name for entry in entries]
+        except OSError as error:
+            if on_error is None or not prefix:
+                raise ValueError(f"{here} cannot be listed: {error.strerror}") from error
+            on_error(prefix, error)
+            return
+        names.sort(key=lambda name: (files_first and name.endswith("/"), os.fsencode(name)))
+        for name in names:
+            path = here / name
+            if not name.endswith("/"):
+                yield prefix + name, path
+            elif not follow and path.is_symlink():
+                yield prefix + name[:-1], None
+            elif skip_folder is None or not skip_folder(path):
+                real = os.path.realpath(path) if follow else ""
+                if real not in visited:
+                    if follow:
+                        visited.add(real)
+                    yield from walk(path, prefix + name)
 
-def _walk_folder(
-    folder: Path,
-    prefix: str,
-    seen: set[str] | None,
-    leave_out: Path | None,
-    unlisted: Callable[[str, OSError], None] | None,
-) -> Iterator[tuple[str, Path | None]]:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name + "/" if _is_dir_entry(entry) else entry.name for entry in entries]
-    except OSError as error:
-        if unlisted is None or not prefix:
-            raise ValueError(f"{folder} cannot be listed: {error.strerror}") from error
-        unlisted(prefix, error)
-        return
-    names.sort(key=os.fsencode)
-    for name in names:
-        path = folder / name
-        if not name.endswith("/"):
-            yield prefix + name, path
-        elif seen is None and path.is_symlink():
-            yield prefix + name[:-1], None
-        elif leave_out is None or path.resolve() != leave_out:
-            real = os.path.realpath(path) if seen is not None else ""
-            if seen is not None and real in seen:
-                continue
-            if seen is not None:
-                seen.add(real)
-            yield from _walk_folder(path, prefix + name, seen, leave_out, unlisted)
-
-
-def _is_dir_entry(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if is_disk_failure(error):
-            raise
-        return False  # a link that leads in a circle, as a file tells better when it is read
+    yield from walk(folder, "")
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Read a plain file; ValueError if it is none or too large, OSError if it is not there."""
+    """Read a file.
+
+    Raises:
+        ValueError: It is not a regular file, or too large for an image.
+        OSError: It does not exist, or its disk fails.
+    """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("not a regular file")
@@ -217,12 +182,12 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def error_line(name: str, reason: str) -> str:
-    """Return the line of what cannot be read."""
+    """Return the line of a file that cannot be read."""
     return f"{escape_field(name)}\t!\t{escape_field(reason)}"
 
 
 def file_line(name: str, path: Path) -> str:
-    """Return the line of a file with its size, -1 if it cannot be told; OSError if its disk fails."""
+    """Return the line of a file and its size in bytes, -1 if the file has none. Raises OSError if the disk fails."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -233,29 +198,52 @@ def file_line(name: str, path: Path) -> str:
 
 
 def tar_line(name: str, place: str, offset: int, size: int) -> str:
-    """Return the line of a tar's member."""
+    """Return the line of a member of a tar."""
     return f"{escape_field(name)}\ttar\t{escape_field(place)}\t{offset}\t{size}"
 
 
-def _find_in_tar(path: Path, place: str, passed_over: Counter[str]) -> Iterator[str]:
+def _classify(name: str, kinds: Collection[str]) -> str:
+    """Return which of `kinds` a file is according to its name, or else the suffix to count it under."""
+    low = name.lower()
+    base = low.rpartition("/")[2]
+    if base.startswith(APPLE_DOUBLE_PREFIX):
+        return f"{APPLE_DOUBLE_PREFIX}*"
+    for kind, suffixes in (("files", IMAGE_SUFFIXES), ("tars", TAR_SUFFIXES), ("videos", VIDEO_SUFFIXES)):
+        if kind in kinds and low.endswith(suffixes):
+            return kind
+    if "lmdb" in kinds and base == "data.mdb":
+        return "lmdb"
+    return os.path.splitext(low)[1] or "no suffix"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        plain = stat.S_ISREG(path.stat().st_mode)
+        return entry.is_dir()
+    except OSError as error:
+        if is_disk_failure(error):
+            raise
+        return False  # a link that points to itself: reading it as a file gives the better message
+
+
+def _find_in_tar(path: Path, place: str, skipped: Counter[str]) -> Iterator[str]:
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
         if is_disk_failure(error):
             raise
         yield error_line(place or path.name, error.strerror or type(error).__name__)
         return
-    if not plain:  # to open a pipe is to wait for ever
+    if not is_regular:  # opening a named pipe would block
         yield error_line(place or path.name, "not a regular file")
         return
     for member in list_tar_members(path):
         name = f"{place}/{member.name}" if place else member.name
         if not member.name:
-            yield error_line(place or path.name, member.fault)
+            yield error_line(place or path.name, member.error)
         elif _classify(member.name, ("files",)) != "files":
-            passed_over[_classify(member.name, ())] += 1
-        elif member.fault:
-            yield error_line(name, member.fault)
+            skipped[_classify(member.name, ())] += 1
+        elif member.error:
+            yield error_line(name, member.error)
         else:
             yield tar_line(name, place, member.offset, member.size)
 

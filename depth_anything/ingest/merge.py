@@ -1,4 +1,4 @@
-"""Parts of one set, written on machines that share no folder, brought together."""
+"""Merge parts of a set that were written to several folders."""
 
 import hashlib
 import json
@@ -8,44 +8,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import (
-    ShardError,
-    ShardInfo,
-    ShardSet,
-    read_shard_info,
-    remove_stale,
-    temporary_path,
-)
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, read_shard_info
+from depth_anything.disk import atomic_path, remove_stale
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList
 from depth_anything.ingest.shard_job import shard_name
 from depth_anything.ingest.writer import (
     ABOUT_FILE,
     SETTINGS_FILE,
+    SIDECAR_SUFFIXES,
     check_unclaimed,
+    describe_differences,
     finish_set,
     list_missing_shards,
 )
 from depth_anything.progress import ProgressLine
 
-_SIDECAR_SUFFIXES = (".skipped.json", ".pixels.json", ".idx")
 _SET_FILES = (SETTINGS_FILE, ABOUT_FILE, FILE_LIST, FILE_LIST_INFO)
 _CHUNK = 1 << 20
 _MAX_NAMED_SHARDS = 8
 
 
 def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSet:
-    """Bring the shards of parts into one folder, linked where they can be, else copied, and finish the set.
+    """Merge the shards of several parts into one folder and finish the set.
 
-    May be stopped and started again; the parts stay as they are. Without folders, finishes a folder that the
-    parts' files were copied to.
+    Shards are hard-linked where possible, else copied. The parts stay unchanged. An interrupted merge can be started
+    again. Without `folders`, finishes a folder into which the files of the parts were copied.
 
     Args:
-        root: Folder of the whole set: a new one, or that of a part.
-        folders: Of the other parts.
+        root: Folder of the whole set: a new folder, or that of a part.
+        folders: Folders of the other parts.
 
     Raises:
-        ShardError: A folder holds no part, parts were made with other settings or of other raw data, two have
-            a shard in common that is not the same, one is damaged, or shards lack.
+        ShardError: A folder holds no part, parts have other settings or other raw data, two parts have different
+            shards of one name, a part is damaged, or shards are missing.
     """
     root, parts = Path(root), [Path(folder) for folder in folders]
     if (root / "manifest.json").exists() and not parts:
@@ -55,115 +50,109 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
         for name in _SET_FILES:
             if not (part / name).is_file():
                 raise ShardError(
-                    f"{part} holds no part of a set (it has no {name}): name folders that depth-anything shard has "
-                    "written, as  depth-anything merge OUT FOLDER FOLDER …"
+                    f"{part} does not hold a part of a set (it has no {name}): name folders that depth-anything shard "
+                    "has written, as in  depth-anything merge OUT FOLDER FOLDER …"
                 )
     if not (root / SETTINGS_FILE).exists():
         check_unclaimed(root)
     for part in [root, *parts]:
-        _check_part(part, first)
+        _check_same_set(part, first)
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
     for name in _SET_FILES:
         if not (root / name).exists():
             _link_or_copy(first / name, root / name)
-    wanted = _plan_transfers(root, parts)
-    with ProgressLine(f"merging {root}", total=len(wanted), unit="shard") as progress:
-        copied = 0
-        for path, info in wanted:
+    transfers = _plan_transfers(root, parts)
+    copied = 0
+    with ProgressLine(f"merging {root}", total=len(transfers), unit="shard") as progress:
+        for path, info in transfers:
             copied += _transfer_shard(path, root, info)
             progress.update()
     if copied:
         print(f"{root}: {copied} shards were copied, the others linked", file=sys.stderr)
-    per_shard = json.loads((root / SETTINGS_FILE).read_bytes())["per_shard"]
-    listing = FileList(root, per_shard=per_shard)
-    lacking = list_missing_shards(root, listing)
-    if lacking:
-        named = ", ".join(shard_name(shard) for shard in lacking[:_MAX_NAMED_SHARDS])
-        more = " …" if len(lacking) > _MAX_NAMED_SHARDS else ""
+    settings = json.loads((root / SETTINGS_FILE).read_bytes())
+    file_list = FileList(root, per_shard=settings["per_shard"])
+    missing = list_missing_shards(root, file_list)
+    if missing:
+        names = ", ".join(shard_name(shard) for shard in missing[:_MAX_NAMED_SHARDS])
+        more = " …" if len(missing) > _MAX_NAMED_SHARDS else ""
         raise ShardError(
-            f"{root}: {len(lacking)} of {listing.shards} shards lack ({named}{more}): name the folders that hold them, "
-            f"or make them with  depth-anything shard {json.loads((root / SETTINGS_FILE).read_bytes())['source']} "
-            f"RAW {root}"
+            f"{root}: {len(missing)} of {file_list.shards} shards are missing ({names}{more}): name the folders that "
+            f"hold them, or write them with  depth-anything shard {settings['source']} RAW {root}"
         )
-    made = finish_set(root, listing)
-    assert made is not None, "no shard lacks"
-    return made
+    merged = finish_set(root, file_list)
+    assert merged is not None, "no shard is missing"
+    return merged
 
 
-def _check_part(part: Path, first: Path) -> None:
-    """Hold what a folder says of its set against what the first one says."""
-    for name, what in ((SETTINGS_FILE, "settings"), (FILE_LIST_INFO, "raw data"), (ABOUT_FILE, "facts")):
+def _check_same_set(part: Path, first: Path) -> None:
+    """Raise ShardError if two folders hold parts of different sets."""
+    for name, content in ((SETTINGS_FILE, "settings"), (FILE_LIST_INFO, "raw data"), (ABOUT_FILE, "facts")):
         if not (part / name).is_file():
-            continue  # the folder of the whole, before anything was brought there
-        ours, theirs = (json.loads((folder / name).read_bytes()) for folder in (first, part))
-        differs = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-        if differs:
-            told = ", ".join(f"{key} {theirs.get(key)} in place of {ours.get(key)}" for key in differs)
+            continue  # the folder of the whole set, still empty
+        expected, found = (json.loads((folder / name).read_bytes()) for folder in (first, part))
+        differences = describe_differences(found, expected)
+        if differences:
+            if name == ABOUT_FILE:
+                advice = "type its command again with the --licence and --sky of the others; no shard changes"
+            else:
+                advice = "leave it out, or write it again like the others"
             raise ShardError(
-                f"{part} is a part of another set than {first}: it was made with other {what} ({told}); "
-                + (
-                    "type its command again with the others' --licence and --sky, which changes no shard"
-                    if name == ABOUT_FILE
-                    else "leave it out, or write it again as the others were"
-                )
+                f"{part} is a part of another set than {first}: it was written with other {content} ({differences}); "
+                f"{advice}"
             )
 
 
 def _plan_transfers(root: Path, parts: Sequence[Path]) -> list[tuple[Path, ShardInfo | None]]:
-    """List the tars to bring, and notes of shards that have none; two of one name must be the same."""
-    there: dict[str, tuple[Path, ShardInfo | None]] = {}
+    """List the tars to transfer, and the notes of shards without a tar. Shards of one name must be equal."""
+    found: dict[str, tuple[Path, ShardInfo | None]] = {}
     for part in [root, *parts]:
         names = set(os.listdir(part)) if part.is_dir() else set()
         for name in sorted(names):
-            stem, dot, ending = name.partition(".")
-            if name.startswith(".") or f"{dot}{ending}" not in (".tar", ".skipped.json"):
+            stem, dot, suffix = name.partition(".")
+            if name.startswith(".") or f"{dot}{suffix}" not in (".tar", ".skipped.json"):
                 continue
-            if ending != "tar" and f"{stem}.tar" in names:
+            if suffix != "tar" and f"{stem}.tar" in names:
                 continue
-            info = read_shard_info(part / name) if ending == "tar" else None
-            known = there.get(stem)
-            if known is None or known[1] is None:  # notes alone may be of a shard that was never finished
-                there[stem] = part / name, info
+            info = read_shard_info(part / name) if suffix == "tar" else None
+            known = found.get(stem)
+            if known is None or known[1] is None:  # notes without a tar may belong to an unfinished shard
+                found[stem] = part / name, info
             elif info is not None and known[1] != info:
                 raise ShardError(
-                    f"the shard {stem} in {known[0].parent} and that in {part} are not the same: verify both, "
-                    "and remove the one that is wrong"
+                    f"the shard {stem} in {known[0].parent} differs from that in {part}: verify both, "
+                    "and remove the damaged one"
                 )
-    return [row for _, row in sorted(there.items()) if row[0].parent != root]
+    return [row for _, row in sorted(found.items()) if row[0].parent != root]
 
 
 def _transfer_shard(path: Path, root: Path, info: ShardInfo | None) -> bool:
-    """Bring a shard, its notes first, so that it is seen whole or not at all; say whether it had to be copied."""
+    """Transfer a shard, its notes before the tar; return whether the tar had to be copied."""
     stem = path.name.partition(".")[0]
-    for ending in _SIDECAR_SUFFIXES:
-        note = path.with_name(f"{stem}{ending}")
+    for suffix in SIDECAR_SUFFIXES:
+        note = path.with_name(f"{stem}{suffix}")
         if note.exists():
             _link_or_copy(note, root / note.name)
     return _link_or_copy(path, root / path.name, info) if info is not None else False
 
 
 def _link_or_copy(path: Path, target: Path, info: ShardInfo | None = None) -> bool:
-    """Link a file, or copy it where that cannot be, and say whether; a copied tar is held against its hash."""
-    temporary = temporary_path(target)
-    try:
+    """Hard-link a file, or copy it if that fails, checking the hash of a tar; return whether it was copied."""
+    with atomic_path(target) as temporary:
         try:
             os.link(path, temporary)
-            copied = False
         except OSError:  # another disk, or a file system without links
-            digest, copied = _copy_hashed(path, temporary), True
+            digest = _copy_hashed(path, temporary)
             if info is not None and digest != info.hash:
                 raise ShardError(
-                    f"{path} is damaged (its hash differs): copy it from its machine again"
+                    f"{path} is damaged (its hash differs)", "copy it from its machine again"
                 ) from None
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return copied
+            return True
+    return False
 
 
 def _copy_hashed(path: Path, target: Path) -> str:
-    """Copy a file, its bytes safe on disk when this returns; return their hash."""
+    """Copy a file, sync it to disk, and return its hash."""
     digest = hashlib.sha256()
     with open(path, "rb") as source, open(target, "xb") as file:
         while chunk := source.read(_CHUNK):

@@ -1,10 +1,8 @@
-"""Anyone's photographs: a folder, a list file or a tar, made into image shards.
+"""Photographs without labels: a folder, a text file with a path per line, or a tar, written as image shards.
 
-Facts: nothing is known but the pixels, so that a record holds the image and a json with `source`, the file's
-own `name` and its `original_size`. Whatever `decode_image` reads is welcome: JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC,
-AVIF, JPEG 2000; any EXIF orientation, grey, CMYK, 16-bit, alpha. Upright RGB files of JPEG, PNG or WebP are kept
-byte for byte, others become PNG as they are seen. Nothing is unpacked to disk. Every file is tried, whatever it is
-called.
+Nothing is known of them but their pixels: a record holds the image and a JSON with `source`, the file's own `name` and
+its `original_size`. Every file is tried, whatever its name, and every image that `decode_image` reads is accepted.
+Upright RGB files in JPEG, PNG or WebP are stored unchanged; other images become PNG. Nothing is unpacked to disk.
 """
 
 import os
@@ -42,9 +40,9 @@ class Photograph:
     """A file that may be an image.
 
     Attributes:
-        name: Its path inside its folder or tar, or as the list has it.
-        size: Bytes, -1 if unknown.
-        read: Returns its bytes; raises ValueError with the reason why it cannot.
+        name: Its path inside its folder or tar, or as the text file has it.
+        size: Size in bytes, -1 if unknown.
+        read: Returns its bytes; raises ValueError with the reason if that fails.
     """
 
     name: str
@@ -54,21 +52,20 @@ class Photograph:
 
 @dataclass(frozen=True)
 class PhotographSource:
-    """Photographs as a source.
+    """A source of photographs for `write_source`.
 
     Attributes:
-        leave_out: A folder inside the raw one to pass over: the one that is being written.
+        leave_out: A folder inside the raw folder to skip: the folder that is being written.
     """
 
     leave_out: Path | None = None
     INFO: DatasetInfo = INFO
 
     def find(self, raw: Path) -> Iterable[str]:
-        """List every file; see `list_photographs`. A line's last field is the file's size, by which a listing tells
-        a folder from what it was later.
+        """List every file; see `list_photographs`. The last field of a line is the size of the file.
 
         Raises:
-            ValueError: If there is nothing at `raw`, it is none of these, or it holds nothing.
+            ValueError: Nothing is at `raw`, or it is none of the three, or holds no files.
         """
         line = None
         for line in _list_lines(raw, self.leave_out):
@@ -82,31 +79,28 @@ class PhotographSource:
 
 
 def list_photographs(source: str | Path, *, leave_out: str | Path | None = None) -> list[Photograph]:
-    """List every file of a folder (recursively), list file (a path a line, relative to it) or tar, by name.
+    """List every file of a folder (recursively), text file (a path per line, relative to it) or tar, sorted by name.
 
-    A compressed tar keeps its own order: it can only be read from the front. A folder inside that cannot be listed is
-    one file that cannot be read.
+    The files of a compressed tar keep its order, because it can only be read from the front. A folder that cannot be
+    listed counts as one unreadable file.
 
     Args:
-        source: The folder, list or tar; a single image counts as a list of one.
-        leave_out: A folder inside `source` to pass over: the one that is being written.
+        source: The folder, text file or tar; a single image counts as a list of one.
+        leave_out: A folder inside `source` to skip: the folder that is being written.
 
     Raises:
-        ValueError: If there is nothing at `source`, or it is none of these.
+        ValueError: Nothing is at `source`, or it is none of the three.
     """
     raw = Path(source)
     lines = _list_lines(raw, Path(leave_out) if leave_out else None, tolerant=True)
-    return [
-        Photograph(_display_name(line), _file_size(line), partial(_read_photograph, raw, line))
-        for line in lines
-    ]
+    return [Photograph(_file_name(line), _file_size(line), partial(_read, raw, line)) for line in lines]
 
 
 def iterate_images(source: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Decode the photographs of a folder, list file or tar in order; what is no image is passed over.
+    """Decode the photographs of a folder, text file or tar in order; files that are not images are skipped.
 
     Yields:
-        The file's name and its image, uint8 (H, W, 3) RGB, upright.
+        The name of the file and its image, uint8 (H, W, 3) RGB, upright.
 
     Raises:
         ValueError: As `list_photographs`.
@@ -130,29 +124,29 @@ def write_images(
     short_side: int | None = None,
     licence: str | None = None,
 ) -> ShardSet | None:
-    """Write photographs as a set of image shards, or return the set if it is there already.
+    """Write photographs as a set of image shards. An interrupted set is continued; a finished one is returned.
 
-    What is no image, or a broken one, is left out; the manifest counts it by reason and names the first
-    hundred, NAME.skipped.json beside each shard names all. May be killed and started again.
+    Files that are not images, or damaged, are rejected. The manifest counts them by reason and names the first
+    hundred; NAME.skipped.json next to each shard names all.
 
     Args:
-        source: Folder, list file or tar (see `list_photographs`).
+        source: Folder, text file or tar; see `list_photographs`.
         root: Folder of the set.
-        name: Of the set; None: the folder's.
-        per_shard: Files a shard.
-        part: (k, n): the k-th of n parts, from 1.
-        workers: Processes; 0: this one.
-        short_side: See `to_record`; None leaves every image as it is.
-        licence: Of the photographs, an SPDX name; kept in the manifest, and may be given later.
+        name: Name of the set. None: the name of the folder.
+        per_shard: Files per shard.
+        part: (k, n) writes the k-th of n parts, starting at 1.
+        workers: Number of worker processes; 0 writes in this process.
+        short_side: See `encode_sample`. None keeps every image as it is.
+        licence: SPDX identifier of the photographs for the manifest; may be given by a later call.
 
     Returns:
-        The set; None while shards of other parts are missing.
+        The set, or None while shards of other parts are missing.
 
     Raises:
-        ValueError: If there is nothing at `source`, not one readable image, or `root` holds another set.
+        ValueError: Nothing is at `source`, no image can be read, or `root` holds another set.
     """
     photographs = PhotographSource(leave_out=Path(root))
-    made = write_source(
+    shard_set = write_source(
         photographs,
         source,
         root,
@@ -163,29 +157,31 @@ def write_images(
         short_side=short_side,
         licence=licence,
     )
-    if made is not None:
-        _check_unchanged(photographs, Path(source), made)
-    return made
+    if shard_set is not None:
+        _check_unchanged(photographs, Path(source), shard_set)
+    return shard_set
 
 
-def _check_unchanged(photographs: PhotographSource, raw: Path, made: ShardSet) -> None:
-    """Refuse a finished set whose folder of photographs has changed: who adds some expects them in it."""
+def _check_unchanged(photographs: PhotographSource, raw: Path, shard_set: ShardSet) -> None:
+    """Raise ShardError if photographs were added or changed since the set was written; the set would lack them."""
     count, digest = file_list_digest(photographs.find(raw))
-    if "listing" in made.meta and made.meta["listing"] != digest:
-        before = made.meta["settings"]["count"]
-        what = f"count {before} in place of {count}" if before != count else "other files, or of other sizes"
+    if "listing" in shard_set.meta and shard_set.meta["listing"] != digest:
+        before = shard_set.meta["settings"]["count"]
+        change = (
+            f"count {before} in place of {count}" if before != count else "other files, or of other sizes"
+        )
         raise ShardError(
-            f"{made.root} is a finished set of what {raw} held before ({what}): "
-            f"name another folder, or remove it with  rm -r {made.root}"
+            f"{shard_set.root} is a finished set, and {raw} has changed since ({change}): "
+            f"name another folder, or remove it with  rm -r {shard_set.root}"
         )
 
 
-def _sort_key(line: str) -> bytes:
-    return os.fsencode(unescape_field(line.partition("\t")[0]))
-
-
-def _display_name(line: str) -> str:
+def _file_name(line: str) -> str:
     return unescape_field(line.partition("\t")[0])
+
+
+def _sort_key(line: str) -> bytes:
+    return os.fsencode(_file_name(line))
 
 
 def _file_size(line: str) -> int:
@@ -194,10 +190,11 @@ def _file_size(line: str) -> int:
 
 
 def _base_folder(raw: Path, line: str) -> Path:
+    """Return what the name in a line is relative to."""
     return raw if raw.is_dir() or "\ttar\t" in line else raw.parent
 
 
-def _read_photograph(raw: Path, line: str) -> bytes:
+def _read(raw: Path, line: str) -> bytes:
     try:
         return read_image_file(_base_folder(raw, line), line)
     except OSError as error:
@@ -218,19 +215,21 @@ def _list_lines(raw: Path, leave_out: Path | None, *, tolerant: bool = False) ->
 
 
 def _list_folder(folder: Path, leave_out: Path | None, *, tolerant: bool) -> Iterator[str]:
-    faults: list[str] = []
+    errors: list[str] = []
 
     def note(name: str, error: OSError) -> None:
-        faults.append(error_line(name, f"a folder that cannot be listed: {error.strerror}"))
+        errors.append(error_line(name, f"a folder that cannot be listed: {error.strerror}"))
 
-    for name, path in walk_files(
-        folder, follow=False, leave_out=leave_out, unlisted=note if tolerant else None
-    ):
+    def skip_folder(path: Path) -> bool:
+        return leave_out is not None and path.resolve() == leave_out
+
+    on_error = note if tolerant else None
+    for name, path in walk_files(folder, follow=False, skip_folder=skip_folder, on_error=on_error):
         if path is None:
             yield error_line(name, "a link to a folder, which is not followed")
         else:
             yield file_line(name, path)
-    yield from faults
+    yield from errors
 
 
 def _list_text_file(path: Path) -> Iterator[str]:
@@ -239,13 +238,13 @@ def _list_text_file(path: Path) -> Iterator[str]:
     if is_image_or_video(head):
         try:
             detect_format(head)
-        except ValueError as error:  # a film, a raw file: what to do is said
+        except ValueError as error:  # a video or a raw file of a camera; the message says what to do
             raise ValueError(f"{path}: {error}") from None
         yield file_line(path.name, path)
         return
     data = path.read_bytes()
     if b"\0" in data:
-        raise ValueError(f"{path} is neither a tar nor a list of paths, one a line")
+        raise ValueError(f"{path} is neither a tar nor a text file with a path per line")
     for line in os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")).splitlines():
         if line.strip():
             yield file_line(line.strip(), path.parent / line.strip())
@@ -253,7 +252,7 @@ def _list_text_file(path: Path) -> Iterator[str]:
 
 def _list_tar(path: Path) -> Iterator[str]:
     for member in archive_io.list_tar_members(path):
-        if member.fault:
-            yield error_line(member.name or path.name, member.fault)
+        if member.error:
+            yield error_line(member.name or path.name, member.error)
         else:
             yield tar_line(member.name, "", member.offset, member.size)

@@ -1,140 +1,114 @@
-"""Processes that make shards, each whole shards alone.
+"""Worker processes that write shards; each shard is written by one worker.
 
-A worker that dies, of memory perhaps, ends the work with a sentence; one whose parent dies ends by itself. Shards
-are written whole or not at all, so that nothing needs to be cleaned up.
+When the pool ends with an error, or its process dies, the workers exit at once. Shards are written atomically, so
+nothing needs to be cleaned up.
 """
 
+import os
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
 from depth_anything.data.tars import ShardError
 from depth_anything.ingest.shard_job import ShardJob, run_job
 
-_REPORT_INTERVAL_S = 0.2  # between two words on how far a worker has come
+_REPORT_INTERVAL_S = 0.2
+
+_source: Any = None
+_line_counts: Any = None
+"""State of a worker process: the source that reads the lines, and the shared counters of lines."""
 
 
 def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], None]) -> None:
-    """Make shards in other processes.
+    """Write shards in worker processes.
 
     Args:
-        jobs: Taken when a worker is free.
-        workers: Processes.
-        tick: Is called with the number of lines that were gone through since.
+        jobs: The shards, all of one source. A job is taken when a worker is free.
+        workers: Number of processes.
+        tick: Called with the number of lines that were processed since the last call.
 
     Raises:
         ShardError: A worker died.
-        Exception: What a worker has raised; the others are stopped.
+        Exception: What a worker raised.
     """
-    context = get_context("spawn")  # a fork would copy whatever threads and files this process has
-    busy: dict[Connection, tuple[SpawnProcess, ShardJob]] = {}
-    processes: list[SpawnProcess] = []
-    try:
-        for _, job in zip(range(workers), jobs, strict=False):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_run_worker, args=(theirs, _picklable_source(job.source)), daemon=True
-            )
-            process.start()
-            theirs.close()
-            processes.append(process)
-            _send_job(ours, process, job, busy)
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                process, job = busy[connection]
-                kind, content = _receive(connection, process, job)
-                if kind == "failed":
-                    raise content
-                tick(content)
-                if kind == "done":
-                    del busy[connection]
-                    following = next(jobs, None)
-                    if following is None:
-                        connection.close()
-                    else:
-                        _send_job(connection, process, following, busy)
-    finally:
-        for process in processes:
-            if busy:
-                process.terminate()
-            process.join()
-
-
-def _send_job(
-    connection: Connection,
-    process: SpawnProcess,
-    job: ShardJob,
-    busy: dict[Connection, tuple[SpawnProcess, ShardJob]],
-) -> None:
-    busy[connection] = process, job
-    try:
-        connection.send(replace(job, source=None))
-    except OSError:
-        raise _worker_died(process, job) from None
-
-
-def _receive(connection: Connection, process: SpawnProcess, job: ShardJob) -> tuple[str, Any]:
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        raise _worker_died(process, job) from None
-
-
-def _worker_died(process: SpawnProcess, job: ShardJob) -> ShardError:
-    process.join(1)
-    return ShardError(
-        f"a worker died (exit code {process.exitcode}) over {job.root}, of too little memory perhaps: "
-        "type the same command, with fewer --workers, which goes on where it stopped"
+    first = next(jobs, None)
+    if first is None:
+        return
+    context = get_context("spawn")  # a fork would copy the threads and open files of this process
+    counts = context.RawArray("Q", workers)  # one counter per running job
+    alive, alive_writer = context.Pipe(duplex=False)  # closed when this process ends, which ends the workers
+    executor = ProcessPoolExecutor(
+        workers, context, _start_worker, (_picklable_source(first.source), counts, alive)
     )
+    running: dict[Future[None], int] = {}
+
+    def submit(job: ShardJob, slot: int) -> None:
+        running[executor.submit(_run_in_worker, replace(job, source=None), slot)] = slot
+
+    reported = 0
+    try:
+        submit(first, 0)
+        for slot, job in zip(range(1, workers), jobs, strict=False):
+            submit(job, slot)
+        while running:
+            done, _ = wait(running, _REPORT_INTERVAL_S, FIRST_COMPLETED)
+            for future in done:
+                slot = running.pop(future)
+                future.result()
+                if (job_or_none := next(jobs, None)) is not None:
+                    submit(job_or_none, slot)
+            total = sum(counts)
+            tick(total - reported)
+            reported = total
+    except BrokenProcessPool:
+        raise ShardError(
+            f"a worker died while it wrote {first.root}, perhaps because the memory is too small: "
+            "type the same command with fewer --workers; it continues where it stopped"
+        ) from None
+    finally:
+        if running:
+            alive_writer.close()
+        executor.shutdown(cancel_futures=True)
+        alive_writer.close()
+        alive.close()
 
 
 def _picklable_source(source: Any) -> Any:
     return source.__name__ if isinstance(source, ModuleType) else source
 
 
-def _run_worker(connection: Connection, source: Any) -> None:
-    """Make the shards that are sent until nobody sends any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which stops its workers
-    _use_one_thread()
-    source = import_module(source) if isinstance(source, str) else source
-    count, told = 0, time.monotonic()
-
-    def tick() -> None:
-        nonlocal count, told
-        count += 1
-        if time.monotonic() - told > _REPORT_INTERVAL_S:
-            connection.send(("on", count))
-            count, told = 0, time.monotonic()
-
-    try:
-        while True:
-            job = replace(connection.recv(), source=source)
-            try:
-                run_job(job, tick)
-            except Exception as error:
-                connection.send(("failed", _picklable_error(error)))
-                return
-            connection.send(("done", count))
-            count = 0
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has no more to do, or is dead
-
-
-def _use_one_thread() -> None:
+def _start_worker(source: Any, counts: Any, alive: Connection) -> None:
+    global _source, _line_counts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
     import cv2
 
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # each worker uses one core
+    _source = import_module(source) if isinstance(source, str) else source
+    _line_counts = counts
+    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
 
 
-def _picklable_error(error: Exception) -> Exception:
-    if isinstance(error, ShardError | OSError):
-        return error
-    return RuntimeError(str(error))
+def _exit_with_parent(alive: Connection) -> None:
+    """Wait until the parent closes its end of the pipe or dies, then end this process."""
+    alive.poll(None)
+    os._exit(1)
+
+
+def _run_in_worker(job: ShardJob, slot: int) -> None:
+    def tick() -> None:
+        _line_counts[slot] += 1
+
+    try:
+        run_job(replace(job, source=_source), tick)
+    except (ShardError, OSError):
+        raise
+    except Exception as error:  # an exception with other arguments than its message cannot be unpickled
+        raise RuntimeError(str(error)) from None

@@ -1,4 +1,4 @@
-"""From what a source reads to what a shard keeps: one rule for all sets, and every pixel counted by reason."""
+"""Convert a raw sample to the fields of a record. One rule for all sets; every pixel is counted by its kind."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import numpy as np
 
 from depth_anything.data.image_headers import detect_format, open_image
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_warnings
-from depth_anything.ingest.source import RawSample, resize_intrinsics
+from depth_anything.ingest.source import RawSample, resize_intrinsics, same_aspect_ratio
 from depth_anything.preprocess import resize_shape
 
 JPEG_QUALITY = 92
-"""Of images that are resized; what it costs is in benchmarks/bench_resize.py."""
+"""Quality of images that are resized; benchmarks/bench_resize.py measures the loss."""
 
 PATCH_SIZE = 14
 _ORIENTATION_TAG = 0x0112
@@ -23,14 +23,14 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """A record's fields, and what is known of its label.
+    """The fields of a record, and facts about its label.
 
     Attributes:
-        fields: Extension to bytes.
-        quantity: "depth", "disparity", or None of an image alone.
-        unit: Of the label, as the source says.
-        pixels: Of the label by what they are: all, valid, sky, and each reason why the others are not.
-        notes: What a user may not expect of the image, as that it is the first of an animation.
+        fields: Field extension to bytes.
+        quantity: "depth", "disparity", or None if the record is only an image.
+        unit: Unit of the label, according to the source.
+        pixels: Number of pixels of the label by kind: all, valid, sky, and each reason for an invalid pixel.
+        notes: Unexpected properties of the image, for example that it is the first frame of an animation.
     """
 
     fields: dict[str, bytes]
@@ -41,23 +41,21 @@ class EncodedRecord:
 
 
 def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | None = None) -> EncodedRecord:
-    """Make a record of what a source has read.
+    """Encode a raw sample as a record.
 
-    Labels: NaN, infinite, negative and zero values and what `raw.invalid` names become NaN; the sky becomes
-    +inf in depth and 0 in disparity. Values are kept as they are, in float32. The image file is kept byte for
-    byte where every reader shows it alike (upright RGB in JPEG, PNG or WebP), else it becomes PNG.
+    In labels, NaN, infinite, negative and zero values and the pixels of `raw.invalid` become NaN. Sky becomes +inf in
+    depth and 0 in disparity. Other values are stored unchanged in float32. The image file is stored unchanged if every
+    reader shows it alike (upright RGB in JPEG, PNG or WebP); other images become PNG.
 
     Args:
-        raw: As read.
-        source: Name of the set that it is from.
-        name: Of the record in that set.
-        short_side: Resize larger images, and their labels, to the size that training would give them; images
-            become JPEG of quality 92, labels take the nearest value, and intrinsics become those of the smaller
-            image. None, or a smaller image: as it is.
+        raw: The sample.
+        source: Name of its dataset.
+        name: Name of the record in that dataset.
+        short_side: Resize larger images and their labels to the size that training would use. Images become JPEG of
+            quality 92, labels take the nearest value, intrinsics are scaled. None: no image is resized.
 
     Raises:
-        ValueError: The image cannot be decoded, label and image do not belong together, or not one pixel of
-            the label is known.
+        ValueError: The image cannot be decoded, the label does not fit the image, or no pixel of the label is valid.
     """
     image = decode_image(raw.image) if isinstance(raw.image, bytes) else raw.image
     height, width = image.shape[:2]
@@ -71,13 +69,13 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
             _check_label_size((height, width), label.shape)
     if label is not None:
         if not pixels["valid"]:
-            raise ValueError("no pixel of its label is valid: " + _format_counts(pixels))
+            raise ValueError(f"no pixel of its label is valid: {_format_counts(pixels)}")
         if pixels["sky"]:
             meta.setdefault("sky", "inf" if quantity == "depth" else "zero")
     data: bytes | None
     size = _reduced_size(height, width, short_side)
     if size is not None:
-        from depth_anything.data.transforms import resize_image  # loads torch, which all else does without
+        from depth_anything.data.transforms import resize_image  # imports torch
 
         image, data = resize_image(image, *size), None
         if meta.get("intrinsics"):
@@ -87,30 +85,38 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
         data = raw.image if isinstance(raw.image, bytes) and is_plain_rgb(raw.image) else _encode_png(image)
     if label is not None and label.shape != image.shape[:2]:
         meta["label_size"] = list(label.shape)
-    kept = {key: value for key, value in meta.items() if value is not None}
-    frame = Frame("", image, kept, **({quantity: label} if quantity else {}))
+    meta = {key: value for key, value in meta.items() if value is not None}
+    frame = Frame("", image, meta, **({quantity: label} if quantity else {}))
     fields = encode_frame(frame, codec="f32", jpeg_quality=JPEG_QUALITY, original=data)
     notes = []
     if isinstance(raw.image, bytes) and not raw.image.startswith(
         _JPEG_SIGNATURE
-    ):  # which has nothing to note
+    ):  # JPEG has no such properties
         notes = image_warnings(raw.image, image)
-    return EncodedRecord(fields, quantity, kept.get("unit") if quantity else None, pixels, notes)
+    return EncodedRecord(fields, quantity, meta.get("unit") if quantity else None, pixels, notes)
 
 
 def mask_invalid(values: np.ndarray, raw: RawSample, *, sky: float) -> tuple[np.ndarray, Counter[str]]:
-    """Return a label with what is unknown as NaN and the sky as `sky`, float32 (H, W), and its pixels by kind.
+    """Set the invalid pixels of a label to NaN and its sky pixels to `sky`, and count pixels by kind.
 
-    A pixel has one kind. `raw.invalid` is believed before `raw.sky`, and both before the value itself, but
-    that what is no positive number is told as such wherever there is no sky.
+    Each pixel has one kind. `raw.invalid` takes precedence over `raw.sky`, and both over the value itself. But NaN,
+    infinite, negative and zero values outside the sky are counted as such.
+
+    Args:
+        values: (H, W), any numeric type.
+        raw: The masks `sky` and `invalid` of this sample are used.
+        sky: Value of sky pixels.
+
+    Returns:
+        The label, float32 (H, W), and the number of its pixels by kind.
 
     Raises:
-        ValueError: It is no map, or a mask has another size.
+        ValueError: The values are not a map, or a mask has another size.
     """
     with np.errstate(over="ignore"):
         values = np.asarray(values, np.float32)
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"its label has the shape {values.shape}, not that of a map")
+        raise ValueError(f"its label has the shape {values.shape}, which is not (H, W)")
     bad = [
         ("nan", np.isnan(values)),
         ("infinite", np.isinf(values)),
@@ -126,10 +132,10 @@ def mask_invalid(values: np.ndarray, raw: RawSample, *, sky: float) -> tuple[np.
         _check_mask("sky", raw.sky, values)
         kind[raw.sky] = len(names)
     names.append("sky")
-    told_as_such = (kind > 0) & (kind < len(names) - 1)
+    is_bad_value = (kind > 0) & (kind < len(names) - 1)
     for name, mask in raw.invalid.items():
         _check_mask(name, mask, values)
-        kind[mask & ~told_as_such] = len(names)
+        kind[mask & ~is_bad_value] = len(names)
         names.append(name)
     counts = np.bincount(kind.ravel(), minlength=len(names)).tolist()
     out = np.where(kind == 0, values, np.float32(np.nan))
@@ -140,7 +146,7 @@ def mask_invalid(values: np.ndarray, raw: RawSample, *, sky: float) -> tuple[np.
 
 
 def resize_nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a map (H, W) by taking the values nearest to the new pixels' centres, as training does."""
+    """Resize a map (H, W), taking the value nearest to the center of each new pixel, as training does."""
     rows, columns = (
         (2 * np.arange(new) + 1) * old // (2 * new)
         for old, new in zip(values.shape, (height, width), strict=True)
@@ -149,7 +155,7 @@ def resize_nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def is_plain_rgb(data: bytes) -> bool:
-    """Whether every reader shows this file alike: RGB, upright, opaque, of a format that records may hold."""
+    """Return whether every reader shows an image file alike: upright opaque RGB, in a format that records may hold."""
     try:
         if detect_format(data) not in ("JPEG", "PNG", "WebP"):
             return False
@@ -162,21 +168,22 @@ def is_plain_rgb(data: bytes) -> bool:
 
 
 def _reduced_size(height: int, width: int, short_side: int | None) -> tuple[int, int] | None:
-    """Return the size that an image is to be stored in, None where it stays as it is."""
+    """Return the height and width to store an image with, None to keep its size."""
     if short_side is None or min(height, width) < short_side:
         return None
-    # Of a side that is no multiple of the patch nobody could train without resampling again.
+    # A side that is not a multiple of the patch size would be resampled again in training.
     multiple = PATCH_SIZE if short_side % PATCH_SIZE == 0 else 1
     size = resize_shape(height, width, short_side, multiple)
     return size if size != (height, width) else None
 
 
 def _check_label_size(image: tuple[int, int], label: tuple[int, ...]) -> None:
-    """Let a label of another size pass if it is the image's own, smaller or larger: within a pixel."""
-    (height, width), (rows, columns) = image, label
-    scale = max(rows / height, columns / width)
-    if abs(rows - height * scale) > 1 or abs(columns - width * scale) > 1:
-        raise ValueError(f"its image has {height} x {width} pixels and its label {rows} x {columns}")
+    """Raise ValueError unless image and label have the same aspect ratio, up to a pixel."""
+    if not same_aspect_ratio(image, label):
+        raise ValueError(
+            f"its image has {image[0]} x {image[1]} pixels and its label {label[0]} x {label[1]}: "
+            "the aspect ratios differ"
+        )
 
 
 def _check_mask(name: str, mask: np.ndarray, values: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""One shard of a set: its lines read, made records, written with what there is to tell of them."""
+"""Write one shard of a set: read its lines, encode the records, and write notes about rejected records and labels."""
 
 import json
 import sys
@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from depth_anything.data.address import escape_unprintable
-from depth_anything.data.remote import retry
-from depth_anything.data.tars import ShardError, atomic_write, write_shard
+from depth_anything.data.retry import retry
+from depth_anything.data.tars import ShardError, write_shard
+from depth_anything.disk import atomic_write
 from depth_anything.ingest.file_list import display_name
 from depth_anything.ingest.record import EncodedRecord, encode_sample
 from depth_anything.ingest.source import RESUME_ADVICE, RawSample, RejectedRecord, is_disk_failure
 
 _MAX_PRINTED_NOTES = 3
-"""Notes on images that are printed of a shard; there may be thousands."""
 
 
 def shard_name(shard: int) -> str:
-    """Return the name of a set's shard by its number."""
+    """Return the name of a shard from its number."""
     return f"{shard:05d}"
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to be made, and all that decides its bytes."""
+    """A shard to write, and everything that determines its bytes."""
 
     source: Any
     raw: Path
@@ -41,69 +41,73 @@ class ShardJob:
 
 
 def run_job(job: ShardJob, tick: Callable[[], object]) -> None:
-    """Write one shard and the notes on it; `tick` is called after each line.
+    """Write a shard and its notes.
+
+    Args:
+        job: The shard.
+        tick: Called after each line.
 
     Raises:
-        ShardError: The raw folder is gone: that is no reason to leave records out.
-        Outage: Its disk fails, again and again.
+        ShardError: The raw folder is gone; no record is rejected for that.
+        StorageUnavailable: The disk of the raw folder keeps failing.
     """
-    made = _encode_records(job, tick)
-    first = next(made, None)
+    records = _encode_records(job, tick)
+    first = next(records, None)
     if first is not None:
-        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], made))
+        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], records))
 
 
 def _encode_records(job: ShardJob, tick: Callable[[], object]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Make the records of a shard; what is told of them is written before the shard can be seen."""
-    skipped: list[tuple[str, str]] = []
+    """Yield the records of a shard; write the notes at the end, before the shard becomes visible."""
+    rejected: list[tuple[str, str]] = []
     labels: Counter[tuple[str, str | None]] = Counter()
     pixels: Counter[str] = Counter()
     notes: list[str] = []
     stem = shard_name(job.shard)
     for number, line in zip(job.numbers, job.lines, strict=True):
         try:
-            made = _encode_line(job, line)
-        except RejectedRecord as refusal:
-            skipped.append((refusal.name, refusal.reason))
+            record = _encode_line(job, line)
+        except RejectedRecord as error:
+            rejected.append((error.name, error.reason))
         else:
-            pixels.update(made.pixels)
-            notes += [f"{display_name(line)}: {note}" for note in made.notes]
-            labels.update([(made.quantity, made.unit)] if made.quantity else [])
-            yield f"{job.name}/{stem}/{number:07d}", made.fields
+            pixels.update(record.pixels)
+            notes += [f"{display_name(line)}: {note}" for note in record.notes]
+            labels.update([(record.quantity, record.unit)] if record.quantity else [])
+            yield f"{job.name}/{stem}/{number:07d}", record.fields
         tick()
     for note in notes[:_MAX_PRINTED_NOTES]:
         print(escape_unprintable(note), file=sys.stderr)
     if len(notes) > _MAX_PRINTED_NOTES:
         print(f"shard {stem}: {len(notes) - _MAX_PRINTED_NOTES} more notes of this kind", file=sys.stderr)
-    if skipped:
-        write_json(job.root / f"{stem}.skipped.json", skipped)
+    if rejected:
+        write_json(job.root / f"{stem}.skipped.json", rejected)
     if labels:
         rows = [[quantity, unit, count] for (quantity, unit), count in sorted(labels.items(), key=str)]
         write_json(job.root / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
 
 
 def _encode_line(job: ShardJob, line: str) -> EncodedRecord:
-    """Read a line's record; Refused if it cannot be taken."""
-    name, facts = display_name(line), job.source.INFO
+    """Read and encode the record of a line. Raises RejectedRecord if the record is bad."""
+    name, source = display_name(line), job.source.INFO.name
 
     def read() -> RawSample:
-        with _classify_errors(name, facts.name):
+        with _classify_errors(name, source):
             try:
                 return job.source.read(job.raw, line)
             except (ValueError, OSError) as error:
-                # A record is left out for what is wrong with it, never because a disk is gone or fails.
+                # A record is rejected for its own content, never because a disk is gone or fails.
                 if not job.raw.exists():
                     raise ShardError(f"{job.raw} is gone: {RESUME_ADVICE}") from error
                 raise
 
     raw = retry(f"{name} of {job.raw}", read)
-    with _classify_errors(name, facts.name):
-        return encode_sample(raw, source=facts.name, name=name, short_side=job.short_side)
+    with _classify_errors(name, source):
+        return encode_sample(raw, source=source, name=name, short_side=job.short_side)
 
 
 @contextmanager
 def _classify_errors(name: str, source: str) -> Iterator[None]:
-    """Say of what goes wrong with a record whether the record is at fault: Refused, or else the disk or the code."""
+    """Raise RejectedRecord for errors of a record; let errors of the disk pass; raise RuntimeError for a bug."""
     try:
         yield
     except ShardError:
@@ -111,15 +115,14 @@ def _classify_errors(name: str, source: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if is_disk_failure(error):
             raise
-        raise RejectedRecord(
-            name, getattr(error, "strerror", None) or str(error) or type(error).__name__
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RejectedRecord(name, reason) from error
     except MemoryError as error:
-        raise RejectedRecord(name, "it needs more memory than there is") from error
+        raise RejectedRecord(name, "it needs more memory than is available") from error
     except Exception as error:
-        raise RuntimeError(f"{name}: the reader of {source} broke over it ({error!r})") from error
+        raise RuntimeError(f"{name}: the reader of {source} failed ({error!r})") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that is seen whole or not at all."""
+    """Write a JSON file atomically."""
     atomic_write(path, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -1,4 +1,4 @@
-"""What every reader of raw data shares: the facts of its set, and a record as it is read from it."""
+"""Types that every dataset reader shares: facts about a dataset, and one sample as it was read."""
 
 import errno
 from collections.abc import Mapping
@@ -16,51 +16,56 @@ FILE_ERRNOS = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-"""Numbers of errors that are one file's own; any other is its disk's, and no reason to leave a record out."""
+"""Error numbers that concern one file. Any other number means that the disk fails, and no record is rejected for it."""
 
-RESUME_ADVICE = "when the disk is there again, type the same command, which goes on where it stopped"
-"""What to do where `is_of_the_disk` holds."""
+RESUME_ADVICE = "when the disk is back, type the same command; it continues where it stopped"
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Whether a disk failed; what decoders and unpackers find wrong with a file has no number."""
+    """Return whether an error is a failing disk. Errors of decoders and of decompression have no error number."""
     return isinstance(error, OSError) and error.errno is not None and error.errno not in FILE_ERRNOS
 
 
 def resize_intrinsics(
     intrinsics: Mapping[str, float], before: tuple[int, int], after: tuple[int, int]
 ) -> dict[str, float]:
-    """Return the intrinsics of an image that was resized.
+    """Convert camera intrinsics to those of the resized image.
 
     Args:
-        intrinsics: fx, fy, cx, cy in pixels, as far as known; the centre of the upper left pixel is at 0, 0.
-        before: height and width that they are of.
-        after: height and width that they shall be of.
+        intrinsics: Any of fx, fy, cx, cy in pixels; the center of the upper left pixel is (0, 0).
+        before: Height and width of the image that they belong to.
+        after: Height and width of the resized image.
     """
     rows, columns = after[0] / before[0], after[1] / before[1]
-    made = {
+    convert = {
         "fx": lambda fx: fx * columns,
         "fy": lambda fy: fy * rows,
         "cx": lambda cx: (cx + 0.5) * columns - 0.5,
         "cy": lambda cy: (cy + 0.5) * rows - 0.5,
     }
-    return {name: made[name](value) if name in made else value for name, value in intrinsics.items()}
+    return {name: convert[name](value) if name in convert else value for name, value in intrinsics.items()}
+
+
+def same_aspect_ratio(size: tuple[int, int], other: tuple[int, ...]) -> bool:
+    """Return whether two sizes (height, width) have the same aspect ratio, up to a pixel of the second."""
+    scale = max(other[0] / size[0], other[1] / size[1])
+    return abs(other[0] - size[0] * scale) <= 1 and abs(other[1] - size[1] * scale) <= 1
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set before anything of it is read.
+    """Facts about a dataset that are known without reading it.
 
     Attributes:
-        name: Of the set and of its command: `depth-anything shard NAME`.
-        title: As its makers call it.
-        records: How many the paper takes, or the set's own count.
-        layout: Where its files lie below the raw folder.
-        get: Where to get it, and how large it is.
-        licence: SPDX name, or LicenseRef-…; goes into the manifest and into what is trained on it.
-        sky: "far" (disparity 0) or "invalid": what training does with the sky unless told otherwise.
-        leave_out: Glob patterns of names that are not taken unless asked for.
-        sharp: Its depth is dense and as sharp as its images: evaluation scores boundaries too.
+        name: Name of the set and of its command, `depth-anything shard NAME`.
+        title: Name that its authors use.
+        records: Number of records that the paper uses, or that the set has.
+        layout: Where its files are below the raw folder.
+        get: Where to download it, and its size.
+        licence: SPDX identifier or LicenseRef-…; copied to the manifest and to trained models.
+        sky: "far" (disparity 0) or "invalid": the default treatment of sky pixels in training.
+        leave_out: Glob patterns of record names that are skipped by default.
+        sharp: Depth is dense and as sharp as the images, so that evaluation also scores boundaries.
     """
 
     name: str
@@ -76,16 +81,16 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One record as a source reads it, before any rule about what is valid.
+    """One sample as a reader returns it, before pixels are checked.
 
     Attributes:
-        image: The image file as it is, or uint8 (H, W, 3) RGB where the set has no file to keep.
-        meta: For the record's json: unit, intrinsics if known, whatever a user of the pixels must know.
-        depth: float (H, W): planar depth (z), in meta["unit"]. NaN, infinite, zero and negative values may
-            stand in it: they are counted and become NaN.
-        disparity: float (H, W), larger is nearer, as the set stores it; likewise.
-        sky: bool (H, W), where the set says that there is sky.
-        invalid: Reason to bool (H, W): what else is not to be trusted.
+        image: The bytes of the image file, or uint8 (H, W, 3) RGB if the set has no image file.
+        meta: Fields of the record's JSON: unit, intrinsics if known, and other facts about the pixels.
+        depth: float (H, W), planar depth (z) in meta["unit"]. NaN, infinite, zero and negative values are allowed;
+            they are counted and become NaN.
+        disparity: float (H, W), larger is nearer, as stored; the same rule applies.
+        sky: bool (H, W), sky pixels according to the set.
+        invalid: Reason to bool (H, W): other pixels without a usable value.
     """
 
     image: bytes | np.ndarray
@@ -97,9 +102,9 @@ class RawSample:
 
 
 class RejectedRecord(ValueError):
-    """A file that is not taken into the set."""
+    """A record that is not written to the set, with the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
-        """Name the file and say why."""
+        """Store the name of the record and the reason."""
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason

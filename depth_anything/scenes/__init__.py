@@ -1,1 +1,1 @@
-"""Procedural scenes with exact depth: layout, ray casting, materials."""
+"""Procedural scenes with exact depth."""

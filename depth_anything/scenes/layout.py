@@ -1,62 +1,27 @@
-"""Procedural scenes: ray-cast rooms and streets with exact depth, in a synthetic and a photographic look.
+"""Random layouts of procedural scenes: furnished rooms and streets, and where the camera is.
 
-Facts: no data set is read; every scene is a function of its seed. Depth is planar z-depth in metres, +inf for
-sky (beyond 150 m counts as sky). Pixel centres lie on integers: the ray through column x, row y is
-((x - cx) / fx, (y - cy) / fy, 1). The same seed has the same geometry, hence the same depth, in both looks.
-Glass has the depth of its surface, a mirror that of its face.
+A layout is a function of its seed. Depth, image and looks are added by render.py.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 
-from depth_anything.data.sample import Frame, encode_frame
-from depth_anything.data.tars import ShardSet
-from depth_anything.ingest.source import DatasetInfo, RawSample
-from depth_anything.ingest.writer import write_source
-from depth_anything.scenes.materials import (
-    LOOKS,
-    PhiloxRandom,
-    photographic_camera,
-    random_atmosphere,
-    random_material,
-    synthetic_camera,
-)
-from depth_anything.scenes.raycast import (
-    PinholeView,
-    Scene,
-    Solid,
-    add_reflections,
-    cast_rays,
-    rotation_matrix,
-    shade,
-    shadow_map,
-    tint_glass,
-)
-
-RENDERER_VERSION = (
-    2  # of the pictures: raise it when a seed gives another one, so that old sets are told from new
-)
+from depth_anything.scenes.materials import PhiloxRandom
+from depth_anything.scenes.raycast import Solid, rotation_matrix
 
 
 @dataclass(frozen=True, eq=False)
 class SceneLayout:
-    """Solids, where the camera stands and how it looks, and whether there is a roof."""
+    """The solids of a scene, the pose and field of view of the camera, and whether the scene is indoors."""
 
     solids: list[Solid]
     origin: np.ndarray
     rotation: np.ndarray
-    field: float  # half the horizontal angle of view, radians
-    height: float  # metres up to the ceiling
+    field: float  # half of the horizontal field of view, radians
+    height: float  # meters from the floor to the ceiling
     indoors: bool
-
-
-# ------------------------------------------------------------------------------------------------- worlds
 
 
 def _box(
@@ -73,16 +38,16 @@ def _box(
     roll: float = 0.0,
     shape: str = "box",
 ) -> Solid:
-    """A solid whose underside stands y metres above the floor."""
+    """Return a solid whose lower side is y meters above the floor."""
     center, half = np.array([x, -y - height / 2, z]), np.array([width, height, length]) / 2
     return Solid(shape, center, half, rotation_matrix(yaw, pitch, roll).T, role)
 
 
 class Placement:
-    """A turned spot on the floor, to put parts of one thing on."""
+    """Position and rotation of an object on the floor; adds its parts."""
 
     def __init__(self, x: float, z: float, yaw: float) -> None:
-        """Choose the spot in metres and its turn about the vertical in radians."""
+        """Set the position in meters and the rotation about the vertical axis in radians."""
         self.x, self.z, self.yaw = x, z, yaw
 
     def put(
@@ -97,7 +62,7 @@ class Placement:
         *,
         shape: str = "box",
     ) -> Solid:
-        """A part at (dx, dz) in the thing's own axes, its underside y metres above the floor."""
+        """Return a part at (dx, dz) in the axes of the object, its lower side y meters above the floor."""
         c, s = math.cos(self.yaw), math.sin(self.yaw)
         x, z = self.x + c * dx + s * dz, self.z - s * dx + c * dz
         return _box(x, y, z, width, height, length, role, yaw=self.yaw, shape=shape)
@@ -176,14 +141,14 @@ def _glass_screen(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def _coat_stand(place: Placement, draw: PhiloxRandom) -> list[Solid]:
-    """A coat stand or fence: thin uprights in a row."""
+    """Return a coat stand or fence: thin posts in a row."""
     count, height = 2 + draw.integer(6), draw.uniform(0.8, 1.9)
     parts = [place.put(k * 0.18, 0, 0, 0.03, height, 0.03, "thin", shape="tube") for k in range(count)]
     return [*parts, place.put((count - 1) * 0.09, height * 0.9, 0, count * 0.18, 0.03, 0.03, "thin")]
 
 
 def _place_at_wall(width: float, length: float, gap: float, draw: PhiloxRandom) -> Placement:
-    """A spot `gap` metres before one of a room's walls, its own z axis pointing at the wall."""
+    """Return a placement `gap` meters in front of a random wall of a room, its z axis pointing to the wall."""
     yaw = draw.integer(4) * math.pi / 2
     along = draw.uniform(-0.4, 0.4)
     x, z = math.sin(yaw), math.cos(yaw)
@@ -193,14 +158,14 @@ def _place_at_wall(width: float, length: float, gap: float, draw: PhiloxRandom) 
 
 
 def _place_ahead(eye: np.ndarray, yaw: float, distance: float, draw: PhiloxRandom) -> Placement:
-    """A spot on the floor within half a radian of where the camera looks."""
+    """Return a placement on the floor within 0.5 rad of the viewing direction."""
     angle = yaw + draw.uniform(-0.5, 0.5)
     x, z = eye[0] + distance * math.sin(angle), eye[2] + distance * math.cos(angle)
     return Placement(float(x), float(z), draw.uniform(0, 2 * math.pi))
 
 
 def _random_room(draw: PhiloxRandom) -> SceneLayout:
-    """A furnished box, the camera near one end of it, facing more or less the other."""
+    """Return a furnished room with the camera near one end, looking roughly toward the other."""
     width, length, height = draw.uniform(4, 9), draw.uniform(6, 14), draw.uniform(2.4, 3.6)
     eye = np.array(
         [draw.uniform(-0.42, 0.42) * width, -draw.uniform(0.7, 2.0), draw.uniform(-0.46, -0.25) * length]
@@ -228,7 +193,7 @@ def _random_room(draw: PhiloxRandom) -> SceneLayout:
     for _ in range(3 + draw.integer(6)):
         solids += draw.choice(things)(spot(), draw)
     inward = math.atan2(-eye[0], -eye[2]) + draw.uniform(-0.5, 0.5)
-    for _ in range(1 + draw.integer(4)):  # close by, large in the picture
+    for _ in range(1 + draw.integer(4)):  # near the camera, large in the image
         place = _place_ahead(eye, inward, draw.uniform(1.6, 3.6), draw)
         x, z = (
             min(max(p, 0.5 - side / 2), side / 2 - 0.5) for p, side in ((place.x, width), (place.z, length))
@@ -298,7 +263,7 @@ def _pole(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
 
 
 def _random_street(draw: PhiloxRandom) -> SceneLayout:
-    """A road between two rows of buildings, the camera on it or beside it."""
+    """Return a road between two rows of buildings, with the camera on the road."""
     half = draw.uniform(3, 6)
     walk = half + draw.uniform(1.5, 4)
     eye = np.array([draw.uniform(-0.8, 0.8) * half, -draw.uniform(1.2, 2.4), 0.0])
@@ -337,7 +302,7 @@ def _random_street(draw: PhiloxRandom) -> SceneLayout:
             )
         )
     ahead = draw.uniform(-0.8, 0.8)
-    for _ in range(1 + draw.integer(3)):  # close by, large in the picture
+    for _ in range(1 + draw.integer(3)):  # near the camera, large in the image
         place = _place_ahead(eye, ahead, draw.uniform(3, 9), draw)
         x = min(max(place.x, 1 - walk), walk - 1)
         solids += draw.choice((_car, _car, _person, _tree, _trash_bin))(x, place.z, draw)
@@ -346,7 +311,7 @@ def _random_street(draw: PhiloxRandom) -> SceneLayout:
 
 
 def _is_clear_of_camera(solid: Solid, eye: np.ndarray) -> bool:
-    """Whether the camera is well outside a solid (or inside the shell)."""
+    """Return whether a solid is far enough from the camera; the room's shell always is."""
     if solid.shape == "shell":
         return True
     away = np.abs(solid.axes @ (eye - solid.center)) - solid.half
@@ -354,172 +319,7 @@ def _is_clear_of_camera(solid: Solid, eye: np.ndarray) -> bool:
 
 
 def random_layout(seed: int) -> SceneLayout:
-    """The geometry of a seed: as many rooms as streets; nothing within 0.9 m of the camera."""
+    """Return the layout of a seed: a room or a street with equal probability, nothing within 0.9 m of the camera."""
     draw = PhiloxRandom(seed, 1)
-    made = _random_room(draw) if draw.bernoulli(0.5) else _random_street(draw)
-    return replace(made, solids=[s for s in made.solids if _is_clear_of_camera(s, made.origin)])
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
-    """One scene: the same seed always gives the same picture.
-
-    Args:
-        seed: Non-negative, below 2**64. Both looks of a seed share their geometry.
-        look: "synthetic" (plain materials, simple light) or "photographic" (textures, lamps and shadows,
-            glass and mirrors, haze, lens and sensor; JPEG comes with writing).
-        height: Pixels.
-        width: Pixels.
-
-    Returns:
-        A Frame with depth in metres, float32 (H, W), +inf for sky; meta holds source, look, seed, unit, sky
-        and the intrinsics fx, fy, cx, cy in pixels.
-
-    Raises:
-        ValueError: If there is no such look.
-    """
-    if look not in LOOKS:
-        raise ValueError(f"look={look} is unknown: type synthetic or photographic")
-    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width)
-    meta = {
-        "source": "scenes",
-        "look": look,
-        "seed": seed,
-        "original_size": [height, width],
-        "intrinsics": {"fx": focal, "fy": focal, "cx": (width - 1) / 2, "cy": (height - 1) / 2},
-        "unit": "m",
-        "sky": "inf",
-    }
-    return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
-
-
-def write_scenes(
-    root: str | Path,
-    *,
-    look: str,
-    count: int,
-    seed: int,
-    height: int,
-    width: int,
-    per_shard: int = 128,
-    labelled: bool = True,
-) -> ShardSet:
-    """Write scenes as a set of shards, or return the set if it is there already.
-
-    Scene i is render(seed * 10_000_000 + i), so that sets of different seeds share no scene. May be killed
-    and started again, and several processes may write one set. Synthetic pictures are PNG, for they should
-    stay clean; photographs are JPEG of a quality from 40 to 92, drawn scene by scene.
-
-    Args:
-        root: Folder of the set, which is named after it.
-        look: "synthetic" or "photographic".
-        count: Scenes, up to 10 million.
-        seed: Of the set.
-        height: Pixels.
-        width: Pixels.
-        per_shard: Scenes a shard.
-        labelled: False writes pictures without their depth.
-
-    Raises:
-        ValueError: If there is no such look, or the folder holds another set.
-    """
-    source = SceneSource(look, count, seed, height, width, labelled)
-    made = write_source(source, Path(), root, per_shard=per_shard)
-    assert made is not None, "one part of one has every shard"
-    return made
-
-
-INFO = DatasetInfo(
-    name="scenes",
-    title="procedural scenes",
-    records=0,
-    layout="nothing: they are drawn",
-    get="python train.py stage=teacher draws them on first use",
-    licence="Apache-2.0",
-    sharp=True,
-)
-
-
-@dataclass(frozen=True)
-class SceneSource:
-    """The scenes of a set as a source: a line is the number of a scene in it."""
-
-    look: str
-    count: int
-    seed: int
-    height: int
-    width: int
-    labelled: bool
-    INFO: DatasetInfo = INFO
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the scenes."""
-        return {
-            "version": RENDERER_VERSION,
-            "look": self.look,
-            "count": self.count,
-            "seed": self.seed,
-            "height": self.height,
-            "width": self.width,
-            "labelled": self.labelled,
-        }
-
-    def find(self, raw: Path) -> Iterable[str]:
-        """Number the scenes; ValueError if there can be none."""
-        if self.look not in LOOKS:
-            raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
-        if self.count < 1:
-            raise ValueError(f"count={self.count}: at least 1")
-        return map(str, range(self.count))
-
-    def read(self, raw: Path, line: str) -> RawSample:
-        """Draw a scene: its picture encoded, its depth if the set has labels."""
-        scene = self.seed * 10_000_000 + int(line)
-        frame = render_scene(scene, look=self.look, height=self.height, width=self.width)
-        quality = 40 + PhiloxRandom(scene, 4).integer(53)
-        picture = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
-        if self.look == "synthetic":
-            picture = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
-        meta = {**frame.meta, "name": None}
-        sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(picture, meta, depth=frame.depth if self.labelled else None, sky=sky)
-
-
-def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Picture uint8 (H, W, 3), depth float32 (H, W) in metres, and the focal length in pixels."""
-    made = random_layout(seed)
-    focal = (width / 2) / math.tan(made.field)
-    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
-    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
-    view = PinholeView(made.origin, made.rotation, u, v)
-    panes = [s for s in made.solids if s.role == "glass"]
-    opaque = [s for s in made.solids if s.role != "glass"]
-    behind = cast_rays(opaque, view)
-    depth, number = cast_rays(panes, view)
-    in_front = depth < behind[0]
-    number = np.where(in_front, number + np.int16(len(opaque)), np.int16(-1))
-    depth = np.where(in_front, depth, behind[0])
-    draw = PhiloxRandom(seed, 2 + LOOKS.index(look))
-    air = random_atmosphere(look, indoors=made.indoors, height=made.height, draw=draw)
-    solids = opaque + panes
-    roles = [("wall", "ceiling", "floor") if s.shape == "shell" else (s.role,) for s in solids]
-    scene = Scene(
-        solids, [tuple(random_material(role, look=look, draw=draw) for role in r) for r in roles], air
-    )
-    if look == "synthetic":
-        return (
-            synthetic_camera(shade(scene, view, depth, np.where(in_front, number, behind[1]))),
-            depth,
-            focal,
-        )
-    if air.lights:
-        center = (made.origin + made.rotation[:, 2] * (3.0 if made.indoors else 12.0)) * np.array([1, 0, 1])
-        first = replace(air.lights[0], shadow=shadow_map(solids, air.lights[0], center))
-        scene = replace(scene, air=replace(air, lights=(first, *air.lights[1:])))
-    image = shade(scene, view, *behind)
-    add_reflections(image, scene, view, *behind)
-    tint_glass(image, scene, number)
-    return photographic_camera(image, depth, draw), depth, focal
+    layout = _random_room(draw) if draw.bernoulli(0.5) else _random_street(draw)
+    return replace(layout, solids=[s for s in layout.solids if _is_clear_of_camera(s, layout.origin)])

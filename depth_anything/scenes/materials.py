@@ -1,7 +1,7 @@
-"""What the scenes are made of and photographed with: random draws, textures, materials, light, camera.
+"""Materials, light and air of procedural scenes, and the random numbers that choose them.
 
-Nothing here knows geometry. Only operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons, integer
-arithmetic, table look-ups) touch pixels, so that a seed gives the same picture in any process, on any numpy.
+Pixels are computed only with operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons, integer arithmetic,
+table lookups), so a seed gives the same image in any process and with any version of NumPy.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 LOOKS = ("synthetic", "photographic")
-TEXTURE_SIZE = 256  # side of every texture in texels: a power of two, so that wrapping is a bit mask
+TEXTURE_SIZE = 256  # side of a texture in texels; a power of two, so that wrapping is a bit mask
 MIP_LEVELS = 9
 
 Color = tuple[float, float, float]
@@ -21,38 +21,38 @@ T = TypeVar("T")
 
 
 class PhiloxRandom:
-    """Random numbers from raw Philox words, which numpy does not change from one version to the next."""
+    """Random numbers from raw Philox words, which are the same in every version of NumPy."""
 
     def __init__(self, *key: int) -> None:
-        """Begin at a key: one or two integers in [0, 2**64); equal keys give equal numbers."""
+        """Start a sequence from a key of one or two integers in [0, 2**64)."""
         self._bits = np.random.Philox(key=np.array([*key, 0][:2], dtype=np.uint64))
         self._words: list[int] = []
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A float in [low, high)."""
+        """Return a float in [low, high)."""
         if not self._words:
             self._words = self._bits.random_raw(256).tolist()
         return low + (high - low) * ((self._words.pop() >> 11) * 2.0**-53)
 
     def integer(self, count: int) -> int:
-        """An integer in [0, count)."""
+        """Return an integer in [0, count)."""
         return int(self.uniform(0, count))
 
     def bernoulli(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.uniform() < probability
 
     def choice(self, options: Sequence[T]) -> T:
-        """One of the options, all equally likely."""
+        """Return one of the options, all with equal probability."""
         return options[self.integer(len(options))]
 
     def array(self, *shape: int) -> np.ndarray:
-        """Float32 array of numbers uniform in [0, 1)."""
+        """Return a float32 array, uniform in [0, 1)."""
         words = self._bits.random_raw(math.prod(shape))
         return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
 
     def approx_normal(self, *shape: int) -> np.ndarray:
-        """Float32 array, nearly normal: mean 0, deviation 1, within ±3.5 (a sum of four uniforms)."""
+        """Return an approximately normal float32 array: mean 0, deviation 1, within ±3.5 (a sum of four uniforms)."""
         words = self._bits.random_raw(math.prod(shape)).view(np.uint16).reshape(4, -1)
         total = words.sum(axis=0, dtype=np.int32) - 131070
         return (total.astype(np.float32) * np.float32(math.sqrt(3.0) / 65536)).reshape(shape)
@@ -60,7 +60,7 @@ class PhiloxRandom:
     def color(
         self, *, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]
     ) -> Color:
-        """Linear RGB colour from ranges of hue (turns), saturation and value."""
+        """Return a linear RGB color from ranges of hue (turns), saturation and value."""
         h, s, v = self.uniform(*hue) % 1.0 * 6.0, self.uniform(*saturation), self.uniform(*value)
         red, green, blue = (
             min(max(abs((h + shift) % 6.0 - 3.0) - 1.0, 0.0), 1.0) for shift in (0.0, 4.0, 2.0)
@@ -72,7 +72,7 @@ class PhiloxRandom:
 
 
 def _value_noise(draw: PhiloxRandom, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise of rows × columns random knots over one wrapping tile."""
+    """Return periodic value noise with rows x columns knots."""
     knots = draw.array(rows, columns)
     for axis, count in enumerate((rows, columns)):
         position = np.arange(TEXTURE_SIZE, dtype=np.float32) * np.float32(count / TEXTURE_SIZE)
@@ -91,12 +91,12 @@ def _fractal_noise(draw: PhiloxRandom, coarse: int = 4, octaves: int = 5) -> np.
 def _brick_pattern(
     draw: PhiloxRandom, *, height: int, width: int, joint: int, shifted: bool, contrast: float
 ) -> np.ndarray:
-    """Bricks, planks or tiles: a grey each, dark joints between."""
+    """Return bricks, planks or tiles: each of one gray, with dark joints."""
     y, x = np.mgrid[:TEXTURE_SIZE, :TEXTURE_SIZE]
     row = y // height
     x = (x + (row % 2) * (width // 2)) % TEXTURE_SIZE if shifted else x
-    grey = draw.array(TEXTURE_SIZE // height, TEXTURE_SIZE // width)[row, x // width]
-    value = 1 - contrast + contrast * grey
+    gray = draw.array(TEXTURE_SIZE // height, TEXTURE_SIZE // width)[row, x // width]
+    value = 1 - contrast + contrast * gray
     return np.where((y % height < joint) | (x % width < joint), np.float32(0.15), value).astype(np.float32)
 
 
@@ -106,7 +106,7 @@ def _wood_pattern(draw: PhiloxRandom) -> np.ndarray:
 
 
 def _collage_pattern(draw: PhiloxRandom) -> np.ndarray:
-    """Overlapping coloured shapes and strokes: edges that no geometry explains."""
+    """Return overlapping colored shapes and strokes: image edges without depth edges."""
     y, x = np.mgrid[:TEXTURE_SIZE, :TEXTURE_SIZE].astype(np.float32)
     canvas = np.stack([_fractal_noise(draw, 2) for _ in range(3)])
     for _ in range(70):
@@ -174,7 +174,7 @@ _PATTERNS: dict[str, Callable[[PhiloxRandom], np.ndarray]] = {
 
 @functools.cache
 def texture(name: str) -> np.ndarray:
-    """A repeating pattern in [0, 1] and its eight halvings end to end, (1 or 3, 87381); made once."""
+    """Return a periodic pattern in [0, 1] and its eight mip levels, concatenated: (1 or 3, 87381). Cached."""
     level: np.ndarray = _PATTERNS[name](
         PhiloxRandom(sum(ord(c) << 8 * k for k, c in enumerate(name[:7])), 77)
     ).astype(np.float32)
@@ -198,12 +198,14 @@ _MIP_OFFSETS = np.concatenate(
 
 @dataclass(frozen=True)
 class Material:
-    """Two colours and the pattern that mixes them.
+    """Two colors and the pattern that mixes them.
 
     Attributes:
-        low, high: linear RGB where the pattern is 0 and 1.
-        pattern: a texture name, or "" for plain `high`.
-        texels: texels per metre; shift: texels.
+        low: Linear RGB where the pattern is 0.
+        high: Linear RGB where the pattern is 1.
+        pattern: Name of a texture, or "" for plain `high`.
+        texels_per_meter: Scale of the pattern.
+        shift: Offset of the pattern in texels.
     """
 
     low: Color
@@ -213,7 +215,7 @@ class Material:
     shift: tuple[float, float] = (0.0, 0.0)
 
     def albedo(self, a: np.ndarray, b: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-        """Linear RGB (3, n) at surface coordinates a, b (n,), `footprint` to a pixel; all in metres."""
+        """Return linear RGB (3, n) at surface coordinates a, b (n,) in meters; `footprint` (n,) is a pixel's size."""
         high = np.array(self.high, np.float32)[:, None]
         if not self.pattern:
             return np.broadcast_to(high, (3, a.size))
@@ -231,7 +233,7 @@ def _scale_color(color: Color, amount: float) -> Color:
     return color[0] * amount, color[1] * amount, color[2] * amount
 
 
-# role: (hue, saturation, value, patterns). A computer-graphics palette: light, plain, faint.
+# role: (hue, saturation, value, patterns). Light plain colors, as in computer graphics.
 _SYNTHETIC_MATERIALS = {
     "floor": ((0.05, 0.15), (0.1, 0.4), (0.4, 0.7), ("wood", "tiles", "")),
     "wall": ((0.0, 1.0), (0.0, 0.15), (0.6, 0.85), ("", "", "fractal")),
@@ -248,18 +250,8 @@ _SYNTHETIC_MATERIALS = {
     "glass": ((0.5, 0.6), (0.1, 0.3), (0.6, 0.8), ("",)),
     "mirror": ((0.55, 0.6), (0.0, 0.1), (0.7, 0.9), ("",)),
 }
-_PHOTOGRAPHIC_PATTERNS = (
-    "fractal",
-    "speckle",
-    "wood",
-    "brick",
-    "tiles",
-    "checker",
-    "stripes",
-    "spots",
-    "collage",
-    "camouflage",
-    "text",
+_PHOTOGRAPHIC_PATTERNS = tuple(
+    "fractal speckle wood brick tiles checker stripes spots collage camouflage text".split()
 )
 _PHOTOGRAPHIC_MATERIALS = {
     "floor": (
@@ -295,7 +287,7 @@ _PHOTOGRAPHIC_MATERIALS = {
 
 
 def random_material(role: str, *, look: str, draw: PhiloxRandom) -> Material:
-    """A random material for a role (floor, wall, furniture, …) in a look."""
+    """Return a random material for a role (floor, wall, furniture, …) in a look."""
     hue, saturation, value, patterns = (
         _SYNTHETIC_MATERIALS if look == "synthetic" else _PHOTOGRAPHIC_MATERIALS
     )[role]
@@ -322,12 +314,12 @@ def random_material(role: str, *, look: str, draw: PhiloxRandom) -> Material:
 
 @dataclass(frozen=True)
 class Light:
-    """One lamp or the sun.
+    """A lamp or the sun.
 
     Attributes:
-        position: metres in the world, or the direction towards the light when `distant`.
-        reach: metres at which a lamp has a quarter of its strength left.
-        shadow: function of world points (three arrays) giving True where they lie in shadow, or None.
+        position: World position in meters; if `distant`, the direction toward the light.
+        reach: Distance in meters at which a lamp has a quarter of its strength.
+        shadow: Function of world points (three arrays) that is True in shadow, or None.
     """
 
     position: Color
@@ -339,19 +331,19 @@ class Light:
 
 @dataclass(frozen=True)
 class Atmosphere:
-    """What light and air do to a scene: light from above and below, lamps, haze, sky."""
+    """Light and air of a scene: ambient light from above and below, lamps, haze, sky."""
 
     above: Color
     below: Color
     lights: tuple[Light, ...]
     haze: Color
-    density: float  # per metre
+    density: float  # per meter
     zenith: Color
     clouds: float = 0.0
 
 
 def exp_negative(x: np.ndarray) -> np.ndarray:
-    """exp(-x) for x >= 0 within 0.02, from exactly rounded operations: (1 + x/16)**-16."""
+    """Approximate exp(-x) for x >= 0 within 0.02 with exactly rounded operations, as (1 + x/16)**-16."""
     y = 1 / (1 + x * np.float32(1 / 16))
     for _ in range(4):
         y = y * y
@@ -361,7 +353,7 @@ def exp_negative(x: np.ndarray) -> np.ndarray:
 def illuminate(
     albedo: np.ndarray, points: list[np.ndarray], normals: np.ndarray, air: Atmosphere
 ) -> np.ndarray:
-    """Light leaving each point, (3, n): sky light by the normal's height, then each lamp by Lambert's law."""
+    """Return the light leaving each point, (3, n): ambient light by the normal's height, and lamps by Lambert's law."""
     up = 0.5 - 0.5 * normals[1]
     total = [np.float32(b) + np.float32(a - b) * up for a, b in zip(air.above, air.below, strict=True)]
     for light in air.lights:
@@ -381,7 +373,7 @@ def illuminate(
 
 
 def random_atmosphere(look: str, *, indoors: bool, height: float, draw: PhiloxRandom) -> Atmosphere:
-    """Light, haze and sky without shadows; lamps hang below `height` metres indoors."""
+    """Return random light, haze and sky, without shadows; indoors, lamps hang below `height` meters."""
     if look == "synthetic":
         side = _normalize(draw.uniform(-1, 1), -draw.uniform(0.5, 1.5), -draw.uniform(0.2, 1))
         sky = (0.55, 0.7, 0.9)
@@ -401,8 +393,8 @@ def random_atmosphere(look: str, *, indoors: bool, height: float, draw: PhiloxRa
             power = draw.uniform(0.5, 1.6)
             lamps.append(Light(place, _scale_color(tint, power), False, draw.uniform(2, 6)))
         density = draw.choice((0.01, 0.03, 0.05, 0.08)) * draw.uniform(0.7, 1.3)
-        grey = draw.color(hue=(0, 1), saturation=(0, 0.3), value=(0.4, 0.9))
-        return Atmosphere(above, below, tuple(lamps), grey, density, grey)
+        gray = draw.color(hue=(0, 1), saturation=(0, 0.3), value=(0.4, 0.9))
+        return Atmosphere(above, below, tuple(lamps), gray, density, gray)
     sun = _normalize(draw.uniform(-1, 1), -draw.uniform(0.25, 1.2), draw.uniform(-1, 0.6))
     strength = draw.choice((0.0, 0.6, 1.1)) * draw.uniform(0.7, 1.2)
     haze = draw.color(
@@ -415,91 +407,10 @@ def random_atmosphere(look: str, *, indoors: bool, height: float, draw: PhiloxRa
 
 
 def color_temperature(warmth: float) -> Color:
-    """A light's colour from blue (-1, open shade) through white (0) to orange (1, a bulb)."""
+    """Return the color of a light, from blue (-1, open shade) through white (0) to orange (1, a bulb)."""
     return 1 + 0.35 * warmth, 1 + 0.05 * warmth, 1 - 0.5 * warmth if warmth > 0 else 1 - 0.3 * warmth
 
 
 def _normalize(x: float, y: float, z: float) -> Color:
     length = math.sqrt(x * x + y * y + z * z)
     return x / length, y / length, z / length
-
-
-# ------------------------------------------------------------------------------------- lens and sensor
-
-
-def _translate(image: np.ndarray, offset: int, axis: int) -> np.ndarray:
-    """The image moved by offset pixels along an axis, its border repeated."""
-    length = image.shape[axis]
-    return np.take(image, np.clip(np.arange(length) - offset, 0, length - 1), axis)
-
-
-def binomial_blur(image: np.ndarray, passes: int) -> np.ndarray:
-    """Binomial 1-2-1 blur over the last two axes; each pass adds 0.5 px² of variance."""
-    for _ in range(passes):
-        for axis in (-1, -2):
-            image = (_translate(image, 1, axis) + _translate(image, -1, axis)) * np.float32(
-                0.25
-            ) + image * np.float32(0.5)
-    return image
-
-
-def motion_blur(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """Motion blur: mean of the image moved along a line of (dx, dy) pixels."""
-    steps = max(abs(dx), abs(dy))
-    total = image
-    for k in range(1, steps + 1):
-        total = total + _translate(_translate(image, round(dx * k / steps), -1), round(dy * k / steps), -2)
-    return total / np.float32(steps + 1)
-
-
-def apply_tone_curve(image: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Linear RGB (3, H, W) through a tone curve to uint8 (H, W, 3), by table."""
-    table = np.clip(np.round(255 * curve(np.linspace(0, 1, 4096))), 0, 255).astype(np.uint8)
-    codes = (np.clip(image, 0, 1) * np.float32(4095) + np.float32(0.5)).astype(np.int16)
-    return np.ascontiguousarray(np.moveaxis(table[codes], 0, -1))
-
-
-def synthetic_camera(image: np.ndarray) -> np.ndarray:
-    """The synthetic look's camera: gamma and nothing else."""
-    return apply_tone_curve(image * np.float32(0.9), lambda x: x ** (1 / 2.2))
-
-
-def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom) -> np.ndarray:
-    """The photographic look's camera: exposure, white balance, focus, motion, vignette, noise, tone curve.
-
-    Args:
-        image: linear RGB, float32 (3, H, W).
-        depth: metres, float32 (H, W), +inf for sky; steers the focus only.
-        draw: random numbers.
-    """
-    height, width = depth.shape
-    grey = (
-        int((image[1] * 4096).astype(np.int64).sum()) / (4096 * depth.size) + 0.02
-    )  # integers add up exactly
-    gain = draw.uniform(0.25, 0.5) / grey
-    balance = color_temperature(draw.uniform(-0.6, 0.6))
-    image = image * np.array([gain * c for c in balance], np.float32)[:, None, None]
-    if draw.bernoulli(0.35):  # out of focus: the further from the focal plane, the softer
-        focus = 1 / np.float32(draw.uniform(1.5, 10))
-        away = np.clip(np.abs(1 / depth - focus) * np.float32(draw.uniform(2, 6)), 0, 1)
-        image = image + (binomial_blur(image, 1 + width // 64) - image) * away
-    if draw.bernoulli(0.25):
-        reach = max(1, width // 50)
-        image = motion_blur(image, draw.integer(2 * reach + 1) - reach, draw.integer(2 * reach + 1) - reach)
-    if draw.bernoulli(0.6):
-        image = binomial_blur(image, 1)
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
-    image = image * (1 - np.float32(draw.uniform(0, 0.3)) * (x * x + y * y))
-    read, shot = draw.uniform(0.002, 0.012), draw.uniform(0.005, 0.03)
-    level = np.sqrt(np.maximum(image, 0)) * np.float32(shot) + np.float32(read)
-    image = image + draw.approx_normal(3, height, width) * level
-    mean = (image[0] + image[1] + image[2]) * np.float32(1 / 3)
-    image = mean + (image - mean) * np.float32(draw.uniform(0.4, 1.3))
-    gamma, contrast = draw.uniform(1.7, 2.6), draw.uniform(-0.3, 0.6)
-
-    def curve(x: np.ndarray) -> np.ndarray:
-        tone = x ** (1 / gamma)
-        return tone + contrast * (tone * tone * (3 - 2 * tone) - tone)
-
-    return apply_tone_curve(image, curve)

@@ -1,11 +1,10 @@
-"""The ray caster behind the scenes: solids, pinhole views, exact depth, shading, shadows, mirrors and glass.
+"""Ray casting for procedural scenes: solids, pinhole views, exact depth, shading, shadows, mirrors and glass.
 
-Everything is structure of arrays in float32. A ray is (u, v, 1) in the camera's axes, so that its length
-parameter is the planar depth; in a solid's own axes it is u * a + (v * b + c), and only the rows and columns
-that a solid's bounding box may cover are looked at.
+Arrays are float32 with one array per component. A ray is (u, v, 1) in the axes of the camera, so its length parameter
+is the planar depth. In the axes of a solid it is u * a + (v * b + c). Only the rows and columns that the bounding box
+of a solid may cover are computed.
 
-World axes are those of an upright camera: x right, y down (the floor is y = 0, things stand at negative y), z
-ahead.
+World axes: x right, y down (the floor is y = 0, objects have negative y), z forward.
 """
 
 import math
@@ -16,22 +15,21 @@ import numpy as np
 
 from depth_anything.scenes.materials import Atmosphere, Light, Material, exp_negative, illuminate, texture
 
-FAR_M = 150.0  # metres: what lies beyond is sky
+FAR_M = 150.0  # everything beyond is sky
 NEAR_M = 0.1
-EPSILON = np.float32(
-    1e-20
-)  # added to what may be zero, a ray that runs along a face; changes no other number
+EPSILON = np.float32(1e-20)  # added to a divisor that is zero for a ray along a face; changes no other value
 
 
 @dataclass(frozen=True, eq=False)
 class Solid:
-    """A box, ball (ellipsoid) or tube (upright in its own axes), or the inside of a room's shell.
+    """A box, ball (ellipsoid), tube (upright in its own axes), or shell (a room seen from the inside).
 
     Attributes:
         shape: "box" | "ball" | "tube" | "shell".
-        centre: (3,) metres; half: (3,) half sizes along its axes, metres.
-        axes: (3, 3), rows are its axes in the world.
-        role: what it is made of (see looks.material).
+        center: (3,) in meters.
+        half: (3,) half sizes along its axes, in meters.
+        axes: (3, 3), the rows are its axes in the world.
+        role: Kind of surface; see `materials.random_material`.
     """
 
     shape: str
@@ -43,7 +41,7 @@ class Solid:
 
 @dataclass(frozen=True, eq=False)
 class PinholeView:
-    """A pinhole at `origin` (3,): the ray of column u, row v is rotation @ (u, v, 1), its parameter depth."""
+    """A pinhole camera at `origin` (3,). The ray of column u, row v is rotation @ (u, v, 1); its parameter is depth."""
 
     origin: np.ndarray
     rotation: np.ndarray
@@ -51,13 +49,13 @@ class PinholeView:
     v: np.ndarray
 
     def crop(self, rows: slice, columns: slice) -> "PinholeView":
-        """The same pinhole, fewer pixels."""
+        """Return the view of a window of the pixels."""
         return replace(self, u=self.u[columns], v=self.v[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Solids (panes of glass last), what they are made of (a shell: wall, ceiling, floor), and the air."""
+    """Solids (glass last), their materials (of a shell: wall, ceiling, floor), and the atmosphere."""
 
     solids: list[Solid]
     materials: list[tuple[Material, ...]]
@@ -65,7 +63,7 @@ class Scene:
 
 
 def rotation_matrix(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> np.ndarray:
-    """World from camera: roll about the view, then pitch (positive: down), then yaw (positive: right)."""
+    """Return the rotation from camera to world: roll, then pitch (down is positive), then yaw (right is positive)."""
     a, b, c = (
         (math.cos(yaw), math.sin(yaw)),
         (math.cos(pitch), math.sin(pitch)),
@@ -83,7 +81,7 @@ _CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1
 
 
 def _projected_windows(solids: list[Solid], view: PinholeView) -> list[tuple[slice, slice] | None]:
-    """Per solid the rows and columns its bounding box may cover in the view, None if none."""
+    """Return for each solid the rows and columns that its bounding box may cover, None if it is not in view."""
     reach = np.stack([s.half[:, None] * s.axes for s in solids])
     corners = (_CORNERS @ reach + np.stack([s.center for s in solids])[:, None] - view.origin) @ view.rotation
     z = corners[..., 2]
@@ -98,7 +96,7 @@ def _projected_windows(solids: list[Solid], view: PinholeView) -> list[tuple[sli
     for k in range(len(solids)):
         if farthest[k] < NEAR_M:
             windows.append(None)
-        elif nearest[k] < NEAR_M:  # a corner behind the pinhole projects to nowhere
+        elif nearest[k] < NEAR_M:  # a corner behind the camera has no projection
             windows.append((slice(0, view.v.size), slice(0, view.u.size)))
         elif top[k] < bottom[k] and left[k] < right[k]:
             windows.append((slice(top[k], bottom[k]), slice(left[k], right[k])))
@@ -108,7 +106,7 @@ def _projected_windows(solids: list[Solid], view: PinholeView) -> list[tuple[sli
 
 
 def _to_local(solid: Solid, view: PinholeView) -> tuple[np.ndarray, np.ndarray]:
-    """Origin (3,) and ray matrix (3, 3) in the solid's own units, in which it is ±1 or of radius 1."""
+    """Return origin (3,) and ray matrix (3, 3) in the axes of a solid, scaled to half sizes or radius 1."""
     scale = solid.axes / solid.half[:, None]
     return (scale @ (view.origin - solid.center)).astype(np.float32), (scale @ view.rotation).astype(
         np.float32
@@ -116,14 +114,14 @@ def _to_local(solid: Solid, view: PinholeView) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slab_interval(o: np.float32, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays enter and leave -1..1 on one axis."""
+    """Return where rays enter and leave [-1, 1] on one axis."""
     inverse = 1 / (d + EPSILON)
     middle, spread = -o * inverse, np.abs(inverse)
     return middle - spread, middle + spread
 
 
 def _ray_interval(solid: Solid, view: PinholeView) -> tuple[np.ndarray, np.ndarray]:
-    """Where the view's rays enter and leave a solid (entry >= exit: a miss), as depth."""
+    """Return the depths at which rays enter and leave a solid; entry >= exit means a miss."""
     o, m = _to_local(solid, view)
     u, v = view.u, view.v[:, None]
     d = [m[k, 0] * u + (m[k, 1] * v + m[k, 2]) for k in range(3)]
@@ -147,16 +145,16 @@ def _ray_interval(solid: Solid, view: PinholeView) -> tuple[np.ndarray, np.ndarr
 def cast_rays(
     solids: list[Solid], view: PinholeView, *, beyond: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First solid on every ray.
+    """Find the first solid on each ray.
 
     Args:
-        solids: what there is.
-        view: H × W rays.
-        beyond: depth (H, W) before which nothing is seen, None for 0.1 m.
+        solids: The solids.
+        view: H x W rays.
+        beyond: depth (H, W) up to which solids are ignored. None: 0.1 m.
 
     Returns:
-        depth (H, W) float32 in metres, +inf where a ray meets nothing within 150 m, and int16 (H, W) the
-        solid's number, -1 for none.
+        Depth, float32 (H, W) in meters, +inf where a ray hits nothing within 150 m; and the number of the solid, int16
+        (H, W), -1 for none.
     """
     depth = np.full((view.v.size, view.u.size), np.float32(FAR_M))
     number = np.full(depth.shape, -1, np.int16)
@@ -167,7 +165,7 @@ def cast_rays(
         near, far = _ray_interval(solid, view.crop(*window))
         so_far = depth[window]
         start = np.float32(NEAR_M) if beyond is None else beyond[window]
-        if solid.shape == "shell":  # seen from within: the wall is where the ray leaves
+        if solid.shape == "shell":  # seen from the inside: the wall is where the ray leaves
             near, hit = far, (far < so_far) & (far > start)
         else:
             hit = (near < far) & (near < so_far) & (near > start)
@@ -181,7 +179,7 @@ def cast_rays(
 
 
 def _curved_normals(solid: Solid, local: list[np.ndarray]) -> np.ndarray:
-    """World normals (3, n) of a ball, or of a tube with its flat ends."""
+    """Return the world normals (3, n) of a ball or of a tube, whose ends are flat."""
     half, axes = solid.half.astype(np.float32), solid.axes.astype(np.float32)
     bent = [p / h for p, h in zip(local, half, strict=True)]
     if solid.shape == "tube":
@@ -200,18 +198,18 @@ def _surface_properties(
     v: np.ndarray,
     depth: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Albedo and world normal, both (3, n), of one solid at n rays."""
+    """Return the albedo and the world normal, both (3, n), of one solid at n rays."""
     o, m = _to_local(solid, view)
     local = [o[k] + depth * (m[k, 0] * u + (m[k, 1] * v + m[k, 2])) for k in range(3)]
-    metres = [p * h for p, h in zip(local, solid.half.astype(np.float32), strict=True)]
+    meters = [p * h for p, h in zip(local, solid.half.astype(np.float32), strict=True)]
     footprint = depth * np.float32(view.u[-1] - view.u[0]) / np.float32(view.u.size)
     if solid.shape in ("ball", "tube"):
-        return made_of[0].albedo(metres[0] + metres[2], metres[1], footprint), _curved_normals(solid, local)
+        return made_of[0].albedo(meters[0] + meters[2], meters[1], footprint), _curved_normals(solid, local)
     size = [np.abs(p) for p in local]
     on_x, on_y = (size[0] > size[1]) & (size[0] > size[2]), size[1] > size[2]
     face = np.where(on_x, 0, np.where(on_y, 1, 2))
     outside = np.where(on_x, local[0], np.where(on_y, local[1], local[2])) > 0
-    a, b = np.where(on_x, metres[2], metres[0]), np.where(face == 1, metres[2], metres[1])
+    a, b = np.where(on_x, meters[2], meters[0]), np.where(face == 1, meters[2], meters[1])
     sign = np.where(outside != (solid.shape == "shell"), np.float32(1), np.float32(-1))
     normal = solid.axes.astype(np.float32).T[:, face] * sign
     if solid.shape != "shell":
@@ -225,10 +223,10 @@ def _surface_properties(
 
 
 def shade(scene: Scene, view: PinholeView, depth: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """Linear RGB (3, H, W) of what `cast` found, haze and sky included."""
+    """Compute linear RGB (3, H, W) for the result of `cast_rays`, including haze and sky."""
     order = np.argsort(
         number.ravel(), kind="stable"
-    )  # solid by solid: each is shaded in one contiguous piece
+    )  # sorted by solid: each is shaded as one contiguous slice
     starts = np.searchsorted(number.ravel()[order], np.arange(len(scene.solids) + 1)).tolist()
     row, column = np.divmod(order, view.u.size)
     u, v, depth = view.u[column], view.v[row], depth.ravel()[order]
@@ -255,7 +253,7 @@ def shade(scene: Scene, view: PinholeView, depth: np.ndarray, number: np.ndarray
 
 
 def _sky_color(air: Atmosphere, rays: list[np.ndarray]) -> np.ndarray:
-    """Haze at the horizon, the zenith's colour above, clouds."""
+    """Return the color of the sky: haze at the horizon, the zenith's color above, clouds."""
     length = np.sqrt(rays[0] * rays[0] + rays[1] * rays[1] + rays[2] * rays[2])
     up = np.clip(rays[1] / length * -2, 0, 1)
     haze, zenith = (np.array(c, np.float32)[:, None] for c in (air.haze, air.zenith))
@@ -271,7 +269,7 @@ def _sky_color(air: Atmosphere, rays: list[np.ndarray]) -> np.ndarray:
 def shadow_map(
     solids: list[Solid], light: Light, center: np.ndarray
 ) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """A shadow map: depth seen from the light towards `centre`, to ask of world points (True: in shadow)."""
+    """Return a function of world points that is True in shadow, from a depth map as the light sees `center`."""
     origin, spread, side = np.array(light.position), 2.2, 96
     if light.distant:
         origin, spread, side = center + 60 * origin, 0.28, 160
@@ -285,7 +283,7 @@ def shadow_map(
         [s for s in solids if s.shape != "shell" and s.role not in ("lamp", "glass", "road", "ground")],
         PinholeView(origin, turn, grid, grid),
     )
-    depth = depth + np.float32(0.4 if light.distant else 0.04)  # or surfaces would shade themselves
+    depth = depth + np.float32(0.4 if light.distant else 0.04)  # else surfaces would shadow themselves
     axes, start, half = turn.T.astype(np.float32), origin.astype(np.float32), np.float32(side / 2)
 
     def in_shadow(points: list[np.ndarray]) -> np.ndarray:
@@ -303,7 +301,7 @@ def shadow_map(
 def add_reflections(
     image: np.ndarray, scene: Scene, view: PinholeView, depth: np.ndarray, number: np.ndarray
 ) -> None:
-    """Puts the reflections of the largest mirror into `image` (3, H, W): the view from behind its face."""
+    """Draw the reflections of the largest mirror into `image` (3, H, W), as the view from behind its face."""
     mirrors = [(int((number == k).sum()), k) for k, s in enumerate(scene.solids) if s.role == "mirror"]
     pixels, k = max(mirrors, default=(0, 0))
     if pixels < 16:
@@ -331,7 +329,7 @@ def add_reflections(
 
 
 def tint_glass(image: np.ndarray, scene: Scene, number: np.ndarray) -> None:
-    """Tints what `image` (3, H, W) shows behind each pane; number (H, W): the pane in front, -1 for none."""
+    """Tint `image` (3, H, W) behind each glass pane; `number` (H, W) is the pane in front, -1 for none."""
     for k in np.unique(number[number >= 0]).tolist():
         tint = np.array(scene.materials[k][0].high, np.float32)[:, None, None]
         np.copyto(image, image * tint * np.float32(0.75) + np.float32(0.05), where=number == k)

@@ -1,4 +1,4 @@
-"""`depth-anything shard custom` and `stats`, as a user types them."""
+"""The commands `depth-anything shard custom` and `stats`."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_check_only_writes_no_shards(tmp_path, capsys):
     assert "pairs:      3" in text and "with  unit: mm  it would be" in text
 
 
-def test_a_set_is_checked_written_and_counted(tmp_path, capsys):
+def test_a_set_is_checked_and_written(tmp_path, capsys):
     make_set(tmp_path, names=tuple("abcdefgh"), yaml="name: yard\nunit: mm\nlicence: CC-BY-4.0\n")
     for name in "bcdefgh":
         (tmp_path / f"rgb/{name}.jpg").unlink()
@@ -44,17 +44,17 @@ def test_a_set_is_checked_written_and_counted(tmp_path, capsys):
     assert "licence:    CC-BY-4.0" in capsys.readouterr().out and read_png(picture)[0].shape[1] > 1000
 
 
-def test_what_was_begun_goes_on_without_another_look(tmp_path, monkeypatch):
+def test_a_set_that_was_started_is_continued_without_another_check(tmp_path, monkeypatch):
     make_set(tmp_path, yaml="name: yard\nunit: mm\n")
     typed = ["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out"), "--per-shard", "2"]
     assert main([*typed, "--part", "1/2"]) == 0
-    looked = []
-    monkeypatch.setattr(custom_command, "_write_check_report", lambda *_: looked.append(1))
-    assert main([*typed, "--part", "2/2"]) == 0 and not looked
+    checked = []
+    monkeypatch.setattr(custom_command, "_write_check_report", lambda *_: checked.append(1))
+    assert main([*typed, "--part", "2/2"]) == 0 and not checked
     assert open_set(tmp_path / "out").records == 3
 
 
-def test_large_pictures_are_written_smaller(tmp_path):
+def test_short_side_resizes_large_images(tmp_path):
     make_set(tmp_path, names=("a",), size=(300, 400))
     typed = ["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out")]
     assert main([*typed, "--short-side", "140"]) == 0
@@ -65,24 +65,24 @@ def test_large_pictures_are_written_smaller(tmp_path):
     ("yaml", "reason"),
     [
         ("unit: m\nunits: 2\n", "did you mean unit"),
-        ("unit: mm\nkey: a\nname: a b\n", '"a b" cannot name a set'),
+        ("unit: mm\nkey: a\nname: a b\n", '"a b"'),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, yaml, reason, capsys):
+def test_an_error_is_one_line(tmp_path, yaml, reason, capsys):
     make_set(tmp_path, yaml=yaml)
     assert reason in complaint(capsys, "shard", "custom", tmp_path / "set.yaml", tmp_path / "out")
 
 
-def test_another_yaml_does_not_mix(tmp_path, capsys):
+def test_other_settings_are_rejected(tmp_path, capsys):
     make_set(tmp_path)
     typed = ["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out")]
     assert main(typed) == 0
     capsys.readouterr()
     make_set(tmp_path, yaml="unit: cm\n")
-    assert "made with other settings (scale 0.001 in place of 0.01)" in complaint(capsys, *typed)
+    assert "scale 0.001 in place of 0.01" in complaint(capsys, *typed)
 
 
-def test_stats_of_a_damaged_set_says_so(tmp_path, capsys):
+def test_stats_reports_a_damaged_set(tmp_path, capsys):
     make_set(tmp_path)
     out = tmp_path / "out"
     assert main(["shard", "custom", str(tmp_path / "set.yaml"), str(out)]) == 0
@@ -91,11 +91,11 @@ def test_stats_of_a_damaged_set_says_so(tmp_path, capsys):
     (out / "00000.tar").write_bytes(bytes(data))
     assert main(["stats", str(out), "--output", str(tmp_path / "stats.png")]) == 1
     assert "unreadable: 1 of the sample" in capsys.readouterr().out
-    assert "is not a folder" in complaint(capsys, "stats", tmp_path / "nowhere")
-    assert "at least 1" in complaint(capsys, "stats", out, "--count", 0)
+    assert str(tmp_path / "nowhere") in complaint(capsys, "stats", tmp_path / "nowhere")
+    assert "--count" in complaint(capsys, "stats", out, "--count", 0)
 
 
-def test_maps_of_another_size_than_their_images(tmp_path):
+def test_maps_may_be_smaller_than_their_images(tmp_path):
     make_set(tmp_path, names=("a", "b"))
     write_map(tmp_path / "depth/a.png", np.full((18, 24), 3000))
     assert main(["shard", "custom", str(tmp_path / "set.yaml"), str(tmp_path / "out")]) == 0

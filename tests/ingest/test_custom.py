@@ -1,5 +1,6 @@
-"""A user's own set: names matched, values as declared, and what does not fit refused with its reason."""
+"""A user's own set: pairs are matched by name, values are converted, and bad pairs are rejected with a reason."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -35,7 +36,7 @@ def skipped(folder):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_values_come_back(tmp_path, ending):
+def test_values_of_every_format_are_stored_unchanged(tmp_path, ending):
     scale, yaml = (0.001, "unit: mm\n") if ending == ".png" else (1.0, "unit: m\n")
     truth = make_set(tmp_path, ending=ending, scale=scale, yaml=yaml + "licence: CC-BY-4.0\n")
     made, frames = written(tmp_path)
@@ -51,14 +52,14 @@ def test_values_come_back(tmp_path, ending):
     assert Records(made).read("out/00000", 0)[1]["jpg"] == image
 
 
-def test_what_has_no_partner_is_listed(tmp_path):
+def test_images_without_a_map_and_maps_without_an_image_are_listed(tmp_path):
     make_set(tmp_path)
     shutil.copy(tmp_path / "rgb/a.jpg", tmp_path / "rgb/lonely.jpg")
     shutil.copy(tmp_path / "depth/a.png", tmp_path / "depth/d.png")
     (tmp_path / "rgb/notes.txt").write_text("hello")
     (tmp_path / "rgb/._a.jpg").write_bytes(b"a Mac's")
-    pairs = load_declaration(tmp_path / "set.yaml").pair()
-    assert (list(pairs.both), list(pairs.images), list(pairs.maps)) == (["a", "b", "c"], ["lonely"], ["d"])
+    pairs = load_declaration(tmp_path / "set.yaml").find_pairs()
+    assert (list(pairs.matched), list(pairs.images), list(pairs.maps)) == (["a", "b", "c"], ["lonely"], ["d"])
     made, frames = written(tmp_path)
     assert set(frames) == {"a", "b", "c"}
     assert skipped(tmp_path / "out") == {
@@ -69,14 +70,12 @@ def test_what_has_no_partner_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "copy"), [("images", "rgb/a.png"), ("depth", "depth/a.npy")])
-def test_two_files_of_one_name_are_refused(tmp_path, key, copy):
+def test_two_files_of_one_name_are_an_error(tmp_path, key, copy):
     make_set(tmp_path)
     first = "rgb/a.jpg" if key == "images" else "depth/a.npy and depth/a.png"
     shutil.copy(tmp_path / ("rgb/a.jpg" if key == "images" else "depth/a.png"), tmp_path / copy)
-    with pytest.raises(
-        ValueError, match=rf"{key}: 1 names stand for several files each \({first}.*as  {key}: "
-    ):
-        load_declaration(tmp_path / "set.yaml").pair()
+    with pytest.raises(ValueError, match=rf"{key}: 1 .*\({first}.*  {key}: "):
+        load_declaration(tmp_path / "set.yaml").find_pairs()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, key, copy):
         ("rgb", "depth", [("rgb/a\tb\nc.jpg", "depth/a\tb\nc.npy")]),
     ],
 )
-def test_layouts(tmp_path, images, depth, files):
+def test_patterns_of_paths(tmp_path, images, depth, files):
     metres = room(SIZE)
     for image, map_ in files:
         (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
@@ -101,30 +100,30 @@ def test_layouts(tmp_path, images, depth, files):
         if map_.endswith(".PNG"):
             (tmp_path / map_).write_bytes((tmp_path / "depth/x/y/7.png").read_bytes())
     (tmp_path / "set.yaml").write_text(f'images: "{images}"\ndepth: "{depth}"\nunit: mm\n')
-    pairs = load_declaration(tmp_path / "set.yaml").pair()
-    assert {pair for pair in pairs.both.values()} == set(files) and not pairs.images and not pairs.maps
+    pairs = load_declaration(tmp_path / "set.yaml").find_pairs()
+    assert {pair for pair in pairs.matched.values()} == set(files) and not pairs.images and not pairs.maps
     _, frames = written(tmp_path)
     assert len(frames) == len(set(files))
-    # again, with the picture of the check and shards among the images: they are no images of the set
+    # again, with check.png and shards among the images: they do not belong to the set
     Image.new("RGB", (4, 4)).save(tmp_path / "out/check.png")
     custom = CustomSet(tmp_path, images, depth, leave_out=(tmp_path / "out").resolve())
-    assert custom.pair().both == pairs.both and not custom.pair().images
+    assert custom.find_pairs().matched == pairs.matched and not custom.find_pairs().images
 
 
-def test_links_are_followed_once(tmp_path):
+def test_links_to_folders_are_followed_once(tmp_path):
     make_set(tmp_path / "real")
     (tmp_path / "rgb").mkdir()
     (tmp_path / "rgb/scene").symlink_to(tmp_path / "real/rgb")
     (tmp_path / "real/rgb/loop").symlink_to(tmp_path / "rgb")
     (tmp_path / "depth").symlink_to(tmp_path / "real/depth")
-    pairs = CustomSet(tmp_path, "rgb/scene", "depth").pair()
-    assert list(pairs.both) == ["a", "b", "c"] and not pairs.images
+    pairs = CustomSet(tmp_path, "rgb/scene", "depth").find_pairs()
+    assert list(pairs.matched) == ["a", "b", "c"] and not pairs.images
     assert list(CustomSet(tmp_path, "rgb", "depth").folder.glob("rgb/scene/*.jpg"))
-    with pytest.raises(ValueError, match="no image has a map of its name"):
-        CustomSet(tmp_path, "rgb", "depth").pair()
+    with pytest.raises(ValueError, match="3 images.*3 maps"):
+        CustomSet(tmp_path, "rgb", "depth").find_pairs()
 
 
-def test_a_name_of_odd_bytes(tmp_path):
+def test_a_name_that_is_not_unicode(tmp_path):
     truth = make_set(tmp_path, names=("a",))
     name = os.fsdecode(b"caf\xe9")
     os.rename(tmp_path / "rgb/a.jpg", tmp_path / f"rgb/{name}.jpg")
@@ -134,25 +133,25 @@ def test_a_name_of_odd_bytes(tmp_path):
     assert np.nanmax(frames.popitem()[1].depth) == np.float32(truth["a"].max())
 
 
-def test_folders_that_are_not_there(tmp_path):
+def test_missing_folders_and_wrong_patterns_are_errors(tmp_path):
     make_set(tmp_path)
-    with pytest.raises(ValueError, match=r"images: .*/photos is not a folder"):
-        CustomSet(tmp_path, "photos", "depth").pair()
-    with pytest.raises(ValueError, match=r"depth: .*/set.yaml is not a folder"):
-        CustomSet(tmp_path, "rgb", "set.yaml").pair()
+    with pytest.raises(ValueError, match=f"images: {tmp_path}/photos"):
+        CustomSet(tmp_path, "photos", "depth").find_pairs()
+    with pytest.raises(ValueError, match=f"depth: {tmp_path}/set.yaml"):
+        CustomSet(tmp_path, "rgb", "set.yaml").find_pairs()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"depth: empty holds no file that fits \(looked for .png .npy"):
-        CustomSet(tmp_path, "rgb", "empty").pair()
-    with pytest.raises(ValueError, match=r"3 images, as rgb/a.jpg, and 3 maps, as depth/a.png; say what"):
-        CustomSet(tmp_path, "{stem}.jpg", "depth").pair()
+    with pytest.raises(ValueError, match=r"depth: empty .*\.png \.npy"):
+        CustomSet(tmp_path, "rgb", "empty").find_pairs()
+    with pytest.raises(ValueError, match="3 images.* rgb/a.jpg.* 3 maps.* depth/a.png"):
+        CustomSet(tmp_path, "{stem}.jpg", "depth").find_pairs()
     for pattern in ("rgb/{name}.jpg", "rgb/{stem}/{stem}.jpg", "rgb/{", "rgb/{}"):
-        with pytest.raises(ValueError, match=r"must have \{stem\} once"):
-            CustomSet(tmp_path, pattern, "depth").pair()
-    with pytest.raises(ValueError, match=r"must have the same \{names\}"):
-        CustomSet(tmp_path, "{scene}/{stem}.jpg", "depth").pair()
+        with pytest.raises(ValueError, match=r"images: .*\{stem\}.*  images: folder/\{stem\}.jpg"):
+            CustomSet(tmp_path, pattern, "depth").find_pairs()
+    with pytest.raises(ValueError, match=r"images: \{scene\}/\{stem\}.jpg and depth: depth "):
+        CustomSet(tmp_path, "{scene}/{stem}.jpg", "depth").find_pairs()
 
 
-def test_invalid_and_sky_as_stored(tmp_path):
+def test_invalid_and_sky_values_are_those_of_the_file(tmp_path):
     stored = np.full(SIZE, 2000, np.uint16)
     stored[0, :5] = [0, 65535, 65534, 60000, 59999]
     jpeg(tmp_path / "rgb/a.jpg", picture(np.ones(SIZE)))
@@ -171,7 +170,7 @@ def test_invalid_and_sky_as_stored(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_a_value_is_compared_as_the_file_holds_it(tmp_path, dtype):
+def test_values_are_compared_in_the_type_of_the_file(tmp_path, dtype):
     """655.35 is 655.3499755859375 in 32 bits and 655.5 in 16."""
     stored = np.full(SIZE, 2.5, dtype)
     stored[0, :3] = [655.35, 654.5, np.inf]
@@ -183,7 +182,7 @@ def test_a_value_is_compared_as_the_file_holds_it(tmp_path, dtype):
         assert np.isposinf(frames["a"].depth[0, :3]).tolist() == sky
 
 
-def test_disparity_as_stored(tmp_path):
+def test_disparity_is_stored_unchanged(tmp_path):
     make_set(tmp_path, ending=".npy", scale=1, yaml="quantity: disparity\nsky: 0\n")
     stored = (48 / room(SIZE)).astype(np.float32)
     stored[0, :4] = [0, -1, np.inf, np.nan]
@@ -197,7 +196,7 @@ def test_disparity_as_stored(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_distance_along_rays_becomes_planar(tmp_path, factor):
+def test_distance_along_rays_becomes_planar_depth(tmp_path, factor):
     """A wall at z = 3 m, whose corners are farther away, seen by a map of a whole or half the image's size."""
     height, width = SIZE
     fx, fy, cx, cy = 40.0, 42.0, 20.25, 18.5
@@ -217,11 +216,11 @@ def test_distance_along_rays_becomes_planar(tmp_path, factor):
     (tmp_path / "set.yaml").write_text(
         "images: rgb\ndepth: depth\nunit: m\ndistance: ray\nintrinsics: [500, 500, 320, 240]\n"
     )
-    with pytest.raises(ValueError, match="principal point 320, 240 lies outside of 48 x 36"):
+    with pytest.raises(ValueError, match="320, 240 .*48 x 36"):
         written(tmp_path, output="other")
 
 
-def test_what_cannot_be_taken_is_named(tmp_path):
+def test_rejected_pairs_are_listed_with_a_reason(tmp_path):
     make_set(tmp_path, names=("good", "flat", "wide", "eight", "cut", "broken", "turned"))
     write_map(tmp_path / "depth/flat.png", np.zeros(SIZE))
     write_map(tmp_path / "depth/wide.png", np.ones((36, 60)))
@@ -234,19 +233,21 @@ def test_what_cannot_be_taken_is_named(tmp_path):
     Image.open(tmp_path / "rgb/turned.jpg").save(tmp_path / "rgb/turned.jpg", exif=exif)
     _, frames = written(tmp_path)
     assert list(frames) == ["good"]
-    told = skipped(tmp_path / "out")
-    assert told.pop("flat").startswith("no pixel of its label is valid")
-    assert told == {
-        "wide": "its map is 60 x 36 pixels, its image 48 x 36: not of one shape",
-        "eight": "its depth: the PNG is grey of 8 bits: a map is grey of 16 bits",
-        "cut": "its depth: the PNG is cut short",
-        "broken": "its image cannot be decoded: of no known kind",
-        "turned": "its map is 48 x 36 pixels, its image 36 x 48: not of one shape; one is to be turned "
-        "(see the EXIF tag Orientation)",
+    reasons = skipped(tmp_path / "out")
+    values = {
+        "flat": ["zero"],
+        "wide": ["60 x 36", "48 x 36"],
+        "eight": ["its depth: ", "8 bits"],
+        "cut": ["its depth: ", "damaged"],
+        "broken": ["its image "],
+        "turned": ["48 x 36", "36 x 48", "EXIF tag Orientation"],
     }
+    assert set(reasons) == set(values)
+    for name, words in values.items():
+        assert all(word in reasons[name] for word in words), reasons[name]
 
 
-def test_a_turned_picture_with_a_turned_map_is_taken(tmp_path):
+def test_a_rotated_image_with_a_rotated_map_is_accepted(tmp_path):
     make_set(tmp_path, names=("a",), lowest=None)
     turned = room((48, 36))
     write_map(tmp_path / "depth/a.png", turned * 1000)
@@ -257,32 +258,32 @@ def test_a_turned_picture_with_a_turned_map_is_taken(tmp_path):
     assert frames["a"].image.shape[:2] == frames["a"].depth.shape == (48, 36)
 
 
-def test_settings_hold_all_that_decides_the_pixels(tmp_path):
+def test_settings_contain_everything_that_determines_the_pixels(tmp_path):
     make_set(tmp_path)
     written(tmp_path)
     for more in ("invalid: 3\n", "sky: 3\n", "distance: planar\nintrinsics: [9, 9, 9, 9]\n"):
         make_set(tmp_path, yaml="unit: mm\n" + more)
-        with pytest.raises(ValueError, match="made with other settings"):
+        with pytest.raises(ValueError, match=f"  rm -r {tmp_path}/out"):
             written(tmp_path)
     make_set(tmp_path, yaml="unit: mm\n")
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="scale 0.001 in place of 0.01"):
         make_set(tmp_path, yaml="unit: cm\n")
         written(tmp_path)
     make_set(tmp_path, yaml="unit: mm\nlicence: MIT\n")
     assert written(tmp_path)[0].digest == open_set(tmp_path / "out").digest
 
 
-def test_a_source_pickles_as_workers_need_it(tmp_path):
+def test_the_source_can_be_pickled_for_worker_processes(tmp_path):
     make_set(tmp_path)
     custom = load_declaration(tmp_path / "set.yaml")
     assert pickle.loads(pickle.dumps(custom)) == custom
 
 
-def test_names_sort_the_records_whatever_the_disk_says(tmp_path, monkeypatch):
+def test_records_are_sorted_by_name_whatever_the_order_on_disk(tmp_path, monkeypatch):
     make_set(tmp_path, names=("b", "a", "c10", "c9"))
     plain = list(load_declaration(tmp_path / "set.yaml").find(tmp_path))
-    walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda *a, **k: ((h, d[::-1], f[::-1]) for h, d, f in walk(*a, **k)))
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(list(scandir(path))[::-1]))
     assert list(load_declaration(tmp_path / "set.yaml").find(tmp_path)) == plain
     assert [line.split("\t")[0] for line in plain] == ["a", "b", "c10", "c9"]
 
@@ -298,7 +299,7 @@ RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[3] / "s
         ("{stem}_rgb_rgb_00050.jpg", "{stem}_depth_sync_depth_00050.png", "unit: mm", 3.208, 0.75065),
     ],
 )
-def test_real_frames_of_lidar_and_of_a_kinect(tmp_path, images, depth, unit, median, valid):
+def test_real_frames_of_a_lidar_and_a_kinect(tmp_path, images, depth, unit, median, valid):
     (tmp_path / "set.yaml").write_text(f"images: {RGBD}/{images}\ndepth: {RGBD}/{depth}\n{unit}\n")
     _, frames = written(tmp_path)
     ((_, frame),) = frames.items()

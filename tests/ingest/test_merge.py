@@ -1,4 +1,4 @@
-"""Parts of a set from several folders brought together."""
+"""Merging the parts of a set from several folders."""
 
 import errno
 import os
@@ -52,23 +52,23 @@ def disk(request, monkeypatch):
         monkeypatch.setattr(os, "link", refuse)
 
 
-def test_parts_make_the_whole(three, tmp_path, disk):
+def test_merged_parts_equal_the_whole_set(three, tmp_path, disk):
     whole, parts = three
     before = [contents(part) for part in parts]
     made = merge_parts(tmp_path / "toy", parts)
     assert made.digest == whole.digest and made.meta == whole.meta
     assert contents(tmp_path / "toy") == contents(parts[0].parent / "whole")
     assert verify_set(made.root, decode=True) == [] and [contents(part) for part in parts] == before
-    assert merge_parts(tmp_path / "toy") == made, "once more does no harm"
+    assert merge_parts(tmp_path / "toy") == made, "a second merge changes nothing"
 
 
-def test_parts_are_brought_into_the_first(three, tmp_path):
+def test_parts_can_be_merged_into_the_folder_of_a_part(three, tmp_path):
     whole, parts = three
     shutil.copytree(parts[1], tmp_path / "toy")
     assert merge_parts(tmp_path / "toy", [parts[0], parts[2]]).digest == whole.digest
 
 
-def test_files_that_were_copied_together_are_finished(three, tmp_path, capsys):
+def test_files_copied_into_one_folder_are_finished_without_parts(three, tmp_path, capsys):
     whole, parts = three
     for part in parts:
         shutil.copytree(part, tmp_path / "toy", dirs_exist_ok=True)
@@ -78,18 +78,18 @@ def test_files_that_were_copied_together_are_finished(three, tmp_path, capsys):
     assert open_set(tmp_path / "toy").digest == whole.digest
 
 
-def test_what_lacks_is_named_and_can_be_brought_later(three, tmp_path):
+def test_missing_shards_are_named_and_can_be_merged_later(three, tmp_path):
     whole, parts = three
-    with pytest.raises(ShardError, match=r"2 of 6 shards lack \(00004, 00005\): name the folders"):
+    with pytest.raises(ShardError, match=r"2 of 6 .*\(00004, 00005\)"):
         merge_parts(tmp_path / "toy", parts[:2])
-    with pytest.raises(ShardError, match="2 of 6 shards lack"):
+    with pytest.raises(ShardError, match="2 of 6"):
         merge_parts(tmp_path / "toy")
     assert merge_parts(tmp_path / "toy", parts[2:]).digest == whole.digest
 
 
-def test_what_lacks_can_be_made_in_the_merged_folder(raw, three, tmp_path):
+def test_missing_shards_can_be_written_in_the_merged_folder(raw, three, tmp_path):
     whole, parts = three
-    with pytest.raises(ShardError, match="lack"):
+    with pytest.raises(ShardError, match="2 of 6"):
         merge_parts(tmp_path / "toy", parts[:2])
     assert write(raw, tmp_path / "toy").digest == whole.digest
 
@@ -97,76 +97,74 @@ def test_what_lacks_can_be_made_in_the_merged_folder(raw, three, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"per_shard": 5}, "other settings .per_shard 5 in place of 4"),
-        ({"short_side": 6}, "other settings .short_side 6 in place of None"),
-        ({"licence": "MIT"}, "other facts .licence MIT in place of CC0-1.0"),
-        ({"sky": "invalid"}, "other facts .sky_policy invalid in place of far"),
+        ({"per_shard": 5}, "per_shard 5 in place of 4"),
+        ({"short_side": 6}, "short_side 6 in place of None"),
+        ({"licence": "MIT"}, "licence MIT in place of CC0-1.0"),
+        ({"sky": "invalid"}, "sky_policy invalid in place of far"),
     ],
 )
-def test_parts_of_other_settings_are_refused(raw, three, tmp_path, options, named):
+def test_parts_with_other_settings_are_rejected(raw, three, tmp_path, options, named):
     write(raw, tmp_path / "2", part=(2, 3), **options)
     with pytest.raises(ShardError, match=named):
         merge_parts(tmp_path / "toy", [three[1][0], tmp_path / "2"])
     assert not (tmp_path / "toy").exists()
 
 
-def test_what_is_told_of_a_part_can_be_told_anew(raw, three, tmp_path):
+def test_license_and_sky_of_a_part_can_be_corrected(raw, three, tmp_path):
     write(raw, tmp_path / "2", part=(2, 3), sky="invalid")
     parts = [three[1][0], tmp_path / "2", three[1][2]]
-    with pytest.raises(ShardError, match="type its command again with the others' --licence and --sky"):
+    with pytest.raises(ShardError, match="--licence and --sky"):
         merge_parts(tmp_path / "toy", parts)
     write(raw, tmp_path / "2", part=(2, 3), sky="far")
     assert merge_parts(tmp_path / "toy", parts).digest == three[0].digest
 
 
-def test_parts_of_other_raw_data_are_refused(three, tmp_path):
+def test_parts_of_other_raw_data_are_rejected(three, tmp_path):
     other = fill(tmp_path / "raw", count=24)
     write(other, tmp_path / "2", part=(2, 3))
-    with pytest.raises(ShardError, match="other raw data .hash .*lines 24 in place of 23"):
+    with pytest.raises(ShardError, match="hash .*lines 24 in place of 23"):
         merge_parts(tmp_path / "toy", [three[1][0], tmp_path / "2"])
 
 
-def test_shards_of_one_name_must_be_the_same(three, tmp_path):
+def test_shards_of_one_name_must_be_equal(three, tmp_path):
     whole, parts = three
     shutil.copytree(parts[0], tmp_path / "1")
     assert merge_parts(tmp_path / "fine", [*parts, tmp_path / "1"]).digest == whole.digest
     shutil.copy(parts[1] / "00003.tar", tmp_path / "1" / "00000.tar")
     shutil.copy(parts[1] / "00003.idx", tmp_path / "1" / "00000.idx")
-    with pytest.raises(ShardError, match="the shard 00000 in .* are not the same: verify both"):
+    with pytest.raises(ShardError, match=f"00000 in .*{tmp_path / '1'}"):
         merge_parts(tmp_path / "toy", [*parts, tmp_path / "1"])
 
 
 @pytest.mark.parametrize("disk", ["copied"], indirect=True)
-def test_a_copy_is_held_against_its_hash(three, tmp_path, disk):
+def test_the_hash_of_a_copied_tar_is_checked(three, tmp_path, disk):
     whole, parts = three
     shutil.copytree(parts[0], tmp_path / "1")
     data = bytearray((tmp_path / "1" / "00000.tar").read_bytes())
     data[700] ^= 1
     (tmp_path / "1" / "00000.tar").write_bytes(data)
-    with pytest.raises(ShardError, match=r"00000.tar is damaged .*copy it from its machine again"):
+    with pytest.raises(ShardError, match=str(tmp_path / "1" / "00000.tar")):
         merge_parts(tmp_path / "toy", [tmp_path / "1", *parts[1:]])
     assert not (tmp_path / "toy" / "00000.tar").exists()
     assert merge_parts(tmp_path / "toy", parts).digest == whole.digest
 
 
-def test_a_tar_cut_short_on_its_way_is_refused(three, tmp_path):
+def test_a_truncated_tar_is_rejected(three, tmp_path):
     whole, parts = three
     shutil.copytree(parts[0], tmp_path / "1")
     os.truncate(tmp_path / "1" / "00000.tar", 1024)
-    with pytest.raises(ShardError, match="00000.tar is missing, or is not the tar of 00000.idx"):
+    with pytest.raises(ShardError, match=str(tmp_path / "1" / "00000.tar")):
         merge_parts(tmp_path / "toy", [tmp_path / "1", *parts[1:]])
 
 
-def test_folders_without_parts_are_refused(three, tmp_path):
-    with pytest.raises(
-        ShardError, match="toy holds no part of a set .it has no settings.json.*merge OUT FOLDER"
-    ):
+def test_folders_without_parts_are_rejected(three, tmp_path):
+    with pytest.raises(ShardError, match="toy .*settings.json.*merge OUT FOLDER"):
         merge_parts(tmp_path / "toy")
-    with pytest.raises(ShardError, match="holds no part of a set .it has no settings.json"):
+    with pytest.raises(ShardError, match=f"{tmp_path} .*settings.json"):
         merge_parts(tmp_path / "toy", [three[1][0], tmp_path])
 
 
-def test_a_stop_between_any_two_steps_of_merging_changes_no_byte(three, tmp_path, monkeypatch):
+def test_an_interruption_between_any_two_steps_of_a_merge_changes_no_byte(three, tmp_path, monkeypatch):
     whole, parts = three
     wanted, call = contents(parts[0].parent / "whole"), 0
     while True:

@@ -79,7 +79,7 @@ GOOD = {
 }
 
 
-def test_upright_rgb_files_are_kept_byte_for_byte_in_the_order_of_their_names(tmp_path):
+def test_upright_rgb_files_are_stored_unchanged_in_the_order_of_their_names(tmp_path):
     made = write_images(fill(tmp_path / "in", GOOD), tmp_path / "own")
     found = frames(made)
     assert list(found) == sorted(GOOD, key=str.encode)
@@ -95,29 +95,29 @@ def test_upright_rgb_files_are_kept_byte_for_byte_in_the_order_of_their_names(tm
 
 def awkward():
     """Files that are not plain RGB, and the upright picture that each one shows."""
-    colour = picture(seed=5)
-    grey = picture(seed=6)[..., 0]
-    deep = grey.astype(np.uint16) * 257
-    alpha = np.concatenate([colour, np.full((20, 30, 1), 255, np.uint8)], 2)
+    color = picture(seed=5)
+    gray = picture(seed=6)[..., 0]
+    deep = gray.astype(np.uint16) * 257
+    alpha = np.concatenate([color, np.full((20, 30, 1), 255, np.uint8)], 2)
     alpha[:10, :, 3] = 0
-    shown = colour.copy()
+    shown = color.copy()
     shown[:10] = 255  # on white
-    turned = np.rot90(colour)  # stored so that orientation 6 (turn right to see it) gives `colour`
+    turned = np.rot90(color)  # stored so that orientation 6 (turn right to see it) gives `color`
     return {
-        "grey.jpg": (file(grey, "JPEG", quality=95), np.repeat(grey[..., None], 3, 2), 3),
-        "grey.png": (file(grey, "PNG"), np.repeat(grey[..., None], 3, 2), 0),
-        "deep.png": (file(Image.fromarray(deep), "PNG"), np.repeat(grey[..., None], 3, 2), 0),
-        "deep.tif": (file(Image.fromarray(deep), "TIFF"), np.repeat(grey[..., None], 3, 2), 0),
+        "gray.jpg": (file(gray, "JPEG", quality=95), np.repeat(gray[..., None], 3, 2), 3),
+        "gray.png": (file(gray, "PNG"), np.repeat(gray[..., None], 3, 2), 0),
+        "deep.png": (file(Image.fromarray(deep), "PNG"), np.repeat(gray[..., None], 3, 2), 0),
+        "deep.tif": (file(Image.fromarray(deep), "TIFF"), np.repeat(gray[..., None], 3, 2), 0),
         "alpha.png": (file(alpha, "PNG"), shown, 0),
-        "palette.gif": (file(Image.fromarray(colour).quantize(8), "GIF"), None, 0),
-        "cmyk.jpg": (file(Image.fromarray(colour).convert("CMYK"), "JPEG", quality=95), colour, 6),
-        "turned.jpg": (file(turned, "JPEG", quality=95, subsampling=0, exif=exif(6)), colour, 6),
-        "turned.png": (file(turned, "PNG", exif=exif(6)), colour, 0),
-        "plain.bmp": (file(colour, "BMP"), colour, 0),
+        "palette.gif": (file(Image.fromarray(color).quantize(8), "GIF"), None, 0),
+        "cmyk.jpg": (file(Image.fromarray(color).convert("CMYK"), "JPEG", quality=95), color, 6),
+        "turned.jpg": (file(turned, "JPEG", quality=95, subsampling=0, exif=exif(6)), color, 6),
+        "turned.png": (file(turned, "PNG", exif=exif(6)), color, 0),
+        "plain.bmp": (file(color, "BMP"), color, 0),
     }
 
 
-def test_awkward_files_become_the_png_of_what_they_show(tmp_path):
+def test_other_image_files_are_stored_as_png(tmp_path):
     files = awkward()
     made = write_images(
         fill(tmp_path / "in", {name: row[0] for name, row in files.items()}), tmp_path / "own"
@@ -144,7 +144,7 @@ BAD = {
 }
 
 
-def test_what_is_no_image_is_left_out_named_and_counted(tmp_path):
+def test_files_that_are_not_images_are_rejected_named_and_counted(tmp_path):
     source = fill(tmp_path / "in", {**GOOD, **BAD})
     (source / "gone.jpg").symlink_to(source / "nowhere.jpg")
     (source / "loop").symlink_to(source, target_is_directory=True)
@@ -164,25 +164,25 @@ def test_what_is_no_image_is_left_out_named_and_counted(tmp_path):
     assert json.loads(Path(made.root, "manifest.json").read_text())["meta"]["skipped"] == skipped
 
 
-def test_files_too_large_for_photographs_are_not_read(tmp_path, monkeypatch):
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_io, "MAX_FILE_BYTES", 5000)
     source = fill(tmp_path / "in", {"a.png": GOOD["a.png"], "video.jpg": GOOD["b/plain.jpg"] + bytes(6000)})
     made = write_images(source, tmp_path / "own")
-    assert "no photograph" in dict(made.meta["skipped"]["files"])["video.jpg"]
+    assert "MiB" in dict(made.meta["skipped"]["files"])["video.jpg"]
 
 
-def test_nothing_readable_is_an_error_that_names_why(tmp_path):
-    with pytest.raises(ValueError, match="none of 5 files.*bomb.png: .*200 megapixels"):
+def test_a_source_without_images_is_an_error_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="5 .*bomb.png: .*200 megapixels"):
         write_images(fill(tmp_path / "in", BAD), tmp_path / "own")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no files"):
+    with pytest.raises(ValueError, match=str(tmp_path / "empty")):
         write_images(tmp_path / "empty", tmp_path / "own2")
-    with pytest.raises(ValueError, match="does not exist: type"):
+    with pytest.raises(ValueError, match=str(tmp_path / "typo")):
         write_images(tmp_path / "typo", tmp_path / "own3")
     assert not (tmp_path / "own2").exists() and not (tmp_path / "own3").exists()
 
 
-def test_a_list_is_read_relative_to_itself(tmp_path):
+def test_paths_in_a_text_file_are_relative_to_it(tmp_path):
     fill(tmp_path / "in", GOOD)
     lines = ["in/web.webp", "", str(tmp_path / "in" / "a.png"), "in/b/ärger 日本.jpeg", "in/missing.jpg"]
     (tmp_path / "list.txt").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
@@ -191,10 +191,10 @@ def test_a_list_is_read_relative_to_itself(tmp_path):
     assert dict(made.meta["skipped"]["files"]) == {"in/missing.jpg": "No such file or directory"}
 
 
-def test_a_single_image_is_a_set_of_one_and_other_files_are_refused(tmp_path):
+def test_a_single_image_is_accepted_and_other_files_are_rejected(tmp_path):
     fill(tmp_path, {"a.png": GOOD["a.png"], "weights.bin": b"PK\0\0\0"})
     assert set(frames(write_images(tmp_path / "a.png", tmp_path / "own"))) == {"a.png"}
-    with pytest.raises(ValueError, match="neither a tar nor a list"):
+    with pytest.raises(ValueError, match=str(tmp_path / "weights.bin")):
         list_photographs(tmp_path / "weights.bin")
 
 
@@ -216,7 +216,7 @@ def make_tar(path, files, mode="w"):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_is_read_in_place_and_its_names_lead_nowhere(tmp_path, mode):
+def test_a_tar_is_not_unpacked_and_its_names_write_no_files(tmp_path, mode):
     outside = {"../../evil.jpg": GOOD["b/plain.jpg"], "/etc/evil.png": GOOD["a.png"]}
     inside = {name: data for name, data in GOOD.items() if name not in ("b/plain.jpg", "a.png")}
     source = make_tar(tmp_path / "x.tar", {**inside, **outside, "notes.txt": b"no"}, mode)
@@ -231,24 +231,22 @@ def test_a_tar_is_read_in_place_and_its_names_lead_nowhere(tmp_path, mode):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "x.tar"]
 
 
-def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
+def test_a_truncated_tar_gives_its_complete_members(tmp_path):
     source = make_tar(tmp_path / "x.tar", {"a.png": GOOD["a.png"], "b.png": file(picture(200, 300), "PNG")})
     data = source.read_bytes()
     source.write_bytes(data[: data.index(b"b.png") + 512 + 600])
     made = write_images(source, tmp_path / "own")
     assert set(frames(made)) == {"a.png"}
-    assert "cut short" in dict(made.meta["skipped"]["files"])["b.png"] or "damaged" in str(
-        made.meta["skipped"]
-    )
+    assert "b.png" in dict(made.meta["skipped"]["files"])
 
 
-def test_names_that_are_no_text_are_told_all_the_same(tmp_path):
+def test_names_that_are_not_unicode_are_stored(tmp_path):
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.png")).write_bytes(GOOD["a.png"])
     assert set(frames(write_images(tmp_path / "in", tmp_path / "own"))) == {"caf\\udce9.png"}
 
 
-def test_large_images_are_reduced_on_request(tmp_path):
+def test_short_side_resizes_large_images_only(tmp_path):
     source = fill(
         tmp_path / "in",
         {"large.png": file(picture(60, 90), "PNG"), "small.png": file(picture(20, 30), "PNG")},
@@ -267,7 +265,7 @@ def many(folder):
     )
 
 
-def test_shards_do_not_depend_on_who_wrote_them(tmp_path, monkeypatch):
+def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path, monkeypatch):
     source = many(tmp_path / "in")
     whole = write_images(source, tmp_path / "a" / "own", per_shard=2)
     assert [shard.name for shard in whole.shards] == ["00000", "00002", "00003"], "00001 has no readable file"
@@ -291,7 +289,7 @@ def test_shards_do_not_depend_on_who_wrote_them(tmp_path, monkeypatch):
         assert (root / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_complete_set_is_returned_and_another_refused(tmp_path):
+def test_a_finished_set_is_returned_and_other_settings_are_rejected(tmp_path):
     source = many(tmp_path / "in")
     made = write_images(source, tmp_path / "own", per_shard=3)
     assert write_images(source, tmp_path / "own", per_shard=3) == made

@@ -1,4 +1,4 @@
-"""The one rule by which what a source reads becomes a record."""
+"""Encoding a raw sample as a record."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from depth_anything.ingest.record import encode_sample, mask_invalid, resize_nea
 from depth_anything.ingest.source import RawSample
 from depth_anything.preprocess import resize_shape
 
-GREY = np.full((4, 6, 3), 99, np.uint8)
+GRAY = np.full((4, 6, 3), 99, np.uint8)
 
 
 def made(raw, **options):
@@ -28,20 +28,20 @@ def ramp(height=4, width=6):
     return np.arange(1.0, height * width + 1).reshape(height, width)
 
 
-def test_disparity_has_no_infinity_and_its_sky_is_zero():
+def test_the_sky_of_disparity_is_zero_and_other_bad_values_are_nan():
     values, sky = ramp(), np.zeros((4, 6), bool)
     values[0, :3] = 0, -1, np.nan
     sky[3] = True
-    record = made(RawSample(GREY, disparity=values, sky=sky))
+    record = made(RawSample(GRAY, disparity=values, sky=sky))
     label = decode_labels(record.fields)["disparity"]
     assert (label[3] == 0).all() and np.isnan(label[0, :3]).all() and label.dtype == np.float32
     assert frame_of(record).meta["sky"] == "zero" and record.quantity == "disparity"
     assert record.pixels == {"all": 24, "valid": 15, "sky": 6, "zero": 1, "negative": 1, "nan": 1}
-    disparity, valid = make_disparity_target(Frame("k", GREY, {}, disparity=label))
+    disparity, valid = make_disparity_target(Frame("k", GRAY, {}, disparity=label))
     assert valid.sum() == 21 and (disparity[3] == 0).all()
 
 
-def test_a_pixel_is_counted_once_by_what_it_is():
+def test_each_pixel_is_counted_as_one_kind():
     values, sky, far = ramp(2, 4), np.zeros((2, 4), bool), np.zeros((2, 4), bool)
     values[0] = np.inf, np.inf, np.nan, np.nan
     sky[0, 0] = sky[0, 2] = sky[1, 0] = True  # infinite and NaN in the sky, and a number
@@ -53,13 +53,13 @@ def test_a_pixel_is_counted_once_by_what_it_is():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.uint16, ">f4"])
-def test_values_come_through_whatever_their_type(dtype):
-    record = made(RawSample(GREY, depth=ramp().astype(dtype)))
+def test_values_of_any_type_are_stored_exactly(dtype):
+    record = made(RawSample(GRAY, depth=ramp().astype(dtype)))
     assert (decode_labels(record.fields)["depth"] == ramp()).all()
 
 
-def test_what_the_source_says_stays_said():
-    raw = RawSample(GREY, {"unit": "m", "sky": "inf", "name": None, "intrinsics": {"fx": 5.0}}, depth=ramp())
+def test_meta_of_the_source_is_stored():
+    raw = RawSample(GRAY, {"unit": "m", "sky": "inf", "name": None, "intrinsics": {"fx": 5.0}}, depth=ramp())
     meta = json.loads(made(raw).fields["json"])
     assert meta == {
         "source": "toy",
@@ -70,41 +70,39 @@ def test_what_the_source_says_stays_said():
     }
 
 
-def test_an_array_becomes_png_and_an_awkward_file_too():
-    assert set(made(RawSample(GREY)).fields) == {"png", "json"}
+def test_arrays_and_gray_files_become_png():
+    assert set(made(RawSample(GRAY)).fields) == {"png", "json"}
     out = io.BytesIO()
-    Image.fromarray(GREY[..., 0]).save(out, "JPEG")
+    Image.fromarray(GRAY[..., 0]).save(out, "JPEG")
     assert set(made(RawSample(out.getvalue())).fields) == {"png", "json"}
 
 
-def test_a_label_of_another_size_is_stated_if_it_is_the_same_picture():
+def test_a_label_of_another_size_needs_the_same_aspect_ratio():
     image = np.zeros((48, 64, 3), np.uint8)
     assert frame_of(made(RawSample(image, depth=ramp(12, 16)))).meta["label_size"] == [12, 16]
     assert frame_of(made(RawSample(image, depth=ramp(19, 25)))).meta["label_size"] == [19, 25], (
         "within a pixel"
     )
     for size in ((16, 12), (48, 62), (12, 20)):
-        with pytest.raises(
-            ValueError, match=rf"image has 48 x 64 pixels and its label {size[0]} x {size[1]}"
-        ):
+        with pytest.raises(ValueError, match=rf"48 x 64 .* {size[0]} x {size[1]}"):
             made(RawSample(image, depth=ramp(*size)))
 
 
 @pytest.mark.parametrize(
     ("label", "masks", "named"),
     [
-        (np.zeros((4, 6)), {}, "no pixel of its label is valid: 24 zero"),
+        (np.zeros((4, 6)), {}, "24 zero"),
         (np.full((4, 6), np.nan), {}, "24 nan"),
         (np.ones((4, 6, 1)), {}, r"the shape \(4, 6, 1\)"),
-        (np.ones((0, 6)), {}, "not that of a map"),
-        (np.ones((4, 6)), {"sky": np.zeros((6, 4), bool)}, "mask of sky has the shape"),
-        (np.ones((4, 6)), {"invalid": {"glass": np.zeros((1, 1), bool)}}, "mask of glass has the shape"),
+        (np.ones((0, 6)), {}, r"\(0, 6\)"),
+        (np.ones((4, 6)), {"sky": np.zeros((6, 4), bool)}, "sky .*6, 4"),
+        (np.ones((4, 6)), {"invalid": {"glass": np.zeros((1, 1), bool)}}, "glass .*1, 1"),
         (np.ones((4, 6)), {"sky": np.ones((4, 6), bool)}, "24 sky"),
     ],
 )
-def test_labels_that_say_nothing_are_refused(label, masks, named):
+def test_labels_without_valid_pixels_or_of_another_shape_are_rejected(label, masks, named):
     with pytest.raises(ValueError, match=named):
-        made(RawSample(GREY, depth=label, **masks))
+        made(RawSample(GRAY, depth=label, **masks))
 
 
 def test_short_sides_resize_image_and_label_as_training_does():
@@ -128,18 +126,18 @@ def test_short_sides_resize_image_and_label_as_training_does():
     assert record.pixels["all"] == 90 * 130, "pixels are counted as the set has them"
 
 
-def test_nearest_takes_what_lies_at_the_centres():
+def test_resize_nearest_takes_the_values_at_pixel_centers():
     assert resize_nearest(np.arange(10)[None].repeat(2, 0), 1, 5).tolist() == [[1, 3, 5, 7, 9]]
     assert resize_nearest(np.arange(3)[None], 2, 6).tolist() == [[0, 0, 1, 1, 2, 2]] * 2
 
 
-def test_json_holds_no_nan():
+def test_nan_in_the_meta_is_an_error():
     with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
-        made(RawSample(GREY, {"intrinsics": {"fx": np.nan}}))
+        made(RawSample(GRAY, {"intrinsics": {"fx": np.nan}}))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_intrinsics_follow_a_resized_image(orientation):
+def test_intrinsics_are_scaled_with_a_resized_image(orientation):
     """A point in space lies at the same share of the image before and after, upright, whatever its file says."""
     out = io.BytesIO()
     exif = Image.Exif()
@@ -162,7 +160,7 @@ def test_intrinsics_follow_a_resized_image(orientation):
         assert after == pytest.approx(before)
 
 
-def test_a_camera_in_shares_of_the_image_stays_when_it_is_resized():
+def test_a_camera_matrix_in_relative_coordinates_is_not_scaled():
     """Hypersim's matrix is of u and v from -1 to 1."""
     matrix = np.diag([0.577, 0.433, -1.0]).tolist()
     record = made(RawSample(np.zeros((64, 96, 3), np.uint8), {"M_cam_from_uv": matrix}), short_side=28)

@@ -1,4 +1,4 @@
-"""The engine that writes any set: whole, in parts, killed, in other processes."""
+"""Writing a set: as a whole, in parts, after a kill, and in worker processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from made_source import Stopped, fill, stop_at
 
-from depth_anything.data import remote
+from depth_anything.data import retry
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
@@ -40,7 +40,7 @@ def files(root, *, but=()):
     return {path.name: path.read_bytes() for path in Path(root).iterdir() if path.name not in but}
 
 
-def test_records_are_the_lines_that_could_be_read(whole):
+def test_records_are_the_lines_that_were_not_rejected(whole):
     assert [(shard.name, shard.records) for shard in whole.shards] == [
         ("00000", 4),
         ("00002", 3),
@@ -68,7 +68,7 @@ def test_records_are_the_lines_that_could_be_read(whole):
     assert np.array_equal(frame.depth, expected, equal_nan=True)
 
 
-def test_the_manifest_tells_what_was_not_taken_and_counts_every_pixel(whole):
+def test_the_manifest_lists_rejected_records_and_counts_every_pixel(whole):
     meta = json.loads(Path(whole.root, "manifest.json").read_text())["meta"]
     assert meta["licence"] == "CC0-1.0" and meta["source"] == {"title": "a toy", "get": "made by its test"}
     assert meta["settings"] == {
@@ -89,10 +89,10 @@ def test_the_manifest_tells_what_was_not_taken_and_counts_every_pixel(whole):
     assert meta["pixels"] == {name: 18 * count for name, count in one.items()}
 
 
-def test_parts_that_share_a_folder_make_the_whole_and_the_last_one_finishes(raw, whole, tmp_path):
+def test_the_last_of_the_parts_in_one_folder_finishes_the_set(raw, whole, tmp_path):
     before = (raw / "found").read_text()
     assert write(raw, tmp_path / "toy", part=(3, 3)) is None
-    with pytest.raises(ShardError, match="go on writing it"):
+    with pytest.raises(ShardError, match="toy"):
         open_set(tmp_path / "toy")
     assert write(raw, tmp_path / "toy", part=(1, 3)) is None
     assert write(raw, tmp_path / "toy", part=(1, 3)) is None
@@ -101,24 +101,24 @@ def test_parts_that_share_a_folder_make_the_whole_and_the_last_one_finishes(raw,
     assert len((raw / "found").read_text()) == len(before) + 1, "listed once"
 
 
-def test_more_parts_than_shards_do_no_harm(raw, whole, tmp_path):
+def test_there_may_be_more_parts_than_shards(raw, whole, tmp_path):
     made = [write(raw, tmp_path / "toy", part=(k, 9)) for k in range(1, 10)]
     assert [one for one in made if one] == [open_set(tmp_path / "toy")] and made[-1].digest == whole.digest
 
 
-def test_processes_write_the_same_set(raw, whole, tmp_path):
+def test_worker_processes_write_the_same_bytes(raw, whole, tmp_path):
     made = write(raw, tmp_path / "toy", workers=2)
     assert files(made.root) == files(whole.root)
 
 
-def test_a_worker_that_dies_ends_in_a_sentence(tmp_path):
+def test_a_worker_that_dies_raises_an_error_that_names_the_folder(tmp_path):
     raw = fill(tmp_path / "raw")
     (raw / "toy.txt").write_text("a/1\nb/2-dies\n")
-    with pytest.raises(ShardError, match="a worker died .*type the same command"):
+    with pytest.raises(ShardError, match=rf"worker .*{tmp_path / 'toy'}.* --workers"):
         write(raw, tmp_path / "toy", workers=1, per_shard=1)
 
 
-def test_a_stop_between_any_two_steps_changes_no_byte(raw, whole, tmp_path, monkeypatch):
+def test_an_interruption_between_any_two_steps_changes_no_byte(raw, whole, tmp_path, monkeypatch):
     call, wanted = 0, files(whole.root)
     while True:
         root = tmp_path / f"{call}" / "toy"
@@ -130,7 +130,7 @@ def test_a_stop_between_any_two_steps_changes_no_byte(raw, whole, tmp_path, monk
             there = {path.name for path in root.iterdir()} if root.exists() else set()
             assert "manifest.json" not in there or there >= set(wanted)
             for name in there & set(wanted):
-                assert (root / name).read_bytes() == wanted[name], "nothing is seen that is not whole"
+                assert (root / name).read_bytes() == wanted[name], "every visible file is complete"
             write(raw, root)
             assert files(root) == wanted
         else:
@@ -171,13 +171,18 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(raw, whole, tmp_path, wo
     wait_for(lambda: not alive(group))
     assert not (root / "manifest.json").exists()
     made = write(raw, root, seconds="0.05")
-    kept = ("settings.json", "listing.txt", "listing.json", "manifest.json")  # which tell of the seconds
+    kept = (
+        "settings.json",
+        "listing.txt",
+        "listing.json",
+        "manifest.json",
+    )  # which contain the option `seconds`
     assert files(root, but=kept) == files(whole.root, but=kept)
     assert made.digest == whole.digest and not list(root.glob(".*"))
 
 
 def alive(group):
-    """Whether a process of a group lives: orphaned workers see that their parent is dead, and go."""
+    """Return whether a process of a group runs; orphaned workers must exit when their parent is dead."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             _, _, rest = path.read_text().rpartition(") ")
@@ -189,7 +194,7 @@ def alive(group):
     return False
 
 
-def test_other_settings_are_refused_before_anything_is_read(raw, whole, tmp_path):
+def test_other_settings_are_rejected_before_the_raw_folder_is_read(raw, whole, tmp_path):
     before = files(whole.root)
     for options, named in (
         ({"per_shard": 5}, "per_shard 4 in place of 5"),
@@ -203,15 +208,15 @@ def test_other_settings_are_refused_before_anything_is_read(raw, whole, tmp_path
     assert files(whole.root) == before
 
 
-def test_licence_and_sky_may_be_said_later(raw, tmp_path):
+def test_license_and_sky_can_be_changed_later(raw, tmp_path):
     made = write(raw, tmp_path / "toy")
     again = write(raw, tmp_path / "toy", licence="MIT", sky="invalid")
     assert again.digest == made.digest
     assert (again.meta["licence"], again.meta["sky_policy"]) == ("MIT", "invalid")
-    assert write(raw, tmp_path / "toy") == again, "and stay said"
+    assert write(raw, tmp_path / "toy") == again, "the changes persist"
 
 
-def test_other_names_may_be_left_out(raw, tmp_path):
+def test_leave_out_patterns_are_applied_and_counted(raw, tmp_path):
     made = write(raw, tmp_path / "toy", leave_out=["room/*0", "room/?[!0]*", "nothing"], per_shard=9)
     assert made.meta["left_out"] == {"room/*0": 3, "room/?[!0]*": 20, ".txt": 3} and made.records == 2
 
@@ -219,18 +224,18 @@ def test_other_names_may_be_left_out(raw, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"part": (1, 3), "name": None}, "need the same name.*--name"),
+        ({"part": (1, 3), "name": None}, "--name"),
         ({"part": (0, 3)}, "part 0/3"),
         ({"part": (4, 3)}, "part 4/3"),
         ({"per_shard": 0}, "per_shard=0"),
         ({"workers": -1}, "workers=-1"),
         ({"sky": "blue"}, 'sky="blue"'),
-        ({"name": "a b"}, "cannot name a set"),
-        ({"short_side": 0}, "short_side=0 is no size"),
+        ({"name": "a b"}, '"a b"'),
+        ({"short_side": 0}, "short_side=0"),
         ({"licence": "do what you like!"}, "SPDX"),
     ],
 )
-def test_what_cannot_be_is_refused(raw, tmp_path, options, named):
+def test_invalid_arguments_are_rejected_before_a_folder_is_created(raw, tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         write(raw, tmp_path / "toy", **options)
     assert not (tmp_path / "toy").exists()
@@ -242,45 +247,43 @@ def lines(tmp_path, *names):
     return raw
 
 
-def test_a_file_that_is_gone_is_refused_and_a_disk_that_fails_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+def test_a_missing_file_is_rejected_but_a_failing_disk_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     made = write(lines(tmp_path, "a/1", "a/2-gone"), tmp_path / "toy")
     assert made.meta["skipped"]["files"] == [["a/2-gone", "No such file or directory"]]
-    with pytest.raises(
-        StorageUnavailable, match=r"a/2-broken of .* cannot be read for now: .*the same command"
-    ):
+    with pytest.raises(StorageUnavailable, match=r"a/2-broken of .*Input/output error"):
         write(lines(tmp_path / "b", "a/1", "a/2-broken"), tmp_path / "b" / "toy")
-    with pytest.raises(RuntimeError, match="a/2-bug: the reader of toy broke"):
+    with pytest.raises(RuntimeError, match="a/2-bug: .*toy.*a bug"):
         write(lines(tmp_path / "c", "a/1", "a/2-bug"), tmp_path / "c" / "toy")
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "many")
-    with pytest.raises(ValueError, match="DEPTH_ANYTHING_RETRIES=many"):  # which is no record's fault
+    with pytest.raises(ValueError, match="DEPTH_ANYTHING_RETRIES=many"):  # not an error of the record
         write(lines(tmp_path / "d", "a/1"), tmp_path / "d" / "toy")
 
 
-def test_a_raw_folder_that_goes_away_stops_and_leaves_nothing_out(tmp_path, monkeypatch):
+def test_a_raw_folder_that_disappears_stops_the_run_without_rejecting_records(tmp_path, monkeypatch):
     raw, root = lines(tmp_path, "a/1", "a/2", "a/3-bad"), tmp_path / "toy"
 
     def vanish(folder, line):
         folder.rename(folder.with_name("unmounted"))
         raise ValueError("No such file or directory")
 
-    with monkeypatch.context() as patch, pytest.raises(ShardError, match="is gone"):
+    with monkeypatch.context() as patch, pytest.raises(ShardError, match=str(raw)):
         patch.setattr(made_source, "read", vanish)
         write(raw, root)
     raw.with_name("unmounted").rename(raw)
     assert write(raw, root).records == 2
 
 
-def test_everything_refused_is_an_error_that_names_why(tmp_path):
+def test_a_set_without_any_accepted_record_is_an_error_with_the_reason(tmp_path):
     raw = lines(tmp_path, *(f"a/{k}-bad" for k in range(5)))
     for _ in range(2):
-        with pytest.raises(ShardError, match="none of 5 files can be taken .a/0-bad: its depth is missing"):
+        with pytest.raises(ShardError, match="5 .*a/0-bad: its depth is missing"):
             write(raw, tmp_path / "toy")
-    with pytest.raises(ShardError, match=r"when that is mended, begin anew with  rm -r .*toy"):
+    with pytest.raises(ShardError, match=r"  rm -r .*toy"):
         write(raw, tmp_path / "toy")
 
 
-def test_shards_removed_from_a_finished_set_are_made_again_to_the_same_bytes(raw, whole, tmp_path):
+def test_shards_removed_from_a_finished_set_are_written_again_with_the_same_bytes(raw, whole, tmp_path):
     root = tmp_path / "toy"
     write(raw, root)
     write(raw, root, licence="MIT")
@@ -289,17 +292,17 @@ def test_shards_removed_from_a_finished_set_are_made_again_to_the_same_bytes(raw
     again = write(raw, root)
     assert again.digest == whole.digest and again.meta["licence"] == "MIT"
     assert verify_set(root) == []
-    told = ("manifest.json", "about.json")
-    assert files(root, but=told) == files(whole.root, but=told)
+    changed = ("manifest.json", "about.json")
+    assert files(root, but=changed) == files(whole.root, but=changed)
 
 
-def test_nothing_found_is_told_with_the_layout_and_leaves_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="holds nothing of a toy: looked for toy.txt with a name a line"):
+def test_an_empty_raw_folder_is_an_error_with_the_layout_and_creates_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="a toy: .*toy.txt with a name a line"):
         write(lines(tmp_path), tmp_path / "toy")
     assert not (tmp_path / "toy").exists()
 
 
-def test_every_set_of_the_catalogue_is_there_and_says_what_it_is():
+def test_every_entry_of_the_catalog_has_a_complete_source():
     for name in catalog.SETS:
         source = catalog.load_source(name)
         facts = source.INFO

@@ -13,8 +13,8 @@ from depth_anything.data import codec
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
-from depth_anything.scenes import layout
-from depth_anything.scenes.layout import random_layout, render_scene, write_scenes
+from depth_anything.scenes import render
+from depth_anything.scenes.layout import random_layout
 from depth_anything.scenes.materials import Atmosphere, Light, Material, PhiloxRandom
 from depth_anything.scenes.raycast import (
     PinholeView,
@@ -27,6 +27,7 @@ from depth_anything.scenes.raycast import (
     shadow_map,
     tint_glass,
 )
+from depth_anything.scenes.render import render_scene, write_scenes
 
 SMALL = {"height": 24, "width": 32}
 ROOM = next(seed for seed in range(20) if random_layout(seed).indoors)
@@ -75,7 +76,7 @@ def march(solids, seen, step=0.02, far=14.0):
 
 
 @pytest.mark.parametrize("shape", ["box", "ball", "tube"])
-def test_a_turned_solid_is_where_a_walk_along_the_rays_finds_it(shape):
+def test_depth_of_a_rotated_solid_equals_that_of_ray_marching(shape):
     one = solid(shape, (0.3, -0.2, 4), (0.9, 1.4, 0.6), axes=rotation_matrix(0.7, 0.4, -0.3).T)
     seen = view()
     depth, number = cast_rays([one], seen)
@@ -87,7 +88,7 @@ def test_a_turned_solid_is_where_a_walk_along_the_rays_finds_it(shape):
     assert ((number == 0) == np.isfinite(depth)).all()
 
 
-def test_a_furnished_room_is_where_a_walk_along_the_rays_finds_it():
+def test_depth_of_a_furnished_room_equals_that_of_ray_marching():
     made = random_layout(ROOM)
     seen = PinholeView(made.origin, made.rotation, view().u[::2], view().v[::2])
     depth, _ = cast_rays(made.solids, seen)
@@ -96,7 +97,7 @@ def test_a_furnished_room_is_where_a_walk_along_the_rays_finds_it():
     assert np.mean(np.abs(depth - walked) < 0.021) > 0.97
 
 
-def test_nearest_wins_in_any_order_and_what_lies_behind_the_camera_is_not_seen():
+def test_the_nearest_solid_is_hit_and_solids_behind_the_camera_are_not():
     near, far = solid("box", (0, 0, 3), (0.3, 0.3, 0.3)), solid("box", (0, 0, 6), (3, 3, 0.5))
     behind = solid("ball", (0, 0, -3), (1, 1, 1))
     one, _ = cast_rays([near, far, behind], view())
@@ -111,7 +112,7 @@ def test_depth_of_a_wall_seen_at_an_angle_is_planar_not_radial():
     assert np.allclose(depth, 4)
 
 
-def test_points_from_the_intrinsics_lie_in_the_room():
+def test_points_computed_with_the_intrinsics_are_inside_the_room():
     frame, made = render_scene(ROOM, look="synthetic", **SMALL), random_layout(ROOM)
     k = frame.meta["intrinsics"]
     y, x = np.mgrid[:24, :32]
@@ -124,8 +125,8 @@ def test_points_from_the_intrinsics_lie_in_the_room():
 
 
 @pytest.mark.parametrize("seed", [ROOM, STREET])
-def test_both_looks_of_a_seed_share_depth_and_nothing_else(seed):
-    plain, photo = (render_scene(seed, look=look, height=48, width=64) for look in layout.LOOKS)
+def test_both_looks_of_a_seed_have_the_same_depth_and_other_images(seed):
+    plain, photo = (render_scene(seed, look=look, height=48, width=64) for look in render.LOOKS)
     assert (plain.depth == photo.depth).all()
     assert plain.image.dtype == np.uint8 and plain.image.shape == (48, 64, 3)
     assert plain.depth.dtype == np.float32 and plain.depth.shape == (48, 64)
@@ -133,7 +134,7 @@ def test_both_looks_of_a_seed_share_depth_and_nothing_else(seed):
     assert plain.meta["look"] == "synthetic" and photo.meta["look"] == "photographic"
 
 
-def test_streets_have_sky_at_infinity_and_rooms_have_none():
+def test_streets_have_sky_and_rooms_have_none():
     assert np.isinf(render_scene(STREET, look="synthetic", **SMALL).depth).any()
     assert np.isfinite(render_scene(ROOM, look="synthetic", **SMALL).depth).all()
     for seed in range(40):
@@ -142,7 +143,7 @@ def test_streets_have_sky_at_infinity_and_rooms_have_none():
         assert depth[np.isfinite(depth)].max() <= 150
 
 
-def test_photographs_are_noisier_than_synthetic_pictures():
+def test_photographic_images_are_noisier_than_synthetic_images():
     def rough(look):
         images = [render_scene(seed, look=look, **SMALL).image.astype(float).mean(-1) for seed in range(12)]
         return np.mean([np.median(np.abs(i[1:-1] - (i[2:] + i[:-2]) / 2)) for i in images])
@@ -152,13 +153,13 @@ def test_photographs_are_noisier_than_synthetic_pictures():
 
 def test_a_seed_gives_the_same_bytes_in_another_process():
     program = (
-        "import hashlib; from depth_anything.scenes.layout import render\n"
+        "import hashlib; from depth_anything.scenes.render import render_scene\n"
         "for look in ('synthetic', 'photographic'):\n"
-        "    f = render(4, look=look, height=24, width=32)\n"
+        "    f = render_scene(4, look=look, height=24, width=32)\n"
         "    print(hashlib.sha256(f.image.tobytes() + f.depth.tobytes()).hexdigest())\n"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    for look, line in zip(layout.LOOKS, out.split(), strict=True):
+    for look, line in zip(render.LOOKS, out.split(), strict=True):
         frame = render_scene(4, look=look, **SMALL)
         assert hashlib.sha256(frame.image.tobytes() + frame.depth.tobytes()).hexdigest() == line
 
@@ -173,8 +174,8 @@ PINNED = {
 
 
 @pytest.mark.parametrize(("look", "seed"), PINNED)
-def test_pictures_change_only_with_the_version_of_scenes(look, seed):
-    assert layout.RENDERER_VERSION == 2, "new pictures: pin them here"
+def test_images_change_only_with_the_renderer_version(look, seed):
+    assert render.RENDERER_VERSION == 2, "new pictures: pin them here"
     depth, colours = PINNED[look, seed]
     frame = render_scene(seed, look=look, **SMALL)
     assert [frame.depth[y, x] for y, x in ((23, 4), (12, 16), (20, 27))] == pytest.approx(depth, abs=1e-4)
@@ -182,7 +183,7 @@ def test_pictures_change_only_with_the_version_of_scenes(look, seed):
     assert np.abs(found - colours).max() <= 1
 
 
-def test_draws_are_raw_philox_words():
+def test_random_numbers_are_raw_philox_words():
     words = np.random.Philox(key=np.array([7, 3], np.uint64)).random_raw(256).tolist()
     draw = PhiloxRandom(7, 3)
     assert [draw.uniform() for _ in range(256)] == [(w >> 11) / 2**53 for w in reversed(words)]
@@ -190,8 +191,8 @@ def test_draws_are_raw_philox_words():
     assert abs(approx_normal.mean()) < 0.02 and abs(approx_normal.std() - 1) < 0.02
 
 
-def test_an_unknown_look_is_refused():
-    with pytest.raises(ValueError, match="type synthetic or photographic"):
+def test_an_unknown_look_is_rejected():
+    with pytest.raises(ValueError, match="synthetic or photographic"):
         render_scene(0, look="cartoon", **SMALL)
 
 
@@ -205,7 +206,7 @@ def plain(color):
 DARK = Atmosphere((1, 1, 1), (1, 1, 1), (), (0, 0, 0), 0.0, (0, 0, 0))  # even light, no haze, black sky
 
 
-def test_a_mirror_shows_what_stands_behind_the_camera():
+def test_a_mirror_shows_the_solid_behind_the_camera():
     mirror = solid("box", (0, 0, 4), (3, 3, 0.02), role="mirror")
     red = solid("ball", (0, 0, -2), (1, 1, 1))
     scene = Scene([mirror, red], [plain((1, 1, 1)), plain((1, 0, 0))], DARK)
@@ -221,7 +222,7 @@ def test_a_mirror_shows_what_stands_behind_the_camera():
     assert depth[12, 16] == pytest.approx(3.98)
 
 
-def test_glass_is_seen_through_and_tinted():
+def test_glass_is_transparent_and_tinted():
     image = np.stack([np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)] * 3)
     before = image.copy()
     pane = solid("box", (0, 0, 2), (1, 1, 0.01), role="glass")
@@ -233,7 +234,7 @@ def test_glass_is_seen_through_and_tinted():
     assert (behind[0] > 0.5).all() and np.allclose(behind[1] * 2, behind[0])
 
 
-def test_glass_and_mirrors_have_the_depth_of_their_surface():
+def test_the_depth_of_glass_and_mirrors_is_that_of_their_surface():
     seen = 0
     for seed in range(60):
         made = random_layout(seed)
@@ -253,7 +254,7 @@ def test_glass_and_mirrors_have_the_depth_of_their_surface():
     assert seen > 100
 
 
-def test_a_lamp_is_shadowed_by_what_stands_before_it():
+def test_a_solid_in_front_of_a_lamp_casts_a_shadow():
     lamp = Light((0, -3, 0), (1, 1, 1), distant=False)
     table = solid("box", (0, -1, 0), (0.5, 0.05, 0.5))
     dark = shadow_map([table], lamp, np.array([0.0, 0, 0.1]))
@@ -268,7 +269,7 @@ def test_a_lamp_is_shadowed_by_what_stands_before_it():
     ]
 
 
-def test_haze_hides_what_is_far():
+def test_haze_increases_with_depth():
     wall = [solid("box", (0, 0, z), (50, 50, 0.5)) for z in (3, 60)]
     air = Atmosphere((1, 1, 1), (1, 1, 1), (), (0, 0, 1), 0.05, (0, 0, 0))
     colours = []
@@ -312,7 +313,7 @@ def test_a_written_set_reads_back_as_rendered(written):
     assert codec.decode(fields["depth.f32"]).dtype == np.float32
 
 
-def test_synthetic_pictures_stay_clean_and_truth_can_be_left_out(tmp_path):
+def test_synthetic_images_are_png_and_depth_is_optional(tmp_path):
     made = write_scenes(tmp_path / "s", **{**SETTINGS, "look": "synthetic", "count": 2}, labelled=False)
     key, fields = Records(made).read("s/00000", 1)
     assert set(fields) == {"png", "json"}
@@ -320,8 +321,8 @@ def test_synthetic_pictures_stay_clean_and_truth_can_be_left_out(tmp_path):
     assert (decode_record(key, fields).image == rendered.image).all()
 
 
-def test_a_complete_set_is_returned_untouched(written, monkeypatch):
-    monkeypatch.setattr(layout, "render_scene", None)
+def test_a_finished_set_is_returned_unchanged(written, monkeypatch):
+    monkeypatch.setattr(render, "render_scene", None)
     before = {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()}
     assert write_scenes(written.root, **SETTINGS) == written
     assert {path: path.stat().st_mtime_ns for path in Path(written.root).iterdir()} == before
@@ -338,7 +339,7 @@ def test_a_complete_set_is_returned_untouched(written, monkeypatch):
         {"labelled": False},
     ],
 )
-def test_other_settings_are_refused_with_what_to_type(written, other):
+def test_other_settings_are_rejected_with_the_command_to_type(written, other):
     with pytest.raises(ValueError, match=f"{next(iter(other))} .*rm -r"):
         write_scenes(written.root, **{**SETTINGS, **other})
 
@@ -352,7 +353,7 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(written, tmp_path, monke
             raise KeyboardInterrupt
         return render_scene(seed, **kwargs)
 
-    monkeypatch.setattr(layout, "render_scene", dying)
+    monkeypatch.setattr(render, "render_scene", dying)
     root = tmp_path / "photos"
     with pytest.raises(KeyboardInterrupt):
         write_scenes(root, **SETTINGS)
@@ -380,19 +381,19 @@ def test_processes_that_race_write_the_same_set(written, tmp_path):
     assert not list(root.glob(".tmp*"))
 
 
-def test_settings_are_told_in_the_manifest(written):
+def test_settings_are_stored_in_the_manifest(written):
     meta = json.loads(Path(written.root, "manifest.json").read_text())["meta"]
     assert meta["unit"] == "m" and meta["sky"] == "inf"
     assert meta["settings"]["look"] == "photographic" and meta["settings"]["seed"] == 3
 
 
-def test_shards_of_others_are_not_written_over(tmp_path):
+def test_shards_of_other_programs_are_not_overwritten(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.tar").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match="name another folder"):
+    with pytest.raises(ValueError, match="another folder"):
         write_scenes(tmp_path / "x", **SETTINGS)
 
 
-def test_a_name_that_cannot_name_a_set_is_refused_at_once(tmp_path):
-    with pytest.raises(ValueError, match="cannot name a set"):
+def test_an_invalid_name_is_rejected_before_writing(tmp_path):
+    with pytest.raises(ValueError, match="A-Z a-z 0-9"):
         write_scenes(tmp_path / "my scenes", **SETTINGS)

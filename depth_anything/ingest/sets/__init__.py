@@ -1,1 +1,1 @@
-"""Readers of the public data sets that `depth-anything shard` knows by name."""
+"""One module for each published dataset."""

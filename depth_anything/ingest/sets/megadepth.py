@@ -1,17 +1,17 @@
-"""MegaDepth v1: tourists' photographs of 196 places, depth from multi-view stereo; one of V1's sets.
+"""MegaDepth v1: tourist photographs of 196 places with depth from multi-view stereo; used by V1.
 
-Layout: phoenix/S6/zl548/MegaDepth_v1/0000/dense0/{imgs/NAME.jpg, depths/NAME.h5}; some pictures are
-NAME.png or NAME.JPG.
+Layout: phoenix/S6/zl548/MegaDepth_v1/0000/dense0/{imgs/NAME.jpg, depths/NAME.h5}; some images are NAME.png or NAME.JPG.
 
-Depth: HDF5, dataset "depth", planar, in a unit of each reconstruction's own: the affine-invariant losses do not need
-it, a metric model cannot learn from it. 0 is invalid: people, sky and whatever was not matched. Sky is not marked.
-Some files do not hold depth but an order, foreground and background as numbers of which some are negative (the makers'
-own code knows them by that): these frames are refused.
+Depth: HDF5, dataset "depth", planar, in an arbitrary unit of each reconstruction. The affine-invariant losses do not
+need a unit; a metric model cannot be trained on this set. 0 is invalid: people, sky and unmatched pixels. Sky is not
+marked. Some files hold an ordinal map of foreground and background instead of depth, with negative numbers, by which
+the authors' own code recognizes them; these frames are rejected.
 
-Counts: some 130,000 images, about 30,000 of them with an order only; V1 says 128 K.
+Counts: about 130,000 images, of which about 30,000 are ordinal; V1 says 128 K.
 
-Licence: the photographs are Flickr users'; no name is known. Get it from https://www.cs.cornell.edu/projects/megadepth
-(199 GB). Facts from https://github.com/zhengqili/MegaDepth and public readers; counts from memory.
+License: the photographs belong to users of Flickr; it has no known identifier. Get it from
+https://www.cs.cornell.edu/projects/megadepth (199 GB). Facts from https://github.com/zhengqili/MegaDepth and public
+readers; counts from memory.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    check_map_size,
-    find_frames,
-    join_parts,
-    read_frame_file,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_hdf5
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -39,29 +32,34 @@ INFO = DatasetInfo(
     licence="LicenseRef-MegaDepth",
     sky="invalid",
 )
-_IMAGE = FilePattern("image", "imgs", r"(.+)\.(?i:jpe?g|png)")
-_DEPTH = FilePattern("depth", "depths", r"(.+)\.h5")
+_PATTERNS = (
+    FilePattern("image", "imgs", r"(.+)\.(?i:jpe?g|png)"),
+    FilePattern("depth", "depths", r"(.+)\.h5"),
+)
 
 
 def find(raw: Path) -> Iterator[str]:
-    """List the frames, 0000/dense0/NAME each, then the paths of image and depth.
+    """List the frames as 0000/dense0/NAME, then the paths of image and depth.
 
     Raises:
         ValueError: As `find_frames`.
     """
-    return find_frames(raw, INFO, (_IMAGE, _DEPTH), sequence=lambda parts: join_parts(parts[:-1], 2))
+    return find_frames(raw, INFO, _PATTERNS, sequence=lambda parts: join_parts(parts[:-1], 2))
 
 
 def read(raw: Path, line: str) -> RawSample:
     """Read one frame.
 
     Raises:
-        ValueError: If image or depth are missing or damaged, or differ in size, or there is only an order.
+        ValueError: Image or depth is missing or damaged, the two differ in size, or the map is ordinal.
     """
-    _, image_path, depth_path = split_fields(line)
-    image = read_frame_file(raw, _IMAGE, image_path)
-    depth = read_hdf5(read_frame_file(raw, _DEPTH, depth_path), "depth")
-    if np.nanmin(depth, initial=0) < 0:
-        raise ValueError("its depth is an order of foreground and background only")
-    check_map_size(image, depth, _DEPTH.what)
+    _, *paths = split_fields(line)
+    image, depth = read_pair(raw, _PATTERNS, paths, _decode_depth)
     return RawSample(image, {"unit": "arbitrary"}, depth=depth)
+
+
+def _decode_depth(data: bytes) -> np.ndarray:
+    depth = read_hdf5(data, "depth")
+    if np.nanmin(depth, initial=0) < 0:
+        raise ValueError("its depth is an ordinal map of foreground and background")
+    return depth

@@ -1,19 +1,19 @@
-"""TartanAir, the first edition: flights through 18 rendered environments.
+"""TartanAir, the first edition: camera flights through 18 rendered environments.
 
-Layout: ENV/ENV/Easy/P000/{image_left/000000_left.png, depth_left/000000_left_depth.npy} and Hard; 480 x 640. Images
-and depth come as zips of their own and may be unpacked to one folder or to two below the same one. The left camera is
-taken; right images, segmentation, flow and poses are not read.
+Layout: ENV/ENV/Easy/P000/{image_left/000000_left.png, depth_left/000000_left_depth.npy} and Hard; 480 x 640. Images and
+depth come in separate zips and may be unpacked to one folder, or to two folders below the same one. The left camera is
+read; right images, segmentation, flow and poses are not.
 
-Depth: NPY, float32 (the set's page says 16 bits, the files have 32), metres, planar. Sky: 1000 m and more (mostly about
-10,000), given disparity 0 unless told otherwise. 0 occurs, rarely, and is invalid. The segmentation's number for sky
-also stands for trees in places and is not used. Intrinsics: focal length 320 px, principal point (320, 240).
+Depth: NPY, float32 (the set's page says 16 bits, the files have 32), meters, planar. Sky: 1000 m and more (mostly about
+10,000), with disparity 0 by default. 0 occurs rarely and is invalid. The segmentation label of the sky also marks trees
+in places and is not used. Intrinsics: focal length 320 px, principal point (320, 240).
 
-Not taken unless asked for: amusement (13,595 frames), whose sky is a dome at a finite depth, and so looks like
-something built (issue 46 of the repository).
+Left out by default: amusement (13,595 frames), whose sky is a dome at a finite depth and so looks like a building
+(issue 46 of the repository).
 
-Counts: 306,637 left images, which is what the paper says it takes; 293,042 without amusement.
+Counts: 306,637 left images, as in the paper; 293,042 without amusement.
 
-Licence: CC BY 4.0 (from memory). Get it from https://github.com/castacks/tartanair_tools: image_left 141 GB, depth_left
+License: CC BY 4.0 (from memory). Get it from https://github.com/castacks/tartanair_tools: image_left 141 GB, depth_left
 69 GB. Facts from that repository.
 """
 
@@ -22,14 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.ingest.frame_files import (
-    FilePattern,
-    check_map_size,
-    find_frames,
-    join_parts,
-    read_frame_file,
-    split_fields,
-)
+from depth_anything.ingest.frame_files import FilePattern, find_frames, join_parts, read_pair, split_fields
 from depth_anything.ingest.maps import read_npy
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -44,28 +37,28 @@ INFO = DatasetInfo(
 )
 MIN_SKY_DEPTH_M = 1000.0
 _INTRINSICS = {"fx": 320.0, "fy": 320.0, "cx": 320.0, "cy": 240.0}
-_IMAGE = FilePattern("image", "image_left", r"(\d+)_left\.png")
-_DEPTH = FilePattern("depth", "depth_left", r"(\d+)_left_depth\.npy")
+_PATTERNS = (
+    FilePattern("image", "image_left", r"(\d+)_left\.png"),
+    FilePattern("depth", "depth_left", r"(\d+)_left_depth\.npy"),
+)
 
 
 def find(raw: Path) -> Iterator[str]:
-    """List the frames, ENV/Easy/P000/number each, then the paths of image and depth.
+    """List the frames as ENV/Easy/P000/number, then the paths of image and depth.
 
     Raises:
         ValueError: As `find_frames`.
     """
-    return find_frames(raw, INFO, (_IMAGE, _DEPTH), sequence=lambda parts: join_parts(parts[:-1], 3))
+    return find_frames(raw, INFO, _PATTERNS, sequence=lambda parts: join_parts(parts[:-1], 3))
 
 
 def read(raw: Path, line: str) -> RawSample:
     """Read one frame.
 
     Raises:
-        ValueError: If image or depth are missing or damaged, or differ in size.
+        ValueError: Image or depth is missing or damaged, or the two differ in size.
     """
-    _, image_path, depth_path = split_fields(line)
-    image = read_frame_file(raw, _IMAGE, image_path)
-    depth = read_npy(read_frame_file(raw, _DEPTH, depth_path))
-    check_map_size(image, depth, _DEPTH.what)
+    _, *paths = split_fields(line)
+    image, depth = read_pair(raw, _PATTERNS, paths, read_npy)
     sky = (depth >= MIN_SKY_DEPTH_M) & np.isfinite(depth)
     return RawSample(image, {"unit": "m", "intrinsics": _INTRINSICS}, depth=depth, sky=sky)

@@ -1,8 +1,8 @@
-"""The eight sets of photographs that the paper labels with its teacher, a row of facts each.
+"""The eight sets of photographs that the paper labels with its teacher.
 
-Facts: no pixel has a label, so that a record holds the image, kept byte for byte where it is plain, and a json with
-`source`, `name` (its path as published) and `original_size`. How many the paper takes is from its table; where that
-is none of the makers' counts, docs/datasets.md says what is known.
+A record holds the image, unchanged if every reader shows it alike, and a JSON with `source`, `name` (its path as
+published) and `original_size`. The number of records is from the paper's table; where it differs from the authors'
+count, docs/datasets.md says what is known.
 """
 
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from depth_anything.ingest.source import DatasetInfo, RawSample
 
 @dataclass(frozen=True)
 class UnlabeledSet:
-    """A set of photographs as published.
+    """A set of photographs as it is published.
 
     Attributes:
-        FACTS: What is known of it.
-        kinds: What its images lie in: "files", "tars", "lmdb", "films".
+        INFO: Facts about it.
+        kinds: Where its images are: "files", "tars", "lmdb", "videos".
     """
 
     INFO: DatasetInfo
@@ -39,11 +39,11 @@ bdd100k = UnlabeledSet(
         name="bdd100k",
         title="BDD100K",
         records=8_200_000,
-        layout="videos/**/*.mov, of which two frames a second are taken, or images/**/*.jpg",
+        layout="videos/**/*.mov, read at two frames per second, or images/**/*.jpg",
         get="https://bdd-data.berkeley.edu: videos 1.8 TB in 100 parts, or one frame of each 5.3 GB",
         licence="LicenseRef-BDD100K",
     ),
-    kinds=("files", "tars", "films"),
+    kinds=("files", "tars", "videos"),
 )
 landmarks = UnlabeledSet(
     DatasetInfo(
@@ -60,7 +60,7 @@ imagenet21k = UnlabeledSet(
         name="imagenet21k",
         title="ImageNet-21K",
         records=13_153_500,
-        layout="n01440764.tar and so on, a tar a synset, or folders of images, or timm's webp tars",
+        layout="n01440764.tar and so on, a tar per synset, or folders of images, or timm's webp tars",
         get="https://image-net.org (winter21, 1.15 TB), or timm/imagenet-w21-webp-wds on the hub (646 GB)",
         licence="LicenseRef-ImageNet",
     )
@@ -70,7 +70,7 @@ lsun = UnlabeledSet(
         name="lsun",
         title="LSUN",
         records=9_895_373,
-        layout="bedroom_train_lmdb/data.mdb and so on, a folder a class, unzipped",
+        layout="bedroom_train_lmdb/data.mdb and so on, a folder per class, unzipped",
         get="https://www.yf.io/p/lsun: ten zips, 156 GB",
         licence="LicenseRef-LSUN",
     ),

@@ -5,7 +5,7 @@ from made_raw import frames_of, make_blendedmvs
 from depth_anything.ingest.sets import blendedmvs
 
 
-def test_depth_is_what_the_files_hold_the_right_way_up(tmp_path):
+def test_depth_is_stored_unchanged_with_the_first_row_on_top(tmp_path):
     truth = make_blendedmvs(tmp_path)
     found = frames_of(blendedmvs, tmp_path)
     assert list(found) == sorted(truth)
@@ -13,7 +13,7 @@ def test_depth_is_what_the_files_hold_the_right_way_up(tmp_path):
         np.testing.assert_array_equal(frame.depth, truth[name].astype(np.float32))
 
 
-def test_a_hole_is_unknown_and_never_sky(tmp_path):
+def test_holes_are_invalid_and_not_sky(tmp_path):
     make_blendedmvs(tmp_path)
     for frame in frames_of(blendedmvs, tmp_path).values():
         assert np.isnan(frame.depth[:5, :7]).all()  # 0
@@ -23,14 +23,14 @@ def test_a_hole_is_unknown_and_never_sky(tmp_path):
     assert blendedmvs.INFO.sky == "invalid"
 
 
-def test_the_scale_is_the_scenes_own_and_intrinsics_come_from_cam_txt(tmp_path):
+def test_the_unit_is_arbitrary_and_intrinsics_come_from_cam_txt(tmp_path):
     make_blendedmvs(tmp_path)
     for frame in frames_of(blendedmvs, tmp_path).values():
         assert frame.meta["unit"] == "arbitrary"
         assert frame.meta["intrinsics"] == {"fx": 40.5, "fy": 40.25, "cx": 23.5, "cy": 17.5}
 
 
-def test_masked_pictures_are_not_taken(tmp_path):
+def test_masked_images_are_not_read(tmp_path):
     truth = make_blendedmvs(tmp_path)
     lines = list(blendedmvs.find(tmp_path))
     assert len(lines) == len(truth) and "masked" not in "".join(lines)
@@ -49,7 +49,7 @@ def test_masked_pictures_are_not_taken(tmp_path):
         "\udce4",
     ],
 )
-def test_a_frame_is_as_good_without_its_camera(tmp_path, camera):
+def test_a_frame_without_a_camera_is_accepted(tmp_path, camera):
     make_blendedmvs(tmp_path, scenes=("5a3ca9cb270f0e3f14d0eddb",), frames=1)
     path = next(tmp_path.rglob("*_cam.txt"))
     path.unlink() if camera is None else path.write_text(camera, errors="surrogateescape")
@@ -57,7 +57,7 @@ def test_a_frame_is_as_good_without_its_camera(tmp_path, camera):
     assert frame.depth is not None and "intrinsics" not in frame.meta
 
 
-def test_an_empty_map_is_refused(tmp_path):
+def test_an_empty_map_is_rejected(tmp_path):
     make_blendedmvs(tmp_path, frames=1)
     path = next(tmp_path.rglob("*.pfm"))
     data = path.read_bytes()
@@ -78,14 +78,14 @@ def test_an_empty_map_is_refused(tmp_path):
         (b"Pf\n99999999 99999999\n-1.0\n", "32768"),
     ],
 )
-def test_damaged_depth_is_refused_with_its_reason(tmp_path, data, reason):
+def test_damaged_depth_is_rejected_with_a_reason(tmp_path, data, reason):
     make_blendedmvs(tmp_path, frames=1, scenes=("5a3ca9cb270f0e3f14d0eddb",))
     next(tmp_path.rglob("*.pfm")).write_bytes(data)
     (told,) = frames_of(blendedmvs, tmp_path).values()
     assert isinstance(told, str) and reason in told
 
 
-def test_a_scene_alone_and_a_folder_above_all_are_both_welcome(tmp_path):
+def test_a_single_scene_and_a_folder_above_all_scenes_are_accepted(tmp_path):
     make_blendedmvs(tmp_path / "BlendedMVS" / "low")
     names = [line.partition("\t")[0] for line in blendedmvs.find(tmp_path)]
     assert names[0] == "BlendedMVS/low/5a3ca9cb270f0e3f14d0eddb/00000000"

@@ -14,7 +14,7 @@ from depth_anything.ingest.sets import hypersim
 RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[4] / "shared" / "rgbd"))
 
 
-def test_distances_become_planar_depth_by_each_scenes_own_camera(tmp_path):
+def test_distance_becomes_planar_depth_with_the_camera_of_the_scene(tmp_path):
     truth = make_hypersim(tmp_path)
     found = frames_of(hypersim, tmp_path, split="all")
     assert list(found) == sorted(truth)
@@ -26,7 +26,7 @@ def test_distances_become_planar_depth_by_each_scenes_own_camera(tmp_path):
         assert "sky" not in frame.meta and frame.meta["unit"] == "m"
 
 
-def test_the_textbook_camera_gives_the_textbook_formula():
+def test_an_untilted_camera_gives_the_usual_formula():
     distance = np.ones((768, 1024))
     x, y = np.meshgrid(np.arange(1024) + 0.5 - 512, np.arange(768) + 0.5 - 384)
     focal = 512 / np.tan(np.pi / 6)
@@ -39,7 +39,7 @@ def test_the_textbook_camera_gives_the_textbook_formula():
     assert 0.02 < np.abs(tilted / expected - 1).max() < 0.1  # why the constant will not do
 
 
-def test_intrinsics_are_those_of_the_rays():
+def test_intrinsics_match_the_rays():
     shifted = TILTED.copy()
     shifted[2] = [0, 0, -1]
     found = hypersim._pixel_intrinsics(shifted, 768, 1024)["intrinsics"]
@@ -64,13 +64,13 @@ def test_intrinsics_are_those_of_the_rays():
     assert canonical["fx"] == pytest.approx(886.81, abs=0.01) == canonical["fy"]
 
 
-def test_the_camera_matrix_stays_with_the_record(tmp_path):
+def test_the_camera_matrix_is_stored_in_the_record(tmp_path):
     make_hypersim(tmp_path)
     frame = frames_of(hypersim, tmp_path)["ai_037_002/cam_00/frame.0000"]
     assert frame.meta["M_cam_from_uv"] == TILTED.tolist()
 
 
-def test_splits_are_those_of_the_table(tmp_path):
+def test_splits_follow_the_published_table(tmp_path):
     make_hypersim(tmp_path)
     names = {
         s: [line.partition("\t")[0] for line in hypersim.find(tmp_path, split=s)] for s in ("train", "val")
@@ -78,17 +78,17 @@ def test_splits_are_those_of_the_table(tmp_path):
     assert names["train"] == ["ai_001_001/cam_00/frame.0000", "ai_037_002/cam_00/frame.0000"]
     assert names["val"] == ["ai_001_001/cam_00/frame.0007", "ai_037_002/cam_00/frame.0007"]
     assert [*hypersim.find(tmp_path)] == [*hypersim.find(tmp_path, split="train")]
-    with pytest.raises(ValueError, match="holds no frame of the split test"):
+    with pytest.raises(ValueError, match="split test"):
         list(hypersim.find(tmp_path, split="test"))
-    with pytest.raises(ValueError, match="split=trian is unknown: type one of train, val, test, all"):
+    with pytest.raises(ValueError, match="split=trian .*train, val, test, all"):
         list(hypersim.find(tmp_path, split="trian"))
     (tmp_path / "metadata_images_split_scene_v1.csv").unlink()
-    with pytest.raises(ValueError, match="has no metadata_images_split_scene_v1.csv: .* or add --split all"):
+    with pytest.raises(ValueError, match="metadata_images_split_scene_v1.csv.*--split all"):
         list(hypersim.find(tmp_path))
     assert len(list(hypersim.find(tmp_path, split="all"))) == 4
 
 
-def test_the_camera_table_may_lie_above_or_be_named(tmp_path):
+def test_the_camera_table_is_searched_or_given(tmp_path):
     make_hypersim(tmp_path / "evermotion_dataset" / "scenes")
     table = tmp_path / "evermotion_dataset" / "scenes" / "metadata_camera_parameters.csv"
     above = tmp_path / "contrib" / "mikeroberts3000" / table.name
@@ -96,19 +96,17 @@ def test_the_camera_table_may_lie_above_or_be_named(tmp_path):
     table.rename(above)
     scenes = [line.partition("\t")[0] for line in hypersim.find(tmp_path)]
     assert scenes == ["ai_001_001/cam_00/frame.0000", "ai_037_002/cam_00/frame.0000"]
-    with pytest.raises(ValueError, match="has no metadata_camera_parameters.csv: .* or add --cameras FILE"):
+    with pytest.raises(ValueError, match="metadata_camera_parameters.csv.*--cameras FILE"):
         list(hypersim.find(above.parents[2] / "evermotion_dataset"))
     named = [*hypersim.find(tmp_path / "evermotion_dataset", cameras=above)]
     assert [line.partition("\t")[0] for line in named] == scenes
-    with pytest.raises(
-        ValueError, match="is not the table that is meant: it has no column scene_name, M_cam"
-    ):
+    with pytest.raises(ValueError, match="scene_name, M_cam"):
         other = tmp_path / "other.csv"
         other.write_text("a,b\n1,2\n")
         list(hypersim.find(tmp_path, cameras=other))
 
 
-def test_tables_behind_a_link_are_found_and_circles_are_not_followed(tmp_path):
+def test_tables_behind_a_link_are_found_and_link_loops_end(tmp_path):
     make_hypersim(tmp_path / "disk")
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -118,18 +116,18 @@ def test_tables_behind_a_link_are_found_and_circles_are_not_followed(tmp_path):
     ]
     (tmp_path / "disk" / "metadata_camera_parameters.csv").unlink()
     (tmp_path / "disk" / "circle").symlink_to(raw)
-    with pytest.raises(ValueError, match="has no metadata_camera_parameters.csv"):
+    with pytest.raises(ValueError, match="metadata_camera_parameters.csv"):
         [*hypersim.find(raw)]
 
 
-def test_one_scene_alone_is_known_by_its_folder(tmp_path):
+def test_a_single_scene_is_named_after_its_folder(tmp_path):
     make_hypersim(tmp_path)
     table = tmp_path / "metadata_camera_parameters.csv"
     lines = [*hypersim.find(tmp_path / "ai_037_002", cameras=table, split="train")]
     assert [line.partition("\t")[0] for line in lines] == ["ai_037_002/cam_00/frame.0000"]
 
 
-def test_a_scene_without_a_row_is_refused_by_its_name(tmp_path):
+def test_a_scene_without_a_row_in_the_table_is_rejected(tmp_path):
     make_hypersim(tmp_path)
     table = tmp_path / "metadata_camera_parameters.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
@@ -140,27 +138,27 @@ def test_a_scene_without_a_row_is_refused_by_its_name(tmp_path):
     assert found["ai_001_001/cam_00/frame.0000"].depth is not None
 
 
-def test_a_row_that_is_not_whole_is_no_row(tmp_path):
+def test_an_incomplete_row_counts_as_missing(tmp_path):
     make_hypersim(tmp_path)
     table = tmp_path / "metadata_camera_parameters.csv"
     table.write_text(table.read_text().replace("-1.003909173803896", "nan"))
     assert "ai_037_002" in frames_of(hypersim, tmp_path)["ai_037_002/cam_00/frame.0000"]
 
 
-def test_a_damaged_table_is_told(tmp_path):
+def test_a_damaged_table_is_an_error(tmp_path):
     make_hypersim(tmp_path)
-    with pytest.raises(ValueError, match="nowhere.csv cannot be read: No such file"):
+    with pytest.raises(ValueError, match="nowhere.csv .*No such file"):
         list(hypersim.find(tmp_path, cameras=tmp_path / "nowhere.csv"))
     table = tmp_path / "metadata_camera_parameters.csv"
     table.write_text(table.read_text() + 'ai_999_999,"' + "x" * 200_000)
-    with pytest.raises(ValueError, match="is not the table that is meant: field larger"):
+    with pytest.raises(ValueError, match="field larger"):
         list(hypersim.find(tmp_path))
     table.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not the table that is meant: it has no column scene_name"):
+    with pytest.raises(ValueError, match="scene_name"):
         list(hypersim.find(tmp_path))
 
 
-def test_a_camera_without_rays_knows_no_pixel(tmp_path):
+def test_a_camera_matrix_of_zeros_gives_no_valid_pixel(tmp_path):
     make_hypersim(tmp_path, scenes={"ai_001_001": CANONICAL})
     table = tmp_path / "metadata_camera_parameters.csv"
     head, row = table.read_text().splitlines()
@@ -169,7 +167,7 @@ def test_a_camera_without_rays_knows_no_pixel(tmp_path):
     assert told == "no pixel of its label is valid: 1728 nan"
 
 
-def test_the_preview_is_kept_byte_for_byte(tmp_path):
+def test_the_preview_is_stored_unchanged(tmp_path):
     make_hypersim(tmp_path)
     for line in hypersim.find(tmp_path):
         image = line.split("\t")[1]
@@ -177,31 +175,31 @@ def test_the_preview_is_kept_byte_for_byte(tmp_path):
         assert hypersim.read(tmp_path, line).image == (tmp_path / image).read_bytes()
 
 
-def their_tone_map(colour, entities, path):
+def their_tone_map(color, entities, path):
     """As scene_generate_images_tonemap.py describes itself, saved by matplotlib as there."""
-    colour = colour.astype(np.float32)
+    color = color.astype(np.float32)
     weights = np.array([0.3, 0.59, 0.11])
-    level = np.percentile((colour * weights).sum(-1)[entities != -1], 90)
-    exposed = np.maximum(colour * (0.8**2.2 / level), 0) ** (1 / 2.2)
+    level = np.percentile((color * weights).sum(-1)[entities != -1], 90)
+    exposed = np.maximum(color * (0.8**2.2 / level), 0) ** (1 / 2.2)
     matplotlib.image.imsave(path, np.clip(exposed, 0, 1))
     return (matplotlib.image.imread(path)[..., :3] * 255).round().astype(np.uint8)
 
 
-def test_hdr_images_are_mapped_as_the_makers_do(tmp_path):
+def test_hdr_images_are_tone_mapped_as_by_the_authors(tmp_path):
     make_hypersim(tmp_path)
     for name, frame in frames_of(hypersim, tmp_path, images="hdr").items():
         scene, camera, number = name.split("/")
         images = tmp_path / scene / "images"
         with h5py.File(images / f"scene_{camera}_final_hdf5" / f"{number}.color.hdf5") as file:
-            colour = file["dataset"][()]
+            color = file["dataset"][()]
         entities = read_hdf5(images / f"scene_{camera}_geometry_hdf5" / f"{number}.render_entity_id.hdf5")
-        theirs = their_tone_map(colour, entities, tmp_path / "theirs.png")
+        theirs = their_tone_map(color, entities, tmp_path / "theirs.png")
         assert np.abs(frame.image.astype(int) - theirs).max() <= 1  # float32 against float64 at a step
         assert (frame.image == theirs).mean() > 0.99
         assert frame.image[5, 5].tolist() == [255, 255, 255] and frame.image[6, 6].tolist() == [0, 0, 0]
 
 
-def test_tone_mapping_at_its_edges():
+def test_tone_mapping_of_nan_infinite_and_dark_pixels():
     bright = np.full((4, 4, 3), 7, np.float16)
     everywhere = np.ones((4, 4), bool)
     assert np.unique(hypersim.tone_map(bright, everywhere)).tolist() == [204]  # 0.8
@@ -215,7 +213,7 @@ def test_tone_mapping_at_its_edges():
 
 
 @pytest.mark.parametrize("lack", ["color", "render_entity_id", "depth_meters"])
-def test_hdr_without_a_file_is_refused(tmp_path, lack):
+def test_hdr_with_a_missing_file_is_rejected(tmp_path, lack):
     make_hypersim(tmp_path)
     next((tmp_path / "ai_001_001").rglob(f"frame.0000.{lack}.hdf5")).unlink()
     told = frames_of(hypersim, tmp_path, images="hdr")["ai_001_001/cam_00/frame.0000"]
@@ -226,7 +224,7 @@ def test_hdr_without_a_file_is_refused(tmp_path, lack):
 @pytest.mark.parametrize(
     "values", [np.ones((36, 48)), np.ones((36, 48, 4)), np.ones((36, 48, 3), np.uint8), np.ones((18, 48, 3))]
 )
-def test_colour_of_another_shape_is_refused(tmp_path, values):
+def test_color_of_another_shape_is_rejected(tmp_path, values):
     make_hypersim(tmp_path)
     hdf5(next((tmp_path / "ai_001_001").rglob("frame.0000.color.hdf5")), values)
     assert isinstance(frames_of(hypersim, tmp_path, images="hdr")["ai_001_001/cam_00/frame.0000"], str)
@@ -241,7 +239,7 @@ def plane(depth, camera, rows, columns):
 
 
 @pytest.mark.skipif(not RGBD.is_dir(), reason="the real frame is not here")
-def test_the_real_frame_has_a_flat_floor_and_upright_walls_by_its_own_camera_only():
+def test_a_real_frame_has_a_flat_floor_and_vertical_walls_with_its_own_camera_only():
     (path,) = RGBD.glob("hypersim_ai_037_002*depth_meters.hdf5")
     facts = json.loads(next(RGBD.glob("hypersim_*camera.json")).read_text())
     own = np.array([[float(facts[f"M_cam_from_uv_{r}{c}"]) for c in range(3)] for r in range(3)])

@@ -7,7 +7,7 @@ from depth_anything.ingest.sets import irs
 
 
 @pytest.mark.parametrize("channels", ["RGB", "G", "Y"])
-def test_disparity_is_kept_as_it_is_stored(tmp_path, channels):
+def test_disparity_is_stored_unchanged(tmp_path, channels):
     truth = make_irs(tmp_path, channels=channels)
     found = frames_of(irs, tmp_path)
     assert list(found) == sorted(truth)
@@ -17,7 +17,7 @@ def test_disparity_is_kept_as_it_is_stored(tmp_path, channels):
         assert frame.meta["unit"] == "px" and frame.meta["intrinsics"]["fx"] == 480
 
 
-def test_what_is_no_disparity_or_beyond_200_m_is_unknown(tmp_path):
+def test_bad_disparity_and_disparity_beyond_200_m_are_invalid(tmp_path):
     make_irs(tmp_path)
     for frame in frames_of(irs, tmp_path).values():
         assert np.isnan(frame.disparity[0, :4]).all()  # 0, negative, no number, infinite
@@ -26,7 +26,7 @@ def test_what_is_no_disparity_or_beyond_200_m_is_unknown(tmp_path):
         assert "sky" not in frame.meta
 
 
-def test_half_precision_is_kept_to_its_last_bit(tmp_path):
+def test_half_precision_is_stored_exactly(tmp_path):
     make_irs(tmp_path)
     path = next(tmp_path.rglob("d_00001.exr"))
     stored = np.linspace(0.5, 200, 36 * 48, dtype=np.float32).reshape(36, 48).astype(np.float16)
@@ -35,14 +35,14 @@ def test_half_precision_is_kept_to_its_last_bit(tmp_path):
     np.testing.assert_array_equal(frame.disparity, stored.astype(np.float32))
 
 
-def test_the_left_image_is_kept_byte_for_byte(tmp_path):
+def test_the_left_image_is_stored_unchanged(tmp_path):
     make_irs(tmp_path)
     for line in irs.find(tmp_path):
         image = line.split("\t")[1]
         assert "/l_" in image and irs.read(tmp_path, line).image == (tmp_path / image).read_bytes()
 
 
-def test_the_first_editions_numbers_have_no_zeros_before(tmp_path):
+def test_the_first_edition_has_numbers_without_leading_zeros(tmp_path):
     make_irs(tmp_path / "IRSDataset")
     for path in [*tmp_path.rglob("*_0000?.*")]:
         path.rename(path.with_name(path.name.replace("0000", "196")))
@@ -51,14 +51,14 @@ def test_the_first_editions_numbers_have_no_zeros_before(tmp_path):
     assert all(frame.disparity is not None for frame in found.values())
 
 
-def test_a_disparity_of_another_size_is_refused(tmp_path):
+def test_a_disparity_of_another_size_is_rejected(tmp_path):
     make_irs(tmp_path)
     exr(next(tmp_path.rglob("d_00001.exr")), {"G": np.ones((18, 24), np.float32)})
     told = [frame for frame in frames_of(irs, tmp_path).values() if isinstance(frame, str)]
     assert told == ["its image has 48 x 36 pixels, its disparity 24 x 18"]
 
 
-def test_channels_that_differ_are_no_disparity(tmp_path):
+def test_channels_that_differ_are_rejected(tmp_path):
     make_irs(tmp_path)
     ones = np.ones((36, 48), np.float32)
     exr(next(tmp_path.rglob("d_00001.exr")), {"R": ones, "G": ones * 2, "B": ones})

@@ -7,7 +7,7 @@ from made_raw import frames_of, make_tartanair, picture, png
 from depth_anything.ingest.sets import tartanair
 
 
-def test_depth_is_what_the_files_hold_and_what_is_far_is_sky(tmp_path):
+def test_depth_is_stored_unchanged_and_far_pixels_are_sky(tmp_path):
     truth = make_tartanair(tmp_path)
     found = frames_of(tartanair, tmp_path)
     assert list(found) == sorted(truth)
@@ -20,7 +20,7 @@ def test_depth_is_what_the_files_hold_and_what_is_far_is_sky(tmp_path):
         assert frame.meta["intrinsics"] == {"fx": 320, "fy": 320, "cx": 320, "cy": 240}
 
 
-def test_infinity_is_not_called_sky(tmp_path):
+def test_infinite_depth_is_not_sky(tmp_path):
     make_tartanair(tmp_path, environments=("ocean",))
     path = next(tmp_path.rglob("Easy/P000/depth_left/000000_left_depth.npy"))
     depth = np.load(path)
@@ -30,7 +30,7 @@ def test_infinity_is_not_called_sky(tmp_path):
     assert np.isnan(frame.depth[20, 20:23]).all()
 
 
-def test_images_and_depth_may_be_unpacked_apart(tmp_path):
+def test_images_and_depth_may_be_in_separate_folders(tmp_path):
     truth = make_tartanair(tmp_path / "images", environments=("ocean",))
     moved = list((tmp_path / "images").rglob("depth_left"))
     for folder in moved:
@@ -42,14 +42,14 @@ def test_images_and_depth_may_be_unpacked_apart(tmp_path):
     assert all(frame.depth is not None for frame in found.values())
 
 
-def test_the_dome_is_left_out_by_name(tmp_path):
+def test_the_environment_with_a_dome_is_left_out_by_default(tmp_path):
     make_tartanair(tmp_path / "as" / "downloaded")
     names = [line.partition("\t")[0] for line in tartanair.find(tmp_path)]
     assert tartanair.INFO.leave_out == ("amusement/*",)
     assert sum(name.startswith("amusement/") for name in names) == 4
 
 
-def test_a_frame_that_lacks_a_file_is_refused_not_lost(tmp_path):
+def test_a_frame_with_a_missing_file_is_listed_and_rejected(tmp_path):
     truth = make_tartanair(tmp_path, environments=("ocean",))
     first, second = sorted(tmp_path.rglob("Easy/P000/depth_left/*.npy"))
     first.unlink()
@@ -63,7 +63,7 @@ def test_a_frame_that_lacks_a_file_is_refused_not_lost(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "pickle", "other size", "folder", "loop"])
-def test_damaged_depth_is_refused_with_its_reason(tmp_path, damage):
+def test_damaged_depth_is_rejected_with_a_reason(tmp_path, damage):
     make_tartanair(tmp_path, environments=("ocean",))
     path = next(tmp_path.rglob("Easy/P000/depth_left/000000_left_depth.npy"))
     data = path.read_bytes()
@@ -86,27 +86,27 @@ def test_damaged_depth_is_refused_with_its_reason(tmp_path, damage):
     assert len(reasons) == 1 and ("depth" in reasons[0] or "NPY" in reasons[0])
 
 
-def test_another_layout_is_told_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="does not hold TartanAir: looked for ENV/Easy/P000/image_left"):
+def test_another_layout_is_an_error_with_the_expected_layout(tmp_path):
+    with pytest.raises(ValueError, match="TartanAir: .*ENV/Easy/P000/image_left"):
         list(tartanair.find(tmp_path))
     png(tmp_path / "left" / "000000_left.png", picture(np.ones((8, 8))))
-    with pytest.raises(ValueError, match="does not hold TartanAir"):
+    with pytest.raises(ValueError, match="TartanAir"):
         list(tartanair.find(tmp_path))
     (tmp_path / "left" / "image_left.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="unpack the archives that lie there"):
+    with pytest.raises(ValueError, match="unpack"):
         list(tartanair.find(tmp_path))
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="type the path"):
         list(tartanair.find(tmp_path / "nowhere"))
 
 
-def test_the_same_frames_twice_are_refused(tmp_path):
+def test_two_folders_with_the_same_frames_are_an_error(tmp_path):
     make_tartanair(tmp_path / "a", environments=("ocean",))
     make_tartanair(tmp_path / "b", environments=("ocean",))
-    with pytest.raises(ValueError, match="hold the same .*s, of ocean/Easy/P000"):
+    with pytest.raises(ValueError, match="ocean/Easy/P000"):
         list(tartanair.find(tmp_path))
 
 
-def test_links_to_other_disks_are_followed_and_circles_are_not(tmp_path):
+def test_links_to_folders_are_followed_and_link_loops_end(tmp_path):
     truth = make_tartanair(tmp_path / "disk", environments=("ocean",))
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -115,13 +115,13 @@ def test_links_to_other_disks_are_followed_and_circles_are_not(tmp_path):
     assert list(frames_of(tartanair, raw)) == sorted(truth)
 
 
-def test_any_name_that_a_disk_allows_is_read(tmp_path):
+def test_frames_with_any_file_name_are_read(tmp_path):
     truth = make_tartanair(tmp_path, environments=("tab\there", "line\nbreak", "back\\slash", "ärger 日本"))
     found = frames_of(tartanair, tmp_path)
     assert len(found) == len(truth) and all(frame.depth is not None for frame in found.values())
 
 
-def test_two_files_for_one_place_are_told(tmp_path):
+def test_two_files_of_one_frame_are_ambiguous(tmp_path):
     """As on a disk whose names are longer than those that the source knows."""
     from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
 
@@ -133,5 +133,5 @@ def test_two_files_for_one_place_are_told(tmp_path):
     assert (
         split_fields(b) == ["b", "imgs/b.jpg"] and read_frame_file(tmp_path, kind, split_fields(b)[1]) == b"x"
     )
-    with pytest.raises(ValueError, match="its image is not known: several files"):
+    with pytest.raises(ValueError, match="its image is ambiguous"):
         read_frame_file(tmp_path, kind, split_fields(a)[1])

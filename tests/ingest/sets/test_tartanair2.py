@@ -9,7 +9,7 @@ from PIL import Image
 from depth_anything.ingest.sets import tartanair2
 
 
-def test_depth_is_what_the_sets_own_reader_gives(tmp_path):
+def test_depth_equals_that_of_the_authors_reader(tmp_path):
     truth = make_tartanair2(tmp_path)
     found = frames_of(tartanair2, tmp_path, camera="all")
     assert list(found) == sorted(truth)
@@ -23,7 +23,7 @@ def test_depth_is_what_the_sets_own_reader_gives(tmp_path):
         assert np.isinf(frame.depth[:6]).all() and frame.meta["sky"] == "inf"
 
 
-def test_red_before_blue_would_give_other_numbers(tmp_path):
+def test_swapping_red_and_blue_would_give_other_values(tmp_path):
     """The trap: what Pillow shows, viewed as it is, looks like depth, and is not."""
     make_tartanair2(tmp_path)
     data = next(tmp_path.rglob("*_depth.png")).read_bytes()
@@ -32,7 +32,7 @@ def test_red_before_blue_would_give_other_numbers(tmp_path):
     assert (np.abs(naive - ours) > 1e-4 * ours)[6:].mean() > 0.5
 
 
-def test_every_bit_of_any_float_comes_through():
+def test_every_bit_of_a_float_is_decoded():
     rng = np.random.Generator(np.random.Philox(1))
     bits = rng.integers(0, 2**32, (9, 7), dtype=np.uint32)
     bits[0, :4] = np.array([np.nan, np.inf, -0.0, 1e-40], "<f4").view(np.uint32)
@@ -40,17 +40,17 @@ def test_every_bit_of_any_float_comes_through():
     np.testing.assert_array_equal(tartanair2.decode_depth(data).view(np.uint32), bits)
 
 
-def test_one_camera_is_taken_unless_more_are_asked_for(tmp_path):
+def test_one_camera_is_read_by_default(tmp_path):
     make_tartanair2(tmp_path)
     names = [line.partition("\t")[0] for line in tartanair2.find(tmp_path)]
     assert names == [f"AbandonedCable/Data_easy/P000/lcam_front/00000{n}" for n in (0, 1)]
     back = [line.partition("\t")[0] for line in tartanair2.find(tmp_path, camera="rcam_back")]
     assert len(back) == 2 and all("/rcam_back/" in name for name in back)
-    with pytest.raises(ValueError, match="camera=front is unknown: type all or one of lcam_front"):
+    with pytest.raises(ValueError, match="camera=front .*lcam_front"):
         list(tartanair2.find(tmp_path, camera="front"))
 
 
-def test_all_cameras_are_the_pinholes(tmp_path):
+def test_all_means_the_twelve_pinhole_cameras(tmp_path):
     """Fisheyes, panoramas and cameras of one's own lie beside them, under names of the same make."""
     others = ("lcam_fish", "rcam_fish", "lcam_equirect", "lcam_custom0_pinhole", "lcam_fronts", "ccam_front")
     truth = make_tartanair2(tmp_path, cameras=(*tartanair2.CAMERAS, *others))
@@ -75,19 +75,19 @@ def small(mode):
         cv2.imencode(".png", np.full((36, 48, 4), 16544, np.uint16))[1].tobytes(),  # Pillow calls it RGBA
     ],
 )
-def test_what_is_no_such_png_is_refused(tmp_path, data):
+def test_other_pngs_are_rejected(tmp_path, data):
     make_tartanair2(tmp_path, cameras=("lcam_front",))
     next(tmp_path.rglob("000000_lcam_front_depth.png")).write_bytes(data)
     told = frames_of(tartanair2, tmp_path)["AbandonedCable/Data_easy/P000/lcam_front/000000"]
     assert isinstance(told, str) and "its depth is no float32 in a PNG of four channels" in told
 
 
-def test_a_flipped_bit_is_seen():
+def test_a_flipped_bit_is_detected():
     """Pillow looks at no checksum of pixels: a few of these decode to other numbers."""
     depth = np.linspace(1, 50, 24 * 32, dtype="<f4").reshape(24, 32)
     data = cv2.imencode(".png", depth[..., None].view(np.uint8))[1].tobytes()
     for bit in range(8 * 41, 8 * (len(data) - 12), 7):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError, match="its depth is no float32"):
+        with pytest.raises(ValueError, match="PNG"):
             tartanair2.decode_depth(bytes(damaged))

@@ -1,4 +1,4 @@
-"""The eight sets of photographs as they are published: folders, tars plain and packed, lmdb, films."""
+"""The eight sets of photographs as published: folders, plain and compressed tars, LMDB, videos."""
 
 import errno
 import gzip
@@ -61,7 +61,7 @@ def sa1b(count=5):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_sa1b_is_read_out_of_its_tars_whatever_they_are_called(tmp_path, packed):
+def test_sa1b_tars_are_read_whatever_their_suffix(tmp_path, packed):
     # Some sources pack them and call them .tar all the same (segment-anything, issue 802).
     raw = tmp_path / "raw"
     tar_of(raw / "sa_000000.tar", sa1b(), "w:gz" if packed else "w")
@@ -80,7 +80,7 @@ def test_sa1b_is_read_out_of_its_tars_whatever_they_are_called(tmp_path, packed)
     assert part[1].digest == made.digest, "a packed tar can be read backwards, too"
 
 
-def test_a_plain_tar_is_not_read_but_where_its_members_lie(tmp_path, monkeypatch):
+def test_a_plain_tar_is_read_only_at_its_members(tmp_path, monkeypatch):
     raw, reads = tmp_path / "raw", []
     tar_of(raw / "sa_000000.tar", {"a.jpg": picture(1), "b.jpg": picture(2, size=(300, 400))})
     pread = os.pread
@@ -93,7 +93,7 @@ def test_a_plain_tar_is_not_read_but_where_its_members_lie(tmp_path, monkeypatch
     assert read.image == picture(2, size=(300, 400)) and reads == [len(read.image)]
 
 
-def test_a_tar_that_is_cut_or_overwritten_gives_what_is_whole_and_says_so(tmp_path):
+def test_a_damaged_tar_gives_its_complete_members_and_is_reported(tmp_path):
     raw = tmp_path / "raw"
     whole = tar_of(raw / "a.tar", {"1.jpg": picture(1), "2.jpg": picture(2, size=(200, 300))}).read_bytes()
     place = whole.index(b"2.jpg")
@@ -105,13 +105,13 @@ def test_a_tar_that_is_cut_or_overwritten_gives_what_is_whole_and_says_so(tmp_pa
     made, found = written("landmarks", raw, tmp_path / "landmarks")
     assert {"a.tar/1.jpg", "b.tar/1.jpg", "e.tar/1.jpg", "e.tar/2.jpg"} <= set(found)
     reasons = dict(made.meta["skipped"]["files"])
-    assert "cut short" in reasons["a.tar/2.jpg"]
+    assert "truncated" in reasons["a.tar/2.jpg"]
     for tar in ("a", "b", "c", "d"):
         assert "the tar is damaged, and nothing after" in reasons[f"{tar}.tar"]
     assert "nothing after 1.jpg can be found" in reasons["b.tar"]
 
 
-def test_a_packed_tar_whose_checksum_differs_is_told(tmp_path):
+def test_a_compressed_tar_with_a_wrong_checksum_is_reported(tmp_path):
     files = {f"{k}.bmp": picture(k, "BMP", size=(60, 80)) for k in range(9)}
     path = tar_of(tmp_path / "raw" / "a.tar", files)
     packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored: a flipped bit is a flipped pixel
@@ -123,7 +123,7 @@ def test_a_packed_tar_whose_checksum_differs_is_told(tmp_path):
     assert row[0] == "a.tar" and row[1].startswith("the tar is damaged, nobody can tell where: CRC check")
 
 
-def test_a_damaged_block_is_refused_and_stops_nothing(tmp_path):
+def test_a_damaged_block_rejects_its_members_only(tmp_path):
     noise = np.random.Generator(np.random.Philox(1)).integers(0, 256, (300, 300, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise).save(out, "BMP")
@@ -139,13 +139,13 @@ def test_a_damaged_block_is_refused_and_stops_nothing(tmp_path):
             try:
                 seen.append(archive_io.read_tar_member(path, member.offset, member.size) == out.getvalue())
             except ValueError as error:
-                assert "the tar is damaged here" in str(error)
+                assert "damaged" in str(error)
                 seen.append(False)
                 break
     assert seen.count(True) and seen[: len(seen) // 2] == seen[len(seen) // 2 :] and not seen[-1]
 
 
-def test_a_disk_that_fails_while_a_tar_is_listed_stops(tmp_path, monkeypatch):
+def test_a_disk_that_fails_while_a_tar_is_listed_stops_the_run(tmp_path, monkeypatch):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
 
     def fail(self, size):
@@ -156,7 +156,7 @@ def test_a_disk_that_fails_while_a_tar_is_listed_stops(tmp_path, monkeypatch):
         list(find_images(path.parent))
 
 
-def test_what_macos_leaves_beside_images_is_passed_over(tmp_path):
+def test_metadata_files_of_macos_are_skipped(tmp_path):
     """In folders and in the tars that macOS writes, where each file has such a shadow before it."""
     tar_of(tmp_path / "raw" / "a.tar", {"x/._1.jpg": b"\0\5\x16\7", "x/1.jpg": picture(1)})
     (tmp_path / "raw" / "2.jpg").write_bytes(picture(2))
@@ -167,7 +167,7 @@ def test_what_macos_leaves_beside_images_is_passed_over(tmp_path):
     assert made.meta["left_out"] == {"._*": 3} and "skipped" not in made.meta
 
 
-def test_tars_that_are_no_files_are_refused(tmp_path):
+def test_tars_that_are_not_regular_files_are_rejected(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     os.mkfifo(path.with_name("b.tar"))  # to open it is to wait for ever
     path.with_name("c.tar").symlink_to("nowhere.tar")
@@ -179,7 +179,7 @@ def test_tars_that_are_no_files_are_refused(tmp_path):
     ]
 
 
-def test_members_that_are_no_files_are_refused(tmp_path):
+def test_members_that_are_not_regular_files_are_rejected(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     with tarfile.open(path, "a") as tar:
         for name, kind in (
@@ -195,19 +195,19 @@ def test_members_that_are_no_files_are_refused(tmp_path):
     assert {reason for _, reason in made.meta["skipped"]["files"]} == {"not a regular file"}
 
 
-def test_members_too_large_are_not_read(tmp_path, monkeypatch):
+def test_members_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_io, "MAX_FILE_BYTES", 2000)
     tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1), "2.jpg": picture(2) + bytes(2000)})
     made, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
-    assert list(found) == ["a.tar/1.jpg"] and "no photograph" in made.meta["skipped"]["files"][0][1]
+    assert list(found) == ["a.tar/1.jpg"] and "MiB" in made.meta["skipped"]["files"][0][1]
 
 
-def test_a_single_tar_may_be_named_itself(tmp_path):
+def test_a_single_tar_is_accepted_as_the_raw_folder(tmp_path):
     path = tar_of(tmp_path / "train_large.tar", {"data_large/a/abbey/1.jpg": picture(1)})
     assert list(written("places365", path, tmp_path / "places365")[1]) == ["data_large/a/abbey/1.jpg"]
 
 
-def test_folders_are_walked_in_order_and_links_followed_once(tmp_path):
+def test_folders_are_listed_in_order_and_links_are_followed_once(tmp_path):
     raw, other = tmp_path / "raw", tmp_path / "disk2"
     files = ["a/2.jpg", "a/b/1.JPG", "a.b/1.jpeg", "a-b.png", "odd\tname\n.jpg"]
     for name in files:
@@ -223,7 +223,7 @@ def test_folders_are_walked_in_order_and_links_followed_once(tmp_path):
     assert made.meta["left_out"] == {".json": 1}
 
 
-def test_lsun_is_read_out_of_its_databases(tmp_path):
+def test_lsun_is_read_from_its_databases(tmp_path):
     lmdb = pytest.importorskip("lmdb", reason="pip install 'depth-anything-train[lsun]'")
     raw, values = tmp_path / "raw", {}
     for category in ("bedroom", "tower"):
@@ -238,20 +238,20 @@ def test_lsun_is_read_out_of_its_databases(tmp_path):
     made, found = written("lsun", raw, tmp_path / "lsun")
     assert found == values and list(found) == sorted(found)
     assert made.meta["left_out"] == {".mdb": 2, ".txt": 1}  # lock.mdb
-    with pytest.raises(ValueError, match="does not have this key"):
+    with pytest.raises(ValueError, match="'gone'"):
         load_source("lsun").read(raw, "bedroom_train_lmdb/gone\tlmdb\tbedroom_train_lmdb")
     (tmp_path / "bad" / "x_train_lmdb").mkdir(parents=True)
     (tmp_path / "bad" / "x_train_lmdb" / "data.mdb").write_bytes(b"no database" * 1000)
-    with pytest.raises(ValueError, match="is no lmdb folder, or is damaged"):
+    with pytest.raises(ValueError, match=str(tmp_path / "bad" / "x_train_lmdb")):
         list(load_source("lsun").find(tmp_path / "bad"))
     half = raw / "tower_train_lmdb" / "data.mdb"
     os.truncate(half, half.stat().st_size // 2)  # to read on would kill the process
     archive_io._open_lmdb.cache_clear()
-    with pytest.raises(ValueError, match="tower_train_lmdb is cut short: [0-9]+ of [0-9]+ bytes"):
+    with pytest.raises(ValueError, match="tower_train_lmdb .* [0-9]+ of [0-9]+ bytes"):
         list(load_source("lsun").find(raw))
 
 
-def test_bdd100k_films_give_two_frames_a_second(tmp_path):
+def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     raw = tmp_path / "raw"
     made_films.make_film(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
@@ -269,11 +269,11 @@ def test_bdd100k_films_give_two_frames_a_second(tmp_path):
     line = "x\tfilm\tvideos/train/a.mov\t"
     backwards = [source.read(raw, f"{line}{k}").image for k in (4, 1)]
     assert backwards == [found[names[4]], found[names[1]]]
-    with pytest.raises(ValueError, match="ends before 50 s"):
+    with pytest.raises(ValueError, match=" 50 s"):
         source.read(raw, f"{line}100")
 
 
-def test_films_that_are_slow_or_lie_about_their_length(tmp_path, monkeypatch):
+def test_videos_with_a_low_frame_rate_or_a_wrong_duration(tmp_path, monkeypatch):
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     path = made_films.make_film(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
     assert video_frames.count_frames(path) == 6
@@ -281,11 +281,11 @@ def test_films_that_are_slow_or_lie_about_their_length(tmp_path, monkeypatch):
     assert shown[::2] == shown[1::2], "the last one stays for its second, too"
     assert len(set(shown)) == 3
     monkeypatch.setattr(video_frames, "MAX_HOURS", 2 / 3600)
-    with pytest.raises(ValueError, match="the film says that it lasts"):
+    with pytest.raises(ValueError, match="hours"):
         video_frames.count_frames(path)
 
 
-def test_films_are_turned_upright(tmp_path):
+def test_frames_of_videos_are_upright(tmp_path):
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     path = made_films.make_film(tmp_path / "turned.mp4", frames=2, sound=None)
     data = bytearray(path.read_bytes())
@@ -296,7 +296,7 @@ def test_films_are_turned_upright(tmp_path):
     assert shown.shape == wanted.shape and np.abs(shown.astype(int) - wanted).mean() < 4
 
 
-def test_a_film_cut_short_gives_what_it_has_and_the_rest_is_told(tmp_path):
+def test_a_truncated_video_gives_its_frames_and_rejects_the_others(tmp_path):
     made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
     whole = made_films.make_film(
         tmp_path / "raw" / "a.mp4", frames=90, sound=None, options={"movflags": "+faststart"}, crf="0"
@@ -309,7 +309,7 @@ def test_a_film_cut_short_gives_what_it_has_and_the_rest_is_told(tmp_path):
     assert all("ends before" in reason or "damaged" in reason for reason in skipped.values())
 
 
-def test_bdd100k_images_are_taken_as_they_are(tmp_path):
+def test_bdd100k_images_are_stored_unchanged(tmp_path):
     path = tmp_path / "raw" / "images" / "100k" / "train" / "x.jpg"
     path.parent.mkdir(parents=True)
     path.write_bytes(picture(1))
@@ -318,7 +318,7 @@ def test_bdd100k_images_are_taken_as_they_are(tmp_path):
     }
 
 
-def test_short_sides_are_those_of_training_and_small_images_stay(tmp_path):
+def test_short_side_uses_the_resize_rule_of_training(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     for name, size in {"large": (150, 203), "wide": (28, 45), "fits": (28, 42), "small": (20, 200)}.items():
@@ -336,16 +336,16 @@ def test_short_sides_are_those_of_training_and_small_images_stay(tmp_path):
     assert found["large.png"].startswith(b"\xff\xd8")
 
 
-def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+def test_an_empty_folder_is_an_error_with_the_expected_layout(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "readme.txt").write_text("")
-    with pytest.raises(ValueError, match="holds nothing of SA-1B: looked for sa_000000.tar"):
+    with pytest.raises(ValueError, match="SA-1B: .*sa_000000.tar"):
         write_source(load_source("sa1b"), tmp_path / "raw", tmp_path / "sa1b")
-    with pytest.raises(ValueError, match="is not a folder: type the path"):
+    with pytest.raises(ValueError, match=str(tmp_path / "typo")):
         write_source(load_source("sa1b"), tmp_path / "typo", tmp_path / "sa1b")
 
 
-def test_a_listing_of_tars_keeps_one_member_in_memory(tmp_path):
+def test_listing_a_tar_keeps_one_member_in_memory(tmp_path):
     path = tar_of(tmp_path / "a.tar", {f"{k}.jpg": b"" for k in range(300)})
     kept, members = [], archive_io.list_tar_members(path)
     first = next(members)
@@ -355,7 +355,7 @@ def test_a_listing_of_tars_keeps_one_member_in_memory(tmp_path):
     assert first.name == "0.jpg" and len(kept) == 299 and max(kept) == 0
 
 
-def test_lines_lead_back_to_names(tmp_path):
+def test_names_with_special_characters_survive_the_file_list(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     name = os.fsdecode(b"caf\xe9\t\\t\r\n.jpg")
@@ -367,13 +367,13 @@ def test_lines_lead_back_to_names(tmp_path):
     assert FileList(tmp_path / "objects365", per_shard=3).lines(0) == [line]
 
 
-def test_tars_beside_what_they_may_have_held_are_told(tmp_path, capsys):
+def test_tars_next_to_image_files_are_reported(tmp_path, capsys):
     raw = tmp_path / "raw"
     tar_of(raw / "images_000.tar", {"0/1.jpg": picture(1)})
     (raw / "0").mkdir()
     (raw / "0" / "1.jpg").write_bytes(picture(1))
     made, found = written("landmarks", raw, tmp_path / "both")
     assert list(found) == ["0/1.jpg", "images_000.tar/0/1.jpg"]
-    assert "1 image files and 1 tars, and images are taken from all of them" in capsys.readouterr().err
+    assert "1 image files and 1 tars" in capsys.readouterr().err
     made, found = written("landmarks", raw, tmp_path / "one", leave_out=["*.tar/*"])
     assert list(found) == ["0/1.jpg"] and made.meta["left_out"] == {"*.tar/*": 1}

@@ -7,7 +7,7 @@ from depth_anything.ingest.sets import vkitti2
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_depth_is_in_centimetres_and_the_far_plane_is_sky(tmp_path, apart):
+def test_depth_is_in_centimeters_and_the_far_plane_is_sky(tmp_path, apart):
     truth = make_vkitti2(tmp_path, apart=apart)
     found = frames_of(vkitti2, tmp_path, camera="both")
     assert list(found) == sorted(truth)
@@ -21,17 +21,17 @@ def test_depth_is_in_centimetres_and_the_far_plane_is_sky(tmp_path, apart):
         assert frame.meta["intrinsics"] == {"fx": 725.0087, "fy": 725.0087, "cx": 620.5, "cy": 187.0}
 
 
-def test_the_left_camera_alone_is_the_papers_count(tmp_path):
+def test_the_left_camera_is_read_by_default(tmp_path):
     make_vkitti2(tmp_path)
     left = [line.partition("\t")[0] for line in vkitti2.find(tmp_path)]
     assert len(left) == 4 and all("/Camera_0/" in name for name in left)
     assert len(list(vkitti2.find(tmp_path, camera="1"))) == 4
     assert len(list(vkitti2.find(tmp_path, camera="both"))) == 8
-    with pytest.raises(ValueError, match="camera=2 is unknown: type 0, 1, both"):
+    with pytest.raises(ValueError, match="camera=2 .*0, 1, both"):
         list(vkitti2.find(tmp_path, camera="2"))
 
 
-def test_depth_of_eight_bits_is_refused(tmp_path):
+def test_8_bit_depth_is_rejected(tmp_path):
     """A copy that some program has converted: its values would be 256 times too small."""
     make_vkitti2(tmp_path)
     path = next(tmp_path.rglob("Camera_0/depth_00000.png"))
@@ -41,7 +41,7 @@ def test_depth_of_eight_bits_is_refused(tmp_path):
     assert told == ["the PNG is grey of 8 bits: a map is grey of 16 bits"]
 
 
-def test_a_flipped_bit_is_seen(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     make_vkitti2(tmp_path)
     path = next(tmp_path.rglob("Camera_0/depth_00000.png"))
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Servers on loopback for shards: nginx as it is, moto's S3, and one of ours that misbehaves on request."""
+"""Servers on loopback for shards: nginx, moto's S3 server, and a server that fails on request."""
 
 import http.client
 import http.server
@@ -50,7 +50,7 @@ def answers(port: int, process: subprocess.Popen, seconds: float = 120.0) -> Non
 
 @contextmanager
 def nginx(root: Path, state: Path, *, more: str = "", port: int | None = None) -> Iterator[str]:
-    """A real nginx over a folder; yields its address. Its log is state/access.log."""
+    """Run nginx on a folder; yield its address. Its log is state/access.log."""
     program = shutil.which(
         "nginx", path=os.defpath + os.pathsep + "/usr/sbin" + os.pathsep + os.environ["PATH"]
     )
@@ -75,7 +75,7 @@ def nginx(root: Path, state: Path, *, more: str = "", port: int | None = None) -
 
 @contextmanager
 def s3(buckets: dict[str, Path]) -> Iterator[str]:
-    """moto's S3 server, a process of its own, with folders as buckets; yields its address."""
+    """Run moto's S3 server in a process, with folders as buckets; yield its address."""
     pytest.importorskip("moto", reason="needs moto: pip install 'moto[server]'")
     pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
     port = free_port()
@@ -105,7 +105,7 @@ def put(address: str, data: bytes) -> None:
 
 
 def s3_environment(address: str) -> dict[str, str]:
-    """What a user of such a server sets."""
+    """Environment variables for clients of such a server."""
     return {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "made",
@@ -114,20 +114,19 @@ def s3_environment(address: str) -> dict[str, str]:
     }
 
 
-Fault = Callable[
-    [str, int], str | None
-]  # path of a request and how often it was asked for before: what to do
+# Path of a request and number of earlier requests of it, to the way to fail.
+Fault = Callable[[str, int], str | None]
 
 
-class Faulty(http.server.ThreadingHTTPServer):
-    """Hands on what a folder, or a server behind it, answers, and misbehaves as `fault` says.
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Serves a folder, or forwards to another server, and fails as `fault` says.
 
     Attributes:
-        fault: of a path and the times it was asked for before: None, or a way to fail: "500" (any number),
-            "reset", "close", "cut", "stall", "drip", "slow", "corrupt", "whole" (ranges are ignored),
-            "short" (less than was asked, as if complete), "to:ADDRESS" (a redirect).
-        seen: path and Range of every request.
-        connections: how many were made.
+        fault: Path and number of earlier requests of it, to None or a way to fail: "500" (any status), "reset",
+            "close", "cut", "stall", "drip", "slow", "corrupt", "whole" (ranges are ignored), "short" (half of the
+            bytes, as if complete), "to:ADDRESS" (a redirect).
+        seen: Path and Range of every request.
+        connections: Number of connections.
     """
 
     daemon_threads = True
@@ -146,7 +145,7 @@ class Faulty(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._times: dict[str, int] = {}
 
-    def __enter__(self) -> "Faulty":
+    def __enter__(self) -> "FaultyServer":
         self._thread.start()
         return self
 
@@ -156,7 +155,7 @@ class Faulty(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that leave are no news."""
+        """Print nothing when a client closes its connection."""
 
     def note(self, path: str, wanted: str | None) -> str | None:
         with self._lock:
@@ -166,15 +165,15 @@ class Faulty(http.server.ThreadingHTTPServer):
         return self.fault(path, times)
 
     def fetch(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body of what lies behind."""
+        """Return status, headers and body of the folder or of the other server."""
         if isinstance(self.behind, str):
             parts = urlsplit(self.behind)
             connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=120)
             connection.request("GET", path, headers={**headers, "connection": "close"})
             response = connection.getresponse()
-            body, told = response.read(), dict(response.getheaders())
+            body, answered = response.read(), dict(response.getheaders())
             connection.close()
-            return response.status, told, body
+            return response.status, answered, body
         file = Path(self.behind, unquote(urlsplit(path).path).lstrip("/"))
         if not file.is_file():
             return 404, {}, b""
@@ -190,7 +189,7 @@ class Faulty(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Faulty
+    server: FaultyServer
 
     def setup(self) -> None:
         self.server.connections += 1
@@ -217,7 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         if fault == "short":
             body = body[: len(body) // 2]
-        kept = {name: value for name, value in answered.items() if name.lower() in KEPT}
+        kept = {name: value for name, value in answered.items() if name.lower() in FORWARDED_HEADERS}
         self.reply(status, kept, body, fault=fault)
 
     def reply(self, status: int, headers: dict[str, str], body: bytes, *, fault: str = "") -> None:
@@ -250,7 +249,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-KEPT = (
+FORWARDED_HEADERS = (
     "content-range",
     "content-type",
     "etag",

@@ -12,7 +12,7 @@ import torch
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import build_parser, main
 from depth_anything.cli.predict import run_images
-from depth_anything.errors import Argument, ArgumentWarning, UserError, format_error
+from depth_anything.errors import ArgumentWarning
 from depth_anything.training.initialization import build_model, load_teacher
 
 pytestmark = pytest.mark.usefixtures("small_official_encoders")
@@ -119,11 +119,3 @@ def test_training_names_what_can_be_typed_there(unsaid):
     config = {"stage": "teacher", "init": "plain.pth", "encoder": "vits", "seed": 0, "image_size": 70}
     with pytest.warns(ArgumentWarning, match=re.escape(export)):
         build_model(config)
-
-
-def test_a_sentence_keeps_what_it_is_made_of():
-    error = UserError("{a} max_depth=5 of ", Argument("max_depth", 80.0), " or ", Argument("x", "y"))
-    assert str(error) == "{a} max_depth=5 of max_depth=80 or x=y"
-    assert format_error(error, {"max_depth": "--max-depth {}"}) == "{a} max_depth=5 of --max-depth 80 or x=y"
-    assert format_error(ValueError("max_depth=80"), {"max_depth": "--max-depth {}"}) == "max_depth=80"
-    assert isinstance(error, ValueError) and issubclass(ArgumentWarning, UserWarning)

@@ -1,4 +1,4 @@
-"""Benchmarks of metres in miniature: as `made_benchmarks`, by others' writers, with what must be read there."""
+"""Benchmarks of metres in miniature: as `benchmark_files`, by others' writers, with what must be read there."""
 
 import csv
 from pathlib import Path

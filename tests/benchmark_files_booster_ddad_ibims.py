@@ -1,6 +1,6 @@
 """Booster, DDAD and iBims-1 in miniature: layouts and file formats of the real ones, by others' writers.
 
-As `made_benchmarks`: every `make_…` fills a folder and returns name of each frame to its depth in metres, float64,
+As `benchmark_files`: every `make_…` fills a folder and returns name of each frame to its depth in metres, float64,
 NaN where it is not known.
 """
 

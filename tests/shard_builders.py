@@ -1,4 +1,4 @@
-"""Shards made for the tests: records of random bytes, sets of them, others' tars."""
+"""Shards for tests: records of random bytes, sets of them, and plain tars."""
 
 import io
 import random
@@ -10,8 +10,8 @@ from depth_anything.data.tars import write_shard
 
 
 def records(shard="000000", count=5, size=300):
-    """Records of random bytes, whose content depends on shard and number."""
-    rng = random.Random(int(shard))  # whose bytes Python promises
+    """Records of random bytes, determined by shard and number."""
+    rng = random.Random(int(shard))  # Python promises the same bytes in all versions
     return [
         (f"set/{shard}/{i:06d}", {"jpg": rng.randbytes(size + i), "json": b'{"i": %d}' % i})
         for i in range(count)
@@ -19,13 +19,14 @@ def records(shard="000000", count=5, size=300):
 
 
 def make(root, shards=3, name="set", **options):
+    """Write a set of shards named 000000, 000001, …"""
     names = [f"{i:06d}" for i in range(shards)]
     infos = [write_shard(Path(root, f"{shard}.tar"), records(shard, **options)) for shard in names]
     return write_manifest(root, name=name, shards=infos, meta={"licence": "CC0"})
 
 
 def plain_tar(path, members):
-    """Somebody else's tar: names and bytes, or TarInfo."""
+    """Write a tar as another program does, from (name or TarInfo, bytes)."""
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
@@ -35,4 +36,5 @@ def plain_tar(path, members):
 
 
 def names(folder):
+    """List the files of a folder."""
     return sorted(entry.name for entry in Path(folder).iterdir())

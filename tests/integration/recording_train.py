@@ -1,9 +1,12 @@
-"""train.py with a witness: every micro-batch's sample numbers and pixels are noted, and a run can stop itself.
+"""train.py that records every sample it trains on, and sends itself signals.
 
-Not a test; test_exact.py starts it. WITNESS is the folder of the notes; STOP_AT=STEP:RANK sends that rank
-SIGTERM after that step, as a cluster would; SIGNAL_AT=PLACE:RANK:NUMBER sends it that signal when it comes to one of
-the PLACES for the first time, and once more after so many seconds with SIGNAL_AT=PLACE:RANK:NUMBER:SECONDS;
-WORKER=WAY:SAMPLE lets the loader worker that makes this sample die in a WAY.
+Not a test; test_exact.py starts it. Environment variables:
+
+- SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
+- STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
+- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank the signal when it first reaches one of the PLACES, and again
+  after SECONDS.
+- WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
 """
 
 import hashlib
@@ -31,12 +34,14 @@ from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
 
 
-class Witness(StepCallback):
+class SampleRecorder(StepCallback):
+    """Writes a line for each sample, and obeys STOP_AT."""
+
     def on_train_batch_start(self, trainer: Any, module: Any, batch: dict[str, Any], index: int) -> None:
         lines = []
         for n, image in zip(batch["sample"].tolist(), batch["image"].numpy(), strict=True):
             lines.append(f"{trainer.global_step} {n} {hashlib.sha256(image.tobytes()).hexdigest()[:16]}\n")
-        with open(Path(os.environ["WITNESS"]) / f"rank-{trainer.global_rank}.txt", "a") as file:
+        with open(Path(os.environ["SAMPLE_LOG"]) / f"rank-{trainer.global_rank}.txt", "a") as file:
             file.writelines(lines)
 
     def on_step(self, trainer: Any, module: Any, step: int) -> None:
@@ -47,12 +52,12 @@ class Witness(StepCallback):
 
 PLACES: dict[str, tuple[Any, str]] = {
     "compose": (run, "resolve_config"),
-    "scenes": (run, "make_scenes"),
-    "open": (TrainData, "open"),
-    "network": (run, "network"),
+    "scenes": (run, "write_missing_scenes"),
+    "open sets": (TrainData, "open"),
+    "build model": (run, "build_model"),
     "setup": (TrainData, "setup"),
     "loader": (TrainData, "train_dataloader"),
-    "look": (validation, "check_fits"),
+    "read validation": (validation, "check_quantity"),
     "train start": (Checkpoints, "on_train_start"),
     "validation": (validation, "evaluate"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),
@@ -64,7 +69,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 
 def signal_at(place: str, rank: int, number: int, again: float | None = None) -> None:
-    """Send this process a signal when it comes to a place for the first time, if it is of that rank."""
+    """Send this process a signal when it first reaches a place, if it has that rank."""
     if rank != int(os.environ.get("LOCAL_RANK", "0")):
         return
     holder, name = PLACES[place]
@@ -72,7 +77,7 @@ def signal_at(place: str, rank: int, number: int, again: float | None = None) ->
 
     def send() -> None:
         if os.getsid(0) == os.getpid():
-            os.killpg(0, number)  # the workers, too, as a terminal does
+            os.killpg(0, number)  # also to the workers, as a terminal does
         else:
             os.kill(os.getpid(), number)
 
@@ -88,7 +93,7 @@ def signal_at(place: str, rank: int, number: int, again: float | None = None) ->
 
 
 def fail_worker(way: str, sample: int) -> None:
-    """Let the loader worker that makes a sample die."""
+    """Make the loader worker that reads a sample die."""
     original = StreamDataset.__getitems__
 
     def replaced(self: StreamDataset, numbers: Any) -> Any:
@@ -105,8 +110,8 @@ def fail_worker(way: str, sample: int) -> None:
     StreamDataset.__getitems__ = replaced  # type: ignore[method-assign]
 
 
-def follow_environment() -> None:
-    """Prepare what SIGNAL_AT and WORKER ask for."""
+def obey_environment() -> None:
+    """Prepare SIGNAL_AT and WORKER."""
     if "WORKER" in os.environ:
         way, sample = os.environ["WORKER"].split(":")
         fail_worker(way, int(sample))
@@ -115,9 +120,9 @@ def follow_environment() -> None:
         signal_at(place, int(rank), int(number), *map(float, again))
 
 
-genuine = lightning.build_callbacks
-lightning.build_callbacks = lambda config, folder: [Witness(), *genuine(config, folder)]
+original_build = lightning.build_callbacks
+lightning.build_callbacks = lambda *arguments: [SampleRecorder(), *original_build(*arguments)]
 
 if __name__ == "__main__":
-    follow_environment()
+    obey_environment()
     hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()

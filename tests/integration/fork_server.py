@@ -1,7 +1,8 @@
-"""Trainings one after another, each a process of its own, forked from one that has done the importing.
+"""Run trainings one after another, each in a process forked from one that has imported torch and Lightning.
 
-Not a test; test_remote.py starts it. A line of JSON on stdin is a run: its folder, its arguments, its environment;
-a line on stdout answers with its exit code. The run's own words are in its folder, stdout.txt and stderr.txt.
+Not a test; test_remote.py and test_signals.py start it. A line of JSON on stdin describes a run: its folder, arguments
+and environment. The answer is a line on stdout with its exit code; its output is in stdout.txt and stderr.txt of the
+folder.
 """
 
 import json
@@ -12,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import hydra  # noqa: E402
-import recorded  # noqa: E402
-import torch._dynamo  # noqa: E402, F401, Lightning imports it late
+import recording_train  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  Lightning would import it after the fork
 
 from depth_anything.training import student  # noqa: E402, F401
 
@@ -25,11 +26,11 @@ def child(folder: str, arguments: list[str], environment: dict[str, str]) -> int
     for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
-    recorded.follow_environment()
+    recording_train.obey_environment()
     sys.argv = ["train.py", *arguments]
-    configs = str(recorded.ROOT / "configs")
+    configs = str(recording_train.ROOT / "configs")
     try:
-        hydra.main(version_base="1.3", config_path=configs, config_name="train")(recorded.run.main)()
+        hydra.main(version_base="1.3", config_path=configs, config_name="train")(recording_train.run.main)()
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)

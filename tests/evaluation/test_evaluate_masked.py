@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.frames import MaskedFrame
+from depth_anything.evaluation.benchmarks.benchmark import MaskedFrame
 from depth_anything.evaluation.evaluate import crop_to_view, masked_truth, score_map
 from depth_anything.evaluation.protocols import EvalProtocol, find_protocol
 
@@ -14,7 +14,7 @@ SIZE = (36, 48)
 @pytest.mark.parametrize(
     ("protocol", "quantity"), [("da2", "disparity"), ("moge", "disparity"), ("marigold", "depth")]
 )
-def test_a_part_is_judged_by_the_fit_over_all(protocol, quantity):
+def test_a_masked_frame_is_aligned_over_all_known_pixels(protocol, quantity):
     """By numpy in float64: the fit over what is known, the errors over what of it lies in the part."""
     rng = np.random.default_rng(7)
     depth = rng.uniform(1, 9, SIZE).astype(np.float32)
@@ -24,7 +24,7 @@ def test_a_part_is_judged_by_the_fit_over_all(protocol, quantity):
     part = np.zeros(SIZE, bool)
     part[:4] = True
     prediction[:4] *= 1.5  # what is compared is off; a fit over it alone would hide that
-    frame = MaskedFrame("k", np.zeros((*SIZE, 3), np.uint8), {}, depth=depth, part=part)
+    frame = MaskedFrame("k", np.zeros((*SIZE, 3), np.uint8), {}, depth=depth, eval_mask=part)
     rules = find_protocol(protocol)
     row = score_map(prediction, frame, quantity=quantity, protocol=rules)[1]
     known = np.isfinite(depth)
@@ -43,11 +43,11 @@ def test_a_part_is_judged_by_the_fit_over_all(protocol, quantity):
     assert np.isfinite(masked_truth(frame, rules)).sum() == row["valid"]
 
 
-def test_a_part_is_cut_with_its_frame():
+def test_the_mask_is_cropped_with_its_frame():
     part = np.zeros((400, 1300), bool)
     part[100:, 50:] = True
     frame = MaskedFrame(
-        "k", np.zeros((400, 1300, 3), np.uint8), {}, depth=np.ones((400, 1300), np.float32), part=part
+        "k", np.zeros((400, 1300, 3), np.uint8), {}, depth=np.ones((400, 1300), np.float32), eval_mask=part
     )
-    seen = crop_to_view(frame, EvalProtocol("own", fitted=(), view="kb"))
-    np.testing.assert_array_equal(seen.part, part[48:, 42:1258])
+    seen = crop_to_view(frame, EvalProtocol("own", fitted=(), view_crop="kb"))
+    np.testing.assert_array_equal(seen.eval_mask, part[48:, 42:1258])
