@@ -322,9 +322,9 @@ def _check_node(node: Mapping[str, Any], path: str) -> None:
     target = node.get("_target_")
     if not isinstance(target, str):
         raise ValueError(f"{path} has no _target_; type +{path}._target_=package.module.Class")
+    names = ", ".join(_target_parameters(target, path))
     for name in node:
         if not str(name).startswith("_") and not _takes_argument(target, str(name), path):
-            names = ", ".join(_target_parameters(target, path))
             raise ValueError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
 
 

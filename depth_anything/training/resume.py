@@ -62,7 +62,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in REMOVED_KEYS:
+        if path in REMOVED_KEYS or (path == "callbacks" and not value):
             continue
         if isinstance(value, Mapping) and value and key not in COMPARED_WHOLE:
             flat.update(_flatten(value, f"{path}."))
