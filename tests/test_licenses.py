@@ -40,7 +40,7 @@ def test_typed_licenses_are_checked(typed):
 
 @pytest.mark.parametrize("typed", ["", "my own", "all rights reserved", "MIT,Apache-2.0", "<b>"])
 def test_other_texts_are_refused(typed):
-    with pytest.raises(ValueError, match="is no SPDX name such as CC-BY-4.0"):
+    with pytest.raises(ValueError, match="LicenseRef-NAME"):
         check_license(typed)
 
 
