@@ -327,9 +327,9 @@ def check_single_model(options: argparse.Namespace, count: int) -> None:
 
 def describe_values(predictor: "Predictor") -> str:
     """Describe the values of a predictor: quantity, unit and direction."""
-    from depth_anything.inference.formats import direction
+    from depth_anything.inference.formats import DIRECTION
 
-    return f"{predictor.quantity}, {predictor.unit}, larger is {direction(predictor.quantity)}"
+    return f"{predictor.quantity}, {predictor.unit}, larger is {DIRECTION[predictor.quantity]}"
 
 
 def format_count(number: int, noun: str) -> str:
