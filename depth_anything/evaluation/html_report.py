@@ -93,7 +93,7 @@ def _example_values(example: DepthExample, results: Sequence[DepthResult]) -> di
     paint = partial(colorize_by_distance, quantity="disparity", low=float(low), high=float(high))
     rows = [next(row for row in result.rows if row["key"] == example.key) for result in results]
     best = min(row["abs_rel"] for row in rows) if len(rows) > 1 else None
-    models = []
+    models: list[dict[str, Any]] = []
     for result, row in zip(results, rows, strict=True):
         depth = example.predictions[result.name]
         error = np.abs(depth - truth) / np.where(valid, truth, 1.0)
