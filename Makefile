@@ -1,18 +1,18 @@
-# `make` alone prints this help. Everything runs in ./.venv, made on first use.
+# `make` prints the targets. Everything runs in ./.venv, which is created on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
-# What a new environment installs for torch; `make TORCH="torch==2.11.* torchvision==0.26.*" test` for another pair.
+# PyTorch of a new environment; another version: make TORCH="torch==2.11.* torchvision==0.26.*" test
 TORCH ?= torch torchvision
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format bench claim soak clean
+.PHONY: help install quickstart test check format docs bench claim soak clean
 
-help: ## print this help
+help: ## print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed ## make .venv and install the project into it, editable
+install: $(VENV)/.installed ## create .venv and install the project into it, editable
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11")'
@@ -22,34 +22,38 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-quickstart: install ## the three stages on procedural scenes, then a report: under five minutes on two cores
+quickstart: install ## train and evaluate on procedural scenes: under five minutes on two CPU cores
 	$(BIN)/python train.py stage=teacher
 	$(BIN)/python train.py stage=pseudolabel
 	$(BIN)/python train.py stage=student
 	$(BIN)/depth-anything evaluate --data data/scenes-validation --mean-map data/scenes-synthetic \
 	  --weights teacher=outputs/teacher-vitt-tiny student=outputs/student-vitn-tiny --output outputs/quickstart
 
-test: install ## all tests, two at a time
+test: install ## run all tests in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: install ## format, lint and types
+check: install ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: install ## mend what format and lint can
+format: install ## fix format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## speed of training and of the loader on this machine, as JSON in outputs/bench
+docs: install ## update the generated parts of docs/: modules and printed numbers
+	$(BIN)/python docs/list_modules.py --write
+	$(BIN)/python docs/follow_a_sample.py --write
+
+bench: install ## measure training and loader on this machine; JSON in outputs/bench
 	$(BIN)/python benchmarks/bench_data.py --json outputs/bench/data.json
 	$(BIN)/python benchmarks/bench_train.py --output outputs/bench/train.json
 
-claim: install ## three seeds: does a student on the teacher's labels beat one on synthetic images? 30 minutes
+claim: install ## compare students on pseudo-labels and on synthetic images, three seeds: 30 minutes
 	$(BIN)/python benchmarks/claim.py
 
-soak: install ## kill -9 each stage twenty times and compare with unbroken runs
+soak: install ## kill each stage twenty times and compare with uninterrupted runs
 	$(BIN)/python benchmarks/soak.py
 
-clean: ## remove what the targets above made, but for .venv
+clean: ## delete what the targets created, except .venv
 	rm -rf outputs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""The web page, as the authors' app.py; the same as `depth-anything demo`."""
+"""Serve the web demo, as the authors' app.py; the same as `depth-anything demo`."""
 
 from depth_anything.cli.video import run_demo
 

@@ -1,4 +1,4 @@
-"""Map images with the flags of the authors' run.py; see also `depth-anything predict`."""
+"""Predict depth maps of images with the flags of the authors' run.py; see also `depth-anything predict`."""
 
 from depth_anything.cli.predict import run_images
 

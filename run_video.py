@@ -1,4 +1,4 @@
-"""Map videos with the flags of the authors' run_video.py; see also `depth-anything video`."""
+"""Predict depth videos with the flags of the authors' run_video.py; see also `depth-anything video`."""
 
 from depth_anything.cli.video import run_video
 

@@ -1,10 +1,10 @@
-"""Ways to keep a disparity map: bytes, milliseconds to encode and to decode, and the largest error.
+"""Compare codecs of disparity maps: size, time to encode and to decode, and the largest error.
 
     python benchmarks/bench_codec.py [--map FILE.npy ...] [--json FILE]
 
-The yardstick is a 16-bit PNG as Pillow writes it by default (level 6), decoded to float32 as a reader must. All other
-ways keep 12 bits and use zstandard; they differ in what the bytes are when it gets them. Process CPU time of one
-thread, median and quartiles; the ways take turns, so that a busy machine slows all of them.
+The reference is a 16-bit PNG with Pillow's default (level 6), decoded to float32. All others store 12 bits and compress
+with Zstandard; they differ in the layout of the bytes before compression. CPU time of one thread, median and quartiles;
+the codecs take turns, so that other programs slow all of them equally.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STEPS = 4095
 
 
 def plausible_map(height: int, width: int, *, noise: float, seed: int = 0) -> np.ndarray:
-    """A floor, boxes and sticks on it, sky (0), and a network's noise, `noise` being its deviation over the range."""
+    """Generate a floor, boxes and poles, sky (0), and noise as of a network, of standard deviation `noise` · range."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     values = np.clip(rows / height - 0.35, 0, None)
@@ -42,9 +42,8 @@ def plausible_map(height: int, width: int, *, noise: float, seed: int = 0) -> np
         y, x = rng.integers(0, height // 2), rng.integers(0, width)
         values[y : y + height // 3, x : x + rng.integers(1, 3)] = rng.uniform(0.2, 0.7)
     grain = rng.normal(size=values.shape)
-    grain = (
-        sum(np.roll(grain, (y, x), (0, 1)) for y in (0, 1) for x in (0, 1)) / 2
-    )  # a network's is not white
+    # The noise of a network is correlated between neighbors.
+    grain = sum(np.roll(grain, (y, x), (0, 1)) for y in (0, 1) for x in (0, 1)) / 2
     return np.where(values > 0, np.maximum(values + noise * values.max() * grain, 0), 0).astype(np.float32)
 
 
@@ -83,7 +82,7 @@ def zstd(
     arrange: Callable[[np.ndarray], np.ndarray],
     undo: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
 ) -> Way:
-    """A 12-bit way: `arrange` turns levels (H, W) into bytes, `undo` turns them back."""
+    """A 12-bit codec: `arrange` turns levels (H, W) into bytes, `undo` turns them back."""
 
     def encode(values: np.ndarray) -> bytes:
         levels, ends = quantise(values, STEPS)
@@ -180,7 +179,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def measure(values: np.ndarray, *, repeats: int) -> Iterator[dict[str, float | str]]:
-    """Measure every way on a map."""
+    """Measure every codec on a map."""
     encoded = {name: encode(values) for name, (encode, _) in WAYS.items()}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in WAYS}
     for _ in range(repeats):
@@ -206,7 +205,7 @@ def measure(values: np.ndarray, *, repeats: int) -> Iterator[dict[str, float | s
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     lines = [
         "| way | KB | of PNG 16 | encode ms | decode ms (quartiles) | as fast as PNG 16 | largest error, 1/range |",
         "|---|---|---|---|---|---|---|",
@@ -222,13 +221,13 @@ def table(rows: list[dict]) -> str:
 
 
 def hardware() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the name of the processor if the system has it."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{names[0].split(':')[1].strip()}, {len(names)} cores" if names else platform.processor()
 
 
 def main() -> None:
-    """Measure on made and given maps, and print the tables."""
+    """Measure on generated maps and on those of --map, and print tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,19 +1,19 @@
-"""The loader beside the authors' way and beside the bare work, from shard to batch, image and label.
+"""Compare the training loader with the authors' loader and with the minimal work, from shard to batch.
 
     OMP_NUM_THREADS=1 nice -n -15 python benchmarks/bench_data.py [--images FOLDER] [--json FILE]
 
-All sides start from the same JPEGs and the same maps, of 1024 x 768, and go through a DataLoader of their own with 1
-and with 2 workers; they take turns, so that a busy machine slows all. CPU time is that of all processes of a side.
+All sides read the same JPEGs and maps, of 1024 x 768, each with its own DataLoader of 1 and of 2 workers. They take
+turns, so that other programs slow all of them equally. CPU time is that of all processes of a side.
 
-    theirs             the official metric_depth chain: cv2, float64, cubic without antialiasing, whole frames
-                       normalised and cut last, a JPEG and a 16-bit PNG of full size a sample
-    ours               image and label shards as training reads them, labels at the short side of 518
+    theirs             the official metric_depth code: cv2, float64, cubic without antialiasing, whole frames are
+                       normalized and cropped last; a JPEG and a 16-bit PNG of full size per sample
+    ours               image and label shards as training reads them, labels with a short side of 518
     ours, pre-resized  the same with images of that size, JPEG quality 92, as `shard --short-side 518` writes them
-    bare               what no loader can do without, of the same bytes: decode image and label, resize the image; the
-                       bytes are in memory, and nothing is handed over
+    bare               the minimal work of any loader on the same bytes: decode image and label, resize the image; the
+                       bytes are in memory, and no batch is sent to the main process
     bare, image        the same without the label
 
-Ours leaves normalising to the device; a ratio counts it in.
+Ours normalizes on the device; measured separately ("normalise").
 """
 
 import argparse
@@ -34,8 +34,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from depth_anything.data import codec
-from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import PREFETCH_BATCHES, build_stream_loader, return_batch
+from depth_anything.data.dataset import StreamDataset, return_batch
+from depth_anything.data.loader import PREFETCH_BATCHES, build_stream_loader
 from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.stream import MicroBatchSampler
@@ -45,7 +45,6 @@ from depth_anything.data.timing import (
     StageTimer,
     median_and_iqr,
     minimal_decode,
-    stage_report,
     timed_sample,
 )
 from depth_anything.data.transforms import normalize, resize_image
@@ -57,7 +56,7 @@ COPIES = 32
 
 
 def procedural(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """An image with detail at all scales, uint8 BGR."""
+    """Generate an image with detail at all scales, uint8 BGR."""
     image = np.zeros((height, width, 3), np.float32)
     for octave in range(2, 9):
         noise = rng.normal(size=(2**octave * 3 // 4, 2**octave, 3)).astype(np.float32)
@@ -66,7 +65,7 @@ def procedural(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def photographs(folder: Path, height: int, width: int) -> Iterator[np.ndarray]:
-    """The photographs of a folder, cut to the benchmark's shape."""
+    """Yield the photographs of a folder, cropped to the shape of the benchmark."""
     for path in sorted(folder.iterdir()):
         image = cv2.imread(str(path))
         if image is not None:
@@ -76,7 +75,7 @@ def photographs(folder: Path, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def disparity(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A ground plane, things standing on it, sky, and the noise of a network's output; in [0, 1]."""
+    """Generate a ground plane with objects on it, sky, and noise as of a network; in [0, 1]."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     values = np.clip(y / height - 0.4, 0, 1)
     for _ in range(60):
@@ -88,10 +87,10 @@ def disparity(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def write_inputs(root: Path, args: argparse.Namespace) -> dict[str, JoinedRecords]:
-    """Write every original as files for their side, and as records for ours, as it is and pre-resized."""
+    """Write each image as files for their loader, and as records for ours, in full size and pre-resized."""
     rng = np.random.default_rng(0)
-    found = photographs(args.images, args.height, args.width) if args.images else iter(())
-    pictures = list(found)[: args.count] or [
+    originals = photographs(args.images, args.height, args.width) if args.images else iter(())
+    pictures = list(originals)[: args.count] or [
         procedural(rng, args.height, args.width) for _ in range(args.count)
     ]
     size = resize_shape(args.height, args.width, args.side)
@@ -109,7 +108,7 @@ def write_inputs(root: Path, args: argparse.Namespace) -> dict[str, JoinedRecord
         images[ENDINGS[1]].append((f"bench/{i}", {"jpg": smaller, "json": b"{}"}))
         labels.append((f"bench/{i}", {"disparity.q12": codec.encode(label, codec="q12")}))
     args.count = len(pictures)
-    # Each record many times over: a pass of eight would be all beginnings.
+    # Each record many times: a pass of eight records would measure only its start.
     return {
         ending: joined(root / f"set{number}", copies(images[ending]), copies(labels))
         for number, ending in enumerate(ENDINGS)
@@ -121,7 +120,7 @@ def copies(records: list[Any]) -> list[Any]:
 
 
 def joined(root: Path, images: list[Any], labels: list[Any]) -> JoinedRecords:
-    """Write images and labels as two sets, and join them."""
+    """Write images and labels as two sets and join them."""
     image_shard = write_shard(root / "images" / f"{SHARD}.tar", images)
     label_shard = write_shard(root / "labels" / f"{SHARD}.tar", labels)
     meta = {"images": {"hashes": {SHARD: image_shard.hash}}}
@@ -132,7 +131,7 @@ def joined(root: Path, images: list[Any], labels: list[Any]) -> JoinedRecords:
 
 
 class Theirs(Dataset):
-    """Samples as the official loader makes them; the DataLoader stacks them."""
+    """Samples of the official loader; the DataLoader stacks them."""
 
     def __init__(self, root: Path, count: int, side: int) -> None:
         self.root, self.count, self.side = root, count, side
@@ -142,26 +141,26 @@ class Theirs(Dataset):
 
 
 def theirs(
-    root: Path, i: int, side: int, rng: np.random.Generator, stage: StageTimer | None = None
+    root: Path, i: int, side: int, rng: np.random.Generator, timer: StageTimer | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One sample the authors' way."""
-    stage = stage or StageTimer()
-    with stage("read and decode JPEG"):
+    """Load one sample as the authors' code does."""
+    timer = timer or StageTimer()
+    with timer("read and decode JPEG"):
         image = cv2.imread(str(root / f"{i}.jpg"))
-    with stage("RGB in float64"):
+    with timer("RGB in float64"):
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB) / 255.0
-    with stage("read and decode 16-bit PNG"):
+    with timer("read and decode 16-bit PNG"):
         depth = cv2.imread(str(root / f"{i}.png"), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH) / 65535.0
     height, width = resize_shape(*image.shape[:2], side)
-    with stage("resize image"):
+    with timer("resize image"):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    with stage("resize map"):
+    with timer("resize map"):
         depth = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST)
-    with stage("normalise"):
+    with timer("normalise"):
         image = (image - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
         image = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
         depth = np.ascontiguousarray(depth.astype(np.float32))
-    with stage("cut"):
+    with timer("cut"):
         top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
         square = (slice(top, top + side), slice(left, left + side))
         image, depth = torch.from_numpy(image[(slice(None), *square)]), torch.from_numpy(depth[square])
@@ -169,11 +168,11 @@ def theirs(
 
 
 class Bare(Dataset):
-    """The work without a loader: a batch is nothing but its number."""
+    """The minimal work; a batch is only a number."""
 
     def __init__(self, source: JoinedRecords, side: tuple[int, int], *, label: bool) -> None:
         (shard, count), *_ = source.shards
-        self.records = [source.read(shard, i)[1] for i in range(count)]  # cold, as ours
+        self.records = [source.read(shard, i)[1] for i in range(count)]  # not in the CPU cache, as ours
         self.side, self.label = side, label
 
     def __getitems__(self, numbers: list[int]) -> int:
@@ -184,7 +183,7 @@ class Bare(Dataset):
 
 
 def loaders(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namespace) -> dict[str, Any]:
-    """A maker of each side's loader, given the number of workers."""
+    """Return for each side a function from the number of workers to its loader."""
 
     def plain(dataset: Dataset, whole: bool) -> Any:
         def make(workers: int) -> DataLoader:
@@ -213,19 +212,19 @@ def loaders(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namesp
     return sides
 
 
-def take_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) -> dict[str, Any]:
-    """CPU and clock milliseconds an image of each side, and the ratios, each of two neighbours in time."""
-    windows = {name: LoaderTimer(make(workers)) for name, make in sides.items()}
+def measure_in_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure CPU and wall milliseconds per image of each side, and ratios of sides measured in the same round."""
+    timers = {name: LoaderTimer(make(workers)) for name, make in sides.items()}
     cpu, clock = defaultdict(list), defaultdict(list)
     for repeat in range(args.repeats + 1):
-        for name, window in windows.items():
+        for name, timer in timers.items():
             count = args.windows * workers if name == "theirs" else 4 * args.windows * workers
-            used, passed = window.measure(count)
-            if repeat:  # the first warms up
+            used, passed = timer.measure(count)
+            if repeat:  # the first round warms up
                 cpu[name].append(1e3 * used / args.batch)
                 clock[name].append(1e3 * passed / args.batch)
-    for window in windows.values():
-        window.close()
+    for timer in timers.values():
+        timer.close()
     return {
         "cpu_ms": {name: median_and_iqr(values) for name, values in cpu.items()},
         "images_per_second": {name: median_and_iqr(1e3 / np.array(values)) for name, values in clock.items()},
@@ -235,7 +234,7 @@ def take_turns(sides: dict[str, Any], workers: int, args: argparse.Namespace) ->
 
 
 def ratios(milliseconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """The goals: how much less than theirs, and how much of the bare work's speed is left."""
+    """Return the speedup over their loader, and the fraction of the minimal work's speed."""
     ours = {ending: np.array(milliseconds[f"ours{ending}"]) for ending in ENDINGS}
     rows = {f"theirs / ours{ending}": np.array(milliseconds["theirs"]) / ours[ending] for ending in ENDINGS}
     for bare in ("bare", "bare, image"):
@@ -244,9 +243,9 @@ def ratios(milliseconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of every stage in one process, ours beside the bare work."""
+    """Measure the milliseconds of each stage in one process, ours next to the minimal work."""
     found: dict[str, Any] = {}
-    their_stages, normalising = StageTimer(), StageTimer()
+    their_stages, normalizing = StageTimer(), StageTimer()
     ours = {ending: StageTimer() for ending in ENDINGS}
     data = {
         ending: StreamDataset([source], seed=0, streams=args.batch, image_size=args.side)
@@ -255,20 +254,20 @@ def measure_stages(root: Path, sources: dict[str, JoinedRecords], args: argparse
     for n in range(4 * args.count):
         theirs(root, n % args.count, args.side, np.random.default_rng(n), their_stages)
         for ending in ENDINGS:
-            made, fields, size = timed_sample(data[ending], n, ours[ending])
+            sample, fields, size = timed_sample(data[ending], n, ours[ending])
             minimal_decode(fields, size, ours[ending])
-        image = torch.from_numpy(made["image"])[None]
-        with normalising("normalise"):
+        image = torch.from_numpy(sample["image"])
+        with normalizing("normalise"):
             normalize(image)
     for ending in ENDINGS:
-        found[f"ours{ending}"] = stage_report(ours[ending])
+        found[f"ours{ending}"] = ours[ending].rows()
     found["theirs"] = [(name, value, None) for name, value in their_stages.medians().items()]
-    found["normalise"] = normalising.medians()["normalise"]
+    found["normalise"] = normalizing.medians()["normalise"]
     return found
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     commit = subprocess.run(
@@ -289,18 +288,21 @@ def machine() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=Path, help="folder of photographs; without it textures are made up")
-    parser.add_argument("--count", type=int, default=16, help="originals at most")
+    parser.add_argument("--images", type=Path, help="folder of photographs; generated textures by default")
+    parser.add_argument("--count", type=int, default=16, help="maximum number of images")
     parser.add_argument("--height", type=int, default=768)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--side", type=int, default=518, help="short side and crop")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
-        "--windows", type=int, default=3, help="batches a worker and window of theirs; 4 of others"
+        "--windows",
+        type=int,
+        default=3,
+        help="batches per worker and window of theirs; others read 4 times as many",
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -308,7 +310,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         sources = write_inputs(Path(folder), args)
         results: dict[str, Any] = {"stages": measure_stages(Path(folder), sources, args)}
         sides = loaders(Path(folder), sources, args)
-        results["workers"] = {str(n): take_turns(sides, n, args) for n in args.workers}
+        results["workers"] = {str(n): measure_in_turns(sides, n, args) for n in args.workers}
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "images")}
     settings["originals"] = "photographs" if args.images else "procedural"
     record = {
@@ -318,21 +320,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "settings": settings,
         "results": results,
     }
-    tell(results)
+    print_results(results)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
-def tell(results: dict[str, Any]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     for side, rows in results["stages"].items():
         if side != "normalise":
-            print(f"{side}, ms of a core an image, in one process; beside it the bare work")
+            print(f"{side}, ms of one core per image, in one process; right: the minimal work")
             for name, ours, bare in rows:
                 print(f"{ours:8.2f} {'' if bare is None else f'{bare:.2f}':>8}  {name}")
-    print(f"{results['stages']['normalise']:8.2f}           normalise on the CPU, in place of the device")
+    print(f"{results['stages']['normalise']:8.2f}           normalize, on the CPU instead of the device")
     for workers, found in results["workers"].items():
-        print(f"\n{workers} workers        ms of a core an image (IQR)    images/s by the clock (IQR)")
+        print(f"\n{workers} workers        ms of one core per image (IQR)    images/s (IQR)")
         for name, cost in found["cpu_ms"].items():
             rate = found["images_per_second"][name]
             print(
@@ -342,7 +344,7 @@ def tell(results: dict[str, Any]) -> None:
             clock = found["ratios_by_the_clock"][name]
             print(
                 f"{name:36} {ratio['median']:6.2f} ({ratio['iqr']:.2f}), "
-                f"by the clock {clock['median']:6.2f} ({clock['iqr']:.2f})"
+                f"wall clock {clock['median']:6.2f} ({clock['iqr']:.2f})"
             )
 
 

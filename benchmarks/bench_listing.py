@@ -1,10 +1,10 @@
-"""What it takes to list a set of many millions of images once, and to go on with it.
+"""Measure time and memory to list a set of millions of images once, and to resume with that list.
 
     python benchmarks/bench_listing.py --lines 13153500
 
-A source of so many names (ImageNet-21K's by default) is listed as `depth-anything shard` lists it; then the listing is
-opened as every other part and every new start opens it, and the lines of a shard are read. The names are made up, so
-that no disk is walked: a real one adds its own time.
+A source with this many names (ImageNet-21K's by default) is listed as `depth-anything shard` does; then the list is
+opened as other parts and restarts open it, and the lines of a shard are read. The names are synthetic, so no disk is
+searched: a real disk adds its own time.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Images a second from image to map: Predictor beside transformers' pipeline and ONNX Runtime on our export.
+"""Measure images/s from image to map: Predictor, transformers' pipeline, and ONNX Runtime on our export.
 
     python benchmarks/bench_predict.py [--encoder vits] [--size 518] [--threads N] [--repeats 7] [--json FILE]
 
-All three have the same random weights, the same image (518 x 518, which all see as it is) and the same threads, and
-go from uint8 RGB to a float32 map of the image's size. The sides take turns, so that a busy machine slows all of
-them; a ratio is that of two neighbours. Where a library is missing its side is left out. On a CPU only: there is
-nothing to synchronise. `parts` says where Predictor's time goes.
+All three use the same random weights, image (518 x 518, which none of them resizes) and threads, and compute a
+float32 map of the image's size from uint8 RGB. They alternate, so that other load affects all of them; a ratio
+compares neighboring windows. A variant without its library is skipped. CPU only, so nothing is synchronized. `parts`
+shows where Predictor spends its time.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""What a record costs that comes over http instead of from disk.
+"""Compare reading records over http with reading them from a disk.
 
     python benchmarks/bench_remote.py [--latency MS] [--json FILE]
 
-A real nginx on loopback serves shards of random bytes as large as an image and its label; --latency lets a relay in
-between hold every answer back, as a real network does. The sides take turns over the same records:
+nginx on loopback serves shards of random bytes, as large as an image and its label; with --latency a relay delays each
+response, as a network does. The sides take turns and read the same records:
 
-    disk            Records of a folder, records drawn at random
-    http            Records of an address, the same records, one after the other, by range on one connection
-    http, at once   the same, micro-batches expected, so that their records come side by side
-    fsspec          the same ranges through fsspec's http file system, in place of urllib3
-    pipe:curl       WebDataset's own way, whole shards from their beginning to their end, nothing drawn
+    disk            Records of a folder, in random order
+    http            Records of an address, one after the other, by range on one connection
+    http, at once   the same, each micro-batch prefetched in parallel
+    fsspec          the same ranges with fsspec's http file system, in place of urllib3
+    pipe:curl       WebDataset: whole shards, sequentially
 
-CPU is that of the reading process and, for pipe:curl, of its commands; nginx's own is nobody's.
+CPU time is that of the reading process and, for pipe:curl, of its commands, without nginx.
 """
 
 import argparse
@@ -55,7 +55,7 @@ http {{
 
 @contextmanager
 def served(root: Path, state: Path) -> Iterator[int]:
-    """An nginx over a folder; yields its port."""
+    """Run nginx on a folder; yield its port."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
         raise SystemExit("bench_remote.py needs nginx: apt-get install nginx-light")
@@ -81,7 +81,7 @@ def served(root: Path, state: Path) -> Iterator[int]:
 
 @contextmanager
 def relayed(port: int, milliseconds: float) -> Iterator[int]:
-    """A port that hands on to another, each answer's beginning held back; a process of its own, as it costs CPU."""
+    """Run a relay to a port that delays each response, in a process of its own, because it uses CPU time."""
     if not milliseconds:
         yield port
         return
@@ -101,7 +101,7 @@ def relayed(port: int, milliseconds: float) -> Iterator[int]:
 
 
 def hold(client: socket.socket, port: int, seconds: float) -> None:
-    """Carry one connection's questions and answers, one after the other."""
+    """Forward the requests and responses of one connection in turn."""
     server = socket.create_connection(("127.0.0.1", port))
     for sock in (client, server):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -118,7 +118,7 @@ def carry(source: socket.socket, sink: socket.socket) -> None:
 
 
 def write(root: Path, args: argparse.Namespace) -> ShardSet:
-    """A set of random bytes, of an image's and a label's size."""
+    """Write a set of random bytes, with the sizes of an image and a label."""
     rng, infos = random.Random(0), []
     for shard in range(args.shards):
         rows = (
@@ -133,7 +133,7 @@ def write(root: Path, args: argparse.Namespace) -> ShardSet:
 
 
 class Sides:
-    """The ways to read `count` records, each a function that returns how many it read."""
+    """The ways to read `count` records; each method returns how many it has read."""
 
     def __init__(self, root: Path, address: str, args: argparse.Namespace) -> None:
         self.disk, self.http = Records(open_set(root)), Records(open_set(address))
@@ -173,12 +173,12 @@ class Sides:
 
 
 def cpu() -> float:
-    """CPU seconds of this process and of the commands it has waited for."""
+    """Return the CPU seconds of this process and of its finished commands."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def measure(work: Callable[[], int]) -> tuple[float, float]:
-    """Wall and CPU milliseconds a record."""
+    """Return wall and CPU milliseconds per record."""
     wall, own = time.perf_counter(), cpu()
     count = work()
     return 1e3 * (time.perf_counter() - wall) / count, 1e3 * (cpu() - own) / count
@@ -191,15 +191,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--latency", type=float, default=0.0, help="ms that every answer is held back")
+    parser.add_argument("--latency", type=float, default=0.0, help="delay of each response, ms")
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--records", type=int, default=100, help="of a shard")
+    parser.add_argument("--records", type=int, default=100, help="per shard")
     parser.add_argument("--image", type=int, default=100_000, help="bytes: short side 518, quality 92")
     parser.add_argument("--label", type=int, default=200_000, help="bytes: q12 at 518 x 686")
-    parser.add_argument("--count", type=int, default=200, help="records a turn")
-    parser.add_argument("--batch", type=int, default=24, help="records expected at once")
+    parser.add_argument("--count", type=int, default=200, help="records per turn")
+    parser.add_argument("--batch", type=int, default=24, help="records prefetched at once")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     args = parser.parse_args(argv)
     figures: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for repeat in range(args.repeats + 1):
                 for name, work in ways.items():
                     figure = measure(work)
-                    if repeat:  # the first warms up
+                    if repeat:  # the first turn warms up
                         figures[name].append(figure)
     results = {
         name: {"wall_ms": spread([wall for wall, _ in pairs]), "cpu_ms": spread([own for _, own in pairs])}

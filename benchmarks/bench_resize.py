@@ -1,11 +1,11 @@
-"""What storing photographs at the size that training sees costs in quality, and what it saves in bytes.
+"""Measure quality and bytes when photographs are stored at the size that training uses.
 
     python benchmarks/bench_resize.py PHOTOS
 
-Every photograph is made a record as `depth-anything shard images` makes it with --short-side, and what the loader
-gets from that record is held against what it gets from the original: the resize of the whole photograph, uint8, RGB.
-PSNR in dB and SSIM (Wang et al. 2004: luma, Gaussian window of 11 px, sigma 1.5) are means over the photographs.
-The last row is of a photograph stored at that size without loss.
+Every photograph is stored as `depth-anything shard images --short-side` stores it. What the loader reads from it is
+compared with what it reads from the original: the resize of the whole photograph, uint8, RGB. PSNR in dB and SSIM
+(Wang et al. 2004: luma, Gaussian window of 11 px, sigma 1.5) are means over the photographs. The last row is
+lossless.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""A run over 60,000 shards: how soon it starts, how soon it goes on at sample 90,000,000, what a rank holds in memory.
+"""Measure start-up, resume at sample 90,000,000, and memory of a run over 60,000 shards.
 
     OMP_NUM_THREADS=1 nice -n -15 python benchmarks/bench_scale.py [--json FILE]
 
-The shards are real ones of 1,000 records each, 60 million in all, but few of them: the others are hard links, so
-that the set has the manifest, the files and the indexes of a set of the paper's size in some 30 MB. A cold start and a
-resumed one take turns, each in a process of its own: import, manifest, order, loader, first batch. Then the process
-goes on for a while, its memory looked at every so often; a worker reads from as many shards as the stream has pieces.
+The shards have 1,000 records each, 60 million in total; most are hard links to a few files, so the set has the
+manifest, files and indexes of the paper's size in 30 MB. Cold starts and resumed ones alternate, each in a process of
+its own: import, manifest, order, loader, first batch. Then the process continues while its memory is sampled; a
+worker reads from as many shards as there are streams.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Images a second of a training step, beside the same network in a loop written plainly.
+"""Measure images/s of a training step, compared with the same network in a plain loop.
 
     python benchmarks/bench_train.py --output outputs/bench/train.json
     python benchmarks/bench_train.py --encoder vitl --batch 16 --checkpointing --compile --output vitl.json
 
-The sides take turns in one process, over one network, one optimizer and one batch that lies on the device:
+The variants alternate in one process with one network, one optimizer and one batch on the device:
 
     plain   zero_grad, forward, losses, backward, clip, step, and nothing else
     step    the stage's module under pl.Trainer, without callbacks
-    run     the same with the callbacks of a real run: numbers, bar, checkpoints (none falls due), signals
-    shards  as `run`, but fed by the loader from the labelled set --shards
+    run     the same with the callbacks of a real run: metrics, progress bar, checkpoints (none is due), signals
+    shards  as `run`, with the loader reading the labeled set --shards
 
-A window is so many steps of one side; after each of the framework's windows the plain loop has one, and the ratio is
-taken of those two neighbours, so that a machine that slows down slows both. The device is waited for at the ends of
-a window and nowhere inside (the framework's own log line aside, which falls due once a window).
+A window is a number of steps of one variant; after each window of the framework the plain loop runs one, and the
+ratio compares these two, so that other load affects both. The device is synchronized at the ends of a window only
+(except for the framework's own log line, once per window).
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""The paper's claim, measured small: a student on a teacher's labels of photographs beats the same student on
-synthetic images alone.
+"""Test the paper's claim at a tiny scale: a student on pseudo-labels beats the same student on synthetic images.
 
     python benchmarks/claim.py --seeds 0 1 2 --output outputs/claim      (make claim)
 
 For each seed the real stages run: a teacher on synthetic scenes, its labels of photographic scenes, a student on
-those labels, and the same student (same recipe, same steps, same seed) on the synthetic scenes and their exact
-depth. All are judged on photographic scenes that no stage has seen, beside the mean map of the synthetic ones.
-The synthetic-only student is judged on unseen synthetic scenes too: how much it loses between the looks says how
-far apart they are. claim.json and claim.md hold the figures, seed 0's folder a report with pictures.
+those labels, and the same student (recipe, steps, seed) on the synthetic scenes and their exact depth. All are
+evaluated on unseen photographic scenes, together with the mean map of the synthetic ones. The synthetic-only student
+is evaluated on unseen synthetic scenes too: its loss between the looks shows how different they are. claim.json and
+claim.md have the results, seed 0's folder a report with pictures.
 """
 
 import argparse

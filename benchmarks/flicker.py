@@ -1,11 +1,12 @@
-"""How much each range flickers, and what smoothing takes away: a still camera, noise, wavering light, a passer-by.
+"""Measure the flicker of a depth video for each color range and with smoothing: static camera, noise, varying light, a
+passer-by.
 
     python benchmarks/flicker.py --weights outputs/student-vitn-tiny --photo photo.jpg
 
-Flicker: by how much the map's grey changes from frame to frame where the scene does not, as a mean over those pixels
-and frames, in percent of the film's contrast (the standard deviation of its greys), so that a paler film does not
-win by being pale. The passer-by is a dark post that crosses the picture; what it covers, and what is near it, does
-not count. The picture has a column a mode: one line of the film, that of each frame below that of the one before.
+Flicker is the change of the map's gray level from frame to frame where the scene does not change, averaged over those
+pixels and frames, in percent of the video's contrast (the standard deviation of its gray levels). The passer-by is a
+dark post that crosses the image; the pixels it covers, and those near it, are excluded. The picture has a column per
+mode: one row of the video over time.
 """
 
 import argparse

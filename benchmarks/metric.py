@@ -1,14 +1,14 @@
-"""Metres without any alignment: what stage=metric learns from a relative network, small.
+"""Measure meters without alignment: what stage=metric learns from a relative network, at a tiny scale.
 
     python benchmarks/metric.py --seeds 0 1 2 --output outputs/metric
 
-For each seed the real stages run at size=tiny: a relative network on synthetic scenes, and from it stage=metric on
-the same scenes. Judged on held-out scenes of both looks, metres against metres with nothing fitted, beside
+For each seed the real stages run at size=tiny: a relative network on synthetic scenes, then stage=metric on the same
+scenes. Held-out scenes of both looks are evaluated in meters without a fit, and compared with
 
-- the same network with its untrained head, as stage=metric begins, and
-- the best constant: the one depth whose mean AbsRel on these very test scenes is least. No network can know it.
+- the same network with its untrained head, and
+- the best constant: the one depth with the lowest mean AbsRel on these test scenes. No network can know it.
 
-metric.json and metric.md hold the figures.
+metric.json and metric.md have the results.
 """
 
 import argparse

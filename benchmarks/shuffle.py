@@ -1,12 +1,12 @@
-"""How far the order of samples is from a perfect shuffle: arithmetic on Stream alone, no data.
+"""Compare the order of samples with a perfect shuffle; reads no data.
 
     python benchmarks/shuffle.py [--json FILE] [--picture FILE]
 
-Two questions, each beside a permutation drawn by NumPy of the same number of records:
+Two measurements, each for the order of `Stream` and for a random permutation of NumPy:
 
-    within a batch   how many distinct shards it holds, and how often two of its samples share one
-    over passes      where a record comes in the next pass; how often two that met in a batch meet again in it; how far
-                     apart two neighbours of a shard come
+    within a batch   number of distinct shards, and fraction of pairs of samples from the same shard
+    over passes      position of a record in the next pass; fraction of pairs of one batch that are in one batch again;
+                     distance of two consecutive records of a shard
 """
 
 import argparse
@@ -21,19 +21,19 @@ from depth_anything.data.stream import Stream
 
 
 def order_of(stream: Stream, start: int, count: int) -> np.ndarray:
-    """The records of samples [start, start + count) as numbers: where they lie with all shards end to end."""
+    """Return the records of samples [start, start + count) as numbers, counted over all shards."""
     first = dict(zip(stream._names, np.cumsum(stream._sizes) - stream._sizes, strict=True))
     rows = (stream.locate(n) for n in range(start, start + count))
     return np.fromiter((first[shard] + index for _, shard, index in rows), np.int64, count)
 
 
 def perfect(records: int, number: int) -> np.ndarray:
-    """One pass in a perfect shuffle."""
+    """Return one pass of a perfect shuffle."""
     return np.random.default_rng([7, number]).permutation(records)
 
 
 def within_batches(order: np.ndarray, *, batch: int, per_shard: int) -> dict[str, Any]:
-    """Distinct shards of each batch, and the share of its pairs that share a shard."""
+    """Measure distinct shards per batch, and the fraction of pairs from the same shard."""
     batches = order[: len(order) // batch * batch].reshape(-1, batch) // per_shard
     counts = [Counter(row.tolist()) for row in batches]
     pairs = [sum(k * (k - 1) for k in count.values()) / (batch * (batch - 1)) for count in counts]
@@ -48,9 +48,9 @@ def within_batches(order: np.ndarray, *, batch: int, per_shard: int) -> dict[str
 
 
 def over_passes(orders: list[np.ndarray], *, batch: int, per_shard: int) -> dict[str, Any]:
-    """What two passes over the same records have in common; 1/3, 0 and chance in a perfect shuffle."""
+    """Compare two passes over the same records; a perfect shuffle gives 1/3, 0 and chance."""
     records = len(orders[0])
-    places = [np.argsort(order) for order in orders]  # where each record comes
+    places = [np.argsort(order) for order in orders]  # position of each record
     pairs = list(zip(places, places[1:], strict=False))
     again, met = 0, 0
     for before, after in pairs:
@@ -74,7 +74,7 @@ def over_passes(orders: list[np.ndarray], *, batch: int, per_shard: int) -> dict
 
 
 def compare(*, shards: int, per_shard: int, batch: int, passes: int, batches: int) -> dict[str, Any]:
-    """All figures of ours and of a perfect shuffle; with passes=0 those within batches alone."""
+    """Measure our order and a perfect shuffle; with passes=0 only within batches."""
     names = [(f"set/{i:06d}", per_shard) for i in range(shards)]
     stream = Stream(names, seed=0, streams=8 * batch)
     records = stream.records
@@ -82,7 +82,7 @@ def compare(*, shards: int, per_shard: int, batch: int, passes: int, batches: in
     if passes:
         ours = [order_of(stream, number * records, records) for number in range(passes)]
         theirs = [perfect(records, number) for number in range(passes)]
-    else:  # of an early, a middle and a late stretch, as all of it would take hours
+    else:  # parts of the start, the middle and the end, because all of it would take hours
         starts = [0, records // 2 // batch * batch, records * 3 // 2 // batch * batch]
         ours = [np.concatenate([order_of(stream, start, batch * batches // 3) for start in starts])]
         theirs = [np.random.default_rng(7).integers(0, records, batch * (batches // 3) * 3)]
@@ -96,7 +96,7 @@ def compare(*, shards: int, per_shard: int, batch: int, passes: int, batches: in
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Distinct shards, places in two passes, neighbours apart."""
+    """Plot distinct shards, positions in two passes, and distances of neighbors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     batch = 8 if args.small else 192
     found = [
         compare(shards=shards, per_shard=per_shard, batch=batch, passes=3, batches=0),
-        # Streams of several shards each, as in the paper's run: a shard's records come in one stretch of a pass.
+        # Streams of several shards each, as in the paper's run: the records of a shard are in one part of a pass.
         compare(shards=5 * shards, per_shard=per_shard, batch=max(4, batch // 12), passes=2, batches=0),
         compare(shards=large, per_shard=per_shard, batch=batch, passes=0, batches=9 if args.small else 1500),
     ]

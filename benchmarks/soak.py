@@ -1,10 +1,10 @@
-"""Kill each stage with SIGKILL, again and again, and hold what comes out against a run that was never touched.
+"""Kill each stage with SIGKILL repeatedly, and compare the result with an uninterrupted run.
 
     python benchmarks/soak.py --kills 20 --output outputs/soak      (make soak)
 
-Half the kills fall at random moments, half inside saving: at the n-th fsync or rename the process makes, which is
-where checkpoints, shards, labels and manifests become visible. A teacher and a student must end with the bytes of
-the unbroken run's model; labelling must end with every image labelled once and with the same bytes.
+Half of the kills come at random times, half while saving: at the n-th fsync or rename of the process, when
+checkpoints, shards, labels and manifests become visible. A teacher and a student must end with the bytes of the
+uninterrupted run's model; labeling must end with one label per image and the same bytes.
 """
 
 import argparse

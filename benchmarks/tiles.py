@@ -1,11 +1,10 @@
-"""What tiles do to a map: seams, detail, memory; and how far the two ways to resample lie apart.
+"""Measure the effect of tiles on a map: seams, detail, memory; and the difference between the two preprocessings.
 
     python benchmarks/tiles.py --weights outputs/student-vitn-tiny --images PHOTOS
 
-Each figure is a median over the images. Steepness is the mean absolute step from pixel to pixel across the lines
-where tiles end and where neighbours weigh the same, over that across all lines; the untiled map has its own at
-the same places, since what the lines happen to cross is steep or not. Memory is the rise of the peak of resident
-memory over the model's, one process a way of running.
+Each value is a median over the images. The gradient at tile borders is the mean absolute difference of neighboring
+pixels across the lines where tiles end or have equal weights, relative to all lines; the untiled map has its own at
+the same lines. Memory is the rise of peak resident memory above the model's, with one process per variant.
 """
 
 import argparse

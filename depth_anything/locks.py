@@ -1,48 +1,181 @@
-"""Whether the process that holds a file is alive. Clocks of two machines are never compared.
+"""File locks: one process at a time, on one host by the kernel, on several by a heartbeat.
 
-A process of this host is looked up. One of another host shows that it is alive by changing its file: what counts is
-whether the file changes while this process watches, or the time of the file system, which stamps both their files.
+Clocks of two machines are never compared. A holder on another host is alive while its file changes, as this process
+observes or as the file system, which stamps both hosts' files, says.
 """
 
+import atexit
+import errno
+import fcntl
+import json
 import os
 import socket
-import tempfile
+import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from depth_anything.disk import file_system_time, name_write_errors, process_exists
+from depth_anything.errors import UserError
+
+HEARTBEAT_INTERVAL_S = 10.0
+LOCK_STALE_S = 60.0
+LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
+
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def process_exists(pid: int) -> bool:
-    """Tell whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+class LockHeldError(UserError):
+    """Another process holds a lock."""
+
+
+class FileLock:
+    """A lock on a folder, held by one process of any host until `release` or until the process dies.
+
+    A POSIX record lock keeps out processes of the same host: the kernel drops it when its process dies, and forked
+    workers do not inherit it. A heartbeat in the file keeps out processes of other hosts, because network file
+    systems may not carry locks.
+    """
+
+    def __init__(self, path: Path, *, fix: str) -> None:
+        """Name the lock; nothing is created yet.
+
+        Args:
+            path: The lock file. Its folder is what the lock protects.
+            fix: What a user can do while another process holds it, for the error.
+        """
+        self.path, self._fix = path, fix
+        self._file: int | None = None
+        self._stop = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock and start the heartbeat.
+
+        Raises:
+            LockHeldError: If another process holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        free: bool | None = True
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # None: a file system without locks
+            free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+        holder = self._read(file)
+        here = holder.get("host") == socket.gethostname()
+        held = free is False
+        if holder and not held and not (here and (free or not process_exists(int(holder["pid"])))):
+            held = self._is_alive(holder)
+        if held:
+            os.close(file)
+            raise LockHeldError(
+                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}",
+                self._fix,
+            )
+        self._file, self._process = file, os.getpid()
+        try:
+            self._beat()
+        except OSError:
+            self._file = None
+            os.close(file)
+            raise
+        atexit.register(self.release)  # then a run on another host need not wait until the heartbeat is stale
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the lock back. A process forked from the holder does nothing here."""
+        if self._file is not None and self._process == os.getpid():
+            self._stop.set()
+            self._thread.join()
+            file, self._file = self._file, None
+            os.ftruncate(file, 0)
+            os.close(file)
+
+    @staticmethod
+    def _read(file: int) -> dict[str, Any]:
+        try:
+            holder = dict(json.loads(os.pread(file, 4096, 0)))
+            return {
+                "host": str(holder["host"]),
+                "pid": int(holder["pid"]),
+                "heartbeat": float(holder["heartbeat"]),
+            }
+        except (ValueError, KeyError, TypeError):
+            return {}
+
+    def _is_alive(self, holder: dict[str, Any]) -> bool:
+        """Return whether a holder still writes its heartbeat: by the times in the file, else by watching it."""
+        now = file_system_time(self.path.parent)
+        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
+        if all(-HEARTBEAT_INTERVAL_S < age < LOCK_STALE_S for age in ages):
+            return True
+        if all(age >= LOCK_STALE_S for age in ages):
+            return False
+        process = f"process {holder['pid']} on {holder['host']}"
+        print(
+            f"waiting {LOCK_WATCH_S:.0f} s to see whether {process} still writes to {self.path.parent}",
+            file=sys.stderr,
+        )
+        watch, deadline = FileWatch(), time.monotonic() + LOCK_WATCH_S
+        watch.seconds_unchanged(self.path)
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, LOCK_WATCH_S / 4))
+            if watch.seconds_unchanged(self.path) == 0.0:
+                return True
         return False
-    except PermissionError:
-        pass
-    return True
+
+    def _beat(self) -> None:
+        file = self._file
+        if file is not None:
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
+            text = json.dumps(holder).encode()
+            with name_write_errors(self.path):
+                os.pwrite(file, text, 0)
+                os.ftruncate(file, len(text))
+
+    def _run(self) -> None:
+        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
+            with suppress(OSError):  # the disk may be full or unreachable for a moment
+                self._beat()
 
 
-def file_system_time(folder: Path) -> float:
-    """Return the time, in seconds, that the file system of `folder` gives to a file written now."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp.clock.") as file:
-        return os.fstat(file.fileno()).st_mtime
+@contextmanager
+def kernel_lock(path: Path) -> Iterator[None]:
+    """Wait for a lock between processes and threads of this host; the kernel drops it when its process dies.
+
+    Args:
+        path: The lock file; it is created and stays. On a file system without locks nothing is locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class FileWatch:
-    """Watches files whose holders may die, and remembers how long each has stayed the same."""
+    """Watches files whose holders may die, and remembers for how long each has stayed the same."""
 
     def __init__(self) -> None:
-        """Begin with no file."""
+        """Start with no file."""
         self._seen: dict[Path, tuple[tuple[int, bytes], float]] = {}
 
     def seconds_unchanged(self, path: Path) -> float:
-        """Return for how many seconds of this process's clock a file has been seen unchanged; 0 at the first look.
+        """Return for how many seconds this process has seen a file unchanged; 0 at the first look.
 
-        Content and modification time count, and a file that is opened is read anew from a network disk.
+        Content and modification time count. Opening a file makes network file systems read it again.
 
         Raises:
-            FileNotFoundError: It is gone.
+            FileNotFoundError: If it does not exist.
         """
         now = time.monotonic()
         try:
@@ -57,18 +190,18 @@ class FileWatch:
         self._seen[path] = state, since
         return now - since
 
-    def is_dead(self, path: Path, *, host: str, pid: int, still: float) -> bool:
-        """Tell whether the holder of a file is dead, as far as this process has seen.
+    def is_dead(self, path: Path, *, host: str, pid: int, timeout_s: float) -> bool:
+        """Return whether the holder of a file is dead, as far as this process has seen.
 
         Args:
-            path: Of the file, which its holder changes now and then.
-            host: Of the holder.
-            pid: Of the holder, on that host.
-            still: Seconds after which a file that has not changed has lost its holder, as a process of that number
-                may be another one by now.
+            path: A file that its holder changes regularly.
+            host: Host of the holder.
+            pid: Process of the holder on that host.
+            timeout_s: Seconds without a change after which the holder counts as dead. Also on this host, since
+                another process may have the number by now.
         """
         if host == socket.gethostname() and not process_exists(pid):
             return True
         with suppress(FileNotFoundError):
-            return self.seconds_unchanged(path) > still
+            return self.seconds_unchanged(path) > timeout_s
         return True

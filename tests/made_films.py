@@ -15,7 +15,7 @@ NTSC = Fraction(30000, 1001)
 class Brightness:
     """Stands for a network: what is bright is near."""
 
-    quantity, unit = "disparity", "relative"
+    quantity, unit, calibrated, precision = "disparity", "relative", False, "fp32"
 
     def predict_batch(self, images):
         return [image.mean(axis=2, dtype=np.float32) / 25 for image in images]

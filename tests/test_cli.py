@@ -6,11 +6,11 @@ import sys
 import warnings
 
 import pytest
-from made_shards import make
+from shard_builders import make
 from typing_commands import complaint
 
 from depth_anything import __version__
-from depth_anything.cli import build_parser, main, options, shards
+from depth_anything.cli import build_parser, main, shards
 
 # What any command that writes a set of raw data takes.
 WRITING = {
@@ -266,16 +266,6 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr(shards, "_run_verify", interrupt)
     assert main(["verify", "anything"]) == 130
     assert capsys.readouterr().err.strip() == "depth-anything: interrupted"
-
-
-def test_long_passes_tell_how_far_they_are_where_there_is_no_terminal(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
-    assert list(options.track(range(4), what="pass", total=4)) == [0, 1, 2, 3]
-    assert capsys.readouterr().err.splitlines() == [
-        "pass: 2 of 4, 0.1 a second, 40 s to go",
-        "pass: 4 of 4, 0.1 a second, 0 s to go",
-    ]
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):

@@ -1,4 +1,4 @@
-"""The page as a visitor meets it, in headless Chromium; and what it must not do for a visitor."""
+"""The web demo in headless Chromium, and its security."""
 
 import http.client
 import json
@@ -36,22 +36,22 @@ with warnings.catch_warnings():
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 LIMITS = Limits(megapixels=0.5, megabytes=1.0, queue=4)
-PATIENCE_MS = 300_000
+TIMEOUT_MS = 300_000
 
 
-class Standing:
-    """Stands for a predictor whose maps are told by `made`; without it, memory runs out."""
+class FakePredictor:
+    """A fake predictor whose maps `make_map` returns; without it, memory runs out."""
 
-    def __init__(self, like, made):
-        self.like, self.made = like, made
+    def __init__(self, like, make_map):
+        self.like, self.make_map = like, make_map
 
     def __getattr__(self, name):
         return getattr(self.like, name)
 
     def predict(self, image):
-        if self.made is None:
+        if self.make_map is None:
             raise MemoryError
-        map_ = self.made(image.shape[:2])
+        map_ = self.make_map(image.shape[:2])
         check_finite(map_, "the image", precision="fp16")
         return map_
 
@@ -63,9 +63,9 @@ def predictors():
     return {
         "relative": relative,
         "<b>metric</b>": metric,
-        "sky": Standing(relative, lambda shape: np.zeros(shape, np.float32)),
-        "broken": Standing(relative, lambda shape: np.full(shape, np.nan, np.float32)),
-        "greedy": Standing(relative, None),
+        "sky": FakePredictor(relative, lambda shape: np.zeros(shape, np.float32)),
+        "broken": FakePredictor(relative, lambda shape: np.full(shape, np.nan, np.float32)),
+        "greedy": FakePredictor(relative, None),
     }
 
 
@@ -76,7 +76,7 @@ def looked_up():
 
 @pytest.fixture(scope="module")
 def address(predictors, looked_up):
-    """The running page; every name that the process looks up is noted."""
+    """The running page; every host that the process looks up is recorded."""
     plain = socket.getaddrinfo
 
     def noted(host, *args, **kwargs):
@@ -109,18 +109,18 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
+    page.set_default_timeout(TIMEOUT_MS)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(address)
-    page.wait_for_selector("#drop input[type=file]", state="attached", timeout=PATIENCE_MS)
+    page.wait_for_selector("#drop input[type=file]", state="attached", timeout=TIMEOUT_MS)
     yield page
     page.close()
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """A photograph of a kind, of 90 × 120 pixels."""
+    """A color gradient of 90 × 120 pixels."""
     y, x = np.mgrid[0:90, 0:120]
     image = np.stack([x * 2, y * 2, (x + y) % 256], axis=2).astype(np.uint8)
     path = tmp_path / "a photo.png"
@@ -134,28 +134,28 @@ def upload(page, path):
 
 def upload_and_wait(page, path):
     upload(page, path)
-    page.wait_for_selector("#legend .bar", timeout=PATIENCE_MS)
+    page.wait_for_selector("#legend .bar", timeout=TIMEOUT_MS)
 
 
-def message(page, words):
-    """The message with these words, and with it out of the way."""
-    toast = page.locator(".toast-body", has_text=words)
-    toast.wait_for(timeout=PATIENCE_MS)
-    told = toast.inner_text()
+def toast_message(page, text):
+    """Wait for a toast message with this text, close it and return its text."""
+    toast = page.locator(".toast-body", has_text=text)
+    toast.wait_for(timeout=TIMEOUT_MS)
+    text = toast.inner_text()
     toast.locator(".toast-close").click()
-    return told
+    return text
 
 
-def sentence(page, words):
-    """What the page says in place of a map."""
-    told = page.locator("#legend .refused", has_text=words)
-    told.wait_for(timeout=PATIENCE_MS)
-    return told.inner_text()
+def page_error(page, text):
+    """Wait for an error on the page with this text and return its text."""
+    error = page.locator("#legend .refused", has_text=text)
+    error.wait_for(timeout=TIMEOUT_MS)
+    return error.inner_text()
 
 
 def test_upload_slide_download(page, address, photo, predictors, tmp_path):
     upload_and_wait(page, photo)
-    page.wait_for_selector("#slider img", timeout=PATIENCE_MS)
+    page.wait_for_selector("#slider img", timeout=TIMEOUT_MS)
     assert page.locator("#slider img").count() == 2
     assert re.search(r"near.*larger is nearer.*far", page.inner_text("#legend"), re.I | re.S)
     handle = page.locator("#slider .inner").first
@@ -186,75 +186,76 @@ def test_upload_slide_download(page, address, photo, predictors, tmp_path):
     assert tempfile.gettempdir() + "/" not in page.content() and "depth-anything-" not in page.content()
 
 
-def test_metres_are_shown_and_names_are_text(page, photo):
+def test_meters_are_shown_and_names_are_escaped(page, photo):
     upload_and_wait(page, photo)
     page.click("#model input")
     page.get_by_role("option", name="<b>metric</b>").click()
-    page.wait_for_function("document.querySelector('#legend').innerText.includes(' m')", timeout=PATIENCE_MS)
+    page.wait_for_function("document.querySelector('#legend').innerText.includes(' m')", timeout=TIMEOUT_MS)
     ticks = page.locator("#legend .ticks span").all_inner_texts()
     assert len(ticks) == 5 and all(re.fullmatch(r"[\d.e+-]+ m", tick) for tick in ticks)
     assert float(ticks[0][:-2]) <= float(ticks[-1][:-2])  # from near to far
-    assert "depth in metres" in page.inner_text("#facts") and "<b>metric</b>" in page.inner_text("#facts")
+    assert "depth in meters" in page.inner_text("#facts") and "<b>metric</b>" in page.inner_text("#facts")
 
 
-def test_points_come_when_their_tab_is_opened(page, photo):
+def test_points_load_when_their_tab_is_opened(page, photo):
     upload_and_wait(page, photo)
-    with page.expect_response(lambda response: response.url.endswith(".glb"), timeout=PATIENCE_MS) as coming:
-        page.get_by_role("tab", name="Points in space").click()
+    with page.expect_response(lambda response: response.url.endswith(".glb"), timeout=TIMEOUT_MS) as coming:
+        page.get_by_role("tab", name="Point cloud").click()
     assert coming.value.status == 200 and coming.value.body()[:4] == b"glTF"
 
 
-def test_what_is_no_image_is_told_and_the_page_goes_on(page, photo, tmp_path):
+def test_files_that_are_not_images_are_refused_on_the_page(page, photo, tmp_path):
     upload_and_wait(page, photo)
     (tmp_path / "notes.txt").write_text("a note")
     upload(page, tmp_path / "notes.txt")
-    message(page, "Invalid file type: notes.txt")
+    toast_message(page, "Invalid file type: notes.txt")
     (tmp_path / "notes.jpg").write_text("a note in disguise")
     upload(page, tmp_path / "notes.jpg")
-    told = sentence(page, "no picture this page can read")
-    assert str(tmp_path) not in told and "tmp" not in told
-    page.wait_for_selector("#legend .bar", state="detached", timeout=PATIENCE_MS)  # no other picture's depth
+    text = page_error(page, "cannot be read as a picture")
+    assert str(tmp_path) not in text and "tmp" not in text
+    page.wait_for_selector("#legend .bar", state="detached", timeout=TIMEOUT_MS)  # no other picture's depth
     assert page.locator("#png16").is_disabled()
     assert page.locator("#drop img").count() == 0 and page.locator("#slider img").count() == 0
-    page.wait_for_selector(
-        ".toast-body", state="detached", timeout=PATIENCE_MS
-    )  # it is told on the page alone
-    assert "no picture this page can read" in sentence(page, "read")
+    page.wait_for_selector(".toast-body", state="detached", timeout=TIMEOUT_MS)  # no second message
+    page_error(page, "cannot be read as a picture")
     Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "again.webp")
     upload_and_wait(page, tmp_path / "again.webp")
 
 
-def test_what_is_too_large_is_told(page, tmp_path):
+def test_images_over_a_limit_are_refused_on_the_page(page, tmp_path):
     Image.new("L", (1000, 800)).save(tmp_path / "wide.png")
     upload(page, tmp_path / "wide.png")
-    sentence(page, "has 0.8 megapixels; this page takes 0.5")
+    page_error(page, "0.8 megapixels")
     noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "heavy.png")
     upload(page, tmp_path / "heavy.png")
-    sentence(page, "over 1 MB")
+    page_error(page, "over 1 MB")
     Image.new("L", (19_000, 10_000)).save(tmp_path / "bomb.png")  # Pillow itself refuses from 179 on
     upload(page, tmp_path / "bomb.png")
-    sentence(page, "has 190 megapixels; this page takes 0.5")
+    page_error(page, "190 megapixels")
+    Image.new("L", (900, 90)).save(tmp_path / "strip.png")
+    upload(page, tmp_path / "strip.png")  # at once: a late answer must not remove this upload
+    page_error(page, "10 to 1")
 
 
-def test_a_map_without_points_is_shown_and_why_there_are_none(page, photo):
+def test_a_map_without_points_is_shown_with_the_reason(page, photo):
     upload_and_wait(page, photo)
     page.click("#model input")
     page.get_by_role("option", name="sky").click()
-    page.wait_for_function("document.querySelector('#facts').innerText.includes('sky')", timeout=PATIENCE_MS)
-    page.wait_for_selector("#legend .bar", timeout=PATIENCE_MS)
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('sky')", timeout=TIMEOUT_MS)
+    page.wait_for_selector("#legend .bar", timeout=TIMEOUT_MS)
     assert page.locator("#slider img").count() == 2 and page.locator("#png16").is_enabled()
-    page.get_by_role("tab", name="Points in space").click()
-    page.wait_for_selector("#no-points .refused", timeout=PATIENCE_MS)
+    page.get_by_role("tab", name="Point cloud").click()
+    page.wait_for_selector("#no-points .refused", timeout=TIMEOUT_MS)
     assert "No points" in page.inner_text("#no-points")
 
 
 @pytest.mark.parametrize("name", ["broken", "greedy"])
-def test_a_request_that_fails_leaves_a_sentence_and_the_page_goes_on(page, photo, name):
+def test_the_page_works_after_a_failed_request(page, photo, name):
     upload_and_wait(page, photo)
     page.click("#model input")
     page.get_by_role("option", name=name).click()
-    sentence(page, "no numbers" if name == "broken" else "not enough memory")
+    page_error(page, "NaN" if name == "broken" else "not enough memory")
     assert page.locator("#slider img").count() == 0
     page.click("#model input")
     page.get_by_role("option", name="relative").click()
@@ -270,7 +271,7 @@ def make_uploads(folder, count, size, *, age=0.0):
             os.utime(touched, (time.time() - age - number, time.time() - age - number))
 
 
-def test_old_uploads_give_way_and_fresh_ones_do_not(tmp_path):
+def test_the_quota_removes_old_uploads_only(tmp_path):
     make_uploads(tmp_path, 5, 1000, age=100)
     assert (
         UploadQuota(tmp_path, files=10, bytes=10_000).make_room(1000) and len(list(tmp_path.iterdir())) == 5
@@ -286,7 +287,7 @@ def test_old_uploads_give_way_and_fresh_ones_do_not(tmp_path):
     )
 
 
-def test_an_upload_beyond_the_quota_is_refused_before_it_is_read(predictors):
+def test_an_upload_over_the_quota_is_refused_before_it_is_received(predictors):
     limits = Limits(megabytes=0.1, disk_megabytes=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -314,7 +315,7 @@ def ask(url, data=None):
 
 
 def call(address, file):
-    """Press the page's button by hand, with a file of one's own choosing; return all that is answered."""
+    """Call the page's event handler over HTTP with any file; return the whole response."""
     config = json.loads(ask(f"{address}config")[1])
     number = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 4)
     body = {"data": [file, "relative", "Spectral", None], "fn_index": number, "session_hash": "abc"}
@@ -328,7 +329,7 @@ def call(address, file):
     "path",
     [__file__, "/etc/passwd", "../../etc/passwd", "http://127.0.0.1:1/x.png", "https://example.com/x.png"],
 )
-def test_a_visitor_reads_no_file_and_sends_no_one_anywhere(address, looked_up, path):
+def test_a_visitor_can_neither_read_files_nor_make_the_server_fetch_urls(address, looked_up, path):
     answer = call(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
     assert '"success":false' in answer.replace(" ", "") or "error" in answer.lower()
     assert "root:" not in answer and tempfile.gettempdir() not in answer
@@ -337,18 +338,18 @@ def test_a_visitor_reads_no_file_and_sends_no_one_anywhere(address, looked_up, p
     assert "example.com" not in looked_up
 
 
-def test_only_this_machine_was_looked_up(address, looked_up):
+def test_no_other_host_is_looked_up(address, looked_up):
     assert set(looked_up) <= {"127.0.0.1", "localhost", "::1", None, "0.0.0.0"}
 
 
-def test_the_page_tells_no_path(address):
+def test_responses_contain_no_server_path(address):
     for place in ("", "config", "gradio_api/info", "gradio_api/startup-events", "nowhere"):
         _, text = ask(address + place)
         for secret in (os.getcwd(), tempfile.gettempdir() + "/", sys.prefix, str(Path.home()) + "/"):
-            assert secret not in text, f"/{place} tells {secret}"
+            assert secret not in text, f"/{place} contains {secret}"
 
 
-def test_nothing_stays_behind(predictors, monkeypatch, tmp_path):
+def test_temporary_files_and_environment_are_cleaned_up(predictors, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     before = threading.active_count()
@@ -360,7 +361,7 @@ def test_nothing_stays_behind(predictors, monkeypatch, tmp_path):
     assert threading.active_count() <= before + 1
 
 
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+def test_the_command_serves_until_sigterm(tmp_path):
     save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -393,15 +394,15 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
     assert not list((tmp_path / "temp").iterdir())
 
 
-def test_a_taken_port_is_one_sentence(tmp_path, capsys, address):
+def test_a_taken_port_is_reported_in_one_line(tmp_path, capsys, address):
     save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
     taken = address.rstrip("/").rpartition(":")[2]
     assert main(["demo", "--weights", str(tmp_path / "model.safetensors"), "--port", taken]) == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("depth-anything demo: ") and taken in told and "\n" not in told
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("depth-anything demo: ") and taken in text and "\n" not in text
 
 
-def test_a_film_plays_in_the_browser(browser, tmp_path):
+def test_a_written_video_plays_in_the_browser(browser, tmp_path):
     pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
     from depth_anything.inference.video_writer import VideoWriter
 
@@ -413,11 +414,11 @@ def test_a_film_plays_in_the_browser(browser, tmp_path):
             film.write(np.full((90, 161, 3), (4 * number, 200, 30), np.uint8), number)
     (tmp_path / "play.html").write_text('<video src="a.mp4" muted autoplay></video>')
     page = browser.new_page()
-    page.set_default_timeout(PATIENCE_MS)
+    page.set_default_timeout(TIMEOUT_MS)
     page.goto((tmp_path / "play.html").as_uri())
     if not page.evaluate("document.createElement('video').canPlayType('video/mp4; codecs=\"avc1.640028\"')"):
         pytest.skip("this chromium plays no H.264: apt-get install chromium, Debian's, which does")
-    page.wait_for_function("document.querySelector('video').currentTime > 0.3", timeout=PATIENCE_MS)
+    page.wait_for_function("document.querySelector('video').currentTime > 0.3", timeout=TIMEOUT_MS)
     facts = page.evaluate(
         "(v => [v.videoWidth, v.videoHeight, v.duration, v.error])(document.querySelector('video'))"
     )
@@ -426,18 +427,18 @@ def test_a_film_plays_in_the_browser(browser, tmp_path):
     assert facts[2] == pytest.approx(60 * 1001 / 30000, abs=0.002)
 
 
-def test_the_old_door_is_the_same_door(capsys):
+def test_app_py_is_the_demo_command(capsys):
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, root / "app.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--weights" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_strip_is_refused_by_its_header(tmp_path):
-    from depth_anything.demo import page as module
+def test_an_elongated_image_is_refused_by_its_header(tmp_path):
+    from depth_anything.demo import page as page_module
 
     Image.new("L", (900, 90)).save(tmp_path / "strip.png")
-    with pytest.raises(module.UploadError, match="10 times as long"):
-        module._read_upload(tmp_path / "strip.png", module.Limits())
+    with pytest.raises(page_module.UploadError, match="10 to 1"):
+        page_module._read_upload(tmp_path / "strip.png", page_module.Limits())
     Image.new("L", (700, 90)).save(tmp_path / "panorama.png")
-    assert module._read_upload(tmp_path / "panorama.png", module.Limits())
+    assert page_module._read_upload(tmp_path / "panorama.png", page_module.Limits())

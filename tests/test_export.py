@@ -1,4 +1,4 @@
-"""Exported programs: the network's map at every size and batch, in other runtimes; and nothing left that differs."""
+"""Exported programs: the network's output at every size and batch, in other runtimes; wrong programs are removed."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in ONNX_NOISE]
 
 
 def network(**settings):
-    """A tiny network that no layer of leaves at its neutral start."""
+    """A tiny network whose layers all differ from their initial, neutral values."""
     torch.manual_seed(0)
     model = DepthAnything("vitn", **settings).eval()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def image(batch, height, width, patch=7):
 
 @torch.no_grad()
 def share(model, run, batch):
-    """The largest difference as a share of the range of the network's map."""
+    """Maximum difference as a share of the range of the network's map."""
     want = model(batch).numpy()
     got = run(batch.numpy())
     assert got.shape == want.shape and got.dtype == np.float32
@@ -82,7 +82,7 @@ def test_onnx_runs_at_any_size(relative):
         assert share(model, lambda x: session.run(None, {"image": x})[0], image(*size)) < 1e-5
 
 
-def test_onnx_says_what_it_is(relative):
+def test_onnx_metadata(relative):
     _, path = relative
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
@@ -102,7 +102,7 @@ def test_onnx_says_what_it_is(relative):
     assert not any(node.metadata_props for node in proto.graph.node)  # lines of code on this machine
 
 
-def test_the_report_keeps_what_was_measured(relative, capsys):
+def test_the_report_contains_the_checks(relative, capsys):
     _, path = relative
     report = json.loads((path.parent / f"{path.name}.json").read_text())
     assert report["made"]["encoder"] == "vitn" and report["made"]["precision"] == "fp32"
@@ -114,7 +114,7 @@ def test_the_report_keeps_what_was_measured(relative, capsys):
 
 
 def overflowing(**settings):
-    """A network whose scores are all alike and above 65504, the largest number of half precision."""
+    """A network whose attention scores exceed 65504, the maximum of half precision."""
     model = network(**settings)
     with torch.no_grad():
         for block in model.pretrained.blocks:
@@ -137,8 +137,8 @@ def test_half_precision_of_a_metric_model(tmp_path):
     assert onnx.TensorProto.FLOAT16 in kinds
 
 
-def test_scores_of_half_precision_are_wide():
-    """The reason for it: attention that is half all through ends in NaN here."""
+def test_attention_scores_overflow_in_plain_half_precision():
+    """This is why scores are computed in float32: plain half precision outputs NaN."""
     model, batch = overflowing(), image(1, 6, 6)
     plain = copy.deepcopy(model).half()
     for block in plain.pretrained.blocks:
@@ -150,7 +150,7 @@ def test_scores_of_half_precision_are_wide():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_calibrated_program_gives_metres(tmp_path, monkeypatch):
+def test_a_calibrated_program_outputs_meters(tmp_path, monkeypatch):
     model = network()
     model.input_size = 84
     model.calibration = (0.5, 0.01)
@@ -173,7 +173,7 @@ def test_a_calibrated_program_gives_metres(tmp_path, monkeypatch):
             torch.testing.assert_close(run(image(*size)), ExportModule(model, precision="fp32")(image(*size)))
 
 
-def test_the_other_position_rule_goes_along():
+def test_a_position_rule_is_exported():
     model = network()
     program = export.trace_program(
         ExportModule(model, precision="fp32", position_rule="transformers")
@@ -184,20 +184,20 @@ def test_the_other_position_rule_goes_along():
         assert share(theirs, lambda x: program(torch.from_numpy(x)).detach().numpy(), image(*size)) < 1e-5
 
 
-def test_weights_are_read_back(tmp_path):
+def test_weight_formats_can_be_loaded(tmp_path):
     model = network(max_depth=20.0)
     for to, name in (("safetensors", "m.safetensors"), ("transformers", "hf")):
         assert export_model(model, tmp_path / name, to=to) == []
         assert load_model(tmp_path / name).max_depth == 20.0
-    with pytest.warns(UserWarning, match="load it with max_depth=20"):
+    with pytest.warns(UserWarning, match="max_depth=20"):
         export_model(model, tmp_path / "m.pth", to="official")
 
 
-# --- what is refused -------------------------------------------------------------------------------------------
+# Errors
 
 
 class Wrong:
-    """What an exported program may do: differ, fail, or bake in a size."""
+    """A program that differs from the network, fails, or has a fixed size."""
 
     def __init__(self, how):
         self.how = how
@@ -217,13 +217,13 @@ class Wrong:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("black", "would differ from the network by .* of its range at"),
-        ("nan", "would differ from the network by inf of its range"),
-        ("fails", r"does not run at 56×42 .broadcast of 37 to 49.$"),
-        ("turned", r"gives float32 \(1, 42, 56\), and the network float32 \(1, 56, 42\)"),
+        ("black", "model.pt2"),
+        ("nan", "by inf"),
+        ("fails", "56×42 .broadcast of 37 to 49.$"),
+        ("turned", r"float32 \(1, 42, 56\).* float32 \(1, 56, 42\)"),
     ],
 )
-def test_a_program_that_differs_is_not_left(tmp_path, monkeypatch, how, message):
+def test_a_program_that_differs_from_the_network_is_removed(tmp_path, monkeypatch, how, message):
     monkeypatch.setattr(export, "run_torch", Wrong(how))
     monkeypatch.setattr(export, "trace_program", lambda _: None)
     monkeypatch.setattr(export, "_write_torch", lambda program, file, facts, opset: file.write_bytes(b"x"))
@@ -234,27 +234,25 @@ def test_a_program_that_differs_is_not_left(tmp_path, monkeypatch, how, message)
     assert names(tmp_path) == ["model.pt2"] and (tmp_path / "model.pt2").read_bytes() == b"old"
 
 
-def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_invalid_exports_are_refused(tmp_path, monkeypatch, capsys):
     model = network()
     for arguments, message in (
         (
             {"to": "coreml"},
-            "to='coreml' is unknown; use one of onnx, torch, transformers, official, safetens",
+            "to='coreml'.* onnx, torch, transformers, official, safetensors",
         ),
-        ({"to": "onnx", "precision": "int8"}, "precision='int8' is unknown; use one of fp32, fp16"),
+        ({"to": "onnx", "precision": "int8"}, "precision='int8'.* fp32, fp16"),
         (
             {"to": "official", "precision": "fp16"},
-            "precision=fp16 is for onnx and torch; official keeps floa",
+            "precision=fp16 .*official",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             export_model(model, tmp_path / "m", **arguments)
-    with pytest.raises(ValueError, match=r"is a folder; give the name of a file, as .*model\.onnx"):
+    with pytest.raises(ValueError, match=r"model\.onnx"):
         export_model(model, tmp_path, to="onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        ValueError, match=r"needs onnxscript: type pip install 'depth-anything-train\[export\]'"
-    ):
+    with pytest.raises(ValueError, match=r"onnxscript: type pip install 'depth-anything-train\[export\]'"):
         export_model(model, tmp_path / "m.onnx", to="onnx")
     assert not list(tmp_path.iterdir())
     assert (
@@ -264,29 +262,29 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("opset", [11, 17, 99, 0, -1, 18.0, True])
-def test_operators_that_cannot_be_written_are_refused(tmp_path, monkeypatch, opset):
+def test_unsupported_opsets_are_refused(tmp_path, monkeypatch, opset):
     monkeypatch.setattr(export, "trace_program", lambda _: pytest.fail("refused before anything is traced"))
     with pytest.raises(ValueError, match=f"opset={opset} "):
         export_model(network(), tmp_path / "m.onnx", to="onnx", opset=opset)
     assert not list(tmp_path.iterdir())
 
 
-def test_operators_are_for_onnx(tmp_path):
+def test_opset_is_refused_for_other_formats(tmp_path):
     for to in ("torch", "transformers", "official", "safetensors"):
-        with pytest.raises(ValueError, match=f"opset=20 is for onnx; {to} has none"):
+        with pytest.raises(ValueError, match=f"opset=20 .*{to}"):
             export_model(network(), tmp_path / "m", to=to, opset=20)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [19, 23])
-def test_the_file_has_the_operators_that_were_asked_for(tmp_path, opset):
+def test_the_file_has_the_requested_opset(tmp_path, opset):
     export_model(network(), tmp_path / "m.onnx", to="onnx", opset=opset)
     said = {item.domain: item.version for item in onnx.load(tmp_path / "m.onnx").opset_import}
     assert said[""] == opset
 
 
-def test_what_the_exporter_cannot_write_or_run_is_one_sentence(tmp_path, monkeypatch, capsys):
-    """It may raise, keep another version without an error, or write what no runtime here opens."""
+def test_errors_of_exporter_and_runtime_name_a_supported_opset(tmp_path, monkeypatch, capsys):
+    """It may raise, silently keep another version, or write a file that the runtime cannot open."""
     model, made = network(), torch.onnx.export
 
     def other_version(*arguments, **settings):
@@ -316,13 +314,13 @@ def test_what_the_exporter_cannot_write_or_run_is_one_sentence(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_may_only_be_read(tmp_path):
+def test_a_read_only_folder(tmp_path):
     (tmp_path / "shut").mkdir(mode=0o500)
     with pytest.raises(OSError, match="m.safetensors cannot be written .Permission denied"):
         export_model(network(), tmp_path / "shut" / "m.safetensors", to="safetensors")
 
 
-def test_the_card_goes_along(relative, monkeypatch):
+def test_the_model_card_is_written_and_its_code_runs(relative, monkeypatch):
     _, path = relative
     text = (path.parent / "README.md").read_text()
     assert text.startswith("---\nlicense: cc-by-nc-4.0\nlibrary_name: onnx\n")
@@ -331,7 +329,7 @@ def test_the_card_goes_along(relative, monkeypatch):
 
 
 def run_card(folder, monkeypatch):
-    """Run the Python lines of a card beside its program and a photograph; the names that they set."""
+    """Run the Python code of a model card next to its program and an image; return its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     cv2.imwrite("photo.jpg", np.zeros((40, 60, 3), np.uint8))
@@ -341,7 +339,7 @@ def run_card(folder, monkeypatch):
     return names
 
 
-def test_the_lines_of_the_document_run(relative, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_docs_runs(relative, tmp_path, monkeypatch, capsys):
     page = Path(__file__).resolve().parents[1] / "docs" / "weights-and-export.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -351,14 +349,12 @@ def test_the_lines_of_the_document_run(relative, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "disparity (70, 112) (40, 60) float32\n"
 
 
-def test_half_precision_is_for_attention_that_is_known():
-    with pytest.raises(
-        ValueError, match="fp16 is for DINOv2's encoders; export vit_tiny_patch16_224 in fp32"
-    ):
+def test_half_precision_is_refused_for_other_encoders():
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
         to_half_precision(DepthAnything("vit_tiny_patch16_224"))
 
 
-def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
+def test_a_model_above_the_protobuf_limit_has_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)
     export_model(network(), tmp_path / "model.onnx", to="onnx")
     assert names(tmp_path) == ["README.md", "model.onnx", "model.onnx.data", "model.onnx.json"]
@@ -371,7 +367,7 @@ def test_a_model_above_protobufs_limit_has_a_second_file(tmp_path, monkeypatch):
     onnxruntime.InferenceSession(tmp_path / "moved" / "model.onnx")
 
 
-def test_the_table():
+def test_the_table_of_checks():
     rows = [ExportCheck((1, 518, 686), 1.5e-6, 3e-7, 2e-7), ExportCheck((2, 70, 70), 0.25, 1e-2, 3e-3)]
     assert format_checks(rows).splitlines() == [
         "batch × height × width  largest difference  of the range  mean relative",

@@ -16,9 +16,11 @@ SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 
 # A room may import itself and lower floors; rooms on one floor do not know each other.
 FLOORS = (
-    {"errors", "licenses", "locks", "preprocess", "progress"},
-    {"disk", "geometry"},
+    {"errors", "geometry", "licenses", "preprocess"},
+    {"disk"},
+    {"locks"},
     {"model", "data", "losses", "metrics", "visualize"},
+    {"progress"},
     {"ingest"},
     {"scenes"},
     {"inference"},

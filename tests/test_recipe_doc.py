@@ -1,4 +1,4 @@
-"""docs/recipe.md says what the configs hold, and leaves no number of the recipe out."""
+"""The defaults in docs/recipe.md are those of configs/, and no number of the recipe is missing."""
 
 import re
 from pathlib import Path
@@ -10,23 +10,17 @@ import yaml
 from depth_anything.data import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = ["Where", "The source says", "Source", "Key", "Default", "Our reason"]
+ENTRY = re.compile(r"^- `([^`]+)` = `([^`]+)` \(([^)]+)\)\. (.+)", re.M)
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Read (file, key, default, statement) from the tables, one for each file a row names."""
-    found: list[tuple[str, str, str, str]] = []
-    for line in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|"):
-            continue
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert len(cells) == len(HEADER), line
-        if cells == HEADER or set(cells[0]) == {"-"}:
-            continue
-        key, default = (re.fullmatch(r"`(.+)`", cell) for cell in cells[3:5])
-        assert key and default, line
-        found += [(where.strip(), key[1], default[1], cells[1]) for where in cells[0].split(",")]
-    return found
+    """Read (file, key, default, statement) of every entry, one for each file that an entry names."""
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    return [
+        (where.strip(), key, default, statement)
+        for key, default, files, statement in ENTRY.findall(re.sub(r"\n  +", " ", text))
+        for where in files.split(",")
+    ]
 
 
 def held(where: str, key: str) -> Any:

@@ -54,7 +54,7 @@ def test_the_script_writes_what_theirs_writes(folder):
         [sys.executable, ROOT / "run.py", *LINE], capture_output=True, text=True, cwd=folder, env=None
     )
     assert done.returncode == 0, done.stderr
-    assert "2 images mapped, 0 files skipped" in done.stdout and "larger is nearer" in done.stdout
+    assert "2 images predicted, 0 files skipped" in done.stdout and "larger is nearer" in done.stdout
     assert made("vis_depth") == ["a.json", "a.png", "deep/a.json", "deep/a.png"]
     with Image.open("vis_depth/a.png") as picture:
         assert picture.size == (40 + 50 + 40, 30) and picture.mode == "RGB"

@@ -60,7 +60,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        sentence = format_error(error, flags)
+        sentence = format_error(error, flags=flags)
         print(
             escape_unprintable(
                 redact_secrets(f"{parser.prog}{f' {command}' if command else ''}: {sentence}")
@@ -72,7 +72,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 
 def _print_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
     """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
-    print(f"{PROGRAM}: {escape_unprintable(format_error(message, flags))}", file=sys.stderr)
+    print(f"{PROGRAM}: {escape_unprintable(format_error(message, flags=flags))}", file=sys.stderr)
 
 
 def _command_name(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""`depth-anything calibrate`: a relative model and a few known depths, made a model that gives metres."""
+"""`depth-anything calibrate`: turn a relative model and a few known depths into a metric model."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from depth_anything.cli.options import (
     float_in_range,
     list_weight_files,
     load_predictor,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,34 +27,37 @@ if TYPE_CHECKING:
 def add_calibrate(commands: Any) -> None:
     """Declare `calibrate`."""
     calibrate = add_command(
-        commands, "calibrate", "make a metric model of a relative one and a few known depths", run=_calibrate
+        commands, "calibrate", "calibrate a relative model to meters with a few known depths", run=_calibrate
     )
     calibrate.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="one or several, of one camera and kind of scene"
+        "images", nargs="+", metavar="IMAGE", help="one or several images of one camera and one kind of scene"
     )
     calibrate.add_argument(
         "--points",
         nargs="+",
         default=(),
         metavar="CSV",
-        help="x,y,metres a line, pixels from the upper left; a file for each image",
+        help="a file per image with x,y,metres on each line, pixels from the upper left",
     )
     calibrate.add_argument(
         "--point",
         action="append",
         default=[],
         metavar="X,Y,METRES",
-        help="one point of a single image; repeat it",
+        help="a point of a single image; may be repeated",
     )
     calibrate.add_argument(
-        "--output", required=True, metavar="PATH", help="the new model, .safetensors; it gives metres"
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="the calibrated model, .safetensors; it predicts meters",
     )
     calibrate.add_argument(
         "--threshold",
         type=float_in_range("--threshold", most=10),
         default=0.1,
         metavar="T",
-        help="a point that is off by more than this share of its depth is left out (%(default)s)",
+        help="points that are off by more than this share of their depth are outliers (%(default)s)",
     )
     add_weight_flags(calibrate)
     add_inference_flags(calibrate)
@@ -67,27 +70,29 @@ def _calibrate(options: argparse.Namespace) -> None:
     from depth_anything.inference.calibrate import fit_points
 
     if Path(options.output).suffix != ".safetensors":
-        raise ValueError(f"--output {options.output} must end in .safetensors, which keeps the calibration")
+        raise ValueError(
+            f"--output {options.output} must end in .safetensors, the format that stores the calibration"
+        )
     check_output(
         [options.output],
         own=_is_calibrated,
         inputs=[*list_weight_files(options.weights), *options.images, *options.points],
     )
     known = _read_known_points(options)
-    predictor, facts = load_predictor(options)
+    predictor, model_info = load_predictor(options)
     if predictor.model.quantity == "depth":
-        raise ValueError(f"{facts['weights']} gives metres already: calibrate a relative model")
+        raise ValueError(f"{model_info['weights']} predicts meters already: calibrate a relative model")
     values = _predict_at_points(predictor, known)
-    metres = np.array([point.metres for points in known.values() for point in points])
-    fit = fit_points(np.concatenate(list(values.values())), metres, threshold=options.threshold)
+    meters = np.array([point.meters for points in known.values() for point in points])
+    fit = fit_points(np.concatenate(list(values.values())), meters, threshold=options.threshold)
     _print_fit(fit, known, values, options.threshold)
     predictor.model.calibration = (fit.scale, fit.shift)
     save_model(predictor.model, options.output)
-    print(f"{escape_unprintable(options.output)}: gives metres, for this camera and this kind of scene")
+    print(f"{escape_unprintable(options.output)}: predicts meters for this camera and this kind of scene")
 
 
 def _is_calibrated(path: Path) -> bool:
-    """Tell a model that this command may have written: it has a calibration."""
+    """Tell whether this command may have written a model: it has a calibration."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,18 +103,18 @@ def _is_calibrated(path: Path) -> bool:
 
 
 def _read_known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoint]]":
-    """Read the points of each image."""
+    """Read the known points of each image."""
     from depth_anything.inference.calibrate import parse_point, read_points
 
     images = list(dict.fromkeys(options.images))
     if options.point and (options.points or len(images) > 1):
-        raise ValueError("--point is for a single image without --points: give a CSV for each image")
+        raise ValueError("--point is for a single image without --points: give a CSV per image with --points")
     if options.point:
         return {images[0]: [parse_point(text) for text in options.point]}
     if len(options.points) != len(images):
         raise ValueError(
-            f"{len(images)} images need as many files of points, in their order, and {len(options.points)} were "
-            "given: --points a.csv b.csv, or for a single image --point 320,240,2.5"
+            f"{len(images)} images need {len(images)} files of points in the same order, not {len(options.points)}: "
+            "give --points a.csv b.csv, or for a single image --point 320,240,2.5"
         )
     return {image: read_points(path) for image, path in zip(images, options.points, strict=True)}
 
@@ -117,7 +122,7 @@ def _read_known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoin
 def _predict_at_points(
     predictor: "Predictor", known: "Mapping[str, list[KnownPoint]]"
 ) -> "dict[str, np.ndarray]":
-    """What the model gives at the points of each image, in disparity even if it is calibrated already."""
+    """Predict the disparity at the points of each image; an existing calibration is ignored."""
     from depth_anything.data.sample import decode_image
     from depth_anything.inference.calibrate import sample_at_points
 
@@ -145,20 +150,20 @@ def _print_fit(
     width = max(len(name) for name, _ in rows)
     print(f"{'image':{width}}       x       y    known    model      off")
     for (name, point), depth, used in zip(rows, fit.depth, fit.used, strict=True):
-        off = f"{depth / point.metres - 1:+8.1%}" + ("" if used else "  left out")
-        print(f"{name:{width}} {point.x:7.0f} {point.y:7.0f} {point.metres:6.2f} m {depth:6.2f} m {off}")
+        off = f"{depth / point.meters - 1:+8.1%}" + ("" if used else "  left out")
+        print(f"{name:{width}} {point.x:7.0f} {point.y:7.0f} {point.meters:6.2f} m {depth:6.2f} m {off}")
     left_out = len(rows) - int(fit.used.sum())
-    print(f"depth = 1 / ({fit.scale:.6g} * disparity + {fit.shift:.6g}) metres")
+    print(f"depth = 1 / ({fit.scale:.6g} * disparity + {fit.shift:.6g}) meters")
     print(
         f"{int(fit.used.sum())} of {len(rows)} points used, {left_out} left out (off by more than {threshold:.0%}); "
-        f"on those used AbsRel {fit.abs_rel:.4f}, RMSE {fit.rmse_m:.3f} m"
+        f"points used: AbsRel {fit.abs_rel:.4f}, RMSE {fit.rmse_m:.3f} m"
     )
     if fit.used.sum() == 2:
-        print("two points are always met exactly: their error says nothing; give more")
+        print("two points are always fitted exactly, so their error means nothing: give more points")
     if len(known) > 1:
         for image, points in known.items():
             try:
-                alone = fit_points(values[image], [point.metres for point in points], threshold=threshold)
+                alone = fit_points(values[image], [point.meters for point in points], threshold=threshold)
                 print(f"{escape_unprintable(image)} alone: scale {alone.scale:.6g}, shift {alone.shift:.6g}")
             except ValueError as error:
                 print(f"{escape_unprintable(image)} alone: {escape_unprintable(error)}")

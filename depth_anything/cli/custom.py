@@ -49,7 +49,7 @@ def _run_custom(options: argparse.Namespace) -> None:
 
 def _write_check_report(custom: "CustomSet", output: Path) -> None:
     """Check the set, print the result, and write check.png and check.txt to the output folder."""
-    from depth_anything.data.tars import atomic_write
+    from depth_anything.disk import atomic_write
     from depth_anything.inference.overwrite import is_picture_by, save_picture
     from depth_anything.inspect.dataset_check import check_dataset
 

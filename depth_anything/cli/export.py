@@ -1,4 +1,4 @@
-"""`depth-anything export`: a model for other programs."""
+"""`depth-anything export`: write a model as ONNX, torch.export, transformers, official or safetensors."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ from depth_anything.cli.options import (
 from depth_anything.data.address import escape_unprintable
 
 _CARD_FOLDER_NAME = "path/to/this/folder"
-"""What the card of a transformers folder calls it."""
+"""Name of a transformers folder in its model card."""
 
 _CARD_LINE = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}")
 
@@ -23,23 +23,25 @@ _CARD_LINE = re.compile(r"depth-anything wrote this card of (.+), sha256 \w{64}"
 def add_export(commands: Any) -> None:
     """Declare `export`."""
     export = add_command(
-        commands, "export", "write a model for other programs, checked against itself", run=_export
+        commands, "export", "export a model to other formats and verify the result", run=_export
     )
     add_weight_flags(export)
     export.add_argument(
         "--to",
         required=True,
         choices=("onnx", "torch", "transformers", "official", "safetensors"),
-        help="ONNX; a program of torch.export; a transformers folder; the authors' .pth; this project's own",
+        help="ONNX; a torch.export program; a transformers folder; the authors' .pth; this project's format",
     )
-    export.add_argument("--output", required=True, metavar="PATH", help="the file; a folder for transformers")
+    export.add_argument(
+        "--output", required=True, metavar="PATH", help="path of the file, or of the folder for transformers"
+    )
     export.add_argument(
         "--precision",
         choices=("fp32", "fp16"),
         default="fp32",
-        help="of an onnx or torch program; its input and output stay float32 (%(default)s)",
+        help="precision of an onnx or torch program; input and output stay float32 (%(default)s)",
     )
-    export.add_argument("--opset", type=int, default=18, metavar="N", help="of onnx (%(default)s)")
+    export.add_argument("--opset", type=int, default=18, metavar="N", help="ONNX operator set (%(default)s)")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -52,7 +54,7 @@ def _export(options: argparse.Namespace) -> None:
         own=lambda path: _is_export(path, name=_CARD_FOLDER_NAME if is_folder else path.name),
         inputs=list_weight_files(options.weights),
     )
-    model, facts = load_weights(
+    model, _ = load_weights(
         options.weights,
         input_size=None,
         encoder=options.encoder,
@@ -63,24 +65,24 @@ def _export(options: argparse.Namespace) -> None:
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)
     if checks:
         print(format_checks(checks))
-    print(f"exported: {escape_unprintable(output)} (licence: {model.licence or 'unknown'})")
+    print(f"exported: {escape_unprintable(output)} (license: {model.licence or 'unknown'})")
 
 
 def _transformers_files(folder: Path) -> list[Path]:
-    """List the files of a transformers folder that exporting writes anew."""
+    """List the files that exporting to a transformers folder replaces."""
     return [folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json")]
 
 
 def _is_export(path: Path, *, name: str) -> bool:
-    """Tell what exporting wrote, by the card beside it or the report of a program; never a training run's model."""
+    """Recognize exported files by their model card or program report; a training run's model is never one."""
     folder = path.parent
     if (folder / "config.yaml").exists():
         return False
     for card in (folder / "README.md", folder / f"{path.name}.md"):
         try:
-            of = _CARD_LINE.search(card.read_text(encoding="utf-8"))
+            match = _CARD_LINE.search(card.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if of and of[1] == name:
+        if match and match[1] == name:
             return True
     return (folder / f"{path.name}.json").exists()

@@ -2,19 +2,13 @@
 
 import argparse
 import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from depth_anything.data.address import escape_unprintable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
     from depth_anything.inference.predictor import Predictor
-
-T = TypeVar("T")
 
 WEIGHTS_HELP = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
 
@@ -41,9 +35,6 @@ ARGUMENT_FLAGS = {
     "opset": "--opset {}",
 }
 """What is typed for the arguments that errors and warnings name; see `depth_anything.errors.format_error`."""
-
-QUIET_S = 30.0
-"""Seconds between lines of progress where there is no terminal."""
 
 
 class FlagError(Exception):
@@ -215,7 +206,7 @@ def check_output(
 
     read = [Path(path) for path in inputs]
     check_overwrite(
-        map(Path, outputs), own=own, inputs=lambda: read, way_out=f"give another {flag}, or move it"
+        [*map(Path, outputs)], is_own=own, inputs=lambda: read, fix=f"give another {flag}, or move it"
     )
 
 
@@ -329,24 +320,6 @@ def describe_values(predictor: "Predictor") -> str:
     from depth_anything.inference.formats import direction
 
     return f"{predictor.quantity}, {predictor.unit}, larger is {direction(predictor.quantity)}"
-
-
-def track(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
-    """Show how far a pass has come on standard error: a bar on a terminal, else a line every half minute."""
-    what = escape_unprintable(what)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=what, total=total, leave=False)
-        return
-    begin = said = time.monotonic()
-    for done, item in enumerate(items):
-        yield item
-        now = time.monotonic()
-        if now - said >= QUIET_S:
-            said, rate = now, (done + 1) / (now - begin)
-            rest = f", {(total - done - 1) / rate:.0f} s to go" if total else ""
-            print(f"{what}: {done + 1} of {total or '?'}, {rate:.1f} a second{rest}", file=sys.stderr)
 
 
 def format_count(number: int, noun: str) -> str:

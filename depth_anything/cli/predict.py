@@ -1,4 +1,4 @@
-"""`depth-anything predict`, and run.py, which is the same: images to maps."""
+"""`depth-anything predict`, and run.py with the authors' flags: predict depth maps of images."""
 
 import argparse
 import sys
@@ -19,37 +19,39 @@ from depth_anything.cli.options import (
     format_count,
     int_in_range,
     load_predictor,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 DEFAULT_OUTPUT = "./vis_depth"
-"""Where pictures go unless told; theirs."""
+"""Default output folder, as in the authors' run.py."""
 
 
 def add_predict(commands: Any) -> None:
     """Declare `predict`."""
-    predict = add_command(commands, "predict", "map images: a picture, and files of values", run=_predict)
+    predict = add_command(
+        commands, "predict", "predict depth maps of images: pictures, and files of values", run=_predict
+    )
     predict.add_argument(
         "source",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help="images, or a folder (its tree is kept), .txt list or tar of them; several, too",
+        help="one or several images, or folders (their tree is kept), .txt lists or tars of images",
     )
     _add_predict_flags(predict, formats=("png16",))
     predict.set_defaults(output_flag="--output")
 
 
 def run_images(arguments: Sequence[str] | None = None) -> int:
-    """Run `run.py`: `depth-anything predict`, but that it writes what theirs writes, the picture alone.
+    """Run `run.py`: `depth-anything predict`, which by default writes only the picture, as the authors' run.py.
 
     Args:
-        arguments: what follows the program's name; those of the process by default.
+        arguments: Command-line arguments; None: those of the process.
     """
     from depth_anything.cli import run
 
     parser = argparse.ArgumentParser(
-        prog="run.py", description="Map images; see depth-anything predict --help."
+        prog="run.py", description="Predict depth maps of images; see depth-anything predict --help."
     )
     _add_predict_flags(parser, formats=())
     parser.set_defaults(run=_predict, source=[], output_flag="--outdir")
@@ -57,7 +59,7 @@ def run_images(arguments: Sequence[str] | None = None) -> int:
 
 
 class _OutputFolderAction(argparse.Action):
-    """Also keeps which name of the flag was typed, as `output_flag`: errors name that one."""
+    """Stores the folder, and in `output_flag` the spelling of the flag that was typed, for errors."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         namespace.outdir, namespace.output_flag = values, option_string
@@ -65,7 +67,10 @@ class _OutputFolderAction(argparse.Action):
 
 def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
     command.add_argument(
-        "--img-path", nargs="+", metavar="PATH", help="the images, as theirs: image, folder, list or tar"
+        "--img-path",
+        nargs="+",
+        metavar="PATH",
+        help="the images, as in the authors' run.py: images, folders, lists or tars",
     )
     command.add_argument(
         "--outdir",
@@ -73,32 +78,34 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
         action=_OutputFolderAction,
         default=DEFAULT_OUTPUT,
         metavar="DIR",
-        help="folder of the maps (%(default)s)",
+        help="output folder (%(default)s)",
     )
     add_weight_flags(command)
     add_output_flags(command, formats=formats)
     command.add_argument(
-        "--save-numpy", action="store_true", help="metres as NAME_raw_depth_meter.npy, as their metric run.py"
+        "--save-numpy",
+        action="store_true",
+        help="also write meters to NAME_raw_depth_meter.npy, as the authors' metric run.py",
     )
     command.add_argument(
         "--focal",
         type=float_in_range("--focal", most=1e7, unit="pixels"),
         metavar="PX",
-        help="focal length for points (of EXIF, else assumed)",
+        help="focal length for points (default: from EXIF, else assumed)",
     )
     command.add_argument(
         "--max-points",
         type=int_in_range("--max-points", least=1),
         default=1_000_000,
         metavar="N",
-        help="in a file of points (%(default)s)",
+        help="maximum number of points per file (%(default)s)",
     )
     command.add_argument(
         "--batch-size",
         type=int_in_range("--batch-size", least=1, most=MAX_BATCH),
         default=1,
         metavar="N",
-        help="images at once through the network (%(default)s)",
+        help="images per forward pass (%(default)s)",
     )
     add_inference_flags(command)
     add_tiles_flag(command)
@@ -108,11 +115,11 @@ def _predict(options: argparse.Namespace) -> int:
     from depth_anything.inference.files import PredictSettings, predict_files
 
     if bool(options.source) == bool(options.img_path):
-        raise ValueError("give the images once: as in --img-path PHOTOS")
-    given = options.source or options.img_path
-    if not any(Path(source).exists() for source in given):  # before a large model is read, or fetched
-        raise ValueError(f"{given[0]} does not exist: give an image, or a folder, list or tar of them")
-    predictor, facts = load_predictor(options)
+        raise ValueError("give the images either as arguments or with --img-path, as in --img-path PHOTOS")
+    sources = options.source or options.img_path
+    if not any(Path(source).exists() for source in sources):  # checked before a model is read or downloaded
+        raise ValueError(f"{sources[0]} does not exist: give an image, or a folder, list or tar of them")
+    predictor, model_info = load_predictor(options)
     settings = PredictSettings(
         formats=tuple(dict.fromkeys(options.format)),
         pred_only=options.pred_only,
@@ -123,26 +130,27 @@ def _predict(options: argparse.Namespace) -> int:
         save_numpy=options.save_numpy,
     )
     begin = time.monotonic()
-    outcome = predict_files(
+    result = predict_files(
         predictor,
-        given,
+        sources,
         options.outdir,
         settings=settings,
         batch_size=options.batch_size,
-        facts=facts,
-        watch=lambda files: track(files, what="predict", total=len(files)),
-        way_out=f"give another {options.output_flag}",
+        model_info=model_info,
+        progress=lambda files: track(files, what="predict", total=len(files)),
+        fix=f"give another {options.output_flag}",
     )
     seconds = time.monotonic() - begin
-    for file, why in outcome.skipped.items():
+    for file, why in result.skipped.items():
         print(f"skipped {escape_unprintable(file)}: {escape_unprintable(why)}", file=sys.stderr)
-    for file, notes in outcome.notes.items():
+    for file, notes in result.notes.items():
         print(f"{escape_unprintable(file)}: {'; '.join(notes)}", file=sys.stderr)
-    for whence, images in outcome.focals.items():
-        print(f"focal length ({format_count(images, 'image')}, pixels in each .json): {whence}")
+    for source, images in result.focal_sources.items():
+        count = format_count(images, "image")
+        print(f"focal length ({count}, pixels in each .json; set it with --focal): {source}")
     print(
-        f"{format_count(outcome.images, 'image')} mapped, {format_count(len(outcome.skipped), 'file')} skipped in "
-        f"{seconds:.1f} s ({outcome.images / seconds:.2f} a second): {escape_unprintable(options.outdir)} "
+        f"{format_count(result.images, 'image')} predicted, {format_count(len(result.skipped), 'file')} skipped in "
+        f"{seconds:.1f} s ({result.images / seconds:.2f} per second): {escape_unprintable(options.outdir)} "
         f"({describe_values(predictor)})"
     )
-    return 1 if outcome.failed else 0
+    return 1 if result.failed else 0

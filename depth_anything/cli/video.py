@@ -1,4 +1,4 @@
-"""`depth-anything video` and `depth-anything demo`, which need the extras of these names."""
+"""`depth-anything video` and `depth-anything demo`; they need the extras `video` and `demo`."""
 
 import argparse
 import sys
@@ -27,9 +27,9 @@ from depth_anything.cli.options import (
     int_in_range,
     load_predictor,
     load_weights,
-    track,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.progress import track
 
 RANGES = ("clip", "running", "frame")
 FORMATS = ("mp4", "png16", "npy", "exr")
@@ -38,32 +38,39 @@ FORMATS = ("mp4", "png16", "npy", "exr")
 def add_video(commands: Any) -> None:
     """Declare `video`."""
     video = add_command(
-        commands, "video", "map videos: a film with the sound, and the maps of its frames", run=_video
+        commands,
+        "video",
+        "predict depth videos: an MP4 with the audio, and the maps of its frames",
+        run=_video,
     )
     video.add_argument(
         "source",
         metavar="VIDEO|FOLDER|LIST",
-        help="a video, a folder of videos (its tree is kept) or of frames, or a .txt with a path a line",
+        help="a video, a folder of videos (its tree is kept) or of frames, or a .txt with one path per line",
     )
-    video.add_argument("--output", required=True, metavar="DIR", help="folder of the films")
+    video.add_argument("--output", required=True, metavar="DIR", help="output folder")
     _add_video_flags(video)
 
 
 def add_demo(commands: Any) -> None:
     """Declare `demo`."""
-    _add_demo_flags(add_command(commands, "demo", "a page that maps the images it is given", run=_demo))
+    _add_demo_flags(
+        add_command(
+            commands, "demo", "serve a web page that predicts the depth of uploaded images", run=_demo
+        )
+    )
 
 
 def run_video(arguments: Sequence[str] | None = None) -> int:
     """Run `run_video.py`: the authors' flags and defaults, and those of `depth-anything video`.
 
     Args:
-        arguments: what follows the program's name; those of the process by default.
+        arguments: Command-line arguments; None: those of the process.
     """
     from depth_anything.cli import run
 
     parser = argparse.ArgumentParser(
-        prog="run_video.py", description="Map videos; see depth-anything video --help."
+        prog="run_video.py", description="Predict depth videos; see depth-anything video --help."
     )
     parser.add_argument("--video-path", dest="source", required=True, metavar="VIDEO|FOLDER|LIST")
     parser.add_argument(
@@ -78,11 +85,13 @@ def run_demo(arguments: Sequence[str] | None = None) -> int:
     """Run `app.py`, which is `depth-anything demo`.
 
     Args:
-        arguments: what follows the program's name; those of the process by default.
+        arguments: Command-line arguments; None: those of the process.
     """
     from depth_anything.cli import run
 
-    parser = argparse.ArgumentParser(prog="app.py", description="A page that maps the images it is given.")
+    parser = argparse.ArgumentParser(
+        prog="app.py", description="Serve a web page that predicts the depth of uploaded images."
+    )
     _add_demo_flags(parser)
     parser.set_defaults(run=_demo)
     return run(parser, arguments)
@@ -94,15 +103,15 @@ def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="[NAME=]PATH",
-        help=f"models to choose from: {WEIGHTS_HELP}; without it the published weights of --encoder",
+        help=f"models to choose from: {WEIGHTS_HELP}; default: the official weights of --encoder",
     )
-    demo.add_argument("--encoder", metavar="NAME", help="vits, vitb, vitl or vitg, for published weights")
+    demo.add_argument("--encoder", metavar="NAME", help="official weights: vits, vitb, vitl or vitg")
     demo.add_argument(
         "--max-depth",
         dest="weights_max_depth",
-        type=float_in_range("--max-depth", most=MAX_METERS, unit="metres"),
+        type=float_in_range("--max-depth", most=MAX_METERS, unit="meters"),
         metavar="M",
-        help="metres of a metric model whose file does not say it",
+        help="maximum depth in meters of a metric model whose file does not state it",
     )
     add_version_flag(demo)
     demo.add_argument(
@@ -113,28 +122,28 @@ def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
         type=int_in_range("--port", least=0, most=65_535),
         default=7860,
         metavar="N",
-        help="%(default)s",
+        help="port to listen on (%(default)s)",
     )
     demo.add_argument(
         "--max-megapixels",
         type=float_in_range("--max-megapixels", most=1e6),
         default=50.0,
         metavar="N",
-        help="of an image (%(default)s)",
+        help="maximum size of an image (%(default)s)",
     )
     demo.add_argument(
         "--max-megabytes",
         type=float_in_range("--max-megabytes", most=1e6),
         default=30.0,
         metavar="N",
-        help="of a file (%(default)s)",
+        help="maximum size of a file (%(default)s)",
     )
     demo.add_argument(
         "--queue",
         type=int_in_range("--queue", least=1),
         default=16,
         metavar="N",
-        help="who may wait at once (%(default)s)",
+        help="maximum number of waiting visitors (%(default)s)",
     )
     add_inference_flags(demo)
     demo.set_defaults(flags=ARGUMENT_FLAGS)
@@ -147,34 +156,34 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
         "--range",
         choices=RANGES,
         default="clip",
-        help="values that the colours span: of the whole clip (two passes), running, of each frame (%(default)s)",
+        help="range of the colors: of the whole clip (two passes), running, or of each frame (%(default)s)",
     )
     command.add_argument(
         "--smooth",
         type=float_in_range("--smooth", most=0.999999, above=False),
         default=0.0,
         metavar="S",
-        help="share of the last map in the next where the picture holds still, 0 to below 1 (%(default)s)",
+        help="weight of the previous map where the image does not move, 0 to below 1 (%(default)s)",
     )
     command.add_argument(
         "--format",
         nargs="+",
         choices=FORMATS,
         default=("mp4",),
-        help="what to write: a film, and frames as files of values (mp4)",
+        help="what to write: a video, and one file of values per frame (mp4)",
     )
     command.add_argument(
         "--fps",
         default="24",
         metavar="RATE",
-        help="of folders of frames: 24, 29.97, 30000/1001 (%(default)s)",
+        help="frame rate of folders of frames: 24, 29.97, 30000/1001 (%(default)s)",
     )
     command.add_argument(
         "--batch-size",
         type=int_in_range("--batch-size", least=1, most=MAX_BATCH),
         default=4,
         metavar="N",
-        help="frames at once through the network (%(default)s)",
+        help="frames per forward pass (%(default)s)",
     )
     add_inference_flags(command)
     add_tiles_flag(command)
@@ -199,22 +208,22 @@ def _video(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         rate=rate,
     )
-    if not Path(options.source).exists():  # before a large model is read
+    if not Path(options.source).exists():  # checked before a model is read
         raise ValueError(f"{options.source} does not exist: give a video, a folder or a list of them")
     predictor, _ = load_predictor(options)
-    outcome = predict_videos(predictor, options.source, options.output, settings=settings, watch=track)
-    for name, why in outcome.skipped.items():
+    result = predict_videos(predictor, options.source, options.output, settings=settings, progress=track)
+    for name, why in result.skipped.items():
         print(f"skipped {escape_unprintable(name)}: {escape_unprintable(why)}", file=sys.stderr)
-    for name, notes in outcome.notes.items():
+    for name, notes in result.notes.items():
         for note in notes:
             print(f"{escape_unprintable(name)}: {escape_unprintable(note)}", file=sys.stderr)
-    for name, written in outcome.written.items():
-        print(f"{escape_unprintable(', '.join(map(str, written)))}: {outcome.frames[name]} frames")
+    for name, written in result.written.items():
+        print(f"{escape_unprintable(', '.join(map(str, written)))}: {result.frames[name]} frames")
     print(
-        f"{format_count(len(outcome.written), 'video')} mapped, {format_count(len(outcome.skipped), 'file')} skipped: "
+        f"{format_count(len(result.written), 'video')} predicted, {format_count(len(result.skipped), 'file')} skipped: "
         f"{escape_unprintable(options.output)} ({describe_values(predictor)})"
     )
-    return 1 if outcome.failed else 0
+    return 1 if result.failed else 0
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -243,10 +252,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def require_extra(module: str, *, extra: str, what: str) -> None:
-    """Refuse to go on without a library of an extra.
+    """Check that a library of an optional extra is installed.
 
     Raises:
-        ValueError: it is not there; the sentence says what to type.
+        ValueError: It is missing; the message names the pip command to type.
     """
     if find_spec(module) is None:
         raise ValueError(f"{extra} needs {what}: type  pip install 'depth-anything-train[{extra}]'")

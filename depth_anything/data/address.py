@@ -1,7 +1,7 @@
-"""Where shards lie: folders, and addresses that are none. Nothing here is opened.
+"""Addresses of shards: paths, URLs and commands. Nothing is opened here.
 
-An address may hold a secret: a password, a signed query, whatever a command of a pipe is given. Training needs
-it; messages do not, and `told` takes it out of them.
+An address may contain a secret: a password, a signed query, any argument of a `pipe:` command. Reading needs it, but
+messages must not show it: `redact_secrets` removes it.
 """
 
 import re
@@ -12,10 +12,8 @@ from typing import Any
 
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#<>]*@")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#\"'<>]*)[?#][^\s\"'<>]*[^\s\"'<>:;,.)]")
-_BIDI_CONTROLS = frozenset(
-    "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)  # direction of writing
-# A query without its scheme and host, as HTTP libraries quote it, and a header.
+_BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# A query without scheme and host, as HTTP libraries quote it, and a header.
 _SECRET_PARAMETER = re.compile(
     r"(?i)([?&;](?:x-(?:amz|goog|ms)-[\w-]+|awsaccesskeyid|signature|sig|se|sp|sv|policy|key-pair-id|expires"
     r"|[\w-]*(?:token|secret|password|passwd|key|auth|credential)s?)=)(?!\*\*\*)[^\s&;\"'<>]+"
@@ -25,20 +23,20 @@ _FILE_NAME = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
 
 
 def is_remote(address: str) -> bool:
-    """Say whether an address is a URL or a command, in place of a path."""
+    """Tell whether an address is a URL or a command, not a path."""
     return "://" in address or address.startswith("pipe:")
 
 
 def is_http(address: str) -> bool:
-    """Say whether an address is http or https, whose query, if any, belongs to each of its files."""
+    """Tell whether an address is http or https; then its query, if any, is part of the address of each file."""
     return address.lower().startswith(("http://", "https://"))
 
 
 def join_address(root: str, name: str) -> str:
-    """Return the address of a file of a folder, URL prefix or command.
+    """Return the address of a file in a folder, under a URL prefix, or behind a command.
 
     Example:
-        >>> join("https://host/set?signature=x", "manifest.json")
+        >>> join_address("https://host/set?signature=x", "manifest.json")
         'https://host/set/manifest.json?signature=x'
     """
     path, query = _split_query(root)
@@ -46,10 +44,10 @@ def join_address(root: str, name: str) -> str:
 
 
 def index_address(tar: str) -> str:
-    """Return the address of a tar's index.
+    """Return the address of the index of a tar.
 
     Example:
-        >>> index_of("https://host/set/a.tar?signature=x")
+        >>> index_address("https://host/set/a.tar?signature=x")
         'https://host/set/a.idx?signature=x'
     """
     path, query = _split_query(tar)
@@ -57,18 +55,18 @@ def index_address(tar: str) -> str:
 
 
 def redact_secrets(text: str) -> str:
-    """Return a text without the secrets of the addresses in it.
+    """Replace passwords, queries, tokens and commands in a text.
 
     Example:
-        >>> told("https://me:word@host/a.tar?signature=x cannot be read")
+        >>> redact_secrets("https://me:word@host/a.tar?signature=x cannot be read")
         'https://***@host/a.tar?*** cannot be read'
-        >>> told("pipe:curl -H 'Authorization: x' https://host/a.tar cannot be read")
+        >>> redact_secrets("pipe:curl -H 'Authorization: x' https://host/a.tar cannot be read")
         'pipe:… a.tar cannot be read'
     """
     if "\n" in text:
         return "\n".join(map(redact_secrets, text.split("\n")))
     head, *commands = text.split("pipe:")
-    for command in commands:  # nobody can tell which of its words are secret
+    for command in commands:  # any word of a command may be a secret
         names = list(_FILE_NAME.finditer(command))
         head += f"pipe:… {command[names[-1].start() :]}" if names else "pipe:…"
     text = _QUERY.sub(r"\1?***", _USERINFO.sub(r"\1***@", head))
@@ -76,7 +74,7 @@ def redact_secrets(text: str) -> str:
 
 
 def redact_nested(value: Any) -> Any:
-    """Return a plain value, as a config, with every text in it as `told` gives it."""
+    """Apply `redact_secrets` to every text in nested mappings and lists, as in a config."""
     if isinstance(value, str):
         return redact_secrets(value)
     if isinstance(value, Mapping):
@@ -87,22 +85,22 @@ def redact_nested(value: Any) -> Any:
 
 
 def strip_credentials(address: str) -> str:
-    """Reduce an address to where it leads, whoever asks and until when: without user, password and query.
+    """Remove user, password and query from an address, so that two signed URLs of one file compare equal.
 
     Example:
-        >>> same_place("https://me:word@host/set?signature=x")
+        >>> strip_credentials("https://me:word@host/set?signature=x")
         'https://host/set'
     """
     return redact_secrets(address).replace("***@", "").removesuffix("?***")
 
 
 def escape_unprintable(text: object) -> str:
-    """Return a text in which what would move a terminal's cursor, color it or begin a line is written as an escape.
+    """Escape line breaks and characters that control a terminal.
 
-    For names of files and whatever else comes from elsewhere, before it is printed.
+    For file names and other text of foreign origin, before it is printed.
 
     Example:
-        >>> printable("a\\n\\x1b[2J 日本.jpg")
+        >>> escape_unprintable("a\\n\\x1b[2J 日本.jpg")
         'a\\\\n\\\\x1b[2J 日本.jpg'
     """
     return "".join(
@@ -118,7 +116,7 @@ def _is_unprintable(letter: str) -> bool:
 
 
 def file_name(address: str) -> str:
-    """Return the name of the file at an address, without the way to it."""
+    """Return the last part of an address."""
     return PurePosixPath(_split_query(address)[0]).name
 
 

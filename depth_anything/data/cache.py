@@ -1,48 +1,49 @@
-"""Whole shards kept on local disk, for addresses that cannot be read in parts: one folder, bounded, shared by all
-processes of a machine.
+"""A bounded cache folder for whole shards whose address cannot be read by range, shared by all processes of a machine.
 
-A copy goes by what it holds (the tar's hash and bytes), so that two sets with a shard of one name never meet.
-Who has waited longest for a reader goes first. DEPTH_ANYTHING_CACHE names the folder, DEPTH_ANYTHING_CACHE_GB
-what it may hold.
+A copy is named by its content (hash and size of the tar), so shards of the same name in two sets never collide. The
+copy that was not read for the longest time is deleted first. DEPTH_ANYTHING_CACHE sets the folder,
+DEPTH_ANYTHING_CACHE_GB its maximum size.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from depth_anything.data.tars import StorageUnavailable, remove_stale, temporary_path
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import remove_stale, temporary_path
+from depth_anything.errors import SAME_COMMAND
+from depth_anything.locks import kernel_lock
 
 _DEFAULT_LIMIT_GB = 50.0
 _POLL_S = 0.1
 
 
 def cache_folder() -> Path:
-    """Return the folder of the copies; it need not exist."""
-    given = os.environ.get("DEPTH_ANYTHING_CACHE")
-    return Path(given or Path(tempfile.gettempdir(), f"depth-anything-shards-{os.getuid()}"))
+    """Return the cache folder; it may not exist yet."""
+    folder = os.environ.get("DEPTH_ANYTHING_CACHE")
+    return Path(folder or Path(tempfile.gettempdir(), f"depth-anything-shards-{os.getuid()}"))
 
 
 def cache_limit_bytes() -> int:
-    """Return how many bytes the folder may hold.
+    """Return the maximum size of the cache folder.
 
     Raises:
-        ValueError: DEPTH_ANYTHING_CACHE_GB is no number above 0.
+        ValueError: DEPTH_ANYTHING_CACHE_GB is not a number above 0.
     """
     return round(1e9 * positive_setting("DEPTH_ANYTHING_CACHE_GB", _DEFAULT_LIMIT_GB))
 
 
 def positive_setting(name: str, default: float) -> float:
-    """Return a number above 0 from the environment.
+    """Read a number above 0 from an environment variable.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: It is something else.
     """
     text = os.environ.get(name, "")
     try:
@@ -50,53 +51,54 @@ def positive_setting(name: str, default: float) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={text} is no number above 0; leave it out for {default:g}")
+        raise ValueError(f"{name}={text} is not a number above 0; unset it for {default:g}")
     return value
 
 
 def open_shard_copy(
-    key: str, size: int, fill: Callable[[BinaryIO], None], *, fresh: bool = False
+    key: str, size: int, download: Callable[[BinaryIO], None], *, fresh: bool = False
 ) -> BinaryIO:
-    """Open the copy of a shard for reading; bring it first, if it is not there. One process brings, others wait.
+    """Open the cached copy of a shard; download it first if there is none. Other processes wait for the download.
 
     Args:
-        key: what it holds.
-        size: its bytes.
-        fill: writes it into an open file; what it raises leaves nothing behind.
-        fresh: bring it even though it is there.
+        key: Identifies the content.
+        size: Of the shard, bytes.
+        download: Writes it into an open file; if it raises, nothing is left in the cache.
+        fresh: Download even if there is a copy.
 
     Raises:
-        Outage: the folder cannot be written, or has no room.
+        StorageUnavailable: The folder cannot be written, or is too small.
     """
     root = cache_folder()
-    place = root / f"{hashlib.sha256(key.encode()).hexdigest()}.tar"
+    path = root / f"{hashlib.sha256(key.encode()).hexdigest()}.tar"
     try:
-        file = None if fresh else _open_existing(place, size)
+        file = None if fresh else _open_existing(path, size)
         if file is not None:
             return file
         if size > cache_limit_bytes():
+            needed_gb = max(1, -(-size // 10**9)) * 4
             raise StorageUnavailable(
-                f"a shard of {size / 1e9:.3f} GB is more than the {cache_limit_bytes() / 1e9:g} GB that {root} may "
-                "hold: "
-                f"set DEPTH_ANYTHING_CACHE_GB={max(1, -(-size // 10**9)) * 4} or more, and start the same command again"
+                f"a shard of {size / 1e9:.3f} GB does not fit into {root} with its limit of "
+                f"{cache_limit_bytes() / 1e9:g} GB",
+                [f"set DEPTH_ANYTHING_CACHE_GB={needed_gb} or more, and ", SAME_COMMAND],
             )
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(root / f".lock-{place.name[:2]}"):
-            file = None if fresh else _open_existing(place, size)
-            return file if file is not None else _download(place, size, fill)
+        with kernel_lock(root / f".lock-{path.name[:2]}"):
+            file = None if fresh else _open_existing(path, size)
+            return file if file is not None else _download(path, size, download)
     except StorageUnavailable:
         raise
     except OSError as error:
         raise StorageUnavailable(
-            f"shards cannot be copied to {root} ({error.strerror or error}): set DEPTH_ANYTHING_CACHE=FOLDER "
-            "to another folder, and start the same command again"
+            f"shards cannot be copied to {root} ({error.strerror or error})",
+            ["set DEPTH_ANYTHING_CACHE=FOLDER to another folder, and ", SAME_COMMAND],
         ) from error
 
 
-def _open_existing(place: Path, size: int) -> BinaryIO | None:
-    """Open a copy and note that it is wanted; None where there is none."""
+def _open_existing(path: Path, size: int) -> BinaryIO | None:
+    """Open a copy and update its time; None if there is none of this size."""
     try:
-        file = open(place, "rb")  # noqa: SIM115, the caller closes it
+        file = open(path, "rb")  # noqa: SIM115, the caller closes it
     except FileNotFoundError:
         return None
     if os.fstat(file.fileno()).st_size != size:
@@ -106,17 +108,16 @@ def _open_existing(place: Path, size: int) -> BinaryIO | None:
     return file
 
 
-def _download(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO:
-    temporary = _reserve_space(place, size)
+def _download(path: Path, size: int, download: Callable[[BinaryIO], None]) -> BinaryIO:
+    temporary = _reserve_space(path, size)
     try:
         file = open(temporary, "r+b")  # noqa: SIM115, the caller closes it
         try:
-            fill(file)
+            download(file)
             file.flush()
-            with _locked(place.parent / ".lock"):
-                os.replace(
-                    temporary, place
-                )  # from here on another may push it out; the open file stays readable
+            with kernel_lock(path.parent / ".lock"):
+                # From here on another process may delete it; the open file stays readable.
+                os.replace(temporary, path)
         except BaseException:
             file.close()
             raise
@@ -125,32 +126,34 @@ def _download(place: Path, size: int, fill: Callable[[BinaryIO], None]) -> Binar
         temporary.unlink(missing_ok=True)
 
 
-def _reserve_space(place: Path, size: int) -> Path:
-    """Make room for a copy and hold it by a temporary file of its size."""
-    root, temporary = place.parent, temporary_path(place)
+def _reserve_space(path: Path, size: int) -> Path:
+    """Delete old copies until there is room for another, and allocate a temporary file of its size."""
+    root, temporary = path.parent, temporary_path(path)
     while True:
-        with _locked(root / ".lock"):
+        with kernel_lock(root / ".lock"):
             remove_stale(root)
-            there = _stat_files(root)
-            spare = cache_limit_bytes() - sum(entry.st_size for path, entry in there.items() if path != place)
-            copies = [path for path in there if path.suffix == ".tar" and path != place]
-            for copy in sorted(copies, key=lambda path: there[path].st_mtime_ns):
-                if spare < size:
-                    spare += there[copy].st_size
+            files = _stat_files(root)
+            free = cache_limit_bytes() - sum(entry.st_size for other, entry in files.items() if other != path)
+            copies = [other for other in files if other.suffix == ".tar" and other != path]
+            for copy in sorted(copies, key=lambda other: files[other].st_mtime_ns):
+                if free < size:
+                    free += files[copy].st_size
                     copy.unlink()
-            if spare >= size:
+            if free >= size:
                 with open(temporary, "xb") as file:
                     _allocate(file.fileno(), size)
                 return temporary
-        time.sleep(_POLL_S)  # what others are copying will be done soon, and may go then
+        time.sleep(
+            _POLL_S
+        )  # the rest are downloads of other processes, which can be deleted when they are done
 
 
 def _stat_files(root: Path) -> dict[Path, os.stat_result]:
-    found = {}
+    files = {}
     for path in root.iterdir():
-        with suppress(FileNotFoundError):  # copies that fail go without asking
-            found[path] = path.stat()
-    return found
+        with suppress(FileNotFoundError):  # a failed download is deleted without the lock
+            files[path] = path.stat()
+    return files
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -160,18 +163,3 @@ def _allocate(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel drops when its process dies; without, where the file system has none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)

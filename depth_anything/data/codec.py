@@ -1,16 +1,14 @@
-"""The bytes of a depth or disparity map.
+"""The file format of a depth or disparity map.
 
-`q12` keeps 12 bits between a map's own smallest and largest value: enough for a network's output, whose lower
-bits are noise, at a third of a 16-bit PNG. `f32` keeps every bit, for measured truth. Both store, for each
-value, the difference to the value above it, low bytes apart from high bytes, compressed by zstandard: of the
-arrangements that a few numpy passes can undo this one came out smallest (benchmarks/bench_codec.py holds the
-comparison).
+`q12` stores 12 bits between the smallest and the largest value of the map: enough for the output of a network, whose
+lower bits are noise, at a third of the size of a 16-bit PNG. `f32` stores every bit, for measured depth. Both store the
+difference of each value to the one above it, low bytes separate from high bytes, compressed by Zstandard: the smallest
+of the layouts that a few NumPy passes can decode (benchmarks/bench_codec.py compares them).
 
-A file is a header of 28 bytes, little-endian: magic `DAM1`; crc32 of all that follows it; the kind (0 f32, 1
-q12); flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. Then one
-zstandard frame: the byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q *
-((high - low) / steps), computed in float64 and rounded once to float32, so that it decodes to the same bits
-everywhere.
+A file starts with a header of 28 bytes, little-endian: magic `DAM1`; crc32 of everything after it; kind (0 f32, 1 q12);
+flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. One Zstandard frame follows: the
+byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q * ((high - low) / steps), computed
+in float64 and rounded once to float32, so that it decodes to the same bits on every machine.
 """
 
 import math
@@ -23,17 +21,15 @@ import zstandard
 
 CODECS = ("q12", "f32")
 _HEADER = struct.Struct("<4sIBBHIIff")
-_CRC_START = 8  # the crc covers what stands behind it
+_CRC_START = 8  # the crc covers all bytes from here on
 _MAGIC = b"DAM1"
 _F32, _Q12 = 0, 1
 _SPECIAL_VALUES = (np.nan, np.inf, -np.inf)
 _DTYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
-# Added to every difference, so that small negative ones do not set the high byte, which then compresses to
-# nothing.
+# Added to each difference, so that small negative ones leave the high byte 0, and that plane compresses to nothing.
 _BIAS = {_F32: 0, _Q12: 128}
-# 4095 steps would meet the bound of 1/8190 of the range in exact arithmetic only; rounding to float32 takes a
-# little more, and a map far from zero for its range takes much more. The first that holds is used, else every
-# bit is kept.
+# In exact arithmetic 4095 steps give an error of 1/8190 of the range. Rounding to float32 adds a little, and much for a
+# map whose range is small against its values. The first number that keeps the error is used, otherwise f32.
 _Q12_STEPS = (4160, 65535)
 _Q12_MAX_ERROR = 1 / 8190
 _MAX_SIDE = 1 << 15
@@ -48,17 +44,16 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
     """Encode a map.
 
     Args:
-        values: (H, W) of any float type, taken as float32; NaN (unknown) and infinities are kept exactly.
-        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends kept) or "f32" (every bit
-            kept).
+        values: (H, W) of any float type, converted to float32; NaN (unknown) and infinities are kept exactly.
+        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends exact) or "f32" (lossless).
 
     Raises:
-        ValueError: values is not a map of at most 2^26 pixels, or the codec is unknown.
+        ValueError: It is not a map of at most 2^26 pixels, or the codec is unknown.
     """
     values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or not _is_allowed_size(*values.shape):
         raise ValueError(
-            f"cannot encode an array of shape {values.shape}: it takes (H, W), up to 2^26 pixels"
+            f"cannot encode an array of shape {values.shape}: the shape must be (H, W), up to 2^26 pixels"
         )
     if codec not in CODECS:
         raise ValueError(f'codec "{codec}" is unknown: use {" or ".join(CODECS)}')
@@ -79,33 +74,30 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
 
 
 def map_size(data: bytes) -> tuple[int, int]:
-    """Return the height and width of an encoded map from its header.
+    """Return (height, width) of an encoded map from its header.
 
     Raises:
-        ValueError: it has no such header.
+        ValueError: The header is invalid.
     """
-    _, _, _, _, height, width, _, _ = _header(data)
-    if not _is_allowed_size(height, width):
-        raise ValueError(f"the encoded map has an impossible header: {height}x{width}")
-    return height, width
+    return _read_header(data)[4:6]
 
 
 def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
-    """Decode what `encode` made to float32 (H, W), or a part of it.
+    """Decode an encoded map, or a part of it, to float32 (H, W).
 
     Args:
-        data: All of it, which is checked whatever is asked for.
-        rows: Of the part; steps are not for this.
+        data: The whole file; its checksum is always verified.
+        rows: Of the part; a step is not supported.
         columns: Of the part.
 
     Raises:
-        ValueError: the bytes are damaged, cut short, or not of this format; nothing is allocated for a size
-            that the bytes could not hold.
+        ValueError: The bytes are damaged, truncated, or not of this format. A size that the bytes cannot contain is
+            found before memory is allocated.
     """
-    crc, kind, flags, steps, height, width, low, high = _header(data)
+    crc, kind, flags, steps, height, width, low, high = _read_header(data)
     if zlib.crc32(memoryview(data)[_CRC_START:]) != crc:
         raise ValueError("the encoded map is damaged: its checksum differs")
-    if kind not in _DTYPES or flags > 7 or not _is_allowed_size(height, width):
+    if kind not in _DTYPES or flags > 7:
         raise ValueError(f"the encoded map has an impossible header: kind {kind}, {height}x{width}")
     if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
@@ -127,15 +119,18 @@ def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(Non
 
 
 def value_range(data: bytes) -> tuple[float, float]:
-    """Return the smallest and largest finite value of an encoded map from its header; 0, 0 if it has none."""
-    low, high = _header(data)[-2:]
+    """Return the smallest and the largest finite value of an encoded map from its header; (0, 0) if there is none."""
+    low, high = _read_header(data)[-2:]
     return low, high
 
 
-def _header(data: bytes) -> tuple[int, int, int, int, int, int, float, float]:
+def _read_header(data: bytes) -> tuple[int, int, int, int, int, int, float, float]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
-        raise ValueError("not an encoded map: it does not begin with DAM1 and a whole header")
-    return _HEADER.unpack_from(data)[1:]
+        raise ValueError("not an encoded map: it does not start with DAM1 and a complete header")
+    fields = _HEADER.unpack_from(data)[1:]
+    if not _is_allowed_size(*fields[4:6]):
+        raise ValueError(f"the encoded map has an impossible header: {fields[4]}x{fields[5]}")
+    return fields
 
 
 def _is_allowed_size(height: int, width: int) -> bool:
@@ -152,9 +147,7 @@ def _quantize(values: np.ndarray, low: float, high: float, steps: int) -> np.nda
 
 def _dequantize(levels: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
     values = np.empty(levels.shape, np.float32)
-    exact = np.empty(
-        (_DEQUANTIZE_ROWS, levels.shape[1])
-    )  # so many rows at a time stay in the core's own cache
+    exact = np.empty((_DEQUANTIZE_ROWS, levels.shape[1]))  # few enough rows for the L2 cache
     for top in range(0, len(levels), _DEQUANTIZE_ROWS):
         band = exact[: len(levels) - top]
         band[:] = levels[top : top + _DEQUANTIZE_ROWS]
@@ -192,27 +185,23 @@ def _pack(
 
 def _decompress(payload: memoryview, size: int) -> bytes:
     if len(payload) < 4 * -(-size // _ZSTD_BLOCK):
-        raise ValueError(f"the encoded map is damaged: {len(payload)} bytes cannot hold {size}")
+        raise ValueError(f"the encoded map is damaged: {len(payload)} bytes cannot contain {size}")
     try:
         declared = zstandard.get_frame_parameters(payload).content_size
         if declared != size:
-            raise ValueError(f"the encoded map is damaged: it holds {declared} bytes in place of {size}")
-        return _decompressor().decompress(payload, allow_extra_data=False)
+            raise ValueError(f"the encoded map is damaged: it contains {declared} bytes in place of {size}")
+        # One decompressor per thread: it is not thread-safe, and creating one takes as long as decompressing a map.
+        if not hasattr(_thread_local, "decompressor"):
+            _thread_local.decompressor = zstandard.ZstdDecompressor()
+        return _thread_local.decompressor.decompress(payload, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"the encoded map is damaged: {error}") from error
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    # One for each thread, as it cannot be shared; a new one for each map costs as much as decompressing it.
-    if not hasattr(_thread_local, "decompressor"):
-        _thread_local.decompressor = zstandard.ZstdDecompressor()
-    return _thread_local.decompressor
 
 
 def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, columns: slice) -> np.ndarray:
     dtype, pixels = _DTYPES[kind], height * width
     planes = np.frombuffer(body, np.uint8, pixels * dtype.itemsize).reshape(dtype.itemsize, height, width)
-    planes = planes[:, : rows.stop, columns]  # a value is the sum of all above it and of nothing beside it
+    planes = planes[:, : rows.stop, columns]  # a value depends on the values above it only
     bits = planes[-1].astype(dtype)
     for plane in planes[-2::-1]:
         bits <<= dtype.type(8)
@@ -223,8 +212,7 @@ def _unpack(body: bytes, height: int, width: int, kind: int, rows: slice, column
 
 
 def _cumulative_sum_rows(bits: np.ndarray) -> None:
-    # A running sum over rows, in place and modulo the type, by blocks of rows: numpy's own accumulate walks
-    # columns and takes five times as long.
+    # In place, modulo the dtype, in blocks of rows: numpy.add.accumulate walks along columns, five times as slowly.
     height, width = bits.shape
     blocks = bits[: height - height % _SUM_BLOCK_ROWS].reshape(-1, _SUM_BLOCK_ROWS, width)
     for row in range(1, _SUM_BLOCK_ROWS):

@@ -1,10 +1,10 @@
-"""Whole micro-batches of training samples by their numbers: find the record, decode, crop, flip, stack.
+"""The training dataset: micro-batches of samples by number. Find the record, decode, resize, crop, flip, stack.
 
-A sample's content depends on its number, the seed and the shards alone, whichever process makes it.
+The content of a sample depends only on its number, the seed and the shards, in every process.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -14,9 +14,17 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
-from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.loader import send_failures
+from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
-from depth_anything.data.shared_batch import SharedBatch, SharedBatchPool, array_views, batch_layout
+from depth_anything.data.shared_batch import (
+    ArrayField,
+    SharedBatch,
+    SharedBatchPool,
+    Slot,
+    array_views,
+    batch_layout,
+)
 from depth_anything.data.stream import Stream
 from depth_anything.data.tars import BadRecord, StorageUnavailable
 from depth_anything.data.transforms import (
@@ -26,31 +34,35 @@ from depth_anything.data.transforms import (
     draw_crop,
     draw_cutmix_box,
     draw_perturbation,
+    resize_image,
 )
 from depth_anything.preprocess import resize_shape
 
 SKY_POLICIES = ("far", "invalid")
 
-_MAX_REPLACEMENTS = (
-    100_000  # looked at for one sample, where most are known to be bad or lost with their shard
-)
+_MAX_REPLACEMENTS = 100_000  # records tried for one sample, where most are bad or their shard is unreadable
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Called with the name of a stage of `StreamDataset.write_sample`; the stage runs inside the context."""
+
+_NO_TIMER: AbstractContextManager[None] = nullcontext()
 
 
 class StreamDataset(Dataset):
     """Training samples by number, from any number of sets.
 
-    For `DataLoader(dataset, batch_sampler=MicroBatches(…), collate_fn=…)` with a collate_fn that returns its
-    argument: a worker hands over whole micro-batches. Files are opened in the process that reads.
+    For `DataLoader(dataset, batch_sampler=MicroBatchSampler(…), collate_fn=return_batch)`: a worker sends whole
+    micro-batches. Files are opened in the process that reads.
 
     Attributes:
-        sources: the sets.
-        sky: set name to "far" or "invalid".
-        stream: the order; `stream.records` samples make a pass.
+        sources: The sets.
+        sky: Set name to "far" or "invalid".
+        stream: The order; `stream.records` samples are one pass.
     """
 
     def __init__(
         self,
-        sources: Sequence[Records | JoinedRecords],
+        sources: Sequence[RecordSource],
         *,
         seed: int,
         streams: int,
@@ -64,51 +76,52 @@ class StreamDataset(Dataset):
         depth_range: tuple[float, float] | None = None,
         relative: Collection[str] = (),
     ) -> None:
-        """Lay out the order; no shard is read.
+        """Compute the order; no shard is read.
 
         Args:
-            sources: labelled sets, whose frames are resized to `short_side` by the authors' rule, and images
-                joined with labels, which are resized to their label's size.
-            seed: of the order and of every random choice.
-            streams: pieces of a pass that are read side by side.
-            image_size: side of the square crop, pixels.
-            short_side: of the resized frames, pixels; image_size if not given.
-            patch: pixels that both sides of a resized frame are a multiple of.
-            sky: "far" gives it disparity 0, "invalid" leaves it out; or {set: either}; for sets not named, and
-                for None, what `sky_policies` finds.
-            perturb: add "perturbation" to the batches.
-            cutmix: add "box" to the batches.
-            repeat: times a pass that a set or a shard comes.
-            depth_range: None for disparity; else targets are the records' depth in metres, valid from the first
-                to the second of these metres.
-            relative: names of sets whose targets are disparity though `depth_range` is given.
+            sources: Labeled sets, whose frames are resized to `short_side` by the authors' rule, and images joined
+                with labels, which are resized to the size of their label.
+            seed: Of the order and of all random choices.
+            streams: Pieces of a pass that are read in parallel.
+            image_size: Side of the square crop, pixels.
+            short_side: Of the resized frames, pixels; `image_size` by default.
+            patch: Both sides of a resized frame are multiples of it, pixels.
+            sky: "far" gives the sky disparity 0, "invalid" leaves it out; or {set: either}. None, and sets that are
+                not named, use the rule of `resolve_sky_policies`.
+            perturb: Add "perturbation" to the batches.
+            cutmix: Add "box" to the batches.
+            repeat: How many times per pass a set or a shard is read.
+            depth_range: None for disparity targets. Otherwise targets are depth in meters, valid where
+                lowest ≤ depth ≤ highest.
+            relative: Names of sets whose targets are disparity even if `depth_range` is given.
 
         Raises:
-            ValueError: two sets have one name, the crop exceeds the frames, there are no records, or `sky` or
-                `repeat` names what is not there.
+            ValueError: Two sets have the same name, the crop is larger than the frames, there are no records, or `sky`
+                or `repeat` name an unknown set.
         """
         self.sources = list(sources)
-        self.seed, self.image_size, self.sky = seed, image_size, resolve_sky_policies(self.sources, sky)
+        self.seed, self.image_size = seed, image_size
+        self.sky = resolve_sky_policies(self.sources, sky)
         self.short_side, self.patch = short_side or image_size, patch
         self.perturb, self.cutmix = perturb, cutmix
         self.depth_range, self.relative = depth_range, frozenset(relative)
-        self.handover: SharedBatchPool | None = None
+        self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
             raise ValueError(
-                f"image_size={image_size} exceeds short_side={self.short_side}; give at most that"
+                f"image_size={image_size} exceeds short_side={self.short_side}; type at most that"
             )
-        self._source: dict[str, Records | JoinedRecords] = {}
+        self._sources: dict[str, RecordSource] = {}
         for source in self.sources:
-            if source.name in self._source:
-                raise ValueError(f"two sets are called {source.name}; name one of them otherwise")
-            self._source[source.name] = source
-        readers = [source for source in self.sources if isinstance(source, Records | JoinedRecords)]
-        # One for all sets, so that what a worker holds does not grow with their number: the shards that the streams
-        # stand in, twice for images and their labels, and some that they have just left.
+            if source.name in self._sources:
+                raise ValueError(f"two sets have the name {source.name}; rename one of them")
+            self._sources[source.name] = source
+        readers = [source for source in self.sources if isinstance(source, RecordSource)]
+        # One reader for all sets, so that the memory of a worker does not grow with their number. It keeps the indexes
+        # of the shards that the streams read, twice for images and labels, and of some that they have just left.
         reader = ShardReader(max_indexes=max(2048, 2 * streams + 512))
         for source in readers:
             source.share_reader(reader)
-        self._far = {source.name: source for source in readers if source.is_remote}
+        self._remote = {source.name: source for source in readers if source.is_remote}
         shards = [shard for source in self.sources for shard in source.shards]
         self.stream = Stream(shards, seed=seed, streams=streams, repeat=repeat)
         self._bad: set[tuple[str, int]] = set()  # records that have failed in this process
@@ -117,71 +130,80 @@ class StreamDataset(Dataset):
         """Return sample `n` as a micro-batch of one."""
         return self.__getitems__([n])
 
+    @send_failures
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Return the samples of these numbers as one micro-batch of b samples, S being image_size.
+        """Return the samples with these numbers as one micro-batch of b samples, S being image_size.
 
         Returns:
             "image": uint8 (b, S, S, 3), RGB.
-            "target": float32 (b, S, S), disparity (with `depth_range` metres), 0 where not valid.
+            "target": float32 (b, S, S), disparity (with `depth_range` depth in meters), 0 where not valid.
             "valid": bool (b, S, S).
             "sample": int64 (b,), the numbers.
-            "failed": list of "set/shard[index] key: reason", one for each number whose own record cannot be
-            read, so that another stands in.
-            "perturbation": float32 (b, 6) of draw_perturbation, where asked for.
-            "box": float32 (b, 4) of draw_cutmix, where asked for.
-            "metric": bool (b,), with `relative` sets: whether the target is in metres.
+            "failed": List of "set/shard[index] key: reason", one for each sample whose own record is bad and was
+            replaced.
+            "perturbation": float32 (b, 6) of `draw_perturbation`, if `perturb`.
+            "box": float32 (b, 4) of `draw_cutmix_box`, if `cutmix`.
+            "metric": bool (b,), if there are `relative` sets: whether the target is in meters.
 
         Raises:
-            ValueError: no record can be read, or a label is smaller than the crop.
+            ValueError: No record can be read, or a label is smaller than the crop.
+            StorageUnavailable: A disk or server fails for now.
         """
         worker = get_worker_info()
         if worker is not None:
-            cv2.setNumThreads(0)  # a worker has one core; torch sees to its own threads
-        fields, length = batch_layout(self._arrays(len(numbers)))
-        place = self.handover.take(worker.id, length) if self.handover and worker else None
-        memory = np.empty(length, np.uint8) if place is None else place.memory
-        arrays = array_views(memory, fields)
+            cv2.setNumThreads(0)  # a worker has one core; PyTorch sets its own threads
+        slot: Slot | None = None
+        fields: dict[str, ArrayField] = {}
+        if self.shared_batches and worker:
+            fields, length = batch_layout(self._batch_arrays(len(numbers)))
+            slot = self.shared_batches.acquire(worker.id, length)
+        if slot is None:
+            arrays = self.empty_batch(len(numbers))
+        else:
+            arrays = array_views(slot.memory, fields)
         failed = []
-        if self._far:
-            self._expect(numbers)
+        if self._remote:
+            self._prefetch(numbers)
         for i, n in enumerate(numbers):
-            failure = self._fill(n, {name: values[i : i + 1] for name, values in arrays.items()})
+            failure = self._write_or_replace(n, {name: values[i : i + 1] for name, values in arrays.items()})
             failed += [failure] if failure else []
         arrays["sample"][:] = numbers
         if self.perturb:
             arrays["perturbation"][:] = [draw_perturbation(self.seed, n) for n in numbers]
         if self.cutmix:
             arrays["box"][:] = [draw_cutmix_box(self.seed, n) for n in numbers]
-        if place is not None:
-            return SharedBatch(place, fields, {"failed": failed})
+        if slot is not None:
+            return SharedBatch(slot, fields, {"failed": failed})
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "failed": failed}
 
-    def _expect(self, numbers: Sequence[int]) -> None:
-        """Let sets that are far away fetch the records of a micro-batch side by side."""
+    def _prefetch(self, numbers: Sequence[int]) -> None:
+        """Let remote sets fetch the records of a micro-batch in parallel."""
         places: dict[str, list[tuple[str, int]]] = {}
         for n in numbers:
             _, shard, index = self.stream.locate(n)
             name = shard.split("/")[0]
-            if name in self._far and (shard, index) not in self._bad:
+            if name in self._remote and (shard, index) not in self._bad:
                 places.setdefault(name, []).append((shard, index))
         for name, wanted in places.items():
-            self._far[name].prefetch(wanted)
+            self._remote[name].prefetch(wanted)
 
-    def use_shared_memory(self, *, workers: int, micro_batch: int, places: int = 4) -> None:
-        """Let forked loader workers write micro-batches where the main process reads them.
+    def use_shared_memory(self, *, workers: int, micro_batch: int, slots: int = 4) -> None:
+        """Let forked loader workers write micro-batches into shared memory.
 
-        Call it before the loader starts them; without it, batches are copied into new shared memory.
+        Call it before the loader starts its workers; without it, PyTorch copies batches into new shared memory.
 
         Args:
-            workers: of the loader.
-            micro_batch: samples of a micro-batch.
-            places: for each worker: two that it works ahead, and two that the main process changes over.
+            workers: Of the loader.
+            micro_batch: Samples of a micro-batch.
+            slots: Per worker: two batches that it prefetches, and two that the main process may hold.
         """
-        _, length = batch_layout(self._arrays(micro_batch))
-        self.handover = SharedBatchPool(workers=workers, places=places, length=length) if workers else None
+        _, length = batch_layout(self._batch_arrays(micro_batch))
+        self.shared_batches = (
+            SharedBatchPool(workers=workers, slots=slots, length=length) if workers else None
+        )
 
-    def _arrays(self, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        """Return dtype and shape of each array of a micro-batch of `count`."""
+    def _batch_arrays(self, count: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Return dtype and shape of each array of a micro-batch of `count` samples."""
         side = self.image_size
         arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
             "image": (np.uint8, (count, side, side, 3)),
@@ -197,110 +219,141 @@ class StreamDataset(Dataset):
             arrays["metric"] = (np.bool_, (count,))
         return arrays
 
-    def _fill(self, n: int, place: Mapping[str, np.ndarray]) -> str | None:
-        """Write sample `n`, or its stand-in, into its place of a batch; return why it is not its own, if so."""
+    def empty_batch(self, count: int) -> dict[str, np.ndarray]:
+        """Allocate the arrays of a micro-batch of `count` samples."""
+        return {name: np.empty(shape, dtype) for name, (dtype, shape) in self._batch_arrays(count).items()}
+
+    def _write_or_replace(self, n: int, out: Mapping[str, np.ndarray]) -> str | None:
+        """Write sample `n`, or its replacement, into arrays of one sample; return why it was replaced, if so."""
         _, shard, index = self.stream.locate(n)
         try:
-            self._write(shard, index, n, place)
+            self.write_sample(shard, index, n, out)
             return None
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
-            gone = self._remember((shard, index), error)
-        for other in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
-            if other[0] != gone and other not in self._bad:
+            lost = self._mark_bad((shard, index), error)
+        for place in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
+            if place[0] != lost and place not in self._bad:
                 try:
-                    self._write(*other, n, place)
+                    self.write_sample(*place, n, out)
                     return failure
-                except BadRecord as error:  # counted and named when its own number comes
-                    gone = self._remember(other, error)
-        raise ValueError(
-            f"sample {n}: {failure}; nor can any other record be read: type  depth-anything verify"
-        )
+                except BadRecord as error:  # it is reported when its own number is read
+                    lost = self._mark_bad(place, error)
+        raise ValueError(f"sample {n}: {failure}; no other record can be read: type  depth-anything verify")
 
-    def _write(self, shard: str, index: int, n: int, place: Mapping[str, np.ndarray]) -> None:
-        """Write a record as sample `n` sees it, into arrays of one sample; BadRecord if it cannot be decoded."""
-        source = self._source[shard.split("/")[0]]
+    def write_sample(
+        self,
+        shard: str,
+        index: int,
+        n: int,
+        out: Mapping[str, np.ndarray],
+        *,
+        timer: Timer = lambda stage: _NO_TIMER,
+    ) -> tuple[dict[str, bytes], tuple[int, int]]:
+        """Read a record and write it as sample `n`.
+
+        Args:
+            shard: set/shard.
+            index: Of the record in the shard.
+            n: The number, which determines crop and flip.
+            out: Arrays of a batch of one sample.
+            timer: Measures the stages; see `timing.SAMPLE_STAGES`.
+
+        Returns:
+            The fields of the record, and the (height, width) that its image was resized to.
+
+        Raises:
+            BadRecord: It cannot be read or decoded.
+            ValueError: The label is smaller than the crop.
+            StorageUnavailable: A disk or server fails for now, or the memory is full.
+        """
+        source = self._sources[shard.split("/")[0]]
         depth_range = None if source.name in self.relative else self.depth_range
-        target, valid = place["target"][0], place["valid"][0]
-        key, fields = source.read(shard, index)
-        with _record_errors(shard, index, key):
+        target, valid = out["target"][0], out["valid"][0]
+        with timer("read the record"):
+            key, fields = source.read(shard, index)
+        with timer("decode the image"), _record_errors(shard, index, key):
             name = find_target_field(fields, meters=depth_range is not None)
-            whole, meta = decode_image_and_meta(fields)
+            image, meta = decode_image_and_meta(fields)
         with _record_errors(shard, index, key, name):
             size = codec.map_size(fields[name])
         if not isinstance(source, JoinedRecords):
-            height, width, _ = whole.shape
-            size = resize_shape(height, width, self.short_side, self.patch)
+            size = resize_shape(image.shape[0], image.shape[1], self.short_side, self.patch)
         if min(size) < self.image_size:
             raise ValueError(
-                f"{key}: a label of {size[0]} x {size[1]} px is too small for {self.image_size}; "
+                f"{key}: its label of {size[0]} x {size[1]} px is too small for image_size={self.image_size}; "
                 f"type image_size={min(size)}, or make larger labels"
             )
-        view = draw_crop(*size, self.image_size, seed=self.seed, n=n)
-        with _record_errors(shard, index, key, name):
-            crop_encoded_map(fields[name], view, out=target)
-        convert_to_target(
-            target,
-            valid,
-            quantity=name.split(".")[0],
-            sky=self.sky[source.name],
-            meta=meta,
-            depth_range=depth_range,
-        )  # the map is cut first and converted after, as most pixels are cut away
-        crop_image(whole, view, out=place["image"][0])
+        crop = draw_crop(*size, self.image_size, seed=self.seed, n=n)
+        with timer("decode the label"), _record_errors(shard, index, key, name):
+            crop_encoded_map(fields[name], crop, out=target)
+        with timer("make target and mask"):  # after cropping, because most pixels are cropped away
+            convert_to_target(
+                target,
+                valid,
+                quantity=name.split(".")[0],
+                sky=self.sky[source.name],
+                meta=meta,
+                depth_range=depth_range,
+            )
+        with timer("resize the image"):
+            image = resize_image(image, *size)
+        with timer("crop and flip"):
+            crop_image(image, crop, out=out["image"][0])
         if self.relative:
-            place["metric"][0] = depth_range is not None
+            out["metric"][0] = depth_range is not None
+        return fields, size
 
-    def _remember(self, place: tuple[str, int], error: BadRecord) -> str | None:
-        """Note a bad record, so that no other sample tries it; return its shard if all of that is lost."""
+    def _mark_bad(self, place: tuple[str, int], error: BadRecord) -> str | None:
+        """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
         self._bad.add(place)
         return None if error.key else place[0]
 
 
 @contextmanager
-def _record_errors(shard: str, index: int, key: str, name: str = "") -> Iterator[None]:
+def _record_errors(shard: str, index: int, key: str, field: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise BadRecord(shard, index, key, f"{name}: {error}" if name else str(error)) from error
-    except MemoryError as error:  # whether there is enough is the machine's fault, not the record's
+        raise BadRecord(shard, index, key, f"{field}: {error}" if field else str(error)) from error
+    except MemoryError as error:  # the machine is at fault, not the record
         raise StorageUnavailable(
-            f"{shard}[{index}] {key} cannot be decoded for now: the memory is full; use fewer loader workers"
+            f"{shard}[{index}] {key} cannot be decoded: the memory is full; type a smaller number of workers="
         ) from error
 
 
 def resolve_sky_policies(
-    sources: Sequence[Records | JoinedRecords], sky: str | Mapping[str, str] | None
+    sources: Sequence[RecordSource], sky: str | Mapping[str, str] | None
 ) -> dict[str, str]:
-    """Say for each set what becomes of its sky: "far" gives it disparity 0, "invalid" leaves it out.
+    """Return the sky policy of each set: "far" gives the sky disparity 0, "invalid" leaves it out.
 
     Args:
-        sources: the sets.
-        sky: one rule for all, or {set: rule}; for sets not named, and for None, the rule is "sky_policy" of
-            their manifest, "far" if it has none. Made labels have a value everywhere and no sky.
+        sources: The sets.
+        sky: One policy for all, or {set: policy}. None, and sets that are not named, use "sky_policy" of the manifest,
+            or "far". Pseudo-labels have a value everywhere and no sky.
 
     Raises:
-        ValueError: another word, or a set that is not there.
+        ValueError: An unknown policy or set.
     """
     if isinstance(sky, str) and sky in SKY_POLICIES:
         sky = {source.name: sky for source in sources}
     if sky is not None and not isinstance(sky, Mapping):
         raise ValueError(f"sky={sky} is unknown; type sky=far, sky=invalid or sky={{SET: invalid}}")
-    given = dict(sky or {})
+    policies = dict(sky or {})
     names = [source.name for source in sources]
-    for name, policy in given.items():
+    for name, policy in policies.items():
         if name not in names:
-            raise ValueError(f"sky names {name}, which is none of the sets {', '.join(sorted(names))}")
+            raise ValueError(f"sky names {name}, which is not one of the sets {', '.join(sorted(names))}")
         if policy not in SKY_POLICIES:
             raise ValueError(f"sky={policy} of {name} is unknown; type sky=far or sky=invalid")
     for source in sources:
-        if source.name in given:
+        if source.name in policies:
             continue
         meta = source.set.meta if isinstance(source, Records) else {}
-        given[source.name] = meta.get("sky_policy", SKY_POLICIES[0])
-        if given[source.name] not in SKY_POLICIES:
+        policies[source.name] = meta.get("sky_policy", SKY_POLICIES[0])
+        if policies[source.name] not in SKY_POLICIES:
             raise ValueError(
-                f"the manifest of {source.name} has sky_policy={given[source.name]}, which is unknown; "
+                f"the manifest of {source.name} has the unknown sky_policy={policies[source.name]}; "
                 f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}"
             )
-    return given
+    return policies

@@ -1,4 +1,4 @@
-"""What an image file is, and what it costs to decode: from its first bytes and its header, before a pixel is."""
+"""Find the format of an image file and the memory that decoding takes from its header, before decoding it."""
 
 import io
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from PIL import (
 )
 
 READABLE_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC, AVIF and JPEG 2000"
-"""What `open_image` reads."""
+"""Formats that `open_image` reads."""
 
 MAX_PIXELS = 200_000_000
 
 MAX_CHANNELS = 8
-"""More are no picture; JPEG 2000 could have thousands."""
+"""No photograph has more; JPEG 2000 allows thousands."""
 
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
@@ -33,19 +33,21 @@ _QUICKTIME_ATOMS = (
     b"free",
     b"skip",
     b"pnot",
-)  # films that old QuickTime begins without ftyp
+)  # first in old QuickTime without ftyp
 
-_VIDEO = "a film: map it with  depth-anything video"
-_CAMERA_RAW = "a camera's raw file: develop it to JPEG or TIFF first"
-_CONVERT_FIRST = "which is not read: convert it to PNG or JPEG first"
+_VIDEO = "a video: type  depth-anything video"
+_CAMERA_RAW = "a camera raw file: convert it to JPEG or TIFF first"
+_TONE_MAP = "which has no fixed white level: tone-map it to PNG first"
+_DOWNLOADED_PAGE = "a web page, as after a failed download: download the image itself"
+_CONVERT_FIRST = "which is not supported: convert it to PNG or JPEG first"
 
-# By the bytes that a file begins with; what is read comes first.
+# First bytes of files: first the supported formats, then others.
 _READABLE_SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),  # BigTIFF of the usual byte order
+    (b"II+\0", "TIFF"),  # BigTIFF, little-endian
     (b"BM", "BMP"),
     (b"GIF8", "GIF"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
@@ -58,20 +60,14 @@ _UNREADABLE_SIGNATURES = (
     (b"\x30\x26\xb2\x75", _VIDEO),  # WMV
     (b"FLV\x01", _VIDEO),
     (b"OggS\0", _VIDEO),
-    (
-        b"MM\0+",
-        f"a BigTIFF with the larger byte first, {_CONVERT_FIRST}",
-    ),  # Pillow 12 takes it for a small TIFF
+    (b"MM\0+", f"a big-endian BigTIFF, {_CONVERT_FIRST}"),  # Pillow 12 reads it as a TIFF
     (b"\xff\x0a", f"JPEG XL, {_CONVERT_FIRST}"),
     (b"\0\0\0\x0cJXL ", f"JPEG XL, {_CONVERT_FIRST}"),
     (b"8BPS", f"a Photoshop file, {_CONVERT_FIRST}"),
     (b"\0\0\x01\0", f"an icon, {_CONVERT_FIRST}"),
-    (
-        b"\x76\x2f\x31\x01",
-        "an OpenEXR file, whose values no rule makes a photograph: tone-map it to PNG first",
-    ),
-    (b"#?RADIANCE", "a Radiance HDR file, whose values no rule makes a photograph: tone-map it to PNG first"),
-    (b"#?RGBE", "a Radiance HDR file, whose values no rule makes a photograph: tone-map it to PNG first"),
+    (b"\x76\x2f\x31\x01", f"an OpenEXR file, {_TONE_MAP}"),
+    (b"#?RADIANCE", f"a Radiance HDR file, {_TONE_MAP}"),
+    (b"#?RGBE", f"a Radiance HDR file, {_TONE_MAP}"),
     (b"\x93NUMPY", f"a NumPy array, {_CONVERT_FIRST}"),
     (b"%PDF", f"a PDF, {_CONVERT_FIRST}"),
     (b"<svg", f"an SVG drawing, {_CONVERT_FIRST}"),
@@ -80,24 +76,24 @@ _UNREADABLE_SIGNATURES = (
     (b"IIU\0", _CAMERA_RAW),
     (b"FUJIFILMCCD-RAW", _CAMERA_RAW),
     (b"FOVb", _CAMERA_RAW),
-    (b"PK\x03\x04", "a zip: unpack it first"),
-    (b"version https://git-lfs", "a Git LFS pointer in place of the file: type  git lfs pull"),
-    (b"<!DOCTYPE", "a web page, as failed downloads leave: fetch the image itself"),
-    (b"<!doctype", "a web page, as failed downloads leave: fetch the image itself"),
-    (b"<html", "a web page, as failed downloads leave: fetch the image itself"),
+    (b"PK\x03\x04", "a zip archive: unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: type  git lfs pull"),
+    (b"<!DOCTYPE", _DOWNLOADED_PAGE),
+    (b"<!doctype", _DOWNLOADED_PAGE),
+    (b"<html", _DOWNLOADED_PAGE),
 )
 
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """What an image costs to decode, by its header.
+    """What decoding an image takes, from its header.
 
     Attributes:
-        kind: As "PNG".
-        width: Pixels, the most that any part of the header says.
+        kind: Format, as "PNG".
+        width: Pixels, the largest value in any part of the header.
         height: Likewise.
-        channels: Per pixel, as they are stored.
-        bytes: That the decoded image takes while it is decoded and turned to RGB of 8 bits.
+        channels: Per pixel, as stored.
+        bytes: Memory of the decoded image and of its conversion to 8-bit RGB.
     """
 
     kind: str
@@ -113,66 +109,59 @@ class DecodeCost:
 
 
 def estimate_decode_cost(data: bytes) -> DecodeCost:
-    """Say what an image file costs to decode without decoding it; `decode_image` has the limit.
-
-    Args:
-        data: The file.
+    """Estimate what decoding an image file takes, without decoding it. `decode_image` enforces the limit.
 
     Raises:
-        ValueError: It is no image that can be read; what it is instead is said where it is known.
+        ValueError: It is not an image that can be read; the message names the format if it is known.
     """
     try:
         return picture_decode_cost(open_image(data), data)
     except ValueError:
         raise
-    except Exception as error:  # hostile bytes make Pillow raise a dozen types
+    except Exception as error:  # damaged files make Pillow raise a dozen types
         raise ValueError(f"its header cannot be read: {error or type(error).__name__}") from error
 
 
 def picture_decode_cost(picture: Any, data: bytes) -> DecodeCost:
-    """Say what a picture that `open_image` made of a file costs to decode."""
+    """Estimate what decoding an image takes that `open_image` has opened."""
     kind = detect_format(data)
     width, height = _largest_size(picture, kind, data)
     channels = len(picture.getbands())
     sample = 4 if picture.mode in ("I", "F") or kind == "JPEG 2000" else 2 if "16" in picture.mode else 1
     if kind == "JPEG 2000":
         channels = max(channels, _jpeg2000_channels(data))
-    held = (
-        max(channels, 4 if channels > 1 else 1) * sample
-    )  # Pillow holds four channels where there are two or more
-    return DecodeCost(kind, width, height, channels, width * height * (held + 3))
+    decoded = max(channels, 4 if channels > 1 else 1) * sample  # Pillow stores four channels for two or more
+    return DecodeCost(kind, width, height, channels, width * height * (decoded + 3))
 
 
 def check_decode_cost(cost: DecodeCost) -> None:
-    """Refuse an image that is too large to be a photograph.
+    """Refuse an image that is too large to be decoded safely.
 
     Raises:
         ValueError: Over 200 megapixels, or more than eight channels.
     """
     if cost.pixels > MAX_PIXELS:
-        raise ValueError(f"{cost.width}x{cost.height} pixels are more than the limit of 200 megapixels")
+        raise ValueError(f"{cost.width}x{cost.height} pixels exceed the limit of 200 megapixels")
     if cost.channels > MAX_CHANNELS:
-        raise ValueError(f"{cost.channels} channels are more than a photograph has")
+        raise ValueError(f"{cost.channels} channels exceed the limit of {MAX_CHANNELS}")
 
 
 def open_image(data: bytes) -> Any:
-    """Open an image file as Pillow's picture without decoding it.
+    """Open an image file as a Pillow image without decoding it.
 
-    Pillow's plugins are asked for directly: `Image.open` tries dozens of formats, and its own limit on pixels is a
-    global that belongs to the caller's program.
+    The plugins of Pillow are called directly, because `Image.open` tries dozens of formats, and its limit on pixels is
+    a global setting of the calling program.
 
     Raises:
-        ValueError: It is of another kind; what it is and what to do is said where it is known.
-        Exception: Whatever Pillow raises for a damaged header.
+        ValueError: It is another format; the message names it if it is known.
+        Exception: Anything that Pillow raises for a damaged header.
     """
     kind = detect_format(data)
     if kind == "WebP":
         width, height = _webp_size(data)
-        check_decode_cost(
-            DecodeCost(kind, width, height, 4, 0)
-        )  # its plugin makes room for the picture on opening
+        check_decode_cost(DecodeCost(kind, width, height, 4, 0))  # before the plugin allocates the image
     if kind == "HEIC":
-        from pillow_heif.as_plugin import HeifImageFile  # 50 ms that few need
+        from pillow_heif.as_plugin import HeifImageFile  # 50 ms to import
 
         return HeifImageFile(io.BytesIO(data))
     plugins: dict[str, Any] = {
@@ -187,18 +176,18 @@ def open_image(data: bytes) -> Any:
     }
     try:
         picture = plugins[kind](io.BytesIO(data))
-    except Image.DecompressionBombError:  # a frame that is larger than its GIF, a tile larger than its TIFF
-        raise ValueError("a part of it has more pixels than the limit of 200 megapixels") from None
+    except Image.DecompressionBombError:  # a frame larger than its GIF, a tile larger than its TIFF
+        raise ValueError("a part of it exceeds the limit of 200 megapixels") from None
     if kind == "TIFF" and _is_camera_raw(picture, data):
         raise ValueError(f"it is {_CAMERA_RAW}")
     return picture
 
 
 def detect_format(data: bytes) -> str:
-    """Name the format of an image file by its first bytes.
+    """Return the format of an image file by its first bytes.
 
     Raises:
-        ValueError: None that is read; what it is and what to do is said where it is known.
+        ValueError: It is not a supported format; the message names it if it is known.
     """
     kind = _detect_readable(data)
     if kind is None:
@@ -208,15 +197,13 @@ def detect_format(data: bytes) -> str:
 
 
 def is_image_or_video(data: bytes) -> bool:
-    """Tell whether a file begins as an image of any kind, read or not, or as a film: no list of paths does."""
+    """Tell whether a file starts like an image of any format, supported or not, or a video, unlike a list of paths."""
     return (_detect_readable(data) or _describe_unreadable(data)) is not None
 
 
 def _detect_readable(data: bytes) -> str | None:
     for start, kind in _READABLE_SIGNATURES:
-        if data.startswith(start) and (
-            kind != "BMP" or not any(data[6:10])
-        ):  # a list may begin with BMW/a.jpg
+        if data.startswith(start) and (kind != "BMP" or not any(data[6:10])):  # a text may start with BM
             return kind
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"
@@ -231,13 +218,13 @@ def _describe_unreadable(data: bytes) -> str | None:
     if brands := _ftyp_brands(data):
         return _CAMERA_RAW if b"crx " in brands else _VIDEO
     if data[:4] == b"RIFF":
-        return _VIDEO if data[8:12] == b"AVI " else "a sound file, not an image"
+        return _VIDEO if data[8:12] == b"AVI " else "an audio file"
     stream = len(data) > 376 and all(data[place] == 0x47 for place in (0, 188, 376))  # MPEG transport stream
     return _VIDEO if stream or data[4:8] in _QUICKTIME_ATOMS else None
 
 
 def _ftyp_brands(data: bytes) -> set[bytes]:
-    """What a file of ISO's base format says it holds: films, HEIC, AVIF, Canon's raw files."""
+    """Return the brands of an ISO base media file: video, HEIC, AVIF or Canon raw."""
     if data[4:8] != b"ftyp":
         return set()
     places = (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))
@@ -245,13 +232,13 @@ def _ftyp_brands(data: bytes) -> set[bytes]:
 
 
 def _is_camera_raw(picture: Any, data: bytes) -> bool:
-    """Tell a camera's raw file, whose first picture is a thumbnail, by DNG's version, Canon's mark or sub-images."""
+    """Detect camera raw files, whose first image is a thumbnail, by DNG version, Canon signature or sub-images."""
     tags = picture.tag_v2
     return 50706 in tags or data[8:10] == b"CR" or (330 in tags and bool(tags.get(254, 0) & 1))
 
 
 def _largest_size(picture: Any, kind: str, data: bytes) -> tuple[int, int]:
-    """The most pixels that any part of the header asks room for: a frame, a tile, the codestream inside."""
+    """Return the largest (width, height) in any part of the header: a frame, a tile, the codestream inside."""
     sizes = [(picture.width, picture.height)]
     if kind == "GIF":
         sizes += [(tile[1][2], tile[1][3]) for tile in picture.tile]
@@ -270,7 +257,7 @@ def _jpeg2000_channels(data: bytes) -> int:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a WebP by its first chunk; nothing where that is none."""
+    """Return width and height of a WebP from its first chunk."""
     kind = data[12:16]
     if kind == b"VP8X":
         return tuple(int.from_bytes(data[place : place + 3], "little") + 1 for place in (24, 27))  # type: ignore[return-value]

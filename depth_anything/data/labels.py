@@ -1,17 +1,18 @@
-"""Label sets: for each image shard a shard of labels with the same keys, and NAME.json, which makes it done.
+"""Label sets: for each image shard a shard of pseudo-labels with the same keys, and NAME.json, which marks it as done.
 
-Labels are disparity, larger being nearer, whatever their teacher gives; NAME.json says what that was.
+Labels are disparity, larger is nearer, for every kind of teacher; NAME.json records the conversion.
 
-NAME.json is written last. It says what the shard holds, which teacher made it and how, which image shard it
-belongs to, and which images have no label and why: images in = labels out + skipped. The manifest follows
-when every shard is done; it names the teacher, and of every label shard the hash of its image shard, so that
-labels meet no other images than those they were made from.
+NAME.json is written last. It records what the shard contains, which teacher made it and how, which image shard it
+labels, and which images have no label and why: number of images = labels + skipped. The manifest is written when every
+shard is done. It records the teacher and, for each label shard, the hash of its image shard, so that labels are never
+joined with other images.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,86 @@ from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import build_set, open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, atomic_write, write_shard
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_shard
+from depth_anything.disk import atomic_write
+from depth_anything.errors import PSEUDOLABEL_COMMAND
 from depth_anything.licenses import combine_licenses
 
-_PSEUDOLABEL_COMMAND = "python train.py stage=pseudolabel"
+_LABEL_AGAIN = ("remove it and type ", PSEUDOLABEL_COMMAND)
+_OTHER_FOLDER = ("type ", PSEUDOLABEL_COMMAND, " labels=FOLDER with another folder, or remove this one")
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How labels were made; equal for all shards of a set.
+
+    Attributes:
+        teacher: "fingerprint" of the weights, and if known "file", "licence", and how the output became disparity:
+            "quantity", "unit", "conversion". Older label sets have no such entries: the output was stored unchanged.
+        preprocessing: Of the images.
+        codec: "q12" or "f32".
+    """
+
+    teacher: Mapping[str, Any]
+    preprocessing: str
+    codec: str
+
+    @property
+    def conversion(self) -> tuple[Any, ...]:
+        """What the teacher predicts, its unit, and how that became disparity."""
+        get = self.teacher.get
+        return get("quantity", "disparity"), get("unit", "relative"), get("conversion")
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's file, if known, and fingerprint."""
+        fingerprint = str(self.teacher["fingerprint"])[:19]
+        return f"{self.teacher['file']} ({fingerprint})" if "file" in self.teacher else fingerprint
+
+
+@dataclass(frozen=True)
+class LabeledShard:
+    """The image shard that a label shard labels."""
+
+    set: str
+    records: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class LabelSidecar:
+    """The content of NAME.json; its fields are the keys of the file.
+
+    Attributes:
+        name: Of the shard.
+        records: Number of labels.
+        bytes: Size of the tar; 0 without labels.
+        hash: "sha256:…" of the tar; "" without labels.
+        image: The image shard.
+        teacher: As in `LabelSettings`.
+        preprocessing: As in `LabelSettings`.
+        codec: As in `LabelSettings`.
+        values: Smallest and largest value of all labels.
+        skipped: Key to reason, for each image without a label.
+        version: Of this program.
+    """
+
+    name: str
+    records: int
+    bytes: int
+    hash: str
+    image: LabeledShard
+    teacher: Mapping[str, Any]
+    preprocessing: str
+    codec: str
+    skipped: Mapping[str, str]
+    values: Sequence[float] = (0.0, 0.0)
+    version: str = field(default=__version__)
+
+    @property
+    def settings(self) -> LabelSettings:
+        """How the labels were made."""
+        return LabelSettings(self.teacher, self.preprocessing, self.codec)
 
 
 def write_label_sidecar(
@@ -38,86 +115,79 @@ def write_label_sidecar(
     values: tuple[float, float],
     skipped: Mapping[str, str],
 ) -> None:
-    """Write NAME.json beside a label shard, which makes it done.
+    """Write NAME.json next to a label shard, which marks it as done.
 
     Args:
-        root: folder of the label set.
-        info: the label shard, as `write_shard` returned it; records 0 and hash "" when no image had a label.
-        image_set: name of the set of images.
-        image: the image shard.
-        teacher: "fingerprint" of the weights, and what is known of them: "file", "licence", and how its output became
-            disparity: "quantity", "unit", "conversion". Without the latter the output is taken for disparity.
-        preprocessing: what was done to an image.
-        codec: of the labels.
-        values: smallest and largest value of all labels.
-        skipped: key to reason, of every image without a label.
+        root: Folder of the label set.
+        info: The label shard, from `write_shard`; records 0 and hash "" if no image has a label.
+        image_set: Name of the set of images.
+        image: The image shard.
+        teacher: As in `LabelSettings`.
+        preprocessing: As in `LabelSettings`.
+        codec: As in `LabelSettings`.
+        values: Smallest and largest value of all labels.
+        skipped: Key to reason, for each image without a label.
 
     Raises:
-        ShardError: the images in are not the labels out and those skipped.
+        ShardError: The number of images is not labels + skipped.
     """
     if image.records != info.records + len(skipped):
         raise ShardError(
-            f"{root}/{image.name}: {image.records} images do not make {info.records} labels "
-            f"and {len(skipped)} skipped"
+            f"{root}/{image.name}: {image.records} images, but {info.records} labels and {len(skipped)} skipped"
         )
-    content = {
-        "name": image.name,
-        "records": info.records,
-        "bytes": info.bytes,
-        "hash": info.hash,
-        "image": {"set": image_set, "records": image.records, "hash": image.hash},
-        "teacher": dict(teacher),
-        "preprocessing": preprocessing,
-        "codec": codec,
-        "values": list(values),
-        "skipped": dict(skipped),
-        "version": __version__,
-    }
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    sidecar = LabelSidecar(
+        name=image.name,
+        records=info.records,
+        bytes=info.bytes,
+        hash=info.hash,
+        image=LabeledShard(image_set, image.records, image.hash),
+        teacher=dict(teacher),
+        preprocessing=preprocessing,
+        codec=codec,
+        values=list(values),
+        skipped=dict(skipped),
+    )
+    text = json.dumps(asdict(sidecar), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(_sidecar_path(root, image.name), text.encode())
 
 
-def read_label_sidecar(root: str | Path, shard: str) -> dict[str, Any] | None:
-    """Read NAME.json of a label shard; None where the shard is not done.
+def read_label_sidecar(root: str | Path, shard: str) -> LabelSidecar | None:
+    """Read NAME.json of a label shard; None if the shard is not done.
 
     Raises:
-        ShardError: it is damaged, belongs to another shard, or the tar beside it is not the one it means.
+        ShardError: It is damaged, belongs to another shard, or does not match the tar next to it.
     """
     path = _sidecar_path(root, shard)
     try:
         content = json.loads(path.read_bytes())
-        name, image = content["name"], content["image"]
-        wanted = (content["bytes"], content["hash"])
-        for key in ("set", "records", "hash"):
-            image[key]
-        for key in ("records", "skipped", "preprocessing", "codec"):
-            content[key]
-        content["teacher"]["fingerprint"]
+        image = LabeledShard(*(content["image"][key] for key in ("set", "records", "hash")))
+        known = {key: content[key] for key in LabelSidecar.__dataclass_fields__ if key in content}
+        sidecar = LabelSidecar(**{**known, "image": image})
+        sidecar.skipped.items()
+        sidecar.teacher["fingerprint"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: remove it and type  {_PSEUDOLABEL_COMMAND}") from error
-    if name != shard:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path} is damaged", _LABEL_AGAIN) from error
+    if sidecar.name != shard:
         raise ShardError(
-            f"{path} is that of shard {name}: put the files back, or remove it and type  {_PSEUDOLABEL_COMMAND}"
+            f"{path} belongs to shard {sidecar.name}", ["restore the file names, or ", *_LABEL_AGAIN]
         )
-    if content["records"] and _tar_size_and_hash(path) != wanted:
-        raise ShardError(
-            f"{path} does not belong to the tar beside it: remove it and type  {_PSEUDOLABEL_COMMAND}"
-        )
-    return content
+    if sidecar.records and _tar_size_and_hash(path) != (sidecar.bytes, sidecar.hash):
+        raise ShardError(f"{path} does not match the tar next to it", _LABEL_AGAIN)
+    return sidecar
 
 
 def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
-    """Write the manifest of a label set when every shard of the images is done.
+    """Write the manifest of a label set if every shard of the images is done.
 
-    Any number of processes may do so. Shards of whose images none has a label are left out.
+    Any number of processes may call it. Shards without any label are left out of the manifest.
 
     Returns:
-        The set, or None as long as a shard is not done, or its NAME.json is damaged or another tar's.
+        The set, or None if a shard is not done, or its NAME.json is damaged or belongs to another tar.
 
     Raises:
-        ShardError: shards by different teachers, or of other images, or no image has a label.
+        ShardError: Shards have different teachers or label other images, or no image has a label.
     """
     if Path(root, "manifest.json").is_file():
         labels = _open_finished_labels(root, images, check=False)
@@ -142,19 +212,19 @@ def open_labels(
     """Open the labels of an image set.
 
     Args:
-        root: folder of the label set, or of a finished one a URL prefix.
-        images: what the labels were made from.
-        allow_partial: take the shards that are done of an unfinished set.
-        only: with allow_partial, take these shards and no others.
+        root: Folder of the label set, or URL prefix of a finished one.
+        images: The set that was labeled.
+        allow_partial: Accept an unfinished set, with the shards that are done.
+        only: With `allow_partial`, use exactly these shards.
 
     Raises:
-        ShardError: an unfinished set, labels by different teachers, of other images, swapped or damaged.
+        ShardError: The set is unfinished or damaged, shards are swapped, have different teachers or label other images.
     """
     root = str(root).rstrip("/")
     finished = is_remote(root) or Path(root, "manifest.json").is_file()
     if not finished and not os.path.isdir(root):
         raise ShardError(
-            f"{root} is not a folder: make the labels of {images.name} with  {_PSEUDOLABEL_COMMAND}"
+            f"{root} is not a folder", [f"make labels of {images.name} with ", PSEUDOLABEL_COMMAND]
         )
     if finished and (is_remote(root) or not allow_partial):
         labels = _open_finished_labels(root, images, name=images.name)
@@ -163,27 +233,26 @@ def open_labels(
         done = _read_done_sidecars(root, images)
         if not allow_partial:
             raise ShardError(
-                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done: type  "
-                f"{_PSEUDOLABEL_COMMAND}  "
-                "to go on, or give allow_partial=true to use what there is"
+                f"{root} is not finished, {len(done)} of {len(images.shards)} shards are done",
+                ["type ", PSEUDOLABEL_COMMAND, " to continue, or allow_partial=true to use these"],
             )
         done = {name: done[name] for name in _select_shards(root, done, only)}
         rows, meta = _manifest_rows_and_meta(root, images, done)
         labels = build_set(root, name=images.name, shards=rows, meta=meta)
         hashes = meta["images"]["hashes"]
         if not labels.records:
-            raise ShardError(f"{root} has no labels yet: type  {_PSEUDOLABEL_COMMAND}")
+            raise ShardError(f"{root} has no labels yet", ["type ", PSEUDOLABEL_COMMAND])
     _check_image_hashes(root, images, {shard.name: hashes[shard.name] for shard in labels.shards})
     return labels
 
 
 class LabelSetWriter:
-    """A label set that is being made, by any number of processes.
+    """Writes a label set, together with any number of other processes.
 
     Attributes:
-        root: its folder.
-        images: the set it labels.
-        codec: of the labels.
+        root: Folder of the label set.
+        images: The set to label.
+        codec: Of the labels.
     """
 
     def __init__(
@@ -195,98 +264,96 @@ class LabelSetWriter:
         preprocessing: str,
         codec: str,
     ) -> None:
-        """Look whether labels that are there already could stand beside this teacher's.
+        """Check that existing labels were made with the same settings.
 
         Args:
-            root: folder; made with the first shard.
-            images: the set to label.
-            teacher: as `write_label_sidecar` takes it.
-            preprocessing: what is done to an image.
+            root: Folder; created with the first shard.
+            images: The set to label.
+            teacher: As in `LabelSettings`.
+            preprocessing: As in `LabelSettings`.
             codec: "q12" or "f32".
 
         Raises:
-            ShardError: the folder has labels by another teacher, made otherwise, or of other images; or it is none.
+            ShardError: The folder has labels with other settings or of other images, or it is not a folder.
         """
         if is_remote(str(root)):
             raise ShardError(f"labels are written to a folder, and {root} is an address: type labels=FOLDER")
         self.root, self.images, self.codec = str(root), images, codec
-        self._made: dict[str, Any] = {
-            "teacher": dict(teacher),
-            "preprocessing": preprocessing,
-            "codec": codec,
-        }
+        self._settings = LabelSettings(dict(teacher), preprocessing, codec)
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
         self._reader = ShardReader()
         for name in self._infos:
-            if self.done(name):  # one speaks for all, and looking at each would take minutes
+            if self.done(name):  # one is enough: reading all would take minutes
                 break
 
     def done(self, shard: str) -> bool:
-        """Say whether a shard has its labels.
+        """Tell whether a shard has its labels.
 
         Raises:
-            ShardError: it has, but by another teacher, made otherwise, or of other images.
+            ShardError: It has labels with other settings or of other images.
         """
         if shard not in self._done:
             try:
-                content = read_label_sidecar(self.root, shard)
+                sidecar = read_label_sidecar(self.root, shard)
             except ShardError:
-                return False  # damaged, or its maker died while replacing it: made anew
-            if content is None:
+                return False  # damaged, or its writer died while replacing it: it is written again
+            if sidecar is None:
                 return False
-            _check_same_settings(self.root, shard, content, self._made)
-            if content["image"]["hash"] != self._infos[shard].hash:
+            _check_same_settings(self.root, shard, sidecar.settings, self._settings)
+            if sidecar.image.hash != self._infos[shard].hash:
                 raise _other_images_error(self.root, self.images, shard)
             self._done.add(shard)
         return True
 
     def count_unlabeled_images(self) -> int:
-        """Images of the shards that are not done."""
+        """Return the number of images in shards that are not done."""
         return sum(shard.records for shard in self.images.shards if not self.done(shard.name))
 
     def publish(self, shard: str, labels: Mapping[int, bytes], failed: Sequence[tuple[int, str]]) -> None:
         """Write a shard of labels and its NAME.json.
 
         Args:
-            shard: name of the image shard.
-            labels: number of the record in the image shard, to the encoded disparity.
-            failed: number and reason of the images without a label.
+            shard: Name of the image shard.
+            labels: Record number in the image shard to encoded disparity.
+            failed: Record number and reason of each image without a label.
 
         Raises:
-            ShardError: an image is in both, or in neither.
+            ShardError: An image has both a label and a reason, or neither.
         """
         image = self._infos[shard]
         if sorted([*labels, *(index for index, _ in failed)]) != list(range(image.records)):
             raise ShardError(
-                f"{self.root}/{shard}: not every image of {image.records} has one label or one reason"
+                f"{self.root}/{shard}: each of the {image.records} images needs one label or one reason"
             )
         keys = self.keys(shard)
         Path(self.root).mkdir(parents=True, exist_ok=True)
-        Path(self.root, "manifest.json").unlink(missing_ok=True)  # of a finished set a shard is made anew
+        Path(self.root, "manifest.json").unlink(missing_ok=True)  # when a shard of a finished set is replaced
         path = Path(self.root, f"{shard}.tar")
         info = ShardInfo(shard, 0, 0, "")
         if labels:
-            field = f"disparity.{self.codec}"
-            info = write_shard(path, ((keys[i], {field: labels[i]}) for i in sorted(labels)))
+            name = f"disparity.{self.codec}"
+            info = write_shard(path, ((keys[i], {name: labels[i]}) for i in sorted(labels)))
         ranges = [map_codec.value_range(label) for label in labels.values()] or [(0.0, 0.0)]
         write_label_sidecar(
             self.root,
             info,
             image_set=self.images.name,
             image=image,
+            teacher=self._settings.teacher,
+            preprocessing=self._settings.preprocessing,
+            codec=self.codec,
             values=(min(low for low, _ in ranges), max(high for _, high in ranges)),
             skipped={keys[index]: reason for index, reason in failed},
-            **self._made,
         )
         self._done.add(shard)
 
     def finish(self) -> bool:
-        """Write the manifest if every shard is done; say whether."""
+        """Write the manifest if every shard is done; return whether that is so."""
         return all(map(self.done, self._infos)) and finish_labels(self.root, self.images) is not None
 
     def keys(self, shard: str) -> list[str]:
-        """Name the images of a shard, in its order; by their numbers where nothing of it can be read."""
+        """Return the keys of a shard's images; "record 0", "record 1", … if the shard cannot be read."""
         try:
             return self._reader.keys(self.images.url(shard))
         except ShardError:
@@ -298,7 +365,7 @@ def _sidecar_path(root: str | Path, shard: str) -> Path:
 
 
 def _tar_size_and_hash(sidecar: Path) -> tuple[int, str] | None:
-    """Return bytes and hash of the tar beside a sidecar, as far as its index tells."""
+    """Return size and hash of the tar next to a sidecar, the hash from its index."""
     try:
         with open(sidecar.with_suffix(".idx"), errors="replace") as file:
             _, _, digest, *_ = file.readline().split("\t")
@@ -307,129 +374,107 @@ def _tar_size_and_hash(sidecar: Path) -> tuple[int, str] | None:
         return None
 
 
-def _open_finished_labels(root: str | Path, images: ShardSet, **how: Any) -> ShardSet:
-    """Open a label set by its manifest; where no image has a label, the error says why."""
+def _open_finished_labels(root: str | Path, images: ShardSet, **options: Any) -> ShardSet:
+    """Open a label set by its manifest; if no image has a label, the error gives the reason."""
     try:
-        return open_set(root, **how)
+        return open_set(root, **options)
     except ShardError:
         done = {} if is_remote(str(root)) else _read_done_sidecars(root, images)
-        if done and not any(content["records"] for content in done.values()):
+        if done and not any(sidecar.records for sidecar in done.values()):
             raise _no_labels_error(root, images, done) from None
         raise
 
 
-def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]) -> ShardError:
-    reasons = Counter(reason for content in done.values() for reason in content["skipped"].values())
+def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, LabelSidecar]) -> ShardError:
+    reasons = Counter(reason for sidecar in done.values() for reason in sidecar.skipped.values())
     reason, count = reasons.most_common(1)[0]
     return ShardError(
-        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}; remove "
-        f"that folder and type  {_PSEUDOLABEL_COMMAND}"
+        f"{root}: no image of {images.name} has a label, {count} of {images.records} for this reason: {reason}",
+        ["remove that folder and type ", PSEUDOLABEL_COMMAND],
     )
 
 
-def _read_done_sidecars(root: str | Path, images: ShardSet) -> dict[str, dict[str, Any]]:
-    known = set(os.listdir(root)) if os.path.isdir(root) else set()
+def _read_done_sidecars(root: str | Path, images: ShardSet) -> dict[str, LabelSidecar]:
+    files = set(os.listdir(root)) if os.path.isdir(root) else set()
     done = {}
     for shard in images.shards:
-        content = read_label_sidecar(root, shard.name) if f"{shard.name}.json" in known else None
-        if content is not None:
-            done[shard.name] = content
+        sidecar = read_label_sidecar(root, shard.name) if f"{shard.name}.json" in files else None
+        if sidecar is not None:
+            done[shard.name] = sidecar
     return done
 
 
-def _select_shards(root: str, done: Mapping[str, Any], only: Sequence[str] | None) -> Sequence[str]:
+def _select_shards(root: str, done: Mapping[str, LabelSidecar], only: Sequence[str] | None) -> Sequence[str]:
     for name in only or ():
         if name not in done:
             raise ShardError(
-                f"{root}: the labels of shard {name}, which this run uses, are gone: type  {_PSEUDOLABEL_COMMAND}"
+                f"{root}: the labels of shard {name}, which this run uses, are missing",
+                ["type ", PSEUDOLABEL_COMMAND],
             )
     return list(done) if only is None else only
 
 
 def _manifest_rows_and_meta(
-    root: str | Path, images: ShardSet, done: Mapping[str, dict[str, Any]]
+    root: str | Path, images: ShardSet, done: Mapping[str, LabelSidecar]
 ) -> tuple[list[ShardInfo], dict[str, Any]]:
-    """Return the rows and the meta of a manifest; ShardError where shards do not go together."""
-    made: Mapping[str, Any] = next(iter(done.values()), {"teacher": {}, "preprocessing": "", "codec": ""})
-    for name, content in done.items():
-        _check_same_settings(root, name, content, made)
-    _check_image_hashes(root, images, {name: content["image"]["hash"] for name, content in done.items()})
-    rows = [
-        ShardInfo(name, content["records"], content["bytes"], content["hash"])
-        for name, content in done.items()
-        if content["records"]
-    ]
-    whose = {"images": images.meta.get("licence"), "teacher": made["teacher"].get("licence")}
+    """Return the shards and the metadata of a manifest.
+
+    Raises:
+        ShardError: The shards have different settings or label other images.
+    """
+    first = next(iter(done.values()), None)
+    settings = first.settings if first else LabelSettings({}, "", "")
+    for name, sidecar in done.items():
+        _check_same_settings(root, name, sidecar.settings, settings)
+    hashes = {name: sidecar.image.hash for name, sidecar in done.items()}
+    _check_image_hashes(root, images, hashes)
+    rows = [ShardInfo(name, s.records, s.bytes, s.hash) for name, s in done.items() if s.records]
+    teacher, image_license = settings.teacher, images.meta.get("licence")
+    unit = {}
+    if "quantity" in teacher:  # a teacher that predicts depth knows meters
+        unit = {"unit": "1/m" if teacher["quantity"] == "depth" else "relative"}
     meta = {
         "kind": "labels",
-        "licence": combine_licenses(whose.values()),
+        "licence": combine_licenses([image_license, teacher.get("licence")]),
         "quantity": "disparity",
-        **({"unit": _label_unit(made["teacher"])} if "quantity" in made["teacher"] else {}),
-        "teacher": made["teacher"],
-        "preprocessing": made["preprocessing"],
-        "codec": made["codec"],
-        "skipped": sum(len(content["skipped"]) for content in done.values()),
-        "images": {
-            "set": images.name,
-            "licence": whose["images"],
-            "hashes": {name: content["image"]["hash"] for name, content in done.items()},
-        },
+        **unit,
+        "teacher": teacher,
+        "preprocessing": settings.preprocessing,
+        "codec": settings.codec,
+        "skipped": sum(len(sidecar.skipped) for sidecar in done.values()),
+        "images": {"set": images.name, "licence": image_license, "hashes": hashes},
     }
     return rows, meta
 
 
 def _check_same_settings(
-    root: str | Path, shard: str, content: Mapping[str, Any], made: Mapping[str, Any]
+    root: str | Path, shard: str, settings: LabelSettings, expected: LabelSettings
 ) -> None:
-    theirs, ours = content["teacher"], made["teacher"]
-    if theirs["fingerprint"] != ours["fingerprint"]:
+    if settings.teacher["fingerprint"] != expected.teacher["fingerprint"]:
         raise ShardError(
-            f"{root}/{shard} was labelled by {_describe_teacher(theirs)}, not by {_describe_teacher(ours)}, and "
-            "labels of two teachers "
-            f"are not mixed: type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
+            f"{root}/{shard} was labeled by {settings.teacher_name}, not by {expected.teacher_name}, and labels of two "
+            "teachers are not mixed",
+            _OTHER_FOLDER,
         )
-    if _teacher_conversion(theirs) != _teacher_conversion(ours):
-        was, now = ("/".join(map(str, _teacher_conversion(teacher))) for teacher in (theirs, ours))
-        what = f"its labels were made of {was}, not of {now}"
-        if "quantity" not in theirs:
-            teacher = _describe_teacher(theirs)
-            what = f"its labels are older than the conversion to disparity: the depth of {teacher} as it came"
-        raise ShardError(
-            f"{root}/{shard}: {what}; type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove "
-            "this one"
-        )
-    for what in ("preprocessing", "codec"):
-        if content[what] != made[what]:
-            raise ShardError(
-                f"{root}/{shard} was made with {what} {content[what]!r}, not {made[what]!r}: "
-                f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
-            )
-
-
-def _teacher_conversion(teacher: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a teacher gives and how it became disparity; older label sets, which do not say it, kept it as it came."""
-    return (
-        teacher.get("quantity", "disparity"),
-        teacher.get("unit", "relative"),
-        teacher.get("conversion"),
-    )
-
-
-def _label_unit(teacher: Mapping[str, Any]) -> str:
-    """The unit of labels: known where the teacher knows metres."""
-    return "1/m" if teacher["quantity"] == "depth" else "relative"
-
-
-def _describe_teacher(teacher: Mapping[str, Any]) -> str:
-    fingerprint = str(teacher["fingerprint"])[:19]
-    return f"{teacher['file']} ({fingerprint})" if "file" in teacher else fingerprint
+    if settings.conversion != expected.conversion:
+        theirs, ours = ("/".join(map(str, each.conversion)) for each in (settings, expected))
+        what = f"its labels were made from {theirs}, not from {ours}"
+        if "quantity" not in settings.teacher:
+            what = f"its labels are the unconverted depth of {settings.teacher_name}, by an older version"
+        raise ShardError(f"{root}/{shard}: {what}", _OTHER_FOLDER)
+    for name in ("preprocessing", "codec"):
+        theirs, ours = getattr(settings, name), getattr(expected, name)
+        if theirs != ours:
+            raise ShardError(f"{root}/{shard} was made with {name} {theirs!r}, not {ours!r}", _OTHER_FOLDER)
 
 
 def _image_hashes(labels: ShardSet) -> dict[str, str]:
     try:
         return labels.meta["images"]["hashes"]
     except (KeyError, TypeError):
-        raise ShardError(f"{labels.root} is not a label set: make one with  {_PSEUDOLABEL_COMMAND}") from None
+        raise ShardError(
+            f"{labels.root} is not a label set", ["make one with ", PSEUDOLABEL_COMMAND]
+        ) from None
 
 
 def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str, str]) -> None:
@@ -441,6 +486,5 @@ def _check_image_hashes(root: str | Path, images: ShardSet, hashes: Mapping[str,
 
 def _other_images_error(root: str | Path, images: ShardSet, shard: str) -> ShardError:
     return ShardError(
-        f"{root}/{shard} labels other images than {images.root}/{shard}: "
-        f"type  {_PSEUDOLABEL_COMMAND} labels=FOLDER  with another folder, or remove this one"
+        f"{root}/{shard} labels other images than those of {images.root}/{shard}", _OTHER_FOLDER
     )

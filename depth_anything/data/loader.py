@@ -1,28 +1,34 @@
-"""The loader that training reads from: whole micro-batches, made ahead by worker processes, without end."""
+"""The training data loader: endless micro-batches, prefetched by worker processes."""
 
 import atexit
 import re
 import signal
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.stream import MicroBatchSampler
+from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+
+if TYPE_CHECKING:
+    from depth_anything.data.dataset import StreamDataset
 
 PREFETCH_BATCHES = 2
-"""Micro-batches that each worker makes ahead."""
+"""Micro-batches that each worker prefetches."""
 
 
-class WorkerError(ChildProcessError):
-    """A loader worker died, or had too little memory; it is raised where the next batch is due, between steps."""
+class WorkerError(UserMessage, ChildProcessError):
+    """A loader worker died or ran out of memory; raised where the next batch is due, between optimizer steps."""
 
 
 def build_stream_loader(
-    dataset: StreamDataset,
+    dataset: "StreamDataset",
     *,
     micro_batch: int,
     workers: int,
@@ -34,15 +40,15 @@ def build_stream_loader(
     """Build the endless loader of one rank.
 
     Args:
-        dataset: what it reads; its workers hand batches over in memory of their own.
-        micro_batch: samples of a batch.
-        workers: processes; 0 for none.
-        rank: of `world` that share the stream.
-        world: how many ranks there are.
-        start: the first micro-batch, counted over the run: samples seen ÷ (world · micro_batch).
-        pin_memory: copy batches into pinned memory, as transfers to a GPU need it.
+        dataset: Its workers write batches into shared memory.
+        micro_batch: Samples per batch.
+        workers: Worker processes; 0 for none.
+        rank: Of `world` ranks that share the stream.
+        world: Number of ranks.
+        start: First micro-batch, counted over the run: samples seen ÷ (world · micro_batch).
+        pin_memory: Copy batches into pinned memory, for transfers to a GPU.
     """
-    dataset.use_shared_memory(workers=workers, micro_batch=micro_batch, places=PREFETCH_BATCHES + 2)
+    dataset.use_shared_memory(workers=workers, micro_batch=micro_batch, slots=PREFETCH_BATCHES + 2)
     return StreamLoader(
         dataset,
         smaller=f"micro_batch={largest_divisor(micro_batch)}",
@@ -56,12 +62,12 @@ def build_stream_loader(
 
 
 def return_batch(batch: Any) -> Any:
-    """Hand a batch over as the dataset made it; module-level, so that spawned workers can find it."""
+    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
     return batch
 
 
 def largest_divisor(number: int) -> int:
-    """Return the largest divisor of a number from 2 up that is below it; 1 of 1.
+    """Return the largest proper divisor of a number; 1 for 1.
 
     >>> largest_divisor(12), largest_divisor(9), largest_divisor(7), largest_divisor(1)
     (6, 3, 1, 1)
@@ -70,27 +76,58 @@ def largest_divisor(number: int) -> int:
 
 
 def ignore_signals(worker: int) -> None:
-    """Make a worker process ignore the signals that end a run.
+    """Make a worker process ignore the signals that stop a run.
 
-    A terminal and a cluster send them to the whole process group, and the main process needs batches until the next
-    step boundary.
+    Terminals and clusters send them to the whole process group, but the main process needs batches until the end of
+    the current optimizer step.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of a loader worker on its way to the main process, in place of a batch.
+
+    torch would raise an error of the same class whose only argument is the text of the traceback.
+    """
+
+    error: ValueError | OSError
+
+
+def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what makes a batch, so that a worker sends its ValueError or OSError in place of the batch."""
+
+    @wraps(method)
+    def make_batch(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            if isinstance(error, UserMessage):
+                return WorkerFailure(error)
+            kind = OSError if isinstance(error, OSError) else UserError
+            return WorkerFailure(kind(str(error) or type(error).__name__))
+
+    return make_batch
+
+
+next_or_failure = send_failures(lambda batches: next(batches, None))
+
+
 class StreamLoader(DataLoader):
-    """A loader whose workers ignore signals, and whose errors name the worker and what to type."""
+    """A DataLoader whose workers ignore signals, and whose errors name the worker and what to type."""
 
     def __init__(self, dataset: Any, *, smaller: str, **options: Any) -> None:
-        """Take the options of torch's loader; `smaller` is what a user types for smaller batches."""
+        """Pass the options to DataLoader; `smaller` is the override that makes batches smaller, for messages."""
         super().__init__(dataset, worker_init_fn=ignore_signals, **options)
         self.smaller = smaller
 
     def __iter__(self) -> Any:
-        """Start the workers; torch calls `_get_iterator` here."""
-        # At its exit Python sends SIGTERM to workers that are still there and waits for them: for ever, as they
-        # ignore it. Before that it calls this.
+        """Start the workers."""
+        # At exit Python sends SIGTERM to the remaining workers and waits for them. They ignore it, so they are
+        # stopped before.
         iterator = super().__iter__()
         atexit.register(_shut_down_workers, weakref.ref(iterator))
         return iterator
@@ -100,26 +137,29 @@ class StreamLoader(DataLoader):
 
 
 class _WorkerIterator(_MultiProcessingDataLoaderIter):
-    """The worker processes of a loader."""
+    """The iterator of a loader with worker processes."""
 
     def __init__(self, loader: StreamLoader) -> None:
         handler = signal.getsignal(signal.SIGCHLD)
         self._smaller = loader.smaller
         super().__init__(loader)
-        # torch's handler raises an error of a dead worker wherever the main process is, in the middle of an
-        # optimizer step perhaps, and such a state must not be saved. Without it the error comes with the next batch.
+        # PyTorch's handler raises the error of a dead worker at once, maybe in the middle of an optimizer step, and
+        # a checkpoint of that state would be wrong. Without the handler the error is raised with the next batch.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
     def __next__(self) -> Any:
         try:
-            return super().__next__()
+            batch = super().__next__()
         except (MemoryError, RuntimeError) as error:
             memory = re.search(r"MemoryError|can't allocate memory|Insufficient memory", str(error))
             worker = re.search(r"DataLoader worker process (\d+)", str(error))
             if memory is None or worker is None:
                 raise
             raise self._error(f"loader worker {worker[1]} ran out of memory") from error
+        if isinstance(batch, WorkerFailure):
+            raise batch.error
+        return batch
 
     def _try_get_data(self, *arguments: Any, **options: Any) -> Any:
         try:
@@ -130,18 +170,16 @@ class _WorkerIterator(_MultiProcessingDataLoaderIter):
                 raise
             number, worker = dead[0]
             code = worker.exitcode or 0
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            why = ", for lack of memory perhaps" if code == -signal.SIGKILL else ""
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+            why = ", maybe for lack of memory" if code == -signal.SIGKILL else ""
             raise self._error(f"loader worker {number} (process {worker.pid}) {how}{why}") from error
 
     def _error(self, what: str) -> WorkerError:
-        return WorkerError(
-            f"{what}; the same command goes on; where it happens again, type workers={self._num_workers // 2} or "
-            f"{self._smaller}"
-        )
+        fewer = f"workers={self._num_workers // 2} or {self._smaller}"
+        return WorkerError(what, [SAME_COMMAND, f" to resume; if it happens again, type {fewer}"])
 
 
 def _shut_down_workers(iterator: "weakref.ref[Any]") -> None:
-    held = iterator()
-    if isinstance(held, _MultiProcessingDataLoaderIter):
-        held._shutdown_workers()
+    workers = iterator()
+    if isinstance(workers, _MultiProcessingDataLoaderIter):
+        workers._shutdown_workers()

@@ -1,7 +1,7 @@
-"""Reading single records out of shards: by offset, checked, from any process.
+"""Read single records of shards: by offset, with checksums, from any process.
 
-What is read whole and is wrong is a bad record. What cannot be read for now, here or from afar, is read again, and
-then stops the run as an Outage: a failing disk must not change what a network learns from.
+A record that can be read but is wrong is a BadRecord. A disk or server that fails for now is tried again, and then
+stops the run as StorageUnavailable: a failing disk must not change what a network is trained on.
 """
 
 import hashlib
@@ -12,30 +12,29 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote
+from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
     BadRecord,
     ShardError,
-    ShardInfo,
     ShardSet,
     StorageUnavailable,
     build_index_text,
     parse_index,
 )
 
-_MAX_REQUESTS = 16  # requests that a process has under way
-_MAX_RECORD_BYTES = 1 << 30  # bytes of a record; no image and label have as many
-_HEADER_BYTES = 512  # bytes of a tar's header, which stands right before the data
-_LONG_NAME_LENGTH = (
-    98  # from here on, with "./" before it, a name may stand in blocks of its own before the header
-)
+_MAX_REQUESTS = 16  # simultaneous requests of a process
+_MAX_RECORD_BYTES = 1 << 30
+_HEADER_BYTES = 512  # of a tar header, which is right before the data
+_LONG_NAME_LENGTH = 98  # a longer name, with "./" before it, may be in blocks of its own before the header
 _LONG_HEADER_BYTES = 1 << 13
 
 _fetch_pool: list[ThreadPoolExecutor] = []
@@ -44,13 +43,18 @@ os.register_at_fork(after_in_child=_fetch_pool.clear)
 KeyAndFields = tuple[str, dict[str, bytes]]
 
 
-class ShardReader:
-    """Reads records of shards singly.
+class _LoadedIndex(NamedTuple):
+    table: TarIndex
+    is_remote: bool
 
-    Local files are read by offset, http, https, s3 and gs by range. Other addresses (pipe:, http servers
-    without ranges) are copied whole into a cache folder on first use, after one line on stderr that says how
-    much disk this takes. Files are opened when needed, and anew in a forked or spawned process; threads may
-    share a reader. What comes damaged from afar is fetched once more before it counts as damaged.
+
+class ShardReader:
+    """Reads single records of shards.
+
+    Local files are read by offset, http, https, s3 and gs by range. Other addresses (pipe:, http servers without
+    ranges) are copied whole into a cache folder on first use, after one line on stderr that names the disk space.
+    Files are opened when they are needed, and opened again in a forked or spawned process; threads may share a
+    reader. A remote record that arrives damaged is fetched once more before it counts as damaged.
     """
 
     def __init__(
@@ -59,69 +63,73 @@ class ShardReader:
         """Open nothing yet.
 
         Args:
-            max_open: files open at a time.
-            max_indexes: indexes kept in memory, some 70 kB each for a thousand records.
-            total_bytes: of all shards that will be read, for the line on stderr.
+            max_open: Files open at a time.
+            max_indexes: Indexes kept in memory, some 70 kB each per thousand records.
+            total_bytes: Of all shards that will be read, for the line on stderr.
         """
         self.max_open, self.max_indexes, self.total_bytes = max_open, max_indexes, total_bytes
         self._process, self._lock = os.getpid(), threading.RLock()
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._indexes: OrderedDict[str, TarIndex] = OrderedDict()
-        self._gone: dict[str, str] = {}  # shards of which nothing can be read, and why
+        self._indexes: OrderedDict[str, _LoadedIndex] = OrderedDict()
+        self._unreadable: dict[str, str] = {}  # remote shards that gave a permanent error, and its reason
 
     def read(self, url: str | Path, index: int, *, hash: str | None = None) -> KeyAndFields:
         """Read one record: its key, and its fields (extension to bytes).
 
-        Each field is held against its crc32 and against the name in the tar's header before it.
+        Each field is checked against its crc32 and against the name in the tar header before it.
 
         Args:
-            url: of the shard.
-            index: of the record in it.
-            hash: of the tar, as the manifest has it.
+            url: Of the shard.
+            index: Of the record in the shard.
+            hash: Of the tar, from the manifest.
 
         Raises:
-            BadRecord: the shard is missing, cut short or damaged here, or its index does not fit it.
-            IndexError: the shard has no such record.
-            Outage: it cannot be had for now, here or from afar.
+            BadRecord: The shard is missing, truncated or damaged, or its index is not its own.
+            IndexError: The shard has no such record.
+            StorageUnavailable: It cannot be read for now.
         """
         url = str(url)
-        if url in self._gone:
-            table = self._indexes.get(url)
-            raise BadRecord(url, index, table.key(index) if table else "", self._gone[url])
+        if url in self._unreadable:
+            loaded = self._indexes.get(url)
+            raise BadRecord(url, index, loaded.table.key(index) if loaded else "", self._unreadable[url])
         try:
-            return self._read(url, index, hash)
+            return self._read_once(url, index, hash)
         except BadRecord:
             if not is_remote(url):
                 raise
-        self.forget(url)  # what is wrong may have come on the way
+        self.forget(url)  # it may have been damaged on the way
         try:
-            return self._read(url, index, hash, fresh=True)
+            return self._read_once(url, index, hash, fresh=True)
         except BadRecord as error:
-            if isinstance(error.__cause__, remote.PermanentError):
-                self._gone[url] = error.reason  # its other records need not ask
+            if isinstance(error.__cause__, PermanentError):
+                self._unreadable[url] = error.reason  # do not ask again for its other records
             raise
 
-    def _read(self, url: str, index: int, hash: str | None, *, fresh: bool = False) -> KeyAndFields:
+    def _read_once(self, url: str, index: int, hash: str | None, *, fresh: bool = False) -> KeyAndFields:
         key = ""
         try:
-            table = self.index(url)
+            table, far = self._load(url)
             if hash is not None and table.hash != hash:
-                raise ShardError(f"{url} is not the tar that the manifest means: its hash differs")
-            key = table.key(index)
+                raise ShardError(f"{url} is not the tar of the manifest: its hash differs")
             members = table.members(index)
-            longest = max(len(key) + 1 + len(member.extension) for member in members)
-            start = max(
-                0, members[0].offset - (_HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES)
-            )
-            end = max(member.offset + member.size for member in members)
-            if end - start > _MAX_RECORD_BYTES:
-                raise ShardError(
-                    f"its {end - start} bytes are more than a record may have, {_MAX_RECORD_BYTES}"
-                )
-            data = self._bytes(url, start, end - start, table, fresh=fresh)
-            fields = {member.extension: _extract_field(data, member, start) for member in members}
+            key = members[0].key
+            longest = end = 0
             for member in members:
-                _check_header_name(data, member, start)
+                longest = max(longest, len(key) + 1 + len(member.extension))
+                end = max(end, member.offset + member.size)
+            header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
+            start = max(0, members[0].offset - header)
+            if end - start > _MAX_RECORD_BYTES:
+                raise ShardError(f"its {end - start} bytes are more than the limit of {_MAX_RECORD_BYTES}")
+            if far:
+                data = self._fetch_range(url, start, end - start, table, fresh=fresh)
+            else:
+                data = self._read_local(url, start, end - start)
+            if len(data) != end - start:
+                raise ShardError(f"the shard is truncated: {len(data)} bytes in place of {end - start}")
+            fields = {}
+            for member in members:
+                fields[member.extension] = _extract_field(data, member, start)
             return key, fields
         except StorageUnavailable:
             raise
@@ -129,37 +137,47 @@ class ShardReader:
             raise BadRecord(url, index, key, str(error)) from error
 
     def forget(self, url: str | Path) -> None:
-        """Drop a shard's index, so that it is read anew."""
+        """Drop the index of a shard, so that it is read again."""
         self._indexes.pop(str(url), None)
 
     def keys(self, url: str | Path) -> list[str]:
-        """Return the keys of a shard in its order; ShardError where there is no index to be had."""
+        """Return the keys of a shard in the order of its records.
+
+        Raises:
+            ShardError: It has no readable index.
+        """
         return self.index(url).keys()
 
     def find(self, url: str | Path, key: str) -> int:
-        """Return the number of the record with this key; KeyError where there is none."""
-        found = self.index(url).find(key)
-        if found is None:
-            raise KeyError(key)
-        return found
-
-    def index(self, url: str | Path) -> TarIndex:
-        """Return a shard's index: NAME.idx, or, of a local tar without one, made by reading it through.
+        """Return the number of the record with this key.
 
         Raises:
-            ShardError: there is none to be had, or it was made of a tar of another size.
-            Outage: it cannot be had for now.
+            KeyError: There is none.
         """
-        url = str(url)
-        table = self._indexes.get(url)
-        if table is None:
-            table = remote.retry(url, lambda: _load_index(url))
+        number = self.index(url).find(key)
+        if number is None:
+            raise KeyError(key)
+        return number
+
+    def index(self, url: str | Path) -> TarIndex:
+        """Return the index of a shard: NAME.idx, or, for a local tar without one, built by reading the tar.
+
+        Raises:
+            ShardError: There is no readable index, or it is that of a tar of another size.
+            StorageUnavailable: It cannot be read for now.
+        """
+        return self._load(str(url)).table
+
+    def _load(self, url: str) -> _LoadedIndex:
+        loaded = self._indexes.get(url)
+        if loaded is None:
+            loaded = _LoadedIndex(retry(url, lambda: _load_index(url)), is_remote(url))
         with self._lock:
-            self._indexes[url] = table
+            self._indexes[url] = loaded
             self._indexes.move_to_end(url)
             if len(self._indexes) > self.max_indexes:
                 self._indexes.popitem(last=False)
-        return table
+        return loaded
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
@@ -168,49 +186,46 @@ class ShardReader:
         self._files.clear()
 
     def __getstate__(self) -> dict[str, int | None]:
-        """Pickle the settings alone."""
-        return {
-            "max_open": self.max_open,
-            "max_indexes": self.max_indexes,
-            "total_bytes": self.total_bytes,
-        }
+        """Pickle the settings only."""
+        return {name: getattr(self, name) for name in ("max_open", "max_indexes", "total_bytes")}
 
     def __setstate__(self, state: dict[str, int | None]) -> None:
-        """Begin with nothing open."""
+        """Start with no open files."""
         ShardReader.__init__(self, **state)  # type: ignore[arg-type]
 
     def __del__(self) -> None:
         """Close all files."""
         self.close()
 
-    def _bytes(self, url: str, start: int, count: int, table: TarIndex, *, fresh: bool) -> bytes:
-        if is_remote(url):
-            data = remote.retry(  # whose cache lies on a disk of ours
-                url,
-                lambda: remote.fetch_range(
-                    url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
-                ),
-            )
-        else:
-            data = remote.retry(url, lambda: self._pread(url, start, count))
-        if len(data) != count:
-            raise ShardError(f"{len(data)} bytes came in place of {count}: the shard is truncated")
-        return data
+    def _fetch_range(self, url: str, start: int, count: int, table: TarIndex, *, fresh: bool) -> bytes:
+        # retried once more here, because the cache of whole shards is on a local disk
+        return retry(
+            url,
+            lambda: remote.fetch_range(
+                url, start, count, table=table, total_bytes=self.total_bytes, fresh=fresh
+            ),
+        )
+
+    def _read_local(self, path: str, start: int, count: int) -> bytes:
+        try:
+            return self._pread(path, start, count)
+        except OSError as error:
+            return retry(path, lambda: self._pread(path, start, count), failed=error)
 
     def _pread(self, path: str, start: int, count: int) -> bytes:
         with self._lock:
             try:
-                file, parts, held = self._open(path), [], 0
-                while held < count and (part := os.pread(file, count - held, start + held)):
-                    parts.append(part)  # a network disk may give less than was asked for
-                    held += len(part)
+                file, parts, received = self._open(path), [], 0
+                while received < count and (part := os.pread(file, count - received, start + received)):
+                    parts.append(part)  # a network disk may return less than was requested
+                    received += len(part)
                 return parts[0] if len(parts) == 1 else b"".join(parts)
             except OSError:
-                self.close()  # a handle may be stale, or too many files open
+                self.close()  # a handle may be stale, or too many files may be open
                 raise
 
     def _open(self, path: str) -> int:
-        if self._process != os.getpid():  # a parent's files are its own
+        if self._process != os.getpid():  # after a fork: the files belong to the parent
             self.close()
             self._process = os.getpid()
         descriptor = self._files.get(path)
@@ -222,186 +237,176 @@ class ShardReader:
         return descriptor
 
 
-class _Prefetcher:
-    """Records that are being fetched, each by a thread, before they are asked for."""
+class _ShardEntry(NamedTuple):
+    """A shard of a set: where it is, and what the manifest says of it."""
 
-    def __init__(self) -> None:
-        self._process = os.getpid()
-        self._under_way: dict[tuple[str, int], Future[KeyAndFields]] = {}
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Prefetcher, ()
-
-    def begin(self, fetch: Callable[[str, int], KeyAndFields], places: Iterable[tuple[str, int]]) -> None:
-        """Fetch these, and forget what was never asked for."""
-        if not _fetch_pool:
-            _fetch_pool.append(ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="fetch"))
-        self._process = os.getpid()
-        self._under_way = {place: _fetch_pool[0].submit(fetch, *place) for place in dict.fromkeys(places)}
-
-    def take(self, shard: str, index: int) -> Future[KeyAndFields] | None:
-        """Return what was begun of a record, if it was, and by this process."""
-        return self._under_way.pop((shard, index), None) if self._process == os.getpid() else None
+    url: str
+    root: str
+    hash: str
+    records: int
 
 
-class Records:
-    """The records of a set, read singly; cheap to make and to send to other processes.
+def _shard_entries(shard_set: ShardSet) -> dict[str, _ShardEntry]:
+    root = shard_set.root
+    return {s.name: _ShardEntry(shard_set.url(s.name), root, s.hash, s.records) for s in shard_set.shards}
+
+
+class RecordSource:
+    """Base of `Records` and `JoinedRecords`: the list of shards, the reader, and prefetching.
 
     Attributes:
-        set: the set.
-        name: its name.
-        digest: its digest.
+        name: Of the set.
+        digest: Of the shards that are read.
+        is_remote: Whether reading sends requests to a server, so that `prefetch` saves time.
     """
 
-    def __init__(self, shard_set: ShardSet) -> None:
+    def __init__(self, shard_set: ShardSet, *, digest: str, is_remote: bool, total_bytes: int) -> None:
         """Open nothing yet."""
-        self.set, self.name, self.digest = shard_set, shard_set.name, shard_set.digest
-        self._infos = {f"{self.name}/{shard.name}": shard for shard in shard_set.shards}
-        self._reader, self._ahead = ShardReader(total_bytes=shard_set.bytes), _Prefetcher()
+        self.name, self.digest, self.is_remote = shard_set.name, digest, is_remote
+        self._shards = {f"{self.name}/{name}": entry for name, entry in _shard_entries(shard_set).items()}
+        self._reader = ShardReader(total_bytes=total_bytes)
+        self._prefetched: dict[tuple[str, int], Future[KeyAndFields]] = {}
+        self._prefetch_process = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle without the records that are being fetched."""
+        return {**self.__dict__, "_prefetched": {}}
 
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(set/shard, records) of every shard."""
-        return [(name, info.records) for name, info in self._infos.items()]
+        return [(name, entry.records) for name, entry in self._shards.items()]
 
     def share_reader(self, reader: ShardReader) -> None:
-        """Read through a reader that other sets read through, too: its files and indexes are counted once."""
+        """Read with a reader that other sets use as well, so that its limits hold for all of them together."""
         reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
         self._reader = reader
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether reading means asking a server, so that `expect` pays."""
-        return is_remote(self.set.root)
-
     def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
-        """Begin to fetch records that will be read next, side by side."""
-        self._ahead.begin(self._fetch, places)
+        """Start to fetch records (shard, index) in parallel; forget those of the last call that were not read."""
+        if not _fetch_pool:
+            _fetch_pool.append(ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="fetch"))
+        self._prefetch_process = os.getpid()  # the threads do not exist in a forked process
+        self._prefetched = {
+            place: _fetch_pool[0].submit(self._fetch, *place) for place in dict.fromkeys(places)
+        }
 
     def read(self, shard: str, index: int) -> KeyAndFields:
-        """Read a record: key and fields.
+        """Read a record: its key, and its fields (extension to bytes).
 
         Args:
             shard: set/shard, as in `shards`.
-            index: of the record in it.
+            index: Of the record in the shard.
 
         Raises:
-            BadRecord: it cannot be read, or is not what the manifest means.
-            Outage: it cannot be had for now.
+            BadRecord: It cannot be read, is not the one of the manifest, or its image and label do not match.
+            StorageUnavailable: It cannot be read for now.
         """
-        begun = self._ahead.take(shard, index)
-        return begun.result() if begun else self._fetch(shard, index)
+        if self._prefetched and self._prefetch_process == os.getpid():
+            future = self._prefetched.pop((shard, index), None)
+            if future is not None:
+                return future.result()
+        return self._fetch(shard, index)
 
     def _fetch(self, shard: str, index: int) -> KeyAndFields:
-        return _read_record(self._reader, self.set, self._infos[shard], shard, index)
+        raise NotImplementedError
+
+    def _read_record(self, entry: _ShardEntry, shard: str, index: int, *, side: str = "") -> KeyAndFields:
+        try:
+            return self._reader.read(entry.url, index, hash=entry.hash)
+        except BadRecord as error:
+            if not is_remote(entry.root) and not os.path.exists(os.path.join(entry.root, "manifest.json")):
+                raise StorageUnavailable(
+                    f"{entry.root} is missing", ["mount its disk, then ", *RESUME_HINT]
+                ) from error
+            raise BadRecord(shard, index, error.key, side + error.reason) from error
 
 
-class JoinedRecords:
-    """Label records, each joined by its key with the image record it was made from.
+class Records(RecordSource):
+    """The records of a set; cheap to create and to send to other processes.
 
     Attributes:
-        images: the set of images.
-        labels: the set of labels.
-        name: of the labels.
-        digest: of the labels and the image shards they were made from.
+        set: The set.
+    """
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        """Open nothing yet."""
+        far = is_remote(shard_set.root)
+        super().__init__(shard_set, digest=shard_set.digest, is_remote=far, total_bytes=shard_set.bytes)
+        self.set = shard_set
+
+    def _fetch(self, shard: str, index: int) -> KeyAndFields:
+        return self._read_record(self._shards[shard], shard, index)
+
+
+class JoinedRecords(RecordSource):
+    """Label records, each joined by its key with the image record that it labels.
+
+    A record has all fields of the image except labels, and those of the label.
+
+    Attributes:
+        images: The set of images.
+        labels: The set of labels, whose name and shards these are.
+        digest: Of the labels and of the image shards that they label.
     """
 
     def __init__(self, images: ShardSet, labels: ShardSet) -> None:
         """Open nothing yet.
 
         Raises:
-            ShardError: the labels do not say which images they were made from.
+            ShardError: The manifest of the labels does not name their images.
         """
         if "images" not in labels.meta:
             raise ShardError(
-                f"{labels.root} is not a label set, which would say what images it was made from: "
-                "it is read without an image set, or made by  python train.py stage=pseudolabel"
+                f"{labels.root} is not a label set, whose manifest names its images: read it without an image set, "
+                "or make labels with  python train.py stage=pseudolabel"
             )
-        self.images, self.labels, self.name = images, labels, labels.name
-        self._hashes: dict[str, str] = labels.meta["images"]["hashes"]
-        made_from = sorted((shard.name, self._hashes[shard.name]) for shard in labels.shards)
-        text = json.dumps([labels.digest, made_from])
-        self.digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-        self._label_infos = {f"{labels.name}/{shard.name}": shard for shard in labels.shards}
-        self._image_infos = {shard.name: shard for shard in images.shards}
-        self._reader, self._ahead = ShardReader(total_bytes=images.bytes + labels.bytes), _Prefetcher()
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """(set/shard, records) of every label shard."""
-        return [(name, info.records) for name, info in self._label_infos.items()]
-
-    def share_reader(self, reader: ShardReader) -> None:
-        """Read through a reader that other sets read through, too: its files and indexes are counted once."""
-        reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
-        self._reader = reader
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether reading means asking a server, so that `expect` pays."""
-        return is_remote(self.images.root) or is_remote(self.labels.root)
-
-    def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
-        """Begin to fetch records that will be read next, side by side."""
-        self._ahead.begin(self._fetch, places)
-
-    def read(self, shard: str, index: int) -> KeyAndFields:
-        """Read a label and its image: the key they share; all fields of the image but labels, and the
-        label's.
-
-        Raises:
-            BadRecord: either cannot be read, or they do not belong together.
-            Outage: either cannot be had for now.
-        """
-        begun = self._ahead.take(shard, index)
-        return begun.result() if begun else self._fetch(shard, index)
+        self._image_hashes: dict[str, str] = labels.meta["images"]["hashes"]
+        labeled = sorted((shard.name, self._image_hashes[shard.name]) for shard in labels.shards)
+        digest = hashlib.sha256(json.dumps([labels.digest, labeled]).encode()).hexdigest()
+        super().__init__(
+            labels,
+            digest=f"sha256:{digest}",
+            is_remote=is_remote(images.root) or is_remote(labels.root),
+            total_bytes=images.bytes + labels.bytes,
+        )
+        self.images, self.labels = images, labels
+        self._image_shards = _shard_entries(images)
 
     def _fetch(self, shard: str, index: int) -> KeyAndFields:
         try:
-            return self._pair(shard, index)
+            return self._read_pair(shard, index)
         except _KeyNotInImages:
-            info = self._label_infos[shard]
-            addresses = self.labels.url(info.name), self.images.url(info.name)
-            if not any(map(is_remote, addresses)):
+            name = shard.partition("/")[2]
+            urls = self._shards[shard].url, self._image_shards[name].url
+            if not any(map(is_remote, urls)):
                 raise
-            for address in addresses:  # either index may have come damaged
-                self._reader.forget(address)
-            return self._pair(shard, index)
+            for url in urls:  # either index may have been damaged on the way
+                self._reader.forget(url)
+            return self._read_pair(shard, index)
 
-    def _pair(self, shard: str, index: int) -> KeyAndFields:
-        info = self._label_infos[shard]
-        key, label = _read_record(self._reader, self.labels, info, shard, index, what="label: ")
-        image_info = self._image_infos.get(info.name)
-        if image_info is None or image_info.hash != self._hashes[info.name]:
-            wrong = "is missing" if image_info is None else "is not the one this label was made from"
-            raise BadRecord(shard, index, key, f"image: the shard {self.images.name}/{info.name} {wrong}")
+    def _read_pair(self, shard: str, index: int) -> KeyAndFields:
+        key, label = self._read_record(self._shards[shard], shard, index, side="label: ")
+        name = shard.partition("/")[2]
+        entry, images = self._image_shards.get(name), f"{self.images.name}/{name}"
+        if entry is None or entry.hash != self._image_hashes[name]:
+            problem = "is missing" if entry is None else "is not the one that this label was made from"
+            raise BadRecord(shard, index, key, f"image: the shard {images} {problem}")
         try:
-            number = self._reader.find(self.images.url(info.name), key)
+            number = self._reader.find(entry.url, key)
         except KeyError:
-            reason = f"image: the shard {self.images.name}/{info.name} has no such key"
-            raise _KeyNotInImages(shard, index, key, reason) from None
+            raise _KeyNotInImages(
+                shard, index, key, f"image: the shard {images} does not have this key"
+            ) from None
         except ShardError as error:
             raise BadRecord(shard, index, key, f"image: {error}") from error
-        _, image = _read_record(self._reader, self.images, image_info, shard, number, what="image: ")
-        kept = {name: data for name, data in image.items() if name.split(".")[0] not in LABEL_FIELDS}
-        return key, {**label, **kept}
+        _, image = self._read_record(entry, shard, number, side="image: ")
+        fields = {name: data for name, data in image.items() if name.split(".")[0] not in LABEL_FIELDS}
+        return key, {**label, **fields}
 
 
 class _KeyNotInImages(BadRecord):
-    """A label whose key its image shard does not have."""
-
-
-def _read_record(
-    reader: ShardReader, shards: ShardSet, info: ShardInfo, shard: str, index: int, *, what: str = ""
-) -> KeyAndFields:
-    try:
-        return reader.read(shards.url(info.name), index, hash=info.hash)
-    except BadRecord as error:
-        if not is_remote(shards.root) and not os.path.exists(os.path.join(shards.root, "manifest.json")):
-            raise StorageUnavailable(
-                f"{shards.root} is gone, or its disk is: {remote.RESUME_HINT} when it is there again"
-            ) from error
-        raise BadRecord(shard, index, error.key, what + error.reason) from error
+    """The image shard does not have the key of a label."""
 
 
 def _load_index(url: str) -> TarIndex:
@@ -409,67 +414,78 @@ def _load_index(url: str) -> TarIndex:
         address = index_address(url)
         try:
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
-        except remote.PermanentError:
+        except PermanentError:
             raise
-        except ShardError:  # it may have come damaged
+        except ShardError:  # it may have been damaged on the way
             return parse_index(remote.fetch(address).decode(errors="replace"), where=address)
     path = Path(url)
     size = path.stat().st_size if path.is_file() else None
     if not size:
         raise ShardError(f"{url} is missing" if size is None else f"{url} is empty")
-    place = path.with_suffix(".idx")
-    if not place.exists():
+    index = path.with_suffix(".idx")
+    if not index.exists():
         return parse_index(build_index_text(path), where=path)
-    table = parse_index(place.read_text(errors="replace"), where=place)
+    table = parse_index(index.read_text(errors="replace"), where=index)
     if table.bytes != size:
         raise ShardError(f"{url} has {size} bytes, its index says {table.bytes}: truncated, or another tar")
     return table
 
 
 def _extract_field(data: bytes, member: TarMember, start: int) -> bytes:
-    field = data[member.offset - start : member.offset - start + member.size]
+    """Return the data of a file, checked by its crc32 and by the name in its tar header.
+
+    Args:
+        data: Bytes of the tar.
+        member: The file.
+        start: Offset of `data` in the tar.
+
+    Raises:
+        ShardError: Checksum or name differ from the index.
+    """
+    offset = member.offset - start
+    field = data[offset : offset + member.size]
     if zlib.crc32(field) != member.crc:
-        raise ShardError(f"the checksum of its {member.extension} differs: damaged, or another tar's index")
+        raise ShardError(
+            f"the checksum of its {member.extension} differs: damaged, or the index of another tar"
+        )
+    name = f"{member.key}.{member.extension}"
+    if not data.startswith(name.encode() + b"\0", max(0, offset - _HEADER_BYTES)):
+        _check_header_name(data[max(0, offset - _LONG_HEADER_BYTES) : offset], member.extension, name)
     return field
 
 
-def _check_header_name(data: bytes, member: TarMember, start: int) -> None:
-    """Hold a member's key and extension against the tar's own header, in the bytes from `start` on."""
-    place = member.offset - start
-    before = data[max(0, place - _LONG_HEADER_BYTES) : place]
-    if not _header_has_name(before, f"{member.key}.{member.extension}"):
+def _check_header_name(before: bytes, extension: str, name: str) -> None:
+    """Check the name of a file against the tar header at the end of the bytes before its data."""
+    if not _header_has_name(before, name):
         try:
             tarfile.TarInfo.frombuf(before[-_HEADER_BYTES:], "utf-8", "replace")
         except tarfile.HeaderError as error:
             raise ShardError(
-                f"the header checksum of its {member.extension} differs: damaged, or another tar's index"
+                f"the header checksum of its {extension} differs: damaged, or the index of another tar"
             ) from error
         raise ShardError(
-            f"its {member.extension} has another name in the tar: its index is damaged, or another tar's; "
+            f"its {extension} has another name in the tar: the index is damaged, or of another tar; "
             "type  depth-anything shard index FOLDER"
         )
 
 
 def _header_has_name(before: bytes, name: str) -> bool:
-    """Whether the header at the end of the bytes before a member's data has this name."""
     header = before[-_HEADER_BYTES:]
-    wanted = name.encode()
-    if header.startswith(wanted + b"\0"):
-        return True
     stored = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
         stored = header[345:500].partition(b"\0")[0] + b"/" + stored
-    spelled = _name_pattern(name)
-    if re.fullmatch(spelled, stored):
+    pattern = _name_pattern(name)
+    if re.fullmatch(pattern, stored):
         return True
-    # The names of others' tars may be longer than a header holds: a pax record or a block of GNU's has them then.
+    # In tars of other programs a name may be longer than a header holds: it is then in a pax record or in a block of
+    # GNU tar before the header.
     return len(name) > _LONG_NAME_LENGTH and bool(
-        re.search(b"(?:path=|\0)" + spelled + b"[\n\0]", before[:-_HEADER_BYTES])
+        re.search(b"(?:path=|\0)" + pattern + b"[\n\0]", before[:-_HEADER_BYTES])
     )
 
 
 def _name_pattern(name: str) -> bytes:
-    """A pattern of the ways to write a member's name: "./" may stand before it; the extension may have capitals."""
+    """Return a pattern of how tars write a name: with "./" before it or not, the extension in any case."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     key, end = (re.escape(part.encode()) for part in (f"{folder}{slash}{stem}", extension))

@@ -1,20 +1,20 @@
-"""Yaml that comes from a disk: read as safe_load does, with limits on what it may expand to."""
+"""Read YAML files of unknown origin: PyYAML's safe loader with limits on size, and without aliases."""
 
 from typing import Any
 
 import yaml
 
 _MAX_NODES = 10_000
-_MAX_SCALAR = 4096  # characters; 1:2:3:… is a number to base 60 in yaml, which takes hours if it is long
+_MAX_SCALAR = 4096  # characters; YAML reads 1:2:3:… as a number to base 60, which takes hours if it is long
 
 
 def load_yaml(data: bytes) -> Any:
-    """Read yaml in UTF-8. A key that comes twice, an alias, and more than anyone would write are refused.
+    """Parse YAML in UTF-8; refuse duplicate keys, aliases and very large files.
 
-    An alias stands for all of what it means, and ten of them of ten aliases each fill any memory.
+    Ten aliases of ten aliases each, and so on, would expand to more than any memory holds.
 
     Raises:
-        ValueError: Naming the line, and what is wrong with it.
+        ValueError: With the line and what is wrong.
     """
     try:
         return _BoundedLoader.parse(data.decode("utf-8-sig"))
@@ -22,7 +22,7 @@ def load_yaml(data: bytes) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         what = getattr(error, "problem", None) or error
-        raise ValueError(f"{where}this is no yaml: {what}") from error
+        raise ValueError(f"{where}invalid YAML: {what}") from error
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -37,13 +37,13 @@ class _BoundedLoader(yaml.SafeLoader):
             loader.dispose()
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, and more than anyone would write, before they are made."""
+        """Refuse aliases and too many or too long values before they are built."""
         event, problem = self.peek_event(), ""
         self.nodes += 1
         if isinstance(event, yaml.AliasEvent):
-            problem = f"*{event.anchor} is an alias: write out what it stands for"
+            problem = f"*{event.anchor} is an alias: write out its value"
         elif self.nodes > _MAX_NODES:
-            problem = f"it has more than {_MAX_NODES} values"
+            problem = f"more than {_MAX_NODES} values"
         elif isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
             problem = f"a value has more than {_MAX_SCALAR} characters"
         if problem:
@@ -51,10 +51,12 @@ class _BoundedLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        """Make a dict of a mapping."""
+        """Build a dict; refuse duplicate keys."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f'"{key.value}" comes twice', problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f'the key "{key.value}" is duplicated', problem_mark=key.start_mark
+                )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)

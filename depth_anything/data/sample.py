@@ -1,4 +1,7 @@
-"""A frame, and how it lies in a record: image bytes, `json`, and `depth.<codec>` or `disparity.<codec>`."""
+"""A frame: an image with its depth or disparity, and how it is encoded as the fields of a record.
+
+Fields are the image file (`jpg`, `png` or `webp`), `json`, and `depth.<codec>` or `disparity.<codec>`.
+"""
 
 import io
 import json
@@ -13,57 +16,31 @@ import simplejpeg
 from PIL import Image
 
 from depth_anything.data import codec as map_codec
-from depth_anything.data.image_headers import (
-    MAX_PIXELS,
-    DecodeCost,
-    check_decode_cost,
-    estimate_decode_cost,
-    open_image,
-    picture_decode_cost,
-)
+from depth_anything.data.image_headers import MAX_PIXELS, check_decode_cost, open_image, picture_decode_cost
 from depth_anything.preprocess import composite_on_white
-
-__all__ = [
-    "MAX_PIXELS",
-    "Frame",
-    "DecodeCost",
-    "decode_image",
-    "decode_labels",
-    "decode_image_and_meta",
-    "decode_record",
-    "make_disparity_target",
-    "encode_frame",
-    "estimate_decode_cost",
-    "image_extension",
-    "image_warnings",
-    "convert_to_target",
-    "find_target_field",
-]
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")
 
 _ORIENTATION = 0x0112
-_DARK_LEVEL, _MAX_SAMPLED_SIDE = (
-    16,
-    1000,
-)  # of 255, where 4095 of 65535 is 16; rows and columns that are looked at
-_TOLERATED_EXTRA_BYTES = 2  # between the last pixel of a JPEG and the mark of its end
+_DARK_LEVEL = 16  # of 255; a 12-bit value of 4095 in 16 bits becomes 16
+_MAX_SAMPLED_SIDE = 1000  # rows and columns that are sampled to find dark images
+_TOLERATED_EXTRA_BYTES = 2  # between the last pixel of a JPEG and its end marker
 _IMREAD_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11
 _CV2_FLAGS = (cv2.IMREAD_COLOR if _IMREAD_RGB is None else _IMREAD_RGB) | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 @dataclass
 class Frame:
-    """One image with what is known about it.
+    """An image with its labels and metadata.
 
     Attributes:
         key: <set>/<shard>/<record>.
         image: uint8 (H, W, 3) RGB.
-        meta: what the record's json holds: source, original size, intrinsics if known, unit, what is sky.
-        depth: float32 metres; +inf is sky (meta["sky"] is then "inf"), NaN unknown. Its size may differ from
-            the image's, which is then to be resized to it.
-        disparity: float32, larger is nearer, known up to scale and shift; NaN unknown.
+        meta: The record's json: source, original size, intrinsics if known, unit, how the sky is encoded.
+        depth: float32 (h, w) in meters; +inf is sky (meta["sky"] is then "inf"), NaN unknown. If its size differs
+            from that of the image, the image must be resized to it.
+        disparity: float32 (h, w), larger is nearer, up to scale and shift; NaN unknown.
     """
 
     key: str
@@ -74,19 +51,19 @@ class Frame:
 
 
 def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
-    """Decode an image file to uint8 (H, W, 3) RGB, upright, or else as its pixels are stored.
+    """Decode an image file to uint8 (H, W, 3) RGB.
 
-    Reads JPEG, PNG, WebP, TIFF (BigTIFF, too), BMP, GIF, HEIC, AVIF and JPEG 2000; of several pictures the first. EXIF
-    orientation is applied, grey is repeated, 16-bit values are divided by 257, CMYK is converted, what is transparent
-    shows white. Colour profiles are ignored, as the authors' reader does.
+    Reads JPEG, PNG, WebP, TIFF (and BigTIFF), BMP, GIF, HEIC, AVIF and JPEG 2000; of several pictures the first. Gray
+    is repeated, 16-bit values are divided by 257, CMYK is converted, transparency is composited on white. Color
+    profiles are ignored, as in the authors' code.
 
     Args:
         data: The file.
-        upright: Apply the EXIF orientation.
+        upright: Apply the EXIF orientation; False returns the pixels as they are stored.
 
     Raises:
-        ValueError: Empty, damaged, cut short, of another format (which is named where it is known), or over 200
-            megapixels by its header; or there is not enough memory for it.
+        ValueError: The file is empty, damaged, truncated, of another format (named if it is known), has over 200
+            megapixels by its header, or there is not enough memory.
     """
     if not data:
         raise ValueError("the image is empty")
@@ -107,43 +84,46 @@ def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
 
 
 def image_warnings(data: bytes, image: np.ndarray) -> list[str]:
-    """Say what a user may not expect of a decoded image, a sentence each.
+    """Describe what may surprise the user about a decoded image: further pictures in the file, or values too dark.
 
     Args:
         data: The file.
-        image: What `decode_image` made of it.
+        image: The result of `decode_image`.
 
     Returns:
-        That it holds further pictures; that its 16 bits hold values of 12, so that it is nearly black.
+        One sentence each.
     """
-    picture, notes = open_image(data), []
+    picture, warnings = open_image(data), []
     step = -(-max(image.shape[:2]) // _MAX_SAMPLED_SIDE)
     if _is_16_bit(picture) and np.percentile(image[::step, ::step], 99.9) <= _DARK_LEVEL:
-        notes.append(
+        warnings.append(
             "it is nearly black: its 16-bit values use the lowest sixteenth of their range, as 12-bit data do; "
             "scale them to 16 bits first"
         )
-    count = (
-        1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
-    )  # phones add a small one to a JPEG
+    # Phones add a thumbnail to a JPEG (MPO).
+    count = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
     if count > 1:
         what = "an animation" if picture.format in ("GIF", "WEBP", "PNG", "AVIF") else "several pages"
-        notes.append(f"it holds {count} pictures ({what}), of which the first is taken")
-    return notes
+        warnings.append(f"it has {count} pictures ({what}); the first is used")
+    return warnings
 
 
 def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
-    """Decode a record's fields; those it does not know are left alone.
+    """Decode the image, the metadata and the labels of a record; other fields are ignored.
 
     Raises:
-        ValueError: no image, or a field that cannot be decoded, which is named.
+        ValueError: There is no image, or a field (which is named) cannot be decoded.
     """
     image, meta = decode_image_and_meta(fields)
     return Frame(key, image, meta, **decode_labels(fields))
 
 
 def decode_image_and_meta(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Decode the image of a record, uint8 (H, W, 3) RGB, and its json, {} if it has none; ValueError as above."""
+    """Decode the image of a record, uint8 (H, W, 3) RGB, and its json ({} if it has none).
+
+    Raises:
+        ValueError: There is no image, or a field (which is named) cannot be decoded.
+    """
     name = next((name for name in IMAGE_FIELDS if name in fields), None)
     if name is None:
         raise ValueError(
@@ -154,26 +134,30 @@ def decode_image_and_meta(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict
 
 
 def find_target_field(fields: Mapping[str, bytes], *, meters: bool = False) -> str:
-    """Name the field that a record's training target is made of: its disparity or, without one, its depth.
+    """Return the name of the field that the training target is made from: disparity or, without one, depth.
 
     Args:
-        fields: of the record.
-        metres: look for depth alone.
+        fields: Of the record.
+        meters: Accept depth only.
 
     Raises:
-        ValueError: it has neither, or no depth where that is asked for.
+        ValueError: There is no such field.
     """
     for label in ("depth",) if meters else reversed(LABEL_FIELDS):
         for codec in map_codec.CODECS:
             if f"{label}.{codec}" in fields:
                 return f"{label}.{codec}"
     if meters:
-        raise ValueError("it has no depth, which metres are learnt from")
-    raise ValueError("it has neither depth nor disparity: an image without a label")
+        raise ValueError("no depth: a metric model is trained on depth in meters")
+    raise ValueError("neither depth nor disparity: the image has no label")
 
 
 def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
-    """Decode the "depth" and the "disparity" among a record's fields; ValueError names the field."""
+    """Decode the fields "depth" and "disparity" of a record, as far as it has them.
+
+    Raises:
+        ValueError: A field (which is named) cannot be decoded.
+    """
     labels = {}
     for label in LABEL_FIELDS:
         name = next((f"{label}.{codec}" for codec in map_codec.CODECS if f"{label}.{codec}" in fields), None)
@@ -185,13 +169,13 @@ def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
 def encode_frame(
     frame: Frame, *, codec: str, jpeg_quality: int = 95, original: bytes | None = None
 ) -> dict[str, bytes]:
-    """Encode a frame to a record's fields.
+    """Encode a frame as the fields of a record.
 
     Args:
-        frame: its depth and disparity are written where they are given.
+        frame: With depth, disparity, both or neither.
         codec: "q12" or "f32", for depth and disparity.
-        jpeg_quality: of the image, 4:4:4 from 95 up.
-        original: the image file as it came (JPEG, PNG or WebP), kept in place of a JPEG of frame.image.
+        jpeg_quality: Of the image; from 95 up without chroma subsampling.
+        original: The original image file (JPEG, PNG or WebP), stored in place of a JPEG of `frame.image`.
     """
     if original is not None:
         fields = {image_extension(original): original}
@@ -209,34 +193,34 @@ def encode_frame(
 
 
 def image_extension(data: bytes) -> str:
-    """Name the record field an image file belongs in: jpg, png or webp.
+    """Return the record field of an image file by its first bytes: jpg, png or webp.
 
     Raises:
-        ValueError: the file is of another kind, and has to be encoded anew.
+        ValueError: It is another format, which must be encoded again.
     """
     for start, extension in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"RIFF", "webp")):
         if data.startswith(start):
             return extension
-    raise ValueError("only JPEG, PNG and WebP files are kept as they came: encode this image anew")
+    raise ValueError("only JPEG, PNG and WebP files can be stored unchanged: encode this image again")
 
 
 def make_disparity_target(frame: Frame, *, sky: str = "far") -> tuple[np.ndarray, np.ndarray]:
-    """Make the training target of a labelled frame.
+    """Compute the training target of a labeled frame.
 
     Args:
-        frame: with disparity (used as it is) or depth (turned to 1 / depth).
-        sky: "far" sets the sky to disparity 0 and valid; "invalid" leaves it out. It is where depth is +inf, or,
+        frame: With disparity, which is used unchanged, or depth, which becomes 1 / depth.
+        sky: "far" sets the sky to disparity 0 and valid; "invalid" leaves it out. Sky is where depth is +inf or,
             if meta["sky"] is "zero", where disparity is 0.
 
     Returns:
         disparity float32 (H, W), 0 where not valid, and valid bool (H, W).
 
     Raises:
-        ValueError: the frame has no label.
+        ValueError: The frame has no label.
     """
     label = frame.depth if frame.disparity is None else frame.disparity
     if label is None:
-        raise ValueError(f"{frame.key} has neither depth nor disparity: it is an image without a label")
+        raise ValueError(f"{frame.key} has neither depth nor disparity: the image has no label")
     target, valid = np.array(label, np.float32), np.empty(label.shape, bool)
     quantity = "depth" if frame.disparity is None else "disparity"
     convert_to_target(target, valid, quantity=quantity, sky=sky, meta=frame.meta)
@@ -252,29 +236,32 @@ def convert_to_target(
     meta: Mapping[str, Any],
     depth_range: tuple[float, float] | None = None,
 ) -> None:
-    """Turn a label to a training target where it lies.
+    """Convert a label to a training target in place.
 
     Args:
-        values: float32 (H, W), the label; becomes disparity, or depth, 0 where not valid.
-        valid: bool (H, W), filled in.
-        quantity: "depth" or "disparity", what the label is.
-        sky: "far" or "invalid", as in `disparity_target`.
-        meta: the record's, for what is sky in a disparity.
-        depth_range: None makes disparity; else depth stays depth, valid from the first to the second of these
-            metres, both taken in. The sky then has no value, whatever `sky` says.
+        values: float32 (H, W), the label; becomes disparity or depth, 0 where not valid.
+        valid: bool (H, W), the output mask.
+        quantity: What the label is: "depth" or "disparity".
+        sky: "far" or "invalid", as in `make_disparity_target`.
+        meta: Of the record; tells how the sky is encoded in a disparity.
+        depth_range: None converts to disparity. Otherwise depth stays depth, valid where lowest ≤ depth ≤ highest,
+            in meters; the sky is then never valid.
+
+    Raises:
+        ValueError: `sky` is another word, or a disparity cannot be converted to meters.
     """
     if sky not in ("far", "invalid"):
         raise ValueError(f'sky="{sky}" is unknown: use "far" or "invalid"')
     if depth_range is not None:
         if quantity != "depth":
-            raise ValueError("disparity has no metres: a depth is needed")
+            raise ValueError("disparity cannot be converted to meters: the label must be depth")
         np.greater_equal(values, depth_range[0], out=valid)
         valid &= values <= depth_range[1]
     elif quantity == "depth":
         np.greater(values, 0, out=valid)
         if sky == "invalid":
             valid &= values < np.inf
-        with np.errstate(over="ignore"):  # of depths below 3e-39, which then are not valid
+        with np.errstate(over="ignore"):  # depths below 3e-39 become inf, which is not valid
             np.divide(np.float32(1), values, out=values, where=valid)
         valid &= np.isfinite(values)
     else:
@@ -303,32 +290,31 @@ def _decode_meta(data: bytes) -> dict[str, Any]:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    # Whether a file begins as a JPEG of 8 bits in one or three channels without EXIF, as most do in shards. Pillow
-    # says the same, but takes a tenth of the time of decoding a small photograph to do so.
-    place = 2 if data.startswith(b"\xff\xd8\xff") else len(data)
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+    """Tell whether a file starts as an 8-bit JPEG of one or three channels and normal size without EXIF.
+
+    Most images in shards do. Pillow finds the same, but takes a tenth of the time of decoding a small photograph.
+    """
+    at = 2 if data.startswith(b"\xff\xd8\xff") else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2):  # sequential or progressive: bits, height, width, channels
-            height, width = (int.from_bytes(data[place + i : place + i + 2], "big") for i in (5, 7))
-            check_decode_cost(DecodeCost("JPEG", width, height, data[place + 9], 0))
-            return data[place + 4] == 8 and data[place + 9] in (1, 3) and width > 0 and height > 0
-        exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            return data[at + 4] == 8 and data[at + 9] in (1, 3) and 0 < height * width <= MAX_PIXELS
+        exif = marker == 0xE1 and data[at + 4 : at + 8] == b"Exif"
         if exif or length < 2 or not (marker in (0xDB, 0xC4, 0xDD, 0xFE) or 0xE0 <= marker <= 0xEF):
             return False
-        place += 2 + length
+        at += 2 + length
     return False
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    # OpenCV is faster than Pillow, but before 5.0 it fills what is missing of a truncated file with black, and
-    # says so on stderr only: a file without the mark of its end is left to Pillow.
+    # OpenCV is faster than Pillow, but before 5.0 it fills the missing part of a truncated file with black and warns
+    # on stderr only. So a file without the end marker is left to Pillow.
     if b"\xff\xd9" not in data[-4096:]:
         return None
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")  # OpenCV's library, without OpenCV's way round
-    except (
-        ValueError
-    ) as error:  # of all that the library warns of; most OpenCV and the authors take without a word
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")  # libjpeg-turbo, as OpenCV uses it, without BGR
+    except ValueError as error:  # for every warning of libjpeg-turbo; OpenCV ignores most of them
         if _is_jpeg_damage(str(error)):
             raise
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
@@ -336,7 +322,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _is_jpeg_damage(warning: str) -> bool:
-    """Tell a picture that is partly grey or shifted from one with a few bytes too many, as some cameras write."""
+    """Tell whether a warning means that pixels are lost, unlike the few extra bytes that some cameras write."""
     extra = re.search(r"(\d+) extraneous bytes before marker", warning)
     if extra:
         return int(extra[1]) > _TOLERATED_EXTRA_BYTES
@@ -350,13 +336,12 @@ def _exif_orientation(picture: Any) -> int:
         return 1
     try:
         return picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF is no reason to lose a picture
+    except Exception:  # the pixels of a file with damaged EXIF are fine
         return 1
 
 
 def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
-    # The tag says which edges of the scene the first row and the first column of the file are (EXIF 2.32,
-    # 4.6.4).
+    # The tag names the edges of the scene that the first row and the first column of the file are (EXIF 2.32, 4.6.4).
     if orientation in (5, 6, 7, 8):
         image = cv2.transpose(image)
     if orientation in (3, 4, 7, 8):
@@ -369,16 +354,16 @@ def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
 def _to_rgb(picture: Any) -> np.ndarray:
     picture.load()
     if picture.mode == "F":
-        raise ValueError("it holds 32-bit floats, of which none is white by nature")
+        raise ValueError("it has 32-bit floats, for which no value is defined as white")
     if picture.mode.startswith("I"):
-        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        gray = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        return np.repeat(((gray + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data:
         return composite_on_white(np.asarray(picture.convert("RGBA")))
     return np.array(picture.convert("RGB"))
 
 
 def _is_16_bit(picture: Any) -> bool:
-    """Tell whether a picture's file has 16 bits a channel, of which Pillow keeps the upper half of colors."""
+    """Tell whether a file has 16 bits per channel; for color images Pillow returns the upper 8 only."""
     modes = [picture.mode, *(str(tile[3]) for tile in picture.tile)]
     return any("16" in mode for mode in modes) or picture.mode == "I"

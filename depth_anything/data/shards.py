@@ -1,8 +1,7 @@
-"""A set of shards: a folder or URL prefix of tars with manifest.json, which says what they are and what made
-them.
+"""A set of shards: a folder or URL prefix of tars with manifest.json, which lists them and records what made them.
 
-The manifest is written last, so that a set with one is finished. Its digest, over the shards' names, records,
-bytes and hashes, is what a run remembers of its data. The names of data.tars and data.reader are here, too.
+The manifest is written last, so a set with a manifest is complete. Its digest, over names, records, sizes and hashes of
+the shards, identifies the data of a run.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ import numpy as np
 
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join_address, redact_secrets
-from depth_anything.data.reader import JoinedRecords, Records, ShardReader
+from depth_anything.data.reader import JoinedRecords, ShardReader
+from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
 from depth_anything.data.tar_index import index_matches, is_project_index
 from depth_anything.data.tars import (
@@ -30,36 +30,18 @@ from depth_anything.data.tars import (
     ShardInfo,
     ShardSet,
     StorageUnavailable,
-    atomic_write,
     build_index_text,
     index_shard,
     parse_index,
-    remove_stale,
-    write_shard,
 )
+from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.preprocess import resize_shape
-
-__all__ = [
-    "BadRecord",
-    "JoinedRecords",
-    "Records",
-    "ShardError",
-    "ShardInfo",
-    "ShardReader",
-    "ShardSet",
-    "index_set",
-    "index_shard",
-    "open_set",
-    "verify_set",
-    "write_manifest",
-    "write_shard",
-]
 
 _VERSION = 1
 _OUT_OF_MEMORY = "it needs more memory than there is"
 _THREADS = 16
-_SETTINGS_FILE = "settings.json"  # lies in the folder of a set from the first moment it is written
-_PATCH_SIZES = (1, 8, 14, 16, 32)  # of a patch: sides that images are resized to
+_SETTINGS_FILE = "settings.json"  # in the folder of a set from the start of writing
+_PATCH_SIZES = (1, 8, 14, 16, 32)  # sides of resized images are multiples of one of these
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
@@ -67,21 +49,22 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 def build_set(
     root: str | Path, *, name: str, shards: Iterable[ShardInfo], meta: Mapping[str, Any]
 ) -> ShardSet:
-    """Put shards together to a set, in the order of their names.
+    """Build a set from shards, sorted by name.
 
     Raises:
-        ShardError: a name that cannot be one, or two shards of one name.
+        ShardError: A name is invalid, or two shards have the same name.
     """
     rows = sorted(shards, key=lambda shard: shard.name)
     if not _SET_NAME.fullmatch(name):
-        raise ShardError(f'"{name}" cannot name a set: use A-Z a-z 0-9 _ -')
-    for before, row in zip([None, *rows], rows, strict=False):
+        raise ShardError(f'"{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
+    for row in rows:
         if not _SHARD_NAME.fullmatch(row.name):
             raise ShardError(
-                f'{root}: "{row.name}" cannot name a shard: use A-Z a-z 0-9 _ - and dots between'
+                f'{root}: "{row.name}" is not a valid name of a shard: use A-Z a-z 0-9 _ - and dots between'
             )
-        if before and before.name == row.name:
-            raise ShardError(f"{root}: two shards are called {row.name}")
+    for before, row in pairwise(rows):
+        if before.name == row.name:
+            raise ShardError(f"{root}: two shards have the name {row.name}")
     text = json.dumps([vars(row) for row in rows], sort_keys=True, separators=(",", ":"))
     digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     return ShardSet(name, str(root), tuple(rows), dict(meta), digest)
@@ -90,105 +73,109 @@ def build_set(
 def write_manifest(
     root: str | Path, *, name: str, shards: Iterable[ShardInfo], meta: Mapping[str, Any]
 ) -> ShardSet:
-    """Write manifest.json, which finishes a set: atomically, and the same bytes for the same set.
+    """Write manifest.json, which completes a set: atomically, and with the same bytes for the same set.
 
     Args:
-        root: the folder of the tars.
-        name: of the set: A-Z a-z 0-9 _ -.
-        shards: in any order.
-        meta: what made the set, as JSON: tool, version, settings, licence, unit, what is sky.
+        root: Folder of the tars.
+        name: Of the set: A-Z a-z 0-9 _ -.
+        shards: In any order.
+        meta: What made the set, as JSON: tool, version, settings, licence, unit, encoding of the sky.
 
     Raises:
-        ShardError: a name that cannot be one, or two shards of one name.
+        ShardError: A name is invalid, or two shards have the same name.
     """
-    made = build_set(root, name=name, shards=shards, meta=meta)
+    shard_set = build_set(root, name=name, shards=shards, meta=meta)
     head = {
         "version": _VERSION,
         "name": name,
-        "digest": made.digest,
-        "records": made.records,
-        "meta": made.meta,
+        "digest": shard_set.digest,
+        "records": shard_set.records,
+        "meta": shard_set.meta,
     }
     text = json.dumps(head, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
-    rows = ",\n".join(json.dumps(vars(shard)) for shard in made.shards)
+    rows = ",\n".join(json.dumps(vars(shard)) for shard in shard_set.shards)
     text = f'{text.removesuffix("}").rstrip()},\n "shards": [\n{rows}\n]}}\n'
     remove_stale(Path(root))
     atomic_write(Path(root, "manifest.json"), text.encode())
-    return made
+    return shard_set
 
 
 def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -> ShardSet:
-    """Open a finished set.
+    """Open a complete set.
 
     Args:
-        root: a folder, or a URL prefix that "/manifest.json" can follow.
-        name: to call the set otherwise than it calls itself.
-        check: hold existence and size of local shards against the manifest.
+        root: Folder, or URL prefix of "/manifest.json".
+        name: Another name for the set than that of its manifest.
+        check: Check that local shards exist and have the size of the manifest.
 
     Raises:
-        ShardError: no such folder, no manifest, no records, a shard that is missing or of another size.
-        Outage: the address does not answer, or the disk fails, for now.
+        ShardError: There is no such folder, no manifest or no records, or a shard is missing or has another size.
+        StorageUnavailable: The server does not answer, or the disk fails, for now.
     """
     root = str(root).removeprefix("file://").rstrip("/")
     try:
-        made = _parse_manifest(_read_manifest(root), root, name)
+        shard_set = _parse_manifest(_read_manifest(root), root, name)
     except ShardError as error:
-        if not is_remote(root) or isinstance(error, remote.PermanentError):
+        if not is_remote(root) or isinstance(error, PermanentError):
             raise
-        made = _parse_manifest(_read_manifest(root), root, name)  # it may have come damaged
-    if not made.records:
-        raise ShardError(f"{root} holds no records: write shards there with  depth-anything shard")
+        shard_set = _parse_manifest(_read_manifest(root), root, name)  # it may have been damaged on the way
+    if not shard_set.records:
+        raise ShardError(f"{root} has no records: write shards there with  depth-anything shard")
     if check and not is_remote(root):
-        for problem in remote.retry(root, lambda: _find_missing_shards(made)):
+        for problem in retry(root, lambda: _find_missing_shards(shard_set)):
             raise ShardError(
-                f"{problem}: copy it again; for the whole list type  depth-anything verify {root}"
+                f"{problem}: copy it again; for a list of all problems type  depth-anything verify {root}"
             )
-    return made
+    return shard_set
 
 
 def _parse_manifest(data: bytes, root: str, name: str | None) -> ShardSet:
-    where = join_address(root, "manifest.json")
+    path = join_address(root, "manifest.json")
     try:
         content = json.loads(data)
         rows = [
             ShardInfo(str(r["name"]), int(r["records"]), int(r["bytes"]), str(r["hash"]))
             for r in content["shards"]
         ]
-        made = build_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
-        intact = made.digest == content["digest"]
+        shard_set = build_set(root, name=name or content["name"], shards=rows, meta=content["meta"])
+        intact = shard_set.digest == content["digest"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{where} is damaged ({error!r}): copy it again") from error
+        raise ShardError(f"{path} is damaged ({error!r}): copy it again") from error
     if not intact:
-        raise ShardError(f"{where} is damaged (its digest differs): copy it again")
-    return made
+        raise ShardError(f"{path} is damaged (its digest differs): copy it again")
+    return shard_set
 
 
 def index_set(
     root: str | Path, *, name: str | None = None, meta: Mapping[str, Any] | None = None
 ) -> ShardSet:
-    """Index the tars of a folder, anyone's, and write their manifest.
+    """Index the tars of a folder, from any program, and write their manifest.
 
-    What an older manifest says of the set beside its shards stays said.
+    Metadata of an existing manifest is kept.
 
     Raises:
-        ShardError: no tars, one that `index_shard` refuses, a set that is not finished, or an index or manifest of
-            another program, which would be replaced.
+        ShardError: There are no tars, one cannot be indexed, the set is still being written, or an index or manifest of
+            another program would be replaced.
     """
     root = Path(root)
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:
-        raise ShardError(f"{root} holds no .tar: give the folder that the shards lie in")
+        raise ShardError(f"{root} has no .tar: type the folder of the shards")
     before = _read_previous_manifest(root)
     for path in tars:
-        if (place := path.with_suffix(".idx")).exists() and not is_project_index(place):
-            raise _foreign_file_error(place)
+        if (index := path.with_suffix(".idx")).exists() and not is_project_index(index):
+            raise _foreign_file_error(index)
     rows = [index_shard(path) for path in tars]
     name = name or before.get("name") or root.resolve().name
     return write_manifest(root, name=name, shards=rows, meta={**before.get("meta", {}), **(meta or {})})
 
 
 def _read_previous_manifest(root: Path) -> dict[str, Any]:
-    """Return what a manifest that will be replaced has said; ShardError if the set is still being written."""
+    """Return the content of a manifest that will be replaced, {} if there is none or it is damaged.
+
+    Raises:
+        ShardError: The set is still being written, or the manifest is of another program.
+    """
     path = root / "manifest.json"
     try:
         data = path.read_bytes()
@@ -198,7 +185,7 @@ def _read_previous_manifest(root: Path) -> dict[str, Any]:
             raise ShardError(_unfinished_message(root)) from None
         return {}
     except ValueError:
-        if not data.startswith(b'{\n "digest"'):  # as a damaged one of ours does
+        if not data.startswith(b'{\n "digest"'):  # the start of every manifest of this project
             raise _foreign_file_error(path) from None
         return {}
     if not isinstance(content, dict) or not content.keys() >= {"version", "digest", "shards"}:
@@ -220,172 +207,161 @@ def verify_set(
     workers: int = 1,
     tick: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Read a whole set and say what is wrong with it.
+    """Read a whole set and list what is wrong with it.
 
-    Names, sizes, hashes, checksums, indexes, keys that come twice, and counts: what was listed is what is there
-    and what was skipped. Of a set behind an address: the indexes, and of each tar its size and its last record;
-    all records with `decode`.
+    Checks names, sizes, hashes, checksums, indexes, duplicate keys, and that listed files = records + skipped files.
+    For a remote set: the indexes, and the size and last record of each tar; with `decode` all records.
 
     Args:
-        root: folder, or URL prefix.
-        decode: decode every record, too, and hold its label's size against its image's.
-        images: of a label set the set it was made from: every label must have its image there, and with
-            `decode` be of a size that this image is resized to.
-        workers: threads.
-        tick: is called with the records of a shard when it is done.
+        root: Folder, or URL prefix.
+        decode: Also decode every record, and compare the size of its label with that of its image.
+        images: For a label set, the set of its images: every label must have its image there, and with `decode` a size
+            to which that image can be resized.
+        workers: Threads.
+        tick: Called with the number of records of each shard when it is done.
 
     Returns:
-        A sentence a problem; none for a sound set.
+        One sentence per problem.
 
     Raises:
-        Outage: an address does not answer for now.
+        StorageUnavailable: A server does not answer for now.
     """
     try:
-        made = open_set(root, check=False)
-        joined = None if images is None else JoinedRecords(open_set(images), made)
+        shard_set = open_set(root, check=False)
+        joined = None if images is None else JoinedRecords(open_set(images), shard_set)
     except ShardError as error:
         return [str(error)]
-    far = is_remote(made.root)
-    problems = [*([] if far else _find_missing_shards(made)), *_check_listed_count(made)]
-    known = {f"{shard.name}{ending}" for shard in made.shards for ending in (".tar", ".idx")}
-    for entry in [] if far else sorted(os.listdir(made.root)):
+    far = is_remote(shard_set.root)
+    problems = [*([] if far else _find_missing_shards(shard_set)), *_check_listed_count(shard_set)]
+    known = {f"{shard.name}{ending}" for shard in shard_set.shards for ending in (".tar", ".idx")}
+    for entry in [] if far else sorted(os.listdir(shard_set.root)):
         if entry.endswith((".tar", ".idx")) and entry not in known and not entry.startswith("."):
-            problems.append(f"{made.root}/{entry} is not in the manifest")
-    present = [shard for shard in made.shards if far or Path(made.url(shard.name)).is_file()]
-    verify_one = _verify_remote_shard if far else _verify_local_shard
+            problems.append(f"{shard_set.root}/{entry} is not in the manifest")
+    present = [shard for shard in shard_set.shards if far or Path(shard_set.url(shard.name)).is_file()]
 
     def verify(shard: ShardInfo) -> tuple[list[str], np.ndarray]:
         found: list[str] = []
         try:
-            keys = verify_one(made, shard, found, decode=decode, joined=joined)
+            keys = _verify_shard(shard_set, shard, found, decode=decode, joined=joined)
         except (ShardError, OSError) as error:
             if far and not isinstance(error, ShardError):
                 raise
-            found.append(
-                str(error)
-                if isinstance(error, ShardError | StorageUnavailable)
-                else f"{made.url(shard.name)}: {error}"
-            )
-            keys = np.empty(0, np.uint64)
+            named = isinstance(error, ShardError | StorageUnavailable)
+            found.append(str(error) if named else f"{shard_set.url(shard.name)}: {error}")
+            keys = []
         if tick is not None:
             tick(shard.records)
-        return found, keys
+        return found, _hash_keys(keys)
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(verify, present))
     problems += chain.from_iterable(found for found, _ in results)
     problems = [redact_secrets(problem) for problem in problems]
     return problems + _find_repeated_keys(
-        made, [shard.name for shard in present], [keys for _, keys in results]
+        shard_set, [shard.name for shard in present], [hashes for _, hashes in results]
     )
 
 
-def _verify_local_shard(
-    made: ShardSet,
+def _verify_shard(
+    shard_set: ShardSet,
     shard: ShardInfo,
     problems: list[str],
     *,
     decode: bool,
     joined: JoinedRecords | None,
-) -> np.ndarray:
-    """Verify a shard; return a 64-bit hash of each key."""
-    path = Path(made.url(shard.name))
-    text, place = build_index_text(path), path.with_suffix(".idx")
-    if not place.is_file():
-        problems.append(f"{place} is missing: type  depth-anything shard index {made.root}")
-    elif not index_matches(place.read_text(errors="replace"), text):
-        problems.append(f"{place} is not the index of its tar: type  depth-anything shard index {made.root}")
+) -> list[str]:
+    """Verify a shard; return its keys."""
+    url, labels = shard_set.url(shard.name), shard_set.meta.get("kind") == "labels"
+    if is_remote(url):
+        keys = ShardReader().keys(url)
+        if len(keys) != shard.records:
+            problems.append(f"{url} has {len(keys)} records in place of {shard.records}")
+        numbers: Iterable[int] = (len(keys) - 1,)  # reading the last one checks the size of the tar
+    else:
+        keys, numbers = _verify_local_files(shard_set, shard, problems, labels=labels), ()
+    # Each thread needs readers of its own. The hash of a local tar has been compared already.
+    reader, pairs = ShardReader(), None if joined is None else JoinedRecords(joined.images, shard_set)
+    for index in range(len(keys)) if decode or joined else numbers:
+        try:
+            if pairs is None:
+                key, fields = reader.read(url, index, hash=shard.hash if is_remote(url) else None)
+            else:
+                key, fields = pairs.read(f"{shard_set.name}/{shard.name}", index)
+            if decode:
+                _check_decoded(key, fields, labels=labels, joined=joined is not None)
+        except (ValueError, MemoryError) as error:
+            reason = error.reason if isinstance(error, BadRecord) else str(error) or _OUT_OF_MEMORY
+            problems.append(f"{url}[{index}] {keys[index]}: {reason}")
+    return keys
+
+
+def _verify_local_files(
+    shard_set: ShardSet, shard: ShardInfo, problems: list[str], *, labels: bool
+) -> list[str]:
+    """Verify a tar, its index and, for labels, its sidecar; return the keys."""
+    path = Path(shard_set.url(shard.name))
+    text, index = build_index_text(path), path.with_suffix(".idx")
+    if not index.is_file():
+        problems.append(f"{index} is missing: type  depth-anything shard index {shard_set.root}")
+    elif not index_matches(index.read_text(errors="replace"), text):
+        problems.append(
+            f"{index} is not the index of its tar: type  depth-anything shard index {shard_set.root}"
+        )
     table = parse_index(text, where=path)
     if (table.hash, table.records) != (shard.hash, shard.records):
-        problems.append(f"{path} is not the tar that the manifest means: its hash differs")
-    keys, labels, reader = table.keys(), made.meta.get("kind") == "labels", ShardReader()
+        problems.append(f"{path} is not the tar of the manifest: its hash differs")
     if labels and not _sidecar_matches(path, shard):
-        problems.append(f"{path.with_suffix('.json')} is missing, or is not that of its tar")
-    mine = None if joined is None else JoinedRecords(joined.images, made)  # a thread needs its own reader
-    for index, key in enumerate(keys if decode or joined else ()):
-        try:
-            if mine is not None:
-                _check_joined_size(*mine.read(f"{made.name}/{shard.name}", index), decode=decode)
-                continue
-            fields = reader.read(path, index)[1]
-            if not labels:
-                _check_label_size(decode_record(key, fields))
-            elif not decode_labels(fields):
-                raise ValueError(f"no label among the fields {sorted(fields)}")
-        except (ValueError, MemoryError) as error:
-            reason = error.reason if isinstance(error, BadRecord) else str(error) or _OUT_OF_MEMORY
-            problems.append(f"{path}[{index}] {key}: {reason}")
-    return _hash_keys(keys)
-
-
-def _verify_remote_shard(
-    made: ShardSet,
-    shard: ShardInfo,
-    problems: list[str],
-    *,
-    decode: bool,
-    joined: JoinedRecords | None,
-) -> np.ndarray:
-    """Verify a shard behind an address; return a 64-bit hash of each key."""
-    keys, labels = ShardReader().keys(made.url(shard.name)), made.meta.get("kind") == "labels"
-    if len(keys) != shard.records:
-        problems.append(f"{made.url(shard.name)} has {len(keys)} records in place of {shard.records}")
-    records = Records(made) if joined is None else JoinedRecords(joined.images, made)
-    for index in range(len(keys)) if decode or joined else (len(keys) - 1,):  # the last tells the tar's size
-        try:
-            key, fields = records.read(f"{made.name}/{shard.name}", index)
-            if joined is not None:
-                _check_joined_size(key, fields, decode=decode)
-            elif decode and not labels:
-                _check_label_size(decode_record(key, fields))
-            elif decode and not decode_labels(fields):
-                raise ValueError(f"no label among the fields {sorted(fields)}")
-        except (ValueError, MemoryError) as error:
-            reason = error.reason if isinstance(error, BadRecord) else str(error) or _OUT_OF_MEMORY
-            problems.append(f"{made.url(shard.name)}[{index}] {keys[index]}: {reason}")
-    return _hash_keys(keys)
+        problems.append(f"{path.with_suffix('.json')} is missing, or does not match its tar")
+    return table.keys()
 
 
 def _hash_keys(keys: Sequence[str]) -> np.ndarray:
+    """Return a 64-bit hash of each key, because the keys of a large set do not fit into memory."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
 
 
-def _check_label_size(frame: Frame) -> None:
-    """Hold sizes against each other: label and image are of one size, or the json states the label's."""
-    label = frame.depth if frame.disparity is None else frame.disparity
-    size = frame.image.shape[:2]
-    if label is not None and label.shape != size and list(label.shape) != frame.meta.get("label_size"):
-        raise ValueError(
-            f"its label has {label.shape[0]} x {label.shape[1]} pixels and its image {size[0]} x {size[1]}"
-        )
-
-
-def _check_joined_size(key: str, fields: Mapping[str, bytes], *, decode: bool) -> None:
-    """Hold a label against its image: of one size, or of one that the image is resized to."""
-    if not decode:
+def _check_decoded(key: str, fields: Mapping[str, bytes], *, labels: bool, joined: bool) -> None:
+    """Decode a record; ValueError if it has no label where one is needed, or label and image differ in size."""
+    if labels and not joined:  # a label set without its images
+        if not decode_labels(fields):
+            raise ValueError(f"no label among the fields {sorted(fields)}")
         return
     frame = decode_record(key, fields)
     label = frame.depth if frame.disparity is None else frame.disparity
-    if label is None:
-        raise ValueError(f"no label among the fields {sorted(fields)}")
+    if joined:
+        if label is None:
+            raise ValueError(f"no label among the fields {sorted(fields)}")
+        _check_joined_size(frame, label)
+    elif label is not None and label.shape != frame.image.shape[:2]:
+        if list(label.shape) != frame.meta.get("label_size"):
+            raise ValueError(f"its label has {_pixels(label)} pixels and its image {_pixels(frame.image)}")
+
+
+def _check_joined_size(frame: Frame, label: np.ndarray) -> None:
+    """Check that an image can be resized to the size of its label."""
     (height, width), size = frame.image.shape[:2], label.shape
-    if not any(resize_shape(height, width, min(size), multiple) == size for multiple in _PATCH_SIZES):
+    if not any(resize_shape(height, width, min(size), patch) == size for patch in _PATCH_SIZES):
         raise ValueError(
-            f"its label has {size[0]} x {size[1]} pixels, to which no image of {height} x {width} is resized"
+            f"its label has {_pixels(label)} pixels, and an image of {_pixels(frame.image)} is never resized to that"
         )
 
 
-def _check_listed_count(made: ShardSet) -> list[str]:
-    """Hold the records of a set that was listed against its listing: nothing is lost between the two."""
+def _pixels(array: np.ndarray) -> str:
+    return f"{array.shape[0]} x {array.shape[1]}"
+
+
+def _check_listed_count(shard_set: ShardSet) -> list[str]:
+    """Check that no listed file was lost: listed = records + skipped."""
     try:
-        listed, skipped = made.meta["settings"]["count"], made.meta.get("skipped", {"count": 0})["count"]
+        listed = shard_set.meta["settings"]["count"]
+        skipped = shard_set.meta.get("skipped", {"count": 0})["count"]
     except (KeyError, TypeError):
         return []
-    if made.records + skipped == listed:
+    if shard_set.records + skipped == listed:
         return []
     return [
-        f"{made.root}: {listed} were listed, but {made.records} records and {skipped} skipped make not so many"
+        f"{shard_set.root}: {listed} files were listed, but there are {shard_set.records} records and {skipped} skipped"
     ]
 
 
@@ -398,8 +374,7 @@ def _sidecar_matches(tar: Path, shard: ShardInfo) -> bool:
     return found == shard
 
 
-def _find_repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[np.ndarray]) -> list[str]:
-    # Eight bytes a record stand for the keys, which would not fit in memory.
+def _find_repeated_keys(shard_set: ShardSet, names: Sequence[str], hashes: Sequence[np.ndarray]) -> list[str]:
     if not hashes:
         return []
     owner = np.repeat(np.arange(len(names)), [len(column) for column in hashes])
@@ -409,13 +384,13 @@ def _find_repeated_keys(made: ShardSet, names: Sequence[str], hashes: Sequence[n
     pairs = {(int(owner[order[i]]), int(owner[order[i + 1]])) for i in twice}
     problems = []
     for one, other in sorted(pairs):
-        shared = set(_read_keys(made, names[one])) & set(_read_keys(made, names[other]))
+        shared = set(_read_keys(shard_set, names[one])) & set(_read_keys(shard_set, names[other]))
         problems += [f'the key "{key}" is in {names[one]} and in {names[other]}' for key in sorted(shared)]
     return problems
 
 
-def _read_keys(made: ShardSet, shard: str) -> list[str]:
-    url = made.url(shard)
+def _read_keys(shard_set: ShardSet, shard: str) -> list[str]:
+    url = shard_set.url(shard)
     if is_remote(url):
         return ShardReader().keys(url)
     return parse_index(build_index_text(Path(url)), where=url).keys()
@@ -424,24 +399,24 @@ def _read_keys(made: ShardSet, shard: str) -> list[str]:
 def _read_manifest(root: str) -> bytes:
     if is_remote(root):
         return remote.fetch(join_address(root, "manifest.json"))
-    mode = remote.retry(root, lambda: _file_mode(root))
+    mode = retry(root, lambda: _file_mode(root))
     if stat.S_ISREG(mode):
-        raise ShardError(f"{root} is not a folder: give the one that the shards and manifest.json lie in")
+        raise ShardError(f"{root} is not a folder: type the folder of the shards and manifest.json")
     if not stat.S_ISDIR(mode):
         raise ShardError(f"{root} is not a folder: write shards there with  depth-anything shard")
     try:
-        return remote.retry(root, Path(root, "manifest.json").read_bytes)
+        return retry(root, Path(root, "manifest.json").read_bytes)
     except FileNotFoundError:
         if os.path.exists(os.path.join(root, _SETTINGS_FILE)):
             raise ShardError(_unfinished_message(root)) from None
         raise ShardError(
             f"{root} has no manifest.json: finish writing the set, "
-            f"or, if its tars are whole, type  depth-anything shard index {root}"
+            f"or, if its tars are complete, type  depth-anything shard index {root}"
         ) from None
 
 
 def _file_mode(path: str) -> int:
-    """What a path is, 0 if it is nothing; OSError if its disk fails."""
+    """Return the mode of a path, 0 if it does not exist; OSError if its disk fails."""
     try:
         return os.stat(path).st_mode
     except OSError as error:
@@ -452,30 +427,28 @@ def _file_mode(path: str) -> int:
 
 def _unfinished_message(root: str | Path) -> str:
     return (
-        f"{root} is not finished: go on writing it with the command that it was begun with, "
-        "or bring its parts together with  depth-anything merge OUT FOLDER FOLDER …"
+        f"{root} is not finished: continue with the command that started it, "
+        "or merge its parts with  depth-anything merge OUT FOLDER FOLDER …"
     )
 
 
-def _find_missing_shards(made: ShardSet) -> list[str]:
-    # One listing says which are there; their sizes are asked for side by side, as a network disk takes its time
-    # over each and a set has up to 60,000.
-    listed = set(os.listdir(made.root))
-    there = [shard for shard in made.shards if f"{shard.name}.tar" in listed]
-    parts = [there[i::_THREADS] for i in range(_THREADS)]
+def _find_missing_shards(shard_set: ShardSet) -> list[str]:
+    # One listing finds the missing ones. Sizes are read in parallel, because a network disk takes milliseconds for each
+    # file and a set has up to 60,000.
+    files = set(os.listdir(shard_set.root))
+    present = [shard for shard in shard_set.shards if f"{shard.name}.tar" in files]
+    parts = [present[i::_THREADS] for i in range(_THREADS)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = dict(
-            chain.from_iterable(pool.map(lambda part: [(s.name, _tar_size(made, s)) for s in part], parts))
-        )
+        sizes = dict(chain.from_iterable(pool.map(lambda part: _tar_sizes(shard_set, part), parts)))
     problems = []
-    for shard in made.shards:
+    for shard in shard_set.shards:
         size = sizes.get(shard.name)
         if size is None:
-            problems.append(f"{made.url(shard.name)} is missing")
+            problems.append(f"{shard_set.url(shard.name)} is missing")
         elif size != shard.bytes:
-            problems.append(f"{made.url(shard.name)} has {size} bytes in place of {shard.bytes}")
+            problems.append(f"{shard_set.url(shard.name)} has {size} bytes in place of {shard.bytes}")
     return problems
 
 
-def _tar_size(made: ShardSet, shard: ShardInfo) -> int:
-    return os.stat(made.url(shard.name)).st_size
+def _tar_sizes(shard_set: ShardSet, shards: Sequence[ShardInfo]) -> list[tuple[str, int]]:
+    return [(shard.name, os.stat(shard_set.url(shard.name)).st_size) for shard in shards]

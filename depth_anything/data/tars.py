@@ -1,18 +1,16 @@
-"""One shard: a tar, and beside it an index of what lies where (index.py).
+"""Write and index one shard: a tar, and its index in a file next to it (tar_index.py).
 
-The index makes a record one read, and shows damage: tar readers end a truncated tar in silence.
+With the index, a record is one read, and damage is found: tar readers stop at the end of a truncated tar without an
+error.
 """
 
 import errno
 import hashlib
 import os
 import re
-import secrets
-import socket
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -26,78 +24,91 @@ from depth_anything.data.tar_index import (
     parse_index_header,
     parse_index_text,
 )
-from depth_anything.disk import name_write_errors, sync_folder
-from depth_anything.locks import file_system_time, process_exists
+from depth_anything.disk import atomic_write, name_write_errors, sync_folder, temporary_path
+from depth_anything.errors import Argument, Command, Text, UserError, UserMessage
 
-_MAX_FILE_NAME = 255  # bytes, on most file systems
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
-_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's rule: the key ends at the first dot
-_MAX_NAME = 100  # what a plain tar header holds
+_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # as WebDataset: the key ends at the first dot
+_MAX_NAME = 100  # characters, in a plain tar header
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes of a tar's header, with a long name
-_STALE_S = 86400
 
 PATH_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""Numbers of errors that say what a shard's path is; any other says that it cannot be read for now."""
+"""Errors of the path itself; any other OSError means that the disk cannot be read for now."""
 
 
 class BoundedHeaderFile:
-    """A file for tarfile, which would read as much into memory as a header claims that a long name has."""
+    """A file for tarfile with bounded reads: a damaged header may claim a long name of any size."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        """Read from a file, whose position is kept."""
+        """Read from a file at its current position."""
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        """Read so many bytes; ReadError where that is no header."""
+        """Read `size` bytes.
+
+        Raises:
+            tarfile.ReadError: No header is that long.
+        """
         if size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self._file.read(size)
 
 
-class ShardError(ValueError):
-    """A set or shard that cannot be used as it is; the sentence says what to do, and no secret of an address."""
+class ShardError(UserError):
+    """A set or shard that cannot be used. Secrets of addresses are removed from the message."""
 
-    def __init__(self, *arguments: object) -> None:
-        """Take the secrets out of the sentence."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
 
 
-class StorageUnavailable(OSError):
-    """Shards that cannot be read for now. It is no record's fault: nothing stands in for it, and the run stops,
-    lest a server's bad hour change the training."""
+class StorageUnavailable(UserMessage, OSError):
+    """A disk, a server or the memory fails for now.
 
-    def __init__(self, *arguments: object) -> None:
-        """Take the secrets out of the sentence."""
-        super().__init__(*(redact_secrets(part) if isinstance(part, str) else part for part in arguments))
+    No record is at fault, so none is replaced, and the run stops: otherwise an outage would change the training.
+    """
+
+    def __init__(self, what: Text, fix: Text = "") -> None:
+        """Remove the secrets of addresses from the message."""
+        super().__init__(redact_parts(what), redact_parts(fix))
+
+
+def redact_parts(text: Text) -> Text:
+    """Remove the secrets of addresses from the text of a message."""
+    if isinstance(text, str):
+        return redact_secrets(text)
+    if isinstance(text, Argument | Command):
+        return text
+    return [redact_secrets(part) if isinstance(part, str) else part for part in text]
 
 
 class BadRecord(ValueError):
-    """A record that cannot be read.
+    """A record that cannot be read or decoded.
 
     Attributes:
-        shard: set/shard, or the shard's address.
-        index: the record's number in the shard.
-        key: its key, "" where the index cannot be read.
-        reason: what is wrong.
+        shard: set/shard, or the address of the shard.
+        index: Of the record in the shard.
+        key: Of the record, "" if the index cannot be read.
+        reason: What is wrong.
     """
 
     def __init__(self, shard: str, index: int, key: str, reason: str) -> None:
-        """Hold the four; they survive pickling, as workers send their errors."""
+        """Store the four values; they survive pickling, because workers send their errors."""
         shard, reason = redact_secrets(shard), redact_secrets(reason)
         super().__init__(shard, index, key, reason)
         self.shard, self.index, self.key, self.reason = shard, index, key, reason
 
     def __str__(self) -> str:
-        """Say all four in one sentence."""
+        """Join the four values into one message."""
         return f"{self.shard}[{self.index}] {self.key or '(key unknown)'}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard's line in the manifest: name without .tar, records, bytes and "sha256:…" of the tar."""
+    """A shard in the manifest: its name without .tar, number of records, size in bytes and "sha256:…" of the tar."""
 
     name: str
     records: int
@@ -107,13 +118,13 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A set of shards as its manifest has it.
+    """A set of shards, from its manifest.
 
     Attributes:
-        name: unique within a run.
-        root: folder or URL prefix.
-        shards: sorted by name.
-        meta: what made the set.
+        name: Unique within a run.
+        root: Folder or URL prefix.
+        shards: Sorted by name.
+        meta: What made the set, license, unit and so on, as JSON.
         digest: "sha256:…" over the shards.
     """
 
@@ -125,37 +136,36 @@ class ShardSet:
 
     @property
     def records(self) -> int:
-        """Records of all shards."""
+        """Number of records of all shards."""
         return sum(shard.records for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tars."""
+        """Size of all tars."""
         return sum(shard.bytes for shard in self.shards)
 
     def url(self, shard: str) -> str:
-        """Return the address of a shard's tar."""
+        """Return the address of the tar of a shard."""
         return join_address(self.root, f"{shard}.tar")
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
-    """Write a shard and its index; one of this name is replaced.
+    """Write a shard and its index; an existing shard of this name is replaced.
 
-    A crash at any instant leaves nothing to be seen (temporary names begin with a dot) or a whole shard; one
-    that is being replaced may be left without its index, which is then made when it is needed. The same
-    records give the same bytes.
+    After a crash there is either a complete shard or none (temporary names start with a dot). A shard that was being
+    replaced may be left without an index, which readers then build. The same records give the same bytes.
 
     Args:
-        path: FOLDER/NAME.tar; the folder is made.
-        records: key (A-Z a-z 0-9 _ - and / between; unique), and fields: extension, as "jpg", to bytes.
+        path: FOLDER/NAME.tar; the folder is created.
+        records: Key (A-Z a-z 0-9 _ - and / between; unique), and fields: extension, as "jpg", to bytes.
 
     Raises:
-        ShardError: a key or extension that the format does not allow, a key that comes twice, a record
-            without fields, no records. Nothing is left behind.
+        ShardError: A key or extension is not allowed, a key is duplicated, a record has no fields, or there are no
+            records. Nothing is left behind.
     """
     path = Path(path)
     if path.suffix != ".tar":
-        raise ShardError(f"a shard's name ends in .tar, and {path} does not")
+        raise ShardError(f"the name of a shard ends in .tar, not as in {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -166,7 +176,7 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
         text = build_index_text(temporary)
         info = _parse_shard_info(path, text)
         if info.records != written:
-            raise ShardError(f"{path}: {written} records went in, {info.records} came out")
+            raise ShardError(f"{path}: {written} records were written, {info.records} were read back")
         _publish(temporary, path, text.encode())
         return info
     finally:
@@ -174,10 +184,10 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
 
 
 def index_shard(path: str | Path) -> ShardInfo:
-    """Make NAME.idx beside a tar, anyone's, by reading it once.
+    """Write NAME.idx next to a tar, of any program, by reading it once.
 
     Raises:
-        ShardError: the tar is missing, truncated or damaged, or a name in it cannot be a key; it is named.
+        ShardError: The tar is missing, truncated or damaged, or a name in it cannot be a key.
     """
     path = Path(path)
     text = build_index_text(path)
@@ -186,27 +196,31 @@ def index_shard(path: str | Path) -> ShardInfo:
 
 
 def read_shard_info(path: Path) -> ShardInfo:
-    """Return what the index of a local tar says of it, without reading the tar; made first if there is none.
+    """Read the info of a local shard from its index, which is built first if there is none.
 
     Raises:
-        ShardError: the tar is missing, or its index is damaged or another one's.
+        ShardError: The tar is missing, or its index is damaged or of another tar.
     """
-    place = path.with_suffix(".idx")
-    if not place.exists():
+    index = path.with_suffix(".idx")
+    if not index.exists():
         return index_shard(path)
     try:
-        info = _parse_shard_info(path, place.read_text(errors="replace"))
+        info = _parse_shard_info(path, index.read_text(errors="reindex"))
     except ValueError as error:
-        raise ShardError(_damaged_index_message(place)) from error
+        raise ShardError(_damaged_index_message(index)) from error
     if not path.is_file() or path.stat().st_size != info.bytes:
         raise ShardError(
-            f"{path} is missing, or is not the tar of {place.name}: remove both and make it again"
+            f"{path} is missing, or is not the tar of {index.name}: remove both and write the shard again"
         )
     return info
 
 
 def build_index_text(path: Path) -> str:
-    """Read a tar through and return the text of its index; ShardError as `index_shard`."""
+    """Read a tar and return the text of its index.
+
+    Raises:
+        ShardError: As in `index_shard`.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -224,7 +238,7 @@ def parse_index(text: str, *, where: str | Path) -> TarIndex:
     """Parse the text of an index.
 
     Raises:
-        ShardError: it is no index, is cut short, names a key twice, does not add up, or its checksum differs.
+        ShardError: It is not an index, is truncated, has a key twice, has wrong counts, or its checksum differs.
     """
     try:
         return parse_index_text(text)
@@ -232,77 +246,15 @@ def parse_index(text: str, *, where: str | Path) -> TarIndex:
         raise ShardError(_damaged_index_message(where)) from error
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is seen whole or not at all, after a power cut, too."""
-    temporary = temporary_path(path)
-    try:
-        with name_write_errors(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_new(path: Path, data: bytes) -> bool:
-    """Write a file that is seen whole, unless there is one of this name: then leave it, and return False."""
-    temporary = temporary_path(path)
-    try:
-        with name_write_errors(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            with open(path, "xb") as file:
-                file.write(data)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files of writers that died: on this host by their process, else when a day old."""
-    host = _host()
-    for path in folder.glob(".tmp.*"):
-        *_, writer_host, pid, _ = path.name.split(".")
-        with suppress(OSError):  # its writer may have finished meanwhile
-            dead = writer_host == host and not process_exists(int(pid))
-            if dead or file_system_time(folder) - path.stat().st_mtime > _STALE_S:
-                path.unlink()
-
-
-def temporary_path(path: Path) -> Path:
-    """Name a temporary file beside `path`, by host and process, so that a dead one's can be told."""
-    behind = f".{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-    room = _MAX_FILE_NAME - len(f".tmp.{behind}")
-    name = os.fsencode(path.name)[:room].decode(
-        "utf-8", "ignore"
-    )  # a long name is cut: the end tells whose it is
-    return path.with_name(f".tmp.{name}{behind}")
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-
-
 def _write_members(file: BinaryIO, path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    from webdataset import TarWriter  # takes 1.5 s, and reading shards does without
+    from webdataset import TarWriter  # takes 1.5 s to import, and reading shards does not need it
 
     seen = set()
     with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
         for key, fields in records:
             _check_record(key, fields, where=path)
             if key in seen:
-                raise ShardError(f'{path}: the key "{key}" comes twice, and keys are unique')
+                raise ShardError(f'{path}: the key "{key}" is duplicated')
             seen.add(key)
             tar.write({"__key__": key, **fields})
     if not seen:
@@ -316,21 +268,23 @@ def _check_record(key: str, fields: Mapping[str, bytes], *, where: Path) -> None
         raise ShardError(f'{where}: the record "{key}" has no fields')
     for extension in fields:
         if not _EXTENSION.fullmatch(extension):
-            raise ShardError(f'{where}: "{extension}" cannot name a field: use a-z 0-9 _ - and dots between')
+            raise ShardError(
+                f'{where}: "{extension}" is not a valid field name: use a-z 0-9 _ - and dots between'
+            )
         if len(key) + 1 + len(extension) > _MAX_NAME:
             raise ShardError(f'{where}: the name "{key}.{extension}" has over {_MAX_NAME} characters')
 
 
 def _check_key(key: str, *, where: Path) -> None:
     if not _KEY.fullmatch(key):
-        raise ShardError(f'{where}: "{key}" cannot be a key: use A-Z a-z 0-9 _ - and / between')
+        raise ShardError(f'{where}: "{key}" is not a valid key: use A-Z a-z 0-9 _ - and / between')
 
 
 def _publish(temporary: Path, path: Path, text: bytes) -> None:
-    # Of a new shard the index comes first, and the tar's rename shows both. Of one that is replaced the old
-    # index goes first: a tar without an index is whole, a tar with another's is not. One that is there already
-    # is left alone, as others may be reading it.
-    index, mine = path.with_suffix(".idx"), temporary.stat().st_ino
+    # A new shard: the index is written first, and renaming the tar publishes both. A replaced shard: the old index is
+    # deleted first, because a tar without an index is readable and a tar with a wrong index is not. An identical shard
+    # is left alone, because other processes may be reading it.
+    index, inode = path.with_suffix(".idx"), temporary.stat().st_ino
     if _is_published(path, text):
         return
     if path.exists():
@@ -339,15 +293,15 @@ def _publish(temporary: Path, path: Path, text: bytes) -> None:
         atomic_write(index, text)
     os.replace(temporary, path)
     sync_folder(path.parent)
-    # Another writer of this very shard may have come between; whoever's tar is seen sees to its index.
-    if path.stat().st_ino == mine and not (index.exists() and index.read_bytes() == text):
+    # Another process may write this shard at the same time: the one whose tar was renamed last writes the index.
+    if path.stat().st_ino == inode and not (index.exists() and index.read_bytes() == text):
         atomic_write(index, text)
 
 
 def _is_published(path: Path, text: bytes) -> bool:
     try:
-        made = build_index_text(path)
-        return made.encode() == text and index_matches(path.with_suffix(".idx").read_text(), made)
+        current = build_index_text(path)
+        return current.encode() == text and index_matches(path.with_suffix(".idx").read_text(), current)
     except (OSError, ValueError):
         return False
 
@@ -373,32 +327,32 @@ def _read_members(file: BinaryIO, path: Path, size: int) -> Iterator[TarMember]:
                 if end > size:
                     raise ShardError(f'{path} is truncated inside "{info.name}"')
                 name = _MEMBER.fullmatch(info.name)
-                if info.isdir() or name is None:  # WebDataset leaves out what has no key
+                if info.isdir() or name is None:  # as WebDataset
                     continue
                 key, extension = name[1], name[2].lower()
                 _check_member(info, key, extension, path)
                 if extension in seen.get(key, ()) or (key in seen and key != last):
-                    raise ShardError(f'{path}: the key "{key}" comes twice, and keys are unique')
+                    raise ShardError(f'{path}: the key "{key}" is duplicated')
                 seen.setdefault(key, set()).add(extension)
                 last = key
                 yield TarMember(key, extension, info.offset_data, info.size, _crc32(file, info))
     except (tarfile.TarError, OverflowError, UnicodeError, EOFError) as error:
-        raise ShardError(f"{path} is damaged, or is no tar: {error}") from error
-    # tarfile takes a header cut in two, or one of garbage, for the end.
+        raise ShardError(f"{path} is damaged, or is not a tar: {error}") from error
+    # tarfile treats a truncated or damaged header as the end of the tar.
     file.seek(end)
     tail = file.read(_CHUNK)
     if len(tail) < 512 or any(tail):
-        raise ShardError(f'{path} is truncated or damaged: no mark of the end follows "{last}"')
+        raise ShardError(f'{path} is truncated or damaged: no end-of-archive block follows "{last}"')
     if not seen:
-        raise ShardError(f"{path} holds no records")
+        raise ShardError(f"{path} has no records")
 
 
 def _check_member(info: tarfile.TarInfo, key: str, extension: str, path: Path) -> None:
     if not info.isreg() or info.issparse():
-        raise ShardError(f'{path}: "{info.name}" is no plain file')
+        raise ShardError(f'{path}: "{info.name}" is not a regular file')
     _check_key(key, where=path)
     if not _EXTENSION.fullmatch(extension):
-        raise ShardError(f'{path}: "{info.name}" ends in what cannot name a field')
+        raise ShardError(f'{path}: the extension of "{info.name}" is not a valid field name')
 
 
 def _crc32(file: BinaryIO, info: tarfile.TarInfo) -> int:
@@ -407,7 +361,7 @@ def _crc32(file: BinaryIO, info: tarfile.TarInfo) -> int:
     while left:
         chunk = file.read(min(left, _CHUNK))
         if not chunk:
-            raise EOFError("it became shorter while it was read")
+            raise EOFError("the file was truncated while it was read")
         crc = zlib.crc32(chunk, crc)
         left -= len(chunk)
     return crc

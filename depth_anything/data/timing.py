@@ -1,7 +1,7 @@
-"""What a sample costs, hop by hop, beside the bare work that no loader can do without.
+"""Measure what a training sample costs, stage by stage, next to the decoding and resizing that any loader must do.
 
-Figures are CPU time of processes, which other users of the machine change least. Linux only: the clock of another
-process is asked for by its number.
+Times are CPU times of processes, which other programs on the machine change least. Linux only, because the CPU clock of
+another process is read.
 """
 
 import multiprocessing
@@ -18,153 +18,144 @@ from torch.utils.data import DataLoader
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.loader import PREFETCH_BATCHES
-from depth_anything.data.reader import JoinedRecords
-from depth_anything.data.sample import (
-    IMAGE_FIELDS,
-    convert_to_target,
-    decode_image,
-    decode_image_and_meta,
-    find_target_field,
-)
-from depth_anything.data.transforms import crop_encoded_map, crop_image, draw_crop, resize_image
-from depth_anything.preprocess import resize_shape
+from depth_anything.data.sample import IMAGE_FIELDS, decode_image, find_target_field
+from depth_anything.data.transforms import resize_image
 
-#: Stage of a sample to the bare work that it is held against.
 SAMPLE_STAGES: dict[str, str | None] = {
-    "find the record": None,
-    "read it, checksums": None,
-    "decode the image": "decode the image, bare",
-    "resize the image": "resize the image, bare",
-    "cut and mirror it": None,
-    "decode the label": "decode the label, bare",
-    "target and mask": None,
+    "locate the record": None,
+    "read the record": None,
+    "decode the image": "decode the image, minimal",
+    "resize the image": "resize the image, minimal",
+    "crop and flip": None,
+    "decode the label": "decode the label, minimal",
+    "make target and mask": None,
 }
+"""Stages of a sample, each with the minimal work that it is compared with."""
+
 _IDLE_POLL_S = 0.02
 
 
 class StageTimer:
-    """CPU and clock milliseconds by stage, a figure for each time it ran."""
+    """CPU and wall-clock milliseconds of each stage, one value per call.
+
+    Example:
+        >>> timer = StageTimer()
+        >>> with timer("sort"):
+        ...     numbers = sorted(range(1000))
+        >>> list(timer.medians())
+        ['sort']
+    """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start without values."""
         self.cpu: dict[str, list[float]] = defaultdict(list)
-        self.clock: dict[str, list[float]] = defaultdict(list)
+        self.wall: dict[str, list[float]] = defaultdict(list)
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time what is done inside as stage `name`."""
-        cpu, clock = time.process_time(), time.perf_counter()
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Measure the body of a `with` statement as one call of `stage`."""
+        cpu, wall = time.process_time(), time.perf_counter()
         yield
-        self.cpu[name].append(1e3 * (time.process_time() - cpu))
-        self.clock[name].append(1e3 * (time.perf_counter() - clock))
+        self.cpu[stage].append(1e3 * (time.process_time() - cpu))
+        self.wall[stage].append(1e3 * (time.perf_counter() - wall))
 
     def medians(self) -> dict[str, float]:
         """Return the median CPU milliseconds of each stage."""
-        return {name: float(np.median(values)) for name, values in self.cpu.items()}
+        return {stage: float(np.median(values)) for stage, values in self.cpu.items()}
 
-    def waiting(self, name: str) -> float:
-        """Return how long a stage waited without working, milliseconds, the mean: for a disk or a server."""
-        return max(0.0, float(np.mean(self.clock[name]) - np.mean(self.cpu[name])))
+    def mean_wait(self, stage: str) -> float:
+        """Return the mean milliseconds per call in which a stage waited for a disk or a server."""
+        return max(0.0, float(np.mean(self.wall[stage]) - np.mean(self.cpu[stage])))
+
+    def rows(self) -> list[tuple[str, float, float | None]]:
+        """Return (stage, ms, ms of the minimal work) for each of SAMPLE_STAGES, and a last row with the sums."""
+        medians = self.medians()
+        rows = [
+            (stage, medians[stage], medians.get(minimal or "")) for stage, minimal in SAMPLE_STAGES.items()
+        ]
+        return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] or 0.0 for row in rows))]
 
 
 def timed_sample(
-    dataset: StreamDataset, n: int, stage: StageTimer
-) -> tuple[dict[str, np.ndarray], Mapping[str, bytes], tuple[int, int]]:
-    """Make sample `n` as `dataset` does, each hop timed.
+    dataset: StreamDataset, n: int, timer: StageTimer
+) -> tuple[dict[str, Any], Mapping[str, bytes], tuple[int, int]]:
+    """Read sample `n` as the loader does, and measure each stage.
 
     Returns:
-        "image", "target" and "valid" as in the dataset's batches, without the first axis; the record's fields;
-        and the size that its image was resized to.
+        A micro-batch of one sample as arrays, the fields of the record, and the (height, width) that its image was
+        resized to.
 
     Raises:
-        ValueError: the record cannot be read.
+        ValueError: The record cannot be read.
     """
-    side = dataset.image_size
-    target, valid = np.empty((side, side), np.float32), np.empty((side, side), bool)
-    with stage("find the record"):
+    out = dataset.empty_batch(1)
+    with timer("locate the record"):
         _, shard, index = dataset.stream.locate(n)
-        source = next(s for s in dataset.sources if s.name == shard.split("/")[0])
-    with stage("read it, checksums"):
-        _, fields = source.read(shard, index)
-    with stage("decode the image"):
-        name = find_target_field(fields)
-        whole, meta = decode_image_and_meta(fields)
-    size = codec.map_size(fields[name])
-    if not isinstance(source, JoinedRecords):
-        size = resize_shape(whole.shape[0], whole.shape[1], dataset.short_side, dataset.patch)
-    view = draw_crop(*size, side, seed=dataset.seed, n=n)
-    with stage("resize the image"):
-        resized = resize_image(whole, *size)
-    with stage("cut and mirror it"):
-        image = crop_image(resized, view)
-    with stage("decode the label"):
-        crop_encoded_map(fields[name], view, out=target)
-    with stage("target and mask"):
-        convert_to_target(target, valid, quantity=name.split(".")[0], sky=dataset.sky[source.name], meta=meta)
-    return {"image": image, "target": target, "valid": valid}, fields, size
+    fields, size = dataset.write_sample(shard, index, n, out, timer=timer)
+    return out, fields, size
 
 
 def minimal_decode(
-    fields: Mapping[str, bytes], size: tuple[int, int], stage: StageTimer | None = None, *, label: bool = True
+    fields: Mapping[str, bytes], size: tuple[int, int], timer: StageTimer | None = None, *, label: bool = True
 ) -> None:
-    """Do with a record's bytes what no loader can do without: decode image and label whole, resize the image.
+    """Do the work that any loader must do with a record: decode image and label, resize the image.
 
     Args:
-        fields: of the record; its JPEG is decoded by OpenCV as it stands, other images as the loader does.
-        size: height and width to resize to, antialiased; an image of that size is left alone.
-        stage: what to time it with.
-        label: decode the label, too.
+        fields: Of the record; a JPEG is decoded by OpenCV, other images as the loader does.
+        size: (height, width) to resize to, antialiased; an image of that size is not resized.
+        timer: Measures the stages.
+        label: Decode the label, too.
     """
-    stage = stage or StageTimer()
+    timer = timer or StageTimer()
     name = next(name for name in IMAGE_FIELDS if name in fields)
-    with stage("decode the image, bare"):
+    with timer("decode the image, minimal"):
         if name in ("jpg", "jpeg"):
             image = np.asarray(cv2.imdecode(np.frombuffer(fields[name], np.uint8), cv2.IMREAD_COLOR))
         else:
             image = decode_image(fields[name])
-    with stage("resize the image, bare"):
+    with timer("resize the image, minimal"):
         resize_image(image, *size)
     if label:
-        with stage("decode the label, bare"):
+        with timer("decode the label, minimal"):
             codec.decode(fields[find_target_field(fields)])
 
 
 class LoaderTimer:
-    """A loader that is measured by windows; between them its workers come to rest, their batches made ahead."""
+    """Measures a loader in windows; between windows it waits until all workers have finished prefetching."""
 
     def __init__(self, loader: DataLoader) -> None:
         """Start the workers."""
         before = set(multiprocessing.active_children())
         self._batches: Iterator[Any] = iter(loader)
         self._pids = [child.pid for child in multiprocessing.active_children() if child not in before]
-        self._ahead = PREFETCH_BATCHES * loader.num_workers
-        self.rest()
+        self._prefetched = PREFETCH_BATCHES * loader.num_workers
+        self.wait_idle()
 
     def measure(self, batches: int) -> tuple[float, float]:
-        """Take that many batches; return CPU and clock seconds a batch.
+        """Read that many batches; return CPU seconds (of all processes) and wall-clock seconds per batch.
 
-        CPU is that of all processes. The clock starts when what was made ahead is used up.
+        The wall clock starts when the prefetched batches are used up.
         """
-        cpu, mine = self._cpu(), time.process_time()
-        for _ in range(self._ahead):
+        cpu, own = self._cpu(), time.process_time()
+        for _ in range(self._prefetched):
             next(self._batches)
         start = time.perf_counter()
         for _ in range(batches):
             next(self._batches)
-        clock = (time.perf_counter() - start) / batches
-        mine = time.process_time() - mine
-        self.rest()
-        return (self._cpu() - cpu + mine) / (batches + self._ahead), clock
+        wall = (time.perf_counter() - start) / batches
+        own = time.process_time() - own
+        self.wait_idle()
+        return (self._cpu() - cpu + own) / (batches + self._prefetched), wall
 
-    def rest(self) -> None:
-        """Wait until the workers have made all that they make ahead."""
+    def wait_idle(self) -> None:
+        """Wait until the workers use no more CPU time."""
         before, now = -1.0, self._cpu()
         while now - before > 1e-4:
             time.sleep(_IDLE_POLL_S)
             before, now = now, self._cpu()
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Stop the workers."""
         del self._batches
 
     def _cpu(self) -> float:
@@ -173,14 +164,7 @@ class LoaderTimer:
 
 def process_cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used in all its threads."""
-    return time.clock_gettime((~pid << 3) | 2)  # the kernel's number for a process's CPU clock
-
-
-def stage_report(stages: StageTimer) -> list[tuple[str, float, float | None]]:
-    """Return (stage, milliseconds, milliseconds of the bare work) in order, and the sums of each."""
-    medians = stages.medians()
-    rows = [(name, medians[name], medians.get(bare or "")) for name, bare in SAMPLE_STAGES.items()]
-    return [*rows, ("all", sum(row[1] for row in rows), sum(row[2] or 0.0 for row in rows))]
+    return time.clock_gettime((~pid << 3) | 2)  # Linux's clock id for the CPU time of a process
 
 
 def median_and_iqr(values: Sequence[float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Video files through PyAV: opened safely, every picture decoded, at one rising time, turned as players show it.
+"""Read video files with PyAV: safe opening, every frame decoded, rising timestamps, display orientation.
 
-Files of a camera that were joined, streams that were cut and clocks that wrap have timestamps that jump. Here each
-stream follows its own packets: a jump of many packets moves everything behind it, a jump of a single packet is an
-error of that packet. So no picture is lost, and sound stays beside its pictures.
+Timestamps jump in files that a camera joined, in streams that were cut, and where a clock wraps around. Each stream is
+followed by its own packets: a jump of many packets shifts all packets after it, a jump of a single packet is an error
+of that packet. So no frame is lost, and audio stays in sync.
 """
 
 import os
@@ -19,34 +19,31 @@ import numpy as np
 from av.format import Flags
 from av.stream import Disposition
 
-MAX_PIXELS = 200_000_000
-"""Of a frame, as of an image: what a header says is checked before anything is decoded."""
+from depth_anything.data.image_headers import MAX_PIXELS
 
 PICTURE_MESSAGE = "a picture, not a video: for pictures type  depth-anything predict"
 
-_STILL_IMAGE_BRANDS = ("heic", "heix", "mif1", "avif")  # of files built as MP4 that hold a picture
+_STILL_IMAGE_BRANDS = ("heic", "heix", "mif1", "avif")  # of image files in the MP4 container format
 _REFUSED_FORMATS = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
-"""What FFmpeg opens too: pictures and texts, and playlists, which would lead it to other files."""
+"""Formats that FFmpeg opens too: images, texts, and playlists, which would make it open other files."""
 
-_TOLERANCE_S = Fraction(1, 10)  # by which a packet's time may be before or behind the end of the one before
-_MAX_GAP_S = (
-    10  # more than this is a jump in formats whose timestamps may jump, as FFmpeg's own program has it
-)
-_MAX_GAP_OTHER_FORMATS_S = 30 * 3600  # and this in all others
-_MAX_WRONG_PACKETS = 16  # packets in a row whose times may be wrong
-_MAX_WAITING_PACKETS = 1000  # packets that may wait for the one that tells a jump from an error
+_TOLERANCE_S = Fraction(1, 10)  # between the end of a packet and the start of the next
+_MAX_GAP_S = 10  # a longer gap is a jump in formats whose timestamps may jump, as in the ffmpeg program
+_MAX_GAP_OTHER_FORMATS_S = 30 * 3600  # likewise in all other formats
+_MAX_WRONG_PACKETS = 16  # in a row
+_MAX_WAITING_PACKETS = 1000  # until it is known whether there is a jump or an error
 
 
 @dataclass
 class VideoFaults:
-    """What went wrong while a video was read.
+    """Problems found while a video was read.
 
     Attributes:
-        early: packets that could not be decoded before the first picture: they need one before the beginning.
-        lost: packets that could not be decoded from then on.
-        end: what ended it early, "" if nothing did.
-        jumps: of its timestamps, which were taken out.
-        strays: packets whose times were wrong, and were put right.
+        early: Packets before the first decodable frame that could not be decoded, because they need earlier frames.
+        lost: Later packets that could not be decoded.
+        end: Error that ended reading early, "" if there was none.
+        jumps: Jumps of timestamps that were removed.
+        repaired_packets: Packets with wrong timestamps that were corrected.
     """
 
     early: int = 0
@@ -57,18 +54,18 @@ class VideoFaults:
 
 
 def open_video(path: Path) -> Any:
-    """Open a video file as a PyAV container; only that file is read.
+    """Open a video file as a PyAV container; no other file is read.
 
     Raises:
-        ValueError: there is no such file, or it is none that can be read as video.
-        OSError: its disk does not give it.
+        ValueError: There is no such file, or it cannot be read as video.
+        OSError: The disk fails.
     """
     if not path.is_file():
         raise ValueError("there is no such file")
-    with path.open("rb"):  # what a disk refuses to give is no damaged video
+    with path.open("rb"):  # a disk error is not a damaged video
         pass
     try:
-        # an absolute path is never taken for an address; and nothing a file names is fetched
+        # An absolute path cannot be mistaken for a URL, and the whitelist keeps FFmpeg from opening other files.
         container = av.open(os.path.abspath(path), options={"protocol_whitelist": "file"})
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"not a video, or cut off before its index ({ffmpeg_reason(error)})") from error
@@ -77,7 +74,7 @@ def open_video(path: Path) -> Any:
         raise ValueError(PICTURE_MESSAGE)
     if container.format.name in _REFUSED_FORMATS:
         container.close()
-        raise ValueError("there is no video in it")
+        raise ValueError("it has no video stream")
     return container
 
 
@@ -90,13 +87,12 @@ def _is_picture(container: Any) -> bool:
 
 
 def list_streams(container: Any) -> list[Any]:
-    """List the video streams of a container that can be decoded, the one that players show first.
+    """List the video streams of a container that can be decoded; players show the first one.
 
-    Cover pictures are left out; what is marked as default goes before the rest, the larger before the smaller, and
-    the longer before the shorter.
+    Cover images are left out. The default stream is before the rest, then larger before smaller, longer before shorter.
 
     Raises:
-        ValueError: there is none, or its frames are larger than `MAX_PIXELS`.
+        ValueError: There is none, or its frames are larger than `MAX_PIXELS`.
     """
     streams = [
         stream
@@ -104,15 +100,15 @@ def list_streams(container: Any) -> list[Any]:
         if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
     ]
     if not streams:
-        raise ValueError("there is no video in it")
+        raise ValueError("it has no video stream")
 
     def rank(stream: Any) -> tuple[bool, int, int]:
         return bool(stream.disposition & Disposition.default), _frame_pixels(stream), stream.frames
 
-    streams.sort(key=rank, reverse=True)  # stable: of equals the first
+    streams.sort(key=rank, reverse=True)  # stable: equal streams keep their order
     if _frame_pixels(streams[0]) > MAX_PIXELS:
         size = f"{streams[0].codec_context.width}×{streams[0].codec_context.height}"
-        raise ValueError(f"its frames are {size}, more than {MAX_PIXELS / 1e6:g} megapixels")
+        raise ValueError(f"its frames are {size}, over the limit of {MAX_PIXELS / 1e6:g} megapixels")
     return streams
 
 
@@ -125,15 +121,15 @@ def read_frames(
     sound: Sequence[Any] = (),
     on_packet: Callable[[Any], None] = lambda packet: None,
 ) -> Iterator[tuple[Fraction, Any]]:
-    """Yield every frame that can be decoded, with its time in seconds; times rise.
+    """Yield every decodable frame with its time in seconds; the times rise.
 
     Args:
-        container: of `open_video`.
-        stream: of its video streams.
-        rate: frames a second, for frames without a time.
-        faults: filled on the way.
-        sound: audio streams whose packets are wanted, too.
-        hand_on: takes such a packet, its times moved as those of the pictures.
+        container: From `open_video`.
+        stream: One of its video streams.
+        rate: Frames per second, for frames without a timestamp.
+        faults: Filled while reading.
+        sound: Audio streams whose packets are passed to `on_packet`.
+        on_packet: Called with each such packet, its timestamps shifted like those of the video.
     """
     jumps = bool(container.format.flags & Flags.ts_discont.value)
     clock = PacketClock(jumps=jumps, step=1 / rate)
@@ -146,15 +142,15 @@ def read_frames(
         count += 1
         yield time, frame
     if container.format.name == "gif" and count < stream.frames and not faults.end:
-        faults.end = f"FFmpeg reads {count} of its {stream.frames} pictures, which have no durations"
+        faults.end = f"FFmpeg reads {count} of its {stream.frames} frames, which have no durations"
 
 
 def apply_display_matrix(image: np.ndarray, frame: Any) -> np.ndarray:
-    """Turn and mirror a picture as the display matrix of its frame says, to the next quarter turn.
+    """Rotate and flip an image by the display matrix of its frame, to the nearest quarter turn.
 
     Args:
-        image: (H, W, ...), of the frame as it is stored.
-        frame: of PyAV.
+        image: (H, W, ...), as stored.
+        frame: PyAV frame.
     """
     across, flip_y, flip_x = display_orientation(frame)
     if across:
@@ -163,11 +159,11 @@ def apply_display_matrix(image: np.ndarray, frame: Any) -> np.ndarray:
 
 
 def display_orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Tell how a frame is to be shown: whether rows become columns, then whether y, then whether x is mirrored."""
+    """Return whether to transpose a frame for display, then whether to flip y, then whether to flip x."""
     found = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if found is None:
         return False, False, False
-    # a stored point (x, y) is shown at (a x + c y, b x + d y)
+    # the stored point (x, y) is displayed at (a x + c y, b x + d y)
     a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(found), np.int32))
     if abs(b) + abs(c) > abs(a) + abs(d):
         return True, b < 0, c < 0
@@ -175,85 +171,85 @@ def display_orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def ffmpeg_reason(error: Exception) -> str:
-    """Say what FFmpeg says, without its number."""
+    """Return the message of an FFmpeg error, without its number."""
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 @dataclass
 class _StreamClock:
-    """Where a stream stands: when its next packet is due, and which of the jumps it has passed."""
+    """State of a stream: when its next packet is due, and the number of jumps that it has passed."""
 
     due: Fraction | None = None
     passed: int = 0
 
 
 class PacketClock:
-    """Moves the times of packets so that each stream goes on where it was.
+    """Shifts the timestamps of packets so that each stream continues without jumps.
 
-    `moves` has the seconds that are added behind each jump. The stream that comes to a jump first sets them; the
-    others pass the same jump when their own times tell that they have come to it. `strays` counts packets whose
-    times were wrong although those behind them were right again.
+    `moves` has the seconds that are added after each jump. The first stream that reaches a jump sets them; another
+    stream passes the same jump when its own timestamps show that it has reached it. `repaired_packets` counts packets
+    with wrong timestamps that were followed by correct ones.
     """
 
     def __init__(self, *, jumps: bool, step: Fraction) -> None:
-        """Begin with nothing seen.
+        """Start before the first packet.
 
         Args:
-            jumps: whether a long gap is a jump: in transport and program streams, not in MP4 or Matroska.
-            step: seconds a picture lasts if its packet does not say.
+            jumps: Whether a long gap is a jump: in transport and program streams, not in MP4 or Matroska.
+            step: Duration of a frame whose packet has none, seconds.
         """
         self.moves, self.repaired_packets = [Fraction(0)], 0
         self._longest_gap, self._step = _MAX_GAP_S if jumps else _MAX_GAP_OTHER_FORMATS_S, step
         self._tracks: dict[int, _StreamClock] = {}
 
     def follow(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of a container in their order, moved."""
+        """Yield the packets of a container in their order, with shifted timestamps."""
         waiting: deque[Any] = deque()
         for packet in packets:
             waiting.append(packet)
-            yield from self._placed(waiting, end=False)
-        yield from self._placed(waiting, end=True)
+            yield from self._emit_ready(waiting, end=False)
+        yield from self._emit_ready(waiting, end=True)
 
-    def _placed(self, waiting: deque[Any], *, end: bool) -> Iterator[Any]:
-        """Take out those whose times can be told by now: a jump shows by the next packets of the stream."""
+    def _emit_ready(self, waiting: deque[Any], *, end: bool) -> Iterator[Any]:
+        """Yield the packets whose shift is known; a jump is only known after the next packets of the stream."""
         while waiting:
             first = waiting[0]
             rest = islice(waiting, 1, None)
             same = (packet for packet in rest if packet.stream.index == first.stream.index)
-            if not self._place(first, same, decided=end or len(waiting) >= _MAX_WAITING_PACKETS):
+            if not self._shift_if_known(first, same, decided=end or len(waiting) >= _MAX_WAITING_PACKETS):
                 return
             yield waiting.popleft()
 
-    def _place(self, packet: Any, following: Iterator[Any], *, decided: bool) -> bool:
-        """Move a packet's times; False: more of the `following` ones of its stream are needed, unless `decided`."""
+    def _shift_if_known(self, packet: Any, following: Iterator[Any], *, decided: bool) -> bool:
+        """Shift the timestamps of a packet; False if more `following` packets are needed, unless `decided`."""
         track = self._tracks.setdefault(packet.stream.index, _StreamClock(passed=len(self.moves) - 1))
         move = self.moves[track.passed]
         if packet.dts is None:
             _shift_packet(packet, move)
             return True
-        stamp, lasts = packet.dts * packet.time_base, self._lasts(packet)
+        stamp, duration = packet.dts * packet.time_base, self._duration(packet)
         late = Fraction(0) if track.due is None else stamp + move - track.due
         if track.due is not None and abs(late) > _TOLERANCE_S:
-            repaired_packets = self._comes_back(packet, following, late)
-            if repaired_packets is None and not decided:
+            outlier = self._is_outlier(packet, following, late)
+            if outlier is None and not decided:
                 return False
-            if repaired_packets:
+            if outlier:
                 _shift_packet(packet, move - late)
-                track.due += lasts
+                track.due += duration
                 self.repaired_packets += 1
                 return True
             if not 0 < late <= self._longest_gap:
-                self._jump(track, track.due, stamp, video=packet.stream.type == "video")
+                self._pass_jump(track, track.due, stamp, video=packet.stream.type == "video")
         move = self.moves[track.passed]
         _shift_packet(packet, move)
-        end = stamp + move + lasts
+        end = stamp + move + duration
         track.due = end if track.due is None else max(track.due, end)
         return True
 
-    def _comes_back(self, packet: Any, following: Iterator[Any], late: Fraction) -> bool | None:
-        """Tell whether a stream is soon where it would be without a jump of `late` seconds; None: not known yet."""
-        end, expected = Fraction(0), -late  # after the packet, from the end that it claims
-        begin, seen = packet.dts * packet.time_base + self._lasts(packet), 0
+    def _is_outlier(self, packet: Any, following: Iterator[Any], late: Fraction) -> bool | None:
+        """Tell whether a stream soon continues as if there were no jump of `late` seconds; None if not known yet."""
+        end, expected = Fraction(0), -late  # seconds after the end of the packet
+        begin, seen = packet.dts * packet.time_base + self._duration(packet), 0
         for other in following:
             if other.dts is None:
                 continue
@@ -263,14 +259,14 @@ class PacketClock:
             seen += 1
             if seen == _MAX_WRONG_PACKETS:
                 return False
-            end, expected = stamp + self._lasts(other), expected + self._lasts(other)
+            end, expected = stamp + self._duration(other), expected + self._duration(other)
         return None
 
-    def _jump(self, track: _StreamClock, due: Fraction, stamp: Fraction, *, video: bool) -> None:
-        for number in range(track.passed + 1, len(self.moves)):  # a jump that another stream has passed
+    def _pass_jump(self, track: _StreamClock, due: Fraction, stamp: Fraction, *, video: bool) -> None:
+        for number in range(track.passed + 1, len(self.moves)):  # jumps that another stream has passed
             early = due - stamp - self.moves[number]
             if abs(early) <= _MAX_GAP_S:
-                # pictures go on without a gap; a stream that has much more before the jump makes the others wait
+                # Frames continue without a gap; a stream with more data before the jump delays the others.
                 if early > _TOLERANCE_S or (video and early >= -_TOLERANCE_S):
                     self.moves[number] += early
                 track.passed = number
@@ -279,7 +275,7 @@ class PacketClock:
         self.moves.append(back[-1] if back else due - stamp)
         track.passed = len(self.moves) - 1
 
-    def _lasts(self, packet: Any) -> Fraction:
+    def _duration(self, packet: Any) -> Fraction:
         if packet.duration:
             return packet.duration * Fraction(packet.time_base)
         return self._step if packet.stream.type == "video" else Fraction(0)
@@ -321,14 +317,14 @@ def _decode_packets(
         else:
             flushed = flushed or packet.size == 0
             yield from decoded(packet)
-    if not flushed:  # what the decoder still holds when reading ends early
+    if not flushed:  # the frames in the decoder when reading ends early
         yield from decoded(None)
 
 
 def _with_rising_times(
     frames: Iterable[Any], *, base: Fraction, step: Fraction
 ) -> Iterator[tuple[Fraction, Any]]:
-    """Give each frame its time; one that is out of order goes between its neighbors."""
+    """Yield each frame with its time; a time out of order is moved between its neighbors."""
     before: Fraction | None = None
     held: tuple[Fraction, Any] | None = None
     for frame in frames:
@@ -347,7 +343,7 @@ def _with_rising_times(
 def _time_between(
     before: Fraction | None, time: Fraction, after: Fraction | None, step: Fraction
 ) -> Fraction:
-    """Choose the time of a frame by its own and its neighbors'."""
+    """Choose the time of a frame from its own and those of its neighbors."""
     if before is None:
         return time if after is None or after > time else after - step
     if after is not None and after > before:

@@ -1,4 +1,4 @@
-"""A web page that maps the image it is given."""
+"""Web demo that predicts the depth of an uploaded image."""
 
 from depth_anything.demo.page import COLORMAPS, Limits, build_page, run_page, serve
 

@@ -1,4 +1,4 @@
-"""What stands between a visitor and the page: an alias for its folder, and a quota for what lies in it."""
+"""Middleware of the web demo: a quota on uploads, and an alias that hides the server's temporary folder."""
 
 import secrets
 import shutil
@@ -8,122 +8,122 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MIN_AGE_S = 30  # what is younger may still be written, or mapped
+_MIN_AGE_S = 30  # younger files may still be written or read
 
 
 @dataclass(frozen=True)
 class UploadQuota:
-    """What may lie in the folder of temporary files.
+    """Limits on the temporary folder; the oldest uploads are removed to stay within them.
 
     Attributes:
-        folder: Its path.
-        files: How many uploads, and maps of them.
-        bytes: Of all of them.
+        folder: The temporary folder. Each upload, and each result, is a folder in it.
+        files: Maximum number of uploads and results.
+        bytes: Maximum size of all of them.
     """
 
     folder: Path
     files: int
     bytes: int
 
-    def make_room(self, coming: int, *, keep: Path | None = None) -> bool:
-        """Remove the oldest until there is room; return whether there is.
+    def make_room(self, size: int, *, keep: Path | None = None) -> bool:
+        """Remove the oldest entries until a new one fits; return whether it does.
 
         Args:
-            coming: Bytes that are about to be written.
-            keep: A file that is in use.
+            size: Bytes of the new entry.
+            keep: A file that is in use and must not be removed.
         """
-        held = sorted(self._entries(), key=lambda entry: entry[0])
-        files, size = len(held), sum(entry[1] for entry in held)
-        for changed, bytes_, path in held:
-            if files < self.files and size + coming <= self.bytes:
+        entries = sorted(self._entries(), key=lambda entry: entry[0])
+        files, total = len(entries), sum(entry[1] for entry in entries)
+        for modified, entry_size, path in entries:
+            if files < self.files and total + size <= self.bytes:
                 return True
-            fresh = time.time() - changed < _MIN_AGE_S
-            if fresh or (keep is not None and keep.is_relative_to(path)):
+            recent = time.time() - modified < _MIN_AGE_S
+            if recent or (keep is not None and keep.is_relative_to(path)):
                 continue
             shutil.rmtree(path, ignore_errors=True)
-            files, size = files - 1, size - bytes_
-        return files < self.files and size + coming <= self.bytes
+            files, total = files - 1, total - entry_size
+        return files < self.files and total + size <= self.bytes
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """Per folder of the folder: when it was last written to, its bytes, its path."""
-        found = []
+        """List each entry's time of last modification, size in bytes, and path."""
+        entries = []
         for path in self.folder.iterdir():
-            changed, size = 0.0, 0
+            modified, size = 0.0, 0
             for file in (path, *path.rglob("*")):
-                with suppress(OSError):  # gone meanwhile
-                    about = file.stat()
-                    changed = max(changed, about.st_mtime)
-                    size += about.st_size if file.is_file() else 0
-            found.append((changed, size, path))
-        return found
+                with suppress(OSError):  # removed meanwhile
+                    status = file.stat()
+                    modified = max(modified, status.st_mtime)
+                    size += status.st_size if file.is_file() else 0
+            entries.append((modified, size, path))
+        return entries
 
 
 class UploadGuard:
-    """Refuses an upload that is too large, does not say its size, or for which there is no room."""
+    """ASGI middleware that refuses an upload which is too large, states no size, or does not fit the quota."""
 
-    def __init__(self, app: Any, quota: UploadQuota, most_bytes: int) -> None:
-        """Take what may lie on the disk, and the bytes of one upload at most."""
-        self._app, self._quota, self._most = app, quota, most_bytes
+    def __init__(self, app: Any, quota: UploadQuota, max_bytes: int) -> None:
+        """Wrap an app; `max_bytes` is the maximum size of one upload."""
+        self._app, self._quota, self._max_bytes = app, quota, max_bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, or answer it with 413 (too large) or 507 (no room)."""
+        """Pass a request on, or answer it with 413 (too large) or 507 (quota exceeded)."""
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/upload"):
-            said = dict(scope["headers"]).get(b"content-length", b"")
-            size = int(said) if said.isdigit() else self._most + 1
-            status = 413 if size > self._most else 0 if self._quota.make_room(size) else 507
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            size = int(length) if length.isdigit() else self._max_bytes + 1
+            status = 413 if size > self._max_bytes else 0 if self._quota.make_room(size) else 507
             if status:
-                await send({"type": "http.response.start", "status": status, "headers": []})
-                await send({"type": "http.response.body", "body": b""})
+                await _send_empty(send, status)
                 return
         await self._app(scope, receive, send)
 
 
 class FolderAlias:
-    """Shows another name for the folder of temporary files than it has on the server's disk.
+    """ASGI middleware that replaces the path of the temporary folder by an alias in everything it sends.
 
-    The alias is as long as the name, so that lengths of responses stay; and no address is fetched for anyone.
+    The alias has the length of the path, so content lengths stay valid. Requests for files at a URL are refused.
     """
 
     def __init__(self, app: Any, folder: str) -> None:
-        """Choose an alias for a folder."""
-        self._app, self._real = app, folder.encode()
+        """Wrap an app and draw a random alias for `folder`."""
+        self._app, self._path = app, folder.encode()
         self._alias = f"/{secrets.token_hex(len(folder))}"[: len(folder)].encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on with the folder's name, and its answer with the alias."""
+        """Replace the alias by the path in the request, and the path by the alias in the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         if "file=http" in scope["path"]:
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            await _send_empty(send, 403)
             return
         headers = dict(scope["headers"])
-        wanted = {**scope, "path": scope["path"].replace(self._alias.decode(), self._real.decode())}
+        inner = {**scope, "path": scope["path"].replace(self._alias.decode(), self._path.decode())}
         for key in ("raw_path", "query_string"):
-            wanted[key] = (scope.get(key) or b"").replace(self._alias, self._real)
-        asked_in_text = b"multipart" not in headers.get(b"content-type", b"")
-        answers_in_text = False
+            inner[key] = (scope.get(key) or b"").replace(self._alias, self._path)
+        request_is_text = b"multipart" not in headers.get(b"content-type", b"")
+        response_is_text = False
 
-        async def receive_real() -> Any:
+        async def receive_inner() -> Any:
             message = await receive()
-            if asked_in_text and message.get("body"):
-                message = {**message, "body": message["body"].replace(self._alias, self._real)}
+            if request_is_text and message.get("body"):
+                message = {**message, "body": message["body"].replace(self._alias, self._path)}
             return message
 
-        async def send_alias(message: Any) -> None:
-            nonlocal answers_in_text
+        async def send_aliased(message: Any) -> None:
+            nonlocal response_is_text
             if message["type"] == "http.response.start":
                 kind = dict(message["headers"]).get(b"content-type", b"")
-                answers_in_text = kind.startswith((b"text/", b"application/json"))
-                message = {
-                    **message,
-                    "headers": [
-                        (key, value.replace(self._real, self._alias)) for key, value in message["headers"]
-                    ],
-                }
-            elif answers_in_text and message.get("body"):
-                message = {**message, "body": bytes(message["body"]).replace(self._real, self._alias)}
+                response_is_text = kind.startswith((b"text/", b"application/json"))
+                aliased = [(key, value.replace(self._path, self._alias)) for key, value in message["headers"]]
+                message = {**message, "headers": aliased}
+            elif response_is_text and message.get("body"):
+                message = {**message, "body": bytes(message["body"]).replace(self._path, self._alias)}
             await send(message)
 
-        await self._app(wanted, receive_real, send_alias)
+        await self._app(inner, receive_inner, send_aliased)
+
+
+async def _send_empty(send: Any, status: int) -> None:
+    """Answer a request with a status and no body."""
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})

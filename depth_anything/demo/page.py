@@ -1,24 +1,23 @@
-"""A web page that maps the image it is given: picture and map under a slider, the values to download, points.
+"""The web demo: upload a picture, compare it with its depth map under a slider, download the values, view points.
 
-Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere, no address is fetched for a
-visitor. A visitor sends one image and a choice among given names; files are decoded, never unpickled, and what
-the page is told of the server's disk is an alias.
+Privacy: no analytics, no fonts or scripts from other hosts, and no URL is fetched for a visitor. A visitor sends one
+image and chooses one of the given models. Files are decoded, never unpickled. Responses contain an alias instead of
+the path of the server's temporary folder.
 """
 
 import html
 import os
-import secrets
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it at import
 
 import gradio as gr  # noqa: E402
 import matplotlib  # noqa: E402
@@ -35,34 +34,31 @@ from depth_anything.inference.pointcloud import choose_focal_length, encode_poin
 from depth_anything.inference.predictor import Predictor  # noqa: E402
 from depth_anything.visualize import colorize_by_distance, distance_colormap  # noqa: E402
 
-COLORMAPS = {"Spectral": "Spectral_r", "Inferno": "inferno", "Grey": "gray"}
-"""What the page calls them, and matplotlib's names, as `paint` takes them: near is red, bright or white."""
+COLORMAPS = {"Spectral": "Spectral_r", "Inferno": "inferno", "Gray": "gray"}
+"""Label on the page to matplotlib's name, as `colorize_by_distance` takes it: near is red, bright or white."""
 
-_MAX_DISPLAY_PX = 2048  # longer side of what the slider shows; the download has every pixel
+_MAX_DISPLAY_PX = 2048  # longer side of the images in the slider; the downloads have the full size
 _MAX_POINTS = 400_000
-_SWEEP_S, _KEEP_S = 300, 3600  # how often old files are looked for, and how old they may get
-_ROUND, _FROM_ABOVE = (
-    90,
-    86,
-)  # degrees: the viewer of the points looks as the photographer did, slightly raised
-_CAMERA_DISTANCE = 1.15  # times as far from their middle
-_MAX_DEPTH_MEDIANS = 4.0  # disparity makes the far unsure; farther points would make the near ones small
+_CLEANUP_INTERVAL_S, _MAX_FILE_AGE_S = 300, 3600
+_CAMERA_AZIMUTH_DEG, _CAMERA_POLAR_DEG = 90, 86  # the direction of the photograph, slightly raised
+_CAMERA_DISTANCE = 1.15  # times the distance of the middle of the points
+_MAX_DEPTH_MEDIANS = 4.0  # far points of a disparity map are unreliable and would make the near ones tiny
 _GRADIENT_STOPS = 24
-_HARD_LIMIT_FACTOR = 4  # times as large as is taken is what a file may be to be told so on the page
-_MULTIPART_BYTES = 10_000  # bytes of an upload beside its file's, at most
+_HARD_LIMIT_FACTOR = 4  # files up to so many times the limit are received, to show an error on the page
+_MULTIPART_BYTES = 10_000  # upper bound of an upload's size beyond the size of its file
 _MAX_ASPECT_RATIO = 8  # the network's short side is fixed; its cost grows with the square of the long one
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the page takes.
+    """Limits on uploads.
 
     Attributes:
-        megapixels: of an image.
-        megabytes: of a file.
-        queue: visitors who may wait; one is served at a time, since the network has one device.
-        files: uploads, and maps of them, that are kept; the oldest go first.
-        disk_megabytes: of all of them.
+        megapixels: Maximum size of an image.
+        megabytes: Maximum size of a file.
+        queue: Maximum number of waiting visitors; they are served one at a time, since the network has one device.
+        files: Maximum number of uploads and results kept on disk; the oldest are removed first.
+        disk_megabytes: Maximum size of all of them.
     """
 
     megapixels: float = 50.0
@@ -73,39 +69,50 @@ class Limits:
 
 
 class UploadError(ValueError):
-    """What is wrong with what a visitor sent."""
+    """An upload that the page refuses; the message is shown to the visitor."""
 
 
 @dataclass(frozen=True)
 class _PageResult:
-    """What one image became: files and words for the page."""
+    """Files and HTML that the page shows for one image.
+
+    Attributes:
+        pair: Previews of the image and of the painted map, for the slider.
+        legend: HTML of the color bar.
+        png16: Path of the 16-bit PNG.
+        exr: Path of the OpenEXR file.
+        points: Path of the glb file; None if no pixel is near enough.
+        camera_distance: Distance of the viewer's camera, in the unit of the points.
+        points_error: HTML that says why there are no points; else empty.
+        facts: HTML about the model and the image.
+    """
 
     pair: tuple[str, str]
     legend: str
     png16: str
     exr: str
     points: str | None
-    distance: float
-    no_points: str
+    camera_distance: float
+    points_error: str
     facts: str
 
 
 def serve(predictors: Mapping[str, Predictor], *, host: str, port: int, limits: Limits) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until SIGTERM or Ctrl-C.
 
     Args:
-        predictors: by the names they are offered under.
-        host: address to listen on; 127.0.0.1 is seen by this machine only.
-        port: to listen on.
-        limits: what is taken.
+        predictors: Name in the model menu to predictor.
+        host: Address to listen on; 127.0.0.1 can be reached from this machine only.
+        port: Port to listen on.
+        limits: Limits on uploads.
 
     Raises:
-        OSError: the port is taken.
+        OSError: The port is taken.
     """
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # else temporary files would stay
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # else the temporary files would stay
     with run_page(predictors, host=host, port=port, limits=limits) as address:
-        print(f"{address}  ({', '.join(predictors)}; Ctrl-C ends it)", flush=True)
+        print(f"{address}  ({', '.join(predictors)}; stop it with Ctrl-C)", flush=True)
         stop.wait()
 
 
@@ -117,20 +124,20 @@ def run_page(
     port: int = 0,
     limits: Limits | None = None,
 ) -> Iterator[str]:
-    """Run the page in the background; yields its address. Leaving stops it and removes its files.
+    """Run the page in the background and yield its address; stop it and remove its files on exit.
 
     Args:
-        predictors: by the names they are offered under.
-        host: address to listen on.
-        port: to listen on; 0 takes a free one.
-        limits: what is taken.
+        predictors: Name in the model menu to predictor.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        limits: Limits on uploads.
     """
     limits = limits or Limits()
     folder = Path(tempfile.mkdtemp(prefix="depth-anything-")).resolve()
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     quota = UploadQuota(folder, limits.files, round(limits.disk_megabytes * 1_000_000))
-    # Gradio says of a larger file what nobody can change, in a corner; up to here the page itself says it.
+    # Gradio reports a larger file in a corner, in fixed words. Files up to the hard limit get our own error message.
     hard_limit = round(_HARD_LIMIT_FACTOR * limits.megabytes * 1_000_000)
     page = build_page(predictors, limits=limits, quota=quota)
     try:
@@ -144,7 +151,7 @@ def run_page(
             footer_links=[],
             app_kwargs={
                 "middleware": [
-                    Middleware(UploadGuard, quota=quota, most_bytes=hard_limit + _MULTIPART_BYTES),
+                    Middleware(UploadGuard, quota=quota, max_bytes=hard_limit + _MULTIPART_BYTES),
                     Middleware(FolderAlias, folder=str(folder)),
                 ],
                 "docs_url": None,
@@ -172,18 +179,22 @@ def run_page(
 def build_page(
     predictors: Mapping[str, Predictor], *, limits: Limits, quota: UploadQuota | None = None
 ) -> gr.Blocks:
-    """Lay out the page and wire it.
+    """Lay out the page and connect its events.
 
     Args:
-        predictors: by the names they are offered under.
-        limits: what is taken.
-        quota: what may lie on the disk.
+        predictors: Name in the model menu to predictor.
+        limits: Limits on uploads.
+        quota: Limits on the temporary folder.
     """
     names = list(predictors)
+    uploads = _UploadHandler(predictors, limits, quota)
     with gr.Blocks(
-        title="Depth Anything", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEEP_S), fill_width=True
+        title="Depth Anything",
+        analytics_enabled=False,
+        delete_cache=(_CLEANUP_INTERVAL_S, _MAX_FILE_AGE_S),
+        fill_width=True,
     ) as page:
-        gr.HTML('<h1>Depth Anything</h1><p class="lead">A picture in, its depth out.</p>', elem_id="head")
+        gr.HTML('<h1>Depth Anything</h1><p class="lead">Depth from a single picture.</p>', elem_id="head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300, elem_id="side"):
                 image = gr.Image(
@@ -197,7 +208,7 @@ def build_page(
                 model = gr.Dropdown(
                     names, value=names[0], label="Model", visible=len(names) > 1, elem_id="model"
                 )
-                colours = gr.Radio(list(COLORMAPS), value="Spectral", label="Colours", elem_id="colours")
+                colors = gr.Radio(list(COLORMAPS), value="Spectral", label="Colors", elem_id="colors")
                 with gr.Row(elem_id="save"):
                     png16 = gr.DownloadButton(
                         "16-bit PNG", interactive=False, size="sm", min_width=80, elem_id="png16"
@@ -212,8 +223,8 @@ def build_page(
                         show_label=False, interactive=False, height=580, max_height=580, elem_id="slider"
                     )
                     legend = gr.HTML(elem_id="legend")
-                with gr.Tab("Points in space") as points_tab:
-                    no_points = gr.HTML(elem_id="no-points")
+                with gr.Tab("Point cloud") as points_tab:
+                    points_error = gr.HTML(elem_id="no-points")
                     points = gr.Model3D(
                         show_label=False,
                         height=640,
@@ -221,168 +232,168 @@ def build_page(
                         elem_id="points",
                     )
 
-        cloud, in_space, refusals = gr.State(None), gr.State(False), gr.State("")
+        result, points_shown = gr.State(None), gr.State(False)
 
-        # not `change`: a picture that is refused is taken off the page, and what is wrong with it stays
+        # Not `change`: removing a refused picture would trigger it, and it would clear the error message. The picture
+        # is removed in the same response: a second event could arrive after the next upload and remove that one.
         gr.on(
-            [image.upload, image.clear, model.input, colours.input],
-            _make_handler(predictors, limits, quota),
-            [image, model, colours, in_space],
-            [slider, legend, png16, exr, cloud, points, facts, no_points, refusals],
+            [image.upload, image.clear, model.input, colors.input],
+            uploads.show,
+            [image, model, colors, points_shown],
+            [slider, legend, png16, exr, result, points, facts, points_error, image],
             api_visibility="private",
             show_progress_on=slider,
             trigger_mode="always_last",
         )
-        refusals.change(lambda: None, None, image, api_visibility="private")
-        # a hidden canvas draws nothing, later neither: points are handed over when their tab is open
+        # A canvas that is hidden when it gets its points never draws them: they are sent when the tab is opened.
         points_tab.select(
-            lambda made: (_point_viewer(made), True), cloud, [points, in_space], api_visibility="private"
+            lambda shown: (_point_viewer(shown), True),
+            result,
+            [points, points_shown],
+            api_visibility="private",
         )
-        picture_tab.select(lambda: (None, False), None, [points, in_space], api_visibility="private")
+        picture_tab.select(lambda: (None, False), None, [points, points_shown], api_visibility="private")
     return page
 
 
-def _make_handler(
-    predictors: Mapping[str, Predictor], limits: Limits, quota: UploadQuota | None
-) -> Callable[..., list[Any]]:
-    """Make what answers a visitor: from picture, model, colours and open tab to what the page shows."""
+class _UploadHandler:
+    """Computes what the page shows for a visitor's picture."""
 
-    def show(path: str | None, name: str, colour: str, in_space: bool) -> list[Any]:
-        empty = gr.DownloadButton(interactive=False, value=None)
-        facts = _model_html(name, predictors[name], limits) if name in predictors else ""
-        made, told, refusal = None, "", gr.skip()
+    def __init__(
+        self, predictors: Mapping[str, Predictor], limits: Limits, quota: UploadQuota | None
+    ) -> None:
+        self._predictors, self._limits, self._quota = predictors, limits, quota
+
+    def show(self, path: str | None, name: str, color: str, points_shown: bool) -> list[Any]:
+        """Return the values of the page's components for a picture, a model, a colormap and the open tab."""
+        result, error_html, picture = None, "", gr.skip()
         if path:
             try:
-                made = _predict_upload(path, name, colour, predictors, limits, quota)
+                result = self._predict_upload(Path(path), name, color)
             except UploadError as error:
-                told, refusal = _error_html(error), secrets.token_hex(8)
-        if made is None:
-            return [None, told, empty, empty, None, _point_viewer(None), facts, "", refusal]
+                error_html, picture = _error_html(error), None
+        if result is None:
+            disabled = gr.DownloadButton(interactive=False, value=None)
+            predictor = self._predictors.get(name)
+            facts = _model_html(name, predictor, self._limits) if predictor else ""
+            return [None, error_html, disabled, disabled, None, _point_viewer(None), facts, "", picture]
         return [
-            made.pair,
-            made.legend,
-            gr.DownloadButton(value=made.png16, interactive=True),
-            gr.DownloadButton(value=made.exr, interactive=True),
-            made,
-            _point_viewer(made if in_space else None),
-            made.facts,
-            made.no_points,
-            refusal,
+            result.pair,
+            result.legend,
+            gr.DownloadButton(value=result.png16, interactive=True),
+            gr.DownloadButton(value=result.exr, interactive=True),
+            result,
+            _point_viewer(result if points_shown else None),
+            result.facts,
+            result.points_error,
+            picture,
         ]
 
-    return show
+    def _predict_upload(self, path: Path, name: str, color: str) -> _PageResult:
+        """Predict a picture; anything wrong with it or with this one request becomes an UploadError."""
+        if name not in self._predictors or color not in COLORMAPS:
+            raise UploadError("There is no such model or colormap.")
+        try:
+            data = _read_upload(path, self._limits)
+            if self._quota and not self._quota.make_room(0, keep=path):
+                raise UploadError("The disk of this page is full: try again in a minute.")
+            return _build_result(path, data, name, color, self._predictors[name], self._limits)
+        except UploadError:
+            raise
+        except FileNotFoundError as error:
+            raise UploadError("This picture was removed to make room for others: upload it again.") from error
+        except ValueError as error:
+            raise UploadError(f"No depth map can be computed for this picture: {error}.") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UploadError("There is not enough memory for this picture: reduce it first.") from error
 
 
 def _error_html(why: object) -> str:
     return f'<p class="refused" role="alert">{html.escape(str(why))}</p>'
 
 
-def _point_viewer(made: _PageResult | None) -> gr.Model3D:
-    if made is None or made.points is None:
+def _point_viewer(result: _PageResult | None) -> gr.Model3D:
+    if result is None or result.points is None:
         return gr.Model3D(value=None)
-    return gr.Model3D(value=made.points, camera_position=(_ROUND, _FROM_ABOVE, made.distance))
+    camera = (_CAMERA_AZIMUTH_DEG, _CAMERA_POLAR_DEG, result.camera_distance)
+    return gr.Model3D(value=result.points, camera_position=camera)
 
 
 def _disable_preprocessing(image: gr.Image) -> None:
-    """Have a file handed on as it was sent, so that what is wrong with it is told by us, and no address fetched.
+    """Make the component pass uploaded files on unchanged, and refuse URLs, which Gradio would fetch.
 
-    On the instance: for a subclass, Gradio would write a .pyi file beside this one.
+    Our own decoder then reports what is wrong with a file. The methods are set on the instance, because Gradio writes a
+    .pyi file for each subclass.
     """
     move = image.async_move_resource_to_block_cache
 
-    async def refuse_addresses(path: Any) -> str | None:
+    async def refuse_urls(path: Any) -> str | None:
         if "://" in str(path):
-            raise gr.Error("Send the picture itself: this page fetches nothing.", print_exception=False)
+            raise gr.Error("Upload the picture itself: this page fetches no URLs.", print_exception=False)
         return await move(path)
 
     setattr(image, "preprocess", lambda payload: payload and payload.path)  # noqa: B010
-    setattr(image, "async_move_resource_to_block_cache", refuse_addresses)  # noqa: B010
-
-
-def _predict_upload(
-    path: str,
-    name: str,
-    colour: str,
-    predictors: Mapping[str, Predictor],
-    limits: Limits,
-    quota: UploadQuota | None,
-) -> _PageResult:
-    """Map a visitor's image; what is wrong with it, or with one request alone, is a message on the page."""
-    if name not in predictors or colour not in COLORMAPS:
-        raise UploadError("There is no such model, or no such colours.")
-    try:
-        data = _read_upload(Path(path), limits)
-        if quota and not quota.make_room(0, keep=Path(path)):
-            raise UploadError("The disk of this page is full for now: try again in a minute.")
-        return _build_result(Path(path), data, name, colour, predictors[name], limits)
-    except UploadError:
-        raise
-    except FileNotFoundError as error:
-        raise UploadError("This picture is no longer here, others needed its room: send it again.") from error
-    except ValueError as error:
-        raise UploadError(f"This picture cannot be mapped: {error}.") from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UploadError("There is not enough memory for this picture: reduce it first.") from error
+    setattr(image, "async_move_resource_to_block_cache", refuse_urls)  # noqa: B010
 
 
 def _build_result(
-    path: Path, data: bytes, name: str, colour: str, predictor: Predictor, limits: Limits
+    path: Path, data: bytes, name: str, color: str, predictor: Predictor, limits: Limits
 ) -> _PageResult:
     image = decode_image(data)
     map_ = predictor.predict(image)
-    folder = Path(tempfile.mkdtemp(prefix="made-", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix="result-", dir=path.parent))
     values, quantity = display_values(map_, predictor)
-    painted = colorize_by_distance(values, quantity=quantity, colormap=COLORMAPS[colour])
-    focal_px, origin = choose_focal_length(data, image.shape)
-    origin = origin.partition(";")[0]  # what follows is about the command line
+    painted = colorize_by_distance(values, quantity=quantity, colormap=COLORMAPS[color])
+    focal = choose_focal_length(data, image.shape)
     cloud = unproject(
         image,
         map_,
         quantity=predictor.quantity,
-        focal_px=focal_px,
+        focal_px=focal.pixels,
         far=None if predictor.unit == "m" else _MAX_DEPTH_MEDIANS,
         max_points=_MAX_POINTS,
     )
-    points, distance, no_points = None, 1.0, ""
+    points, camera_distance, points_error = None, 1.0, ""
     try:
         points = _save_bytes(folder / "points.glb", encode_points(cloud, "glb"))
-        distance = float(cloud.points[:, 2].min() + cloud.points[:, 2].max()) / 2 * _CAMERA_DISTANCE
-    except ValueError as error:  # of sky alone there are none: the map is as good as any
-        no_points = _error_html(f"No points: {error}.")
+        camera_distance = float(cloud.points[:, 2].min() + cloud.points[:, 2].max()) / 2 * _CAMERA_DISTANCE
+    except ValueError as error:  # a map of nothing but sky has no points, and is shown all the same
+        points_error = _error_html(f"No points: {error}.")
+    size = f"{image.shape[1]} × {image.shape[0]} px"
     return _PageResult(
         pair=(_save_preview(folder / "picture.webp", image), _save_preview(folder / "depth.webp", painted)),
-        legend=_legend_html(map_, colour, predictor),
+        legend=_legend_html(map_, color, predictor),
         png16=_save_map(folder / f"{predictor.quantity}.png", map_, "png16", predictor),
         exr=_save_map(folder / f"{predictor.quantity}.exr", map_, "exr", predictor),
         points=points,
-        distance=distance,
-        no_points=no_points,
+        camera_distance=camera_distance,
+        points_error=points_error,
         facts=_model_html(name, predictor, limits)
-        + f"<p>{image.shape[1]} × {image.shape[0]} px. Points: focal {focal_px:.0f} px, {html.escape(origin)}.</p>",
+        + f"<p>{size}. Focal length of the points: {focal.pixels:.0f} px, {html.escape(focal.source)}.</p>",
     )
 
 
 def _read_upload(path: Path, limits: Limits) -> bytes:
-    """Read a visitor's file if its size, and what its header says that it costs, are within the limits."""
+    """Read an uploaded file if its size and the decoding cost in its header are within the limits."""
     if path.stat().st_size > limits.megabytes * 1_000_000:
-        raise UploadError(f"This file is over {limits.megabytes:g} MB, the most this page takes.")
+        raise UploadError(f"This file is over {limits.megabytes:g} MB, the limit of this page.")
     data = path.read_bytes()
     try:
         cost = estimate_decode_cost(data)
     except ValueError as error:
-        raise UploadError(f"That is no picture this page can read ({error}).") from error
+        raise UploadError(f"This file cannot be read as a picture ({error}).") from error
     if cost.pixels > limits.megapixels * 1e6:
         raise UploadError(
-            f"This picture has {cost.pixels / 1e6:.3g} megapixels; this page takes {limits.megapixels:g}: "
-            "reduce it first."
+            f"This picture has {cost.pixels / 1e6:.3g} megapixels; the limit of this page is "
+            f"{limits.megapixels:g}: reduce it first."
         )
     long, short = max(cost.width, cost.height), max(1, min(cost.width, cost.height))
     if long > _MAX_ASPECT_RATIO * short:
         raise UploadError(
-            f"This picture is {long / short:.3g} times as long as it is wide; this page takes "
-            f"{_MAX_ASPECT_RATIO}: crop it."
+            f"The sides of this picture are {long / short:.3g} to 1; the limit of this page is "
+            f"{_MAX_ASPECT_RATIO} to 1: crop it."
         )
     check_image_memory(cost.pixels)
     return data
@@ -404,48 +415,48 @@ def _save_preview(path: Path, image: np.ndarray) -> str:
     return str(path)
 
 
-def _legend_html(map_: np.ndarray, colour: str, predictor: Predictor) -> str:
-    """Say what the colours mean: a bar from near to far with values of the map."""
+def _legend_html(map_: np.ndarray, color: str, predictor: Predictor) -> str:
+    """Build the color bar: a gradient from near to far with five values of the map."""
     values, quantity = display_values(map_, predictor)
     low, high = float(values.min()), float(values.max())
     near, far = (high, low) if quantity == "disparity" else (low, high)
     marks = [near + (far - near) * part / 4 for part in range(5)]
-    if predictor.calibrated:  # one over depth is painted, and metres are read
+    if predictor.calibrated:  # the colors are those of 1 / depth; the labels are meters
         marks = [1 / mark for mark in marks]
-    table = matplotlib.colormaps[distance_colormap(quantity, COLORMAPS[colour])]
-    shares = (
-        np.linspace(1, 0, _GRADIENT_STOPS) if quantity == "disparity" else np.linspace(0, 1, _GRADIENT_STOPS)
-    )
-    stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in table(s)[:3])) for s in shares)
+    table = matplotlib.colormaps[distance_colormap(quantity, COLORMAPS[color])]
+    positions = np.linspace(0, 1, _GRADIENT_STOPS)
+    if quantity == "disparity":
+        positions = 1 - positions
+    stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in table(s)[:3])) for s in positions)
     unit = " m" if predictor.unit == "m" else ""
     ticks = "".join(f"<span>{mark:.3g}{unit}</span>" for mark in marks)
-    means = (
-        "relative disparity, larger is nearer: it has no unit; distances are one over it, up to a scale and a shift"
-        if predictor.unit != "m"
-        else "depth in metres, along the line of sight of the camera's axis"
+    meaning = (
+        "depth in meters, along the camera's axis"
+        if predictor.unit == "m"
+        else "relative disparity, larger is nearer: the inverse of depth, up to a scale and a shift, without a unit"
     )
     return (
         f'<div class="bar" style="background: linear-gradient(to right, {stops})"></div>'
         f'<div class="ticks">{ticks}</div>'
-        f'<div class="ends"><b>near</b><span>{means}</span><b>far</b></div>'
+        f'<div class="ends"><b>near</b><span>{meaning}</span><b>far</b></div>'
     )
 
 
 def _model_html(name: str, predictor: Predictor, limits: Limits) -> str:
     model = predictor.model
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    gives = "depth in metres" if predictor.unit == "m" else "relative disparity"
+    output = "depth in meters" if predictor.unit == "m" else "relative disparity"
     facts = [
         f"<b>{html.escape(name)}</b>",
-        f"{html.escape(model.encoder)}, {millions:.3g} M parameters, gives {gives}",
-        f"Licence of the weights: {html.escape(model.licence or 'not stated')}",
-        f"Takes JPEG, PNG, WebP, TIFF up to {limits.megapixels:g} megapixels and {limits.megabytes:g} MB",
+        f"{html.escape(model.encoder)}, {millions:.3g} M parameters, predicts {output}",
+        f"License of the weights: {html.escape(model.licence or 'not stated')}",
+        f"JPEG, PNG, WebP or TIFF up to {limits.megapixels:g} megapixels and {limits.megabytes:g} MB",
     ]
     return "".join(f"<p>{fact}</p>" for fact in facts)
 
 
 def _theme() -> gr.themes.Base:
-    """Neutral greys, as in a grading suite; and only fonts that the visitor's machine has."""
+    """Neutral grays, and fonts that are installed on the visitor's machine."""
     return gr.themes.Base(
         primary_hue="orange",
         neutral_hue="zinc",

@@ -1,4 +1,4 @@
-"""What models are judged on: any labelled shard set, and the baseline that looks at no image."""
+"""Frames of labeled shard sets for evaluation, and a baseline that ignores the image."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
 
 DEFAULT_MAX_DEPTH = 80.0
-"""Metres, for sets whose manifest names no `max_depth`."""
+"""Meters, for sets whose manifest has no `max_depth`."""
 
 
 def read_frames(
@@ -29,17 +29,15 @@ def read_frames(
     """Decode the frames of a shard set one by one, in the order of its shards.
 
     Args:
-        shards: folder or URL prefix of a set, or one already open.
-        limit: so many frames, evenly spaced over the set; all of them where it has fewer.
-        rank: which share to read, of
-        ranks: so many; the shares are disjoint and together are everything.
+        shards: folder or URL prefix of a set, or an open one.
+        limit: number of frames, evenly spaced over the set; None: all.
+        rank: which share to read.
+        ranks: number of shares; they are disjoint and together are everything.
 
     Raises:
-        ValueError: no such set, or (as BadRecord) a record that cannot be read: no benchmark has holes.
+        ValueError: no such set, or (as BadRecord) a record that cannot be read; records are never skipped.
     """
-    records = shards
-    if isinstance(records, str | Path):
-        records = open_set(str(records))
+    records = open_set(str(shards)) if isinstance(shards, str | Path) else shards
     if isinstance(records, ShardSet):
         records = Records(records)
     ends = list(accumulate(count for _, count in records.shards))
@@ -48,15 +46,24 @@ def read_frames(
 
 
 def read_frame(records: Records | JoinedRecords, number: int, *, ends: Sequence[int]) -> Frame:
-    """Decode one frame of an open set, counted from 0 over its shards, of which `ends` are the running counts."""
-    shard = bisect_right(ends, number)
-    name, count = records.shards[shard]
-    index = number - (ends[shard] - count)
-    return _decode(name, index, *records.read(name, index))
+    """Decode frame `number` of an open set; arguments as for `locate_record`."""
+    shard, index = locate_record(records, number, ends=ends)
+    key, fields = records.read(shard, index)
+    try:
+        return decode_record(key, fields)
+    except ValueError as error:
+        raise BadRecord(shard, index, key, str(error)) from error
+
+
+def locate_record(records: Records | JoinedRecords, number: int, *, ends: Sequence[int]) -> tuple[str, int]:
+    """The shard of record `number` of a set, from 0, and its index there; `ends` are the running counts of records."""
+    place = bisect_right(ends, number)
+    shard, count = records.shards[place]
+    return shard, number - (ends[place] - count)
 
 
 def evenly_spaced(total: int, limit: int | None) -> list[int]:
-    """At most `limit` of the numbers below `total`, evenly spaced from 0 on; all of them without a limit."""
+    """At most `limit` of the numbers below `total`, evenly spaced from 0; all of them if `limit` is None."""
     if limit is None or limit >= total:
         return list(range(total))
     if limit < 1:
@@ -64,20 +71,13 @@ def evenly_spaced(total: int, limit: int | None) -> list[int]:
     return [number * total // limit for number in range(limit)]
 
 
-def _decode(shard: str, index: int, key: str, fields: dict[str, bytes]) -> Frame:
-    try:
-        return decode_record(key, fields)
-    except ValueError as error:
-        raise BadRecord(shard, index, key, str(error)) from error
-
-
 def max_depth_from_manifest(shard_set: ShardSet) -> float:
-    """How far, in metres, a set's truth is compared: `max_depth` of its manifest's meta, else 80."""
+    """The largest depth that is compared on a set, in meters: `max_depth` of its manifest's meta, else 80."""
     return float(shard_set.meta.get("max_depth", DEFAULT_MAX_DEPTH))
 
 
 def describe_set(shard_set: ShardSet) -> dict[str, Any]:
-    """What a set is, for people: counts, digest, and its meta, a line each."""
+    """The facts of a set for people: counts, digest, and its meta."""
     facts: dict[str, Any] = {
         "set": shard_set.name,
         "where": redact_secrets(shard_set.root),
@@ -88,16 +88,16 @@ def describe_set(shard_set: ShardSet) -> dict[str, Any]:
     }
     for key, value in shard_set.meta.items():
         inner = value.items() if isinstance(value, dict) else ()
-        words = ", ".join(f"{name} {v}" for name, v in inner if isinstance(v, str | int | float))
-        if words or isinstance(value, str | int | float):
-            facts.setdefault(key, words or value)
+        text = ", ".join(f"{name} {v}" for name, v in inner if isinstance(v, str | int | float))
+        if text or isinstance(value, str | int | float):
+            facts.setdefault(key, text or value)
     return facts
 
 
 class MeanMap:
-    """A baseline with a predictor's interface: the same disparity map for every image, stretched to its size.
+    """A baseline with a predictor's interface: the same disparity map for every image, resized to it.
 
-    What a network must beat to show that it looks at the image and not only knows that floors are below.
+    A network must beat it to show that it uses the image and has not only learned that floors are below.
 
     Attributes:
         map: float32 (h,w) disparity, 0 to 1, larger is nearer.
@@ -111,19 +111,19 @@ class MeanMap:
         self.map = map_
 
     def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The map at the size of each (H,W,3) image, float32 (H,W), whatever the image shows."""
+        """The map at the size of each (H,W,3) image, float32 (H,W)."""
         return [cv2.resize(self.map, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) for image in images]
 
 
 def compute_mean_map(frames: Iterable[Frame], *, size: int = 64) -> MeanMap:
-    """The mean disparity of a training set, as a baseline.
+    """Average the disparity of a training set.
 
-    Each frame's disparity is scaled to 0…1 by its own range before it is averaged over its valid pixels: else
-    the nearest scenes would be all of the mean. Sky counts as 0.
+    Each frame's disparity is scaled to its own range, 0 to 1, before it is averaged over its valid pixels; otherwise
+    the nearest scenes would dominate. Sky counts as 0.
 
     Args:
-        frames: labelled frames of any sizes.
-        size: side of the square map kept, in pixels.
+        frames: labeled frames of any sizes.
+        size: side of the square map, in pixels.
 
     Raises:
         ValueError: no frame has a valid pixel.
@@ -134,11 +134,11 @@ def compute_mean_map(frames: Iterable[Frame], *, size: int = 64) -> MeanMap:
         if not valid.any():
             continue
         low, high = disparity[valid].min(), disparity[valid].max()
-        unit = np.where(valid, (disparity - low) / max(high - low, 1e-12), 0.0).astype(np.float32)
-        total += cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
+        scaled = np.where(valid, (disparity - low) / max(high - low, 1e-12), 0.0).astype(np.float32)
+        total += cv2.resize(scaled, (size, size), interpolation=cv2.INTER_AREA)
         weight += cv2.resize(valid.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
     if not weight.any():
         raise ValueError("no mean map: no frame of the training set has a valid pixel")
-    seen = weight > 0
-    total[~seen] = total[seen].sum() / weight[seen].sum()
-    return MeanMap((total / np.where(seen, weight, 1.0)).astype(np.float32))
+    filled = weight > 0
+    total[~filled] = total[filled].sum() / weight[filled].sum()
+    return MeanMap((total / np.where(filled, weight, 1.0)).astype(np.float32))

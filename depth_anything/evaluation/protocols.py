@@ -1,13 +1,13 @@
-"""The rules by which papers compare depth, as named objects: what is fitted, where, and between which depths.
+"""Evaluation protocols of papers: which maps are aligned, and over which pixels and depths they are compared.
 
-A figure means nothing without its rules: the same map of the same image has an AbsRel of 0.05 by one and 0.2 by
-another. What is fitted follows from what a model says it gives, so that a wrong fit cannot be asked for.
-
-Sources: docs/evaluation.md names for each rule the code or paper that has it.
+A figure means nothing without its protocol: one map of one image has an AbsRel of 0.05 by one and 0.2 by another. What
+is fitted follows from the quantity that a model predicts. Sources: docs/evaluation.md names the code or paper of each.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
 
@@ -17,98 +17,124 @@ Box = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """A protocol: which predictions are fitted to the truth, and between which depths they are compared.
+    """The rules by which maps are compared with depth in meters.
 
     Attributes:
-        name: what tables and reports call it.
-        fitted: the quantities that get one scale and shift per image, by least squares over the pixels compared,
-            in their own space: a disparity to 1 / truth, a depth to the truth. A depth that is not fitted is
-            compared as it comes; a disparity that is not fitted cannot be compared.
-        min_depth: metres; nearer truth is not compared, nearer predictions are raised to it.
-        max_depth: metres; farther truth (sky always) is not compared, farther predictions are lowered to it.
-        strict: whether truth at exactly `min_depth` or `max_depth` is not compared.
-        floor: 1 / metres; a fitted disparity below is raised to it before it is inverted. None: 1 / `max_depth`.
-        floor_at_truth: in place of `floor`, 1 / the farthest truth compared in the image.
-        positive: whether a disparity is fitted over those pixels only where it is above zero.
-        crop: name in `CROPS`: the pixels compared; None: all.
-        view: name in `CROPS`: the part of the image that the model is shown, and that `crop` is a part of.
+        name: as tables and reports call it.
+        fitted: the quantities that get one scale and shift per image, by least squares over the pixels compared: a
+            disparity to 1 / truth, a depth to the truth. Depth that is not fitted is compared unchanged; disparity
+            that is not fitted cannot be compared.
+        min_depth: meters; nearer ground truth is not compared, nearer predictions are raised to it.
+        max_depth: meters; farther ground truth (and sky) is not compared, farther predictions are lowered to it.
+        open_interval: whether ground truth at exactly `min_depth` or `max_depth` is excluded.
+        min_disparity: 1 / meters; smaller fitted disparities are raised to it before inversion. None: 1 / `max_depth`.
+        min_disparity_from_truth: use 1 / the farthest truth compared in the image instead.
+        fit_positive_only: whether a disparity is fitted only over the pixels where it is above zero.
+        eval_crop: name in `CROPS`: the pixels compared; None: all.
+        view_crop: name in `CROPS`: the part of the image shown to the model, to which `eval_crop` is applied.
         flip: whether the mean of the map and of the mirrored image's map, mirrored back, is compared.
-        sharp: whether the truth is dense and sharp, so that `metrics.boundary_f1` is measured too.
+        sharp: whether the ground truth is dense and sharp, so that `metrics.boundary_f1` is measured too.
     """
 
     name: str
     fitted: tuple[str, ...]
     min_depth: float = 1e-3
     max_depth: float = 80.0
-    strict: bool = False
-    floor: float | None = None
-    floor_at_truth: bool = False
-    positive: bool = False
-    crop: str | None = None
-    view: str | None = None
+    open_interval: bool = False
+    min_disparity: float | None = None
+    min_disparity_from_truth: bool = False
+    fit_positive_only: bool = False
+    eval_crop: str | None = None
+    view_crop: str | None = None
     flip: bool = False
     sharp: bool = False
 
     @property
     def text(self) -> str:
         """The protocol in one sentence."""
-        fits = [_FIT_DESCRIPTIONS[quantity] for quantity in ("disparity", "depth") if quantity in self.fitted]
+        fits = [
+            f"{quantity} fitted per image by least squares to {target}"
+            for quantity, target in (("disparity", "1/truth"), ("depth", "truth"))
+            if quantity in self.fitted
+        ]
         parts = fits or ["nothing fitted"]
         if "disparity" in self.fitted:
-            floor = f"{self.floor:g}" if self.floor is not None else f"1/{self.max_depth:g} m"
-            parts.insert(1, f"raised to {'1/farthest truth' if self.floor_at_truth else floor} and inverted")
-        if self.view:
-            parts.append(f"images cut to {self.view}")
+            lowest = f"1/{self.max_depth:g} m" if self.min_disparity is None else f"{self.min_disparity:g}"
+            lowest = "1/farthest truth" if self.min_disparity_from_truth else lowest
+            parts.insert(1, f"raised to {lowest} and inverted")
+        if self.view_crop:
+            parts.append(f"images cropped to {self.view_crop}")
         if self.flip:
             parts.append("mean with the mirrored image")
-        if self.min_depth > 0 or self.max_depth < float("inf"):
+        where = f" of the {self.eval_crop} crop" if self.eval_crop else ""
+        if self.min_depth > 0 or self.max_depth < math.inf:
             parts.append(f"clipped to {self.min_depth:g}–{self.max_depth:g} m")
-        where = f" of the {self.crop} crop" if self.crop else ""
-        compared = f"compared in depth over pixels{where} whose truth lies in that range; means over images"
-        if parts[-1][:7] != "clipped":
-            compared = f"compared in depth over all pixels{where} with truth; means over images"
-        return f"{self.name}: {', '.join(parts)}, {compared}"
+            compared = f"compared in depth over pixels{where} whose truth lies in that range"
+        else:
+            compared = f"compared in depth over all pixels{where} with truth"
+        return f"{self.name}: {', '.join(parts)}, {compared}; means over images"
 
     def check_quantity(self, quantity: str) -> None:
-        """Raise ValueError if predictions of this quantity cannot be compared by these rules."""
+        """Raise ValueError if predictions of this quantity cannot be compared."""
         if quantity == "disparity" and "disparity" not in self.fitted:
             fitting = ", ".join(name for name, other in PROTOCOLS.items() if "disparity" in other.fitted)
             raise ValueError(
-                f"protocol {self.name!r} compares metres and fits no disparity: "
-                f"use a metric model, or a protocol that fits one ({fitting})"
+                f"protocol {self.name!r} compares meters and fits no disparity: "
+                f"use a metric model, or a protocol that fits it ({fitting})"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The protocol under the field names of results.json, of cached rows and of best.json."""
+        return {
+            "name": self.name,
+            "fitted": self.fitted,
+            "min_depth": self.min_depth,
+            "max_depth": self.max_depth,
+            "strict": self.open_interval,
+            "floor": self.min_disparity,
+            "floor_at_truth": self.min_disparity_from_truth,
+            "positive": self.fit_positive_only,
+            "crop": self.eval_crop,
+            "view": self.view_crop,
+            "flip": self.flip,
+            "sharp": self.sharp,
+        }
 
-_FIT_DESCRIPTIONS = {
-    "disparity": "disparity fitted per image by least squares to 1/truth",
-    "depth": "depth fitted per image by least squares to truth",
-}
 
 PROTOCOLS = {
     "da2": EvalProtocol("da2", fitted=("disparity",)),
     "marigold": EvalProtocol(
-        "marigold", fitted=("disparity", "depth"), strict=True, floor=1e-3, positive=True
+        "marigold",
+        fitted=("disparity", "depth"),
+        open_interval=True,
+        min_disparity=1e-3,
+        fit_positive_only=True,
     ),
     "moge": EvalProtocol(
-        "moge", fitted=("disparity",), min_depth=0.0, max_depth=float("inf"), strict=True, floor_at_truth=True
+        "moge",
+        fitted=("disparity",),
+        min_depth=0.0,
+        max_depth=math.inf,
+        open_interval=True,
+        min_disparity_from_truth=True,
     ),
-    "zoedepth": EvalProtocol("zoedepth", fitted=(), strict=True, flip=True),
+    "zoedepth": EvalProtocol("zoedepth", fitted=(), open_interval=True, flip=True),
 }
-"""da2: the rule that reproduces the published NYU and KITTI figures within 7 %; it fits no model of depth."""
+"""da2 reproduces the published NYU and KITTI figures within 7 %; it does not fit models of depth."""
 
 
 def find_protocol(
     protocol: str | EvalProtocol, *, benchmark: Benchmark | None = None, max_depth: float | None = None
 ) -> EvalProtocol:
-    """The rules of that name, or those given.
+    """Look up a protocol by name, with the crops and depths that it has on a benchmark.
 
     Args:
-        protocol: a name in `PROTOCOLS`, or rules of your own, which stay as they are on any benchmark.
-        benchmark: with crops and depths of its own for each protocol that is used on it.
-        max_depth: metres, in place of theirs.
+        protocol: a name in `PROTOCOLS`, or rules of your own, which are the same on any benchmark.
+        benchmark: with crops and depth limits for each protocol that is used on it.
+        max_depth: meters, instead of theirs.
 
     Raises:
-        ValueError: no such protocol, or none that anyone uses on this benchmark.
+        ValueError: no such protocol, or the benchmark has no limits for it.
     """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
@@ -117,21 +143,21 @@ def find_protocol(
         if benchmark is not None:
             if name not in benchmark.depth_limits:
                 used = ", ".join(benchmark.depth_limits) or "none"
-                raise ValueError(f"protocol {name!r} says nothing of {benchmark.title}: use one of: {used}")
-            there = benchmark.depth_limits[name]
+                raise ValueError(f"protocol {name!r} is not defined on {benchmark.title}: use one of: {used}")
+            limits = benchmark.depth_limits[name]
             protocol = replace(
                 protocol,
-                min_depth=there.min_depth,
-                max_depth=there.max_depth,
-                view=there.cut or None,
-                crop=there.crop or None,
+                min_depth=limits.min_depth,
+                max_depth=limits.max_depth,
+                view_crop=limits.view_crop or None,
+                eval_crop=limits.eval_crop or None,
                 sharp=benchmark.sharp,
             )
     return protocol if max_depth is None else replace(protocol, max_depth=float(max_depth))
 
 
 def garg_crop(height: int, width: int) -> Box:
-    """KITTI's road and what stands beside it: Garg et al. (arXiv 1603.04992)."""
+    """KITTI's road and its surroundings: Garg et al. (arXiv 1603.04992)."""
     return _fraction_slice(height, 0.40810811, 0.99189189), _fraction_slice(width, 0.03594771, 0.96405229)
 
 
@@ -141,14 +167,14 @@ def eigen_kitti_crop(height: int, width: int) -> Box:
 
 
 def eigen_nyu_crop(height: int, width: int) -> Box:
-    """Where both cameras of NYUv2's Kinect see: rows 45 to 471, columns 41 to 601 of 480 by 640, in proportion."""
+    """The common view of both cameras of NYUv2: rows 45 to 471, columns 41 to 601 of 480 by 640, in proportion."""
     return _fraction_slice(height, 45 / 480, 471 / 480), _fraction_slice(width, 41 / 640, 601 / 640)
 
 
 def eigen_pixels_crop(height: int, width: int) -> Box:
-    """The same rows 45 to 471 and columns 41 to 601 whatever the size: ZoeDepth's box on all sets of rooms.
+    """Rows 45 to 471 and columns 41 to 601 of any size: ZoeDepth's crop of all indoor sets.
 
-    Of larger images that is a part at the upper left; of smaller ones what there is of it.
+    Of larger images that is the upper left part; smaller images end before it.
     """
     return slice(min(45, height), min(471, height)), slice(min(41, width), min(601, width))
 
@@ -156,7 +182,7 @@ def eigen_pixels_crop(height: int, width: int) -> Box:
 def kb_crop(height: int, width: int) -> Box:
     """The KITTI benchmark's 1216 by 352 pixels: at the bottom, in the middle."""
     if height < 352 or width < 1216:
-        raise ValueError(f"the kb crop has 1216x352 pixels, which {width}x{height} have not")
+        raise ValueError(f"the kb crop has 1216x352 pixels, more than {width}x{height}")
     left = (width - 1216) // 2
     return slice(height - 352, height), slice(left, left + 1216)
 
@@ -168,12 +194,9 @@ CROPS: dict[str, Callable[[int, int], Box]] = {
     "eigen_pixels": eigen_pixels_crop,
     "kb": kb_crop,
 }
-"""Name → height and width to the box of that image."""
-
-
-_ROUNDING_TOLERANCE = 1e-9
-"""What a share of a length may lack of a whole number by rounding."""
+"""Name → function of height and width that gives the crop of that image."""
 
 
 def _fraction_slice(length: int, low: float, high: float) -> slice:
-    return slice(int(low * length + _ROUNDING_TOLERANCE), int(high * length + _ROUNDING_TOLERANCE))
+    """The slice between two fractions of a length; 1e-9 absorbs the rounding of fractions such as 45 / 480."""
+    return slice(int(low * length + 1e-9), int(high * length + 1e-9))

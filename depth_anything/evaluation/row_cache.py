@@ -1,4 +1,4 @@
-"""Rows kept on disk as they come, so that a judgement that was stopped goes on, and several processes share one."""
+"""Scores of single images cached on disk, so that an evaluation can be stopped, continued and shared by processes."""
 
 import hashlib
 import json
@@ -7,46 +7,46 @@ from pathlib import Path
 from typing import Any
 
 Share = tuple[int, int]
-"""(k, n): the k-th of n shares, counted from 1."""
+"""(k, n): the k-th of n shares, from 1."""
 
 
 class RowCache:
-    """The rows of one model on one benchmark: a file for each process that writes, a line a row.
+    """The rows of one model on one benchmark: a file per writing process, a JSON line per row.
 
-    A file's name begins with a digest of all that its rows depend on: what was judged otherwise is not seen.
-    Files of other machines may be put beside these.
+    A file's name begins with a digest of everything that its rows depend on, so rows of other settings are not found.
+    Files written on other machines can be copied into the folder.
     """
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any], *, part: Share = (1, 1)) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, share: Share = (1, 1)) -> None:
         """Name the files; nothing is written yet.
 
         Args:
             folder: of the rows.
-            about: what the rows depend on: model, images, protocol, ….
-            part: whose file is written.
+            settings: what the rows depend on: model, images, protocol, ….
+            share: which process writes, of how many.
         """
         self.folder = Path(folder)
-        self._about = json.dumps(about, sort_keys=True, default=str)
-        self._digest = hashlib.sha256(self._about.encode()).hexdigest()[:16]
-        self._path = self.folder / f"{self._digest}-{part[0]}of{part[1]}.jsonl"
+        self._header = json.dumps(settings, sort_keys=True, default=str)
+        self._digest = hashlib.sha256(self._header.encode()).hexdigest()[:16]
+        self._path = self.folder / f"{self._digest}-{share[0]}of{share[1]}.jsonl"
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """Read all rows that any process has kept: the benchmark's line → row. A line cut short is left out."""
+        """Read the rows that any process has written: the benchmark's line → row. Truncated lines are ignored."""
         rows: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{self._digest}-*.jsonl")):
             for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    kept = json.loads(text)
-                    rows[kept["line"]] = kept["row"]
+                    entry = json.loads(text)
+                    rows[entry["line"]] = entry["row"]
                 except (ValueError, KeyError, TypeError):
-                    continue  # of a process that was killed while it wrote
+                    continue  # the process was killed while it wrote
         return rows
 
     def add(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append rows by their lines."""
+        """Append rows: the benchmark's line → row."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = not self._path.exists() or not self._path.stat().st_size
+        header = "" if self._path.exists() and self._path.stat().st_size else self._header
         texts = [json.dumps({"line": line, "row": row}) for line, row in rows.items()]
         with self._path.open("a", encoding="utf-8") as file:
-            # The empty line ends one that was cut short.
-            file.write((self._about if new else "") + "\n" + "\n".join(texts) + "\n")
+            # The line break ends a line that was truncated.
+            file.write(header + "\n" + "\n".join(texts) + "\n")

@@ -1,62 +1,58 @@
-"""Models judged on lists of images: stopped and continued, alone or shared out, always to the same rows.
+"""Run evaluation tasks: open a set or benchmark, score it in shares, stop and continue, always with the same rows.
 
-A share is made of whole batches, the same ones whoever judges them: a network gives an image other last digits
-beside other images, and the table must not depend on how many processes there were.
+A share is made of whole batches, the same ones for any number of processes: a network's last digits depend on the
+other images of a batch, and the table must not depend on how many processes there were.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from depth_anything import __version__
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.errors import UserError, UserMessage
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark
-from depth_anything.evaluation.benchmarks.da2k import PointPairImage, score_da2k
-from depth_anything.evaluation.evaluate import MapReader, MapSource, check_aspect, score_frames
+from depth_anything.evaluation.depth_task import DepthTask
 from depth_anything.evaluation.frames import describe_set, evenly_spaced, max_depth_from_manifest, read_frame
+from depth_anything.evaluation.pairs_task import PairsTask
 from depth_anything.evaluation.protocols import EvalProtocol, find_protocol
 from depth_anything.evaluation.row_cache import RowCache, Share
+from depth_anything.evaluation.task import EvalResult, EvalTask, MapSource, Row
 from depth_anything.ingest.file_list import display_name, unescape_field
 from depth_anything.ingest.source import RESUME_ADVICE, is_disk_failure
+from depth_anything.progress import ProgressLine
 
 BATCH_SIZE = 8
-
 ROWS_FOLDER = "rows"
-"""The folder of kept rows, below that of the report."""
-
-WithProgress = Callable[[Iterable[str], str], Iterable[str]]
-
-
-class MissingData(ValueError):
-    """A benchmark that is not there, or not all of it; the sentence says where to get it."""
+"""The folder of cached rows, below the report's."""
 
 
 @dataclass(frozen=True)
-class EvalTask:
-    """Images with known depth, and the rules by which models are judged on them.
+class EvalModel:
+    """A model under evaluation.
 
     Attributes:
-        name: of the set or benchmark.
-        lines: a line of text an image, each another; their order is that of the rows.
-        read: a line to its frame, or to its pairs of points; ValueError if it cannot be read.
-        protocol: the rules; None where pairs of points are ordered.
-        facts: what the report says of the images; "digest" is theirs.
-        incomplete: in a sentence, that not all images of a benchmark are judged; "" if they are.
+        name: as tables call it.
+        source: predicts its maps, or loads them.
+        facts: what the report says about it, and what its maps depend on (fingerprint, input size, …).
     """
 
     name: str
-    lines: Sequence[str]
-    read: Callable[[str], Any]
-    protocol: EvalProtocol | None
+    source: MapSource
     facts: Mapping[str, Any]
-    incomplete: str = ""
+
+
+class MissingData(UserError):
+    """A benchmark, or a part of it, is missing; the message names it and where to get it."""
+
+
+class DiskFailure(UserMessage, OSError):
+    """The disk of a benchmark cannot be read for now; the message names the benchmark."""
 
 
 def task_from_set(
@@ -65,31 +61,29 @@ def task_from_set(
     protocol: str | EvalProtocol = "da2",
     limit: int | None = None,
     max_depth: float | None = None,
-) -> EvalTask:
-    """The frames of a labelled shard set, compared as far as `max_depth` of its manifest says.
+) -> DepthTask:
+    """Make a task of a labeled shard set.
 
-    Boundaries are scored where its manifest says that its truth is `sharp`.
+    Maps are compared up to the `max_depth` of its manifest; boundaries are scored if its manifest says `sharp`.
 
     Args:
-        shard_set: with depth in metres.
-        protocol: a name, or rules.
-        limit: so many frames, evenly spaced.
-        max_depth: metres, in place of the set's.
+        shard_set: with depth in meters.
+        protocol: a name in `protocols.PROTOCOLS`, or rules of your own.
+        limit: number of frames, evenly spaced; None: all.
+        max_depth: meters, instead of the set's.
     """
     records = Records(shard_set)
-
     ends = list(accumulate(count for _, count in records.shards))
-
-    def read(line: str) -> Frame:
-        return read_frame(records, int(line), ends=ends)
-
-    lines = [str(number) for number in evenly_spaced(shard_set.records, limit)]
     rules = find_protocol(
         protocol, max_depth=max_depth_from_manifest(shard_set) if max_depth is None else max_depth
     )
-    if shard_set.meta.get("sharp"):
-        rules = replace(rules, sharp=True)
-    return EvalTask(shard_set.name, lines, read, rules, {**describe_set(shard_set), "limit": limit})
+    return DepthTask(
+        shard_set.name,
+        [str(number) for number in evenly_spaced(shard_set.records, limit)],
+        lambda line: read_frame(records, int(line), ends=ends),
+        {**describe_set(shard_set), "limit": limit},
+        protocol=replace(rules, sharp=True) if shard_set.meta.get("sharp") else rules,
+    )
 
 
 def task_from_benchmark(
@@ -100,17 +94,18 @@ def task_from_benchmark(
     limit: int | None = None,
     max_depth: float | None = None,
 ) -> EvalTask:
-    """The frames of a public benchmark.
+    """Make a task of a public benchmark.
 
     Args:
         benchmark: its facts and reader.
-        root: the folder of all benchmarks, in which this one has a folder of its name, or the benchmark's own.
-        protocol: a name that the benchmark has caps for; its own first one by default.
-        limit: so many frames, evenly spaced.
-        max_depth: metres, in place of the benchmark's own.
+        root: folder of all benchmarks, with a folder of this one's name, or this benchmark's own folder.
+        protocol: a name that the benchmark has depth limits for; its first one by default.
+        limit: number of images, evenly spaced; None: all.
+        max_depth: meters, instead of the benchmark's own.
 
     Raises:
-        ValueError: no such protocol there; as `MissingData`, the benchmark is not there.
+        ValueError: the benchmark has no such protocol.
+        MissingData: the benchmark is not there.
     """
     rules = None
     if benchmark.depth_limits:
@@ -118,24 +113,21 @@ def task_from_benchmark(
     root = Path(root)
     root = root / benchmark.name if (root / benchmark.name).is_dir() else root
 
-    def read(line: str) -> Frame | PointPairImage:
+    def read(line: str) -> Frame:
         try:
-            item: Frame | PointPairImage = benchmark.read(root, line)
+            frame: Frame = benchmark.read(root, line)
         except (ValueError, OSError) as error:
-            raise _with_benchmark_name(benchmark, error, display_name(line)) from error
-        if isinstance(item, Frame):  # others' maps are called as one of its files
-            names = [unescape_field(text) for text in line.split("\t")]
-            item.meta["files"] = sorted(
-                names, key=_looks_like_depth_file
-            )  # the image's name is asked for first
-        return item
+            raise _benchmark_error(benchmark, error, display_name(line)) from error
+        # Maps made by other programs are named as one of the frame's files; the image's name is tried first.
+        frame.meta["files"] = sorted(map(unescape_field, line.split("\t")), key=_is_label_file)
+        return frame
 
     try:
         found = list(benchmark.find(root))
         if not found:
             raise ValueError(f"{root} lists no image of {benchmark.title}")
     except (ValueError, OSError) as error:
-        raise _with_benchmark_name(benchmark, error, str(root)) from error
+        raise _benchmark_error(benchmark, error, str(root)) from error
     lines = [found[number] for number in evenly_spaced(len(found), limit)]
     facts = {
         "set": benchmark.name,
@@ -148,145 +140,117 @@ def task_from_benchmark(
         "limit": limit,
     }
     incomplete = ""
-    if len(lines) < len(found):
-        incomplete = (
-            f"only {len(lines)} of {len(found)} images are judged, so that no published figure is comparable"
-        )
-    if rules is not None and max_depth is not None:
-        incomplete = f"compared up to {max_depth:g} m, so that no published figure is comparable"
     if len(found) < benchmark.images:
-        incomplete = f"only {facts['images']} images lie there, so that no published figure is comparable"
-    return EvalTask(benchmark.name, lines, read, rules, facts, incomplete)
-
-
-def cache_key(trial: EvalTask) -> dict[str, Any]:
-    """What figures on a trial depend on besides the model: its name, which images, and by which rules."""
-    return {
-        "trial": trial.name,
-        "images": [trial.facts["digest"], _digest(trial.lines)],
-        "protocol": asdict(trial.protocol) if trial.protocol else None,
-    }
-
-
-def check_quantity(trial: EvalTask, quantity: str) -> None:
-    """Raise ValueError if a model that gives this quantity cannot be judged on the trial.
-
-    Its rules must compare such a thing, and metres that nothing is fitted to need a truth in metres.
-    """
-    if trial.protocol is None:
-        return
-    trial.protocol.check_quantity(quantity)
-    unit = trial.facts.get("unit", "m")
-    if quantity == "depth" and "depth" not in trial.protocol.fitted and unit != "m":
-        raise ValueError(
-            f"the depth of {trial.name} is in {unit}, not in metres: nothing that a metric model gives can be "
-            "compared with it as it comes; take a protocol that fits depth (marigold), or another set"
+        incomplete = f"only {facts['images']} images are there, so no published figure is comparable"
+    elif rules is not None and max_depth is not None:
+        incomplete = f"compared up to {max_depth:g} m, so no published figure is comparable"
+    elif len(lines) < len(found):
+        incomplete = (
+            f"only {len(lines)} of {len(found)} images are evaluated, so no published figure is comparable"
         )
+    if rules is None:
+        return PairsTask(benchmark.name, lines, read, facts, incomplete)
+    return DepthTask(benchmark.name, lines, read, facts, incomplete, protocol=rules)
+
+
+def cache_key(task: EvalTask) -> dict[str, Any]:
+    """All that scores on a task depend on besides the model: its name, its images and the protocol."""
+    return {
+        "trial": task.name,
+        "images": [task.facts["digest"], _digest(task.lines)],
+        "protocol": task.protocol.to_dict() if task.protocol else None,
+    }
 
 
 def open_row_cache(
-    trial: EvalTask, model: Mapping[str, Any], folder: str | Path, *, name: str, part: Share = (1, 1)
+    model: EvalModel, task: EvalTask, folder: str | Path, *, share: Share = (1, 1)
 ) -> RowCache:
-    """Where the rows of a model on a trial are kept; `model` holds all facts that its maps depend on."""
-    about = {
+    """Open the cached rows of a model on a task, below the report's folder.
+
+    Rows of a model with other facts are not used. Its device and path do not count: machines of several kinds may
+    share the work.
+    """
+    facts = {
+        key: value for key, value in model.facts.items() if key not in ("device", "weights", "predictions")
+    }
+    settings = {
         "version": __version__,
-        "name": name,
-        "model": dict(model),
-        **cache_key(trial),
+        "name": model.name,
+        "model": facts,
+        **cache_key(task),
         "batch": BATCH_SIZE,
     }
-    return RowCache(Path(folder) / ROWS_FOLDER, about, part=part)
+    return RowCache(Path(folder) / ROWS_FOLDER, settings, share=share)
 
 
-def evaluate_share(
-    predictor: MapSource,
-    trial: EvalTask,
-    kept: RowCache,
-    *,
-    name: str = "model",
-    part: Share = (1, 1),
-    watch: WithProgress = lambda lines, name: lines,
-) -> None:
-    """Judge what of a share has not been judged yet, and keep each row as it comes.
+def evaluate_share(model: EvalModel, task: EvalTask, folder: str | Path, *, share: Share = (1, 1)) -> None:
+    """Score the images of a share that have no row yet, and cache the rows of each batch at once.
 
     Args:
-        predictor: the model, or maps on disk.
-        trial: the images and rules.
-        kept: takes the rows.
-        name: the model's, for `watch`.
-        part: (k, n): the k-th of n shares, from 1.
-        watch: wraps the pass over the lines, given the model's name; for progress bars.
+        model: a network, or maps on disk.
+        task: images and rules.
+        folder: of the report; rows are cached below it.
+        share: (k, n): the k-th of n shares, from 1.
 
     Raises:
-        ValueError: the protocol compares no such quantity, or an image or its map cannot be read.
+        ValueError: the task cannot score this quantity, or an image or its map cannot be read.
     """
-    check_quantity(trial, predictor.quantity)
-    done = kept.load()
-    todo = [
-        batch for batch in _batches_of_share(trial.lines, part) if not all(line in done for line in batch)
-    ]
-    passing = iter(watch([line for batch in todo for line in batch], name))
-    for batch in todo:
-        items = [trial.read(next(passing)) for _ in batch]
-        kept.add(dict(zip(batch, _score_batch(predictor, items, trial.protocol), strict=True)))
-    for _ in passing:  # lets a progress bar end
-        pass
+    task.check_quantity(model.source.quantity)
+    cache = open_row_cache(model, task, folder, share=share)
+    done = cache.load()
+    batches = [batch for batch in _batches_of_share(task.lines, share) if not done.keys() >= set(batch)]
+    with ProgressLine(f"{task.name}, {model.name}", total=sum(map(len, batches)), unit="image") as progress:
+        for batch in batches:
+            cache.add(dict(zip(batch, score_lines(model.source, task, batch), strict=True)))
+            progress.update(len(batch))
 
 
-def lines_of_share(lines: Sequence[str], part: Share) -> list[str]:
+def collect_results(models: Iterable[EvalModel], task: EvalTask, folder: str | Path) -> list[EvalResult]:
+    """The results of each model from all rows cached so far; images that are not scored yet are left out."""
+    results = []
+    for model in models:
+        rows = open_row_cache(model, task, folder).load()
+        results.append(
+            task.result(model.name, (rows[line] for line in task.lines if line in rows), model.facts)
+        )
+    return results
+
+
+def score_lines(source: MapSource, task: EvalTask, lines: Sequence[str]) -> list[Row]:
+    """Read and score images in batches of `BATCH_SIZE`."""
+    rows: list[Row] = []
+    for start in range(0, len(lines), BATCH_SIZE):
+        rows += task.score(source, [task.read(line) for line in lines[start : start + BATCH_SIZE]])
+    return rows
+
+
+def lines_of_share(lines: Sequence[str], share: Share) -> list[str]:
     """The lines of the k-th of n shares, from 1, in their order: whole batches, of which only the last may be short."""
-    return [line for batch in _batches_of_share(lines, part) for line in batch]
+    return [line for batch in _batches_of_share(lines, share) for line in batch]
 
 
-def collect_rows(trial: EvalTask, kept: RowCache) -> tuple[dict[str, Any], ...]:
-    """All rows kept so far, in the order of the images; fewer than these where some are not judged yet."""
-    rows = kept.load()
-    return tuple(rows[line] for line in trial.lines if line in rows)
+def _batches_of_share(lines: Sequence[str], share: Share) -> list[Sequence[str]]:
+    batches = [lines[start : start + BATCH_SIZE] for start in range(0, len(lines), BATCH_SIZE)]
+    return batches[share[0] - 1 :: share[1]]
 
 
-def _batches_of_share(lines: Sequence[str], part: Share) -> list[Sequence[str]]:
-    batches = [lines[i : i + BATCH_SIZE] for i in range(0, len(lines), BATCH_SIZE)]
-    return batches[part[0] - 1 :: part[1]]
-
-
-class _LoadedMaps:
-    """Maps on disk, asked as a predictor is: by the images of a batch."""
-
-    def __init__(self, maps: MapReader, items: Sequence[PointPairImage]) -> None:
-        self.quantity, self._maps, self._items = maps.quantity, maps, items
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The maps of all items."""
-        maps = [self._maps.load_map(Frame(item.key, item.image)) for item in self._items]
-        for item, map_ in zip(self._items, maps, strict=True):
-            check_aspect(map_, item.image.shape, item.key)
-        return maps
-
-
-def _score_batch(
-    predictor: MapSource, items: Sequence[Any], protocol: EvalProtocol | None
-) -> list[dict[str, Any]]:
-    if protocol is not None:
-        return [row for _, row in score_frames(predictor, items, protocol=protocol)]
-    asked = _LoadedMaps(predictor, items) if isinstance(predictor, MapReader) else predictor
-    return list(score_da2k(asked, items, batch_size=len(items)).rows)
-
-
-def _with_benchmark_name(benchmark: Benchmark, error: Exception, what: str) -> MissingData | OSError:
-    """Name the benchmark in an error; that of a failing disk, raised or wrapped by a reader, stays one."""
+def _benchmark_error(benchmark: Benchmark, error: Exception, what: str) -> MissingData | DiskFailure:
+    """Name the benchmark in an error; that of a failing disk stays an OSError, even if a reader wrapped it."""
     cause: BaseException | None = error
     while cause is not None and not is_disk_failure(cause):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError):
-        failed = OSError(f"{benchmark.name}: {what} cannot be read now ({cause.strerror}): {RESUME_ADVICE}")
+        failed = DiskFailure(f"{benchmark.name}: {what} cannot be read now ({cause.strerror})", RESUME_ADVICE)
         failed.errno = cause.errno
         return failed
-    text = str(error).rstrip(".")
-    where = "" if benchmark.get.split()[0] in text else f"; {benchmark.title} is at {benchmark.get}"
-    return MissingData(f"{benchmark.name}: {text}{where}")
+    if isinstance(error, UserError) and error.fix:
+        return MissingData(f"{benchmark.name}: {error.what}", error.fix_parts)
+    return MissingData(
+        f"{benchmark.name}: {str(error).rstrip('.')}", f"{benchmark.title} is at {benchmark.get}"
+    )
 
 
-def _looks_like_depth_file(path: str) -> bool:
+def _is_label_file(path: str) -> bool:
     return any(word in path.lower() for word in ("depth", "filled", "disparit", "mask"))
 
 

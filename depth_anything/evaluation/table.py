@@ -1,96 +1,178 @@
-"""The table of results as text, and the pieces of it that the page shows too."""
+"""Tables of results as text: one benchmark with reported results in the same columns, or several benchmarks.
+
+A reported result is in the same table only if it follows the same protocol; all others are in a second table.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from depth_anything.evaluation.benchmarks.da2k import PairResult
-from depth_anything.evaluation.evaluate import (
-    BOUNDARY_METRICS,
-    HIGHER_IS_BETTER,
-    METRICS,
-    NON_FINITE_NOTE,
-    DepthResult,
-    escape_control_characters,
-    format_keys,
-)
+from depth_anything.data.address import escape_unprintable
+from depth_anything.evaluation.evaluate import BOUNDARY_METRICS, METRICS
+from depth_anything.evaluation.reported_results import ReportedResult, find_reported_results
+from depth_anything.evaluation.task import EvalResult, EvalTask
+
+MEASURED_HERE = "measured here"
+OTHER_PROTOCOLS = "By other rules, not comparable with the figures above:"
 
 SUMMARY_METRICS = ("abs_rel", "d1", "rmse", "log10")
-"""The metrics of a summary of several benchmarks."""
+"""The columns of a summary of several benchmarks."""
 
-TIES_NOTE = "A pair that a map gives one value is half right: a constant map has 50 %."
+OVERVIEW_METRICS = ("abs_rel", "d1", "accuracy")
+"""The figures in a cell of a table with a column per benchmark, as far as the benchmark has them."""
 
+Evaluated = Sequence[tuple[EvalTask, Sequence[EvalResult]]]
+"""Tasks with the results of all models on each."""
 
-def format_table(results: Sequence[DepthResult]) -> str:
-    """The results as text: a line a model, the best of each column starred, images and protocol below."""
-    heads = ["model", *(f"{label} {direction_arrow(metric)}" for metric, label in results[0].metrics.items())]
-    rows = [
-        [cell["text"] + ("*" if cell["best"] else " ") for cell in cells] for cells in mean_cells(results)
-    ]
-    lines = [[heads[0], *(head + " " for head in heads[1:])]]
-    lines += [
-        [escape_control_characters(result.name), *row] for result, row in zip(results, rows, strict=True)
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for name, *numbers in lines:
-        cells = [
-            name.ljust(widths[0]),
-            *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)),
-        ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], "", *table_notes(results)])
+_NO_VALUE = "–"
 
 
-def format_summary(trials: Mapping[str, Sequence[DepthResult]]) -> str:
-    """Several benchmarks as text: a line a benchmark and model, the name of its protocol beside it."""
-    sharp = any(result.protocol.sharp for results in trials.values() for result in results)
-    metrics = (*SUMMARY_METRICS, *BOUNDARY_METRICS) if sharp else SUMMARY_METRICS
-    labels = METRICS | BOUNDARY_METRICS
-    lines = [
-        ["benchmark", "protocol", "model", "images", *(f"{labels[m]} {direction_arrow(m)}" for m in metrics)]
-    ]
-    for name, results in trials.items():
-        for result in results:
-            means = [format_number(result.means[m]) if m in result.means else "–" for m in metrics]
-            lines.append([name, result.protocol.name, result.name, str(result.images), *means])
-    return format_columns(lines, left=3)
+@dataclass(frozen=True)
+class Cell:
+    """A figure as printed, and whether it is the best of what was measured here."""
+
+    text: str
+    best: bool = False
 
 
-def format_pairs_table(scores: Mapping[str, PairResult]) -> str:
-    """Scores on pairs of points as text: a line a model, per cent right of all pairs and of each kind of scene."""
-    scenes = list(next(iter(scores.values())).scenes)
-    lines = [["model", "pairs", "right %", *scenes]]
-    for name, score in scores.items():
-        shares = [score.accuracy, *(score.scenes[scene] for scene in scenes)]
-        lines.append([name, str(score.pairs), *(f"{100 * share:.1f}" for share in shares)])
-    return "\n".join(
-        [
-            format_columns(lines, left=1),
-            "",
-            TIES_NOTE,
-            *(escape_control_characters(w) for w in pair_warnings(scores)),
-        ]
+@dataclass(frozen=True)
+class TableRow:
+    """The figures of one model.
+
+    Attributes:
+        model: its name.
+        cells: one per column.
+        protocol: name of the rules.
+        origin: who measured it, and the source.
+        remark: number of a remark below the table, from 1; 0 for none.
+    """
+
+    model: str
+    cells: tuple[Cell, ...]
+    protocol: str
+    origin: str
+    remark: int = 0
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Measured and reported results of one benchmark.
+
+    Attributes:
+        headings: of the figures' columns.
+        rows: measured results, then reported ones by the same protocol.
+        other_rows: reported results by other protocols.
+        remarks: sentences without their full stop, which `TableRow.remark` refers to.
+        caution: why no reported result is comparable (a sentence without its full stop), or "".
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    other_rows: tuple[TableRow, ...] = ()
+    remarks: tuple[str, ...] = ()
+    caution: str = ""
+
+
+def build_table(
+    task: EvalTask, results: Sequence[EvalResult], reported: Sequence[ReportedResult] = ()
+) -> ResultsTable:
+    """Put results on a task and reported results of the same benchmark into one table."""
+    columns = task.columns(results)
+    best: dict[str, float] = {}
+    for column in columns:
+        values = [result.means[column.metric] for result in results]
+        finite = [value for value in values if math.isfinite(value)]
+        if len(results) > 1 and finite:
+            best[column.metric] = max(finite) if column.higher_is_better else min(finite)
+    rows: list[TableRow] = []
+    other_rows: list[TableRow] = []
+    remarks: list[str] = []
+    for result in results:
+        means = [(column, result.means[column.metric]) for column in columns]
+        cells = [Cell(format_number(v, percent=c.percent), v == best.get(c.metric)) for c, v in means]
+        rows.append(TableRow(result.name, tuple(cells), task.rules, MEASURED_HERE))
+    for figure in reported:
+        cells = [Cell(format_reported(figure.values.get(c.metric), percent=c.percent)) for c in columns]
+        origin = f"{figure.origin}, {figure.source}"
+        row = TableRow(
+            figure.model, tuple(cells), figure.protocol, origin, _remark_number(figure.remark, remarks)
+        )
+        (rows if figure.protocol == task.rules else other_rows).append(row)
+    return ResultsTable(
+        headings=tuple(column.label for column in columns),
+        rows=tuple(rows),
+        other_rows=tuple(other_rows),
+        remarks=tuple(remarks),
+        caution=task.incomplete if reported else "",
     )
 
 
-def pair_warnings(scores: Mapping[str, PairResult]) -> list[str]:
-    """What makes scores no scores of a working model, in a sentence each."""
-    lines = []
-    for name, score in scores.items():
-        mute = [row["key"] for row in score.rows if row.get("mute")]
-        if mute:
-            lines.append(f"{name} {NON_FINITE_NOTE} on {format_keys(mute)}.")
-        elif score.pairs and score.accuracy < 0.4:
-            lines.append(
-                f"{name} orders most pairs the wrong way round. Is disparity taken for depth, or depth for disparity?"
-            )
-    return lines
+def format_table(table: ResultsTable, notes: Sequence[str] = ()) -> str:
+    """A table as text, the best of what was measured here starred; protocol and origin only with reported results."""
+    origin = bool(table.other_rows) or any(row.origin != MEASURED_HERE for row in table.rows)
+    parts = [_format_rows(table.headings, table.rows, origin=origin)]
+    if table.other_rows:
+        parts.append(f"{OTHER_PROTOCOLS}\n\n{_format_rows(table.headings, table.other_rows, origin=True)}")
+    if table.caution:
+        parts.append(f"Note: {table.caution}.")
+    if table.remarks:
+        parts.append("\n".join(f"({number}) {remark}." for number, remark in enumerate(table.remarks, 1)))
+    if notes:
+        parts.append("\n".join(map(escape_unprintable, notes)))
+    return "\n\n".join(parts)
+
+
+def format_summary(evaluated: Evaluated) -> str:
+    """Several benchmarks of depth as text: a line per benchmark and model."""
+    sharp = any("boundary_f1" in result.means for _, results in evaluated for result in results)
+    metrics = (*SUMMARY_METRICS, *BOUNDARY_METRICS) if sharp else SUMMARY_METRICS
+    labels = METRICS | BOUNDARY_METRICS
+    arrows = {column.metric: column.label for task, results in evaluated for column in task.columns(results)}
+    lines = [["benchmark", "protocol", "model", "images", *(arrows.get(m, labels[m]) for m in metrics)]]
+    for task, results in evaluated:
+        for result in results:
+            means = [format_number(result.means[m]) if m in result.means else _NO_VALUE for m in metrics]
+            lines.append([task.name, task.rules, result.name, str(result.images), *means])
+    return format_columns(lines, left=3)
+
+
+def format_overview(evaluated: Evaluated) -> str:
+    """Several benchmarks as text: a line per model, measured here or reported, and a column per benchmark."""
+    headings: list[str] = []
+    measured: dict[tuple[str, str], dict[str, str]] = {}
+    others: dict[tuple[str, str], dict[str, str]] = {}
+    sources: dict[tuple[str, str], dict[str, None]] = {}
+    remarks: list[str] = []
+    for task, results in evaluated:
+        heading = task.name if task.rules == task.name else f"{task.name} ({task.rules})"
+        headings.append(heading)
+        columns = [column for column in task.columns(results) if column.metric in OVERVIEW_METRICS]
+        for result in results:
+            figures = [format_number(result.means[c.metric], percent=c.percent) for c in columns]
+            measured.setdefault((result.name, MEASURED_HERE), {})[heading] = " / ".join(figures)
+        for figure in find_reported_results(task.name, protocol=task.rules):
+            row = (figure.model, figure.origin)
+            figures = [format_reported(figure.values.get(c.metric), percent=c.percent) for c in columns]
+            remark = _remark_number(figure.remark, remarks)
+            others.setdefault(row, {})[heading] = " / ".join(figures) + (f" ({remark})" if remark else "")
+            sources.setdefault(row, {})[figure.source] = None
+    lines = [["model", *headings, "origin"]]
+    for (model, origin), cells in [*measured.items(), *others.items()]:
+        origin = "; ".join([origin, *sources.get((model, origin), ())])
+        lines.append([model, *(cells.get(heading, _NO_VALUE) for heading in headings), origin])
+    notes = [
+        "AbsRel / δ1 (da2k: percent right); reported results follow the protocol that each column names."
+    ]
+    notes += [f"Note: {task.name}: {task.incomplete}." for task, _ in evaluated if task.incomplete]
+    notes += [f"({number}) {remark}." for number, remark in enumerate(remarks, 1)]
+    return "\n".join([format_columns(lines, left=1), "", *notes])
 
 
 def format_columns(lines: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns, a rule below the first line; so many columns begin at their left, numbers end at their right."""
-    lines = [[escape_control_characters(cell) for cell in line] for line in lines]
+    """Align columns and draw a rule below the first line.
+
+    The first `left` columns, "protocol" and "origin" are aligned at their left, numbers at their right.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
@@ -98,60 +180,42 @@ def format_columns(lines: Sequence[Sequence[str]], *, left: int) -> str:
             cell.ljust(width) if place < left or head in ("protocol", "origin") else cell.rjust(width)
             for place, (cell, width, head) in enumerate(zip(line, widths, lines[0], strict=True))
         ]
-        text.append("  ".join(cells).rstrip())
+        text.append(escape_unprintable("  ".join(cells).rstrip()))
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
-def best_result(results: Sequence[DepthResult]) -> DepthResult:
-    """The result with the lowest mean AbsRel; one without a mean is last."""
-    return min(results, key=lambda result: (math.isnan(result.means["abs_rel"]), result.means["abs_rel"]))
+def format_number(value: float, *, percent: bool = False) -> str:
+    """A measured value as printed: four decimals, or percent with one."""
+    if percent:
+        return f"{100 * value:.1f}"
+    return f"{value:.4f}" if math.isnan(value) or abs(value) < 100 else f"{value:.4g}"
 
 
-def table_notes(results: Sequence[DepthResult]) -> list[str]:
-    """What must be read with the table: how many images, by which protocol, and what went wrong on which."""
-    first = results[0]
-    lines = [f"{first.images} images. Protocol {first.protocol.text}."]
-    if first.protocol.sharp:
-        lines.append(
-            "Boundary F1: Depth Pro's (arXiv 2410.02073), of maps as compared; 0 where truth has no contour."
-        )
-    if len({result.model.get("quantity") for result in results} - {None}) > 1:
-        lines.append(
-            f"What the models give: {_format_quantities(results)}; only what the protocol names is fitted."
-        )
-    if first.empty:
-        lines.append(f"Without a valid pixel, and left out of the means: {format_keys(first.empty)}.")
-    return [*lines, *(escape_control_characters(line) for result in results for line in result.warnings)]
+def format_reported(value: float | None, *, percent: bool = False) -> str:
+    """A reported value with the three or four digits that it was printed with."""
+    if value is None:
+        return _NO_VALUE
+    return f"{100 * value:.1f}" if percent else f"{value:.4f}".removesuffix("0")
 
 
-def _format_quantities(results: Sequence[DepthResult]) -> str:
-    return ", ".join(f"{r.name} {r.model['quantity']}" for r in results if r.model.get("quantity"))
-
-
-def direction_arrow(metric: str) -> str:
-    """Which way a metric improves."""
-    return "↑" if metric in HIGHER_IS_BETTER else "↓"
-
-
-def mean_cells(results: Sequence[DepthResult]) -> list[list[dict[str, Any]]]:
-    """Per result, per metric, the printed mean and whether it is the best of several."""
-    best = {}
-    metrics = results[0].metrics
-    for metric in metrics:
-        values = [r.means[metric] for r in results if math.isfinite(r.means[metric])]
-        if len(results) > 1 and values:
-            best[metric] = max(values) if metric in HIGHER_IS_BETTER else min(values)
-    return [
-        [
-            {"text": format_number(result.means[m]), "best": m in best and result.means[m] == best[m]}
-            for m in metrics
-        ]
-        for result in results
+def _format_rows(headings: Sequence[str], rows: Sequence[TableRow], *, origin: bool) -> str:
+    """Align the decimal points of each column and star the best."""
+    lines = [["model", *(f"{heading} " for heading in headings), *(["protocol", "origin"] if origin else [])]]
+    decimals = [
+        [len(row.cells[place].text.partition(".")[2]) for row in rows] for place in range(len(headings))
     ]
+    for number, row in enumerate(rows):
+        cells = [
+            cell.text + ("*" if cell.best else " ") + " " * (max(own) - own[number] if own[number] else 0)
+            for cell, own in zip(row.cells, decimals, strict=True)
+        ]
+        mark = f" ({row.remark})" if row.remark else ""
+        lines.append([row.model, *cells, *([row.protocol, row.origin + mark] if origin else [])])
+    return format_columns(lines, left=1)
 
 
-def format_number(value: float) -> str:
-    """A metric as printed."""
-    if math.isnan(value):
-        return "nan"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
+def _remark_number(remark: str, remarks: list[str]) -> int:
+    """The number of a remark, from 1, which is added if it is new; 0 for none."""
+    if remark and remark not in remarks:
+        remarks.append(remark)
+    return remarks.index(remark) + 1 if remark else 0

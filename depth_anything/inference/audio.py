@@ -1,6 +1,6 @@
-"""The sound of an MP4: copied where MP4 takes it, else encoded as AAC; what cannot be carried is left out, and said.
+"""The audio of an MP4: streams that MP4 supports are copied, others are encoded as AAC or left out with a note.
 
-No fault of the sound is ever one of the pictures.
+An error in the audio never affects the video.
 """
 
 import io
@@ -11,97 +11,86 @@ from typing import Any
 import av
 from av.audio.resampler import AudioResampler
 
-_AAC_SAMPLE_RATES = (
-    96000,
-    88200,
-    64000,
-    48000,
-    44100,
-    32000,
-    24000,
-    22050,
-    16000,
-    12000,
-    11025,
-    8000,
-)  # that AAC has
+_AAC_SAMPLE_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 _DEFAULT_SAMPLE_RATE = 48000
 
 
 @dataclass
 class _AudioTrack:
-    """One audio stream of the film.
+    """One audio stream of the output.
 
     Attributes:
-        target: the film's stream.
-        decoded: whether packets are decoded and encoded anew.
-        last: time of the last packet, ticks of the target.
-        moved: packets that were out of order.
-        lost: packets that could not be carried.
-        resampler: of the last frame's kind, and that kind.
+        target: The output stream.
+        encodes: True if packets are decoded and encoded as AAC, False if they are copied.
+        last_dts: Time of the last packet, ticks of the target.
+        reordered: Number of packets that were out of order.
+        lost: Number of packets that could not be written.
+        resampler: Resampler for frames of `frame_kind`.
+        frame_kind: Sample format, layout and rate of the last frame.
+        next_pts: Time of the next frame, for frames without a time.
     """
 
     target: Any
-    decoded: bool
-    last: int | None = None
-    moved: int = 0
+    encodes: bool
+    last_dts: int | None = None
+    reordered: int = 0
     lost: int = 0
     resampler: Any = None
-    kind: Any = None
-    due: int = 0
+    frame_kind: Any = None
+    next_pts: int = 0
 
 
 class AudioWriter:
-    """Takes the audio of a clip into an MP4."""
+    """Writes the audio streams of a clip into an MP4."""
 
     def __init__(self, container: Any) -> None:
-        """Begin without a stream; `container` is the film's, its header not yet written."""
+        """Start without a stream; `container` is the output, whose header is not written yet."""
         self._container = container
         self._tracks: dict[int, _AudioTrack] = {}
         self._notes: list[str] = []
 
     @property
     def notes(self) -> list[str]:
-        """What went otherwise than it should."""
-        told = list(self._notes)
+        """Remarks on streams that were re-encoded, repaired or left out."""
+        notes = list(self._notes)
         for track in self._tracks.values():
-            if track.moved:
-                told.append(f"sound: {track.moved} packets were out of order, and were put in order")
+            if track.reordered:
+                notes.append(f"audio: {track.reordered} packets were out of order and were reordered")
             if track.lost:
-                told.append(f"sound: {track.lost} packets are damaged, and are left out")
-        return told
+                notes.append(f"audio: {track.lost} packets are damaged and were left out")
+        return notes
 
     def add(self, stream: Any) -> None:
-        """Make room for a stream; one that can be neither copied nor encoded is left out."""
+        """Add a stream, copied or re-encoded; one that allows neither is left out."""
         codec = stream.codec_context.codec.canonical_name
         if _can_copy_stream(stream, self._container.supported_codecs):
             target = self._container.add_stream_from_template(stream)
-            self._tracks[stream.index] = _AudioTrack(target, decoded=False)
+            self._tracks[stream.index] = _AudioTrack(target, encodes=False)
         elif stream.codec_context.sample_rate > 0 and stream.codec_context.channels > 0:
             rate = stream.codec_context.sample_rate
             target = self._container.add_stream(
                 "aac", rate=rate if rate in _AAC_SAMPLE_RATES else _DEFAULT_SAMPLE_RATE
             )
             target.layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-            self._tracks[stream.index] = _AudioTrack(target, decoded=True)
-            self._notes.append(f"sound encoded anew, {codec} to aac, since MP4 does not take {codec}")
+            self._tracks[stream.index] = _AudioTrack(target, encodes=True)
+            self._notes.append(f"audio re-encoded, {codec} to aac, since MP4 does not support {codec}")
         else:
             self._notes.append(
-                f"sound left out: the file does not say the sample rate or channels of its {codec}"
+                f"audio left out: the file does not state the sample rate or channels of its {codec}"
             )
 
     def write(self, packet: Any, start: Fraction) -> None:
-        """Take a packet, an empty one at the end; `start` seconds become 0.
+        """Write a packet, an empty one at the end; the time `start`, in seconds, becomes 0.
 
         Raises:
-            OSError, MemoryError: the film cannot be written.
+            OSError, MemoryError: The output cannot be written.
         """
         track = self._tracks.get(packet.stream.index)
         if track is None:
             return
         self._container.start_encoding()
         try:
-            if track.decoded:
+            if track.encodes:
                 for frame in packet.decode():
                     self._encode(track, frame, start)
             elif packet.size:
@@ -113,9 +102,9 @@ class AudioWriter:
             track.lost += 1
 
     def finish(self) -> None:
-        """Write what the encoders still hold."""
+        """Flush the encoders."""
         for track in self._tracks.values():
-            if track.decoded and track.kind is not None:
+            if track.encodes and track.frame_kind is not None:
                 for frame in track.resampler.resample(None):
                     self._mux_all(track, track.target.encode(frame))
                 self._mux_all(track, track.target.encode(None))
@@ -123,42 +112,42 @@ class AudioWriter:
     def _encode(self, track: _AudioTrack, frame: Any, start: Fraction) -> None:
         kind = frame.format.name, frame.layout.name, frame.sample_rate
         context = track.target.codec_context
-        if kind != track.kind:  # the first, or one that changes midway
+        if kind != track.frame_kind:  # the first frame, or the format changes midway
             for rest in track.resampler.resample(None) if track.resampler else ():
                 self._mux_all(track, track.target.encode(rest))
             track.resampler = AudioResampler(
                 format=context.format, layout=context.layout, rate=context.sample_rate
             )
-            track.kind = kind
+            track.frame_kind = kind
         base = Fraction(1, frame.sample_rate)
         if frame.pts is None:
-            frame.pts = track.due
+            frame.pts = track.next_pts
         else:
             frame.pts = round((frame.pts * Fraction(frame.time_base) - start) / base)
         frame.time_base = base
-        track.due = frame.pts + frame.samples
-        for ready in track.resampler.resample(frame):
-            self._mux_all(track, track.target.encode(ready))
+        track.next_pts = frame.pts + frame.samples
+        for resampled in track.resampler.resample(frame):
+            self._mux_all(track, track.target.encode(resampled))
 
     def _mux_all(self, track: _AudioTrack, packets: list[Any]) -> None:
         for packet in packets:
             self._mux(track, packet)
 
     def _mux(self, track: _AudioTrack, packet: Any) -> None:
-        """Write a packet, later than the one before: MP4 takes no other."""
+        """Write a packet; its time is moved after the previous one if need be, as MP4 requires."""
         if packet.dts is None:
-            packet.dts = packet.pts if packet.pts is not None else (track.last or -1) + 1
-        if track.last is not None and packet.dts <= track.last:
-            packet.dts = track.last + 1
-            track.moved += 1
+            packet.dts = packet.pts if packet.pts is not None else (track.last_dts or -1) + 1
+        if track.last_dts is not None and packet.dts <= track.last_dts:
+            packet.dts = track.last_dts + 1
+            track.reordered += 1
         packet.pts = packet.dts if packet.pts is None else max(packet.pts, packet.dts)
         packet.stream = track.target
-        track.last = packet.dts
+        track.last_dts = packet.dts
         self._container.mux(packet)
 
 
 def _can_copy_stream(stream: Any, codecs: set[str]) -> bool:
-    """Tell by writing the header of a film that has this stream alone."""
+    """Try to write the header of an MP4 with this stream alone."""
     if not {stream.codec_context.name, stream.codec_context.codec.canonical_name} & set(codecs):
         return False
     try:
@@ -171,10 +160,10 @@ def _can_copy_stream(stream: Any, codecs: set[str]) -> bool:
 
 
 def _rescale_packet(packet: Any, target: Any, start: Fraction) -> None:
-    """Bring a packet to the ticks of its target."""
-    base, ticks = Fraction(packet.time_base), Fraction(target.time_base)
+    """Convert a packet's times to the ticks of its target."""
+    base, tick = Fraction(packet.time_base), Fraction(target.time_base)
     for name in ("pts", "dts"):
         if getattr(packet, name) is not None:
-            setattr(packet, name, round((getattr(packet, name) * base - start) / ticks))
-    packet.duration = round((packet.duration or 0) * base / ticks)
-    packet.time_base = ticks
+            setattr(packet, name, round((getattr(packet, name) * base - start) / tick))
+    packet.duration = round((packet.duration or 0) * base / tick)
+    packet.time_base = tick

@@ -1,7 +1,7 @@
-"""Metres from a relative model and a few known depths: scale and shift in disparity, and who does not fit.
+"""Calibrate a relative model to meters: fit scale and shift of its disparity to a few known depths, robustly.
 
-depth = 1 / (scale · disparity + shift). The authors advise it for their relative models (Depth Anything V2, issue
-157). One scale and shift serve one camera and one kind of scene: a network may give another image others.
+depth = 1 / (scale · disparity + shift), as the authors recommend for their relative models (Depth Anything V2, issue
+157). One scale and shift hold for one camera and one kind of scene: the network may scale other images differently.
 """
 
 import csv
@@ -14,99 +14,99 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 OUTLIER_THRESHOLD = 0.1
-"""A point is left out where the model is off by more than this share of its depth."""
+"""A point is an outlier if the fitted depth is off by more than this share of the known depth."""
 
 MAX_PAIRS = 20_000
-"""Of points that are tried; a few hundred points have more, of which every so many is taken."""
+"""Maximum number of pairs of points that are tried; of more pairs every n-th is used."""
 
 
 @dataclass(frozen=True)
 class KnownPoint:
-    """A pixel (from the upper left one, which is 0, 0) and its distance along the camera's axis, metres."""
+    """A pixel, counted from the upper left one (0, 0), and its depth along the camera's axis in meters."""
 
     x: float
     y: float
-    metres: float
+    meters: float
 
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """Scale and shift, and how well the points agree with them.
+    """Scale, shift and the residuals of the points.
 
     Attributes:
-        scale: Above 0.
-        shift: One over metres.
-        depth: float64 (N,), metres that the calibrated model gives.
-        metres: float64 (N,), as known.
-        used: bool (N,): the points that agree.
+        scale: Above 0, 1/m.
+        shift: 1/m.
+        depth: float64 (N,), depth of the calibrated model at the points, meters.
+        meters: float64 (N,), known depth.
+        used: bool (N,), False for outliers.
     """
 
     scale: float
     shift: float
     depth: np.ndarray
-    metres: np.ndarray
+    meters: np.ndarray
     used: np.ndarray
 
     @property
     def abs_rel(self) -> float:
-        """Mean of |depth − metres| / metres over the points used."""
-        return float(_relative_error(self.depth, self.metres)[self.used].mean())
+        """Mean of |depth − known| / known over the points used."""
+        return float(_relative_error(self.depth, self.meters)[self.used].mean())
 
     @property
     def rmse_m(self) -> float:
-        """Root of the mean squared difference over the points used, metres."""
-        return float(np.sqrt(np.square(self.depth - self.metres)[self.used].mean()))
+        """Root mean squared error over the points used, meters."""
+        return float(np.sqrt(np.square(self.depth - self.meters)[self.used].mean()))
 
 
 def read_points(path: str | Path) -> list[KnownPoint]:
-    """Read a CSV of x,y,metres; a first line of words is its head.
+    """Read known points from a CSV file with the columns x, y, metres; a header line is optional.
 
     Raises:
-        ValueError: the line that makes no sense, or a file without points.
+        ValueError: A line cannot be parsed (it is named), or there are no points.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line, row) for line, row in enumerate(csv.reader(file), 1) if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no text with x,y,metres a line: {error}") from error
+        raise ValueError(f"{path} is not a text file with x,y,metres on each line: {error}") from error
     points = []
     for line, row in rows:
         if line == rows[0][0] and not _is_number(row[0]):
             continue
         points.append(parse_point(",".join(row), where=f"{path}, line {line}"))
     if not points:
-        raise ValueError(f"{path} holds no points: write x,y,metres a line")
+        raise ValueError(f"{path} has no points: write x,y,metres on each line")
     return points
 
 
 def parse_point(text: str, *, where: str = "--point") -> KnownPoint:
-    """Read "x,y,metres".
+    """Parse "x,y,metres".
 
     Raises:
-        ValueError: another text, or a depth that is not above 0; `where` is named.
+        ValueError: The text has another form, or the depth is not above 0; the message begins with `where`.
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 3 or not all(map(_is_number, parts)):
-        raise ValueError(f"{where}: {text!r} is not x,y,metres, as 320,240,2.5")
+        raise ValueError(f"{where}: {text!r} is not x,y,metres; write e.g. 320,240,2.5")
     point = KnownPoint(*map(float, parts))
-    if not 0 < point.metres < np.inf:
-        raise ValueError(f"{where}: a depth of {point.metres:g} m must be above 0")
+    if not 0 < point.meters < np.inf:
+        raise ValueError(f"{where}: a depth of {point.meters:g} m must be above 0")
     return point
 
 
 def sample_at_points(map: np.ndarray, points: Sequence[KnownPoint], *, image: str) -> np.ndarray:
-    """Take a map's values at points, each that of the nearest pixel.
+    """Return the values of a map at points (nearest pixel).
 
     Args:
         map: (H, W).
-        points: in pixels of the image, upright as its EXIF says.
-        image: its name, for the error.
+        points: In pixels of the image after EXIF rotation.
+        image: Name of the image, for the error.
 
     Returns:
         float64 (N,).
 
     Raises:
-        ValueError: a point lies outside.
+        ValueError: A point lies outside.
     """
     height, width = map.shape
     for point in points:
@@ -118,91 +118,95 @@ def sample_at_points(map: np.ndarray, points: Sequence[KnownPoint], *, image: st
 
 
 def fit_points(
-    disparity: ArrayLike, metres: ArrayLike, *, threshold: float = OUTLIER_THRESHOLD
+    disparity: ArrayLike, meters: ArrayLike, *, threshold: float = OUTLIER_THRESHOLD
 ) -> CalibrationFit:
-    """Fit scale and shift such that 1 / (scale · disparity + shift) is near the known depths of most points.
+    """Fit scale and shift such that 1 / (scale · disparity + shift) is near the known depth of most points.
 
-    Every pair of points proposes a fit; the one with the least sum of errors wins, an error being the share of its
-    depth that a point is off, and at most `threshold`. Least squares over the points within the threshold then has
-    the last word; it weighs a share of the depth alike, near or far. No chance is involved.
+    Every pair of points proposes a fit (RANSAC over all pairs, so it is deterministic). The proposal with the
+    smallest sum of relative errors wins, where an error counts at most `threshold`. Least squares of the relative
+    error over the inliers then refines it.
 
     Args:
-        disparity: (N,), what the model gives at the points, over any number of images.
-        metres: (N,), above 0.
-        threshold: share of its depth from which on a point is left out.
+        disparity: (N,), predicted disparity at the points, over any number of images.
+        meters: (N,), known depth, above 0.
+        threshold: Relative error above which a point is an outlier.
 
     Raises:
-        ValueError: fewer than two points, all of one disparity, or points of which no majority agrees.
+        ValueError: Fewer than two points, the same disparity at all of them, or no fit that a majority agrees with.
     """
-    disparity, metres = np.asarray(disparity, np.float64), np.asarray(metres, np.float64)
-    if len(metres) < 2:
-        raise ValueError(f"scale and shift need two points at least, better ten, and {len(metres)} was given")
+    disparity, meters = np.asarray(disparity, np.float64), np.asarray(meters, np.float64)
+    if len(meters) < 2:
+        raise ValueError(f"scale and shift need at least two points, better ten; got {len(meters)}")
     if not threshold > 0:
         raise ValueError(f"threshold={threshold} must be above 0")
     if np.ptp(disparity) < 1e-6 * max(float(np.abs(disparity).max()), 1e-12):
-        raise ValueError("the model gives all points the same disparity: choose points at different depths")
-    proposal = _fit_best_pair(disparity, metres, threshold)
+        raise ValueError(
+            "the model predicts the same disparity at all points: choose points at different depths"
+        )
+    proposal = _fit_best_pair(disparity, meters, threshold)
     if proposal is None:
-        raise _no_consensus_error(disparity, metres, 0, threshold)
+        raise _no_consensus_error(disparity, meters, 0, threshold)
     scale, shift = proposal
-    used = _relative_error(_to_depth(disparity, scale, shift), metres) <= threshold
+    used = _relative_error(_to_depth(disparity, scale, shift), meters) <= threshold
     for _ in range(10):
-        refined = _least_squares(disparity[used], metres[used])
-        agree = _relative_error(_to_depth(disparity, *refined), metres) <= threshold
-        if refined[0] <= 0 or agree.sum() < used.sum():
+        refined = _least_squares(disparity[used], meters[used])
+        inliers = _relative_error(_to_depth(disparity, *refined), meters) <= threshold
+        if refined[0] <= 0 or inliers.sum() < used.sum():
             break
-        (scale, shift), settled, used = refined, bool((agree == used).all()), agree
-        if settled:
+        (scale, shift), converged, used = refined, bool((inliers == used).all()), inliers
+        if converged:
             break
-    if 2 * used.sum() <= len(metres) and len(metres) > 2:
-        raise _no_consensus_error(disparity, metres, int(used.sum()), threshold)
-    return CalibrationFit(scale, shift, _to_depth(disparity, scale, shift), metres, used)
+    if 2 * used.sum() <= len(meters) and len(meters) > 2:
+        raise _no_consensus_error(disparity, meters, int(used.sum()), threshold)
+    return CalibrationFit(scale, shift, _to_depth(disparity, scale, shift), meters, used)
 
 
-def _fit_best_pair(disparity: np.ndarray, metres: np.ndarray, threshold: float) -> tuple[float, float] | None:
-    pairs = np.array(list(itertools.combinations(range(len(metres)), 2)))
+def _fit_best_pair(disparity: np.ndarray, meters: np.ndarray, threshold: float) -> tuple[float, float] | None:
+    pairs = np.array(list(itertools.combinations(range(len(meters)), 2)))
     pairs = pairs[:: max(1, len(pairs) // MAX_PAIRS)]
     first, second = pairs.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        scales = (1 / metres[first] - 1 / metres[second]) / (disparity[first] - disparity[second])
-    shifts = 1 / metres[first] - scales * disparity[first]
-    good = np.isfinite(scales) & (scales > 0)
-    if not good.any():
+        scales = (1 / meters[first] - 1 / meters[second]) / (disparity[first] - disparity[second])
+    shifts = 1 / meters[first] - scales * disparity[first]
+    valid = np.isfinite(scales) & (scales > 0)
+    if not valid.any():
         return None
-    scales, shifts = scales[good], shifts[good]
+    scales, shifts = scales[valid], shifts[valid]
     costs = np.zeros(len(scales))
-    for d, m in zip(disparity, metres, strict=True):  # a point at a time, so that thousands fit into memory
+    for d, m in zip(
+        disparity, meters, strict=True
+    ):  # one point at a time, to bound memory for thousands of points
         costs += np.minimum(_relative_error(_to_depth(d, scales, shifts), m), threshold)
     best = int(costs.argmin())
     return float(scales[best]), float(shifts[best])
 
 
-def _least_squares(disparity: np.ndarray, metres: np.ndarray) -> tuple[float, float]:
-    matrix = np.stack([metres * disparity, metres], axis=1)
-    (scale, shift), *_ = np.linalg.lstsq(matrix, np.ones(len(metres)), rcond=None)
+def _least_squares(disparity: np.ndarray, meters: np.ndarray) -> tuple[float, float]:
+    matrix = np.stack([meters * disparity, meters], axis=1)
+    (scale, shift), *_ = np.linalg.lstsq(matrix, np.ones(len(meters)), rcond=None)
     return float(scale), float(shift)
 
 
 def _to_depth(disparity: np.ndarray, scale: np.ndarray | float, shift: np.ndarray | float) -> np.ndarray:
     inverse = np.asarray(scale * disparity + shift)
-    return 1 / np.maximum(inverse, 1e-6)  # behind the camera counts as very far
+    return 1 / np.maximum(inverse, 1e-6)  # negative inverse depth counts as very far
 
 
-def _relative_error(depth: np.ndarray, metres: np.ndarray) -> np.ndarray:
-    return np.abs(depth - metres) / metres
+def _relative_error(depth: np.ndarray, meters: np.ndarray) -> np.ndarray:
+    return np.abs(depth - meters) / meters
 
 
 def _no_consensus_error(
-    disparity: np.ndarray, metres: np.ndarray, agree: int, threshold: float
+    disparity: np.ndarray, meters: np.ndarray, inliers: int, threshold: float
 ) -> ValueError:
-    if np.corrcoef(disparity, 1 / metres)[0, 1] < 0:
+    if np.corrcoef(disparity, 1 / meters)[0, 1] < 0:
         return ValueError(
-            "the map is upside down at these points: it puts nearer what is farther; are x and y swapped, "
-            "or metres and their inverse, or does the model give depth?"
+            "the predicted disparity falls where the known points come nearer: check that x and y are not swapped, "
+            "that the third column is meters and not their inverse, and that the model predicts disparity, not depth"
         )
     return ValueError(
-        f"the points do not agree: one scale and shift bring only {agree} of {len(metres)} within "
-        f"{threshold:.0%} of their depth; check them, or allow more with --threshold"
+        f"the points do not agree: one scale and shift fit only {inliers} of {len(meters)} within {threshold:.0%} of "
+        "their depth; check the points, or allow more with --threshold"
     )
 
 

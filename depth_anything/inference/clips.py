@@ -1,11 +1,10 @@
-"""Moving pictures in: video files through PyAV, folders of frames, lists and folders of either.
+"""Readers of clips: video files (PyAV), animated WebP, and folders of frames.
 
-A clip is read frame by frame and never held: memory does not grow with its length. Its clock is a fraction and
-every frame keeps its own time, so that neither 29.97 nor a variable frame rate drifts from the sound.
+Frames are decoded one by one. Times are exact fractions and every frame keeps its own, so neither 29.97 fps nor a
+variable frame rate drifts from the audio.
 """
 
 import math
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -30,27 +29,24 @@ from depth_anything.data.video_reader import (
     open_video,
     read_frames,
 )
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
-"""What a frame of a folder ends in."""
-
-VIDEO_SUFFIXES = {
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".vob"),
-    *(".ts", ".mts", ".m2ts", ".3gp", ".mxf", ".ogv", ".gif"),
-}
-"""What says that a file is meant to be a video. Others are videos, too, if they can be read as such."""
+from depth_anything.preprocess import composite_on_white
 
 _UNSPECIFIED, _BT709 = 2, 1  # AVColorSpace
-_HD_HEIGHT_PX = 720  # from here on video that does not say is BT.709, below BT.601, as players take it
-_EARLY_S, _EARLY = 0.25, 0.05  # seconds, or share, by which pictures may end before the file says
-_MAX_TICKS_PER_SECOND = 1 << 24  # ticks a second, at most
-_MIN_TICKS_PER_FRAME = 32  # ticks a frame, at least: room for what a file puts at one time
-_MAX_FRAME_RATE = 1000  # frames a second
-_MAX_START_DELAY_S = 3600  # by which pictures may begin after the sound
+_HD_HEIGHT_PX = (
+    720  # without a color space, players decode frames of this height as BT.709, smaller ones as BT.601
+)
+_END_TOLERANCE_S, _END_TOLERANCE = (
+    0.25,
+    0.05,
+)  # seconds, and share, by which the video may end before its duration
+_MAX_TICKS_PER_SECOND = 1 << 24
+_MIN_TICKS_PER_FRAME = 32  # frames with equal times are moved apart by a tick
+_MAX_FRAME_RATE = 1000
+_MAX_START_DELAY_S = 3600  # by which the video may start after the audio
 
 
 class ClipFrame(NamedTuple):
-    """A frame: uint8 (H, W, 3) RGB, upright; its time in ticks of its clip; what its own files are called."""
+    """A frame: uint8 (H, W, 3) RGB, upright; its time in ticks of the clip; the name of its own files."""
 
     image: np.ndarray
     pts: int
@@ -58,30 +54,30 @@ class ClipFrame(NamedTuple):
 
 
 class AudioSink(Protocol):
-    """Where the audio of a clip goes."""
+    """Receives the audio of a clip while its frames are read."""
 
     def add_audio(self, stream: Any) -> None:
-        """Make room for a stream, before the first picture."""
+        """Add an audio stream, before the first frame."""
 
     def write_audio(self, packet: Any, start: Fraction) -> None:
-        """Take a packet; `start` seconds are its clip's zero."""
+        """Receive a packet; the clip starts at `start` seconds."""
 
 
 @dataclass
 class Clip(ABC):
-    """What is known of a clip before it is read.
+    """A clip and its properties.
 
     Attributes:
-        name: its path as the list or the folder has it.
-        path: the file, or the folder of its frames.
-        height: of an upright frame, pixels.
-        width: of an upright frame, pixels.
-        rate: frames a second.
-        time_base: seconds a tick.
-        frames: how many there should be, None if the file does not say.
-        pixel_aspect: width of a pixel over its height.
-        notes: what went otherwise than it should, filled while reading.
-        incomplete: pictures that it should have are missing, told by reading.
+        name: Its path as in the list or relative to the folder.
+        path: The file, or the folder of its frames.
+        height: Height of an upright frame, pixels.
+        width: Width of an upright frame, pixels.
+        rate: Frames per second.
+        time_base: Seconds per tick.
+        frames: Number of frames according to the file; None if it does not say.
+        pixel_aspect: Width of a pixel over its height.
+        notes: Remarks on faults; filled by reading.
+        incomplete: Frames are missing; set by reading.
     """
 
     name: str
@@ -101,167 +97,172 @@ class Clip(ABC):
         return [self.path]
 
     @abstractmethod
-    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
-        """Yield the frames in order; the audio goes to `sound` on the way, as it lies in the file."""
+    def read(self, audio: AudioSink | None = None) -> Iterator[ClipFrame]:
+        """Yield the frames in order; audio packets are passed to `audio` in file order."""
 
 
 class VideoFile(Clip):
-    """A video file: the video stream that players show; no cover picture."""
+    """A video file: the video stream that players show; cover pictures are ignored."""
 
     def __init__(self, name: str, path: Path) -> None:
-        """Look at a file.
+        """Open a file and read the properties of its video.
 
         Raises:
-            ValueError: it is none, or no video, or one without a frame that can be decoded.
+            ValueError: There is no such file, it is not a video, or no frame can be decoded.
         """
         super().__init__(name, path)
-        self._first = Fraction(0)
+        self._first_frame_s = Fraction(0)
         self._reformatter = VideoReformatter()
         with closing(open_video(path)) as container:
             indexes = [stream.index for stream in list_streams(container)]
-        self._others = len(indexes) - 1
-        if not any(self._look(index) for index in indexes):
-            raise ValueError("not a single frame of it can be decoded")
+        self._other_streams = len(indexes) - 1
+        if not any(self._probe_stream(index) for index in indexes):
+            raise ValueError("none of its frames can be decoded")
 
-    def _look(self, index: int) -> bool:
-        """Take a stream's facts, if it gives a frame."""
+    def _probe_stream(self, index: int) -> bool:
+        """Read the properties of a stream; return False if it has no frame that can be decoded."""
         with closing(open_video(self.path)) as container:
             stream = container.streams[index]
-            self._stream, self.rate = index, _frame_rate(stream)
+            self._stream_index, self.rate = index, _frame_rate(stream)
             first, frame = next(
                 read_frames(container, stream, rate=self.rate, faults=VideoFaults()), (Fraction(0), None)
             )
             if frame is None:
                 return False
-            self.time_base, self._grid = _choose_time_base(
+            self.time_base, self._is_constant_rate = _choose_time_base(
                 Fraction(stream.time_base), self.rate, stream.average_rate
             )
             self.frames = stream.frames or None
-            self._said = self.frames is not None
-            self._seconds = float(container.duration or 0) / 1e6
-            if self._said and "mov" not in container.format.name:  # there, an edit list may leave some out
-                self._seconds = max(self._seconds, float(stream.frames / self.rate))
+            self._states_frames = self.frames is not None
+            self._duration_s = float(container.duration or 0) / 1e6
+            if self._states_frames and "mov" not in container.format.name:  # an edit list may skip some there
+                self._duration_s = max(self._duration_s, float(stream.frames / self.rate))
             if not self.frames:
-                self.frames = round(self._seconds * self.rate) or None
-            self._start = _start_time(container, first)
-            across = display_orientation(frame)[0]
+                self.frames = round(self._duration_s * self.rate) or None
+            self._start_s = _start_time(container, first)
+            is_transposed = display_orientation(frame)[0]
             size = (frame.height, frame.width)
-            self.height, self.width = size[::-1] if across else size
+            self.height, self.width = size[::-1] if is_transposed else size
             aspect = Fraction(stream.sample_aspect_ratio or 1)
-            self.pixel_aspect = 1 / aspect if across else aspect
+            self.pixel_aspect = 1 / aspect if is_transposed else aspect
         return True
 
-    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
-        """Yield the frames in order; the audio goes to `sound` on the way, not decoded.
+    def read(self, audio: AudioSink | None = None) -> Iterator[ClipFrame]:
+        """Yield the frames in order; audio packets are passed to `audio` without decoding.
 
-        A file that is cut short or damaged gives the frames that it has; `notes` then says how many.
+        A file that is cut short or damaged yields the frames that it has, and `notes` says how many.
         """
         self.notes.clear()
         self.incomplete = False
         self._sizes: set[tuple[int, int]] = set()
-        faults, last, done, heard = VideoFaults(), -1, -1, Fraction(0)
+        faults, pts, index, audio_end = VideoFaults(), -1, -1, Fraction(0)
         with closing(open_video(self.path)) as container:
-            stream = container.streams[self._stream]
+            stream = container.streams[self._stream_index]
             stream.thread_type = "AUTO"
             tracks = [track for track in container.streams.audio if track.codec_context is not None]
-            if sound:
+            if audio:
                 for track in tracks:
-                    sound.add_audio(track)
+                    audio.add_audio(track)
 
-            def on_packet(packet: Any) -> None:
-                nonlocal heard
+            def pass_audio(packet: Any) -> None:
+                nonlocal audio_end
                 if packet.dts is not None:
-                    heard = max(heard, (packet.dts + (packet.duration or 0)) * packet.time_base - self._start)
-                if sound:
-                    sound.write_audio(packet, self._start)
+                    end = (packet.dts + (packet.duration or 0)) * packet.time_base - self._start_s
+                    audio_end = max(audio_end, end)
+                if audio:
+                    audio.write_audio(packet, self._start_s)
 
             frames = read_frames(
-                container, stream, rate=self.rate, faults=faults, sound=tracks, on_packet=on_packet
+                container, stream, rate=self.rate, faults=faults, sound=tracks, on_packet=pass_audio
             )
-            for done, (seconds, frame) in enumerate(frames):
-                last = max(self._ticks(seconds, Fraction(stream.time_base), first=not done), last + 1)
-                yield ClipFrame(self._rgb(frame), last, f"{done + 1:06d}")
-        self._note_faults(faults, done + 1, end=(last + 1) * self.time_base, heard=heard)
+            for index, (seconds, frame) in enumerate(frames):
+                ticks = self._to_ticks(seconds, Fraction(stream.time_base), is_first=not index)
+                pts = max(ticks, pts + 1)
+                yield ClipFrame(self._to_rgb(frame), pts, f"{index + 1:06d}")
+        self._note_faults(faults, index + 1, end=(pts + 1) * self.time_base, audio_end=audio_end)
 
-    def _ticks(self, seconds: Fraction, tick: Fraction, *, first: bool) -> int:
-        seconds -= self._start
-        if first:
-            self._first = seconds
-        if self._grid:  # what a coarse tick rounded, as Matroska's milliseconds, goes back to where it was
-            exact = self._first + round((seconds - self._first) * self.rate) / self.rate
+    def _to_ticks(self, seconds: Fraction, tick: Fraction, *, is_first: bool) -> int:
+        seconds -= self._start_s
+        if is_first:
+            self._first_frame_s = seconds
+        if self._is_constant_rate:  # undo the rounding of a coarse tick, such as Matroska's milliseconds
+            exact = self._first_frame_s + round((seconds - self._first_frame_s) * self.rate) / self.rate
             if abs(exact - seconds) < tick:
                 seconds = exact
         return round(seconds / self.time_base)
 
-    def _rgb(self, frame: Any) -> np.ndarray:
+    def _to_rgb(self, frame: Any) -> np.ndarray:
         self._sizes.add((frame.height, frame.width))
-        across = display_orientation(frame)[0]
-        height, width = (self.width, self.height) if across else (self.height, self.width)
-        said = int(frame.colorspace) != _UNSPECIFIED
+        is_transposed = display_orientation(frame)[0]
+        height, width = (self.width, self.height) if is_transposed else (self.height, self.width)
+        has_colorspace = int(frame.colorspace) != _UNSPECIFIED
         image = self._reformatter.reformat(
             frame,
             format="rgb24",
             width=width,
             height=height,
-            src_colorspace=None if said or frame.height < _HD_HEIGHT_PX else _BT709,
-            threads=1,  # to start more takes longer than they save
+            src_colorspace=None if has_colorspace or frame.height < _HD_HEIGHT_PX else _BT709,
+            threads=1,  # starting more takes longer than they save
         ).to_ndarray()
         return apply_display_matrix(image, frame)
 
-    def _note_faults(self, faults: VideoFaults, count: int, *, end: Fraction, heard: Fraction) -> None:
-        """Say what went otherwise than it should, and whether pictures are missing."""
-        short = bool(faults.end or faults.lost)
+    def _note_faults(self, faults: VideoFaults, count: int, *, end: Fraction, audio_end: Fraction) -> None:
+        """Add remarks on what went wrong, and set `incomplete` if frames are missing."""
+        incomplete = bool(faults.end or faults.lost)
         if faults.end:
             self.notes.append(f"cut short ({faults.end})")
         if faults.lost:
             self.notes.append(f"damaged: {faults.lost} packets could not be decoded")
         if faults.early:
-            self.notes.append(f"its first {faults.early} packets need pictures before its beginning")
-        least = self._seconds - max(_EARLY_S, _EARLY * self._seconds) - float(1 / self.rate)
-        early = end < least and not (faults.jumps or faults.repaired_packets)
-        cut = early and heard < least  # or else the sound goes on, and the pictures may well end here
-        if self._said and count < (self.frames or 0) and (short or cut or self._lost_end()):
-            short = True
+            self.notes.append(f"its first {faults.early} packets need frames from before its start")
+        tolerance = max(_END_TOLERANCE_S, _END_TOLERANCE * self._duration_s)
+        min_end = self._duration_s - tolerance - float(1 / self.rate)
+        ends_early = end < min_end and not (faults.jumps or faults.repaired_packets)
+        is_cut = ends_early and audio_end < min_end  # if the audio goes on, the video may really end here
+        if (
+            self._states_frames
+            and count < (self.frames or 0)
+            and (incomplete or is_cut or self._is_truncated())
+        ):
+            incomplete = True
             self.notes.append(f"cut short: it has {count} of {self.frames} frames")
-        elif early and not self._said:
-            short = short or cut
+        elif ends_early and not self._states_frames:
+            incomplete = incomplete or is_cut
             self.notes.append(
-                f"its pictures end early: {count} frames, {float(end):.2f} s of {self._seconds:.2f} s"
+                f"its frames end early: {count} frames, {float(end):.2f} s of {self._duration_s:.2f} s"
             )
         if faults.jumps:
-            self.notes.append(
-                f"its timestamps jump (times: {faults.jumps}): each part follows the one before"
-            )
+            self.notes.append(f"its timestamps jump {faults.jumps} times: the parts are joined without gaps")
         if faults.repaired_packets:
-            self.notes.append(f"wrong timestamps of packets ({faults.repaired_packets}) were put right")
+            self.notes.append(f"wrong timestamps of {faults.repaired_packets} packets were corrected")
         if len(self._sizes) > 1:
             sizes = ", ".join(f"{width}×{height}" for height, width in sorted(self._sizes))
             self.notes.append(
-                f"its frames change size ({sizes}): all are scaled to {self.width}×{self.height}"
+                f"its frame size changes ({sizes}): all are scaled to {self.width}×{self.height}"
             )
-        if self._others:
-            self.notes.append(f"it has {self._others} more video streams, which are left out")
-        self.incomplete = short
+        if self._other_streams:
+            self.notes.append(f"it has {self._other_streams} more video streams, which are ignored")
+        self.incomplete = incomplete
 
-    def _lost_end(self) -> bool:
-        """Tell a file that lost its end from one whose edit list leaves frames out."""
+    def _is_truncated(self) -> bool:
+        """Tell a file without its end from one whose edit list skips frames."""
         with closing(open_video(self.path)) as container:
-            entries = container.streams[self._stream].index_entries
-            last = max((entry.pos + entry.size for entry in entries), default=0)
-        return last > self.path.stat().st_size
+            entries = container.streams[self._stream_index].index_entries
+            end = max((entry.pos + entry.size for entry in entries), default=0)
+        return end > self.path.stat().st_size
 
 
 class AnimatedWebP(Clip):
     """An animated WebP, which FFmpeg does not read."""
 
     def __init__(self, name: str, path: Path) -> None:
-        """Look at a file.
+        """Open a file and read its properties.
 
         Raises:
-            ValueError: it is damaged, too large, or a still picture.
+            ValueError: It is damaged, too large, or a still picture.
         """
         super().__init__(name, path, time_base=Fraction(1, 1000))
-        with self._opened() as picture:
+        with self._open() as picture:
             self.width, self.height = picture.size
             if self.width * self.height > MAX_PIXELS:
                 raise ValueError(
@@ -272,26 +273,23 @@ class AnimatedWebP(Clip):
                 raise ValueError(PICTURE_MESSAGE)
             self.rate = Fraction(1000, _frame_duration_ms(picture))
 
-    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
-        """Yield the frames, white where they are transparent; there is no audio."""
+    def read(self, audio: AudioSink | None = None) -> Iterator[ClipFrame]:
+        """Yield the frames on a white background; there is no audio."""
         self.notes.clear()
-        self.incomplete, time = False, 0
-        with self._opened() as picture:
-            for number in range(self.frames or 0):
+        self.incomplete, time_ms = False, 0
+        with self._open() as picture:
+            for index in range(self.frames or 0):
                 try:
-                    picture.seek(number)
-                    image = picture.convert("RGBA")
+                    picture.seek(index)
+                    image = composite_on_white(np.asarray(picture.convert("RGBA")))
                 except (OSError, EOFError, ValueError):
                     self.incomplete = True
-                    self.notes.append(f"cut short: it has {number} of {self.frames} frames")
+                    self.notes.append(f"cut short: it has {index} of {self.frames} frames")
                     return
-                white = Image.new("RGBA", image.size, "white")
-                yield ClipFrame(
-                    np.asarray(Image.alpha_composite(white, image).convert("RGB")), time, f"{number + 1:06d}"
-                )
-                time += _frame_duration_ms(picture)
+                yield ClipFrame(image, time_ms, f"{index + 1:06d}")
+                time_ms += _frame_duration_ms(picture)
 
-    def _opened(self) -> Image.Image:
+    def _open(self) -> Image.Image:
         try:
             return WebPImagePlugin.WebPImageFile(self.path)
         except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -299,42 +297,40 @@ class AnimatedWebP(Clip):
 
 
 class FrameFolder(Clip):
-    """A folder of frames, in natural order: 2.png comes before 10.png."""
+    """A folder of frames in natural order: 2.png comes before 10.png."""
 
     def __init__(self, name: str, path: Path, files: list[str], *, rate: Fraction) -> None:
-        """Look at the first frame.
+        """Read the size of the first frame.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: It cannot be read.
         """
         self._files = sorted(files, key=natural_sort_key)
-        first = self._decode(path, self._files[0])
-        height, width = first.shape[:2]
+        height, width = self._decode(path, self._files[0]).shape[:2]
         super().__init__(name, path, height, width, rate, 1 / rate, frames=len(files))
-        stems = [Path(file).stem for file in self._files]
-        self._stems = (
-            stems if len(set(stems)) == len(files) else [f"{n:06d}" for n in range(1, len(files) + 1)]
-        )
+        self._stems = [Path(file).stem for file in self._files]
+        if len(set(self._stems)) < len(files):
+            self._stems = [f"{n:06d}" for n in range(1, len(files) + 1)]
 
     @property
     def files(self) -> list[Path]:
         """The files that are read."""
         return [self.path / name for name in self._files]
 
-    def read(self, sound: AudioSink | None = None) -> Iterator[ClipFrame]:
+    def read(self, audio: AudioSink | None = None) -> Iterator[ClipFrame]:
         """Yield the frames; there is no audio.
 
         Raises:
-            ValueError: a frame cannot be read or is of another size; it is named.
+            ValueError: A frame cannot be read or has another size; it is named.
         """
         self.notes[:] = _missing_frame_notes(self._files)
-        for number, file in enumerate(self._files):
+        for index, file in enumerate(self._files):
             image = self._decode(self.path, file)
             if image.shape[:2] != (self.height, self.width):
                 raise ValueError(
                     f"its frame {file} is {image.shape[1]}×{image.shape[0]}, the first is {self.width}×{self.height}"
                 )
-            yield ClipFrame(image, number, self._stems[number])
+            yield ClipFrame(image, index, self._stems[index])
 
     @staticmethod
     def _decode(folder: Path, file: str) -> np.ndarray:
@@ -344,133 +340,51 @@ class FrameFolder(Clip):
             raise ValueError(f"its frame {file} cannot be read: {error}") from error
 
 
-def list_clips(
-    source: str | Path, *, rate: Fraction = Fraction(24), leave_out: str | Path | None = None
-) -> tuple[list[Clip], dict[str, str]]:
-    """Find the clips of a video file, a folder or a list.
-
-    A folder is searched with all below it; a folder that holds images and no video is one clip, its frames. A
-    list is a .txt with a path a line, relative to it; a line may name a video or a folder of frames.
-
-    Args:
-        source: the file, folder or list.
-        rate: frames a second of folders of frames.
-        leave_out: a folder to pass over: the one that is being written.
-
-    Returns:
-        The clips, by name, and per skipped file why.
-
-    Raises:
-        ValueError: there is nothing at `source`, or no clip among it.
-    """
-    path = Path(source)
-    clips: list[Clip] = []
-    skipped: dict[str, str] = {}
-    if not path.exists():
-        raise ValueError(f"{source} does not exist: give a video, a folder of videos or of frames, or a list")
-    if path.is_dir():
-        _add_folder(path, Path(leave_out).resolve() if leave_out else None, rate, clips, skipped)
-    elif path.suffix.lower() == ".txt":
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
-            if line.strip():
-                _add_path(line.strip(), path.parent / line.strip(), rate, clips, skipped)
-    else:
-        _add_if_readable(clips, skipped, path.name, lambda: _open_clip(path.name, path))
-    if not clips:
-        first = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        raise ValueError(f"no video in {source} ({first or 'it is empty'})")
-    return sorted(clips, key=lambda clip: natural_sort_key(clip.name)), skipped
-
-
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort names as people do: by their numbers where they have numbers."""
+    """Return a sort key that compares digits as numbers."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def parse_frame_rate(text: str) -> Fraction:
-    """Read frames a second: 24, 30000/1001, or 29.97 and its like, which mean the 1001st.
+    """Parse frames per second: 24, 30000/1001, or decimals like 29.97, which stand for 30000/1001.
 
     Raises:
-        ValueError: it is no number above 0.
+        ValueError: It is not a number above 0 and at most 1000.
 
     Example:
-        >>> parse_rate("23.976"), parse_rate("25")
+        >>> parse_frame_rate("23.976"), parse_frame_rate("25")
         (Fraction(24000, 1001), Fraction(25, 1))
     """
     try:
         rate = Fraction(text)
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
-    if not 0 < rate <= 1000:
-        raise ValueError(f"{text!r} is no number of frames a second; give one as 24, 29.97 or 30000/1001")
-    slowed = Fraction(math.ceil(rate) * 1000, 1001)
-    return slowed if "." in text and abs(rate - slowed) < Fraction(1, 200) else rate
-
-
-def _add_folder(
-    root: Path, leave_out: Path | None, rate: Fraction, clips: list[Clip], skipped: dict[str, str]
-) -> None:
-    for here, folders, files in os.walk(root):
-        folder = Path(here)
-        folders[:] = [name for name in folders if leave_out is None or (folder / name).resolve() != leave_out]
-        images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        before = len(clips)
-        for name in sorted(set(files) - set(images)):
-            _add_path((folder / name).relative_to(root).as_posix(), folder / name, rate, clips, skipped)
-        inside = folder.relative_to(root).as_posix()
-        if images and len(clips) == before:
-            title = folder.resolve().name if folder == root else inside
-            _add_if_readable(clips, skipped, title, lambda: FrameFolder(title, folder, images, rate=rate))  # noqa: B023
-        else:
-            for name in images:
-                skipped[(folder / name).relative_to(root).as_posix()] = "a picture beside a video"
-
-
-def _add_path(name: str, path: Path, rate: Fraction, clips: list[Clip], skipped: dict[str, str]) -> None:
-    if path.is_dir():
-        images = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-        if images:
-            _add_if_readable(clips, skipped, name, lambda: FrameFolder(name, path, images, rate=rate))
-        else:
-            skipped[name] = "a folder without frames"
-    else:
-        _add_if_readable(clips, skipped, name, lambda: _open_clip(name, path))
-
-
-def _open_clip(name: str, path: Path) -> Clip:
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(12)
-        if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-            return AnimatedWebP(name, path)
-    return VideoFile(name, path)
-
-
-def _add_if_readable(clips: list[Clip], skipped: dict[str, str], name: str, look: Any) -> None:
-    try:
-        clips.append(look())
-    except OSError as error:
-        skipped[name] = error.strerror or str(error)
-    except (ValueError, MemoryError) as error:
-        skipped[name] = str(error) or "it takes more memory than there is"
+    if not 0 < rate <= _MAX_FRAME_RATE:
+        raise ValueError(f"{text!r} is not a number of frames per second, such as 24, 29.97 or 30000/1001")
+    ntsc = Fraction(math.ceil(rate) * 1000, 1001)
+    return ntsc if "." in text and abs(rate - ntsc) < Fraction(1, 200) else rate
 
 
 def _choose_time_base(time_base: Fraction, rate: Fraction, average: Fraction | None) -> tuple[Fraction, bool]:
-    """Choose a tick in which all the file's times are whole, and those of the exact rate, too."""
-    tick, grid = time_base, False
+    """Choose a tick that represents the file's times and, at a constant rate, those of the exact rate.
+
+    Returns:
+        Seconds per tick, and whether times are to be snapped to the exact rate.
+    """
+    tick, is_constant_rate = time_base, False
     if (1 / rate / time_base).denominator != 1:
-        finest = math.lcm(time_base.denominator, rate.numerator)
-        steady = average is None or abs(average - rate) < rate / 100
-        if steady and finest <= _MAX_TICKS_PER_SECOND:
-            tick, grid = Fraction(1, finest), True
+        ticks_per_second = math.lcm(time_base.denominator, rate.numerator)
+        is_steady = average is None or abs(average - rate) < rate / 100
+        if is_steady and ticks_per_second <= _MAX_TICKS_PER_SECOND:
+            tick, is_constant_rate = Fraction(1, ticks_per_second), True
     while tick * rate * _MIN_TICKS_PER_FRAME > 1 and tick.denominator < _MAX_TICKS_PER_SECOND:
         tick /= 2
-    return tick, grid
+    return tick, is_constant_rate
 
 
 def _frame_rate(stream: Any) -> Fraction:
-    """Frames a second; what a clock of microseconds makes of a rate that is not told is none."""
+    """Frames per second, 24 if unknown; a microsecond clock without a rate yields an impossible one."""
     for rate in (stream.guessed_rate, stream.average_rate):
         if rate and 0 < rate <= _MAX_FRAME_RATE:
             return Fraction(rate)
@@ -478,14 +392,14 @@ def _frame_rate(stream: Any) -> Fraction:
 
 
 def _frame_duration_ms(picture: Image.Image) -> int:
-    """How long the current frame of a WebP is shown; browsers take 100 where it says 10 or less."""
+    """How long the current frame of a WebP is shown; browsers show one of 10 ms or less for 100 ms."""
     picture.load()
     duration = round(picture.info.get("duration", 0))
     return duration if duration > 10 else 100
 
 
 def _start_time(container: Any, first: Fraction) -> Fraction:
-    """Choose the time that becomes 0: the container's, unless its timestamps jump before the first picture."""
+    """Choose the time that becomes 0: the container's start, unless timestamps jump before the first frame."""
     if container.start_time is None:
         return first
     start = Fraction(container.start_time, 1_000_000)
@@ -493,9 +407,9 @@ def _start_time(container: Any, first: Fraction) -> Fraction:
 
 
 def _missing_frame_notes(files: list[str]) -> list[str]:
-    found = [re.findall(r"\d+", Path(file).stem) for file in files]
-    if not all(found):
+    digits = [re.findall(r"\d+", Path(file).stem) for file in files]
+    if not all(digits):
         return []
-    numbers = [int(digits[-1]) for digits in found]
+    numbers = [int(groups[-1]) for groups in digits]
     missing = numbers[-1] - numbers[0] + 1 - len(numbers)
     return [f"{missing} numbers between its first frame and its last are missing"] if missing > 0 else []

@@ -1,4 +1,4 @@
-"""A map as bytes: the picture to look at, and the files that keep its values, their unit and their direction."""
+"""File formats of a map: the picture for viewing, and files that keep its values, unit and direction."""
 
 import io
 import tempfile
@@ -9,20 +9,20 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from depth_anything.data.tars import atomic_write
+from depth_anything.disk import atomic_write
 from depth_anything.inference.predictor import Predictor
 from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance
 
 GAP_PX = 50
-"""White between picture and map, as in the authors' output."""
+"""Width of the white gap between image and map, as in the authors' output."""
 
 _ROWS_PER_BLOCK = 64
 
 PNG_COMPRESSION = 1
-"""Of PNGs: the usual 6 takes as long as a small network."""
+"""zlib level of PNGs: the default, 6, takes as long as a small network."""
 
 ENDINGS = {"png8": "_8bit.png", "png16": ".png", "npy": ".npy", "npz": ".npz", "exr": ".exr"}
-"""What follows NAME_disparity or NAME_depth."""
+"""Format to the end of its file name, after NAME_disparity or NAME_depth."""
 
 FORMAT_DESCRIPTIONS = {
     "png8": "8-bit PNG: value = low + level / 255 * (high - low); low and high in its text and here",
@@ -34,39 +34,35 @@ FORMAT_DESCRIPTIONS = {
 
 
 def direction(quantity: str) -> str:
-    """Say what larger values are: "nearer" for disparity, "farther" for depth."""
+    """Return what larger values mean: "nearer" for disparity, "farther" for depth."""
     return "nearer" if quantity == "disparity" else "farther"
 
 
 def display_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
-    """Choose what a picture or film shows of a map: the map, but of a calibrated model one over its depth.
+    """Return the values that pictures and videos show: the map, or 1 / depth for a calibrated model.
 
-    The far of a calibrated model is guesswork, and would take all colors.
+    Large depths of a calibrated model are unreliable and would take up the whole colormap.
 
     Args:
-        map: (H, W), as the predictor gave it.
-        predictor: Which gave it.
+        map: (H, W), as the predictor returned it.
+        predictor: The predictor.
 
     Returns:
-        (H, W) values, and "disparity" or "depth": what they are for `paint`.
+        (H, W) values, and their quantity for `colorize_by_distance`: "disparity" or "depth".
     """
-    return (1 / map, "disparity") if _is_calibrated(predictor) else (map, predictor.quantity)
+    return (1 / map, "disparity") if predictor.calibrated else (map, predictor.quantity)
 
 
 def display_name(predictor: Predictor) -> str:
-    """Say what `shown_values` of a predictor are, in words."""
-    return "1 / depth" if _is_calibrated(predictor) else predictor.quantity
-
-
-def _is_calibrated(predictor: Predictor) -> bool:
-    return getattr(predictor, "calibrated", False)  # what stands in for a network may have nothing but maps
+    """Return the name of the values that `display_values` returns."""
+    return "1 / depth" if predictor.calibrated else predictor.quantity
 
 
 def resolve_colormap(*, grayscale: bool, colormap: str | None) -> str:
-    """Return the colormap that --grayscale and --colormap choose, as `paint` takes it.
+    """Return the colormap that --grayscale and --colormap select, for `colorize_by_distance`.
 
     Raises:
-        ValueError: If matplotlib knows no such colormap.
+        ValueError: matplotlib has no such colormap.
     """
     chosen = "gray" if grayscale else colormap or DEFAULT_COLORMAP
     check_colormap(chosen)
@@ -74,7 +70,7 @@ def resolve_colormap(*, grayscale: bool, colormap: str | None) -> str:
 
 
 def side_by_side(image: np.ndarray, painted: np.ndarray) -> np.ndarray:
-    """Put the image and its painted map next to each other, white between, as in the authors' output."""
+    """Join the image and its painted map with a white gap, as in the authors' output."""
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
     return np.hstack([image, gap, painted])
 
@@ -88,29 +84,29 @@ def write_map(
     low: float | None = None,
     high: float | None = None,
 ) -> None:
-    """Write a map as a 16-bit PNG whose text says how to get the values back, their unit and their direction.
+    """Write a map as a 16-bit PNG whose text chunks hold range, unit and direction.
 
     value = low + level / 65535 · (high - low), with `low` and `high` from the PNG's text.
 
     Args:
-        path: of the PNG.
-        map: (H,W) finite float.
+        path: Path of the PNG.
+        map: (H, W) finite float.
         quantity: "disparity" or "depth".
-        unit: of the values.
-        low: value of level 0, the smallest one unless given; what lies below has it too.
-        high: value of level 65535, the largest one unless given; what lies above has it too.
+        unit: Unit of the values.
+        low: Value of level 0, by default the minimum; smaller values are clipped to it.
+        high: Value of level 65535, by default the maximum; larger values are clipped to it.
     """
     atomic_write(path, encode_png(map, bits=16, quantity=quantity, unit=unit, low=low, high=high))
 
 
 def encode_map(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
-    """Make the bytes of a file of values.
+    """Encode the values of a map.
 
     Args:
-        map: (H,W) float32, finite.
-        format: a key of `ENDINGS`.
+        map: (H, W) float32, finite.
+        format: A key of `ENDINGS`.
         quantity: "disparity" or "depth".
-        unit: of the values.
+        unit: Unit of the values.
     """
     notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
     if format == "exr":
@@ -135,14 +131,12 @@ def encode_png(
     low: float | None = None,
     high: float | None = None,
 ) -> bytes:
-    """Make a grey PNG of 8 or 16 bits, as `write_map` describes it."""
+    """Encode a map as a gray PNG of 8 or 16 bits, as `write_map` describes it."""
     low = float(map.min()) if low is None else low
     high = float(map.max()) if high is None else high
     top = 2**bits - 1
     levels = np.zeros(map.shape, np.uint8 if bits == 8 else np.uint16)
-    for row in range(
-        0, len(map) if high > low else 0, _ROWS_PER_BLOCK
-    ):  # a large map in float64 takes gigabytes
+    for row in range(0, len(map) if high > low else 0, _ROWS_PER_BLOCK):  # bounds the memory of float64
         share = (map[row : row + _ROWS_PER_BLOCK].astype(np.float64) - low) / (high - low)
         levels[row : row + _ROWS_PER_BLOCK] = np.rint(share.clip(0, 1) * top)
     text = PngInfo()
@@ -162,19 +156,19 @@ def encode_picture(
     colormap: str = DEFAULT_COLORMAP,
     pred_only: bool = False,
 ) -> bytes:
-    """Make the authors' picture, a PNG: the image, white, and the map between its own extremes in colours.
+    """Encode the authors' picture as a PNG: the image, a white gap, and the map colored from minimum to maximum.
 
     Args:
-        image: uint8 (H,W,3) RGB.
-        map: (H,W).
-        quantity: "disparity" or "depth", which decides what is near.
-        colormap: as `paint` takes it.
-        pred_only: the map alone.
+        image: uint8 (H, W, 3), RGB.
+        map: (H, W).
+        quantity: "disparity" or "depth": which end is near.
+        colormap: As for `colorize_by_distance`.
+        pred_only: Only the map.
     """
     painted = colorize_by_distance(map, quantity=quantity, colormap=colormap)
     out = io.BytesIO()
-    whole = painted if pred_only else side_by_side(image, painted)
-    Image.fromarray(whole).save(out, "PNG", compress_level=PNG_COMPRESSION)
+    picture = painted if pred_only else side_by_side(image, painted)
+    Image.fromarray(picture).save(out, "PNG", compress_level=PNG_COMPRESSION)
     return out.getvalue()
 
 

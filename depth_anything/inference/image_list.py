@@ -1,4 +1,4 @@
-"""What images are mapped, from one source or several, and what is made of each is called."""
+"""The list of images to predict, from one source or several, with an output path for each."""
 
 import os
 import tarfile
@@ -13,14 +13,14 @@ from depth_anything.ingest.photographs import Photograph, list_photographs
 
 @dataclass
 class ImageList:
-    """What was found to map.
+    """Files to predict.
 
     Attributes:
         photographs: The files, images or not.
-        targets: What is made of each is called this, and an ending; below the folder of the maps.
-        expected: Names of those that are images by their suffix, or were named one by one.
-        missing: Of several sources, what cannot be listed, and why.
-        paths: The files on disk that are read.
+        targets: Output path of each below the output folder, without ending.
+        expected: Names of those that must give a map: files with an image's suffix, and files named one by one.
+        missing: If there are several sources: those that cannot be listed, and the reason.
+        paths: All files on disk that are read.
     """
 
     photographs: list[Photograph]
@@ -31,22 +31,22 @@ class ImageList:
 
 
 def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings: Sequence[str]) -> ImageList:
-    """List the images of one or several sources and name what is made of each, no two alike.
+    """List the images of one or several sources and assign each a unique output path.
 
     Args:
-        sources: Each an image, folder, list or tar. Of several, names begin where their paths part.
-        leave_out: The folder of the maps, which is passed over.
-        endings: Of every file that is made of an image.
+        sources: Each an image, folder, list file or tar. Names of several sources start where their paths differ.
+        leave_out: The output folder, which is not searched.
+        endings: Endings of all files that are written for an image.
 
     Raises:
-        ValueError: A single source that is nothing of these, or no source at all.
+        ValueError: There is no source, or the only one does not exist or is of another kind.
     """
     if not sources:
         raise ValueError("give an image, or a folder, list or tar of them")
     several = len(sources) > 1
     photographs: list[Photograph] = []
     paths: list[Path] = []
-    one_by_one: set[str] = set()
+    named: set[str] = set()
     missing: dict[str, str] = {}
     for source in map(Path, dict.fromkeys(os.fspath(source) for source in sources)):
         try:
@@ -56,31 +56,33 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
                 raise
             missing[str(source)] = str(error)
             continue
-        inside = source.is_dir() or tarfile.is_tarfile(
-            source
-        )  # else an image, or a list beside what it names
-        folder = source if inside else source.parent
-        if several:  # each is named as seen from where the command was typed
+        is_container = source.is_dir() or tarfile.is_tarfile(source)
+        folder = source if is_container else source.parent  # names of a list are relative to its folder
+        if several:  # names are then relative to the working directory
             found = [replace(photograph, name=os.path.join(folder, photograph.name)) for photograph in found]
-        paths += [source] if not source.is_dir() else []
+        if not source.is_dir():
+            paths.append(source)
         paths += [Path(photograph.name) if several else folder / photograph.name for photograph in found]
-        one_by_one |= set() if inside else {photograph.name for photograph in found}
+        if not is_container:
+            named |= {photograph.name for photograph in found}
         photographs += found
     names = [photograph.name for photograph in photographs]
-    below = relative_output_paths(
+    relative = relative_output_paths(
         [os.path.abspath(name) for name in names] if several else names, Path(sources[0])
     )
-    expected = {
-        name for name, path in zip(names, below, strict=True) if _has_image_suffix(path) or name.endswith("/")
+    named |= {  # a name with "/" at its end is a folder that cannot be listed
+        name
+        for name, path in zip(names, relative, strict=True)
+        if _has_image_suffix(path) or name.endswith("/")
     }
-    return ImageList(photographs, _output_paths(below, endings), expected | one_by_one, missing, paths)
+    return ImageList(photographs, _output_paths(relative, endings), named, missing, paths)
 
 
 def _output_paths(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> list[Path]:
-    """Name what is made of each file; what does not look like an image gives way."""
-    minor = {i for i, path in enumerate(paths) if not _has_image_suffix(path)}
+    """Assign output paths; files without an image's suffix do not change the names of images."""
+    others = {i for i, path in enumerate(paths) if not _has_image_suffix(path)}
     stems, marks = [path.parent / path.stem for path in paths], [path.suffix[1:] for path in paths]
-    return assign_unique_paths(stems, marks, endings=endings, minor=minor)
+    return assign_unique_paths(stems, marks, endings=endings, low_priority=others)
 
 
 def _has_image_suffix(path: PurePosixPath) -> bool:

@@ -1,4 +1,4 @@
-"""What outputs are called: below their folder, in the tree of their sources, no two alike on any disk."""
+"""Names of output files: the tree of the inputs below the output folder, and no two outputs with one name."""
 
 import os
 import unicodedata
@@ -9,11 +9,13 @@ from pathlib import Path, PurePosixPath
 
 
 def relative_output_paths(names: Sequence[str], source: Path) -> list[PurePosixPath]:
-    """Names as paths below the output; where a list has /elsewhere/a.jpg or ../a.jpg, from what all have in common.
+    """Turn the names of inputs into paths below the output folder.
+
+    If a list names /elsewhere/a.jpg or ../a.jpg, all paths are relative to the inputs' common parent folder.
 
     Args:
-        names: as the source has them.
-        source: the list, whose folder relative names start from.
+        names: Names of the inputs.
+        source: The list file; relative names start from its folder.
     """
     paths = [PurePosixPath(name) for name in names]
     if any(path.is_absolute() or ".." in path.parts for path in paths):
@@ -28,38 +30,44 @@ def assign_unique_paths(
     marks: Sequence[str],
     *,
     endings: Sequence[str],
-    minor: Collection[int] = (),
+    low_priority: Collection[int] = (),
 ) -> list[Path]:
-    """Give each source a path without ending such that no two files made are one, where disks ignore case, too.
+    """Give each input an output path without ending, such that no two output files collide on any file system.
 
-    Sources of one stem get their mark behind it (a_jpg, a_png), and if that is not enough a number.
+    Names that differ in case or Unicode normalization only count as equal. Inputs with equal stems get their mark
+    appended (a_jpg, a_png), and if that is not enough, a number.
 
     Args:
-        stems: a source each, without its ending.
-        marks: what tells it from others of its stem: its ending, mostly.
-        endings: of every file that is made of a source.
-        minor: positions of sources that give way: beside them, others keep their name.
+        stems: Path of each input without its ending.
+        marks: What distinguishes inputs of one stem: usually the file's suffix.
+        endings: Endings of all files that are written for an input.
+        low_priority: Indexes of inputs that get a mark first, so that others of their stem keep their name.
 
     Example:
-        >>> name_apart([PurePosixPath("a"), PurePosixPath("A")], ["jpg", "jpg"], endings=[".png"])
+        >>> assign_unique_paths([PurePosixPath("a"), PurePosixPath("A")], ["jpg", "jpg"], endings=[".png"])
         [PosixPath('a_jpg'), PosixPath('A_jpg_2')]
     """
-    alike = Counter(_fold_case(str(stem)) for i, stem in enumerate(stems) if i not in minor)
+    uses = Counter(_fold_case(str(stem)) for i, stem in enumerate(stems) if i not in low_priority)
     taken: set[str] = set()
     targets = []
     for i, (stem, mark) in enumerate(zip(stems, marks, strict=True)):
-        others = alike[_fold_case(str(stem))] - (i not in minor)
+        others = uses[_fold_case(str(stem))] - (i not in low_priority)
         name = f"{stem.name}_{mark}" if others and mark else stem.name
         for number in count(1):
             target = stem.parent / (name if number == 1 else f"{name}_{number}")
-            made = {_fold_case(f"{target}{ending}") for ending in endings}
-            if taken.isdisjoint(made):
+            files = {_fold_case(f"{target}{ending}") for ending in endings}
+            if taken.isdisjoint(files):
                 break
-        taken |= made
+        taken |= files
         targets.append(Path(target))
     return targets
 
 
+def add_ending(target: Path, ending: str) -> Path:
+    """Append an ending to a file name that may contain dots."""
+    return target.with_name(target.name + ending)
+
+
 def _fold_case(name: str) -> str:
-    """What a disk that ignores case, or how a letter with an accent is composed, takes a name for."""
+    """Normalize a name as file systems do that ignore case or the composition of accented letters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

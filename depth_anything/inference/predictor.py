@@ -1,4 +1,4 @@
-"""From photographs to maps of their own size."""
+"""Predictor: images of any size to depth or disparity maps of the same size."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,26 +27,26 @@ PREPROCESSING = {
 }
 
 MAX_ASPECT_RATIO = 32
-"""Of an image's sides. As the shorter one is enlarged to `input_size`, a longer image would fill any memory."""
+"""Maximum ratio of an image's sides: the shorter one becomes `input_size`, so a longer image would exhaust memory."""
 
 FARTHEST_M = 1000.0
-"""What a calibrated model puts beyond stands here, as does what it puts behind the camera."""
+"""Maximum depth of a calibrated model; a point at negative inverse depth gets it, too."""
 
 NEAREST_M = 1e-4
-"""No depth is smaller, so that its inverse is a number."""
+"""Minimum depth, which keeps its inverse finite."""
 
 
 class Predictor:
-    """A network ready for photographs of any size.
+    """Runs a network on images of any size.
 
     Attributes:
         model: The network, in eval mode on its device.
-        device: Where it runs.
+        device: The device it runs on.
         quantity: "disparity" (larger is nearer) or "depth".
-        unit: "m" for depth; "relative" for disparity, which is known up to a scale and a shift.
-        calibrated: Whether metres come from disparity, by the scale and shift that the model was given.
-        farthest: The largest depth possible, metres; None for disparity.
-        input_size: What the shorter side of an image becomes, pixels.
+        unit: "m" for depth; "relative" for disparity, which is known up to scale and shift.
+        calibrated: True if meters are computed from disparity by the model's calibration.
+        farthest: The maximum possible depth, meters; None for disparity.
+        input_size: Length of the shorter side of the network's input, pixels.
     """
 
     def __init__(
@@ -59,38 +59,38 @@ class Predictor:
         resample: str = "official",
         tiles: int | tuple[int, int] | None = None,
     ) -> None:
-        """Move a network to its device and put it into eval mode.
+        """Move a network to its device and switch it to eval mode.
 
         Args:
-            model: The network; moved, not copied. A relative one that is calibrated gives metres.
-            device: "auto" leaves a network that is on an accelerator there, and takes the first accelerator,
-                else the CPU, for any other; or what torch calls a device, as "cuda:1".
-            input_size: What the shorter side of an image becomes, pixels; None takes the size that the model was
-                made for. More is sharper and slower.
-            precision: "fp32", or "bf16" or "fp16" for the matrix products.
-            resample: "official" resizes images, positions and maps as the authors do; "transformers" as its
+            model: The network; it is moved, not copied. A relative model with a calibration predicts meters.
+            device: "auto" leaves a network on its accelerator, and moves any other to the first accelerator or the CPU;
+                else a torch device such as "cuda:1".
+            input_size: Length of the shorter side of the network's input, pixels; None takes the model's own. Larger is
+                sharper and slower.
+            precision: "fp32"; or "bf16" or "fp16" for the matrix products (autocast).
+            resample: "official" resizes images, position embeddings and maps as the authors do; "transformers" as its
                 depth-estimation pipeline does.
-            tiles: Rows and columns of overlapping tiles, each seen at `input_size`, or one number for both; None
-                sees the image as a whole.
+            tiles: Rows and columns of overlapping tiles, each resized to `input_size`, or one number for both; None
+                predicts the image as a whole.
 
         Raises:
-            ValueError: For a precision, device or way to resample that does not exist, a size below 1, or a grid
-                without tiles.
+            ValueError: Unknown precision, device or resample; an input size below 1; a grid without tiles.
         """
         if precision not in PRECISIONS:
             raise UserError(
-                Argument("precision", repr(precision)), f" is unknown; use one of {', '.join(PRECISIONS)}"
+                [Argument("precision", repr(precision)), " is unknown"], f"use one of {', '.join(PRECISIONS)}"
             )
         if resample not in PREPROCESSING:
             raise UserError(
-                Argument("resample", repr(resample)), f" is unknown; use one of {', '.join(PREPROCESSING)}"
+                [Argument("resample", repr(resample)), " is unknown"],
+                f"use one of {', '.join(PREPROCESSING)}",
             )
-        # Given to each call, as other threads may run the same model by another rule. A timm ViT has one of its own.
-        self._rule = {} if resample == "official" else {"position_rule": resample}
+        # An argument of each call, not a setting of the model: other threads may run the model with another rule.
+        self._forward_options = {} if resample == "official" else {"position_rule": resample}
         try:
-            model.check_position_rule(self._rule.get("position_rule", model.position_rule))
+            model.check_position_rule(self._forward_options.get("position_rule", model.position_rule))
         except ValueError as error:
-            raise UserError(Argument("resample", repr(resample)), f" cannot be: {error}") from error
+            raise UserError([Argument("resample", repr(resample)), f" cannot be: {error}"]) from error
         self.input_size = check_input_size(model.input_size if input_size is None else input_size)
         self.device = _resolve_device(device, model)
         self.model = model.to(self.device).eval()
@@ -103,134 +103,137 @@ class Predictor:
         self.tiles = None if tiles is None else parse_grid(tiles)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """Predict one image's map.
+        """Predict the map of one image.
 
         Args:
-            image: uint8 (H, W, 3), RGB; grey and transparent images are taken as `preprocess.to_rgb` says.
+            image: uint8 (H, W, 3), RGB; gray and transparent images are converted by `preprocess.to_rgb`.
 
         Returns:
-            float32 (H, W): what `quantity` and `unit` say.
+            float32 (H, W), in the predictor's `quantity` and `unit`.
 
         Raises:
-            ValueError: For an array that is no such image, or a network that gives NaN or infinity for it.
+            ValueError: The array is not such an image, or the network outputs NaN or infinity.
         """
         map = self.predict_batch([image])[0]
         check_finite(map, "the image", precision=self.precision)
         return map
 
     def predict_uncalibrated(self, image: np.ndarray) -> np.ndarray:
-        """Predict one image's map as the network gives it, without the model's calibration.
+        """Predict the map of one image without the model's calibration.
 
         Args:
-            image: As `predict` takes it.
+            image: As for `predict`.
 
         Returns:
-            float32 (H, W): what `model.quantity` says.
+            float32 (H, W), in `model.quantity`.
 
         Raises:
-            ValueError: As `predict`.
+            ValueError: As for `predict`.
         """
-        map = self._maps([image], [self.prepare(image)])[0]
+        map = self._predict_maps([image], [self.prepare(image)])[0]
         check_finite(map, "the image", precision=self.precision)
         return map
 
     def predict_batch(
         self, images: Sequence[np.ndarray], *, prepared: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """Predict the maps of several images; those that the network sees at one size run as one batch.
+        """Predict the maps of several images; those of one input shape run as one batch.
 
         Args:
-            images: Each as `predict` takes it; sizes may differ. Several in one array have four dimensions.
-            prepared: What `prepare` made of each, where another thread has done so already.
+            images: Each as for `predict`, of any size; several images in one array have four dimensions.
+            prepared: The result of `prepare` for each image, if another thread has computed it already.
 
         Returns:
-            A map for each image, in the same order and each of its image's size. It holds NaN if the network gave NaN
-            or infinity anywhere in it; `check_numbers` tells.
+            The maps in the order of the images, each of its image's size. A map is all NaN if the network outputs NaN
+            or infinity anywhere; see `check_finite`.
 
         Raises:
-            ValueError: For an array that is no image, or a single image in place of several.
+            ValueError: An array is not an image, or `images` is a single image.
         """
-        if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would be a grey image
+        if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would count as a gray image
             raise ValueError(
                 f"images is one array of shape {images.shape}: give a list of images, as [image]"
             )
         if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
             raise ValueError(f"images must be a list of images, not a {type(images).__name__}")
         prepared = [self.prepare(image) for image in images] if prepared is None else prepared
-        return [self._in_metres(map) for map in self._maps(images, prepared)]
+        return [self._to_meters(map) for map in self._predict_maps(images, prepared)]
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """Resize and normalise an image for the network; any thread may.
+        """Resize and normalize an image for the network; thread-safe.
 
         Args:
-            image: As `predict` takes it.
+            image: As for `predict`.
 
         Returns:
             float32 (3, h, w).
 
         Raises:
-            ValueError: For an array that is no such image, one that is too long, or too large a size for the memory.
+            ValueError: The array is not such an image, is too elongated, or the input size needs too much memory.
         """
         image = to_rgb(image)
-        shape_of, preprocess = PREPROCESSING[self.resample]
+        input_shape, preprocess = PREPROCESSING[self.resample]
         (height, width), multiple = image.shape[:2], self.model.multiple
-        seen = shape_of(height, width, self.input_size, multiple)
-        if seen[0] * seen[1] > MAX_ASPECT_RATIO * max(self.input_size, multiple) ** 2:
+        rows, columns = input_shape(height, width, self.input_size, multiple)
+        if rows * columns > MAX_ASPECT_RATIO * max(self.input_size, multiple) ** 2:
             raise ValueError(
-                f"{width}x{height} is too long an image: it would be seen at {seen[1]}x{seen[0]}; cut it into pieces"
+                f"an image of {width}x{height} is too elongated: the network's input would be {columns}x{rows}; cut it "
+                "into pieces"
             )
         if self.device.type == "cpu":
-            check_network_memory(seen[0] * seen[1])
+            check_network_memory(rows * columns)
         return preprocess(image, self.input_size, multiple)
 
-    def _maps(self, images: Sequence[np.ndarray], prepared: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _predict_maps(self, images: Sequence[np.ndarray], prepared: Sequence[np.ndarray]) -> list[np.ndarray]:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, pixels in enumerate(prepared):
             groups.setdefault(pixels.shape, []).append(i)
         maps: dict[int, np.ndarray] = {}
         for group in groups.values():
-            outputs = self._run(np.stack([prepared[i] for i in group]))
+            outputs = self._forward(np.stack([prepared[i] for i in group]))
             for i, output in zip(group, outputs, strict=True):
                 shape = images[i].shape[:2]
-                maps[i] = self._tiled(images[i], output) if self.tiles else self._resize(output, shape)
+                maps[i] = (
+                    self._predict_tiles(images[i], output) if self.tiles else self._resize(output, shape)
+                )
         return [maps[i] for i in range(len(images))]
 
     @torch.inference_mode()
-    def _run(self, batch: np.ndarray) -> Tensor:
-        """Images to maps of the size that the network sees, on its device."""
+    def _forward(self, batch: np.ndarray) -> Tensor:
+        """Run the network: (B, 3, h, w) to (B, h, w) on its device."""
         autocast: AbstractContextManager[object] = nullcontext()
         if (dtype := PRECISIONS[self.precision]) is not None:
             autocast = torch.autocast(self.device.type, dtype=dtype)
         with autocast:
             image = torch.from_numpy(batch).to(self.device, next(self.model.parameters()).dtype)
-            output = self.model(image, **self._rule).float()
-        # Resizing, calibration and tiles would hide a single infinity: the whole map becomes NaN instead.
-        sound = output.isfinite().flatten(1).all(dim=1)
-        return output.where(sound[:, None, None], torch.nan)
+            output = self.model(image, **self._forward_options).float()
+        # Resizing, calibration and tiles could hide a single infinity, so the whole map becomes NaN.
+        finite = output.isfinite().flatten(1).all(dim=1)
+        return output.where(finite[:, None, None], torch.nan)
 
     @torch.inference_mode()
     def _resize(self, output: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-        # The authors' infer_image aligns corners; transformers' post_process_depth_estimation is cubic.
+        # The authors' infer_image aligns corners; transformers' post_process_depth_estimation is bicubic.
         official = self.resample == "official"
         mode = "bilinear" if official else "bicubic"
         resized = F.interpolate(output[None, None], size=shape, mode=mode, align_corners=official)
         return resized[0, 0].cpu().numpy()
 
-    def _tiled(self, image: np.ndarray, output: Tensor) -> np.ndarray:
-        """Join tiles in disparity, whatever the network gives: there the far is near zero and cannot pull."""
+    def _predict_tiles(self, image: np.ndarray, output: Tensor) -> np.ndarray:
+        """Blend tiles in disparity also for depth: far pixels are near zero there and do not dominate the fit."""
         assert self.tiles is not None
         max_depth = self.model.max_depth
 
-        def disparity(values: Tensor) -> Tensor:
+        def to_disparity(values: Tensor) -> Tensor:
             return 1 / values.clamp(min=NEAREST_M) if max_depth else values
 
-        def tile_at(box: Box) -> Tensor:
-            return disparity(self._run(self.prepare(image[box])[None])[0])
+        def predict_tile(box: Box) -> Tensor:
+            return to_disparity(self._forward(self.prepare(image[box])[None])[0])
 
-        joined = blend_tiles(disparity(output), tile_at, image.shape[:2], self.tiles)
+        joined = blend_tiles(to_disparity(output), predict_tile, image.shape[:2], self.tiles)
         return 1 / np.maximum(joined, 1 / max_depth) if max_depth else joined
 
-    def _in_metres(self, map: np.ndarray) -> np.ndarray:
+    def _to_meters(self, map: np.ndarray) -> np.ndarray:
         if self.model.calibration is None:
             return map
         scale, shift = self.model.calibration
@@ -239,22 +242,22 @@ class Predictor:
 
 
 def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:
-    """Refuse a map that holds NaN or infinity.
+    """Refuse a map with NaN or infinity.
 
     Args:
         map: (H, W), as `Predictor.predict_batch` returns it.
-        name: Of the image, for the error.
-        precision: With which the network ran.
+        name: Name of the image, for the error.
+        precision: Precision that the network ran with.
 
     Raises:
-        ValueError: The network gave NaN or infinity anywhere.
+        ValueError: A value is NaN or infinite.
     """
     if np.isfinite(map).all():
         return
-    way_out = "try --precision fp32"
+    fix = "try --precision fp32"
     if precision == "fp32":
-        way_out = "it ran with --precision fp32, so its weights are damaged or its training diverged"
-    raise ValueError(f"the network gives no numbers for {name} (NaN or infinity); {way_out}")
+        fix = "it ran with --precision fp32, so the weights are damaged or their training diverged"
+    raise ValueError(f"the network outputs NaN or infinity for {name}; {fix}")
 
 
 def _resolve_device(name: str, model: DepthAnything) -> torch.device:
@@ -262,9 +265,9 @@ def _resolve_device(name: str, model: DepthAnything) -> torch.device:
         try:
             device = torch.device(name)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
             raise UserError(
-                Argument("device", repr(name)), " does not exist here; use auto, cpu, cuda or cuda:1"
+                [Argument("device", repr(name)), " does not exist here"], "use auto, cpu, cuda or cuda:1"
             ) from error
         return device
     current = next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""Large images in overlapping tiles: where they lie, how their values are brought together, how seams vanish.
+"""Prediction of large images in overlapping tiles: tile layout, alignment to the whole image, seamless blending.
 
-A network that knows disparity up to scale and shift gives each tile its own. A pass over the whole image, small,
-says which; least squares carries each tile over to it. Blending weights fall to nothing where a tile ends.
+Each tile's disparity has its own scale and shift. Least squares aligns every tile to a prediction of the whole image
+at low resolution. Blending weights fall to zero at the ends of a tile.
 """
 
 import math
@@ -13,134 +13,134 @@ from torch import Tensor
 from torch.nn import functional as F
 
 OVERLAP = 1 / 3
-"""Of a tile, shared with each neighbour."""
+"""Share of a tile that it has in common with each neighbor."""
 
 CELLS_PER_SIDE = 32
-"""A tile is compared with the whole image in so many cells a side."""
+"""A tile is compared with the whole image by the means of so many cells per side."""
 
 COARSE_CELLS_PER_SIDE = 4
-"""Cells a side in which a tile's mean is made that of the whole image: what is broad only the whole can see."""
+"""The residual to the whole image is corrected at so many cells per side, as only the whole image shows the layout."""
 
 SAMPLES_PER_CELL = 8
-"""That a cell is the mean of, a side."""
+"""Samples per side whose mean is a cell's value."""
 
 Box = tuple[slice, slice]
 
 
 def parse_grid(tiles: int | tuple[int, int]) -> tuple[int, int]:
-    """Read `tiles` as rows and columns.
+    """Return the rows and columns of `tiles`; one number stands for both.
 
     Raises:
-        ValueError: If there would be none, or over 64 a side.
+        ValueError: A number is below 1 or above 64.
     """
     rows, columns = (tiles, tiles) if isinstance(tiles, int) else tiles
     if not (1 <= rows <= 64 and 1 <= columns <= 64):
-        raise ValueError(f"tiles={tiles} must be 1 to 64 a side, as 2 or (2, 3): rows and columns")
+        raise ValueError(f"tiles={tiles} must be 1 to 64 per side, such as 2 or (2, 3): rows and columns")
     return rows, columns
 
 
 def tile_spans(length: int, count: int) -> list[slice]:
-    """Lay tiles over one side: of one length, evenly, neighbours sharing `OVERLAP`.
+    """Divide one side into tiles of equal length at equal distances; neighbors share `OVERLAP`.
 
     Args:
-        length: of the side, pixels.
-        count: of the tiles.
+        length: Length of the side, pixels.
+        count: Number of tiles.
     """
     side = min(length, math.ceil(length / (count - (count - 1) * OVERLAP)))
     starts = [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
     return [slice(start, start + side) for start in starts]
 
 
-def blend_weights(length: int, parts: list[slice]) -> list[np.ndarray]:
-    """Compute the blending weights of tiles along one side; at every pixel they sum to one.
+def blend_weights(length: int, spans: list[slice]) -> list[np.ndarray]:
+    """Compute the blending weights of the tiles along one side; they sum to one at every pixel.
 
-    A tile's own weight rises as a raised cosine from its end to the end of its neighbour; at the image's edges
-    it is one.
+    A weight rises as a raised cosine from the end of the tile to the end of its neighbor; at the image border it is
+    one.
 
     Args:
-        length: of the side, pixels.
-        parts: as `spans` gives them.
+        length: Length of the side, pixels.
+        spans: As `tile_spans` returns them.
 
     Returns:
-        for each part, float32 of its length.
+        For each tile, float32 of its length.
     """
     windows = []
-    for i, part in enumerate(parts):
-        x = np.arange(part.start, part.stop) + 0.5
+    for i, span in enumerate(spans):
+        x = np.arange(span.start, span.stop) + 0.5
         window = np.ones(len(x))
         if i > 0:
-            window *= _raised_cosine((x - part.start) / max(parts[i - 1].stop - part.start, 1))
-        if i < len(parts) - 1:
-            window *= _raised_cosine((part.stop - x) / max(part.stop - parts[i + 1].start, 1))
+            window *= _raised_cosine((x - span.start) / max(spans[i - 1].stop - span.start, 1))
+        if i < len(spans) - 1:
+            window *= _raised_cosine((span.stop - x) / max(span.stop - spans[i + 1].start, 1))
         windows.append(window)
     total = np.zeros(length)
-    for part, window in zip(parts, windows, strict=True):
-        total[part] += window
-    return [(w / total[part]).astype(np.float32) for part, w in zip(parts, windows, strict=True)]
+    for span, window in zip(spans, windows, strict=True):
+        total[span] += window
+    return [(w / total[span]).astype(np.float32) for span, w in zip(spans, windows, strict=True)]
 
 
 @torch.inference_mode()
 def blend_tiles(
-    whole: Tensor, tile_at: Callable[[Box], Tensor], shape: tuple[int, int], grid: tuple[int, int]
+    whole: Tensor, predict_tile: Callable[[Box], Tensor], shape: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """Join the maps of tiles into one.
+    """Predict tiles, align them to the whole image and blend them.
 
-    A tile that a positive scale does not fit to the whole image (nothing but sky or a wall, as a rule) has
-    nothing to add: the small pass stands in.
+    A tile that no positive scale aligns (usually one of sky or wall only) is replaced by the low-resolution prediction.
 
     Args:
-        whole: (h, w) float, disparity of the whole image at the size that the network saw.
-        tile_at: returns the disparity of a part of the image, likewise; called once for each tile, in turn, so
-            that no more than one is held.
-        shape: of the image.
-        grid: rows and columns.
+        whole: (h, w) float, disparity of the whole image at the network's resolution.
+        predict_tile: Returns the disparity of a part of the image at the network's resolution; called once per tile, so
+            that only one is in memory.
+        shape: (H, W) of the image.
+        grid: Rows and columns.
 
     Returns:
-        float32 of `shape`: disparity on the scale of `whole`, never negative; NaN where a tile holds NaN.
+        float32 of `shape`: disparity in the scale of `whole`, never negative; NaN where a tile has NaN.
     """
     joined = np.zeros(shape, np.float32)
     for box, window in _tile_boxes(shape, grid):
         size = (box[0].stop - box[0].start, box[1].stop - box[1].start)
-        part = _align_tile(tile_at(box), whole, box, shape, size)
-        joined[box] += part.cpu().numpy() * window
+        tile = _align_tile(predict_tile(box), whole, box, shape, size)
+        joined[box] += tile.cpu().numpy() * window
     return joined.clip(min=0, out=joined)
 
 
 def _align_tile(
     tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """Bring a tile to the scale of the whole image, and its broad shape to what the whole image says of it."""
-    if not tile.isfinite().all():  # has no fit, and the whole image must not stand in for it unseen
+    """Bring a tile to the scale of the whole image, and its coarse shape to that of the whole image."""
+    if not tile.isfinite().all():  # keep NaN visible instead of replacing it by the whole image
         return tile.new_full(size, torch.nan)
     scale, shift = fit_scale_shift(tile, whole, box, shape)
     if scale <= 0:
         return _sample_box(whole, box, shape, size)
-    part = F.interpolate(tile[None, None], size=size, mode="bilinear", align_corners=True) * scale + shift
-    everything = (slice(0, shape[0]), slice(0, shape[1]))
-    residual = _cell_means(whole, box, shape) - (_cell_means(tile, everything, shape) * scale + shift)
-    broad = F.avg_pool2d(residual[None, None], CELLS_PER_SIDE // COARSE_CELLS_PER_SIDE).to(part.dtype)
-    return (part + F.interpolate(broad, size=size, mode="bicubic", align_corners=False))[0, 0]
+    aligned = F.interpolate(tile[None, None], size=size, mode="bilinear", align_corners=True) * scale + shift
+    full_box = (slice(0, shape[0]), slice(0, shape[1]))
+    residual = _cell_means(whole, box, shape) - (_cell_means(tile, full_box, shape) * scale + shift)
+    coarse = F.avg_pool2d(residual[None, None], CELLS_PER_SIDE // COARSE_CELLS_PER_SIDE).to(aligned.dtype)
+    return (aligned + F.interpolate(coarse, size=size, mode="bicubic", align_corners=False))[0, 0]
 
 
 def fit_scale_shift(tile: Tensor, whole: Tensor, box: Box, shape: tuple[int, int]) -> tuple[float, float]:
-    """Compute scale and shift that carry a tile's values over to those of the whole image, by least squares.
+    """Fit scale and shift that align a tile with the whole image, by least squares over cells.
 
     Args:
         tile: (h, w) values of a part of the image.
-        whole: (H, W) values of all of it.
-        box: the part, pixels of the image.
-        shape: of the image.
+        whole: (H, W) values of the whole image.
+        box: The part, in pixels of the image.
+        shape: (H, W) of the image.
     """
-    everything = (slice(0, shape[0]), slice(0, shape[1]))
-    own, goal = (_cell_means(map, part, shape).flatten() for map, part in ((tile, everything), (whole, box)))
-    spread = own - own.mean()
-    variance = (spread * spread).sum()
-    scale = float((spread * goal).sum() / variance) if variance > 0 else 0.0
-    return scale, float(goal.mean()) - scale * float(own.mean())
+    full_box = (slice(0, shape[0]), slice(0, shape[1]))
+    source = _cell_means(tile, full_box, shape).flatten()
+    target = _cell_means(whole, box, shape).flatten()
+    centered = source - source.mean()
+    variance = (centered * centered).sum()
+    scale = float((centered * target).sum() / variance) if variance > 0 else 0.0
+    return scale, float(target.mean()) - scale * float(source.mean())
 
 
 def _tile_boxes(shape: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple[Box, np.ndarray]]:
-    """Yield each tile's place and its weights."""
+    """Yield each tile's box and blending weights."""
     down, across = (tile_spans(length, count) for length, count in zip(shape, grid, strict=True))
     rows, columns = blend_weights(shape[0], down), blend_weights(shape[1], across)
     for row, row_weights in zip(down, rows, strict=True):
@@ -149,20 +149,20 @@ def _tile_boxes(shape: tuple[int, int], grid: tuple[int, int]) -> Iterator[tuple
 
 
 def _sample_box(whole: Tensor, box: Box, shape: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Sample a part of a map at `size` cells; the map's corners lie on those of the image, as in `predict`."""
+    """Sample a part of a map at `size` cells; corners of map and image coincide, as in `Predictor.predict`."""
     axes = []
-    for part, length, count in zip(box, shape, size, strict=True):
-        centres = (
-            part.start + (torch.arange(count, device=whole.device) + 0.5) * (part.stop - part.start) / count
+    for span, length, count in zip(box, shape, size, strict=True):
+        centers = (
+            span.start + (torch.arange(count, device=whole.device) + 0.5) * (span.stop - span.start) / count
         )
-        axes.append((centres - 0.5) * (2 / max(length - 1, 1)) - 1)
+        axes.append((centers - 0.5) * (2 / max(length - 1, 1)) - 1)
     points = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1).to(whole.dtype)
     sampled = F.grid_sample(whole[None, None], points[None], padding_mode="border", align_corners=True)
     return sampled[0, 0]
 
 
 def _cell_means(map: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
-    """Average a part of a map in cells, so that what one map is too small to show does not count in the other."""
+    """Average a part of a map in cells, so that detail which only one of two maps can show does not count."""
     fine = _sample_box(
         map, box, shape, (SAMPLES_PER_CELL * CELLS_PER_SIDE, SAMPLES_PER_CELL * CELLS_PER_SIDE)
     )
@@ -170,5 +170,5 @@ def _cell_means(map: Tensor, box: Box, shape: tuple[int, int]) -> Tensor:
 
 
 def _raised_cosine(share: np.ndarray) -> np.ndarray:
-    """A smooth step from 0 to 1; what rises here and falls there sums to one."""
+    """A smooth step from 0 to 1; a rising and a falling one at the same place sum to one."""
     return np.sin(np.pi / 2 * share.clip(0, 1)) ** 2

@@ -1,4 +1,7 @@
-"""From clips to films of their depth: frame after frame, in memory that does not grow with the length."""
+"""`depth-anything video` as a function: videos and folders of frames in, depth videos and map folders out.
+
+Frames are processed one after the other, so memory does not grow with the length of a clip.
+"""
 
 import copy
 import json
@@ -15,9 +18,11 @@ import av
 import numpy as np
 
 from depth_anything.data.address import escape_unprintable
-from depth_anything.data.tars import atomic_write
-from depth_anything.inference.clips import VIDEO_SUFFIXES, Clip, ClipFrame, FrameFolder, list_clips
+from depth_anything.disk import atomic_write
+from depth_anything.inference.clip_list import VIDEO_SUFFIXES, list_clips
+from depth_anything.inference.clips import Clip, ClipFrame, FrameFolder
 from depth_anything.inference.formats import (
+    ENDINGS,
     GAP_PX,
     direction,
     display_name,
@@ -26,9 +31,8 @@ from depth_anything.inference.formats import (
     side_by_side,
 )
 from depth_anything.inference.memory import check_image_memory
-from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
-from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS
-from depth_anything.inference.ownership import build_video_record, check_video_overwrite
+from depth_anything.inference.naming import add_ending, assign_unique_paths, relative_output_paths
+from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.predictor import Predictor, check_finite
 from depth_anything.inference.temporal import (
     RANGE_MODES,
@@ -43,25 +47,42 @@ from depth_anything.inference.video_writer import (
     VideoWriter,
     check_video_size,
     find_h264_encoder,
+    has_depth_comment,
 )
 from depth_anything.visualize import colorize_by_distance
 
 FORMATS = ("mp4", *MAP_FORMATS)
 
 
+def _is_legacy_output(path: Path, record: dict[str, Any]) -> bool:
+    """Recognize a video by its comment, and a folder by a number of files that fits the number of frames."""
+    if not path.is_dir():
+        return has_depth_comment(path)
+    frames = record["frames"]
+    return isinstance(frames, int) and frames > 0 and len(list(path.iterdir())) % frames == 0
+
+
+OUTPUTS = RecordedOutputs(
+    command="depth-anything video",
+    legacy_keys=frozenset(("source", "quantity", "unit", "larger", "frames", "range", "smooth")),
+    is_legacy_output=_is_legacy_output,
+    folder_endings=tuple(ENDINGS.values()),
+)
+
+
 @dataclass(frozen=True)
 class VideoSettings:
-    """How films are made.
+    """What is written for each clip.
 
     Attributes:
-        range: which values the colours span: of the whole "clip" (two passes), "running", or of each "frame".
-        smooth: share of the last map in the next where the picture holds still, 0 to below 1.
-        formats: "mp4", and maps as files, a frame a file: "png16", "npy", "exr".
-        pred_only: the film shows the map alone, not picture and map side by side.
-        grayscale: grey levels in place of colours.
-        colormap: a name matplotlib knows; None: near is red, far is blue.
-        batch_size: frames that go through the network at once.
-        rate: frames a second of folders of frames.
+        range: What the colors span: the values of the whole "clip" (two passes), of each "frame", or a "running" range.
+        smooth: Weight of the previous map in the next one where the image does not move, 0 to below 1.
+        formats: "mp4", and formats of maps, one file per frame: "png16", "npy", "exr".
+        pred_only: The video shows the map without the image.
+        grayscale: The video shows the map in gray.
+        colormap: A matplotlib colormap; None: near is red, far is blue.
+        batch_size: Frames per forward pass.
+        rate: Frames per second of folders of frames.
     """
 
     range: str = "clip"
@@ -74,16 +95,14 @@ class VideoSettings:
     rate: Fraction = Fraction(24)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Validate the values.
 
         Raises:
-            ValueError: a value is outside what the attributes say.
+            ValueError: A value is not among those listed above.
         """
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
-            raise ValueError(
-                f"format {' '.join(unknown) or 'of nothing'} is unknown; use {', '.join(FORMATS)}"
-            )
+            raise ValueError(f"format {' '.join(unknown) or '()'} is unknown; use {', '.join(FORMATS)}")
         if self.range not in RANGE_MODES:
             raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGE_MODES)}")
         resolve_colormap(grayscale=self.grayscale, colormap=self.colormap)
@@ -94,27 +113,27 @@ class VideoSettings:
 
     @property
     def map_formats(self) -> tuple[str, ...]:
-        """Those of the formats that are a file a frame."""
+        """The formats with one file per frame."""
         return tuple(name for name in self.formats if name in MAP_FORMATS)
 
 
 class FrameProgress(Protocol):
-    """Shows how far a pass has come; gives the items on as they are."""
+    """Wraps an iteration to display its progress."""
 
     def __call__(self, items: Iterable[Any], *, what: str, total: int | None) -> Iterable[Any]:
-        """Pass items through."""
+        """Return the items unchanged."""
 
 
 @dataclass
 class VideoResult:
-    """What became of the clips.
+    """What was written and what was skipped.
 
     Attributes:
-        written: per clip its film, its folder of maps, or both.
-        frames: per clip how many there were.
-        skipped: per clip, or file, that gave nothing, why.
-        notes: per clip what went otherwise than it should.
-        failed: per clip, or file, that was to be mapped and gave nothing, or not all its pictures, why.
+        written: Each clip's video, folder of maps, or both.
+        frames: Each clip's number of frames.
+        skipped: Each clip or file without output, and the reason.
+        notes: Remarks on each clip.
+        failed: Each clip or file that should have output and has none, or lacks frames, and the reason.
     """
 
     written: dict[str, list[Path]] = field(default_factory=dict)
@@ -123,9 +142,32 @@ class VideoResult:
     notes: dict[str, list[str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def fail(self, name: str, why: str) -> None:
-        """Note that a clip could not be mapped."""
-        self.skipped[name] = self.failed[name] = why
+    def fail(self, name: str, reason: str) -> None:
+        """Record why a clip has no output."""
+        self.skipped[name] = self.failed[name] = reason
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Paths of what is written for a clip; None for what is not requested."""
+
+    video: Path | None
+    maps: Path | None
+    record: Path
+
+    @classmethod
+    def of(cls, target: Path, quantity: str, settings: VideoSettings) -> "OutputFiles":
+        """Append the endings to `target`."""
+        return cls(
+            video=add_ending(target, ".mp4") if "mp4" in settings.formats else None,
+            maps=add_ending(target, f"_{quantity}") if settings.map_formats else None,
+            record=add_ending(target, ".json"),
+        )
+
+    @property
+    def products(self) -> list[Path]:
+        """The video, the folder of maps, or both."""
+        return [path for path in (self.video, self.maps) if path]
 
 
 def predict_videos(
@@ -134,273 +176,268 @@ def predict_videos(
     output: str | Path,
     *,
     settings: VideoSettings | None = None,
-    watch: FrameProgress = lambda items, what, total: items,
+    progress: FrameProgress = lambda items, what, total: items,
 ) -> VideoResult:
-    """Map a video, every video of a folder (its tree is kept) or list, or folders of frames.
+    """Predict a video, every video of a folder (its tree is kept) or list, or folders of frames.
 
-    Writes NAME.mp4, a folder NAME_disparity (of a metric model NAME_depth) of maps if `settings` ask for them,
-    and NAME.json, which says what the values are. Where two clips differ in their ending only, it becomes part
-    of the name: NAME_mov.mp4.
+    Writes NAME.mp4, a folder NAME_disparity (NAME_depth for meters) of maps if the settings ask for it, and NAME.json,
+    which describes the values. If clips differ in their suffix only, it becomes part of the name: NAME_mov.mp4.
 
     Args:
-        predictor: the model.
-        source: what to map, as `list_clips` takes it.
-        output: folder of what is written; made if need be. Below `source`, it is passed over.
-        settings: how; the default ones unless given.
-        watch: wraps each pass over a clip's frames; for progress bars.
+        predictor: The predictor.
+        source: The clips, as for `list_clips`.
+        output: Output folder; created if missing. If it lies below `source`, it is not searched.
+        settings: What to write.
+        progress: Wraps each pass over a clip's frames, to display progress.
 
     Returns:
-        What was written and what was skipped; a clip that cannot be mapped does not stop the rest.
+        What was written and what was skipped; a clip that fails does not stop the rest.
 
     Raises:
-        ValueError: nothing at `source`, no video among it, or something that is read, or that others wrote, has the
-            name of what is to be written.
+        ValueError: `source` does not exist or has no video, or an output would replace an input or a file that this
+            command did not write.
     """
     settings = settings or VideoSettings()
     if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"{output} is a file: give a folder for what is made")
+        raise ValueError(f"{output} is a file: give a folder for the output")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
-    outcome = VideoResult(skipped=skipped)
-    outcome.failed = {name: why for name, why in skipped.items() if _is_expected(name, Path(source))}
+    failed = {name: why for name, why in skipped.items() if _is_expected(name, Path(source))}
+    result = VideoResult(skipped=skipped, failed=failed)
     if "mp4" in settings.formats:
         find_h264_encoder()
     targets = [Path(output) / target for target in _output_paths(clips, Path(source), predictor.quantity)]
-    made = [_output_files(target, predictor, settings) for target in targets]
-    replaced = check_video_overwrite(
-        [(path, paths[-1]) for paths in made for path in paths],
+    outputs = [OutputFiles.of(target, predictor.quantity, settings) for target in targets]
+    replaceable = OUTPUTS.check(
+        {path: files.record for files in outputs for path in (files.video, files.record) if path},
+        {files.maps: files.record for files in outputs if files.maps},
         inputs=lambda: [Path(source), *(path for clip in clips for path in clip.files)],
     )
-    for clip, target, paths in zip(clips, targets, made, strict=True):
+    for clip, files in zip(clips, outputs, strict=True):
         try:
-            outcome.frames[clip.name] = predict_video(
-                predictor, clip, target, settings=settings, replaced=replaced, watch=watch
+            result.frames[clip.name] = predict_video(
+                predictor, clip, files, settings=settings, replaceable=replaceable, progress=progress
             )
         except (OSError, av.FFmpegError) as error:
             if isinstance(error, OSError) and error.errno in FATAL_DISK_ERRNOS:
                 raise
-            outcome.fail(clip.name, error.strerror or str(error))
+            result.fail(clip.name, error.strerror or str(error))
         except MemoryError:
-            outcome.fail(clip.name, "there is not enough memory for it: reduce it first")
+            result.fail(clip.name, "there is not enough memory for it: reduce it first")
         except ValueError as error:
-            outcome.fail(clip.name, str(error))
+            result.fail(clip.name, str(error))
         else:
-            outcome.written[clip.name] = [path for path in paths if path.suffix != ".json"]
+            result.written[clip.name] = files.products
             if clip.notes:
-                outcome.notes[clip.name] = list(clip.notes)
+                result.notes[clip.name] = list(clip.notes)
             if clip.incomplete:
-                outcome.failed[clip.name] = "; ".join(clip.notes)
-    if not outcome.written:
-        first = "; ".join(f"{name}: {why}" for name, why in list(outcome.skipped.items())[:3])
-        raise ValueError(f"nothing could be made of {source} ({first})")
-    return outcome
+                result.failed[clip.name] = "; ".join(clip.notes)
+    if not result.written:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(result.skipped.items())[:3])
+        raise ValueError(f"no video of {source} could be processed ({reasons})")
+    return result
 
 
 def predict_video(
     predictor: Predictor,
     clip: Clip,
-    target: Path,
+    files: OutputFiles,
     *,
     settings: VideoSettings,
-    replaced: Collection[Path] = (),
-    watch: FrameProgress = lambda items, what, total: items,
+    replaceable: Collection[Path] = (),
+    progress: FrameProgress = lambda items, what, total: items,
 ) -> int:
-    """Map one clip.
+    """Predict one clip.
 
-    With range="clip" there are two passes. The first keeps its maps, exact, in a file of at most 8 GiB beside the
-    output; frames beyond that go through the network a second time.
+    range="clip" takes two passes. The first stores its maps exactly in a temporary file of at most 8 GiB in the output
+    folder; frames beyond that are predicted a second time.
 
     Args:
-        predictor: the model.
-        clip: what to map.
-        target: what is written is called this, and an ending.
-        settings: how.
-        replaced: what of it exists and may be replaced, as `check_outputs` tells.
-        watch: wraps each pass over the frames.
+        predictor: The predictor.
+        clip: The clip.
+        files: Paths of the output.
+        settings: What to write.
+        replaceable: Outputs that exist and may be replaced, as `RecordedOutputs.check` returns them.
+        progress: Wraps each pass over the frames, to display progress.
 
     Returns:
         The number of frames.
 
     Raises:
-        ValueError: a frame cannot be read, the network gives no numbers for one, the film would be larger than H.264
-            takes, or something that may not be replaced is in the way.
-        OSError: the files cannot be written.
+        ValueError: A frame cannot be read, the network outputs NaN or infinity, the video is too large for H.264, or an
+            output exists that may not be replaced.
+        OSError: The output cannot be written.
     """
-    if "mp4" in settings.formats:
+    if files.video:
         check_video_size(clip.height, _video_width(clip, settings))
     check_image_memory(clip.height * clip.width * settings.batch_size)
-    files = _output_files(target, predictor, settings)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for path in files:
+    files.record.parent.mkdir(parents=True, exist_ok=True)
+    for path in (*files.products, files.record):
         with suppress(FileNotFoundError):
-            os.lstat(path)  # a name that the disk does not take is told before hours of work
+            os.lstat(path)  # fails now, not after hours of work, if the disk does not allow such a name
     name = escape_unprintable(clip.name)
-    flow = _MapPipeline(predictor, settings)
-    seen, spool, count = _ClipRange(), None, 0
+    pipeline = _MapPipeline(predictor, settings)
+    clip_range, cache, count = _ClipRange(), None, 0
     with ExitStack() as stack:
         if settings.range == "clip" and not set(settings.formats) <= {"npy", "exr"}:
-            spool = stack.enter_context(MapCache(target.parent, (clip.height, clip.width)))
-            for _, map_ in flow.maps(watch(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
-                seen.add(map_, predictor)
-                flow.keep(map_, spool)
-        film, folder = _open_writers(stack, predictor, clip, target, settings, seen, replaced)
-        scale = _DisplayRange(settings.range, seen, clip.time_base, predictor)
-        what = f"{name} (2 of 2)" if spool else name
-        for picture, map_ in flow.maps(watch(clip.read(film), what=what, total=clip.frames), spool):
-            if not spool:
-                seen.add(map_, predictor)
-            shown, kept = scale(map_, picture.pts)
-            if film:
-                film.write(_paint_frame(picture.image, map_, shown, predictor, settings), picture.pts)
+            cache = stack.enter_context(MapCache(files.record.parent, (clip.height, clip.width)))
+            for _, map_ in pipeline.maps(progress(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
+                clip_range.add(map_, predictor)
+                pipeline.store(map_, cache)
+        video, folder = _open_writers(stack, predictor, clip, files, settings, clip_range, replaceable)
+        display_range = _DisplayRange(settings.range, clip_range, clip.time_base, predictor)
+        what = f"{name} (2 of 2)" if cache else name
+        for frame, map_ in pipeline.maps(progress(clip.read(video), what=what, total=clip.frames), cache):
+            if not cache:
+                clip_range.add(map_, predictor)
+            colors, levels = display_range.update(map_, frame.pts)
+            if video:
+                video.write(_paint_frame(frame.image, map_, colors, predictor, settings), frame.pts)
             if folder:
-                folder.write(picture.name, map_, *kept)
+                folder.write(frame.name, map_, *levels)
             count += 1
         if not count:
             raise ValueError("it has no frame")
-        # The record comes first: whoever is killed in between knows the files again the next time.
-        digest = film.finish() if film else ""
-        clip.notes += film.notes if film else []
-        facts = _clip_record(predictor, clip, settings, seen, count) | build_video_record(
-            files[-1],
-            films={files[0].name: digest} if film else {},
-            maps={files[-2].name: (folder.files, folder.bytes)} if folder else {},
-        )
-        appeared = [path for path in files if path not in replaced and os.path.lexists(path)]
-        if appeared:
-            raise ValueError(f"{appeared[0]} has appeared meanwhile and would be replaced")
-        atomic_write(files[-1], json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        # The record is written first: after a kill in between, the next run still recognizes the files as its own.
+        digests = {files.video.name: video.finish()} if video and files.video else {}
+        clip.notes += video.notes if video else []
+        folders = {files.maps.name: (folder.files, folder.bytes)} if folder and files.maps else {}
+        record = _clip_record(predictor, clip, settings, clip_range, count)
+        record |= OUTPUTS.build(digests, folders, earlier=files.record)
+        for path in (*files.products, files.record):
+            if path not in replaceable and os.path.lexists(path):
+                raise ValueError(f"{path} was created by another process meanwhile and would be replaced")
+        atomic_write(files.record, json.dumps(record, indent=1, ensure_ascii=False).encode())
     return count
 
 
 @dataclass
 class _ClipRange:
-    """What a clip spans: most of the values that are painted (`shown_values`), and all values of its maps."""
+    """Ranges of a clip: percentiles of the values that are painted (`display_values`), and extremes of the maps."""
 
     low: float = np.inf
     high: float = -np.inf
-    least: float = np.inf
-    most: float = -np.inf
+    map_min: float = np.inf
+    map_max: float = -np.inf
 
     def add(self, map_: np.ndarray, predictor: Predictor) -> None:
         low, high = percentile_range(display_values(map_, predictor)[0])
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.least, self.most = min(self.least, float(map_.min())), max(self.most, float(map_.max()))
+        self.map_min = min(self.map_min, float(map_.min()))
+        self.map_max = max(self.map_max, float(map_.max()))
 
 
 class _MapPipeline:
-    """Frames to maps: through the network in batches, then through the smoother, one after the other."""
+    """Frames to maps: through the network in batches, then through the temporal smoother."""
 
     def __init__(self, predictor: Predictor, settings: VideoSettings) -> None:
         self._predictor, self._batch_size = predictor, settings.batch_size
-        self._precision = getattr(predictor, "precision", "fp32")  # what stands in for a network has none
         align = predictor.quantity == "disparity"
         self._smoother = TemporalSmoother(settings.smooth, align=align) if settings.smooth else None
-        self._kept = copy.copy(self._smoother)
+        self._smoother_after_cache = copy.copy(self._smoother)
 
     def maps(
-        self, pictures: Iterable[ClipFrame], spool: MapCache | None = None
+        self, frames: Iterable[ClipFrame], cache: MapCache | None = None
     ) -> Iterator[tuple[ClipFrame, np.ndarray]]:
-        """Yield each picture with its map: those that `spool` has from there."""
-        left, smoother = iter(pictures), self._smoother
-        if spool:
-            smoother = self._kept
-            for number, picture in enumerate(islice(left, spool.count)):
-                yield picture, spool.read(number)
-        while batch := list(islice(left, self._batch_size)):
-            maps = self._predictor.predict_batch([picture.image for picture in batch])
-            for picture, map_ in zip(batch, maps, strict=True):
-                check_finite(map_, f"frame {picture.name}", precision=self._precision)
-                yield picture, smoother(picture.image, map_) if smoother else map_
+        """Yield each frame with its map; the first ones from `cache`, the rest from the network."""
+        remaining, smoother = iter(frames), self._smoother
+        if cache:
+            smoother = self._smoother_after_cache
+            for index, frame in enumerate(islice(remaining, cache.count)):
+                yield frame, cache.read(index)
+        while batch := list(islice(remaining, self._batch_size)):
+            maps = self._predictor.predict_batch([frame.image for frame in batch])
+            for frame, map_ in zip(batch, maps, strict=True):
+                check_finite(map_, f"frame {frame.name}", precision=self._predictor.precision)
+                yield frame, smoother(frame.image, map_) if smoother else map_
 
-    def keep(self, map_: np.ndarray, spool: MapCache) -> None:
-        """Keep a map, and how the smoother stood after the last one that found room."""
-        if spool.append(map_):
-            self._kept = copy.copy(self._smoother)
+    def store(self, map_: np.ndarray, cache: MapCache) -> None:
+        """Store a map, and the state of the smoother after the last map for which there was room."""
+        if cache.append(map_):
+            self._smoother_after_cache = copy.copy(self._smoother)
 
 
 class _DisplayRange:
-    """Which range a frame is shown in, and which it is written as integers in, which cuts nothing off."""
+    """The range of the colors of a frame, and the range of the levels of its PNG, which clips no value."""
 
-    def __init__(self, mode: str, seen: _ClipRange, time_base: Fraction, predictor: Predictor) -> None:
-        self._mode, self._seen, self._time_base, self._predictor = mode, seen, time_base, predictor
-        self._running, self._last = SmoothedRange(), 0
+    def __init__(self, mode: str, clip_range: _ClipRange, time_base: Fraction, predictor: Predictor) -> None:
+        self._mode, self._clip, self._time_base, self._predictor = mode, clip_range, time_base, predictor
+        self._running, self._last_pts = SmoothedRange(), 0
 
-    def __call__(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    def update(self, map_: np.ndarray, pts: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return both ranges, each as (low, high)."""
         if self._mode == "clip":
-            return (self._seen.low, self._seen.high), (self._seen.least, self._seen.most)
+            return (self._clip.low, self._clip.high), (self._clip.map_min, self._clip.map_max)
         values = display_values(map_, self._predictor)[0]
-        least, most = float(map_.min()), float(map_.max())
+        extremes = float(map_.min()), float(map_.max())
         if self._mode == "frame":
-            return (float(values.min()), float(values.max())), (least, most)
-        low, high = self._running.update(
-            *percentile_range(values), float((pts - self._last) * self._time_base)
-        )
-        self._last = pts
-        if values is not map_:  # other values are painted than are written
-            return (low, high), (least, most)
-        return (low, high), (min(low, least), max(high, most))
+            return (float(values.min()), float(values.max())), extremes
+        seconds = float((pts - self._last_pts) * self._time_base)
+        low, high = self._running.update(*percentile_range(values), seconds)
+        self._last_pts = pts
+        if values is not map_:  # the values painted are not the values written
+            return (low, high), extremes
+        return (low, high), (min(low, extremes[0]), max(high, extremes[1]))
 
 
 def _open_writers(
     stack: ExitStack,
     predictor: Predictor,
     clip: Clip,
-    target: Path,
+    files: OutputFiles,
     settings: VideoSettings,
-    seen: _ClipRange,
-    replaced: Collection[Path],
+    clip_range: _ClipRange,
+    replaceable: Collection[Path],
 ) -> tuple[VideoWriter | None, MapFolderWriter | None]:
-    film = folder = None
-    if settings.map_formats:
-        path = _add_ending(target, f"_{predictor.quantity}")
+    video = folder = None
+    if files.maps:
         folder = stack.enter_context(
             MapFolderWriter(
-                path,
+                files.maps,
                 formats=settings.map_formats,
                 quantity=predictor.quantity,
                 unit=predictor.unit,
-                replace=path in replaced,
+                replace=files.maps in replaceable,
             )
         )
-    if "mp4" in settings.formats:
-        notes = {
-            "comment": f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
-        }
-        if np.isfinite(seen.low):
-            notes["comment"] += (
-                f", colours of {display_name(predictor)} from {seen.low:.6g} to {seen.high:.6g}"
+    if files.video:
+        comment = f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
+        if np.isfinite(clip_range.low):
+            comment += (
+                f", colors of {display_name(predictor)} from {clip_range.low:.6g} to {clip_range.high:.6g}"
             )
-        film = stack.enter_context(
+        video = stack.enter_context(
             VideoWriter(
-                _add_ending(target, ".mp4"),
+                files.video,
                 height=clip.height,
                 width=_video_width(clip, settings),
                 rate=clip.rate,
                 time_base=clip.time_base,
                 pixel_aspect=clip.pixel_aspect,
-                notes=notes,
+                metadata={"comment": comment},
             )
         )
-    return film, folder
+    return video, folder
 
 
 def _paint_frame(
     image: np.ndarray,
     map_: np.ndarray,
-    shown: tuple[float, float],
+    colors: tuple[float, float],
     predictor: Predictor,
     settings: VideoSettings,
 ) -> np.ndarray:
     values, quantity = display_values(map_, predictor)
     colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
-    picture = colorize_by_distance(values, quantity=quantity, low=shown[0], high=shown[1], colormap=colormap)
-    return picture if settings.pred_only else side_by_side(image, picture)
+    low, high = colors
+    painted = colorize_by_distance(values, quantity=quantity, low=low, high=high, colormap=colormap)
+    return painted if settings.pred_only else side_by_side(image, painted)
 
 
 def _clip_record(
-    predictor: Predictor, clip: Clip, settings: VideoSettings, seen: _ClipRange, count: int
+    predictor: Predictor, clip: Clip, settings: VideoSettings, clip_range: _ClipRange, count: int
 ) -> dict[str, Any]:
-    """What NAME.json says."""
-    span = {"of": display_name(predictor), "low": seen.low, "high": seen.high}
+    """Build NAME.json, without its digests."""
+    colors = {"of": display_name(predictor), "low": clip_range.low, "high": clip_range.high}
     return {
         "source": clip.path.name,
         "quantity": predictor.quantity,
@@ -412,8 +449,8 @@ def _clip_record(
         "width": clip.width,
         "range": settings.range,
         "smooth": settings.smooth,
-        "colours": span if settings.range == "clip" else "differ by frame",
-        "values": {"low": seen.least, "high": seen.most},
+        "colours": colors if settings.range == "clip" else "differ by frame",
+        "values": {"low": clip_range.map_min, "high": clip_range.map_max},
         "notes": clip.notes,
     }
 
@@ -422,31 +459,16 @@ def _video_width(clip: Clip, settings: VideoSettings) -> int:
     return clip.width if settings.pred_only else 2 * clip.width + GAP_PX
 
 
-def _output_files(target: Path, predictor: Predictor, settings: VideoSettings) -> list[Path]:
-    """List what is made of a clip."""
-    return [
-        *([_add_ending(target, ".mp4")] if "mp4" in settings.formats else []),
-        *([_add_ending(target, f"_{predictor.quantity}")] if settings.map_formats else []),
-        _add_ending(target, ".json"),
-    ]
-
-
 def _is_expected(name: str, source: Path) -> bool:
-    """Tell a file that was meant to be mapped from what lies beside videos in a folder."""
+    """Tell a file that should be a video from other files in a folder of videos."""
     return not source.is_dir() or Path(name).suffix.lower() in VIDEO_SUFFIXES or (source / name).is_dir()
 
 
-def _add_ending(target: Path, ending: str) -> Path:
-    return target.with_name(target.name + ending)
-
-
 def _output_paths(clips: list[Clip], source: Path, quantity: str) -> list[Path]:
-    """Name what each clip becomes; a folder of frames has no ending to lose."""
-    names = relative_output_paths([clip.name for clip in clips], source)
-    folders = [isinstance(clip, FrameFolder) for clip in clips]
-    stems = [name if folder else name.with_suffix("") for name, folder in zip(names, folders, strict=True)]
-    marks = [
-        "frames" if folder else name.suffix[1:] or "video"
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    """Assign output paths; the name of a folder of frames has no suffix to remove."""
+    stems, marks = [], []
+    for clip, path in zip(clips, relative_output_paths([clip.name for clip in clips], source), strict=True):
+        is_folder = isinstance(clip, FrameFolder)
+        stems.append(path if is_folder else path.with_suffix(""))
+        marks.append("frames" if is_folder else path.suffix[1:] or "video")
     return assign_unique_paths(stems, marks, endings=(".mp4", ".json", f"_{quantity}"))

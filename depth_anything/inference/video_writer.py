@@ -1,8 +1,7 @@
-"""What is made of clips: H.264 that plays in a browser, with the clip's sound; and folders of maps."""
+"""Writers of video output: an H.264 MP4 that plays in browsers, with audio, and a folder of map files."""
 
-import os
-import shutil
-from contextlib import suppress
+import re
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -12,33 +11,34 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from depth_anything.data.tars import remove_stale, temporary_path
+from depth_anything.disk import atomic_folder, atomic_path, remove_stale
 from depth_anything.inference.audio import AudioWriter
 from depth_anything.inference.formats import ENDINGS, encode_map, encode_png
 from depth_anything.inference.overwrite import file_sha256
 
 MAP_FORMATS = ("png16", "npy", "exr")
-"""What a map is written as, a file a frame."""
+"""Formats of maps, one file per frame."""
 
 H264_ENCODERS: dict[str, dict[str, str]] = {
     "libx264": {"crf": "18", "preset": "medium"},
     "libopenh264": {"rc_mode": "quality"},
     "h264_videotoolbox": {},
 }
-"""H.264 encoders, the best first, and what each is told. PyAV's wheels have the first."""
+"""H.264 encoders, the best first, and their options. PyAV's wheels contain the first."""
 
 MAX_SIDE_PX = 16384
-"""A side of a picture that H.264's encoders take at most."""
+"""Maximum side of an H.264 video."""
 
-_BITS_PER_PIXEL = 0.15  # of encoders that know no constant quality
+_BITS_PER_PIXEL = 0.15  # for encoders without a constant-quality mode
 _BT709, _LIMITED = 1, 1
-_KEYFRAME_INTERVAL_S = 2  # seconds between frames one can jump to
+_KEYFRAME_INTERVAL_S = 2
+_DEPTH_COMMENT = re.compile(r"(disparity|depth) \(\w+\), larger is (nearer|farther)")
 
 
 class VideoWriter:
-    """An MP4 in the making: H.264, yuv420p, BT.709, index in front; seen under its name only when whole.
+    """Writes an MP4: H.264, yuv420p, BT.709, index at the front; the file appears under its name when complete.
 
-    H.264 in yuv420p has even sides only: an odd one gets its last row or column twice.
+    yuv420p needs even sides: the last row or column of an odd side is repeated.
     """
 
     def __init__(
@@ -50,30 +50,32 @@ class VideoWriter:
         rate: Fraction,
         time_base: Fraction,
         pixel_aspect: Fraction = Fraction(1),
-        notes: dict[str, str],
+        metadata: dict[str, str],
     ) -> None:
-        """Begin a film.
+        """Open a video for writing.
 
         Args:
-            path: of the film, ending in .mp4; one of this name is replaced when this one is done.
-            height: of its pictures, pixels.
-            width: of its pictures, pixels.
-            rate: frames a second, nominal.
-            time_base: seconds a tick.
-            pixel_aspect: width of a pixel over its height.
-            notes: go into the file's metadata.
+            path: Path of the .mp4; an existing file is replaced when the video is complete.
+            height: Height of the frames, pixels.
+            width: Width of the frames, pixels.
+            rate: Nominal frames per second.
+            time_base: Seconds per tick.
+            pixel_aspect: Width of a pixel over its height.
+            metadata: Metadata of the file.
 
         Raises:
-            ValueError: this PyAV has no H.264 encoder.
+            ValueError: PyAV has no H.264 encoder, or the encoder refuses the size.
         """
-        self._path, self._temporary = path, temporary_path(path)
+        self._output = ExitStack()
+        self._temporary = self._output.enter_context(atomic_path(path))
         self._time_base, self._reformatter = time_base, VideoReformatter()
         name = find_h264_encoder()
         remove_stale(path.parent)
         self._container: Any = av.open(
             str(self._temporary), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
         )
-        self._container.metadata.update(notes)
+        self._output.callback(self._close)
+        self._container.metadata.update(metadata)
         stream: Any = self._container.add_stream(name, rate=rate, options=H264_ENCODERS[name])
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         stream.time_base = stream.codec_context.time_base = time_base
@@ -89,74 +91,75 @@ class VideoWriter:
             context.open()
         except av.FFmpegError as error:
             self.__exit__(type(error), error, None)
-            raise ValueError(f"{name} takes no pictures of {stream.width}×{stream.height}") from error
-        self._stream, self._sound = stream, AudioWriter(self._container)
-        self._written, self._digest = 0, ""
+            raise ValueError(f"{name} refuses frames of {stream.width}×{stream.height}") from error
+        self._stream, self._audio = stream, AudioWriter(self._container)
+        self._frame_count, self._digest = 0, ""
 
     @property
     def notes(self) -> list[str]:
-        """What went otherwise than it should, of the sound."""
-        return self._sound.notes
+        """Remarks on the audio."""
+        return self._audio.notes
 
     def __enter__(self) -> "VideoWriter":
-        """Return itself; leaving finishes the film, or removes it after an exception."""
+        """Return itself; leaving completes the video, or removes it after an exception."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the film, or remove what there is of it."""
-        try:
-            if kind is None:
-                self.finish()
-                os.replace(self._temporary, self._path)
-        finally:
-            with suppress(av.FFmpegError, ValueError):  # what is thrown away need not be closed well
-                self._container.close()
-            self._temporary.unlink(missing_ok=True)
+        """Complete the video, or remove it after an exception."""
+        if kind is not None:
+            self._output.__exit__(kind, error, trace)
+            return
+        with self._output:
+            self.finish()
+
+    def _close(self) -> None:
+        with suppress(av.FFmpegError, ValueError):  # an incomplete video is removed anyway
+            self._container.close()
 
     def finish(self) -> str:
-        """Write the end of the film, which is not yet seen under its name; return its sha256.
+        """Write the end of the video, which has its temporary name until the context ends; return its sha256.
 
         Raises:
-            ValueError: the film would not hold every picture.
+            ValueError: The file has fewer frames than were written.
         """
         if not self._digest:
             self._mux(self._stream.encode())
-            self._sound.finish()
+            self._audio.finish()
             self._container.close()
-            with av.open(str(self._temporary)) as film:
-                frames = film.streams.video[0].frames if film.streams.video else 0
-            if frames != self._written:
+            with av.open(str(self._temporary)) as video:
+                frames = video.streams.video[0].frames if video.streams.video else 0
+            if frames != self._frame_count:
                 raise ValueError(
-                    f"the film would hold {frames} of {self._written} pictures, so it is not kept"
+                    f"the video would hold {frames} of {self._frame_count} frames and is removed"
                 )
             self._digest = file_sha256(self._temporary)
         return self._digest
 
     def add_audio(self, stream: Any) -> None:
-        """Make room for an audio stream, before the first picture."""
-        self._sound.add(stream)
+        """Add an audio stream; call it before the first frame."""
+        self._audio.add(stream)
 
     def write_audio(self, packet: Any, start: Fraction) -> None:
-        """Take a packet of audio; `start` seconds are its clip's zero."""
-        self._sound.write(packet, start)
+        """Write an audio packet; the time `start`, in seconds, becomes 0."""
+        self._audio.write(packet, start)
 
     def write(self, image: np.ndarray, pts: int) -> None:
-        """Take a picture, uint8 (height, width, 3) RGB, of a time in ticks."""
-        odd = [(0, side % 2) for side in image.shape[:2]]
-        if any(more for _, more in odd):
-            image = np.pad(image, [*odd, (0, 0)], mode="edge")
+        """Write a frame, uint8 (height, width, 3) RGB, at a time in ticks."""
+        padding = [(0, side % 2) for side in image.shape[:2]]
+        if any(after for _, after in padding):
+            image = np.pad(image, [*padding, (0, 0)], mode="edge")
         frame: Any = self._reformatter.reformat(
             av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"),
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,
-            threads=1,  # to start more takes longer than they save
+            threads=1,  # starting more takes longer than they save
         )
         frame.pts, frame.time_base = pts, self._time_base
         self._mux(self._stream.encode(frame))
-        self._written += 1
+        self._frame_count += 1
 
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
@@ -164,48 +167,42 @@ class VideoWriter:
 
 
 class MapFolderWriter:
-    """A folder of maps in the making, a file a frame; seen under its name only when whole."""
+    """Writes a folder of maps, one file per frame and format; the folder appears under its name when complete."""
 
     def __init__(
         self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str, replace: bool
     ) -> None:
-        """Begin a folder.
+        """Create the temporary folder.
 
         Args:
-            path: of the folder.
-            formats: of `MAP_FORMATS`.
+            path: Path of the folder.
+            formats: Any of `MAP_FORMATS`.
             quantity: "disparity" or "depth".
-            unit: of the values.
-            replace: a folder of this name is an earlier one of ours, and goes when this one is done.
+            unit: Unit of the values.
+            replace: Replace an existing folder, which this command wrote, when the new one is complete.
 
         Raises:
-            ValueError: there is a folder of this name that is not ours.
+            ValueError: A folder or file with this name exists and may not be replaced.
         """
         if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} is in the way and was not made by this command: move it")
-        self._path, self._temporary = path, temporary_path(path)
+            raise ValueError(f"{path} exists and was not written by this command: move it")
+        self._output = atomic_folder(path, sync=False)
+        self._temporary = self._output.__enter__()
         self._formats, self._quantity, self._unit = formats, quantity, unit
         self.files = self.bytes = 0
-        self._temporary.mkdir()
 
     def __enter__(self) -> "MapFolderWriter":
-        """Return itself; leaving finishes the folder, or removes it after an exception."""
+        """Return itself; leaving completes the folder, or removes it after an exception."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the folder, or remove what there is of it."""
-        try:
-            if kind is None:
-                old = temporary_path(self._path)
-                if self._path.exists():
-                    os.replace(self._path, old)
-                os.replace(self._temporary, self._path)
-                shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the folder, or remove it after an exception."""
+        self._output.__exit__(kind, error, trace)
 
     def write(self, name: str, map: np.ndarray, low: float, high: float) -> None:
-        """Write a frame's map; `low` and `high` become the first and last of a PNG's levels."""
+        """Write the map of a frame; `low` and `high` are the values of the lowest and highest level of a PNG."""
         for format in self._formats:
             if format == "png16":
                 data = encode_png(map, bits=16, quantity=self._quantity, unit=self._unit, low=low, high=high)
@@ -216,23 +213,23 @@ class MapFolderWriter:
 
 
 def check_video_size(height: int, width: int) -> None:
-    """Refuse a film that the encoder does not take, before anything is computed.
+    """Refuse a video that the encoder cannot write, before anything is computed.
 
     Raises:
-        ValueError: a side is longer than `MOST_SIDE_PX`; the sentence says what to do.
+        ValueError: A side is longer than `MAX_SIDE_PX`.
     """
     if max(height, width) > MAX_SIDE_PX:
         raise ValueError(
-            f"its film would be {width}×{height}, and H.264 takes {MAX_SIDE_PX} px a side: take --format png16, npy "
-            f"or exr; --pred-only for a film up to {MAX_SIDE_PX} px wide; or reduce the video first"
+            f"its video would be {width}×{height}, and H.264 allows {MAX_SIDE_PX} px per side: use --format png16, npy "
+            f"or exr; --pred-only for a video up to {MAX_SIDE_PX} px wide; or reduce the input first"
         )
 
 
 def find_h264_encoder() -> str:
-    """Name the best H.264 encoder of this PyAV.
+    """Return the best H.264 encoder of the installed PyAV.
 
     Raises:
-        ValueError: there is none.
+        ValueError: It has none.
     """
     for name in H264_ENCODERS:
         try:
@@ -243,3 +240,12 @@ def find_h264_encoder() -> str:
     raise ValueError(
         "this PyAV has no H.264 encoder: type  pip install --force-reinstall --only-binary av av"
     )
+
+
+def has_depth_comment(path: Path) -> bool:
+    """Tell whether a video's metadata has the comment that `depth-anything video` writes."""
+    try:
+        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as video:
+            return bool(_DEPTH_COMMENT.match(video.metadata.get("comment", "")))
+    except (av.FFmpegError, ValueError):
+        return False

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from depth_anything.data.tars import ShardError, atomic_write, remove_stale, temporary_path
+from depth_anything.data.tars import ShardError
+from depth_anything.disk import atomic_write, remove_stale, temporary_path
 from depth_anything.progress import ProgressLine
 
 FILE_LIST, FILE_LIST_INFO = "listing.txt", "listing.json"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.image_headers import estimate_decode_cost
+from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.find_files import APPLE_DOUBLE_PREFIX, walk_files
 from depth_anything.ingest.maps import read_bytes
@@ -89,7 +90,7 @@ def find_frames(
                 frames[match[1]] = _AMBIGUOUS if match[1] in frames else file
     if not found:
         advice = "unpack the archives in it" if has_archives else f"download it from {info.get}"
-        raise ValueError(f"{raw} does not hold {info.title}: looked for {info.layout}; {advice}")
+        raise UserError(f"{raw} does not hold {info.title}: looked for {info.layout}", advice)
     for name in sorted(found):
         folders = [found[name].get(pattern, ("", {})) for pattern in patterns]
         for frame in sorted({frame for _, frames in folders for frame in frames}):

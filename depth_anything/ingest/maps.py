@@ -47,6 +47,10 @@ class MapError(ValueError):
     """A file that holds no map, or a damaged one."""
 
 
+class EightBitError(MapError):
+    """A PNG of 8 bits, whose 256 steps are too few for a map."""
+
+
 def read_pfm(source: str | Path | bytes) -> np.ndarray:
     """Read a portable float map of one channel.
 
@@ -379,7 +383,8 @@ def _parse_png_header(data: bytes) -> tuple[int, int]:
     width, height, bits, color_type = struct.unpack_from(">IIBB", data, 16)
     if (bits, color_type) != (16, 0):
         kind = {0: "gray", 2: "RGB", 3: "palette", 4: "gray and alpha", 6: "RGBA"}.get(color_type, "unknown")
-        raise MapError(f"the PNG is {kind} with {bits} bits: a map is gray with 16 bits")
+        error = EightBitError if bits == 8 else MapError
+        raise error(f"the PNG is {kind} with {bits} bits: a map is gray with 16 bits")
     _check_shape((height, width))
     return height, width
 

@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import (
-    ShardError,
-    ShardInfo,
-    ShardSet,
-    read_shard_info,
-    remove_stale,
-    temporary_path,
-)
+from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, read_shard_info
+from depth_anything.disk import atomic_path, remove_stale
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList
 from depth_anything.ingest.shard_job import shard_name
 from depth_anything.ingest.writer import (
@@ -144,21 +138,17 @@ def _transfer_shard(path: Path, root: Path, info: ShardInfo | None) -> bool:
 
 def _link_or_copy(path: Path, target: Path, info: ShardInfo | None = None) -> bool:
     """Hard-link a file, or copy it if that fails, checking the hash of a tar; return whether it was copied."""
-    temporary = temporary_path(target)
-    try:
+    with atomic_path(target) as temporary:
         try:
             os.link(path, temporary)
-            copied = False
         except OSError:  # another disk, or a file system without links
-            digest, copied = _copy_hashed(path, temporary), True
+            digest = _copy_hashed(path, temporary)
             if info is not None and digest != info.hash:
                 raise ShardError(
-                    f"{path} is damaged (its hash differs): copy it from its machine again"
+                    f"{path} is damaged (its hash differs)", "copy it from its machine again"
                 ) from None
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return copied
+            return True
+    return False
 
 
 def _copy_hashed(path: Path, target: Path) -> str:

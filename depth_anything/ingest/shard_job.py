@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from depth_anything.data.address import escape_unprintable
-from depth_anything.data.remote import retry
-from depth_anything.data.tars import ShardError, atomic_write, write_shard
+from depth_anything.data.retry import retry
+from depth_anything.data.tars import ShardError, write_shard
+from depth_anything.disk import atomic_write
 from depth_anything.ingest.file_list import display_name
 from depth_anything.ingest.record import EncodedRecord, encode_sample
 from depth_anything.ingest.source import RESUME_ADVICE, RawSample, RejectedRecord, is_disk_failure

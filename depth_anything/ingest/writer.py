@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from depth_anything.data.shards import open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardSet, read_shard_info, remove_stale, write_new
+from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
+from depth_anything.disk import remove_stale, write_new
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList, write_file_list
 from depth_anything.ingest.pool import run_jobs
 from depth_anything.ingest.shard_job import ShardJob, run_job, shard_name, write_json

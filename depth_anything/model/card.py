@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from depth_anything.disk import atomic_write
 from depth_anything.licenses import card_license_fields
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.metadata import printable_line
-from depth_anything.model.tensor_files import save_text, write_whole
 
 CARD_NAME = "README.md"
 _FOOTER = re.compile(
@@ -66,7 +66,7 @@ def write_card(text: str, folder: Path, *, file: str) -> Path | None:
         path = folder / f"{file}.md"
     if not is_replaceable_card(path):
         return None
-    write_whole(path, lambda temporary: save_text(text, temporary))
+    atomic_write(path, text.encode())
     return path
 
 

@@ -212,7 +212,9 @@ def check_input_size(input_size: Any) -> int:
         ValueError: If it is not.
     """
     if isinstance(input_size, bool) or not isinstance(input_size, int | np.integer) or input_size < 1:
-        raise UserError(Argument("input_size", repr(input_size)), " must be a whole number of pixels above 0")
+        raise UserError(
+            [Argument("input_size", repr(input_size)), " must be a whole number of pixels above 0"]
+        )
     return int(input_size)
 
 

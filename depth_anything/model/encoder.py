@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.errors import Argument, UserError
+from depth_anything.errors import Argument, UserError, error_reason
 from depth_anything.licenses import spdx_name
 
 
@@ -235,7 +235,7 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     module = _build_timm_encoder(name, pretrained=False)
     width, depth = module.embed_dim, len(module.blocks)
     if depth < 4:
-        raise UserError(Argument("encoder", name), f" has {depth} blocks, and the head reads four")
+        raise UserError([Argument("encoder", name), f" has {depth} blocks, and the head reads four"])
     limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
     patch = module.patch_embed.patch_size[0]
     spec = EncoderSpec(
@@ -255,15 +255,15 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
 def _build_timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
     known = f"use one of {', '.join(ENCODERS)}, or a timm ViT such as vit_tiny_patch16_224"
     if not timm.is_model(name):
-        raise UserError(Argument("encoder", name), f" is unknown; {known}")
+        raise UserError([Argument("encoder", name), " is unknown"], known)
     try:
         module = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
         )
     except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
-        raise UserError(Argument("encoder", name), f" is no ViT that runs at any size; {known}") from error
+        raise UserError([Argument("encoder", name), " is not a ViT that runs at any size"], known) from error
     if not isinstance(module, VisionTransformer | Eva):
-        raise UserError(Argument("encoder", name), f" is no plain ViT; {known}")
+        raise UserError([Argument("encoder", name), " is not a plain ViT"], known)
     return module
 
 
@@ -290,9 +290,8 @@ def load_hub_weights(name: str) -> dict[str, Tensor]:
             return _build_timm_encoder(name, pretrained=True).state_dict()
         state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"cannot fetch {hub} ({reason}); give a local file of these weights instead"
+            f"cannot fetch {hub} ({error_reason(error)}); give a local file of these weights instead"
         ) from error
     finally:
         logger.setLevel(level)

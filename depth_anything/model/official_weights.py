@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from depth_anything.errors import Argument, UserError
+from depth_anything.errors import Argument, UserError, error_reason
 
 _SIZES = {"vits": "Small", "vitb": "Base", "vitl": "Large"}
 _METRIC_SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
@@ -53,9 +53,8 @@ def find_official_weights(
     try:
         return _download(repository, kind, inside, warning=_license_warning(file, page))
     except Exception as error:  # HTTP, cache and disk have exceptions of their own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"there is no {here}, and it cannot be fetched ({reason}): get {file} (licence {licence}) "
+            f"there is no {here}, and it cannot be fetched ({error_reason(error)}): get {file} (licence {licence}) "
             f"from {page} and put it there"
         ) from error
 
@@ -107,9 +106,8 @@ def name_hints(name: str | Path) -> dict[str, Any]:
 def _file_name(encoder: str, metric: str | None, version: int) -> str:
     if encoder not in (*_SIZES, "vitg"):
         raise UserError(
-            "there are no published weights of ",
-            Argument("encoder", encoder),
-            f"; use one of {', '.join(_SIZES)}",
+            ["there are no published weights of ", Argument("encoder", encoder)],
+            f"use one of {', '.join(_SIZES)}",
         )
     if metric not in (None, *_METRIC_SETS):
         raise ValueError(
@@ -118,7 +116,8 @@ def _file_name(encoder: str, metric: str | None, version: int) -> str:
     if version == 1:
         if metric or encoder == "vitg":
             raise UserError(
-                f"version 1 has no {metric or encoder} weights of this network; use ", Argument("version", 2)
+                f"version 1 has no {metric or encoder} weights of this network",
+                ["use ", Argument("version", 2)],
             )
         return f"depth_anything_{encoder}14.pth"
     if version != 2:

@@ -7,10 +7,8 @@ import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from depth_anything.disk import sync_folder, write_error
+from depth_anything.errors import error_reason
 from depth_anything.model import lora
 from depth_anything.model.integrity import DIGEST_KEY, find_damage, tensor_digest
+
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+"""Errors by which safetensors and torch say that a file cannot be written; see `disk.atomic_path`."""
 
 SUPPORTED_FORMATS = (
     "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
@@ -182,84 +183,6 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file that appears under its name when it is complete; its folder is made.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left, and an older file stays.
-    """
-    with _beside(path) as temporary:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
-
-
-def write_folder(path: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write a folder of files that appears under its name when all are complete, in place of an older one.
-
-    Args:
-        path: The folder. What others put into an older one is carried over.
-        files: What writes each file, by its name.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left, and an older folder stays.
-    """
-    with _beside(path) as temporary:
-        temporary.mkdir()
-        for name, write in files.items():
-            write(temporary / name)
-            _sync(temporary / name)
-        if not path.exists():
-            temporary.replace(path)
-            return
-        for other in path.iterdir():
-            if not (temporary / other.name).exists():
-                (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
-        old = temporary.with_suffix(".old")
-        path.replace(old)
-        temporary.replace(path)
-        shutil.rmtree(old)
-
-
-def place_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file and what belongs beside it in a folder for the while; all move to `path`'s folder.
-
-    Args:
-        path: The file; it appears last, when what belongs to it is there.
-        write: Given the folder, writes there under the final names.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left, and an older file stays. What `write` raises otherwise goes
-            through, and leaves as little.
-    """
-    with _beside(path) as temporary:
-        temporary.mkdir()
-        write(temporary)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
-            _sync(file)
-            file.replace(path.with_name(file.name))
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the same folder; nothing is left under it, and errors name the path itself."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise write_error(path, error) from error
-    finally:
-        with suppress(OSError):
-            (shutil.rmtree if temporary.is_dir() else os.unlink)(temporary)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors, metadata and a digest so that the same ones make the same bytes, readable as the umask has it."""
     save_file(dict(state), path, metadata={**metadata, DIGEST_KEY: "0" * 64})
@@ -285,17 +208,7 @@ def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
         torch.save(state, file)
 
 
-def save_text(text: str, path: Path) -> None:
-    """Write text in UTF-8."""
-    path.write_text(text, encoding="utf-8")
-
-
 def summarize_names(names: Mapping[str, Any] | list[str]) -> str:
     """Name the first of several."""
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else str(first)
-
-
-def error_reason(error: BaseException) -> str:
-    """Give an error's first line, cut to a length that fits into a sentence."""
-    return str(error).strip().partition("\n")[0][:120] or type(error).__name__

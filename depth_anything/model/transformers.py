@@ -7,19 +7,20 @@ counts taps from 1.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from depth_anything.errors import error_reason
 from depth_anything.licenses import license_from_card
 from depth_anything.model.card import CARD_NAME
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.metadata import validate_metadata
-from depth_anything.model.tensor_files import SUPPORTED_FORMATS, error_reason, read_tensors, save_safetensors
+from depth_anything.model.tensor_files import SUPPORTED_FORMATS, read_tensors, save_safetensors
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_TYPE = "depth_anything"
@@ -270,26 +271,24 @@ def is_replaceable_folder(folder: Path) -> bool:
         return False
 
 
-def folder_files(
-    model: DepthAnything, state: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, Callable[[Path], None]]:
-    """List what writes the files of a folder that transformers reads.
+def write_folder_files(
+    model: DepthAnything, state: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path
+) -> None:
+    """Write the files that transformers reads into an existing folder.
 
     Args:
-        model: What the tensors are of.
+        model: The model of the tensors.
         state: Its tensors under official names, on the CPU.
-        metadata: What the safetensors file says of the model.
+        metadata: Metadata of the safetensors file.
+        folder: Where to write.
 
     Raises:
         ValueError: If transformers has no such model.
     """
     config, preprocessor = build_config(model), build_preprocessor_config(model)
-    tensors = to_transformers_names(state)
-    return {
-        "model.safetensors": lambda path: save_safetensors(tensors, path, metadata),
-        "config.json": lambda path: _write_json(config, path),
-        "preprocessor_config.json": lambda path: _write_json(preprocessor, path),
-    }
+    save_safetensors(to_transformers_names(state), folder / "model.safetensors", metadata)
+    _write_json(config, folder / "config.json")
+    _write_json(preprocessor, folder / "preprocessor_config.json")
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

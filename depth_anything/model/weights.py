@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depth_anything.disk import atomic_folder, atomic_path
 from depth_anything.errors import Argument, ArgumentWarning, UserError
 from depth_anything.model import transformers
 from depth_anything.model.card import CARD_NAME, build_card, is_replaceable_card
@@ -24,13 +25,11 @@ from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, build_metadata, par
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
 from depth_anything.model.tensor_files import (
     SUPPORTED_FORMATS,
+    WRITE_ERRORS,
     read_tensors,
     save_safetensors,
-    save_text,
     save_torch,
     summarize_names,
-    write_folder,
-    write_whole,
 )
 
 _V1_ENCODERS = ("vits", "vitb", "vitl")
@@ -70,12 +69,10 @@ def load_model(
     """
     path = Path(path)
     if version not in (None, 1, 2):
-        raise UserError(Argument("version", version), " must be 1 or 2")
+        raise UserError([Argument("version", version), " must be 1 or 2"])
     if max_depth is not None and not MAX_DEPTH_RANGE_M[0] <= max_depth <= MAX_DEPTH_RANGE_M[1]:
-        raise UserError(
-            Argument("max_depth", max_depth),
-            f" must be metres from {MAX_DEPTH_RANGE_M[0]:g} to {MAX_DEPTH_RANGE_M[1]:g}",
-        )
+        low, high = MAX_DEPTH_RANGE_M
+        raise UserError([Argument("max_depth", max_depth), f" must be from {low:g} to {high:g} meters"])
     tensors, said = _read_model(path)
     named = name_hints(path)
     said = {**named, **said}
@@ -119,31 +116,46 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
         OSError: If it cannot be written.
     """
     path = Path(path)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    state = merge_adapters(state)
-    if format == "safetensors":
-        write_whole(path, lambda temporary: save_safetensors(state, temporary, build_metadata(model)))
-    elif format == "official":
+    if format not in ("safetensors", "official", "transformers"):
+        raise UserError(f"format={format!r} is unknown", "use safetensors, official or transformers")
+    if format == "transformers":
+        _save_transformers(model, path)
+        return
+    if format == "official":
         _warn_lost_facts(model, path)
-        write_whole(path, lambda temporary: save_torch(state, temporary))
-    elif format == "transformers":
-        _save_transformers(model, state, path)
-    else:
-        raise ValueError(f"format={format!r} is unknown; use safetensors, official or transformers")
+    with atomic_path(path, make_folder=True, also=WRITE_ERRORS) as temporary:
+        if format == "safetensors":
+            write_model(model, temporary)
+        else:
+            save_torch(_plain_state(model), temporary)
 
 
-def _save_transformers(model: DepthAnything, state: Mapping[str, Tensor], path: Path) -> None:
-    files = transformers.folder_files(model, state, build_metadata(model))
-    if is_replaceable_card(path / CARD_NAME):
-        text = build_card(
-            model, file="path/to/this/folder", form="transformers", title=f"Depth Anything {model.encoder}"
-        )
-        files[CARD_NAME] = lambda temporary: save_text(text, temporary)
+def write_model(model: DepthAnything, path: Path) -> None:
+    """Write a safetensors file in place; for a file that others read, pass a temporary path."""
+    save_safetensors(_plain_state(model), path, build_metadata(model))
+
+
+def _plain_state(model: DepthAnything) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, LoRA adapters merged."""
+    return merge_adapters(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    )
+
+
+def _save_transformers(model: DepthAnything, path: Path) -> None:
     if not transformers.is_replaceable_folder(path):
-        raise ValueError(f"{path} exists and is no transformers folder of a depth model; give another name")
+        raise UserError(
+            f"{path} exists and is not a transformers folder of a depth model", "give another name"
+        )
+    replace_card = is_replaceable_card(path / CARD_NAME)
+    with atomic_folder(path, keep_others=True, also=WRITE_ERRORS) as folder:
+        transformers.write_folder_files(model, _plain_state(model), build_metadata(model), folder)
+        if replace_card:
+            title = f"Depth Anything {model.encoder}"
+            text = build_card(model, file="path/to/this/folder", form="transformers", title=title)
+            (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if model.calibration is not None:
         _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
-    write_folder(path, files)
 
 
 def read_license(path: str | Path) -> str | None:
@@ -292,9 +304,8 @@ def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
         if (spec.width, spec.depth) == (width, depth):
             return name
     raise UserError(
-        f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}; "
-        "give its timm name, as ",
-        Argument("encoder", "vit_tiny_patch16_224"),
+        f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}",
+        ["give its timm name, as ", Argument("encoder", "vit_tiny_patch16_224")],
     )
 
 
@@ -306,9 +317,8 @@ def _resolve_taps(
         return said["taps"]
     if name not in _V1_ENCODERS:
         if version == 1:
-            raise UserError(
-                Argument("version", 1), f" is for {', '.join(_V1_ENCODERS)}, and {path} is {name}"
-            )
+            known = ", ".join(_V1_ENCODERS)
+            raise UserError([Argument("version", 1), f" is for {known}, and {path} is {name}"])
         return said.get("taps")
     depth = ENCODERS[name].depth
     of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
@@ -333,7 +343,7 @@ def _resolve_max_depth(path: Path, said: Mapping[str, Any], max_depth: float | N
     if said.get("calibration") is not None and (max_depth or said.get("max_depth")) is not None:
         wanted = Argument("max_depth", max_depth or said["max_depth"])
         raise UserError(
-            f"{path} is calibrated: it turns disparity into metres, and ", wanted, " is for depth"
+            [f"{path} is calibrated: it turns disparity into meters, and ", wanted, " is for depth"]
         )
     if max_depth is not None:
         if "max_depth" in said and said["max_depth"] != max_depth:
@@ -398,4 +408,4 @@ def _warn_lost_facts(model: DepthAnything, path: Path) -> None:
 
 
 def _warn(*parts: str | Argument) -> None:
-    warnings.warn(ArgumentWarning(*parts), stacklevel=4)
+    warnings.warn(ArgumentWarning(parts), stacklevel=4)

@@ -5,36 +5,10 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from depth_anything.data.address import redact_secrets
 from depth_anything.training.config import format_value
 
 #: Key that adds sets beside a stage's own → the group of sources that it chooses from.
 SOURCE_GROUPS = {"mix": "labelled", "replay": "images"}
-
-
-def error_message(error: BaseException) -> str:
-    """Reduce an error to what it says: without Hydra's wrapping, a worker's traceback, or line breaks."""
-    cause = error.__cause__ if type(error).__name__ == "InstantiationException" and error.__cause__ else error
-    lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    if getattr(cause, "full_key", None):  # OmegaConf's, which tells the key in a line of its own
-        return f"{cause.full_key}: {lines[0].strip()}"  # type: ignore[attr-defined]
-    said = lines[-1].partition(": ")[2] if any("Traceback" in line for line in lines) else " ".join(lines)
-    return " ".join(said.split())
-
-
-def complete_commands(sentence: str, typed: Sequence[str]) -> str:
-    """Complete the commands of a refusal by what the user typed, and leave the secrets of addresses out.
-
-    Args:
-        sentence: Of a refusal: the labelling command is told where things are, "the same command" is spelled out.
-        typed: The overrides of this command.
-    """
-    where = ("sources", "size", "photos", "data_dir", "output_dir", "labels")
-    kept = [shlex.quote(override) for override in typed if override.partition("=")[0] in where]
-    command = "python train.py stage=pseudolabel"
-    same = shlex.join(["python", "train.py", *typed])
-    sentence = sentence.replace(command, " ".join([command, *kept]))
-    return redact_secrets(sentence.replace("start the same command again", f"type  {same}  again"))
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:

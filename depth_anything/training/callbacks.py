@@ -1,7 +1,7 @@
-"""What happens at a step boundary: numbers, checkpoints, and stopping together; validation.py adds to it.
+"""Callbacks that act once an optimizer step: log metrics, show progress, save checkpoints, stop all ranks together.
 
-Lightning's batch hooks fire once a micro-batch. Everything here happens once an optimizer step, so that a
-checkpoint never lands in the middle of an accumulation, and every rank does the same things at the same step.
+Lightning calls its batch hooks once a micro-batch. A checkpoint taken there could land in the middle of a gradient
+accumulation, so the callbacks here, and those in validation.py and valid_pixels.py, derive from `StepCallback`.
 """
 
 import json
@@ -16,37 +16,39 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from depth_anything.data.loader import WorkerError
-from depth_anything.data.tars import StorageUnavailable, atomic_write
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.disk import atomic_write
+from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
 from depth_anything.training.signals import StoppedBySignal, signal_handler
 
 T = TypeVar("T")
 
 NON_FINITE_ADVICE = (
-    "the last checkpoint is from before it: "
-    "lower recipe.encoder_lr and recipe.head_lr, under name=ANOTHER_NAME"
+    "the last checkpoint is from an earlier step: lower recipe.encoder_lr and recipe.head_lr, and type "
+    "name=ANOTHER_NAME"
 )
 CHECKPOINT_NAME = "step-{:09d}.ckpt"
 
 
 class StepCallback(pl.Callback):
-    """A callback whose `on_step` runs once an optimizer step, after the last of its micro-batches."""
+    """Base class of callbacks whose `on_step` runs once an optimizer step, after its last micro-batch."""
 
-    _last = -1
+    _last_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Remember where the run stands, so that the step it resumed from is not handled twice."""
-        self._last = trainer.global_step
+        """Store the current step, so that the step from which a run resumes is not handled again."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Call `on_step` when the optimizer has stepped."""
-        if trainer.global_step != self._last:
-            self._last = trainer.global_step
+        """Call `on_step` if the optimizer has stepped."""
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
             self.on_step(trainer, module, trainer.global_step)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
@@ -54,10 +56,10 @@ class StepCallback(pl.Callback):
 
 
 class TrainingMetrics(StepCallback):
-    """Log losses, rates, gradient norm, images/s, data wait, memory and the share of valid pixels.
+    """Log losses, learning rates, gradient norm, images/s, time waited for data, memory and the share of valid pixels.
 
-    Losses and shares are those of the logged step: the mean over all its micro-batches on all ranks. There is one
-    synchronization a log line.
+    Losses and shares are the mean over all micro-batches of the logged step on all ranks. `LightningModule.log` would
+    log the last micro-batch only, and synchronize at every step; this callback synchronizes once a log line.
     """
 
     def __init__(self, *, every: int, batch_size: int) -> None:
@@ -68,27 +70,27 @@ class TrainingMetrics(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, module)
-        self._since = self._idle = time.perf_counter()
-        self._wait, self._steps = 0.0, 0
-        self._sum: Any = 0.0
+        self._logged_at = self._batch_ended_at = time.perf_counter()
+        self._wait_s, self._steps = 0.0, 0
+        self._loss_sum: Any = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
-        """Add the time since the last micro-batch ended: what the step waited for data."""
-        self._wait += time.perf_counter() - self._idle
+        """Add the time since the last micro-batch ended, which the step waited for data."""
+        self._wait_s += time.perf_counter() - self._batch_ended_at
         self._rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Log on a step boundary, then start waiting for data."""
+        """Log at a step boundary, then start to measure the wait for data."""
         super().on_train_batch_end(trainer, module, outputs, batch, index)
-        self._idle = time.perf_counter()
+        self._batch_ended_at = time.perf_counter()
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
-        """Log when due and forget the step's parts."""
+        """Log when due and clear the losses of the step's micro-batches."""
         self._steps += 1
-        for part in module.parts:  # one loss that is no number makes the sum none, whatever comes after it
-            self._sum = part["loss"] + self._sum
+        for part in module.parts:  # a NaN or infinite loss makes the sum NaN or infinite for good
+            self._loss_sum = part["loss"] + self._loss_sum
         if step % self.every == 0 or step == trainer.max_steps:
             self._log(trainer, module, step)
         module.parts.clear()
@@ -96,25 +98,25 @@ class TrainingMetrics(StepCallback):
     def _log(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         names = list(module.parts[0])
         values = torch.stack([torch.stack([part[name] for name in names]) for part in module.parts]).mean(0)
-        values = torch.cat([values, self._sum.to(values.dtype)[None]])
+        values = torch.cat([values, self._loss_sum.to(values.dtype)[None]])
         if trainer.world_size > 1:
             dist.all_reduce(values)
             values /= trainer.world_size
-        *means, total = values.double().tolist()
+        *means, loss_sum = values.double().tolist()
         numbers = dict(zip(names, means, strict=True))
         valid_share = numbers.pop("valid_share", None)
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not math.isfinite(numbers["loss"]):
             raise ValueError(f"the loss is {numbers['loss']} at step {step}; {NON_FINITE_ADVICE}")
-        if not math.isfinite(total):
+        if not math.isfinite(loss_sum):
             raise ValueError(
-                f"the loss was {total} in one of the last {self._steps} steps up to {step}; {NON_FINITE_ADVICE}"
+                f"the loss was {loss_sum} in one of the last {self._steps} steps up to step {step}; {NON_FINITE_ADVICE}"
             )
         numbers.update(self._rates)
-        elapsed = time.perf_counter() - self._since
+        elapsed = time.perf_counter() - self._logged_at
         numbers["images_per_s"] = self._steps * self.batch_size / elapsed
-        numbers["data_wait"] = self._wait / elapsed
+        numbers["data_wait"] = self._wait_s / elapsed
         if module.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
         if valid_share is not None:
@@ -122,41 +124,43 @@ class TrainingMetrics(StepCallback):
         self.latest = numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-        self._since, self._wait, self._steps, self._sum = time.perf_counter(), 0.0, 0, 0.0
+        self._logged_at, self._wait_s, self._steps, self._loss_sum = time.perf_counter(), 0.0, 0, 0.0
 
 
 class TrainingProgress(StepCallback):
-    """A bar with ETA on a terminal, a line now and then elsewhere; rank 0 alone."""
+    """Show a progress bar with the remaining time on rank 0; without a terminal, print a line now and then.
+
+    Lightning's progress bars count micro-batches of an epoch; this one counts optimizer steps of the run.
+    """
 
     def __init__(self, metrics: TrainingMetrics, *, seconds: float = 20.0) -> None:
         """Show `metrics.latest`; without a terminal print at most every `seconds`."""
         self.metrics, self.seconds = metrics, seconds
-        self._bar: tqdm | None = None
+        self._bar: ProgressLine | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the current step."""
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            self._bar = tqdm(
+            self._bar = ProgressLine(
+                "training",
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else self.seconds,
-                ascii=not sys.stderr.isatty(),
+                interval_s=self.seconds,
+                keep=True,
             )
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
-        """Advance the bar; show the numbers of the last log line."""
+        """Advance the bar and show the numbers logged last."""
         if self._bar is None:
             return
-        latest = self.metrics.latest
+        latest, shown = self.metrics.latest, {}
         if latest:
             shown = {"loss": f"{latest['loss']:.3f}", "images/s": f"{latest['images_per_s']:.1f}"}
             if "valid_share" in latest:
                 shown["valid"] = f"{latest['valid_share']:.1%}"
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(values=shown)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""
@@ -164,62 +168,84 @@ class TrainingProgress(StepCallback):
             self._bar.close()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the bar before the message."""
+        """Close the bar before the error is printed."""
         self.on_train_end(trainer, module)
 
 
 def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
-    """Do something on every rank and share what came out; where one fails, all stop with its sentence.
+    """Call `work` on every rank and gather the results; if one rank fails, all ranks raise its error.
 
     A rank that stopped alone would leave the others waiting for it until a timeout. Before the first step a signal
     ends `work` at once on the rank that receives it.
 
+    Args:
+        ranks: Number of processes; 1 calls `work` directly.
+        work: Takes no arguments; its result must be picklable.
+
+    Returns:
+        The results in the order of ranks.
+
     Raises:
-        ValueError: As the first rank on which `work` raised it, or an OSError.
-        Exception: Anything else that `work` raised on this rank; the other ranks raise a ValueError that names it.
-        Stopped: If a signal ended `work` on any rank.
+        UserError: With the message of the first rank on which `work` raised a ValueError or an OSError.
+        Exception: Any other error that `work` raised on this rank; the other ranks raise a UserError that names it.
+        StoppedBySignal: If a signal ended `work` on any rank.
     """
     if ranks == 1:
         return [work()]
-    result, sentence, number, own = None, "", 0, None
+    result, failure, number, own = None, None, 0, None
     try:
         with signal_handler.interruptible():
             result = work()
-    except (ValueError, OSError) as error:  # an Outage, too
-        sentence = str(error)
+    except (ValueError, OSError) as error:  # StorageUnavailable is an OSError
+        failure = UserError(error.parts if isinstance(error, UserMessage) else str(error))
     except StoppedBySignal as stop:
         number = stop.number
     except Exception as error:
-        sentence, own = f"rank {dist.get_rank()} failed: {error!r}", error
+        failure, own = UserError(f"rank {dist.get_rank()} failed: {error!r}"), error
     shares: list[Any] = [None] * ranks
-    dist.all_gather_object(shares, (result, sentence, number))
+    dist.all_gather_object(shares, (result, failure, number))
     if number := max(number for _, _, number in shares):
         signal_handler.stop(number)
     if own is not None:
         raise own
-    for _, sentence, _ in shares:
-        if sentence:
-            raise ValueError(sentence)
+    for _, failure, _ in shares:
+        if failure is not None:
+            raise failure
     return [result for result, _, _ in shares]
 
 
 class Checkpoints(StepCallback):
-    """Keep the newest checkpoints of a run, each complete or absent."""
+    """Save the newest checkpoints of a run, each complete or absent.
+
+    Lightning's ModelCheckpoint may save in the middle of an accumulation and lets the ranks wait for each other for
+    ever when one of them cannot write; this callback saves at step boundaries and all ranks report the error.
+    """
 
     def __init__(self, folder: Path, *, every: int, keep: int = 2) -> None:
         """Save into `folder` every `every` steps and at the end; keep the newest `keep`."""
         self.folder, self.every, self.keep = folder, every, keep
-        self._saved = -1
-        self._began = 0
+        self._saved_step = -1
+        self._start_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Remember where the run stands: of that step there is a checkpoint."""
+        """Store the current step: it has a checkpoint already."""
         super().on_train_start(trainer, module)
-        self._began = trainer.global_step
+        self._start_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Save when due, and when another callback ends the training early, as +trainer.max_time does.
+
+        At `on_train_end` a weight-averaging callback may have replaced the weights already.
+        """
+        super().on_train_batch_end(trainer, module, outputs, batch, index)
+        if trainer.should_stop and trainer.global_step > self._start_step:
+            self.save(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save where something else than a signal ended the training early, as +trainer.max_time does."""
-        if trainer.global_step > self._began:
+        """Save if the training ended without a signal and before its last step."""
+        if trainer.global_step > self._start_step:
             self.save(trainer, trainer.global_step)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
@@ -228,7 +254,7 @@ class Checkpoints(StepCallback):
             self.save(trainer, step)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what is done when the next batch cannot be had; several ranks are not all here to do so."""
+        """Save the last step if the next batch cannot be loaded; with several ranks not all of them get here."""
         if (
             isinstance(exception, StorageUnavailable | WorkerError)
             and trainer.world_size == 1
@@ -237,30 +263,30 @@ class Checkpoints(StepCallback):
             self.save(trainer, trainer.global_step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
-        """Save now, unless this step is saved already. Every rank must call it at the same step.
+        """Save now, unless this step is saved already. Every rank must call this at the same step.
 
         Raises:
-            ValueError: If the gradient is not finite, or on several ranks, alike on all, if the disk is full.
-            OSError: If the disk is full or cannot be written; older checkpoints stay as they are.
+            ValueError: If the gradient is not finite; with several ranks also if the disk is full, on all ranks.
+            OSError: If the disk is full or cannot be written; older checkpoints are unchanged.
         """
-        if step == self._saved:
+        if step == self._saved_step:
             return
         norm: Any = trainer.lightning_module.grad_norm
-        if norm is not None and not bool(torch.isfinite(norm)):  # alike on all ranks: gradients are averaged
+        if norm is not None and not bool(torch.isfinite(norm)):  # equal on all ranks: gradients are averaged
             raise ValueError(
                 f"the gradient is not finite at step {step}, which is not saved; {NON_FINITE_ADVICE}"
             )
         gather_or_raise(trainer.world_size, lambda: self._write(trainer, step))
-        self._saved = step
+        self._saved_step = step
 
     def _write(self, trainer: pl.Trainer, step: int) -> None:
         try:
             for logger in trainer.loggers:
-                logger.save()  # a row that a kill took would not be written again
+                logger.save()  # a resumed run does not write the rows before its checkpoint again
             trainer.save_checkpoint(self.folder / CHECKPOINT_NAME.format(step))
         except OSError:
             if trainer.world_size > 1:
-                trainer.strategy.barrier()  # where the other ranks wait for the checkpoint
+                trainer.strategy.barrier()  # the other ranks wait for the checkpoint here
             raise
         if trainer.is_global_zero:
             atomic_write(self.folder.parent / "saved.json", json.dumps({"step": step}).encode())
@@ -269,79 +295,84 @@ class Checkpoints(StepCallback):
 
 
 class GracefulStop(StepCallback):
-    """Stop all ranks at the same step boundary: a signal was caught on one, or too many records are bad.
+    """Stop all ranks at the same step boundary when one received a signal or too many records failed to load.
 
-    Signal handlers only set a flag (training/signals.py). Lightning 2.6 instead saves inside the handler, which
-    deadlocks when ranks stand at different places, and broadcasts from the device at every step (engine notes §1).
+    The signal handlers only set a flag (signals.py). Lightning 2.6 saves inside its handler, which deadlocks when
+    ranks are at different places, and broadcasts from the device at every step (docs/architecture.md).
 
     Attributes:
-        signalled: The signal on which the ranks have agreed, 0 for none.
+        agreed_signal: The signal on which the ranks agreed, 0 for none.
     """
 
     def __init__(
         self, checkpoints: Checkpoints, *, every: int = 1, ceiling: float = 0.01, at_least: int = 1000
     ) -> None:
-        """Agree every `every` steps.
+        """Compare the ranks every `every` steps.
 
         Args:
             checkpoints: Saves before the run stops for a signal.
-            every: Steps between agreements; one rank alone agrees with itself at every step.
+            every: Steps between two comparisons; a single process checks its flag at every step.
             ceiling: Share of the records read that may fail.
-            at_least: Records read before the ceiling counts.
+            at_least: Number of records read before the ceiling applies.
         """
         self.checkpoints, self.every, self.ceiling, self.at_least = checkpoints, every, ceiling, at_least
         self.agreed_signal = 0
         self.failed = self.read = 0
-        self._here: list[str] = []
+        self._last_failures: list[str] = []
         self._group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Open a CPU group, so that agreeing never waits for the GPU, and stop here if a signal came before."""
+        """Open a CPU process group, so that comparing never waits for the GPU; stop if a signal came before."""
         super().on_train_start(trainer, module)
-        signal_handler.install()  # again, where a library has put handlers of its own in place
-        signal_handler.hold()
+        signal_handler.install()  # again: a library may have replaced the handlers
+        signal_handler.defer()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        self._agree(trainer.world_size)
+        self._reduce(trainer.world_size)
         if self.agreed_signal and trainer.global_step < trainer.max_steps:
             trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
-        """Count the records of a micro-batch, and name the ones that failed."""
+        """Count the records of a micro-batch, and report those that failed and were replaced."""
         failed = batch["failed"]
         self.read += len(batch["sample"]) + len(failed)
         self.failed += len(failed)
         if failed:
-            self._name(Path(trainer.default_root_dir), trainer.global_rank, failed)
+            self._report(Path(trainer.default_root_dir), trainer.global_rank, failed)
 
-    def _name(self, folder: Path, rank: int, failed: list[str]) -> None:
+    def _report(self, folder: Path, rank: int, failed: list[str]) -> None:
         written = False
-        with suppress(OSError):  # on one rank of several; a full disk is told at the next checkpoint
+        with suppress(OSError):  # may be one rank of several; the next checkpoint reports a full disk
             with open(folder / f"failed-records-{rank}.txt", "a") as file:
                 file.writelines(f"{name}\n" for name in failed)
             written = True
-        self._here = (self._here + failed)[-3:]
+        self._last_failures = (self._last_failures + failed)[-3:]
         if self.failed <= 20 or not written:
             for name in failed:
                 print(f"replaced a bad record: {name}", file=sys.stderr)
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
-        """Add the ranks' counts and signals up and act on them, all at once."""
+        """Sum the counts and signals of all ranks, and stop all of them or none.
+
+        Raises:
+            ValueError: If more than `ceiling` of the records read have failed.
+        """
         if trainer.world_size > 1 and step % self.every:
             return
-        failed, read = self._agree(trainer.world_size)
+        failed, read = self._reduce(trainer.world_size)
         if self.agreed_signal and step < trainer.max_steps:
             self.checkpoints.save(trainer, step)
             trainer.should_stop = True
         if read >= self.at_least and failed > self.ceiling * read:
-            raise ValueError(
-                f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: {'; '.join(self._here)}; "
-                "look at the set with `depth-anything verify` and start the same command again"
+            raise UserError(
+                f"{failed} of {read} records read are bad, more than {self.ceiling:.0%}: "
+                f"{'; '.join(self._last_failures)}",
+                ["check the set with `depth-anything verify` and ", SAME_COMMAND],
             )
 
-    def _agree(self, ranks: int) -> tuple[int, int]:
-        """Find the signal that any rank has received; return the failed and the read records of all ranks."""
-        totals = [signal_handler.caught, self.failed, self.read]
+    def _reduce(self, ranks: int) -> tuple[int, int]:
+        """Set `agreed_signal` to the signal that any rank received; return failed and read records of all ranks."""
+        totals = [signal_handler.received, self.failed, self.read]
         if ranks > 1:
             shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
             dist.all_reduce(shared[1:], group=self._group)

@@ -15,10 +15,11 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import redact_secrets
+from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserMessage, format_error
 from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
 from depth_anything.training.config import STAGES, format_value
 from depth_anything.training.redact import install_redaction
@@ -93,7 +94,7 @@ def run_command(configs: Path) -> None:
             hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
         print(redact_secrets(shown.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
-        signal_handler.check()  # which one of Hydra's errors may have replaced
+        signal_handler.raise_if_received()  # which one of Hydra's errors may have replaced
         sys.exit(f"error: {redact_secrets(explain_hydra_error(error, flags.overrides))}")
 
 
@@ -271,9 +272,36 @@ def explain_hydra_error(error: BaseException, typed: Sequence[str]) -> str:
             return f"the key {path} is not in this config; type +{path}={values.get(path, 'VALUE')}"
         stage = values.get("stage", "")
         return unknown_key_message(path, stage if stage in STAGES else "", value=values.get(path))
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return _error_text(error, lines=1)
+
+
+def format_failure(error: BaseException, typed: Sequence[str]) -> str:
+    """Format an error of a run without secrets, its commands completed by what was typed.
+
+    Args:
+        error: As it was raised, perhaps wrapped by Hydra.
+        typed: The overrides of this command. "Start the same command again" is spelled out, and the labeling command
+            is given the places of the user's files.
+    """
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, UserMessage):
+        return redact_secrets(" ".join(_error_text(error).split()))
+    same = shlex.join(["python", "train.py", *typed])
+    places = ("sources", "size", "photos", "data_dir", "output_dir", "labels")
+    kept = [shlex.quote(override) for override in typed if override.partition("=")[0] in places]
+    commands = {
+        SAME_COMMAND: f"type  {same}  again",
+        PSEUDOLABEL_COMMAND: " ".join([PSEUDOLABEL_COMMAND.text, *kept]),
+    }
+    return redact_secrets(format_error(error, commands=commands))
+
+
+def _error_text(error: BaseException, *, lines: int | None = None) -> str:
+    """Return so many lines of an error in one; of OmegaConf's errors the key and the first line."""
     full_key = getattr(error, "full_key", None)
-    return (f"{full_key}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{full_key}: {text[0]}" if full_key else " ".join(text[:lines])
 
 
 def format_help(overrides: Sequence[str], configs: Path) -> str:

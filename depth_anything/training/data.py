@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
+from depth_anything.disk import write_new
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
 
@@ -206,11 +205,8 @@ class TrainData(pl.LightningDataModule):
             return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
         labels = open_labels(root, images, allow_partial=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = frozen.with_name(f".{frozen.name}.{uuid.uuid4().hex[:12]}.tmp")
-        temporary.write_text(json.dumps([shard.name for shard in labels.shards]))
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, frozen)  # the first rank's list holds for all
-        temporary.unlink()
+        # The list of the first rank holds for all.
+        write_new(frozen, json.dumps([shard.name for shard in labels.shards]).encode())
         return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
 
     def setup(self, stage: str) -> None:

@@ -286,9 +286,9 @@ def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
             warnings.simplefilter("always", ArgumentWarning)
             model = load_model(path, encoder=encoder)
     except UserError as error:
-        raise ValueError(format_error(error, typed)) from error
+        raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:
-        warnings.warn(format_error(warning.message, typed), warning.category, stacklevel=3)
+        warnings.warn(format_error(warning.message, flags=typed), warning.category, stacklevel=3)
     return model
 
 

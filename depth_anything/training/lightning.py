@@ -1,4 +1,4 @@
-"""What is asked of Lightning, and what is taken from it: callbacks, checkpoints in place, stopping and requeueing."""
+"""The use of PyTorch Lightning: Trainer arguments, callbacks, ranks, checkpoint files, stopping and requeueing."""
 
 import atexit
 import logging
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
+from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import save_with_digest
-from depth_anything.model.tensor_files import write_whole
+from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     Checkpoints,
     GracefulStop,
@@ -33,7 +35,7 @@ from depth_anything.training.callbacks import (
 )
 from depth_anything.training.data import TrainData
 from depth_anything.training.pseudolabel import ShardData
-from depth_anything.training.run_dir import RunDir
+from depth_anything.training.run_dir import RunDir, step_from_name
 from depth_anything.training.signals import (
     MAIN_PID_VARIABLE,
     StoppedBySignal,
@@ -42,88 +44,114 @@ from depth_anything.training.signals import (
     signal_name,
 )
 from depth_anything.training.valid_pixels import ValidPixelCheck
-from depth_anything.training.validation import ValidationCallback, open_validation_task
+from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
 
 T = TypeVar("T")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its final name and rename it: Lightning's own goes through the system's /tmp."""
+    """Write a checkpoint to a temporary file in its own folder and rename it.
+
+    Lightning's TorchCheckpointIO writes to the system's temporary folder and moves the file: between two file systems
+    that is a copy, which a kill leaves incomplete, and nothing is flushed to the disk.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write with a digest, flush to the disk, rename; a kill at any moment leaves the older checkpoints alone."""
-        write_whole(Path(path), lambda temporary: save_with_digest(checkpoint, temporary))
+        """Write with a digest, flush to the disk, rename; a kill at any moment leaves older checkpoints unchanged."""
+        with atomic_path(Path(path), make_folder=True, also=WRITE_ERRORS) as temporary:
+            save_with_digest(checkpoint, temporary)
 
 
-def trainer_arguments(*, callbacks: list[pl.Callback], max_steps: int, run_dir: str) -> dict[str, Any]:
-    """Collect the arguments of Lightning's Trainer that are no matter of configuration.
+def trainer_arguments(
+    *, callbacks: Sequence[pl.Callback], max_steps: int, run_dir: str, log_every: int = 50
+) -> dict[str, Any]:
+    """Collect the arguments of Lightning's Trainer that no config key sets.
 
-    Everything this project does itself is off; signals are ours (training/signals.py).
+    Lightning's checkpoints, progress bar, summary, loggers, validation loop and sampler are off: this project has its
+    own, for the reasons that their docstrings give. A ModelCheckpoint or ProgressBar among `callbacks` turns
+    Lightning's on again. Signals are handled in signals.py.
+
+    Args:
+        callbacks: In the order in which they act.
+        max_steps: Optimizer steps of the run.
+        run_dir: The run folder.
+        log_every: Steps between two log lines of Lightning's own callbacks, as LearningRateMonitor.
     """
     torch.set_float32_matmul_precision("high")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advice and advertisements
-    warnings.filterwarnings(
-        "ignore", message=".*LeafSpec", module="pytorch_lightning"
-    )  # its own debt to torch
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides tips and advertisements
+    # Lightning uses a class that torch has deprecated.
+    warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return {
-        "callbacks": callbacks,
+        "callbacks": list(callbacks),
         "plugins": plugins,
         "max_steps": max_steps,
         "max_epochs": -1,
         "limit_val_batches": 0,
         "logger": False,
+        "log_every_n_steps": log_every,
         "default_root_dir": run_dir,
         "use_distributed_sampler": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "enable_model_summary": False,
     }
 
 
 @contextmanager
 def translate_trainer_errors() -> Iterator[None]:
-    """Turn what Lightning's Trainer refuses, as a device that this machine does not have, into one sentence.
+    """Turn an error of Lightning's Trainer, as a device that this machine does not have, into a ValueError.
 
     Raises:
-        ValueError: Naming what the Trainer says.
+        ValueError: With Lightning's message.
     """
     try:
         yield
     except (MisconfigurationException, ImportError) as error:
-        raise ValueError(f"Lightning's Trainer refuses the keys of trainer: {error}") from error
+        raise ValueError(f"Lightning's Trainer rejects the keys of trainer or callbacks: {error}") from error
 
 
-def build_callbacks(config: Mapping[str, Any], folder: RunDir) -> list[pl.Callback]:
-    """Build the callbacks of a fitting stage, in the order they act in at a step boundary."""
+def build_callbacks(
+    config: Mapping[str, Any], run_dir: RunDir, added: Sequence[pl.Callback] = ()
+) -> list[pl.Callback]:
+    """Build the callbacks of a fitting stage, in the order in which they act at a step boundary.
+
+    Args:
+        config: The resolved config.
+        run_dir: The run folder.
+        added: Callbacks of the config's `callbacks`. They act before validation and checkpoints, so that both see what
+            they did at this step, as an average of the weights.
+    """
     metrics = TrainingMetrics(every=config["logging"]["every"], batch_size=config["batch_size"])
     validation = ValidationCallback(
         partial(open_validation_task, config),
-        folder,
+        run_dir,
         every=config["validation"]["every"],
         input_size=config["image_size"],
     )
-    checkpoints = Checkpoints(folder.checkpoints, **config["checkpoint"])
+    checkpoints = Checkpoints(run_dir.checkpoints, **config["checkpoint"])
     valid_pixels = ValidPixelCheck(every=config["logging"]["every"])
+    has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return [
         metrics,
         valid_pixels,
+        *added,
         validation,
         checkpoints,
-        TrainingProgress(metrics),
+        *([] if has_bar else [TrainingProgress(metrics)]),
         GracefulStop(checkpoints, every=10),
     ]
 
 
 def join_process_group(trainer: pl.Trainer) -> None:
-    """Keep Lightning's signal handlers away, and let ranks that are all started already form their group.
+    """Disable Lightning's signal handlers, and connect the ranks that are already running.
 
-    Lightning's handlers broadcast wherever the process stands. With a group a rank that fails while it prepares the
-    run tells the others; without one they would wait for it. Ranks that Lightning launches come later, in `fit`.
+    Lightning's handlers broadcast wherever the process is. With a process group, a rank that fails while it prepares
+    the run tells the others; without one they would wait for it. Ranks that Lightning launches come later, in `fit`.
     """
     connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
     assert hasattr(connector, "register_signal_handlers"), "Lightning renamed what this replaces"
@@ -134,32 +162,35 @@ def join_process_group(trainer: pl.Trainer) -> None:
         return
     if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
         os.environ[MAIN_PID_VARIABLE] = str(os.getpid())
-        if trainer.strategy.launcher is not None:  # they would wait for a rank 0 that has failed
+        if trainer.strategy.launcher is not None:  # the other ranks would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         return
     trainer.strategy.setup_environment()
 
 
-def start_run(trainer: pl.Trainer, folder: RunDir, config: Mapping[str, Any]) -> Path | None:
-    """Claim the run folder on rank 0 and return the checkpoint that every rank goes on from.
+def start_run(trainer: pl.Trainer, run_dir: RunDir, config: Mapping[str, Any]) -> Path | None:
+    """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
-        ValueError: On all ranks, with rank 0's sentence.
+        ValueError: On all ranks, with rank 0's message.
     """
     join_process_group(trainer)
     if not dist.is_initialized():
-        return folder.begin(config, main=trainer.is_global_zero)
-    return run_on_all_ranks(lambda: folder.begin(config, main=True) if trainer.is_global_zero else None)[0]
+        return run_dir.begin(config, main=trainer.is_global_zero)
+    return run_on_all_ranks(lambda: run_dir.begin(config, main=True) if trainer.is_global_zero else None)[0]
 
 
 def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """Prepare something on every rank that is there by now; see `together`."""
+    """Call `work` on every rank that is running by now; see `gather_or_raise`."""
     return gather_or_raise(dist.get_world_size() if dist.is_initialized() else 1, work)
 
 
 @contextmanager
 def translate_memory_errors(smaller: str) -> Iterator[None]:
-    """Turn what Python, torch or a GPU raise for lack of memory into a sentence that says what to type.
+    """Turn an out-of-memory error of Python, torch or a GPU into a ValueError that says what to type.
+
+    Args:
+        smaller: What to type for smaller batches.
 
     Raises:
         ValueError: If there is too little memory.
@@ -167,11 +198,13 @@ def translate_memory_errors(smaller: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", said):
+        message = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|can't allocate memory", message
+        ):
             raise
         raise ValueError(
-            f"there is too little memory ({said or type(error).__name__}); type {smaller}, and the same command goes on"
+            f"not enough memory ({message or type(error).__name__}); add {smaller} to the same command to continue"
         ) from error
 
 
@@ -181,20 +214,23 @@ def run_fit(
     """Train from a checkpoint, or from the first step."""
     with translate_memory_errors(f"micro_batch={largest_divisor(data.micro_batch)}"):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    if step_from_name(checkpoint) >= trainer.max_steps:
+        # No step was left, as after a kill between the last checkpoint and model.safetensors, and Lightning has not
+        # called `on_train_end`, where averaging callbacks replace the weights.
+        for callback in averaging_callbacks(trainer):
+            callback.on_train_end(trainer, module)
 
 
 def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:
-    """Label; a signal ends it at once, on all ranks that Lightning launched, and gives back the shards under way.
+    """Label images; a signal stops all ranks that Lightning launched at once, and releases unfinished shards.
 
     Raises:
-        Stopped: For a signal.
+        StoppedBySignal: For a signal.
     """
     join_process_group(trainer)
     try:
-        with (
-            signal_handler.interruptible(),
-            translate_memory_errors(f"batch_size={max(1, data.batch_size // 2)}"),
-        ):
+        smaller = f"batch_size={max(1, data.batch_size // 2)}"
+        with signal_handler.interruptible(), translate_memory_errors(smaller):
             trainer.predict(module, datamodule=data, return_predictions=False)
     except StoppedBySignal as stop:
         if is_launched_by_lightning():
@@ -207,36 +243,40 @@ def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData
         data.release_leases()
 
 
-def raise_if_incomplete(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """End the process when the run ended before its last step, as it does for a signal.
+def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -> None:
+    """End the process if the run ended before its last step, for a signal or for another reason.
 
-    Slurm's warning of the time limit (SIGUSR1, see slurm/train.sbatch) also queues the job again. SIGTERM does
-    not: it comes from `scancel`, or from a preemption that requeues by itself.
+    Slurm's warning before the time limit (SIGUSR1, see slurm/train.sbatch) also requeues the job. SIGTERM does not: it
+    comes from `scancel`, or from a preemption that requeues by itself.
 
     Raises:
-        Stopped: For a signal, on all ranks once rank 0 has queued the job again, as a launcher may end the job at
-            the first bad exit.
-        ValueError: If something else ended the run, as +trainer.max_time does; it is saved.
+        StoppedBySignal: For a signal, on all ranks, after rank 0 has requeued the job: a launcher may end the job at
+            the first nonzero exit code.
+        ValueError: If something else ended the run, as +trainer.max_time does; its last step is saved.
     """
     if trainer.global_step >= trainer.max_steps:
         return
-    agreement = next(c for c in callbacks if isinstance(c, GracefulStop))
-    number, step = agreement.agreed_signal, trainer.global_step
+    stop = next(callback for callback in callbacks if isinstance(callback, GracefulStop))
+    number, step = stop.agreed_signal, trainer.global_step
     if not number:
         raise ValueError(
-            f"Lightning ended the run at step {step} of {trainer.max_steps}, which is saved; the same command goes on"
+            f"a callback or Lightning ended the run at step {step} of {trainer.max_steps}, which is saved; "
+            "start the same command again to continue"
         )
     if trainer.is_global_zero:
         saved = f"saved at step {step}" if step else "before the first step"
-        print(f"stopped by {signal_name(number)} {saved}; the same command goes on", file=sys.stderr)
+        print(
+            f"stopped by {signal_name(number)} {saved}; start the same command again to continue",
+            file=sys.stderr,
+        )
         if number == signal.SIGUSR1:
             requeue_slurm_job(saved=step > 0)
-    agreement.wait_for_all_ranks()
+    stop.wait_for_all_ranks()
     raise StoppedBySignal(number)
 
 
 def requeue_slurm_job(*, saved: bool = True) -> None:
-    """Let Slurm queue this job again, or say that it is not; without Slurm do nothing.
+    """Ask Slurm to queue this job again and print if it does not; do nothing without Slurm.
 
     Args:
         saved: Whether there is a checkpoint; before the first step there is nothing to save.

@@ -1,4 +1,4 @@
-"""Where numbers go: a CSV file always, Weights & Biases when asked."""
+"""Loggers of a run: metrics.csv always, and Weights & Biases, TensorBoard or any Lightning logger when asked for."""
 
 import atexit
 import contextlib
@@ -11,28 +11,57 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
-from pytorch_lightning.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers.logger import DummyLogger, rank_zero_experiment
 
 from depth_anything.data.address import redact_secrets
-from depth_anything.data.tars import atomic_write
-from depth_anything.disk import name_write_errors
+from depth_anything.disk import atomic_write, name_write_errors
+
+
+def logger_nodes(logger: Mapping[str, Any] | None) -> list[Any]:
+    """List the `_target_` nodes of the config's `logger`.
+
+    Args:
+        logger: Names to nodes, as `logger=[wandb,tensorboard]` composes them, or a single node. Values without a
+            `_target_` are settings that nodes share, as `logger.project`.
+    """
+    if not logger:
+        return []
+    if "_target_" in logger:
+        return [logger]
+    return [node for node in logger.values() if isinstance(node, Mapping) and "_target_" in node]
+
+
+def build_loggers(metrics: Path, added: Sequence[Logger], *, step: int, main: bool) -> list[Logger]:
+    """List the loggers of a rank.
+
+    Args:
+        metrics: Path of metrics.csv, which rank 0 always writes.
+        added: Loggers of the config.
+        step: Step from which the run continues; later rows of metrics.csv are dropped.
+        main: Whether this is rank 0. Other ranks get a DummyLogger, as Lightning's monitors need one on every rank.
+    """
+    if not main:
+        return [DummyLogger()]
+    table = MetricsCSV(metrics)
+    table.rewind(step)
+    return [table, *map(SafeLogger, added)]
 
 
 @dataclass
 class MetricsTable:
-    """What metrics.csv holds.
+    """Content of metrics.csv.
 
     Attributes:
-        columns: The names of its header.
-        rows: The whole rows, column to text.
-        damaged: How many lines are no whole row: cut short, overwritten, of zero bytes. With a header that has no
-            step, all of them.
+        columns: Names in the header.
+        rows: The complete rows, column to text.
+        damaged: Number of lines that are not complete rows: cut short, overwritten, zero bytes. All lines if the header
+            has no step.
     """
 
     columns: list[str]
@@ -41,30 +70,30 @@ class MetricsTable:
 
 
 def read_metrics(path: Path) -> MetricsTable:
-    """Read metrics.csv, whatever a power cut or an editor has left of it; a missing file has no rows.
+    """Read metrics.csv, also one that a power cut or an editor has damaged; a missing file has no rows.
 
     Raises:
-        OSError: If it is there and cannot be read.
+        OSError: If the file exists and cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return MetricsTable([], [], 0)
-    cut = bool(lines.pop().strip())  # every row that was written whole ends its line
+    incomplete = bool(lines.pop().strip())  # a complete row ends with a newline
     lines = [line for line in lines if line.strip()]
     columns = _split_fields(lines[0]) if lines else []
     if columns.count("step") != 1 or len(set(columns)) < len(columns):
-        return MetricsTable([], [], len(lines) + cut)
-    found = [
-        dict(zip(columns, row, strict=True))
+        return MetricsTable([], [], len(lines) + incomplete)
+    rows = [
+        dict(zip(columns, fields, strict=True))
         for line in lines[1:]
-        if _is_valid_row(row := _split_fields(line), columns)
+        if _is_valid_row(fields := _split_fields(line), columns)
     ]
-    return MetricsTable(columns, found, len(lines) - 1 - len(found) + cut)
+    return MetricsTable(columns, rows, len(lines) - 1 - len(rows) + incomplete)
 
 
 def _split_fields(line: bytes) -> list[str]:
-    """Split a line into its fields; none where it holds what is no text."""
+    """Split a line into its fields; an empty list if it is not text."""
     try:
         text = line.decode("utf-8-sig").strip()
         return next(csv.reader([text]), []) if text.isprintable() else []
@@ -83,18 +112,18 @@ def _is_valid_row(fields: list[str], columns: list[str]) -> bool:
 
 
 class MetricsCSV(Logger):
-    """One row a step in metrics.csv; a resumed run continues the file at its own step.
+    """Write one row a step to metrics.csv; a resumed run continues the file at its own step.
 
-    Lightning's CSVLogger deletes the file of the interrupted run.
+    Lightning's CSVLogger deletes the file of the interrupted run and rewrites the whole file at every save.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Write to `path`; nothing is created before the first number."""
+        """Write to `path`; the file is created with the first number."""
         super().__init__()
         self.path = Path(path)
         self._columns: list[str] = []
-        self._row: dict[str, Any] = {}
-        self._waiting: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []  # rows that are not written yet
+        self._written_step = -1
 
     @property
     def name(self) -> str:
@@ -103,70 +132,85 @@ class MetricsCSV(Logger):
 
     @property
     def version(self) -> str:
-        """There is one file a run."""
+        """Empty: a run has one file."""
         return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder, which Lightning's callbacks ask for as `trainer.log_dir`."""
+        return str(self.path.parent)
 
     def log_hyperparams(self, params: Any) -> None:
         """Do nothing: config.yaml holds them."""
 
     def rewind(self, step: int) -> None:
-        """Drop rows after `step`, which a run resumed from `step` will write again, and lines that are no rows.
+        """Drop rows after `step`, which the resumed run will write again, and damaged lines.
 
-        A file with damaged lines is kept as metrics.csv.damaged, and named on standard error.
+        A file with damaged lines is copied to metrics.csv.damaged, and named on stderr.
         """
         if not self.path.is_file():
             return
         table = read_metrics(self.path)
         if table.damaged:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            shutil.copyfile(self.path, aside)
+            copy = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, copy)
             print(
-                f"{self.path} has {table.damaged} damaged lines: {len(table.rows)} whole rows are kept, and the file "
-                f"as it was is {aside.name}",
+                f"{self.path} has {table.damaged} damaged lines: {len(table.rows)} complete rows are kept, and a copy "
+                f"of the damaged file is {copy.name}",
                 file=sys.stderr,
             )
         rows = [row for row in table.rows if int(row["step"]) <= step]
         if rows:
-            self._columns = table.columns
+            self._columns, self._written_step = table.columns, int(rows[-1]["step"])
             self._rewrite(rows)
         else:
             self.path.unlink()
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add numbers to the row of `step`; the row before it is written, if need be with a later one."""
-        if self._row and self._row["step"] != step:
-            with contextlib.suppress(
-                OSError
-            ):  # on one rank of several: `save`, which all ranks hear of, raises it
-                self.save()
-        self._row.update({"step": step, **metrics})
+        """Add numbers to the row of `step`, and write the rows before it.
+
+        The row of the step before waits for one step more: Lightning's DeviceStatsMonitor is one step late.
+        """
+        row = next((row for row in self._pending if row["step"] == step), None)
+        if row is None:
+            row = {"step": step}
+            self._pending = sorted([*self._pending, row], key=lambda row: row["step"])
+        row.update(metrics)
+        # An error on one rank of several must wait for `save`, which reports it to all ranks.
+        with contextlib.suppress(OSError):
+            self._write(self._pending[:-2])
 
     def save(self) -> None:
-        """Write the row that is being filled, and those that could not be written before.
+        """Write all rows that are not written yet.
 
         Raises:
-            OSError: If the disk is full or cannot be written. The file keeps its whole rows, and the new ones wait.
+            OSError: If the disk is full or cannot be written. The file keeps its complete rows, and the new ones are
+                written by the next `save`.
         """
-        if self._row:
-            self._waiting.append(self._row)
-            self._row = {}
-        if not self._waiting:
+        self._write(self._pending)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
             return
-        names = dict.fromkeys(name for row in self._waiting for name in row)
-        if names.keys() <= set(self._columns):
-            self._append(self._waiting)
-        else:
+        names = dict.fromkeys(name for row in rows for name in row)
+        if names.keys() <= set(self._columns) and rows[0]["step"] > self._written_step:
+            self._append(rows)
+        else:  # a new column, or more numbers for a row that is written
             table, before = read_metrics(self.path), self._columns
             self._columns = list(dict.fromkeys([*table.columns, *before, *names]))
+            by_step: dict[int, dict[str, Any]] = {}
+            for row in [*table.rows, *rows]:
+                by_step.setdefault(int(row["step"]), {}).update(row)
             try:
-                self._rewrite([*table.rows, *self._waiting])
+                self._rewrite([by_step[step] for step in sorted(by_step)])
             except OSError:
                 self._columns = before
                 raise
-        self._waiting = []
+        self._written_step = max(self._written_step, rows[-1]["step"])
+        self._pending = [row for row in self._pending if not any(row is written for written in rows)]
 
     def last(self, prefix: str) -> dict[str, str]:
-        """Read the newest numbers whose names begin so, without the beginning; none where there are none."""
+        """Return the newest numbers whose names start with `prefix`, without the prefix; {} if there are none."""
         self.save()
         rows = [
             {
@@ -179,7 +223,7 @@ class MetricsCSV(Logger):
         return next((row for row in reversed(rows) if row), {})
 
     def finalize(self, status: str) -> None:
-        """Write what is left; after an error, which may be a full disk, as far as it can be written."""
+        """Write what is left; after an error, which may be a full disk, without raising another one."""
         with contextlib.nullcontext() if status == "success" else contextlib.suppress(OSError):
             self.save()
 
@@ -208,7 +252,7 @@ class MetricsCSV(Logger):
 
 
 class SafeLogger(Logger):
-    """Another logger, which never stops a run: where it fails it says so once and is not called again."""
+    """Wrap a logger so that it never stops a run: after its first error it is reported and no longer called."""
 
     def __init__(self, logger: Logger) -> None:
         """Wrap `logger`."""
@@ -232,7 +276,7 @@ class SafeLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """What the wrapped logger writes to, opened at the first call; None where it has failed."""
+        """The wrapped logger's experiment, opened at the first call; None after an error."""
         return self._call(lambda logger: getattr(logger, "experiment", None))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -244,13 +288,11 @@ class SafeLogger(Logger):
         self._call(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
 
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """Log pictures where the wrapped logger takes any."""
-        self._call(
-            lambda logger: logger.log_image(key, images, step) if hasattr(logger, "log_image") else None
-        )
+        """Log pictures, (H,W,3) uint8, if the wrapped logger or its experiment (TensorBoard's) accepts any."""
+        self._call(lambda logger: _log_image(logger, key, images, step))
 
     def save(self) -> None:
-        """Write what the wrapped logger holds back."""
+        """Write what the wrapped logger buffers."""
         self._call(lambda logger: logger.save())
 
     def finalize(self, status: str) -> None:
@@ -262,10 +304,10 @@ class SafeLogger(Logger):
             return None
         try:
             return use(self._logger)
-        except Exception as error:  # a service that died, a disk that is full, a library's own fault
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # a service that died, a full disk, a bug of a library
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
             print(
-                f"{type(self._logger).__name__} fails ({said}); training goes on without it, and metrics.csv has "
+                f"{type(self._logger).__name__} fails ({message}); training continues without it, and metrics.csv has "
                 "every number",
                 file=sys.stderr,
             )
@@ -274,19 +316,29 @@ class SafeLogger(Logger):
             return None
 
 
-def _silence_connection_errors_at_exit() -> None:
-    """Keep a library's farewell to a service that has died from printing a traceback at exit."""
-    told = sys.unraisablehook
+def _log_image(logger: Any, key: str, images: list[Any], step: int | None) -> None:
+    if hasattr(logger, "log_image"):
+        logger.log_image(key, images, step)
+        return
+    writer: Any = getattr(logger, "experiment", None)
+    if hasattr(writer, "add_image"):
+        for image in images:
+            writer.add_image(key, image, step, dataformats="HWC")
 
-    def hook(lost: Any) -> None:
-        if not isinstance(lost.exc_value, ConnectionError):
-            told(lost)
+
+def _silence_connection_errors_at_exit() -> None:
+    """Keep a library that says goodbye to a dead service from printing a traceback at exit."""
+    default_hook = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, ConnectionError):
+            default_hook(unraisable)
 
     sys.unraisablehook = hook
 
 
 class OfflineFallbackWandbLogger(WandbLogger):
-    """Weights & Biases, which goes offline where the service cannot be reached or refuses the key."""
+    """Weights & Biases logger that goes offline if the service cannot be reached or rejects the key."""
 
     @property
     @rank_zero_experiment
@@ -299,37 +351,39 @@ class OfflineFallbackWandbLogger(WandbLogger):
         except wandb.errors.CommError as error:  # of the network, or of the key
             if self._offline:
                 raise
-            said = str(error).splitlines()[0]
-            print(f"wandb goes offline ({said}); type  wandb sync  later to send the run", file=sys.stderr)
+            message = str(error).splitlines()[0]
+            print(
+                f"wandb goes offline ({message}); type  wandb sync  later to upload the run", file=sys.stderr
+            )
             wandb.teardown()
-            os.environ.pop("WANDB_API_KEY", None)  # one that is refused would be refused offline, too
+            os.environ.pop("WANDB_API_KEY", None)  # a rejected key would be rejected offline, too
             self._offline = True
             return super().experiment
 
 
 def wandb_run_id(name: str) -> str:
-    """Make a run's name an id that Weights & Biases takes; the same for the same name, and another for another.
+    """Turn a run's name into an id that Weights & Biases accepts; different names get different ids.
 
-    >>> legal_id("student-vits"), legal_id("exp/one")
+    >>> wandb_run_id("student-vits"), wandb_run_id("exp/one")
     ('student-vits', 'exp-one-79fb1d2a')
     """
-    kept = re.sub(r"[:;,#?/'\x00-\x1f\x7f]+", "-", name)[:100].strip()
-    if name and kept == name:
+    cleaned = re.sub(r"[:;,#?/'\x00-\x1f\x7f]+", "-", name)[:100].strip()
+    if name and cleaned == name:
         return name
-    return f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
-    """Open a Weights & Biases run whose id follows from the run's name, so that a requeued job goes on with it.
+    """Open a Weights & Biases run whose id follows from the run's name, so that a requeued job continues it.
 
-    Without a key (WANDB_API_KEY or ~/.netrc) or a network it writes offline into the run folder; `wandb sync` sends
-    it later.
+    Without a key (WANDB_API_KEY or ~/.netrc) or a network it writes offline into the run folder; `wandb sync`
+    uploads it later.
     """
     try:
-        known = netrc.netrc().authenticators("api.wandb.ai") is not None
+        has_login = netrc.netrc().authenticators("api.wandb.ai") is not None
     except (FileNotFoundError, netrc.NetrcParseError):
-        known = False
-    offline = not (known or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
+        has_login = False
+    offline = not (has_login or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
     return OfflineFallbackWandbLogger(
         project=project,
@@ -343,8 +397,10 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
 
 
 def _command_line_settings() -> dict[str, Any]:
-    """Have Weights & Biases store no metadata where what was typed, which belongs to it, has a secret."""
+    """Disable the metadata of Weights & Biases, which include the command line, if the command line has a secret."""
     import wandb
 
-    typed = " ".join(sys.argv)
-    return {"settings": wandb.Settings(x_disable_meta=True)} if redact_secrets(typed) != typed else {}
+    command_line = " ".join(sys.argv)
+    if redact_secrets(command_line) == command_line:
+        return {}
+    return {"settings": wandb.Settings(x_disable_meta=True)}

@@ -1,11 +1,10 @@
-"""stage=pseudolabel: the teacher labels every photograph exactly once, full frame (DESIGN.md §5).
+"""stage=pseudolabel: the teacher labels every photograph exactly once, at full frame (docs/contracts.md, labels).
 
-Labels are disparity whatever the teacher gives; `label_disparity` is the only conversion, `describe_teacher` names it.
-
-A shard of images is the unit of work. Whoever starts takes the next shard that is neither labelled nor leased,
-labels it in memory and publishes the whole label shard by rename, so that any number of processes may start, die
-and come back. Batches are formed inside one shard, by shape, in a fixed order: a shard labelled twice has the
-same bytes, and a lease only saves work.
+Labels are disparity for every kind of teacher: `convert_to_disparity` is the only conversion, and `describe_teacher`
+records it. The unit of work is a shard of images. Each process takes the next shard that has no labels and no lease,
+labels it in memory and publishes the complete label shard by rename, so any number of processes may start, die and
+start again. Batches are formed inside one shard, by shape, in a fixed order: a shard labeled twice has the same bytes,
+and a lease only saves work.
 """
 
 import json
@@ -23,22 +22,23 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, return_batch
+from depth_anything.data.loader import StreamLoader, next_or_failure, return_batch
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set
-from depth_anything.data.tars import write_new
 from depth_anything.data.transforms import normalize, resize_image
+from depth_anything.disk import write_new
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
+from depth_anything.progress import ProgressLine
 from depth_anything.training.signals import signal_handler
 
 PREPROCESSING_TEXT = (
@@ -46,23 +46,23 @@ PREPROCESSING_TEXT = (
 )
 LEASE_STALE_S = 120.0
 NON_FINITE_REASON = "the network gives no numbers (NaN or infinity)"
-MAX_REPORTED_IMAGES = 20  # images without a label; all of them are in NAME.json
+MAX_REPORTED_IMAGES = 20  # images without a label that are printed; NAME.json lists all of them
 MAX_WAITING_BATCHES = 16  # batches' worth of images that may wait for others of their shape
 MIN_DEPTH_SHARE = 1e-3
-"""Of a metric teacher's max_depth: nearer depths count as it. Labels keep 12 bits between a map's own extremes, and the
-inverse of a pixel at zero would take them all."""
+"""Share of a metric teacher's max_depth: nearer depths are set to it. Labels keep 12 bits between the extremes of a
+map, and the inverse of a pixel at zero would use them all."""
 
 
 def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tensor:
-    """Turn what a teacher's `forward` gives into disparity, larger being nearer: what labels are.
+    """Convert the output of a teacher's `forward` into disparity, larger is nearer, as labels hold it.
 
     Args:
-        teacher: Relative: its output is disparity already. Metric: metres, which are inverted. Calibrated: with scale
-            and shift its output is disparity in 1/metres; what lies behind `FARTHEST_M` counts as there.
-        output: Any shape, as `forward` gives it.
+        teacher: Relative: its output is disparity already. Metric: its output in meters is inverted. Calibrated: with
+            scale and shift its output is disparity in 1/meters, at least that of `FARTHEST_M`.
+        output: Any shape, as `forward` returns it.
 
     Returns:
-        float32, same shape; in 1/metres where the teacher knows metres. NaN stays NaN.
+        float32, same shape; in 1/meters where the teacher knows meters. NaN stays NaN.
     """
     output = output.float()
     if teacher.max_depth is not None:
@@ -74,11 +74,11 @@ def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.
 
 
 def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
-    """Say in a label set who made it and how its output became disparity; labels are mixed only where all agree.
+    """Build the record of the teacher that a label set keeps; labels are mixed only if all of it is equal.
 
     Returns:
-        "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of what the teacher predicts, which is
-        "depth" in "m" of metric and calibrated ones; "conversion" to the labels' disparity, None where there was none.
+        "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of the teacher's prediction, "depth" in
+        "m" for metric and calibrated teachers; "conversion" to the labels' disparity, None if there was none.
     """
     conversion = None
     if teacher.max_depth is not None:
@@ -98,49 +98,49 @@ def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
 
 
 class Lease:
-    """A note beside a label shard that says who is making it; a dead holder's note is void."""
+    """A file in the label folder that names the process labeling a shard; it expires when that process dies."""
 
-    _watch = FileWatch()  # of all notes that this process has come across
+    _watch = FileWatch()  # of all lease files that this process has seen
 
     def __init__(self, path: Path, *, pid: int) -> None:
-        """Name the note; `pid` is the process whose death voids it."""
+        """Name the file; the lease expires when the process `pid` of this host dies."""
         self.path, self.pid = path, pid
 
     @classmethod
-    def of(cls, labels: LabelSetWriter, shard: str, *, pid: int) -> "Lease":
-        """Name the lease of a label shard."""
+    def for_shard(cls, labels: LabelSetWriter, shard: str, *, pid: int) -> "Lease":
+        """Return the lease of a label shard."""
         return cls(Path(labels.root) / f".{shard}.lease", pid=pid)
 
-    def take(self) -> bool:
-        """Take the lease unless somebody alive holds it."""
+    def acquire(self) -> bool:
+        """Take the lease and return True, unless a living process holds it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if write_new(self.path, self._note().encode()):
+        if write_new(self.path, self._content().encode()):
             return True
-        if not self._void():
+        if not self._is_expired():
             return False
         self.path.unlink(missing_ok=True)
-        return write_new(self.path, self._note().encode())
+        return write_new(self.path, self._content().encode())
 
-    def touch(self) -> None:
-        """Show that the holder lives."""
+    def renew(self) -> None:
+        """Update the modification time, which shows that the holder is alive."""
         if self._is_mine():
             os.utime(self.path)
 
     def release(self) -> None:
-        """Give the lease back, unless somebody has taken it over."""
+        """Remove the file, unless another process has taken the lease over."""
         if self._is_mine():
             self.path.unlink(missing_ok=True)
 
-    def _note(self) -> str:
+    def _content(self) -> str:
         return json.dumps({"host": socket.gethostname(), "pid": self.pid})
 
     def _is_mine(self) -> bool:
         try:
-            return self.path.read_text() == self._note()
+            return self.path.read_text() == self._content()
         except FileNotFoundError:
             return False
 
-    def _void(self) -> bool:
+    def _is_expired(self) -> bool:
         try:
             holder = json.loads(self.path.read_text())
             host, pid = str(holder["host"]), int(holder["pid"])
@@ -148,28 +148,36 @@ class Lease:
             return True
         except (ValueError, KeyError, TypeError):
             host, pid = "", 0
-        still = (
-            LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
-        )  # the number may be another's by now
-        return self._watch.is_dead(self.path, host=host, pid=pid, still=still)
+        # On this host the process can be looked up, but its number may belong to another process by now.
+        timeout_s = LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
+        return self._watch.is_dead(self.path, host=host, pid=pid, timeout_s=timeout_s)
 
 
 @dataclass
 class ImageBatch:
-    """Images of one shape and one shard; the last of a shard is empty and tells what would not decode.
+    """Images of one shape from one shard.
 
-    A batch of a shard of no records says that this process waits for others.
+    The last batch of a shard has no images and lists the records that failed to decode. A batch with `records` 0
+    means that this process waits for shards that others are labeling.
+
+    Attributes:
+        set: Name of the image set.
+        shard: Name of the shard.
+        records: Number of records in the shard.
+        indices: Record numbers of the images.
+        image: (B,H,W,3) uint8.
+        failed: Record number and reason of each record that failed.
     """
 
     set: str
     shard: str
     records: int
     indices: list[int]
-    image: torch.Tensor  # (b,h,w,3) uint8
+    image: torch.Tensor
     failed: list[tuple[int, str]] = field(default_factory=list)
 
     def pin_memory(self) -> "ImageBatch":
-        """Let the loader put the pixels where the GPU can fetch them while it works."""
+        """Copy the pixels to pinned memory, from which the GPU copies them while it computes."""
         self.image = self.image.pin_memory()
         return self
 
@@ -181,7 +189,7 @@ class ImageBatch:
 
 
 class ShardBatches(IterableDataset):
-    """Take unlabelled shards one after another, here and in other processes, and cut them into batches."""
+    """Lease unlabeled shards one after another, while other processes do the same, and yield their batches."""
 
     def __init__(
         self,
@@ -197,47 +205,49 @@ class ShardBatches(IterableDataset):
 
         Args:
             labels: The label set to fill, by set name.
-            image_size: Short side the images are resized to.
-            patch: What both sides are multiples of.
+            image_size: Short side after resizing, pixels.
+            patch: Both sides become multiples of it.
             batch_size: Images of one shape at once.
-            rank: This process, of `world`; they begin at different shards.
-            world: Processes of this job.
+            rank: This process, of `world`; each begins at a different shard.
+            world: Number of processes of this job.
         """
         self.labels = dict(labels)
         self.image_size, self.patch, self.batch_size = image_size, patch, batch_size
         self.rank, self.world, self.pid = rank, world, os.getpid()
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        """Yield batches until every shard of every set has its labels, by whomever."""
+        """Yield batches until every shard of every set is labeled, by this process or another."""
+        batches = self._batches()
+        while (batch := next_or_failure(batches)) is not None:
+            yield batch
+
+    def _batches(self) -> Iterator[ImageBatch]:
         worker = get_worker_info()
-        lane = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
-        lanes = self.world * (worker.num_workers if worker else 1)
+        count = worker.num_workers if worker else 1
+        lane, lanes = self.rank * count + (worker.id if worker else 0), self.world * count
         work = [(name, shard.name) for name, labels in self.labels.items() for shard in labels.images.shards]
-        mine = work[lane::lanes] + [
+        order = work[lane::lanes] + [
             item for other in range(lanes) if other != lane for item in work[other::lanes]
         ]
-        handed: set[tuple[str, str]] = set()  # published as soon as the main process gets to it
+        yielded: set[tuple[str, str]] = set()  # the main process publishes them later
         while left := [
-            item for item in mine if item not in handed and not self.labels[item[0]].done(item[1])
+            item for item in order if item not in yielded and not self.labels[item[0]].done(item[1])
         ]:
-            before = len(handed)
+            before = len(yielded)
             for name, shard in left:
-                if (
-                    not self.labels[name].done(shard)
-                    and Lease.of(self.labels[name], shard, pid=self.pid).take()
-                ):
-                    yield from self.cut(name, shard)
-                    handed.add((name, shard))
-            if len(handed) == before:  # others hold what is left, and one of them may yet die
+                lease = Lease.for_shard(self.labels[name], shard, pid=self.pid)
+                if not self.labels[name].done(shard) and lease.acquire():
+                    yield from self.iter_shard(name, shard)
+                    yielded.add((name, shard))
+            if len(yielded) == before:  # others hold all shards that are left, and one of them may die
                 time.sleep(0.5)
-                yield ImageBatch(
-                    "", "", 0, [], torch.empty(0, dtype=torch.uint8)
-                )  # Lightning looks a batch ahead
+                # Lightning fetches one batch ahead; without this one it would hold the last real batch back.
+                yield ImageBatch("", "", 0, [], torch.empty(0, dtype=torch.uint8))
 
-    def cut(self, name: str, shard: str) -> Iterator[ImageBatch]:
-        """Cut a shard into batches of one shape; each leaves as soon as it is full, the rest at the end.
+    def iter_shard(self, name: str, shard: str) -> Iterator[ImageBatch]:
+        """Yield a shard in batches of one shape, each as soon as it is full, the rest at the end.
 
-        The order depends on the shard alone, and a record that fails leaves its place with its reason.
+        The order depends on the shard alone. A record that fails is listed with its reason in the last batch.
         """
         records = Records(self.labels[name].images)
         count = dict(records.shards)[f"{name}/{shard}"]
@@ -251,21 +261,20 @@ class ShardBatches(IterableDataset):
                 continue
             height, width = frame.image.shape[:2]
             height, width = resize_shape(height, width, self.image_size, self.patch)
-            same = waiting.setdefault((height, width), [])
-            same.append((index, resize_image(frame.image, height, width)))
-            if len(same) == self.batch_size:
+            same_shape = waiting.setdefault((height, width), [])
+            same_shape.append((index, resize_image(frame.image, height, width)))
+            if len(same_shape) == self.batch_size:
                 yield ImageBatch.stack(name, shard, count, waiting.pop((height, width)))
             elif sum(map(len, waiting.values())) > MAX_WAITING_BATCHES * self.batch_size:
-                yield ImageBatch.stack(
-                    name, shard, count, waiting.pop(max(waiting, key=lambda s: len(waiting[s])))
-                )
-        for same in waiting.values():
-            yield ImageBatch.stack(name, shard, count, same)
+                largest = max(waiting, key=lambda shape: len(waiting[shape]))
+                yield ImageBatch.stack(name, shard, count, waiting.pop(largest))
+        for same_shape in waiting.values():
+            yield ImageBatch.stack(name, shard, count, same_shape)
         yield ImageBatch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
 
 
 class ShardData(pl.LightningDataModule):
-    """The images to label, and where their labels go."""
+    """The image sets to label, and the label sets to write."""
 
     def __init__(
         self,
@@ -290,7 +299,7 @@ class ShardData(pl.LightningDataModule):
             workers: Loader processes a device; each reads a shard of its own.
             patch: The teacher's patch, pixels.
             precision: The trainer's; labels of two precisions are not mixed.
-            teacher: What the label sets say of the teacher, as `describe_teacher` gives it.
+            teacher: The teacher's record for the label sets, as `describe_teacher` builds it.
             codec: Of the labels.
 
         Raises:
@@ -312,31 +321,29 @@ class ShardData(pl.LightningDataModule):
         self.codec, self.precision = codec, precision
 
     def finished(self) -> bool:
-        """Tell whether every image of every set has its label; write the manifests that are still missing."""
+        """Return whether every image of every set has its label; write the manifests that are still missing."""
         return all([labels.finish() for labels in self.labels.values()])
 
     def summary(self) -> str:
-        """Say what every image has come to.
+        """Return how many labels each set has and how many images were skipped.
 
         Raises:
-            ValueError: If a set is not finished after all.
+            ValueError: If a set is not finished.
         """
         if not self.finished():
-            raise ValueError(
-                "not every shard has its labels; look at the messages above and start the same command again"
-            )
-        told = []
+            raise UserError("not every shard has its labels", ["read the messages above and ", SAME_COMMAND])
+        parts = []
         for name, labels in self.labels.items():
-            made = open_labels(labels.root, labels.images)
-            skipped = labels.images.records - made.records
-            told.append(
-                f"{made.records} labels of {name} in {labels.root}"
+            written = open_labels(labels.root, labels.images)
+            skipped = labels.images.records - written.records
+            parts.append(
+                f"{written.records} labels of {name} in {labels.root}"
                 + (f" ({skipped} skipped)" if skipped else "")
             )
-        return "finished: " + "; ".join(told)
+        return "finished: " + "; ".join(parts)
 
     def predict_dataloader(self) -> DataLoader:
-        """Build the loader of this process's share, which is whatever nobody else takes."""
+        """Build the loader of this process, which takes the shards that no other process has taken."""
         assert self.trainer is not None
         batches = ShardBatches(
             self.labels,
@@ -346,100 +353,109 @@ class ShardData(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        gpu = self.trainer.strategy.root_device.type == "cuda"
         return StreamLoader(
             batches,
             smaller=f"batch_size={max(1, self.batch_size // 2)}",
             batch_size=None,
             num_workers=self.workers,
-            pin_memory=gpu,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             collate_fn=return_batch,
         )
 
     def release_leases(self) -> None:
-        """Give back the shards that this process has taken and not finished."""
+        """Release the leases of shards that this process has not finished."""
         for labels in self.labels.values():
             for path in Path(labels.root).glob(".*.lease"):
                 Lease(path, pid=os.getpid()).release()
 
 
 class PseudoLabel(pl.LightningModule):
-    """The teacher at work: labels gathered in memory by shard, each shard published whole."""
+    """Run the teacher, gather the labels of each shard in memory, and publish each shard as a whole."""
 
     def __init__(self, model: DepthAnything, data: ShardData) -> None:
-        """Hold the teacher and the sets it fills."""
+        """Store the teacher and the sets that it labels."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self._data = (data,)
-        self._made: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard works outside the GIL
-        self._bar: tqdm | None = None
-        self._read = self._failed = self._mute = 0
+        self._data = (data,)  # in a tuple, which hides it from Lightning
+        self._encoded: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard releases the GIL
+        self._bar: ProgressLine | None = None
+        self._read = self._failed = self._non_finite = 0
 
     def on_predict_start(self) -> None:
-        """Open a bar over the images that had no label when this process began."""
+        """Open a progress bar over the images that had no label when this process started."""
         left = sum(labels.count_unlabeled_images() for labels in self._data[0].labels.values())
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = ProgressLine(
+            "labeling",
             total=left,
             unit="image",
-            dynamic_ncols=True,
-            mininterval=10.0 if quiet else 0.5,
-            ascii=quiet,
-            disable=not self.trainer.is_global_zero,
+            interval_s=10.0,
+            enabled=self.trainer.is_global_zero,
+            keep=True,
         )
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> int:
-        """Label a batch; after a shard's last one, publish the shard. Returns how many images that was."""
-        signal_handler.check()
+        """Label a batch; after the last batch of a shard, publish the shard. Returns the number of images."""
+        signal_handler.raise_if_received()
         if not batch.records:
             return 0
         labels = self._data[0].labels[batch.set]
-        lease = Lease.of(labels, batch.shard, pid=os.getpid())
-        made = self._made.setdefault((batch.set, batch.shard), {})
+        lease = Lease.for_shard(labels, batch.shard, pid=os.getpid())
+        encoded = self._encoded.setdefault((batch.set, batch.shard), {})
         if batch.indices:
             output = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
             disparity = convert_to_disparity(self.model, output)
-            good = (output.isfinite() & disparity.isfinite()).flatten(1).all(1).tolist()  # 1 / inf would be 0
-            for index, values, finite in zip(batch.indices, disparity.cpu().numpy(), good, strict=True):
-                if finite:
-                    made[index] = self._pool.submit(encode, values, codec=labels.codec)
-            lease.touch()
+            # The output is checked, too: the disparity of an infinite depth is 0.
+            finite = (output.isfinite() & disparity.isfinite()).flatten(1).all(1).tolist()
+            for index, values, is_finite in zip(batch.indices, disparity.cpu().numpy(), finite, strict=True):
+                if is_finite:
+                    encoded[index] = self._pool.submit(encode, values, codec=labels.codec)
+            lease.renew()
         else:
-            del self._made[batch.set, batch.shard]
-            named = {index for index, _ in batch.failed}.union(made)
-            mute = [(index, NON_FINITE_REASON) for index in range(batch.records) if index not in named]
-            self._refuse(batch, mute, labels.keys(batch.shard))
-            labels.publish(batch.shard, {i: label.result() for i, label in made.items()}, batch.failed + mute)
+            del self._encoded[batch.set, batch.shard]
+            accounted = {index for index, _ in batch.failed}.union(encoded)
+            non_finite = [(i, NON_FINITE_REASON) for i in range(batch.records) if i not in accounted]
+            self._check_failures(batch, non_finite, labels.keys(batch.shard))
+            published = {index: label.result() for index, label in encoded.items()}
+            labels.publish(batch.shard, published, batch.failed + non_finite)
             lease.release()
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
 
-    def _refuse(self, batch: ImageBatch, mute: list[tuple[int, str]], keys: Sequence[str]) -> None:
-        """Name the images without a label; stop before a shard is published when the fault is not the images'."""
-        skipped = [*batch.failed, *mute]
-        for index, reason in skipped[: max(0, MAX_REPORTED_IMAGES - self._failed - self._mute)]:
+    def _check_failures(
+        self, batch: ImageBatch, non_finite: list[tuple[int, str]], keys: Sequence[str]
+    ) -> None:
+        """Print the images without a label; stop before the shard is published if they are too many.
+
+        Raises:
+            ValueError: If a whole shard, or over 1 % of at least 1000 images, cannot be read; or if the network gives
+                NaN or infinity for over half of a shard, or over 1 % of at least 1000 images.
+        """
+        skipped = [*batch.failed, *non_finite]
+        for index, reason in skipped[: max(0, MAX_REPORTED_IMAGES - self._failed - self._non_finite)]:
             print(f"no label for {keys[index]!r} of {batch.set}/{batch.shard}: {reason}", file=sys.stderr)
         self._read += batch.records
-        self._failed, self._mute = self._failed + len(batch.failed), self._mute + len(mute)
-        many = self._read >= 1000
-        if len(batch.failed) == batch.records or (many and self._failed > 0.01 * self._read):
-            raise ValueError(
+        self._failed += len(batch.failed)
+        self._non_finite += len(non_finite)
+        many_read = self._read >= 1000
+        if len(batch.failed) == batch.records or (many_read and self._failed > 0.01 * self._read):
+            raise UserError(
                 f"{self._failed} of {self._read} images cannot be read, the last of {batch.set}/{batch.shard} "
-                f"({batch.failed[-1][1]}); look with `depth-anything verify` and start the same command again"
+                f"({batch.failed[-1][1]})",
+                ["check the set with `depth-anything verify` and ", SAME_COMMAND],
             )
-        seen = batch.records - len(batch.failed)
-        if 2 * len(mute) > seen or (many and mute and self._mute > 0.01 * self._read):
+        decoded = batch.records - len(batch.failed)
+        if 2 * len(non_finite) > decoded or (
+            many_read and non_finite and self._non_finite > 0.01 * self._read
+        ):
             precision = self._data[0].precision
-            raise ValueError(
-                f"{NON_FINITE_REASON} for {len(mute)} of {seen} images of {batch.set}/{batch.shard}, as "
-                f"{keys[mute[0][0]]!r}; "
-                + (
-                    f"its weights are no use at trainer.precision={precision}; type teacher=FILE for another teacher"
-                    if precision.startswith("32")
-                    else f"trainer.precision={precision} may overflow: try trainer.precision=32-true"
-                )
+            raise UserError(
+                f"{NON_FINITE_REASON} for {len(non_finite)} of {decoded} images of {batch.set}/{batch.shard}, as "
+                f"{keys[non_finite[0][0]]!r}, at trainer.precision={precision}",
+                "type teacher=FILE for another teacher"
+                if precision.startswith("32")
+                else "the precision may overflow: try trainer.precision=32-true",
             )
 
     def on_predict_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Keep the secrets of addresses out of tracebacks, warnings, log records and the files that Hydra writes."""
+"""Remove the secrets of addresses from tracebacks, warnings, log records and the files that Hydra writes."""
 
 import logging
 import sys
@@ -19,20 +19,20 @@ def redact_traceback(error: BaseException) -> str:
 
 
 def install_redaction() -> None:
-    """Redact what Python prints by itself: uncaught errors of any thread, warnings, and log records."""
+    """Redact what Python prints by itself: uncaught errors of all threads, warnings, and log records."""
     sys.excepthook = lambda kind, error, trace: print(redact_traceback(error), end="", file=sys.stderr)
-    threading.excepthook = lambda lost: print(
-        redact_traceback(lost.exc_value or lost.exc_type()), end="", file=sys.stderr
+    threading.excepthook = lambda uncaught: print(
+        redact_traceback(uncaught.exc_value or uncaught.exc_type()), end="", file=sys.stderr
     )
-    plain = warnings.formatwarning
-    if plain.__name__ != "redacted":
+    default_format = warnings.formatwarning
+    if default_format.__name__ != "redacted":
 
         def redacted(*arguments: Any, **keywords: Any) -> str:
-            return redact_secrets(plain(*arguments, **keywords))
+            return redact_secrets(default_format(*arguments, **keywords))
 
         warnings.formatwarning = redacted
-        make = logging.getLogRecordFactory()
-        logging.setLogRecordFactory(lambda *a, **k: _redact_record(make(*a, **k)))
+        make_record = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(lambda *a, **k: _redact_record(make_record(*a, **k)))
 
 
 def _redact_record(record: logging.LogRecord) -> logging.LogRecord:
@@ -45,7 +45,7 @@ def _redact_record(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def redact_hydra_files() -> None:
-    """Redact the config and the overrides where hydra.output_subdir or a sweep has Hydra write them."""
+    """Redact the config and the overrides that Hydra writes for hydra.output_subdir or a sweep."""
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()

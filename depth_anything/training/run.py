@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from depth_anything.model.weights import save_model
 from depth_anything.training import batch_plan, lightning
 from depth_anything.training.check_config import resolve_config
+from depth_anything.training.command import format_failure
 from depth_anything.training.data import write_missing_scenes
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.initialization import (
@@ -44,9 +45,9 @@ def main(cfg: DictConfig) -> None:
         else:
             fit(config)
     except Exception as error:
-        signal_handler.check()  # what a signal interrupts may raise an error of its own
+        signal_handler.raise_if_received()  # what a signal interrupts may raise an error of its own
         if isinstance(error, (ValueError, OSError, OmegaConfBaseException, InstantiationException)):
-            sys.exit(f"error: {batch_plan.complete_commands(batch_plan.error_message(error), sys.argv[1:])}")
+            sys.exit(f"error: {format_failure(error, sys.argv[1:])}")
         sys.exit(redact_traceback(error))  # a fault of ours; Hydra would print the passwords typed
 
 

@@ -1,13 +1,8 @@
-"""A run is a folder: who may write to it, what it holds, where it goes on (DESIGN.md §6)."""
+"""The folder of a run: its lock, its files, and the checkpoint from which it continues (docs/contracts.md, runs)."""
 
-import atexit
-import errno
-import fcntl
 import json
 import os
-import socket
 import sys
-import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -18,141 +13,25 @@ import torch
 import yaml
 
 from depth_anything.data.address import redact_nested
-from depth_anything.data.tars import atomic_write, remove_stale
-from depth_anything.disk import name_write_errors
-from depth_anything.locks import FileWatch, file_system_time, process_exists
+from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
     check_resume_checkpoint,
     check_same_run,
-    config_differences,
     read_checkpoint_facts,
     read_config,
     read_config_or_empty,
 )
 
-__all__ = ["RunLock", "RunDir", "config_differences", "launch_id", "is_requeued", "step_from_name"]
-
-HEARTBEAT_INTERVAL_S = 10.0
-LOCK_STALE_S = 60.0
-LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
 RANK0_TIMEOUT_S = 120.0
-
-
-class RunLock:
-    """One process writes to a run folder at a time.
-
-    A POSIX record lock (which the kernel drops when its process dies, and which forked workers do not hold)
-    keeps out processes of the same host; the heartbeat keeps out those of other hosts, where the file system
-    may not carry locks. Heartbeats are held against the file system's time; where that and the holder's own clock
-    do not say the same, the file is watched for a change.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Name the lock of `folder`."""
-        self.path = folder / "lock.json"
-        self._file: int | None = None
-        self._stop = threading.Event()
-
-    def acquire(self) -> None:
-        """Take the lock and keep its heartbeat going.
-
-        Raises:
-            ValueError: If another process holds it, naming host and pid.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        free: bool | None = True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # None: a file system without locks
-            free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-        holder = self._read(file)
-        here = holder.get("host") == socket.gethostname()
-        taken = free is False
-        if holder and not taken and not (here and (free or not process_exists(int(holder["pid"])))):
-            taken = self._shows_life(holder)
-        if taken:
-            os.close(file)
-            raise ValueError(
-                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}; "
-                "wait for it, stop it, or type name=ANOTHER_NAME"
-            )
-        self._file, self._process = file, os.getpid()
-        try:
-            self._beat()
-        except OSError:
-            self._file = None
-            os.close(file)
-            raise
-        atexit.register(self.release)  # a run on another host need not wait until the heartbeat is old
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Give the lock back; a dead process needs no release."""
-        if (
-            self._file is not None and self._process == os.getpid()
-        ):  # never by a process forked from the holder
-            self._stop.set()
-            self._thread.join()
-            file, self._file = self._file, None
-            os.ftruncate(file, 0)
-            os.close(file)
-
-    @staticmethod
-    def _read(file: int) -> dict[str, Any]:
-        try:
-            holder = dict(json.loads(os.pread(file, 4096, 0)))
-            return {
-                "host": str(holder["host"]),
-                "pid": int(holder["pid"]),
-                "heartbeat": float(holder["heartbeat"]),
-            }
-        except (ValueError, KeyError, TypeError):
-            return {}
-
-    def _shows_life(self, holder: dict[str, Any]) -> bool:
-        """Tell whether a process elsewhere still writes its heartbeat."""
-        now = file_system_time(self.path.parent)
-        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
-        if all(-HEARTBEAT_INTERVAL_S < age < LOCK_STALE_S for age in ages):
-            return True
-        if all(age >= LOCK_STALE_S for age in ages):
-            return False
-        told = f"process {holder['pid']} on {holder['host']}"
-        print(
-            f"waiting {LOCK_WATCH_S:.0f} s to see whether {told} still writes to {self.path.parent}",
-            file=sys.stderr,
-        )
-        watch, deadline = FileWatch(), time.monotonic() + LOCK_WATCH_S
-        watch.seconds_unchanged(self.path)
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, LOCK_WATCH_S / 4))
-            if watch.seconds_unchanged(self.path) == 0.0:
-                return True
-        return False
-
-    def _beat(self) -> None:
-        file = self._file
-        if file is not None:
-            sign = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-            text = json.dumps(sign).encode()
-            with name_write_errors(self.path):
-                os.pwrite(file, text, 0)
-                os.ftruncate(file, len(text))
-
-    def _run(self) -> None:
-        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
-            with suppress(OSError):  # a disk that is full or away for a moment; the next beat may succeed
-                self._beat()
 
 
 class RunDir:
     """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end.
 
-    Beside it best.safetensors, the best network of its validations, and best.json, which says how good and of when.
+    best.safetensors is the best model of its validations, and best.json names its step and metric.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, typed: Collection[str] = ()) -> None:
@@ -169,102 +48,104 @@ class RunDir:
         self.model = self.path / "model.safetensors"
         self.best, self.best_json = self.path / "best.safetensors", self.path / "best.json"
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
-        self.lock = RunLock(self.path)
+        self.lock = self._new_lock()
+
+    def _new_lock(self) -> FileLock:
+        return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
 
     def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
-        """Claim the folder on the main rank, and tell every rank which checkpoint the run goes on from.
+        """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
 
-        In this order: the folder's newest undamaged checkpoint, then `resume=`, then none, which leaves the
-        weights to `init=`. Damaged checkpoints are renamed to *.damaged and named on standard error.
+        1. the folder's newest undamaged checkpoint, 2. `resume=`, 3. None: the weights come from `init=`. Damaged
+        checkpoints are renamed to *.damaged and named on stderr.
 
         Raises:
-            ValueError: As `claim`; or if `resume=` is no checkpoint or damaged, or the main rank gave no sign for two
-                minutes.
-            OSError: If a checkpoint cannot be read now, which is no damage.
+            ValueError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
+                of life for two minutes.
+            OSError: If a checkpoint cannot be read now, which is not damage.
         """
         decision = self.path / "launch.json"
         if main:
             decision.unlink(missing_ok=True)
             self.claim(config)
-            checkpoint = self._starting_checkpoint(config)
+            checkpoint = self._choose_checkpoint(config)
             if checkpoint is not None and checkpoint.parent != self.checkpoints:
-                self._note(check_resume_checkpoint(checkpoint, config, typed=self.typed))
-            atomic_write(
-                decision,
-                json.dumps({"launch": launch_id(main=True), "checkpoint": str(checkpoint or "")}).encode(),
-            )
+                self._record_changes(check_resume_checkpoint(checkpoint, config, typed=self.typed))
+            content = {"launch": launch_id(main=True), "checkpoint": str(checkpoint or "")}
+            atomic_write(decision, json.dumps(content).encode())
         else:
-            self._wait_for(decision)
+            self._wait_for_rank0(decision)
         chosen = json.loads(decision.read_text())["checkpoint"]
         return Path(chosen) if chosen else None
 
-    def _wait_for(self, decision: Path) -> None:
-        """Wait until the main rank has decided; a large checkpoint takes it minutes, while its lock shows its life."""
+    def _wait_for_rank0(self, decision: Path) -> None:
+        """Wait until rank 0 has decided; reading a large checkpoint takes minutes, in which its heartbeat goes on."""
         watch, since = FileWatch(), time.monotonic()
         while _read_json(decision).get("launch") != launch_id(main=False):
             with suppress(FileNotFoundError):
                 if watch.seconds_unchanged(self.lock.path) == 0.0:
                     since = time.monotonic()
             if time.monotonic() - since > RANK0_TIMEOUT_S:
-                raise ValueError(f"rank 0 gave no sign in {self.path} for two minutes; see its own message")
+                raise ValueError(
+                    f"rank 0 showed no sign of life in {self.path} for two minutes; read its own message"
+                )
             time.sleep(0.2)
 
     def finished(self, steps: int) -> bool:
-        """Tell whether the run has its model and needs no further step."""
+        """Return whether the run has its model and needs no further step."""
         return self.model.is_file() and _read_json(self.path / "finished.json").get("steps", -1) >= steps
 
     def finish(self, steps: int) -> None:
-        """Note that the model of so many steps is there; the checkpoints may go."""
+        """Record that the model after `steps` steps is complete; from now on the checkpoints may be deleted."""
         atomic_write(self.path / "finished.json", json.dumps({"steps": steps}).encode())
 
     def read_best(self) -> dict[str, Any]:
-        """Read best.json: "step", "metric" and its "value", "images", "protocol", "judged"; {} if none is kept."""
-        note = _read_json(self.best_json) if self.best.is_file() else {}
-        return note if {"step", "metric", "value", "images", "protocol", "judged"} <= note.keys() else {}
+        """Read best.json: "step", "metric" and its "value", "images", "protocol", "judged"; {} if there is none."""
+        best = _read_json(self.best_json) if self.best.is_file() else {}
+        return best if {"step", "metric", "value", "images", "protocol", "judged"} <= best.keys() else {}
 
     def delete_best(self) -> None:
-        """Remove the best network of a run that begins anew, and what is said of it."""
+        """Delete best.json and best.safetensors, for a run that starts anew."""
         for path in (self.best_json, self.best):
             path.unlink(missing_ok=True)
 
     def describe_best(self) -> str:
-        """Name the best network of the validations, behind the last one; "" if there is none."""
+        """Return the path, step and metric of the best model as the end of a message; "" if there is none."""
         best = self.read_best()
         if not best:
             return ""
-        figure = f"{best['metric']} {best['value']:.4g}"
-        return f"; best on {best['images']}: {self.best} (step {best['step']}, {figure})"
+        value = f"{best['metric']} {best['value']:.4g}"
+        return f"; best on {best['images']}: {self.best} (step {best['step']}, {value})"
 
     def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
-        """Make the folder this run's: lock it, hold its config against `config`, write config.yaml.
+        """Lock the folder, compare its config.yaml with `config`, and write the new config.yaml.
 
         Args:
-            config: The composed config, plain values. overwrite=true renames an existing folder to NAME.1, .2 …
-                first; after a requeue it is ignored.
-            exclusive: Refuse a second process and another run's config. Labelling, which any number of processes
-                may do and whose label sets say themselves what made them, passes False.
+            config: The resolved config. overwrite=true first renames an existing folder to NAME.1, .2 …; it is
+                ignored after a requeue.
+            exclusive: Reject a second process and the config of another run. False for labeling, which any number of
+                processes may do; its label sets check their settings themselves.
 
         Raises:
-            ValueError: If another process writes to it, the saved config is another run's, or the run was trained
-                before and no checkpoint of it can be used, unless `resume` says where it goes on.
+            ValueError: If another process writes to the folder, the saved config is another run's, or the run was
+                trained before and none of its checkpoints can be used and `resume` names no other.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
             self.lock.acquire()
             if config["overwrite"] and self.config.is_file() and not is_requeued():
-                self._move_away()
-                self.lock = RunLock(self.path)
+                self._rename_existing()
+                self.lock = self._new_lock()
                 self.lock.acquire()
             self.compare(config)
             if config["resume"] is None and not self.finished(config["steps"]):
-                self._refuse_lost_progress()
-            for torn in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-                torn.unlink(missing_ok=True)
-        remove_stale(self.path)
+                self._check_progress_not_lost()
+        for folder in (self.path, self.checkpoints, self.pictures):
+            remove_stale(folder, exclusive=exclusive)
         text = yaml.safe_dump(redact_nested(config), sort_keys=False)
         atomic_write(self.config, text.encode())
 
-    def _move_away(self) -> None:
+    def _rename_existing(self) -> None:
         number = 1
         while (old := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
@@ -272,11 +153,11 @@ class RunDir:
         self.lock.release()
 
     def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
-        """Hold a config against the one of the run, if the folder has trained any step.
+        """Compare a config with the one of the run, if the run has trained any step.
 
         Args:
-            config: The composed config, plain values.
-            note: Write down and print what is changed on purpose.
+            config: The resolved config.
+            note: Print what is changed on purpose and add it to changes.txt.
 
         Returns:
             A line for each value that is changed on purpose.
@@ -287,99 +168,98 @@ class RunDir:
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
             return []
-        old, today, finished = read_config_or_empty(self.config), config, self.finished(config["steps"])
+        old, new, finished = read_config_or_empty(self.config), config, self.finished(config["steps"])
         if not old:
             old = read_checkpoint_facts(newest)[1] if newest is not None else {}
-            today = {key: value for key, value in config.items() if key in old or key == "resume_with"}
-            old, today = {**old, "steps": config["steps"]}, {**today, "steps": config["steps"]}
-        changes = check_same_run(
-            self.path, old, today, step=step_from_name(newest), finished=finished, typed=self.typed
-        )
+            new = {key: value for key, value in config.items() if key in old or key == "resume_with"}
+            old, new = {**old, "steps": config["steps"]}, {**new, "steps": config["steps"]}
+        step = step_from_name(newest)
+        changes = check_same_run(self.path, old, new, step=step, finished=finished, typed=self.typed)
         if note:
-            self._note(changes)
+            self._record_changes(changes)
         return changes
 
-    def _note(self, changes: list[str]) -> None:
-        """Print what changes from here on, and keep it in changes.txt, since config.yaml has the new values alone."""
+    def _record_changes(self, changes: list[str]) -> None:
+        """Print what changes from here on, and add it to changes.txt: config.yaml holds only the new values."""
         file = self.path / "changes.txt"
         known = file.read_text().splitlines() if file.is_file() else []
         new = [line for line in changes if line not in known]
         if new:
             atomic_write(file, ("\n".join([*known, *new]) + "\n").encode())
         for line in changes:
-            print(f"going on from {line}")
+            print(f"continuing from {line}")
 
     def newest_checkpoint(self) -> Path | None:
-        """Find the newest checkpoint that is whole and whose bytes are those that were written, or None."""
+        """Return the newest checkpoint that is complete and undamaged, or None."""
         return next((path for path in self._all_checkpoints() if not find_checkpoint_problem(path)), None)
 
     def _all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def _starting_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
-        """Choose where the run goes on, and set aside what is damaged: it would count among those that are kept."""
+    def _choose_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
+        """Choose where the run continues, and rename damaged checkpoints, so that they are not counted as kept."""
         if self.finished(config["steps"]):
             return None
         checkpoint, given = self.newest_checkpoint(), config["resume"]
         if checkpoint is None and given is not None:
             checkpoint = Path(given)
-            if reason := find_checkpoint_problem(checkpoint):
+            if problem := find_checkpoint_problem(checkpoint):
                 raise ValueError(
-                    f"resume={given} {reason}; type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one"
+                    f"resume={given} {problem}; type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one"
                 )
         for path in self._all_checkpoints():
             if path == checkpoint:
                 break
-            aside = path.with_name(f"{path.name}.damaged")
+            renamed = path.with_name(f"{path.name}.damaged")
             print(
-                f"{path} {find_checkpoint_problem(path)}: renamed to {aside.name}; going on from {checkpoint}",
+                f"{path} {find_checkpoint_problem(path)}: renamed to {renamed.name}; continuing from {checkpoint}",
                 file=sys.stderr,
             )
-            os.replace(path, aside)
+            os.replace(path, renamed)
         return checkpoint
 
-    def _refuse_lost_progress(self) -> None:
-        """Refuse to begin anew where the run was trained before; a run that a kill ended before its first
-        checkpoint has nothing to lose and may begin again.
+    def _check_progress_not_lost(self) -> None:
+        """Reject a start from step 0 if the run was trained before.
+
+        A run that was killed before its first checkpoint has nothing to lose and may start again.
 
         Raises:
-            ValueError: Naming what shows the progress, and what to type.
+            ValueError: Naming the file that shows the progress, and what to type.
         """
         if self.newest_checkpoint() is not None:
             return
-        sign, last = "", self._last_step_logged()
+        evidence, last = "", self._last_logged_step()
         saved = _read_json(self.saved).get("step")
         if saved is not None:
-            sign = f"{self.saved.name} says that step {saved} was saved"
-        if not sign and last > self._checkpoint_interval():
-            sign = f"{self.metrics.name} goes to step {last}"
-        if not sign and (self.path / "finished.json").is_file():
-            sign = "finished.json says that it was finished"
+            evidence = f"{self.saved.name} says that step {saved} was saved"
+        if not evidence and last > self._checkpoint_interval():
+            evidence = f"{self.metrics.name} goes to step {last}"
+        if not evidence and (self.path / "finished.json").is_file():
+            evidence = "finished.json says that it was finished"
         damaged = self._all_checkpoints()
         if damaged:
-            sign = f"{damaged[0]} {find_checkpoint_problem(damaged[0])}" + (
-                "" if len(damaged) == 1 else ", and so are the others"
-            )
-        if sign:
-            where = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
+            others = "" if len(damaged) == 1 else ", and so are the others"
+            evidence = f"{damaged[0]} {find_checkpoint_problem(damaged[0])}{others}"
+        if evidence:
+            missing = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
             raise ValueError(
-                f"{self.path} was trained before: {sign}{where}; type resume=CHECKPOINT for a copy that you have, "
-                "overwrite=true to set the folder aside and begin anew, or name=ANOTHER_NAME for a new run"
+                f"{self.path} was trained before: {evidence}{missing}; type resume=CHECKPOINT for a copy of one, "
+                "overwrite=true to rename the folder and start anew, or name=ANOTHER_NAME for a new run"
             )
         if last:
             print(
-                f"{self.path} begins again: it ended after step {last}, before its first checkpoint",
+                f"{self.path} starts again: it ended after step {last}, before its first checkpoint",
                 file=sys.stderr,
             )
 
-    def _last_step_logged(self) -> int:
+    def _last_logged_step(self) -> int:
         try:
             return max((int(row["step"]) for row in read_metrics(self.metrics).rows), default=0)
         except OSError:
             return 0
 
     def _checkpoint_interval(self) -> int:
-        """Steps between the checkpoints of the saved config; 0 if it does not say."""
+        """Return the steps between checkpoints in the saved config; 0 if it has none."""
         try:
             return int(read_config(self.config)["checkpoint"]["every"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -387,39 +267,39 @@ class RunDir:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a note of the run; {} where it is not there, or damaged by a power cut."""
+    """Read a JSON file of the run; {} if it is missing, or damaged by a power cut."""
     try:
-        note = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def step_from_name(checkpoint: Path | None) -> int:
-    """Read the optimizer step from the name of a checkpoint of ours; 0 for none and for others' names."""
+    """Parse the optimizer step from the name of a checkpoint; 0 for None and for other names."""
     number = checkpoint.stem.removeprefix("step-") if checkpoint is not None else ""
     return int(number) if number.isdecimal() else 0
 
 
 def find_checkpoint_problem(path: Path) -> str:
-    """Tell why a run cannot go on from a file, as the rest of a sentence; "" if it can.
+    """Return why a run cannot continue from a file, as the end of a message; "" if it can.
 
     Raises:
-        OSError: If it is there and cannot be read now.
+        OSError: If the file exists and cannot be read now.
     """
     if not path.is_file():
-        return "is no checkpoint of a run"
+        return "is not a checkpoint of a run"
     if damage := find_damage(path):
         return f"is damaged ({damage})"
     try:
         keys = torch.load(path, weights_only=True, mmap=True).keys()
-    except Exception:  # whatever it is, it is not ours
-        return "is no checkpoint of a run, or is cut short"
-    return "" if {"global_step", "loops", "state_dict"} <= keys else "is no checkpoint of a run"
+    except Exception:  # torch raises many types for files that are not checkpoints
+        return "is not a checkpoint of a run, or is cut short"
+    return "" if {"global_step", "loops", "state_dict"} <= keys else "is not a checkpoint of a run"
 
 
 def launch_id(*, main: bool) -> str:
-    """Name this start of the job, alike on all its ranks: by Slurm, torchrun, or the process that started them."""
+    """Return an id of this start of the job, equal on all its ranks: of Slurm, torchrun, or the parent process."""
     torchrun = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     for keys in (torchrun, ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")):
         if keys[0] in os.environ:
@@ -428,6 +308,6 @@ def launch_id(*, main: bool) -> str:
 
 
 def is_requeued() -> bool:
-    """Tell whether a cluster has started this job again."""
+    """Return whether a cluster has started this job again."""
     counts = (os.environ.get(key, "0") for key in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(int(count) > 0 for count in counts)

@@ -28,7 +28,7 @@ def stays(capsys, path, *line):
 
 
 @pytest.mark.parametrize("command", ["view", "stats"])
-def test_pictures_of_ones_own_stay(tmp_path, scenes, capsys, command):
+def test_view_and_stats_do_not_replace_a_users_picture(tmp_path, scenes, capsys, command):
     mine = tmp_path / "mine.png"
     line = (command, scenes, "--count", "2", "--output", mine)
     assert type_line(*line) == 0 and type_line(*line) == 0
@@ -45,13 +45,13 @@ def test_pictures_of_ones_own_stay(tmp_path, scenes, capsys, command):
     stays(capsys, mine, *line)
 
 
-def test_one_commands_picture_is_not_anothers(tmp_path, scenes, capsys):
+def test_a_command_does_not_replace_another_commands_picture(tmp_path, scenes, capsys):
     picture = tmp_path / "a.png"
     assert type_line("view", scenes, "--count", "2", "--output", picture) == 0
     stays(capsys, picture, "stats", scenes, "--count", "2", "--output", picture)
 
 
-def test_the_pictures_of_a_checked_set_stay(tmp_path, capsys):
+def test_check_reports_do_not_replace_a_users_files(tmp_path, capsys):
     make_set(tmp_path, yaml="unit: mm\n")
     line = ("shard", "custom", tmp_path / "set.yaml", tmp_path / "out", "--check-only")
     assert type_line(*line) == 0 and type_line(*line) == 0
@@ -62,7 +62,7 @@ def test_the_pictures_of_a_checked_set_stay(tmp_path, capsys):
         stays(capsys, tmp_path / "out" / name, *line)
 
 
-def test_figures_of_the_loader_stay(tmp_path, scenes, capsys):
+def test_bench_data_does_not_replace_a_users_file(tmp_path, scenes, capsys):
     mine = tmp_path / "figures.json"
     line = (
         "bench-data",
@@ -92,7 +92,7 @@ def relative(tmp_path):
     return tmp_path / "relative.safetensors"
 
 
-def test_calibrate_keeps_the_model_it_reads_and_all_others(tmp_path, relative, capsys):
+def test_calibrate_does_not_replace_other_models(tmp_path, relative, capsys):
     points = [word for x, metres in ((3, 5.0), (30, 1.0)) for word in ("--point", f"{x},9,{metres}")]
     line = ["calibrate", tmp_path / "a.png", *points, "--threshold", "10", "--weights"]
     out = tmp_path / "metric.safetensors"
@@ -120,7 +120,7 @@ def test_calibrate_keeps_the_model_it_reads_and_all_others(tmp_path, relative, c
 
 @pytest.mark.filterwarnings("ignore:.*does not keep the size")
 @pytest.mark.parametrize("to", ["safetensors", "official"])
-def test_export_keeps_the_model_it_reads_and_all_others(tmp_path, relative, weights, capsys, to):
+def test_export_does_not_replace_other_models(tmp_path, relative, weights, capsys, to):
     ending = {"safetensors": ".safetensors", "official": ".pth"}[to]
     line = ("export", "--weights", relative, "--to", to, "--output")
     stays(capsys, relative, *line, relative)
@@ -133,7 +133,7 @@ def test_export_keeps_the_model_it_reads_and_all_others(tmp_path, relative, weig
     stays(capsys, trained, *line, trained)
 
 
-def test_export_keeps_a_transformers_folder_of_others(tmp_path, relative, capsys):
+def test_export_does_not_replace_another_transformers_folder(tmp_path, relative, capsys):
     line = ("export", "--weights", relative, "--to", "transformers", "--output")
     assert type_line(*line, tmp_path / "own") == 0 and type_line(*line, tmp_path / "own") == 0
     (tmp_path / "others").mkdir()
@@ -141,7 +141,7 @@ def test_export_keeps_a_transformers_folder_of_others(tmp_path, relative, capsys
     stays(capsys, tmp_path / "others/config.json", *line, tmp_path / "others")
 
 
-def test_reports_keep_the_files_of_others(tmp_path, scenes, weights, capsys):
+def test_evaluate_does_not_replace_a_users_files(tmp_path, scenes, weights, capsys):
     line = (
         "evaluate",
         "--weights",
@@ -185,7 +185,7 @@ def test_names_are_escaped_where_commands_print_them(tmp_path, scenes, capsys):
     ],
 )
 @pytest.mark.parametrize("kind", ["images", "scenes", "merge"])
-def test_a_folder_with_files_of_others_gets_no_shards(tmp_path, capsys, kind, mine):
+def test_shards_are_not_written_into_a_folder_with_other_files(tmp_path, capsys, kind, mine):
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     lines = {
         "images": ("shard", "images", tmp_path / "a.png", tmp_path / "out"),
@@ -202,7 +202,7 @@ def test_a_folder_with_files_of_others_gets_no_shards(tmp_path, capsys, kind, mi
 
 
 @pytest.mark.parametrize("text", ["[1]", "not json", '{"source": 1}'])
-def test_settings_of_others_are_named_and_no_one_is_told_to_remove_their_folder(tmp_path, capsys, text):
+def test_unknown_settings_files_are_named_without_advice_to_remove_the_folder(tmp_path, capsys, text):
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "settings.json").write_text(text)
     said = complaint(capsys, "shard", "images", tmp_path / "a.png", tmp_path)
@@ -219,7 +219,7 @@ def test_settings_of_others_are_named_and_no_one_is_told_to_remove_their_folder(
         ("manifest.json", "CACHE MANIFEST"),
     ],
 )
-def test_indexing_keeps_the_indexes_and_manifests_of_others(tmp_path, scenes, capsys, name, text):
+def test_indexing_does_not_replace_other_indexes_and_manifests(tmp_path, scenes, capsys, name, text):
     for tar in scenes.glob("*.tar"):
         os.link(tar, tmp_path / tar.name)
     (tmp_path / name).write_text(text)
@@ -228,7 +228,7 @@ def test_indexing_keeps_the_indexes_and_manifests_of_others(tmp_path, scenes, ca
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_damaged_index_of_ones_own_is_made_again(tmp_path, scenes, capsys):
+def test_a_damaged_own_index_is_rebuilt(tmp_path, scenes, capsys):
     for tar in scenes.glob("*.tar"):
         os.link(tar, tmp_path / tar.name)
     line = ("shard", "index", tmp_path)
@@ -241,6 +241,6 @@ def test_a_damaged_index_of_ones_own_is_made_again(tmp_path, scenes, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp", ".png"])
-def test_a_sheet_of_any_suffix_is_written_again(tmp_path, scenes, suffix):
+def test_a_contact_sheet_of_any_format_is_replaced(tmp_path, scenes, suffix):
     line = ("view", scenes, "--count", "2", "--output", tmp_path / f"sheet{suffix}")
     assert type_line(*line) == 0 and type_line(*line) == 0

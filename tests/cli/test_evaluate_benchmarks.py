@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_benchmarks import make_da2k, make_diode, make_kitti, make_nyu_bts, make_sintel
+from benchmark_files import make_da2k, make_diode, make_kitti, make_nyu_bts, make_sintel
 from typing_commands import complaint
 
 from depth_anything.cli import main
@@ -32,12 +32,12 @@ def root(tmp_path_factory):
     return root
 
 
-def test_benchmarks_are_judged_and_what_is_missing_is_said(tmp_path, root, weights, capsys):
+def test_benchmarks_are_evaluated_and_missing_ones_are_named(tmp_path, root, weights, capsys):
     names = ("nyu", "sintel", "kitti", "da2k")
     arguments = ("--weights", weights, "--benchmarks", *names, "--root", root, "--output", tmp_path)
     assert evaluate(*arguments, "--input-size", 28, "--compare") == 1
     out, err = capsys.readouterr()
-    [line] = [line for line in err.splitlines() if "wrong way round" not in line]
+    [line] = [line for line in err.splitlines() if "inverted" not in line]
     assert line.startswith("depth-anything evaluate: sintel: ") and "http" in line
     assert "clipped to 0.001–10 m, compared in depth over pixels of the eigen_nyu crop" in out
     assert "MiDaS 3.1" in out and "Depth Anything V2 G" in out and "arXiv 2406.09414" in out
@@ -49,7 +49,7 @@ def test_benchmarks_are_judged_and_what_is_missing_is_said(tmp_path, root, weigh
         ["Depth Anything V2 L", "da2", "measured again"],
     ):
         assert any(all(word in text for word in line) for text in table.splitlines()), line
-    assert "zoedepth" in apart and "zoedepth" not in table and "only 2 of 654 images lie there" in apart
+    assert "zoedepth" in apart and "zoedepth" not in table and "only 2 of 654 images are there" in apart
     overview = out.rpartition("report: ")[2]
     assert "nyu (da2)" in overview and "kitti (da2)" in overview and "0.053 / 0.973" in overview
     (ours,) = [line for line in overview.splitlines() if "measured here" in line]
@@ -69,33 +69,32 @@ def test_benchmarks_are_judged_and_what_is_missing_is_said(tmp_path, root, weigh
         assert len(list(csv.DictReader(file))) == 2
 
 
-def test_a_set_of_ones_own_stands_alone(tmp_path, weights, capsys):
-    set_ = tmp_path / "nyu"  # of a benchmark's name, and yet not it
+def test_a_set_with_a_benchmarks_name_is_not_compared_with_published_results(tmp_path, weights, capsys):
+    set_ = tmp_path / "nyu"  # has a benchmark's name, but is another set
     assert main(["shard", "scenes", str(set_), "--count", "2", "--size", "42", "56"]) == 0
     capsys.readouterr()
     line = ("--weights", weights, "--data", set_, "--input-size", 28, "--output", tmp_path / "r", "--compare")
     assert evaluate(*line) == 0
     out = capsys.readouterr().out
-    (said,) = [text for text in out.splitlines() if "nothing is published" in text]
-    assert said == "nyu: nothing is published on a set of one's own that could stand beside this"
+    assert "nyu: no published result" in out
     assert report(tmp_path / "r")["published"] == [] and "Depth Anything V2" not in out
 
 
-def test_shares_and_one_process_write_one_table(tmp_path, scenes, weights, capsys, monkeypatch):
+def test_shares_and_one_process_write_the_same_table(tmp_path, scenes, weights, capsys, monkeypatch):
     monkeypatch.setattr(runner, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--limit", 5)
     assert evaluate(*arguments, "--output", tmp_path / "one") == 0
     capsys.readouterr()
     assert evaluate(*arguments, "--output", tmp_path / "parts", "--part", "2/2") == 0
-    assert "3 images of 5 not judged yet (this was share 2 of 2)" in capsys.readouterr().out
+    assert "3 images of 5 not evaluated yet (this was share 2 of 2)" in capsys.readouterr().out
     assert not (tmp_path / "parts/results.json").exists()
     assert evaluate(*arguments, "--output", tmp_path / "parts", "--part", "1/2") == 0
     for name in ("table.txt", "results.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def by_two(folder, *words):
-    """Two processes of torchrun, batches of two."""
+def run_two_processes(folder, *words):
+    """Run a command in two processes of torchrun, with batches of two."""
     code = (
         "import sys\n"
         "from depth_anything.cli import main\n"
@@ -103,26 +102,26 @@ def by_two(folder, *words):
         "judging.BATCH_SIZE = 2\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    (folder / "judge.py").write_text(code)
+    (folder / "evaluate_in_pairs.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, str(folder / "judge.py"), *map(str, words)], capture_output=True, text=True
+        [*command, str(folder / "evaluate_in_pairs.py"), *map(str, words)], capture_output=True, text=True
     )
 
 
-def test_what_the_second_process_cannot_read_is_an_exit_code(tmp_path, weights):
+def test_a_file_that_the_second_process_cannot_read_gives_exit_code_1(tmp_path, weights):
     make_sintel(tmp_path / "sintel")
     make_diode(tmp_path / "diode")
     (tmp_path / "sintel/training/final/market_5/frame_0001.png").unlink()  # the third of four
     line = ("--weights", weights, "--benchmarks", "sintel", "diode", "--root", tmp_path, "--device", "cpu")
-    done = by_two(tmp_path, "evaluate", *line, "--input-size", 28, "--output", tmp_path / "out")
+    done = run_two_processes(tmp_path, "evaluate", *line, "--input-size", 28, "--output", tmp_path / "out")
     assert done.returncode == 1
-    assert "sintel: 2 images of 4 not judged yet (this was share 1 of 2)" in done.stdout
+    assert "sintel: 2 images of 4 not evaluated yet (this was share 1 of 2)" in done.stdout
     assert done.stderr.count("evaluate: sintel: sintel/final/market_5/frame_0001: its image is missing") == 1
     assert list(json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]) == ["diode"]
 
 
-def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, monkeypatch):
+def test_torchrun_and_one_process_write_the_same_table(tmp_path, scenes, weights, monkeypatch):
     monkeypatch.setattr(runner, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--device", "cpu", "--output")
     words = ["evaluate", *map(str, arguments)]
@@ -130,7 +129,7 @@ def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, mon
     torch.set_num_threads(1)  # as torchrun's processes have; another number may change the seventh digit
     assert main([*words, str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
-    done = by_two(tmp_path, *words, tmp_path / "two")
+    done = run_two_processes(tmp_path, *words, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1
     assert [path.name[-10:] for path in sorted((tmp_path / "two/rows").iterdir())] == [
@@ -141,7 +140,7 @@ def test_torchrun_and_one_process_write_one_table(tmp_path, scenes, weights, mon
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_maps_of_predict_are_judged_as_the_model(tmp_path, root, weights, capsys):
+def test_maps_of_predict_have_the_scores_of_the_model(tmp_path, root, weights, capsys):
     images = root / "nyu/official_splits/test"
     predict = ("predict", images, "--weights", weights, "--input-size", 28, "--output", tmp_path / "maps")
     assert main([*map(str, predict), "--format", "npy", "--device", "cpu"]) == 0
@@ -152,19 +151,19 @@ def test_maps_of_predict_are_judged_as_the_model(tmp_path, root, weights, capsys
     assert a["means"] == pytest.approx(b["means"], rel=1e-5) and b["facts"]["quantity"] == "disparity"
 
 
-def test_refusals(tmp_path, root, weights, capsys):
+def test_wrong_options_are_refused(tmp_path, root, weights, capsys):
     given = ("evaluate", "--weights", weights)
     assert "add --root DIR" in complaint(capsys, *given, "--benchmarks", "nyu")
-    assert "unknown benchmark 'nyuu'" in complaint(capsys, *given, "--benchmarks", "nyuu", "--root", root)
-    assert "nothing to judge" in complaint(capsys, "evaluate", "--data", root)
+    assert "'nyuu'" in complaint(capsys, *given, "--benchmarks", "nyuu", "--root", root)
+    assert "--weights PATH" in complaint(capsys, "evaluate", "--data", root)
     line = (*given, "--benchmarks", "nyu", "--root", root, "--output", tmp_path, "--protocol")
-    assert "protocol 'zoedepth' compares metres and fits no disparity" in complaint(capsys, *line, "zoedepth")
-    assert "says nothing of NYU" in complaint(capsys, *line, "moge")
+    assert "'zoedepth'" in complaint(capsys, *line, "zoedepth")
+    assert "'moge'" in complaint(capsys, *line, "moge")
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps/x.npy", np.ones((2, 2)))
     maps = ("evaluate", "--predictions", tmp_path / "maps", "--benchmarks", "nyu", "--root", root)
     assert "add --quantity" in complaint(capsys, *maps)
-    assert "no prediction of 'nyu/" in complaint(capsys, *maps, "--quantity", "depth", "--output", tmp_path)
+    assert "'nyu/" in complaint(capsys, *maps, "--quantity", "depth", "--output", tmp_path)
     with pytest.raises(SystemExit):
         evaluate("--weights", weights, "--data", root, "--part", "3/2")
-    assert "'3/2' is no share" in capsys.readouterr().err
+    assert "'3/2'" in capsys.readouterr().err

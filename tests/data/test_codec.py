@@ -56,14 +56,14 @@ def test_shapes(shape):
         (0, 1e-45),
     ],
 )
-def test_bound_and_ends_hold_in_float32_wherever_the_range_lies(low, high):
+def test_error_bound_and_extremes_hold_in_float32_for_every_range(low, high):
     rng = np.random.default_rng(2)
     values = (low + (high - low) * rng.random((300, 300))).astype(np.float32)
     values[0, 0], values[-1, -1] = low, high
     assert_within_bound(values)
 
 
-def test_bound_holds_where_values_fall_between_levels():
+def test_error_bound_holds_for_values_between_levels():
     # The values farthest from any level are those halfway between two.
     values = ((np.arange(4160 * 2 + 1) / (4160 * 2)).astype(np.float32) + np.float32(0.1)).reshape(1, -1)
     assert_within_bound(values)
@@ -77,7 +77,7 @@ def test_constant_maps(value, codec):
     np.testing.assert_array_equal(decode(encode(values, codec=codec)), values)
 
 
-def test_nan_and_infinities_are_kept_where_they_are():
+def test_nan_and_infinities_are_stored_exactly():
     values = plausible_map(61, 83)
     values[:20] = np.inf
     values[30, 5:50] = np.nan
@@ -88,7 +88,7 @@ def test_nan_and_infinities_are_kept_where_they_are():
     )
 
 
-def test_f32_keeps_every_bit():
+def test_f32_is_lossless():
     bits = np.random.default_rng(3).integers(
         0, 2**32, (64, 48), dtype=np.uint32
     )  # all kinds of NaN among them
@@ -137,7 +137,7 @@ def test_smaller_than_16_bit_png():
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4,), (2, 3, 4), ()])
-def test_refuses_what_is_no_map(shape):
+def test_refuses_arrays_that_are_not_maps(shape):
     with pytest.raises(ValueError, match="shape"):
         encode(np.zeros(shape, np.float32), codec="q12")
 
@@ -153,7 +153,7 @@ def packed(kind=1, flags=0, steps=4160, height=4, width=4, low=0.0, high=1.0, pa
     return b"DAM1" + struct.pack("<I", zlib.crc32(rest)) + rest
 
 
-def test_the_hand_packed_map_is_sound():
+def test_hand_packed_map_decodes():
     np.testing.assert_array_equal(decode(packed()).shape, (4, 4))
 
 
@@ -186,18 +186,18 @@ def test_refuses_hostile_files(hostile):
         decode(packed(**hostile))
 
 
-def test_refuses_sizes_the_bytes_cannot_hold_before_allocating():
+def test_refuses_sizes_the_bytes_cannot_contain_before_allocating():
     import tracemalloc
 
     rest = struct.pack("<BBHIIff", 1, 0, 4160, 32768, 2048, 0.0, 1.0) + bytes(64)
     tracemalloc.start()
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(ValueError, match=str(32768 * 2048 * 2)):
         decode(b"DAM1" + struct.pack("<I", zlib.crc32(rest)) + rest)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
 
-def test_every_damage_is_seen():
+def test_every_damage_is_detected():
     data = encode(plausible_map(24, 24), codec="q12")
     rng = np.random.default_rng(4)
     for place in [*range(28), *rng.integers(28, len(data), 200).tolist()]:
@@ -219,7 +219,7 @@ def test_same_bytes_twice():
 
 @pytest.mark.parametrize("codec", ["q12", "f32"])
 @pytest.mark.parametrize("specials", [False, True])
-def test_a_part_is_cut_from_the_whole(codec, specials):
+def test_decoded_part_equals_the_part_of_the_whole(codec, specials):
     values = plausible_map(70, 53)
     if specials:
         values[3:20, 5:9], values[40, ::3], values[69, 52] = np.nan, np.inf, -np.inf
@@ -233,7 +233,7 @@ def test_a_part_is_cut_from_the_whole(codec, specials):
             np.testing.assert_array_equal(part, whole[rows, columns])
 
 
-def test_a_part_of_what_is_damaged_is_refused():
+def test_part_of_a_damaged_map_is_refused():
     data = bytearray(encode(plausible_map(64, 64), codec="q12"))
     data[-1] ^= 1  # of the last rows, which are not asked for
     with pytest.raises(ValueError, match="checksum"):

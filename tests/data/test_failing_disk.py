@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_shards import make, records
+from shard_builders import make, records
 
-from depth_anything.data import dataset, remote
+from depth_anything.data import dataset, retry
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
 from depth_anything.data.sample import Frame, encode_frame
@@ -32,9 +32,9 @@ PASSING = [
 def waits(monkeypatch):
     """The seconds that would have been waited."""
     told = []
-    monkeypatch.setattr(remote, "sleep", told.append)
+    monkeypatch.setattr(retry, "sleep", told.append)
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    remote._reported.clear()
+    retry._reported.clear()
     return told
 
 

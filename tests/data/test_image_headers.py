@@ -32,14 +32,14 @@ def turned():
 
 
 @pytest.mark.parametrize("kind", ["HEIC", "AVIF", "JPEG2000"])
-def test_what_phones_and_archives_write_is_read(kind):
+def test_formats_of_phones_and_archives_are_read(kind):
     got = decode_image(file(kind))
     assert got.dtype == np.uint8 and got.shape == RAMP.shape
     assert np.abs(got.astype(int) - RAMP).mean() < 2
 
 
 @pytest.mark.parametrize("kind", ["HEIC", "AVIF", "PNG", "WEBP"])
-def test_orientation_is_applied_once_in_each_kind(kind):
+def test_orientation_is_applied_once_in_each_format(kind):
     got = decode_image(file(kind, exif=turned()))
     assert got.shape == (90, 60, 3)
     assert np.abs(got.astype(int) - np.rot90(RAMP, -1)).mean() < 5
@@ -63,13 +63,13 @@ def test_bigtiff_is_read():
         ("JPEG2000", {}, 3),
     ],
 )
-def test_the_cost_of_each_kind_is_known_from_its_header(kind, options, channels):
+def test_decode_cost_of_each_format(kind, options, channels):
     cost = estimate_decode_cost(file(kind, **options))
     assert (cost.width, cost.height, cost.pixels, cost.channels) == (90, 60, 5400, channels)
     assert cost.bytes >= 5400 * (channels + 3)
 
 
-def test_the_cost_of_a_large_file_is_known_when_only_its_header_is_there():
+def test_decode_cost_needs_only_the_header():
     header = struct.pack(">IIBBBBB", 14_000, 14_000, 16, 6, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     cost = estimate_decode_cost(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT")
@@ -135,7 +135,7 @@ def webp(width, height):
     ],
     ids=["gif", "codestream", "box", "tile", "webp"],
 )
-def test_a_small_header_around_something_large_is_refused_by_its_size(data):
+def test_small_header_with_a_large_image_inside_is_refused(data):
     with pytest.raises(ValueError, match="200 megapixels"):
         decode_image(data)
 
@@ -168,18 +168,18 @@ def test_thousands_of_channels_are_refused():
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\x93NUMPY\1\0", "NumPy"),
-        (b"RIFF\x10\0\0\0WAVEfmt ", "sound"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "audio"),
         (b"not at all", "neither JPEG"),
     ],
 )
-def test_other_files_are_named_with_what_to_do(data, words):
+def test_other_formats_are_named_in_the_error(data, words):
     for read in (decode_image, estimate_decode_cost):
         with pytest.raises(ValueError, match=words):
             read(data)
     assert is_image_or_video(data) == (words != "neither JPEG")
 
 
-def test_a_cameras_raw_file_is_no_photograph_though_it_begins_as_a_tiff():
+def test_camera_raw_files_are_refused():
     for tags in ({50706: b"\1\4\0\0"}, {254: 1, 330: 8}):
         info = TiffImagePlugin.ImageFileDirectory_v2()
         for tag, value in tags.items():
@@ -192,7 +192,7 @@ def test_a_cameras_raw_file_is_no_photograph_though_it_begins_as_a_tiff():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
-def test_further_pictures_are_noted(kind):
+def test_further_pictures_give_a_warning(kind):
     more = [Image.fromarray(RAMP[::-1].copy())]
     data = file(kind, save_all=True, append_images=more)
     got = decode_image(data)
@@ -215,7 +215,7 @@ def sixteen_bit_color(levels):
 @pytest.mark.parametrize(
     "make", [lambda levels: file("PNG", levels), lambda levels: file("TIFF", levels), sixteen_bit_color]
 )
-def test_twelve_bits_in_sixteen_are_noted(make):
+def test_twelve_bit_values_in_sixteen_bits_give_a_warning(make):
     levels = np.linspace(0, 4095, 5400).reshape(60, 90).astype(np.uint16)
     for factor, noted in ((1, True), (16, False)):
         data = make(levels * factor)
@@ -223,7 +223,7 @@ def test_twelve_bits_in_sixteen_are_noted(make):
         assert len(notes) == noted and all("12-bit" in note for note in notes)
 
 
-def test_too_little_memory_is_the_files_fault(monkeypatch):
+def test_too_little_memory_is_a_value_error(monkeypatch):
     def too_little(self):
         raise MemoryError
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_labels_from_start_to_finish(tmp_path, images):
         np.testing.assert_allclose(decode(fields["disparity.q12"]), values("b", number), atol=5 / 8190)
 
 
-def test_sidecar_says_everything(tmp_path, images):
+def test_sidecar_records_shard_images_teacher_and_skipped(tmp_path, images):
     finished(tmp_path / "labels", images, b=[3])
     content = json.loads((tmp_path / "labels" / "b.json").read_text())
     info = open_set(tmp_path / "labels").shards[1]
@@ -100,7 +101,7 @@ def test_sidecar_says_everything(tmp_path, images):
     assert content["image"] == {"set": "set", "records": 4, "hash": images.shards[1].hash}
     assert content["teacher"] == TEACHER and content["preprocessing"] == "518" and content["codec"] == "q12"
     assert content["values"] == [98.0, 105.0] and content["skipped"] == {"set/b/3": "truncated jpeg"}
-    assert content == read_label_sidecar(tmp_path / "labels", "b")
+    assert content == asdict(read_label_sidecar(tmp_path / "labels", "b"))
 
 
 def test_same_labels_same_bytes(tmp_path, images):
@@ -113,7 +114,7 @@ def test_same_labels_same_bytes(tmp_path, images):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
 
 
-def test_in_is_out_and_skipped(tmp_path, images):
+def test_every_image_has_a_label_or_a_reason(tmp_path, images):
     labels = label_set(tmp_path / "labels", images)
     data = encode(values("a", 0), codec="q12")
     for made, failed in (
@@ -122,10 +123,10 @@ def test_in_is_out_and_skipped(tmp_path, images):
         ({0: data, 1: data, 2: data, 4: data}, []),
         ({}, [(0, "x"), (0, "x"), (1, "x"), (2, "x")]),
     ):
-        with pytest.raises(ShardError, match="one label or one reason"):
+        with pytest.raises(ShardError, match="labels/a: .* 4 images"):
             labels.publish("a", made, failed)
     assert not labels.done("a") and not (tmp_path / "labels").exists()
-    with pytest.raises(ShardError, match="4 images do not make 2 labels and 1 skipped"):
+    with pytest.raises(ShardError, match="a: 4 images, but 2 labels and 1 skipped"):
         write_label_sidecar(
             tmp_path,
             ShardInfo("a", 2, 10240, "sha256:0"),
@@ -139,7 +140,7 @@ def test_in_is_out_and_skipped(tmp_path, images):
         )
 
 
-def test_a_shard_without_one_good_image(tmp_path, images):
+def test_shard_without_labels_is_left_out_of_the_manifest(tmp_path, images):
     finished(tmp_path / "labels", images, b=[0, 1, 2, 3])
     opened = open_labels(tmp_path / "labels", images)
     assert [shard.name for shard in opened.shards] == ["a", "c"] and opened.meta["skipped"] == 4
@@ -147,22 +148,20 @@ def test_a_shard_without_one_good_image(tmp_path, images):
     assert verify_set(tmp_path / "labels", decode=True) == []
 
 
-def test_unreadable_image_shard_is_labelled_as_skipped(tmp_path, images):
+def test_images_of_an_unreadable_shard_are_skipped(tmp_path, images):
     labels = label_set(tmp_path / "labels", images)
     (tmp_path / "images" / "a.tar").write_bytes(b"")
     labels.publish("a", {}, [(i, "a.tar is empty") for i in range(COUNT)])
-    assert len(read_label_sidecar(tmp_path / "labels", "a")["skipped"]) == COUNT and labels.done("a")
+    assert len(read_label_sidecar(tmp_path / "labels", "a").skipped) == COUNT and labels.done("a")
 
 
-def test_unfinished_sets_are_refused_or_taken_in_part(tmp_path, images):
+def test_unfinished_sets_need_allow_partial(tmp_path, images):
     root = tmp_path / "labels"
-    with pytest.raises(ShardError, match="is not a folder.*stage=pseudolabel"):
+    with pytest.raises(ShardError, match="labels .*stage=pseudolabel"):
         open_labels(root, images)
     root.mkdir()
     for count, shard in enumerate("ca"):
-        with pytest.raises(
-            ShardError, match=f"{count} of 3 shards are done.*stage=pseudolabel.*allow_partial=true"
-        ):
+        with pytest.raises(ShardError, match=f"{count} of 3 .*stage=pseudolabel.*allow_partial=true"):
             open_labels(root, images)
         label(label_set(root, images), shard)
     partial = open_labels(root, images, allow_partial=True)
@@ -175,13 +174,13 @@ def test_unfinished_sets_are_refused_or_taken_in_part(tmp_path, images):
     label_set(root, images).finish()
     assert open_labels(root, images, allow_partial=True, only=["a", "c"]) == partial
     (root / "a.json").unlink()
-    with pytest.raises(ShardError, match="labels of shard a, which this run uses, are gone"):
+    with pytest.raises(ShardError, match="shard a, .*stage=pseudolabel"):
         open_labels(root, images, allow_partial=True, only=["a", "c"])
 
 
-def test_nothing_done_is_no_part(tmp_path, images):
+def test_allow_partial_needs_one_finished_shard(tmp_path, images):
     (tmp_path / "labels").mkdir()
-    with pytest.raises(ShardError, match="no labels yet.*stage=pseudolabel"):
+    with pytest.raises(ShardError, match="labels .*stage=pseudolabel"):
         open_labels(tmp_path / "labels", images, allow_partial=True)
 
 
@@ -222,17 +221,17 @@ def test_labels_of_other_images_are_refused(tmp_path, images):
     finished(root, images)
     others = make_images(tmp_path / "others", text="other picture")
     for call in (open_labels, finish_labels, label_set):
-        with pytest.raises(ShardError, match="labels other images"):
+        with pytest.raises(ShardError, match="images.*labels=FOLDER"):
             call(root, others)
     (root / "manifest.json").unlink()
     for call in (finish_labels, label_set):
-        with pytest.raises(ShardError, match="labels other images"):
+        with pytest.raises(ShardError, match="images.*labels=FOLDER"):
             call(root, others)
-    with pytest.raises(ShardError, match="labels other images"):
+    with pytest.raises(ShardError, match="images.*labels=FOLDER"):
         open_labels(root, others, allow_partial=True)
 
 
-def test_images_that_were_added_later_want_labels(tmp_path, images):
+def test_images_added_later_need_labels(tmp_path, images):
     root = tmp_path / "labels"
     finished(root, images)
     more = make_images(tmp_path / "images", ("a", "b", "c", "d"))
@@ -274,11 +273,11 @@ def test_swapped_labels_are_refused(tmp_path, images, ends):
     (root / "manifest.json").unlink()
     if ends != ("tar",):  # of one size: the checksums tell, in reading
         assert finish_labels(root, images) is None
-        with pytest.raises(ShardError, match="put the files back|does not belong to the tar"):
+        with pytest.raises(ShardError, match=r"[ab]\.json .*stage=pseudolabel"):
             open_labels(root, images, allow_partial=True)
 
 
-def test_damaged_sidecars_are_made_anew(tmp_path, images):
+def test_damaged_sidecars_are_written_again(tmp_path, images):
     root = tmp_path / "labels"
     finished(root, images)
     (root / "manifest.json").unlink()
@@ -292,7 +291,7 @@ def test_damaged_sidecars_are_made_anew(tmp_path, images):
     assert finish_labels(root, images).records == 12 and verify_set(root, decode=True) == []
 
 
-def test_a_writer_that_died_between_tar_and_sidecar(tmp_path, images):
+def test_shard_without_sidecar_is_written_again(tmp_path, images):
     root = tmp_path / "labels"
     finished(root, images)
     (root / "manifest.json").unlink()
@@ -302,12 +301,12 @@ def test_a_writer_that_died_between_tar_and_sidecar(tmp_path, images):
     assert label_set(root, images).finish() and verify_set(root, decode=True) == []
 
 
-def test_relabelling_a_shard_unfinishes_the_set(tmp_path, images):
+def test_labeling_a_shard_again_unfinishes_the_set(tmp_path, images):
     root = tmp_path / "labels"
     labels = finished(root, images)
     before = open_labels(root, images)
     label(labels, "b", failed=[1])
-    with pytest.raises(ShardError, match="3 of 3 shards are done"):
+    with pytest.raises(ShardError, match="3 of 3 "):
         open_labels(root, images)
     assert labels.finish() and open_labels(root, images).records == before.records - 1
 
@@ -327,7 +326,7 @@ while not labels.finish():
 """
 
 
-def test_killed_labellers_end_with_every_image_once(tmp_path):
+def test_killed_processes_label_every_image_once(tmp_path):
     """Two workers at once, killed and started again; the set ends as if nothing had happened."""
     images = make_images(tmp_path / "images", [f"{chr(97 + i // 9)}{i % 9}" for i in range(40)])
     root = tmp_path / "labels"

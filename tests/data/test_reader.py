@@ -64,7 +64,7 @@ def test_reads_any_record_in_any_order(shard):
             reader.read(shard, index)
 
 
-def test_keys_that_begin_alike(tmp_path):
+def test_keys_with_a_common_prefix(tmp_path):
     keys = ["k", "kk", "kkk", "k-1", "k-10", "k-100"]
     write_shard(tmp_path / "a.tar", [(key, {"txt": key.encode()}) for key in keys])
     reader = ShardReader()
@@ -78,7 +78,7 @@ def test_one_record_and_empty_fields(tmp_path):
     assert ShardReader().read(tmp_path / "a.tar", 0) == ("alone", {"jpg": b"x", "txt": b""})
 
 
-def test_a_missing_index_is_made_in_memory(shard):
+def test_missing_index_is_built_in_memory(shard):
     shard.with_suffix(".idx").unlink()
     assert ShardReader().read(shard, 4) == records("a")[4]
     assert not shard.with_suffix(".idx").exists()
@@ -89,7 +89,7 @@ def open_files():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
-def test_few_files_are_open(tmp_path):
+def test_number_of_open_files_is_bounded(tmp_path):
     shards = [f"s{i:02d}" for i in range(20)]
     read = make(tmp_path, shards)
     before = open_files()
@@ -182,9 +182,9 @@ def test_index_of_another_tar(tmp_path):
         write_shard(tmp_path / f"{name}.tar", records(name))
     write_shard(tmp_path / "longer.tar", records("a", size=3000))
     (tmp_path / "b.idx").write_bytes((tmp_path / "a.idx").read_bytes())
-    assert "checksum" in bad(lambda: ShardReader().read(tmp_path / "b.tar", 0)).reason  # of one size
+    assert "index" in bad(lambda: ShardReader().read(tmp_path / "b.tar", 0)).reason  # tars of equal size
     (tmp_path / "b.idx").write_bytes((tmp_path / "longer.idx").read_bytes())
-    assert "its index says" in bad(lambda: ShardReader().read(tmp_path / "b.tar", 0)).reason
+    assert "b.tar has " in bad(lambda: ShardReader().read(tmp_path / "b.tar", 0)).reason
     (tmp_path / "b.idx").write_text("nonsense")
     assert "depth-anything shard index" in bad(lambda: ShardReader().read(tmp_path / "b.tar", 0)).reason
     index_shard(tmp_path / "b.tar")
@@ -205,12 +205,12 @@ def test_records_name_the_shard(tmp_path):
         Records(made).read("set/z", 0)
 
 
-def test_swapped_shards_are_noticed(tmp_path):
+def test_swapped_shards_are_detected(tmp_path):
     made = make(tmp_path)
     for end in ("tar", "idx"):
         swap(tmp_path / f"a.{end}", tmp_path / f"b.{end}")
     assert open_set(tmp_path) == made  # of one size
-    assert "not the tar that the manifest means" in bad(lambda: Records(made).read("set/a", 0)).reason
+    assert f"{tmp_path}/a.tar" in bad(lambda: Records(made).read("set/a", 0)).reason
 
 
 def swap(one, other):
@@ -234,7 +234,7 @@ def test_joined_by_key(tmp_path):
     assert again.read("set/c", 3) == joined.read("set/c", 3) and again.digest == joined.digest
 
 
-def test_joined_digest_knows_images_and_labels(tmp_path):
+def test_joined_digest_covers_images_and_labels(tmp_path):
     images = make(tmp_path / "images")
     one = JoinedRecords(images, make_labels(tmp_path / "one", images))
     other_labels = JoinedRecords(images, make_labels(tmp_path / "two", images, skip={0}))
@@ -245,11 +245,13 @@ def test_joined_digest_knows_images_and_labels(tmp_path):
     assert JoinedRecords(more, one.labels).digest == one.digest
 
 
-def test_never_a_wrong_pair(tmp_path):
+def test_labels_never_join_other_images(tmp_path):
     images = make(tmp_path / "images")
     labels = make_labels(tmp_path / "labels", images)
     others = make(tmp_path / "others", size=201)  # the same keys, other pictures
-    assert "not the one this label" in bad(lambda: JoinedRecords(others, labels).read("set/a", 0)).reason
+    assert (
+        "image: the shard set/a is not" in bad(lambda: JoinedRecords(others, labels).read("set/a", 0)).reason
+    )
     fewer = make(tmp_path / "fewer", ("b", "c"))
     assert "set/a is missing" in bad(lambda: JoinedRecords(fewer, labels).read("set/a", 0)).reason
     for end in ("tar", "idx"):
@@ -259,7 +261,7 @@ def test_never_a_wrong_pair(tmp_path):
     meta = labels.meta
     infos = [index_shard(tmp_path / "labels" / f"{name}.tar") for name in "abc"]
     swapped = write_manifest(tmp_path / "labels", name="set", shards=infos, meta=meta)
-    assert "has no such key" in bad(lambda: JoinedRecords(images, swapped).read("set/a", 0)).reason
+    assert "image: the shard set/a " in bad(lambda: JoinedRecords(images, swapped).read("set/a", 0)).reason
     assert JoinedRecords(images, swapped).read("set/c", 0)[0] == "set/c/000000"
 
 
@@ -282,7 +284,7 @@ def test_joined_names_the_damaged_side(tmp_path):
 
 def test_plain_sets_are_not_joined(tmp_path):
     images = make(tmp_path / "images")
-    with pytest.raises(ShardError, match="not a label set"):
+    with pytest.raises(ShardError, match="images.*stage=pseudolabel"):
         JoinedRecords(images, images)
 
 
@@ -343,7 +345,7 @@ def test_http_by_range(tmp_path, server):
     assert not (tmp_path / "cache").exists()
 
 
-def test_http_without_ranges_copies_whole_shards_and_says_so(tmp_path, server, capfd):
+def test_http_without_ranges_copies_whole_shards_and_reports_it(tmp_path, server, capfd):
     made = make(tmp_path / "set")
     server.handler.ranges = False
     read = Records(open_set(f"{server.address}/set"))
@@ -351,7 +353,7 @@ def test_http_without_ranges_copies_whole_shards_and_says_so(tmp_path, server, c
         assert read.read("set/b", index) == records("b")[index]
     assert read.read("set/a", 1) == records("a")[1]
     error = capfd.readouterr().err
-    assert error.count("whole shards are copied") == 1 and str(tmp_path / "cache") in error
+    assert error.count("\n") == 1 and str(tmp_path / "cache") in error
     assert f"{made.bytes / 1e9:.3f} GB" in error
     assert sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) == sorted(
         shard.bytes for shard in made.shards[:2]
@@ -383,7 +385,7 @@ def test_pipes(tmp_path, monkeypatch, capfd):
     make(tmp_path / "set")
     read = Records(open_set(f"pipe:cat {tmp_path}/set"))
     assert read.read("set/a", 2) == records("a")[2] and read.read("set/a", 4) == records("a")[4]
-    assert "whole shards are copied" in capfd.readouterr().err
+    assert "DEPTH_ANYTHING_CACHE_GB=N" in capfd.readouterr().err
 
 
 def test_fsspec_addresses(tmp_path, monkeypatch):
@@ -396,7 +398,7 @@ def test_fsspec_addresses(tmp_path, monkeypatch):
         memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
     read = Records(open_set("memory://bucket/set"))
     assert read.read("set/c", 5) == records("c")[5]
-    assert "cannot be read" in bad(lambda: ShardReader().read("memory://bucket/set/z.tar", 0)).reason
+    assert "z.idx" in bad(lambda: ShardReader().read("memory://bucket/set/z.tar", 0)).reason
 
 
 def test_index_stays_small(tmp_path):

@@ -74,12 +74,12 @@ def test_exif_orientation(format, orientation):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's
-def test_damaged_exif_loses_no_picture():
+def test_image_with_damaged_exif_is_decoded():
     data = file_of(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     np.testing.assert_array_equal(decode_image(data), decode_image(file_of(picture(), "JPEG")))
 
 
-def test_grey_and_bilevel():
+def test_gray_and_bilevel():
     grey = picture()[..., 0]
     np.testing.assert_array_equal(decode_image(file_of(grey, "PNG")), np.stack([grey] * 3, -1))
     decoded = decode_image(file_of(grey, "JPEG"))
@@ -96,7 +96,7 @@ def test_sixteen_bits(format):
     assert (decoded[..., 0] == decoded[..., 1]).all() and (decoded[..., 0] == decoded[..., 2]).all()
 
 
-def test_sixteen_bit_colours():
+def test_sixteen_bit_color():
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -113,7 +113,7 @@ def test_cmyk():
         assert np.abs(decode_image(file_of(cmyk, format)).astype(int) - picture()).mean() < 6
 
 
-def test_transparency_shows_white():
+def test_transparency_is_composited_on_white():
     colours = np.dstack([picture(), np.full((30, 44), 255, np.uint8)])
     colours[:10, :, 3] = 0
     colours[10:12, :, 3] = 51
@@ -157,7 +157,7 @@ def png_header(width, height):
     return bytes(data)
 
 
-def test_bombs_are_refused_by_their_header():
+def test_decompression_bombs_are_refused_by_their_header():
     import tracemalloc
 
     tracemalloc.start()
@@ -185,15 +185,15 @@ def test_what_cannot_be_decoded_is_a_value_error(capfd):
             decode_image(data)
     for data in (jpeg, png, webp, tiff):
         for share in (0.1, 0.5, 0.9):
-            with pytest.raises(ValueError, match="image cannot be decoded"):
+            with pytest.raises(ValueError, match="image"):
                 decode_image(data[: int(len(data) * share)])
     with pytest.raises(ValueError, match="floats"):
         decode_image(file_of(Image.fromarray(np.zeros((3, 3), np.float32)), "TIFF"))
     assert capfd.readouterr().err == ""
 
 
-def test_a_jpeg_that_is_damaged_inside_is_refused():
-    """Decoders go on behind the damage with grey or shifted pixels, and say so on stderr at most."""
+def test_jpeg_with_damaged_pixels_is_refused():
+    """Decoders continue after the damage with gray or shifted pixels, and warn on stderr at most."""
     rng = np.random.default_rng(0)
     smooth = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (320, 240))
     whole = cv2.imencode(".jpg", smooth)[1].tobytes()
@@ -202,14 +202,14 @@ def test_a_jpeg_that_is_damaged_inside_is_refused():
         whole[:middle] + whole[middle + 400 :],
         whole[:middle] + rng.bytes(400) + whole[middle + 400 :],
     ):
-        with pytest.raises(ValueError, match="the image cannot be decoded"):
+        with pytest.raises(ValueError, match="image"):
             decode_image(damaged)
     spare = whole[:-2] + b"\0" + whole[-2:]  # as some cameras write
     assert (decode_image(spare) == decode_image(whole)).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF and EXIF
-def test_random_damage_raises_nothing_else():
+def test_random_damage_raises_only_value_error():
     rng = np.random.default_rng(5)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -229,7 +229,7 @@ def test_random_damage_raises_nothing_else():
 def test_image_extension():
     for format, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")):
         assert image_extension(file_of(picture(), format)) == extension
-    with pytest.raises(ValueError, match="encode this image anew"):
+    with pytest.raises(ValueError, match="JPEG, PNG and WebP"):
         image_extension(file_of(picture(), "BMP"))
 
 
@@ -254,14 +254,14 @@ def test_frame_to_fields_and_back():
     assert encode_frame(frame, codec="q12", jpeg_quality=50) == fields
 
 
-def test_original_file_is_kept():
+def test_original_file_is_stored_unchanged():
     data = file_of(picture(), "PNG")
     fields = encode_frame(Frame("k", picture()), codec="q12", original=data)
     assert fields == {"png": data, "json": b"{}"}
     np.testing.assert_array_equal(decode_record("k", fields).image, picture())
 
 
-def test_record_without_json_and_with_fields_of_others():
+def test_record_without_json_and_with_unknown_fields():
     frame = decode_record("k", {"txt": b"a caption", "png": file_of(picture(), "PNG"), "depth.npy": b"?"})
     assert frame.meta == {} and frame.depth is None
 
@@ -269,11 +269,11 @@ def test_record_without_json_and_with_fields_of_others():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"json": b"{}"}, "no image among the fields"),
+        ({"json": b"{}"}, "json.*jpg, jpeg, png, webp"),
         ({"jpg": b"no"}, "^jpg: the image"),
         ({"png": file_of(picture(), "PNG"), "json": b"{"}, "^json: "),
         ({"png": file_of(picture(), "PNG"), "json": b"\xff\xfe"}, "^json: "),
-        ({"png": file_of(picture(), "PNG"), "json": b"[]"}, "^json: not a JSON object"),
+        ({"png": file_of(picture(), "PNG"), "json": b"[]"}, "^json: "),
         ({"png": file_of(picture(), "PNG"), "json": b"[" * 100_000}, "^json: "),
         ({"png": file_of(picture(), "PNG"), "depth.q12": b"DAM1"}, "^depth.q12: "),
     ],
@@ -321,14 +321,14 @@ def test_disparity_target_where_zero_is_sky():
         np.testing.assert_array_equal(frame.disparity, values)  # the frame's own is left alone
 
 
-def test_disparity_target_refuses():
-    with pytest.raises(ValueError, match="neither depth nor disparity"):
+def test_disparity_target_invalid_arguments():
+    with pytest.raises(ValueError, match="a/b/c"):
         make_disparity_target(Frame("a/b/c", picture()))
     with pytest.raises(ValueError, match='"far" or "invalid"'):
         make_disparity_target(labelled_frame(), sky="near")
 
 
-def test_labels_survive_the_shard_codec():
+def test_labels_survive_encoding():
     frame = labelled_frame()
     disparity, valid = make_disparity_target(frame)
     frame = Frame("k", frame.image, disparity=np.where(valid, disparity, np.nan).astype(np.float32))
@@ -346,21 +346,21 @@ def test_labels_survive_the_shard_codec():
 @pytest.mark.parametrize(
     "settings", [{"subsampling": 0}, {"subsampling": 2, "progressive": True}, {"quality": 15}]
 )
-def test_jpegs_are_what_opencv_makes_of_them(mode, settings):
-    """Two programs' builds of one library: pixels must not depend on which of them took the file."""
+def test_jpegs_decode_as_in_opencv(mode, settings):
+    """simplejpeg and OpenCV ship their own libjpeg-turbo; the pixels must be the same."""
     out = io.BytesIO()
     Image.fromarray(picture(37, 53)).convert(mode).save(out, "JPEG", **settings)
     data = out.getvalue()
     expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     np.testing.assert_array_equal(decode_image(data), expected)
-    odd = data[:20] + b"\x00\x00" + data[20:]  # the library warns of bytes that belong to nothing
+    odd = data[:20] + b"\x00\x00" + data[20:]  # libjpeg-turbo warns of extra bytes
     with pytest.raises(ValueError):
         simplejpeg.decode_jpeg(odd, colorspace="RGB")
     np.testing.assert_array_equal(decode_image(odd), expected)
 
 
-def test_a_jpegs_header_is_read_as_pillow_reads_it(monkeypatch):
-    """What is plain goes by Pillow; all else is left to it, and comes out alike."""
+def test_plain_jpeg_check_agrees_with_pillow(monkeypatch):
+    """Plain files skip Pillow, all others use it, with equal pixels."""
     for mode in ("RGB", "L", "CMYK"):
         for exif in (b"", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"):
             out = io.BytesIO()

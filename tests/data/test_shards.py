@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from made_shards import make, names, plain_tar, records
+from shard_builders import make, names, plain_tar, records
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
@@ -13,28 +13,28 @@ from depth_anything.data.tars import ShardError, ShardInfo, write_shard
 
 
 def test_index_set_refuses(tmp_path):
-    with pytest.raises(ShardError, match="holds no .tar"):
+    with pytest.raises(ShardError, match=str(tmp_path)):
         index_set(tmp_path)
     plain_tar(tmp_path / "a b.tar", [("k.jpg", b"")])
-    with pytest.raises(ShardError, match="cannot name a shard"):
+    with pytest.raises(ShardError, match="a b"):
         index_set(tmp_path, name="x")
 
 
-def test_open_set_says_what_to_type(tmp_path):
-    with pytest.raises(ShardError, match="is not a folder.*depth-anything shard"):
+def test_open_set_errors_name_the_command_to_type(tmp_path):
+    with pytest.raises(ShardError, match="absent .*depth-anything shard"):
         open_set(tmp_path / "absent")
-    with pytest.raises(ShardError, match="no manifest.json.*depth-anything shard index"):
+    with pytest.raises(ShardError, match="manifest.json.*depth-anything shard index"):
         open_set(tmp_path)
     for damaged in ("", "{", "[]", '{"shards": 3}', '{"shards": [{"name": "a"}]}'):
         (tmp_path / "manifest.json").write_text(damaged)
-        with pytest.raises(ShardError, match="manifest.json is damaged"):
+        with pytest.raises(ShardError, match="manifest.json"):
             open_set(tmp_path)
     write_manifest(tmp_path, name="set", shards=[], meta={})
-    with pytest.raises(ShardError, match="no records"):
+    with pytest.raises(ShardError, match="depth-anything shard"):
         open_set(tmp_path)
 
 
-def test_open_set_holds_shards_against_the_manifest(tmp_path):
+def test_open_set_checks_shards_against_the_manifest(tmp_path):
     make(tmp_path)
     path = tmp_path / "000001.tar"
     data = path.read_bytes()
@@ -58,25 +58,25 @@ def test_an_edited_manifest_is_refused(tmp_path):
     content = json.loads(path.read_text())
     content["shards"][0]["records"] = 4
     path.write_text(json.dumps(content))
-    with pytest.raises(ShardError, match="digest differs"):
+    with pytest.raises(ShardError, match="manifest.json"):
         open_set(tmp_path)
     content["shards"][0]["name"] = "../../etc/passwd"
     path.write_text(json.dumps(content))
-    with pytest.raises(ShardError, match="cannot name a shard"):
+    with pytest.raises(ShardError, match="etc/passwd"):
         open_set(tmp_path)
 
 
 def test_manifest_refuses_names(tmp_path):
     info = ShardInfo("a", 1, 10240, "sha256:0")
     for name in ("", "a/b", "..", "a b"):
-        with pytest.raises(ShardError, match="cannot name a set"):
+        with pytest.raises(ShardError, match=f'"{name}"'):
             write_manifest(tmp_path, name=name, shards=[info], meta={})
-    with pytest.raises(ShardError, match="two shards are called a"):
+    with pytest.raises(ShardError, match=" a$"):
         write_manifest(tmp_path, name="set", shards=[info, info], meta={})
     assert names(tmp_path) == []
 
 
-def test_digest_depends_on_the_shards_alone(tmp_path):
+def test_digest_depends_only_on_the_shards(tmp_path):
     one = make(tmp_path / "one")
     assert write_manifest(tmp_path, name="set", shards=reversed(one.shards), meta={}).shards == one.shards
     other = make(tmp_path / "other", name="called-otherwise")
@@ -112,7 +112,7 @@ def test_verify_set_finds_everything(tmp_path):
         r"0.tar is missing",
         r"1.idx is missing",
         r"2.idx is not the index of its tar",
-        r"2.tar is not the tar that the manifest means",
+        r"2.tar is not the tar",
         r"2.tar[0] set/2/000000: the checksum",
         r"3.tar is not the tar",
         r"4.tar is not the tar",
@@ -148,4 +148,4 @@ def test_verify_set_finds_keys_in_two_shards(tmp_path):
 
 def test_verify_set_without_a_set(tmp_path):
     (problem,) = verify_set(tmp_path)
-    assert "no manifest.json" in problem
+    assert "manifest.json" in problem and str(tmp_path) in problem

@@ -1,4 +1,4 @@
-"""Batches in memory that is used again: what is held stays as it is, what is let go is free."""
+"""Batches in reused shared memory: batches in use are not overwritten, slots of deleted batches are reused."""
 
 import gc
 import itertools
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import build_stream_loader, return_batch
+from depth_anything.data.dataset import StreamDataset, return_batch
+from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
@@ -48,7 +48,7 @@ def same(batch, expected):
 
 
 @pytest.mark.parametrize(("workers", "pinned"), [(1, False), (2, False), (2, True)])
-def test_batches_that_are_held_stay_as_they_are(records, workers, pinned, monkeypatch):
+def test_batches_in_use_are_not_overwritten(records, workers, pinned, monkeypatch):
     pin = pinned and torch.cuda.is_available()
     data = dataset(records, perturb=True, cutmix=True)
     loader = build_stream_loader(data, micro_batch=3, workers=workers, start=2, pin_memory=pin)
@@ -59,7 +59,7 @@ def test_batches_that_are_held_stay_as_they_are(records, workers, pinned, monkey
         same(batch, alone.__getitems__(range(3 * q, 3 * q + 3)))
 
 
-def test_batches_that_are_let_go_make_room(records):
+def test_slots_of_deleted_batches_are_reused(records):
     data = dataset(records)
     loader = iter(build_stream_loader(data, micro_batch=2, workers=1))
     starts, alone = set(), dataset(records)
@@ -68,69 +68,70 @@ def test_batches_that_are_let_go_make_room(records):
         same(batch, alone.__getitems__([2 * q, 2 * q + 1]))
         starts.add(batch["image"].data_ptr())
     assert len(starts) <= 4
-    assert data.handover._in_use.sum() <= 4
+    assert data.shared_batches._in_use.sum() <= 4
     del batch, loader
 
 
-def test_a_place_is_taken_until_its_last_tensor_is_gone():
-    room = SharedBatchPool(workers=2, places=2, length=100)
+def test_slot_is_in_use_until_its_last_tensor_is_deleted():
+    pool = SharedBatchPool(workers=2, slots=2, length=100)
     fields, length = batch_layout({"a": (np.float32, (3,)), "b": (np.uint8, (5,))})
-    place = room.take(1, length)
-    assert place.number == 2
-    array_views(place.memory, fields)["a"][:] = [1, 2, 3]
-    message = pickle.dumps(SharedBatch(place, fields, {"failed": ["x"]}))
+    slot = pool.acquire(1, length)
+    assert slot.number == 2
+    array_views(slot.memory, fields)["a"][:] = [1, 2, 3]
+    message = pickle.dumps(SharedBatch(slot, fields, {"failed": ["x"]}))
     assert len(message) < 500
     batch = pickle.loads(message)
     assert batch["a"].tolist() == [1, 2, 3] and batch["failed"] == ["x"]
-    assert room.take(1, length).number == 3 and room.take(1, length) is None  # both are taken
-    assert room.take(0, length).number == 0  # the other worker has its own
+    assert pool.acquire(1, length).number == 3 and pool.acquire(1, length) is None  # both are taken
+    assert pool.acquire(0, length).number == 0  # the other worker has its own
     rest = batch["a"][1:].view(torch.int32)
     del batch
     gc.collect()
-    assert room.take(1, length) is None
+    assert pool.acquire(1, length) is None
     del rest
     gc.collect()
-    assert room.take(1, length).number == 2
+    assert pool.acquire(1, length).number == 2
 
 
-def test_what_does_not_fit_goes_the_usual_way(records):
-    room = SharedBatchPool(workers=1, places=1, length=100)
-    assert room.take(0, room.length + 1) is None
-    assert room.take(1, 1) is None  # a worker that was not counted on
+def test_batches_that_do_not_fit_are_sent_by_pytorch(records):
+    pool = SharedBatchPool(workers=1, slots=1, length=100)
+    assert pool.acquire(0, pool.length + 1) is None
+    assert pool.acquire(1, 1) is None  # a worker that was not counted on
     data = dataset(records)
     data.use_shared_memory(workers=1, micro_batch=1)
-    data.handover.length = 1
+    data.shared_batches.length = 1
     batches = MicroBatchSampler(rank=0, world=1, size=2)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=return_batch, num_workers=1)
     same(next(iter(loader)), dataset(records).__getitems__([0, 1]))
 
 
-def test_a_process_that_is_not_forked_has_none(records):
+def test_pickled_dataset_has_no_shared_memory(records):
     data = dataset(records)
     data.use_shared_memory(workers=1, micro_batch=1)
     copy = pickle.loads(pickle.dumps(data))
-    assert copy.handover is None
+    assert copy.shared_batches is None
     same(copy[5], data[5])
     data.use_shared_memory(workers=0, micro_batch=1)
-    assert data.handover is None
+    assert data.shared_batches is None
 
 
-HELD = """
+PROGRAM = """
 import sys
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.loader import build_stream_loader
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import open_set
 data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=2, image_size=28)
-batches = iter(stream_loader(data, micro_batch=2, workers=2))
+batches = iter(build_stream_loader(data, micro_batch=2, workers=2))
 first = next(batches)
 print("read", flush=True)
 raise SystemExit(3)
 """
 
 
-def test_a_program_that_holds_batches_can_end(records):
-    """Workers are deaf to SIGTERM, and Python would wait for them for ever."""
-    command = [sys.executable, "-c", HELD, records.set.root]
+def test_program_with_running_workers_exits(records):
+    """Workers ignore SIGTERM, and Python would wait for them forever."""
+    command = [sys.executable, "-c", PROGRAM, records.set.root]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (3, "read\n"), done.stderr
 

@@ -28,7 +28,7 @@ shuffle, scale = script("shuffle"), script("bench_scale")
 
 
 @pytest.mark.parametrize(("shards", "per_shard", "batch"), [(60, 200, 48), (200, 60, 16), (7, 500, 24)])
-def test_the_order_is_near_a_perfect_shuffle(shards, per_shard, batch):
+def test_order_is_close_to_a_perfect_shuffle(shards, per_shard, batch):
     found = shuffle.compare(shards=shards, per_shard=per_shard, batch=batch, passes=3, batches=0)
     ours, perfect = found["ours"], found["perfect"]
     assert ours["each_once"] and perfect["each_once"]
@@ -39,7 +39,7 @@ def test_the_order_is_near_a_perfect_shuffle(shards, per_shard, batch):
     assert ours["neighbours_in_one_batch"] <= perfect["neighbours_in_one_batch"]
 
 
-def test_the_measure_sees_streams_side_by_side(monkeypatch):
+def test_measure_detects_unshuffled_streams(monkeypatch):
     """Streams that lie as they are numbered: a batch then reads neighbouring places of the line."""
     drawn = stream_module.permutation
 
@@ -63,15 +63,16 @@ def test_the_scripts_run(tmp_path, capsys):
     assert "resumed ÷ cold" in capsys.readouterr().out
 
 
-TAKEN = """
+PROGRAM = """
 import gc, json, multiprocessing, os, sys
 sys.path.insert(0, sys.argv[2])
 from bench_scale import resident_mb
 from depth_anything.data.dataset import StreamDataset
-from depth_anything.data.loader import stream_loader
-from depth_anything.data.shards import Records, open_set
+from depth_anything.data.loader import build_stream_loader
+from depth_anything.data.reader import Records
+from depth_anything.data.shards import open_set
 data = StreamDataset([Records(open_set(sys.argv[1]))], seed=0, streams=16, image_size=14, perturb=True)
-batches = iter(stream_loader(data, micro_batch=100, workers=1))
+batches = iter(build_stream_loader(data, micro_batch=100, workers=1))
 (worker,) = multiprocessing.active_children()
 held = []
 for taken in range(1, 501):
@@ -84,15 +85,15 @@ print(json.dumps(held))
 """
 
 
-def test_memory_stays_as_it_is(tmp_path):
-    """50,000 samples through a worker: neither it nor the process that takes them grows."""
+def test_memory_does_not_grow(tmp_path):
+    """Over 50,000 samples neither the worker nor the main process needs more memory."""
     image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
     fields = encode_frame(Frame("", image, disparity=np.ones((14, 14), np.float32)), codec="q12")
     infos = [
         write_shard(tmp_path / f"{s}.tar", ((f"a/{s}/{i}", fields) for i in range(100))) for s in range(5)
     ]
     made = write_manifest(tmp_path, name="a", shards=infos, meta={})
-    command = [sys.executable, "-c", TAKEN, made.root, str(BENCHMARKS)]
+    command = [sys.executable, "-c", PROGRAM, made.root, str(BENCHMARKS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     early, late = json.loads(done.stdout)
     for before, after in zip(early, late, strict=True):

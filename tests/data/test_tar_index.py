@@ -1,4 +1,4 @@
-"""Indexes that are wrong: a label must never join another photograph's image."""
+"""Wrong indexes: a label must never join the image of another record."""
 
 import io
 import random
@@ -7,9 +7,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from made_servers import Faulty
-from made_shards import plain_tar
-from made_shards import records as made_records
+from local_servers import FaultyServer
+from shard_builders import plain_tar
+from shard_builders import records as made_records
 
 from depth_anything.data import remote
 from depth_anything.data.reader import JoinedRecords, Records, ShardReader
@@ -24,7 +24,7 @@ from depth_anything.data.tars import (
 )
 
 
-def as_before(path: Path) -> None:
+def to_format_1(path: Path) -> None:
     """Write an index as earlier versions did: without a checksum of its own."""
     head, _, body = path.read_text().partition("\n")
     fields = head.replace("index 2", "index 1").split("\t")[:-1]
@@ -49,7 +49,7 @@ def pair(tmp_path):
     return images, write_manifest(tmp_path / "labels", name="set", shards=[label], meta=meta)
 
 
-def taken(images, labels):
+def read_pairs(images, labels):
     """What a reader gives of each label: its key, and the image and label that it joins, or why it gives none."""
     joined, found = JoinedRecords(images, labels), []
     for number in range(labels.records):
@@ -63,31 +63,31 @@ def taken(images, labels):
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["with a checksum", "of an earlier version"])
-def test_a_label_whose_key_was_changed_joins_no_other_photograph(pair, older):
+def test_label_with_a_changed_key_joins_no_other_image(pair, older):
     images, labels = pair
     index = Path(labels.root, "00000.idx")
     if older:
-        as_before(index)
-    assert taken(images, labels) == ["0", "1", "2", "4", "5"]
+        to_format_1(index)
+    assert read_pairs(images, labels) == ["0", "1", "2", "4", "5"]
     rewrite(index, "0000002\tdisparity", "0000003\tdisparity")  # a photograph that has no label
-    reasons = taken(images, labels)
+    reasons = read_pairs(images, labels)
     if older:
-        assert "another name in the tar" in reasons.pop(2) and reasons == ["0", "1", "4", "5"]
+        assert "disparity.q12" in reasons.pop(2) and reasons == ["0", "1", "4", "5"]
     else:
-        assert all("00000.idx is damaged" in reason for reason in reasons)
+        assert all("00000.idx" in reason for reason in reasons)
 
 
-def test_an_image_whose_key_was_changed_joins_no_other_label(pair):
+def test_image_with_a_changed_key_joins_no_other_label(pair):
     images, labels = pair
     index = Path(images.root, "00000.idx")
-    as_before(index)
+    to_format_1(index)
     rewrite(index, "0000002\tjpg", "0000009\tjpg")
     rewrite(index, "0000003\tjpg", "0000002\tjpg")
-    reasons = taken(images, labels)
-    assert "image: its jpg has another name in the tar" in reasons.pop(2) and reasons == ["0", "1", "4", "5"]
+    reasons = read_pairs(images, labels)
+    assert "image: its jpg" in reasons.pop(2) and reasons == ["0", "1", "4", "5"]
 
 
-def test_every_changed_character_of_an_index_is_seen(tmp_path):
+def test_every_changed_character_of_an_index_is_detected(tmp_path):
     write_shard(tmp_path / "000000.tar", made_records("000000", count=2))
     text = (tmp_path / "000000.idx").read_text()
     rng = random.Random(4)
@@ -106,30 +106,30 @@ def test_every_changed_character_of_an_index_is_seen(tmp_path):
         ("set/000000/000001\tjpg", "seT/000000/000001\tjpg"),
     ],
 )
-def test_an_older_index_is_held_against_the_names_in_the_tar(tmp_path, old, new):
+def test_index_of_format_1_is_checked_against_the_names_in_the_tar(tmp_path, old, new):
     write_shard(tmp_path / "000000.tar", made_records("000000"))
     index = tmp_path / "000000.idx"
-    as_before(index)
+    to_format_1(index)
     rewrite(index, old, new)
     with pytest.raises(BadRecord):
         ShardReader().read(tmp_path / "000000.tar", 1)
 
 
-def test_offsets_that_lead_into_another_record_are_seen(tmp_path):
+def test_offsets_into_another_record_are_detected(tmp_path):
     """Records of equal bytes: their checksums cannot tell them apart, their names do."""
     write_shard(tmp_path / "a.tar", [(f"k{i}", {"txt": b"the same"}) for i in range(4)])
     index = tmp_path / "a.idx"
-    as_before(index)
+    to_format_1(index)
     head, *lines = index.read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     shifted = [row[:2] + rows[number - 1][2:] for number, row in enumerate(rows)]
     index.write_text("\n".join([head, *("\t".join(row) for row in shifted), ""]))
     for number in range(4):
-        with pytest.raises(BadRecord, match="another name in the tar"):
+        with pytest.raises(BadRecord, match="depth-anything shard index"):
             ShardReader().read(tmp_path / "a.tar", number)
 
 
-def test_indexes_of_two_shards_exchanged_are_seen(tmp_path):
+def test_exchanged_indexes_are_detected(tmp_path):
     infos = []
     for name in "ab":
         rows = [(f"set/{name}/{i}", {"txt": b"the same"}) for i in range(3)]
@@ -141,34 +141,34 @@ def test_indexes_of_two_shards_exchanged_are_seen(tmp_path):
         for name in "ab":
             (tmp_path / f"{name}.kept").rename(tmp_path / f"{name}.idx")
             if older:
-                as_before(tmp_path / f"{name}.idx")
+                to_format_1(tmp_path / f"{name}.idx")
         for name in "ab":
             with pytest.raises(BadRecord):
                 ShardReader().read(tmp_path / f"{name}.tar", 0)
-            with pytest.raises(BadRecord, match="its hash differs"):
+            with pytest.raises(BadRecord, match=r"\.tar"):
                 Records(made).read(f"set/{name}", 0)
         for name in "ab":
             index_shard(tmp_path / f"{name}.tar")
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_key_twice_or_a_line_less_is_no_index(tmp_path, older):
+def test_duplicate_keys_and_missing_lines_are_refused(tmp_path, older):
     write_shard(tmp_path / "a.tar", [(f"k{i}", {"txt": b"%d" % i}) for i in range(4)])
     index = tmp_path / "a.idx"
     if older:
-        as_before(index)
+        to_format_1(index)
     text = index.read_text()
     for wrong in (text.replace("k3\t", "k0\t"), text.replace("k3\t", "k2\t"), text[: text.index("k3\t")]):
         index.write_text(wrong)
-        with pytest.raises(ShardError, match="a.idx is damaged"):
+        with pytest.raises(ShardError, match="a.idx.*depth-anything shard index"):
             ShardReader().keys(tmp_path / "a.tar")
 
 
-def test_sets_with_older_indexes_are_read_verified_and_indexed_anew(pair):
+def test_sets_with_format_1_indexes_are_read_verified_and_indexed_again(pair):
     images, labels = pair
     for made in pair:
-        as_before(Path(made.root, "00000.idx"))
-    assert taken(images, labels) == ["0", "1", "2", "4", "5"]
+        to_format_1(Path(made.root, "00000.idx"))
+    assert read_pairs(images, labels) == ["0", "1", "2", "4", "5"]
     assert verify_set(images.root) == []
     assert read_shard_info(Path(images.root, "00000.tar")) == images.shards[0]
     tar = Path(images.root, "00000.tar")
@@ -181,17 +181,17 @@ def test_sets_with_older_indexes_are_read_verified_and_indexed_anew(pair):
     assert open_set(images.root).digest == images.digest
 
 
-def test_a_damaged_index_does_not_get_into_a_manifest(tmp_path):
+def test_damaged_index_does_not_get_into_a_manifest(tmp_path):
     info = write_shard(tmp_path / "a.tar", [("k", {"txt": b"1"})])
     digit = "0" if info.hash[-1] != "0" else "1"
     rewrite(tmp_path / "a.idx", info.hash, info.hash[:-1] + digit)
-    with pytest.raises(ShardError, match="a.idx is damaged"):
+    with pytest.raises(ShardError, match="a.idx.*depth-anything shard index"):
         read_shard_info(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("folder", ["", "./", "a/" * 20, "./" + "b" * 90 + "/"])
-def test_names_of_others_tars_are_held_against_their_headers(tmp_path, kind, folder):
+def test_names_of_other_programs_are_checked_against_their_headers(tmp_path, kind, folder):
     path = tmp_path / "a.tar"
     members = [(f"{folder}{name}", name.encode()) for name in ("one.JPG", "one.json", f"{'x' * 95}.jpg")]
     if kind == tarfile.USTAR_FORMAT and folder.startswith("./b"):
@@ -205,17 +205,17 @@ def test_names_of_others_tars_are_held_against_their_headers(tmp_path, kind, fol
     assert [list(ShardReader().read(path, i)[1].values())[0] for i in range(info.records)] == [
         data for _, data in members if not data.endswith(b"json")
     ]
-    as_before(path.with_suffix(".idx"))
+    to_format_1(path.with_suffix(".idx"))
     rewrite(path.with_suffix(".idx"), "one\t", "onf\t")
-    with pytest.raises(BadRecord, match="another name in the tar"):
+    with pytest.raises(BadRecord, match="depth-anything shard index"):
         ShardReader().read(path, 0)
     if info.records > 1:
         rewrite(path.with_suffix(".idx"), "x" * 95, "x" * 94 + "y")
-        with pytest.raises(BadRecord, match="another name in the tar"):
+        with pytest.raises(BadRecord, match="depth-anything shard index"):
             ShardReader().read(path, 1)
 
 
-def test_a_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
+def test_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     path = plain_tar(tmp_path / "a.tar", [("k.txt", b"1")])
     with open(path, "r+b") as file:
         file.truncate(5 << 30)  # a hole, which takes no disk
@@ -223,24 +223,24 @@ def test_a_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     path.with_suffix(".idx").write_text(
         f"depth-anything-index 1\t{size}\tsha256:0\t1\t1\nk\ttxt\t512\t{4 << 30}\t00000000\n"
     )
-    with pytest.raises(BadRecord, match="more than a record may have"):
+    with pytest.raises(BadRecord, match=str(1 << 30)):
         ShardReader().read(path, 0)
 
 
-def test_names_are_looked_at_by_range_too(pair, tmp_path, monkeypatch):
+def test_names_are_checked_in_remote_tars(pair, tmp_path, monkeypatch):
     """A wrong index of an earlier version behind an address is asked for once more, and then a bad record."""
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     remote._proxy_url.cache_clear()
     images, labels = pair
     index = Path(labels.root, "00000.idx")
-    as_before(index)
-    with Faulty(tmp_path) as server:
+    to_format_1(index)
+    with FaultyServer(tmp_path) as server:
         there = [open_set(f"{server.address}/{name}") for name in ("images", "labels")]
-        assert taken(*there) == ["0", "1", "2", "4", "5"]
+        assert read_pairs(*there) == ["0", "1", "2", "4", "5"]
         rewrite(index, "0000002\tdisparity", "0000003\tdisparity")
         server.seen.clear()
-        reasons = taken(*there)
-        assert "label: its disparity.q12 has another name in the tar" in reasons.pop(2)
+        reasons = read_pairs(*there)
+        assert "label: its disparity.q12" in reasons.pop(2)
         assert reasons == ["0", "1", "4", "5"]
         assert [path for path, _ in server.seen].count("/labels/00000.idx") == 2

@@ -12,20 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_shards import make, names, plain_tar, records
+from shard_builders import make, names, plain_tar, records
 
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import index_set, open_set, verify_set, write_manifest
-from depth_anything.data.tars import (
-    BadRecord,
-    ShardError,
-    ShardInfo,
-    index_shard,
-    parse_index,
-    remove_stale,
-    temporary_path,
-    write_shard,
-)
+from depth_anything.data.tars import BadRecord, ShardError, ShardInfo, index_shard, parse_index, write_shard
+from depth_anything.disk import remove_stale, temporary_path
 
 
 def test_write_and_read_back(tmp_path):
@@ -45,7 +37,7 @@ def test_write_and_read_back(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # WebDataset leaves the file open
-def test_tar_is_what_others_read(tmp_path):
+def test_tarfile_and_webdataset_read_the_same(tmp_path):
     import webdataset
 
     write_shard(tmp_path / "a.tar", records())
@@ -64,7 +56,7 @@ def test_tar_is_what_others_read(tmp_path):
     ]
 
 
-def test_same_records_same_bytes(tmp_path):
+def test_same_records_give_the_same_bytes(tmp_path):
     one = write_shard(tmp_path / "one" / "000000.tar", records())
     time.sleep(0.01)
     backwards = [(key, dict(reversed(fields.items()))) for key, fields in records()]
@@ -79,7 +71,7 @@ def test_same_records_same_bytes(tmp_path):
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
 
 
-def test_index_says_where_the_bytes_lie(tmp_path):
+def test_index_holds_offsets_sizes_and_checksums(tmp_path):
     import zlib
 
     info = write_shard(tmp_path / "000000.tar", records())
@@ -109,19 +101,19 @@ def test_bad_keys_are_refused(tmp_path, key):
 
 @pytest.mark.parametrize("extension", ["", "JPG", ".jpg", "jpg.", "a/b", "__key__", "_x", "a b"])
 def test_bad_fields_are_refused(tmp_path, extension):
-    with pytest.raises(ShardError, match="cannot name a field"):
+    with pytest.raises(ShardError, match=r"a\.tar: "):
         write_shard(tmp_path / "a.tar", [("good", {extension: b""})])
     assert names(tmp_path) == []
 
 
-def test_what_else_is_refused_in_writing(tmp_path):
-    with pytest.raises(ShardError, match=r"/a\.tar: the key \"k\" comes twice"):
+def test_invalid_records_are_refused(tmp_path):
+    with pytest.raises(ShardError, match=r"/a\.tar: .*\"k\""):
         write_shard(tmp_path / "a.tar", [("k", {"a": b""}), ("l", {"a": b""}), ("k", {"b": b""})])
-    with pytest.raises(ShardError, match="no fields"):
+    with pytest.raises(ShardError, match='"k"'):
         write_shard(tmp_path / "a.tar", [("k", {})])
-    with pytest.raises(ShardError, match="no records"):
+    with pytest.raises(ShardError, match=r"a\.tar"):
         write_shard(tmp_path / "a.tar", [])
-    with pytest.raises(ShardError, match=r"ends in \.tar"):
+    with pytest.raises(ShardError, match=r"\.tar.*a\.zip"):
         write_shard(tmp_path / "a.zip", records())
     with pytest.raises(ShardError, match="over 100"):
         write_shard(tmp_path / "a.tar", [("k" * 98, {"jpg": b""})])
@@ -129,7 +121,7 @@ def test_what_else_is_refused_in_writing(tmp_path):
     assert names(tmp_path) == ["a.idx", "a.tar"]
 
 
-def test_a_failing_source_leaves_nothing(tmp_path):
+def test_failing_record_iterator_leaves_no_files(tmp_path):
     def failing():
         yield from records()
         raise OSError("disk on fire")
@@ -165,7 +157,7 @@ def crash_at(monkeypatch, call):
 
 @pytest.mark.parametrize("there_before", [False, True])
 @pytest.mark.parametrize("call", range(5))
-def test_a_crash_between_any_two_steps_leaves_whole_shards(tmp_path, monkeypatch, call, there_before):
+def test_crash_between_any_two_system_calls_leaves_whole_shards(tmp_path, monkeypatch, call, there_before):
     path = tmp_path / "a.tar"
     if there_before:
         old = write_shard(path, records("000000"))
@@ -200,7 +192,7 @@ def index_shard_copy(path, folder):
 WRITER = """
 import sys
 sys.path.insert(0, {tests!r})
-from made_shards import records, write_shard
+from shard_builders import records, write_shard
 from pathlib import Path
 root = Path(sys.argv[1])
 print("ready", flush=True)
@@ -254,7 +246,7 @@ def foreign(tmp_path, members):
     return plain_tar(tmp_path / "f.tar", members)
 
 
-def test_index_of_others_tars(tmp_path):
+def test_index_of_tars_of_other_programs(tmp_path):
     directory = tarfile.TarInfo("./some")
     directory.type = tarfile.DIRTYPE
     foreign(
@@ -276,7 +268,7 @@ def test_index_of_others_tars(tmp_path):
     assert verify_set(tmp_path) == []
 
 
-def test_long_names_of_others(tmp_path):
+def test_long_names_in_tars_of_other_programs(tmp_path):
     key = "/".join(["folder" * 10] * 3)
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = tmp_path / f"{format}.tar"
@@ -293,17 +285,17 @@ def test_long_names_of_others(tmp_path):
 @pytest.mark.parametrize(
     ("member", "message"),
     [
-        ("../x.jpg", "cannot be a key"),
-        ("/etc/x.jpg", "cannot be a key"),
-        ("a b.jpg", "cannot be a key"),
-        ("ä.jpg", "cannot be a key"),
-        ("a.jp g", "cannot name a field"),
-        ("k.jpg", "comes twice"),
-        ("k.png", "comes twice"),
-        ("l.jpg", "comes twice"),
+        ("../x.jpg", "is not a valid key"),
+        ("/etc/x.jpg", "is not a valid key"),
+        ("a b.jpg", "is not a valid key"),
+        ("ä.jpg", "is not a valid key"),
+        ("a.jp g", "field name"),
+        ("k.jpg", "duplicated"),
+        ("k.png", "duplicated"),
+        ("l.jpg", "duplicated"),
     ],
 )
-def test_names_of_others_that_cannot_be_keys_are_named(tmp_path, member, message):
+def test_invalid_names_in_tars_of_other_programs_are_refused(tmp_path, member, message):
     foreign(tmp_path, [("k.jpg", b"1"), ("l.jpg", b"2"), (member, b"3")])
     with pytest.raises(ShardError, match=message) as error:
         index_shard(tmp_path / "f.tar")
@@ -311,12 +303,12 @@ def test_names_of_others_that_cannot_be_keys_are_named(tmp_path, member, message
     assert names(tmp_path) == ["f.tar"]
 
 
-def test_dotted_frames_that_collapse_to_one_key(tmp_path):
+def test_names_with_dots_that_give_one_key_are_refused(tmp_path):
     foreign(
         tmp_path,
         [("frame.0000.jpg", b"1"), ("frame.0001.jpg", b"2"), ("b.jpg", b"3"), ("frame.0002.jpg", b"4")],
     )
-    with pytest.raises(ShardError, match='"frame" comes twice'):
+    with pytest.raises(ShardError, match='"frame"'):
         index_shard(tmp_path / "f.tar")
 
 
@@ -325,11 +317,11 @@ def test_links_and_devices_are_refused(tmp_path, kind):
     info = tarfile.TarInfo("k.jpg")
     info.type, info.linkname = kind, "/etc/passwd"
     foreign(tmp_path, [(info, b"")])
-    with pytest.raises(ShardError, match="no plain file|damaged"):
+    with pytest.raises(ShardError, match=r"f\.tar"):
         index_shard(tmp_path / "f.tar")
 
 
-def test_a_size_that_the_file_does_not_have(tmp_path):
+def test_member_larger_than_the_file_is_refused(tmp_path):
     info = tarfile.TarInfo("k.jpg")
     info.size = 1 << 50
     header = info.tobuf(format=tarfile.GNU_FORMAT)
@@ -338,7 +330,7 @@ def test_a_size_that_the_file_does_not_have(tmp_path):
         index_shard(tmp_path / "f.tar")
 
 
-def test_every_truncation_is_seen(tmp_path):
+def test_every_truncation_is_detected(tmp_path):
     write_shard(tmp_path / "w.tar", records(count=3, size=700))
     data = (tmp_path / "w.tar").read_bytes()
     last = int((tmp_path / "w.idx").read_text().splitlines()[-1].split("\t")[2])
@@ -352,7 +344,7 @@ def test_every_truncation_is_seen(tmp_path):
     assert index_shard(path).records == 3
 
 
-def test_garbage_is_no_tar(tmp_path):
+def test_garbage_is_refused(tmp_path):
     rng = np.random.default_rng(8)
     path = tmp_path / "g.tar"
     for data in (rng.bytes(4096), bytes(4096), b"\x1f\x8b" + rng.bytes(2000)):
@@ -363,7 +355,7 @@ def test_garbage_is_no_tar(tmp_path):
         index_shard(tmp_path / "absent.tar")
 
 
-def test_flipped_headers_are_seen(tmp_path):
+def test_flipped_header_bytes_are_detected(tmp_path):
     info = write_shard(tmp_path / "w.tar", records(count=4, size=600))
     data = bytearray((tmp_path / "w.tar").read_bytes())
     lines = (tmp_path / "w.idx").read_text().splitlines()[1:]
@@ -399,7 +391,7 @@ def test_damaged_indexes_are_refused(text):
         parse_index(text, where="data/a.idx")
 
 
-def test_bad_record_is_a_value_error_that_travels():
+def test_bad_record_is_a_value_error_that_pickles():
     import pickle
 
     error = pickle.loads(pickle.dumps(BadRecord("set/a", 3, "k", "damaged")))

@@ -46,7 +46,7 @@ def ramp(height, width):
     [((768, 1024), (518, 686)), ((96, 128), (518, 691)), ((540, 960), (518, 921)), ((518, 686), (518, 686))],
 )
 @pytest.mark.parametrize("flip", [False, True])
-def test_image_and_map_lie_on_each_other(source, target, flip):
+def test_image_and_map_stay_aligned(source, target, flip):
     image, x, y = ramp(*source)
     view = Crop(*target, top=0, left=71, side=518, flip=flip)
     square, across, down = crop_image(image, view), crop_map(x, view), crop_map(y, view)
@@ -86,14 +86,14 @@ def test_crop_equals_slicing(flip):
     assert (crop_map(values, larger) == turn(values[rows][:, columns][cut])).all()
 
 
-def test_map_is_never_blended():
+def test_map_values_are_never_interpolated():
     values = np.array([[np.nan, 1, np.inf], [2, -3, 1e30], [0, 5, np.nan]], np.float32)
     shown = crop_map(values, Crop(7, 8, 0, 0, 7, False))
     assert shown[2:, 0].tolist() == [2, 2, 2, 0, 0] and shown[:, 3].tolist() == [1, 1, -3, -3, -3, 5, 5]
     assert np.isnan(shown).sum() == 2 * 3 + 2 * 2 and np.isinf(shown).sum() == 2 * 2
 
 
-def test_views_are_drawn_evenly_and_by_number():
+def test_crops_are_uniform_and_depend_on_the_number():
     views = [draw_crop(30, 41, 28, seed=4, n=n) for n in range(4000)]
     assert views[17] == draw_crop(30, 41, 28, seed=4, n=17) != draw_crop(30, 41, 28, seed=5, n=17)
     assert {view.top for view in views} == {0, 1, 2} and {view.left for view in views} == set(range(14))
@@ -169,7 +169,7 @@ def test_perturb_equals_torchvision_sample_by_sample():
     assert got.shape == image.shape and got.min() > -1e-6 and got.max() < 1 + 1e-6
 
 
-def test_each_sample_is_perturbed_alone():
+def test_each_sample_is_perturbed_independently():
     perturbation = rows()
     image = images(len(perturbation))
     together = perturb(image, perturbation)
@@ -179,7 +179,7 @@ def test_each_sample_is_perturbed_alone():
         )
 
 
-def test_perturb_keeps_float32_under_autocast_and_never_waits():
+def test_perturb_keeps_float32_under_autocast_and_does_not_synchronize():
     perturbation = rows()
     image = (images(len(perturbation)) * 255).byte().permute(0, 2, 3, 1).contiguous()
     expected = normalize(image, perturbation)
@@ -215,7 +215,7 @@ def test_cutmix_boxes():
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shape", [(60, 80), (31, 40), (143, 95), (7, 301)])
-def test_an_encoded_map_looks_as_the_decoded_one(shape, flip):
+def test_crop_of_an_encoded_map_equals_crop_of_the_decoded_one(shape, flip):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     values[:3, :4], values[-1, -2:] = np.nan, np.inf
     for top, left in ((0, 0), (18, 38), (7, 11)):

@@ -1,6 +1,7 @@
-"""`verify_set` on what belongs together: labels and images, what was listed and what is there."""
+"""`verify_set` on pairs: labels and images, listed files and records."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -26,7 +27,7 @@ def make(root, records, **meta):
     return write_manifest(root, name="set", shards=[write_shard(root / "00000.tar", rows)], meta=meta)
 
 
-def test_labels_have_the_size_of_their_image_or_the_one_that_is_stated(tmp_path):
+def test_label_size_equals_image_size_or_label_size_of_the_json(tmp_path):
     good = [fields(), fields(label=(15, 20), label_size=[15, 20]), fields(label=None)]
     assert verify_set(make(tmp_path / "a", good).root, decode=True) == []
     bad = [*good, fields(label=(15, 20)), fields(label=(15, 20), label_size=[15, 21])]
@@ -36,17 +37,18 @@ def test_labels_have_the_size_of_their_image_or_the_one_that_is_stated(tmp_path)
     assert len(problems) == 2
     for number, problem in zip((3, 4), problems, strict=True):
         assert (
-            f"[{number}] set/00000/000000{number}: its label has 15 x 20 pixels and its image 30 x 40"
-            in problem
+            f"[{number}] set/00000/000000{number}: " in problem
+            and "15 x 20" in problem
+            and "30 x 40" in problem
         )
 
 
-def test_what_was_listed_is_there_or_was_skipped(tmp_path):
+def test_listed_files_are_records_or_skipped(tmp_path):
     skipped = {"count": 2, "reasons": {"x": 2}, "files": []}
     assert verify_set(make(tmp_path / "a", [fields()] * 3, settings={"count": 5}, skipped=skipped).root) == []
     assert verify_set(make(tmp_path / "b", [fields()] * 3, settings={"count": 3}).root) == []
     problems = verify_set(make(tmp_path / "c", [fields()] * 2, settings={"count": 5}, skipped=skipped).root)
-    assert len(problems) == 1 and "5 were listed, but 2 records and 2 skipped" in problems[0]
+    assert len(problems) == 1 and all(number in problems[0] for number in ("5 ", "2 records", "2 skipped"))
 
 
 @pytest.fixture
@@ -68,33 +70,31 @@ def label(root, images, sizes):
     return open_set(root)
 
 
-def test_labels_are_held_against_their_images(pair):
+def test_labels_are_checked_against_their_images(pair):
     images, labels = pair
     assert verify_set(labels.root, decode=True, images=images.root) == []
 
 
-def test_a_label_that_is_no_resize_of_its_image_is_named(tmp_path, pair):
+def test_label_with_an_impossible_aspect_ratio_is_reported(tmp_path, pair):
     images, _ = pair
     labels = label(tmp_path / "bad", images, {0: (28, 42), 1: (28, 28), 2: (42, 28)})
     assert resize_shape(*SIZE, 28) == (28, 42)
     assert verify_set(labels.root, images=images.root) == []
     problems = verify_set(labels.root, decode=True, images=images.root)
     assert len(problems) == 2
-    assert "[1] set/00000/0000001: its label has 28 x 28 pixels, to which no image of 30 x 40" in problems[0]
+    assert re.search(r"\[1\] set/00000/0000001: .* 28 x 28 .* 30 x 40", problems[0])
 
 
-def test_labels_of_other_images_are_told(tmp_path, pair):
+def test_labels_of_other_images_are_reported(tmp_path, pair):
     images, labels = pair
     other = make(tmp_path / "other", [fields(label=None), *[fields(label=None, x=1)] * 2])
     problems = verify_set(labels.root, images=other.root)
-    assert len(problems) == 2 and all(
-        "not the one this label was made from" in problem for problem in problems
-    )
-    assert "is not a label set" in verify_set(images.root, images=images.root)[0]
-    assert "is not a folder" in verify_set(labels.root, images=tmp_path / "nowhere")[0]
+    assert len(problems) == 2 and all("image: the shard set/00000" in problem for problem in problems)
+    assert images.root in verify_set(images.root, images=images.root)[0]
+    assert str(tmp_path / "nowhere") in verify_set(labels.root, images=tmp_path / "nowhere")[0]
 
 
-def test_a_damaged_image_shows_in_its_label(tmp_path, pair):
+def test_damaged_image_is_reported_with_its_label(tmp_path, pair):
     images, labels = pair
     path = tmp_path / "images" / "00000.tar"
     data = bytearray(path.read_bytes())
@@ -104,7 +104,7 @@ def test_a_damaged_image_shows_in_its_label(tmp_path, pair):
     assert "[0] set/00000/0000000: image: the checksum" in problem
 
 
-def test_threads_find_the_same_and_tell_how_far_they_are(tmp_path):
+def test_threads_find_the_same_problems_and_report_progress(tmp_path):
     infos = []
     for k in range(5):
         rows = [(f"set/{k}/{i}", fields(label=(15, 20))) for i in range(k + 1)]
@@ -116,7 +116,7 @@ def test_threads_find_the_same_and_tell_how_far_they_are(tmp_path):
     assert sorted(told) == [1, 2, 3, 4, 5]
 
 
-def test_indexing_again_keeps_what_the_manifest_says(tmp_path):
+def test_indexing_again_keeps_the_metadata_of_the_manifest(tmp_path):
     made = make(tmp_path, [fields()], licence="CC0-1.0", pixels={"all": 3})
     (tmp_path / "00000.idx").unlink()
     again = index_set(tmp_path, meta={"licence": "MIT"})
@@ -124,11 +124,11 @@ def test_indexing_again_keeps_what_the_manifest_says(tmp_path):
     assert again.meta == {"licence": "MIT", "pixels": {"all": 3}}
 
 
-def test_a_set_that_is_being_written_is_not_finished_by_indexing(tmp_path):
+def test_set_that_is_being_written_cannot_be_indexed(tmp_path):
     make(tmp_path, [fields()])
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "settings.json").write_text(json.dumps({}))
     for act in (index_set, open_set):
-        with pytest.raises(ShardError, match="is not finished: go on writing it .*depth-anything merge"):
+        with pytest.raises(ShardError, match=f"{tmp_path} .*depth-anything merge"):
             act(tmp_path)
     shutil.rmtree(tmp_path)

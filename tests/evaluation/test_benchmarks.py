@@ -5,7 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-import made_benchmarks as made
+import benchmark_files as made
 import numpy as np
 import pytest
 from made_raw import jpeg, picture, png, room
@@ -30,7 +30,7 @@ def check(name, root, truth):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_row_has_its_facts_and_can_be_sent_to_a_process(name):
+def test_every_benchmark_has_its_facts_and_can_be_pickled(name):
     benchmark = load_benchmark(name)
     assert benchmark.name == name and (benchmark.images > 0 or name in ("moge_spring", "moge_hammer"))
     assert benchmark.title and benchmark.layout and benchmark.get.startswith("http") and benchmark.licence
@@ -43,8 +43,8 @@ def test_every_row_has_its_facts_and_can_be_sent_to_a_process(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_not_there_is_named_with_where_to_get_it(name, tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"):
+def test_a_missing_benchmark_names_where_to_get_it(name, tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path / "none")):
         list(load_benchmark(name).find(tmp_path / "none"))
     (tmp_path / "readme.txt").write_text("nothing")
     with pytest.raises(ValueError, match="http"):
@@ -52,7 +52,7 @@ def test_what_is_not_there_is_named_with_where_to_get_it(name, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="choose one of: kitti, nyu"):
+    with pytest.raises(ValueError, match="'kitty'.*kitti, nyu"):
         load_benchmark("kitty")
 
 
@@ -75,7 +75,7 @@ def test_kitti_holds_652_frames_of_28_drives():
     assert frame_numbers("2011_09_26_drive_0001_sync") == []
 
 
-def test_a_part_of_a_benchmark_is_called_one(tmp_path):
+def test_a_part_of_a_benchmark_is_marked_incomplete(tmp_path):
     made.make_kitti(tmp_path)
     trial = task_from_benchmark(load_benchmark("kitti"), tmp_path)
     assert trial.incomplete.startswith("only 2 of 652 images") and trial.facts["images"] == "2 of 652"
@@ -90,14 +90,12 @@ def test_kitti_without_a_frame_of_the_list_and_a_frame_without_its_image(tmp_pat
     drive, number = name.split("/")
     (tmp_path / "raw" / drive[:10] / drive / f"image_02/data/{number}.png").unlink()
     line = next(iter(load_benchmark("kitti").find(tmp_path)))
-    with pytest.raises(
-        ValueError, match=r"kitti/2011_09_26_drive_0002_sync/0000000069: its image is missing"
-    ):
+    with pytest.raises(ValueError, match=r"kitti/2011_09_26_drive_0002_sync/0000000069: .*image"):
         load_benchmark("kitti").read(tmp_path, line)
     for drive, _ in made.KITTI_FRAMES:
         for folder in tmp_path.rglob(drive):
             shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="none of the 652"):
+    with pytest.raises(ValueError, match="652.*http"):
         list(load_benchmark("kitti").find(tmp_path))
 
 
@@ -118,7 +116,7 @@ def test_the_real_frame_of_kitti(tmp_path):
     assert bottom < 12 < middle  # the road in front, and what stands far down it
 
 
-def test_nyu_as_its_makers_publish_it(tmp_path):
+def test_nyu_in_the_original_matlab_file(tmp_path):
     raw, filled = made.make_nyu_matlab(tmp_path)
     for name, truth in (("nyu", raw), ("nyu_filled", filled)):
         benchmark = load_benchmark(name)
@@ -146,17 +144,17 @@ def test_nyu_as_marigold_extracts_it(tmp_path):
     check("nyu_filled", tmp_path, filled)
     folder = tmp_path / "test/bathroom_0001"
     shutil.copy(folder / "depth_0046.png", folder / "filled_0046.png")  # as its download has it
-    with pytest.raises(ValueError, match=r"filled_0046\.png\): it has holes.*take nyu"):
+    with pytest.raises(ValueError, match=r"filled_0046\.png\).* nyu$"):
         made.read_all(load_benchmark("nyu_filled"), tmp_path)
 
 
-def test_marigold_compares_what_the_kinect_measured():
+def test_marigold_is_defined_on_the_measured_depth_only():
     assert "marigold" in load_benchmark("nyu").depth_limits and list(
         load_benchmark("nyu_filled").depth_limits
     ) == ["da2"]
 
 
-def test_nyu_in_a_file_a_frame(tmp_path):
+def test_nyu_with_one_file_per_frame(tmp_path):
     frames = check("nyu_filled", tmp_path, made.make_nyu_h5(tmp_path))
     blue, red = made.blue_and_red(frames["00045"])
     assert red != blue
@@ -195,11 +193,11 @@ def test_eth3d(tmp_path):
     path = tmp_path / "office_dslr_depth/office/ground_truth_depth/dslr_images/DSC_0219.JPG"
     path.write_bytes(path.read_bytes()[:-4])
     benchmark = load_benchmark("eth3d")
-    with pytest.raises(ValueError, match=r"eth3d/office/DSC_0219: its depth has 6908 bytes, 6912 are needed"):
+    with pytest.raises(ValueError, match=r"eth3d/office/DSC_0219: .*6908 .*6912"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
 
 
-def test_one_scene_of_eth3d_and_a_camera_that_was_turned(tmp_path):
+def test_a_single_eth3d_scene_and_a_rotated_camera(tmp_path):
     truth = made.make_eth3d(tmp_path)
     scene = tmp_path / "office"
     shutil.move(tmp_path / "office_dslr_depth/office/ground_truth_depth", scene)
@@ -214,7 +212,7 @@ def test_one_scene_of_eth3d_and_a_camera_that_was_turned(tmp_path):
     assert frames["DSC_0219"].image.shape[:2] == truth["office/DSC_0219"].shape
 
 
-def test_diode_and_its_halves(tmp_path):
+def test_diode_indoor_and_outdoor(tmp_path):
     truth = made.make_diode(tmp_path)
 
     def last(frames):
@@ -229,12 +227,10 @@ def test_diode_and_its_halves(tmp_path):
             assert np.isnan(found[key]).sum() == 3
     mask = next(tmp_path.glob("val/indoors/*/*/*_mask.npy"))
     mask.unlink()
-    with pytest.raises(
-        ValueError, match=r"its mask is missing: no file \*_depth_mask\.npy in a folder scan_\*$"
-    ):
+    with pytest.raises(ValueError, match=r"mask.*\*_depth_mask\.npy.*scan_\*$"):
         made.read_all(load_benchmark("diode_indoor"), tmp_path)
     shutil.rmtree(tmp_path / "val/outdoor")
-    with pytest.raises(ValueError, match="validation split outdoor"):
+    with pytest.raises(ValueError, match="outdoor.*http"):
         list(load_benchmark("diode_outdoor").find(tmp_path))
 
 
@@ -244,11 +240,11 @@ def test_sintel(tmp_path, render):
     check(name, tmp_path, made.make_sintel(tmp_path, render=render))
     check(name, tmp_path / "training", made.make_sintel(tmp_path, render=render))
     other = "sintel_clean" if render == "final" else "sintel"
-    with pytest.raises(ValueError, match="pass with depth"):
+    with pytest.raises(ValueError, match="clean pass|final pass"):
         list(load_benchmark(other).find(tmp_path))
 
 
-def test_sintels_depth_is_refused_if_it_is_none(tmp_path):
+def test_a_damaged_sintel_depth_is_refused(tmp_path):
     made.make_sintel(tmp_path)
     path = tmp_path / "training/depth/alley_1/frame_0001.dpt"
     benchmark, data = load_benchmark("sintel"), path.read_bytes()
@@ -261,7 +257,7 @@ def test_sintels_depth_is_refused_if_it_is_none(tmp_path):
         data[:4] + b"\xff" * 8 + data[12:],
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="sintel/final/alley_1/frame_0001: its depth is"):
+        with pytest.raises(ValueError, match="sintel/final/alley_1/frame_0001: "):
             benchmark.read(tmp_path, line)
 
 
@@ -291,8 +287,8 @@ def test_an_image_of_another_size_is_refused(tmp_path):
     made.make_nyu_bts(tmp_path)
     jpeg(tmp_path / "official_splits/test/bathroom/rgb_00045.jpg", picture(room((20, 30))))
     benchmark = load_benchmark("nyu")
-    with pytest.raises(ValueError, match="image has 30 x 20 pixels, its depth 48 x 36"):
+    with pytest.raises(ValueError, match="30 x 20 .*48 x 36"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))
     png(tmp_path / "official_splits/test/bathroom/sync_depth_00045.png", picture(room())[..., 0])
-    with pytest.raises(ValueError, match=r"sync_depth_00045\.png\): the PNG is grey of 8 bits"):
+    with pytest.raises(ValueError, match=r"sync_depth_00045\.png\): .* 8 bits"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.tars import BadRecord, write_shard
-from depth_anything.evaluation.evaluate import METRICS, evaluate, merge_results
+from depth_anything.evaluation.evaluate import METRICS, evaluate
 from depth_anything.evaluation.frames import (
     MeanMap,
     compute_mean_map,
@@ -70,7 +69,7 @@ def test_da2_equals_numpy():
         assert row["d1"] == pytest.approx(d1, abs=1e-9)
         assert (row["scale"], row["shift"]) == pytest.approx((scale, shift), rel=1e-5, abs=1e-7)
     assert result.means["abs_rel"] == pytest.approx(np.mean([e[0] for e in expected]), rel=1e-6)
-    assert result.images == 5 and not result.empty and not result.broken
+    assert result.images == 5 and not result.empty and not result.non_finite
 
 
 def test_an_affine_disparity_is_perfect():
@@ -80,7 +79,7 @@ def test_an_affine_disparity_is_perfect():
     assert result.means["abs_rel"] < 1e-5 and result.means["d1"] == 1
 
 
-def test_what_is_fitted_behind_infinity_is_far_and_not_near():
+def test_negative_fitted_disparity_is_far_and_not_near():
     depth = np.linspace(1, 60, 400, dtype=np.float32).reshape(20, 20)
     prediction = (1 / depth).astype(np.float32)
     prediction[-1, -1] = -2.0  # the fit puts it below zero: 80 m, an error of a third; 1 mm would be one of 1
@@ -89,7 +88,7 @@ def test_what_is_fitted_behind_infinity_is_far_and_not_near():
     assert row["abs_rel"] == pytest.approx(abs_rel, rel=1e-6) and row["d1"] == pytest.approx(d1)
 
 
-def test_truth_beyond_the_range_is_not_compared():
+def test_ground_truth_outside_of_the_range_is_not_compared():
     depth = make_depth(1)
     depth[0] = 500.0
     depth[1] = 0.0
@@ -99,7 +98,7 @@ def test_truth_beyond_the_range_is_not_compared():
     assert evaluate(Remembered([prediction]), frames, max_depth=1000.0).rows[0]["valid"] == 23 * 32
 
 
-def test_depth_is_not_fitted_unless_the_protocol_says_so():
+def test_depth_is_aligned_only_if_the_protocol_fits_it():
     depth = make_depth(2)
     model = Remembered([2 * depth], quantity="depth")
     frames = [make_frame(0, depth)]
@@ -108,7 +107,7 @@ def test_depth_is_not_fitted_unless_the_protocol_says_so():
     both = dataclasses.replace(PROTOCOLS["da2"], name="fitted", fitted=("disparity", "depth"))
     fitted = evaluate(model, frames, protocol=both).rows[0]
     assert fitted["abs_rel"] < 1e-5 and fitted["scale"] == pytest.approx(0.5, rel=1e-5)
-    with pytest.raises(ValueError, match="fits no disparity"):
+    with pytest.raises(ValueError, match="'raw'"):
         evaluate(Remembered([depth]), frames, protocol=EvalProtocol("raw", fitted=()))
 
 
@@ -128,13 +127,13 @@ def test_images_without_a_valid_pixel_are_named_and_left_out():
     assert result.means["d1"] == pytest.approx((result.rows[0]["d1"] + result.rows[2]["d1"]) / 2)
 
 
-def test_a_broken_model_is_seen():
+def test_nan_in_a_map_makes_the_mean_nan():
     maps = [np.full((24, 32), np.nan, np.float32), make_depth(3)]
     result = evaluate(Remembered(maps), [make_frame(0, make_depth(0)), make_frame(1, make_depth(1))])
-    assert result.broken == ["set/0/0"] and math.isnan(result.means["abs_rel"])
+    assert result.non_finite == ["set/0/0"] and math.isnan(result.means["abs_rel"])
 
 
-def test_a_constant_model_is_judged():
+def test_a_constant_map_has_finite_metrics():
     result = evaluate(Remembered([np.zeros((24, 32), np.float32)]), [make_frame(0, make_depth(0))])
     assert 0 < result.means["abs_rel"] < 2 and result.rows[0]["scale"] == 0
 
@@ -153,31 +152,21 @@ def test_frames_are_streamed_in_batches():
     assert model.batches == [8] * 5 and alive <= 8
 
 
-def test_shares_of_ranks_merge_into_the_whole():
-    frames = [make_frame(number, make_depth(number)) for number in range(7)]
-    model = Remembered([make_depth(number + 50) for number in range(7)])
-    whole = evaluate(model, frames)
-    parts = [evaluate(model, frames[rank::3]) for rank in range(3)] + [evaluate(model, [])]
-    padded = pickle.loads(pickle.dumps([*parts, parts[0]]))  # a rank may be given a frame twice
-    assert merge_results(padded).means == whole.means
-    assert [row["key"] for row in merge_results(padded).rows] == [frame.key for frame in frames]
-
-
-def test_a_smaller_map_is_stretched_to_the_truth():
+def test_a_smaller_map_is_resized_to_the_ground_truth():
     depth = np.tile(np.linspace(1, 10, 64, dtype=np.float32), (32, 1))
     small = 1 / depth[::2, ::2]
     assert evaluate(Remembered([small]), [make_frame(0, depth)]).means["abs_rel"] < 0.02
 
 
-def test_what_cannot_be_judged_is_refused():
+def test_frames_without_depth_and_unknown_protocols_are_refused():
     unlabelled = Frame("a/b/c", np.zeros((4, 4, 3), np.uint8), {})
-    with pytest.raises(ValueError, match="'a/b/c' has no depth"):
+    with pytest.raises(ValueError, match="'a/b/c'"):
         evaluate(Remembered([np.ones((4, 4), np.float32)]), [unlabelled])
-    with pytest.raises(ValueError, match="unknown protocol 'x'.*da2"):
+    with pytest.raises(ValueError, match="'x'.*da2, marigold, moge, zoedepth"):
         evaluate(Remembered([]), [], protocol="x")
 
 
-def test_the_metrics_of_the_tables_are_those_that_there_are():
+def test_tables_have_all_metrics():
     import torch
 
     one = torch.ones(1, 2, 2)
@@ -209,7 +198,7 @@ def test_the_mean_map_is_the_mean_of_each_frame_in_its_own_range():
 
 
 def test_the_mean_map_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no mean map"):
+    with pytest.raises(ValueError):
         compute_mean_map([make_frame(0, np.full((4, 4), np.nan))])
 
 
@@ -221,7 +210,7 @@ def test_the_mean_map_has_no_holes():
     assert baseline.map[:30] == pytest.approx(baseline.map[33:].mean(), abs=0.01)
 
 
-def test_the_mean_map_looks_at_no_image():
+def test_the_mean_map_ignores_the_image():
     baseline = MeanMap(np.eye(3, dtype=np.float32))
     first, second = baseline.predict_batch([np.zeros((9, 9, 3), np.uint8), np.full((9, 9, 3), 200, np.uint8)])
     assert (first == second).all()
@@ -230,7 +219,7 @@ def test_the_mean_map_looks_at_no_image():
 def test_spaced_numbers():
     assert evenly_spaced(5, None) == evenly_spaced(5, 5) == evenly_spaced(5, 99) == [0, 1, 2, 3, 4]
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="limit.*0"):
         evenly_spaced(10, 0)
 
 
@@ -263,12 +252,12 @@ def test_frames_hold_depth(shard_set):
         assert abs(int(frame.image[0, 0, 0]) - number) < 3
 
 
-def test_the_set_says_how_far_it_is_compared(shard_set):
+def test_the_manifest_has_the_largest_depth_compared(shard_set):
     assert max_depth_from_manifest(shard_set) == 6.5
     assert max_depth_from_manifest(dataclasses.replace(shard_set, meta={})) == 80
 
 
-def test_a_damaged_record_ends_the_evaluation_by_name(shard_set):
+def test_a_damaged_record_stops_the_evaluation_and_is_named(shard_set):
     broken = [("toy/d/0", {"jpg": b"\xff\xd8\xff no image", "json": b"{}"})]
     info = write_shard(f"{shard_set.root}/d.tar", broken)
     grown = write_manifest(shard_set.root, name="toy", shards=[*shard_set.shards, info], meta={})

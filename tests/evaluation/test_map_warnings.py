@@ -12,14 +12,17 @@ import torch
 
 from depth_anything import DepthAnything, save_model
 from depth_anything.cli import main
+from depth_anything.data.address import escape_unprintable
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.tars import write_shard
-from depth_anything.evaluation.benchmarks.da2k import PairResult, PointPairImage, score_da2k
-from depth_anything.evaluation.evaluate import DepthResult, escape_control_characters, evaluate
+from depth_anything.evaluation.benchmarks.da2k import PointPairImage
+from depth_anything.evaluation.depth_task import DepthTask
+from depth_anything.evaluation.evaluate import DepthResult, evaluate
+from depth_anything.evaluation.pairs_task import PairResult, PairsTask, evaluate_pairs
 from depth_anything.evaluation.protocols import PROTOCOLS
 from depth_anything.evaluation.report import write_report
-from depth_anything.evaluation.table import format_pairs_table, format_table, pair_warnings
+from depth_anything.evaluation.table import build_table, format_table
 
 SHAPE = (24, 36)
 
@@ -49,6 +52,15 @@ def judged(make: Any, *, protocol: str = "da2", quantity: str = "disparity") -> 
     return evaluate(Maps(frames, make, quantity=quantity), frames, protocol=protocol)
 
 
+def task_of(result: DepthResult) -> DepthTask:
+    return DepthTask("rooms", [], lambda line: None, {}, protocol=result.protocol)
+
+
+def text_of(result: DepthResult) -> str:
+    task = task_of(result)
+    return format_table(build_table(task, [result]), task.notes([result]))
+
+
 @pytest.mark.parametrize(
     ("protocol", "quantity", "good", "bad"),
     [
@@ -65,11 +77,11 @@ def test_an_inverted_map_is_named(protocol: str, quantity: str, good: Any, bad: 
     fine, wrong = (judged(make, protocol=protocol, quantity=quantity) for make in (good, bad))
     assert not fine.warnings and not fine.inverted
     assert wrong.inverted == [f"rooms/0/{number}" for number in range(4)] and len(wrong.warnings) == 1
-    assert "wrong way round" in format_table([wrong]) and "rooms/0/0" in format_table([wrong])
-    assert "wrong way round" not in format_table([fine])
+    assert "inverted" in text_of(wrong) and "rooms/0/0" in text_of(wrong)
+    assert "inverted" not in text_of(fine)
 
 
-def test_one_image_upside_down_of_four_is_no_inverted_model() -> None:
+def test_one_inverted_map_of_four_gives_no_warning() -> None:
     frames = make_frames()
     turns = iter([1, -1, 1, 1])
     result = evaluate(Maps(frames, lambda depth: next(turns) / depth), frames)
@@ -82,15 +94,15 @@ def test_one_image_upside_down_of_four_is_no_inverted_model() -> None:
 )
 def test_a_constant_map_is_named(protocol: str, quantity: str, value: float) -> None:
     result = judged(lambda d: np.full_like(d, value), protocol=protocol, quantity=quantity)
-    assert len(result.constant) == 4 and not result.inverted and not result.broken
-    assert len(result.warnings) == 1 and "one value" in format_table([result])
+    assert len(result.constant) == 4 and not result.inverted and not result.non_finite
+    assert len(result.warnings) == 1 and result.warnings[0] in text_of(result)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     ("protocol", "quantity"), [("da2", "disparity"), ("zoedepth", "depth"), ("marigold", "depth")]
 )
-def test_a_map_without_numbers_is_counted_and_spoils_the_mean(
+def test_nan_and_infinity_are_listed_and_make_the_mean_nan(
     protocol: str, quantity: str, value: float
 ) -> None:
     """Of a network infinite depth is no sky: a sigmoid never gives it."""
@@ -103,33 +115,35 @@ def test_a_map_without_numbers_is_counted_and_spoils_the_mean(
         return map_
 
     result = evaluate(Maps(frames, make, quantity=quantity), frames, protocol=protocol)
-    assert result.broken == ["rooms/0/2"] and math.isnan(result.means["abs_rel"])
+    assert result.non_finite == ["rooms/0/2"] and math.isnan(result.means["abs_rel"])
     assert len(result.warnings) == 1 and "rooms/0/2" in result.warnings[0]
 
 
-def test_what_is_not_compared_may_be_no_number() -> None:
+def test_nan_where_nothing_is_compared_is_ignored() -> None:
     frames = make_frames()
     result = evaluate(
         Maps(frames, lambda d: np.where(np.indices(d.shape)[0] == 0, np.nan, 1 / d)), [frames[0], *frames[1:]]
     )
-    assert len(result.broken) == 4  # the first row is compared …
+    assert len(result.non_finite) == 4  # the first row is compared …
     for frame in frames:
         assert frame.depth is not None
         frame.depth[0] = np.nan
     result = evaluate(Maps(frames, lambda d: np.where(np.indices(d.shape)[0] == 0, np.nan, 1 / d)), frames)
-    assert not result.broken and not result.warnings and result.means["abs_rel"] < 1e-5  # … and now is not
+    assert (
+        not result.non_finite and not result.warnings and result.means["abs_rel"] < 1e-5
+    )  # … and now is not
 
 
-def test_rows_of_before_this_say_nothing_wrong() -> None:
+def test_rows_of_earlier_versions_give_no_warning() -> None:
     row = {"key": "a", "valid": 9, **dict.fromkeys(("abs_rel", "d1"), 0.5)}
-    result = DepthResult("old", PROTOCOLS["da2"], (row,))
+    result = DepthResult("old", (row,), protocol=PROTOCOLS["da2"])
     assert not (result.warnings or result.inverted or result.constant)
 
 
-def test_pairs_of_points_tell_an_inverted_and_a_mute_model() -> None:
+def test_pairs_of_points_show_inverted_maps_and_nan() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     pairs = np.array([[[r, 7], [r, 0]] for r in range(8)])
-    images = [PointPairImage("da2k/a", image, "indoor", pairs)]
+    images = [PointPairImage("da2k/a", image, scene="indoor", pairs=pairs)]
     ramp = np.tile(np.arange(8, dtype=np.float32), (8, 1))
 
     class Given:
@@ -140,19 +154,18 @@ def test_pairs_of_points_tell_an_inverted_and_a_mute_model() -> None:
             return [self.map for _ in images]
 
     def warned(map_: np.ndarray, quantity: str = "disparity") -> list[str]:
-        scores = {"m": score_da2k(Given(map_, quantity), images)}
-        warnings = pair_warnings(scores)
-        assert all(sentence in format_pairs_table(scores) for sentence in warnings)
-        return warnings
+        result = evaluate_pairs(Given(map_, quantity), images, name="m")
+        text = "\n".join(PairsTask("da2k", [], None, {}).notes([result]))
+        assert all(sentence in text for sentence in result.warnings)
+        return result.warnings
 
     assert not warned(ramp) and not warned(7 - ramp, "depth") and not warned(np.zeros_like(ramp))
-    assert "wrong way" in warned(7 - ramp)[0] and "wrong way" in warned(ramp, "depth")[0]
+    assert warned(7 - ramp) and warned(ramp, "depth")
     for value in (np.nan, np.inf):
         assert "da2k/a" in warned(np.where(ramp == 7, value, ramp))[0]
         assert not warned(np.where(ramp == 3, value, ramp))  # nobody asks there
     assert not warned(np.where(ramp == 0, np.inf, 7 - ramp), "depth")  # sky
-    old = PairResult(({"key": "a", "scene": "indoor", "pairs": 2, "right": 1.0},))
-    assert not pair_warnings({"m": old})
+    assert not PairResult("m", ({"key": "a", "scene": "indoor", "pairs": 2, "right": 1.0},)).warnings
 
 
 # --- The command ----------------------------------------------------------------------------------------
@@ -184,7 +197,7 @@ def run(rooms: Path, *words: Any) -> tuple[int, dict[str, Any]]:
     return code, json.loads(results.read_text()) if results.exists() else {}
 
 
-def test_an_inverted_folder_of_maps_is_said_everywhere(
+def test_inverted_maps_are_named_in_table_page_json_and_stderr(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: depth)
@@ -193,13 +206,14 @@ def test_an_inverted_folder_of_maps_is_said_everywhere(
     [model] = document["models"]
     page = (tmp_path / "report/report.html").read_text()
     assert code == 0 and len(model["inverted"]) == 4 and len(model["warnings"]) == 1
-    assert all("wrong way round" in text for text in (out, err, page, model["warnings"][0]))
-    assert "<b>m</b>" not in page and "&lt;b&gt;m&lt;/b&gt; gives maps" in page
-    assert (tmp_path / "report/table.txt").read_text().count("wrong way round") == 1
+    [warning] = model["warnings"]
+    assert all(warning.removeprefix("<b>m</b>") in text for text in (out, err, page))
+    assert "<b>m</b>" not in page and "&lt;b&gt;m&lt;/b&gt;" in page
+    assert (tmp_path / "report/table.txt").read_text().count(warning) == 1
 
 
 @pytest.mark.parametrize("share", ["one", "all"])
-def test_maps_without_numbers_end_in_an_exit_code(
+def test_maps_with_nan_give_exit_code_1(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str], share: str
 ) -> None:
     def make(depth: np.ndarray) -> np.ndarray:
@@ -213,11 +227,11 @@ def test_maps_without_numbers_end_in_an_exit_code(
     code, document = run(rooms, "--predictions", write_maps(tmp_path / "maps", make))
     assert code == 1 and len(document["models"][0]["broken"]) == (4 if share == "all" else 1)
     err = capsys.readouterr().err
-    assert "no numbers" in err and "rooms/0/0" in err
+    assert "rooms/0/0" in err
     assert document["models"][0]["means"]["abs_rel"] is None
 
 
-def test_a_network_without_numbers_ends_in_an_exit_code(
+def test_a_network_with_nan_gives_a_failing_exit_code(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = DepthAnything("vitn")
@@ -237,7 +251,7 @@ def test_a_network_without_numbers_ends_in_an_exit_code(
         lambda map_: np.zeros((24, 24)),
     ],
 )
-def test_maps_of_other_proportions_are_refused(
+def test_maps_of_another_aspect_ratio_are_refused(
     tmp_path: Path, rooms: Path, capsys: pytest.CaptureFixture[str], change: Any
 ) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: change(1 / depth))
@@ -246,7 +260,7 @@ def test_maps_of_other_proportions_are_refused(
     assert "rooms/0/0" in (err := capsys.readouterr().err) and "36x24" in err
 
 
-def test_maps_of_another_size_but_its_proportions_are_taken(tmp_path: Path, rooms: Path) -> None:
+def test_maps_of_another_size_and_the_same_aspect_ratio_are_resized(tmp_path: Path, rooms: Path) -> None:
     maps = write_maps(tmp_path / "maps", lambda depth: (1 / depth)[::2, ::2])
     code, document = run(rooms, "--predictions", maps)
     assert code == 0 and document["models"][0]["means"]["abs_rel"] < 0.2
@@ -258,13 +272,13 @@ def test_maps_of_another_size_but_its_proportions_are_taken(tmp_path: Path, room
 @pytest.mark.parametrize(
     "name", ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(A1)", "\t=1", "a\nb", "a\x1b[2Jb", "<i>x</i>", "\u202eabc"]
 )
-def test_a_name_is_no_formula_no_markup_and_moves_no_cursor(tmp_path: Path, name: str) -> None:
+def test_names_are_escaped_in_csv_html_and_terminal(tmp_path: Path, name: str) -> None:
     frames = make_frames()
     frames[1].key = name
     result = evaluate(Maps(frames, lambda d: d * 0), frames, name=name)
-    page = write_report([result], tmp_path, examples=[])
+    page = write_report(task_of(result), [result], tmp_path)
     table = (tmp_path / "table.txt").read_text(encoding="utf-8")
-    assert all(line.isprintable() for line in table.splitlines()) and escape_control_characters(name) in table
+    assert all(line.isprintable() for line in table.splitlines()) and escape_unprintable(name) in table
     with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for text in (rows[0]["model"], rows[1]["key"]):

@@ -2,8 +2,8 @@
 
 import io
 
+import benchmark_files as made
 import cv2
-import made_benchmarks as made
 import numpy as np
 import pytest
 from made_raw import picture, room
@@ -35,7 +35,7 @@ def test_depth_is_logarithmic_between_its_texts(tmp_path):
 
 
 @pytest.mark.parametrize(("unit", "factor"), [(None, 1), ("1.0", 1), ("0.001", 0.001), ("100", 100)])
-def test_the_unit_of_an_older_file_is_obeyed(unit, factor):
+def test_the_unit_of_an_older_file_is_applied(unit, factor):
     depth = room((6, 8)).astype(np.float32)
     depth[0, 0], depth[1, 1] = np.nan, np.inf
     read = read_depth(encoded(depth, unit=unit))
@@ -257,11 +257,11 @@ def test_the_bundle_is_read_in_the_order_of_its_index(tmp_path):
         np.testing.assert_allclose(frames["scene/000"].depth, depth, rtol=1e-4)
         assert np.argwhere(np.isnan(frames["scene/001"].depth)).tolist() == [[0, 0], [1, 1], [2, 2]]
         assert frames["scene/001"].key == "moge_nyu/scene/001"
-    with pytest.raises(ValueError, match=r"KITTI/\.index\.txt; get KITTI\.zip"):
+    with pytest.raises(ValueError, match=r"KITTI/\.index\.txt.*KITTI\.zip"):
         list(load_benchmark("moge_kitti").find(tmp_path))
 
 
-def test_what_leads_elsewhere_or_is_damaged_is_refused(tmp_path):
+def test_paths_outside_of_the_bundle_and_damaged_files_are_refused(tmp_path):
     depth = room((48, 64))
     made.make_moge(tmp_path, "GSO", camera=SQUARE, depths=[depth], images=[picture(depth)])
     benchmark = load_benchmark("moge_gso")
@@ -272,8 +272,8 @@ def test_what_leads_elsewhere_or_is_damaged_is_refused(tmp_path):
         benchmark.read(tmp_path, line)
     (tmp_path / "depth.png").rename(tmp_path / "GSO/scene/000/depth.png")
     (tmp_path / "GSO/scene/000/meta.json").write_text('{"intrinsics": [[0]]}')
-    with pytest.raises(ValueError, match="moge_gso/scene/000: its meta"):
+    with pytest.raises(ValueError, match="moge_gso/scene/000: .*meta.json"):
         benchmark.read(tmp_path, line)
     (tmp_path / "GSO/.index.txt").write_text("../../etc\n")
-    with pytest.raises(ValueError, match="out of the bundle"):
+    with pytest.raises(ValueError, match="moge_gso/../../etc"):
         benchmark.read(tmp_path, next(iter(benchmark.find(tmp_path))))

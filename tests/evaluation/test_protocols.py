@@ -98,12 +98,12 @@ def make(shape, quantity, seed=0):
     ],
 )
 def test_protocols_equal_numpy(name, low, high, crop, quantity):
-    depth_limits = {name: DepthLimits(low, high, crop=crop or "")}
+    depth_limits = {name: DepthLimits(low, high, eval_crop=crop or "")}
     rules = find_protocol(name, benchmark=a_benchmark(depth_limits))
     prediction, depth = make(SHAPES[crop], quantity)
     frame = Frame("k", np.zeros((*depth.shape, 3), np.uint8), {}, depth=depth)
     if (name, quantity) == ("zoedepth", "disparity"):
-        with pytest.raises(ValueError, match="fits no disparity.*da2, marigold, moge"):
+        with pytest.raises(ValueError, match="'zoedepth'.*da2, marigold, moge"):
             score_map(prediction, frame, quantity=quantity, protocol=rules)
         return
     row = score_map(prediction, frame, quantity=quantity, protocol=rules)[1]
@@ -147,8 +147,8 @@ def test_one_valid_pixel_and_none():
             assert row["abs_rel"] < 1e-6
 
 
-def test_what_lies_outside_a_crop_never_matters():
-    rules = EvalProtocol("x", fitted=("disparity",), crop="garg")
+def test_pixels_outside_of_a_crop_never_matter():
+    rules = EvalProtocol("x", fitted=("disparity",), eval_crop="garg")
     prediction, depth = make((375, 1242), "disparity")
     frame = Frame("k", np.zeros((375, 1242, 3), np.uint8), {}, depth=depth)
     before = score_map(prediction, frame, quantity="disparity", protocol=rules)[1]
@@ -171,9 +171,9 @@ def test_crops_of_other_sizes():
 
 def test_zoedepth_crops_diode_as_its_code_does():
     rooms = find_protocol("zoedepth", benchmark=load_benchmark("diode_indoor"))
-    assert CROPS[rooms.crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
+    assert CROPS[rooms.eval_crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
     outdoor = find_protocol("zoedepth", benchmark=load_benchmark("diode_outdoor"))
-    assert outdoor.crop == "garg" and outdoor.max_depth == 80
+    assert outdoor.eval_crop == "garg" and outdoor.max_depth == 80
 
 
 class Columns:
@@ -194,15 +194,16 @@ def test_the_model_is_shown_the_view_and_its_mirror():
     depth = np.full((375, 1242), 30.0, np.float32)
     frame = Frame("k", np.zeros((375, 1242, 3), np.uint8), {}, depth=depth)
     rules = find_protocol(
-        "zoedepth", benchmark=a_benchmark({"zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg")})
+        "zoedepth",
+        benchmark=a_benchmark({"zoedepth": DepthLimits(1e-3, 80, view_crop="kb", eval_crop="garg")}),
     )
     row = evaluate(model, [frame], protocol=rules).rows[0]
     assert model.shapes == [(352, 1216, 3)] * 2
     assert row["abs_rel"] == pytest.approx(50 / 30)  # the mean of both is 608.5 everywhere, lowered to 80
     assert row["valid"] == inside("garg", (352, 1216)).sum()
-    with pytest.raises(ValueError, match="'k' cannot be cut to kb: .*which 1000x375 have not"):
+    with pytest.raises(ValueError, match="'k'.*kb.*1000x375"):
         crop_to_view(Frame("k", frame.image[:, :1000], {}, depth=depth[:, :1000]), rules)
-    with pytest.raises(ValueError, match="'k' cannot be cut to kb: its depth has another size"):
+    with pytest.raises(ValueError, match="'k'.*kb.*depth"):
         crop_to_view(Frame("k", frame.image, {}, depth=depth[:100]), rules)
 
 
@@ -213,18 +214,20 @@ def a_benchmark(depth_limits):
 
 
 def test_a_benchmark_knows_its_protocols():
-    benchmark = a_benchmark({"da2": DepthLimits(1e-3, 10, crop="eigen_nyu")})
+    benchmark = a_benchmark({"da2": DepthLimits(1e-3, 10, eval_crop="eigen_nyu")})
     rules = find_protocol("da2", benchmark=benchmark)
-    assert (rules.max_depth, rules.crop, rules.view) == (10, "eigen_nyu", None)
-    with pytest.raises(ValueError, match="protocol 'moge' says nothing of The B: use one of: da2"):
+    assert (rules.max_depth, rules.eval_crop, rules.view_crop) == (10, "eigen_nyu", None)
+    with pytest.raises(ValueError, match="'moge'.*The B.*da2"):
         find_protocol("moge", benchmark=benchmark)
     assert find_protocol("da2", max_depth=20).max_depth == 20
 
 
-def test_the_text_says_all_that_matters():
+def test_the_text_of_a_protocol_has_all_its_rules():
     for name, rules in PROTOCOLS.items():
         assert rules.text.startswith(f"{name}: ")
-    nyu = find_protocol("da2", benchmark=a_benchmark({"da2": DepthLimits(1e-3, 10, crop="eigen_nyu")})).text
+    nyu = find_protocol(
+        "da2", benchmark=a_benchmark({"da2": DepthLimits(1e-3, 10, eval_crop="eigen_nyu")})
+    ).text
     assert "least squares to 1/truth, raised to 1/10 m and inverted, clipped to 0.001–10 m" in nyu
     assert "of the eigen_nyu crop" in nyu
     assert "1/farthest truth" in PROTOCOLS["moge"].text and "clipped" not in PROTOCOLS["moge"].text

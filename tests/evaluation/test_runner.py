@@ -1,6 +1,7 @@
-"""Judging in shares, after a kill, and from files: always the same rows to the last digit."""
+"""Evaluation in shares, after a kill and from files on disk: always the same rows to the last digit."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -8,18 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_benchmarks import make_da2k, make_nyu_bts, make_sintel
+from benchmark_files import make_da2k, make_nyu_bts, make_sintel
 
 from depth_anything import DepthAnything, Predictor
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation import runner
 from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.depth_task import DepthTask
 from depth_anything.evaluation.evaluate import score_map
+from depth_anything.evaluation.pairs_task import PairsTask
 from depth_anything.evaluation.predictions import PrecomputedMaps
 from depth_anything.evaluation.protocols import PROTOCOLS
 from depth_anything.evaluation.runner import (
-    EvalTask,
-    collect_rows,
+    EvalModel,
+    cache_key,
+    collect_results,
     evaluate_share,
     open_row_cache,
     task_from_benchmark,
@@ -28,7 +32,6 @@ from depth_anything.evaluation.runner import (
 from depth_anything.inference.formats import encode_map
 from depth_anything.scenes.render import write_scenes
 
-MODEL = {"fingerprint": "sha256:1"}
 SHARP = replace(PROTOCOLS["da2"], sharp=True)
 
 
@@ -41,9 +44,9 @@ def a_frame(line):
     return Frame(f"toy/{number:03d}", image, {"name": f"photos/{number}.jpg"}, depth=depth)
 
 
-def a_trial(count=29):
+def a_task(count=29, protocol=PROTOCOLS["da2"], read=a_frame):
     lines = [str(number) for number in range(count)]
-    return EvalTask("toy", lines, a_frame, PROTOCOLS["da2"], {"digest": f"sha256:{count}"})
+    return DepthTask("toy", lines, read, {"digest": f"sha256:{count}"}, protocol=protocol)
 
 
 @pytest.fixture(scope="module")
@@ -53,68 +56,105 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def whole(predictor, tmp_path_factory):
-    return rows_of(predictor, a_trial(), tmp_path_factory.mktemp("whole"), [(1, 1)])
+    return rows_of(predictor, a_task(), tmp_path_factory.mktemp("whole"), [(1, 1)])
 
 
-def rows_of(predictor, trial, folder, parts):
-    for part in parts:
-        evaluate_share(predictor, trial, open_row_cache(trial, MODEL, folder, name="m", part=part), part=part)
-    return collect_rows(trial, open_row_cache(trial, MODEL, folder, name="m"))
+def model_of(source, **facts):
+    return EvalModel("m", source, {"fingerprint": "sha256:1", **facts})
 
 
-@pytest.mark.parametrize("parts", [[(1, 2), (2, 2)], [(3, 3), (1, 3), (2, 3)], [(k, 7) for k in range(1, 8)]])
-def test_shares_give_the_rows_of_one_process(predictor, whole, tmp_path, parts):
-    assert rows_of(predictor, a_trial(), tmp_path, parts) == whole
+def rows_of(source, task, folder, shares):
+    for share in shares:
+        evaluate_share(model_of(source), task, folder, share=share)
+    return collect_results([model_of(source)], task, folder)[0].rows
+
+
+@pytest.mark.parametrize(
+    "shares", [[(1, 2), (2, 2)], [(3, 3), (1, 3), (2, 3)], [(k, 7) for k in range(1, 8)]]
+)
+def test_shares_give_the_same_rows_as_one_process(predictor, whole, tmp_path, shares):
+    assert rows_of(predictor, a_task(), tmp_path, shares) == whole
     assert [row["key"] for row in whole] == [f"toy/{number:03d}" for number in range(29)]
 
 
-def test_a_share_is_no_more_than_its_own(predictor, whole, tmp_path):
-    rows = rows_of(predictor, a_trial(), tmp_path, [(2, 2)])
+def test_a_share_holds_only_its_own_batches(predictor, whole, tmp_path):
+    rows = rows_of(predictor, a_task(), tmp_path, [(2, 2)])
     assert rows == whole[8:16] + whole[24:]
 
 
-def test_a_judgement_that_was_stopped_goes_on(predictor, whole, tmp_path):
+def test_a_stopped_evaluation_continues_with_the_images_that_have_no_row(predictor, whole, tmp_path):
     class Stopped(Exception):
         pass
 
-    def until(lines, name):
-        for done, line in enumerate(lines):
-            if done == 19:
-                raise Stopped
-            yield line
+    read = []
 
-    trial, kept = a_trial(), open_row_cache(a_trial(), MODEL, tmp_path, name="m")
+    def read_or_stop(line):
+        if len(read) == 19:
+            raise Stopped
+        read.append(line)
+        return a_frame(line)
+
     with pytest.raises(Stopped):
-        evaluate_share(predictor, trial, kept, watch=until)
+        evaluate_share(model_of(predictor), a_task(read=read_or_stop), tmp_path)
     (file,) = (tmp_path / runner.ROWS_FOLDER).iterdir()
-    file.write_bytes(file.read_bytes()[:-9])  # and killed while it wrote
-    assert len(collect_rows(trial, kept)) == 15
-    seen = []
-    evaluate_share(predictor, trial, kept, watch=lambda lines, name: seen.extend(lines) or lines)
-    assert seen == [str(number) for number in range(8, 29)]
-    assert collect_rows(trial, kept) == whole
-
-
-def test_rows_of_other_models_images_or_rules_are_not_taken(predictor, tmp_path):
-    rows_of(predictor, a_trial(), tmp_path, [(1, 1)])
-    others = (
-        (a_trial(), {"fingerprint": "sha256:2"}),
-        (a_trial(28), MODEL),
-        (EvalTask("toy", a_trial().lines, a_frame, PROTOCOLS["moge"], a_trial().facts), MODEL),
-        (EvalTask("toy", a_trial().lines, a_frame, SHARP, a_trial().facts), MODEL),
+    file.write_bytes(file.read_bytes()[:-9])  # killed while it wrote the last row
+    assert len(collect_results([model_of(predictor)], a_task(), tmp_path)[0].rows) == 15
+    read.clear()
+    assert (
+        rows_of(predictor, a_task(read=lambda line: read.append(line) or a_frame(line)), tmp_path, [(1, 1)])
+        == whole
     )
-    for trial, model in others:
-        assert not collect_rows(trial, open_row_cache(trial, model, tmp_path, name="m"))
+    assert read == [str(number) for number in range(8, 29)]
 
 
-def test_boundaries_are_scored_where_truth_is_sharp(tmp_path):
+def test_cached_rows_of_other_models_images_or_protocols_are_not_used(predictor, tmp_path):
+    rows_of(predictor, a_task(), tmp_path, [(1, 1)])
+    same = model_of(predictor, device="cuda:1", weights="elsewhere")
+    assert len(collect_results([same], a_task(), tmp_path)[0].rows) == 29
+    others = (
+        (a_task(), model_of(predictor, fingerprint="sha256:2")),
+        (a_task(28), model_of(predictor)),
+        (a_task(protocol=PROTOCOLS["moge"]), model_of(predictor)),
+        (a_task(protocol=SHARP), model_of(predictor)),
+    )
+    for task, model in others:
+        assert not collect_results([model], task, tmp_path)[0].rows
+
+
+def test_the_cache_key_of_a_task_is_that_of_earlier_versions():
+    """Cached rows and best.json of earlier versions stay valid: their digests are over these names and values."""
+    assert cache_key(a_task(protocol=SHARP)) == {
+        "trial": "toy",
+        "images": [
+            "sha256:29",
+            "sha256:" + hashlib.sha256("\n".join(map(str, range(29))).encode()).hexdigest(),
+        ],
+        "protocol": {
+            "name": "da2",
+            "fitted": ("disparity",),
+            "min_depth": 0.001,
+            "max_depth": 80.0,
+            "strict": False,
+            "floor": None,
+            "floor_at_truth": False,
+            "positive": False,
+            "crop": None,
+            "view": None,
+            "flip": False,
+            "sharp": True,
+        },
+    }
+    assert cache_key(PairsTask("da2k", ["a"], a_frame, {"digest": "sha256:1"}))["protocol"] is None
+
+
+def test_boundaries_are_scored_where_the_ground_truth_is_sharp(tmp_path):
     make_sintel(tmp_path / "sintel")
     make_nyu_bts(tmp_path / "nyu")
     sintel, nyu = (task_from_benchmark(load_benchmark(name), tmp_path) for name in ("sintel", "nyu"))
     assert sintel.protocol.sharp and not nyu.protocol.sharp
-    true, flat = judged(sintel)
+    true, flat = perfect_and_flat_rows(sintel)
     assert true["boundary_f1"] > 0.5 and flat["boundary_f1"] == 0 and true["abs_rel"] < 1e-6
-    assert all("boundary_f1" not in row for row in judged(nyu))
+    assert all("boundary_f1" not in row for row in perfect_and_flat_rows(nyu))
     assert {name for name in BENCHMARKS if load_benchmark(name).sharp} >= {
         "sintel",
         "sintel_clean",
@@ -128,13 +168,13 @@ def test_boundaries_are_scored_where_truth_is_sharp(tmp_path):
     )
 
 
-def judged(trial):
-    frame = trial.read(trial.lines[0])
+def perfect_and_flat_rows(task):
+    frame = task.read(task.lines[0])
     maps = (np.nan_to_num(frame.depth, nan=3.0), np.full_like(frame.depth, 3.0))
-    return [score_map(map_, frame, quantity="depth", protocol=trial.protocol)[1] for map_ in maps]
+    return [score_map(map_, frame, quantity="depth", protocol=task.protocol)[1] for map_ in maps]
 
 
-def test_a_set_says_that_its_truth_is_sharp(tmp_path):
+def test_the_manifest_of_a_set_says_whether_its_depth_is_sharp(tmp_path):
     made = write_scenes(tmp_path / "s", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1)
     assert made.meta["sharp"] is True and task_from_set(made).protocol.sharp
     assert not task_from_set(replace(made, meta={})).protocol.sharp
@@ -144,7 +184,7 @@ def test_a_set_says_that_its_truth_is_sharp(tmp_path):
     assert "sharp" not in bare.meta
 
 
-def test_a_part_of_a_benchmark_is_not_comparable(tmp_path):
+def test_a_part_of_a_benchmark_is_marked_incomparable(tmp_path):
     make_sintel(tmp_path / "sintel")
     some = task_from_benchmark(load_benchmark("sintel"), tmp_path, limit=2)
     assert some.incomplete.startswith("only 4 of 1064 images lie there")
@@ -153,11 +193,10 @@ def test_a_part_of_a_benchmark_is_not_comparable(tmp_path):
     assert task_from_benchmark(replace(load_benchmark("sintel"), images=4), tmp_path).incomplete == ""
 
 
-def test_nan_is_kept(tmp_path):
-    trial = EvalTask("toy", ["0"], a_frame, PROTOCOLS["da2"], {"digest": ""})
-    kept = open_row_cache(trial, MODEL, tmp_path, name="m")
-    kept.add({"0": {"abs_rel": float("nan"), "d1": 0.1 + 0.2}})
-    (row,) = collect_rows(trial, kept)
+def test_nan_survives_the_cache(predictor, tmp_path):
+    cache = open_row_cache(model_of(predictor), a_task(1), tmp_path)
+    cache.add({"0": {"abs_rel": float("nan"), "d1": 0.1 + 0.2}})
+    row = cache.load()["0"]
     assert np.isnan(row["abs_rel"]) and row["d1"] == 0.1 + 0.2
 
 
@@ -179,48 +218,48 @@ def write_maps(folder, predictor, form, name):
         ("png16", "photos/{number}.png", 1e-3),
     ],
 )
-def test_maps_on_disk_are_judged_as_their_model(predictor, whole, tmp_path, form, name, near):
+def test_maps_on_disk_have_the_scores_of_their_model(predictor, whole, tmp_path, form, name, near):
     write_maps(tmp_path / "maps", predictor, form, name)
     maps = PrecomputedMaps(tmp_path / "maps", quantity="disparity" if "_disparity" not in name else None)
     assert maps.quantity == "disparity" and len(maps) == 29
-    rows = rows_of(maps, a_trial(), tmp_path, [(1, 1)])
+    rows = rows_of(maps, a_task(), tmp_path, [(1, 1)])
     assert [row["abs_rel"] for row in rows] == pytest.approx([row["abs_rel"] for row in whole], rel=near)
 
 
 @pytest.mark.parametrize("quantity", ["disparity", "depth"])
-def test_the_header_of_an_exr_says_what_it_holds_whatever_its_name(tmp_path, quantity):
+def test_the_quantity_of_an_exr_is_read_from_its_header(tmp_path, quantity):
     map_ = np.ones((28, 42), np.float32)
     (tmp_path / "001.exr").write_bytes(encode_map(map_, "exr", quantity=quantity, unit="m"))
     (tmp_path / "002.exr").write_bytes(b"no EXR")
     assert PrecomputedMaps(tmp_path).quantity == quantity
     other = "depth" if quantity == "disparity" else "disparity"
-    with pytest.raises(ValueError, match=f"say that they are {quantity}, not {other}"):
+    with pytest.raises(ValueError, match=f"{quantity}.*not {other}"):
         PrecomputedMaps(tmp_path, quantity=other)
 
 
-def test_predictions_that_cannot_be_taken(tmp_path):
-    with pytest.raises(ValueError, match="none is not a folder"):
+def test_folders_without_maps_or_with_unclear_quantity_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path / "none")):
         PrecomputedMaps(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no .npy"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         PrecomputedMaps(tmp_path)
     np.save(tmp_path / "7.npy", np.ones((28, 42), np.float32))
-    with pytest.raises(ValueError, match="add --quantity disparity .* or --quantity depth"):
+    with pytest.raises(ValueError, match="--quantity disparity .*--quantity depth"):
         PrecomputedMaps(tmp_path)
-    with pytest.raises(ValueError, match="no prediction of 'toy/001'"):
+    with pytest.raises(ValueError, match="'toy/001'.*toy/001.npy"):
         PrecomputedMaps(tmp_path, quantity="depth").load_map(a_frame(1))
     np.save(tmp_path / "1_depth.npy", np.ones((28, 42), np.float32))
-    with pytest.raises(ValueError, match="say that they are depth, not disparity"):
+    with pytest.raises(ValueError, match="depth.*not disparity"):
         PrecomputedMaps(tmp_path, quantity="disparity")
     np.save(tmp_path / "2_disparity.npy", np.ones((28, 42), np.float32))
-    with pytest.raises(ValueError, match="maps of disparity and of depth"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         PrecomputedMaps(tmp_path)
 
 
-def test_a_name_that_two_maps_have_is_not_guessed(tmp_path):
+def test_two_maps_with_the_name_of_a_frame_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / "1_depth.npy", np.full((28, 42), 5.0, np.float32))
-    with pytest.raises(ValueError, match="no prediction of 'toy/001'.*a/1_depth.npy and .*b/1_depth.npy"):
+    with pytest.raises(ValueError, match="'toy/001'.*a/1_depth.npy.*b/1_depth.npy"):
         PrecomputedMaps(tmp_path).load_map(a_frame(1))
 
 
@@ -230,19 +269,19 @@ def a_kitti_frame(drive):
     return Frame(f"kitti/{drive}/0000000032", np.zeros((28, 42, 3), np.uint8), {"files": files})
 
 
-def test_a_map_stands_for_one_frame_of_a_set(tmp_path):
+def test_a_map_is_used_for_one_frame_of_a_set_only(tmp_path):
     np.save(tmp_path / "0000000032.npy", np.full((28, 42), 5.0, np.float32))
     maps = PrecomputedMaps(tmp_path, quantity="depth")
     assert maps.load_map(a_kitti_frame("drive_0036")).max() == 5
     assert maps.load_map(a_kitti_frame("drive_0036")).max() == 5  # again, for the page
-    with pytest.raises(ValueError, match="0000000032.npy would be .*'kitti/drive_0036/.*'kitti/drive_0047/"):
+    with pytest.raises(ValueError, match="0000000032.npy .*'kitti/drive_0036/.*'kitti/drive_0047/"):
         maps.load_map(a_kitti_frame("drive_0047"))
 
 
 @pytest.mark.parametrize(
     "below", ["", "image_02/data/", "2011_09_26/{0}/image_02/data/", "kitti/{0}/", "{0}/"]
 )
-def test_a_map_is_found_where_its_image_lies(tmp_path, below):
+def test_a_map_is_found_by_the_path_of_its_image(tmp_path, below):
     for value, drive in enumerate(("drive_0036", "drive_0047")):
         path = tmp_path / f"of_{drive}" / below.format(drive) / "0000000032.npy"
         path.parent.mkdir(parents=True)
@@ -251,11 +290,11 @@ def test_a_map_is_found_where_its_image_lies(tmp_path, below):
     if "{0}" in below:
         assert [maps.load_map(a_kitti_frame(d)).max() for d in ("drive_0036", "drive_0047")] == [0, 1]
     else:
-        with pytest.raises(ValueError, match="no prediction of 'kitti/drive_0047/0000000032'"):
+        with pytest.raises(ValueError, match="'kitti/drive_0047/0000000032'"):
             maps.load_map(a_kitti_frame("drive_0047"))
 
 
-def test_maps_of_da2k_lie_as_its_images(tmp_path):
+def test_maps_of_da2k_are_found_by_the_path_of_the_image(tmp_path):
     benchmark = load_benchmark("da2k")
     make_da2k(tmp_path / "da2k")
     (elsewhere := tmp_path / "elsewhere").mkdir()
@@ -270,45 +309,45 @@ def test_maps_of_da2k_lie_as_its_images(tmp_path):
     assert len(maps) == len(rows) == 10 and all(row["right"] == row["pairs"] / 2 for row in rows)
 
 
-def test_what_the_authors_metric_script_saves_is_metres(tmp_path):
+def test_maps_of_the_authors_metric_script_are_depth(tmp_path):
     np.save(tmp_path / "1_raw_depth_meter.npy", np.full((28, 42), 5.0, np.float32))
     (tmp_path / "1.json").write_text(json.dumps({"quantity": "disparity"}))
     maps = PrecomputedMaps(tmp_path)
     assert maps.quantity == "depth" and (maps.load_map(a_frame(1)) == 5).all()
 
 
-def test_a_benchmark_is_judged_from_its_files(tmp_path):
+def test_maps_on_disk_are_evaluated_on_a_benchmark(tmp_path):
     truth = make_nyu_bts(tmp_path / "nyu")
-    trial = task_from_benchmark(load_benchmark("nyu"), tmp_path)
-    assert trial.protocol.crop == "eigen_nyu" and trial.protocol.max_depth == 10
+    task = task_from_benchmark(load_benchmark("nyu"), tmp_path)
+    assert task.protocol.eval_crop == "eigen_nyu" and task.protocol.max_depth == 10
     for name, depth in truth.items():
         np.save(tmp_path / f"rgb_{name.rpartition('/')[2]}.npy", np.nan_to_num(depth, nan=3.0))
     (maps := tmp_path / "maps").mkdir()
     for file in tmp_path.glob("*.npy"):
         file.rename(maps / file.name)
     predictions = PrecomputedMaps(maps, quantity="depth")
-    rows = rows_of(predictions, trial, tmp_path, [(1, 2), (2, 2)])
+    rows = rows_of(predictions, task, tmp_path, [(1, 2), (2, 2)])
     assert len(rows) == len(truth) and all(row["valid"] and row["abs_rel"] < 1e-3 for row in rows)
 
 
-def test_missing_data_says_where_it_is(tmp_path):
+def test_missing_data_names_where_to_get_it(tmp_path):
     with pytest.raises(runner.MissingData, match="^nyu: .*silberman"):
         task_from_benchmark(load_benchmark("nyu"), tmp_path)
     with pytest.raises(runner.MissingData) as caught:
         task_from_benchmark(load_benchmark("moge_hammer"), tmp_path)
     assert str(caught.value).count("https://") == 1
     make_nyu_bts(tmp_path)
-    trial = task_from_benchmark(load_benchmark("nyu"), tmp_path)
+    task = task_from_benchmark(load_benchmark("nyu"), tmp_path)
     for image in tmp_path.rglob("rgb_*"):
         image.unlink()
     with pytest.raises(runner.MissingData, match="rgb_.*silberman"):
-        [trial.read(line) for line in trial.lines]
+        [task.read(line) for line in task.lines]
     for name, path in (("da2k", "annotations.json"), ("moge_gso", "GSO/.index.txt")):
         (tmp_path / name / path).parent.mkdir(parents=True)
         (tmp_path / name / path).write_text("{}" if path.endswith("json") else "\n")
-        with pytest.raises(runner.MissingData, match=f"^{name}: .* lists no image of .*huggingface"):
+        with pytest.raises(runner.MissingData, match=f"^{name}: .* .*huggingface"):
             task_from_benchmark(load_benchmark(name), tmp_path)
-    with pytest.raises(ValueError, match="protocol 'moge' says nothing of NYU"):
+    with pytest.raises(ValueError, match="'moge'.*NYU.*da2, marigold, zoedepth"):
         task_from_benchmark(load_benchmark("nyu"), tmp_path, protocol="moge")
 
 

@@ -1,4 +1,4 @@
-"""Scale and shift from known depths, with liars among them."""
+"""Scale and shift from known depths, with outliers."""
 
 import numpy as np
 import pytest
@@ -34,51 +34,51 @@ def test_exact_points_give_exact_scale_and_shift(count):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_fifths_of_lies_change_nothing(seed):
-    disparity, metres = scattered(40, seed=seed)
+def test_40_percent_outliers_do_not_change_the_fit(seed):
+    disparity, meters = scattered(40, seed=seed)
     lies = np.random.default_rng(seed + 100).choice(40, 16, replace=False)
-    metres[lies] *= np.random.default_rng(seed).choice([0.2, 0.5, 1.8, 6], 16)
-    fit = fit_points(disparity, metres)
+    meters[lies] *= np.random.default_rng(seed).choice([0.2, 0.5, 1.8, 6], 16)
+    fit = fit_points(disparity, meters)
     assert (fit.scale, fit.shift) == pytest.approx((SCALE, SHIFT), rel=1e-9)
     assert sorted(np.flatnonzero(~fit.used)) == sorted(lies)
 
 
-def test_noise_is_averaged_and_told():
-    disparity, metres = scattered(200, noise=0.03)
-    fit = fit_points(disparity, metres)
+def test_noise_is_averaged_and_reported():
+    disparity, meters = scattered(200, noise=0.03)
+    fit = fit_points(disparity, meters)
     assert fit.scale == pytest.approx(SCALE, rel=0.02) and fit.shift == pytest.approx(SHIFT, rel=0.05)
     assert fit.abs_rel == pytest.approx(0.03 * np.sqrt(2 / np.pi), rel=0.2)
-    off = 1 / (fit.scale * disparity + fit.shift) - metres
+    off = 1 / (fit.scale * disparity + fit.shift) - meters
     assert fit.rmse_m == pytest.approx(np.sqrt(np.mean(off[fit.used] ** 2)))
-    np.testing.assert_allclose(fit.depth - metres, off)
+    np.testing.assert_allclose(fit.depth - meters, off)
 
 
-def test_near_and_far_count_alike():
-    """A share of the depth is what is fitted: the far point is met as well as the near ones."""
+def test_near_and_far_points_have_equal_weight():
+    """The relative error is fitted, so the far point counts as much as the near ones."""
     fit = fit_points([5, 4.8, 5.2, 0.1], [1, 1.06, 0.97, 60], threshold=0.2)
     assert fit.used.all() and abs(fit.depth[3] / 60 - 1) < 0.1
 
 
-def test_the_fit_is_the_same_every_time():
-    disparity, metres = scattered(300, noise=0.3)
-    fits = [fit_points(disparity, metres, threshold=0.5) for _ in range(2)]
+def test_the_fit_is_deterministic():
+    disparity, meters = scattered(300, noise=0.3)
+    fits = [fit_points(disparity, meters, threshold=0.5) for _ in range(2)]
     assert fits[0].scale == fits[1].scale and fits[0].shift == fits[1].shift
 
 
 @pytest.mark.parametrize(
-    ("disparity", "metres", "words"),
+    ("disparity", "meters", "value"),
     [
-        ([1.0], [2.0], "need two points at least"),
-        ([], [], "need two points at least"),
+        ([1.0], [2.0], "got 1"),
+        ([], [], "got 0"),
         ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "the same disparity"),
-        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "upside down"),
-        ([1.0, 2.0], [1.0, 2.0], "upside down"),
-        ([1, 2, 3, 4, 5, 6], [9, 1, 40, 0.3, 2, 0.1], "do not agree: one scale and shift bring only"),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "inverse"),
+        ([1.0, 2.0], [1.0, 2.0], "inverse"),
+        ([1, 2, 3, 4, 5, 6], [9, 1, 40, 0.3, 2, 0.1], "of 6 .*--threshold"),
     ],
 )
-def test_nonsense_is_refused(disparity, metres, words):
-    with pytest.raises(ValueError, match=words):
-        fit_points(disparity, metres)
+def test_invalid_points_are_refused(disparity, meters, value):
+    with pytest.raises(ValueError, match=value):
+        fit_points(disparity, meters)
 
 
 def test_points_are_read(tmp_path):
@@ -87,30 +87,30 @@ def test_points_are_read(tmp_path):
     assert read_points(path) == [KnownPoint(10, 20, 1.5), KnownPoint(3.4, 5, 2)]
     path.write_text("1,2,3")
     assert read_points(path) == [KnownPoint(1, 2, 3)]
-    for text, words in [
-        ("", "holds no points"),
-        ("x,y,metres\n", "holds no points"),
-        ("1,2,3\n1,2\n", "line 2: '1,2' is not x,y,metres"),
+    for text, value in [
+        ("", "p.csv"),
+        ("x,y,metres\n", "p.csv"),
+        ("1,2,3\n1,2\n", "line 2: '1,2'"),
         ("1,2,3\n1,2,far\n", "line 2"),
-        ("1,2,0\n", "line 1: a depth of 0 m must be above 0"),
-        ("1,2,-3\n", "must be above 0"),
-        ("1,2,nan\n", "must be above 0"),
-        ("1,2,inf\n", "must be above 0"),
+        ("1,2,0\n", "line 1: .* 0 m"),
+        ("1,2,-3\n", "-3 m"),
+        ("1,2,nan\n", "nan m"),
+        ("1,2,inf\n", "inf m"),
     ]:
         path.write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=value):
             read_points(path)
     path.write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="p.csv"):
         read_points(path)
 
 
-def test_points_are_looked_up():
+def test_maps_are_sampled_at_points():
     map = np.arange(12, dtype=np.float32).reshape(3, 4)
     points = [parse_point(text) for text in ("0,0,1", "3,2,1", "1.4,0.6,1")]
     assert sample_at_points(map, points, image="a.jpg").tolist() == [0, 11, 5]
     for outside in ("4,0,1", "0,3,1", "-1,0,1", "nan,0,1"):
-        with pytest.raises(ValueError, match="lies outside a.jpg, which is 4 wide and 3 high"):
+        with pytest.raises(ValueError, match="a.jpg.* 4 wide and 3 high"):
             sample_at_points(map, [parse_point(outside)], image="a.jpg")
 
 
@@ -134,7 +134,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_calibrated_model_gives_metres_with_no_flag(folder, capsys):
+def test_a_calibrated_model_predicts_meters_without_flags(folder, capsys):
     line = ["calibrate", "0.png", "1.png", "--weights", "relative.safetensors", "--points", "0.csv", "1.csv"]
     assert main([*line, "--output", "metric.safetensors"]) == 0
     out = capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_a_calibrated_model_gives_metres_with_no_flag(folder, capsys):
     assert load_model("again.safetensors").calibration == pytest.approx(model.calibration)
 
 
-def test_what_lies_beyond_infinity_is_far(folder):
+def test_negative_inverse_depth_becomes_the_maximum_depth(folder):
     model = load_model("relative.safetensors")
     model.calibration = (0.5, -50.0)
     depth = Predictor(model, device="cpu", input_size=28).predict(np.zeros((9, 9, 3), np.uint8))
@@ -168,24 +168,24 @@ def test_points_on_the_command_line(folder, capsys):
     points = [f"--point={line}" for line in (folder / "0.csv").read_text().splitlines()[:2]]
     line = ["calibrate", "0.png", "--weights", "relative.safetensors", "--output", "m.safetensors"]
     assert main([*line, *points]) == 0
-    assert "two points are always met exactly" in capsys.readouterr().out
+    assert "two points" in capsys.readouterr().out
     refused = {
-        "need two points at least": [points[0]],
-        "is for a single image": [*points, "--points", "0.csv"],
-        "need as many files of points": ["--points", "0.csv", "1.csv"],
-        "1 images need as many files of points": [],
-        "lies outside 0.png, which is 40 wide": [points[0], "--point", "40,2,1"],
-        "is not x,y,metres": ["--point", "1,2"],
+        "got 1": [points[0]],
+        "--points": [*points, "--points", "0.csv"],
+        "need 1 files of points in the same order, not 2": ["--points", "0.csv", "1.csv"],
+        "need 1 files of points in the same order, not 0": [],
+        "40,2 lies outside 0.png, which is 40 wide": [points[0], "--point", "40,2,1"],
+        "--point: '1,2'": ["--point", "1,2"],
     }
-    for words, more in refused.items():
+    for value, more in refused.items():
         assert main([*line, *more]) == 2
-        assert words in capsys.readouterr().err
+        assert value in capsys.readouterr().err
     assert main([*line[:-1], "m.pth", *points]) == 2
-    assert "must end in .safetensors" in capsys.readouterr().err
+    assert "m.pth" in capsys.readouterr().err
 
 
-def test_a_metric_model_needs_none(folder, capsys):
+def test_a_metric_model_is_not_calibrated(folder, capsys):
     save_model(DepthAnything("vitn", max_depth=20), "metres.safetensors")
     line = ["calibrate", "0.png", "--weights", "metres.safetensors", "--output", "m.safetensors"]
     assert main([*line, "--points", "0.csv"]) == 2
-    assert "gives metres already" in capsys.readouterr().err
+    assert "metres.safetensors" in capsys.readouterr().err

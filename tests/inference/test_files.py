@@ -1,4 +1,4 @@
-"""Folders of files as people have them: every image once, nothing lost, nothing overwritten, everything explained."""
+"""predict_files: every image once, nothing lost or overwritten, every skipped file with a reason."""
 
 import io
 import json
@@ -47,10 +47,7 @@ def named(stems, *endings):
     return sorted(f"{stem}{ending}" for stem in stems for ending in (".png", ".json", *endings))
 
 
-# facts/users.md §6.5, row 20
-
-
-def test_a_folder_as_people_have_it(tmp_path, predictor):
+def test_a_folder_with_all_kinds_of_files(tmp_path, predictor):
     photos, maps = tmp_path / "my photos", tmp_path / "out"
     put(
         photos,
@@ -73,11 +70,11 @@ def test_a_folder_as_people_have_it(tmp_path, predictor):
 
 
 @pytest.mark.parametrize("content", [{}, {"notes.txt": b"no image"}])
-def test_no_image_at_all_is_an_error(tmp_path, predictor, content):
+def test_a_folder_without_images_is_an_error(tmp_path, predictor, content):
     (tmp_path / "photos").mkdir()
     for name, data in content.items():
         (tmp_path / "photos" / name).write_bytes(data)
-    with pytest.raises(ValueError, match="no image that can be read in"):
+    with pytest.raises(ValueError, match="photos"):
         predict_files(predictor, tmp_path / "photos", tmp_path / "out")
 
 
@@ -93,7 +90,7 @@ def test_no_image_at_all_is_an_error(tmp_path, predictor, content):
         (("a.jpg", "a.xyz"), ("a", "a_xyz")),  # a name that is no image's gives way
     ],
 )
-def test_equal_names_do_not_overwrite(tmp_path, predictor, names, stems):
+def test_equal_names_do_not_overwrite_each_other(tmp_path, predictor, names, stems):
     put(tmp_path / "photos", *names)
     outcome = predict_files(predictor, tmp_path / "photos", tmp_path / "out")
     assert sorted(set(made(tmp_path / "out"))) == named(stems, "_disparity.png")
@@ -102,7 +99,7 @@ def test_equal_names_do_not_overwrite(tmp_path, predictor, names, stems):
     assert sorted(told) == sorted(names)
 
 
-def test_captions_beside_photographs_change_no_name(tmp_path, predictor):
+def test_caption_files_do_not_change_output_names(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
     put(tmp_path / "photos", "a.txt", data=b"a caption")
     predict_files(predictor, tmp_path / "photos", tmp_path / "out", settings=PredictSettings(formats=()))
@@ -126,7 +123,7 @@ def test_lists_and_tars(tmp_path, predictor):
         assert made(tmp_path / name[2:]) == named(["photos/away/a", "photos/b"])
 
 
-def test_exif_turns_the_image(tmp_path, predictor):
+def test_exif_rotation_is_applied(tmp_path, predictor):
     exif = Image.Exif()
     exif[0x0112] = 6
     put(tmp_path / "photos", "a.jpg", data=jpeg(30, 40, exif=exif))
@@ -136,7 +133,7 @@ def test_exif_turns_the_image(tmp_path, predictor):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batches_change_nothing_and_order_is_kept(tmp_path, predictor, batch_size):
+def test_batching_keeps_results_and_order(tmp_path, predictor, batch_size):
     names = [f"{i}.jpg" for i in range(7)]
     put(tmp_path / "photos", *names)
     put(tmp_path / "photos", "2.5.jpg", data=b"broken")
@@ -162,7 +159,7 @@ def test_batches_change_nothing_and_order_is_kept(tmp_path, predictor, batch_siz
         )  # JPEG decoders differ by a level
 
 
-def test_files_are_whole_or_not_there(tmp_path, predictor, monkeypatch):
+def test_no_partial_files_are_left_on_a_full_disk(tmp_path, predictor, monkeypatch):
     put(tmp_path / "photos", "a.jpg")
 
     def full(path, data):
@@ -174,7 +171,7 @@ def test_files_are_whole_or_not_there(tmp_path, predictor, monkeypatch):
     assert made(tmp_path / "out") == []
 
 
-def test_the_next_image_is_decoded_before_it_is_asked_for(tmp_path, predictor, monkeypatch):
+def test_images_are_decoded_ahead_of_the_network(tmp_path, predictor, monkeypatch):
     put(tmp_path / "photos", *(f"{i}.jpg" for i in range(6)))
     decoded, at_once = [], []
     decode = files.decode_image
@@ -195,18 +192,18 @@ def test_the_next_image_is_decoded_before_it_is_asked_for(tmp_path, predictor, m
     assert at_once[0] == 3 and len(at_once) == 6
 
 
-def test_output_among_the_images(tmp_path, predictor):
+def test_output_folder_inside_the_input_folder(tmp_path, predictor):
     put(tmp_path, "a.jpg")
-    with pytest.raises(ValueError, match="give another folder"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         predict_files(predictor, tmp_path, tmp_path)
     for _ in range(2):
         assert predict_files(predictor, tmp_path, tmp_path / "maps").images == 1
 
 
-# Row 18
+# Encoding
 
 
-def test_constant_maps_divide_by_nothing():
+def test_constant_maps_are_encoded():
     image, map = np.zeros((4, 5, 3), np.uint8), np.full((4, 5), 3.5, np.float32)
     shown = np.asarray(
         Image.open(io.BytesIO(encode_picture(image, map, quantity="disparity", pred_only=True)))
@@ -229,8 +226,8 @@ def test_a_round_trip_is_within_one_level(bits):
 
 
 @pytest.mark.parametrize("resample", ["official", "transformers"])
-def test_no_resize_leaves_the_range_of_bytes(resample):
-    """Cubic interpolation overshoots at edges; what is below 0 must be black and not wrap to white."""
+def test_bicubic_overshoot_does_not_wrap_around(resample):
+    """Bicubic interpolation overshoots at edges: values below 0 must be black and not wrap to white."""
     model = DepthAnything("vitn")
     edges = np.zeros((9, 12, 3), np.uint8)
     edges[:, 6:] = 255
@@ -245,7 +242,7 @@ def test_no_resize_leaves_the_range_of_bytes(resample):
     assert painted[:, :4].max() < 64 and painted[:, 8:].min() > 192
 
 
-def test_a_range_that_is_given_clips(tmp_path):
+def test_values_outside_a_given_range_are_clipped(tmp_path):
     write_map(
         tmp_path / "a.png",
         np.array([[-9.0, 0, 5, 10, 99]]),
@@ -259,11 +256,11 @@ def test_a_range_that_is_given_clips(tmp_path):
         assert (image.text["low"], image.text["high"]) == ("0", "10")
 
 
-# What is written, and what is written about it
+# Output files and their record
 
 
 def theirs(image, map, *, colormap):
-    """The authors' run.py, from facts/method.md §6.2."""
+    """The picture of the authors' run.py."""
     import matplotlib
 
     levels = ((map - map.min()) / (map.max() - map.min()) * 255.0).astype(np.uint8)
@@ -276,7 +273,7 @@ def theirs(image, map, *, colormap):
 
 @pytest.mark.parametrize("grayscale", [False, True])
 @pytest.mark.parametrize("max_depth", [None, 20.0])
-def test_the_picture_is_theirs(tmp_path, grayscale, max_depth):
+def test_the_picture_equals_the_authors(tmp_path, grayscale, max_depth):
     torch.manual_seed(0)
     model = DepthAnything("vitn", max_depth=max_depth)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -299,7 +296,7 @@ def test_the_picture_is_theirs(tmp_path, grayscale, max_depth):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/a.png")), got[:, 90:])
 
 
-def test_every_format_says_what_it_holds(tmp_path, predictor):
+def test_every_format_states_quantity_unit_and_direction(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
     every = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
     outcome = predict_files(
@@ -307,7 +304,7 @@ def test_every_format_says_what_it_holds(tmp_path, predictor):
         tmp_path / "photos",
         tmp_path / "out",
         settings=PredictSettings(every),
-        facts={"weights": "w.pth"},
+        model_info={"weights": "w.pth"},
     )
     out = tmp_path / "out"
     notes = json.loads((out / "a.json").read_text())
@@ -331,10 +328,10 @@ def test_every_format_says_what_it_holds(tmp_path, predictor):
     assert cv2.imread(str(out / "a_disparity_8bit.png"), cv2.IMREAD_UNCHANGED).dtype == np.uint8
 
 
-def test_metres_as_their_metric_run_saves_them(tmp_path, predictor):
+def test_save_numpy_writes_meters_as_the_authors_do(tmp_path, predictor):
     put(tmp_path / "photos", "a.jpg")
     settings = PredictSettings((), save_numpy=True)
-    with pytest.raises(ValueError, match="this model gives disparity: take --format npy"):
+    with pytest.raises(ValueError, match="--save-numpy.*--format npy"):
         predict_files(predictor, tmp_path / "photos", tmp_path / "out", settings=settings)
     metric = Predictor(DepthAnything("vitn", max_depth=20), device="cpu", input_size=28)
     predict_files(metric, tmp_path / "photos", tmp_path / "out", settings=settings)
@@ -343,7 +340,7 @@ def test_metres_as_their_metric_run_saves_them(tmp_path, predictor):
     assert json.loads((tmp_path / "out/a.json").read_text())["larger"] == "farther"
 
 
-def test_a_calibrated_model_paints_disparity_and_writes_metres(tmp_path):
+def test_a_calibrated_model_paints_disparity_and_writes_meters(tmp_path):
     torch.manual_seed(0)
     model = DepthAnything("vitn")
     put(tmp_path / "photos", "a.jpg")
@@ -362,7 +359,7 @@ def test_a_calibrated_model_paints_disparity_and_writes_metres(tmp_path):
     assert (notes["unit"], notes["model"]["calibration"]) == ("m", [0.5, -0.2])
 
 
-def test_npy_is_no_pickle():
+def test_npy_contains_no_pickle():
     assert (
         np.load(io.BytesIO(encode_map(np.ones((2, 3), np.float32), "npy", quantity="depth", unit="m"))).sum()
         == 6

@@ -1,4 +1,4 @@
-"""Near is red, or white: in every picture, whatever the model gives."""
+"""Near is red, or white in gray, in every picture, for disparity, depth and calibrated models."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from depth_anything.visualize import colorize_by_distance, distance_colormap
 
 
 class Model:
-    """What the predictor of a model knows besides its maps."""
+    """The attributes of a model that the writers read."""
 
     max_depth, input_size, calibration = None, 28, None
 
 
-class StandIn:
-    """Stands for a predictor whose map is near on the right: bright is near in the image, too."""
+class FakePredictor:
+    """A fake predictor: bright pixels are near."""
 
     input_size, resample, precision, tiles, device = 28, "official", "fp32", None, "cpu"
 
@@ -39,15 +39,15 @@ class StandIn:
 
 
 KINDS = {
-    "relative": StandIn("disparity"),
-    "metric": StandIn("depth"),
-    "calibrated": StandIn("depth", calibrated=True),
+    "relative": FakePredictor("disparity"),
+    "metric": FakePredictor("depth"),
+    "calibrated": FakePredictor("depth", calibrated=True),
 }
 RAMP = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 3, axis=2).repeat(48, axis=0)
 
 
 def nearest_is_warm(picture):
-    """Red right and blue left, by the mean of some columns."""
+    """Red on the right and blue on the left."""
     left, right = picture[:, :8].mean((0, 1)), picture[:, -8:].mean((0, 1))
     return right[0] > right[2] + 30 and left[2] > left[0] + 30
 
@@ -57,7 +57,7 @@ def nearest_is_white(picture):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_predict_paints_near_red_and_in_grey_white(tmp_path, kind):
+def test_pictures_show_near_as_red_and_as_white_in_gray(tmp_path, kind):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
     for name, settings, holds in (
         ("color", PredictSettings((), pred_only=True), nearest_is_warm),
@@ -74,7 +74,7 @@ def test_predict_paints_near_red_and_in_grey_white(tmp_path, kind):
 
 @pytest.mark.parametrize("mode", ["clip", "running", "frame"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_films_paint_as_pictures_do(tmp_path, kind, mode):
+def test_videos_have_the_colors_of_pictures(tmp_path, kind, mode):
     pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
     from made_films import read_film
 
@@ -97,13 +97,13 @@ def test_films_paint_as_pictures_do(tmp_path, kind, mode):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_paints_as_pictures_do(kind):
+def test_the_demo_has_the_colors_of_pictures(kind):
     pytest.importorskip("gradio", reason="pip install 'depth-anything-train[demo]'")
     from depth_anything.demo import page
     from depth_anything.inference.formats import display_values
 
     values, quantity = display_values(KINDS[kind].predict(RAMP), KINDS[kind])
-    for color, holds in (("Spectral", nearest_is_warm), ("Grey", nearest_is_white)):
+    for color, holds in (("Spectral", nearest_is_warm), ("Gray", nearest_is_white)):
         assert holds(colorize_by_distance(values, quantity=quantity, colormap=page.COLORMAPS[color]))
     legend = page._legend_html(KINDS[kind].predict(RAMP), "Spectral", KINDS[kind])
     first, last = (int(legend.split("rgb(")[part].split(" ")[0]) for part in (1, -1))
@@ -115,7 +115,7 @@ def test_the_page_paints_as_pictures_do(kind):
     assert marks == sorted(marks, reverse=kind == "relative")
 
 
-def test_a_colormap_is_turned_round_for_depth_by_its_name():
+def test_colormaps_are_reversed_for_depth():
     assert [distance_colormap("depth", name) for name in ("Spectral_r", "inferno", "gray", "gray_r")] == [
         "Spectral",
         "inferno_r",
@@ -125,7 +125,7 @@ def test_a_colormap_is_turned_round_for_depth_by_its_name():
     assert distance_colormap("disparity", "inferno") == "inferno"
 
 
-def test_grey_levels_of_depth_are_those_of_disparity_turned_round():
+def test_gray_levels_are_reversed_for_depth():
     map = np.arange(256, dtype=np.float32)[None]
     near, far = (
         colorize_by_distance(map, quantity=q, colormap="gray")[0, :, 0] for q in ("disparity", "depth")

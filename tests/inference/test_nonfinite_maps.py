@@ -1,4 +1,4 @@
-"""A network that gives NaN or infinity: the image is named, and no map of it looks like one."""
+"""A network that outputs NaN or infinity: the image is named and nothing is written for it."""
 
 import json
 
@@ -17,7 +17,7 @@ def photograph(height, width, level):
 
 
 def predictor_with(bad, *, tiles=None, calibration=None, max_depth=None, when=lambda image: image.mean() > 1):
-    """A network that gives one pixel of `bad` for bright images, and right values for the rest of them."""
+    """A network that outputs one pixel of `bad` for images where `when` holds, and finite values otherwise."""
     model = DepthAnything("vitn", max_depth=max_depth)
     model.calibration = calibration
 
@@ -37,39 +37,39 @@ def predictor_with(bad, *, tiles=None, calibration=None, max_depth=None, when=la
     "how",
     [{}, {"calibration": (0.5, 0.1)}, {"max_depth": 20.0}, {"tiles": 2}, {"tiles": 2, "max_depth": 20.0}],
 )
-def test_one_pixel_without_a_number_is_named_and_the_others_of_its_batch_are_mapped(bad, how):
+def test_a_nonfinite_pixel_fails_its_image_but_not_the_batch(bad, how):
     predictor = predictor_with(bad, **how)
     dark, bright = predictor.predict_batch([photograph(30, 40, 0), photograph(30, 40, 255)])
     check_finite(dark, "dark.png", precision="fp32")
-    with pytest.raises(ValueError, match=r"no numbers for bright\.png .*; try --precision fp32"):
+    with pytest.raises(ValueError, match=r"NaN .*bright\.png; try --precision fp32"):
         check_finite(bright, "bright.png", precision="fp16")
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="NaN"):
         predictor.predict(photograph(30, 40, 255))
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="NaN"):
         predictor.predict_uncalibrated(photograph(30, 40, 255))
 
 
-def test_a_pixel_that_shrinking_would_pass_over_is_seen():
-    with pytest.raises(ValueError, match="no numbers"):
+def test_a_nonfinite_pixel_is_detected_before_downscaling():
+    with pytest.raises(ValueError, match="NaN"):
         predictor_with(np.nan).predict(photograph(4, 6, 255))
 
 
-def test_a_single_tile_without_numbers_is_seen():
-    """The pass over the whole image must not stand in for it."""
+def test_a_nonfinite_tile_is_detected():
+    """The prediction of the whole image must not replace it."""
     image = photograph(60, 80, 0)
     image[:26, :36] = 255  # in the first tile alone most is bright
     predictor = predictor_with(np.nan, tiles=3, when=lambda one: one.mean() > 0)
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="NaN"):
         predictor.predict(image)
 
 
-def test_nothing_is_written_for_the_image_and_the_others_go_on(tmp_path):
+def test_nothing_is_written_for_a_nonfinite_map(tmp_path):
     (tmp_path / "photos").mkdir()
     for name, level in (("a", 0), ("b", 255), ("c", 0)):
         Image.fromarray(photograph(30, 40, level)).save(tmp_path / "photos" / f"{name}.png")
     outcome = predict_files(predictor_with(np.inf), tmp_path / "photos", tmp_path / "out", batch_size=3)
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == sorted(f"{name}{end}" for name in "ac" for end in (".json", ".png", "_disparity.png"))
-    assert list(outcome.failed) == ["b.png"] and "no numbers" in outcome.failed["b.png"]
+    assert list(outcome.failed) == ["b.png"] and "NaN" in outcome.failed["b.png"]
     for path in (tmp_path / "out").glob("*.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)

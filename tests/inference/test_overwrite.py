@@ -1,4 +1,4 @@
-"""What may be replaced: nothing but what was written here before."""
+"""Overwrite protection of predict_files, errors of single files, and memory checks."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from depth_anything.data.tars import atomic_write, temporary_path
+from depth_anything.disk import atomic_write, temporary_path
 from depth_anything.inference import files, memory
 from depth_anything.inference.files import PredictSettings, predict_files
 from depth_anything.inference.predictor import Predictor
@@ -30,7 +30,7 @@ def unused(predictor):
     """A predictor whose network must not run."""
 
     class Unused(Predictor):
-        def _run(self, batch):
+        def _forward(self, batch):
             raise AssertionError("the network ran")
 
     return Unused(predictor.model, device="cpu", input_size=28)
@@ -49,7 +49,7 @@ def contents(folder):
 
 
 def refused(predictor, source, output, name, **how):
-    """Refused before the network runs, by name, and everything stays."""
+    """Assert that the run is refused before the network runs, naming the file, and that nothing changes."""
     before = contents(output)
     with pytest.raises(
         ValueError, match=rf"{name} (was not written by|is read by) this command .*another folder"
@@ -58,7 +58,7 @@ def refused(predictor, source, output, name, **how):
     assert contents(output) == before
 
 
-def test_the_photograph_stays(tmp_path, unused, monkeypatch):
+def test_the_input_image_is_not_replaced(tmp_path, unused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path / "photo.png")
     for source in ("photo.png", "./photo.png", tmp_path / "photo.png"):
@@ -68,7 +68,7 @@ def test_the_photograph_stays(tmp_path, unused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "products"),
+    ("name", "settings"),
     [
         ("a.json", PredictSettings(())),
         ("a.png", PredictSettings(())),
@@ -79,13 +79,13 @@ def test_the_photograph_stays(tmp_path, unused, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("content", [b"mine", b'{"mine": 1}', b"[]", b""])
-def test_a_file_of_ones_own_beside_the_photograph_stays(tmp_path, unused, name, settings, content):
+def test_a_users_file_next_to_the_image_is_not_replaced(tmp_path, unused, name, settings, content):
     photo(tmp_path / "in/a.jpg")
     (tmp_path / "in" / name).write_bytes(content)
     refused(unused, tmp_path / "in/a.jpg", tmp_path / "in", name, settings=settings)
 
 
-def test_images_of_lists_and_tars_stay(tmp_path, unused):
+def test_images_of_lists_and_tars_are_not_replaced(tmp_path, unused):
     photo(tmp_path / "deep/a.png")
     (tmp_path / "list.txt").write_text("deep/a.png\n")
     refused(unused, tmp_path / "list.txt", tmp_path, "a.png")
@@ -106,7 +106,7 @@ def test_links_to_photographs_are_not_replaced(tmp_path, unused, link):
     refused(unused, tmp_path / "in/a.jpg", tmp_path / "out", "a.png")
 
 
-def test_a_broken_link_and_a_folder_in_the_way_are_refused(tmp_path, unused):
+def test_broken_links_and_folders_are_not_replaced(tmp_path, unused):
     photo(tmp_path / "in/a.jpg")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.json").symlink_to("nowhere")
@@ -116,18 +116,18 @@ def test_a_broken_link_and_a_folder_in_the_way_are_refused(tmp_path, unused):
     refused(unused, tmp_path / "in/a.jpg", tmp_path / "out", "a.png")
 
 
-def test_a_folder_that_is_a_link_to_the_photographs_is_refused(tmp_path, unused):
+def test_an_output_folder_that_links_to_the_input_is_refused(tmp_path, unused):
     photo(tmp_path / "in/a.png")
     (tmp_path / "out").symlink_to("in", target_is_directory=True)
-    with pytest.raises(ValueError, match="give another folder"):
+    with pytest.raises(ValueError, match=str(tmp_path / "out")):
         predict_files(unused, tmp_path / "in", tmp_path / "out")
     refused(unused, tmp_path / "in/a.png", tmp_path / "out", "a.png")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ValueError, match="file is no folder"):
+    with pytest.raises(ValueError, match=str(tmp_path / "file")):
         predict_files(unused, tmp_path / "in", tmp_path / "file")
 
 
-def test_ones_own_maps_are_replaced_by_any_way_to_run_it_again(tmp_path, predictor):
+def test_own_maps_are_replaced_by_another_run(tmp_path, predictor):
     photo(tmp_path / "in/a.jpg")
     out = tmp_path / "out"
     predict_files(predictor, tmp_path / "in", out, settings=PredictSettings(EVERY))
@@ -138,7 +138,7 @@ def test_ones_own_maps_are_replaced_by_any_way_to_run_it_again(tmp_path, predict
     assert contents(out)["a.png"] != first["a.png"]
 
 
-def test_a_map_that_a_user_has_painted_over_is_no_longer_ours(tmp_path, predictor, unused):
+def test_a_map_that_the_user_edited_is_not_replaced(tmp_path, predictor, unused):
     photo(tmp_path / "in/a.jpg")
     predict_files(predictor, tmp_path / "in", tmp_path / "out")
     photo(tmp_path / "out/a.png", seed=5)
@@ -147,13 +147,13 @@ def test_a_map_that_a_user_has_painted_over_is_no_longer_ours(tmp_path, predicto
     refused(unused, tmp_path / "in", tmp_path / "out", "a.png")  # nor does it let the others run
 
 
-def test_ones_own_map_that_is_mapped_itself_stays(tmp_path, predictor, unused):
+def test_a_map_that_is_an_input_is_not_replaced(tmp_path, predictor, unused):
     photo(tmp_path / "in/a.jpg")
     predict_files(predictor, tmp_path / "in", tmp_path / "out", settings=PredictSettings(()))
     refused(unused, tmp_path / "out/a.png", tmp_path / "out", "a.png")
 
 
-def test_maps_of_earlier_versions_are_known_by_their_notes(tmp_path, predictor, unused):
+def test_maps_of_versions_without_digests_are_recognized(tmp_path, predictor, unused):
     photo(tmp_path / "in/a.jpg")
     predict_files(predictor, tmp_path / "in", tmp_path / "out")
     record = tmp_path / "out/a.json"
@@ -165,7 +165,7 @@ def test_maps_of_earlier_versions_are_known_by_their_notes(tmp_path, predictor, 
     refused(unused, tmp_path / "in", tmp_path / "out", "a.png")
 
 
-def test_whoever_is_killed_while_writing_can_run_it_again(tmp_path, predictor, monkeypatch):
+def test_a_run_killed_while_writing_can_be_repeated(tmp_path, predictor, monkeypatch):
     photo(tmp_path / "in/a.jpg")
 
     class Killed(BaseException):
@@ -189,7 +189,7 @@ def test_whoever_is_killed_while_writing_can_run_it_again(tmp_path, predictor, m
         assert predict_files(predictor, tmp_path / "in", tmp_path / f"out{stop}").images == 1
 
 
-def test_what_appears_meanwhile_stays(tmp_path, predictor):
+def test_a_file_created_during_the_run_is_not_replaced(tmp_path, predictor):
     photo(tmp_path / "in/a.jpg")
 
     class Slow(Predictor):
@@ -198,15 +198,15 @@ def test_what_appears_meanwhile_stays(tmp_path, predictor):
             (tmp_path / "out/a.png").write_bytes(b"another's")
             return super().predict_batch(images, prepared=prepared)
 
-    with pytest.raises(ValueError, match=r"a\.png has appeared meanwhile"):
+    with pytest.raises(ValueError, match=r"out/a\.png"):
         predict_files(Slow(predictor.model, device="cpu", input_size=28), tmp_path / "in", tmp_path / "out")
     assert contents(tmp_path / "out") == {"a.png": b"another's"}
 
 
-# One image that cannot be written, and a disk that fails
+# Errors of single images and of the disk
 
 
-def test_a_name_of_240_bytes_is_mapped_and_one_that_is_too_long_skipped(tmp_path, predictor):
+def test_a_file_name_too_long_for_the_disk_is_skipped(tmp_path, predictor):
     long, longest = "n" * 236 + ".jpg", "ü" * 125 + ".jpg"
     for name in ("a.jpg", long, longest, "z.jpg"):
         photo(tmp_path / "in" / name)
@@ -225,7 +225,7 @@ def test_temporary_names_fit_any_file_system(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR, errno.EILSEQ])
-def test_one_image_that_cannot_be_written_does_not_end_the_rest(tmp_path, predictor, monkeypatch, code):
+def test_an_image_that_cannot_be_written_does_not_stop_the_rest(tmp_path, predictor, monkeypatch, code):
     for name in ("a", "b", "c"):
         photo(tmp_path / f"in/{name}.jpg")
 
@@ -243,7 +243,7 @@ def test_one_image_that_cannot_be_written_does_not_end_the_rest(tmp_path, predic
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_is_full_or_read_only_ends_it(tmp_path, predictor, monkeypatch, code):
+def test_a_full_or_read_only_disk_stops_the_run(tmp_path, predictor, monkeypatch, code):
     photo(tmp_path / "in/a.jpg")
 
     def write(path, data):
@@ -255,7 +255,7 @@ def test_a_disk_that_is_full_or_read_only_ends_it(tmp_path, predictor, monkeypat
     assert caught.value.errno == code
 
 
-def test_an_image_that_cannot_be_read_does_not_end_the_rest(tmp_path, predictor, monkeypatch):
+def test_an_image_that_cannot_be_read_does_not_stop_the_rest(tmp_path, predictor, monkeypatch):
     for name in ("a", "b", "c"):
         photo(tmp_path / f"in/{name}.jpg")
     read_bytes = files.Path.read_bytes
@@ -270,7 +270,7 @@ def test_an_image_that_cannot_be_read_does_not_end_the_rest(tmp_path, predictor,
     assert outcome.images == 2 and outcome.failed == {"b.jpg": "Permission denied"}
 
 
-def test_a_folder_that_cannot_be_listed_does_not_end_the_rest(tmp_path, predictor, monkeypatch):
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_rest(tmp_path, predictor, monkeypatch):
     for name in ("a", "b/x", "c"):
         photo(tmp_path / f"in/{name}.jpg")
     scandir = os.scandir
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_listed_does_not_end_the_rest(tmp_path, predicto
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_too_little_memory_for_one_image_does_not_end_the_rest(tmp_path, predictor, error, batch_size):
+def test_out_of_memory_for_one_image_does_not_stop_the_rest(tmp_path, predictor, error, batch_size):
     for number, name in enumerate("abc"):
         photo(tmp_path / f"in/{name}.png", seed=number)
     large = np.asarray(Image.open(tmp_path / "in/b.png"))
@@ -315,7 +315,7 @@ def test_too_little_memory_for_one_image_does_not_end_the_rest(tmp_path, predict
     assert "memory" in outcome.failed["b.png"]
 
 
-def test_another_error_of_the_network_is_no_files_fault(tmp_path, predictor):
+def test_other_errors_of_the_network_stop_the_run(tmp_path, predictor):
     photo(tmp_path / "a.png")
 
     class Broken(Predictor):
@@ -328,9 +328,7 @@ def test_another_error_of_the_network_is_no_files_fault(tmp_path, predictor):
         )
 
 
-def test_an_image_that_does_not_fit_into_memory_is_refused_before_it_is_decoded(
-    tmp_path, predictor, monkeypatch
-):
+def test_an_image_too_large_for_memory_is_refused_before_decoding(tmp_path, predictor, monkeypatch):
     photo(tmp_path / "in/a.png")
     Image.fromarray(np.zeros((7000, 7000), np.uint8)).save(tmp_path / "in/large.png")
     monkeypatch.setattr(memory, "free_memory", lambda: 1 << 30)
@@ -341,7 +339,7 @@ def test_an_image_that_does_not_fit_into_memory_is_refused_before_it_is_decoded(
     assert list(outcome.failed) == ["large.png"] and "49 megapixels" in outcome.failed["large.png"]
 
 
-def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch):
+def test_free_memory_is_the_minimum_of_machine_and_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     assert memory.free_memory() is None

@@ -1,4 +1,4 @@
-"""Points: a plane stays a plane, extents are right, axes as the format has them, focal lengths as the camera had."""
+"""Point clouds: planes, extents, axes of the formats, focal lengths."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ FOCAL = 100.0
 
 
 def wall(height=60, width=80, metres=2.0):
-    """A wall straight ahead, red on the left, blue at the bottom."""
+    """A wall facing the camera, red on the left, blue at the bottom."""
     image = np.zeros((height, width, 3), np.uint8)
     image[:, : width // 2, 0], image[height // 2 :, :, 2] = 255, 255
     return image, np.full((height, width), metres, np.float32)
@@ -27,7 +27,7 @@ def read(cloud, format):
     return np.asarray(loaded.vertices), np.asarray(loaded.colors)[:, :3]
 
 
-def test_a_wall_is_flat_and_as_wide_as_it_is():
+def test_a_wall_is_flat_and_has_its_width():
     image, depth = wall()
     cloud = unproject(image, depth, quantity="depth", focal_px=FOCAL)
     assert cloud.unit == "m" and cloud.points.dtype == np.float32 and cloud.colors.dtype == np.uint8
@@ -39,7 +39,7 @@ def test_a_wall_is_flat_and_as_wide_as_it_is():
 
 
 @pytest.mark.parametrize("format", ["ply", "glb"])
-def test_files_have_their_axes_and_colours(format):
+def test_files_have_their_axes_and_colors(format):
     image, depth = wall()
     points, colors = read(unproject(image, depth, quantity="depth", focal_px=FOCAL), format)
     assert len(points) == 60 * 80
@@ -51,14 +51,14 @@ def test_files_have_their_axes_and_colours(format):
 
 
 @pytest.mark.parametrize(("format", "stored"), [("ply", 188), ("glb", 128)])
-def test_colours_are_linear_where_the_format_has_them_so(format, stored):
+def test_glb_colors_are_linear_and_ply_colors_srgb(format, stored):
     """Half the light is 188 in sRGB (IEC 61966-2-1)."""
     image = np.full((8, 8, 3), 188, np.uint8)
     cloud = unproject(image, np.ones((8, 8), np.float32), quantity="depth", focal_px=FOCAL)
     assert (read(cloud, format)[1] == stored).all()
 
 
-def test_a_floor_seen_aslant_is_a_plane_in_depth_and_in_disparity():
+def test_a_floor_is_a_plane_from_depth_and_from_disparity():
     height, width, camera_m = 80, 100, 1.5
     rows = np.arange(height)[:, None] + 0.5 - height / 2
     depth = np.where(rows > 1, camera_m * FOCAL / np.maximum(rows, 1e-3), np.inf) * np.ones(width)
@@ -85,16 +85,16 @@ def test_sky_is_left_out():
 @pytest.mark.parametrize("map", [np.zeros((6, 8)), np.full((6, 8), np.inf), np.full((6, 8), np.nan)])
 @pytest.mark.parametrize("quantity", ["depth", "disparity"])
 @pytest.mark.filterwarnings("ignore:All-NaN")
-def test_nothing_but_sky_is_refused(map, quantity):
+def test_a_map_of_only_sky_has_no_points(map, quantity):
     cloud = unproject(np.zeros((6, 8, 3), np.uint8), map, quantity=quantity, focal_px=FOCAL)
     assert cloud.points.shape == (0, 3)
     for format in ("ply", "glb"):
-        with pytest.raises(ValueError, match="the map is all sky"):
+        with pytest.raises(ValueError, match="sky"):
             encode_points(cloud, format)
 
 
 @pytest.mark.parametrize("most", [1, 7, 500, 4799, 4800])
-def test_no_more_points_than_asked_for(most):
+def test_the_number_of_points_is_limited(most):
     image, depth = wall()
     cloud = unproject(image, depth, quantity="depth", focal_px=FOCAL, max_points=most)
     assert (
@@ -107,7 +107,7 @@ def test_no_more_points_than_asked_for(most):
         assert (cloud.points[red, 0] < 0).all()
 
 
-def test_a_ply_says_what_it_is():
+def test_files_state_unit_axes_and_focal_length():
     image, depth = wall()
     head = encode_points(unproject(image, depth, quantity="depth", focal_px=FOCAL), "ply")[:300]
     assert b"comment unit m; x right, y down, z forward; focal 100 px\n" in head
@@ -126,14 +126,14 @@ def photograph(**tags):
     return out.getvalue()
 
 
-def test_the_focal_length_of_the_photograph():
+def test_focal_length_from_exif():
     full_frame = photograph(xA405=50)
-    focal, whence = choose_focal_length(full_frame, (300, 400, 3))
-    assert focal == pytest.approx(50 / 43.2666 * 500, rel=1e-4) and whence == "EXIF: 50 mm on 35 mm film"
+    focal, source = choose_focal_length(full_frame, (300, 400, 3))
+    assert focal == pytest.approx(50 / 43.2666 * 500, rel=1e-4) and source == "EXIF: 50 mm on 35 mm film"
     assert choose_focal_length(full_frame, (400, 300, 3))[0] == pytest.approx(focal)  # turned upright
     sensor = photograph(x920A=8.0, xA20E=2540.0, xA210=2, xA002=4000, xA003=3000)  # 100 px a mm, then resized
-    focal, whence = choose_focal_length(sensor, (300, 400, 3))
-    assert focal == pytest.approx(80) and whence == "EXIF: 8 mm, 100 px a mm of the sensor"
+    focal, source = choose_focal_length(sensor, (300, 400, 3))
+    assert focal == pytest.approx(80) and source == "EXIF: 8 mm, 100 px per mm of the sensor"
     assert choose_focal_length(full_frame, (300, 400, 3), focal_px=321) == (321, "given")
 
 
@@ -147,16 +147,16 @@ def test_the_focal_length_of_the_photograph():
         photograph(x920A=8.0, xA20E=100.0, xA210=9),
     ],
 )
-def test_the_assumed_focal_length_is_the_authors(data):
+def test_the_default_focal_length_is_the_authors(data):
     for shape, expected in [((480, 640), 470.4), ((640, 480), 470.4), ((960, 1280), 940.8)]:
-        focal, whence = choose_focal_length(data, shape)
-        assert focal == pytest.approx(expected) and whence.startswith(
+        focal, source = choose_focal_length(data, shape)
+        assert focal == pytest.approx(expected) and source.startswith(
             "assumed: 470.4 px for a longer side of 640"
         )
 
 
 @pytest.mark.parametrize(("focal_px", "max_points"), [(0, 1), (-3, 1), (float("nan"), 1), (10, 0)])
-def test_nonsense_is_refused(focal_px, max_points):
+def test_invalid_arguments_are_refused(focal_px, max_points):
     image, depth = wall()
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match=f"focal={focal_px} and max_points={max_points}"):
         unproject(image, depth, quantity="depth", focal_px=focal_px, max_points=max_points)

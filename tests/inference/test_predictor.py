@@ -1,4 +1,4 @@
-"""Photographs of any size to maps of the same size."""
+"""Predictor: images of any size to maps of the same size."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ def model():
     return DepthAnything("vitn")
 
 
-def test_predict_is_the_authors_chain(model):
+def test_predict_equals_the_authors_infer_image(model):
     image = photograph(61, 37)
     got = Predictor(model, device="cpu", input_size=98).predict(image)
     assert got.dtype == np.float32 and got.shape == (61, 37)
@@ -36,7 +36,7 @@ def test_predict_is_the_authors_chain(model):
 
 
 def sizes_seen_by(model):
-    """A list that the shapes of all images which the network is given are added to."""
+    """Return a list that collects the shapes of the network's inputs."""
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     return seen
@@ -51,7 +51,7 @@ def small_timm():
     [(lambda: DepthAnything("vitn"), 70, 14), (lambda: DepthAnything("vitn"), 98, 14), (small_timm, 64, 16)],
 )
 @pytest.mark.parametrize("keep", ["memory", "safetensors", "transformers", "ckpt"])
-def test_the_models_own_size_is_the_default(tmp_path, build, own, multiple, keep):
+def test_the_default_input_size_is_the_models(tmp_path, build, own, multiple, keep):
     model = build()
     model.input_size = own
     if keep == "ckpt":
@@ -71,20 +71,20 @@ def test_the_models_own_size_is_the_default(tmp_path, build, own, multiple, keep
     assert predictor.input_size == own
 
 
-def test_the_authors_sizes_are_seen_at_518():
+def test_official_encoders_have_input_size_518():
     with torch.device("meta"):
         assert [DepthAnything(name).input_size for name in ("vits", "vitb", "vitl", "vitg")] == [518] * 4
 
 
 @pytest.mark.parametrize("size", [0, -5, 70.0, True, "70", float("nan")])
-def test_impossible_sizes_are_refused(model, size):
+def test_invalid_input_sizes_are_refused(model, size):
     with pytest.raises(ValueError, match="input_size="):
         Predictor(model, device="cpu", input_size=size)
     with pytest.raises(ValueError, match="input_size="):
         model.infer_image(photograph(8, 8), input_size=size)
 
 
-def test_batches_are_formed_by_shape_and_order_is_kept(model):
+def test_batches_are_grouped_by_shape_and_keep_the_order(model):
     predictor = Predictor(model, device="cpu", input_size=56)
     images = [
         photograph(h, w, seed)
@@ -100,7 +100,7 @@ def test_batches_are_formed_by_shape_and_order_is_kept(model):
     assert predictor.predict_batch([]) == []
 
 
-def test_patch_size_is_the_models():
+def test_input_sides_are_multiples_of_the_patch_size():
     model = DepthAnything("vit_tiny_patch16_224")
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
@@ -167,7 +167,7 @@ NO_IMAGES = {
 
 
 @pytest.mark.parametrize("what", NO_IMAGES)
-def test_what_is_no_image_is_refused(model, what):
+def test_arrays_that_are_not_images_are_refused(model, what):
     image, predictor = NO_IMAGES[what], Predictor(model, device="cpu", input_size=28)
     for take in (
         predictor.predict,
@@ -176,14 +176,14 @@ def test_what_is_no_image_is_refused(model, what):
         model.infer_image,
         lambda image: predictor.predict_batch([photograph(8, 8), image]),
     ):
-        with pytest.raises(ValueError, match=r"uint8 of shape \(height, width, 3\), not") as raised:
+        with pytest.raises(ValueError, match=r"uint8 of shape \(height, width, 3\)") as raised:
             take(image)
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("images", [photograph(8, 8), photograph(8, 8)[..., 0], None, "a.jpg", 5])
-def test_one_image_in_place_of_a_batch_is_refused(model, images):
-    """The rows of an image would each be a grey image."""
+def test_a_single_image_instead_of_a_batch_is_refused(model, images):
+    """The rows of an image would each count as a gray image."""
     with pytest.raises(ValueError, match="images"):
         Predictor(model, device="cpu", input_size=28).predict_batch(images)
 
@@ -196,8 +196,8 @@ def test_several_images_in_one_array_are_a_batch(model):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "RGB"])
 @pytest.mark.parametrize("order", ["C", "F", "read-only", "turned"])
-def test_arrays_are_taken_as_files_of_their_kind(model, mode, order):
-    """A grey or transparent image gives one map, whether it comes from a file or as an array, red or blue first."""
+def test_gray_and_transparent_arrays_equal_their_files(model, mode, order):
+    """A gray or transparent image gives the same map from a file and from an array, RGB or BGR."""
     channels = {"L": (), "LA": (2,), "RGBA": (4,), "RGB": (3,)}[mode]
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, *channels), dtype=np.uint8)
     file = io.BytesIO()
@@ -221,21 +221,21 @@ def test_arrays_are_taken_as_files_of_their_kind(model, mode, order):
 
 
 def bgr(pixels):
-    """What cv2 would read of the same file."""
+    """The array that cv2 reads from the same file."""
     if pixels.ndim == 2 or pixels.shape[2] == 2:
         return pixels
     return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
 
 def test_unknown_precision_and_device(model):
-    with pytest.raises(ValueError, match="precision='int8' is unknown; use one of fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision='int8'.* fp32, bf16, fp16"):
         Predictor(model, precision="int8")
     for device in ("gpu", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device='{device}' does not exist here; use auto, cpu"):
+        with pytest.raises(ValueError, match=f"device='{device}'"):
             Predictor(model, device=device)
 
 
-def test_resample_transformers_is_their_pipeline(tmp_path):
+def test_resample_transformers_equals_their_pipeline(tmp_path):
     """Processor, position rule and post-processing, against the installed transformers, on several aspect ratios."""
     transformers = pytest.importorskip("transformers", reason="type  pip install transformers")
     torch.manual_seed(0)
@@ -254,25 +254,25 @@ def test_resample_transformers_is_their_pipeline(tmp_path):
     assert model.position_rule == "official"
 
 
-def test_resample_official_differs_off_the_square(model):
+def test_resample_modes_differ_for_images_that_are_not_square(model):
     ways = [Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")]
     official, transformers = (way.predict(photograph(60, 90)) for way in ways)
     assert np.abs(official - transformers).max() > 1e-3 * np.ptp(official)
-    with pytest.raises(ValueError, match="resample='pil' is unknown; use one of official, transformers"):
+    with pytest.raises(ValueError, match="resample='pil'.* official, transformers"):
         Predictor(model, resample="pil")
-    with pytest.raises(ValueError, match="resample='transformers' .* is for DINOv2's encoders"):
+    with pytest.raises(ValueError, match="resample='transformers'"):
         Predictor(DepthAnything("vit_tiny_patch16_224"), device="cpu", resample="transformers")
 
 
-def test_two_rules_on_one_model_do_not_meet(model):
-    """One predictor runs while another is in the middle of its forward pass, as two threads do."""
+def test_two_position_rules_on_one_model_do_not_interfere(model):
+    """One predictor runs during the forward pass of another, as with two threads."""
     with torch.no_grad():
         model.pretrained.pos_embed.normal_()
     ways = {
         r: Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")
     }
     image = photograph(70, 98)
-    # Of a size that neither way resizes, so that only the rule makes a difference.
+    # Neither mode resizes this size, so only the position rule differs.
     alone = {rule: way.predict(image) for rule, way in ways.items()}
     assert np.abs(alone["official"] - alone["transformers"]).max() > 1e-3
 
@@ -304,7 +304,7 @@ def test_threads_with_different_rules_share_a_model(model):
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_the_rule_reaches_an_accelerated_model(model, checkpoint):
+def test_the_position_rule_reaches_an_accelerated_model(model, checkpoint):
     with torch.no_grad():
         model.pretrained.pos_embed.normal_()
     ways = [Predictor(model, device="cpu", input_size=70, resample=r) for r in ("official", "transformers")]
@@ -316,7 +316,7 @@ def test_the_rule_reaches_an_accelerated_model(model, checkpoint):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 31), (4320, 7680)])
-def test_any_size(model, shape):
+def test_images_of_any_size(model, shape):
     image = np.full((*shape, 3), 90, np.uint8)
     for resample in ("official", "transformers")[: 1 if max(shape) > 99 else 2]:
         map = Predictor(model, device="cpu", input_size=28, resample=resample).predict(image)
@@ -325,8 +325,8 @@ def test_any_size(model, shape):
 
 @pytest.mark.parametrize("resample", ["official", "transformers"])
 @pytest.mark.parametrize("shape", [(1, 1), (20, 30)])
-def test_read_only_and_turned_images(model, resample, shape):
-    """Pillow's arrays are read-only, and a BGR image turned to RGB has negative strides; neither is a warning."""
+def test_read_only_and_strided_images(model, resample, shape):
+    """Pillow's arrays are read-only, and BGR images reversed to RGB have negative strides; neither warns."""
     image = photograph(*shape)
     predictor = Predictor(model, device="cpu", input_size=28, resample=resample)
     expected = predictor.predict(image)
@@ -335,14 +335,14 @@ def test_read_only_and_turned_images(model, resample, shape):
     np.testing.assert_array_equal(predictor.predict(np.asfortranarray(image)), expected)
 
 
-def test_what_no_memory_holds_is_refused(model):
+def test_elongated_images_are_refused(model):
     predictor = Predictor(model, device="cpu", input_size=28)
-    with pytest.raises(ValueError, match="2000x1 is too long an image: it would be seen at 56000x28"):
+    with pytest.raises(ValueError, match="2000x1 .* 56000x28"):
         predictor.predict(photograph(1, 2000))
     assert predictor.predict(photograph(3, 90)).shape == (3, 90)
 
 
-def test_images_prepared_elsewhere(model):
+def test_images_prepared_by_another_thread(model):
     predictor = Predictor(model, device="cpu", input_size=28)
     images = [photograph(30, 40, seed) for seed in range(3)]
     prepared = [predictor.prepare(image) for image in images]
@@ -352,7 +352,7 @@ def test_images_prepared_elsewhere(model):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_calibration_makes_metres(model):
+def test_calibration_gives_meters(model):
     image = photograph(30, 40)
     disparity = Predictor(model, device="cpu", input_size=28).predict(image)
     model.calibration = (0.4, 0.1)
@@ -363,8 +363,8 @@ def test_calibration_makes_metres(model):
     assert tiled.shape == (30, 40) and (0 < tiled).all() and (tiled <= FARTHEST_M).all()
 
 
-def test_a_size_that_takes_more_memory_than_is_free_is_refused(monkeypatch):
-    """The kernel would kill the process, and the other images with it."""
+def test_an_input_size_too_large_for_memory_is_refused(monkeypatch):
+    """Else the kernel would kill the process, and the other images with it."""
     monkeypatch.setattr(memory, "free_memory", lambda: 1 << 30)
     predictor = Predictor(DepthAnything("vitn"), device="cpu", input_size=2800)
     with pytest.raises(ValueError, match="--input-size"):

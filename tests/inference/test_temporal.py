@@ -1,4 +1,4 @@
-"""What keeps a film from flickering: its range, the smoothing, the two passes."""
+"""Temporal stability: the color range, the smoothing, the two passes."""
 
 import json
 import math
@@ -28,13 +28,13 @@ from depth_anything.inference.video import VideoSettings, predict_videos  # noqa
 
 
 def swing(path):
-    """How much the grey of the upper half, which never changes, changes."""
+    """Mean change of gray in the upper half, which is static in the input."""
     shown = np.stack([image[4:20].mean(axis=2) for _, image in read_film(path)])
     return np.abs(np.diff(shown, axis=0)).mean()
 
 
 class Brightening(Brightness):
-    """The same values at the same places, and one bright spot that grows, which sets the frame's range."""
+    """Static values, and one growing bright spot that sets each frame's range."""
 
     def predict_batch(self, images):
         maps = super().predict_batch(images)
@@ -69,7 +69,7 @@ def test_the_range_of_a_clip_is_that_of_all_its_frames(tmp_path):
     assert facts["colours"]["high"] == pytest.approx(max(high for _, high in wanted), rel=1e-6)
 
 
-def test_a_running_range_opens_fast_and_closes_slowly():
+def test_a_running_range_widens_fast_and_narrows_slowly():
     running = SmoothedRange()
     assert running.update(0.0, 1.0, 0.0) == (0.0, 1.0)
     low, high = running.update(-1.0, 2.0, 0.1)
@@ -78,7 +78,7 @@ def test_a_running_range_opens_fast_and_closes_slowly():
     assert high_then == pytest.approx(1 + (high - 1) * math.exp(-0.1 / 2)) and low_then > low
 
 
-def test_a_speck_does_not_set_the_colours():
+def test_outliers_do_not_set_the_color_range():
     map_ = np.zeros((100, 100), np.float32)
     map_[:50] = 1
     map_[7, 7] = 1000
@@ -96,7 +96,7 @@ def still_scene(seed=0, height=60, width=80):
     ) * 5
 
 
-def test_a_scale_and_shift_that_wobble_are_taken_out():
+def test_varying_scale_and_shift_are_removed():
     image, scene = still_scene()
     random = np.random.default_rng(1)
     smoother = TemporalSmoother(0.5, align=True)
@@ -107,7 +107,7 @@ def test_a_scale_and_shift_that_wobble_are_taken_out():
     assert left < 0.05 * rough
 
 
-def test_noise_does_not_wear_the_map_down():
+def test_noise_does_not_shrink_the_map_over_time():
     image, scene = still_scene()
     random = np.random.default_rng(2)
     smoother = TemporalSmoother(0.8, align=True)
@@ -117,14 +117,14 @@ def test_noise_does_not_wear_the_map_down():
     assert abs(float(smooth.mean() - scene.mean())) < 0.1
 
 
-def test_metres_are_not_rescaled():
+def test_meters_are_not_rescaled():
     image, scene = still_scene()
     smoother = TemporalSmoother(0.5, align=False)
     smoother(image, scene)
     np.testing.assert_allclose(smoother(image, 2 * scene), 1.5 * scene, rtol=1e-5)
 
 
-def test_what_moves_is_not_smeared_and_a_cut_starts_anew():
+def test_motion_is_not_smeared_and_a_cut_resets():
     image, scene = still_scene()
     smoother = TemporalSmoother(0.9, align=False)
     smoother(image, scene)
@@ -141,19 +141,19 @@ def test_what_moves_is_not_smeared_and_a_cut_starts_anew():
 # Two passes
 
 
-def test_a_spool_keeps_maps_exactly_and_no_more_than_it_may(tmp_path):
+def test_the_cache_is_exact_and_limited(tmp_path):
     maps = np.random.default_rng(0).random((5, 7, 9), np.float32)
-    with MapCache(tmp_path, (7, 9), most_bytes=3 * 7 * 9 * 4) as spool:
+    with MapCache(tmp_path, (7, 9), max_bytes=3 * 7 * 9 * 4) as spool:
         assert [spool.append(map_) for map_ in maps] == [True, True, True, False, False]
         assert all(np.array_equal(spool.read(n), maps[n]) for n in (2, 0, 1))
         assert not [path for path in tmp_path.iterdir() if os.name == "posix"]
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
-def test_what_the_spool_has_no_room_for_is_computed_again(tmp_path, monkeypatch, smooth):
+def test_maps_beyond_the_cache_are_predicted_again(tmp_path, monkeypatch, smooth):
     source = make_film(tmp_path / "in.mp4", frames=13, sound=None)
     for room in (0, 5, 100):
-        monkeypatch.setattr(video, "MapCache", partial(temporal.MapCache, most_bytes=room * 48 * 64 * 4))
+        monkeypatch.setattr(video, "MapCache", partial(temporal.MapCache, max_bytes=room * 48 * 64 * 4))
         map_film(source, tmp_path / str(room), smooth=smooth, formats=("png16",), batch_size=3)
     for path in (tmp_path / "100/in_disparity").iterdir():
         for room in (0, 5):

@@ -1,4 +1,4 @@
-"""Tiles: they cover, their values are brought together, and nobody sees where one ends."""
+"""Tiles: coverage, alignment, and blending without seams."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from depth_anything.model.depth_anything import DepthAnything
 
 
 def landscape(height, width, seed=0):
-    """A map with a floor, hills, and fine bumps that a small pass does not see; float32, above 0."""
+    """A map with a floor, hills, and fine bumps that are lost at low resolution; float32, above 0."""
     rng = np.random.default_rng(seed)
     hills = cv2.resize(rng.random((5, 7)), (width, height), interpolation=cv2.INTER_CUBIC)
     bumps = cv2.resize(rng.random((height // 8, width // 8)), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -26,7 +26,7 @@ def small(map, shape=(70, 98)):
 
 
 def with_own_scales(map, seed=1):
-    """What a network that knows disparity up to scale and shift makes of parts of a map."""
+    """A network that predicts parts of a map with random scale and shift."""
     rng = np.random.default_rng(seed)
 
     def tile_at(box):
@@ -37,7 +37,7 @@ def with_own_scales(map, seed=1):
 
 
 def seams(map, columns):
-    """How much steeper a map is where tiles end, and amid what they share, than elsewhere: 1 if nobody can tell."""
+    """Ratio of the slope at tile ends and in overlaps to the mean slope: 1 without seams."""
     steps = np.abs(np.diff(map, axis=1)).mean(0)
     parts = tile_spans(map.shape[1], columns)
     ends = [end for a, b in itertools.pairwise(parts) for end in (b.start, a.stop)]
@@ -51,7 +51,7 @@ def seams(map, columns):
 @pytest.mark.parametrize(
     ("length", "count"), [(1, 1), (1, 4), (7, 3), (100, 1), (640, 2), (641, 3), (4320, 7)]
 )
-def test_tiles_cover_a_side_alike_and_weights_sum_to_one(length, count):
+def test_tiles_cover_a_side_and_weights_sum_to_one(length, count):
     parts = tile_spans(length, count)
     assert len(parts) == count and parts[0].start == 0 and parts[-1].stop == length
     assert len({part.stop - part.start for part in parts}) == 1
@@ -62,7 +62,7 @@ def test_tiles_cover_a_side_alike_and_weights_sum_to_one(length, count):
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-def test_weights_fall_smoothly_to_nothing_where_a_tile_ends():
+def test_weights_fall_smoothly_to_zero_at_the_end_of_a_tile():
     parts = tile_spans(600, 3)
     first, middle, _ = blend_weights(600, parts)
     assert first[0] == 1 and first[-1] < 1e-3 and middle[0] < 1e-3 and middle[-1] < 1e-3
@@ -71,7 +71,7 @@ def test_weights_fall_smoothly_to_nothing_where_a_tile_ends():
     assert 0.3 < overlap / (parts[0].stop - parts[0].start) < 0.36
 
 
-def test_scale_and_shift_carry_a_tile_over():
+def test_scale_and_shift_align_a_tile():
     map = landscape(280, 392)
     box = (slice(100, 240), slice(50, 250))
     scale, shift = fit_scale_shift(torch.from_numpy(map[box] * 2 - 3), small(map), box, map.shape)
@@ -79,7 +79,7 @@ def test_scale_and_shift_carry_a_tile_over():
     assert fit_scale_shift(torch.ones(20, 20), small(map), box, map.shape)[0] == 0
 
 
-def test_tiles_of_any_scale_and_shift_become_the_map():
+def test_tiles_of_any_scale_and_shift_blend_to_the_map():
     map = landscape(560, 784)
     joined = blend_tiles(small(map), with_own_scales(map), map.shape, (3, 4))
     assert joined.dtype == np.float32 and joined.shape == map.shape
@@ -89,8 +89,8 @@ def test_tiles_of_any_scale_and_shift_become_the_map():
     assert seams(joined, 4) < 1.1
 
 
-def test_seams_would_be_seen(monkeypatch):
-    """The measure measures: without alignment, or without blending, it is far from 1."""
+def test_the_seam_measure_detects_seams(monkeypatch):
+    """Without alignment, or without blending, the measure is far from 1."""
     map = landscape(560, 784)
     joined = blend_tiles(small(map), with_own_scales(map), map.shape, (1, 4))
     monkeypatch.setattr(tiles, "_align_tile", lambda tile, *_: tile)
@@ -101,7 +101,7 @@ def test_seams_would_be_seen(monkeypatch):
     assert seams(hard, 4) > 3 * seams(joined, 4)
 
 
-def test_a_tile_that_contradicts_the_whole_is_left_out():
+def test_a_tile_that_contradicts_the_whole_image_is_ignored():
     map = landscape(280, 392)
     coarse = blend_tiles(small(map), lambda box: torch.from_numpy(-map[box]), map.shape, (2, 2))
     np.testing.assert_allclose(coarse, map, atol=0.5)
@@ -116,7 +116,7 @@ def test_disparity_is_never_negative():
     assert joined.min() == 0
 
 
-def test_no_more_than_one_tile_is_held():
+def test_only_one_tile_is_in_memory():
     map, alive, most = landscape(280, 392), [], []
 
     def tile_at(box):
@@ -131,8 +131,8 @@ def test_no_more_than_one_tile_is_held():
 
 
 @pytest.mark.parametrize("count", [0, 65, (0, 2), (2, -1)])
-def test_a_grid_without_tiles_is_refused(count):
-    with pytest.raises(ValueError, match="must be 1 to 64 a side"):
+def test_invalid_grids_are_refused(count):
+    with pytest.raises(ValueError, match="1 to 64"):
         parse_grid(count)
     assert parse_grid(3) == (3, 3) and parse_grid((2, 5)) == (2, 5)
 
@@ -154,7 +154,7 @@ def picture(height, width):
 
 
 @pytest.mark.parametrize("max_depth", [None, 20.0])
-def test_a_network_leaves_no_seam(model, max_depth):
+def test_tiled_prediction_has_no_seams(model, max_depth):
     if max_depth:
         torch.manual_seed(0)
         model = DepthAnything("vitn", max_depth=max_depth)
@@ -168,7 +168,7 @@ def test_a_network_leaves_no_seam(model, max_depth):
         assert 0 < tiled.min() and tiled.max() <= max_depth
 
 
-def test_one_tile_is_the_image_on_its_own_scale(model):
+def test_one_tile_equals_the_whole_image(model):
     image = picture(60, 80)
     whole = Predictor(model, device="cpu", input_size=70).predict(image)
     tiled = Predictor(model, device="cpu", input_size=70, tiles=1).predict(image)

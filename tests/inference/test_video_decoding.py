@@ -1,4 +1,4 @@
-"""Every picture that can be decoded comes out, at its time, as players show it, whatever its file does to it."""
+"""Decoding of videos: every frame that can be decoded, at its time, displayed as in players."""
 
 import re
 import shutil
@@ -23,14 +23,14 @@ from made_films import (  # noqa: E402
 )
 
 from depth_anything.data.sample import decode_image  # noqa: E402
-from depth_anything.inference.clips import list_clips  # noqa: E402
+from depth_anything.inference.clip_list import list_clips  # noqa: E402
 from depth_anything.ingest import video_frames  # noqa: E402
 
 RATE = Fraction(25)
 
 
 def times_of(source):
-    """The times of a film's pictures, in seconds from its first, and what was noted."""
+    """The times of a clip's frames in seconds from its first, and the clip."""
     (clip,), _ = list_clips(source)
     times = [picture.pts * clip.time_base for picture in clip.read()]
     return [float(time - times[0]) for time in times], clip
@@ -41,7 +41,7 @@ def assert_steady(times, count, *, within=0.001):
     np.testing.assert_allclose(times, np.arange(count) / 25, atol=within)
 
 
-# Files joined end to end, clocks that jump
+# Concatenated files, clocks that jump
 
 JOINED = {
     "joined.ts": {"format": "mpegts", "sound": "aac"},
@@ -53,7 +53,7 @@ JOINED = {
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_joined_files_play_one_after_the_other(tmp_path, name):
+def test_concatenated_files_play_one_after_the_other(tmp_path, name):
     part = make_film(tmp_path / f"part_{name}", frames=50, rate=RATE, **JOINED[name])
     alone, _ = times_of(part)
     source = tmp_path / name
@@ -72,8 +72,8 @@ def test_joined_files_play_one_after_the_other(tmp_path, name):
 
 
 @pytest.mark.parametrize("starts", [(300, 0), (0, 300), (95442, 0), (95442, 95442), (50000, 50000)])
-def test_parts_of_any_clock_follow_each_other(tmp_path, starts):
-    """300 s ahead or back, over the 33 bits of a transport stream's clock (95,443.7 s), or far from 0."""
+def test_parts_with_different_clocks_are_joined(tmp_path, starts):
+    """300 s forward or back, across the 33-bit wrap of a transport stream's clock (95,443.7 s), or far from 0."""
     whole = b""
     for start in starts:
         part = make_film(tmp_path / "part.ts", frames=50, rate=RATE, sound="aac", format="mpegts")
@@ -96,7 +96,7 @@ GLITCHES = {
 @pytest.mark.parametrize("kind", ["video", "audio"])
 @pytest.mark.parametrize("glitch", GLITCHES)
 @pytest.mark.parametrize("seconds", [5, -1, 20, -0.15])
-def test_a_wrong_time_of_a_few_packets_moves_nothing_else(tmp_path, name, kind, glitch, seconds):
+def test_wrong_timestamps_of_a_few_packets_move_no_others(tmp_path, name, kind, glitch, seconds):
     source = make_film(
         tmp_path / name, frames=80, rate=RATE, sound="aac", **({"format": "mpegts"} if name == "a.ts" else {})
     )
@@ -112,13 +112,13 @@ def test_a_wrong_time_of_a_few_packets_moves_nothing_else(tmp_path, name, kind, 
 
 
 @pytest.mark.parametrize("seconds", [-1, 5])
-def test_sound_that_jumps_for_good_leaves_the_pictures_alone(tmp_path, seconds):
+def test_an_audio_jump_does_not_move_the_frames(tmp_path, seconds):
     source = make_film(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
     restamp_flv(source, "audio", lambda number: seconds * (number >= 41))
     assert_steady(times_of(source)[0], 80)
 
 
-def test_a_pause_of_the_camera_stays_a_pause(tmp_path):
+def test_a_pause_in_the_recording_is_kept(tmp_path):
     source = make_film(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
     for kind, first in (("video", 40), ("audio", 75)):
         restamp_flv(source, kind, lambda number, first=first: 7 * (number >= first))
@@ -145,18 +145,18 @@ def one_sound_packet_out_of_order(source, target, number):
 
 
 @pytest.mark.parametrize("number", [2, 41])
-def test_a_packet_of_sound_out_of_order_costs_nothing(tmp_path, number):
+def test_an_audio_packet_out_of_order_is_reordered(tmp_path, number):
     plain = make_film(tmp_path / "in.mp4", frames=100, rate=RATE)
     one_sound_packet_out_of_order(plain, tmp_path / "a.mkv", number)
     outcome = map_film(tmp_path / "a.mkv", tmp_path / "out", pred_only=True)
     assert outcome.frames == {"a.mkv": 100} and not outcome.failed
     assert_steady([float(time) for time, _ in read_film(tmp_path / "out/a.mp4")], 100, within=0.03)
     assert packets(tmp_path / "out/a.mp4") == packets(plain)
-    assert any("sound" in note for note in outcome.notes["a.mkv"])
+    assert any("audio" in note for note in outcome.notes["a.mkv"])
 
 
 @pytest.mark.parametrize("sound", ["aac", "wmav2"])
-def test_damaged_sound_costs_no_picture(tmp_path, sound):
+def test_damaged_audio_loses_no_frame(tmp_path, sound):
     options = {"codec": "msmpeg4v3", "format": "asf"} if sound == "wmav2" else {"format": "mpegts"}
     source = make_film(tmp_path / "a.dat", frames=50, rate=RATE, sound=sound, **options)
     data = bytearray(source.read_bytes())
@@ -170,12 +170,12 @@ def test_damaged_sound_costs_no_picture(tmp_path, sound):
     assert kept == 50 == outcome.frames["a.dat"] == len(read_film(tmp_path / "out/a.mp4"))
 
 
-# Damage in the middle, sizes, streams
+# Damage, sizes, streams
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_damage_in_the_middle_costs_what_cannot_be_decoded_and_no_more(tmp_path, name, seed):
+def test_damage_loses_only_the_frames_that_cannot_be_decoded(tmp_path, name, seed):
     options = {"a.ts": {"format": "mpegts"}, "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"}}.get(name, {})
     source = make_film(tmp_path / name, frames=80, rate=RATE, **options)
     data, rng = bytearray(source.read_bytes()), np.random.default_rng(seed)
@@ -194,7 +194,7 @@ def test_damage_in_the_middle_costs_what_cannot_be_decoded_and_no_more(tmp_path,
     assert all(a < b for a, b in zip(times, times[1:], strict=False))
 
 
-def test_pictures_that_change_size_are_scaled_and_said(tmp_path):
+def test_frames_that_change_size_are_scaled_and_noted(tmp_path):
     first = make_film(tmp_path / "1.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(48, 64))
     second = make_film(tmp_path / "2.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(96, 32))
     (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
@@ -203,7 +203,7 @@ def test_pictures_that_change_size_are_scaled_and_said(tmp_path):
     assert any("64×48" in note and "32×96" in note for note in clip.notes)
 
 
-def test_cover_pictures_are_passed_over_and_other_videos_are_said(tmp_path):
+def test_cover_pictures_are_ignored_and_other_streams_noted(tmp_path):
     plain = make_film(tmp_path / "in.mp4", frames=10, rate=RATE)
     with av.open(str(plain)) as reader, av.open(str(tmp_path / "two.mkv"), "w") as writer:
         small = writer.add_stream("mjpeg", rate=1)
@@ -217,11 +217,11 @@ def test_cover_pictures_are_passed_over_and_other_videos_are_said(tmp_path):
                 writer.mux(packet)
     times, clip = times_of(tmp_path / "two.mkv")
     assert_steady(times, 10)
-    assert (clip.height, clip.width) == (48, 64), "the larger one, as players choose"
+    assert (clip.height, clip.width) == (48, 64), "players show the larger stream"
     assert any("1 more video" in note for note in clip.notes)
 
 
-# Turned and mirrored: the eight ways a picture can lie
+# The eight display orientations
 
 MATRICES = {  # a, b, c, d of the header: stored (x, y) is shown at (a x + c y, b x + d y)
     "as it is": ((1, 0, 0, 1), lambda image: image),
@@ -244,7 +244,7 @@ def set_matrix(path, a, b, c, d):
 
 
 @pytest.mark.parametrize("way", MATRICES)
-def test_pictures_are_shown_as_players_show_them(tmp_path, way):
+def test_display_matrices_are_applied(tmp_path, way):
     matrix, shown = MATRICES[way]
     source = make_film(tmp_path / "a.mp4", frames=3, rate=RATE, sound=None, size=(48, 80))
     set_matrix(source, *matrix)
@@ -253,7 +253,7 @@ def test_pictures_are_shown_as_players_show_them(tmp_path, way):
     seen = next(clip.read()).image
     assert seen.shape == wanted.shape == (clip.height, clip.width, 3)
     assert np.abs(seen - wanted).mean() < 4
-    of_shard = decode_image(video_frames.read_frame(source, 0))  # what `shard` makes of a film
+    of_shard = decode_image(video_frames.read_frame(source, 0))  # what `shard` reads from a video
     assert of_shard.shape == wanted.shape and np.abs(of_shard - wanted).mean() < 5
     map_film(source, tmp_path / "out", pred_only=True)
     assert facts_of(tmp_path / "out/a.mp4")["size"] == wanted.shape[:2]
@@ -276,7 +276,7 @@ MADE_BY_FFMPEG = {
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the program ffmpeg")
-def test_pictures_and_times_are_those_that_ffmpeg_decodes(tmp_path):
+def test_frames_and_times_equal_those_of_ffmpeg(tmp_path):
     lavfi = {
         "v": "-f lavfi -i testsrc2=size=96x64:rate=25:duration=2",
         "a": "-f lavfi -i sine=440:duration=2",

@@ -1,4 +1,4 @@
-"""What cannot be mapped is named, the other films are mapped, and nothing of others is replaced."""
+"""Errors of predict_videos: failing clips are named and do not stop the rest; no file of others is replaced."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from made_films import Brightness, facts_of, frame, make_film, map_film, read_fi
 
 from depth_anything.data import video_reader as opened_video  # noqa: E402
 from depth_anything.inference import video_writer  # noqa: E402
-from depth_anything.inference.clips import list_clips  # noqa: E402
+from depth_anything.inference.clip_list import list_clips  # noqa: E402
 from depth_anything.inference.video import VideoSettings, predict_videos  # noqa: E402
 
 
@@ -27,7 +27,7 @@ class Untouched(Brightness):
         raise AssertionError("the network ran")
 
 
-# Nothing of others is replaced
+# Overwrite protection
 
 
 def tree_of(folder):
@@ -57,7 +57,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_what_others_wrote_is_refused_before_the_network_runs(tmp_path, what):
+def test_files_of_other_programs_are_refused_before_the_network_runs(tmp_path, what):
     make_film(tmp_path / "in/a.mov", frames=2, sound=None)
     make_film(tmp_path / "in/b.mov", frames=2, sound=None)
     (tmp_path / "out").mkdir()
@@ -96,18 +96,18 @@ def as_another_films_output(tmp_path):
 @pytest.mark.parametrize(
     "read", [of_its_own_name, by_a_link, by_a_link_to_the_folder, as_another_films_output]
 )
-def test_what_is_read_is_never_replaced(tmp_path, read):
-    """Not even a film of an earlier run, which otherwise is."""
+def test_inputs_are_not_replaced(tmp_path, read):
+    """Not even output of an earlier run, which is replaced otherwise."""
     make_film(tmp_path / "first/a.mov", frames=2, sound=None)
     map_film(tmp_path / "first", tmp_path / "out")
     source, output = read(tmp_path)
     before = tree_of(tmp_path)
-    with pytest.raises(ValueError, match=r"out/a(_mov)?\.mp4 is read"):
+    with pytest.raises(ValueError, match=r"out/a(_mov)?\.mp4"):
         predict_videos(Untouched(), source, output, settings=VideoSettings())
     assert tree_of(tmp_path) == before
 
 
-def test_frames_that_are_read_are_not_replaced_by_maps(tmp_path):
+def test_frames_that_are_inputs_are_not_replaced_by_maps(tmp_path):
     make_film(tmp_path / "in/shot.mov", frames=2, sound=None)
     map_film(tmp_path / "in", tmp_path, formats=("png16",))  # its maps are read as frames now
     (tmp_path / "list.txt").write_text("shot_disparity\n../in/shot.mov\n")
@@ -122,7 +122,7 @@ def test_frames_that_are_read_are_not_replaced_by_maps(tmp_path):
     assert tree_of(tmp_path) == before
 
 
-def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
+def test_output_of_an_earlier_run_is_replaced(tmp_path):
     for frames in (4, 2):
         make_film(tmp_path / "in/a.mp4", frames=frames)
         map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
@@ -130,7 +130,7 @@ def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
         assert len(list((tmp_path / "out/a_disparity").iterdir())) == 2 * frames
 
 
-def test_runs_of_other_formats_know_each_others_files(tmp_path):
+def test_runs_with_other_formats_recognize_each_others_files(tmp_path):
     make_film(tmp_path / "in/a.mp4", frames=3)
     for formats in (("mp4",), ("npy",), ("mp4", "exr"), ("png16",), ("mp4",)):
         assert not map_film(tmp_path / "in", tmp_path / "out", formats=formats).failed
@@ -147,7 +147,7 @@ CHANGES = {  # by hand, after the run
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_by_hand_is_no_longer_replaced(tmp_path, change):
+def test_output_changed_by_the_user_is_not_replaced(tmp_path, change):
     make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
     map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
     CHANGES[change](tmp_path / "out")
@@ -159,7 +159,7 @@ def test_what_was_changed_by_hand_is_no_longer_replaced(tmp_path, change):
     assert tree_of(tmp_path) == before
 
 
-def test_what_versions_without_digests_wrote_is_replaced(tmp_path):
+def test_output_of_versions_without_digests_is_replaced(tmp_path):
     make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
     map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
     record = tmp_path / "out/a.json"
@@ -173,18 +173,18 @@ def test_what_versions_without_digests_wrote_is_replaced(tmp_path):
         map_film(tmp_path / "in", tmp_path / "out", formats=("mp4",))
 
 
-def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
+def test_an_output_path_that_is_a_file_is_refused(tmp_path):
     make_film(tmp_path / "a.mp4", frames=2, sound=None)
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match="out is"):
+    with pytest.raises(ValueError, match="out"):
         predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=VideoSettings())
 
 
-# One fails, the others are mapped
+# One clip fails, the others are processed
 
 
 @pytest.mark.parametrize(("alone", "width"), [(False, 8193), (True, 16386)])
-def test_a_film_too_wide_for_h264_is_told_before_the_network_runs(tmp_path, alone, width):
+def test_a_video_too_wide_for_h264_is_refused_before_the_network_runs(tmp_path, alone, width):
     with av.open(str(tmp_path / "wide.mkv"), "w") as out:
         stream = out.add_stream("ffv1", rate=25)
         stream.height, stream.width, stream.pix_fmt = 16, width, "yuv444p"
@@ -202,7 +202,7 @@ def test_a_film_too_wide_for_h264_is_told_before_the_network_runs(tmp_path, alon
 
 
 class Broken(Brightness):
-    """A network that gives no number for what is nearly white."""
+    """A network that outputs a nonfinite value for white images."""
 
     precision = "fp16"
 
@@ -219,7 +219,7 @@ class Broken(Brightness):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("mode", ["clip", "running", "frame"])
-def test_a_film_without_numbers_is_named_and_nothing_is_written_for_it(tmp_path, value, mode):
+def test_nothing_is_written_for_a_clip_with_a_nonfinite_map(tmp_path, value, mode):
     folder = tmp_path / "in/white"
     write_frames(folder, [f"{number}.png" for number in range(6)])
     Image.new("RGB", (41, 30), "white").save(folder / "4.png")
@@ -231,7 +231,7 @@ def test_a_film_without_numbers_is_named_and_nothing_is_written_for_it(tmp_path,
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"fine.mp4", "fine.json", "fine_disparity"}
 
 
-def test_names_that_the_disk_does_not_take_stop_no_other(tmp_path):
+def test_a_name_too_long_for_the_disk_does_not_stop_the_rest(tmp_path):
     long = "x" * 249 + ".mp4"  # with what is added for maps it is over 255 bytes
     make_film(tmp_path / "in" / long, frames=2, sound=None)
     make_film(tmp_path / "in/y.mp4", frames=2, sound=None)
@@ -240,7 +240,7 @@ def test_names_that_the_disk_does_not_take_stop_no_other(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"y_disparity", "y.json"}
 
 
-def test_a_film_that_takes_too_much_memory_stops_no_other(tmp_path):
+def test_out_of_memory_for_one_clip_does_not_stop_the_rest(tmp_path):
     class Greedy(Brightness):
         def predict_batch(self, images):
             if images[0].shape[0] > 50:
@@ -254,7 +254,7 @@ def test_a_film_that_takes_too_much_memory_stops_no_other(tmp_path):
     assert set(outcome.written) == {"small.mp4"}
 
 
-def test_the_size_of_frames_is_known_before_they_are_decoded(tmp_path, monkeypatch):
+def test_the_frame_size_is_checked_before_decoding(tmp_path, monkeypatch):
     make_film(tmp_path / "a.mp4", frames=2)
     monkeypatch.setattr(opened_video, "MAX_PIXELS", 64 * 48 - 1)
     monkeypatch.setattr(opened_video, "read_frames", None)
@@ -262,14 +262,14 @@ def test_the_size_of_frames_is_known_before_they_are_decoded(tmp_path, monkeypat
         list_clips(tmp_path / "a.mp4")
 
 
-def test_a_film_that_would_lose_pictures_is_not_kept(tmp_path, monkeypatch):
+def test_a_video_with_missing_frames_is_removed(tmp_path, monkeypatch):
     def write_one_less(film, packets):
         for packet in packets[1:]:
             film._container.mux(packet)
 
     monkeypatch.setattr(video_writer.VideoWriter, "_mux", write_one_less)
     make_film(tmp_path / "a.mp4", frames=4)
-    with pytest.raises(ValueError, match="of 4 pictures"):
+    with pytest.raises(ValueError, match="of 4"):
         map_film(tmp_path / "a.mp4", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -293,7 +293,7 @@ def cut(path, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def test_the_exit_code_says_that_some_failed(tmp_path, weights, capsys):
+def test_the_exit_code_is_1_if_a_clip_failed(tmp_path, weights, capsys):
     make_film(tmp_path / "in/a.mp4", frames=2)
     (tmp_path / "in/notes.md").write_text("not a film, and not meant as one")
     Image.new("RGB", (9, 9)).save(tmp_path / "in/poster.jpg")
@@ -311,7 +311,7 @@ def test_the_exit_code_says_that_some_failed(tmp_path, weights, capsys):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv", "a.avi"])
-def test_a_film_cut_short_gives_what_it_has_and_counts_as_failed(tmp_path, name):
+def test_a_truncated_video_gives_its_frames_and_counts_as_failed(tmp_path, name):
     options = {
         "a.mp4": {"options": {"movflags": "+faststart"}},
         "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"},
@@ -324,7 +324,7 @@ def test_a_film_cut_short_gives_what_it_has_and_counts_as_failed(tmp_path, name)
     assert 20 < facts_of(tmp_path / "out/a.mp4")["frames"] < 100
 
 
-def test_names_cannot_write_to_the_terminal(tmp_path, weights, capsys):
+def test_control_characters_in_names_are_escaped(tmp_path, weights, capsys):
     make_film(tmp_path / "in/a\x1b[2J\nb.mp4", frames=2)
     (tmp_path / "in/bad\x1b]0;x\x07.mp4").write_bytes(b"no film")
     assert type_video(weights, tmp_path / "in", tmp_path / "out") == 1
@@ -333,19 +333,19 @@ def test_names_cannot_write_to_the_terminal(tmp_path, weights, capsys):
     assert all("b.mp4" not in line[:6] for line in told.out.splitlines())
 
 
-# Pictures
+# Pictures and animations
 
 
-def test_pictures_are_told_where_to_go(tmp_path):
+def test_pictures_are_refused_with_the_command_for_them(tmp_path):
     picture = Image.fromarray(frame(0, 30, 41))
     for name in ("a.jpg", "a.png", "a.webp", "a.gif", "a.tif", "a.bmp", "a.ppm"):
         picture.save(tmp_path / name)
-        with pytest.raises(ValueError, match="a picture, not a video.*depth-anything predict"):
+        with pytest.raises(ValueError, match="depth-anything predict"):
             list_clips(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
-def test_animated_pictures_are_clips(tmp_path, name):
+def test_animated_images_are_clips(tmp_path, name):
     pictures = [Image.fromarray(frame(9 * number, 30, 42)) for number in range(5)]
     options = {"lossless": True} if name == "a.webp" else {}
     pictures[0].save(
@@ -362,8 +362,8 @@ def test_animated_pictures_are_clips(tmp_path, name):
     assert outcome.frames == {name: 5} and not outcome.failed
 
 
-def test_a_gif_of_which_pictures_are_lost_counts_as_cut_short(tmp_path, weights, capsys):
-    """FFmpeg takes all pictures of a GIF without durations for one."""
+def test_a_gif_with_undecodable_frames_counts_as_incomplete(tmp_path, weights, capsys):
+    """FFmpeg reads a GIF without durations as one frame."""
     pictures = [Image.new("P", (42, 30), 60 * number) for number in range(3)]
     stored = (
         b"GIF87a"
@@ -385,7 +385,7 @@ def test_a_gif_of_which_pictures_are_lost_counts_as_cut_short(tmp_path, weights,
     assert "old.gif" in capsys.readouterr().err
 
 
-def test_an_animated_webp_cut_short_gives_what_it_has(tmp_path):
+def test_a_truncated_animated_webp_gives_its_remaining_frames(tmp_path):
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (30, 42, 3), np.uint8)) for _ in range(5)]
     path = tmp_path / "a.webp"

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from depth_anything.data.tars import ShardError, write_new
+from depth_anything.data.tars import ShardError
+from depth_anything.disk import write_new
 from depth_anything.ingest import file_list
 from depth_anything.ingest.file_list import (
     FileList,
@@ -17,7 +18,6 @@ from depth_anything.ingest.file_list import (
     unescape_field,
     write_file_list,
 )
-from depth_anything.progress import ProgressLine, format_duration
 
 
 @pytest.mark.parametrize("per_shard", [1, 3, 7, 8, 100])
@@ -91,22 +91,6 @@ def test_a_finished_list_is_not_replaced_by_a_slower_process(tmp_path):
     write_file_list(tmp_path, find())
     assert FileList(tmp_path, per_shard=9).lines(0) == ["b", "c"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["listing.json", "listing.txt"]
-
-
-def test_progress_tells_rate_and_rest(capsys, monkeypatch):
-    progress = ProgressLine("writing data/x", total=7200, unit="record")
-    progress.done = 3600
-    assert progress.line(60.0) == "writing data/x: 3,600 of 7,200 records, 60.0 a second, 1 min 0 s to go"
-    assert (
-        format_duration(59.6) == "1 min 0 s"
-        and format_duration(3600) == "1 h 0 min"
-        and format_duration(90000) == "1 d 1 h"
-    )
-    progress.update()
-    assert not capsys.readouterr().err, "not at every record"
-    progress._said -= 31
-    progress.update(9)
-    assert "3,610 of 7,200 records" in capsys.readouterr().err
 
 
 def test_hard_links_are_not_required(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ import OpenEXR
 import pytest
 from made_custom import make_set
 from made_raw import exr
-from made_shards import make
 from PIL import Image
+from shard_builders import make
 
 from depth_anything.data.shards import open_set, verify_set
 from depth_anything.data.tars import ShardError, index_shard

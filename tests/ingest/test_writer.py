@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from made_source import Stopped, fill, stop_at
 
-from depth_anything.data import remote
+from depth_anything.data import retry
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
@@ -248,7 +248,7 @@ def lines(tmp_path, *names):
 
 
 def test_a_missing_file_is_rejected_but_a_failing_disk_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     made = write(lines(tmp_path, "a/1", "a/2-gone"), tmp_path / "toy")
     assert made.meta["skipped"]["files"] == [["a/2-gone", "No such file or directory"]]
     with pytest.raises(StorageUnavailable, match=r"a/2-broken of .*Input/output error"):

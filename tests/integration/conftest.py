@@ -1,4 +1,4 @@
-"""Real processes running real stages on small scenes, which every test shares."""
+"""Run train.py in real processes on small scenes."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-#: A few seconds of training: 48 scenes of 42×56 px in 4 shards, so that 12 steps of 4 images are a pass.
+#: A few seconds of training on 48 scenes of 42×56 px in 4 shards: 12 steps of 4 images are one pass.
 SMALL = [
     "batch_size=4",
     "image_size=42",
@@ -36,7 +36,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Run train.py (or another script) with small scenes in tmp_path, to its end."""
+    """Return a function that runs train.py, or another script, with small scenes in tmp_path and waits for it."""
 
     def run(
         *arguments: str, script: str = "train.py", small: bool = True, **extra: str

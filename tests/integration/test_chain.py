@@ -1,4 +1,4 @@
-"""The three stages one after another through the commands of the README, on small scenes."""
+"""The three stages one after another with the commands of the README, on small scenes."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
     assert open_set(str(labels)).records == images.records == 48
     for run in ("teacher-vitt-tiny", "student-vitn-tiny"):
         folder = tmp_path / "outputs" / run
-        assert load_model(folder / "model.safetensors").licence == "Apache-2.0"  # its scenes'
+        assert load_model(folder / "model.safetensors").licence == "Apache-2.0"  # the license of the scenes
         text = (folder / "README.md").read_text()
         assert text.startswith("---\nlicense: apache-2.0\n") and "| abs_rel |" in text
         with open(folder / "metrics.csv", newline="") as file:
@@ -34,7 +34,7 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         assert [int(row["step"]) for row in rows] == list(range(1, 13))
         assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
         assert not [p for p in folder.rglob(".*") if p.is_file()]
-    assert "| `teacher-vitt-tiny/model.safetensors` | Apache-2.0 |" in text  # who labelled for the student
+    assert "| `teacher-vitt-tiny/model.safetensors` | Apache-2.0 |" in text  # the teacher of the student
     mixed = start("stage=student", "steps=2", "mix=true", "data.repeat={scenes-synthetic: 2}", "name=mixed")
     assert mixed.returncode == 0, mixed.stderr[-3000:]
     card = (tmp_path / "outputs" / "mixed" / "README.md").read_text()

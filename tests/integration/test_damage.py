@@ -1,4 +1,4 @@
-"""A run whose checkpoints are damaged: it goes on from an undamaged one, to the same end, or refuses."""
+"""A run with damaged checkpoints continues from an undamaged one to the same weights, or stops."""
 
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,34 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(start: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_only_its_steps(start: Any, tmp_path: Path) -> None:
     common = ("stage=teacher", "trainer=cpu", "workers=0", "recipe.schedule=constant", "checkpoint.every=2")
-    straight = start(*common, "steps=6", "name=straight")
-    assert straight.returncode == 0, straight.stderr[-2000:]
-    first = start(*common, "steps=4", "name=torn")
+    unbroken = start(*common, "steps=6", "name=unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr[-2000:]
+    first = start(*common, "steps=4", "name=damaged")
     assert first.returncode == 0, first.stderr[-2000:]
-    folder = tmp_path / "outputs" / "torn"
+    folder = tmp_path / "outputs" / "damaged"
     newest = folder / "checkpoints" / "step-000000004.ckpt"
     flip(newest)
-    with (folder / "metrics.csv").open("ab") as file:  # as a power cut leaves it
+    with (folder / "metrics.csv").open("ab") as file:  # as after a power cut
         file.write(bytes(300))
-    second = start(*common, "steps=6", "name=torn")
+    second = start(*common, "steps=6", "name=damaged")
     assert second.returncode == 0, second.stderr[-2000:]
     for word in (str(newest), "step-000000002.ckpt", "metrics.csv.damaged"):
         assert word in second.stderr
-    rows = [read_metrics(tmp_path / "outputs" / name / "metrics.csv").rows for name in ("straight", "torn")]
+    rows = [
+        read_metrics(tmp_path / "outputs" / name / "metrics.csv").rows for name in ("unbroken", "damaged")
+    ]
     assert [[row[name] for name in ("step", "loss", "grad_norm")] for row in rows[0]] == [
         [row[name] for name in ("step", "loss", "grad_norm")] for row in rows[1]
     ]
-    models = [tmp_path / "outputs" / name / "model.safetensors" for name in ("straight", "torn")]
+    models = [tmp_path / "outputs" / name / "model.safetensors" for name in ("unbroken", "damaged")]
     assert fingerprint(load_model(models[0])) == fingerprint(load_model(models[1]))
 
     for path in (folder / "checkpoints").glob("*.ckpt"):
         flip(path)
     table = (folder / "metrics.csv").read_bytes()
-    third = start(*common, "steps=8", "name=torn")
+    third = start(*common, "steps=8", "name=damaged")
     assert third.returncode == 1 and "Traceback" not in third.stderr
     for word in (str(folder), "step-000000006.ckpt", "resume=", "overwrite=true"):
         assert word in third.stderr

@@ -11,10 +11,10 @@ from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import open_set
 
-WITNESS = "tests/integration/recorded.py"
+SCRIPT = "tests/integration/recording_train.py"
 
 
-def witnessed(folder: Path) -> dict[int, dict[int, str]]:
+def read_samples(folder: Path) -> dict[int, dict[int, str]]:
     """Collect step → sample number → pixel hash from all ranks; the same sample twice in a step fails."""
     steps: dict[int, dict[int, str]] = {}
     for path in folder.glob("rank-*.txt"):
@@ -42,10 +42,10 @@ def test_order_over_processes_workers_and_stops(start: Any, tmp_path: Path) -> N
     ]
     for arguments, stop, code in sittings:
         result = start(
-            "stage=teacher", "steps=15", *arguments, script=WITNESS, WITNESS=str(tmp_path), STOP_AT=stop
+            "stage=teacher", "steps=15", *arguments, script=SCRIPT, SAMPLE_LOG=str(tmp_path), STOP_AT=stop
         )
         assert result.returncode == code, result.stderr[-2000:]
-        for step, samples in witnessed(tmp_path).items():
+        for step, samples in read_samples(tmp_path).items():
             assert step not in everything, "a step was trained twice"
             everything[step] = samples
     assert sorted(everything) == list(range(15))
@@ -95,10 +95,10 @@ def test_accumulation_changes_midway(start: Any, tmp_path: Path) -> None:
     for micro, stop, code in (("4", "3:0", 143), ("2", "7:0", 143), ("1", "0:0", 0)):
         result = start(
             "stage=teacher", "steps=12", *exact, f"micro_batch={micro}", "name=changed",
-            script=WITNESS, WITNESS=str(tmp_path), STOP_AT=stop,
+            script=SCRIPT, SAMPLE_LOG=str(tmp_path), STOP_AT=stop,
         )  # fmt: skip
         assert result.returncode == code, result.stderr[-2000:]
-    steps = witnessed(tmp_path)
+    steps = read_samples(tmp_path)
     assert {step: sorted(samples) for step, samples in steps.items()} == {
         step: list(range(4 * step, 4 * step + 4)) for step in range(12)
     }

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments and inside saving: what comes out is what the unbroken run makes, to the byte.
+"""SIGKILL at random moments and while saving: the files equal those of the unbroken run, to the byte.
 
-`make soak` does the same twenty times a stage; benchmarks/soak.py says how.
+`make soak` does the same twenty times a stage; see benchmarks/soak.py.
 """
 
 import importlib.util
@@ -12,7 +12,9 @@ import pytest
 SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
 
 
-def test_killed_stages_end_like_unbroken_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_stages_write_the_same_bytes_as_unbroken_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("soak", SOAK)
     assert spec is not None and spec.loader is not None
     soak = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one sentence that says what to type, with a non-zero exit and no traceback."""
+"""A mistake of the user ends in one error line that says what to type, a nonzero exit code, and no traceback."""
 
 import os
 import signal
@@ -17,16 +17,16 @@ from .conftest import ROOT, SMALL, environment
 TEACHER = "some-teacher.safetensors"
 
 
-def refused(result: Any, *words: str) -> None:
+def check_error(result: Any, *words: str) -> None:
     assert result.returncode not in (0, -signal.SIGKILL), result.stderr
-    said = result.stderr.strip()
-    assert "Traceback" not in said, said
+    printed = result.stderr.strip()
+    assert "Traceback" not in printed, printed
     for word in words:
-        assert word in said, (word, said)
-    assert "step/s" not in said, "training had begun"
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and said.endswith(errors[0]), said
-    assert "HYDRA_FULL_ERROR" not in said and "append to your config" not in said
+        assert word in printed, (word, printed)
+    assert "training:" not in printed, "training began"
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and printed.endswith(errors[0]), printed
+    assert "HYDRA_FULL_ERROR" not in printed and "append to your config" not in printed
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,15 @@ def refused(result: Any, *words: str) -> None:
         (["stage=teacher", "resume=nowhere.ckpt"], ["nowhere.ckpt"]),
     ],
 )
-def test_one_sentence(start: Any, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_mistakes_print_one_error_line(
+    start: Any, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
     if f"teacher={TEACHER}" in arguments:
         save_model(DepthAnything("vitt"), tmp_path / TEACHER)
-    refused(start(*arguments, small=False), *words)
+    check_error(start(*arguments, small=False), *words)
 
 
-def test_two_processes_on_one_run(tmp_path: Path, start: Any) -> None:
+def test_a_second_process_on_the_same_run_is_rejected(tmp_path: Path, start: Any) -> None:
     places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *places, "stage=teacher", "steps=100000"]
     first = subprocess.Popen(
@@ -78,14 +80,14 @@ def test_two_processes_on_one_run(tmp_path: Path, start: Any) -> None:
         while not lock.is_file() or not lock.read_text():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)
-        refused(start("stage=teacher", "steps=100000"), f"process {first.pid}", "name=")
+        check_error(start("stage=teacher", "steps=100000"), f"process {first.pid}", "name=")
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
 
 
-def test_a_run_with_other_settings(start: Any) -> None:
+def test_another_seed_in_the_same_run_is_rejected(start: Any) -> None:
     assert start("stage=teacher", "steps=2").returncode == 0
-    refused(start("stage=teacher", "steps=2", "seed=5"), "seed=0", "name=", "overwrite=true")
+    check_error(start("stage=teacher", "steps=2", "seed=5"), "seed=0", "name=", "overwrite=true")
     again = start("stage=teacher", "steps=2")
     assert again.returncode == 0 and "model.safetensors" in again.stdout

@@ -1,5 +1,7 @@
-"""A whole tiny training from servers that fail in every way: the weights are those of the disk, to the byte, wherever
-no record was lost; where one was, it is told which."""
+"""Train from servers that fail in many ways.
+
+If no record is lost, the weights equal those of a run from disk, to the byte; lost records are named.
+"""
 
 import json
 import re
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from made_servers import Faulty, nginx, s3, s3_environment
+from local_servers import FaultyServer, nginx, s3, s3_environment
 
 from depth_anything.data import codec
 from depth_anything.data.labels import LabelSetWriter
@@ -25,14 +27,14 @@ from depth_anything.scenes.render import write_scenes
 from .conftest import ROOT, SMALL, environment
 
 STEPS, BATCH = 12, 4
-# A minute, so that a busy machine is no fault; what silence does is tested with a clock, in tests/data/test_remote.py.
+# A minute: a busy machine is not an outage. tests/data/test_remote.py tests timeouts with a fake clock.
 QUIET = {"DEPTH_ANYTHING_TIMEOUT": "60", "DEPTH_ANYTHING_RETRIES": "3", "no_proxy": "*"}
 PASSING = ("500", "503", "cut", "close", "reset", "slow", "corrupt")
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a validation set, and labels of the images as a teacher's would lie there."""
+    """Write images, a validation set, and labels of the images as a teacher would."""
     root = tmp_path_factory.mktemp("served")
     data = root / "data"
     small = {"height": 42, "width": 56, "per_shard": 12, "look": "photographic"}
@@ -51,7 +53,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run(NamedTuple):
-    """What a training came to."""
+    """Exit code, stderr and folder of a training."""
 
     code: int
     errors: str
@@ -78,7 +80,7 @@ Train = Callable[..., Run]
 @pytest.fixture(scope="module")
 def train() -> Iterator[Train]:
     """Train a student in a folder, on the sets below a folder or an address."""
-    script = ROOT / "tests" / "integration" / "forking.py"
+    script = ROOT / "tests" / "integration" / "fork_server.py"
     with subprocess.Popen(
         [sys.executable, str(script)], env=environment(**QUIET), text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -92,7 +94,7 @@ def train() -> Iterator[Train]:
             wanted = {
                 "folder": str(folder),
                 "arguments": [*given, "trainer=cpu", *arguments],
-                "environment": {"WITNESS": str(folder), **extra},
+                "environment": {"SAMPLE_LOG": str(folder), **extra},
             }
             print(json.dumps(wanted), file=parent.stdin, flush=True)
             return Run(int(parent.stdout.readline()), (folder / "stderr.txt").read_text(), folder)
@@ -103,7 +105,7 @@ def train() -> Iterator[Train]:
 
 @pytest.fixture(scope="module")
 def disk(sets: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run from disk that the others are held against."""
+    """The run from disk with which the others are compared."""
     run = train(tmp_path_factory.mktemp("disk"), str(sets / "data"))
     assert run.code == 0 and not run.lost, run.errors[-3000:]
     assert len(run.order.splitlines()) == STEPS * BATCH
@@ -111,7 +113,7 @@ def disk(sets: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def passing(path: str, times: int) -> str | None:
-    """Every file fails twice, each in ways of its own; a tar goes on to stumble now and then."""
+    """Fail the first two requests of each file, and some later ones of tars, in different ways."""
     if times in (1, 2) or (path.endswith(".tar") and times % 7 == 5):
         return PASSING[(zlib.crc32(path.encode()) + times) % len(PASSING)]
     return None
@@ -119,13 +121,13 @@ def passing(path: str, times: int) -> str | None:
 
 def test_faults_and_an_outage_over_http(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
     """Faults all along, and in the middle the server falls silent: the run stops; the same command ends it."""
-    with nginx(sets, tmp_path / "state") as behind, Faulty(behind) as server:
-        silent = threading.Event()
+    with nginx(sets, tmp_path / "state") as behind, FaultyServer(behind) as server:
+        down = threading.Event()
 
         def fault(path: str, times: int) -> str | None:
             if sum(seen.endswith(".tar") for seen, _ in server.seen) > 60:
-                silent.set()
-            return "500" if silent.is_set() else passing(path, times)
+                down.set()
+            return "500" if down.is_set() else passing(path, times)
 
         server.fault = fault
         first = train(tmp_path, f"{server.address}/data")
@@ -135,7 +137,7 @@ def test_faults_and_an_outage_over_http(sets: Path, disk: Run, train: Train, tmp
         assert (
             f"type  python train.py {SMALL[0]} " in stopped and f"data_dir={server.address}/data" in stopped
         )
-        named = [line.split(": ")[0] for line in first.errors.splitlines() if line.endswith("asked again")]
+        named = [line.split(": ")[0] for line in first.errors.splitlines() if line.endswith("retrying")]
         assert len(named) > 4 and len(set(named)) == len(named)  # each once
         done = first.order.splitlines()
         assert 0 < len(done) < STEPS * BATCH
@@ -146,9 +148,8 @@ def test_faults_and_an_outage_over_http(sets: Path, disk: Run, train: Train, tmp
     assert " 206 " in (tmp_path / "state" / "access.log").read_text()
 
 
-def test_what_is_lost_is_told(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
-    """A shard that is missing, one record that is damaged: exactly these are named, and others stand in, as where
-    the same is lost on a disk."""
+def test_lost_records_are_named(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
+    """A missing shard and a damaged record: exactly their records are named and replaced, as when a disk loses them."""
     images = open_set(sets / "data" / "scenes-photographic")
     missing, damaged = images.shards[1].name, (images.shards[2].name, 5)
     member = ShardReader().index(images.url(damaged[0])).members(damaged[1])[0]
@@ -158,7 +159,7 @@ def test_what_is_lost_is_told(sets: Path, disk: Run, train: Train, tmp_path: Pat
     lost = [(s, i) for s, i in places if s.endswith(missing) or (s.endswith(damaged[0]) and i == damaged[1])]
     assert len(lost) == 13  # a pass
 
-    class Damaged(Faulty):
+    class Damaged(FaultyServer):
         def fetch(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
             status, told, body = super().fetch(path, headers)
             if path.endswith(f"photographic/{damaged[0]}.tar") and status == 206:
@@ -173,14 +174,14 @@ def test_what_is_lost_is_told(sets: Path, disk: Run, train: Train, tmp_path: Pat
         server.fault = lambda path, times: "404" if path == gone else None
         run = train(tmp_path / "http", f"{server.address}/data")
     assert run.code == 0, run.errors[-3000:]
-    told = [re.match(r"(\S+)\[(\d+)\] (\S+): image: (.+)", line) for line in run.lost]
-    assert [(match[1], int(match[2])) for match in told if match] == lost
-    reasons = {match[1]: match[4] for match in told if match}
+    reported = [re.match(r"(\S+)\[(\d+)\] (\S+): image: (.+)", line) for line in run.lost]
+    assert [(match[1], int(match[2])) for match in reported if match] == lost
+    reasons = {match[1]: match[4] for match in reported if match}
     assert (
         "HTTP 404" in reasons[f"{images.name}/{missing}"]
         and "checksum" in reasons[f"{images.name}/{damaged[0]}"]
     )
-    assert run.errors.count("replaced a bad record: ") == 13 and "asked again" not in run.errors
+    assert run.errors.count("replaced a bad record: ") == 13 and "retrying" not in run.errors
     numbers = [line.split()[:2] for line in run.order.splitlines()]
     assert numbers == [line.split()[:2] for line in disk.order.splitlines()] and run.model != disk.model
 
@@ -193,17 +194,17 @@ def test_what_is_lost_is_told(sets: Path, disk: Run, train: Train, tmp_path: Pat
         byte = file.read(1)[0]
         file.seek(member.offset + 40)
         file.write(bytes([byte ^ 255]))
-    same = train(tmp_path / "disk", str(copy))
-    assert same.code == 0 and same.order == run.order and same.model == run.model
+    from_disk = train(tmp_path / "disk", str(copy))
+    assert from_disk.code == 0 and from_disk.order == run.order and from_disk.model == run.model
 
 
 def test_over_s3(sets: Path, disk: Run, train: Train, tmp_path: Path) -> None:
     """The same run from moto's S3 server, with faults on the way."""
-    with s3({"bucket": sets}) as behind, Faulty(behind) as server:
+    with s3({"bucket": sets}) as behind, FaultyServer(behind) as server:
         failing = ("500", "close", "503", "cut")
         server.fault = lambda path, times: failing[zlib.crc32(path.encode()) % 4] if times == 1 else None
         run = train(tmp_path, "s3://bucket/data", **s3_environment(server.address))
         asked = [wanted for path, wanted in server.seen if path.endswith(".tar")]
     assert run.code == 0, run.errors[-3000:]
     assert run.order == disk.order and run.model == disk.model and not run.lost
-    assert all(asked) and "s3://bucket/data/" in run.errors and "asked again" in run.errors
+    assert all(asked) and "s3://bucket/data/" in run.errors and "retrying" in run.errors

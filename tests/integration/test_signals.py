@@ -1,7 +1,6 @@
-"""Signals at numbered places of real runs, of one process and of two: no run hangs, and none that is unfinished ends
-with 0.
+"""Signals at named places of real runs, of one process and of two: no run hangs, and no unfinished run exits with 0.
 
-The processes are forked from ones that have done the importing; recorded.py says which PLACES there are.
+fork_server.py starts the runs; recording_train.py lists the PLACES.
 """
 
 import json
@@ -21,21 +20,23 @@ from depth_anything import DepthAnything, save_model
 
 from .conftest import ROOT, SMALL, environment
 
-BEFORE = ["compose", "scenes", "open", "network", "setup", "loader", "look", "train start"]
-AFTER = ["train end", "teardown", "model"]
+BEFORE_FIRST_STEP = [
+    "compose", "scenes", "open sets", "build model", "setup", "loader", "read validation", "train start",
+]  # fmt: skip
+AFTER_LAST_STEP = ["train end", "teardown", "model"]
 
 
 @dataclass
 class Run:
-    """How a rank ended; None: it did not."""
+    """Exit code of a rank (None: it did not end), its stderr, and the folder of the test."""
 
     code: int | None
-    said: str
+    stderr: str
     folder: Path
 
     @property
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint."""
+        """Steps that have a checkpoint."""
         return sorted(int(path.stem[5:]) for path in self.folder.glob("**/step-*.ckpt"))
 
 
@@ -44,13 +45,13 @@ Start = Callable[..., list[Run]]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Run some ranks of a stage, one after the other folder of its own; they share the scenes."""
+    """Return a function that runs the ranks of a stage; all runs share the scenes."""
     data = tmp_path_factory.mktemp("data")
     parents: list[subprocess.Popen[str]] = []
 
     def run(folder: Path, *arguments: str, ranks: int = 1, **extra: str) -> list[Run]:
         while len(parents) < ranks:
-            command = [sys.executable, str(ROOT / "tests" / "integration" / "forking.py")]
+            command = [sys.executable, str(ROOT / "tests" / "integration" / "fork_server.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             parents.append(subprocess.Popen(command, env=environment(), text=True, **pipes))
         with socket.socket() as free:
@@ -67,7 +68,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             wanted = {
                 "folder": str(folder / str(rank)),
                 "arguments": [*SMALL, *places, *trainer, "workers=1", *arguments],
-                "environment": {"WITNESS": str(folder), **(group if ranks > 1 else {}), **extra},
+                "environment": {"SAMPLE_LOG": str(folder), **(group if ranks > 1 else {}), **extra},
             }
             assert parent.stdin is not None
             print(json.dumps(wanted), file=parent.stdin, flush=True)
@@ -77,7 +78,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             ended = select.select([parent.stdout], [], [], 600)[0]
             code = int(parent.stdout.readline()) if ended else None
             runs.append(Run(code, (folder / str(rank) / "stderr.txt").read_text(), folder))
-            assert "Traceback" not in runs[-1].said, runs[-1].said
+            assert "Traceback" not in runs[-1].stderr, runs[-1].stderr
         return runs
 
     yield run
@@ -90,14 +91,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.mark.parametrize(
     ("place", "number"),
-    [*((place, signal.SIGTERM) for place in BEFORE), ("open", signal.SIGINT), ("look", signal.SIGUSR1)],
+    [
+        *((place, signal.SIGTERM) for place in BEFORE_FIRST_STEP),
+        ("open sets", signal.SIGINT),
+        ("read validation", signal.SIGUSR1),
+    ],
 )
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
     start: Start, tmp_path: Path, place: str, number: int
 ) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=6", SIGNAL_AT=f"{place}:0:{number}")
     assert run.code == 128 + number and run.steps == []
-    assert run.said.count(f"signal {number}") == 1 and "the same command goes on" in run.said
+    assert run.stderr.count(f"signal {number}") == 1 and "start the same command again" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -112,31 +117,31 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
 def test_a_signal_during_training_saves_the_step(
     start: Start, tmp_path: Path, place: str, number: int, step: int
 ) -> None:
-    """The whole process group gets it, as Ctrl-C in a terminal, and the workers go on until the step is saved."""
+    """The whole process group gets the signal, as with Ctrl-C, and the workers continue until the step is saved."""
     given = ("stage=teacher", "steps=8", "validation.every=3")
     (run,) = start(tmp_path, *given, SIGNAL_AT=f"{place}:0:{number}")
-    assert run.code == 128 + number and run.steps == [step], run.said
-    assert f"step {step}" in run.said and "the same command goes on" in run.said
+    assert run.code == 128 + number and run.steps == [step], run.stderr
+    assert f"step {step}" in run.stderr and "start the same command again" in run.stderr
     (run,) = start(tmp_path, *given)
     assert run.code == 0 and run.steps[-1] == 8
 
 
-def test_a_second_press_of_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=8", SIGNAL_AT=f"save:0:{signal.SIGINT}:0.5")
     assert run.code == 130 and run.steps == []
     (run,) = start(tmp_path, "stage=teacher", "steps=8")
     assert run.code == 0
 
 
-@pytest.mark.parametrize("place", AFTER)
-def test_a_run_whose_last_step_is_done_is_finished(start: Start, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", AFTER_LAST_STEP)
+def test_a_signal_after_the_last_step_does_not_stop_the_run(start: Start, tmp_path: Path, place: str) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=2", SIGNAL_AT=f"{place}:0:{signal.SIGTERM}")
     assert run.code == 0
     assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_labelling_stops_at_once_and_gives_its_shards_back(start: Start, tmp_path: Path, number: int) -> None:
+def test_labeling_stops_at_once_and_releases_its_leases(start: Start, tmp_path: Path, number: int) -> None:
     save_model(DepthAnything("vitt"), tmp_path / "teacher.safetensors")
     teacher = f"teacher={tmp_path / 'teacher.safetensors'}"
     given = ("stage=pseudolabel", teacher, f"labels={tmp_path / 'labels'}")
@@ -144,41 +149,43 @@ def test_labelling_stops_at_once_and_gives_its_shards_back(start: Start, tmp_pat
     assert run.code == 128 + number
     assert not list(tmp_path.glob("labels/*/.*.lease"))
     (run,) = start(tmp_path, *given)
-    assert run.code == 0, run.said
+    assert run.code == 0, run.stderr
 
 
-def test_a_job_that_cannot_be_queued_again_is_saved(start: Start, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_requeued_is_saved(start: Start, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     at = {"SIGNAL_AT": f"save:0:{signal.SIGUSR1}", "SLURM_JOB_ID": "777", "PATH": str(tmp_path / "bin")}
     (run,) = start(tmp_path, "stage=teacher", "steps=8", **at)
     assert run.code == 138 and run.steps == [5]
-    assert "not queued again" in run.said and "Errno" not in run.said
+    assert "not queued again" in run.stderr and "Errno" not in run.stderr
 
 
 @pytest.mark.parametrize(
     ("place", "rank", "number", "step"),
     [
         ("compose", 1, signal.SIGTERM, 0),
-        ("open", 0, signal.SIGINT, 0),
+        ("open sets", 0, signal.SIGINT, 0),
         ("setup", 1, signal.SIGTERM, 0),
-        ("look", 1, signal.SIGINT, 0),
+        ("read validation", 1, signal.SIGINT, 0),
         ("train start", 0, signal.SIGTERM, 0),
         ("validation", 1, signal.SIGTERM, 10),
         ("save", 0, signal.SIGINT, 10),
     ],
 )
-def test_two_ranks_of_which_one_is_signalled_stop_together(
+def test_two_ranks_stop_together_when_one_gets_a_signal(
     start: Start, tmp_path: Path, place: str, rank: int, number: int, step: int
 ) -> None:
     given = ("stage=teacher", "steps=12", "validation.every=3")
     runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{rank}:{number}")
-    assert [run.code for run in runs] == [128 + number, 128 + number], [run.said for run in runs]
+    assert [run.code for run in runs] == [128 + number, 128 + number], [run.stderr for run in runs]
     assert runs[0].steps[-1:] == ([step] if step else [])
-    assert f"signal {number}" in runs[0].said and "the same command goes on" in runs[0].said
+    assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
 
 
 @pytest.mark.parametrize("place", ["train end", "teardown"])
-def test_two_ranks_whose_last_step_is_done_are_finished(start: Start, tmp_path: Path, place: str) -> None:
+def test_a_signal_after_the_last_step_does_not_stop_two_ranks(
+    start: Start, tmp_path: Path, place: str
+) -> None:
     given = ("stage=teacher", "steps=2")
     runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:1:{signal.SIGTERM}")
     assert [run.code for run in runs] == [0, 0]
@@ -186,34 +193,34 @@ def test_two_ranks_whose_last_step_is_done_are_finished(start: Start, tmp_path: 
 
 
 @pytest.mark.parametrize("why", ["read-only", "locked"])
-def test_the_failure_of_rank_0_reaches_the_other_rank(start: Start, tmp_path: Path, why: str) -> None:
-    """Rank 1 once waited two minutes for a rank 0 that could not write to the run folder."""
+def test_an_error_of_rank_0_stops_the_other_rank(start: Start, tmp_path: Path, why: str) -> None:
+    """Rank 1 must not wait two minutes for a rank 0 that cannot write to the run folder."""
     folder = tmp_path / "outputs" / "teacher-vitt-tiny"
-    if why == "read-only":  # to root as well
+    if why == "read-only":  # also for root
         folder.parent.mkdir()
         folder.write_text("a file")
     else:
-        from depth_anything.training.run_dir import RunLock
+        from depth_anything.locks import FileLock
 
-        lock = RunLock(folder)
+        lock = FileLock(folder / "lock.json", fix="")
         lock.acquire()
     runs = start(tmp_path, "stage=teacher", "steps=2", ranks=2)
     if why == "locked":
         lock.release()
     for run in runs:
         assert run.code not in (0, None)
-        assert str(folder) in run.said and "two minutes" not in run.said
-        assert why == "read-only" or f"process {os.getpid()}" in run.said
+        assert str(folder) in run.stderr and "two minutes" not in run.stderr
+        assert why == "read-only" or f"process {os.getpid()}" in run.stderr
 
 
 @pytest.mark.parametrize("way", ["killed", "numpy", "torch", "python"])
-def test_a_worker_that_dies_is_named_and_the_step_is_saved(start: Start, tmp_path: Path, way: str) -> None:
-    """Sample 29 is in the batch of step 8, which Lightning asks for before step 7; a kill may take a batch along."""
+def test_a_dead_worker_is_named_and_the_step_saved(start: Start, tmp_path: Path, way: str) -> None:
+    """Sample 29 is in the batch of step 8, which Lightning fetches before step 7; a kill may lose one more batch."""
     given = ("stage=teacher", "steps=9", "workers=2", "checkpoint.every=100")
     (run,) = start(tmp_path, *given, WORKER=f"{way}:29")
-    assert run.code == 1, run.said
+    assert run.code == 1, run.stderr
     assert run.steps == [6] or (way == "killed" and run.steps in ([2], [4]))
     for word in ("worker 1", "memory", "workers=1", "micro_batch=2"):
-        assert word in run.said
+        assert word in run.stderr
     (run,) = start(tmp_path, *given)
     assert run.code == 0

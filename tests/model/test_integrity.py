@@ -17,7 +17,7 @@ from depth_anything import DepthAnything
 from depth_anything.model import integrity
 from depth_anything.model.integrity import find_damage, save_with_digest
 from depth_anything.model.metadata import build_metadata
-from depth_anything.model.tensor_files import read_tensors, save_safetensors, write_whole
+from depth_anything.model.tensor_files import read_tensors, save_safetensors
 from depth_anything.model.weights import fingerprint, load_encoder, load_model, save_model
 
 
@@ -215,7 +215,7 @@ def test_every_format_that_is_saved_holds_a_digest_or_crc_records(tmp_path: Path
     save_model(model, tmp_path / "hf", format="transformers")
     save_model(model, tmp_path / "m.pth", format="official")
     checkpoint = {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}
-    write_whole(tmp_path / "m.ckpt", lambda temporary: save_with_digest(checkpoint, temporary))
+    save_with_digest(checkpoint, tmp_path / "m.ckpt")
     for name in ("m.safetensors", "hf/model.safetensors", "m.pth", "m.ckpt"):
         path = tmp_path / name
         assert find_damage(path) == ""

@@ -200,7 +200,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, model, monkeypatch, format
     path.write_bytes(b"old")
 
     def full(*_, **__):
-        next(tmp_path.glob(".*.tmp")).write_bytes(b"half")
+        next(tmp_path.glob(".tmp.*")).write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from depth_anything.training.batch_plan import complete_commands, split_batch
+from depth_anything.training.batch_plan import split_batch
 
 
 @pytest.mark.parametrize("batch_size", [16, 64, 192])
@@ -42,13 +42,3 @@ def test_refusal_names_values_that_work(batch_size: int, devices: int, micro_bat
     for number in micros:
         split_batch(batch_size, devices, number)
     assert offered or micros
-
-
-def test_a_refusal_repeats_where_the_users_things_are() -> None:
-    typed = ["stage=student", "sources=own", "photos=my pictures", "encoder=vits", "steps=5"]
-    told = complete_commands("no labels yet: type  python train.py stage=pseudolabel  to go on", typed)
-    assert (
-        told
-        == "no labels yet: type  python train.py stage=pseudolabel sources=own 'photos=my pictures'  to go on"
-    )
-    assert complete_commands("image_size=100 is odd", typed) == "image_size=100 is odd"

@@ -1,4 +1,4 @@
-"""What ranks do together at a step boundary."""
+"""Ranks act together at a step boundary: gathered results and errors, signals, bad records, non-finite losses."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from depth_anything.training.signals import HANDLED_SIGNALS, signal_handler
 
 
 def _rank(rank: int, folder: str, failing: int | None) -> None:
-    """Work on one rank of two, and write down how it ended."""
+    """Call gather_or_raise on one rank of two and write its outcome to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 
     def work() -> int:
@@ -29,30 +29,32 @@ def _rank(rank: int, folder: str, failing: int | None) -> None:
         return 10 + rank
 
     try:
-        told = str(gather_or_raise(2, work))
+        outcome = str(gather_or_raise(2, work))
     except ValueError as error:
-        told = f"refused: {error}"
-    Path(folder, f"{rank}.txt").write_text(told)
+        outcome = f"ValueError: {error}"
+    Path(folder, f"{rank}.txt").write_text(outcome)
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("failing", "told"),
-    [(None, "[10, 11]"), (0, "refused: record 0 is damaged"), (1, "refused: record 1 is damaged")],
+    ("failing", "outcome"),
+    [(None, "[10, 11]"), (0, "ValueError: record 0 is damaged"), (1, "ValueError: record 1 is damaged")],
 )
-def test_ranks_share_what_came_out_or_stop_together(tmp_path: Path, failing: int | None, told: str) -> None:
+def test_ranks_gather_results_or_all_raise_the_same_error(
+    tmp_path: Path, failing: int | None, outcome: str
+) -> None:
     mp.spawn(_rank, args=(str(tmp_path), failing), nprocs=2)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [told, told]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [outcome, outcome]
 
 
-def test_a_single_process_needs_no_group() -> None:
+def test_a_single_process_needs_no_process_group() -> None:
     assert gather_or_raise(1, lambda: 3) == [3]
     with pytest.raises(KeyError):
         gather_or_raise(1, lambda: {}["a"])
 
 
-class Saves:
-    """Stands in for Checkpoints."""
+class FakeCheckpoints:
+    """Stores the steps that it is asked to save."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -65,28 +67,28 @@ def trainer_at(step: int, *, ranks: int = 1, steps: int = 20) -> Any:
     return SimpleNamespace(global_step=step, max_steps=steps, world_size=ranks, should_stop=False)
 
 
-def agree(
-    agreement: GracefulStop, saves: Saves, *, signal_at: int, ranks: int, steps: int = 20
+def train(
+    stop: GracefulStop, saves: FakeCheckpoints, *, signal_at: int, ranks: int, steps: int = 20
 ) -> tuple[Any, ...]:
-    """Train with a signal after a step (0: before the first, -1: none); the step it stopped at and what it saved."""
+    """Train with a signal after a step (0: before the first, -1: none); return last step, saved steps, signal."""
     trainer = trainer_at(0, ranks=ranks, steps=steps)
     if signal_at == 0:
         signal.raise_signal(signal.SIGTERM)
-    agreement.on_train_start(trainer, None)
+    stop.on_train_start(trainer, None)
     while not trainer.should_stop and trainer.global_step < steps:
         trainer.global_step += 1
         if trainer.global_step == signal_at:
             signal.raise_signal(signal.SIGTERM)
-        agreement.on_step(trainer, None, trainer.global_step)
-    return trainer.global_step, saves.steps, agreement.agreed_signal
+        stop.on_step(trainer, None, trainer.global_step)
+    return trainer.global_step, saves.steps, stop.agreed_signal
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
-    signal_handler.forget()
+    signal_handler.reset()
     yield
-    signal_handler.forget()
+    signal_handler.reset()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -98,52 +100,56 @@ def handlers() -> Iterator[None]:
 def test_one_process_stops_at_the_step_of_the_signal(
     handlers: None, signal_at: int, outcome: tuple[Any, ...]
 ) -> None:
-    saves = Saves()
-    assert agree(GracefulStop(saves, every=10), saves, signal_at=signal_at, ranks=1) == outcome
+    saves = FakeCheckpoints()
+    assert train(GracefulStop(saves, every=10), saves, signal_at=signal_at, ranks=1) == outcome
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_one(
     handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")  # of several, so that it is noted
+    monkeypatch.setenv("LOCAL_RANK", "0")  # one of several ranks, so the signal is only recorded
     signal_handler.install()
-    saves = Saves()
-    assert agree(GracefulStop(saves, every=10), saves, signal_at=0, ranks=1) == (0, [], 15)
+    saves = FakeCheckpoints()
+    assert train(GracefulStop(saves, every=10), saves, signal_at=0, ranks=1) == (0, [], 15)
 
 
-@pytest.mark.parametrize(("failed", "refused"), [(9, False), (11, True)])
-def test_more_bad_records_than_the_ceiling_stop_the_run(handlers: None, failed: int, refused: bool) -> None:
-    agreement = GracefulStop(Saves(), ceiling=0.01, at_least=1000)
-    agreement.read, agreement.failed, agreement._here = 1000, failed, ["set/a[1]"]
-    if refused:
+@pytest.mark.parametrize(("failed", "stops"), [(9, False), (11, True)])
+def test_more_bad_records_than_the_ceiling_stop_the_run(handlers: None, failed: int, stops: bool) -> None:
+    stop = GracefulStop(FakeCheckpoints(), ceiling=0.01, at_least=1000)
+    stop.read, stop.failed, stop._last_failures = 1000, failed, ["set/a[1]"]
+    if stops:
         with pytest.raises(ValueError, match=r"11 of 1000.*set/a\[1\]"):
-            agreement.on_step(trainer_at(5), None, 5)
+            stop.on_step(trainer_at(5), None, 5)
     else:
-        agreement.on_step(trainer_at(5), None, 5)
-    agreement.read, agreement.failed = 999, 999
-    agreement.on_step(trainer_at(6), None, 6)  # too few to tell
+        stop.on_step(trainer_at(5), None, 5)
+    stop.read, stop.failed = 999, 999
+    stop.on_step(trainer_at(6), None, 6)  # fewer than at_least
 
 
 def _two(rank: int, folder: str) -> None:
-    """On two ranks, one of them signalled: agreements, then work that is interrupted."""
+    """On two ranks of which one gets a signal: train, then call gather_or_raise."""
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    told: list[Any] = []
-    for who, step in ((0, 3), (1, 3), (1, 4), (0, 0), (1, 0), (0, 19)):
-        signal_handler.forget()
+    outcomes: list[Any] = []
+    for signaled_rank, step in ((0, 3), (1, 3), (1, 4), (0, 0), (1, 0), (0, 19)):
+        signal_handler.reset()
         signal_handler.install()
-        saves = Saves()
-        told.append(
-            agree(
-                GracefulStop(saves, every=4), saves, signal_at=step if rank == who else -1, ranks=2, steps=20
+        saves = FakeCheckpoints()
+        outcomes.append(
+            train(
+                GracefulStop(saves, every=4),
+                saves,
+                signal_at=step if rank == signaled_rank else -1,
+                ranks=2,
+                steps=20,
             )
         )
-    signal_handler.forget()
+    signal_handler.reset()
 
     def work() -> None:
         if rank == 1:
             signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("it goes on")
+            raise AssertionError("not interrupted")
 
     def fail() -> None:
         if rank == 1:
@@ -153,15 +159,16 @@ def _two(rank: int, folder: str) -> None:
         try:
             gather_or_raise(2, task)
         except BaseException as error:
-            told.append([type(error).__name__, str(error)])
-        signal_handler.forget()
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+            outcomes.append([type(error).__name__, str(error)])
+        signal_handler.reset()
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
 
 
-def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) -> None:
+def test_two_ranks_stop_at_the_same_step_when_one_gets_a_signal(tmp_path: Path) -> None:
     ranks = mp.spawn(_two, args=(str(tmp_path),), nprocs=2, join=False)
-    guard = threading.Timer(240, lambda: [rank.kill() for rank in ranks.processes])  # else a fault hangs both
+    # A bug would make both ranks wait for ever.
+    guard = threading.Timer(240, lambda: [rank.kill() for rank in ranks.processes])
     guard.start()
     try:
         while not ranks.join():
@@ -171,13 +178,13 @@ def test_two_ranks_of_which_one_is_signalled_stop_at_one_step(tmp_path: Path) ->
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first[:6] == second[:6]
     assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]
-    assert first[6] == second[6] == ["Stopped", "143"]
-    assert second[7] == ["KeyError", "'a'"]  # where it happened, with its traceback
+    assert first[6] == second[6] == ["StoppedBySignal", "143"]
+    assert second[7] == ["KeyError", "'a'"]  # the failing rank raises its own error
     assert first[7][0] == "ValueError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
 
 
-def logged(losses: list[float], every: int) -> TrainingMetrics:
-    """Log some steps of one micro-batch each."""
+def log_losses(losses: list[float], every: int) -> TrainingMetrics:
+    """Log steps of one micro-batch each."""
     metrics = TrainingMetrics(every=every, batch_size=1)
     trainer = SimpleNamespace(global_step=0, max_steps=100, world_size=1, loggers=[], optimizers=[])
     module: Any = SimpleNamespace(parts=[], grad_norm=None, device=torch.device("cpu"))
@@ -189,21 +196,21 @@ def logged(losses: list[float], every: int) -> TrainingMetrics:
     return metrics
 
 
-@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_loss_that_is_no_number_is_found_at_the_next_log_line(lost: float, at: int) -> None:
-    """Its gradient may be zero, and the losses of the next steps numbers again."""
+def test_a_non_finite_loss_raises_at_the_next_log_line(loss: float, at: int) -> None:
+    """Its gradient may be zero, and the losses of the next steps may be finite again."""
     losses = [1.0, 2.0, 3.0, 4.0]
-    logged(losses, 4)
-    with pytest.raises(ValueError, match=f"loss .*{lost}.* 4"):
-        logged([*losses[:at], lost, *losses[at + 1 :]], 4)
+    log_losses(losses, 4)
+    with pytest.raises(ValueError, match=f"{loss}.* 4"):
+        log_losses([*losses[:at], loss, *losses[at + 1 :]], 4)
 
 
-def test_records_that_failed_are_told_where_a_full_disk_takes_no_list(
+def test_failed_records_are_printed_if_their_file_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    agreement = GracefulStop(Saves(), every=1)
-    agreement.failed = 1000
-    (tmp_path / "failed-records-0.txt").mkdir()  # stands in for what cannot be written
-    agreement._name(tmp_path, 0, ["a/0[3]"])
+    stop = GracefulStop(FakeCheckpoints(), every=1)
+    stop.failed = 1000
+    (tmp_path / "failed-records-0.txt").mkdir()  # a folder cannot be opened for writing
+    stop._report(tmp_path, 0, ["a/0[3]"])
     assert "a/0[3]" in capsys.readouterr().err

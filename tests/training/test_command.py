@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from depth_anything.data.tars import StorageUnavailable
+from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError
 from depth_anything.training import command
-from depth_anything.training.command import check_overrides, explain_hydra_error, format_help, run_command
+from depth_anything.training.command import (
+    check_overrides,
+    explain_hydra_error,
+    format_failure,
+    format_help,
+    run_command,
+)
 from depth_anything.training.config import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -142,3 +150,14 @@ def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "steps=5" in done.stderr
+
+
+def test_commands_of_an_error_are_completed_by_what_was_typed() -> None:
+    typed = ["stage=student", "sources=own", "photos=my pictures", "encoder=vits", "steps=5"]
+    error = UserError("no labels yet", ["type ", PSEUDOLABEL_COMMAND])
+    command = "python train.py stage=pseudolabel sources=own 'photos=my pictures'"
+    assert format_failure(error, typed) == f"no labels yet; type {command}"
+    same = "python train.py stage=student sources=own 'photos=my pictures' encoder=vits steps=5"
+    assert same in format_failure(StorageUnavailable("set/a is gone", SAME_COMMAND), typed)
+    assert format_failure(ValueError("image_size=100\n  is odd"), typed) == "image_size=100 is odd"
+    assert "word" not in format_failure(ValueError("https://me:word@host/set is gone"), typed)

@@ -1,4 +1,4 @@
-"""Leases of label shards: one holder at a time, and what a dead one held is free."""
+"""Leases of label shards: one holder at a time; the lease of a dead process is free."""
 
 import json
 import os
@@ -24,44 +24,44 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_one_process_holds_a_shard(tmp_path: Path, clock: list[float]) -> None:
     lease = Lease(tmp_path / ".a.lease", pid=os.getpid())
-    assert lease.take() and not Lease(tmp_path / ".a.lease", pid=os.getpid()).take()
+    assert lease.acquire() and not Lease(tmp_path / ".a.lease", pid=os.getpid()).acquire()
     lease.release()
-    assert not list(tmp_path.iterdir()) and lease.take()
+    assert not list(tmp_path.iterdir()) and lease.acquire()
 
 
-def test_a_dead_process_of_this_host_holds_nothing(tmp_path: Path, clock: list[float]) -> None:
+def test_the_lease_of_a_dead_process_of_this_host_is_free(tmp_path: Path, clock: list[float]) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    assert Lease(tmp_path / ".a.lease", pid=dead.pid).take()
-    assert Lease(tmp_path / ".a.lease", pid=os.getpid()).take()
+    assert Lease(tmp_path / ".a.lease", pid=dead.pid).acquire()
+    assert Lease(tmp_path / ".a.lease", pid=os.getpid()).acquire()
 
 
 @pytest.mark.parametrize("ahead", [0.0, -120.0, 120.0, 365 * 86400.0])
-@pytest.mark.parametrize("note", [json.dumps({"host": "elsewhere", "pid": 1}), "", "[]"])
+@pytest.mark.parametrize("content", [json.dumps({"host": "elsewhere", "pid": 1}), "", "[]"])
 def test_the_clock_of_another_host_does_not_matter(
-    tmp_path: Path, clock: list[float], ahead: float, note: str
+    tmp_path: Path, clock: list[float], ahead: float, content: str
 ) -> None:
-    """A lease a year ahead was once held for a year, and one of a clock two minutes behind by nobody."""
+    """A clock a year ahead must not hold a lease for a year, nor one two minutes behind lose it."""
     path = tmp_path / ".a.lease"
-    path.write_text(note)
+    path.write_text(content)
     stamp = path.stat().st_mtime + ahead
     os.utime(path, (stamp, stamp))
     mine = Lease(path, pid=os.getpid())
-    assert not mine.take()
+    assert not mine.acquire()
     clock[0] += LEASE_STALE_S - 1
-    os.utime(path, (stamp + 1, stamp + 1))  # its holder touches it
-    assert not mine.take()
+    os.utime(path, (stamp + 1, stamp + 1))  # its holder renews it
+    assert not mine.acquire()
     clock[0] += LEASE_STALE_S + 1
-    assert mine.take()
+    assert mine.acquire()
 
 
-def test_what_somebody_else_has_taken_over_is_left_alone(tmp_path: Path, clock: list[float]) -> None:
+def test_a_lease_that_another_process_has_taken_over_is_unchanged(tmp_path: Path, clock: list[float]) -> None:
     lease = Lease(tmp_path / ".a.lease", pid=os.getpid())
-    assert lease.take()
+    assert lease.acquire()
     other = json.dumps({"host": "elsewhere", "pid": os.getpid()})
     lease.path.write_text(other)
     os.utime(lease.path, (1, 1))
-    lease.touch()
+    lease.renew()
     lease.release()
     assert lease.path.read_text() == other and lease.path.stat().st_mtime == 1
     assert socket.gethostname() != "elsewhere"

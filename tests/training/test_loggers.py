@@ -1,4 +1,4 @@
-"""metrics.csv: one row a step, continued by a resumed run, and wandb offline without a key."""
+"""metrics.csv has one row a step and is continued by a resumed run; other loggers never stop a run."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from depth_anything.training import loggers
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, wandb_run_id
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -27,11 +27,26 @@ def test_numbers_of_a_step_share_a_row(tmp_path: Path) -> None:
     log.log_metrics({"val_d1": 0.9}, step=2)
     log.log_metrics({"loss": 0.25}, step=3)
     log.save()
-    assert rows(log.path) == [
+    assert read_rows(log.path) == [
         {"step": "1", "loss": "1.0", "val_d1": ""},
         {"step": "2", "loss": "0.5", "val_d1": "0.9"},
         {"step": "3", "loss": "0.25", "val_d1": ""},
     ]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_numbers_that_come_late_join_the_row_of_their_step(tmp_path: Path, saved: bool) -> None:
+    """Lightning's DeviceStatsMonitor logs a step after the next one has begun; a checkpoint may have saved the row."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 5):
+        log.log_metrics({"loss": float(step)}, step=step)
+        if saved:
+            log.save()
+        log.log_metrics({"late": step - 1.0}, step=step - 1)
+    log.save()
+    assert [(row["step"], row["loss"], row["late"]) for row in read_rows(log.path)] == [
+        ("0", "", "0.0"), ("1", "1.0", "1.0"), ("2", "2.0", "2.0"), ("3", "3.0", "3.0"), ("4", "4.0", ""),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("resumed", [0, 2, 3])
@@ -46,14 +61,14 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path, resumed: int) -> No
     for step in range(resumed + 1, 6):
         log.log_metrics({"loss": 10.0 * step}, step=step)
     log.save()
-    assert [int(row["step"]) for row in rows(path)] == [1, 2, 3, 4, 5]
-    assert [float(row["loss"]) for row in rows(path)] == [
+    assert [int(row["step"]) for row in read_rows(path)] == [1, 2, 3, 4, 5]
+    assert [float(row["loss"]) for row in read_rows(path)] == [
         float(step) if step <= resumed else 10.0 * step for step in range(1, 6)
     ]
 
 
-def written(path: Path, steps: int = 4) -> bytes:
-    """Log some steps, and return the bytes of the file."""
+def write_steps(path: Path, steps: int = 4) -> bytes:
+    """Log steps and return the bytes of the file."""
     log = MetricsCSV(path)
     for step in range(1, steps + 1):
         log.log_metrics({"loss": float(step), "lr": 0.5}, step=step)
@@ -81,21 +96,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_lines_are_dropped_and_named(
+def test_damaged_lines_are_dropped_and_reported(
     tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, kept = damage
     path = tmp_path / "metrics.csv"
-    path.write_bytes(torn := change(written(path)))
+    path.write_bytes(damaged := change(write_steps(path)))
     log = MetricsCSV(path)
     log.rewind(4)
-    said = capsys.readouterr().err
-    assert str(path) in said and f"{len(kept)} whole rows" in said
-    assert (tmp_path / "metrics.csv.damaged").read_bytes() == torn
+    printed = capsys.readouterr().err
+    assert str(path) in printed and f"{len(kept)} complete rows" in printed
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == damaged
     log.log_metrics({"loss": 9.0, "lr": 0.5}, step=5)
     log.save()
-    assert [int(row["step"]) for row in rows(path)] == [*kept, 5]
-    assert [row["loss"] for row in rows(path)] == [*(f"{step}.0" for step in kept), "9.0"]
+    assert [int(row["step"]) for row in read_rows(path)] == [*kept, 5]
+    assert [row["loss"] for row in read_rows(path)] == [*(f"{step}.0" for step in kept), "9.0"]
 
 
 @pytest.mark.parametrize(
@@ -103,27 +118,27 @@ def test_damaged_lines_are_dropped_and_named(
     [lambda b: b, lambda b: b.replace(b"\r\n", b"\n"), lambda b: b"\xef\xbb\xbf" + b, lambda b: b + b"\r\n"],
     ids=["as written", "LF", "byte order mark", "empty line"],
 )
-def test_what_editors_do_to_a_table_is_no_damage(
+def test_changes_that_editors_make_are_not_damage(
     tmp_path: Path, change: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_bytes(change(written(path)))
+    path.write_bytes(change(write_steps(path)))
     log = MetricsCSV(path)
     log.rewind(3)
     log.log_metrics({"loss": 7.0, "lr": 0.5}, step=4)
     log.save()
-    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0", "3.0", "7.0"]
+    assert [row["loss"] for row in read_rows(path)] == ["1.0", "2.0", "3.0", "7.0"]
     assert capsys.readouterr().err == "" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_table_of_other_columns_gets_those_of_today(tmp_path: Path) -> None:
+def test_new_columns_are_added_to_an_older_table(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("old,step,loss\n7,1,0.5\n8,2,0.25\n")
     log = MetricsCSV(path)
     log.rewind(2)
     log.log_metrics({"loss": 0.125, "valid_share": 1.0}, step=3)
     log.save()
-    assert rows(path) == [
+    assert read_rows(path) == [
         {"old": "7", "step": "1", "loss": "0.5", "valid_share": ""},
         {"old": "8", "step": "2", "loss": "0.25", "valid_share": ""},
         {"old": "", "step": "3", "loss": "0.125", "valid_share": "1.0"},
@@ -131,14 +146,14 @@ def test_a_table_of_other_columns_gets_those_of_today(tmp_path: Path) -> None:
 
 
 def limit_files(bytes_: int) -> tuple[int, int]:
-    """Let files grow to so many bytes, as a full disk does; return the limits of before."""
+    """Limit the size of files, as a full disk does; return the previous limits."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
     return before
 
 
 @pytest.mark.parametrize("columns", ["known", "new"])
-def test_a_full_disk_leaves_whole_rows_and_the_new_ones_wait(tmp_path: Path, columns: str) -> None:
+def test_after_a_full_disk_the_waiting_rows_are_written(tmp_path: Path, columns: str) -> None:
     path = tmp_path / "metrics.csv"
     log = MetricsCSV(path)
     log.log_metrics({"loss": 1.0}, step=1)
@@ -148,7 +163,7 @@ def test_a_full_disk_leaves_whole_rows_and_the_new_ones_wait(tmp_path: Path, col
     limits = limit_files(len(before) + 3)
     try:
         log.log_metrics(more, step=2)
-        log.log_metrics({"loss": 3.0}, step=3)  # the row before it does not fit, and waits
+        log.log_metrics({"loss": 3.0}, step=3)  # the row of step 2 does not fit and waits
         with pytest.raises(OSError) as raised:
             log.save()
     finally:
@@ -156,11 +171,11 @@ def test_a_full_disk_leaves_whole_rows_and_the_new_ones_wait(tmp_path: Path, col
     assert str(path) in str(raised.value)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
     log.finalize("failed")
-    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0", "3.0"]
+    assert [row["loss"] for row in read_rows(path)] == ["1.0", "2.0", "3.0"]
 
 
 class Failing(Logger):
-    """Fails in one of its methods, as a service that has died does."""
+    """A logger that fails in one method, as one whose service has died."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -206,46 +221,46 @@ PLACES = ["name", "version", "experiment", "log_metrics", "log_hyperparams", "lo
 
 
 @pytest.mark.parametrize("where", [*PLACES, "nowhere"])
-def test_a_logger_that_fails_is_told_of_once_and_left_alone(
+def test_a_failing_logger_is_reported_once_and_no_longer_called(
     where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loggers.atexit, "register", lambda function: None)
     inner = Failing(where)
     logger = SafeLogger(inner)
     for _ in range(2):
-        said = [logger.name, logger.version, logger.experiment]
+        values = [logger.name, logger.version, logger.experiment]
         logger.log_metrics({"loss": 1.0}, step=1)
         logger.log_hyperparams({})
         logger.log_image("depth", [], step=1)
         logger.save()
         logger.finalize("success")
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if where == "nowhere":
-        assert (told, inner.calls, said) == ("", 2 * len(PLACES), ["x", "1", "run"])
+        assert (printed, inner.calls, values) == ("", 2 * len(PLACES), ["x", "1", "run"])
     else:
-        assert told.count("Failing") == 1 and "the service is gone" in told and "metrics.csv" in told
+        assert printed.count("Failing") == 1 and "the service is gone" in printed and "metrics.csv" in printed
         assert inner.calls == PLACES.index(where) + 1
 
 
-def test_a_logger_without_pictures_is_given_none() -> None:
+def test_a_logger_without_log_image_gets_no_pictures() -> None:
     SafeLogger(MetricsCSV("metrics.csv")).log_image("depth", [], step=1)
 
 
 @pytest.mark.parametrize("name", ["exp/one", "a:b", " a ", "/", "", "x" * 300, "a\nb", "é/ß"])
-def test_a_name_that_is_no_id_becomes_one(name: str) -> None:
-    made = wandb_run_id(name)
-    assert made and made == made.strip() and len(made) <= 128 and not set(":;,#?/'\n") & set(made)
-    assert made == wandb_run_id(name) != wandb_run_id(name + "/2")
+def test_wandb_run_id_replaces_characters_that_wandb_rejects(name: str) -> None:
+    run_id = wandb_run_id(name)
+    assert run_id and run_id == run_id.strip() and len(run_id) <= 128 and not set(":;,#?/'\n") & set(run_id)
+    assert run_id == wandb_run_id(name) != wandb_run_id(name + "/2")
 
 
-def test_names_that_differ_in_what_no_id_has_stay_apart() -> None:
+def test_names_that_differ_only_in_rejected_characters_get_different_ids() -> None:
     assert (
         len({wandb_run_id(name) for name in ("exp/one", "exp:one", "exp-one", "exp//one", "exp/one ")}) == 5
     )
 
 
 @pytest.mark.parametrize("name", ["teacher-vitt-tiny", "a_b.c", "a b", "x" * 100])
-def test_a_name_that_is_an_id_stays(name: str) -> None:
+def test_a_valid_name_is_its_own_id(name: str) -> None:
     assert wandb_run_id(name) == name
 
 
@@ -272,19 +287,19 @@ print("trained", flush=True)
 
 
 @pytest.mark.parametrize(
-    ("environment", "what", "said"),
+    ("environment", "action", "message"),
     [
-        ({"WANDB_MODE": "offline"}, "kill", "training goes on"),
+        ({"WANDB_MODE": "offline"}, "kill", "continues without it"),
         ({"WANDB_API_KEY": "refused", "WANDB_BASE_URL": "http://127.0.0.1:9"}, "leave", "offline"),
     ],
 )
-def test_wandb_that_dies_or_refuses_the_key_does_not_stop_a_run(
-    tmp_path: Path, environment: dict[str, str], what: str, said: str
+def test_wandb_that_dies_or_rejects_the_key_does_not_stop_a_run(
+    tmp_path: Path, environment: dict[str, str], action: str, message: str
 ) -> None:
     pytest.importorskip("wandb")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     done = subprocess.run(
-        [sys.executable, "-c", TRAINING, str(tmp_path), what],
+        [sys.executable, "-c", TRAINING, str(tmp_path), action],
         env={**clean, "WANDB_SILENT": "true", **environment},
         capture_output=True,
         text=True,
@@ -292,5 +307,5 @@ def test_wandb_that_dies_or_refuses_the_key_does_not_stop_a_run(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [wandb_run_id("exp/one"), "trained"]
-    assert said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.glob("wandb/offline-run-*"))

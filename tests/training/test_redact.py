@@ -1,4 +1,4 @@
-"""Passwords, tokens and signatures of addresses are neither printed nor kept, and no part of what a run is."""
+"""Passwords, tokens and signatures of addresses are neither printed nor saved nor compared between runs."""
 
 import logging
 import sys
@@ -47,7 +47,7 @@ def clean(text: str) -> bool:
         f"line one\npipe:curl -u alice:PASSWORD\n{ADDRESS}",
     ],
 )
-def test_no_form_of_an_address_tells_its_secrets(text: str) -> None:
+def test_secrets_are_removed_from_addresses_in_any_form(text: str) -> None:
     assert clean(redact_secrets(text)) and redact_secrets(redact_secrets(text)) == redact_secrets(text)
 
 
@@ -55,15 +55,15 @@ def test_no_form_of_an_address_tells_its_secrets(text: str) -> None:
     "text",
     ["https://host/a.tar", "keys=3 token count", "user@host", "a?b=1", "recipe.head_lr=1e-4", "line\n  line"],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact_secrets(text) == text
 
 
-def test_lines_after_a_command_stay() -> None:
+def test_lines_after_a_pipe_command_are_kept() -> None:
     assert redact_secrets("pipe:cat SECRET\nValueError: bad").endswith("\nValueError: bad")
 
 
-def test_a_config_keeps_its_shape() -> None:
+def test_a_nested_config_keeps_its_structure() -> None:
     config = {"a": {"b": [ADDRESS, 1, None]}, "c": True, "d": 0.5}
     assert redact_nested(config) == {"a": {"b": [redact_secrets(ADDRESS), 1, None]}, "c": True, "d": 0.5}
 
@@ -75,7 +75,7 @@ def resolved(address: str, *typed: str) -> dict[str, Any]:
         )
 
 
-def begun(tmp_path: Path, address: str) -> RunDir:
+def make_run(tmp_path: Path, address: str) -> RunDir:
     folder = RunDir(tmp_path / "run")
     folder.claim(resolved(address))
     folder.lock.release()
@@ -84,8 +84,8 @@ def begun(tmp_path: Path, address: str) -> RunDir:
     return folder
 
 
-def test_the_run_folder_keeps_no_secret(tmp_path: Path) -> None:
-    folder = begun(tmp_path, ADDRESS)
+def test_the_run_folder_has_no_secret(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, ADDRESS)
     for file in folder.path.rglob("*"):
         assert file.is_dir() or clean(file.read_bytes().decode(errors="replace")), file
     assert "host.example/own" in folder.config.read_text()
@@ -99,15 +99,15 @@ def test_the_run_folder_keeps_no_secret(tmp_path: Path) -> None:
         "https://host.example/own",
     ],
 )
-def test_a_renewed_signature_or_password_is_the_same_run(tmp_path: Path, renewed: str) -> None:
-    folder = begun(tmp_path, ADDRESS)
+def test_a_new_signature_or_password_is_the_same_run(tmp_path: Path, renewed: str) -> None:
+    folder = make_run(tmp_path, ADDRESS)
     assert folder.compare(resolved(renewed)) == []
-    folder.config.write_text(yaml.safe_dump(resolved(ADDRESS)))  # as it was written before, secrets and all
+    folder.config.write_text(yaml.safe_dump(resolved(ADDRESS)))  # an older version saved the secrets
     assert folder.compare(resolved(renewed)) == []
 
 
-def test_another_place_is_another_run(tmp_path: Path) -> None:
-    folder = begun(tmp_path, ADDRESS)
+def test_another_host_is_another_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, ADDRESS)
     with pytest.raises(ValueError, match="photos|sources|data.sets") as caught:
         folder.compare(resolved(ADDRESS.replace("host.example", "elsewhere.example")))
     assert clean(str(caught.value))
@@ -138,11 +138,12 @@ def test_tracebacks_of_all_threads_warnings_and_logs_are_redacted(
             )
     finally:
         logging.setLogRecordFactory(factory)
-    said = capsys.readouterr().err
-    assert clean(said) and "KeyError" in said and "FileNotFoundError" in said and "UserWarning" in said
+    printed = capsys.readouterr().err
+    assert clean(printed)
+    assert all(word in printed for word in ("KeyError", "FileNotFoundError", "UserWarning"))
 
 
-def test_an_error_of_ours_does_not_have_hydra_print_what_was_typed(
+def test_an_internal_error_does_not_make_hydra_print_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(cfg: Any) -> Any:
@@ -160,7 +161,7 @@ def test_an_error_of_ours_does_not_have_hydra_print_what_was_typed(
     assert len(files) == 3 and all(clean(file.read_text()) for file in files)
 
 
-def test_weights_and_biases_is_not_told_what_was_typed(
+def test_weights_and_biases_does_not_get_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -171,10 +172,10 @@ def test_weights_and_biases_is_not_told_what_was_typed(
         assert not hidden or logger._wandb_init["settings"].x_disable_meta
 
 
-def test_the_composed_config_is_shown_without_secrets(
+def test_cfg_job_prints_the_config_without_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "install_redaction", lambda: None)  # for the whole process
+    monkeypatch.setattr(command, "install_redaction", lambda: None)  # it would last for the whole process
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     typed = ["stage=teacher", "sources=own", f"photos='{ADDRESS}'", "--cfg", "job"]
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])

@@ -114,7 +114,7 @@ def test_a_stand_in_says_what_it_is_itself(roots: dict[str, str]) -> None:
     place = {name: values for name, values in opened[0].items() if name != "failed"}
     for shard, kind, value in (("rooms/0", True, 4.0), ("photos/0", False, 0.5)):
         arrays = {name: values.numpy().copy() for name, values in place.items()}
-        opened._write(shard, 0, 0, arrays)
+        opened.write_sample(shard, 0, 0, arrays)
         assert arrays["metric"].tolist() == [kind] and arrays["target"].max() == value
 
 

@@ -1,23 +1,18 @@
-"""Who may write to a run folder, which configs are one run, and where it goes on."""
+"""Run folders: the lock, which configs are the same run, and from which checkpoint a run continues."""
 
-import errno
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from depth_anything.data.tars import temporary_path
-from depth_anything.training import run_dir as folder_module
+from depth_anything.disk import temporary_path
 from depth_anything.training.resume import config_differences
-from depth_anything.training.run_dir import RunDir, RunLock, launch_id, step_from_name
+from depth_anything.training.run_dir import RunDir, launch_id, step_from_name
 
 CONFIG = {
     "stage": "teacher",
@@ -33,14 +28,14 @@ CONFIG = {
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    made = json.loads(json.dumps(CONFIG))
+    changed = json.loads(json.dumps(CONFIG))
     for key, value in changes.items():
         node, *rest = key.split("__")
         if rest:
-            made[node][rest[0]] = value
+            changed[node][rest[0]] = value
         else:
-            made[node] = value
-    return made
+            changed[node] = value
+    return changed
 
 
 def checkpoint(path: Path) -> None:
@@ -48,142 +43,11 @@ def checkpoint(path: Path) -> None:
     torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, path)
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from depth_anything.training.run_dir import Lock
-Lock(Path(sys.argv[1])).acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {holder.pid} on {socket.gethostname()}.*name="):
-        RunLock(tmp_path).acquire()
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
-    lock = RunLock(tmp_path)
-    lock.acquire()  # at once: the kernel dropped the dead holder's lock
-    lock.release()
-
-
-def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
-    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
-    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
-    path.write_text(json.dumps(sign))
-    os.utime(path, (time.time() - written, time.time() - written))
-
-
-@pytest.fixture
-def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "LOCK_WATCH_S", 0.2)
-
-
-YEAR = 365 * 86400.0
-
-
-def test_heartbeat_of_another_host(tmp_path: Path) -> None:
-    elsewhere(tmp_path / "lock.json")
-    with pytest.raises(ValueError, match="process 1 on elsewhere"):
-        RunLock(tmp_path).acquire()
-    elsewhere(tmp_path / "lock.json", written=300)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    ("clock", "written"),
-    [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
-)
-def test_a_dead_holder_is_known_whatever_its_clock_said(
-    tmp_path: Path, short_watch: None, clock: float, written: float
-) -> None:
-    """A lock a year ahead once refused for a year."""
-    elsewhere(tmp_path / "lock.json", clock=clock, written=written)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
-def test_a_living_holder_is_known_whatever_its_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
-) -> None:
-    """Of two hosts whose clocks were two minutes apart both once wrote."""
-    elsewhere(tmp_path / "lock.json", clock=clock)
-    # It beats while this process sleeps between two looks.
-    monkeypatch.setattr(
-        folder_module.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10)
-    )
-    with pytest.raises(ValueError, match="process 1 on elsewhere.*name="):
-        RunLock(tmp_path).acquire()
-
-
-def test_a_file_system_without_locks_goes_by_the_process(
-    tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lockf(*arguments: Any) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(folder_module.fcntl, "lockf", lockf)
-    first = RunLock(tmp_path)
-    first.acquire()
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path).acquire()
-    sign = json.loads((tmp_path / "lock.json").read_text())
-    first.release()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / "lock.json").write_text(json.dumps(sign | {"pid": dead.pid}))
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    "torn", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
-)
-def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
-    (tmp_path / "lock.json").write_text(torn)
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
-    """A job that is queued again on another host need not wait until the heartbeat is old."""
-    code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
-    assert (
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
-        == 143
-    )
-    assert (tmp_path / "lock.json").read_text() == ""
-
-
-def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
-    code = HOLDER.replace(
-        "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
-    holder.wait()
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"workers": 7}, {"trainer__devices": 8}, {"overwrite": True}, {"resume": "x"}, {"recipe__steps": 11}],
 )
-def test_free_keys(changes: dict[str, Any]) -> None:
+def test_free_keys_may_change(changes: dict[str, Any]) -> None:
     assert config_differences(config(), config(**changes)) == {}
 
 
@@ -197,88 +61,90 @@ def test_free_keys(changes: dict[str, Any]) -> None:
         ({"new": 1}, "new"),
     ],
 )
-def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+def test_another_config_is_rejected(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     first = RunDir(tmp_path / "run")
     first.claim(config())
     first.lock.release()
     again = RunDir(tmp_path / "run")
-    again.claim(config(**changes))  # nothing was trained yet: the first start may have been the mistake
+    again.claim(config(**changes))  # nothing is trained yet, so the config may change
     again.claim(config())
     again.lock.release()
     checkpoint(first.checkpoints / "step-000000005.ckpt")
-    with pytest.raises(ValueError, match=rf"{key}=.*type {key}=.*name=.*overwrite=true"):
+    with pytest.raises(ValueError, match=rf"{key}=.*{key}=.*name=.*overwrite=true"):
         RunDir(tmp_path / "run").claim(config(**changes))
 
 
-def test_more_steps_with_a_constant_schedule_only() -> None:
+def test_more_steps_are_allowed_only_with_a_constant_schedule() -> None:
     constant = {"recipe__schedule": "constant"}
     assert config_differences(config(**constant), config(**constant, steps=20)) == {}
     assert list(config_differences(config(**constant), config(**constant, steps=5))) == ["steps"]
 
 
-def test_overwrite_sets_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_renames_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
-        made = RunDir(tmp_path / "run")
-        made.claim(config(seed=seed, overwrite=True))
-        made.lock.release()
+        folder = RunDir(tmp_path / "run")
+        folder.claim(config(seed=seed, overwrite=True))
+        folder.lock.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert "seed: 0" in (tmp_path / "run.1" / "config.yaml").read_text()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    made = RunDir(tmp_path / "run")
-    made.claim(config(seed=2, overwrite=True))  # a requeued job goes on
-    made.lock.release()
+    folder = RunDir(tmp_path / "run")
+    folder.claim(config(seed=2, overwrite=True))  # a requeued job continues
+    folder.lock.release()
     assert not (tmp_path / "run.3").exists()
 
 
-def test_newest_complete_checkpoint(tmp_path: Path) -> None:
-    made = RunDir(tmp_path)
-    assert made.newest_checkpoint() is None
+def test_newest_checkpoint_skips_damaged_files(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    assert folder.newest_checkpoint() is None
     for step in (5, 10):
-        checkpoint(made.checkpoints / f"step-{step:09d}.ckpt")
-    (made.checkpoints / "step-000000015.ckpt").write_bytes(b"torn")
-    (made.checkpoints / ".step-000000020.ckpt.tmp").write_bytes(b"torn")
-    newest = made.newest_checkpoint()
+        checkpoint(folder.checkpoints / f"step-{step:09d}.ckpt")
+    (folder.checkpoints / "step-000000015.ckpt").write_bytes(b"torn")
+    (folder.checkpoints / ".step-000000020.ckpt.tmp").write_bytes(b"torn")
+    newest = folder.newest_checkpoint()
     assert newest is not None and step_from_name(newest) == 10
 
 
-def test_other_ranks_hear_the_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_read_the_checkpoint_that_rank_0_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    made = RunDir(tmp_path / "run")
-    checkpoint(made.checkpoints / "step-000000005.ckpt")
-    assert step_from_name(made.begin(config(), main=True)) == 5
+    folder = RunDir(tmp_path / "run")
+    checkpoint(folder.checkpoints / "step-000000005.ckpt")
+    assert step_from_name(folder.begin(config(), main=True)) == 5
     assert step_from_name(RunDir(tmp_path / "run").begin(config(), main=False)) == 5
-    made.lock.release()
+    folder.lock.release()
 
 
-def test_finished(tmp_path: Path) -> None:
-    """A run is finished by its model and a note, not by checkpoints, which may be deleted for their size."""
-    made = RunDir(tmp_path)
-    assert not made.finished(10)
-    made.model.write_bytes(b"x")
-    made.finish(10)
-    assert made.finished(10) and made.finished(5) and not made.finished(20)
+def test_a_run_is_finished_by_its_model_and_finished_json(tmp_path: Path) -> None:
+    """Its checkpoints may be deleted."""
+    folder = RunDir(tmp_path)
+    assert not folder.finished(10)
+    folder.model.write_bytes(b"x")
+    folder.finish(10)
+    assert folder.finished(10) and folder.finished(5) and not folder.finished(20)
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_torn_files_of_killed_writers_go(tmp_path: Path, exclusive: bool) -> None:
-    made = RunDir(tmp_path)
-    made.checkpoints.mkdir()
+def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path, exclusive: bool) -> None:
+    folder = RunDir(tmp_path)
+    folder.checkpoints.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    ended = temporary_path(made.config).name.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    ended = temporary_path(folder.config).name.replace(f".{os.getpid()}.", f".{dead.pid}.")
     torn = [tmp_path / ended]
-    if exclusive:  # these tell nothing of their writer
-        torn += [made.checkpoints / ".step-000000015.ckpt.tmp", tmp_path / ".model.safetensors.5.tmp"]
-    alive = temporary_path(made.config)
+    if exclusive:  # names without a process
+        torn += [folder.checkpoints / ".step-000000015.ckpt.tmp", tmp_path / ".model.safetensors.5.tmp"]
+    alive = temporary_path(folder.config)
     for path in (*torn, alive):
         path.write_bytes(b"half")
-    made.claim(config(), exclusive=exclusive)
+    folder.claim(config(), exclusive=exclusive)
     assert alive.exists()
-    made.lock.release()
+    folder.lock.release()
     assert not [path for path in torn if path.exists()]
 
 
-def test_launch_tells_starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_id_differs_between_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(key, raising=False)
     assert launch_id(main=True) == str(os.getpid())
@@ -288,9 +154,8 @@ def test_launch_tells_starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_id(main=False) != first
 
 
-def test_missing_resume_file(tmp_path: Path) -> None:
-    made = RunDir(tmp_path / "run")
-    with pytest.raises(ValueError, match="resume=nowhere.ckpt is no checkpoint"):
-        made.begin(config(resume="nowhere.ckpt"), main=True)
-    made.lock.release()
-    assert folder_module.LOCK_STALE_S > folder_module.HEARTBEAT_INTERVAL_S * 3
+def test_a_missing_resume_file_is_rejected(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run")
+    with pytest.raises(ValueError, match="resume=nowhere.ckpt"):
+        folder.begin(config(resume="nowhere.ckpt"), main=True)
+    folder.lock.release()

@@ -1,4 +1,4 @@
-"""Signals that end a run: at once where nothing can be lost, otherwise noted; a second Ctrl-C at once."""
+"""Signals stop a process at once before the first step, and are recorded from then on; a second Ctrl-C always stops."""
 
 import os
 import signal
@@ -12,8 +12,7 @@ import pytest
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
-from depth_anything.training import run
-from depth_anything.training import signals as module
+from depth_anything.training import run, signals
 from depth_anything.training.lightning import requeue_slurm_job
 from depth_anything.training.signals import HANDLED_SIGNALS, MAIN_PID_VARIABLE, SignalHandler, StoppedBySignal
 
@@ -34,52 +33,52 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[SignalHandler]:
+def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[SignalHandler]:
     before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
-    monkeypatch.setattr(module.atexit, "register", lambda function: None)
+    monkeypatch.setattr(signals.atexit, "register", lambda function: None)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    made = SignalHandler()
-    made.install()
-    yield made
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    installed = SignalHandler()
+    installed.install()
+    yield installed
+    for number, previous in before.items():
+        signal.signal(number, previous)
 
 
 def press(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[int]:
     """Press Ctrl-C at these moments; return the exit codes of processes that ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr(module.os, "_exit", codes.append)
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
     for moment in times:
-        monkeypatch.setattr(module.time, "monotonic", lambda moment=moment: moment)
+        monkeypatch.setattr(signals.time, "monotonic", lambda moment=moment: moment)
         signal.raise_signal(signal.SIGINT)
     return codes
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_before_the_first_step_a_signal_ends_the_process_at_once(watch: SignalHandler, number: int) -> None:
+def test_before_the_first_step_a_signal_ends_the_process_at_once(handler: SignalHandler, number: int) -> None:
     with pytest.raises(StoppedBySignal) as stopped:
         signal.raise_signal(number)
     assert stopped.value.code == 128 + number
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_from_the_first_step_on_a_signal_is_only_noted(
-    watch: SignalHandler, number: int, capfd: pytest.CaptureFixture[str]
+def test_from_the_first_step_on_a_signal_is_only_recorded(
+    handler: SignalHandler, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    watch.hold()
+    handler.defer()
     signal.raise_signal(number)
-    with watch.interruptible():
-        watch.check()
-    assert watch.caught == number
+    with handler.interruptible():
+        handler.raise_if_received()
+    assert handler.received == number
     assert f"signal {number}" in capfd.readouterr().err
 
 
-def test_the_first_signal_counts(watch: SignalHandler) -> None:
-    """Slurm sends SIGTERM after SIGUSR1, whose run is queued again."""
-    watch.hold()
+def test_the_first_signal_counts(handler: SignalHandler) -> None:
+    """Slurm sends SIGTERM after SIGUSR1, and only SIGUSR1 requeues the job."""
+    handler.defer()
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.raise_signal(number)
-    assert watch.caught == signal.SIGUSR1
+    assert handler.received == signal.SIGUSR1
 
 
 @pytest.mark.parametrize(
@@ -87,18 +86,18 @@ def test_the_first_signal_counts(watch: SignalHandler) -> None:
     [((5.0,), []), ((5.0, 5.1), []), ((5.0, 5.1, 6.0), [130]), ((5.0, 60.0), [130])],
 )
 def test_a_second_press_of_ctrl_c_ends_the_process_at_once(
-    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, moments: tuple[float, ...], codes: list[int]
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch, moments: tuple[float, ...], codes: list[int]
 ) -> None:
-    """`timeout -s INT` sends one press twice, to the process and to its group."""
-    watch.hold()
+    """`timeout -s INT` sends SIGINT twice, to the process and to its group."""
+    handler.defer()
     assert press(monkeypatch, *moments) == codes
-    assert watch.caught == signal.SIGINT
+    assert handler.received == signal.SIGINT
 
 
 def test_a_first_press_after_sigterm_is_not_a_second(
-    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch.hold()
+    handler.defer()
     signal.raise_signal(signal.SIGTERM)
     assert press(monkeypatch, 5.0) == []
 
@@ -113,8 +112,8 @@ def test_a_first_press_after_sigterm_is_not_a_second(
         ({"LOCAL_RANK": "0"}, False),
     ],
 )
-def test_a_rank_that_others_wait_for_stops_with_them(
-    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], at_once: bool
+def test_a_rank_for_which_others_wait_only_records_a_signal(
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], at_once: bool
 ) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
@@ -123,47 +122,47 @@ def test_a_rank_that_others_wait_for_stops_with_them(
             signal.raise_signal(signal.SIGTERM)
         return
     signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(StoppedBySignal), watch.interruptible():
-        raise AssertionError("it was noted before")
+    with pytest.raises(StoppedBySignal), handler.interruptible():
+        raise AssertionError("not interrupted")
 
 
-def test_a_rank_can_be_interrupted_where_the_ranks_share_the_outcome(
-    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_can_be_interrupted_inside_interruptible(
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(StoppedBySignal), watch.interruptible():
+    with pytest.raises(StoppedBySignal), handler.interruptible():
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_an_exception_that_a_library_swallowed_comes_again(watch: SignalHandler) -> None:
+def test_a_swallowed_exception_is_raised_again(handler: SignalHandler) -> None:
     try:
         signal.raise_signal(signal.SIGTERM)
     except BaseException:
         pass
     with pytest.raises(StoppedBySignal):
-        watch.check()
+        handler.raise_if_received()
 
 
-def test_a_forked_worker_does_not_act_on_its_parents_signals(watch: SignalHandler) -> None:
+def test_a_forked_worker_ignores_the_handlers_of_its_parent(handler: SignalHandler) -> None:
     child = os.fork()
     if not child:
         try:
             signal.raise_signal(signal.SIGINT)
-            os._exit(7 if watch.caught == 0 else 1)
+            os._exit(7 if handler.received == 0 else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_nohup_stays_in_force(watch: SignalHandler) -> None:
+def test_sighup_stays_ignored_under_nohup(handler: SignalHandler) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    watch.install()
+    handler.install()
     signal.raise_signal(signal.SIGHUP)
-    assert watch.caught == 0
+    assert handler.received == 0
 
 
-def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning kills rank 0, whose exit code is the run's, when another rank ends with anything else."""
+def test_only_ranks_launched_by_lightning_exit_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any other code of a rank Lightning kills rank 0, whose exit code is the run's."""
     monkeypatch.setenv(MAIN_PID_VARIABLE, str(os.getppid()))
     assert StoppedBySignal(15).code == 143  # rank 0
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -175,17 +174,17 @@ def test_only_ranks_that_lightning_launched_end_with_0(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "raised", [RuntimeError("Lightning"), ValueError("a codec"), InstantiationException("Hydra")]
 )
-def test_an_error_that_a_signal_brought_about_does_not_replace_it(
-    watch: SignalHandler, monkeypatch: pytest.MonkeyPatch, raised: Exception
+def test_an_error_caused_by_a_signal_does_not_replace_it(
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch, raised: Exception
 ) -> None:
-    """A library that cleans up after the signal's exception, or wraps it, may raise one of its own."""
+    """A library may raise an error of its own while it handles the signal's exception."""
 
     def interrupted(config: Any) -> None:
         with suppress(StoppedBySignal):
             signal.raise_signal(signal.SIGTERM)
         raise raised
 
-    monkeypatch.setattr(run, "signal_handler", watch)
+    monkeypatch.setattr(run, "signal_handler", handler)
     monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
     monkeypatch.setattr(run, "resolve_config", interrupted)
     with pytest.raises(StoppedBySignal) as stopped:
@@ -193,11 +192,13 @@ def test_an_error_that_a_signal_brought_about_does_not_replace_it(
     assert stopped.value.code == 143
 
 
-def test_an_error_without_a_signal_is_told(watch: SignalHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_signal_is_printed(
+    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(config: Any) -> None:
         raise ValueError("the disk is away")
 
-    monkeypatch.setattr(run, "signal_handler", watch)
+    monkeypatch.setattr(run, "signal_handler", handler)
     monkeypatch.setattr(run, "redact_hydra_files", lambda: None)
     monkeypatch.setattr(run, "resolve_config", failing)
     with pytest.raises(SystemExit, match="error: the disk is away"):
@@ -205,8 +206,8 @@ def test_an_error_without_a_signal_is_told(watch: SignalHandler, monkeypatch: py
 
 
 @pytest.mark.parametrize("number", [2, 10, 15])
-def test_train_py_listens_before_its_slow_imports(tmp_path: Any, number: int) -> None:
-    """A stand-in for torch sends the signal, and its import ends the process in one sentence."""
+def test_train_py_installs_the_handlers_before_slow_imports(tmp_path: Any, number: int) -> None:
+    """A fake torch module sends the signal when it is imported."""
     (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {number})\nos._exit(3)")
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(
@@ -221,15 +222,15 @@ def test_train_py_listens_before_its_slow_imports(tmp_path: Any, number: int) ->
 
 
 @pytest.mark.parametrize(
-    ("scontrol", "said"),
+    ("scontrol", "message"),
     [(None, "no scontrol"), ("echo denied >&2; exit 1", "denied"), ("exit 3", "3"), ("exit 0", "")],
 )
-def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
+def test_a_failed_requeue_is_printed(
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     scontrol: str | None,
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "777")
@@ -237,14 +238,14 @@ def test_a_job_that_is_not_queued_again_is_said_to_be_saved(
         (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
         (tmp_path / "scontrol").chmod(0o755)
     requeue_slurm_job()
-    heard = capsys.readouterr().err
-    assert ("not queued again" in heard) == bool(said)
-    assert said in heard and "Errno" not in heard
+    printed = capsys.readouterr().err
+    assert ("not queued again" in printed) == bool(message)
+    assert message in printed and "Errno" not in printed
 
 
 @pytest.mark.parametrize(("number", "job", "queued"), [(10, "777", "777"), (10, None, ""), (15, "777", "")])
-def test_a_warning_of_the_time_limit_before_the_first_step_says_what_slurm_does(
-    watch: SignalHandler,
+def test_sigusr1_before_the_first_step_says_that_slurm_does_not_requeue(
+    handler: SignalHandler,
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
     number: int,
@@ -255,5 +256,5 @@ def test_a_warning_of_the_time_limit_before_the_first_step_says_what_slurm_does(
         monkeypatch.setenv("SLURM_JOB_ID", job)
     with pytest.raises(StoppedBySignal):
         signal.raise_signal(number)
-    heard = capfd.readouterr().err
-    assert ("not queued again" in heard) == bool(queued) and queued in heard
+    printed = capfd.readouterr().err
+    assert ("not queued again" in printed) == bool(queued) and queued in printed

@@ -1,6 +1,5 @@
-"""Data without a valid pixel: its share is logged, batches and sets are named, a run of nothing else stops."""
+"""Data without valid pixels: their share is logged, batches and sets are reported, and a run of nothing else stops."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import nn
+from tiny_training import PixelNetwork
 
 from depth_anything.data.labels import finish_labels, write_label_sidecar
 from depth_anything.data.sample import Frame, encode_frame
@@ -31,23 +30,15 @@ from depth_anything.training.valid_pixels import (
     has_valid_target,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, COUNT = 28, 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The work is small: threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 GOOD = np.linspace(1, 9, 42, dtype=np.float32)[None].repeat(SIDE, 0)
 
 
 def write_set(root: Path, *maps: np.ndarray, quantity: str = "depth", **meta: Any) -> str:
-    """Write a set of six records whose truth is one of the maps, in turn."""
+    """Write a set of six records, which take the maps in turn."""
     records = []
     for i in range(COUNT):
         key = f"{root.name}/0/{i}"
@@ -102,16 +93,16 @@ def data(sets: dict[str, str], *, batch_size: int = 4, **changes: Any) -> TrainD
     )
 
 
-METRES: dict[str, Any] = {"min_depth": 0.001, "max_depth": 80.0}
+METERS: dict[str, Any] = {"min_depth": 0.001, "max_depth": 80.0}
 
 
 def fit(
     folder: Path, loader: TrainData, module: DepthModule, *, steps: int, every: int = 1
 ) -> list[dict[str, str]]:
-    """Train as a run does, accumulating two micro-batches, and return the rows of metrics.csv."""
+    """Train with two micro-batches a step, and return the rows of metrics.csv."""
     log = MetricsCSV(folder / "metrics.csv")
     metrics = TrainingMetrics(every=every, batch_size=4)
-    callbacks = [metrics, ValidPixelCheck(every=every), TrainingProgress(metrics)]
+    callbacks = [metrics, ValidPixelCheck(every=every), TrainingProgress(metrics, seconds=0.0)]
     arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder))
     trainer = pl.Trainer(**{**arguments, "accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2})
     trainer.loggers = [log]
@@ -119,48 +110,30 @@ def fit(
     return read_metrics(log.path).rows
 
 
-class Pixelwise(nn.Module):
-    """As much of a network as training asks for: each pixel's value is a mix of its colors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pretrained, self.depth_head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 1, 1)
-        self.pretrained.blocks: Any = []
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.depth_head(self.pretrained(image)).sigmoid()[:, 0] * 20 + 0.1
-
-    def encoder_parameters(self) -> Any:
-        return self.pretrained.parameters()
-
-    def head_parameters(self) -> Any:
-        return self.depth_head.parameters()
-
-
 def module_of(stage: str) -> DepthModule:
     torch.manual_seed(0)
     numbers: dict[str, Any] = {"steps": 100, "encoder_lr": 1e-5, "head_lr": 1e-5}
-    model: Any = Pixelwise()
+    model: Any = PixelNetwork(max_depth=20.0)
     if stage == "metric":
         return Metric(model, MetricRecipe(**numbers))
     return (Student if stage == "student" else DepthModule)(model, Recipe(**numbers))
 
 
 MILLIMETERS = GOOD * 1000
-#: What has no truth: stage, map, the data's settings, and what the sentence names.
-NOTHING = {
-    "millimeters as metres": ("metric", MILLIMETERS, METRES, ["1000", "9000", "max_depth", "80", "unit"]),
-    "sky alone, metric": ("metric", GOOD * np.inf, METRES, ["sky"]),
-    "nothing known": ("metric", GOOD * np.nan, METRES, ["unknown"]),
-    "all nearer than min_depth": ("metric", GOOD / 1e6, METRES, ["1e-06", "min_depth", "unit"]),
+#: Cases without a valid target: stage, map, settings of the data, and values that the error names.
+NO_VALID_TARGET = {
+    "millimeters as meters": ("metric", MILLIMETERS, METERS, ["1000", "9000", "max_depth", "80", "unit"]),
+    "sky alone, metric": ("metric", GOOD * np.inf, METERS, ["sky"]),
+    "nothing known": ("metric", GOOD * np.nan, METERS, ["unknown"]),
+    "all nearer than min_depth": ("metric", GOOD / 1e6, METERS, ["1e-06", "min_depth", "unit"]),
     "a teacher's sky": ("teacher", GOOD * np.inf, {}, ["sky"]),
     "a teacher's wall": ("teacher", GOOD * 0 + 4, {}, ["4"]),
     "a teacher's zeros": ("teacher", GOOD * 0, {}, ["unknown"]),
 }
 
 
-@pytest.mark.parametrize("case", NOTHING.values(), ids=NOTHING)
-def test_a_run_without_a_pixel_to_learn_from_stops(
+@pytest.mark.parametrize("case", NO_VALID_TARGET.values(), ids=NO_VALID_TARGET)
+def test_a_run_without_valid_targets_stops(
     tmp_path: Path, case: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage, truth, settings, words = case
@@ -170,15 +143,15 @@ def test_a_run_without_a_pixel_to_learn_from_stops(
     assert "\n" not in str(raised.value)
     for word in ["the set own", "own/0[", "own/0/", "64 images", *words]:
         assert word in str(raised.value), word
-    said = capsys.readouterr().err
-    assert "step 1 " in said and "samples 0 to 3" in said and "own/0[" in said
+    printed = capsys.readouterr().err
+    assert "step 1 " in printed and "samples 0 to 3" in printed and "own/0[" in printed
     rows = read_metrics(tmp_path / "metrics.csv").rows
     assert len(rows) == STOP_AFTER_IMAGES // 4 >= STOP_AFTER_STEPS
     assert {row["valid_share"] for row in rows} == {"1.0" if words == ["4"] else "0.0"}
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5], ids=["zeros", "a constant"])
-def test_a_student_whose_labels_are_constant_stops(tmp_path: Path, value: float) -> None:
+def test_a_student_with_constant_labels_stops(tmp_path: Path, value: float) -> None:
     photos = write_set(tmp_path / "photos")
     labels = write_labels(tmp_path / "labels", photos, GOOD * 0 + value)
     with pytest.raises(ValueError) as raised:
@@ -187,50 +160,50 @@ def test_a_student_whose_labels_are_constant_stops(tmp_path: Path, value: float)
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("side", ["metres", "replayed"])
-def test_either_side_of_replay_without_truth_stops_the_run(tmp_path: Path, side: str) -> None:
-    """The other one's losses would hide it: the run would never learn what is where, or never metres."""
-    rooms = write_set(tmp_path / "rooms", MILLIMETERS if side == "metres" else GOOD)
+@pytest.mark.parametrize("side", ["meters", "replayed"])
+def test_replay_stops_if_either_kind_of_set_has_no_valid_target(tmp_path: Path, side: str) -> None:
+    """The losses of the other kind would hide it."""
+    rooms = write_set(tmp_path / "rooms", MILLIMETERS if side == "meters" else GOOD)
     replayed = write_set(
-        tmp_path / "web", GOOD if side == "metres" else GOOD * 0 + 3, quantity="disparity", sky_policy="far"
+        tmp_path / "web", GOOD if side == "meters" else GOOD * 0 + 3, quantity="disparity", sky_policy="far"
     )
     settings = {"images": {"web": replayed}, "replay": ["web"], "replay_share": 0.5, "sky": None}
-    loader = data({"rooms": rooms}, **METRES, **settings)
+    loader = data({"rooms": rooms}, **METERS, **settings)
     with pytest.raises(ValueError) as raised:
         fit(tmp_path, loader, module_of("metric"), steps=200)
-    assert f"the set {'rooms' if side == 'metres' else 'web'} " in str(raised.value)
+    assert f"the set {'rooms' if side == 'meters' else 'web'} " in str(raised.value)
 
 
-def test_a_short_run_of_nothing_does_not_end_as_finished(tmp_path: Path) -> None:
+def test_a_short_run_without_valid_targets_does_not_finish(tmp_path: Path) -> None:
     root = write_set(tmp_path / "own", MILLIMETERS)
     with pytest.raises(ValueError, match="own/0"):
-        fit(tmp_path, data({"own": root}, **METRES), module_of("metric"), steps=3, every=50)
+        fit(tmp_path, data({"own": root}, **METERS), module_of("metric"), steps=3, every=50)
 
 
-def test_one_image_of_truth_is_enough_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Crops of sky above a LiDAR's reach are no fault of the set."""
+def test_one_valid_image_is_enough_to_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A set may have crops of sky above the range of a LiDAR."""
     root = write_set(tmp_path / "own", *[MILLIMETERS] * (COUNT - 1), GOOD)
-    rows = fit(tmp_path, data({"own": root}, **METRES), module_of("metric"), steps=30)
+    rows = fit(tmp_path, data({"own": root}, **METERS), module_of("metric"), steps=30)
     assert len(rows) == 30
     shares = [float(row["valid_share"]) for row in rows]
     assert sum(shares) / 30 == pytest.approx(1 / COUNT) and set(shares) <= {0, 0.25, 0.5}
     assert "none of the last" not in capsys.readouterr().err
 
 
-def test_a_set_without_truth_among_others_is_named_once(
+def test_one_set_without_valid_targets_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = {
         "good": write_set(tmp_path / "good", GOOD),
         "millis": write_set(tmp_path / "millis", MILLIMETERS),
     }
-    rows = fit(tmp_path, data(sets, **METRES), module_of("metric"), steps=60)
+    rows = fit(tmp_path, data(sets, **METERS), module_of("metric"), steps=60)
     assert len(rows) == 60
-    said = [line for line in capsys.readouterr().err.splitlines() if "none of the last" in line]
-    assert len(said) == 1 and "millis" in said[0] and "max_depth" in said[0]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "the set millis" in line]
+    assert len(printed) == 1 and "millis" in printed[0] and "max_depth" in printed[0]
 
 
-def test_the_share_is_the_mean_over_micro_batches_and_in_the_progress_line(
+def test_valid_share_is_the_mean_over_micro_batches_and_shown_in_the_progress(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = GOOD.copy()
@@ -241,7 +214,7 @@ def test_the_share_is_the_mean_over_micro_batches_and_in_the_progress_line(
     assert "valid=50.0%" in capsys.readouterr().err
 
 
-def test_which_images_have_truth() -> None:
+def test_has_valid_target() -> None:
     target = torch.tensor([[1.0, 2, 3], [1, 1, 1], [1, 2, 3], [1, 2, 3], [5, 0, 0], [0, 0, 7]])[:, None]
     valid = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()[:, None]
     assert has_valid_target(target, valid, False).tolist() == [True, False, False, False, True, False]
@@ -256,7 +229,7 @@ def test_which_images_have_truth() -> None:
 def test_ranks_stop_together_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, mine: bool, other: bool, stop: int | None
 ) -> None:
-    """Two images a rank and step, of two ranks; nothing valid from step 9 on, on one of them or both."""
+    """Two ranks with two images a step; from step 9 on one of them or both have no valid target."""
     there: list[list[int]] = []
 
     def all_reduce(totals: torch.Tensor, op: Any) -> None:
@@ -269,20 +242,20 @@ def test_ranks_stop_together_or_not_at_all(
     stream = SimpleNamespace(locate=lambda n: (0, "own/0", n % 7))
     source = SimpleNamespace(name="own", read=lambda shard, index: ("own/0/1", {}))
     dataset: Any = SimpleNamespace(stream=stream, relative=frozenset(), depth_range=(0, 80), sources=[source])
-    watch = ValidPixelCheck(lambda trainer: dataset, every=4)
+    check = ValidPixelCheck(lambda trainer: dataset, every=4)
     trainer: Any = SimpleNamespace(global_step=0, max_steps=100, world_size=2, is_global_zero=False)
     module: Any = SimpleNamespace(device="cpu")
-    watch.on_train_start(trainer, module)
+    check.on_train_start(trainer, module)
     for step in range(60):
         trainer.global_step = step
         numbers = torch.arange(4 * step, 4 * step + 2)
         valid = torch.full((2, 3, 3), not (mine and step >= 8))
-        watch.on_train_batch_start(
+        check.on_train_batch_start(
             trainer, module, {"sample": numbers, "target": torch.rand(2, 3, 3), "valid": valid}, step
         )
         if step + 1 == stop:
-            with pytest.raises(ValueError, match="last 64 images .16 steps.*own/0"):
-                watch.on_step(trainer, module, step + 1)
+            with pytest.raises(ValueError, match="64 images .16 steps.*own/0"):
+                check.on_step(trainer, module, step + 1)
             return
-        watch.on_step(trainer, module, step + 1)
+        check.on_step(trainer, module, step + 1)
     assert stop is None

@@ -1,1 +1,1 @@
-"""Public benchmarks: facts in rows, a reader each; `catalogue` names them all."""
+"""Public benchmarks, one module each with facts and a reader; `catalog` lists them."""

@@ -1,28 +1,27 @@
-"""Booster, its training scenes: rooms with glass, mirrors and other things that shine, seen by a pair of cameras.
+"""Booster, its training scenes: rooms with glass, mirrors and shiny objects, seen by a stereo camera.
 
 Layout: train/balanced/Bathroom/camera_00/im0.png, an image for each light, with disp_00.npy, mask_cat.png and
-calib_00-02.xml in train/balanced/Bathroom; 4112 x 3008 pixels. The truth of the test scenes, and of those of the
-NTIRE challenges, is not public. What lies below a folder unbalanced (the same left images) or test is passed over.
+calib_00-02.xml in train/balanced/Bathroom; 4112 x 3008 pixels. The ground truth of the test scenes and of the NTIRE
+challenges is not public. Folders named unbalanced (the same left images) or test are ignored.
 
-Depth: disp_00.npy holds the disparity of the left, rectified image in pixels, 0 where it is not known. Depth is
-focal length × distance of the cameras / disparity, by calib_00-02.xml, as OpenCV writes it: the first number of
-proj_matL in pixels, baselineLR in millimetres. (CVLAB-Unibo/Depth4ToM-code, evaluate_mono.py and utils.py.)
-mask_00.png, what the other camera does not see, is not used there, nor here.
+Depth: disp_00.npy holds the disparity of the left, rectified image in pixels, 0 where unknown. Depth is focal length ×
+baseline / disparity; calib_00-02.xml, written by OpenCV, has the focal length (first number of proj_matL, pixels) and
+the baseline (baselineLR, millimeters). Source: CVLAB-Unibo/Depth4ToM-code, evaluate_mono.py and utils.py. mask_00.png,
+the pixels that the other camera does not see, is used neither there nor here.
 
-Materials: mask_cat.png has four classes, 0 to 3; 2 and 3 are transparent or mirrors (ToM), 0 and 1 others (the
-same evaluate_mono.py).
+Materials: mask_cat.png has the classes 0 to 3; 2 and 3 are transparent or mirrors (ToM), by the same evaluate_mono.py.
 
-Two benchmarks: `booster` compares all that is known; `booster_tom` only what is transparent or a mirror, and
-leaves out images without. Both are fitted over all that is known, as the makers do: a fit over a mirror alone
-would forgive what is asked for, its place among the other things.
+Two benchmarks: `booster` compares all known pixels, `booster_tom` only transparent objects and mirrors, and leaves out
+images without any. Both are aligned over all known pixels, as the authors do: an alignment over a mirror alone would
+hide that it is at the wrong place among the other objects.
 
-Rules: the makers' code fits disparity to disparity by least squares, compares depth from 1 mm to 10 m, and is
-`da2` here but for two things: it compares every fourth pixel of every fourth row, and takes what the fit puts
-behind infinity for near, not far. The NTIRE 2024 challenge (CVLAB-Unibo/booster-web, _includes/ntire_home24.html)
-fits in depth, scale and shift, on images of its own, and ranks by the share of ToM within 1.05; how it fits is
-not published. `marigold` fits models of depth so, by least squares.
+Protocols: the authors' code fits disparity to disparity by least squares and compares depth from 1 mm to 10 m. `da2`
+differs in two points: the authors compare every fourth pixel of every fourth row, and take fitted disparity below zero
+for near, not far. The NTIRE 2024 challenge (CVLAB-Unibo/booster-web, _includes/ntire_home24.html) fits scale and shift
+in depth, on images of its own, and ranks by the share of ToM within 1.05; its fit is not published. `marigold` fits
+models of depth by least squares.
 
-Licence: not verified. Get booster_gt.zip from https://amsacta.unibo.it/id/eprint/6876; the makers' page is
+License: not verified. Get booster_gt.zip from https://amsacta.unibo.it/id/eprint/6876; the authors' page is
 https://cvlab-unibo.github.io/booster-web.
 """
 
@@ -34,8 +33,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import (
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
     MaskedFrame,
     make_frame,
     prefix_errors,
@@ -53,7 +53,7 @@ TRANSPARENT_OR_MIRROR = (2, 3)
 
 _SKIPPED_FOLDERS = {"unbalanced", "test"}
 _IMAGE = FilePattern("image", "camera_00", r"(\w+)\.png")
-_FACTS = DatasetInfo(
+_INFO = DatasetInfo(
     name="booster",
     title="Booster, training scenes",
     records=228,
@@ -66,10 +66,10 @@ _FACTS = DatasetInfo(
 
 def find(root: Path) -> Iterator[str]:
     """List the images scene by scene; ValueError if there is none."""
-    lines = find_frames(resolve_root(root, "booster"), _FACTS, (_IMAGE,), sequence=_scene_name)
+    lines = find_frames(resolve_root(root, "booster"), _INFO, (_IMAGE,), sequence=_scene_name)
     listed = (line for line in lines if not _SKIPPED_FOLDERS & set(line.partition("\t")[0].split("/")[:-1]))
     return require_lines(
-        listed, f"{root} holds no image of Booster's training scenes: get it from {_FACTS.get}"
+        listed, f"{root} holds no image of Booster's training scenes", f"get it from {_INFO.get}"
     )
 
 
@@ -77,9 +77,9 @@ def read(root: Path, line: str, *, tom: bool = False) -> Frame:
     """Read a frame; ValueError if a file is missing or damaged, or sizes differ.
 
     Args:
-        root: Folder of the benchmark, or one above it.
-        line: Of `find`.
-        tom: Whether only what is transparent or a mirror is compared.
+        root: folder of the benchmark, or one above it.
+        line: from `find`.
+        tom: whether only transparent objects and mirrors are compared.
     """
     name, image = split_fields(line)
     root = resolve_root(root, "booster")
@@ -92,14 +92,15 @@ def read(root: Path, line: str, *, tom: bool = False) -> Frame:
             frame = make_frame(f"booster/{name}", data, focal * baseline / pixels)
         if not tom:
             return frame
-        part = np.isin(_read_materials(scene), TRANSPARENT_OR_MIRROR)
-        if part.shape != pixels.shape:
+        with prefix_errors("mask_cat.png"):
+            materials = read_label_image(read_bytes(scene / "mask_cat.png"))
+        if materials.shape != pixels.shape:
             raise ValueError("its materials and its disparity differ in size")
-        return MaskedFrame(**vars(frame), part=part)
+        return MaskedFrame(**vars(frame), eval_mask=np.isin(materials, TRANSPARENT_OR_MIRROR))
 
 
 def read_calibration(data: bytes) -> tuple[float, float]:
-    """Focal length in pixels and distance of the cameras in metres, of a calib_00-02.xml; ValueError if it has none."""
+    """Read focal length (pixels) and baseline (meters) from a calib_00-02.xml; ValueError if it has none."""
     try:
         tree = ElementTree.fromstring(data)
         focal = float(tree.findtext("proj_matL/data", "").split()[0])
@@ -111,28 +112,20 @@ def read_calibration(data: bytes) -> tuple[float, float]:
     return focal, baseline
 
 
-def _read_materials(scene: Path) -> np.ndarray:
-    with prefix_errors("mask_cat.png"):
-        return read_label_image(read_bytes(scene / "mask_cat.png"))
-
-
 def _scene_name(parts: tuple[str, ...]) -> str:
     return "/".join(parts[:-1] if _SKIPPED_FOLDERS & set(parts) else parts[-2:-1])
 
 
 def _make_benchmark(name: str, title: str, *, tom: bool) -> Benchmark:
-    return Benchmark(
+    return Benchmark.from_info(
+        _INFO,
         name=name,
         title=title,
-        images=_FACTS.records,
-        layout=_FACTS.layout,
-        get=_FACTS.get,
-        licence=_FACTS.licence,
         find=find,
         read=partial(read, tom=tom),
         depth_limits={"da2": DepthLimits(1e-3, 10), "marigold": DepthLimits(1e-3, 10)},
     )
 
 
-BOOSTER = _make_benchmark(_FACTS.name, _FACTS.title, tom=False)
-BOOSTER_TOM = _make_benchmark("booster_tom", f"{_FACTS.title}, transparent or mirror", tom=True)
+BOOSTER = _make_benchmark(_INFO.name, _INFO.title, tom=False)
+BOOSTER_TOM = _make_benchmark("booster_tom", f"{_INFO.title}, transparent or mirror", tom=True)

@@ -1,4 +1,4 @@
-"""Every benchmark that `depth-anything evaluate` knows by name; nothing is imported before use."""
+"""Names of all benchmarks of `depth-anything evaluate`; modules are imported on demand."""
 
 from importlib import import_module
 
@@ -36,14 +36,14 @@ BENCHMARKS = {
     "moge_spring": "moge:MOGE_SPRING",
     "moge_hammer": "moge:MOGE_HAMMER",
 }
-"""Name → "module:name in it", below this package."""
+"""Name → "module:constant", relative to this package."""
 
 
 def load_benchmark(name: str) -> Benchmark:
     """Import a benchmark.
 
     Raises:
-        ValueError: If there is none of this name; those that are, are named.
+        ValueError: unknown name; the message lists all names.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; choose one of: {', '.join(BENCHMARKS)}")

@@ -1,24 +1,24 @@
-"""DDAD, its validation scenes: streets in the United States and Japan, the camera that looks ahead, LiDAR to 250 m.
+"""DDAD, its validation scenes: streets in the United States and Japan, the front camera, LiDAR to 250 m.
 
-Layout: ddad_train_val/ddad.json names the scene files of each split; 000150/scene_….json holds a scene's data
-and samples; beside it lie rgb/CAMERA_01/….png, point_cloud/LIDAR/….npz and calibration/….json. 1936 x 1216 pixels.
+Layout: ddad_train_val/ddad.json names the scene files of each split; 000150/scene_….json holds a scene's data and
+samples; in the same folder are rgb/CAMERA_01/….png, point_cloud/LIDAR/….npz and calibration/….json. 1936 x 1216 pixels.
 
-This is DGP, the format of Toyota's research institute. What follows is from its source, TRI-ML/dgp: proto/*.proto,
-datasets/base_dataset.py, utils/annotation.py, utils/camera.py, utils/pose.py, and the scenes of its tests. No file
-of DDAD itself was at hand. In ddad.json split "1" is val. A sample names its data by their keys, and its
-calibration's file. A pose turns a sensor's points to those of the place, quaternion (w, x, y, z) and translation;
-so camera's and LiDAR's own poses, taken at their own times, bring the points to the camera. What JSON leaves out
-is 0. Points are an array "data", (N, 3) or more, or with fields X, Y and Z, metres, in the sensor's frame.
+The format is DGP of the Toyota Research Institute. This reader follows the source of TRI-ML/dgp (proto/*.proto,
+datasets/base_dataset.py, utils/annotation.py, utils/camera.py, utils/pose.py) and the scenes of its tests; no file of
+DDAD itself was available. In ddad.json split "1" is val. A sample names its data by their keys, and its calibration
+file. A pose maps a sensor's points to the world: quaternion (w, x, y, z) and translation; the poses of camera and LiDAR
+are of their own times, and together map LiDAR points to the camera. Fields missing in the JSON are 0. Points are an
+array "data", (N, 3) or more, or one with fields X, Y and Z, in meters, in the sensor's frame.
 
-Depth: made of the points: planar, in whole pixels, cut off as dgp does; of several points in a pixel the nearest
-counts. (dgp keeps the last one of the file. Its extrinsics and distortions are not used, there as here.)
+Depth: planar depth of the projected points, at pixel coordinates truncated as dgp does; the nearest of several points
+in a pixel counts. (dgp keeps the last one of the file. Its extrinsics and distortions are used neither there nor here.)
 
-Frames: 3,950 of 50 scenes, as CAMERA_01 sees them: TRI-ML/DDAD, README.md; so the makers judge, to 200 m without a
-crop (evaluation/main.py there; configs/eval_ddad.yaml of TRI-ML/packnet-sfm). Depth Anything V1 does not say which
-images, cameras or depths its figures are of. `zoedepth` is what its metric_depth/zoedepth/utils/config.py has: to
-80 m, Garg's crop. There the image was stretched to 1216 x 352 for the network; here it is not.
+Frames: 3,950 of 50 scenes, seen by CAMERA_01 (TRI-ML/DDAD, README.md); the authors compare up to 200 m without a crop
+(evaluation/main.py there; configs/eval_ddad.yaml of TRI-ML/packnet-sfm). Depth Anything V1 does not say which images,
+cameras or depths its figures are of. `zoedepth` is that of metric_depth/zoedepth/utils/config.py: up to 80 m, Garg's
+crop; its code stretches the image to 1216 x 352 for the network, which is not done here.
 
-Licence: CC BY-NC-SA 4.0. Get it from https://github.com/TRI-ML/DDAD (DDAD.tar, 257 GB with the training scenes).
+License: CC BY-NC-SA 4.0. Get it from https://github.com/TRI-ML/DDAD (DDAD.tar, 257 GB with the training scenes).
 """
 
 import io
@@ -33,8 +33,15 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import MAX_FILE_BYTES
@@ -47,15 +54,15 @@ _LAYOUT = f"ddad_train_val/{INDEX_FILE} with the folders of its scenes"
 
 @dataclass(frozen=True)
 class LidarSample:
-    """What the camera and the LiDAR saw at a time.
+    """The image and the point cloud of one time.
 
     Attributes:
-        name: Of the image, without its ending.
-        calibration: Name of the calibration's file, without its ending.
-        image: Path below the scene's folder; "": there is none.
-        cloud: Likewise.
-        camera: float64 (4, 4), from the camera to the place.
-        lidar: float64 (4, 4), from the LiDAR to the place.
+        name: of the image, without its suffix.
+        calibration: name of the calibration file, without its suffix.
+        image: path below the scene's folder, or "".
+        cloud: likewise, of the point cloud.
+        camera: float64 (4,4), from the camera to the world.
+        lidar: float64 (4,4), from the LiDAR to the world.
     """
 
     name: str
@@ -67,15 +74,15 @@ class LidarSample:
 
 
 def find(root: Path) -> Iterator[str]:
-    """List the frames of those validation scenes that lie there, in the order of ddad.json and of their samples.
+    """List the frames of the validation scenes that are there, in the order of ddad.json and of their samples.
 
     Raises:
-        ValueError: If ddad.json, or each of its scenes, is not there, or a scene's file is damaged.
+        ValueError: ddad.json or all of its scenes are missing, or a scene's file is damaged.
     """
     place = _find_root(root)
     here = [scene for scene in _validation_scenes(place) if (place / scene).is_file()]
     if not here:
-        raise ValueError(f"{place} holds no scene of DDAD's validation split: get it from {_GET}")
+        raise UserError(f"{place} holds no scene of DDAD's validation split", f"get it from {_GET}")
     for scene in here:
         folder = PurePosixPath(scene).parent
         for sample in _read_samples(place, scene):
@@ -84,17 +91,17 @@ def find(root: Path) -> Iterator[str]:
 
 
 def read(root: Path, line: str) -> Frame:
-    """Read a frame and make its depth of the points; ValueError if a file is missing or damaged."""
+    """Read a frame and project its points to depth; ValueError if a file is missing or damaged."""
     name, scene, cloud, image = split_fields(line)
     place = _find_root(root)
     with prefix_errors(f"ddad/{name}"):
         held = {one.name: one for one in _read_samples(place, scene)}
         sample = held.get(PurePosixPath(name).name)
         if sample is None:
-            raise ValueError(f"{scene} holds it no longer")
+            raise ValueError(f"{scene} no longer has it")
         for path, what in ((image, CAMERA), (cloud, LIDAR)):
             if not path:
-                raise ValueError(f"its scene has no {what} at that time")
+                raise ValueError(f"its scene has no data of {what} at that time")
         pixels = decode_image(read_file(place, _check_inside(image)))
         calibration = _check_inside(f"{PurePosixPath(scene).parent}/calibration/{sample.calibration}.json")
         camera = read_intrinsics(read_file(place, calibration))
@@ -105,15 +112,15 @@ def read(root: Path, line: str) -> Frame:
 
 
 def project_points(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:
-    """Make a map of depth of points.
+    """Project points to a depth map.
 
     Args:
-        points: float64 (N, 3), metres, in the camera's frame: x to the right, y down, z ahead.
-        camera: float64 (3, 3), intrinsics in pixels.
-        size: Height and width.
+        points: float64 (N,3), meters, in the camera's frame: x to the right, y down, z forward.
+        camera: float64 (3,3), intrinsics in pixels.
+        size: height and width.
 
     Returns:
-        float64 (H, W), metres along the axis, of the nearest point in each pixel; 0 where there is none.
+        float64 (H,W), planar depth in meters of the nearest point in each pixel; 0 where there is none.
     """
     points = points[points[:, 2] > 0]
     depth = points[:, 2]
@@ -126,7 +133,7 @@ def project_points(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, i
 
 
 def read_points(data: bytes) -> np.ndarray:
-    """The points of a cloud's .npz, float64 (N, 3); ValueError if it is damaged, or holds something else."""
+    """Read the points of a .npz file, float64 (N,3); ValueError if it is damaged or holds something else."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if archive.getinfo("data.npy").file_size > MAX_FILE_BYTES:
@@ -137,7 +144,7 @@ def read_points(data: bytes) -> np.ndarray:
         if values.dtype.names is not None:
             values = np.stack([values[axis].reshape(-1) for axis in "XYZ"], 1)
         if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
-            raise ValueError(f"an array of {values.shape} is no list of points")
+            raise ValueError(f"an array of shape {values.shape} is not a list of points")
     except Exception as error:  # damage makes the libraries raise a dozen types
         raise ValueError(f"its point cloud cannot be read: {error}") from error
     points = values[:, :3].astype(np.float64)
@@ -145,7 +152,7 @@ def read_points(data: bytes) -> np.ndarray:
 
 
 def _check_npy_size(stream: io.BytesIO) -> None:
-    """Refuse an NPY whose header claims more than follows it: room would be made for what it claims."""
+    """Refuse an NPY file whose header claims more bytes than follow it, before memory is allocated for them."""
     form = np.lib.format
     read_header = (
         form.read_array_header_1_0 if form.read_magic(stream) == (1, 0) else form.read_array_header_2_0
@@ -158,7 +165,7 @@ def _check_npy_size(stream: io.BytesIO) -> None:
 
 
 def read_intrinsics(data: bytes) -> np.ndarray:
-    """The camera's intrinsics in a calibration's file, float64 (3, 3); ValueError if it has none."""
+    """Read the camera's intrinsics from a calibration file, float64 (3,3); ValueError if it has none."""
     try:
         calibration = json.loads(data)
         names = [str(name).upper() for name in calibration["names"]]
@@ -177,11 +184,11 @@ def _find_root(root: Path) -> Path:
     for place in (root, root / "ddad_train_val"):
         if (place / INDEX_FILE).is_file():
             return place
-    raise ValueError(f"{root} does not hold DDAD: looked for {_LAYOUT}; get it from {_GET}")
+    raise UserError(f"{root} does not hold DDAD: looked for {_LAYOUT}", f"get it from {_GET}")
 
 
 def _validation_scenes(place: Path) -> list[str]:
-    """Scene files of the validation split, below `place`."""
+    """The scene files of the validation split, relative to `place`."""
     try:
         names = json.loads((place / INDEX_FILE).read_bytes())["scene_splits"][_VALIDATION_SPLIT]["filenames"]
         return [_check_inside(name) for name in names]
@@ -190,9 +197,9 @@ def _validation_scenes(place: Path) -> list[str]:
 
 
 def _check_inside(path: str) -> str:
-    """The path, if it leads to nothing outside of the folder."""
+    """Return the path; ValueError if it leads outside of the folder."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError(f"{path!r} leads out of the folder")
+        raise ValueError(f"{path!r} is outside of the folder")
     return path
 
 
@@ -203,7 +210,7 @@ def _read_samples(place: Path, scene: str) -> tuple[LidarSample, ...]:
 
 @lru_cache(maxsize=64)
 def _read_scene(path: Path, changed: int) -> tuple[LidarSample, ...]:
-    """The samples of a scene's file, `changed` then; ValueError if it is damaged."""
+    """Read the samples of a scene file; `changed` is its time, for the cache. ValueError if it is damaged."""
     try:
         scene = json.loads(path.read_bytes())
         data = {datum["key"]: datum for datum in scene["data"]}
@@ -213,7 +220,7 @@ def _read_scene(path: Path, changed: int) -> tuple[LidarSample, ...]:
 
 
 def _parse_sample(sample: dict[str, Any], data: dict[str, Any]) -> LidarSample:
-    """A sample with what its keys stand for; names of sensors are compared without their case, as dgp does."""
+    """Resolve the keys of a sample; names of sensors are compared without case, as dgp does."""
     seen = [data[key] for key in sample["datum_keys"] if key in data]
     named = {datum["id"]["name"].upper(): datum["datum"] for datum in seen}
     image, cloud = named.get(CAMERA, {}).get("image", {}), named.get(LIDAR, {}).get("point_cloud", {})
@@ -224,12 +231,12 @@ def _parse_sample(sample: dict[str, Any], data: dict[str, Any]) -> LidarSample:
 
 
 def _pose_matrix(pose: dict[str, Any]) -> np.ndarray:
-    """A pose as float64 (4, 4)."""
+    """A pose as a matrix, float64 (4,4)."""
     rotation, translation = pose.get("rotation", {}), pose.get("translation", {})
     quaternion = np.array([float(rotation.get(f"q{axis}", 0)) for axis in "wxyz"])
     length = np.linalg.norm(quaternion)
     if not abs(length - 1) < 1e-3:
-        raise ValueError(f"the quaternion {quaternion.tolist()} turns nothing: its length is {length:g}")
+        raise ValueError(f"the quaternion {quaternion.tolist()} is not a rotation: its length is {length:g}")
     w, x, y, z = quaternion / length
     matrix = np.eye(4)
     matrix[:3, :3] = [
@@ -243,12 +250,12 @@ def _pose_matrix(pose: dict[str, Any]) -> np.ndarray:
 
 DDAD = Benchmark(
     name="ddad",
-    title="DDAD, validation, the camera ahead",
+    title="DDAD, validation, front camera",
     images=3950,
     layout=_LAYOUT,
     get=_GET,
     licence="CC-BY-NC-SA-4.0",
     find=find,
     read=read,
-    depth_limits={"da2": DepthLimits(1e-3, 200), "zoedepth": DepthLimits(1e-3, 80, crop="garg")},
+    depth_limits={"da2": DepthLimits(1e-3, 200), "zoedepth": DepthLimits(1e-3, 80, eval_crop="garg")},
 )

@@ -1,19 +1,19 @@
-"""DIODE, its validation split: rooms and places, a laser scanner.
+"""DIODE, its validation split: indoor and outdoor scenes, a laser scanner.
 
-Layout: val/indoors/scene_00019/scan_00183/00019_00183_indoors_000_010.png with ….._depth.npy and
-…_depth_mask.npy, and outdoor alike; 1024 x 768 pixels.
+Layout: val/indoors/scene_00019/scan_00183/00019_00183_indoors_000_010.png with …_depth.npy and …_depth_mask.npy, and
+outdoor likewise; 1024 x 768 pixels.
 
-Depth: float32 (H, W, 1), metres; the mask is 1 where it can be trusted.
+Depth: float32 (H, W, 1), meters; the mask is 1 where it is reliable.
 
-Three benchmarks: `diode` is all 771, `diode_indoor` 325, `diode_outdoor` 446. The figures of Depth Anything
-are near those of the rooms alone: see docs/evaluation.md.
+Three benchmarks: `diode` is all 771 images, `diode_indoor` 325, `diode_outdoor` 446. The published figures of Depth
+Anything are close to those of the indoor images alone: see docs/evaluation.md.
 
-ZoeDepth's code, with which the published figures in metres were made (zoedepth/utils/config.py and
-utils/misc.py in metric_depth/ of Depth Anything V1), compares of the rooms rows 45 to 471 and columns 41 to
-601, which is the upper left of their pixels, and of the places Garg's crop. Its reader loads the mask and then
-does not use it, and shrinks the image to 480 rows before the network sees it; here the mask holds.
+ZoeDepth's code, which made the published metric figures (zoedepth/utils/config.py and utils/misc.py in metric_depth/ of
+Depth Anything V1), compares rows 45 to 471 and columns 41 to 601 of the indoor images, which is their upper left part,
+and Garg's crop of the outdoor ones. Its reader loads the mask without using it, and shrinks the image to 480 rows for
+the network; here the mask is used and the image is not shrunk.
 
-Licence: MIT. Get it from https://diode-dataset.org (val.tar.gz, 2.6 GB).
+License: MIT. Get it from https://diode-dataset.org (val.tar.gz, 2.6 GB).
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,14 @@ from functools import partial
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
 from depth_anything.ingest.maps import read_npy
 from depth_anything.ingest.source import DatasetInfo
@@ -31,7 +37,7 @@ _NAME = r"(\d{5}_\d{5}_(?:indoors|outdoor)_\d{3}_\d{3})"
 _IMAGE = FilePattern("image", "scan_*", _NAME + r"\.png")
 _DEPTH = FilePattern("depth", "scan_*", _NAME + r"_depth\.npy")
 _MASK = FilePattern("mask", "scan_*", _NAME + r"_depth_mask\.npy")
-_FACTS = DatasetInfo(
+_INFO = DatasetInfo(
     name="diode",
     title="DIODE, validation",
     records=771,
@@ -45,13 +51,13 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
     """List the frames scan by scan.
 
     Args:
-        root: Folder of the split, or one above it; what lies below a folder train is passed over.
+        root: folder of the split, or one above it; folders named train are ignored.
         part: "indoors" or "outdoor"; "": both.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: there is none.
     """
-    lines = find_frames(resolve_root(root, "diode"), _FACTS, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
+    lines = find_frames(resolve_root(root, "diode"), _INFO, (_IMAGE, _DEPTH, _MASK), sequence="/".join)
     listed = (
         line
         for line in lines
@@ -59,7 +65,7 @@ def find(root: Path, *, part: str = "") -> Iterator[str]:
         if "train" not in folders.split("/") and (not part or f"_{part}_" in name)
     )
     return require_lines(
-        listed, f"{root} holds no frame of DIODE's validation split {part}: get it from {_FACTS.get}"
+        listed, f"{root} holds no frame of DIODE's validation split {part}", f"get it from {_INFO.get}"
     )
 
 
@@ -68,22 +74,20 @@ def read(root: Path, line: str) -> Frame:
     name, image, depth, mask = split_fields(line)
     root = resolve_root(root, "diode")
     with prefix_errors(f"diode/{name}"):
-        metres = read_npy(read_frame_file(root, _DEPTH, depth))
+        meters = read_npy(read_frame_file(root, _DEPTH, depth))
         known = read_npy(read_frame_file(root, _MASK, mask)) > 0
         return make_frame(
-            f"diode/{name.rpartition('/')[2]}", read_frame_file(root, _IMAGE, image), metres, known=known
+            f"diode/{name.rpartition('/')[2]}", read_frame_file(root, _IMAGE, image), meters, known=known
         )
 
 
 def _make_benchmark(part: str, images: int, depth_limits: dict[str, DepthLimits]) -> Benchmark:
     word = part.rstrip("s")
-    return Benchmark(
-        name=f"{_FACTS.name}_{word}" if part else _FACTS.name,
-        title=f"{_FACTS.title}, {word}" if part else _FACTS.title,
+    return Benchmark.from_info(
+        _INFO,
+        name=f"{_INFO.name}_{word}" if part else _INFO.name,
+        title=f"{_INFO.title}, {word}" if part else _INFO.title,
         images=images,
-        layout=_FACTS.layout,
-        get=_FACTS.get,
-        licence=_FACTS.licence,
         find=partial(find, part=part),
         read=read,
         depth_limits=depth_limits,
@@ -93,8 +97,8 @@ def _make_benchmark(part: str, images: int, depth_limits: dict[str, DepthLimits]
 _DA2_LIMITS = DepthLimits(1e-3, 50)
 DIODE = _make_benchmark("", 771, {"da2": _DA2_LIMITS, "marigold": DepthLimits(0.6, 350)})
 DIODE_INDOOR = _make_benchmark(
-    "indoors", 325, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 10, crop="eigen_pixels")}
+    "indoors", 325, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 10, eval_crop="eigen_pixels")}
 )
 DIODE_OUTDOOR = _make_benchmark(
-    "outdoor", 446, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 80, crop="garg")}
+    "outdoor", 446, {"da2": _DA2_LIMITS, "zoedepth": DepthLimits(1e-3, 80, eval_crop="garg")}
 )

@@ -1,15 +1,15 @@
 """KITTI, Eigen's test frames with the improved ground truth: drives, sparse LiDAR.
 
-Layout: raw data as 2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000069.png (or jpg) and annotated
-depth as 2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png, at any depth below the
-root; the two may lie in one tree or in two. Some 1242 x 375 pixels.
+Layout: raw data as 2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000069.png (or jpg) and annotated depth as
+2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000069.png, at any depth below the root, in one tree or
+in two. Some 1242 x 375 pixels.
 
-Depth: 16 bits, metres × 256; 0 is not known, which four of five pixels are. Planar.
+Depth: planar, 16 bits, meters × 256; 0 is unknown, which is four of five pixels.
 
-Frames: 652 of Eigen's 697 (arXiv 1406.2283) have improved ground truth (Uhrig et al., arXiv 1708.06500), 491
-of them in its folder train and 161 in val. The list is `FRAMES`, as in monodepth2's splits/eigen_benchmark.
+Frames: 652 of Eigen's 697 (arXiv 1406.2283) have improved ground truth (Uhrig et al., arXiv 1708.06500), 491 of them in
+its folder train and 161 in val. The list is `EIGEN_FRAMES`, that of monodepth2's splits/eigen_benchmark.
 
-Licence: CC BY-NC-SA 3.0. Get it from https://www.cvlibs.net/datasets/kitti: the raw drives of the list and
+License: CC BY-NC-SA 3.0. Get it from https://www.cvlibs.net/datasets/kitti: the raw drives of the list and
 data_depth_annotated.zip (14 GB); the listed frames alone are some 6 GB.
 """
 
@@ -20,8 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import FilePattern, find_frames, read_frame_file, split_fields
 from depth_anything.ingest.maps import read_png16
 from depth_anything.ingest.source import DatasetInfo
@@ -56,12 +62,12 @@ EIGEN_FRAMES = {
     "2011_10_03_drive_0027_sync": "181-543/181 734-2001/181 2363-4535/181",
     "2011_10_03_drive_0047_sync": "32-224/32 288-800/32",
 }
-"""Drive → the numbers of its frames: FIRST-LAST/STEP, or one alone."""
+"""Drive → the numbers of its frames: FIRST-LAST/STEP, or a single number."""
 
 _DRIVE = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_sync")
 _IMAGE = FilePattern("image", "image_02/data", r"(\d{10})\.(?:png|jpg)")
 _DEPTH = FilePattern("depth", "proj_depth/groundtruth/image_02", r"(\d{10})\.png")
-_FACTS = DatasetInfo(
+_INFO = DatasetInfo(
     name="kitti",
     title="KITTI, Eigen's 652 frames",
     records=652,
@@ -73,7 +79,7 @@ _FACTS = DatasetInfo(
 
 
 def frame_numbers(drive: str) -> list[int]:
-    """The numbers of a drive's frames in the list, ascending; none if it is not in it."""
+    """The frame numbers of a drive in the list, ascending; empty for other drives."""
     numbers: list[int] = []
     for run in EIGEN_FRAMES.get(drive, "").split():
         first, _, rest = run.partition("-")
@@ -83,12 +89,12 @@ def frame_numbers(drive: str) -> list[int]:
 
 
 def find(root: Path) -> Iterator[str]:
-    """List those of the 652 frames that lie there, in the order of drives and numbers; ValueError if none does."""
+    """List those of the 652 frames that are there, sorted by drive and number; ValueError if none is."""
     wanted = {f"{drive}/{number:010d}" for drive in EIGEN_FRAMES for number in frame_numbers(drive)}
-    lines = find_frames(resolve_root(root), _FACTS, (_IMAGE, _DEPTH), sequence=_drive_name)
+    lines = find_frames(resolve_root(root), _INFO, (_IMAGE, _DEPTH), sequence=_drive_name)
     listed = (line for line in lines if line.partition("\t")[0] in wanted)
     return require_lines(
-        listed, f"{root} holds frames of KITTI, but none of the 652 of Eigen's test: get it from {_FACTS.get}"
+        listed, f"{root} has KITTI frames, but none of the 652 of Eigen's test", f"get it from {_INFO.get}"
     )
 
 
@@ -96,26 +102,21 @@ def read(root: Path, line: str) -> Frame:
     """Read a frame; ValueError if image or depth is missing or damaged."""
     name, image, depth = split_fields(line)
     with prefix_errors(f"kitti/{name}"):
-        metres = read_png16(read_frame_file(Path(root), _DEPTH, depth)).astype(np.float32) / 256
-        return make_frame(f"kitti/{name}", read_frame_file(Path(root), _IMAGE, image), metres)
+        meters = read_png16(read_frame_file(Path(root), _DEPTH, depth)).astype(np.float32) / 256
+        return make_frame(f"kitti/{name}", read_frame_file(Path(root), _IMAGE, image), meters)
 
 
 def _drive_name(parts: tuple[str, ...]) -> str:
     return next((part for part in parts if _DRIVE.fullmatch(part)), "")
 
 
-KITTI = Benchmark(
-    name=_FACTS.name,
-    title=_FACTS.title,
-    images=_FACTS.records,
-    layout=_FACTS.layout,
-    get=_FACTS.get,
-    licence=_FACTS.licence,
+KITTI = Benchmark.from_info(
+    _INFO,
     find=find,
     read=read,
     depth_limits={
-        "da2": DepthLimits(1e-3, 80, crop="garg"),
-        "marigold": DepthLimits(1e-5, 80, cut="kb", crop="eigen_kitti"),
-        "zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg"),
+        "da2": DepthLimits(1e-3, 80, eval_crop="garg"),
+        "marigold": DepthLimits(1e-5, 80, view_crop="kb", eval_crop="eigen_kitti"),
+        "zoedepth": DepthLimits(1e-3, 80, view_crop="kb", eval_crop="garg"),
     },
 )

@@ -1,28 +1,26 @@
-"""The bundle of MoGe: ten benchmarks in one format, for everyone to fetch; others reproduce its figures.
+"""MoGe's evaluation bundle: ten public benchmarks in one format.
 
-Layout: a folder a set (NYUv2, KITTI, ETH3D, iBims-1, GSO, Sintel, DDAD, DIODE, Spring, HAMMER), with
-.index.txt, a line a frame, which is the path of a folder with image.jpg, depth.png and meta.json.
+Layout: a folder per set (NYUv2, KITTI, ETH3D, iBims-1, GSO, Sintel, DDAD, DIODE, Spring, HAMMER), with .index.txt: a
+line per frame, the path of a folder with image.jpg, depth.png and meta.json.
 
-Depth: a PNG of 16 bits with two texts, near and far: 0 is not known, 65535 infinite, and v between them
+Depth: a 16-bit PNG with two texts, near and far: 0 is unknown, 65535 infinite, and v between them is
 near^(1-t) · far^t with t = (v - 1) / 65533. A third text, unit, is a factor that older files have. meta.json has the
-intrinsics as shares of width and height.
+intrinsics as fractions of width and height.
 
-Images and depth are no others than the sets' own, but each is warped to a size of its set before it is shown:
-to a camera that looks along the ray of the image's center, with square pixels and the widest view that the
-image fills. The image is first brought to about the size of the target's pixels (Lanczos), then warped
-(linear). The depth is resized first, too: each pixel takes the known depth nearest to its center out of a window of
-source pixels as large as itself, so sparse depth is not thinned by chance; then it is made distance, warped (nearest),
-and made depth along the new axis. What is farther than 1000 times the nearest hundredth is dropped.
+Images and depth are the sets' own, but each frame is warped to a size of its set before it is shown: to a camera that
+looks along the ray of the image center, with square pixels and the widest view that the image fills. The image is first
+resized to about the pixel size of the target (Lanczos), then warped (linear). The depth is resized first, too: each
+pixel takes the known depth nearest to its center from a window of source pixels as large as itself, so sparse depth is
+not thinned by chance; then it is converted to distance, warped (nearest) and converted to depth along the new axis.
+Depth more than 1000 times the nearest percentile is dropped.
 
-Which pixels are compared follows MoGe's loader to the pixel (commit 0744441, with utils3d 3fab839): the arithmetic
-that decides it is done in the same precision and order, as whether 640 pixels become 640 or 639 hangs on rounding.
+The compared pixels are exactly those of MoGe's loader (commit 0744441, with utils3d 3fab839): arithmetic that decides
+them has the same precision and order, since whether 640 pixels become 640 or 639 depends on rounding.
 
-Sizes, counts and figures are therefore others than on the sets' own files: a number of the one says nothing
-of the other.
+Sizes, counts and figures thus differ from those on the sets' own files and cannot be compared with them.
 
-Licences are the sets' own. Get it from
-https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation; facts from arXiv 2410.19115 and
-https://github.com/microsoft/MoGe (MIT), moge/test/dataloader.py.
+Licenses are the sets' own. Get it from https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation; facts
+from arXiv 2410.19115 and https://github.com/microsoft/MoGe (MIT), moge/test/dataloader.py.
 """
 
 import io
@@ -38,8 +36,15 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from depth_anything.data.sample import Frame, decode_image
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import read_png16
@@ -47,7 +52,7 @@ from depth_anything.ingest.maps import read_png16
 INDEX_FILE = ".index.txt"
 _GET = "https://huggingface.co/datasets/Ruicheng/monocular-geometry-evaluation"
 _MAX_RELATIVE_DEPTH = 1000.0
-# Name here → folder, width, height, images (0: not published), licence.
+# Name → folder, width, height, images (0: not published), license.
 _SETS: dict[str, tuple[str, int, int, int, str]] = {
     "moge_nyu": ("NYUv2", 640, 480, 654, "LicenseRef-NYU-Depth-V2"),
     "moge_kitti": ("KITTI", 750, 375, 652, "CC-BY-NC-SA-3.0"),
@@ -61,27 +66,23 @@ _SETS: dict[str, tuple[str, int, int, int, str]] = {
     "moge_hammer": ("HAMMER", 1664, 832, 0, "LicenseRef-HAMMER"),
 }
 
-_SETS_WITH_BOUNDARIES = (
-    "moge_ibims",
-    "moge_sintel",
-    "moge_spring",
-    "moge_hammer",
-)  # where MoGe scores boundaries
+_SETS_WITH_BOUNDARIES = ("moge_ibims", "moge_sintel", "moge_spring", "moge_hammer")  # as MoGe scores them
 
 
 def find(root: Path, *, name: str) -> Iterator[str]:
     """List the frames of a set in the order of its index; ValueError if it is not there.
 
     Args:
-        root: The bundle's folder, or the set's own.
-        name: One of the sets'.
+        root: folder of the bundle, or of the set.
+        name: of the set, a key of `_SETS`.
     """
     folder = _SETS[name][0]
     root = resolve_root(root, "moge")
     place = next((place for place in (root / folder, root) if (place / INDEX_FILE).is_file()), None)
     if place is None or (place == root and root.name != folder and (root / folder).exists()):
-        raise ValueError(
-            f"{root} does not hold {folder}: looked for {folder}/{INDEX_FILE}; get {folder}.zip from {_GET}"
+        raise UserError(
+            f"{root} does not hold {folder}: looked for {folder}/{INDEX_FILE}",
+            f"get {folder}.zip from {_GET}",
         )
     below = f"{folder}/" if place != root else ""
     for text in (place / INDEX_FILE).read_text(encoding="utf-8").splitlines():
@@ -96,32 +97,32 @@ def read(root: Path, line: str, *, name: str) -> Frame:
     root = resolve_root(root, "moge")
     with prefix_errors(f"{name}/{frame}"):
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
-            raise ValueError("its path leads out of the bundle")
+            raise ValueError("its path is outside of the bundle")
         image = decode_image(read_file(root, f"{place}/image.jpg"))
         depth = read_depth(read_file(root, f"{place}/depth.png"))
         camera = _parse_intrinsics(read_file(root, f"{place}/meta.json"))
         if image.shape[:2] != depth.shape:
             raise ValueError(f"its image is {image.shape[:2]}, its depth {depth.shape}")
         image, depth, camera = warp(image, depth, camera, width=width, height=height)
-        metres = np.where(np.isfinite(depth), depth, np.nan)
+        meters = np.where(np.isfinite(depth), depth, np.nan)
         known = (
-            metres <= np.nanquantile(metres, 0.01) * _MAX_RELATIVE_DEPTH
-            if np.isfinite(metres).any()
+            meters <= np.nanquantile(meters, 0.01) * _MAX_RELATIVE_DEPTH
+            if np.isfinite(meters).any()
             else None
         )
-        return make_frame(f"{name}/{frame}", image, metres, known=known, meta={"intrinsics": camera.tolist()})
+        return make_frame(f"{name}/{frame}", image, meters, known=known, meta={"intrinsics": camera.tolist()})
 
 
 def read_depth(data: bytes) -> np.ndarray:
-    """Decode the bundle's depth to float32 (H, W), NaN where it is not known and +inf; ValueError if it is damaged."""
+    """Decode a depth.png to float32 (H,W), NaN where unknown, or +inf; ValueError if it is damaged."""
     values = read_png16(data)
     text = PngImagePlugin.PngImageFile(io.BytesIO(data)).text
     try:
         near, far, unit = float(text["near"]), float(text["far"]), float(text.get("unit", 1))
     except (KeyError, ValueError):
-        raise ValueError("its depth.png has no near and far, or they or its unit are no numbers") from None
+        raise ValueError("its depth.png has no near and far, or they or its unit are not numbers") from None
     if not 0 < near <= far < float("inf"):
-        raise ValueError(f"its depth.png lies between {near} and {far}")
+        raise ValueError(f"its depth.png has near {near} and far {far}")
     if not 0 < unit < float("inf"):
         raise ValueError(f"its depth.png has the unit {unit}")
     share = (values.astype(np.float32) - 1) / 65533
@@ -132,28 +133,27 @@ def read_depth(data: bytes) -> np.ndarray:
 def warp(
     image: np.ndarray, depth: np.ndarray, camera: np.ndarray, *, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Show an image and its depth to a camera that looks along the ray of the image's center.
+    """Warp an image and its depth to a camera that looks along the ray of the image center.
 
     Args:
-        image: uint8 (H, W, 3).
-        depth: float (H, W), along the axis; what is not finite is not known.
-        camera: float (3, 3), intrinsics as shares of width and height.
-        width: Of the result.
-        height: Of the result.
+        image: uint8 (H,W,3).
+        depth: float (H,W), planar; not finite where unknown.
+        camera: float (3,3), intrinsics as fractions of width and height.
+        width: of the result.
+        height: of the result.
 
     Returns:
-        uint8 (height, width, 3); float32 (height, width), NaN where it is not known; and the new intrinsics, float32
-        (3, 3).
+        uint8 (height,width,3); float32 (height,width), NaN where unknown; and the new intrinsics, float32 (3,3).
 
     Raises:
-        ValueError: If the camera sees nothing.
+        ValueError: the new camera sees nothing of the image.
     """
     camera = camera.astype(np.float32)
     inverse = np.linalg.inv(camera)
     turn = _rotation_to_z(inverse @ np.array([0.5, 0.5, 1.0], np.float32))
     wide, high = _view_size(camera, inverse, turn, width / height)
     new = np.array([[1 / wide, 0, 0.5], [0, 1 / high, 0.5], [0, 0, 1]], np.float32)
-    # Pixels of about the target's size, seen from the old camera.
+    # The size at which the old camera has pixels of about the target's size.
     raw_height, raw_width = image.shape[:2]
     near_width = int(raw_width * (abs(1 / camera[0, 0]) / raw_width) / (wide / width))
     near_height = int(raw_height * (abs(1 / camera[1, 1]) / raw_height) / (high / height))
@@ -172,24 +172,24 @@ def warp(
 
 
 def resize_nearest_valid(depth: np.ndarray, *, width: int, height: int) -> np.ndarray:
-    """Bring a map to another size: each pixel takes the known value nearest to its center, if one lies near it.
+    """Resize a sparse map: each pixel takes the known value nearest to its center.
 
-    Near is a window of source pixels about as large as the new pixel, and at least one.
+    Only a window of source pixels about as large as the new pixel, and at least one, is searched.
 
     Args:
-        depth: float32 (H, W); what is not finite is not known.
-        width: Of the result.
-        height: Of the result.
+        depth: float32 (H,W); not finite where unknown.
+        width: of the result.
+        height: of the result.
 
     Returns:
-        float32 (height, width), NaN where the window holds nothing known.
+        float32 (height,width), NaN where the window has no known value.
     """
     rows, first_row, tall = _source_windows(depth.shape[0], height)
     columns, first_column, broad = _source_windows(depth.shape[1], width)
     out = np.full((height, width), np.nan, np.float32)
     nearest = np.full((height, width), np.inf, np.float32)
     for down in range(tall):
-        for across in range(broad):  # of equally near ones the first in reading order counts
+        for across in range(broad):  # of equally near values the first in row-major order counts
             i, j = first_row + down, first_column + across
             inside = ((i >= 0) & (i < depth.shape[0]))[:, None] & ((j >= 0) & (j < depth.shape[1]))
             value = depth[np.ix_(i.clip(0, depth.shape[0] - 1), j.clip(0, depth.shape[1] - 1))]
@@ -202,25 +202,25 @@ def resize_nearest_valid(depth: np.ndarray, *, width: int, height: int) -> np.nd
 
 
 def _source_windows(length: int, wanted: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Along one side: the new pixels' centers in source pixels (float32), the first of each window, and its length."""
+    """Per axis: the new pixels' centers in source pixels (float32), the start of each window, and its length."""
     size = max(1, length / wanted)
     centers = _pixel_centers(wanted) * np.float32(length)
     return centers, np.round(centers - np.float32(size / 2)).astype(np.int64), math.ceil(size)
 
 
 def _pixel_centers(count: int) -> np.ndarray:
-    """Centers of pixels as shares of a side, float32 (count,)."""
+    """Pixel centers as fractions of a side, float32 (count,)."""
     return np.linspace(0.5 / count, 1 - 0.5 / count, count, dtype=np.float32)
 
 
 def _pixel_rays(width: int, height: int) -> np.ndarray:
-    """Each pixel's center as shares of the sides, and one: float32 (height, width, 3)."""
+    """Pixel centers as homogeneous fractions of the sides, float32 (height,width,3)."""
     u, v = np.meshgrid(_pixel_centers(width), _pixel_centers(height))
     return np.stack([u, v, np.ones_like(u)], -1)
 
 
 def _rotation_to_z(axis: np.ndarray) -> np.ndarray:
-    """The rotation that brings a direction to (0, 0, 1) by the shortest way, float32 (3, 3)."""
+    """The smallest rotation that maps a direction to (0, 0, 1), float32 (3,3)."""
     x, y, z = axis / np.linalg.norm(axis)
     if z <= -1 + 1e-6:
         raise ValueError("its camera looks backwards")
@@ -231,13 +231,13 @@ def _rotation_to_z(axis: np.ndarray) -> np.ndarray:
 def _view_size(
     camera: np.ndarray, inverse: np.ndarray, turn: np.ndarray, aspect: float
 ) -> tuple[np.floating[Any], np.floating[Any]]:
-    """Width and height, at distance 1, of the widest view of this aspect that the turned image fills."""
+    """Width and height, at distance 1, of the widest view of this aspect ratio that the rotated image fills."""
     raw_wide, raw_high = abs(1 / camera[0, 0]), abs(1 / camera[1, 1])
     wide = min(raw_wide, raw_high * aspect)
     high = wide / aspect
     corners = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]], np.float32) @ (inverse.T @ turn.T)
     if (corners[:, 2] <= 0).any():
-        raise ValueError("its camera sees more than half of everything")
+        raise ValueError("its camera has a field of view of 180 degrees or more")
     corners = corners[:, :2] / corners[:, 2:]
     for number, end in enumerate(corners):
         begin = corners[number - 1]
@@ -250,10 +250,9 @@ def _view_size(
 
 
 def _intersection(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> np.ndarray:
-    """Where the line along `diagonal` through the origin meets that along `edge` through `begin`, float64 (2,).
+    """Intersect the line along `diagonal` through the origin with the line along `edge` through `begin`, float64 (2,).
 
-    By damped least squares over the point and its places on both lines, as MoGe's loader has it: the damping's last
-    digits decide in which precision the size of the resized image is computed.
+    By damped least squares, as MoGe's loader: the damping changes last digits that decide the size of the image.
     """
     lines = np.zeros((4, 4))
     lines[:2, :2] = lines[2:, :2] = np.eye(2)
@@ -263,12 +262,12 @@ def _intersection(diagonal: np.ndarray, begin: np.ndarray, edge: np.ndarray) -> 
 
 
 def _ray_lengths(inverse: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Length of the ray through each pixel's center to where its depth is 1, float32 (height, width)."""
+    """Length of the ray through each pixel center at depth 1, float32 (height,width)."""
     return np.sqrt(np.square(_pixel_rays(width, height) @ inverse.T).sum(-1))
 
 
 def _parse_intrinsics(data: bytes) -> np.ndarray:
-    """Intrinsics of a meta.json, float64 (3, 3)."""
+    """Read the intrinsics of a meta.json, float64 (3,3)."""
     try:
         camera = np.array(json.loads(data)["intrinsics"], np.float64)
     except (ValueError, KeyError, TypeError):

@@ -1,24 +1,22 @@
-"""NYU Depth V2, Eigen's 654 test frames: rooms, Kinect.
+"""NYU Depth V2, Eigen's 654 test frames: indoor scenes, Kinect.
 
 Layouts, tried in this order:
-    nyu_depth_v2_labeled.mat    the makers' file, MATLAB 7.3 (HDF5), arrays transposed, metres:
+    nyu_depth_v2_labeled.mat    the original file, MATLAB 7.3 (HDF5), arrays transposed, meters:
                                 images (1449, 3, 640, 480), rawDepths and depths (1449, 640, 480)
     rgb_00045.jpg, sync_depth_00045.png             extracted by BTS: rawDepths, counted from 0
     rgb_0046.png, depth_0046.png, filled_0046.png   by Marigold: rawDepths and depths, counted from 1
     val/official/00046.h5                           by FastDepth: rgb (3, 480, 640) and depth, from 1
-The PNGs have 16 bits, millimetres.
+The PNGs have 16 bits, millimeters.
 
-Depth: rawDepths is what the Kinect measured, 0 where it saw nothing: that is `nyu`, and the published
-figures. depths is filled in by colours: that is `nyu_filled`, on which the same model reads at least a fifth
-worse. Compared are rows 45 to 471 and columns 41 to 601. Marigold's figures are on what was measured, and its
-download holds that under both names (prs-eth/Marigold, issue 114): a PNG called filled that has holes is
-refused.
+Depth: rawDepths is the Kinect's measurement, 0 where it is missing: that is `nyu`, and that of the published figures.
+depths is inpainted with the colors: that is `nyu_filled`, on which the same model has at least a fifth more error. Rows
+45 to 471 and columns 41 to 601 are compared. Marigold's figures are on the measured depth, and its download has it
+under both names (prs-eth/Marigold, issue 114): a PNG named filled that has holes is refused.
 
-BTS's extraction blackens the image's border outside rows 7 to 474 and columns 7 to 632, which the network
-sees.
+BTS's extraction blackens the image outside rows 7 to 474 and columns 7 to 632, which the network sees.
 
-Licence: none stated by the makers. Get it from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html (2.8
-GB). The 654 are testNdxs of their splits.mat.
+License: none stated by the authors. Get it from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html (2.8 GB). The
+654 are testNdxs of their splits.mat.
 """
 
 import re
@@ -31,8 +29,15 @@ import h5py
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.find_files import walk_files
 from depth_anything.ingest.frame_files import split_fields
@@ -52,7 +57,7 @@ _TEST_FRAMES = (
     "1406-1413 1420-1423 1429-1432 1440-1448"
 )
 _MATLAB_FIELDS = {"raw": "rawDepths", "filled": "depths"}
-# Depth's name → its field, the number's offset from the file's count, and the names of the image beside.
+# Name of the depth file → its field, the offset of its number from the .mat file's, and possible names of the image.
 _EXTRACTED_LAYOUTS = (
     (re.compile(r"sync_depth_(\d{5})\.png"), "raw", 0, ("rgb_{}.jpg", "rgb_{}.png")),
     (re.compile(r"depth_(\d{4})\.png"), "raw", 1, ("rgb_{}.png", "rgb_{}.jpg")),
@@ -64,20 +69,20 @@ _GET = f"https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html ({MATLAB_FILE}
 
 @lru_cache(maxsize=1)
 def eigen_test_frames() -> tuple[int, ...]:
-    """The 654 numbers of Eigen's test frames in the makers' file, counted from 0."""
+    """The numbers of Eigen's 654 test frames in the original file, from 0."""
     runs = (run.partition("-") for run in _TEST_FRAMES.split())
     return tuple(number for first, _, last in runs for number in range(int(first), int(last or first) + 1))
 
 
 def find(root: Path, *, depth: str) -> Iterator[str]:
-    """List those of the 654 frames that lie there, in the order of their numbers.
+    """List those of the 654 frames that are there, sorted by number.
 
     Args:
-        root: Folder of the file, or of the extracted frames, which may lie at any depth below.
+        root: folder of the file, or of the extracted frames at any depth below.
         depth: "raw" or "filled".
 
     Raises:
-        ValueError: If there is no such folder, or nothing of these layouts in it.
+        ValueError: no such folder, or no file of these layouts in it.
     """
     root = resolve_root(root, "nyu")
     wanted = set(eigen_test_frames())
@@ -94,17 +99,17 @@ def find(root: Path, *, depth: str) -> Iterator[str]:
             match = pattern.fullmatch(name) if kind == depth and not found.keys() >= wanted else None
             number = int(match[1]) - offset if match else -1
             if match and number in wanted and number not in found and "train" not in folder.split("/"):
-                beside = [f"{folder}/{image.format(match[1])}".lstrip("/") for image in images]
-                image = next((path for path in beside if (root / path).is_file()), beside[0])
+                candidates = [f"{folder}/{image.format(match[1])}".lstrip("/") for image in images]
+                image = next((path for path in candidates if (root / path).is_file()), candidates[0])
                 found[number] = "\t".join(
                     map(escape_field, [f"{number:05d}", f"{folder}/{name}".lstrip("/"), image])
                 )
         if found:
             break
     if not found:
-        raise ValueError(
-            f"{root} does not hold NYU Depth V2: looked for {MATLAB_FILE}, or {_example_files(depth)} below it; "
-            f"get it from {_GET}"
+        raise UserError(
+            f"{root} does not hold NYU Depth V2: looked for {MATLAB_FILE}, or {_example_files(depth)} below it",
+            f"get it from {_GET}",
         )
     return iter([found[number] for number in sorted(found)])
 
@@ -119,10 +124,12 @@ def read(root: Path, line: str, *, depth: str) -> Frame:
             return make_frame(key, *_read_matlab(str(Path(root, path)), int(name), _MATLAB_FIELDS[depth]))
         if path.endswith(".h5"):
             return make_frame(key, _read_rgb(Path(root, path)), read_hdf5(Path(root, path), "depth"))
-        metres = read_png16(Path(root, path)).astype(np.float32) / 1000
-        if depth == "filled" and not metres.all():
-            raise ValueError("it has holes, and so it is the measured depth under another name: take nyu")
-        return make_frame(key, read_file(root, image[0]), metres)
+        meters = read_png16(Path(root, path)).astype(np.float32) / 1000
+        if depth == "filled" and not meters.all():
+            raise ValueError(
+                "it has holes, so it is the measured depth under another name: use the benchmark nyu"
+            )
+        return make_frame(key, read_file(root, image[0]), meters)
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +138,7 @@ def _open_matlab(path: str) -> Any:
 
 
 def _read_matlab(path: str, number: int, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image and depth of the makers' file, upright."""
+    """Image and depth of the original file, upright."""
     try:
         file = _open_matlab(path)
         images, depths = (find_hdf5_dataset(file, name) for name in ("images", field))
@@ -141,12 +148,12 @@ def _read_matlab(path: str, number: int, field: str) -> tuple[np.ndarray, np.nda
     except Exception as error:  # damage makes the library raise a dozen types
         raise ValueError(f"the file cannot be read: {error.args[0] if error.args else error!r}") from error
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8 or depth.shape != image.shape[1:]:
-        raise ValueError(f"images {image.shape} and {field} {depth.shape} are not as published")
+        raise ValueError(f"images {image.shape} and {field} {depth.shape} do not have the published shapes")
     return np.ascontiguousarray(image.transpose(2, 1, 0)), np.ascontiguousarray(depth.T)
 
 
 def _read_rgb(path: Path) -> np.ndarray:
-    """The image of a frame of its own HDF5 file."""
+    """The image of an HDF5 file with a single frame."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             dataset = find_hdf5_dataset(file, "rgb")
@@ -155,7 +162,7 @@ def _read_rgb(path: Path) -> np.ndarray:
     except Exception as error:
         raise ValueError(f"its rgb cannot be read: {error.args[0] if error.args else error!r}") from error
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"its rgb {image.shape} is not of 3 x H x W bytes")
+        raise ValueError(f"its rgb of shape {image.shape} is not 3 x H x W bytes")
     return np.ascontiguousarray(image.transpose(1, 2, 0))
 
 
@@ -178,7 +185,7 @@ def _make_benchmark(name: str, title: str, depth: str, depth_limits: dict[str, D
     )
 
 
-_INDOOR_LIMITS = DepthLimits(1e-3, 10, crop="eigen_nyu")
+_INDOOR_LIMITS = DepthLimits(1e-3, 10, eval_crop="eigen_nyu")
 NYU = _make_benchmark(
     "nyu",
     "NYU Depth V2, as measured",

@@ -1,13 +1,12 @@
-"""ScanNet, Marigold's 800 frames of the validation scenes: rooms, a structured-light sensor.
+"""ScanNet, Marigold's 800 frames of the validation scenes: indoor scenes, a structured-light sensor.
 
-Layout: scene0406_02/color/000300.jpg (1296 x 968) with scene0406_02/depth/000300.png (640 x 480), as
-extracted from the .sens files, and Marigold's list scannet_val_sampled_list_800_1.txt, all below the root.
+Layout: scene0406_02/color/000300.jpg (1296 x 968) with scene0406_02/depth/000300.png (640 x 480), as extracted from the
+.sens files, and Marigold's list scannet_val_sampled_list_800_1.txt, all below the root.
 
-Depth: 16 bits, millimetres; 0 is not known. It is smaller than the image; predictions are brought to its
-size.
+Depth: 16 bits, millimeters; 0 is unknown. It is smaller than the image; predictions are resized to it.
 
-Licence: ScanNet's terms of use, non-commercial. Get it from http://www.scan-net.org (a form; a day or so);
-the list from https://github.com/prs-eth/Marigold, data_split/scannet_depth.
+License: ScanNet's terms of use, non-commercial. Get it from http://www.scan-net.org (a form; a day or so); the list
+from https://github.com/prs-eth/Marigold, data_split/scannet_depth.
 """
 
 from collections.abc import Iterator
@@ -16,8 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, read_file, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    read_file,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import read_png16
@@ -27,17 +33,17 @@ _GET = f"http://www.scan-net.org (a form), and {LIST_FILE} from https://github.c
 
 
 def find(root: Path) -> Iterator[str]:
-    """List the frames of the list in its order; ValueError if it is not there, or damaged."""
+    """List the frames of the list in its order; ValueError if the list is missing or damaged."""
     root = resolve_root(root)
     path = root / LIST_FILE
     if not path.is_file():
-        raise ValueError(
-            f"{root} does not hold {LIST_FILE}, which says the frames that are compared: get it from {_GET}"
+        raise UserError(
+            f"{root} does not hold {LIST_FILE}, the list of the compared frames", f"get it from {_GET}"
         )
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = text.split()
         if len(words) != 2:
-            raise ValueError(f"{path}, line {number}: {text!r} is no image and its depth")
+            raise ValueError(f"{path}, line {number}: {text!r} is not an image and its depth")
         scene, _, frame = words[0].partition("/")
         yield "\t".join(map(escape_field, [f"{scene}/{Path(frame).stem}", *words]))
 

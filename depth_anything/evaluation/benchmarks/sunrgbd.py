@@ -1,27 +1,27 @@
-"""SUN RGB-D, its test split: rooms, four sensors with depth.
+"""SUN RGB-D, its test split: indoor scenes, four depth sensors.
 
-Layout: SUNRGBD/kv1/NYUdata/NYU0001/ (and kv2, realsense, xtion), a folder a frame, with one JPEG in image, one PNG
-in depth and one in depth_bfx, sometimes under another name; 561 x 427 to 730 x 530 pixels. The split is allsplit.mat
-of the makers' toolbox; here it is read from a text, a line a test image, which must lie beside SUNRGBD, the first of:
+Layout: SUNRGBD/kv1/NYUdata/NYU0001/ (and kv2, realsense, xtion), a folder per frame, with one JPEG in image, one PNG in
+depth and one in depth_bfx, sometimes under another name; 561 x 427 to 730 x 530 pixels. The split is allsplit.mat of
+the authors' toolbox; it is read from a text with a line per test image, in the folder of SUNRGBD, the first of:
     sunrgbd_testing_images.txt      of https://github.com/ankurhanda/sunrgbd-meta-data
     SUNRGBD_val_splits.txt          of https://github.com/zhyever/Monocular-Depth-Estimation-Toolbox, splits/
 
-Depth: 16 bits, millimetres turned left by three: mm = v >> 3 | v << 13, as in read3dPoints.m of that toolbox; 0 is not
-known. depth is what the sensor measured (`sunrgbd`), depth_bfx is filled in (`sunrgbd_filled`). Few papers
-say which they mean: Monocular-Depth-Estimation-Toolbox takes the measured one, github.com/kmatzen/plumbline the filled
-one, with which it comes near Depth Pro's figure. The toolbox sets what is farther than 8 m to 8 m; nobody compares it.
+Depth: 16 bits, millimeters rotated left by three bits: mm = v >> 3 | v << 13, as read3dPoints.m of that toolbox; 0 is
+unknown. depth is the sensor's measurement (`sunrgbd`), depth_bfx is inpainted (`sunrgbd_filled`). Few papers say which
+they use: Monocular-Depth-Estimation-Toolbox uses the measured one, github.com/kmatzen/plumbline the inpainted one, with
+which it comes close to Depth Pro's figure. The toolbox sets depth beyond 8 m to 8 m, where nobody compares it.
 
-Depth Anything V1 took other files (its issue 38): `sunrgbd_v1`, rgb/img-000001.jpg with depth/1.png, linked as "test
+Depth Anything V1 used other files (its issue 38): `sunrgbd_v1`, rgb/img-000001.jpg with depth/1.png, linked as "test
 data for depth" by sunrgbd-meta-data, and divides them by 10,000 (metric_depth/zoedepth/data/sun_rgbd_loader.py). By
-plumbline's measurement these are the makers' values, not turned back: v / 8,000 would be metres, so that the truth of
-V1's figures is 1.25 times too near (and ZoeDepth's .520 in V1's table is .119 in ZoeDepth's own). They are read as V1
-reads them, to stand beside its figures, and for nothing else. Not confirmed here: whether they are of depth or of
-depth_bfx, and whether their images are stretched to 730 x 530, as plumbline says.
+plumbline's measurement these are the original values, not rotated back: v / 8,000 would be meters, so the ground truth
+of V1's figures is 1.25 times too near (and ZoeDepth's .520 in V1's table is .119 in ZoeDepth's own). They are read as
+V1 reads them, only to compare with its figures. Not confirmed: whether they are of depth or of depth_bfx, and whether
+their images are stretched to 730 x 530, as plumbline says.
 
-Counts: 5,050 of 10,335. Compared are 0 to 8 m of ZoeDepth's box (zoedepth/utils/config.py); da2's range is ours.
+Counts: 5,050 of 10,335. `zoedepth` compares 0 to 8 m in ZoeDepth's crop (zoedepth/utils/config.py); the range of `da2`
+is our choice.
 
-Licence: none stated. Get it from https://rgbd.cs.princeton.edu (SUNRGBD.zip). Paper: Song et al.,
-CVPR 2015.
+License: none stated. Get it from https://rgbd.cs.princeton.edu (SUNRGBD.zip). Paper: Song et al., CVPR 2015.
 """
 
 import re
@@ -32,8 +32,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.file_list import escape_field
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.maps import read_bytes, read_png16
@@ -47,25 +54,27 @@ _V1_GET = f"{_LIST_FROM} (SUNRGBD-test_images.tgz as rgb, sunrgb_test_depth.tgz 
 
 
 def find(root: Path, *, depth: str) -> Iterator[str]:
-    """List those frames of the test split that lie there, in the list's order.
+    """List the frames of the test split that are there, in the list's order.
 
     Args:
-        root: Folder of SUNRGBD and the list.
+        root: folder of SUNRGBD and the list.
         depth: "depth" or "depth_bfx".
 
     Raises:
-        ValueError: If the list is missing or damaged, or no frame of it lies there.
+        ValueError: the list is missing or damaged, or none of its frames is there.
     """
     root = resolve_root(root, "sunrgbd")
     path = next((root / name for name in LIST_FILES if (root / name).is_file()), None)
     if path is None:
-        raise ValueError(
-            f"{root} does not hold {LIST_FILES[0]}, which says the frames that are compared: get it from {_LIST_FROM}"
+        raise UserError(
+            f"{root} does not hold {LIST_FILES[0]}, the list of the compared frames",
+            f"get it from {_LIST_FROM}",
         )
     listed = (line for image in _read_list(path) for line in _frame_line(root, image, depth))
     return require_lines(
         listed,
-        f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1; get it from {_GET}",
+        f"{root} holds none of the frames of {path.name}: looked for {_FOLDER}/kv1",
+        f"get it from {_GET}",
     )
 
 
@@ -76,46 +85,46 @@ def read(root: Path, line: str, *, depth: str) -> Frame:
     key = f"sunrgbd{'' if depth == 'depth' else '_filled'}/{name}"
     with prefix_errors(key):
         if not path:
-            raise ValueError(f"its depth is not known: none or several PNGs lie in its folder {depth}")
-        metres = decode_millimeters(read_png16(root / path)).astype(np.float32) / 1000
-        return make_frame(key, read_bytes(root / image), metres)
+            raise ValueError(f"its depth is missing or ambiguous: its folder {depth} needs exactly one PNG")
+        meters = decode_millimeters(read_png16(root / path)).astype(np.float32) / 1000
+        return make_frame(key, read_bytes(root / image), meters)
 
 
 def decode_millimeters(values: np.ndarray) -> np.ndarray:
-    """Make the values of the makers' PNGs, uint16, millimetres: their three lowest bits become the highest."""
+    """Decode the values of the original PNGs to millimeters, uint16: the three lowest bits become the highest."""
     return (values >> 3) | (values << 13)
 
 
 def find_v1(root: Path) -> Iterator[str]:
-    """List V1's frames in the order of their numbers; ValueError if there is none."""
+    """List V1's frames sorted by number; ValueError if there is none."""
     root = resolve_root(root)
     names = sorted(path.name for path in (root / "rgb").glob("img-*.jpg"))
     numbers = [match[1] for name in names if (match := _IMAGE.fullmatch(name))]
     lines = (f"{number}\trgb/img-{number}.jpg\tdepth/{int(number)}.png" for number in numbers)
     return require_lines(
-        lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg; get it from {_V1_GET}"
+        lines, f"{root} does not hold V1's SUN RGB-D: looked for rgb/img-000001.jpg", f"get it from {_V1_GET}"
     )
 
 
 def read_v1(root: Path, line: str) -> Frame:
-    """Read a frame of V1's, its depth as V1 reads it; ValueError if image or depth is missing or damaged."""
+    """Read a frame with its depth as V1 reads it; ValueError if image or depth is missing or damaged."""
     name, image, depth = split_fields(line)
     with prefix_errors(f"sunrgbd_v1/{name}"):
-        metres = read_png16(Path(root, depth)).astype(np.float32) / 10_000
-        return make_frame(f"sunrgbd_v1/{name}", read_bytes(Path(root, image)), metres, same_size=False)
+        meters = read_png16(Path(root, depth)).astype(np.float32) / 10_000
+        return make_frame(f"sunrgbd_v1/{name}", read_bytes(Path(root, image)), meters, same_size=False)
 
 
 def _read_list(path: Path) -> Iterator[PurePosixPath]:
-    """The images of a list, below SUNRGBD."""
+    """The images of a list, relative to SUNRGBD."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         image = PurePosixPath((text.split() or [""])[0])
         if image.parts[:1] != (_FOLDER,) or image.parts[-2:-1] != ("image",) or ".." in image.parts:
-            raise ValueError(f"{path}, line {number}: {text!r:.200} is no {_FOLDER}/…/image/….jpg")
+            raise ValueError(f"{path}, line {number}: {text!r:.200} is not {_FOLDER}/…/image/….jpg")
         yield image.relative_to(_FOLDER)
 
 
 def _frame_line(root: Path, image: PurePosixPath, depth: str) -> Iterator[str]:
-    """A frame's line, if its folder is there."""
+    """The line of a frame, if its folder is there."""
     inside = f"{_FOLDER}/" if (root / _FOLDER).is_dir() else ""
     folder = f"{inside}{image.parent.parent}"
     if (root / folder).is_dir():
@@ -139,7 +148,7 @@ def _make_benchmark(name: str, title: str, depth: str) -> Benchmark:
     )
 
 
-_ZOEDEPTH_LIMITS = DepthLimits(0, 8, crop="eigen_pixels")
+_ZOEDEPTH_LIMITS = DepthLimits(0, 8, eval_crop="eigen_pixels")
 SUNRGBD = _make_benchmark("sunrgbd", "SUN RGB-D, as measured", "depth")
 SUNRGBD_FILLED = _make_benchmark("sunrgbd_filled", "SUN RGB-D, filled in", "depth_bfx")
 SUNRGBD_V1 = Benchmark(

@@ -1,21 +1,21 @@
-"""Virtual KITTI 2, the 8 % of it that ZoeDepth's split sets aside: drives, rendered.
+"""Virtual KITTI 2, the 8 % that ZoeDepth's split excludes from training: rendered drives.
 
-Layout and depth are those of `depth_anything.ingest.sets.vkitti2`, which reads them; camera 0. What is sky is not
-known here, since it has no depth.
+Layout and depth are those of `depth_anything.ingest.sets.vkitti2`, which reads them; camera 0. The sky has no
+depth and is unknown here.
 
 Frames: ZoeDepth's reader (metric_depth/zoedepth/data/vkitti2.py of Depth Anything V1) shuffles the 21,260 frames of
 camera 0 without a seed, once, and keeps 92 % for training: 19,559 names in train.txt, which leaves 1,701. Nobody
-published a test.txt, but Depth Anything V2 has such a train.txt (metric_depth/dataset/splits/vkitti2), with as many
-lines: the frames that it does not name are those compared here. That V1's figures are of these very frames is likely
-and not confirmed. train.txt must lie in the folder; ZoeDepth's own, if its code has run there, does as well.
+published a test.txt, but Depth Anything V2 has such a train.txt with as many lines (metric_depth/dataset/splits/
+vkitti2): the frames that it does not name are compared here. It is likely, and not confirmed, that V1's figures are of
+these frames. train.txt must be in the folder; one that ZoeDepth's code wrote works as well.
 
-Neighbours of every test frame, and the same places in other weather, are among the rest: a model trained on that has
-seen the drive. The five drives are in V2's training sets, too.
+Neighbors of every test frame, and the same places in other weather, are among the training frames, so a model trained
+on them has seen the drive. The five drives are in V2's training sets, too.
 
-Compared by ZoeDepth's rules (zoedepth/utils/config.py) are 0.001 to 80 m of Garg's crop of the last 352 rows and the
-middle 1,216 columns. da2's range is ours.
+`zoedepth` (zoedepth/utils/config.py) compares 0.001 to 80 m of Garg's crop of the last 352 rows and the middle 1,216
+columns. The range of `da2` is our choice.
 
-Licence: CC BY-NC-SA 3.0 (from memory). Get it from https://europe.naverlabs.com.
+License: CC BY-NC-SA 3.0 (from memory). Get it from https://europe.naverlabs.com.
 """
 
 import re
@@ -23,8 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.data.sample import Frame
-from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.frames import make_frame, prefix_errors, require_lines, resolve_root
+from depth_anything.errors import UserError
+from depth_anything.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    DepthLimits,
+    make_frame,
+    prefix_errors,
+    require_lines,
+    resolve_root,
+)
 from depth_anything.ingest.frame_files import split_fields
 from depth_anything.ingest.sets import vkitti2
 
@@ -37,19 +44,20 @@ def find(root: Path) -> Iterator[str]:
     """List the frames of camera 0 that train.txt does not name.
 
     Raises:
-        ValueError: If there is none, or train.txt is missing or damaged.
+        ValueError: there is none, or train.txt is missing or damaged.
     """
     root = resolve_root(root)
     path = root / LIST_FILE
     lines = vkitti2.find(root)
     first = next(lines)
     if not path.is_file():
-        raise ValueError(
-            f"{root} does not hold {LIST_FILE}, which says the frames that are not compared: get it from {_LIST_FROM}"
+        raise UserError(
+            f"{root} does not hold {LIST_FILE}, the list of the frames that are not compared",
+            f"get it from {_LIST_FROM}",
         )
     named = set(_training_frames(path))
     rest = (line for line in (first, *lines) if line.partition("\t")[0] not in named)
-    return require_lines(rest, f"{path} names all frames in {root}: get the one of {_LIST_FROM}")
+    return require_lines(rest, f"{path} names all frames in {root}", f"get it from {_LIST_FROM}")
 
 
 def read(root: Path, line: str) -> Frame:
@@ -62,12 +70,12 @@ def read(root: Path, line: str) -> Frame:
 
 
 def _training_frames(path: Path) -> Iterator[str]:
-    """The frames of a list, as `vkitti2.find` names them, wherever they lay for who wrote it."""
+    """The frames of a list, named as by `vkitti2.find`, with any path before them."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         match = _LIST_LINE.search(text)
         if not match:
             raise ValueError(
-                f"{path}, line {number}: {text!r:.200} is no …/frames/rgb/Camera_0/rgb_00000.jpg"
+                f"{path}, line {number}: {text!r:.200} is not …/frames/rgb/Camera_0/rgb_00000.jpg"
             )
         yield "/".join(match.groups())
 
@@ -82,5 +90,8 @@ VKITTI2 = Benchmark(
     find=find,
     read=read,
     sharp=True,
-    depth_limits={"da2": DepthLimits(1e-3, 80), "zoedepth": DepthLimits(1e-3, 80, cut="kb", crop="garg")},
+    depth_limits={
+        "da2": DepthLimits(1e-3, 80),
+        "zoedepth": DepthLimits(1e-3, 80, view_crop="kb", eval_crop="garg"),
+    },
 )

@@ -35,6 +35,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from depth_anything.errors import UserError
 from depth_anything.ingest.find_files import walk_files
 from depth_anything.ingest.frame_files import (
     FilePattern,
@@ -113,7 +114,7 @@ def find(
             count += 1
             yield "\t".join([line, images, matrices.get(scene, "")])
     if not count:
-        raise ValueError(f"{raw} holds no frame of the split {split} of {table}: use another split")
+        raise UserError(f"{raw} holds no frame of the split {split} of {table}", "use another split")
 
 
 def read(raw: Path, line: str) -> RawSample:
@@ -207,7 +208,9 @@ def _find_table(raw: Path, name: str, published: str, alternative: str) -> Path:
         if path.rpartition("/")[2] == name:
             return raw / path
     where = f"{published} of https://github.com/apple/ml-hypersim"
-    raise ValueError(f"{raw} has no {name}: put it there from {where}, or add {alternative}")
+    raise UserError(
+        f"{raw} has no {name}, which is published in {where}", f"put it there, or add {alternative}"
+    )
 
 
 def _read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

@@ -1,0 +1,128 @@
+"""train.py that records every sample it trains on, and sends itself signals.
+
+Not a test; test_exact.py starts it. Environment variables:
+
+- SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
+- STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
+- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank the signal when it first reaches one of the PLACES, and again
+  after SECONDS.
+- WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+import numpy as np  # noqa: E402
+import pytorch_lightning as pl  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import get_worker_info  # noqa: E402
+
+from depth_anything.data.dataset import StreamDataset  # noqa: E402
+from depth_anything.training import lightning, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
+from depth_anything.training.data import TrainData  # noqa: E402
+from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+
+
+class SampleRecorder(StepCallback):
+    """Writes a line for each sample, and obeys STOP_AT."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: dict[str, Any], index: int) -> None:
+        lines = []
+        for n, image in zip(batch["sample"].tolist(), batch["image"].numpy(), strict=True):
+            lines.append(f"{trainer.global_step} {n} {hashlib.sha256(image.tobytes()).hexdigest()[:16]}\n")
+        with open(Path(os.environ["SAMPLE_LOG"]) / f"rank-{trainer.global_rank}.txt", "a") as file:
+            file.writelines(lines)
+
+    def on_step(self, trainer: Any, module: Any, step: int) -> None:
+        stop, _, rank = os.environ.get("STOP_AT", "0:0").partition(":")
+        if step == int(stop) and trainer.global_rank == int(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "compose": (run, "resolve_config"),
+    "scenes": (run, "write_missing_scenes"),
+    "open sets": (TrainData, "open"),
+    "build model": (run, "build_model"),
+    "setup": (TrainData, "setup"),
+    "loader": (TrainData, "train_dataloader"),
+    "read validation": (validation, "check_quantity"),
+    "train start": (Checkpoints, "on_train_start"),
+    "validation": (validation, "evaluate"),
+    "save": (AtomicCheckpointIO, "save_checkpoint"),
+    "train end": (Checkpoints, "on_train_end"),
+    "teardown": (pl.Trainer, "_teardown"),
+    "model": (run, "save_model"),
+    "label": (pseudolabel.PseudoLabel, "predict_step"),
+}
+
+
+def signal_at(place: str, rank: int, number: int, again: float | None = None) -> None:
+    """Send this process a signal when it first reaches a place, if it has that rank."""
+    if rank != int(os.environ.get("LOCAL_RANK", "0")):
+        return
+    holder, name = PLACES[place]
+    original = getattr(holder, name)
+
+    def send() -> None:
+        if os.getsid(0) == os.getpid():
+            os.killpg(0, number)  # also to the workers, as a terminal does
+        else:
+            os.kill(os.getpid(), number)
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        setattr(holder, name, original)
+        send()
+        if again is not None:
+            time.sleep(again)
+            send()
+        return original(*arguments, **options)
+
+    setattr(holder, name, replaced)
+
+
+def fail_worker(way: str, sample: int) -> None:
+    """Make the loader worker that reads a sample die."""
+    original = StreamDataset.__getitems__
+
+    def replaced(self: StreamDataset, numbers: Any) -> Any:
+        if sample in numbers and get_worker_info() is not None:
+            if way == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if way == "numpy":
+                np.empty(1 << 60, np.uint8)
+            if way == "torch":
+                torch.empty(1 << 60, dtype=torch.uint8)
+            raise MemoryError
+        return original(self, numbers)
+
+    StreamDataset.__getitems__ = replaced  # type: ignore[method-assign]
+
+
+def obey_environment() -> None:
+    """Prepare SIGNAL_AT and WORKER."""
+    if "WORKER" in os.environ:
+        way, sample = os.environ["WORKER"].split(":")
+        fail_worker(way, int(sample))
+    if "SIGNAL_AT" in os.environ:
+        place, rank, number, *again = os.environ["SIGNAL_AT"].split(":")
+        signal_at(place, int(rank), int(number), *map(float, again))
+
+
+original_build = lightning.build_callbacks
+lightning.build_callbacks = lambda *arguments: [SampleRecorder(), *original_build(*arguments)]
+
+if __name__ == "__main__":
+    obey_environment()
+    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()

@@ -1,0 +1,246 @@
+"""Locks hold across processes and hosts, and those of dead holders are free, whatever any clock says."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depth_anything import locks
+from depth_anything.disk import file_system_time, process_exists
+from depth_anything.locks import FileLock, FileWatch, LockHeldError, kernel_lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from depth_anything.locks import FileLock
+FileLock(Path(sys.argv[1]) / "lock.json", fix="type name=ANOTHER_NAME").acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(LockHeldError, match=f"process {holder.pid} on {socket.gethostname()}.*name="):
+        lock_of(tmp_path).acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    lock = lock_of(tmp_path)
+    lock.acquire()  # at once: the kernel dropped the dead holder's lock
+    lock.release()
+
+
+def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
+    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
+    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
+    path.write_text(json.dumps(sign))
+    os.utime(path, (time.time() - written, time.time() - written))
+
+
+def lock_of(folder: Path) -> FileLock:
+    return FileLock(folder / "lock.json", fix="type name=ANOTHER_NAME")
+
+
+@pytest.fixture
+def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LOCK_WATCH_S", 0.2)
+
+
+YEAR = 365 * 86400.0
+
+
+def test_heartbeat_of_another_host(tmp_path: Path) -> None:
+    elsewhere(tmp_path / "lock.json")
+    with pytest.raises(LockHeldError, match="process 1 on elsewhere"):
+        lock_of(tmp_path).acquire()
+    elsewhere(tmp_path / "lock.json", written=300)
+    lock = lock_of(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("clock", "written"),
+    [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
+)
+def test_a_dead_holder_is_known_whatever_its_clock_said(
+    tmp_path: Path, short_watch: None, clock: float, written: float
+) -> None:
+    """A lock a year ahead once refused for a year."""
+    elsewhere(tmp_path / "lock.json", clock=clock, written=written)
+    lock = lock_of(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
+def test_a_living_holder_is_known_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    """Of two hosts whose clocks were two minutes apart both once wrote."""
+    elsewhere(tmp_path / "lock.json", clock=clock)
+    # It beats while this process sleeps between two looks.
+    monkeypatch.setattr(locks.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10))
+    with pytest.raises(LockHeldError, match="process 1 on elsewhere.*name="):
+        lock_of(tmp_path).acquire()
+
+
+def test_a_file_system_without_locks_goes_by_the_process(
+    tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", lockf)
+    first = lock_of(tmp_path)
+    first.acquire()
+    with pytest.raises(LockHeldError, match=f"process {os.getpid()} on"):
+        lock_of(tmp_path).acquire()
+    sign = json.loads((tmp_path / "lock.json").read_text())
+    first.release()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "lock.json").write_text(json.dumps(sign | {"pid": dead.pid}))
+    lock = lock_of(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    "torn", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
+)
+def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "lock.json").write_text(torn)
+    lock = lock_of(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
+    """A job that is queued again on another host need not wait until the heartbeat is old."""
+    code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
+        == 143
+    )
+    assert (tmp_path / "lock.json").read_text() == ""
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
+    code = HOLDER.replace(
+        "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    holder.wait()
+    lock = lock_of(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """This process's own clock, which the test turns."""
+    now = [1000.0]
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+    return now
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("stamp", [0, 4_000_000_000], ids=["1970", "2096"])
+def test_a_holder_elsewhere_is_dead_when_its_file_stays_the_same(
+    tmp_path: Path, clock: list[float], stamp: int
+) -> None:
+    path, watch = tmp_path / "lease", FileWatch()
+    path.write_text("a")
+    os.utime(path, (stamp, stamp))
+    holder: dict[str, Any] = {"host": "elsewhere", "pid": 1, "timeout_s": 60.0}
+    assert not watch.is_dead(path, **holder)
+    clock[0] += 59
+    assert not watch.is_dead(path, **holder)
+    os.utime(path, (stamp + 1, stamp + 1))  # a sign of life
+    clock[0] += 59
+    assert not watch.is_dead(path, **holder)
+    path.write_text("b")
+    os.utime(path, (stamp + 1, stamp + 1))  # of the same time: a coarse clock
+    clock[0] += 60
+    assert not watch.is_dead(path, **holder)
+    clock[0] += 61
+    assert watch.is_dead(path, **holder)
+
+
+def test_a_holder_of_this_host_is_looked_up(tmp_path: Path, clock: list[float]) -> None:
+    path, watch = tmp_path / "lease", FileWatch()
+    path.write_text("a")
+    here = socket.gethostname()
+    assert process_exists(os.getpid())
+    assert watch.is_dead(path, host=here, pid=dead_pid(), timeout_s=60.0)
+    assert not watch.is_dead(path, host=here, pid=os.getpid(), timeout_s=60.0)
+    clock[0] += 61
+    assert watch.is_dead(
+        path, host=here, pid=os.getpid(), timeout_s=60.0
+    )  # the number is another process's by now
+
+
+def test_a_file_that_is_gone_is_held_by_nobody(tmp_path: Path, clock: list[float]) -> None:
+    watch = FileWatch()
+    assert watch.is_dead(tmp_path / "lease", host="elsewhere", pid=1, timeout_s=60.0)
+    with pytest.raises(FileNotFoundError):
+        watch.seconds_unchanged(tmp_path / "lease")
+
+
+def test_the_file_systems_time_is_that_of_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this host's clock has no part in it
+    before = file_system_time(tmp_path)
+    (tmp_path / "new").touch()
+    assert before <= (tmp_path / "new").stat().st_mtime < before + 60
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_the_heartbeat_is_faster_than_its_timeout() -> None:
+    assert locks.LOCK_STALE_S > locks.HEARTBEAT_INTERVAL_S * 3
+
+
+def test_a_kernel_lock_lets_one_thread_in_at_a_time(tmp_path: Path) -> None:
+    inside: list[int] = []
+
+    def work() -> None:
+        for _ in range(20):
+            with kernel_lock(tmp_path / ".lock"):
+                inside.append(1)
+                assert sum(inside) == 1
+                inside.append(-1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(inside) == 160
+
+
+def test_a_file_system_without_kernel_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with kernel_lock(tmp_path / ".lock"):
+        pass
