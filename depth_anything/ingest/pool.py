@@ -60,7 +60,9 @@ def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], No
         submit(first, 0)
         for slot, job in zip(range(1, workers), jobs, strict=False):
             submit(job, slot)
-        executor.submit(os.getpid)  # the executor notices the death of a worker only if a task follows its start
+        executor.submit(
+            os.getpid
+        )  # the executor notices the death of a worker only if a task follows its start
         while running:
             done, _ = wait(running, _REPORT_INTERVAL_S, FIRST_COMPLETED)
             for future in done:
@@ -73,8 +75,8 @@ def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], No
             reported = total
     except BrokenProcessPool:
         raise ShardError(
-            f"a worker died while it wrote {first.root}, perhaps because the memory is too small: "
-            "type the same command with fewer --workers; it continues where it stopped"
+            f"a worker died while it wrote {first.root}, perhaps because the memory is too small",
+            "type the same command with fewer --workers; it continues where it stopped",
         ) from None
     finally:
         if running:
