@@ -33,7 +33,9 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
-HYDRA = tuple(f"depth_anything/training/{name}.py" for name in ("command", "check_config", "redact", "run"))
+HYDRA = tuple(
+    f"depth_anything/training/{name}.py" for name in ("command", "check_config", "optimizer", "redact", "run")
+)
 # Who alone may import what.
 KEPT_IN = {
     "pytorch_lightning": ("depth_anything/training/",),

@@ -16,20 +16,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from benchmark_files import make_da2k, make_kitti
+from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.tars import write_shard
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import ValidationCallback, open_validation_task
 
 ROOT = Path(__file__).parents[2]
-NONE = {"every": 2, "limit": 20, "benchmark": None, "root": None, "protocol": None, "max_depth": None}
 
 
-def config(*, validation: str | None = None, **settings: Any) -> dict[str, Any]:
-    return {"validation": {**NONE, **settings}, "sources": {"validation": validation}}
+def config(*, validation: str | None = None, **settings: Any) -> RunConfig:
+    settings = {"every": 2, "limit": 20, **settings}
+    changes = {f"validation__{key}": value for key, value in settings.items()}
+    return make_config("stage=teacher", sources__validation=validation, **changes)
 
 
 def write_rooms(root: Path, count: int = 11) -> str:
