@@ -14,11 +14,19 @@ from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
 from depth_anything.model.card import build_card, write_card
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.official_weights import name_hints
-from depth_anything.model.weights import fingerprint, has_head, load_encoder, load_model, read_license
+from depth_anything.model.weights import (
+    fingerprint,
+    has_head,
+    load_encoder,
+    load_model,
+    read_head_name,
+    read_license,
+)
+from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
@@ -40,12 +48,12 @@ def build_model(config: RunConfig) -> DepthAnything:
             f"there is no model at {source}; run `python train.py stage=student size={config.size}` first, type "
             "init=FILE for another relative model, or init=hub for DINOv2's encoder"
         )
-    other = None
-    if file is not None and has_head(file):
-        other = _load_model_for_run(file, encoder=config.encoder)
+    head, other = build_head(config), None
+    if file is not None and has_head(file) and read_head_name(file) == head_name(head):
+        other = _load_model_for_run(file, encoder=config.encoder, head=head)
     torch.manual_seed(config.seed)
     taps = other.taps if other is not None and start == "all" else None
-    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps)
+    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, head=head)
     model.input_size = config.image_size  # kept in the model file: what it was trained to see
     if source is None:
         pass
@@ -77,8 +85,9 @@ def check_initial_weights(config: RunConfig) -> None:
     file = _weights_file(config)
     if file is None or not file.exists():
         return
-    if has_head(file):
-        load_model(file, encoder=config.encoder)
+    head = build_head(config)
+    if has_head(file) and read_head_name(file) == head_name(head):
+        load_model(file, encoder=config.encoder, head=head)
     else:
         load_encoder(DepthAnything(config.encoder), file)
 
@@ -270,7 +279,7 @@ def load_teacher(config: RunConfig) -> DepthAnything:
             f"there is no teacher at {path}; run `python train.py stage=teacher size={config.size}` first, "
             "or type teacher=FILE"
         )
-    teacher = _load_model_for_run(path, encoder=config.encoder)
+    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
     size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
@@ -281,19 +290,20 @@ def load_teacher(config: RunConfig) -> DepthAnything:
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
-    """Read a model; what would take an argument of `load_model` is told by what can be typed here."""
+def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
+    """Load a model; errors name what can be typed here instead of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
     typed = {
         "encoder": "encoder={}",
+        "head": "+model.head._target_={}",
         "version": f"the file that is made by  {export} --weights-version {{}}",
         "max_depth": f"the file that is made by  {export} --max-depth {{}}",
     }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ArgumentWarning)
-            model = load_model(path, encoder=encoder)
+            model = load_model(path, encoder=encoder, head=head)
     except UserError as error:
         raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:

@@ -52,7 +52,7 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps:
 def fit(config: RunConfig) -> None:
     """Train, or continue training, and write model.safetensors into the run folder."""
     folder, steps = RunDir(config.run_dir, typed=typed_keys(sys.argv[1:])), config.steps
-    added = [instantiate(node, _convert_="all") for node in (config.callbacks or {}).values()]
+    added = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
     callbacks = lightning.build_callbacks(config, folder, added)
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = batch_plan.split_batch(config.batch_size, trainer.world_size, config.micro_batch)

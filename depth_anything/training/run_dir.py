@@ -82,7 +82,7 @@ class RunDir:
         return Path(chosen) if chosen else None
 
     def _wait_for_rank0(self, decision: Path) -> None:
-        """Wait until rank 0 has decided; reading a large checkpoint takes minutes, in which its heartbeat goes on."""
+        """Wait until rank 0 has decided; it reads large checkpoints for minutes, and writes its heartbeat meanwhile."""
         watch, since = FileWatch(), time.monotonic()
         while _read_json(decision).get("launch") != launch_id(main=False):
             with suppress(FileNotFoundError):

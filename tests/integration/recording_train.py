@@ -32,6 +32,7 @@ from depth_anything.training import initialization, lightning, pseudolabel, run,
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.validation import ValidationCallback  # noqa: E402
 
 
 class SampleRecorder(StepCallback):
@@ -57,9 +58,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "build model": (initialization, "build_model"),
     "setup": (TrainData, "setup"),
     "loader": (TrainData, "train_dataloader"),
-    "read validation": (validation, "check_quantity"),
+    "read validation": (ValidationCallback, "_read_share"),
     "train start": (Checkpoints, "on_train_start"),
-    "validation": (validation, "evaluate"),
+    "validation": (validation, "score_lines"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),

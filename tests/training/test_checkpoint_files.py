@@ -357,8 +357,8 @@ class StatelessData(pl.LightningDataModule):
 
 def save_checkpoint(folder: Path, data: Any, *, version: int = 2) -> Path:
     """Write a checkpoint of one step, of version 1 as the code before "run_format" did."""
-    made = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=1)
-    made.fit(make_module(), datamodule=data)
+    trainer = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=1)
+    trainer.fit(make_module(), datamodule=data)
     (path,) = (folder / "checkpoints").iterdir()
     content = torch.load(path, weights_only=True)
     assert content["run_format"] == {"version": 2, "data_state": type(data).__qualname__}
@@ -372,9 +372,9 @@ def save_checkpoint(folder: Path, data: Any, *, version: int = 2) -> Path:
 
 
 def resume(folder: Path, data: Any, checkpoint: Path) -> int:
-    made = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=2)
-    made.fit(make_module(), datamodule=data, ckpt_path=checkpoint)
-    return made.global_step
+    trainer = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=2)
+    trainer.fit(make_module(), datamodule=data, ckpt_path=checkpoint)
+    return trainer.global_step
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -73,6 +73,34 @@ def test_trainer_sources(trainer: str, sources: str) -> None:
     assert set(config["sources"]) >= {"labelled", "images", "validation", "scenes"}
 
 
+@pytest.mark.parametrize(
+    ("typed", "loggers"),
+    [
+        ("logger=none", []),
+        ("logger=csv", []),
+        ("logger=tensorboard", ["tensorboard"]),
+        ("logger=[csv,wandb,tensorboard]", ["project", "wandb", "tensorboard"]),
+        ("logger=[]", []),
+    ],
+)
+def test_one_or_several_loggers_are_chosen(typed: str, loggers: list[str]) -> None:
+    config = composed("stage=teacher", "size=paper", typed)
+    assert list(config.get("logger") or {}) == loggers
+    assert bind(config) >= 3 + len(loggers) - ("project" in loggers)
+
+
+def test_callbacks_are_chosen_and_added() -> None:
+    added = "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer"
+    config = composed("stage=teacher", "callbacks=[ema,monitor]", added)
+    assert list(config["callbacks"]) == ["ema", "learning_rate", "device", "timer"]
+    assert bind(config["callbacks"]) == 4
+
+
+def test_logger_project_sets_the_project_of_wandb() -> None:
+    config = composed("stage=teacher", "logger=wandb", "logger.project=mine")
+    assert config["logger"]["wandb"]["project"] == "mine"
+
+
 def test_paper_numbers() -> None:
     """The paper's §7.1, to the digit."""
     teacher = composed("stage=teacher", "size=paper")
@@ -162,6 +190,13 @@ def snapshot_of(command: str) -> dict[str, Any]:
         values = {
             key: value for key, value in {**base, **entry["changed"]}.items() if key not in entry["absent"]
         }
+    if (
+        "logger._target_" in values
+    ):  # logger=wandb is a named node now, and `logger.project` still sets its project
+        node = {key: value for key, value in values.items() if key.startswith("logger.")}
+        values = {key: value for key, value in values.items() if key not in node}
+        values |= {key.replace("logger.", "logger.wandb."): value for key, value in node.items()}
+        values["logger.project"] = node["logger.project"]
     if command.startswith("stage=metric"):
         source = command.partition("sources=")[2].partition(" ")[0]
         if "size=paper" in command:
