@@ -44,7 +44,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_write_that_ends_halfway_names_the_file_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_an_incomplete_write_names_the_file_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     with largest_file(9000), pytest.raises(OSError) as raised:
         WRITERS[name](tmp_path / name)
     assert str(raised.value).startswith(f"{tmp_path / name} cannot be written (")
@@ -53,7 +53,7 @@ def test_a_write_that_ends_halfway_names_the_file_and_leaves_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_older_file_stays_where_the_disk_is_full(
+def test_an_existing_file_stays_if_the_disk_is_full(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
@@ -70,7 +70,7 @@ def test_an_older_file_stays_where_the_disk_is_full(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_errors_of_reading_are_left_alone(tmp_path: Path) -> None:
+def test_read_errors_are_not_changed(tmp_path: Path) -> None:
     """What is written may be read from a failing disk meanwhile."""
     failing = OSError(errno.EIO, os.strerror(errno.EIO))
     with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "a.tar"):
@@ -78,7 +78,7 @@ def test_errors_of_reading_are_left_alone(tmp_path: Path) -> None:
     assert raised.value is failing
 
 
-def test_an_error_is_named_once(tmp_path: Path) -> None:
+def test_an_error_names_one_file(tmp_path: Path) -> None:
     inner = write_error(tmp_path / "a.tar", OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "manifest.json"):
         raise inner

@@ -21,7 +21,7 @@ def step(model, image):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_names_and_numbers_stay(monkeypatch, checkpoint, compiled):
+def test_state_dict_names_and_results_do_not_change(monkeypatch, checkpoint, compiled):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes a minute
     torch.manual_seed(0)
     model = DepthAnything("vitn")
@@ -37,7 +37,7 @@ def test_names_and_numbers_stay(monkeypatch, checkpoint, compiled):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_blocks_are_computed_again():
+def test_checkpointed_blocks_are_recomputed_in_the_backward_pass():
     """With checkpointing each block runs twice in a training step, once in a prediction."""
     model = DepthAnything("vitn")
     calls = []

@@ -169,7 +169,7 @@ def test_map_equals_the_reference(monkeypatch, size, max_depth):
     assert (model(image) - want).abs().max() < 1e-5
 
 
-def test_giants_map_equals_the_reference(monkeypatch):
+def test_map_of_the_giant_equals_the_reference(monkeypatch):
     monkeypatch.setitem(ENCODERS, "vitg", replace(SMALL, swiglu=True))
     model = lively(DepthAnything("vitg"))
     image = torch.randn(1, 3, 56, 84, generator=torch.Generator().manual_seed(1))
@@ -223,7 +223,7 @@ def test_every_trainable_parameter_gets_a_gradient(encoder, taps, frozen):
 @pytest.mark.parametrize(
     ("encoder", "seeds"), [("vitn", 50), ("vitt", 20), ("vits", 4), ("vit_tiny_patch16_224", 4)]
 )
-def test_no_seed_starts_dead(encoder, seeds):
+def test_output_is_active_at_any_seed(encoder, seeds):
     """Default initialisation gives zeros everywhere, and no gradient, for half of all seeds."""
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
@@ -249,7 +249,7 @@ def test_metric_starts_mid_range():
 # --- interface -------------------------------------------------------------------------------------------------
 
 
-def test_shapes_and_words():
+def test_shapes_quantity_and_unit():
     relative, metric = DepthAnything("vitn"), DepthAnything("vitn", max_depth=80)
     image = torch.randn(2, 3, 56, 84)
     assert relative(image).shape == (2, 56, 84)
@@ -290,12 +290,12 @@ def test_prefix_tokens_are_left_out():
         ({"encoder": "vitn", "pretrained": True}, "encoder=vitn "),
     ],
 )
-def test_impossible_settings_are_one_sentence(settings, message):
+def test_impossible_arguments_are_named(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DepthAnything(**settings)
 
 
-def test_sides_that_are_no_multiples_are_refused():
+def test_sides_must_be_multiples_of_the_patch():
     with pytest.raises(ValueError, match="98×100.* 7$"):
         DepthAnything("vitn")(torch.randn(1, 3, 98, 100))
 
@@ -309,7 +309,7 @@ def test_the_map_is_summed_in_full_precision_under_autocast():
     assert len(output.unique()) > 2000
 
 
-def test_infer_image_is_the_authors_chain():
+def test_infer_image_equals_the_official_pipeline():
     model = lively(DepthAnything("vitn"))
     bgr = np.random.default_rng(0).integers(0, 256, (37, 61, 3), dtype=np.uint8)
     image = torch.from_numpy(preprocess_image(np.ascontiguousarray(bgr[..., ::-1]), 98))
@@ -326,7 +326,7 @@ def test_float64_stays():
     assert model(torch.randn(1, 3, 56, 70, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_the_position_rule_is_an_argument_and_no_state():
+def test_position_rule_is_not_stored_in_the_model():
     torch.manual_seed(0)
     model = DepthAnything("vitn").eval()
     model.pretrained.pos_embed.data.normal_()
@@ -344,7 +344,7 @@ def test_the_position_rule_is_an_argument_and_no_state():
         model.position_rule = "transformers"
 
 
-def test_timms_encoders_keep_their_rule():
+def test_timm_encoders_have_timms_position_rule():
     with torch.device("meta"):
         model = DepthAnything("vit_tiny_patch16_224")
     assert model.position_rule == "timm"
