@@ -4,10 +4,11 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path, PurePath, PurePosixPath
 
 from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
-from depth_anything.ingest.find_files import IMAGE_SUFFIXES
+from depth_anything.ingest.find_files import IMAGE_SUFFIXES, read_regular_file
 from depth_anything.ingest.photographs import Photograph, list_photographs
 
 
@@ -50,7 +51,7 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
     missing: dict[str, str] = {}
     for source in map(Path, dict.fromkeys(os.fspath(source) for source in sources)):
         try:
-            found = list_photographs(source, leave_out=leave_out)
+            found = _list_source(source, leave_out)
         except (ValueError, OSError) as error:
             if not several:
                 raise
@@ -78,6 +79,12 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
     return ImageList(photographs, _output_paths(relative, endings), named, missing, paths)
 
 
+def _list_source(source: Path, leave_out: str | Path) -> list[Photograph]:
+    if _has_image_suffix(source) and source.is_file():
+        return [Photograph(source.name, source.stat().st_size, partial(read_regular_file, source))]
+    return list_photographs(source, leave_out=leave_out)
+
+
 def _output_paths(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> list[Path]:
     """Assign output paths; files without an image's suffix do not change the names of images."""
     others = {i for i, path in enumerate(paths) if not _has_image_suffix(path)}
@@ -85,5 +92,5 @@ def _output_paths(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> lis
     return assign_unique_paths(stems, marks, endings=endings, low_priority=others)
 
 
-def _has_image_suffix(path: PurePosixPath) -> bool:
+def _has_image_suffix(path: PurePath) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES

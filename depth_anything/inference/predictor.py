@@ -151,8 +151,8 @@ class Predictor:
             ValueError: An array is not an image, or `images` is a single image.
         """
         if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would count as a gray image
-            raise ValueError(
-                f"images is one array of shape {images.shape}: give a list of images, as [image]"
+            raise UserError(
+                f"images is one array of shape {images.shape}", "give a list of images, as [image]"
             )
         if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
             raise ValueError(f"images must be a list of images, not a {type(images).__name__}")
@@ -176,9 +176,9 @@ class Predictor:
         (height, width), multiple = image.shape[:2], self.model.multiple
         rows, columns = input_shape(height, width, self.input_size, multiple)
         if rows * columns > MAX_ASPECT_RATIO * max(self.input_size, multiple) ** 2:
-            raise ValueError(
-                f"an image of {width}x{height} is too elongated: the network's input would be {columns}x{rows}; cut it "
-                "into pieces"
+            raise UserError(
+                f"an image of {width}x{height} is too elongated: the network's input would be {columns}x{rows}",
+                "cut it into pieces",
             )
         if self.device.type == "cpu":
             check_network_memory(rows * columns)
@@ -257,7 +257,7 @@ def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:
     fix = "try --precision fp32"
     if precision == "fp32":
         fix = "it ran with --precision fp32, so the weights are damaged or their training diverged"
-    raise ValueError(f"the network outputs NaN or infinity for {name}; {fix}")
+    raise UserError(f"the network outputs NaN or infinity for {name}", fix)
 
 
 def _resolve_device(name: str, model: DepthAnything) -> torch.device:

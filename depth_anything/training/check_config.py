@@ -2,12 +2,13 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
 from importlib import import_module
 from typing import Any
 
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -473,3 +474,9 @@ def _check_metric_stage(config: RunConfig) -> None:
     from depth_anything.model.lora import import_peft
 
     import_peft()
+
+
+def build_head(config: RunConfig) -> Callable[..., Any] | None:
+    """Return the builder of the decoder that the node `model.head` names; None for the DPT head."""
+    node = config.model.head
+    return None if node is None else instantiate(node, _partial_=True, _convert_="all")

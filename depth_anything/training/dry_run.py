@@ -11,6 +11,7 @@ from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.training.batch_plan import extra_sets, split_batch
+from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.initialization import check_initial_weights, load_teacher
@@ -58,7 +59,7 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
 def _print_network(config: RunConfig) -> DepthAnything:
     """Print the run folder and the size of the network; return the network on the meta device."""
     with torch.device("meta"):
-        model = DepthAnything(config.encoder, max_depth=config.max_depth)
+        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
         model.pretrained.requires_grad_(not config.freeze_encoder)
     head = list(model.depth_head.parameters())
     encoder = list(model.pretrained.parameters())

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,30 @@ from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
 from depth_anything.model.card import build_card, write_card
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.official_weights import name_hints
-from depth_anything.model.weights import fingerprint, has_head, load_encoder, load_model, read_license
+from depth_anything.model.weights import (
+    fingerprint,
+    has_head,
+    load_encoder,
+    load_model,
+    read_head_name,
+    read_license,
+)
+from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
-HeadFactory = Callable[..., torch.nn.Module] | None
-"""Builds a decoder, as `DepthAnything(head=...)` takes it; None for the DPT head."""
 
-
-def build_model(config: RunConfig, *, head: HeadFactory = None) -> DepthAnything:
+def build_model(config: RunConfig) -> DepthAnything:
     """Build the network of a run with its starting weights.
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
     random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
     a whole model it copies, `freeze_encoder` freezes the encoder, `lora` trains adapters in place of its weights.
-
-    Args:
-        config: The run.
-        head: Builds another decoder than the DPT head; None for the DPT head.
+    `model.head` names another decoder; of a model with another head than that, only the encoder is copied.
 
     Raises:
         UserError: If the file is missing or of another size or kind, or a student would start from a teacher.
@@ -48,13 +50,12 @@ def build_model(config: RunConfig, *, head: HeadFactory = None) -> DepthAnything
             f"run `python train.py stage=student size={config.size}` first, type init=FILE for another relative "
             "model, or init=hub for DINOv2's encoder",
         )
-    other = None
-    if file is not None and has_head(file):
+    head, other = build_head(config), None
+    if file is not None and has_head(file) and read_head_name(file) == head_name(head):
         other = _load_model_for_run(file, encoder=config.encoder, head=head)
     torch.manual_seed(config.seed)
     taps = other.taps if other is not None and start == "all" else None
-    other_head: dict[str, Any] = {"head": head} if head is not None else {}
-    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, **other_head)
+    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, head=head)
     model.input_size = config.image_size  # saved in the model file
     if source is None:
         pass
@@ -86,8 +87,9 @@ def check_initial_weights(config: RunConfig) -> None:
     file = _weights_file(config)
     if file is None or not file.exists():
         return
-    if has_head(file):
-        load_model(file, encoder=config.encoder)
+    head = build_head(config)
+    if has_head(file) and read_head_name(file) == head_name(head):
+        load_model(file, encoder=config.encoder, head=head)
     else:
         load_encoder(DepthAnything(config.encoder), file)
 
@@ -286,7 +288,7 @@ def load_teacher(config: RunConfig) -> DepthAnything:
             f"there is no teacher at {path}",
             f"run `python train.py stage=teacher size={config.size}` first, or type teacher=FILE",
         )
-    teacher = _load_model_for_run(path, encoder=config.encoder)
+    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
     size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
@@ -297,20 +299,20 @@ def load_teacher(config: RunConfig) -> DepthAnything:
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str, head: HeadFactory = None) -> DepthAnything:
+def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
     """Load a model; errors and warnings name config keys and commands in place of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
     typed = {
         "encoder": "encoder={}",
+        "head": "+model.head._target_={}",
         "version": f"the file that is made by  {export} --weights-version {{}}",
         "max_depth": f"the file that is made by  {export} --max-depth {{}}",
     }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ArgumentWarning)
-            other_head: dict[str, Any] = {"head": head} if head is not None else {}
-            model = load_model(path, encoder=encoder, **other_head)
+            model = load_model(path, encoder=encoder, head=head)
     except UserError as error:
         raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:

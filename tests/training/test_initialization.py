@@ -1,5 +1,7 @@
 """What a run starts from, in every format, and how licences come together in what it leaves."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.shards import open_set
+from depth_anything.errors import UserError
 from depth_anything.model.metadata import build_metadata
 from depth_anything.model.weights import fingerprint
+from depth_anything.training.config import ModelConfig
 from depth_anything.training.initialization import (
     add_provenance,
     build_frozen_encoder,
@@ -257,3 +261,41 @@ def test_an_edited_card_stays(tmp_path):
     write_run_card(model(), tmp_path, title="two", measured={})
     assert (tmp_path / "README.md").read_text() == "mine"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["README.md"]
+
+
+class LinearHead(torch.nn.Module):
+    """Another decoder, named by config."""
+
+    def __init__(self, width, *, features, out_channels, max_depth=None, bias=True):
+        super().__init__()
+        self.project = torch.nn.Conv2d(width, 1, 1, bias=bias)
+
+    def forward(self, tokens, grid, size):
+        level = self.project(tokens[-1].transpose(1, 2).unflatten(2, grid))
+        return torch.nn.functional.interpolate(level, size=size)[:, 0].relu()
+
+
+def test_model_head_names_another_decoder(tmp_path):
+    name = f"{LinearHead.__module__}.LinearHead"
+    node = {"_target_": name, "bias": False}
+    own = replace(config(), model=ModelConfig(head=node))
+    built = build_model(own)
+    assert built.head == name and built.depth_head.project.bias is None
+    path = tmp_path / "own.safetensors"
+    save_model(built, path)
+    assert fingerprint(build_model(replace(own, init=str(path)))) == fingerprint(built)
+    teacher = labeling(path)
+    with pytest.raises(UserError, match=re.escape(f"+model.head._target_={name}")):
+        load_teacher(teacher)
+    assert fingerprint(load_teacher(replace(teacher, model=ModelConfig(head=node)))) == fingerprint(built)
+
+
+def test_a_model_with_another_head_gives_its_encoder_only(tmp_path):
+    other = model()
+    save_model(other, tmp_path / "dpt.safetensors")
+    node = {"_target_": f"{LinearHead.__module__}.LinearHead"}
+    started = build_model(
+        replace(config(init=str(tmp_path / "dpt.safetensors")), model=ModelConfig(head=node))
+    )
+    ours, theirs = started.pretrained.state_dict(), other.pretrained.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
