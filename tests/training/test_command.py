@@ -34,6 +34,7 @@ CONFIGS = ROOT / "configs"
         ("stage=teacher +stage=student", ["type stage=student"]),
         ("stage=teacher +experiment=claim", ["type experiment=claim"]),
         ("stage=teacher ~sources", ["~sources"]),
+        ("stage=teacher model.head._target_=a.Head", ["+model.head._target_=a.Head"]),
         ("stage=teacher stpes=5", ["stpes", "Type steps=5"]),
         ("stage=teacher +stpes=5", ["Type steps=5"]),
         ("stage=teacher ++stpes=5 dry_run=true", ["Type steps=5"]),
