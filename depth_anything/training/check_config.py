@@ -182,7 +182,7 @@ def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> s
             stages = " and ".join(f"stage={name}" for name in owner.stages)
             only = " only" if len(owner.stages) == 1 else ""
             return f"{path} is a key of {stages}{only}; leave it out of stage={stage}"
-    if known is not None:
+    if known is not None or path.startswith(("model.head.", "callbacks.")):
         return f"the key {path} is not in this config; type +{path}{typed_value}"
     parts = path.split(".")
     length = next(n for n in range(1, len(parts) + 1) if find_key(".".join(parts[:n]))[0] is None)
@@ -323,10 +323,9 @@ def _check_node(node: Mapping[str, Any], path: str) -> None:
     target = node.get("_target_")
     if not isinstance(target, str):
         raise ValueError(f"{path} has no _target_; type +{path}._target_=package.module.Class")
-    _target_parameters(target, path)  # also of a node without arguments, whose class may not exist
+    names = ", ".join(_target_parameters(target, path))
     for name in node:
         if not str(name).startswith("_") and not _takes_argument(target, str(name), path):
-            names = ", ".join(_target_parameters(target, path))
             raise ValueError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
 
 

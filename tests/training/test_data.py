@@ -143,7 +143,7 @@ def test_choice_of_mixed_sets(roots: dict[str, str]) -> None:
     for mix, known in ((True, {}), (3, labelled), ("a", {})):
         with pytest.raises(ValueError, match="mix.*type mix="):
             select_sets(mix, known, key="mix")
-    with pytest.raises(ValueError, match="mix names photos, which is also a set of images.*type "):
+    with pytest.raises(ValueError, match="mix names photos.*photos2"):
         student(roots, labelled={"photos": roots["plain"]}, mix=True).open()
     with pytest.raises(ValueError, match="holds images without depth"):
         student(roots, labelled={"bare": roots["photos"]}, mix=True).open()
@@ -181,10 +181,10 @@ def test_what_the_sky_of_each_set_is(roots: dict[str, str], sky: Any, rules: dic
     ("names", "sky", "said"),
     [
         (["far"], "green", "sky=green is unknown; type sky=far"),
-        (["far"], {"far": "green"}, "sky=green of far is unknown"),
-        (["far"], {"fra": "far"}, "sky names fra, which is none of the sets far"),
+        (["far"], {"far": "green"}, "sky=green of far"),
+        (["far"], {"fra": "far"}, "sky names fra.* far$"),
         (["far"], 3, "sky=3 is unknown"),
-        (["far", "odd"], None, "manifest of odd has sky_policy=green.*type sky={odd: far}"),
+        (["far", "odd"], None, "odd .*sky_policy=green; type sky={odd: far}"),
     ],
 )
 def test_unknown_skies(roots: dict[str, str], names: list[str], sky: Any, said: str) -> None:
@@ -198,9 +198,7 @@ def test_a_checkpoint_keeps_sky_and_repeat(roots: dict[str, str]) -> None:
     data.load_state_dict(kept)
     teacher(roots, "far", "masked", sky={"masked": "invalid", "far": "far"}).load_state_dict(kept)
     other = teacher(roots, "far", "masked", sky="far")
-    with pytest.raises(
-        ValueError, match=r"sky of masked invalid, now it is far; type  'sky=\{far:far,masked:invalid\}'"
-    ):
+    with pytest.raises(ValueError, match=r"masked invalid.*type  'sky=\{far:far,masked:invalid\}'"):
         other.load_state_dict(kept)
     with pytest.raises(ValueError, match="another repeat; type  data.repeat=null"):
         teacher(roots, "far", "masked", repeat={"far": 2}).load_state_dict(kept)
@@ -218,7 +216,7 @@ def test_a_manifest_that_changes_its_mind_is_noticed(tmp_path: Path) -> None:
     made = open_set(root)
     write_manifest(root, name="a", shards=made.shards, meta={"sky_policy": "invalid"})
     assert open_set(root).digest == made.digest  # the pixels are the same
-    with pytest.raises(ValueError, match="sky of a far, now it is invalid"):
+    with pytest.raises(ValueError, match="sky of a far, .*invalid"):
         teacher({"a": root}, "a").load_state_dict(kept)
     assert isinstance(teacher({"a": root}, "a", sky="far").open().sources[0], Records)
     teacher({"a": root}, "a", sky="far").load_state_dict(kept)

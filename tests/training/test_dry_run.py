@@ -66,8 +66,8 @@ def test_what_is_not_there_is_named_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = plan(capsys, "stage=student", "size=paper", "encoder=vits")
-    assert "sa1b: data/sa1b (not there yet)" in shown and "passes      unknown until" in shown
-    assert "teacher-vitn-tiny/model.safetensors (not there yet)" in plan(capsys, "stage=pseudolabel")
+    assert "sa1b: data/sa1b (not found yet)" in shown and "passes      unknown until" in shown
+    assert "teacher-vitn-tiny/model.safetensors (not found yet)" in plan(capsys, "stage=pseudolabel")
     remote = plan(capsys, "stage=teacher", "sources=own", "photos='https://me:word@host/own?sig=x'")
     assert "word" not in remote and "sig=" not in remote and "unknown until own" in remote
     assert not list(folder.iterdir())
@@ -90,7 +90,7 @@ def test_passes_are_counted_from_the_sets_or_what_is_to_be_drawn(
         (["stage=teacher", "sources=own", "photos=bare"], "bare holds images without depth"),
         (["stage=teacher", "sources=own", "photos=torn"], "torn"),
         (["stage=student", "init=outputs/teacher/model.safetensors"], "is a teacher"),
-        (["stage=student", "recipe.alignment_weight=1"], "init=None is not DINOv2"),
+        (["stage=student", "recipe.alignment_weight=1"], "init=null is not DINOv2"),
         (["stage=teacher", "init=broken.safetensors"], "broken.safetensors"),
         (["stage=teacher", "init=outputs/teacher/model.safetensors", "encoder=vitt"], "is not vitt"),
         (["stage=teacher", "name=teacher", "seed=4"], "seed=0, now seed=4"),

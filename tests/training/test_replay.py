@@ -180,16 +180,16 @@ def test_another_share_is_refused_on_resume(roots: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"replay": True, "images": {}}, "replay=true and there are no such sets: sources.images has none"),
+        ({"replay": True, "images": {}}, "replay=true.* sources.images has none"),
         ({"replay": ["fotos"]}, r"replay names fotos, and sources.images has .*; type replay=\[photos\]"),
         ({"replay": 3}, "replay=3 is neither true nor names of sets"),
         (
             {"replay": ["rooms"], "images": {"rooms": "x"}},
-            "replay names rooms, which is also a set in metres",
+            "replay names rooms.*rooms2",
         ),
         ({"replay": ["bare"]}, "label"),
-        ({"repeat": {"rooms": 0}}, "repeat of rooms is a whole number from 1 up, not 0"),
-        ({"repeat": {"photos": "x"}}, "repeat of photos is a whole number"),
+        ({"repeat": {"rooms": 0}}, "repeat of rooms .* not 0"),
+        ({"repeat": {"photos": "x"}}, "repeat of photos .* not x"),
     ],
 )
 def test_what_cannot_be_replayed_is_one_sentence(roots: dict[str, str], changes: Any, message: str) -> None:
