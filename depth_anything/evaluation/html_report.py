@@ -97,7 +97,9 @@ def _example_values(example: DepthExample, results: Sequence[DepthResult]) -> di
     for result, row in zip(results, rows, strict=True):
         depth = example.predictions[result.name]
         error = np.abs(depth - truth) / np.where(valid, truth, 1.0)
-        figures = {m: format_number(row[m]) for m in ("abs_rel", "d1", "boundary_f1") if m in row}
+        figures: dict[str, str] = {
+            m: format_number(row[m]) for m in ("abs_rel", "d1", "boundary_f1") if m in row
+        }
         models.append(
             {
                 "name": result.name,
