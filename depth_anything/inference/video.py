@@ -32,7 +32,7 @@ from depth_anything.inference.formats import (
     resolve_colormap,
 )
 from depth_anything.inference.memory import check_image_memory
-from depth_anything.inference.naming import add_ending, assign_unique_paths, relative_output_paths
+from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
 from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.predictor import Predictor, check_finite
 from depth_anything.inference.temporal import (
@@ -159,9 +159,9 @@ class OutputFiles:
     def of(cls, target: Path, quantity: str, settings: VideoSettings) -> "OutputFiles":
         """Append the endings to `target`."""
         return cls(
-            video=add_ending(target, ".mp4") if "mp4" in settings.formats else None,
-            maps=add_ending(target, f"_{quantity}") if settings.map_formats else None,
-            record=add_ending(target, ".json"),
+            video=Path(f"{target}.mp4") if "mp4" in settings.formats else None,
+            maps=Path(f"{target}_{quantity}") if settings.map_formats else None,
+            record=Path(f"{target}.json"),
         )
 
     @property

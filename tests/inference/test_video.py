@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything import DepthAnything, save_model
+from depth_anything import DepthAnything
 from depth_anything.cli import video as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
@@ -304,13 +304,6 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
 
 
 # The command
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(DepthAnything("vitn"), path)
-    return str(path)
 
 
 def test_run_video_takes_the_authors_flags(tmp_path, weights, capsys):

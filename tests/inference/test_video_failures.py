@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything import DepthAnything, save_model
 from depth_anything.cli import video as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
@@ -275,13 +274,6 @@ def test_a_video_with_missing_frames_is_removed(tmp_path, monkeypatch):
 
 
 # The exit code
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(DepthAnything("vitn"), path)
-    return str(path)
 
 
 def type_video(weights, source, output):
