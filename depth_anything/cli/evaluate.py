@@ -72,7 +72,10 @@ def add_evaluate(commands: Any) -> None:
     images = evaluate.add_mutually_exclusive_group(required=True)
     images.add_argument("--data", metavar="SET", help="labeled set with depth")
     images.add_argument(
-        "--benchmarks", nargs="+", metavar="NAME", help="public benchmarks; a wrong name lists them"
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="public benchmarks (a wrong name lists them), or MODULE:NAME of your own",
     )
     evaluate.add_argument(
         "--root",

@@ -90,6 +90,10 @@ class FileList:
         """Number of shards, including those of which every record is rejected."""
         return -(-self.count // self._per_shard)
 
+    def part(self, k: int, n: int) -> range:
+        """Return the shards of the k-th of n parts, starting at 1."""
+        return range((k - 1) * self.shards // n, k * self.shards // n)
+
     def lines(self, shard: int) -> list[str]:
         """Return the lines of a shard."""
         start, end = self._starts[shard], self._starts[shard + 1]

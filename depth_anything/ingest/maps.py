@@ -176,16 +176,7 @@ def read_hdf5(source: str | Path | bytes, key: str | None = None) -> np.ndarray:
 
 
 def read_map(path: Path, *, key: str | None = None, channel: str | None = None) -> np.ndarray:
-    """Read a map with the reader for its suffix, one of `MAP_SUFFIXES`.
-
-    Args:
-        path: The file.
-        key: Dataset, for HDF5.
-        channel: Channel, for EXR.
-
-    Raises:
-        MapError: As the reader.
-    """
+    """Read a map with the reader for its suffix, one of `MAP_SUFFIXES`; `key` is for HDF5, `channel` for EXR."""
     match path.suffix.lower():
         case ".pfm":
             return read_pfm(path)
@@ -199,12 +190,7 @@ def read_map(path: Path, *, key: str | None = None, channel: str | None = None) 
 
 
 def read_map_size(path: Path, *, key: str | None = None) -> tuple[int, int]:
-    """Return the height and width of a map from its header.
-
-    Raises:
-        MapError: As `read_map`.
-        OSError: The disk fails.
-    """
+    """Return the height and width of a map from its header. Raises MapError, or OSError if the disk fails."""
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_HEADER_BYTES + 16)
@@ -328,11 +314,7 @@ def _parse_npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int
 
 
 def read_exr_strings(path: Path) -> dict[str, str]:
-    """Return the text attributes of an EXR's header, such as `quantity`.
-
-    Raises:
-        MapError: Another kind of file, or damaged.
-    """
+    """Return the text attributes of an EXR's header, such as `quantity`. Raises MapError for other files."""
     try:
         (header,) = _read_exr_headers(path)
     except Exception as error:  # the library has a dozen exception types for damaged files
@@ -461,10 +443,6 @@ def check_hdf5_cost(dataset: Any, number: int | None = None) -> None:
     Args:
         dataset: A map, or an image of three channels.
         number: Only `dataset[number]` will be read. None: all of it.
-
-    Raises:
-        MapError: The dataset is too large, its values are in another file, its filters are unknown, or a compressed
-            chunk holds more than its size.
     """
     name, chunks = f'"{dataset.name}"', dataset.chunks
     shape = dataset.shape if number is None else dataset.shape[1:]

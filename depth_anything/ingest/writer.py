@@ -127,22 +127,24 @@ def write_source(
     _claim_folder(root, settings)
     _write_about(root, info, changes)
     file_list = FileList(root, per_shard=per_shard)
-    k, n = part
     remove_stale(root)
-    own = range((k - 1) * file_list.shards // n, k * file_list.shards // n)
-    missing = list_missing_shards(root, file_list, among=own)
+    missing = list_missing_shards(root, file_list, among=file_list.part(*part))
     jobs = (
         ShardJob(source, raw, root, name, short_side, shard, file_list.numbers(shard), file_list.lines(shard))
         for shard in missing
     )
     total = sum(len(file_list.numbers(shard)) for shard in missing)
+    _run_all(jobs, root, total=total, workers=workers if len(missing) > 1 else 0)
+    return finish_set(root, file_list)
+
+
+def _run_all(jobs: Iterator[ShardJob], root: Path, *, total: int, workers: int) -> None:
     with ProgressLine(f"writing {root}", total=total) as progress:
-        if workers and len(missing) > 1:
+        if workers:
             run_jobs(jobs, workers=workers, tick=progress.update)
         else:
             for job in jobs:
                 run_job(job, progress.update)
-    return finish_set(root, file_list)
 
 
 def finish_set(root: Path, file_list: FileList) -> ShardSet | None:

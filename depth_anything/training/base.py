@@ -12,57 +12,16 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import SCHEDULES, Recipe, check_value, choice
+from depth_anything.training.config import Recipe
+from depth_anything.training.optimizer import (
+    OptimizerFactory,
+    adam_factory,
+    learning_rate_factor,
+    parameter_groups,
+)
 from depth_anything.training.resume import apply_recipe
 
-__all__ = ["DepthModule", "Recipe", "parameter_groups", "learning_rate_factor"]
-
-
-def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
-    """Compute the share of the full learning rate at an optimizer step.
-
-    Args:
-        step: Optimizer steps done, 0 at the first.
-        steps: Length of the run in optimizer steps.
-        warmup: Share of the run, 0 to 1, over which the rate climbs linearly from near zero.
-        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
-            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1 has it).
-
-    Returns:
-        A factor between 0 and 1.
-
-    Raises:
-        ValueError: For an unknown schedule.
-    """
-    check_value("recipe.schedule", schedule, choice(*SCHEDULES))
-    climb = round(warmup * steps)
-    if step < climb:
-        return (step + 1) / (climb + 1)
-    done = (step - climb) / max(1, steps - climb)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return max(0.0, 1.0 - done)
-    if schedule == "late-cosine":
-        done = max(0.0, (step / max(1, steps) - 0.7) / 0.3)
-    if schedule.endswith("cosine"):
-        return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
-    return max(0.0, 1.0 - done) ** 0.9
-
-
-def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into the encoder's group and the head's, each with its rate.
-
-    Raises:
-        AssertionError: If a trainable parameter is in no group or in two.
-    """
-    groups: list[dict[str, Any]] = [
-        {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
-        {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
-    ]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    return groups
+__all__ = ["DepthModule", "Recipe"]
 
 
 class DepthModule(pl.LightningModule):
@@ -87,6 +46,7 @@ class DepthModule(pl.LightningModule):
         )  # a tuple hides it
         self.model = model
         self.recipe = recipe
+        self.build_optimizer: OptimizerFactory = adam_factory(recipe)
         self.parts: list[dict[str, Tensor]] = []
         self.grad_norm: Tensor | None = None
         self._accelerated = False
@@ -121,10 +81,10 @@ class DepthModule(pl.LightningModule):
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
     def configure_optimizers(self) -> Any:
-        """Build Adam over two groups and its schedule, stepped with the optimizer."""
+        """Build the optimizer over two parameter groups, and its schedule, which advances every step."""
         r = self.recipe
         groups = parameter_groups(self.model, encoder_lr=r.encoder_lr, head_lr=r.head_lr)
-        optimizer = torch.optim.AdamW(groups, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay)
+        optimizer = self.build_optimizer(groups)
 
         def factor(step: int) -> float:
             return learning_rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from depth_anything.training.config import format_value
+from depth_anything.training.config import RunConfig
+from depth_anything.training.value_rules import format_value
 
 #: Key that adds sets beside a stage's own → the group of sources that it chooses from.
 SOURCE_GROUPS = {"mix": "labelled", "replay": "images"}
@@ -85,10 +86,10 @@ def select_sets(
     return {name: sets[name] for name in dict.fromkeys(names)}
 
 
-def extra_sets(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Name the sets that a config's `mix` and `replay` add, each {set: folder}."""
+def extra_sets(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the sets that `mix` and `replay` add to a run, each {set: folder}."""
     return {
-        key: select_sets(config.get(key), config["sources"].get(group, {}), key=key)
+        key: select_sets(getattr(config, key), getattr(config.sources, group), key=key)
         for key, group in SOURCE_GROUPS.items()
     }
 
@@ -131,8 +132,8 @@ def repeat_for_share(
     return {key: repeat.get(key, 1) * (times if key in grown else 1) for key in sorted({*grown, *repeat})}
 
 
-def required_folders(config: Mapping[str, Any]) -> list[str]:
-    """List the folders of all sets that a fitting run reads, validation among them."""
-    added = [folder for sets in extra_sets(config).values() for folder in sets.values()]
-    folders = [*config["data"]["sets"].values(), *added, config["sources"]["validation"]]
+def required_folders(config: RunConfig) -> list[str]:
+    """List the folders of all sets that a fitting run reads, including its validation set."""
+    extra = [folder for sets in extra_sets(config).values() for folder in sets.values()]
+    folders = [*config.data.sets.values(), *extra, config.sources.validation]
     return [str(folder) for folder in folders if folder is not None]

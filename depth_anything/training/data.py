@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
+from depth_anything.training.config import SceneSetConfig
 
 
 def require_truth(source: Records | JoinedRecords, root: str) -> None:
@@ -53,12 +54,16 @@ def require_meters(images: ShardSet) -> None:
         )
 
 
-def write_missing_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
-    """Write the procedural sets among `needed` folders, where they are not complete yet; an address has its own."""
-    for settings in scenes.values():
-        root = str(settings["root"])
-        if root in needed and not is_remote(root):
-            write_scenes(root, **{key: value for key, value in settings.items() if key != "root"})
+def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collection[str]) -> None:
+    """Write the procedural sets that are not complete yet.
+
+    Args:
+        scenes: `sources.scenes` of a config.
+        needed: Folders that the run reads. Other sets, and remote ones, are not written.
+    """
+    for scene in scenes.values():
+        if scene.root in needed and not is_remote(scene.root):
+            write_scenes(**scene.as_dict())
 
 
 class TrainData(pl.LightningDataModule):

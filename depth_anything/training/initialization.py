@@ -14,15 +14,24 @@ from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
 from depth_anything.model.card import build_card, write_card
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.official_weights import name_hints
-from depth_anything.model.weights import fingerprint, has_head, load_encoder, load_model, read_license
+from depth_anything.model.weights import (
+    fingerprint,
+    has_head,
+    load_encoder,
+    load_model,
+    read_head_name,
+    read_license,
+)
+from depth_anything.training.check_config import build_head
+from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
 
-def build_model(config: Mapping[str, Any]) -> DepthAnything:
+def build_model(config: RunConfig) -> DepthAnything:
     """Build the network of a run with its starting weights.
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or the authors, or null for
@@ -33,18 +42,19 @@ def build_model(config: Mapping[str, Any]) -> DepthAnything:
         ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
     """
     _reject_teacher_weights(config)
-    source, start = config["init"], config.get("start", "all")
-    if config["stage"] == "metric" and source not in (None, "hub") and not Path(source).exists():
+    source, file, start = config.init, _weights_file(config), config.start or "all"
+    if config.stage == "metric" and file is not None and not file.exists():
         raise ValueError(
-            f"there is no model at {source}; run `python train.py stage=student size={config['size']}` first, type "
+            f"there is no model at {source}; run `python train.py stage=student size={config.size}` first, type "
             "init=FILE for another relative model, or init=hub for DINOv2's encoder"
         )
-    whole = source not in (None, "hub") and has_head(source)
-    other = _load_model_for_run(Path(source), encoder=config["encoder"]) if whole else None
-    torch.manual_seed(config["seed"])
+    head, other = build_head(config), None
+    if file is not None and has_head(file) and read_head_name(file) == head_name(head):
+        other = _load_model_for_run(file, encoder=config.encoder, head=head)
+    torch.manual_seed(config.seed)
     taps = other.taps if other is not None and start == "all" else None
-    model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"), taps=taps)
-    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
+    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, head=head)
+    model.input_size = config.image_size  # kept in the model file: what it was trained to see
     if source is None:
         pass
     elif other is not None:
@@ -54,17 +64,17 @@ def build_model(config: Mapping[str, Any]) -> DepthAnything:
         model.origin = {"start": {"from": _short_path(source), "licence": other.licence, "base": base}}
     else:
         load_encoder(model, source)
-        named = hub_repository(config["encoder"]) if source == "hub" else None
-        licence = hub_license(config["encoder"]) if named else read_license(source)
+        named = hub_repository(config.encoder) if source == "hub" else None
+        licence = hub_license(config.encoder) if named else read_license(source)
         model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
-    if config.get("freeze_encoder"):
+    if config.freeze_encoder:
         model.pretrained.requires_grad_(False)
-    if config.get("lora"):
-        add_adapters(model, config["lora"])
+    if config.lora:
+        add_adapters(model, config.lora)
     return model
 
 
-def check_initial_weights(config: Mapping[str, Any]) -> None:
+def check_initial_weights(config: RunConfig) -> None:
     """Refuse starting weights as a run would, where they are there; nothing is fetched.
 
     Raises:
@@ -72,46 +82,53 @@ def check_initial_weights(config: Mapping[str, Any]) -> None:
     """
     _reject_teacher_weights(config)
     _check_alignment_weights(config)
-    source = config["init"]
-    if source in (None, "hub") or not Path(source).exists():
+    file = _weights_file(config)
+    if file is None or not file.exists():
         return
-    if has_head(source):
-        load_model(source, encoder=config["encoder"])
+    head = build_head(config)
+    if has_head(file) and read_head_name(file) == head_name(head):
+        load_model(file, encoder=config.encoder, head=head)
     else:
-        load_encoder(DepthAnything(config["encoder"]), source)
+        load_encoder(DepthAnything(config.encoder), file)
 
 
-def _reject_teacher_weights(config: Mapping[str, Any]) -> None:
-    source = config["init"]
-    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
+def _weights_file(config: RunConfig) -> Path | None:
+    """Return the file or folder that `init` names; None for the hub and for random weights."""
+    return None if config.init in (None, "hub") else Path(config.init)  # type: ignore[arg-type]
+
+
+def _reject_teacher_weights(config: RunConfig) -> None:
+    source = config.init
+    if config.stage == "student" and source is not None and _is_teacher(Path(source)):
         raise ValueError(
             f"init={source} is a teacher; a student starts from DINOv2 of its size: "
             "type init=hub or init=DINOV2_FILE"
         )
 
 
-def _check_alignment_weights(config: Mapping[str, Any]) -> None:
-    source = config["init"]
-    if not config["recipe"].get("alignment_weight"):
+def _check_alignment_weights(config: RunConfig) -> None:
+    source = config.init
+    if not config.recipe.alignment_weight:
         return
-    if source is None or (source != "hub" and Path(source).exists() and has_head(source)):
+    file = _weights_file(config)
+    if source is None or (file is not None and file.exists() and has_head(file)):
         raise ValueError(
             f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
             "or recipe.alignment_weight=0"
         )
 
 
-def _print_depth_scale_notes(config: Mapping[str, Any], model: DepthAnything, other: DepthAnything) -> None:
+def _print_depth_scale_notes(config: RunConfig, model: DepthAnything, other: DepthAnything) -> None:
     """Say on stderr what a start's metres become: a calibration is lost, another range stretches them."""
     if other.calibration is not None:
         print(
-            f"note: init={config['init']} is calibrated, and training makes that void; calibrate the new model",
+            f"note: init={config.init} is calibrated, and training makes that void; calibrate the new model",
             file=sys.stderr,
         )
     ranges = (other.max_depth, model.max_depth)
-    if None not in ranges and ranges[0] != ranges[1] and config.get("start", "all") == "all":
+    if None not in ranges and ranges[0] != ranges[1] and (config.start or "all") == "all":
         print(
-            f"note: init={config['init']} gives depth up to {ranges[0]:g} m, and with max_depth={ranges[1]:g} its "
+            f"note: init={config.init} gives depth up to {ranges[0]:g} m, and with max_depth={ranges[1]:g} its "
             "metres are stretched alike until training has set them right",
             file=sys.stderr,
         )
@@ -129,7 +146,7 @@ def _copy_weights(model: DepthAnything, other: DepthAnything, start: str) -> Non
 
 
 def add_provenance(
-    model: DepthAnything, config: Mapping[str, Any], sources: Sequence[Records | JoinedRecords]
+    model: DepthAnything, config: RunConfig, sources: Sequence[Records | JoinedRecords]
 ) -> DepthAnything:
     """Note in a network what it is trained on, and put together the licences of all that goes into it.
 
@@ -145,9 +162,9 @@ def add_provenance(
     for row in data:
         licences += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
     model.licence = combine_licenses(licences)
-    model.origin = {**model.origin, "stage": config["stage"], "data": data}
-    if config.get("lora"):
-        model.origin["lora"] = config["lora"]
+    model.origin = {**model.origin, "stage": config.stage, "data": data}
+    if config.lora:
+        model.origin["lora"] = config.lora
     return model
 
 
@@ -235,34 +252,35 @@ def image_size_multiple(encoder: str) -> int:
         return DepthAnything(encoder).multiple
 
 
-def build_frozen_encoder(config: Mapping[str, Any]) -> DepthAnything | None:
+def build_frozen_encoder(config: RunConfig) -> DepthAnything | None:
     """Build the frozen DINOv2 that a student's features are aligned with; None where they are not.
 
     Raises:
         ValueError: If features are to be aligned and there are no DINOv2 weights.
     """
-    if not config["recipe"].get("alignment_weight"):
+    if not config.recipe.alignment_weight:
         return None
     _check_alignment_weights(config)
-    frozen = DepthAnything(config["encoder"])
-    load_encoder(frozen, config["init"])
+    frozen = DepthAnything(config.encoder)
+    assert config.init is not None  # _check_alignment_weights refuses it
+    load_encoder(frozen, config.init)
     return frozen
 
 
-def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
+def load_teacher(config: RunConfig) -> DepthAnything:
     """Load the network that labels.
 
     Raises:
         ValueError: If there is none where `teacher` points.
     """
-    path = Path(config["teacher"])
+    path = Path(config.teacher)
     if not path.exists():
         raise ValueError(
-            f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
+            f"there is no teacher at {path}; run `python train.py stage=teacher size={config.size}` first, "
             "or type teacher=FILE"
         )
-    teacher = _load_model_for_run(path, encoder=config["encoder"])
-    size = config.get("image_size", teacher.input_size)
+    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
+    size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
             f"teacher={path} was made for images of {teacher.input_size} px, and labels them at image_size={size}; "
@@ -272,19 +290,20 @@ def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
-    """Read a model; what would take an argument of `load_model` is told by what can be typed here."""
+def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
+    """Load a model; errors name what can be typed here instead of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
     typed = {
         "encoder": "encoder={}",
+        "head": "+model.head._target_={}",
         "version": f"the file that is made by  {export} --weights-version {{}}",
         "max_depth": f"the file that is made by  {export} --max-depth {{}}",
     }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ArgumentWarning)
-            model = load_model(path, encoder=encoder)
+            model = load_model(path, encoder=encoder, head=head)
     except UserError as error:
         raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import build_parser, main
@@ -108,7 +109,7 @@ def test_what_one_model_is_is_not_said_of_several(unsaid, capsys):
 
 
 def test_training_names_what_can_be_typed_there(unsaid):
-    config = {"stage": "pseudolabel", "teacher": "plain.pth", "encoder": "vits", "size": "tiny"}
+    config = make_config("stage=pseudolabel", "encoder=vits", "teacher=plain.pth", image_size=518)
     with pytest.warns(ArgumentWarning) as caught:
         load_teacher(config)
     told = [str(warning.message) for warning in caught]
@@ -116,6 +117,6 @@ def test_training_names_what_can_be_typed_there(unsaid):
     assert len(told) == 2 and all(export in sentence for sentence in told)
     assert "--weights-version 1" in told[0] and "--max-depth 20" in told[1]
 
-    config = {"stage": "teacher", "init": "plain.pth", "encoder": "vits", "seed": 0, "image_size": 70}
+    config = make_config("stage=teacher", "encoder=vits", init="plain.pth")
     with pytest.warns(ArgumentWarning, match=re.escape(export)):
         build_model(config)

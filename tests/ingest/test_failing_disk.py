@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything.data import remote
+from depth_anything.data import retry
 from depth_anything.data.tars import StorageUnavailable
 from depth_anything.ingest import archive_io, maps, video_frames
 from depth_anything.ingest.custom import CustomSet, read_image_size
@@ -24,9 +24,9 @@ from depth_anything.inspect.dataset_check import check_dataset
 def waits(monkeypatch):
     """The waiting times between retries, in seconds; nothing waits."""
     seconds = []
-    monkeypatch.setattr(remote, "sleep", seconds.append)
+    monkeypatch.setattr(retry, "sleep", seconds.append)
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    remote._reported.clear()
+    retry._reported.clear()
     return seconds
 
 

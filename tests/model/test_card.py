@@ -85,7 +85,7 @@ def test_any_name_makes_examples_that_run(form, file):
     ("model", "said"),
     [
         (network(), "**Output: disparity** (inverse depth) up to an unknown scale and shift"),
-        (network(max_depth=12.5), "**Output: depth in metres**, 0 to 12.5; larger is farther"),
+        (network(max_depth=12.5), "**Output: depth in meters**, 0 to 12.5; larger is farther"),
     ],
 )
 def test_unit_and_direction_are_said(model, said):
@@ -95,7 +95,7 @@ def test_unit_and_direction_are_said(model, said):
 def test_a_calibration_is_said():
     model = network()
     model.calibration = (0.5, 0.25)
-    assert "1 / (0.5 · output + 0.25) is depth in metres" in build_card(
+    assert "1 / (0.5 · output + 0.25) is depth in meters" in build_card(
         model, file="m", form="safetensors", title="m"
     )
 
@@ -118,10 +118,10 @@ def test_training_data_and_their_licences_are_said():
     }
     text = build_card(model, file="m", form="safetensors", title="m", measured={"Evaluation": "| a |"})
     assert front(text)["license"] == "other"
-    assert "Licence of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
-    assert "Started from `timm/vit` (licence: Apache-2.0)." in text
+    assert "License of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
+    assert "Started from `timm/vit` (license: Apache-2.0)." in text
     assert "| photos | 12,345 | unknown | `depth_anything_v2_vitl.pth` | CC-BY-NC-4.0 |" in text
-    assert "| scenes | 7 | Apache-2.0 | its own truth | – |" in text
+    assert "| scenes | 7 | Apache-2.0 | ground truth | – |" in text
     assert "\n## Evaluation\n\n| a |\n" in text
 
 

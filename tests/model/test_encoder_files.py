@@ -94,11 +94,11 @@ def test_giants_layers_under_timms_names(tmp_path):
     [
         (
             lambda state: state.update(pos_embed=torch.zeros(1, 257, 48)),
-            r"is not the encoder vits: its pos_embed is \(1, 257, 48\), expected \(1, 26, 48\)",
+            r"dinov2\.pth .*pos_embed.*\(1, 257, 48\).*\(1, 26, 48\)",
         ),
-        (lambda state: state.update(register_tokens=torch.zeros(1, 4, 48)), "it also has register_tokens"),
-        (lambda state: state.pop("cls_token"), "it lacks cls_token"),
-        (lambda state: state.clear() or state.update(other=torch.ones(1)), "it lacks cls_token and"),
+        (lambda state: state.update(register_tokens=torch.zeros(1, 4, 48)), "register_tokens"),
+        (lambda state: state.pop("cls_token"), "cls_token"),
+        (lambda state: state.clear() or state.update(other=torch.ones(1)), "cls_token and [0-9]+ more"),
     ],
 )
 def test_other_encoders_are_refused(tmp_path, model, change, message):

@@ -92,16 +92,14 @@ def test_adapters_start_at_nothing():
 
 
 def test_what_cannot_be_is_one_sentence(monkeypatch):
-    with pytest.raises(ValueError, match="lora=97 exceeds the 96 channels of encoder=vitn; type lora=8"):
+    with pytest.raises(ValueError, match="lora=97 .*96.*encoder=vitn.*lora=8"):
         add_adapters(DepthAnything("vitn"), 97)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        ValueError, match=r'needs peft .*type  pip install "depth-anything-train\[lora\]"  or'
-    ):
+    with pytest.raises(ValueError, match=r'peft.*pip install "depth-anything-train\[lora\]".*lora=null'):
         add_adapters(DepthAnything("vitn"), 4)
     monkeypatch.undo()
     monkeypatch.setattr(lora, "_LAYER_NAMES", frozenset())
-    with pytest.raises(ValueError, match="finds no layers that it knows in encoder=vitn; type lora=null"):
+    with pytest.raises(ValueError, match="encoder=vitn.*lora=null"):
         add_adapters(DepthAnything("vitn"), 4)
 
 
@@ -183,20 +181,20 @@ LAYER = "model.pretrained.blocks.1.attn.proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_scale": "much"}, "has LoRA adapters that do not fit their layers"),
-        ({"lora_scale": None}, "has LoRA adapters that do not fit their layers"),
-        ({f"{LAYER}.lora_A.default.weight": None}, "has LoRA adapters that do not fit their layers"),
+        ({"lora_scale": "much"}, r"c\.ckpt .*save it again"),
+        ({"lora_scale": None}, r"c\.ckpt .*save it again"),
+        ({f"{LAYER}.lora_A.default.weight": None}, r"c\.ckpt .*save it again"),
         (
             {f"{LAYER}.lora_A.default.weight": torch.ones(7, 5)},
-            "has LoRA adapters that do not fit their layers",
+            r"c\.ckpt .*save it again",
         ),
-        ({f"{LAYER}.lora_B.default.weight": torch.ones(9)}, "has LoRA adapters that do not fit their layers"),
-        ({f"{LAYER}.base_layer.weight": None}, "has LoRA adapters that do not fit their layers"),
+        ({f"{LAYER}.lora_B.default.weight": torch.ones(9)}, r"c\.ckpt .*save it again"),
+        ({f"{LAYER}.base_layer.weight": None}, r"c\.ckpt .*save it again"),
         (
             {f"{LAYER}.lora_A.other.weight": torch.ones(3, 96)},
-            "is a LoRA adapter, which is no model by itself",
+            r"c\.ckpt is a LoRA adapter",
         ),
-        ({f"{LAYER}.lora_B.default.weight": None}, "is a LoRA adapter, which is no model by itself"),
+        ({f"{LAYER}.lora_B.default.weight": None}, r"c\.ckpt is a LoRA adapter"),
     ],
 )
 def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, message):
@@ -218,7 +216,7 @@ def test_adapters_of_an_unknown_scale_are_not_guessed(tmp_path):
     torch.save(
         {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}, tmp_path / "c.ckpt"
     )
-    with pytest.raises(ValueError, match="is a LoRA adapter, which is no model by itself"):
+    with pytest.raises(ValueError, match=r"c\.ckpt is a LoRA adapter"):
         load_model(tmp_path / "c.ckpt")
 
 

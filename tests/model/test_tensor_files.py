@@ -51,7 +51,7 @@ def test_code_is_never_run(tmp_path, model, zipped):
     content = {**model.state_dict(), "extra": Hostile(tmp_path / "run")}
     torch.save(content, tmp_path / RELATIVE, _use_new_zipfile_serialization=zipped)
     message = refusal(tmp_path / RELATIVE)
-    assert "holds code to run (posix.mkdir)" in message and "never unpickled" in message
+    assert "(posix.mkdir)" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -84,19 +84,19 @@ def test_truncated_files(tmp_path, model, name, share):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
         (b"", "empty"),
-        (bytes(1000), "nothing but zeros"),
-        (bytes(20) + b"\x07\xff\xfe", "no checkpoint"),
+        (bytes(1000), "zeros"),
+        (bytes(20) + b"\x07\xff\xfe", "not a checkpoint"),
         (b"Entry not found\n", "a text, which begins with 'Entry not found'"),
         ("Zugriff verweigert für ".encode() * 50, "a text"),
         (b'{"error": "gated"}', "a JSON text"),
-        (b'{"a": {"b": 1}}' + bytes(100), "no checkpoint"),
+        (b'{"a": {"b": 1}}' + bytes(100), "not a checkpoint"),
         (b"\xef\xbb\xbf\n  <!DOCTYPE html>\n<html></html>", "a web page"),
         (b"\r\n<HTML lang='x'>", "a web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text"),
         (gzip.compress(b"PK" * 50, mtime=0), "a gzip archive (unpack it first)"),
         (lzma.compress(b"PK" * 50), "an xz archive (unpack it first)"),
         (bz2.compress(b"PK" * 50), "a bzip2 archive (unpack it first)"),
-        (b"PK\x05\x06" + bytes(18), "no checkpoint"),
+        (b"PK\x05\x06" + bytes(18), "not a checkpoint"),
         (b"GGUF" + bytes(100), "a GGUF file"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
         (b"RIFF\x24\0\0\0WEBPVP8 " + bytes(100), "a WebP picture"),
@@ -172,10 +172,10 @@ def test_programs_are_named(tmp_path):
     torch.export.save(torch.export.export(Doubling(), (torch.ones(2),)), tmp_path / "model.pt2")
     assert "is a program of torch.export, which is for running only" in refusal(tmp_path / "model.pt2")
     torch.jit.save(torch.jit.script(Doubling()), tmp_path / "model.pt")
-    assert "is an archive, but no checkpoint" in refusal(tmp_path / "model.pt")
+    assert "an archive, not a checkpoint" in refusal(tmp_path / "model.pt")
     with zipfile.ZipFile(tmp_path / "photos.pth", "w") as archive:
         archive.writestr("photos/one.jpg", b"")
-    assert "is an archive, but no checkpoint" in refusal(tmp_path / "photos.pth")
+    assert "an archive, not a checkpoint" in refusal(tmp_path / "photos.pth")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.11.0:\x10")
     assert "is an ONNX file, which is for running only" in refusal(tmp_path / "model.onnx")
 
@@ -188,8 +188,8 @@ def test_missing_file_and_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.ones(3), "holds a Tensor, no state dict"),
-        ([torch.ones(3)], "holds a list, no state dict"),
+        (torch.ones(3), "a Tensor, not a state dict"),
+        ([torch.ones(3)], "a list, not a state dict"),
         ({"epoch": 3}, "holds no tensors"),
         ({"fc.weight": torch.ones(3), "fc.bias": torch.ones(1)}, "it has fc.weight and 1 more"),
         (
@@ -316,7 +316,7 @@ def test_nonsense_metadata_is_named(tmp_path, model, fact, value):
 def test_metadata_of_a_checkpoint_are_text(tmp_path, model, fact, value):
     content = {"state_dict": model.state_dict(), "depth_anything": {**build_metadata(model), fact: value}}
     torch.save(content, tmp_path / "last.ckpt")
-    assert f"last.ckpt has metadata that make no sense: {fact}=" in refusal(tmp_path / "last.ckpt")
+    assert f"last.ckpt has invalid metadata: {fact}=" in refusal(tmp_path / "last.ckpt")
 
 
 def test_facts_that_contradict_each_other_are_named(tmp_path, model):

@@ -274,7 +274,7 @@ def test_versions_are_told_apart_by_their_taps(tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["backbone_config"]["out_indices"] == [3, 4, 5, 6]
     assert load_model(tmp_path / "hf", version=1).taps == first.taps
-    with pytest.warns(UserWarning, match="version=2 overrides"):
+    with pytest.warns(UserWarning, match="version=2"):
         assert load_model(tmp_path / "hf", version=2).taps == (1, 2, 3, 5)
     backbone = {**config["backbone_config"], "out_features": ["stage2", "stage3", "stage4", "stage6"]}
     del backbone["out_indices"]
@@ -287,7 +287,7 @@ def test_config_says_what_the_model_is(folder):
     assert (model.max_depth, model.quantity, model.unit) == (20.0, "depth", "m")
     edit(folder / "config.json", max_depth=80)
     assert load_model(folder).max_depth == 80.0
-    with pytest.warns(UserWarning, match="depth up to 80 m; max_depth=10 overrides"):
+    with pytest.warns(UserWarning, match="80 m; max_depth=10 "):
         assert load_model(folder, max_depth=10).max_depth == 10.0
     edit(folder / "config.json", depth_estimation_type="absent", max_depth="absent")  # V1's first folders
     assert load_model(folder).max_depth is None
@@ -404,9 +404,9 @@ def test_lacking_and_surplus_tensors_are_named(folder):
 def test_what_transformers_cannot_hold_is_not_written(tmp_path):
     with torch.device("meta"):
         timms = DepthAnything("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="only DINOv2 encoders, so vit_tiny_patch16_224 cannot"):
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224.*safetensors"):
         build_config(timms)
-    with pytest.raises(ValueError, match="whole metres only, so max_depth=12.5 cannot be written"):
+    with pytest.raises(ValueError, match="max_depth=12.5.*safetensors"):
         save_model(DepthAnything("vitn", max_depth=12.5), tmp_path / "hf", format="transformers")
     assert not list(tmp_path.iterdir())
 
@@ -434,10 +434,10 @@ def test_what_is_no_such_folder_is_left_alone(folder, tmp_path, small_official_e
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (others, file):
-        with pytest.raises(ValueError, match="exists and is no transformers folder"):
+        with pytest.raises(ValueError, match=str(path)):
             save_model(network("vits"), path, format="transformers")
     edit(folder / "config.json", model_type="dpt")
-    with pytest.raises(ValueError, match="exists and is no transformers folder"):
+    with pytest.raises(ValueError, match=str(folder)):
         save_model(network("vits"), folder, format="transformers")
     assert file.read_text() == "mine"
 
@@ -463,6 +463,6 @@ def test_a_failing_save_leaves_the_old_folder(folder, monkeypatch):
 def test_a_calibration_is_for_us_alone(tmp_path):
     model = network("vits")
     model.calibration = (0.5, 0.25)
-    with pytest.warns(UserWarning, match="keeps the calibration for load_model alone"):
+    with pytest.warns(UserWarning, match="calibration"):
         save_model(model, tmp_path / "hf", format="transformers")
     assert load_model(tmp_path / "hf").calibration == (0.5, 0.25)

@@ -71,7 +71,7 @@ def test_a_calibration_is_kept(tmp_path, model):
     save_model(model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors")
     assert again.calibration == model.calibration and again.quantity == "disparity"
-    with pytest.warns(UserWarning, match="does not keep the calibration"):
+    with pytest.warns(UserWarning, match="calibration"):
         save_model(model, tmp_path / RELATIVE, format="official")
 
 
@@ -128,9 +128,9 @@ def test_files_are_as_readable_as_any_other(tmp_path, model, format):
 @pytest.mark.parametrize(
     ("settings", "name", "advice"),
     [
-        ({"max_depth": 20.0}, RELATIVE, "load it with max_depth=20"),
-        ({"taps": (2, 3, 4, 5)}, RELATIVE, "load it with version=1"),
-        ({"max_depth": 80.0}, "depth_anything_v2_metric_hypersim_vits.pth", "load it with max_depth=80"),
+        ({"max_depth": 20.0}, RELATIVE, "max_depth=20"),
+        ({"taps": (2, 3, 4, 5)}, RELATIVE, "version=1"),
+        ({"max_depth": 80.0}, "depth_anything_v2_metric_hypersim_vits.pth", "max_depth=80"),
     ],
 )
 def test_official_format_says_what_it_loses(tmp_path, settings, name, advice):
@@ -151,7 +151,7 @@ def test_official_format_says_that_it_loses_the_encoder(tmp_path):
 
 
 def test_official_format_says_that_its_name_is_another_models(tmp_path, model):
-    with pytest.warns(UserWarning, match="name of a metric model"):
+    with pytest.warns(UserWarning, match="metric_hypersim_vits"):
         save_model(model, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
 
 
@@ -189,7 +189,7 @@ def test_official_format_is_silent_where_the_name_says_all(tmp_path):
 
 
 def test_unknown_format(tmp_path, model):
-    with pytest.raises(ValueError, match="format='onnx' is unknown; use safetensors, official or transf"):
+    with pytest.raises(ValueError, match="format='onnx' .*safetensors, official, transformers"):
         save_model(model, tmp_path / "x", format="onnx")
     assert not list(tmp_path.iterdir())
 
@@ -308,8 +308,8 @@ def test_what_nothing_says_is_warned_of_once_each(tmp_path, model, name):
         read = load_model(tmp_path / name)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
-    assert "taken for V2" in messages[0] and "version=1" in messages[0]
-    assert "taken for disparity" in messages[1] and "max_depth=" in messages[1]
+    assert "V2" in messages[0] and "version=1" in messages[0]
+    assert "disparity" in messages[1] and "max_depth=" in messages[1]
     assert all(warning.filename == __file__ for warning in caught)
     assert (read.taps, read.max_depth) == (OFFICIAL_TAPS, None)
 
@@ -323,7 +323,7 @@ def test_arguments_answer_what_nothing_says(tmp_path, model):
 def test_a_version_is_refused_where_there_was_none(tmp_path):
     model = DepthAnything("vitg", taps=(0, 1, 2, 4))
     save_model(model, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="version=1 is for vits"):
+    with pytest.raises(UserError, match="version=1 .*vits"):
         load_model(tmp_path / "m.safetensors", version=1)
     assert load_model(tmp_path / "m.safetensors", version=2).taps == (0, 1, 2, 4)
 
@@ -341,16 +341,16 @@ def test_tiny_networks_have_no_versions(tmp_path):
         (
             RELATIVE,
             {"version": 1},
-            r"reads the blocks \[1, 2, 3, 5\]; version=1 overrides",
+            r"\[1, 2, 3, 5\]; version=1 ",
             (2, 3, 4, 5),
             None,
         ),
-        ("depth_anything_vits14.pth", {"version": 2}, "version=2 overrides", OFFICIAL_TAPS, None),
-        (RELATIVE, {"max_depth": 20}, "predicts disparity; max_depth=20 overrides", OFFICIAL_TAPS, 20.0),
+        ("depth_anything_vits14.pth", {"version": 2}, "version=2 ", OFFICIAL_TAPS, None),
+        (RELATIVE, {"max_depth": 20}, "disparity; max_depth=20 ", OFFICIAL_TAPS, 20.0),
         (
             "depth_anything_v2_metric_vkitti_vits.pth",
             {"max_depth": 20},
-            "predicts depth up to 80 m; max_depth=20 overrides",
+            "80 m; max_depth=20 ",
             OFFICIAL_TAPS,
             20.0,
         ),
@@ -367,5 +367,5 @@ def test_conflicts_warn(tmp_path, model, name, arguments, message, taps, max_dep
 def test_conflict_with_metadata_warns_and_agreement_does_not(tmp_path):
     save_model(DepthAnything("vits", max_depth=20), tmp_path / "m.safetensors")
     load_model(tmp_path / "m.safetensors", max_depth=20, version=2, encoder="vit_small_patch14_dinov2")
-    with pytest.warns(UserWarning, match="depth up to 20 m; max_depth=80 overrides"):
+    with pytest.warns(UserWarning, match="20 m; max_depth=80 "):
         assert load_model(tmp_path / "m.safetensors", max_depth=80).max_depth == 80.0

@@ -25,31 +25,31 @@ CONFIGS = ROOT / "configs"
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("", ["which stage?", "stage=teacher"]),
+        ("", ["type stage=metric, stage=pseudolabel, stage=student, stage=teacher"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
         ("stage=teacher size=papr", ["type size=paper "]),
-        ("stage=teacher logger=tensorboard", ["logger=none or logger=wandb"]),
+        ("stage=teacher logger=wandbb", ["type logger=wandb "]),
         ("stage=teacher trainer=null", ["trainer=null"]),
-        ("stage=teacher +stage=student", ["without the +"]),
-        ("stage=teacher +experiment=claim", ["experiment=claim, without the +"]),
+        ("stage=teacher +stage=student", ["type stage=student"]),
+        ("stage=teacher +experiment=claim", ["type experiment=claim"]),
         ("stage=teacher ~sources", ["~sources"]),
         ("stage=teacher stpes=5", ["stpes", "Type steps=5"]),
         ("stage=teacher +stpes=5", ["Type steps=5"]),
         ("stage=teacher ++stpes=5 dry_run=true", ["Type steps=5"]),
         ("stage=teacher +recipe.head_lrr=1e-4", ["Type recipe.head_lr=1e-4"]),
         ("stage=teacher recipe={head_lrr:1}", ["recipe.head_lrr", "recipe.head_lr=1"]),
-        ("stage=teacher +max_depth=10", ["max_depth", "stage=metric alone"]),
+        ("stage=teacher +max_depth=10", ["max_depth", "stage=metric "]),
         ("stage=teacher recipe.variance_focus=1", ["recipe.variance_focus", "stage=metric"]),
         ("stage=pseudolabel recipe.head_lr=1", ["recipe.head_lr", "stage=pseudolabel"]),
         ("stage=pseudolabel steps=5", ["steps", "stage=pseudolabel"]),
-        ("stage=metric cutmix=true", ["cutmix", "stage=student alone"]),
+        ("stage=metric cutmix=true", ["cutmix", "stage=student "]),
         ("stage=teacher checkpoint.evry=5", ["Type checkpoint.every=5"]),
         ("stage=teacher sources.labeled.x=y", ["Type sources.labelled.x=y"]),
         ("stage=teacher trainer.devics=2", ["Type trainer.devices=2"]),
         ("stage=teacher trainer.benchmark=true", ["type +trainer.benchmark=true"]),
         ("stage=teacher data.foo=1", ["data.foo"]),
         ("stage=teacher module.foo=1", ["module.foo"]),
-        ("stage=teacher tiny.steps.teachr.vitt=5", ["tiny.steps.teacher.vitt=5"]),
+        ("stage=teacher tiny.steps.teachr.vitt=5", ["tiny.steps.teachr.vitt"]),
         ("stage=teacher ~recipe.head_lr", ["~recipe.head_lr"]),
         ("stage=teacher ~data.seed", ["~data.seed"]),
         ("stage=teacher steps 5", ["type steps=5"]),
@@ -96,7 +96,7 @@ def test_keys_with_dashes_are_named_without(
     monkeypatch.setattr(sys, "argv", ["train.py", "stage=teacher", *typed])
     with pytest.raises(SystemExit) as end:
         run_command(CONFIGS)
-    assert "without dashes" in str(end.value.code)
+    assert typed[0] in str(end.value.code)
     assert str(end.value.code).endswith(("steps=5", "recipe.head_lr=5"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_configs import make_config
 
 from depth_anything.data.labels import finish_labels, write_label_sidecar
 from depth_anything.data.reader import Records
@@ -149,15 +150,14 @@ def test_choice_of_mixed_sets(roots: dict[str, str]) -> None:
 
 
 def test_mixed_sets_are_made_before_they_are_read() -> None:
-    config = {
-        "mix": True,
-        "data": {"sets": {"p": "P"}},
-        "sources": {"labelled": {"s": "S", "t": "T"}, "validation": "V"},
+    sets = {
+        "data__sets": {"p": "P"},
+        "sources__labelled": {"s": "S", "t": "T"},
+        "sources__validation": "V",
     }
-    assert required_folders(config) == ["P", "S", "T", "V"]
-    assert required_folders({**config, "mix": None}) == ["P", "V"]
-    del config["mix"]  # a teacher has no such key
-    assert required_folders(config) == ["P", "V"]
+    assert required_folders(make_config("stage=student", mix=True, **sets)) == ["P", "S", "T", "V"]
+    assert required_folders(make_config("stage=student", **sets)) == ["P", "V"]
+    assert required_folders(make_config("stage=teacher", **sets)) == ["P", "V"]
 
 
 @pytest.mark.parametrize(

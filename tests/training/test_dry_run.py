@@ -1,7 +1,6 @@
 """dry_run=true prints what a run would do, refuses what it would refuse, and needs no data."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from depth_anything import DepthAnything, save_model
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.check_config import resolve_config
+from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import count_devices, print_plan
 from depth_anything.training.run_dir import RunDir
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def resolved(*typed: str) -> dict[str, Any]:
+def resolved(*typed: str) -> RunConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return resolve_config(compose("train", ["encoder=vitn", *typed]))
 
@@ -42,7 +42,7 @@ def test_the_plan_is_for_the_devices_that_were_typed(
     typed: str, devices: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = resolved("stage=teacher", *typed.split())
-    assert count_devices(config["trainer"]) == devices
+    assert count_devices(config.trainer) == devices
     print_plan(config)
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " accumulated" in line]
     assert shown == ([str(devices)] if devices else ["1", "8"])  # a batch of 8 has none for 64
@@ -105,7 +105,7 @@ def test_what_the_run_would_refuse_is_refused(folder: Path, typed: list[str], me
     (folder / "broken.safetensors").write_bytes(b"no")
     run = RunDir(folder / "outputs" / "teacher")
     save_model(DepthAnything("vitn"), run.model)
-    run.config.write_text(yaml.safe_dump(resolved("stage=teacher")))
+    run.config.write_text(yaml.safe_dump(resolved("stage=teacher").as_dict()))
     with pytest.raises(ValueError, match=message):
         print_plan(resolved(*typed))
 
@@ -129,8 +129,8 @@ def test_labels_of_another_teacher_are_refused(folder: Path, capsys: pytest.Capt
 
 def test_a_finished_run_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = resolved("stage=teacher", "name=done")
-    run = RunDir(config["run_dir"])
+    run = RunDir(config.run_dir)
     save_model(DepthAnything("vitn"), run.model)
-    run.config.write_text(yaml.safe_dump(config))
-    run.finish(config["steps"])
+    run.config.write_text(yaml.safe_dump(config.as_dict()))
+    run.finish(config.steps)
     assert "is finished" in plan(capsys, "stage=teacher", "name=done")

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from made_configs import make_config
 from PIL import Image
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
@@ -21,8 +21,7 @@ from depth_anything.data.transforms import crop_map, draw_crop, normalize
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.model.metadata import build_metadata
 from depth_anything.training.base import learning_rate_factor, parameter_groups
-from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import MetricRecipe
+from depth_anything.training.config import MetricRecipe, RunConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.initialization import build_model
 from depth_anything.training.metric import Metric
@@ -181,21 +180,9 @@ def test_late_cosine_is_onecycle_with_div_1() -> None:
 
 # --- what it starts from ---------------------------------------------------------------------------------------
 
-CONFIG = {
-    "seed": 0,
-    "encoder": "vitn",
-    "image_size": 70,
-    "stage": "metric",
-    "size": "tiny",
-    "init": None,
-    "max_depth": 80,
-    "min_depth": 0.001,
-    "start": "encoder",
-    "freeze_encoder": False,
-    "replay": None,
-    "replay_share": 0.1,
-    "recipe": {},
-}
+
+def config(**changes: Any) -> RunConfig:
+    return make_config("stage=metric", "init=null", **changes)
 
 
 def same(one: DepthAnything, other: DepthAnything) -> set[str]:
@@ -209,30 +196,30 @@ def test_encoder_alone_or_all_but_the_last_convolution(tmp_path: Path) -> None:
     relative.licence = "CC-BY-NC-4.0"
     save_model(relative, tmp_path / "r.safetensors")
     names = set(relative.state_dict())
-    fresh = build_model(CONFIG)
+    fresh = build_model(config())
     assert (fresh.quantity, fresh.unit, fresh.max_depth, fresh.depth_head.max_depth) == ("depth", "m", 80, 80)
-    started = build_model({**CONFIG, "init": str(tmp_path / "r.safetensors")})
+    started = build_model(config(init=str(tmp_path / "r.safetensors")))
     assert {name for name in names if name.startswith("pretrained.")} <= same(started, relative)
     head = {name for name in names if name.startswith("depth_head.") and name.endswith(".weight")}
     assert not head & same(started, relative) and head <= same(started, fresh)  # new, and drawn from the seed
     assert started.origin["start"]["licence"] == "CC-BY-NC-4.0"
-    whole = build_model({**CONFIG, "init": str(tmp_path / "r.safetensors"), "start": "all"})
+    whole = build_model(config(init=str(tmp_path / "r.safetensors"), start="all"))
     assert names - same(whole, relative) == {f"{LAST}weight", f"{LAST}bias"}
     save_model(whole, tmp_path / "m.safetensors")
-    again = build_model({**CONFIG, "init": str(tmp_path / "m.safetensors"), "start": "all"})
+    again = build_model(config(init=str(tmp_path / "m.safetensors"), start="all"))
     assert same(again, whole) == names  # metric from metric: the last convolution, too
 
 
 def test_the_blocks_a_head_reads_come_with_it(tmp_path: Path) -> None:
     shallow = DepthAnything("vitt", taps=(0, 1, 2, 3))
     save_model(shallow, tmp_path / "r.safetensors")
-    config = {**CONFIG, "encoder": "vitt", "init": str(tmp_path / "r.safetensors")}
-    assert build_model({**config, "start": "all"}).taps == shallow.taps
-    assert build_model(config).taps == DepthAnything("vitt").taps
+    init = str(tmp_path / "r.safetensors")
+    assert build_model(config(encoder="vitt", init=init, start="all")).taps == shallow.taps
+    assert build_model(config(encoder="vitt", init=init)).taps == DepthAnything("vitt").taps
 
 
 def test_a_frozen_encoder_is_not_trained() -> None:
-    frozen = build_model({**CONFIG, "freeze_encoder": True})
+    frozen = build_model(config(freeze_encoder=True))
     encoder, head = parameter_groups(frozen, encoder_lr=1.0, head_lr=2.0)
     assert encoder["params"] == [] and head["params"]
     module = Metric(frozen, recipe())
@@ -248,7 +235,7 @@ def test_a_start_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"there is no model at .*gone; run `python train.py stage=student size=tiny`"
     ):
-        build_model({**CONFIG, "init": str(tmp_path / "gone")})
+        build_model(config(init=str(tmp_path / "gone")))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
@@ -293,16 +280,15 @@ def test_another_range_is_refused_on_resume(tmp_path: Path) -> None:
         ("replay_share=1.0", "replay_share=1.0 must be a number between 0 and 1"),
         ("replay_share=true", "replay_share=true must be"),
         ("validation.benchmark=nyu", "validation.root=FOLDER"),
-        ("validation.root=x", "validation.root=x says where a benchmark lies"),
+        ("validation.root=x", "validation.root=x"),
         ("validation.max_depth=0", "validation.max_depth=0 must be a number"),
         ("validation.max_depth=far", "validation.max_depth=far must be"),
         ("data.sky=far", "data.sky=far.*data.sky=invalid"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_read(typed: str, message: str) -> None:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        with pytest.raises(ValueError, match=message):
-            resolve_config(compose("train", ["stage=metric", typed]))
+    with pytest.raises(ValueError, match=message):
+        make_config("stage=metric", typed)
 
 
 # --- doors -----------------------------------------------------------------------------------------------------
@@ -310,7 +296,7 @@ def test_nonsense_is_refused_before_anything_is_read(typed: str, message: str) -
 
 def test_every_door_gives_metres_without_a_flag(tmp_path: Path) -> None:
     """A run's model and its Lightning checkpoint, through load_model, Predictor, evaluate and run.py."""
-    made = build_model({**CONFIG, "max_depth": 12.5})
+    made = build_model(config(max_depth=12.5))
     save_model(made, tmp_path / "run" / "model.safetensors")
     state = {f"model.{name}": tensor for name, tensor in made.state_dict().items()}
     torch.save({"state_dict": state, "depth_anything": build_metadata(made)}, tmp_path / "last.ckpt")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything
 from depth_anything.data.labels import finish_labels, write_label_sidecar
@@ -20,7 +21,7 @@ from depth_anything.training.batch_plan import repeat_for_share, required_folder
 from depth_anything.training.config import MetricRecipe
 from depth_anything.training.data import TrainData
 from depth_anything.training.metric import MIN_DEPTH_M, Metric
-from depth_anything.training.resume import config_differences
+from depth_anything.training.resume import FlatConfig, config_differences
 
 SIDE, COUNT = 28, 6
 
@@ -196,6 +197,10 @@ def test_what_cannot_be_replayed_is_one_sentence(roots: dict[str, str], changes:
         data(roots, **changes).open()
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return config_differences(FlatConfig.from_tree(old), FlatConfig.from_tree(new))
+
+
 def test_without_replay_its_keys_make_no_other_run() -> None:
     """Nor does a run of stage=metric from before there was replay have them."""
     old = {"stage": "metric", "steps": 5, "recipe": {"schedule": "poly"}}
@@ -206,18 +211,23 @@ def test_without_replay_its_keys_make_no_other_run() -> None:
         "replay_share": 0.1,
         "recipe": {"schedule": "poly", "trim": 0.1},
     }
-    assert config_differences(old, new) == {}
-    assert set(config_differences(new, {**new, "replay": True})) == {"replay"}
+    assert differences(old, new) == {}
+    assert set(differences(new, {**new, "replay": True})) == {"replay"}
     replaying = {**new, "replay": True}
-    assert set(config_differences(replaying, {**replaying, "labels": "M", "replay_share": 0.2})) == {
+    assert set(differences(replaying, {**replaying, "labels": "M", "replay_share": 0.2})) == {
         "labels",
         "replay_share",
     }
     student = {**new, "stage": "student"}
-    assert set(config_differences(student, {**student, "labels": "M"})) == {"labels"}
+    assert set(differences(student, {**student, "labels": "M"})) == {"labels"}
 
 
 def test_replayed_sets_are_made_before_they_are_read() -> None:
-    sources = {"labelled": {"s": "S"}, "images": {"p": "P", "q": "Q"}, "validation": None}
-    config = {"data": {"sets": {"s": "S"}}, "sources": sources, "replay": ["q"]}
+    config = make_config(
+        "stage=metric",
+        replay=["q"],
+        data__sets={"s": "S"},
+        sources__images={"p": "P", "q": "Q"},
+        sources__validation=None,
+    )
     assert required_folders(config) == ["S", "Q"]

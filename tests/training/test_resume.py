@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from made_configs import flatten, make_config
 
 from depth_anything import DepthAnything
 from depth_anything.training.base import DepthModule
-from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import Recipe
+from depth_anything.training.config import Recipe, RunConfig
 from depth_anything.training.resume import (
+    FlatConfig,
     check_resume_checkpoint,
     config_differences,
     read_checkpoint_facts,
@@ -25,13 +26,15 @@ from depth_anything.training.resume import (
 )
 from depth_anything.training.run_dir import RunDir
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE = 28
 
 
-def resolved(*typed: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return resolve_config(compose("train", ["stage=teacher", "encoder=vitn", *typed]))
+def resolved(*typed: str) -> RunConfig:
+    return make_config("stage=teacher", "encoder=vitn", *typed)
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    return config_differences(flatten(old), flatten(new))
 
 
 class Rates(pl.Callback):
@@ -75,7 +78,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(4, {"steps": 8}, save=path)
-    (run / "config.yaml").write_text(yaml.safe_dump(resolved("steps=8", "image_size=28")))
+    (run / "config.yaml").write_text(yaml.safe_dump(resolved("steps=8", "image_size=28").as_dict()))
     return path
 
 
@@ -137,7 +140,7 @@ def test_another_position_in_the_data_is_refused(other: Path, typed: str) -> Non
 
 
 def test_another_stage_is_refused(other: Path) -> None:
-    config = {**resolved("image_size=28"), "stage": "student"}
+    config = replace(resolved("image_size=28"), stage="student")
     with pytest.raises(ValueError, match="stage=teacher, now stage=student"):
         check_resume_checkpoint(other, config)
 
@@ -165,7 +168,7 @@ def own(tmp_path: Path) -> RunDir:
     folder = RunDir(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
     torch.save({"global_step": 5, "loops": {}, "state_dict": {}}, folder.checkpoints / "step-000000005.ckpt")
-    folder.config.write_text(yaml.safe_dump(resolved("steps=10")))
+    folder.config.write_text(yaml.safe_dump(resolved("steps=10").as_dict()))
     return folder
 
 
@@ -192,7 +195,7 @@ def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunDir, type
 
 
 def test_steps_that_are_done_cannot_be_taken_back(own: RunDir) -> None:
-    with pytest.raises(ValueError, match="step 5, and steps=3"):
+    with pytest.raises(ValueError, match="step 5, .*steps=3 .*type steps=5"):
         own.compare(resolved("steps=3", "resume_with=steps"))
 
 
@@ -230,7 +233,7 @@ def test_a_finished_run_needs_more_steps_for_another_rate(own: RunDir) -> None:
     ],
 )
 def test_a_config_from_before_there_was_a_key_goes_on(own: RunDir, path: str) -> None:
-    old = resolved("steps=10")
+    old = resolved("steps=10").as_dict()
     for node in (old, old["module"], old["data"]):
         *parents, name = path.split(".")
         for parent in parents:
@@ -244,20 +247,22 @@ def test_a_config_from_before_there_was_a_key_goes_on(own: RunDir, path: str) ->
     "key", ["+trainer.max_time=00:01:00:00", "+trainer.profiler=simple", "trainer.devices=2"]
 )
 def test_how_lightning_runs_it_may_change_at_every_start(key: str) -> None:
-    assert config_differences(resolved(), resolved(key)) == {}
-    assert config_differences(resolved(key), resolved()) == {}
+    assert differences(resolved(), resolved(key)) == {}
+    assert differences(resolved(key), resolved()) == {}
 
 
 def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
-    old, typed = resolved(), ["recipe.gm_trim=0.2", "recipe.trim=0.0"]
+    old, typed = resolved().as_dict(), ["recipe.gm_trim=0.2", "recipe.trim=0.0"]
     for node in (old["recipe"], old["module"]["recipe"]):
         del node["gm_trim"], node["trim"]
     new = resolved(*typed)
-    assert config_differences(old, new, typed=typed_keys(typed)) == {"recipe.gm_trim": (0.0, 0.2)}
+    assert config_differences(FlatConfig.from_tree(old), flatten(new), typed=typed_keys(typed)) == {
+        "recipe.gm_trim": (0.0, 0.2)
+    }
 
 
 def test_a_key_of_another_version_is_told_without_advice_that_fails(own: RunDir) -> None:
-    own.config.write_text(yaml.safe_dump({**resolved("steps=10"), "moving_average": 0.9}))
+    own.config.write_text(yaml.safe_dump({**resolved("steps=10").as_dict(), "moving_average": 0.9}))
     with pytest.raises(ValueError, match="moving_average=0.9") as caught:
         own.compare(resolved("steps=10"))
     assert "type moving_average" not in str(caught.value)
@@ -269,9 +274,9 @@ def test_where_a_run_computes_is_free_and_what_it_learns_is_not() -> None:
         "workers=7", "trainer=ddp", "trainer.devices=3", "micro_batch=2", "logger=wandb", "validation.every=3",
         "sources.validation=x", "checkpoint.keep=5", "name=b", "sources.scenes.validation.count=9",
     )  # fmt: skip
-    assert config_differences(old, free) == {}
+    assert differences(old, free) == {}
     for typed in ("seed=1", "sources.labelled.scenes-synthetic=x", "init=x", "trainer.precision=64-true"):
-        assert typed.partition("=")[0] in config_differences(old, resolved(typed)), typed
+        assert typed.partition("=")[0] in differences(old, resolved(typed)), typed
     assert resume_policy("recipe.head_lr") == "change" and resume_policy("nothing.at.all") == "same"
 
 

@@ -69,7 +69,7 @@ def test_the_cache_is_asked_before_the_network(monkeypatch, tmp_path):
 
 def test_fetching_what_may_not_be_sold_says_so(monkeypatch, tmp_path):
     Hub(monkeypatch)
-    with pytest.warns(UserWarning, match="depth_anything_v2_vitb.pth comes from .*Base under CC-BY-NC-4.0"):
+    with pytest.warns(UserWarning, match="depth_anything_v2_vitb.pth .*Base .*CC-BY-NC-4.0"):
         find_official_weights("vitb", folder=tmp_path)
     find_official_weights("vits", folder=tmp_path)  # without a warning
 
@@ -83,18 +83,18 @@ def test_without_a_network_the_sentence_says_what_to_fetch_where_and_the_licence
     assert str(tmp_path / "checkpoints" / "depth_anything_v2_metric_vkitti_vitl.pth") in said
     assert "https://huggingface.co/depth-anything/Depth-Anything-V2-Metric-VKITTI-Large" in said
     assert "CC-BY-NC-4.0" in said
-    with pytest.raises(ValueError, match="https://huggingface.co/spaces/LiheYoung/Depth-Anything and put it"):
+    with pytest.raises(ValueError, match="https://huggingface.co/spaces/LiheYoung/Depth-Anything "):
         find_official_weights("vits", version=1, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"encoder": "vitg"}, "never published vitg; take vitl"),
-        ({"encoder": "vitn"}, "no published weights of encoder=vitn; use one of vits, vitb, vitl"),
-        ({"encoder": "vits", "metric": "kitti"}, "metric=kitti is unknown; use one of hypersim, vkitti"),
-        ({"encoder": "vits", "metric": "vkitti", "version": 1}, "version 1 has no vkitti weights"),
-        ({"encoder": "vits", "version": 3}, "version=3 must be 1 or 2"),
+        ({"encoder": "vitg"}, "vitg.*vitl"),
+        ({"encoder": "vitn"}, "encoder=vitn; .*vits, vitb, vitl"),
+        ({"encoder": "vits", "metric": "kitti"}, "metric=kitti .*hypersim, vkitti"),
+        ({"encoder": "vits", "metric": "vkitti", "version": 1}, "version 1 .*vkitti .*version=2"),
+        ({"encoder": "vits", "version": 3}, "version=3 "),
     ],
 )
 def test_what_was_never_published_is_not_looked_for(monkeypatch, tmp_path, arguments, said):
