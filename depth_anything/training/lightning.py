@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
@@ -172,12 +172,18 @@ def join_process_group(trainer: pl.Trainer) -> None:
     trainer.strategy.setup_environment()
 
 
+def move_timers_first(trainer: Any) -> None:
+    """Let a Timer, which Lightning appends for +trainer.max_time, end the run before Checkpoints saves at that step."""
+    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))
+
+
 def start_run(trainer: pl.Trainer, run_dir: RunDir, config: RunConfig) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
         UserError: On all ranks, with rank 0's message.
     """
+    move_timers_first(trainer)
     join_process_group(trainer)
     if not dist.is_initialized():
         return run_dir.begin(config, main=trainer.is_global_zero)

@@ -148,9 +148,8 @@ class ValidationCallback(StepCallback):
             return
         if trainer.global_step == 0:
             self.run_dir.delete_best()
-        best = (
-            self.run_dir.read_best()
-        )  # also of a later step: a killed run may have found it after its checkpoint
+        # best.json may be of a later step than the checkpoint, if the run was killed in between.
+        best = self.run_dir.read_best()
         self.best = best if best.get("judged") == _task_digest(self.task) else {}
 
     def _read_share(self, trainer: pl.Trainer, quantity: str) -> list[_DepthSummary]:
