@@ -97,7 +97,9 @@ def crop(frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def batch(dataset: StreamDataset, first: tuple[np.ndarray, ...]) -> dict[str, Any]:
     made = dataset.__getitems__(range(BATCH))
     for name, mine in zip(("image", "target", "valid"), first, strict=True):
-        assert np.array_equal(made[name][0].numpy(), mine)  # the steps above, by hand, equal what a worker does
+        assert np.array_equal(
+            made[name][0].numpy(), mine
+        )  # the steps above, by hand, equal what a worker does
         show(name, made[name])
     show("sample", made["sample"])
     return made

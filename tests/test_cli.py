@@ -1,4 +1,4 @@
-"""The command line as a user types it: its flags (pinned), its words, its exit codes."""
+"""The command line: its pinned flags, its messages and its exit codes."""
 
 import argparse
 import subprocess
@@ -269,7 +269,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path):
-    """As `depth-anything … | head -1`: no traceback, no sentence, the code of a closed pipe."""
+    """As `depth-anything … | head -1`: no traceback, no message, the exit code of a closed pipe."""
     make(tmp_path, size=30)
     line = [sys.executable, "-u", "-m", "depth_anything", "verify", str(tmp_path)]
     verify = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

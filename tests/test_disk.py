@@ -1,4 +1,4 @@
-"""A full disk is one sentence that names the file and the folder, whatever is being written."""
+"""Files and folders appear complete or not at all; a full disk names the file; stale temporaries are removed."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let files grow to so many bytes: a write ends halfway, as on a full disk."""
+    """Limit the size of files, which interrupts a write like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -71,7 +71,7 @@ def test_an_existing_file_stays_if_the_disk_is_full(
 
 
 def test_read_errors_are_not_changed(tmp_path: Path) -> None:
-    """What is written may be read from a failing disk meanwhile."""
+    """The written data may come from a disk that fails."""
     failing = OSError(errno.EIO, os.strerror(errno.EIO))
     with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "a.tar"):
         raise failing

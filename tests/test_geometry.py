@@ -15,7 +15,7 @@ from depth_anything.geometry import (
 
 
 def maps(batch: int = 6, height: int = 7, width: int = 9, *, seed: int = 0, share: float = 0.7):
-    """Random maps whose images hold anything from no valid pixel to all."""
+    """Random maps whose images have from none to all pixels valid."""
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, batch, height, width))
     valid = rng.random((batch, height, width)) < share
@@ -134,7 +134,7 @@ def test_alignment_equals_lstsq():
 
 
 def test_alignment_far_from_the_origin_is_exact_to_the_last_digit_of_float32():
-    """Sums in float32 miss the last digits here, and uncentred ones lose the scale altogether."""
+    """Sums in float32 miss the last digits here, and uncentered ones lose the scale altogether."""
     x = 1e4 + torch.rand(16, 50, 60, generator=torch.Generator().manual_seed(0))
     scale, shift = align_least_squares(x, 3 * (x - 1e4) + 2, x > 0)
     assert scale.dtype == shift.dtype == torch.float32

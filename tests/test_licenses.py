@@ -1,4 +1,4 @@
-"""Licences: joined, typed, and as cards on the hub write them."""
+"""Licenses: combined, checked, and in model cards."""
 
 import re
 

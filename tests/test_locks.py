@@ -1,4 +1,4 @@
-"""Locks hold across processes and hosts, and those of dead holders are free, whatever any clock says."""
+"""Locks work across processes and hosts, and locks of dead holders are free, with any clock."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
 
 
 def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
-    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
+    """Write the heartbeat of another host `written` seconds ago, whose clock is `clock` seconds ahead."""
     sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
     path.write_text(json.dumps(sign))
     os.utime(path, (time.time() - written, time.time() - written))
@@ -79,7 +79,7 @@ def test_a_fresh_heartbeat_of_another_host_refuses_and_an_old_one_does_not(tmp_p
 def test_a_dead_holder_is_detected_with_any_clock(
     tmp_path: Path, short_watch: None, clock: float, written: float
 ) -> None:
-    """A lock a year ahead once refused for a year."""
+    """A lock from a clock a year ahead once refused for a year."""
     elsewhere(tmp_path / "lock.json", clock=clock, written=written)
     lock = lock_of(tmp_path)
     lock.acquire()
@@ -90,7 +90,7 @@ def test_a_dead_holder_is_detected_with_any_clock(
 def test_a_living_holder_is_detected_with_any_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
 ) -> None:
-    """Of two hosts whose clocks were two minutes apart both once wrote."""
+    """Two hosts with clocks two minutes apart once wrote at the same time."""
     elsewhere(tmp_path / "lock.json", clock=clock)
     # It beats while this process sleeps between two looks.
     monkeypatch.setattr(locks.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10))
@@ -130,7 +130,7 @@ def test_an_invalid_lock_file_is_free(tmp_path: Path, torn: str) -> None:
 
 
 def test_a_process_releases_the_lock_at_exit(tmp_path: Path) -> None:
-    """A job that is queued again on another host need not wait until the heartbeat is old."""
+    """A job that is requeued on another host need not wait until the heartbeat is stale."""
     code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
     assert (
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
@@ -153,7 +153,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """This process's own clock, which the test turns."""
+    """The clock of this process, set by the test."""
     now = [1000.0]
     monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
     return now

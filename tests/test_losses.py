@@ -29,7 +29,7 @@ invariant = pytest.mark.parametrize("loss", list(MAP_LOSSES.values())[:4], ids=l
 
 
 def maps(batch=8, height=19, width=23, *, seed=0, dtype=torch.float64):
-    """Positive maps; the images hold 0, 1, 2, all, and some seven in ten valid pixels."""
+    """Positive maps; the images have 0, 1, 2, all, and about 70 % valid pixels."""
     rng = np.random.default_rng(seed)
     prediction, target = np.exp(rng.normal(size=(2, batch, height, width)))
     valid = rng.random((batch, height, width)) < 0.7
@@ -151,7 +151,7 @@ def test_feature_alignment_equals_the_loops(tolerance):
 
 @pytest.mark.parametrize("trim", [0.05, 0.1, 0.3, 0.6])
 def test_trimming_among_equal_residuals_takes_the_last_in_reading_order(trim):
-    """A threshold would keep or drop equal ones together; gm sees which pixels went, and where."""
+    """A threshold would keep or drop equal residuals together."""
     prediction, target, valid = maps()
     levels = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)[
         torch.bucketize(prediction, torch.tensor([0.6, 1.7]))

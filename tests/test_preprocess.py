@@ -32,7 +32,7 @@ def test_sizes_of_the_official_code(height, width, expected):
 
 
 def authors_rule(height, width, short_side, multiple):
-    """The rule in numpy, from facts: lower bound, nearest multiple half to even, ceil below the bound."""
+    """The rule in numpy: nearest multiple, half to even, ceil below the lower bound."""
     scale = max(short_side / height, short_side / width)
     sides = []
     for side in (height, width):
@@ -59,7 +59,7 @@ def test_half_is_rounded_to_even():
 
 
 def cubic(distance):
-    """Keys' kernel with a = -0.75, as OpenCV has it."""
+    """Keys' kernel with a = -0.75, as in OpenCV."""
     x = abs(distance)
     if x <= 1:
         return 1.25 * x**3 - 2.25 * x**2 + 1
@@ -67,7 +67,7 @@ def cubic(distance):
 
 
 def resize_weights(source, goal):
-    """(goal, source): pixel centres at halves, four taps whatever the scale, the border repeated."""
+    """(goal, source): pixel centers at halves, four taps whatever the scale, the border repeated."""
     weights = np.zeros((goal, source))
     for i in range(goal):
         centre = (i + 0.5) * source / goal - 0.5

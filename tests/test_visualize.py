@@ -11,7 +11,7 @@ def ramp(height=5, width=300):
 
 @pytest.mark.parametrize("colormap", ["Spectral_r", "Spectral", "inferno", "viridis", "turbo"])
 def test_equals_the_official_colors(colormap):
-    """Their run.py: 255 levels between the extremes, cut off, then matplotlib's colours, cut off."""
+    """The official run.py: 255 truncated levels between the extremes, then truncated matplotlib colors."""
     values = np.random.default_rng(0).random((400, 500), dtype=np.float32) * 7
     levels = ((values - values.min()) / (values.max() - values.min()) * 255.0).astype(np.uint8)
     expected = (matplotlib.colormaps[colormap](levels)[:, :, :3] * 255).astype(np.uint8)

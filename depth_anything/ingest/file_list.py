@@ -69,7 +69,8 @@ class FileList:
             self.left_out: dict[str, int] = about["left_out"]
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(
-                f"{root / FILE_LIST_INFO} is damaged ({error!r}): restore it, or start again with  rm -r {root}"
+                f"{root / FILE_LIST_INFO} is damaged ({error!r})",
+                f"restore it, or start again with  rm -r {root}",
             ) from error
         starts, digest, lines, place = [0], hashlib.sha256(), 0, 0
         with suppress(FileNotFoundError), open(self._path, "rb") as file:
@@ -81,7 +82,8 @@ class FileList:
                 lines, place = lines + len(ends), place + len(chunk)
         if (lines, f"sha256:{digest.hexdigest()}") != (self.count, self.digest):
             raise ShardError(
-                f"{self._path} does not match {FILE_LIST_INFO}: restore it, or start again with  rm -r {root}"
+                f"{self._path} does not match {FILE_LIST_INFO}",
+                f"restore it, or start again with  rm -r {root}",
             )
         self._starts = [*starts[: self.shards], place]
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 
+from depth_anything.errors import UserError
 from depth_anything.ingest.archive_io import (
     check_file_size,
     list_lmdb_keys,
@@ -66,7 +67,9 @@ def find_images(
         yield from _find_in_tar(raw, "", skipped)
         return skipped
     if not raw.is_dir():
-        raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was downloaded to")
+        raise UserError(
+            f"{raw} is not a folder", "type the path of the folder that the set was downloaded to"
+        )
     for name, path in walk_files(raw, follow=True):
         assert path is not None, "links are followed"
         kind = _classify(name, kinds)

@@ -65,7 +65,7 @@ def find_frames(
             of files of one sequence.
     """
     if not raw.is_dir():
-        raise ValueError(f"{raw} is not a folder: type the path of the folder that the set was unpacked to")
+        raise UserError(f"{raw} is not a folder", "type the path of the folder that the set was unpacked to")
     found: dict[str, dict[FilePattern, tuple[str, dict[str, str]]]] = {}
     last_folder: str | None = None
     parts: tuple[str, ...] = ()
@@ -83,9 +83,9 @@ def find_frames(
                 name = sequence(parts)
                 known, frames = found.setdefault(name, {}).setdefault(pattern, (folder, {}))
                 if known != folder:
-                    raise ValueError(
-                        f"{raw / folder} and {raw / known} hold the same {pattern.content} files, of {name}: "
-                        "type the path of a folder that holds them once"
+                    raise UserError(
+                        f"{raw / folder} and {raw / known} hold the same {pattern.content} files, of {name}",
+                        "type the path of a folder that holds them once",
                     )
                 frames[match[1]] = _AMBIGUOUS if match[1] in frames else file
     if not found:

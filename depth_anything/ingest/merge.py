@@ -50,8 +50,8 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
         for name in _SET_FILES:
             if not (part / name).is_file():
                 raise ShardError(
-                    f"{part} does not hold a part of a set (it has no {name}): name folders that depth-anything shard "
-                    "has written, as in  depth-anything merge OUT FOLDER FOLDER …"
+                    f"{part} does not hold a part of a set (it has no {name})",
+                    "name folders of depth-anything shard, as in  depth-anything merge OUT FOLDER FOLDER …",
                 )
     if not (root / SETTINGS_FILE).exists():
         check_unclaimed(root)
@@ -77,8 +77,8 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
         names = ", ".join(shard_name(shard) for shard in missing[:_MAX_NAMED_SHARDS])
         more = " …" if len(missing) > _MAX_NAMED_SHARDS else ""
         raise ShardError(
-            f"{root}: {len(missing)} of {file_list.shards} shards are missing ({names}{more}): name the folders that "
-            f"hold them, or write them with  depth-anything shard {settings['source']} RAW {root}"
+            f"{root}: {len(missing)} of {file_list.shards} shards are missing ({names}{more})",
+            f"name the folders that hold them, or type  depth-anything shard {settings['source']} RAW {root}",
         )
     merged = finish_set(root, file_list)
     assert merged is not None, "no shard is missing"
@@ -98,8 +98,8 @@ def _check_same_set(part: Path, first: Path) -> None:
             else:
                 advice = "leave it out, or write it again like the others"
             raise ShardError(
-                f"{part} is a part of another set than {first}: it was written with other {content} ({differences}); "
-                f"{advice}"
+                f"{part} is a part of another set than {first}: it was written with other {content} ({differences})",
+                advice,
             )
 
 
@@ -120,8 +120,8 @@ def _plan_transfers(root: Path, parts: Sequence[Path]) -> list[tuple[Path, Shard
                 found[stem] = part / name, info
             elif info is not None and known[1] != info:
                 raise ShardError(
-                    f"the shard {stem} in {known[0].parent} differs from that in {part}: verify both, "
-                    "and remove the damaged one"
+                    f"the shard {stem} in {known[0].parent} differs from that in {part}",
+                    "verify both, and remove the damaged one",
                 )
     return [row for _, row in sorted(found.items()) if row[0].parent != root]
 

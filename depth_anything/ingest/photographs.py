@@ -17,6 +17,7 @@ import numpy as np
 from depth_anything.data.image_headers import detect_format, is_image_or_video
 from depth_anything.data.sample import decode_image
 from depth_anything.data.tars import ShardError, ShardSet
+from depth_anything.errors import UserError
 from depth_anything.ingest import archive_io
 from depth_anything.ingest.file_list import file_list_digest, unescape_field
 from depth_anything.ingest.find_files import error_line, file_line, read_image_file, tar_line, walk_files
@@ -71,7 +72,7 @@ class PhotographSource:
         for line in _list_lines(raw, self.leave_out):
             yield line
         if line is None:
-            raise ValueError(f"{raw} holds no files: type the path of a folder, a list of paths, or a tar")
+            raise UserError(f"{raw} holds no files", "type the path of a folder, a list of paths, or a tar")
 
     def read(self, raw: Path, line: str) -> RawSample:
         """Read the file of a line."""
@@ -171,8 +172,8 @@ def _check_unchanged(photographs: PhotographSource, raw: Path, shard_set: ShardS
             f"count {before} in place of {count}" if before != count else "other files, or of other sizes"
         )
         raise ShardError(
-            f"{shard_set.root} is a finished set, and {raw} has changed since ({change}): "
-            f"name another folder, or remove it with  rm -r {shard_set.root}"
+            f"{shard_set.root} is a finished set, and {raw} has changed since ({change})",
+            f"name another folder, or remove it with  rm -r {shard_set.root}",
         )
 
 
@@ -207,7 +208,7 @@ def _list_lines(raw: Path, leave_out: Path | None, *, tolerant: bool = False) ->
     if raw.is_dir():
         return _list_folder(raw, leave_out.resolve() if leave_out else None, tolerant=tolerant)
     if not raw.is_file():
-        raise ValueError(f"{raw} does not exist: type the path of a folder, a list of paths, or a tar")
+        raise UserError(f"{raw} does not exist", "type the path of a folder, a list of paths, or a tar")
     if tarfile.is_tarfile(raw):
         members = _list_tar(raw)
         return members if archive_io.is_compressed(raw) else sorted(members, key=_sort_key)

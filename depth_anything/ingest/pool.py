@@ -1,7 +1,6 @@
 """Worker processes that write shards; each shard is written by one worker.
 
-When the pool ends with an error, or its process dies, the workers exit at once. Shards are written atomically, so
-nothing needs to be cleaned up.
+When the pool ends with an error, or its process dies, the workers stop after their current line and exit.
 """
 
 import os
@@ -21,10 +20,13 @@ from depth_anything.data.tars import ShardError
 from depth_anything.ingest.shard_job import ShardJob, run_job
 
 _REPORT_INTERVAL_S = 0.2
+_STOP_TIMEOUT_S = 5.0  # for the current line of a worker
 
+# State of a worker process
 _source: Any = None
-_line_counts: Any = None
-"""State of a worker process: the source that reads the lines, and the shared counters of lines."""
+_line_counts: Any = None  # shared with the parent
+_job_running = threading.Lock()
+_stopping = threading.Event()
 
 
 def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], None]) -> None:
@@ -58,6 +60,9 @@ def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], No
         submit(first, 0)
         for slot, job in zip(range(1, workers), jobs, strict=False):
             submit(job, slot)
+        executor.submit(
+            os.getpid
+        )  # the executor notices the death of a worker only if a task follows its start
         while running:
             done, _ = wait(running, _REPORT_INTERVAL_S, FIRST_COMPLETED)
             for future in done:
@@ -70,8 +75,8 @@ def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], No
             reported = total
     except BrokenProcessPool:
         raise ShardError(
-            f"a worker died while it wrote {first.root}, perhaps because the memory is too small: "
-            "type the same command with fewer --workers; it continues where it stopped"
+            f"a worker died while it wrote {first.root}, perhaps because the memory is too small",
+            "type the same command with fewer --workers; it continues where it stopped",
         ) from None
     finally:
         if running:
@@ -97,18 +102,23 @@ def _start_worker(source: Any, counts: Any, alive: Connection) -> None:
 
 
 def _exit_with_parent(alive: Connection) -> None:
-    """Wait until the parent closes its end of the pipe or dies, then end this process."""
+    """Wait until the parent closes its end of the pipe or dies, then stop the current job and end this process."""
     alive.poll(None)
+    _stopping.set()
+    _job_running.acquire(timeout=_STOP_TIMEOUT_S)  # the job removes its temporary file
     os._exit(1)
 
 
 def _run_in_worker(job: ShardJob, slot: int) -> None:
     def tick() -> None:
         _line_counts[slot] += 1
+        if _stopping.is_set():
+            raise SystemExit
 
-    try:
-        run_job(replace(job, source=_source), tick)
-    except (ShardError, OSError):
-        raise
-    except Exception as error:  # an exception with other arguments than its message cannot be unpickled
-        raise RuntimeError(str(error)) from None
+    with _job_running:
+        try:
+            run_job(replace(job, source=_source), tick)
+        except (ShardError, OSError):
+            raise
+        except Exception as error:  # an exception with other arguments than its message cannot be unpickled
+            raise RuntimeError(str(error)) from None

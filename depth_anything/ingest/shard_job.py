@@ -97,7 +97,7 @@ def _encode_line(job: ShardJob, line: str) -> EncodedRecord:
             except (ValueError, OSError) as error:
                 # A record is rejected for its own content, never because a disk is gone or fails.
                 if not job.raw.exists():
-                    raise ShardError(f"{job.raw} is gone: {RESUME_ADVICE}") from error
+                    raise ShardError(f"{job.raw} is gone", RESUME_ADVICE) from error
                 raise
 
     raw = retry(f"{name} of {job.raw}", read)

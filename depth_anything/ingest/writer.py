@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
 from depth_anything.disk import remove_stale, write_new
+from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList, write_file_list
 from depth_anything.ingest.pool import run_jobs
 from depth_anything.ingest.shard_job import ShardJob, run_job, shard_name, write_json
@@ -100,7 +101,7 @@ def write_source(
     if (
         name is None and part[1] > 1
     ):  # the name is in every key, and the folders of parts may have different names
-        raise ValueError("parts of a set need the same name, wherever they are written: add --name")
+        raise UserError("parts of a set need the same name, wherever they are written", "add --name")
     name = name or root.resolve().name
     _validate_arguments(name, per_shard=per_shard, part=part, workers=workers, sky=sky, short_side=short_side)
     leave_out = list(info.leave_out if leave_out is None else leave_out)
@@ -169,8 +170,8 @@ def finish_set(root: Path, file_list: FileList) -> ShardSet | None:
     if not shards:
         why = "; ".join(f"{file}: {reason}" for file, reason in rejected.named[:3])
         raise ShardError(
-            f"{root}: all {file_list.count} records were rejected ({why}); correct this, then "
-            f"start again with  rm -r {root}"
+            f"{root}: all {file_list.count} records were rejected ({why})",
+            f"correct this, then start again with  rm -r {root}",
         )
     if "quantity" not in label_summary:  # images without labels
         del about["sky_policy"]
@@ -218,8 +219,8 @@ def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
     differences = describe_differences(_read_settings(path), json.loads(json.dumps(settings)))
     if differences:
         raise ShardError(
-            f"{root} holds a set written with other settings ({differences}): "
-            f"name another folder, or remove it with  rm -r {root}"
+            f"{root} holds a set written with other settings ({differences})",
+            f"name another folder, or remove it with  rm -r {root}",
         )
 
 
@@ -243,13 +244,13 @@ def check_unclaimed(root: Path) -> None:
     if not foreign or (root / SETTINGS_FILE).exists():  # another process has claimed the folder meanwhile
         return
     if any(name == "manifest.json" or name.endswith(".tar") for name in foreign):
-        raise ShardError(f"{root} holds shards that this command did not write: name another folder")
+        raise ShardError(f"{root} holds shards that this command did not write", "name another folder")
     raise _foreign_file_error(root / foreign[0])
 
 
 def _foreign_file_error(path: Path) -> ShardError:
     return ShardError(
-        f"{path} was not written by this command and would be replaced: name another folder, or move it"
+        f"{path} was not written by this command and would be replaced", "name another folder, or move it"
     )
 
 
@@ -390,4 +391,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ShardError(f"{path} is damaged ({error}): remove it and the tar of the same name") from error
+        raise ShardError(f"{path} is damaged ({error})", "remove it and the tar of the same name") from error

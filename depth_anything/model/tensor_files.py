@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from depth_anything.errors import error_reason
+from depth_anything.errors import UserError, error_reason
 from depth_anything.model import lora
 from depth_anything.model.integrity import DIGEST_KEY, find_damage, tensor_digest
 
@@ -67,24 +67,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             head = file.read(512)
         damage = find_damage(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {SUPPORTED_FORMATS}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", SUPPORTED_FORMATS) from error
     if damage:
-        raise ValueError(f"{path} is damaged or cut short ({damage}); fetch it again, or give another copy")
+        raise UserError(f"{path} is damaged or cut short ({damage})", "fetch it again, or give another copy")
     # safetensors first: the length of its header may look like the start of a pickle
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES:
         content, metadata = _read_safetensors(path)
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
     else:
-        raise ValueError(f"{path} is {_describe_file(head, path.name)}; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} is {_describe_file(head, path.name)}", SUPPORTED_FORMATS)
     tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} holds no tensors", SUPPORTED_FORMATS)
     if lora.LORA_METADATA_KEY in metadata:
         tensors = _merge_adapters(tensors, metadata[lora.LORA_METADATA_KEY], path)
     if any("lora_" in name for name in tensors):
-        raise ValueError(
-            f"{path} is a LoRA adapter without its base model: merge it into its base; {SUPPORTED_FORMATS}"
+        raise UserError(
+            f"{path} is a LoRA adapter without its base model: merge it into its base", SUPPORTED_FORMATS
         )
     return tensors, metadata
 
@@ -121,8 +121,8 @@ def _merge_adapters(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[
             raise ValueError(f"{lora.LORA_METADATA_KEY}={number:g}")
         return lora.merge_adapters(tensors, number)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has LoRA adapters that do not fit their layers ({error_reason(error)}); save it again"
+        raise UserError(
+            f"{path} has LoRA adapters that do not fit their layers ({error_reason(error)})", "save it again"
         ) from error
 
 
@@ -136,17 +136,19 @@ def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[st
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"code to run ({named[1]})" if named else "more than tensors"
-        raise ValueError(f"{path} holds {what}, which is never unpickled; {SUPPORTED_FORMATS}") from error
+        raise UserError(f"{path} holds {what}, which is never unpickled", SUPPORTED_FORMATS) from error
     except Exception as error:  # a damaged file can end the reader anywhere
         if kind := _describe_archive(path):
-            raise ValueError(f"{path} is {kind}; {SUPPORTED_FORMATS}") from error
-        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+            raise UserError(f"{path} is {kind}", SUPPORTED_FORMATS) from error
+        raise UserError(
+            f"{path} is damaged or cut short ({error_reason(error)})", "fetch it again"
+        ) from error
     metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
     for _ in range(3):  # a dictionary may contain itself
         inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
         content = inner if isinstance(inner, Mapping) else content
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict", SUPPORTED_FORMATS)
     return content, dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
@@ -178,7 +180,9 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
             metadata.pop(DIGEST_KEY, None)  # about the bytes, not about the model
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except Exception as error:  # a damaged file can end the reader anywhere
-        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+        raise UserError(
+            f"{path} is damaged or cut short ({error_reason(error)})", "fetch it again"
+        ) from error
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

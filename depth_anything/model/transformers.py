@@ -156,10 +156,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], ModelF
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} is a LoRA adapter without its base model: merge it into its base; {SUPPORTED_FORMATS}"
+            raise UserError(
+                f"{folder} is a LoRA adapter without its base model: merge it into its base",
+                SUPPORTED_FORMATS,
             )
-        raise ValueError(f"{folder} is a folder without a config.json; {SUPPORTED_FORMATS}")
+        raise UserError(f"{folder} is a folder without a config.json", SUPPORTED_FORMATS)
     facts = _read_config(folder)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
@@ -204,7 +205,7 @@ def _read_config(folder: Path) -> ModelFacts:
             if kind
             else "a model without a type in its config.json"
         )
-        raise ValueError(f"{folder} is {what}, not {MODEL_TYPE!r}; {SUPPORTED_FORMATS}")
+        raise UserError(f"{folder} is {what}, not {MODEL_TYPE!r}", SUPPORTED_FORMATS)
     backbone = config.get("backbone_config")
     if not isinstance(backbone, dict) or backbone.get("model_type", "dinov2") != "dinov2":
         other = backbone.get("model_type") if isinstance(backbone, dict) else config.get("backbone")
@@ -218,7 +219,7 @@ def _read_config(folder: Path) -> ModelFacts:
             "max_depth": config["max_depth"] if kind == "metric" else None,
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is invalid ({error_reason(error)}); fetch it again") from error
+        raise UserError(f"{path} is invalid ({error_reason(error)})", "fetch it again") from error
     valid = {**validate_metadata(facts, path), **_read_preprocessor(folder / "preprocessor_config.json")}
     if licence := _read_card_license(folder):
         valid["licence"] = licence

@@ -282,9 +282,9 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     tensors = {name: t for name, t in tensors.items() if name.startswith(prefixes)} or tensors
     if not any(name.startswith("depth_head.") for name in tensors):
         if "patch_embed.proj.weight" in tensors or "pretrained.patch_embed.proj.weight" in tensors:
-            raise ValueError(f"{path} holds an encoder without a depth head; {SUPPORTED_FORMATS}")
-        raise ValueError(
-            f"{path} holds no Depth Anything model (it has {summarize_names(tensors)}); {SUPPORTED_FORMATS}"
+            raise UserError(f"{path} holds an encoder without a depth head", SUPPORTED_FORMATS)
+        raise UserError(
+            f"{path} holds no Depth Anything model (it has {summarize_names(tensors)})", SUPPORTED_FORMATS
         )
     return tensors, facts
 

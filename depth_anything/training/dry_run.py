@@ -1,4 +1,4 @@
-"""dry_run=true: print what a run would do, refuse what it would refuse, and name what is not there yet."""
+"""dry_run=true: print what a run would do, and raise the errors that it would raise."""
 
 import tempfile
 from collections.abc import Collection, Mapping
@@ -21,62 +21,32 @@ from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import open_validation_task
 
 EXTRA_SET_ACTIONS = {"mix": "mixed in", "replay": "replayed"}
-NOT_FOUND = " (not there yet)"
+NOT_FOUND = " (not found yet)"
 
 
 def count_parameters(parameters: Any) -> str:
-    """Print a number of values with commas."""
+    """Return the number of values in parameters, with thousands separators."""
     return f"{sum(p.numel() for p in parameters):,}"
 
 
 def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
-    """Print what a run would do, with the network on the meta device; nothing is written or fetched.
+    """Print what a run would do, with the network on the meta device; nothing is written or downloaded.
 
-    Sets and files that are not there yet are named; those that are there are opened as the run would.
+    Sets and files that do not exist yet are marked; those that exist are opened as the run would open them.
 
     Args:
         config: The resolved config.
         typed: Dotted keys that were typed on the command line.
 
     Raises:
-        ValueError: For whatever the run would refuse.
+        ValueError: As the run would.
     """
     _check_run_dir(config, typed)
-    with torch.device("meta"):
-        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
-        model.pretrained.requires_grad_(not config.freeze_encoder)
-    head = list(model.depth_head.parameters())
-    encoder = list(model.pretrained.parameters())
-    print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
-    print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
-    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
+    model = _print_network(config)
     if config.stage == "pseudolabel":
-        there = "" if Path(config.teacher).exists() else NOT_FOUND
-        print(f"teacher     {config.teacher}{there}")
-        print(f"labels      {config.labels}")
-        _check_label_teacher(config)
-        _print_sets(config.sources.images)
-        print(
-            f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}"
-        )
+        _print_labeling(config)
         return
-    recipe = config.recipe
-    if config.lora:
-        with torch.device("meta"):
-            add_adapters(model, config.lora)
-        print(f"adapters    LoRA of rank {config.lora} beside the encoder's frozen layers")
-    groups = (
-        ("encoder", model.encoder_parameters(), recipe.encoder_lr),
-        ("head", model.head_parameters(), recipe.head_lr),
-    )
-    optimizer = config.optimizer.target.rpartition(".")[2]
-    for name, parameters, rate in groups:
-        print(f"group       {name}: {count_parameters(parameters)} trained, {optimizer}, rate {rate:g}")
-    print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
-    print(f"loss        {_describe_loss(config)}")
-    whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get((config.start or ""), "")
-    there = "" if config.init in (None, "hub") or Path(config.init).exists() else NOT_FOUND
-    print(f"start       {config.init or 'random weights'}{whole if config.init else ''}{there}")
+    _print_recipe(config, model)
     _print_sets(config.data.sets)
     if config.data.labels and (config.stage != "metric" or config.replay):
         print(f"labels      {redact_secrets(str(config.data.labels))}")
@@ -86,11 +56,54 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     _print_batch(config)
 
 
+def _print_network(config: RunConfig) -> DepthAnything:
+    """Print the run folder and the size of the network; return the network on the meta device."""
+    with torch.device("meta"):
+        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+        model.pretrained.requires_grad_(not config.freeze_encoder)
+    head = list(model.depth_head.parameters())
+    encoder = list(model.pretrained.parameters())
+    print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
+    print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
+    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
+    return model
+
+
+def _print_labeling(config: RunConfig) -> None:
+    """Print the teacher and the sets of stage=pseudolabel."""
+    print(f"teacher     {config.teacher}{'' if Path(config.teacher).exists() else NOT_FOUND}")
+    print(f"labels      {config.labels}")
+    _check_label_teacher(config)
+    _print_sets(config.sources.images)
+    print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
+
+
+def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
+    """Print what is trained and how, and the starting weights."""
+    recipe = config.recipe
+    if config.lora:
+        with torch.device("meta"):
+            add_adapters(model, config.lora)
+        print(f"adapters    LoRA of rank {config.lora} in the frozen encoder")
+    groups = (
+        ("encoder", model.encoder_parameters(), recipe.encoder_lr),
+        ("head", model.head_parameters(), recipe.head_lr),
+    )
+    optimizer = config.optimizer.target.rpartition(".")[2]
+    for name, parameters, rate in groups:
+        print(f"group       {name}: {count_parameters(parameters)} trained, {optimizer}, rate {rate:g}")
+    print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
+    print(f"loss        {_describe_loss(config)}")
+    copied = {"encoder": ", encoder only", "all": ", encoder and head"}.get(config.start or "", "")
+    found = "" if config.init in (None, "hub") or Path(config.init).exists() else NOT_FOUND
+    print(f"start       {config.init or 'random weights'}{copied if config.init else ''}{found}")
+
+
 def _print_batch(config: RunConfig) -> None:
-    """Print how the batch falls on the devices that were asked for, and the passes over the data.
+    """Print how the batch is split over the devices of the config, and the number of passes over the data.
 
     Raises:
-        ValueError: If it does not come out even on them.
+        UserError: If the batch cannot be split evenly over them.
     """
     batch, side = config.batch_size, config.image_size
     print(f"batch       {batch} crops of {side}×{side}; {batch * config.steps:,} samples in all")
@@ -105,14 +118,14 @@ def _print_batch(config: RunConfig) -> None:
     for number in counts:
         try:
             micro, accumulation = split_batch(batch, number, config.micro_batch)
-            split = f"{micro} a device × {accumulation} accumulated"
+            split = f"{micro} per device × {accumulation} accumulated"
         except ValueError as error:
             split = str(error)
         print(f"            {number:2d} device{'s' if number > 1 else ' '}: {split}")
 
 
 def count_devices(trainer: TrainerConfig) -> int | None:
-    """Count the devices over all nodes that a config asks for; None where it leaves their number to the machine."""
+    """Return the number of devices over all nodes; None if it depends on the machine, as with "auto"."""
     devices = trainer.devices
     if isinstance(devices, str) and devices != "auto":
         devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
@@ -121,13 +134,13 @@ def count_devices(trainer: TrainerConfig) -> int | None:
 
 
 def _describe_passes(config: RunConfig) -> str:
-    """Open the sets that are there, and say how often all of them are seen.
+    """Open the sets that exist, and describe how often a run sees all records.
 
     Raises:
-        ValueError: As the run would: for a set that is damaged, of another unit, or whose labels are not its own.
+        ValueError: As the run would: for a damaged set, another unit, or labels of other images.
     """
     if not config.data.target.endswith(".TrainData"):
-        return "unknown: the data are your own"
+        return "unknown for your own data class"
     sets = {**config.data.sets}
     for added in extra_sets(config).values():
         sets.update(added)
@@ -143,7 +156,7 @@ def _describe_passes(config: RunConfig) -> str:
 
 
 def _is_local_and_complete(config: RunConfig, name: str, root: str) -> bool:
-    """Tell whether a set, and its labels where the stage joins them, lie on this machine; addresses are not asked."""
+    """Return whether a set, and its labels if the stage needs them, are local; remote sets are not opened."""
     if is_remote(root) or not (Path(root) / "manifest.json").is_file():
         return False
     labels = config.data.labels
@@ -152,7 +165,7 @@ def _is_local_and_complete(config: RunConfig, name: str, root: str) -> bool:
 
 
 def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collection[str]) -> int:
-    """Open the sets of a run that are there, as the run would; return the records of a pass over them."""
+    """Open the sets of a run that exist, as the run would; return the number of records in a pass over them."""
     arguments = {key: value for key, value in config.data.as_dict().items() if key != "_target_"}
     for key in ("sets", "labelled", "images"):
         if key in arguments:
@@ -173,14 +186,14 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
 
 
 def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
-    """Hold the run folder, the checkpoint and the starting weights against the config, as the run would."""
+    """Check the run folder, the checkpoint, the starting weights and the validation set, as the run would."""
     folder = RunDir(config.run_dir, typed=typed)
     if config.stage == "pseudolabel":
         return
     if not config.overwrite:
         folder.compare(config, note=False)
         if folder.finished(config.steps):
-            print(f"run         {folder.path} is finished, and the command would do nothing")
+            print(f"run         {folder.path} is finished; the command would do nothing")
     if config.resume and (config.overwrite or folder.newest_checkpoint() is None):
         for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
@@ -194,28 +207,28 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
 
 
 def _check_label_teacher(config: RunConfig) -> None:
-    """Refuse labels that another teacher has begun, where both are there."""
-    begun = {
+    """Check that existing labels are from the same teacher, if the teacher exists too."""
+    labeled = {
         name: root
         for name, root in config.data.sets.items()
         if not is_remote(str(root))
         and (Path(root) / "manifest.json").is_file()
         and (Path(str(config.labels)) / name).is_dir()
     }
-    if not begun or not Path(config.teacher).exists():
+    if not labeled or not Path(config.teacher).exists():
         return
     teacher = load_teacher(config)
     arguments = {
         key: value for key, value in config.data.as_dict().items() if key not in ("_target_", "sets")
     }
-    made_by = describe_teacher(teacher, config.teacher)
-    ShardData(**arguments, sets=begun, patch=teacher.multiple, teacher=made_by)
+    teacher_info = describe_teacher(teacher, config.teacher)
+    ShardData(**arguments, sets=labeled, patch=teacher.multiple, teacher=teacher_info)
 
 
 def _describe_loss(config: RunConfig) -> str:
     recipe = config.recipe
     if config.stage == "metric":
-        silog = f"silog, variance focus {recipe.variance_focus:g}, over truth from {config.min_depth:g} to "
+        silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
         silog += f"{config.max_depth:g} m"
         if not config.replay:
             return silog
@@ -227,10 +240,10 @@ def _describe_invariant_losses(recipe: RecipeConfig) -> str:
     terms = [f"ssi {recipe.ssi_weight:g}", f"gm {recipe.gm_weight:g}"]
     if recipe.alignment_weight:
         terms.append(f"features {recipe.alignment_weight:g} (tolerance {recipe.alignment_tolerance:g})")
-    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals left out"
+    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored"
 
 
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
     for name, root in sets.items():
-        there = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
-        print(f"{what:<11} {name}: {redact_secrets(str(root))}{'' if there else NOT_FOUND}")
+        found = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
+        print(f"{what:<11} {name}: {redact_secrets(str(root))}{'' if found else NOT_FOUND}")

@@ -15,14 +15,14 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
-    """Compute the share of the full learning rate at an optimizer step.
+    """Compute the factor of the learning rate at an optimizer step.
 
     Args:
-        step: Optimizer steps done, 0 at the first.
+        step: Number of finished optimizer steps; 0 at the first step.
         steps: Length of the run in optimizer steps.
-        warmup: Share of the run, 0 to 1, over which the rate climbs linearly from near zero.
-        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
-            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1 has it).
+        warmup: Share of the run, 0 to 1, in which the rate rises linearly from near zero.
+        schedule: Schedule after the warmup: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
+            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1).
 
     Returns:
         A factor between 0 and 1.
@@ -47,7 +47,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str)
 
 
 def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into the encoder's group and the head's, each with its rate.
+    """Split the trainable parameters into a group for the encoder and one for the head, each with its rate.
 
     Raises:
         AssertionError: If a trainable parameter is in no group or in two.

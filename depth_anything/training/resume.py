@@ -312,14 +312,14 @@ def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def apply_recipe(checkpoint: dict[str, Any], fresh: Any) -> None:
-    """Put today's rates, betas and weight decay into a checkpoint's optimizer state, before it is restored.
+    """Replace the rates, betas and weight decay in a checkpoint's optimizer state by today's, before it is restored.
 
-    With an unchanged recipe the state stays as it is, to the last bit.
+    With an unchanged recipe the state stays equal to the last bit.
 
     Args:
-        checkpoint: As Lightning loaded it; changed in place.
-        fresh: What the module's configure_optimizers returns today; anything but one optimizer with a LambdaLR is
-            a user's own and left alone.
+        checkpoint: The checkpoint as Lightning loaded it; changed in place.
+        fresh: What the module's configure_optimizers returns today. Anything but one optimizer with a LambdaLR is a
+            user's own, and not changed.
     """
     scheduler = fresh.get("lr_scheduler", {}).get("scheduler") if isinstance(fresh, Mapping) else None
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):

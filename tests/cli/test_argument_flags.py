@@ -1,4 +1,4 @@
-"""What a model's file does not say: told by the argument in Python, and by the flag of the command that was typed."""
+"""Messages about unknown facts name an argument in Python, and the flag of the command in a terminal."""
 
 import argparse
 import re
@@ -23,14 +23,14 @@ RUNNING = ("predict", "video", "calibrate", "evaluate", "export", "demo")
 
 
 def command(name):
-    """The parser of one command."""
+    """Return the parser of one command."""
     (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return commands.choices[name]
 
 
 @pytest.mark.parametrize("name", RUNNING)
 def test_flags_in_messages_exist(name):
-    """A template of flags is of no use if the command knows no such flag."""
+    """Each command has the flags that its messages name."""
     parser = command(name)
     known = {option for action in parser._actions for option in action.option_strings}
     flags = parser.get_default("flags")
@@ -44,7 +44,7 @@ def test_flags_in_messages_exist(name):
 
 @pytest.fixture
 def unsaid(tmp_path, monkeypatch):
-    """Weights whose file says neither version nor depth, a photograph, points in it, and a labelled set."""
+    """Weights whose file says neither version nor depth, a photograph, points in it, and a labeled set."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = DepthAnything("vits", taps=(2, 3, 4, 5), max_depth=20.0)
@@ -71,7 +71,7 @@ def run(name, *more):
 
 @pytest.mark.parametrize("name", LINES)
 def test_warnings_name_the_flags_that_remove_them(unsaid, capsys, name):
-    """Typing what the warnings of a command name makes them go, and is what the model then is."""
+    """The flags that warnings name silence them and set the facts of the model."""
     depth = "--weights-max-depth 20" if name == "evaluate" else "--max-depth 20"
     assert run(name) == 0
     told = capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_sizes_of_all_pairs_are_checked(tmp_path):
     (tmp_path / "rgb/e.jpg").unlink()
     result = check(tmp_path, sample=2)
     assert dict(result.refused) == {
-        "c": "its map is 36 x 36 pixels, its image 48 x 36: not of one shape",
+        "c": "its map has 36 x 36 pixels, its image 48 x 36: the aspect ratios differ",
         "d": "its depth: not a PNG file",
         "e": "no image of this name in rgb",
     }

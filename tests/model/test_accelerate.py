@@ -1,4 +1,4 @@
-"""Checkpointing and compilation change neither names nor numbers."""
+"""Activation checkpointing and compilation change neither state dict names nor results."""
 
 import copy
 from functools import partial
@@ -53,7 +53,7 @@ def test_checkpointed_blocks_are_recomputed_in_the_backward_pass():
 
 
 def test_compiled_blocks_share_one_compilation(monkeypatch):
-    """Compiled from the outside in: the recomputation lies within what the compiler sees."""
+    """The compiler sees the recomputation."""
     graphs = []
 
     def backend(graph, _):
@@ -70,7 +70,7 @@ def test_compiled_blocks_share_one_compilation(monkeypatch):
 
 
 def test_a_copy_runs_its_own_blocks():
-    """As averaging of weights does: the copy's numbers must come from the copy's weights."""
+    """Weight averaging copies models: a copy must use its own weights."""
     model = DepthAnything("vitn")
     accelerate(model, checkpoint=True, compile=False)
     image = torch.randn(1, 3, 28, 28)

@@ -1,4 +1,4 @@
-"""Model cards: true, in the hub's form, and never over a user's own."""
+"""Model cards are correct, readable by the hub, and never overwrite a card that a user edited."""
 
 import ast
 import re
@@ -40,7 +40,7 @@ HOSTILE = "x\nlicense: mit\n---\n# fake | `a` <b> [c](d)\r\x1b[31m\u2028"
 
 
 def test_untrusted_text_is_escaped():
-    """Whatever a name says, it is neither a key of the head, nor a heading, a cell or a link."""
+    """No name becomes a key of the front matter, a heading, a table cell or a link."""
     model = network()
     model.licence = HOSTILE
     row = {"set": HOSTILE, "records": 5, "licence": HOSTILE, "teacher": {"file": HOSTILE, "licence": HOSTILE}}
@@ -182,7 +182,7 @@ def test_a_transformers_folder_has_a_card(tmp_path):
 
 
 def test_license_of_a_folder_is_read_from_its_card(tmp_path):
-    """As in the authors' -hf repositories, whose files say nothing."""
+    """As in the official -hf repositories, whose weight files have no license."""
     save_model(network(), tmp_path / "hf", format="transformers")
     assert load_model(tmp_path / "hf").licence is None
     (tmp_path / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")

@@ -1,4 +1,4 @@
-"""The network against an independent one written from the formulae, its sizes, its start, its gradients."""
+"""The network equals an independent implementation; sizes, initialization, gradients and other heads."""
 
 import hashlib
 import re
@@ -73,7 +73,7 @@ def norm(x, weight, bias):
 
 
 def reference_tokens(state, image, heads, swiglu):
-    """DINOv2 as its paper and its released names describe it: every block's output, normalised."""
+    """DINOv2 as its paper and its released names describe it: every block's output, normalized."""
     p = {name[len("pretrained.") :]: t for name, t in state.items() if name.startswith("pretrained.")}
     batch, _, height, width = image.shape
     h, w = height // 14, width // 14
@@ -142,7 +142,7 @@ def reference_map(state, image, *, taps, heads, swiglu=False, max_depth=None):
 
 
 def lively(model, seed=0):
-    """Weights with which every part of the network matters."""
+    """Randomize all weights, so that every part of the network affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.state_dict().items():
@@ -178,7 +178,7 @@ def test_map_of_the_giant_equals_the_reference(monkeypatch):
 
 
 def test_official_small_at_full_size_equals_the_reference():
-    """The real ViT-S at another size than its own, where timm's position rule is off by 0.01 and more."""
+    """The real ViT-S at another size than its own, where timm's position rule differs by 0.01 and more."""
     model = lively(DepthAnything("vits"))
     image = torch.randn(1, 3, 84, 112, generator=torch.Generator().manual_seed(1))
     want = reference_map(model.state_dict(), image, taps=(2, 5, 8, 11), heads=6)
@@ -224,7 +224,7 @@ def test_every_trainable_parameter_gets_a_gradient(encoder, taps, frozen):
     ("encoder", "seeds"), [("vitn", 50), ("vitt", 20), ("vits", 4), ("vit_tiny_patch16_224", 4)]
 )
 def test_output_is_active_at_any_seed(encoder, seeds):
-    """Default initialisation gives zeros everywhere, and no gradient, for half of all seeds."""
+    """Default initialization gives zeros everywhere, and no gradient, for half of all seeds."""
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The head alone: its start at many seeds, and what it never uses."""
+"""The DPT head: initialization at many seeds, unused parameters, odd grids."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def normalised_tokens(width: int, generator: torch.Generator) -> torch.Tensor:
 
 @pytest.mark.parametrize(("encoder", "seeds"), [("vits", 50), ("vitb", 8), ("vitl", 2), ("vitt", 50)])
 def test_output_is_active_at_any_seed(encoder, seeds):
-    """With torch's own initialisation over 99.9 % of the map is zero, and the gradient with it, for 10 of 20 seeds."""
+    """With the default of torch over 99.9 % of map and gradient are zero for 10 of 20 seeds."""
     spec = ENCODERS[encoder]
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The encoder: the position rule to the digit, any timm ViT, published weights."""
+"""The encoder: exact position embedding, timm ViTs, pretrained weights."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from depth_anything.model.encoder import (
 
 
 def cubic_weights(side: int, count: int) -> np.ndarray:
-    """Rows of bicubic weights (a = -0.75, border repeated) that sample `side` values with the released step."""
+    """Rows of bicubic weights (a = -0.75, border repeated) that sample `side` values with the official step."""
     step = side / (count + 0.1)
     matrix = np.zeros((count, side))
     for i in range(count):
@@ -118,7 +118,7 @@ def test_other_architectures_are_refused(name):
 
 
 def test_giant_equals_timms_with_renamed_layers():
-    """timm packs the same matrices under other names; its own giant is the judge of ours."""
+    """timm packs the same matrices under other names; its own giant is the reference."""
     spec = replace(ENCODERS["vitg"], width=48, depth=2, heads=2, grid=5)
     theirs = timm.create_model(
         "vit_giant_patch14_dinov2",

@@ -1,4 +1,4 @@
-"""Fingerprints of weights, and encoders found in files of every kind."""
+"""Fingerprints of weights, and encoders loaded from files of every format."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_fingerprint_sees_a_single_bit(model):
 
 
 def test_fingerprint_is_pinned():
-    """Labels made by a teacher today must be recognised tomorrow."""
+    """Labels of a teacher must be recognized by later versions."""
     model = torch.nn.Linear(2, 1)
     model.load_state_dict({"weight": torch.tensor([[1.0, -2.0]]), "bias": torch.tensor([0.5])})
     assert fingerprint(model) == "sha256:848732e20f10737b568ab400e3bb8ef7c00ea24366299215bfdda02344c911ed"

@@ -1,4 +1,4 @@
-"""Damaged model files and checkpoints are found by their digests before their tensors are used."""
+"""Damaged model files and checkpoints are detected by their digests before their tensors are used."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""LoRA: adapters on the layers the head hears of, and a network merged that is the plain one again."""
+"""LoRA adapters on all layers that feed the head, and merging them into a plain network."""
 
 import sys
 from functools import partial
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 def network(encoder="vitn", *, rank=3, **settings):
-    """Build a network whose adapters have learned something."""
+    """Build a network with nonzero adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = DepthAnything(encoder, **settings)
@@ -75,7 +75,7 @@ def test_blocks_after_the_last_tap_have_no_adapters():
 
 @pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
 def test_every_adapter_learns(small_official_encoders, encoder):
-    """Data parallelism waits for ever for a gradient that never comes; a timm Eva calls not all of its layers."""
+    """DDP would wait forever for a missing gradient; timm's Eva does not call all of its layers."""
     model = network(encoder)
     model(images(model)).sum().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -137,7 +137,7 @@ def test_merging_rounds_once_and_leaves_a_plain_network_alone():
 
 
 def saved_anyhow(model, folder):
-    """Save a network in every format, and as Lightning does; give the paths."""
+    """Save a network in every format and as a Lightning checkpoint; return the paths."""
     save_model(model, folder / "m.safetensors")
     save_model(model, folder / "hf", format="transformers")
     save_model(model, folder / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
@@ -167,7 +167,7 @@ def test_every_format_is_read_without_peft(model, tmp_path, monkeypatch):
 
 
 def test_saving_does_not_change_the_model_in_training(tmp_path):
-    """Saved midway, as for the best so far, it goes on training with its adapters."""
+    """A model that is saved during training keeps its adapters."""
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_model(model, tmp_path / "m.safetensors")
@@ -225,7 +225,7 @@ def test_adapters_without_a_scale_are_refused(tmp_path):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_checkpointing_and_compilation_stay_exact(monkeypatch, checkpoint):
-    """Two graphs and not one: what enters the first block has no gradient, what enters the others has."""
+    """Two graphs: the input of the first block requires no gradient, those of the others do."""
     graphs = []
 
     def backend(graph, _):

@@ -1,4 +1,4 @@
-"""The authors' files: their names, where they come from, what may be done with them."""
+"""Official weights: file names, download locations and licenses."""
 
 import huggingface_hub
 import pytest
@@ -12,7 +12,7 @@ from depth_anything.model.official_weights import (
 
 
 class Hub:
-    """Stands for huggingface_hub: a cache, and a network that may be down."""
+    """A fake huggingface_hub with a cache, and a network that may be down."""
 
     def __init__(self, monkeypatch, *, cached=None, down=None):
         self.cached, self.down, self.asked = cached, down, []

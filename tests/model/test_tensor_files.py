@@ -1,4 +1,4 @@
-"""Other files: damaged, hostile, of another kind; and that nothing is ever run."""
+"""Files that are damaged, hostile or of another kind are named, and code in them is never executed."""
 
 import bz2
 import gzip
@@ -168,7 +168,7 @@ class Doubling(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_programs_are_named(tmp_path):
-    """What runs without this project looks like a checkpoint from outside: a zip archive, or protobuf."""
+    """Exported programs are zip archives or protobuf and look like checkpoints."""
     torch.export.save(torch.export.export(Doubling(), (torch.ones(2),)), tmp_path / "model.pt2")
     assert "is a program of torch.export, which is for running only" in refusal(tmp_path / "model.pt2")
     torch.jit.save(torch.jit.script(Doubling()), tmp_path / "model.pt")
@@ -342,7 +342,7 @@ def test_taps_beyond_the_encoder_are_named_with_the_file(tmp_path, model):
 
 
 def test_missing_metadata_has_defaults(tmp_path):
-    """Files of older versions may lack some; the encoder then says what the rest is."""
+    """Files of older versions may lack some fields; the encoder defines the defaults."""
     model = DepthAnything("vitn")
     facts = build_metadata(model)
     for name in ("input_size", "licence", "taps", "quantity", "unit", "version"):
@@ -395,7 +395,7 @@ def test_version_is_one_or_two(tmp_path, model):
 
 
 def test_flipped_header_bytes_never_crash(tmp_path, model):
-    """Whatever a byte of the header becomes, the file is read or refused."""
+    """With any changed byte in the header, the file is read or refused."""
     save_model(model, tmp_path / "good.safetensors")
     good = (tmp_path / "good.safetensors").read_bytes()
     path = tmp_path / "bad.safetensors"
@@ -439,7 +439,7 @@ def test_write_errors_name_the_final_path(tmp_path, model, format):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """A limit on the size of files ends a write halfway, as a full disk does."""
+    """A limit on the file size interrupts writes like a full disk."""
     code = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Folders of transformers, judged by transformers: names, outputs, every byte back, and what is refused."""
+"""Folders of transformers, verified with transformers: names, outputs, round trips and refusals."""
 
 import json
 import os
@@ -26,7 +26,7 @@ transformers.logging.disable_progress_bar()
 
 
 def network(encoder, **settings):
-    """A network with random weights, none of them at its neutral start: scales, biases, positions."""
+    """A network with random weights, also scales, biases and positions."""
     torch.manual_seed(0)
     model = DepthAnything(encoder, **settings).eval()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_names_of_files_and_of_version_5_in_memory(tmp_path):
 
 @SMALL
 def test_round_trip_of_every_byte(tmp_path):
-    """Official → ours → transformers → ours → official."""
+    """Official → safetensors → transformers → safetensors → official."""
     first = tmp_path / RELATIVE
     save_model(network("vits"), first, format="official")
     save_model(load_model(first), tmp_path / "one.safetensors")
@@ -202,7 +202,7 @@ def folder(tmp_path, small_official_encoders):
 
 
 def in_shards(folder, *, binary):
-    """Take a folder's weights apart, as transformers does with large ones."""
+    """Split the weights of a folder into several files, as transformers does for large models."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     name, ending = ("pytorch_model", "bin") if binary else ("model", "safetensors")

@@ -1,4 +1,4 @@
-"""Models in files: what is kept, what is said, what is warned of."""
+"""Saving and loading models: what is kept, and what warns."""
 
 import collections
 import json
@@ -76,7 +76,7 @@ def test_a_calibration_is_kept(tmp_path, model):
 
 
 def test_any_length_of_header_is_read(tmp_path, model):
-    """A safetensors file begins with a length, whose first byte may be that of a pickle."""
+    """A safetensors file begins with a length, whose first byte may look like a pickle."""
     starts = set()
     for count in range(0, 256, 8):
         model.licence = "x" * (1 + count)
@@ -104,7 +104,7 @@ def test_official_bytes_do_not_depend_on_the_path(tmp_path, model):
 
 
 def test_open_readers_keep_the_old_file(tmp_path, model):
-    """A file that is being read, mapped into memory perhaps, is replaced by name and never written into."""
+    """A file that is open or mapped is replaced by a rename and never written in place."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
@@ -157,7 +157,7 @@ def test_official_format_warns_of_a_metric_name(tmp_path, model):
 
 @pytest.mark.parametrize("format", ["safetensors", "transformers"])
 def test_a_calibrated_model_is_not_a_metric_one(tmp_path, format):
-    """A calibration is for disparity: whoever types a largest depth, too, would get other metres."""
+    """A calibration is for disparity; with a max_depth, too, depths would be wrong."""
     model = DepthAnything("vits")
     model.calibration = (0.5, 0.25)
     path = tmp_path / "m.safetensors"
@@ -286,7 +286,7 @@ def test_official_names_set_taps_and_range(tmp_path, model, name, taps, max_dept
 )
 @pytest.mark.parametrize("max_depth", [None, 35.0])
 def test_metadata_override_an_official_name(tmp_path, name, max_depth):
-    """A file that is saved under an official name stays what it is, in each format that says it."""
+    """A file saved under an official name keeps its facts in each format with metadata."""
     model = DepthAnything("vits", max_depth=max_depth, taps=(0, 1, 2, 4))
     model.licence, model.input_size = "apache-2.0", 84
     save_model(model, tmp_path / f"{name}.safetensors")

@@ -4,12 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything
 from depth_anything.data.transforms import draw_cutmix_box, draw_perturbation, normalize
 from depth_anything.losses import feature_alignment_loss, gradient_matching_loss, scale_shift_invariant_loss
-from depth_anything.training.base import DepthModule, learning_rate_factor, parameter_groups
+from depth_anything.training.base import DepthModule
 from depth_anything.training.config import Recipe
+from depth_anything.training.optimizer import (
+    adam_factory,
+    learning_rate_factor,
+    optimizer_factory,
+    parameter_groups,
+)
 from depth_anything.training.student import Student
 
 SIDE = 28
@@ -126,3 +133,60 @@ def test_cutmix_without_boxes_changes_nothing() -> None:
     plain, mixed = module.losses(batch()), module.losses(batch(box=torch.zeros(4, 4)))
     for name in plain:
         torch.testing.assert_close(plain[name], mixed[name])
+
+
+def one_step(**changes: Any) -> tuple[DepthModule, dict[str, torch.Tensor], float]:
+    """Make a training step; return the module, the change of each parameter, and the gradient norm before clipping."""
+    module = DepthModule(network(), recipe(**{"schedule": "constant", **changes}))
+    optimizer = module.configure_optimizers()["optimizer"]
+    before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    module.losses(batch())["loss"].backward()
+    module.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    assert module.grad_norm is not None
+    moved = {
+        name: p.detach() - before[name] for name, p in module.model.named_parameters() if p.requires_grad
+    }
+    return module, moved, float(module.grad_norm)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
+def test_clip_norm_limits_the_gradient_norm(clip_norm: float | None) -> None:
+    module, _, norm = one_step(clip_norm=clip_norm)
+    assert norm > 0.01
+    gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+    clipped = float(torch.nn.utils.get_total_norm(gradients))
+    assert clipped == pytest.approx(min(norm, clip_norm or norm), rel=1e-4)
+
+
+def test_weight_decay_shrinks_every_parameter_by_its_rate() -> None:
+    """Decoupled: a step with decay differs from one without by rate × decay × parameter."""
+    _, plain, _ = one_step()
+    module, decayed, _ = one_step(weight_decay=0.5)
+    for name, start in network().named_parameters():
+        if name in plain:
+            rate = 1e-4 if name.startswith("pretrained.") else 1e-3
+            torch.testing.assert_close(
+                decayed[name] - plain[name], -rate * 0.5 * start.detach(), rtol=1e-2, atol=1e-7
+            )
+    assert module.recipe.weight_decay == 0.5
+
+
+def test_the_optimizer_of_the_shipped_config_equals_the_default() -> None:
+    config = make_config("stage=metric")
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3}]
+    composed, default = optimizer_factory(config.optimizer)(groups), adam_factory(config.recipe)(groups)
+    assert type(composed) is type(default) is torch.optim.AdamW
+    assert composed.state_dict() == default.state_dict() and isinstance(composed.defaults["betas"], tuple)
+
+
+def test_another_optimizer_gets_the_two_groups_and_their_rates() -> None:
+    config = make_config("stage=teacher", "optimizer=sgd", "optimizer.momentum=0.5", "recipe.head_lr=0.01")
+    module = DepthModule(network(), recipe())
+    module.build_optimizer = optimizer_factory(config.optimizer)
+    configured = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["name"] for group in optimizer.param_groups] == ["encoder", "head"]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-4, 1e-3]
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from depth_anything.training.check_config import find_key, list_keys, resolve_config, unknown_key_message
+from depth_anything.training.check_config import (
+    find_key,
+    list_keys,
+    parse_config,
+    resolve_config,
+    unknown_key_message,
+)
 from depth_anything.training.check_trainer import SET_BY_RUN
 from depth_anything.training.config import STAGES, Recipe, RunConfig
 from depth_anything.training.lightning import trainer_arguments
@@ -181,6 +187,32 @@ def test_a_module_of_ones_own_takes_its_own_arguments() -> None:
     assert resolved("stage=teacher", own, "+module.alpha=2").module.arguments["alpha"] == 2
     with pytest.raises(ValueError, match="module.alpa"):
         resolved("stage=teacher", own, "+module.alpa=2")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("+callbacks.timer=5", "callbacks.timer=5 .*callbacks.NAME._target_="),
+        ("+callbacks.timer.interval=step", "callbacks.timer._target_="),
+        ("+callbacks.timer._target_=pytorch_lightning.callbacks.Tymer", "Tymer"),
+        ("+callbacks.timer={_target_:pytorch_lightning.callbacks.Timer,dur:1}", "callbacks.timer.dur"),
+        ("logger=wandb +logger.wandb.entitty=x", "logger.wandb.entitty|entitty"),
+        ("optimizer._target_=torch.optim.Adamm", "optimizer._target_=torch.optim.Adamm"),
+        ("+optimizer.momentum=0.9", "optimizer.momentum"),
+    ],
+)
+def test_nodes_name_a_class_and_its_arguments(typed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolved("stage=teacher", *typed.split())
+
+
+def test_a_config_converts_to_plain_values_and_back() -> None:
+    config = resolved("stage=metric", "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer", "lora=4")
+    again = parse_config(config.as_dict())
+    assert again == config and again.as_dict() == config.as_dict()
+    assert config.callbacks["timer"]["_target_"].endswith("Timer") and config.recipe.betas == [0.9, 0.999]
+    teacher = resolved("stage=teacher")
+    assert teacher.max_depth is None and teacher.lora is None and "max_depth" not in teacher.as_dict()
 
 
 class Own:

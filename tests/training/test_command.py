@@ -15,6 +15,7 @@ from depth_anything.training.command import (
     format_failure,
     format_help,
     run_command,
+    translate_old_keys,
 )
 from depth_anything.training.config import STAGES
 
@@ -161,3 +162,36 @@ def test_commands_of_an_error_are_completed_by_what_was_typed() -> None:
     assert same in format_failure(StorageUnavailable("set/a is gone", SAME_COMMAND), typed)
     assert format_failure(ValueError("image_size=100\n  is odd"), typed) == "image_size=100 is odd"
     assert "word" not in format_failure(ValueError("https://me:word@host/set is gone"), typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "today"),
+    [
+        (
+            "stage=teacher tiny.steps.teacher.vitt=9 tiny.steps.student.vitn=8",
+            "tiny.steps.vitt=9 stage=teacher",
+        ),
+        ("stage=student tiny.encoder.student=vits", "encoder=vits stage=student"),
+        ("stage=student encoder=vitt tiny.encoder.student=vits", "stage=student encoder=vitt"),
+        ("stage=student +tiny.perturb.student=true", "perturb=true stage=student"),
+        ("stage=metric tiny.max_depth=10", "max_depth=10 stage=metric"),
+        ("stage=metric size=paper tiny.max_depth=10", "stage=metric size=paper"),
+        ("stage=teacher tiny.init.metric=x.pth", "stage=teacher"),
+        (
+            "stage=metric size=paper lora=8 rates.8=1e-3",
+            "recipe.encoder_lr=1e-3 stage=metric size=paper lora=8",
+        ),
+        ("stage=metric size=paper rates.None=1e-6", "recipe.encoder_lr=1e-6 stage=metric size=paper"),
+        ("stage=metric size=paper rates.8=1e-3", "stage=metric size=paper"),
+        ("stage=teacher tiny.rate.vitt=1e-4 --cfg job", "stage=teacher tiny.rate.vitt=1e-4 --cfg job"),
+    ],
+)
+def test_keys_of_earlier_versions_are_translated(typed: str, today: str) -> None:
+    assert translate_old_keys(typed.split()) == today.split()
+    check_overrides([one for one in today.split() if "=" in one], [CONFIGS])
+
+
+def test_help_lists_the_groups_and_an_example_of_a_callback() -> None:
+    page = format_help([], CONFIGS)
+    for word in ("optimizer=", "callbacks=", "logger=", "adam", "wandb", "+callbacks."):
+        assert word in page

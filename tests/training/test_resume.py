@@ -13,6 +13,7 @@ import yaml
 from made_configs import flatten, make_config
 
 from depth_anything import DepthAnything
+from depth_anything.training import resume
 from depth_anything.training.base import DepthModule
 from depth_anything.training.config import Recipe, RunConfig
 from depth_anything.training.resume import (
@@ -330,3 +331,48 @@ def test_damaged_notes_of_a_run_count_as_absent(own: RunDir, damage: bytes) -> N
     for path in (own.path / "finished.json", own.best_json, own.saved, own.model, own.best):
         path.write_bytes(damage)
     assert not own.finished(8) and own.read_best() == {} and own.describe_best() == ""
+
+
+OLD_RUNS = Path(__file__).parents[1] / "fixtures" / "old_runs"
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
+def test_the_config_of_an_older_version_is_the_same_run(stage: str) -> None:
+    """config.yaml as commit 03f1a9e wrote it, with its keys `tiny` and `rates` and without `optimizer`."""
+    command = json.loads((OLD_RUNS / "expected.json").read_text())["stages"][stage]["command"]
+    old = FlatConfig.read(OLD_RUNS / "runs" / f"{stage}-vitn-tiny" / "config.yaml")
+    today = make_config(*command)
+    assert config_differences(old, flatten(today), typed=typed_keys(command)) == {}
+    other = make_config(*command, "recipe.head_lr=0.125")
+    assert set(config_differences(old, flatten(other))) == {"recipe.head_lr"}
+
+
+def test_a_renamed_class_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = resolved()
+    old = new.as_dict()
+    old["module"]["_target_"] = "depth_anything.training.engine.OldTeacher"
+    assert set(config_differences(FlatConfig.from_tree(old), flatten(new))) == {"module._target_"}
+    renamed = {"depth_anything.training.engine.OldTeacher": new.module.target}
+    monkeypatch.setattr(resume, "RENAMED_TARGETS", renamed)
+    assert config_differences(FlatConfig.from_tree(old), flatten(new)) == {}
+
+
+def test_another_optimizer_is_another_run_also_for_configs_without_the_key() -> None:
+    adam, sgd = resolved(), resolved("optimizer=sgd", "recipe.head_lr=1e-3")
+    before = adam.as_dict()
+    del before["optimizer"]
+    assert config_differences(FlatConfig.from_tree(before), flatten(adam)) == {}
+    for old in (FlatConfig.from_tree(before), flatten(adam)):
+        changed = config_differences(old, flatten(sgd), typed={"optimizer"})
+        assert changed["optimizer._target_"] == ("torch.optim.AdamW", "torch.optim.SGD")
+    with pytest.raises(ValueError, match="optimizer._target_"):
+        resolved("optimizer=sgd", "resume_with=[optimizer._target_]")
+
+
+def test_a_callback_is_added_on_purpose(own: RunDir) -> None:
+    node = "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer"
+    with pytest.raises(
+        ValueError, match=r"callbacks.timer._target_=.*resume_with=\[callbacks.timer._target_\]"
+    ):
+        own.compare(resolved("steps=10", node))
+    assert own.compare(resolved("steps=10", node, "resume_with=[callbacks]"), note=False)

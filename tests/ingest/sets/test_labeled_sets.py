@@ -8,7 +8,7 @@ import made_raw
 import numpy as np
 import pytest
 
-from depth_anything.data import remote
+from depth_anything.data import retry
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import verify_set
@@ -96,7 +96,7 @@ def test_a_failing_disk_rejects_no_record(tmp_path, name, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", failing)
-        patched.setattr(remote, "sleep", lambda seconds: None)
+        patched.setattr(retry, "sleep", lambda seconds: None)
         with pytest.raises(StorageUnavailable, match="Input/output error"):
             write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
     made = write_source(load_source(name), tmp_path / "raw", tmp_path / "set")

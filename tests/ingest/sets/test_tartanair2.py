@@ -78,8 +78,8 @@ def small(mode):
 def test_other_pngs_are_rejected(tmp_path, data):
     make_tartanair2(tmp_path, cameras=("lcam_front",))
     next(tmp_path.rglob("000000_lcam_front_depth.png")).write_bytes(data)
-    told = frames_of(tartanair2, tmp_path)["AbandonedCable/Data_easy/P000/lcam_front/000000"]
-    assert isinstance(told, str) and "its depth is no float32 in a PNG of four channels" in told
+    reason = frames_of(tartanair2, tmp_path)["AbandonedCable/Data_easy/P000/lcam_front/000000"]
+    assert isinstance(reason, str) and "PNG" in reason
 
 
 def test_a_flipped_bit_is_detected():

@@ -38,7 +38,7 @@ def test_8_bit_depth_is_rejected(tmp_path):
     stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     cv2.imwrite(str(path), (stored // 256).astype(np.uint8))
     told = [frame for frame in frames_of(vkitti2, tmp_path).values() if isinstance(frame, str)]
-    assert told == ["the PNG is grey of 8 bits: a map is grey of 16 bits"]
+    assert len(told) == 1 and "8 bits" in told[0]
 
 
 def test_a_flipped_bit_is_detected(tmp_path):
