@@ -270,12 +270,12 @@ def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
     known, is_open = find_key(path)
     section = path.partition(".")[0]
     if known is None:
-        if section in (*foreign, "logger", "callbacks", "optimizer") or path.startswith(
-            ("trainer.strategy.", "model.head.")
-        ):
+        added = one.is_add() or one.is_force_add()
+        nodes = section in ("logger", "callbacks", "optimizer") or path.startswith("trainer.strategy.")
+        if section in foreign or nodes or (added and path.startswith("model.head.")):
             return  # resolve_config checks the arguments of the class
         if is_open and section == "trainer" and _is_trainer_argument(path.partition(".")[2]):
-            if one.is_add() or one.is_force_add():
+            if added:
                 return
             raise UserError(
                 f"{path} is an argument of Lightning's Trainer, not a key of this project",
