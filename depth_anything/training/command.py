@@ -29,8 +29,17 @@ from depth_anything.training.redact import install_redaction
 from depth_anything.training.signals import signal_handler
 from depth_anything.training.value_rules import format_value
 
-#: Groups of config files that are chosen as GROUP=CHOICE → whether they may be null, or a list.
-CONFIG_GROUPS = ("stage", "sources", "optimizer", "trainer", "callbacks", "logger", "size", "experiment")
+#: Groups of config files, chosen as GROUP=CHOICE → what a choice decides.
+CONFIG_GROUPS = {
+    "stage": "what to train or label",
+    "sources": "the data sets",
+    "optimizer": "the optimizer",
+    "trainer": "the devices",
+    "callbacks": "Lightning callbacks to add, one or [several]",
+    "logger": "loggers besides metrics.csv, one or [several]",
+    "size": "a quick test, or the numbers of the paper",
+    "experiment": "settings of an experiment",
+}
 OPTIONAL_GROUPS = ("optimizer", "callbacks", "logger", "experiment")
 LIST_GROUPS = ("callbacks", "logger")
 HELP = """python train.py stage=STAGE [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -271,8 +280,12 @@ def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
     section = path.partition(".")[0]
     if known is None:
         added = one.is_add() or one.is_force_add()
-        nodes = section in ("logger", "callbacks", "optimizer") or path.startswith("trainer.strategy.")
-        if section in foreign or nodes or (added and path.startswith("model.head.")):
+        if path.startswith("model.head."):
+            if not added:
+                raise UserError(unknown_key_message(path, stage, value=_override_text(one)))
+            return
+        nodes = (*foreign, "logger", "callbacks", "optimizer")
+        if section in nodes or path.startswith("trainer.strategy."):
             return  # resolve_config checks the arguments of the class
         if is_open and section == "trainer" and _is_trainer_argument(path.partition(".")[2]):
             if added:
@@ -387,6 +400,7 @@ def format_help(overrides: Sequence[str], configs: Path) -> str:
         rule = known.rule.text if known is not None and known.rule is not None else ""
         lines.append(f"  {path}={format_value(node)}".ljust(46) + rule)
     groups = "\n".join(
-        f"  {group + '=':<13}{', '.join(_group_choices([configs], group))}" for group in CONFIG_GROUPS
+        f"  {group + '=' + ', '.join(_group_choices([configs], group)):<68}{text}"
+        for group, text in CONFIG_GROUPS.items()
     )
     return HELP.format(groups=groups, keys="\n".join(lines), stage=stage, size=choices["size"])
