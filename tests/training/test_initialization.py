@@ -222,7 +222,7 @@ def test_a_licence_may_be_given_later(photos, capsys):
     assert shard(photos) == 0 and open_set(photos.parent / "set").meta["licence"] == "CC0-1.0"
     capsys.readouterr()
     assert shard(photos, "--licence", "my own") == 2
-    assert "'my own' is no SPDX name" in capsys.readouterr().err
+    assert "'my own' is not an SPDX name" in capsys.readouterr().err
 
 
 def test_shards_from_elsewhere_have_licences_too(photos):
