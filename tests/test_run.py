@@ -131,11 +131,11 @@ def test_points_with_a_focal_length(folder, capsys):
         (["--img-path", "photos", "--weights", "none.pth"], "no weights at none.pth"),
         (
             ["--img-path", "photos", "--weights", "x/depth_anything_v2_vitb.pth"],
-            "(licence CC-BY-NC-4.0) is at https://huggingface.co/depth-anything/Depth-Anything-V2-Base",
+            "(license CC-BY-NC-4.0) is at https://huggingface.co/depth-anything/Depth-Anything-V2-Base",
         ),
         (["--img-path", "photos", "--weights", "photos/a.png"], "is a PNG picture"),
         ([*LINE, "--encoder", "vits"], "is not vits"),
-        ([*LINE, "--colormap", "nonsense"], "matplotlib knows no colormap 'nonsense'"),
+        ([*LINE, "--colormap", "nonsense"], "colormap 'nonsense'"),
         ([*LINE, "--save-numpy"], "this model gives disparity"),
         ([*LINE, "--device", "cuda:77"], "--device 'cuda:77' does not exist here"),
         ([*LINE, "--format", "ply", "--focal", "-1"], "must be above 0"),
