@@ -39,11 +39,6 @@ class ReportedResult:
     rerun: bool = False
     remark: str = ""
 
-    @property
-    def origin(self) -> str:
-        """Who measured it."""
-        return "measured again" if self.rerun else "published"
-
 
 @cache
 def load_reported_results() -> tuple[ReportedResult, ...]:

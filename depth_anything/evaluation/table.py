@@ -13,6 +13,7 @@ from depth_anything.evaluation.reported_results import ReportedResult, find_repo
 from depth_anything.evaluation.task import EvalResult, EvalTask
 
 MEASURED_HERE = "measured here"
+_ORIGINS = {False: "published", True: "measured again"}  # by `ReportedResult.rerun`
 OTHER_PROTOCOLS = "By other rules, not comparable with the figures above:"
 
 SUMMARY_METRICS = ("abs_rel", "d1", "rmse", "log10")
@@ -77,7 +78,7 @@ def build_table(
     task: EvalTask, results: Sequence[EvalResult], reported: Sequence[ReportedResult] = ()
 ) -> ResultsTable:
     """Put results on a task and reported results of the same benchmark into one table."""
-    columns = task.columns(results)
+    columns, rules = task.columns(results), task.rules
     best: dict[str, float] = {}
     for column in columns:
         values = [result.means[column.metric] for result in results]
@@ -90,14 +91,14 @@ def build_table(
     for result in results:
         means = [(column, result.means[column.metric]) for column in columns]
         cells = [Cell(format_number(v, percent=c.percent), v == best.get(c.metric)) for c, v in means]
-        rows.append(TableRow(result.name, tuple(cells), task.rules, MEASURED_HERE))
+        rows.append(TableRow(result.name, tuple(cells), rules, MEASURED_HERE))
     for figure in reported:
         cells = [Cell(format_reported(figure.values.get(c.metric), percent=c.percent)) for c in columns]
-        origin = f"{figure.origin}, {figure.source}"
+        origin = f"{_ORIGINS[figure.rerun]}, {figure.source}"
         row = TableRow(
             figure.model, tuple(cells), figure.protocol, origin, _remark_number(figure.remark, remarks)
         )
-        (rows if figure.protocol == task.rules else other_rows).append(row)
+        (rows if figure.protocol == rules else other_rows).append(row)
     return ResultsTable(
         headings=tuple(column.label for column in columns),
         rows=tuple(rows),
@@ -144,14 +145,15 @@ def format_overview(evaluated: Evaluated) -> str:
     sources: dict[tuple[str, str], dict[str, None]] = {}
     remarks: list[str] = []
     for task, results in evaluated:
-        heading = task.name if task.rules == task.name else f"{task.name} ({task.rules})"
+        rules = task.rules
+        heading = task.name if rules == task.name else f"{task.name} ({rules})"
         headings.append(heading)
         columns = [column for column in task.columns(results) if column.metric in OVERVIEW_METRICS]
         for result in results:
             figures = [format_number(result.means[c.metric], percent=c.percent) for c in columns]
             measured.setdefault((result.name, MEASURED_HERE), {})[heading] = " / ".join(figures)
-        for figure in find_reported_results(task.name, protocol=task.rules):
-            row = (figure.model, figure.origin)
+        for figure in find_reported_results(task.name, protocol=rules):
+            row = (figure.model, _ORIGINS[figure.rerun])
             figures = [format_reported(figure.values.get(c.metric), percent=c.percent) for c in columns]
             remark = _remark_number(figure.remark, remarks)
             others.setdefault(row, {})[heading] = " / ".join(figures) + (f" ({remark})" if remark else "")
@@ -180,7 +182,8 @@ def format_columns(lines: Sequence[Sequence[str]], *, left: int) -> str:
             cell.ljust(width) if place < left or head in ("protocol", "origin") else cell.rjust(width)
             for place, (cell, width, head) in enumerate(zip(line, widths, lines[0], strict=True))
         ]
-        text.append(escape_unprintable("  ".join(cells).rstrip()))
+        joined = "  ".join(cells).rstrip()
+        text.append(joined if joined.isprintable() else escape_unprintable(joined))
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
