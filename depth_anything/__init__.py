@@ -1,4 +1,4 @@
-"""Depth Anything V2, with the code that trains it.
+"""Depth Anything V2: models, inference and evaluation, with the code that trains them.
 
 The public names load on first use, so that `import depth_anything` costs nothing.
 """

@@ -1,4 +1,4 @@
-"""`python -m depth_anything` is `depth-anything`."""
+"""Run the command line: `python -m depth_anything` is `depth-anything`."""
 
 import sys
 

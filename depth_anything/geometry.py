@@ -1,7 +1,7 @@
-"""Disparity and depth, robust normalisation and alignment, per image and without host synchronisation.
+"""Conversion of disparity and depth, robust normalization and least-squares alignment.
 
-Shapes in this file: B images, H by W pixels, N = H * W. What lies outside `valid` never matters, NaN and
-infinity included, neither to the values nor to the gradients.
+Shapes in this file: B images, H by W pixels, N = H * W. Values outside `valid`, including NaN and infinity, never
+affect results or gradients. No function synchronizes with the host.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ MIN_DEVIATION = 1e-6
 """Smallest mean absolute deviation that a map is divided by."""
 
 MIN_DEPTH_M = 1e-6
-"""Depths below a micrometre count as one in logarithms and ratios.
+"""Smallest depth, meters, in logarithms and ratios.
 
-A sigmoid that underflows to 0 must not end a run, nor one such pixel spoil the mean of a table.
+A sigmoid that underflows to 0 must not stop a run, and one such pixel must not spoil a mean.
 """
 
 
 def depth_to_disparity(depth: Tensor, *, nearest: float | None = None) -> Tensor:
-    """Turn depth into disparity, its reciprocal.
+    """Convert depth to disparity, its reciprocal.
 
     Args:
-        depth: any shape, floating point, in metres; infinity is sky, NaN is unknown.
-        nearest: for what a network gives: depths below it, zero included, count as it, so that a pixel next to zero
-            does not take the whole range of the map. None: for measured truth, where zero is unknown.
+        depth: Any shape, floating point, meters; infinity is sky, NaN is unknown.
+        nearest: Smaller depths, including zero, are raised to it, so that one pixel near zero does not take the whole
+            range of a predicted map. None is for measured depth, where zero means unknown.
 
     Returns:
-        Disparity in 1/metres, same shape and dtype: 0 for sky, NaN where depth is unknown or, without `nearest`, not
+        Disparity in 1/meters, same shape and dtype: 0 for sky, NaN where depth is unknown or, without `nearest`, not
         positive.
 
     Example:
@@ -44,16 +44,15 @@ def depth_to_disparity(depth: Tensor, *, nearest: float | None = None) -> Tensor
 
 
 def disparity_to_depth(disparity: Tensor, *, min_disparity: float | Tensor) -> Tensor:
-    """Turn metric (or aligned) disparity into depth.
+    """Convert metric (or aligned) disparity to depth.
 
     Args:
-        disparity: any shape, floating point, in 1/metres; NaN stays NaN.
-        min_disparity: disparities below it are raised to it, in 1/metres; 1 / the farthest depth wanted. A
-            tensor must broadcast with `disparity`. Fits can be negative, so there is no default; 0 gives
-            infinity.
+        disparity: Any shape, floating point, 1/meters; NaN stays NaN.
+        min_disparity: Smaller disparities are raised to it, 1/meters: the reciprocal of the largest depth. A tensor
+            must broadcast with `disparity`. Fits can be negative, so there is no default; 0 gives infinity.
 
     Returns:
-        Depth in metres, same shape and dtype, at most 1 / `min_disparity`.
+        Depth in meters, same shape and dtype, at most 1 / `min_disparity`.
 
     Example:
         >>> disparity_to_depth(torch.tensor([0.5, -1.0]), min_disparity=0.0125).tolist()
@@ -63,16 +62,16 @@ def disparity_to_depth(disparity: Tensor, *, min_disparity: float | Tensor) -> T
 
 
 def masked_float(x: Tensor, valid: Tensor) -> Tensor:
-    """Put zeros outside `valid` and compute in float32 at least, from here on.
+    """Set values outside `valid` to zero and convert to at least float32.
 
-    The zeros are selected, not multiplied in: a NaN times zero is NaN, forwards and backwards.
+    The zeros are selected, because NaN times zero is NaN, in the forward and the backward pass.
 
     Args:
-        x: any shape, any dtype.
-        valid: bool, same shape.
+        x: Any shape and dtype.
+        valid: Bool, same shape.
 
     Returns:
-        Same shape; float64 stays, anything smaller becomes float32.
+        Same shape; float64 stays, smaller types become float32.
 
     Example:
         >>> masked_float(torch.tensor([1.0, float("nan")]), torch.tensor([True, False])).tolist()
@@ -82,21 +81,20 @@ def masked_float(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def masked_order_index(x: Tensor, valid: Tensor, *, rank: Callable[[Any], Any]) -> Tensor:
-    """Find, per row, the valid element of a rank that depends on how many are valid.
+    """Find in each row the valid element of a rank that depends on the number of valid elements.
 
-    On a CPU this is a selection, five times as fast as a sort. All rows then need the same rank: invalid
-    elements are set to -inf or +inf, just so many of each that the wanted element lands on the rank of a full
-    row. On other devices it is a sort, since selection there is not among the deterministic operations of
-    torch.
+    On a CPU this uses kthvalue, which is five times as fast as a sort but needs the same rank in all rows: invalid
+    elements are set to -inf or +inf, as many of each as move the element to the rank of a full row. On other devices
+    it sorts, because kthvalue is not deterministic there.
 
     Args:
         x: (B, N) floating point, finite in `valid`.
         valid: (B, N) bool.
-        rank: zero-based rank wanted among `count` valid elements, for an int or an int tensor alike; growing
-            by at most as much as `count` does.
+        rank: Maps the count of valid elements, an int or an int tensor, to a zero-based rank; it must not grow faster
+            than the count.
 
     Returns:
-        (B, 1) int64 index into the row; of no meaning where nothing is valid.
+        (B, 1) int64 index into the row; arbitrary where nothing is valid.
 
     Example:
         >>> row, valid = torch.tensor([[5.0, 1.0, 3.0]]), torch.tensor([[True, False, True]])
@@ -129,8 +127,8 @@ def masked_median(x: Tensor, valid: Tensor) -> Tensor:
         valid: (B, H, W) bool.
 
     Returns:
-        (B,) float32, or float64 if `x` is; 0 for an image without a valid pixel. The gradient goes to the
-        median's pixel.
+        (B,) float32, or float64 if `x` is; 0 for an image without a valid pixel. The gradient flows to the
+        pixel of the median.
 
     Example:
         >>> x = torch.tensor([[[4.0, 1.0], [3.0, float("nan")]]])
@@ -143,12 +141,11 @@ def masked_median(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def robust_scale_shift(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure each image's spread and centre; (x - shift) / scale does not change with x -> a * x + b, a > 0.
+    """Compute each image's scale and shift; (x - shift) / scale is invariant to x -> a * x + b with a > 0.
 
         shift = median(x)    scale = max(mean |x - shift|, 1e-6)
 
-    Source: Depth Anything (arXiv 2401.10891), equation 3, after MiDaS; here both are taken over the valid
-    pixels alone.
+    Source: Depth Anything (arXiv 2401.10891), equation 3, after MiDaS; both over the valid pixels only.
 
     Args:
         x: (B, H, W), finite in `valid`.
@@ -172,10 +169,10 @@ def robust_scale_shift(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def align_least_squares(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit each image's scale and shift with the least squares of scale * prediction + shift - target.
+    """Fit scale and shift of each image that minimize the squares of scale * prediction + shift - target.
 
-    In closed form, in float64, around the means: with the raw sums of squares a distant cluster of values
-    would cancel away. (A device without float64, such as MPS, cannot run it: evaluate on the CPU.)
+    Closed form in float64 around the means, because raw sums of squares lose precision for values far from zero.
+    Devices without float64, such as MPS, cannot run it: evaluate on the CPU.
 
     Args:
         prediction: (B, H, W), finite in `valid`.
@@ -194,16 +191,16 @@ def align_least_squares(prediction: Tensor, target: Tensor, valid: Tensor) -> tu
     """
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     count = valid.sum((1, 2)).clamp(min=1)
-    p_centred, p_mean = _center(prediction, valid, count)
-    t_centred, t_mean = _center(target, valid, count)
-    variance = (p_centred * p_centred).sum((1, 2))
-    covariance = (p_centred * t_centred).sum((1, 2))
+    p_centered, p_mean = _center(prediction, valid, count)
+    t_centered, t_mean = _center(target, valid, count)
+    variance = (p_centered * p_centered).sum((1, 2))
+    covariance = (p_centered * t_centered).sum((1, 2))
     scale = torch.where(variance > 0, covariance / torch.where(variance > 0, variance, 1), 0)
     return scale.to(dtype), (t_mean - scale * p_mean).to(dtype)
 
 
 def _center(x: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract each image's mean, in float64; the minimum first, so that a constant gives exact zeros."""
+    """Subtract each image's mean in float64, after its minimum, so that a constant becomes exactly zero."""
     x = masked_float(x, valid).double()
     low = torch.where(valid, x, torch.inf).amin((1, 2))
     low = torch.where(valid.flatten(1).any(1), low, 0)

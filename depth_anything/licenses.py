@@ -1,14 +1,16 @@
-"""Licences of weights and data by their SPDX names: put together, and as the hub's cards write them."""
+"""Licenses of weights and data: SPDX names, their combination, and their fields in model cards."""
 
 import re
 from collections.abc import Iterable
 
+from depth_anything.errors import UserError
+
 UNKNOWN = "unknown"
 
 _SPDX_EXPRESSION = re.compile(r"[A-Za-z0-9.+-]+(?: (?:AND|OR|WITH) [A-Za-z0-9.+-]+)*")
-# SPDX's prefix is LicenseRef-; the British spelling, which older manifests have, is no SPDX name.
+# SPDX's prefix is LicenseRef-; older manifests have the British spelling.
 _LICENSE_REF = re.compile(r"(?<![\w-])Licen[cs]eRef-", re.IGNORECASE)
-# Those that the hub has an id for: the name in small letters.
+# Licenses with an id on the Hugging Face hub: id (SPDX name in lower case) → SPDX name.
 _HUB_LICENSES = {
     name.lower(): name
     for name in (
@@ -40,60 +42,59 @@ _HUB_LICENSES = {
 }
 
 
-def combine_licenses(licences: Iterable[str | None]) -> str | None:
-    """Join the licences of everything that a model was made from: whoever uses it keeps to all of them.
-
-    Which of two is the stricter is a question for lawyers; that both hold is not.
+def combine_licenses(licenses: Iterable[str | None]) -> str | None:
+    """Combine the licenses of all weights and data that a model was made from, which all hold.
 
     Args:
-        licences: SPDX names or what this function made of some; None where one is not known.
+        licenses: SPDX names or results of this function; None for unknown.
 
     Returns:
-        As "Apache-2.0 AND CC-BY-NC-4.0", sorted, with "unknown" at the end if one is; None if none is known.
+        For example "Apache-2.0 AND CC-BY-NC-4.0", sorted, with "unknown" at the end if one is; None if none is known.
 
-    >>> combine(["CC-BY-NC-4.0", "Apache-2.0", "CC-BY-NC-4.0"])
+    >>> combine_licenses(["CC-BY-NC-4.0", "Apache-2.0", "CC-BY-NC-4.0"])
     'Apache-2.0 AND CC-BY-NC-4.0'
-    >>> combine(["MIT", None])
+    >>> combine_licenses(["MIT", None])
     'MIT AND unknown'
-    >>> combine(["LicenceRef-ScanNet", "LicenseRef-ScanNet"])
+    >>> combine_licenses(["LicenceRef-ScanNet", "LicenseRef-ScanNet"])
     'LicenseRef-ScanNet'
     """
-    found = {part for licence in licences for part in spdx_name(licence or UNKNOWN).split(" AND ")}
+    found = {part for license in licenses for part in spdx_name(license or UNKNOWN).split(" AND ")}
     known = sorted(found - {UNKNOWN})
     return " AND ".join([*known, *sorted(found & {UNKNOWN})]) if known else None
 
 
 def check_license(text: str) -> str:
-    """Return a licence that a user typed, if it can be an SPDX expression; LicenceRef- becomes SPDX's LicenseRef-.
+    """Check that a text can be an SPDX expression, and return it with LicenceRef- spelled as LicenseRef-.
 
     Raises:
-        ValueError: If it cannot.
+        UserError: If it cannot.
     """
     if not _SPDX_EXPRESSION.fullmatch(text):
-        raise ValueError(
-            f"licence {text!r} is no SPDX name such as CC-BY-4.0 or Apache-2.0; type LicenseRef-NAME for another"
+        raise UserError(
+            f"licence {text!r} is not an SPDX name such as CC-BY-4.0 or Apache-2.0",
+            "type LicenseRef-NAME for another",
         )
     return _LICENSE_REF.sub("LicenseRef-", text)
 
 
-def card_license_fields(licence: str | None) -> dict[str, str]:
-    """Write a licence as the front matter of a card on the hub has it.
+def card_license_fields(license: str | None) -> dict[str, str]:
+    """Return the license fields of a model card's front matter.
 
-    >>> hub_fields("CC-BY-NC-4.0")
+    >>> card_license_fields("CC-BY-NC-4.0")
     {'license': 'cc-by-nc-4.0'}
     """
-    if licence is None:
+    if license is None:
         return {"license": UNKNOWN}
-    licence = spdx_name(licence)
-    if licence.lower() in _HUB_LICENSES:
-        return {"license": licence.lower()}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower())}
+    license = spdx_name(license)
+    if license.lower() in _HUB_LICENSES:
+        return {"license": license.lower()}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license.lower())}
 
 
 def license_from_card(text: str) -> str | None:
-    """Read the licence out of a card's front matter; None where it says none that has a name.
+    """Read the license from a model card's front matter; None if it has none or an unnamed one.
 
-    >>> licence_of_card("---\\nlicense: apache-2.0\\n---\\n# A model")
+    >>> license_from_card("---\\nlicense: apache-2.0\\n---\\n# A model")
     'Apache-2.0'
     """
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
@@ -101,13 +102,13 @@ def license_from_card(text: str) -> str | None:
     if found is None or found[1] == UNKNOWN:
         return None
     if found[1] == "other":
-        named = re.search(r"(?m)^license_name:\s*[\"']?([\w.+-]+)", front[1]) if front else None
-        return f"LicenseRef-{named[1]}" if named else None
+        name = re.search(r"(?m)^license_name:\s*[\"']?([\w.+-]+)", front[1]) if front else None
+        return f"LicenseRef-{name[1]}" if name else None
     return spdx_name(found[1])
 
 
 def spdx_name(name: str) -> str:
-    """Give a licence's hub id its SPDX name, and LicenceRef- its SPDX spelling; any other text stays.
+    """Convert a hub id to its SPDX name, and LicenceRef- to LicenseRef-; other text is unchanged.
 
     >>> spdx_name("mit"), spdx_name("LicenceRef-ScanNet AND MIT")
     ('MIT', 'LicenseRef-ScanNet AND MIT')

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from depth_anything.disk import file_system_time, name_write_errors, process_exists
 from depth_anything.errors import UserError
@@ -26,6 +26,14 @@ LOCK_STALE_S = 60.0
 LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class LockHolder(NamedTuple):
+    """The content of a lock file: the process, and the time of its clock at the last heartbeat."""
+
+    host: str
+    pid: int
+    heartbeat: float
 
 
 class LockHeldError(UserError):
@@ -65,16 +73,14 @@ class FileLock:
         except OSError as error:  # None: a file system without locks
             free = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
         holder = self._read(file)
-        here = holder.get("host") == socket.gethostname()
         held = free is False
-        if holder and not held and not (here and (free or not process_exists(int(holder["pid"])))):
-            held = self._is_alive(holder)
+        if holder is not None and not held:
+            here = holder.host == socket.gethostname()
+            held = not (here and (free or not process_exists(holder.pid))) and self._is_alive(holder)
         if held:
             os.close(file)
-            raise LockHeldError(
-                f"{self.path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}",
-                self._fix,
-            )
+            process = f"process {holder.pid} on {holder.host}" if holder else "another process"
+            raise LockHeldError(f"{self.path.parent} is being written by {process}", self._fix)
         self._file, self._process = file, os.getpid()
         try:
             self._beat()
@@ -96,28 +102,24 @@ class FileLock:
             os.close(file)
 
     @staticmethod
-    def _read(file: int) -> dict[str, Any]:
+    def _read(file: int) -> LockHolder | None:
         try:
             holder = dict(json.loads(os.pread(file, 4096, 0)))
-            return {
-                "host": str(holder["host"]),
-                "pid": int(holder["pid"]),
-                "heartbeat": float(holder["heartbeat"]),
-            }
+            return LockHolder(str(holder["host"]), int(holder["pid"]), float(holder["heartbeat"]))
         except (ValueError, KeyError, TypeError):
-            return {}
+            return None
 
-    def _is_alive(self, holder: dict[str, Any]) -> bool:
+    def _is_alive(self, holder: LockHolder) -> bool:
         """Return whether a holder still writes its heartbeat: by the times in the file, else by watching it."""
         now = file_system_time(self.path.parent)
-        ages = now - self.path.stat().st_mtime, now - holder["heartbeat"]
+        ages = now - self.path.stat().st_mtime, now - holder.heartbeat
         if all(-HEARTBEAT_INTERVAL_S < age < LOCK_STALE_S for age in ages):
             return True
         if all(age >= LOCK_STALE_S for age in ages):
             return False
-        process = f"process {holder['pid']} on {holder['host']}"
         print(
-            f"waiting {LOCK_WATCH_S:.0f} s to see whether {process} still writes to {self.path.parent}",
+            f"waiting {LOCK_WATCH_S:.0f} s to see whether process {holder.pid} on {holder.host} still writes to "
+            f"{self.path.parent}",
             file=sys.stderr,
         )
         watch, deadline = FileWatch(), time.monotonic() + LOCK_WATCH_S
@@ -131,8 +133,8 @@ class FileLock:
     def _beat(self) -> None:
         file = self._file
         if file is not None:
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-            text = json.dumps(holder).encode()
+            holder = LockHolder(socket.gethostname(), os.getpid(), time.time())
+            text = json.dumps(holder._asdict()).encode()
             with name_write_errors(self.path):
                 os.pwrite(file, text, 0)
                 os.ftruncate(file, len(text))

@@ -1,11 +1,11 @@
-"""The losses of Depth Anything V2, per image and vectorised over the batch, without host synchronisation.
+"""The losses of Depth Anything V2, per image and vectorized over the batch, without host synchronization.
 
-Shapes in this file: B images, H by W pixels; N tokens of D channels. Rules that all four share:
+Shapes in this file: B images, H by W pixels; N tokens of D channels. All losses follow these rules:
 
-- The value is the sum over images divided by the number of images, so accumulated micro-batches and ranks
-  agree with the batch as a whole. An image with fewer than 2 valid pixels adds zero, with zero gradient, and
-  stays in the count.
-- What lies outside `valid` never matters, NaN and infinity included. A NaN inside `valid` is never hidden.
+- The value is the sum over images divided by the number of images, so that accumulated micro-batches and several
+  ranks give the value of the whole batch. An image with fewer than 2 valid pixels adds zero, with zero gradient, and
+  is counted.
+- Values outside `valid`, including NaN and infinity, have no effect. A NaN inside `valid` is never hidden.
 - Half precisions are computed in float32; float64 stays.
 """
 
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from depth_anything.errors import Argument, UserError
 from depth_anything.geometry import MIN_DEPTH_M, masked_float, masked_order_index, robust_scale_shift
 
 
 def scale_shift_invariant_loss(
     prediction: Tensor, target: Tensor, valid: Tensor, *, trim: float = 0.0
 ) -> Tensor:
-    """Compare two disparity maps up to the scale and shift of each.
+    """Mean absolute difference of two disparity maps after normalizing scale and shift of each.
 
-        mean |p - t|,  p and t: each map less its median, divided by its mean absolute deviation
+        mean |p - t|,  p and t: each map minus its median, divided by its mean absolute deviation
 
     Source: Depth Anything (arXiv 2401.10891), equations 1 to 3; trimming: Depth Anything V2 (arXiv
     2406.09414), 5.2.
@@ -32,14 +33,14 @@ def scale_shift_invariant_loss(
         prediction: (B, H, W), affine-invariant disparity.
         target: (B, H, W), disparity in any unit.
         valid: (B, H, W) bool.
-        trim: share of each image's valid pixels, in [0, 1), left out where |p - t| is largest: floor(trim *
-            count) of them, among equals the last in reading order. The mean is that of the rest.
+        trim: Share in [0, 1) of each image's valid pixels to leave out: the floor(trim * count) largest |p - t|,
+            among equals the last in row-major order.
 
     Returns:
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: if `trim` is not in [0, 1).
+        ValueError: If `trim` is not in [0, 1).
 
     Example:
         >>> target = torch.tensor([[[1.0, 2.0, 6.0, 3.0]]])
@@ -57,28 +58,28 @@ def scale_shift_invariant_loss(
 def gradient_matching_loss(
     prediction: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, trim: float = 0.0
 ) -> Tensor:
-    """Compare the edges of two disparity maps up to the scale and shift of each.
+    """Multi-scale gradient difference of two disparity maps after normalizing scale and shift of each.
 
         sum over s of  (sum |R[y, x + 1] - R[y, x]| + sum |R[y + 1, x] - R[y, x]|) / valid pixels of scale s
 
     R = p - t of `scale_shift_invariant_loss`, sampled at every s-th row and column; s = 1, 2, 4, 8. A
-    difference counts where both its ends are valid.
+    difference counts if both pixels are valid.
 
-    Source: MiDaS (arXiv 1907.01341), equation 11; strides, not blurs, as in its published loss.
+    Source: MiDaS (arXiv 1907.01341), equation 11, with strides instead of blurs as in its code.
 
     Args:
         prediction: (B, H, W), affine-invariant disparity.
         target: (B, H, W), disparity in any unit.
         valid: (B, H, W) bool.
-        scales: how many strides, each twice the one before.
-        trim: share of each image's valid pixels, in [0, 1), taken for invalid because |R| is largest there:
-            the very pixels that `scale_shift_invariant_loss` leaves out.
+        scales: Number of strides, each twice the previous one.
+        trim: Share in [0, 1) of each image's valid pixels to treat as invalid: the same pixels that
+            `scale_shift_invariant_loss` leaves out.
 
     Returns:
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: if `trim` is not in [0, 1).
+        ValueError: If `trim` is not in [0, 1).
 
     Example:
         >>> target = torch.tensor([[[1.0, 2.0, 3.0]]])
@@ -100,22 +101,22 @@ def invariant_losses(
     gradient_trim: float = 0.0,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute both invariant losses for the price of one: they share the normalised maps.
+    """Compute both scale- and shift-invariant losses, which share the normalized maps.
 
     Args:
         prediction: (B, H, W), affine-invariant disparity.
         target: (B, H, W), disparity in any unit.
         valid: (B, H, W) bool.
-        scales: as in `gradient_matching_loss`.
-        trim: as in `scale_shift_invariant_loss`.
-        gradient_trim: `trim` of `gradient_matching_loss`.
-        weight: (B,), what each image counts in the sum over images; None: 1.
+        scales: As in `gradient_matching_loss`.
+        trim: As in `scale_shift_invariant_loss`.
+        gradient_trim: The `trim` of `gradient_matching_loss`.
+        weight: (B,) weight of each image in the sum over images; None for 1.
 
     Returns:
         `scale_shift_invariant_loss` and `gradient_matching_loss`, two scalars.
 
     Raises:
-        ValueError: if a share to trim is not in [0, 1).
+        ValueError: If a share to trim is not in [0, 1).
 
     Example:
         >>> target = torch.tensor([[[1.0, 2.0, 6.0]]])
@@ -130,21 +131,21 @@ def invariant_losses(
 
 
 def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, *, variance_focus: float = 0.5) -> Tensor:
-    """Compare two depth maps by the spread and the mean of their log ratio.
+    """Scale-invariant logarithmic loss of two depth maps.
 
         sqrt(mean d^2 - variance_focus * mean(d)^2),  d = log prediction - log target
 
-    Source: Eigen et al. (arXiv 1406.2283); the root as in the authors' metric training, which however pools
-    the batch where this is per image.
+    Source: Eigen et al. (arXiv 1406.2283), with the root of the official metric training, which pools the batch
+    while this is per image.
 
     Args:
-        prediction: (B, H, W), metres, positive in `valid`.
-        target: (B, H, W), metres, positive in `valid`.
+        prediction: (B, H, W), meters, positive in `valid`.
+        target: (B, H, W), meters, positive in `valid`.
         valid: (B, H, W) bool.
-        variance_focus: 1 forgives a wrong scale altogether, 0 not at all.
+        variance_focus: With 1 the loss is invariant to scale, with 0 a wrong scale counts fully.
 
     Returns:
-        Scalar, float32 or float64. Where the root is of zero its gradient is taken as zero.
+        Scalar, float32 or float64. The gradient of the root of zero is zero.
 
     Example:
         >>> target = torch.tensor([[[1.0, 2.0, 4.0]]])
@@ -155,24 +156,24 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, *, variance_fo
     count = _count_valid(valid)
     difference = _masked_log(prediction, valid) - _masked_log(target, valid)
     mean = difference.sum((1, 2)) / count
-    # Variance and squared mean apart: their sum cannot cancel below zero as the formula's difference can.
-    centred = torch.where(valid, difference - mean[:, None, None], 0)
-    square = (centred * centred).sum((1, 2)) / count + (1 - variance_focus) * mean * mean
+    # Variance plus squared mean, which unlike the difference in the formula cannot become negative by rounding.
+    centered = torch.where(valid, difference - mean[:, None, None], 0)
+    square = (centered * centered).sum((1, 2)) / count + (1 - variance_focus) * mean * mean
     zero = square <= 0
     return torch.where(zero, 0, torch.where(zero, 1, square).sqrt()).mean()
 
 
 def feature_alignment_loss(student: Tensor, teacher: Tensor, *, tolerance: float = 0.85) -> Tensor:
-    """Draw a student's tokens towards those of a frozen encoder, as far as the tolerance.
+    """Cosine alignment of a student's tokens with a frozen encoder's, ignoring tokens above the tolerance.
 
         per image the mean of 1 - cos over the tokens with cos < tolerance; zero if there are none
 
-    Source: Depth Anything (arXiv 2401.10891), 3.3, there 0.85.
+    Source: Depth Anything (arXiv 2401.10891), section 3.3.
 
     Args:
         student: (B, N, D) tokens.
         teacher: (B, N, D) tokens.
-        tolerance: cosine from which on a token is near enough and left out.
+        tolerance: Tokens with at least this cosine are left out; 0.85 in the paper.
 
     Returns:
         Scalar, float32 or float64.
@@ -191,7 +192,7 @@ def feature_alignment_loss(student: Tensor, teacher: Tensor, *, tolerance: float
 
 
 def _residual(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract the normalised maps, (B, H, W), and tell which pixels count: none where there is but one."""
+    """Return the difference of the normalized maps, (B, H, W), and the valid pixels, none for an image with one."""
     valid = valid & _has_enough_pixels(valid)
     return _normalize(prediction, valid) - _normalize(target, valid), valid
 
@@ -203,10 +204,10 @@ def _normalize(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def _trim(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
-    """Take the floor(trim * count) largest |residual| of an image out of `valid`, equal ones from the end."""
+    """Remove the floor(trim * count) largest |residual| of each image from `valid`, of equal ones the last."""
     if not 0 <= trim < 1:
-        raise ValueError(
-            f"trim is a share of the pixels in [0, 1), not {trim}; the student's recipe has trim=0.1"
+        raise UserError(
+            [Argument("trim", trim), " is not in [0, 1)"], ["the paper's is ", Argument("trim", 0.1)]
         )
     if trim == 0:
         return valid
@@ -220,7 +221,7 @@ def _trim(residual: Tensor, valid: Tensor, trim: float) -> Tensor:
     equal = mask & (size == limit)
     room = last_kept(mask.sum(1, keepdim=True)) + 1 - (mask & (size < limit)).sum(1, keepdim=True)
     surplus = equal & (equal.cumsum(1, dtype=torch.int32) > room)
-    # Written so that a NaN stays in and is seen.
+    # A NaN residual stays valid, so that the loss becomes NaN.
     return (mask & ~(size > limit) & ~surplus).view_as(valid)
 
 

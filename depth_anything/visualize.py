@@ -1,4 +1,4 @@
-"""Maps as colours, and pictures side by side."""
+"""Color images of depth and disparity maps, and panels of pictures."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,16 @@ from itertools import accumulate
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from depth_anything.errors import UserError
+
 GRAY = 128
-"""Level of red, green and blue of a pixel without a value."""
+"""Level of red, green and blue for pixels without a value."""
 
 DEFAULT_COLORMAP = "Spectral_r"
-"""The authors' colormap, for disparity: its last color is red."""
+"""The official colormap for disparity, whose last color is red."""
 
 GAP_PX = 4
-_BLOCK_PIXELS = 1 << 20  # pixels
+_BLOCK_PIXELS = 1 << 20  # limits memory
 FONT_PX = 16
 
 
@@ -27,22 +29,20 @@ def colorize(
     high: float | None = None,
     colormap: str = "Spectral_r",
 ) -> np.ndarray:
-    """Paint a map with 256 colours, to the digit as the authors' `run.py` paints its pictures.
+    """Apply a colormap of 256 colors, bit-exact to the official `run.py`.
 
     Args:
         map: (H, W), disparity or depth, any real dtype and unit.
-        valid: (H, W) bool; what lies outside becomes grey, and so does NaN and infinity.
-        low: value of the first colour, that of the smallest valid one unless given; what lies below has it
-            too.
-        high: value of the last colour, that of the largest valid one unless given; what lies above has it
-            too.
-        colormap: a name matplotlib knows.
+        valid: (H, W) bool; other pixels become gray, as do NaN and infinity.
+        low: Value of the first color; smaller values are clipped. None for the smallest valid value.
+        high: Value of the last color; larger values are clipped. None for the largest valid value.
+        colormap: Name of a matplotlib colormap.
 
     Returns:
-        uint8 (H, W, 3), RGB. A constant map gets the first colour.
+        uint8 (H, W, 3) RGB. A constant map has the first color.
 
     Raises:
-        ValueError: if matplotlib knows no such colormap.
+        UserError: If matplotlib has no such colormap.
 
     Example:
         >>> colorize(np.array([[0.0, 0.5, 1.0, np.nan]]), colormap="gray")[0, :, 0].tolist()
@@ -54,7 +54,7 @@ def colorize(
     if not shown.any():
         return picture
     values = map[shown]
-    # The authors compute in float32, whose last bits decide a colour here and there; that needs a span it can hold.
+    # The official code computes in float32, and its rounding decides some colors; larger ranges would overflow.
     least, most = values.min(), values.max()
     exact = values.dtype == np.float32 and low is None and high is None and max(abs(least), abs(most)) <= 1e30
     kind = np.float32 if exact else np.float64
@@ -63,7 +63,7 @@ def colorize(
     levels = np.zeros(values.shape, np.uint8)
     for begin in range(
         0, values.size if end > start else 0, _BLOCK_PIXELS
-    ):  # a large map in float64 takes gigabytes
+    ):  # in blocks: a large map in float64 takes gigabytes
         block = slice(begin, begin + _BLOCK_PIXELS)
         share = (values[block].astype(kind) - start) / (end - start)
         levels[block] = share.clip(0, 1) * 255
@@ -80,37 +80,37 @@ def colorize_by_distance(
     low: float | None = None,
     high: float | None = None,
 ) -> np.ndarray:
-    """Paint a map such that the last color of the colormap is near and its first is far, whatever the map holds.
+    """Apply a colormap such that its last color is near and its first is far, for disparity and for depth.
 
-    All pictures follow this one rule: near is red in the authors' colors, and white in "gray".
+    Near is red in the official colormap, and white in "gray".
 
     Args:
         map: (H, W), any real dtype and unit.
         quantity: "disparity" (larger is nearer) or "depth" (larger is farther).
-        colormap: A name matplotlib knows, as for disparity; turned round for depth.
-        valid: As for `colorize`.
-        low: As for `colorize`: a value, not a color.
-        high: As for `colorize`.
+        colormap: Name of a matplotlib colormap for disparity; it is reversed for depth.
+        valid: As in `colorize`.
+        low: As in `colorize`.
+        high: As in `colorize`.
 
     Returns:
-        uint8 (H, W, 3), RGB.
+        uint8 (H, W, 3) RGB.
 
     Raises:
-        ValueError: If matplotlib knows no such colormap.
+        UserError: If matplotlib has no such colormap.
 
     Example:
         >>> map = np.array([[1.0, 2.0]])
-        >>> [paint(map, quantity=q, colormap="gray")[0, :, 0].tolist() for q in ("disparity", "depth")]
+        >>> [colorize_by_distance(map, quantity=q, colormap="gray")[0, :, 0].tolist() for q in ("disparity", "depth")]
         [[0, 255], [255, 0]]
     """
     return colorize(map, valid=valid, low=low, high=high, colormap=distance_colormap(quantity, colormap))
 
 
 def distance_colormap(quantity: str, colormap: str = DEFAULT_COLORMAP) -> str:
-    """Name the matplotlib colormap that paints a quantity by the rule of `paint`.
+    """Return the name of the matplotlib colormap that `colorize_by_distance` applies.
 
     Example:
-        >>> colormap_for("disparity"), colormap_for("depth"), colormap_for("depth", "gray")
+        >>> distance_colormap("disparity"), distance_colormap("depth"), distance_colormap("depth", "gray")
         ('Spectral_r', 'Spectral', 'gray_r')
     """
     if quantity == "disparity":
@@ -119,10 +119,10 @@ def distance_colormap(quantity: str, colormap: str = DEFAULT_COLORMAP) -> str:
 
 
 def check_colormap(colormap: str) -> None:
-    """Refuse a colormap that `paint` and `colorize` do not know.
+    """Check that matplotlib has a colormap.
 
     Raises:
-        ValueError: If matplotlib knows no such colormap.
+        UserError: If it has not.
 
     Example:
         >>> check_colormap("inferno")
@@ -133,19 +133,19 @@ def check_colormap(colormap: str) -> None:
 def make_panel(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] | None = None, *, max_width: int = 320
 ) -> np.ndarray:
-    """Lay pictures out on white, row by row, with a title above each column.
+    """Arrange pictures in rows on white, with a title above each column.
 
     Args:
-        rows: uint8 (H, W, 3) pictures, RGB, of any sizes; rows may differ in length.
-        titles: one for each column, in ASCII: the font has little else.
-        max_width: wider pictures are shrunk to it, in pixels, keeping their shape; none is enlarged.
+        rows: uint8 (H, W, 3) RGB pictures of any sizes; rows may differ in length.
+        titles: One for each column, in ASCII, because the font has little else.
+        max_width: Wider pictures are downscaled to it, pixels, keeping the aspect ratio.
 
     Returns:
-        uint8 (height, width, 3), RGB.
+        uint8 (height, width, 3) RGB.
 
     Example:
         >>> picture = np.zeros((30, 40, 3), np.uint8)
-        >>> panel([[picture, picture], [picture]]).shape
+        >>> make_panel([[picture, picture], [picture]]).shape
         (72, 92, 3)
     """
     cells = [[_shrink_to_width(picture, max_width) for picture in row] for row in rows]
@@ -173,17 +173,17 @@ def make_panel(
 
 @cache
 def _color_table(colormap: str) -> np.ndarray:
-    import matplotlib  # 0.2 s that only those who look at pictures shall pay
+    import matplotlib  # takes 0.2 s
 
     if colormap not in matplotlib.colormaps:
-        raise ValueError(
-            f"matplotlib knows no colormap {colormap!r}; among those it knows are Spectral_r, inferno, gray"
+        raise UserError(
+            f"matplotlib has no colormap {colormap!r}", "use for example Spectral_r, inferno or gray"
         )
-    if colormap in ("gray", "gray_r"):  # theirs takes levels as they are, and matplotlib's end below some
+    if colormap in ("gray", "gray_r"):  # the official code uses the levels; matplotlib's rounding differs
         levels = np.arange(256, dtype=np.uint8)[:: -1 if colormap == "gray_r" else 1]
         return np.repeat(levels[:, None], 3, axis=1)
-    colours = matplotlib.colormaps[colormap](np.arange(256))[:, :3]
-    return (colours * 255).astype(np.uint8)  # cut off, as the authors do
+    colors = matplotlib.colormaps[colormap](np.arange(256))[:, :3]
+    return (colors * 255).astype(np.uint8)  # truncated, as in the official code
 
 
 def _shrink_to_width(picture: np.ndarray, max_width: int) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Follow one sample from its source to the optimizer and print what it is at every hop.
+"""Follow one sample from its source to the optimizer and print it at every step.
 
 python docs/follow_a_sample.py prints the blocks of docs/follow-a-sample.md, which tests/test_docs.py compares;
-with --write it puts them there.
+with --write it updates them.
 """
 
 import io
@@ -32,7 +32,7 @@ SEED, IMAGE_SIZE, STREAMS, BATCH = 0, 70, 8, 4
 
 
 def show(name: str, values: np.ndarray | Tensor) -> None:
-    """Print a line: name, dtype, shape, and the range of what is finite."""
+    """Print a line: name, dtype, shape, and the range of the finite values."""
     array = values.detach().numpy() if isinstance(values, Tensor) else values
     known = array[np.isfinite(array)]
     dtype, shape = str(array.dtype), str(tuple(array.shape))
@@ -41,7 +41,7 @@ def show(name: str, values: np.ndarray | Tensor) -> None:
 
 
 def source() -> None:
-    frame = render_scene(10_000_000, look="synthetic", height=112, width=144)  # what seed 1 draws first
+    frame = render_scene(10_000_000, look="synthetic", height=112, width=144)  # the first scene of seed 1
     show("image", frame.image)
     assert frame.depth is not None
     show("depth", frame.depth)
@@ -97,7 +97,9 @@ def crop(frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def batch(dataset: StreamDataset, first: tuple[np.ndarray, ...]) -> dict[str, Any]:
     made = dataset.__getitems__(range(BATCH))
     for name, mine in zip(("image", "target", "valid"), first, strict=True):
-        assert np.array_equal(made[name][0].numpy(), mine)  # the hops above, by hand, are what a worker does
+        assert np.array_equal(
+            made[name][0].numpy(), mine
+        )  # the steps above, by hand, equal what a worker does
         show(name, made[name])
     show("sample", made["sample"])
     return made
@@ -139,7 +141,7 @@ def losses(disparity: Tensor, made: dict[str, Any]) -> Tensor:
 def step(model: DepthAnything, made: dict[str, Any], loss: Tensor) -> None:
     module = Teacher(model, Recipe(steps=100, encoder_lr=5e-6, head_lr=5e-5, clip_norm=1.0))
     again = module.losses(made)["loss"]
-    assert torch.equal(again, loss)  # the stage computes what the hops above did
+    assert torch.equal(again, loss)  # the stage computes the same as the steps above
     optimizer = module.configure_optimizers()["optimizer"]
     again.backward()
     module.configure_gradient_clipping(optimizer)
@@ -157,7 +159,7 @@ def step(model: DepthAnything, made: dict[str, Any], loss: Tensor) -> None:
 
 
 def follow(root: Path) -> None:
-    """Print every hop; files go into `root`."""
+    """Print every step; files go into `root`."""
     print("# 1 source")
     source()
     print("# 2 shard")
@@ -194,7 +196,7 @@ def printed() -> str:
 
 
 def write(text: str) -> None:
-    """Put each hop's lines into the block of the document that begins with its title."""
+    """Put the lines of each step into the block of the document that begins with its title."""
     page = Path(__file__).with_name("follow-a-sample.md")
     blocks = {block.partition("\n")[0]: block for block in re.split(r"(?m)^(?=# )", text) if block}
     old = page.read_text(encoding="utf-8")

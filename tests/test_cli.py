@@ -1,4 +1,4 @@
-"""The command line as a user types it: its flags (pinned), its words, its exit codes."""
+"""The command line: its pinned flags, its messages and its exit codes."""
 
 import argparse
 import subprocess
@@ -242,7 +242,7 @@ def test_an_unknown_command_names_the_known_ones(capsys):
     assert stop.value.code == 2 and "'evaluate'" in capsys.readouterr().err
 
 
-def test_warnings_are_one_line(capsys, monkeypatch):
+def test_warnings_are_one_line_without_the_code(capsys, monkeypatch):
     def warn(options):
         warnings.warn("the file does not say what it is", stacklevel=2)
 
@@ -259,7 +259,7 @@ def test_an_error_shows_its_traceback_only_when_asked(tmp_path, capsys):
         main(["--traceback", "view", str(tmp_path / "none")])
 
 
-def test_interrupted(monkeypatch, capsys):
+def test_ctrl_c_is_130(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
@@ -268,8 +268,8 @@ def test_interrupted(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == "depth-anything: interrupted"
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
-    """As `depth-anything … | head -1`: no traceback, no sentence, the code of a closed pipe."""
+def test_a_closed_pipe_is_not_an_error(tmp_path):
+    """As `depth-anything … | head -1`: no traceback, no message, the exit code of a closed pipe."""
     make(tmp_path, size=30)
     line = [sys.executable, "-u", "-m", "depth_anything", "verify", str(tmp_path)]
     verify = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""A full disk is one sentence that names the file and the folder, whatever is being written."""
+"""Files and folders appear complete or not at all; a full disk names the file; stale temporaries are removed."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let files grow to so many bytes: a write ends halfway, as on a full disk."""
+    """Limit the size of files, which interrupts a write like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -44,7 +44,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_write_that_ends_halfway_names_the_file_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_an_incomplete_write_names_the_file_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     with largest_file(9000), pytest.raises(OSError) as raised:
         WRITERS[name](tmp_path / name)
     assert str(raised.value).startswith(f"{tmp_path / name} cannot be written (")
@@ -53,7 +53,7 @@ def test_a_write_that_ends_halfway_names_the_file_and_leaves_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_older_file_stays_where_the_disk_is_full(
+def test_an_existing_file_stays_if_the_disk_is_full(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
@@ -70,15 +70,15 @@ def test_an_older_file_stays_where_the_disk_is_full(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_errors_of_reading_are_left_alone(tmp_path: Path) -> None:
-    """What is written may be read from a failing disk meanwhile."""
+def test_read_errors_are_not_changed(tmp_path: Path) -> None:
+    """The written data may come from a disk that fails."""
     failing = OSError(errno.EIO, os.strerror(errno.EIO))
     with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "a.tar"):
         raise failing
     assert raised.value is failing
 
 
-def test_an_error_is_named_once(tmp_path: Path) -> None:
+def test_an_error_names_one_file(tmp_path: Path) -> None:
     inner = write_error(tmp_path / "a.tar", OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError) as raised, name_write_errors(tmp_path / "manifest.json"):
         raise inner

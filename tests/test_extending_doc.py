@@ -61,9 +61,11 @@ def complete(command: str) -> list[str]:
     """Return a command of the page as it is run here: with this Python, and small."""
     program, *words = shlex.split(command)
     if program == "depth-anything":
+        words = ["teacher.safetensors" if word == "outputs/teacher-scans" else word for word in words]
         return [sys.executable, "-m", "depth_anything", *words]
-    if words[0] != "train.py":
-        return [sys.executable, *words]
+    script = words.pop(0)
+    if script != "train.py":
+        return [sys.executable, script, *words]
     small = COMMON if "stage=pseudolabel" in words else FIT
     scenes = [] if "sources=own" in words else SCENES
     teacher = ["teacher=teacher.safetensors"] if "stage=pseudolabel" in words else []

@@ -15,7 +15,7 @@ from depth_anything.geometry import (
 
 
 def maps(batch: int = 6, height: int = 7, width: int = 9, *, seed: int = 0, share: float = 0.7):
-    """Random maps whose images hold anything from no valid pixel to all."""
+    """Random maps whose images have from none to all pixels valid."""
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, batch, height, width))
     valid = rng.random((batch, height, width)) < share
@@ -27,7 +27,7 @@ def maps(batch: int = 6, height: int = 7, width: int = 9, *, seed: int = 0, shar
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_masked_float_hides_what_lies_outside_from_values_and_gradients(value):
+def test_masked_float_hides_invalid_values_and_gradients(value):
     x = torch.tensor([1.0, value], requires_grad=True)
     y = masked_float(x, torch.tensor([True, False])).exp()
     y.sum().backward()
@@ -44,7 +44,7 @@ def test_masked_float_hides_what_lies_outside_from_values_and_gradients(value):
         (torch.float64, torch.float64),
     ],
 )
-def test_masked_float_widens_halves_alone(given, computed):
+def test_masked_float_converts_half_precision_only(given, computed):
     x = torch.ones(3, dtype=given)
     assert masked_float(x, x > 0).dtype == computed
 
@@ -60,7 +60,7 @@ def test_median_is_the_lower_one_of_the_valid_pixels():
 
 @pytest.mark.parametrize("count", range(1, 13))
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
-def test_both_ways_to_find_a_rank_agree(count, share):
+def test_selection_and_sort_find_the_same_rank(count, share):
     def rank(n):
         return n - (n * int(share * 100)) // 100 - 1
 
@@ -105,7 +105,7 @@ def test_scale_and_shift_have_gradients():
     )
 
 
-def test_disparity_is_the_reciprocal_of_depth_and_knows_sky_and_unknown():
+def test_disparity_of_depth_sky_and_unknown():
     depth = torch.tensor([0.5, 4.0, torch.inf, torch.nan, 0.0, -1.0], requires_grad=True)
     disparity = depth_to_disparity(depth)
     assert disparity[:3].tolist() == [2.0, 0.25, 0.0]
@@ -134,7 +134,7 @@ def test_alignment_equals_lstsq():
 
 
 def test_alignment_far_from_the_origin_is_exact_to_the_last_digit_of_float32():
-    """Sums in float32 miss the last digits here, and uncentred ones lose the scale altogether."""
+    """Sums in float32 miss the last digits here, and uncentered ones lose the scale altogether."""
     x = 1e4 + torch.rand(16, 50, 60, generator=torch.Generator().manual_seed(0))
     scale, shift = align_least_squares(x, 3 * (x - 1e4) + 2, x > 0)
     assert scale.dtype == shift.dtype == torch.float32
@@ -152,7 +152,7 @@ def test_alignment_of_a_constant_prediction_gives_the_mean_of_the_target(constan
     np.testing.assert_allclose(shift, expected, rtol=1e-12)
 
 
-def test_alignment_does_not_see_what_lies_outside():
+def test_alignment_ignores_invalid_pixels():
     x, y, valid = maps()
     expected = align_least_squares(x, y, valid)
     x[~valid], y[~valid] = torch.nan, torch.inf

@@ -1,4 +1,4 @@
-"""The house holds: imports point down, heavy libraries keep to their rooms, functions and files are small."""
+"""Modules import lower layers only, heavy libraries are imported in few places, functions and files are short."""
 
 import ast
 import subprocess
@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "depth_anything"
 SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 
-# A room may import itself and lower floors; rooms on one floor do not know each other.
-FLOORS = (
-    {"errors", "geometry", "licenses", "preprocess"},
-    {"disk"},
+# A top-level module or package may import itself and lower layers, but not others of its layer.
+LAYERS = (
+    {"errors"},
+    {"disk", "geometry", "licenses", "preprocess"},
     {"locks"},
     {"model", "data", "losses", "metrics", "visualize"},
     {"progress"},
@@ -31,11 +31,13 @@ FLOORS = (
     {"__main__"},
     set(SCRIPTS),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-HYDRA = tuple(f"depth_anything/training/{name}.py" for name in ("command", "check_config", "redact", "run"))
-# Who alone may import what.
-KEPT_IN = {
+HYDRA = tuple(
+    f"depth_anything/training/{name}.py" for name in ("command", "check_config", "optimizer", "redact", "run")
+)
+# Library → the only files that may import it.
+ALLOWED_IN = {
     "pytorch_lightning": ("depth_anything/training/",),
     "lightning": ("depth_anything/training/",),
     "lightning_fabric": ("depth_anything/training/",),
@@ -64,30 +66,30 @@ def imported(tree: ast.AST, path: str) -> Iterator[str]:
                 yield public or f"{module}.{alias.name}"
 
 
-def room_of(path: str) -> str:
+def top_level_name(path: str) -> str:
     return path if path in SCRIPTS else path.split("/")[1].removesuffix(".py")
 
 
-def faults(tree: ast.AST, path: str) -> list[str]:
-    """Name the imports of a file that point up or sideways, or take a library out of its rooms."""
+def forbidden_imports(tree: ast.AST, path: str) -> list[str]:
+    """Describe the imports of a file from its own or higher layers, and of libraries that are not allowed there."""
     found = []
-    here = room_of(path)
+    here = top_level_name(path)
     for module in imported(tree, path):
         top, _, rest = module.partition(".")
-        if top in KEPT_IN and not path.startswith(KEPT_IN[top]):
-            found.append(f"{path} imports {top}, which belongs to {' and '.join(KEPT_IN[top])}")
-        room = rest.partition(".")[0]
-        if top == "depth_anything" and here != "__init__" and room in FLOOR and room != here:
-            if FLOOR[room] >= FLOOR[here]:
-                found.append(f"{path} imports {module}, which does not lie below it")
+        if top in ALLOWED_IN and not path.startswith(ALLOWED_IN[top]):
+            found.append(f"{path} imports {top}, which is allowed in {' and '.join(ALLOWED_IN[top])}")
+        name = rest.partition(".")[0]
+        if top == "depth_anything" and here != "__init__" and name in LAYER and name != here:
+            if LAYER[name] >= LAYER[here]:
+                found.append(f"{path} imports {module}, which is not in a lower layer")
     return found
 
 
 @pytest.mark.parametrize("path", sources())
-def test_a_file_keeps_to_the_house(path):
+def test_a_file_imports_lower_layers_and_is_short(path):
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    assert room_of(path) in {*FLOOR, "__init__"}, f"{path} is a room without a floor"
-    assert not faults(tree, path)
+    assert top_level_name(path) in {*LAYER, "__init__"}, f"{path} is in no layer"
+    assert not forbidden_imports(tree, path)
     lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
     most = {"train.py": 12, "depth_anything/training/run.py": 100}.get(path, 500)
     assert lines <= most, f"{path} has {lines} lines, more than {most}"
@@ -102,28 +104,28 @@ def test_a_file_keeps_to_the_house(path):
     [
         ("depth_anything/losses.py", "from depth_anything.geometry import masked_float", None),
         ("depth_anything/losses.py", "from depth_anything import __version__", None),
-        ("depth_anything/losses.py", "from depth_anything.metrics import depth_metrics", "lie below"),
-        ("depth_anything/losses.py", "from . import metrics", "lie below"),
-        ("depth_anything/data/shards.py", "from ..model import dpt", "lie below"),
+        ("depth_anything/losses.py", "from depth_anything.metrics import depth_metrics", "lower layer"),
+        ("depth_anything/losses.py", "from . import metrics", "lower layer"),
+        ("depth_anything/data/shards.py", "from ..model import dpt", "lower layer"),
         ("depth_anything/data/shards.py", "from . import codec\nfrom .codec import encode", None),
-        ("depth_anything/model/dpt.py", "from depth_anything import Predictor", "lie below"),
-        ("depth_anything/model/dpt.py", "def f():\n    import depth_anything.training.run", "lie below"),
+        ("depth_anything/model/dpt.py", "from depth_anything import Predictor", "lower layer"),
+        ("depth_anything/model/dpt.py", "def f():\n    import depth_anything.training.run", "lower layer"),
         ("depth_anything/training/base.py", "from depth_anything.evaluation.evaluate import evaluate", None),
         ("depth_anything/training/base.py", "import pytorch_lightning as pl", None),
-        ("depth_anything/training/base.py", "from omegaconf import DictConfig", "belongs to"),
+        ("depth_anything/training/base.py", "from omegaconf import DictConfig", "allowed in"),
         ("depth_anything/training/run.py", "import hydra.utils", None),
         (
             "depth_anything/inference/video.py",
             "def f():\n    from lightning.fabric import Fabric",
-            "belongs to",
+            "allowed in",
         ),
         ("depth_anything/cli/predict.py", "import depth_anything.training.run", None),
         ("run.py", "from depth_anything.cli import main", None),
-        ("depth_anything/cli/predict.py", "import wandb", "belongs to"),
+        ("depth_anything/cli/predict.py", "import wandb", "allowed in"),
     ],
 )
-def test_the_check_sees_what_it_should(path, code, fault):
-    found = faults(ast.parse(code), path)
+def test_forbidden_imports_are_found(path, code, fault):
+    found = forbidden_imports(ast.parse(code), path)
     assert len(found) == (fault is not None)
     assert fault is None or fault in found[0]
 

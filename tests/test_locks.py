@@ -1,4 +1,4 @@
-"""Locks hold across processes and hosts, and those of dead holders are free, whatever any clock says."""
+"""Locks work across processes and hosts, and locks of dead holders are free, with any clock."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ time.sleep(600)
 """
 
 
-def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -44,7 +44,7 @@ def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
 
 
 def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
-    """Write the sign of another host, whose clock is so many seconds ahead, so many seconds ago."""
+    """Write the heartbeat of another host `written` seconds ago, whose clock is `clock` seconds ahead."""
     sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
     path.write_text(json.dumps(sign))
     os.utime(path, (time.time() - written, time.time() - written))
@@ -62,7 +62,7 @@ def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
 YEAR = 365 * 86400.0
 
 
-def test_heartbeat_of_another_host(tmp_path: Path) -> None:
+def test_a_fresh_heartbeat_of_another_host_refuses_and_an_old_one_does_not(tmp_path: Path) -> None:
     elsewhere(tmp_path / "lock.json")
     with pytest.raises(LockHeldError, match="process 1 on elsewhere"):
         lock_of(tmp_path).acquire()
@@ -76,10 +76,10 @@ def test_heartbeat_of_another_host(tmp_path: Path) -> None:
     ("clock", "written"),
     [(YEAR, 0.0), (0.0, -YEAR), (YEAR, 300.0), (-120.0, 0.0), (-YEAR, 300.0), (120.0, 300.0)],
 )
-def test_a_dead_holder_is_known_whatever_its_clock_said(
+def test_a_dead_holder_is_detected_with_any_clock(
     tmp_path: Path, short_watch: None, clock: float, written: float
 ) -> None:
-    """A lock a year ahead once refused for a year."""
+    """A lock from a clock a year ahead once refused for a year."""
     elsewhere(tmp_path / "lock.json", clock=clock, written=written)
     lock = lock_of(tmp_path)
     lock.acquire()
@@ -87,10 +87,10 @@ def test_a_dead_holder_is_known_whatever_its_clock_said(
 
 
 @pytest.mark.parametrize("clock", [-120.0, 120.0, YEAR, -YEAR])
-def test_a_living_holder_is_known_whatever_its_clock_says(
+def test_a_living_holder_is_detected_with_any_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
 ) -> None:
-    """Of two hosts whose clocks were two minutes apart both once wrote."""
+    """Two hosts with clocks two minutes apart once wrote at the same time."""
     elsewhere(tmp_path / "lock.json", clock=clock)
     # It beats while this process sleeps between two looks.
     monkeypatch.setattr(locks.time, "sleep", lambda s: elsewhere(tmp_path / "lock.json", clock=clock + 10))
@@ -98,7 +98,7 @@ def test_a_living_holder_is_known_whatever_its_clock_says(
         lock_of(tmp_path).acquire()
 
 
-def test_a_file_system_without_locks_goes_by_the_process(
+def test_without_kernel_locks_the_process_decides(
     tmp_path: Path, short_watch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lockf(*arguments: Any) -> None:
@@ -122,15 +122,15 @@ def test_a_file_system_without_locks_goes_by_the_process(
 @pytest.mark.parametrize(
     "torn", ["", "{", "[1]", '{"host": "elsewhere"}', '{"host": "x", "pid": "y", "heartbeat": 0}']
 )
-def test_a_torn_lock_belongs_to_nobody(tmp_path: Path, torn: str) -> None:
+def test_an_invalid_lock_file_is_free(tmp_path: Path, torn: str) -> None:
     (tmp_path / "lock.json").write_text(torn)
     lock = lock_of(tmp_path)
     lock.acquire()
     lock.release()
 
 
-def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
-    """A job that is queued again on another host need not wait until the heartbeat is old."""
+def test_a_process_releases_the_lock_at_exit(tmp_path: Path) -> None:
+    """A job that is requeued on another host need not wait until the heartbeat is stale."""
     code = HOLDER.replace("time.sleep(600)", "sys.exit(143)")
     assert (
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL).returncode
@@ -139,7 +139,7 @@ def test_a_process_that_ends_gives_the_lock_back(tmp_path: Path) -> None:
     assert (tmp_path / "lock.json").read_text() == ""
 
 
-def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """Loader workers outlive a killed run by seconds; the run must be able to start again at once."""
     code = HOLDER.replace(
         "time.sleep(600)", "import os\nif os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(5)"
@@ -153,7 +153,7 @@ def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """This process's own clock, which the test turns."""
+    """The clock of this process, set by the test."""
     now = [1000.0]
     monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
     return now
@@ -166,7 +166,7 @@ def dead_pid() -> int:
 
 
 @pytest.mark.parametrize("stamp", [0, 4_000_000_000], ids=["1970", "2096"])
-def test_a_holder_elsewhere_is_dead_when_its_file_stays_the_same(
+def test_a_holder_on_another_host_is_dead_if_its_file_does_not_change(
     tmp_path: Path, clock: list[float], stamp: int
 ) -> None:
     path, watch = tmp_path / "lease", FileWatch()
@@ -187,7 +187,7 @@ def test_a_holder_elsewhere_is_dead_when_its_file_stays_the_same(
     assert watch.is_dead(path, **holder)
 
 
-def test_a_holder_of_this_host_is_looked_up(tmp_path: Path, clock: list[float]) -> None:
+def test_a_holder_on_this_host_is_looked_up(tmp_path: Path, clock: list[float]) -> None:
     path, watch = tmp_path / "lease", FileWatch()
     path.write_text("a")
     here = socket.gethostname()
@@ -200,7 +200,7 @@ def test_a_holder_of_this_host_is_looked_up(tmp_path: Path, clock: list[float]) 
     )  # the number is another process's by now
 
 
-def test_a_file_that_is_gone_is_held_by_nobody(tmp_path: Path, clock: list[float]) -> None:
+def test_a_missing_file_has_no_holder(tmp_path: Path, clock: list[float]) -> None:
     watch = FileWatch()
     assert watch.is_dead(tmp_path / "lease", host="elsewhere", pid=1, timeout_s=60.0)
     with pytest.raises(FileNotFoundError):
@@ -237,7 +237,9 @@ def test_a_kernel_lock_lets_one_thread_in_at_a_time(tmp_path: Path) -> None:
     assert len(inside) == 160
 
 
-def test_a_file_system_without_kernel_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_lock_works_without_support_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 

@@ -65,14 +65,14 @@ def test_known_values():
     assert [metrics[name].item() for name in NAMES] == pytest.approx(expected)
 
 
-def test_a_ratio_on_the_bound_is_a_miss():
+def test_a_ratio_at_the_threshold_is_a_miss():
     target = torch.ones(1, 1, 2)
     metrics = depth_metrics(torch.tensor([[[1.25, 1.5625]]]), target, target > 0)
     assert [metrics[name].item() for name in ("d1", "d2", "d3")] == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, -1.0, 0.0])
-def test_what_lies_outside_valid_does_not_matter(rubbish):
+def test_invalid_pixels_have_no_effect(rubbish):
     prediction, target, valid = maps()
     expected = depth_metrics(prediction, target, valid)
     dirty = depth_metrics(prediction.where(valid, rubbish), target.where(valid, rubbish), valid)
@@ -82,7 +82,7 @@ def test_what_lies_outside_valid_does_not_matter(rubbish):
 
 
 @pytest.mark.parametrize("dead", [0.0, -3.0])
-def test_a_prediction_that_is_no_depth_is_a_miss_but_leaves_the_table_finite(dead):
+def test_zero_and_negative_predictions_keep_metrics_finite(dead):
     target = torch.ones(1, 1, 4)
     prediction = torch.tensor([[[1.0, 1.0, 1.0, dead]]])
     metrics = depth_metrics(prediction, target, target > 0)
@@ -91,7 +91,7 @@ def test_a_prediction_that_is_no_depth_is_a_miss_but_leaves_the_table_finite(dea
     assert metrics["abs_rel"].item() == pytest.approx((1 - dead) / 4)
 
 
-def test_a_nan_prediction_is_seen():
+def test_a_nan_prediction_gives_nan():
     prediction, target, valid = maps()
     valid[2, 0, 0] = True
     prediction[2, 0, 0] = math.nan
@@ -102,7 +102,7 @@ def test_a_nan_prediction_is_seen():
     assert metrics["d1"][2] == depth_metrics(prediction, target, valid)["d1"][2]
 
 
-def test_halves_are_computed_in_float32():
+def test_half_precisions_are_computed_in_float32():
     prediction, target, valid = (x.bfloat16() if x.is_floating_point() else x for x in maps())
     metrics = depth_metrics(prediction, target, valid)
     wide = depth_metrics(prediction.float(), target.float(), valid)
@@ -150,7 +150,7 @@ def boundaries(prediction, target, valid):
 
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("holes", [0.0, 0.3, 0.9])
-def test_boundaries_equal_the_formula_pair_by_pair(noise, holes):
+def test_boundary_f1_equals_the_formula(noise, holes):
     prediction, target, valid = steps_and_noise(7, noise=noise, holes=holes)
     scores = boundaries(prediction, target, valid)
     assert scores.shape == (5,) and scores.dtype == torch.float64
@@ -159,7 +159,7 @@ def test_boundaries_equal_the_formula_pair_by_pair(noise, holes):
     assert 0 <= min(expected) and max(expected) <= 1 and (holes > 0.5 or max(expected) > 0.1)
 
 
-def test_boundaries_of_nothing():
+def test_boundary_f1_without_contours():
     prediction, target, valid = steps_and_noise(3, noise=0.0, holes=0.2)
     flat = np.full_like(target, 2.0)
     none = np.zeros_like(valid)
@@ -175,7 +175,7 @@ def test_boundaries_of_nothing():
     assert boundary_f1(thin, thin, thin > 0).tolist() == [0.0]
 
 
-def test_boundaries_know_scale_from_shift():
+def test_boundary_f1_is_invariant_to_scale_not_shift():
     prediction, target, valid = steps_and_noise(5, noise=0.0, holes=0.0)
     perfect = boundaries(prediction, target, valid)
     assert perfect.tolist() == pytest.approx([1.0] * 5)
@@ -186,7 +186,7 @@ def test_boundaries_know_scale_from_shift():
     assert upside_down.tolist() == pytest.approx(boundaries(*noisy).tolist(), abs=1e-9)
 
 
-def test_a_blurred_boundary_and_one_beside_its_place_score_less():
+def test_blurred_and_shifted_boundaries_score_less():
     target = np.full((1, 12, 12), 6.0)
     target[:, 3:8, 3:8] = 3.0
     valid = target > 0
@@ -198,7 +198,7 @@ def test_a_blurred_boundary_and_one_beside_its_place_score_less():
 
 
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, -1.0, 0.0])
-def test_what_lies_outside_valid_is_no_boundary(rubbish):
+def test_boundaries_of_invalid_pixels_are_ignored(rubbish):
     prediction, target, valid = map(torch.from_numpy, steps_and_noise(9, noise=0.05, holes=0.4))
     expected = boundary_f1(prediction, target, valid)
     dirty = boundary_f1(prediction.where(valid, rubbish), target.where(valid, rubbish), valid)
@@ -207,7 +207,7 @@ def test_what_lies_outside_valid_is_no_boundary(rubbish):
     assert boundary_f1(prediction, target, valid).isnan().tolist() == [False, False, True, False, False]
 
 
-def test_a_prediction_of_no_depth_leaves_boundaries_finite_and_halves_are_wide():
+def test_boundary_f1_is_finite_for_zero_depth_and_half_precision():
     prediction, target, valid = map(torch.from_numpy, steps_and_noise(11, noise=0.05, holes=0.0))
     prediction[:, 5, 5], prediction[:, 6, 6], prediction[:, 2, 2] = 0.0, -3.0, math.inf
     assert boundary_f1(prediction, target, valid).isfinite().all()

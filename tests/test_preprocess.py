@@ -27,12 +27,12 @@ from depth_anything.preprocess import (
         (2000, 1000, (1036, 518)),
     ],
 )
-def test_the_sizes_the_authors_code_gives(height, width, expected):
+def test_sizes_of_the_official_code(height, width, expected):
     assert resize_shape(height, width) == expected
 
 
 def authors_rule(height, width, short_side, multiple):
-    """The rule in numpy, from facts: lower bound, nearest multiple half to even, ceil below the bound."""
+    """The rule in numpy: nearest multiple, half to even, ceil below the lower bound."""
     scale = max(short_side / height, short_side / width)
     sides = []
     for side in (height, width):
@@ -51,7 +51,7 @@ def test_equals_the_rule_for_many_sizes(short_side):
         assert min(shape) >= short_side and shape[0] % 14 == shape[1] % 14 == 0
 
 
-def test_halves_are_rounded_to_even_and_other_multiples_are_possible():
+def test_half_is_rounded_to_even():
     assert resize_shape(28, 35, 28) == (28, 28)  # 2.5 patches
     assert resize_shape(28, 49, 28) == (28, 56)  # 3.5 patches
     assert resize_shape(480, 640, 512, 16) == (512, 688)  # 42.67 patches
@@ -59,7 +59,7 @@ def test_halves_are_rounded_to_even_and_other_multiples_are_possible():
 
 
 def cubic(distance):
-    """Keys' kernel with a = -0.75, as OpenCV has it."""
+    """Keys' kernel with a = -0.75, as in OpenCV."""
     x = abs(distance)
     if x <= 1:
         return 1.25 * x**3 - 2.25 * x**2 + 1
@@ -67,7 +67,7 @@ def cubic(distance):
 
 
 def resize_weights(source, goal):
-    """(goal, source): pixel centres at halves, four taps whatever the scale, the border repeated."""
+    """(goal, source): pixel centers at halves, four taps whatever the scale, the border repeated."""
     weights = np.zeros((goal, source))
     for i in range(goal):
         centre = (i + 0.5) * source / goal - 0.5
@@ -91,7 +91,7 @@ def test_equals_bicubic_interpolation_without_antialiasing_in_numpy(height, widt
     )  # positions are float32 in OpenCV; a grey level is 0.017
 
 
-def test_red_comes_first_and_the_constants_are_those_of_imagenet():
+def test_channels_are_rgb_with_imagenet_constants():
     red = np.zeros((14, 14, 3), np.uint8)
     red[..., 0] = 255
     means = preprocess_image(red, short_side=14).mean((1, 2))
@@ -110,7 +110,7 @@ def test_red_comes_first_and_the_constants_are_those_of_imagenet():
         (1, 100, (14, 518)),  # transformers would ask for no patch at all
     ],
 )
-def test_the_sizes_transformers_gives(height, width, expected):
+def test_sizes_of_transformers(height, width, expected):
     assert transformers_resize_shape(height, width) == expected
 
 

@@ -10,8 +10,8 @@ def ramp(height=5, width=300):
 
 
 @pytest.mark.parametrize("colormap", ["Spectral_r", "Spectral", "inferno", "viridis", "turbo"])
-def test_equals_the_authors_painting(colormap):
-    """Their run.py: 255 levels between the extremes, cut off, then matplotlib's colours, cut off."""
+def test_equals_the_official_colors(colormap):
+    """The official run.py: 255 truncated levels between the extremes, then truncated matplotlib colors."""
     values = np.random.default_rng(0).random((400, 500), dtype=np.float32) * 7
     levels = ((values - values.min()) / (values.max() - values.min()) * 255.0).astype(np.uint8)
     expected = (matplotlib.colormaps[colormap](levels)[:, :, :3] * 255).astype(np.uint8)
@@ -20,7 +20,7 @@ def test_equals_the_authors_painting(colormap):
     assert (picture == expected).all()
 
 
-def test_gray_levels_are_their_numbers():
+def test_gray_levels_equal_their_index():
     picture = colorize(np.arange(256.0)[None], colormap="gray")
     assert (picture == np.arange(256)[None, :, None]).all()
 
@@ -30,7 +30,7 @@ def test_near_is_warm_and_far_is_cold():
     assert picture[0, 0, 2] > picture[0, 0, 0] and picture[0, -1, 0] > picture[0, -1, 2]
 
 
-def test_bounds_that_are_given_are_kept():
+def test_given_bounds_are_used():
     picture = colorize(ramp(), low=0, high=4, colormap="gray")
     values = ramp()
     assert (picture[values <= 0] == 0).all() and (picture[values >= 4] == 255).all()
@@ -38,7 +38,7 @@ def test_bounds_that_are_given_are_kept():
     assert abs(int(picture[0, np.searchsorted(values[0], 2), 0]) - 128) <= 2
 
 
-def test_invalid_and_unknown_pixels_are_grey_and_do_not_set_the_bounds():
+def test_invalid_pixels_are_gray_and_do_not_set_the_bounds():
     values = ramp()
     expected = colorize(values)
     dirty, valid = values.copy(), np.ones(values.shape, bool)
@@ -61,11 +61,11 @@ def test_maps_without_range_or_without_pixels():
 
 
 def test_an_unknown_colormap_is_named():
-    with pytest.raises(ValueError, match="no colormap 'spektral'; among those it knows are Spectral_r"):
+    with pytest.raises(ValueError, match="'spektral'.*Spectral_r"):
         colorize(ramp(), colormap="spektral")
 
 
-def test_panel_places_every_picture_whole():
+def test_panel_contains_every_picture():
     rng = np.random.default_rng(0)
     rows = [
         [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in row]
@@ -80,7 +80,7 @@ def test_panel_places_every_picture_whole():
     assert (sheet[top + 35 : top + 45, 12:] == 255).all()
 
 
-def test_panel_writes_titles_above_and_gives_them_room():
+def test_panel_writes_titles_above_columns():
     black = np.zeros((20, 30, 3), np.uint8)
     plain, titled = (
         make_panel([[black, black]]),
@@ -95,7 +95,7 @@ def test_panel_writes_titles_above_and_gives_them_room():
     assert (titled[[0, -1]] == 255).all()
 
 
-def test_panel_shrinks_wide_pictures_and_keeps_their_shape():
+def test_panel_downscales_wide_pictures():
     wide = np.full((100, 1000, 3), 60, np.uint8)
     sheet = make_panel([[wide]], max_width=200)
     assert sheet.shape == (4 + 20 + 4, 4 + 200 + 4, 3)

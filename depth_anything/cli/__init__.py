@@ -1,7 +1,7 @@
-"""The command line: `depth-anything <command>`, a file here for each family of commands.
+"""The command line `depth-anything COMMAND`, with a file for each group of commands.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once. What the user did wrong is
-one sentence and exit code 2; a set with problems is exit code 1; Ctrl-C is 130.
+Nothing heavy is imported before a command runs, so that `--help` is fast. Exit codes: 2 for a mistake of the user,
+which is printed without a traceback; 1 for problems that a check found; 130 for Ctrl-C.
 """
 
 import argparse
@@ -26,17 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: what follows the program's name; those of the process by default.
+        arguments: Command-line arguments; None for those of the process.
     """
     return run(build_parser(), arguments)
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
-    """Run what a parser's `run` says and return the exit code; for `main`, and for the doors with one command.
+    """Parse arguments, call the function that the parser sets as `run`, and return the exit code.
 
     Args:
-        parser: sets `run` to what is called with the options.
-        arguments: what follows the program's name; those of the process by default.
+        parser: Of `depth-anything`, or of a script with one command.
+        arguments: Command-line arguments; None for those of the process.
     """
     try:
         options = parser.parse_args(arguments)
@@ -54,7 +54,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our words has left, as head does
+    except BrokenPipeError:  # the reader of stdout has exited, like head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
@@ -71,19 +71,19 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 
 
 def _print_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
-    """Warnings are for whoever typed the command, who has no use for the line of code that they come from."""
+    """Print a warning for the user of a command, without the line of code."""
     print(f"{PROGRAM}: {escape_unprintable(format_error(message, flags=flags))}", file=sys.stderr)
 
 
 def _command_name(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:
-    """Name the program and the command, if it has several, that a line of arguments asks for."""
+    """Return the name of the program and, if it has several, of the command."""
     words = sys.argv[1:] if arguments is None else arguments
     commands = [word for word in words if not word.startswith("-")] if parser.prog == PROGRAM else []
     return " ".join([parser.prog, *commands[:1]])
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, without importing anything that a command needs."""
+    """Build the parser of all commands, without importing what they need."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Depth Anything V2: shards, reports, predictions. To train: python train.py",

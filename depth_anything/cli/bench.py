@@ -16,6 +16,7 @@ from depth_anything.cli.options import (
     int_in_range,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.errors import UserError
 
 if TYPE_CHECKING:
     from depth_anything.data.dataset import StreamDataset
@@ -157,15 +158,15 @@ def _open_dataset(options: argparse.Namespace) -> "StreamDataset":
 
     images = open_set(options.set)
     if "images" in images.meta:
-        raise ValueError(
-            f"{options.set} has labels: type the set of their images, and --labels {options.set}"
+        raise UserError(
+            f"{options.set} has labels", f"type the set of their images, and --labels {options.set}"
         )
     source: Records | JoinedRecords = Records(images)
     if options.labels:
         source = JoinedRecords(images, open_labels(options.labels, images))
     _, fields = source.read(source.shards[0][0], 0)
     if not any(name.startswith(("depth.", "disparity.")) for name in fields):
-        raise ValueError(f"{options.set} has images without depth: add --labels and their label set")
+        raise UserError(f"{options.set} has images without depth", "add --labels and their label set")
     return StreamDataset([source], seed=0, streams=64, image_size=options.image_size, sky=None)
 
 

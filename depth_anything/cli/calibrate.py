@@ -15,6 +15,7 @@ from depth_anything.cli.options import (
     load_predictor,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.errors import UserError
 from depth_anything.progress import track
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     known = _read_known_points(options)
     predictor, model_info = load_predictor(options)
     if predictor.model.quantity == "depth":
-        raise ValueError(f"{model_info['weights']} predicts meters already: calibrate a relative model")
+        raise UserError(f"{model_info['weights']} predicts meters already", "calibrate a relative model")
     values = _predict_at_points(predictor, known)
     meters = np.array([point.meters for points in known.values() for point in points])
     fit = fit_points(np.concatenate(list(values.values())), meters, threshold=options.threshold)
@@ -108,13 +109,15 @@ def _read_known_points(options: argparse.Namespace) -> "dict[str, list[KnownPoin
 
     images = list(dict.fromkeys(options.images))
     if options.point and (options.points or len(images) > 1):
-        raise ValueError("--point is for a single image without --points: give a CSV per image with --points")
+        raise UserError(
+            "--point is for a single image without --points", "give a CSV per image with --points"
+        )
     if options.point:
         return {images[0]: [parse_point(text) for text in options.point]}
     if len(options.points) != len(images):
-        raise ValueError(
-            f"{len(images)} images need {len(images)} files of points in the same order, not {len(options.points)}: "
-            "give --points a.csv b.csv, or for a single image --point 320,240,2.5"
+        raise UserError(
+            f"{len(images)} images need {len(images)} files of points in the same order, not {len(options.points)}",
+            "give --points a.csv b.csv, or for a single image --point 320,240,2.5",
         )
     return {image: read_points(path) for image, path in zip(images, options.points, strict=True)}
 
@@ -127,7 +130,7 @@ def _predict_at_points(
     from depth_anything.inference.calibrate import sample_at_points
 
     values = {}
-    for image, points in track(known.items(), what="calibrate", total=len(known)):
+    for image, points in track(known.items(), what="calibrate"):
         try:
             pixels = decode_image(Path(image).read_bytes())
         except ValueError as error:

@@ -48,21 +48,13 @@ def add_evaluate(commands: Any) -> None:
     evaluate = add_command(
         commands, "evaluate", "evaluate models on a labeled set or benchmarks; write a report", run=_evaluate
     )
-    evaluate.add_argument(
-        "--weights",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[NAME=]PATH",
-        help=f"models: {WEIGHTS_HELP}",
-    )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    evaluate.add_argument("--weights", metavar="[NAME=]PATH", help=f"models: {WEIGHTS_HELP}", **several)
     evaluate.add_argument(
         "--predictions",
-        nargs="+",
-        action="extend",
-        default=[],
         metavar="[NAME=]DIR",
         help="maps of any program: .npy, .exr, or the 16-bit .png of predict, named as their images",
+        **several,
     )
     evaluate.add_argument(
         "--quantity",
@@ -72,7 +64,10 @@ def add_evaluate(commands: Any) -> None:
     images = evaluate.add_mutually_exclusive_group(required=True)
     images.add_argument("--data", metavar="SET", help="labeled set with depth")
     images.add_argument(
-        "--benchmarks", nargs="+", metavar="NAME", help="public benchmarks; a wrong name lists them"
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="public benchmarks (a wrong name lists them), or MODULE:NAME of your own",
     )
     evaluate.add_argument(
         "--root",

@@ -1,10 +1,12 @@
-"""What several commands need: their options, a model read, progress shown."""
+"""Options that several commands share, and loading the models that they name."""
 
 import argparse
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from depth_anything.errors import UserError
 
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
@@ -13,13 +15,13 @@ if TYPE_CHECKING:
 WEIGHTS_HELP = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
 
 DEFAULT_ENCODER = "vitl"
-"""Whose published weights are taken where nothing else is said; theirs."""
+"""Default encoder of the official weights, as in the official run.py."""
 
 MAX_METERS = 1e6
 MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_SIDE_PX = 16_384
-"""Limits of flags: beyond them is a slip of the hand, which would fill any memory."""
+"""Limits of flags; larger values are typing mistakes that would exhaust any memory."""
 
 FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
 
@@ -34,20 +36,20 @@ ARGUMENT_FLAGS = {
     "to": "--to {}",
     "opset": "--opset {}",
 }
-"""What is typed for the arguments that errors and warnings name; see `depth_anything.errors.format_error`."""
+"""Argument name to flag, for errors and warnings; see `depth_anything.errors.format_error`."""
 
 
 class FlagError(Exception):
-    """A flag's value is out of its range; the sentence names the flag. Not one of the errors that argparse rewords."""
+    """The value of a flag is out of range. It is not one of the errors that argparse replaces by its own text."""
 
 
 def int_in_range(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return what reads a flag's whole number, for `type=` of argparse.
+    """Return a parser of a whole number, for `type=` of argparse.
 
     Args:
-        flag: Its name, for the error.
-        least: The smallest number that it takes.
-        most: The largest.
+        flag: Name of the flag, for the error.
+        least: Smallest allowed number.
+        most: Largest allowed number.
     """
 
     def read(text: str) -> int:
@@ -67,14 +69,14 @@ def int_in_range(flag: str, *, least: int, most: int = 2**31 - 1) -> Callable[[s
 def float_in_range(
     flag: str, *, least: float = 0.0, most: float, above: bool = True, unit: str = ""
 ) -> Callable[[str], float]:
-    """Return what reads a flag's number, for `type=` of argparse; NaN and infinity are none.
+    """Return a parser of a finite number, for `type=` of argparse.
 
     Args:
-        flag: Its name, for the error.
-        least: The smallest number.
-        most: The largest number, taken in.
-        above: The number must be above `least`; else it may be `least`.
-        unit: Of the number, for the error.
+        flag: Name of the flag, for the error.
+        least: Lower limit.
+        most: Largest allowed number.
+        above: Whether `least` itself is not allowed.
+        unit: Unit of the number, for the error.
     """
 
     def read(text: str) -> float:
@@ -91,89 +93,96 @@ def float_in_range(
 
 
 def add_command(commands: Any, name: str, text: str, *, run: Any = None) -> argparse.ArgumentParser:
-    """Declare a command that calls `run` with its options; `text` is its help."""
+    """Add a command that calls `run` with its options; `text` is its help."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=run)
     return parser
 
 
 def add_weight_flags(command: argparse.ArgumentParser) -> None:
-    """Declare which model a command runs: a file, or published weights by the names of their encoder and data."""
+    """Add the flags of a model: a file, or official weights by encoder and training set."""
     command.add_argument(
         "--weights",
         "--load-from",
         metavar="PATH",
-        help=f"{WEIGHTS_HELP}; without it the published weights of --encoder, from checkpoints/ or the hub",
+        help=f"{WEIGHTS_HELP}; without it the official weights of --encoder, from checkpoints/ or the hub",
     )
     command.add_argument(
         "--encoder",
         metavar="NAME",
-        help=f"vits, vitb, vitl or vitg, for published weights ({DEFAULT_ENCODER})",
+        help=f"vits, vitb, vitl or vitg, for official weights ({DEFAULT_ENCODER})",
     )
     command.add_argument(
         "--dataset",
         choices=("hypersim", "vkitti"),
-        help="published weights that give metres: hypersim indoors, vkitti outdoors",
+        help="official weights that predict meters: hypersim indoors, vkitti outdoors",
     )
     command.add_argument(
         "--max-depth",
-        type=float_in_range("--max-depth", most=MAX_METERS, unit="metres"),
+        type=float_in_range("--max-depth", most=MAX_METERS, unit="meters"),
         metavar="M",
-        help="metres of a metric model whose file does not say it",
+        help="largest depth, meters, of a metric model whose file does not say it",
     )
     add_version_flag(command)
     command.set_defaults(flags=ARGUMENT_FLAGS)
 
 
 def add_version_flag(command: argparse.ArgumentParser) -> None:
-    """Declare the version of Depth Anything that weights are of."""
+    """Add the flag for the version of Depth Anything."""
     command.add_argument(
         "--weights-version",
         type=int,
         choices=(1, 2),
-        help="1 for weights of Depth Anything V1 whose file does not say it; of published ones, which to take (2)",
+        help="1 for weights of Depth Anything V1 whose file does not say it; of official weights the version (2)",
     )
 
 
 def add_inference_flags(command: argparse.ArgumentParser) -> None:
-    """Declare how any command that runs a network runs it."""
+    """Add the flags for running a model."""
     command.add_argument(
         "--input-size",
         type=int_in_range("--input-size", least=1, most=MAX_SIDE_PX),
         metavar="N",
-        help="short side, pixels (the model's own)",
+        help="shorter image side, pixels (the model's own)",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     command.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network (%(default)s)"
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="precision of the network (%(default)s)",
     )
     command.add_argument(
         "--resample",
         choices=("official", "transformers"),
         default="official",
-        help="whose sizes and interpolation, to the digit (%(default)s)",
+        help="preprocessing to reproduce exactly (%(default)s)",
     )
 
 
 def add_tiles_flag(command: argparse.ArgumentParser) -> None:
-    """Declare the tiles of large images."""
+    """Add the flag for tiling large images."""
     command.add_argument(
         "--tiles",
         type=_parse_tiles,
         metavar="N|RxC",
-        help="so many overlapping tiles down and across, each seen at --input-size; for 4K and more",
+        help="overlapping tiles, rows x columns, each predicted at --input-size; for 4K and more",
     )
 
 
 def add_picture_flags(command: argparse.ArgumentParser) -> None:
-    """Declare how a map is painted: the authors' flags."""
-    command.add_argument("--pred-only", action="store_true", help="only the map, without the image beside it")
-    command.add_argument("--grayscale", action="store_true", help="the map in grey instead of colours")
-    command.add_argument("--colormap", metavar="NAME", help="of matplotlib (theirs: Spectral_r, near is red)")
+    """Add the flags for color images of maps, as in the official run.py."""
+    command.add_argument(
+        "--pred-only", action="store_true", help="only the map, without the image next to it"
+    )
+    command.add_argument("--grayscale", action="store_true", help="the map in gray instead of colors")
+    command.add_argument(
+        "--colormap", metavar="NAME", help="matplotlib colormap (default: Spectral_r, near is red)"
+    )
 
 
 def add_output_flags(command: argparse.ArgumentParser, *, formats: tuple[str, ...]) -> None:
-    """Declare what is written: the picture as theirs, and files that keep the values."""
+    """Add the flags for outputs: color images, and files with the values."""
     add_picture_flags(command)
     command.add_argument(
         "--format",
@@ -191,16 +200,16 @@ def check_output(
     inputs: Iterable[str | Path] = (),
     flag: str = "--output",
 ) -> None:
-    """Refuse an output that would replace a file that is read, or that this command did not write.
+    """Check that outputs replace neither an input nor a file that this command did not write.
 
     Args:
-        outputs: What the command is going to write.
-        own: Tells a file that this command wrote.
-        inputs: What it reads.
-        flag: What names another output.
+        outputs: Files that the command will write.
+        own: Returns whether the command wrote a file.
+        inputs: Files that it reads.
+        flag: Flag that chooses another output.
 
     Raises:
-        ValueError: Names the file.
+        ValueError: Naming the file.
     """
     from depth_anything.inference.overwrite import check_overwrite
 
@@ -211,7 +220,7 @@ def check_output(
 
 
 def list_weight_files(weights: str | Path | None) -> list[Path]:
-    """List the files that a model is read from: the file, or those of a run's or transformers folder."""
+    """List the files of a model: the file, or those in the folder of a run or of transformers."""
     if weights is None:
         return []
     path = Path(weights)
@@ -227,18 +236,18 @@ def load_weights(
     max_depth: float | None = None,
     version: int | None = None,
 ) -> "tuple[DepthAnything, dict[str, Any]]":
-    """Return a model, and what reports say of it.
+    """Load a model, and describe it for reports.
 
     Args:
-        path: A weight file or a run's folder; None for published weights.
-        input_size: Pixels of the short side; None leaves the model's own.
-        encoder: Of the published weights; with a path, what the file shall be.
-        dataset: "hypersim" or "vkitti" for published weights that give metres.
-        max_depth: Metres, where the file does not say.
-        version: 1 or 2, of the published weights, and where the file does not say.
+        path: A weight file or the folder of a run; None for official weights.
+        input_size: Shorter image side, pixels; None for the model's own.
+        encoder: Of the official weights; with a path, the expected encoder.
+        dataset: "hypersim" or "vkitti" for official weights that predict meters.
+        max_depth: Meters, if the file does not say it.
+        version: 1 or 2, of the official weights, or if the file does not say it.
 
     Raises:
-        ValueError: No weights there, or not such ones.
+        ValueError: If there are no such weights.
     """
     from depth_anything.model.weights import fingerprint, load_model
 
@@ -266,7 +275,7 @@ def load_weights(
 
 
 def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, Any]]":
-    """Return the predictor that a command's `add_weights` and `add_network` ask for, and what reports say of it."""
+    """Load the predictor that the flags of a command choose, and describe its model for reports."""
     model, facts = load_weights(
         options.weights,
         input_size=options.input_size,
@@ -279,7 +288,7 @@ def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, A
 
 
 def build_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Predictor":
-    """Return a predictor of a model, run as the command's `add_network` and `add_tiles` ask for."""
+    """Build the predictor of a model from the flags of a command."""
     from depth_anything.inference.predictor import Predictor
 
     return Predictor(
@@ -293,37 +302,38 @@ def build_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Pre
 
 
 def check_single_model(options: argparse.Namespace, count: int) -> None:
-    """Refuse to tell several models what only one of them may be.
+    """Check that flags which describe one model are not used with several.
 
     Args:
         options: Of a command that takes several models.
-        count: How many it was given.
+        count: Number of models.
 
     Raises:
-        ValueError: If there are several, and a flag says what a file is.
+        UserError: If there are several models, and a flag describes one.
     """
-    given = {
+    values = {
         "encoder": options.encoder,
         "version": options.weights_version,
         "max_depth": options.weights_max_depth,
     }
-    told = [options.flags[name].format(value) for name, value in given.items() if value is not None]
-    if count > 1 and told:
-        raise ValueError(
-            f"{' '.join(told)} would be said of {count} models: leave it out, and write files that say it themselves: "
-            "depth-anything export --to safetensors --weights PATH --output NEW.safetensors, with the flags of each"
+    typed = [options.flags[name].format(value) for name, value in values.items() if value is not None]
+    if count > 1 and typed:
+        raise UserError(
+            f"{' '.join(typed)} would describe {count} models",
+            "leave it out, and write files that say it themselves: "
+            "depth-anything export --to safetensors --weights PATH --output NEW.safetensors, with the flags of each",
         )
 
 
 def describe_values(predictor: "Predictor") -> str:
-    """Say what a predictor's values are: quantity, unit and direction."""
-    from depth_anything.inference.formats import direction
+    """Describe the values of a predictor: quantity, unit and direction."""
+    from depth_anything.inference.formats import DIRECTION
 
-    return f"{predictor.quantity}, {predictor.unit}, larger is {direction(predictor.quantity)}"
+    return f"{predictor.quantity}, {predictor.unit}, larger is {DIRECTION[predictor.quantity]}"
 
 
 def format_count(number: int, noun: str) -> str:
-    """Put a number before a noun: 1 image, 2 images."""
+    """Format a number with a noun: 1 image, 2 images."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -331,19 +341,19 @@ def _resolve_weight_file(path: Path) -> Path:
     if (path / "model.safetensors").exists() and not (path / "config.json").exists():  # that is transformers'
         return path / "model.safetensors"
     if (path / "config.yaml").exists():
-        raise ValueError(
-            f"the run {path} is not finished and has no model.safetensors yet: start it again to go on, "
-            f"or give one of the files in {path / 'checkpoints'}"
+        raise UserError(
+            f"the run {path} is not finished and has no model.safetensors yet",
+            f"start it again to continue, or give one of the files in {path / 'checkpoints'}",
         )
     if not path.exists():
         from depth_anything.model.official_weights import official_license, official_page
 
         if official_page(path):
             raise FileNotFoundError(
-                f"no weights at {path}: {path.name} (licence {official_license(path)}) is at {official_page(path)}"
+                f"no weights at {path}: {path.name} (license {official_license(path)}) is at {official_page(path)}"
             )
         raise FileNotFoundError(
-            f"no weights at {path}: give {WEIGHTS_HELP}; for published weights leave it out and say --encoder vits"
+            f"no weights at {path}: give {WEIGHTS_HELP}; for official weights leave it out and give --encoder vits"
         )
     return path
 

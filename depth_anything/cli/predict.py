@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from depth_anything.cli.options import (
     load_predictor,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.errors import UserError
 from depth_anything.progress import track
 
 DEFAULT_OUTPUT = "./vis_depth"
@@ -115,10 +117,13 @@ def _predict(options: argparse.Namespace) -> int:
     from depth_anything.inference.files import PredictSettings, predict_files
 
     if bool(options.source) == bool(options.img_path):
-        raise ValueError("give the images either as arguments or with --img-path, as in --img-path PHOTOS")
+        raise UserError(
+            "images must be given either as arguments or with --img-path",
+            "type for example --img-path PHOTOS",
+        )
     sources = options.source or options.img_path
     if not any(Path(source).exists() for source in sources):  # checked before a model is read or downloaded
-        raise ValueError(f"{sources[0]} does not exist: give an image, or a folder, list or tar of them")
+        raise UserError(f"{sources[0]} does not exist", "give an image, or a folder, list or tar of images")
     predictor, model_info = load_predictor(options)
     settings = PredictSettings(
         formats=tuple(dict.fromkeys(options.format)),
@@ -137,7 +142,7 @@ def _predict(options: argparse.Namespace) -> int:
         settings=settings,
         batch_size=options.batch_size,
         model_info=model_info,
-        progress=lambda files: track(files, what="predict", total=len(files)),
+        progress=partial(track, what="predict"),
         fix=f"give another {options.output_flag}",
     )
     seconds = time.monotonic() - begin

@@ -1,4 +1,4 @@
-"""`depth-anything stats`: what a set holds, in numbers and a picture."""
+"""`depth-anything stats`: statistics of a set of shards, printed and drawn."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,7 @@ from depth_anything.cli.options import add_command, check_output, int_in_range
 from depth_anything.cli.shards import picture_path
 from depth_anything.data.address import escape_unprintable
 
-_MADE_BY = "depth-anything stats"
+_COMMAND_NAME = "depth-anything stats"
 
 
 def add_stats(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add_stats(commands: Any) -> None:
     stats = add_command(
         commands,
         "stats",
-        "count a set: records, bytes, sizes, valid pixels and sky, how far they lie",
+        "print statistics of a set: records, bytes, sizes, valid pixels, sky and depth",
         run=_stats,
     )
     stats.add_argument("set", metavar="SET", help="folder or URL prefix of a set of shards or of labels")
@@ -24,11 +24,9 @@ def add_stats(commands: Any) -> None:
         type=int_in_range("--count", least=1),
         default=500,
         metavar="N",
-        help="records looked at, evenly spaced (%(default)s)",
+        help="records read, evenly spaced (%(default)s)",
     )
-    stats.add_argument(
-        "--output", metavar="FILE", default="stats.png", help="the picture to write (%(default)s)"
-    )
+    stats.add_argument("--output", metavar="FILE", default="stats.png", help="picture to write (%(default)s)")
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -37,10 +35,10 @@ def _stats(options: argparse.Namespace) -> int:
     from depth_anything.inspect.dataset_stats import compute_stats, draw_stats, format_stats
 
     picture = picture_path(options.output)
-    check_output([options.output], own=lambda path: is_picture_by(path, _MADE_BY))
+    check_output([options.output], own=lambda path: is_picture_by(path, _COMMAND_NAME))
     shard_set = open_set(options.set)
     stats = compute_stats(shard_set, sample=options.count)
     print("\n".join(map(escape_unprintable, format_stats(shard_set, stats))))
-    save_picture(draw_stats(shard_set, stats), picture, made_by=_MADE_BY)
+    save_picture(draw_stats(shard_set, stats), picture, made_by=_COMMAND_NAME)
     print(f"drawn:      {escape_unprintable(options.output)}")
     return 1 if stats.bad else 0

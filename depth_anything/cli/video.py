@@ -29,6 +29,7 @@ from depth_anything.cli.options import (
     load_weights,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.errors import UserError
 from depth_anything.progress import track
 
 RANGES = ("clip", "running", "frame")
@@ -209,7 +210,7 @@ def _video(options: argparse.Namespace) -> int:
         rate=rate,
     )
     if not Path(options.source).exists():  # checked before a model is read
-        raise ValueError(f"{options.source} does not exist: give a video, a folder or a list of them")
+        raise UserError(f"{options.source} does not exist", "give a video, a folder or a list of videos")
     predictor, _ = load_predictor(options)
     result = predict_videos(predictor, options.source, options.output, settings=settings, progress=track)
     for name, why in result.skipped.items():
@@ -258,4 +259,4 @@ def require_extra(module: str, *, extra: str, what: str) -> None:
         ValueError: It is missing; the message names the pip command to type.
     """
     if find_spec(module) is None:
-        raise ValueError(f"{extra} needs {what}: type  pip install 'depth-anything-train[{extra}]'")
+        raise UserError(f"{extra} needs {what}", f"type  pip install 'depth-anything-train[{extra}]'")

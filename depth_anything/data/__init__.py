@@ -1,1 +1,1 @@
-"""Shards, labels and the order of samples."""
+"""Read training data: shards, pseudo-labels, the order of samples, decoding and augmentation."""

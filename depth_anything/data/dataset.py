@@ -5,6 +5,8 @@ The content of a sample depends only on its number, the seed and the shards, in 
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -14,7 +16,6 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
-from depth_anything.data.loader import send_failures
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import (
@@ -36,6 +37,7 @@ from depth_anything.data.transforms import (
     draw_perturbation,
     resize_image,
 )
+from depth_anything.errors import UserError, UserMessage
 from depth_anything.preprocess import resize_shape
 
 SKY_POLICIES = ("far", "invalid")
@@ -46,6 +48,43 @@ Timer = Callable[[str], AbstractContextManager[None]]
 """Called with the name of a stage of `StreamDataset.write_sample`; the stage runs inside the context."""
 
 _NO_TIMER: AbstractContextManager[None] = nullcontext()
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of a loader worker, sent to the main process in place of a batch.
+
+    PyTorch would raise an error of the same class whose only argument is the text of the traceback.
+    """
+
+    error: ValueError | OSError
+
+
+def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that builds a batch: a worker returns its ValueError or OSError in place of the batch."""
+
+    @wraps(method)
+    def build_or_fail(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            if isinstance(error, UserMessage):
+                return WorkerFailure(error)
+            kind = OSError if isinstance(error, OSError) else UserError
+            return WorkerFailure(kind(str(error) or type(error).__name__))
+
+    return build_or_fail
+
+
+next_or_failure = send_failures(lambda batches: next(batches, None))
+"""Return the next item of an iterator of batches, None at its end; errors as in `send_failures`."""
+
+
+def return_batch(batch: Any) -> Any:
+    """Return a batch as the dataset built it: a collate_fn that spawned workers can unpickle."""
+    return batch
 
 
 class StreamDataset(Dataset):
@@ -107,13 +146,13 @@ class StreamDataset(Dataset):
         self.depth_range, self.relative = depth_range, frozenset(relative)
         self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
-            raise ValueError(
-                f"image_size={image_size} exceeds short_side={self.short_side}; type at most that"
+            raise UserError(
+                f"image_size={image_size} exceeds short_side={self.short_side}", "type at most that"
             )
         self._sources: dict[str, RecordSource] = {}
         for source in self.sources:
             if source.name in self._sources:
-                raise ValueError(f"two sets have the name {source.name}; rename one of them")
+                raise UserError(f"two sets have the name {source.name}", "rename one of them")
             self._sources[source.name] = source
         readers = [source for source in self.sources if isinstance(source, RecordSource)]
         # One reader for all sets, so that the memory of a worker does not grow with their number. It keeps the indexes
@@ -178,13 +217,13 @@ class StreamDataset(Dataset):
 
     def _prefetch(self, numbers: Sequence[int]) -> None:
         """Let remote sets fetch the records of a micro-batch in parallel."""
-        places: dict[str, list[tuple[str, int]]] = {}
+        records: dict[str, list[tuple[str, int]]] = {}
         for n in numbers:
             _, shard, index = self.stream.locate(n)
             name = shard.split("/")[0]
             if name in self._remote and (shard, index) not in self._bad:
-                places.setdefault(name, []).append((shard, index))
-        for name, wanted in places.items():
+                records.setdefault(name, []).append((shard, index))
+        for name, wanted in records.items():
             self._remote[name].prefetch(wanted)
 
     def use_shared_memory(self, *, workers: int, micro_batch: int, slots: int = 4) -> None:
@@ -232,14 +271,14 @@ class StreamDataset(Dataset):
         except BadRecord as error:
             failure = f"{shard}[{index}] {error.key or '?'}: {error.reason}"
             lost = self._mark_bad((shard, index), error)
-        for place in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
-            if place[0] != lost and place not in self._bad:
+        for record in islice(self.stream.replacements(n), _MAX_REPLACEMENTS):
+            if record[0] != lost and record not in self._bad:
                 try:
-                    self.write_sample(*place, n, out)
+                    self.write_sample(*record, n, out)
                     return failure
                 except BadRecord as error:  # it is reported when its own number is read
-                    lost = self._mark_bad(place, error)
-        raise ValueError(f"sample {n}: {failure}; no other record can be read: type  depth-anything verify")
+                    lost = self._mark_bad(record, error)
+        raise UserError(f"sample {n}: {failure}; no other record can be read", "type  depth-anything verify")
 
     def write_sample(
         self,
@@ -280,9 +319,9 @@ class StreamDataset(Dataset):
         if not isinstance(source, JoinedRecords):
             size = resize_shape(image.shape[0], image.shape[1], self.short_side, self.patch)
         if min(size) < self.image_size:
-            raise ValueError(
-                f"{key}: its label of {size[0]} x {size[1]} px is too small for image_size={self.image_size}; "
-                f"type image_size={min(size)}, or make larger labels"
+            raise UserError(
+                f"{key}: its label of {size[0]} x {size[1]} px is too small for image_size={self.image_size}",
+                f"type image_size={min(size)}, or make larger labels",
             )
         crop = draw_crop(*size, self.image_size, seed=self.seed, n=n)
         with timer("decode the label"), _record_errors(shard, index, key, name):
@@ -304,10 +343,10 @@ class StreamDataset(Dataset):
             out["metric"][0] = depth_range is not None
         return fields, size
 
-    def _mark_bad(self, place: tuple[str, int], error: BadRecord) -> str | None:
+    def _mark_bad(self, record: tuple[str, int], error: BadRecord) -> str | None:
         """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
-        self._bad.add(place)
-        return None if error.key else place[0]
+        self._bad.add(record)
+        return None if error.key else record[0]
 
 
 @contextmanager
@@ -318,7 +357,7 @@ def _record_errors(shard: str, index: int, key: str, field: str = "") -> Iterato
         raise BadRecord(shard, index, key, f"{field}: {error}" if field else str(error)) from error
     except MemoryError as error:  # the machine is at fault, not the record
         raise StorageUnavailable(
-            f"{shard}[{index}] {key} cannot be decoded: the memory is full; type a smaller number of workers="
+            f"{shard}[{index}] {key} cannot be decoded: the memory is full", "type a smaller workers=N"
         ) from error
 
 
@@ -338,22 +377,22 @@ def resolve_sky_policies(
     if isinstance(sky, str) and sky in SKY_POLICIES:
         sky = {source.name: sky for source in sources}
     if sky is not None and not isinstance(sky, Mapping):
-        raise ValueError(f"sky={sky} is unknown; type sky=far, sky=invalid or sky={{SET: invalid}}")
+        raise UserError(f"sky={sky} is unknown", "type sky=far, sky=invalid or sky={SET: invalid}")
     policies = dict(sky or {})
     names = [source.name for source in sources]
     for name, policy in policies.items():
         if name not in names:
             raise ValueError(f"sky names {name}, which is not one of the sets {', '.join(sorted(names))}")
         if policy not in SKY_POLICIES:
-            raise ValueError(f"sky={policy} of {name} is unknown; type sky=far or sky=invalid")
+            raise UserError(f"sky={policy} of {name} is unknown", "type sky=far or sky=invalid")
     for source in sources:
         if source.name in policies:
             continue
         meta = source.set.meta if isinstance(source, Records) else {}
         policies[source.name] = meta.get("sky_policy", SKY_POLICIES[0])
         if policies[source.name] not in SKY_POLICIES:
-            raise ValueError(
-                f"the manifest of {source.name} has the unknown sky_policy={policies[source.name]}; "
-                f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}"
+            raise UserError(
+                f"the manifest of {source.name} has the unknown sky_policy={policies[source.name]}",
+                f"type sky={{{source.name}: far}} or sky={{{source.name}: invalid}}",
             )
     return policies

@@ -219,7 +219,9 @@ def _describe_unreadable(data: bytes) -> str | None:
         return _CAMERA_RAW if b"crx " in brands else _VIDEO
     if data[:4] == b"RIFF":
         return _VIDEO if data[8:12] == b"AVI " else "an audio file"
-    stream = len(data) > 376 and all(data[place] == 0x47 for place in (0, 188, 376))  # MPEG transport stream
+    stream = len(data) > 376 and all(
+        data[offset] == 0x47 for offset in (0, 188, 376)
+    )  # MPEG transport stream
     return _VIDEO if stream or data[4:8] in _QUICKTIME_ATOMS else None
 
 
@@ -227,8 +229,8 @@ def _ftyp_brands(data: bytes) -> set[bytes]:
     """Return the brands of an ISO base media file: video, HEIC, AVIF or Canon raw."""
     if data[4:8] != b"ftyp":
         return set()
-    places = (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))
-    return {data[place : place + 4] for place in places}
+    offsets = (8, *range(16, min(int.from_bytes(data[:4], "big"), 256), 4))
+    return {data[offset : offset + 4] for offset in offsets}
 
 
 def _is_camera_raw(picture: Any, data: bytes) -> bool:
@@ -245,23 +247,23 @@ def _largest_size(picture: Any, kind: str, data: bytes) -> tuple[int, int]:
     if kind == "TIFF":
         tags = picture.tag_v2
         sizes.append((int(tags.get(322, 0)), int(tags.get(323, 0))))
-    if kind == "JPEG 2000" and (place := data.find(b"\xff\x4f\xff\x51")) >= 0:
-        x, y, left, top = (int.from_bytes(data[place + i : place + i + 4], "big") for i in (8, 12, 16, 20))
+    if kind == "JPEG 2000" and (offset := data.find(b"\xff\x4f\xff\x51")) >= 0:
+        x, y, left, top = (int.from_bytes(data[offset + i : offset + i + 4], "big") for i in (8, 12, 16, 20))
         sizes.append((max(x - left, 0), max(y - top, 0)))
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _jpeg2000_channels(data: bytes) -> int:
-    place = data.find(b"\xff\x4f\xff\x51")
-    return int.from_bytes(data[place + 40 : place + 42], "big") if place >= 0 else 0
+    offset = data.find(b"\xff\x4f\xff\x51")
+    return int.from_bytes(data[offset + 40 : offset + 42], "big") if offset >= 0 else 0
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a WebP from its first chunk."""
     kind = data[12:16]
     if kind == b"VP8X":
-        return tuple(int.from_bytes(data[place : place + 3], "little") + 1 for place in (24, 27))  # type: ignore[return-value]
+        return tuple(int.from_bytes(data[offset : offset + 3], "little") + 1 for offset in (24, 27))  # type: ignore[return-value]
     if kind == b"VP8 ":
-        return tuple(int.from_bytes(data[place : place + 2], "little") & 0x3FFF for place in (26, 28))  # type: ignore[return-value]
+        return tuple(int.from_bytes(data[offset : offset + 2], "little") & 0x3FFF for offset in (26, 28))  # type: ignore[return-value]
     bits = int.from_bytes(data[21:25], "little") if kind == b"VP8L" else 0
     return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1

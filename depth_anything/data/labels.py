@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class LabeledShard:
 
 
 @dataclass(frozen=True)
-class LabelSidecar:
+class LabelSidecar(LabelSettings):
     """The content of NAME.json; its fields are the keys of the file.
 
     Attributes:
@@ -77,11 +77,8 @@ class LabelSidecar:
         bytes: Size of the tar; 0 without labels.
         hash: "sha256:…" of the tar; "" without labels.
         image: The image shard.
-        teacher: As in `LabelSettings`.
-        preprocessing: As in `LabelSettings`.
-        codec: As in `LabelSettings`.
-        values: Smallest and largest value of all labels.
         skipped: Key to reason, for each image without a label.
+        values: Smallest and largest value of all labels.
         version: Of this program.
     """
 
@@ -90,17 +87,9 @@ class LabelSidecar:
     bytes: int
     hash: str
     image: LabeledShard
-    teacher: Mapping[str, Any]
-    preprocessing: str
-    codec: str
     skipped: Mapping[str, str]
     values: Sequence[float] = (0.0, 0.0)
-    version: str = field(default=__version__)
-
-    @property
-    def settings(self) -> LabelSettings:
-        """How the labels were made."""
-        return LabelSettings(self.teacher, self.preprocessing, self.codec)
+    version: str = __version__
 
 
 def write_label_sidecar(
@@ -122,11 +111,8 @@ def write_label_sidecar(
         info: The label shard, from `write_shard`; records 0 and hash "" if no image has a label.
         image_set: Name of the set of images.
         image: The image shard.
-        teacher: As in `LabelSettings`.
-        preprocessing: As in `LabelSettings`.
-        codec: As in `LabelSettings`.
-        values: Smallest and largest value of all labels.
-        skipped: Key to reason, for each image without a label.
+        teacher, preprocessing, codec: As in `LabelSettings`.
+        values, skipped: As in `LabelSidecar`.
 
     Raises:
         ShardError: The number of images is not labels + skipped.
@@ -264,14 +250,12 @@ class LabelSetWriter:
         preprocessing: str,
         codec: str,
     ) -> None:
-        """Check that existing labels were made with the same settings.
+        """Check that existing labels have the same settings.
 
         Args:
             root: Folder; created with the first shard.
             images: The set to label.
-            teacher: As in `LabelSettings`.
-            preprocessing: As in `LabelSettings`.
-            codec: "q12" or "f32".
+            teacher, preprocessing, codec: As in `LabelSettings`.
 
         Raises:
             ShardError: The folder has labels with other settings or of other images, or it is not a folder.
@@ -300,7 +284,7 @@ class LabelSetWriter:
                 return False  # damaged, or its writer died while replacing it: it is written again
             if sidecar is None:
                 return False
-            _check_same_settings(self.root, shard, sidecar.settings, self._settings)
+            _check_same_settings(self.root, shard, sidecar, self._settings)
             if sidecar.image.hash != self._infos[shard].hash:
                 raise _other_images_error(self.root, self.images, shard)
             self._done.add(shard)
@@ -423,9 +407,9 @@ def _manifest_rows_and_meta(
         ShardError: The shards have different settings or label other images.
     """
     first = next(iter(done.values()), None)
-    settings = first.settings if first else LabelSettings({}, "", "")
+    settings = first if first else LabelSettings({}, "", "")
     for name, sidecar in done.items():
-        _check_same_settings(root, name, sidecar.settings, settings)
+        _check_same_settings(root, name, sidecar, settings)
     hashes = {name: sidecar.image.hash for name, sidecar in done.items()}
     _check_image_hashes(root, images, hashes)
     rows = [ShardInfo(name, s.records, s.bytes, s.hash) for name, s in done.items() if s.records]

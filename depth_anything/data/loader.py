@@ -5,19 +5,14 @@ import re
 import signal
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from depth_anything.data.dataset import StreamDataset, WorkerFailure, return_batch
 from depth_anything.data.stream import MicroBatchSampler
-from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
-
-if TYPE_CHECKING:
-    from depth_anything.data.dataset import StreamDataset
+from depth_anything.errors import SAME_COMMAND, UserMessage
 
 PREFETCH_BATCHES = 2
 """Micro-batches that each worker prefetches."""
@@ -28,7 +23,7 @@ class WorkerError(UserMessage, ChildProcessError):
 
 
 def build_stream_loader(
-    dataset: "StreamDataset",
+    dataset: StreamDataset,
     *,
     micro_batch: int,
     workers: int,
@@ -61,11 +56,6 @@ def build_stream_loader(
     )
 
 
-def return_batch(batch: Any) -> Any:
-    """Return a batch as the dataset built it: the collate_fn of `StreamDataset`, which spawned workers can unpickle."""
-    return batch
-
-
 def largest_divisor(number: int) -> int:
     """Return the largest proper divisor of a number; 1 for 1.
 
@@ -83,37 +73,6 @@ def ignore_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """An error of a loader worker on its way to the main process, in place of a batch.
-
-    torch would raise an error of the same class whose only argument is the text of the traceback.
-    """
-
-    error: ValueError | OSError
-
-
-def send_failures(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate what makes a batch, so that a worker sends its ValueError or OSError in place of the batch."""
-
-    @wraps(method)
-    def make_batch(*arguments: Any) -> Any:
-        try:
-            return method(*arguments)
-        except (ValueError, OSError) as error:
-            if get_worker_info() is None:
-                raise
-            if isinstance(error, UserMessage):
-                return WorkerFailure(error)
-            kind = OSError if isinstance(error, OSError) else UserError
-            return WorkerFailure(kind(str(error) or type(error).__name__))
-
-    return make_batch
-
-
-next_or_failure = send_failures(lambda batches: next(batches, None))
 
 
 class StreamLoader(DataLoader):

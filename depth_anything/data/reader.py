@@ -7,8 +7,6 @@ stops the run as StorageUnavailable: a failing disk must not change what a netwo
 import hashlib
 import json
 import os
-import re
-import tarfile
 import threading
 import zlib
 from collections import OrderedDict
@@ -23,19 +21,20 @@ from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
 from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
+    HEADER_BYTES,
+    LONG_HEADER_BYTES,
+    LONG_NAME_LENGTH,
     BadRecord,
     ShardError,
     ShardSet,
     StorageUnavailable,
     build_index_text,
+    check_header_name,
     parse_index,
 )
 
 _MAX_REQUESTS = 16  # simultaneous requests of a process
 _MAX_RECORD_BYTES = 1 << 30
-_HEADER_BYTES = 512  # of a tar header, which is right before the data
-_LONG_NAME_LENGTH = 98  # a longer name, with "./" before it, may be in blocks of its own before the header
-_LONG_HEADER_BYTES = 1 << 13
 
 _fetch_pool: list[ThreadPoolExecutor] = []
 os.register_at_fork(after_in_child=_fetch_pool.clear)
@@ -117,7 +116,7 @@ class ShardReader:
             for member in members:
                 longest = max(longest, len(key) + 1 + len(member.extension))
                 end = max(end, member.offset + member.size)
-            header = _HEADER_BYTES if longest <= _LONG_NAME_LENGTH else _LONG_HEADER_BYTES
+            header = HEADER_BYTES if longest <= LONG_NAME_LENGTH else LONG_HEADER_BYTES
             start = max(0, members[0].offset - header)
             if end - start > _MAX_RECORD_BYTES:
                 raise ShardError(f"its {end - start} bytes are more than the limit of {_MAX_RECORD_BYTES}")
@@ -282,13 +281,13 @@ class RecordSource:
         reader.total_bytes = (reader.total_bytes or 0) + (self._reader.total_bytes or 0)
         self._reader = reader
 
-    def prefetch(self, places: Iterable[tuple[str, int]]) -> None:
+    def prefetch(self, records: Iterable[tuple[str, int]]) -> None:
         """Start to fetch records (shard, index) in parallel; forget those of the last call that were not read."""
         if not _fetch_pool:
             _fetch_pool.append(ThreadPoolExecutor(_MAX_REQUESTS, thread_name_prefix="fetch"))
         self._prefetch_process = os.getpid()  # the threads do not exist in a forked process
         self._prefetched = {
-            place: _fetch_pool[0].submit(self._fetch, *place) for place in dict.fromkeys(places)
+            record: _fetch_pool[0].submit(self._fetch, *record) for record in dict.fromkeys(records)
         }
 
     def read(self, shard: str, index: int) -> KeyAndFields:
@@ -449,44 +448,6 @@ def _extract_field(data: bytes, member: TarMember, start: int) -> bytes:
             f"the checksum of its {member.extension} differs: damaged, or the index of another tar"
         )
     name = f"{member.key}.{member.extension}"
-    if not data.startswith(name.encode() + b"\0", max(0, offset - _HEADER_BYTES)):
-        _check_header_name(data[max(0, offset - _LONG_HEADER_BYTES) : offset], member.extension, name)
+    if not data.startswith(name.encode() + b"\0", max(0, offset - HEADER_BYTES)):
+        check_header_name(data[max(0, offset - LONG_HEADER_BYTES) : offset], member.extension, name)
     return field
-
-
-def _check_header_name(before: bytes, extension: str, name: str) -> None:
-    """Check the name of a file against the tar header at the end of the bytes before its data."""
-    if not _header_has_name(before, name):
-        try:
-            tarfile.TarInfo.frombuf(before[-_HEADER_BYTES:], "utf-8", "replace")
-        except tarfile.HeaderError as error:
-            raise ShardError(
-                f"the header checksum of its {extension} differs: damaged, or the index of another tar"
-            ) from error
-        raise ShardError(
-            f"its {extension} has another name in the tar: the index is damaged, or of another tar; "
-            "type  depth-anything shard index FOLDER"
-        )
-
-
-def _header_has_name(before: bytes, name: str) -> bool:
-    header = before[-_HEADER_BYTES:]
-    stored = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        stored = header[345:500].partition(b"\0")[0] + b"/" + stored
-    pattern = _name_pattern(name)
-    if re.fullmatch(pattern, stored):
-        return True
-    # In tars of other programs a name may be longer than a header holds: it is then in a pax record or in a block of
-    # GNU tar before the header.
-    return len(name) > _LONG_NAME_LENGTH and bool(
-        re.search(b"(?:path=|\0)" + pattern + b"[\n\0]", before[:-_HEADER_BYTES])
-    )
-
-
-def _name_pattern(name: str) -> bytes:
-    """Return a pattern of how tars write a name: with "./" before it or not, the extension in any case."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    key, end = (re.escape(part.encode()) for part in (f"{folder}{slash}{stem}", extension))
-    return b"(?:\\./)?" + key + b"\\.(?i:" + end + b")"

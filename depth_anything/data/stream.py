@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from depth_anything.errors import UserError
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -103,15 +105,16 @@ class Stream:
         )  # a repeated shard is in the line several times
         self.records = int(self._sizes[self._copies].sum())
         if self.records == 0:
-            raise ValueError(
-                f"there are no records to train on: {len(shards)} shards have 0 records; name a set that has some"
+            raise UserError(
+                f"there are no records to train on: {len(shards)} shards have 0 records",
+                "name a set that has some",
             )
         if self.streams < 1:
             raise ValueError(f"streams must be at least 1, not {streams}")
         for a, b in pairwise(self._names):
             if a == b:
-                raise ValueError(
-                    f"shard {a} is listed twice; to read it more often, type repeat={{'{a}': 2}}"
+                raise UserError(
+                    f"shard {a} is listed twice", f"to read it more often, type repeat={{'{a}': 2}}"
                 )
         text = json.dumps([shards, [int(count) for count in counts], self.seed, self.streams])
         self.digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -189,8 +192,8 @@ def _repeat_counts(names: Sequence[str], repeat: dict[str, int]) -> list[int]:
                 f"repeat names {name}, which is neither one of the sets {sorted(sets)} nor a shard"
             )
         if count != int(count) or count < 1:
-            raise ValueError(
-                f"repeat of {name} must be a whole number from 1 up, not {count}; or leave the set out"
+            raise UserError(
+                f"repeat of {name} must be a whole number from 1 up, not {count}", "or leave the set out"
             )
     return [int(repeat.get(name, repeat.get(name.split("/")[0], 1))) for name in names]
 

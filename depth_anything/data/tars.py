@@ -30,6 +30,10 @@ from depth_anything.errors import Argument, Command, Text, UserError, UserMessag
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_/-]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")  # as WebDataset: the key ends at the first dot
+HEADER_BYTES = 512  # of a tar header, which is right before the data
+LONG_NAME_LENGTH = 98  # a longer name, with "./" before it, may be in blocks of its own before the header
+LONG_HEADER_BYTES = 1 << 13
+
 _MAX_NAME = 100  # characters, in a plain tar header
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes of a tar's header, with a long name
@@ -244,6 +248,48 @@ def parse_index(text: str, *, where: str | Path) -> TarIndex:
         return parse_index_text(text)
     except (ValueError, OverflowError) as error:
         raise ShardError(_damaged_index_message(where)) from error
+
+
+def check_header_name(before: bytes, extension: str, name: str) -> None:
+    """Check the name of a file against the tar header at the end of the bytes before its data.
+
+    Raises:
+        ShardError: The header has another name, or is damaged.
+    """
+    if not _header_has_name(before, name):
+        try:
+            tarfile.TarInfo.frombuf(before[-HEADER_BYTES:], "utf-8", "replace")
+        except tarfile.HeaderError as error:
+            raise ShardError(
+                f"the header checksum of its {extension} differs: damaged, or the index of another tar"
+            ) from error
+        raise ShardError(
+            f"its {extension} has another name in the tar: the index is damaged, or of another tar; "
+            "type  depth-anything shard index FOLDER"
+        )
+
+
+def _header_has_name(before: bytes, name: str) -> bool:
+    header = before[-HEADER_BYTES:]
+    stored = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        stored = header[345:500].partition(b"\0")[0] + b"/" + stored
+    pattern = _name_pattern(name)
+    if re.fullmatch(pattern, stored):
+        return True
+    # In tars of other programs a name may be longer than a header holds: it is then in a pax record or in a block of
+    # GNU tar before the header.
+    return len(name) > LONG_NAME_LENGTH and bool(
+        re.search(b"(?:path=|\0)" + pattern + b"[\n\0]", before[:-HEADER_BYTES])
+    )
+
+
+def _name_pattern(name: str) -> bytes:
+    """Return a pattern of how tars write a name: with "./" before it or not, the extension in any case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    key, end = (re.escape(part.encode()) for part in (f"{folder}{slash}{stem}", extension))
+    return b"(?:\\./)?" + key + b"\\.(?i:" + end + b")"
 
 
 def _write_members(file: BinaryIO, path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:

@@ -1,1 +1,1 @@
-"""Benchmarks, metrics over sets, reports."""
+"""Evaluation of models on labeled sets and public benchmarks, and its reports."""

@@ -93,11 +93,13 @@ def _example_values(example: DepthExample, results: Sequence[DepthResult]) -> di
     paint = partial(colorize_by_distance, quantity="disparity", low=float(low), high=float(high))
     rows = [next(row for row in result.rows if row["key"] == example.key) for result in results]
     best = min(row["abs_rel"] for row in rows) if len(rows) > 1 else None
-    models = []
+    models: list[dict[str, Any]] = []
     for result, row in zip(results, rows, strict=True):
         depth = example.predictions[result.name]
         error = np.abs(depth - truth) / np.where(valid, truth, 1.0)
-        figures = {m: format_number(row[m]) for m in ("abs_rel", "d1", "boundary_f1") if m in row}
+        figures: dict[str, str] = {
+            m: format_number(row[m]) for m in ("abs_rel", "d1", "boundary_f1") if m in row
+        }
         models.append(
             {
                 "name": result.name,

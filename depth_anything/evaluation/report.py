@@ -88,7 +88,7 @@ def write_summary(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     depth = [(task, task.protocol, results) for task, results in evaluated if task.protocol]
-    document = {
+    document: dict[str, Any] = {
         "settings": dict(settings or {}),
         "versions": package_versions(),
         "benchmarks": {

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from depth_anything.errors import UserError
+
 OUTLIER_THRESHOLD = 0.1
 """A point is an outlier if the fitted depth is off by more than this share of the known depth."""
 
@@ -75,7 +77,7 @@ def read_points(path: str | Path) -> list[KnownPoint]:
             continue
         points.append(parse_point(",".join(row), where=f"{path}, line {line}"))
     if not points:
-        raise ValueError(f"{path} has no points: write x,y,metres on each line")
+        raise UserError(f"{path} has no points", "write x,y,metres on each line")
     return points
 
 
@@ -87,7 +89,7 @@ def parse_point(text: str, *, where: str = "--point") -> KnownPoint:
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 3 or not all(map(_is_number, parts)):
-        raise ValueError(f"{where}: {text!r} is not x,y,metres; write e.g. 320,240,2.5")
+        raise UserError(f"{where}: {text!r} is not x,y,metres", "write for example 320,240,2.5")
     point = KnownPoint(*map(float, parts))
     if not 0 < point.meters < np.inf:
         raise ValueError(f"{where}: a depth of {point.meters:g} m must be above 0")
@@ -140,8 +142,8 @@ def fit_points(
     if not threshold > 0:
         raise ValueError(f"threshold={threshold} must be above 0")
     if np.ptp(disparity) < 1e-6 * max(float(np.abs(disparity).max()), 1e-12):
-        raise ValueError(
-            "the model predicts the same disparity at all points: choose points at different depths"
+        raise UserError(
+            "the model predicts the same disparity at all points", "choose points at other depths"
         )
     proposal = _fit_best_pair(disparity, meters, threshold)
     if proposal is None:
@@ -198,15 +200,17 @@ def _relative_error(depth: np.ndarray, meters: np.ndarray) -> np.ndarray:
 
 def _no_consensus_error(
     disparity: np.ndarray, meters: np.ndarray, inliers: int, threshold: float
-) -> ValueError:
+) -> UserError:
     if np.corrcoef(disparity, 1 / meters)[0, 1] < 0:
-        return ValueError(
-            "the predicted disparity falls where the known points come nearer: check that x and y are not swapped, "
-            "that the third column is meters and not their inverse, and that the model predicts disparity, not depth"
+        return UserError(
+            "the predicted disparity falls where the known points come nearer",
+            "check that x and y are not swapped, that the third column is meters and not their inverse, and that the "
+            "model predicts disparity, not depth",
         )
-    return ValueError(
+    return UserError(
         f"the points do not agree: one scale and shift fit only {inliers} of {len(meters)} within {threshold:.0%} of "
-        "their depth; check the points, or allow more with --threshold"
+        "their depth",
+        "check the points, or allow more with --threshold",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+from depth_anything.errors import UserError
 from depth_anything.inference.clips import AnimatedWebP, Clip, FrameFolder, VideoFile, natural_sort_key
 from depth_anything.ingest.find_files import IMAGE_SUFFIXES
 
@@ -39,7 +40,9 @@ def list_clips(
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"{source} does not exist: give a video, a folder of videos or of frames, or a list")
+        raise UserError(
+            f"{source} does not exist", "give a video, a folder of videos or of frames, or a list"
+        )
     search = _ClipSearch(rate)
     if path.is_dir():
         search.add_tree(path, Path(leave_out).resolve() if leave_out else None)

@@ -19,20 +19,17 @@ import numpy as np
 from depth_anything.data.image_headers import estimate_decode_cost
 from depth_anything.data.sample import decode_image, image_warnings
 from depth_anything.disk import atomic_write
+from depth_anything.errors import UserError
 from depth_anything.inference.formats import (
+    DIRECTION,
     ENDINGS,
     FORMAT_DESCRIPTIONS,
-    GAP_PX,
-    direction,
-    display_name,
-    display_values,
     encode_map,
     encode_picture,
     resolve_colormap,
 )
 from depth_anything.inference.image_list import ImageList, list_images
 from depth_anything.inference.memory import check_image_memory, is_out_of_memory, lock_large_image
-from depth_anything.inference.naming import add_ending
 from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.pointcloud import (
     MAX_POINTS,
@@ -45,7 +42,6 @@ from depth_anything.inference.pointcloud import (
 )
 from depth_anything.inference.predictor import Predictor, check_finite
 from depth_anything.ingest.photographs import Photograph
-from depth_anything.visualize import distance_colormap
 
 WORKER_THREADS = 2
 """Threads that decode ahead of the network, and as many that write behind it."""
@@ -177,11 +173,11 @@ def predict_files(
     settings = settings or PredictSettings()
     sources = [source] if isinstance(source, str | Path) else list(source)
     if any(Path(one).resolve() == Path(output).resolve() for one in sources):
-        raise ValueError(f"{output} holds the images: {fix}")
+        raise UserError(f"{output} holds the images", fix)
     if os.path.lexists(output) and not Path(output).is_dir():
-        raise ValueError(f"{output} is not a folder: {fix}")
+        raise UserError(f"{output} is not a folder", fix)
     if settings.save_numpy and predictor.unit != "m":
-        raise ValueError("--save-numpy writes meters, and this model predicts disparity: use --format npy")
+        raise UserError("--save-numpy writes meters, and this model predicts disparity", "use --format npy")
     writer = _PredictionWriter(predictor, settings, model_info or {})
     images = list_images(sources, leave_out=output, endings=writer.endings)
     targets = [Path(output) / target for target in images.targets]
@@ -290,9 +286,7 @@ class _PredictionWriter:
     def check_overwrite(self, targets: Sequence[Path], inputs: Sequence[Path], *, fix: str) -> None:
         """Refuse to replace files of others, before the network runs; the ValueError names one."""
         records = {
-            add_ending(target, ending): add_ending(target, ".json")
-            for target in targets
-            for ending in self.endings
+            Path(f"{target}{ending}"): Path(f"{target}.json") for target in targets for ending in self.endings
         }
         self.replaceable = OUTPUTS.check(records, inputs=lambda: inputs, fix=fix)
 
@@ -324,19 +318,14 @@ class _PredictionWriter:
     def _encode(self, image: _PreparedImage, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         """Return for each file's ending its bytes and its description for the record."""
         quantity, unit = self.predictor.quantity, self.predictor.unit
-        values, shown_quantity = display_values(map_, self.predictor)
         picture = encode_picture(
             image.pixels,
-            values,
-            quantity=shown_quantity,
+            map_,
+            self.predictor,
             colormap=self.colormap,
             pred_only=self.settings.pred_only,
         )
-        left = "" if self.settings.pred_only else f"the image, {GAP_PX} px of white and "
-        colors = distance_colormap(shown_quantity, self.colormap)
-        name = display_name(self.predictor)
-        text = f"picture: {left}{name} in {colors} from its smallest value to its largest"
-        encoded = {".png": (picture, text)}
+        encoded = {".png": picture}
         for format in self.settings.map_formats:
             data = encode_map(map_, format, quantity=quantity, unit=unit)
             encoded[f"_{quantity}{ENDINGS[format]}"] = data, FORMAT_DESCRIPTIONS[format]
@@ -378,7 +367,7 @@ class _PredictionWriter:
             "width": map_.shape[1],
             "quantity": self.predictor.quantity,
             "unit": self.predictor.unit,
-            "larger": direction(self.predictor.quantity),
+            "larger": DIRECTION[self.predictor.quantity],
             "low": float(map_.min()),
             "high": float(map_.max()),
             "files": {image.target.name + ending: text for ending, text in descriptions.items()},

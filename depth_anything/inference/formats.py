@@ -9,9 +9,13 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from depth_anything.disk import atomic_write
 from depth_anything.inference.predictor import Predictor
-from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance
+from depth_anything.visualize import (
+    DEFAULT_COLORMAP,
+    check_colormap,
+    colorize_by_distance,
+    distance_colormap,
+)
 
 GAP_PX = 50
 """Width of the white gap between image and map, as in the authors' output."""
@@ -32,10 +36,8 @@ FORMAT_DESCRIPTIONS = {
     "exr": "OpenEXR, channel Y float32: the values; quantity, unit and larger in its header",
 }
 
-
-def direction(quantity: str) -> str:
-    """Return what larger values mean: "nearer" for disparity, "farther" for depth."""
-    return "nearer" if quantity == "disparity" else "farther"
+DIRECTION = {"disparity": "nearer", "depth": "farther"}
+"""Quantity to the meaning of larger values."""
 
 
 def display_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
@@ -69,34 +71,36 @@ def resolve_colormap(*, grayscale: bool, colormap: str | None) -> str:
     return chosen
 
 
-def side_by_side(image: np.ndarray, painted: np.ndarray) -> np.ndarray:
-    """Join the image and its painted map with a white gap, as in the authors' output."""
-    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
-    return np.hstack([image, gap, painted])
-
-
-def write_map(
-    path: Path,
+def paint_picture(
+    image: np.ndarray,
     map: np.ndarray,
+    predictor: Predictor,
     *,
-    quantity: str,
-    unit: str,
+    colormap: str,
+    pred_only: bool = False,
     low: float | None = None,
     high: float | None = None,
-) -> None:
-    """Write a map as a 16-bit PNG whose text chunks hold range, unit and direction.
-
-    value = low + level / 65535 · (high - low), with `low` and `high` from the PNG's text.
+) -> np.ndarray:
+    """Paint the authors' picture: the image, a white gap, and the map in colors.
 
     Args:
-        path: Path of the PNG.
-        map: (H, W) finite float.
-        quantity: "disparity" or "depth".
-        unit: Unit of the values.
-        low: Value of level 0, by default the minimum; smaller values are clipped to it.
-        high: Value of level 65535, by default the maximum; larger values are clipped to it.
+        image: uint8 (H, W, 3), RGB.
+        map: (H, W), as the predictor returned it.
+        predictor: The predictor.
+        colormap: As for `colorize_by_distance`.
+        pred_only: Only the map.
+        low: The value of `display_values` at one end of the colormap, by default the minimum.
+        high: The value at the other end, by default the maximum.
+
+    Returns:
+        uint8 (H, W', 3), RGB.
     """
-    atomic_write(path, encode_png(map, bits=16, quantity=quantity, unit=unit, low=low, high=high))
+    values, quantity = display_values(map, predictor)
+    painted = colorize_by_distance(values, quantity=quantity, colormap=colormap, low=low, high=high)
+    if pred_only:
+        return painted
+    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
+    return np.hstack([image, gap, painted])
 
 
 def encode_map(map: np.ndarray, format: str, *, quantity: str, unit: str) -> bytes:
@@ -108,7 +112,7 @@ def encode_map(map: np.ndarray, format: str, *, quantity: str, unit: str) -> byt
         quantity: "disparity" or "depth".
         unit: Unit of the values.
     """
-    notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
+    notes = {"quantity": quantity, "unit": unit, "larger": DIRECTION[quantity]}
     if format == "exr":
         return _encode_exr(map, notes)
     if format in ("png8", "png16"):
@@ -131,7 +135,18 @@ def encode_png(
     low: float | None = None,
     high: float | None = None,
 ) -> bytes:
-    """Encode a map as a gray PNG of 8 or 16 bits, as `write_map` describes it."""
+    """Encode a map as a gray PNG of 8 or 16 bits whose text chunks hold range, quantity, unit and direction.
+
+    value = low + level / (2**bits - 1) · (high - low), with `low` and `high` from the PNG's text.
+
+    Args:
+        map: (H, W) finite float.
+        bits: 8 or 16.
+        quantity: "disparity" or "depth".
+        unit: Unit of the values.
+        low: Value of level 0, by default the minimum; smaller values are clipped to it.
+        high: Value of the highest level, by default the maximum; larger values are clipped to it.
+    """
     low = float(map.min()) if low is None else low
     high = float(map.max()) if high is None else high
     top = 2**bits - 1
@@ -140,7 +155,7 @@ def encode_png(
         share = (map[row : row + _ROWS_PER_BLOCK].astype(np.float64) - low) / (high - low)
         levels[row : row + _ROWS_PER_BLOCK] = np.rint(share.clip(0, 1) * top)
     text = PngInfo()
-    notes = {"quantity": quantity, "unit": unit, "larger": direction(quantity)}
+    notes = {"quantity": quantity, "unit": unit, "larger": DIRECTION[quantity]}
     for key, value in {**notes, "low": repr(low), "high": repr(high)}.items():
         text.add_text(key, value)
     out = io.BytesIO()
@@ -149,27 +164,20 @@ def encode_png(
 
 
 def encode_picture(
-    image: np.ndarray,
-    map: np.ndarray,
-    *,
-    quantity: str,
-    colormap: str = DEFAULT_COLORMAP,
-    pred_only: bool = False,
-) -> bytes:
-    """Encode the authors' picture as a PNG: the image, a white gap, and the map colored from minimum to maximum.
+    image: np.ndarray, map: np.ndarray, predictor: Predictor, *, colormap: str, pred_only: bool = False
+) -> tuple[bytes, str]:
+    """Encode `paint_picture` as a PNG.
 
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        map: (H, W).
-        quantity: "disparity" or "depth": which end is near.
-        colormap: As for `colorize_by_distance`.
-        pred_only: Only the map.
+    Returns:
+        The file and its description for the record.
     """
-    painted = colorize_by_distance(map, quantity=quantity, colormap=colormap)
     out = io.BytesIO()
-    picture = painted if pred_only else side_by_side(image, painted)
+    picture = paint_picture(image, map, predictor, colormap=colormap, pred_only=pred_only)
     Image.fromarray(picture).save(out, "PNG", compress_level=PNG_COMPRESSION)
-    return out.getvalue()
+    left = "" if pred_only else f"the image, {GAP_PX} px of white and "
+    quantity = "disparity" if predictor.calibrated else predictor.quantity
+    colors, name = distance_colormap(quantity, colormap), display_name(predictor)
+    return out.getvalue(), f"picture: {left}{name} in {colors} from its smallest value to its largest"
 
 
 def _encode_exr(map: np.ndarray, notes: dict[str, str]) -> bytes:

@@ -4,10 +4,11 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path, PurePath, PurePosixPath
 
 from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
-from depth_anything.ingest.find_files import IMAGE_SUFFIXES
+from depth_anything.ingest.find_files import IMAGE_SUFFIXES, read_regular_file
 from depth_anything.ingest.photographs import Photograph, list_photographs
 
 
@@ -50,7 +51,7 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
     missing: dict[str, str] = {}
     for source in map(Path, dict.fromkeys(os.fspath(source) for source in sources)):
         try:
-            found = list_photographs(source, leave_out=leave_out)
+            files = _list_source(source, leave_out)
         except (ValueError, OSError) as error:
             if not several:
                 raise
@@ -59,13 +60,13 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
         is_container = source.is_dir() or tarfile.is_tarfile(source)
         folder = source if is_container else source.parent  # names of a list are relative to its folder
         if several:  # names are then relative to the working directory
-            found = [replace(photograph, name=os.path.join(folder, photograph.name)) for photograph in found]
+            files = [replace(photograph, name=os.path.join(folder, photograph.name)) for photograph in files]
         if not source.is_dir():
             paths.append(source)
-        paths += [Path(photograph.name) if several else folder / photograph.name for photograph in found]
+        paths += [Path(photograph.name) if several else folder / photograph.name for photograph in files]
         if not is_container:
-            named |= {photograph.name for photograph in found}
-        photographs += found
+            named |= {photograph.name for photograph in files}
+        photographs += files
     names = [photograph.name for photograph in photographs]
     relative = relative_output_paths(
         [os.path.abspath(name) for name in names] if several else names, Path(sources[0])
@@ -78,6 +79,12 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
     return ImageList(photographs, _output_paths(relative, endings), named, missing, paths)
 
 
+def _list_source(source: Path, leave_out: str | Path) -> list[Photograph]:
+    if _has_image_suffix(source) and source.is_file():
+        return [Photograph(source.name, source.stat().st_size, partial(read_regular_file, source))]
+    return list_photographs(source, leave_out=leave_out)
+
+
 def _output_paths(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> list[Path]:
     """Assign output paths; files without an image's suffix do not change the names of images."""
     others = {i for i, path in enumerate(paths) if not _has_image_suffix(path)}
@@ -85,5 +92,5 @@ def _output_paths(paths: Sequence[PurePosixPath], endings: Sequence[str]) -> lis
     return assign_unique_paths(stems, marks, endings=endings, low_priority=others)
 
 
-def _has_image_suffix(path: PurePosixPath) -> bool:
+def _has_image_suffix(path: PurePath) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES

@@ -4,6 +4,8 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from depth_anything.errors import UserError
+
 BYTES_PER_PIXEL = 40
 """Upper bound of the memory per image pixel: decoding, resizing, the map at full size and its encoded files."""
 
@@ -33,9 +35,10 @@ def check_image_memory(pixels: int) -> None:
     """
     need, free = pixels * BYTES_PER_PIXEL, free_memory() if pixels >= LARGE_IMAGE_PIXELS else None
     if free is not None and need > free:
-        raise ValueError(
+        raise UserError(
             f"its {pixels / 1e6:.0f} megapixels need about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free: reduce it first"
+            "free",
+            "reduce it first",
         )
 
 
@@ -50,9 +53,10 @@ def check_network_memory(pixels: int) -> None:
     """
     need, free = pixels * NETWORK_BYTES_PER_PIXEL, free_memory() if pixels >= LARGE_INPUT_PIXELS else None
     if free is not None and need > free:
-        raise ValueError(
+        raise UserError(
             f"at this input size the network gets {pixels / 1e6:.0f} megapixels, which need at least "
-            f"{need / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free: choose a smaller --input-size"
+            f"{need / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free",
+            "choose a smaller --input-size",
         )
 
 

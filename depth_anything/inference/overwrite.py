@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from depth_anything.errors import UserError
+
 COMMAND_KEY = "made_by"
 DIGESTS_KEY = "sha256"
 FOLDERS_KEY = "maps"
@@ -163,7 +165,7 @@ def check_overwrite(
             refused.append(f"{path} was not written by this command and would be replaced")
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise ValueError(f"{refused[0]}{more}: {fix}")
+        raise UserError(f"{refused[0]}{more}", fix)
     return set(existing)
 
 

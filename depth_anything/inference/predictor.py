@@ -87,16 +87,17 @@ class Predictor:
             )
         # An argument of each call, not a setting of the model: other threads may run the model with another rule.
         self._forward_options = {} if resample == "official" else {"position_rule": resample}
-        try:
-            model.check_position_rule(self._forward_options.get("position_rule", model.position_rule))
-        except ValueError as error:
-            raise UserError([Argument("resample", repr(resample)), f" cannot be: {error}"]) from error
+        if self._forward_options:
+            try:
+                model.check_position_rule(resample)
+            except ValueError as error:
+                raise UserError([Argument("resample", repr(resample)), f" is impossible: {error}"]) from error
         self.input_size = check_input_size(model.input_size if input_size is None else input_size)
         self.device = _resolve_device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
-        self.unit = "m" if self.calibrated else model.unit
+        self.unit = "m" if self.quantity == "depth" else "relative"
         self.farthest = FARTHEST_M if self.calibrated else model.max_depth
         self.precision = precision
         self.resample = resample
@@ -151,8 +152,8 @@ class Predictor:
             ValueError: An array is not an image, or `images` is a single image.
         """
         if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would count as a gray image
-            raise ValueError(
-                f"images is one array of shape {images.shape}: give a list of images, as [image]"
+            raise UserError(
+                f"images is one array of shape {images.shape}", "give a list of images, as [image]"
             )
         if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
             raise ValueError(f"images must be a list of images, not a {type(images).__name__}")
@@ -176,9 +177,9 @@ class Predictor:
         (height, width), multiple = image.shape[:2], self.model.multiple
         rows, columns = input_shape(height, width, self.input_size, multiple)
         if rows * columns > MAX_ASPECT_RATIO * max(self.input_size, multiple) ** 2:
-            raise ValueError(
-                f"an image of {width}x{height} is too elongated: the network's input would be {columns}x{rows}; cut it "
-                "into pieces"
+            raise UserError(
+                f"an image of {width}x{height} is too elongated: the network's input would be {columns}x{rows}",
+                "cut it into pieces",
             )
         if self.device.type == "cpu":
             check_network_memory(rows * columns)
@@ -257,7 +258,7 @@ def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:
     fix = "try --precision fp32"
     if precision == "fp32":
         fix = "it ran with --precision fp32, so the weights are damaged or their training diverged"
-    raise ValueError(f"the network outputs NaN or infinity for {name}; {fix}")
+    raise UserError(f"the network outputs NaN or infinity for {name}", fix)
 
 
 def _resolve_device(name: str, model: DepthAnything) -> torch.device:

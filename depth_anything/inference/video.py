@@ -19,19 +19,20 @@ import numpy as np
 
 from depth_anything.data.address import escape_unprintable
 from depth_anything.disk import atomic_write
+from depth_anything.errors import UserError
 from depth_anything.inference.clip_list import VIDEO_SUFFIXES, list_clips
 from depth_anything.inference.clips import Clip, ClipFrame, FrameFolder
 from depth_anything.inference.formats import (
+    DIRECTION,
     ENDINGS,
     GAP_PX,
-    direction,
     display_name,
     display_values,
+    paint_picture,
     resolve_colormap,
-    side_by_side,
 )
 from depth_anything.inference.memory import check_image_memory
-from depth_anything.inference.naming import add_ending, assign_unique_paths, relative_output_paths
+from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
 from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.predictor import Predictor, check_finite
 from depth_anything.inference.temporal import (
@@ -49,7 +50,6 @@ from depth_anything.inference.video_writer import (
     find_h264_encoder,
     has_depth_comment,
 )
-from depth_anything.visualize import colorize_by_distance
 
 FORMATS = ("mp4", *MAP_FORMATS)
 
@@ -102,9 +102,9 @@ class VideoSettings:
         """
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
-            raise ValueError(f"format {' '.join(unknown) or '()'} is unknown; use {', '.join(FORMATS)}")
+            raise UserError(f"format {' '.join(unknown) or '()'} is unknown", f"use {', '.join(FORMATS)}")
         if self.range not in RANGE_MODES:
-            raise ValueError(f"range={self.range!r} is unknown; use one of {', '.join(RANGE_MODES)}")
+            raise UserError(f"range={self.range!r} is unknown", f"use one of {', '.join(RANGE_MODES)}")
         resolve_colormap(grayscale=self.grayscale, colormap=self.colormap)
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth={self.smooth} must be 0 or more and below 1")
@@ -159,9 +159,9 @@ class OutputFiles:
     def of(cls, target: Path, quantity: str, settings: VideoSettings) -> "OutputFiles":
         """Append the endings to `target`."""
         return cls(
-            video=add_ending(target, ".mp4") if "mp4" in settings.formats else None,
-            maps=add_ending(target, f"_{quantity}") if settings.map_formats else None,
-            record=add_ending(target, ".json"),
+            video=Path(f"{target}.mp4") if "mp4" in settings.formats else None,
+            maps=Path(f"{target}_{quantity}") if settings.map_formats else None,
+            record=Path(f"{target}.json"),
         )
 
     @property
@@ -199,7 +199,7 @@ def predict_videos(
     """
     settings = settings or VideoSettings()
     if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"{output} is a file: give a folder for the output")
+        raise UserError(f"{output} is a file", "give a folder for the output")
     clips, skipped = list_clips(source, rate=settings.rate, leave_out=output)
     failed = {name: why for name, why in skipped.items() if _is_expected(name, Path(source))}
     result = VideoResult(skipped=skipped, failed=failed)
@@ -275,6 +275,7 @@ def predict_video(
         with suppress(FileNotFoundError):
             os.lstat(path)  # fails now, not after hours of work, if the disk does not allow such a name
     name = escape_unprintable(clip.name)
+    colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
     pipeline = _MapPipeline(predictor, settings)
     clip_range, cache, count = _ClipRange(), None, 0
     with ExitStack() as stack:
@@ -283,7 +284,7 @@ def predict_video(
             for _, map_ in pipeline.maps(progress(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
                 clip_range.add(map_, predictor)
                 pipeline.store(map_, cache)
-        video, folder = _open_writers(stack, predictor, clip, files, settings, clip_range, replaceable)
+        video, folder = _open_writers(stack, predictor, clip, files, settings, clip_range)
         display_range = _DisplayRange(settings.range, clip_range, clip.time_base, predictor)
         what = f"{name} (2 of 2)" if cache else name
         for frame, map_ in pipeline.maps(progress(clip.read(video), what=what, total=clip.frames), cache):
@@ -291,7 +292,16 @@ def predict_video(
                 clip_range.add(map_, predictor)
             colors, levels = display_range.update(map_, frame.pts)
             if video:
-                video.write(_paint_frame(frame.image, map_, colors, predictor, settings), frame.pts)
+                picture = paint_picture(
+                    frame.image,
+                    map_,
+                    predictor,
+                    colormap=colormap,
+                    pred_only=settings.pred_only,
+                    low=colors[0],
+                    high=colors[1],
+                )
+                video.write(picture, frame.pts)
             if folder:
                 folder.write(frame.name, map_, *levels)
             count += 1
@@ -386,7 +396,6 @@ def _open_writers(
     files: OutputFiles,
     settings: VideoSettings,
     clip_range: _ClipRange,
-    replaceable: Collection[Path],
 ) -> tuple[VideoWriter | None, MapFolderWriter | None]:
     video = folder = None
     if files.maps:
@@ -396,11 +405,10 @@ def _open_writers(
                 formats=settings.map_formats,
                 quantity=predictor.quantity,
                 unit=predictor.unit,
-                replace=files.maps in replaceable,
             )
         )
     if files.video:
-        comment = f"{predictor.quantity} ({predictor.unit}), larger is {direction(predictor.quantity)}"
+        comment = f"{predictor.quantity} ({predictor.unit}), larger is {DIRECTION[predictor.quantity]}"
         if np.isfinite(clip_range.low):
             comment += (
                 f", colors of {display_name(predictor)} from {clip_range.low:.6g} to {clip_range.high:.6g}"
@@ -419,20 +427,6 @@ def _open_writers(
     return video, folder
 
 
-def _paint_frame(
-    image: np.ndarray,
-    map_: np.ndarray,
-    colors: tuple[float, float],
-    predictor: Predictor,
-    settings: VideoSettings,
-) -> np.ndarray:
-    values, quantity = display_values(map_, predictor)
-    colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
-    low, high = colors
-    painted = colorize_by_distance(values, quantity=quantity, low=low, high=high, colormap=colormap)
-    return painted if settings.pred_only else side_by_side(image, painted)
-
-
 def _clip_record(
     predictor: Predictor, clip: Clip, settings: VideoSettings, clip_range: _ClipRange, count: int
 ) -> dict[str, Any]:
@@ -442,7 +436,7 @@ def _clip_record(
         "source": clip.path.name,
         "quantity": predictor.quantity,
         "unit": predictor.unit,
-        "larger": direction(predictor.quantity),
+        "larger": DIRECTION[predictor.quantity],
         "frames": count,
         "rate": str(clip.rate),
         "height": clip.height,

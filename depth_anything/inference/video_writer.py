@@ -12,6 +12,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from depth_anything.disk import atomic_folder, atomic_path, remove_stale
+from depth_anything.errors import UserError
 from depth_anything.inference.audio import AudioWriter
 from depth_anything.inference.formats import ENDINGS, encode_map, encode_png
 from depth_anything.inference.overwrite import file_sha256
@@ -169,23 +170,15 @@ class VideoWriter:
 class MapFolderWriter:
     """Writes a folder of maps, one file per frame and format; the folder appears under its name when complete."""
 
-    def __init__(
-        self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str, replace: bool
-    ) -> None:
+    def __init__(self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str) -> None:
         """Create the temporary folder.
 
         Args:
-            path: Path of the folder.
+            path: Path of the folder; an existing folder is replaced when this one is complete.
             formats: Any of `MAP_FORMATS`.
             quantity: "disparity" or "depth".
             unit: Unit of the values.
-            replace: Replace an existing folder, which this command wrote, when the new one is complete.
-
-        Raises:
-            ValueError: A folder or file with this name exists and may not be replaced.
         """
-        if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} exists and was not written by this command: move it")
         self._output = atomic_folder(path, sync=False)
         self._temporary = self._output.__enter__()
         self._formats, self._quantity, self._unit = formats, quantity, unit
@@ -219,9 +212,9 @@ def check_video_size(height: int, width: int) -> None:
         ValueError: A side is longer than `MAX_SIDE_PX`.
     """
     if max(height, width) > MAX_SIDE_PX:
-        raise ValueError(
-            f"its video would be {width}×{height}, and H.264 allows {MAX_SIDE_PX} px per side: use --format png16, npy "
-            f"or exr; --pred-only for a video up to {MAX_SIDE_PX} px wide; or reduce the input first"
+        raise UserError(
+            f"its video would be {width}×{height}, and H.264 allows {MAX_SIDE_PX} px per side",
+            f"use --format png16, npy or exr; --pred-only for a video up to {MAX_SIDE_PX} px wide; or reduce the input",
         )
 
 
@@ -237,8 +230,8 @@ def find_h264_encoder() -> str:
         except ValueError:  # av.codec.UnknownCodecError
             continue
         return name
-    raise ValueError(
-        "this PyAV has no H.264 encoder: type  pip install --force-reinstall --only-binary av av"
+    raise UserError(
+        "this PyAV has no H.264 encoder", "type  pip install --force-reinstall --only-binary av av"
     )
 
 

@@ -1,4 +1,4 @@
-"""Trade time for memory, and compile, block by block: applied to a finished network from outside."""
+"""Activation checkpointing and compilation of the encoder's blocks."""
 
 from types import MethodType
 from typing import Any
@@ -10,20 +10,20 @@ from depth_anything.model.depth_anything import DepthAnything
 
 
 def accelerate(model: DepthAnything, *, checkpoint: bool, compile: bool) -> None:
-    """Change how the encoder's blocks run; what they compute and the names in the state dict stay.
+    """Enable activation checkpointing and compilation; results and names in the state dict do not change.
 
-    Call it once, before data parallelism: first checkpointing, then compilation around it, so that the
-    compiler sees what is computed twice. All blocks are alike and share one compilation.
+    Call it once, before data parallelism. Checkpointing is applied first and compiled too, so the compiler sees the
+    recomputation. All blocks have the same code and share one compilation.
 
     Args:
         model: Changed in place.
-        checkpoint: Keep only each block's input for the backward pass and compute the rest again.
+        checkpoint: Store only each block's input for the backward pass and recompute the rest.
         compile: Compile each block when it first runs.
     """
     for block in model.pretrained.blocks:
         if checkpoint:
-            # A bound method, because a copy of the model must run its own blocks (a closure would run these), and
-            # because the compiler passes over a functools.partial without a word.
+            # A bound method: a copy of the model must run its own blocks, not these as a closure would, and the
+            # compiler silently skips a functools.partial.
             block.forward = MethodType(_forward_recomputed, block)
         if compile:
             block.compile()

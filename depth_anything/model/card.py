@@ -1,4 +1,4 @@
-"""Model cards: a README.md in the hub's form, which says what a model is, whence, and what may be done with it."""
+"""Model cards: README.md files for the Hugging Face hub, with summary, usage, provenance and license of a model."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from depth_anything.disk import atomic_write
 from depth_anything.licenses import card_license_fields
@@ -25,19 +25,19 @@ _FOOTER = re.compile(
 def build_card(
     model: DepthAnything, *, file: str, form: str, title: str, measured: Mapping[str, str] | None = None
 ) -> str:
-    """Write the card of a saved model.
+    """Build the card of a saved model.
 
     Args:
-        model: What was saved.
-        file: The name of the file, or of the folder.
-        form: "safetensors", "transformers", "official", "onnx" or "torch".
-        title: What the model is called.
-        measured: Heading to text or table, for what was measured.
+        model: The model.
+        file: Name of its file or folder.
+        form: Its format: "safetensors", "transformers", "official", "onnx" or "torch".
+        title: Title of the card.
+        measured: Heading to text or table, for sections with results.
 
     Returns:
-        Markdown with a YAML head.
+        Markdown with YAML front matter.
     """
-    front = yaml.safe_dump(_front_matter(model, form), sort_keys=False, allow_unicode=True)
+    front = _front_matter(model, form).to_yaml(line_break="\n")
     lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape_markdown(title)}", "", *_summary(model), ""]
     lines += ["## How to use it", "", *_usage(model, file, form), ""]
     lines += ["## Where it comes from", "", *_provenance(model), ""]
@@ -51,18 +51,18 @@ def build_card(
 
 
 def write_card(text: str, folder: Path, *, file: str) -> Path | None:
-    """Write a card into a folder, under the name of its file if another file's card lies there.
+    """Write a card to a folder: README.md, or FILE.md if README.md is the card of another file.
 
     Args:
-        text: What `card` gave.
-        folder: Where the model lies.
-        file: The model's file, as `card` was told.
+        text: Result of `build_card`.
+        folder: Folder of the model.
+        file: The `file` of `build_card`.
 
     Returns:
-        The card; None where a user has edited it, so that it stays.
+        The card's path; None if a user has edited the card, which is then kept.
     """
     path = folder / CARD_NAME
-    if (of := _generated_for(path)) is not None and of != file:
+    if (other := _generated_for(path)) is not None and other != file:
         path = folder / f"{file}.md"
     if not is_replaceable_card(path):
         return None
@@ -71,12 +71,12 @@ def write_card(text: str, folder: Path, *, file: str) -> Path | None:
 
 
 def is_replaceable_card(path: Path) -> bool:
-    """Say whether a card may be written at `path`: there is none, or one as it was written here."""
+    """Return whether a card may be written to `path`: there is none, or an unedited one of `build_card`."""
     return not path.exists() or _generated_for(path) is not None
 
 
 def _generated_for(path: Path) -> str | None:
-    """Tell whose card lies at `path`, if it was written here and nobody has edited it since."""
+    """Return the file that the card at `path` was generated for; None if it was edited or written by others."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -87,59 +87,60 @@ def _generated_for(path: Path) -> str | None:
     return mark[1]
 
 
-def _front_matter(model: DepthAnything, form: str) -> dict[str, Any]:
+def _front_matter(model: DepthAnything, form: str) -> ModelCardData:
     tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
     tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
     tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
     base = (model.origin.get("start") or {}).get("base")
-    return {
+    return ModelCardData(
         **card_license_fields(model.licence),
-        "library_name": {"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
-        "pipeline_tag": "depth-estimation",
-        "tags": tags,
-        **({"base_model": printable_line(base)} if base else {}),
-    }
+        library_name={"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
+        pipeline_tag="depth-estimation",
+        tags=tags,
+        base_model=printable_line(base) if base else None,
+    )
 
 
 def _escape_markdown(text: object) -> str:
-    """Write others' text into Markdown: on one line, and without meaning to it."""
+    """Escape untrusted text for Markdown, on one line."""
     return re.sub(r"([\\`|*<>\[\]#])", r"\\\1", printable_line(text))
 
 
 def _markdown_code(text: object) -> str:
-    """Write others' text as code in Markdown, in a table, too."""
+    """Format untrusted text as Markdown code, also for table cells."""
     return f"`{printable_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _summary(model: DepthAnything) -> list[str]:
+    head = _markdown_code(model.head) if model.head else "DPT head"
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if model.max_depth is not None:
-        gives = f"**Output: depth in metres**, 0 to {model.max_depth:g}; larger is farther."
+        output = f"**Output: depth in meters**, 0 to {model.max_depth:g}; larger is farther."
     else:
-        gives = (
+        output = (
             "**Output: disparity** (inverse depth) up to an unknown scale and shift, 0 or more; larger is nearer. "
-            "It is neither metres nor comparable between images."
+            "It is not in meters and not comparable between images."
         )
     if model.calibration is not None:
         scale, shift = model.calibration
-        gives += (
-            f" It is calibrated: 1 / ({scale:.6g} · output + {shift:.6g}) is depth in metres, which `Predictor` and "
-            "exported programs give."
+        output += (
+            f" It is calibrated: 1 / ({scale:.6g} · output + {shift:.6g}) is depth in meters, which `Predictor` and "
+            "exported programs return."
         )
     return [
         "Depth from a single image: the network of Depth Anything "
-        f"(encoder {_markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, DPT head; "
+        f"(encoder {_markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, {head}; "
         f"{parameters:,} parameters).",
         "",
-        gives,
+        output,
         "",
-        f"Input: RGB, ImageNet-normalised, short side {model.input_size} px, sides multiples of {model.multiple}.",
+        f"Input: RGB, ImageNet-normalized, short side {model.input_size} px, sides multiples of {model.multiple}.",
     ]
 
 
 def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
     name, typed_name = json.dumps(file, ensure_ascii=False), shlex.quote(file)
-    # The authors' format keeps tensors alone, so that whoever reads it must be told the rest.
+    # The official format has tensors only, so the caller must pass the rest.
     depth = f", max_depth={model.max_depth:g}" if form == "official" and model.max_depth else ""
     size = f", input_size={model.input_size}" if form == "official" else ""
     flags = f" --input-size {model.input_size}" if form == "official" else ""
@@ -149,7 +150,7 @@ def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
         "import cv2",
         "from depth_anything import Predictor, load_model",
         "",
-        f"predictor = Predictor(load_model({name}{depth}){size})  # sees images at {model.input_size} px",
+        f"predictor = Predictor(load_model({name}{depth}){size})  # resizes images to {model.input_size} px",
         'image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
         "depth = predictor.predict(image)  # float32 (H, W)",
         "```",
@@ -165,7 +166,7 @@ def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
     official = [
         "```python",
         "import torch",
-        "from depth_anything_v2.dpt import DepthAnythingV2  # the authors' code",
+        "from depth_anything_v2.dpt import DepthAnythingV2  # the official code",
         "",
         f"model = DepthAnythingV2({_official_arguments(model)})",
         f'model.load_state_dict(torch.load({name}, map_location="cpu"))',
@@ -195,7 +196,7 @@ def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
             "import onnxruntime",
             "",
             f"session = onnxruntime.InferenceSession({name})",
-            "said = session.get_modelmeta().custom_metadata_map",
+            "metadata = session.get_modelmeta().custom_metadata_map",
             'program = lambda image: session.run(None, {"image": image})[0]',
         ],
         "torch": [
@@ -204,7 +205,7 @@ def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
             "",
             'files = {"metadata.json": ""}',
             f"module = torch.export.load({name}, extra_files=files).module()",
-            'said = json.loads(files["metadata.json"])',
+            'metadata = json.loads(files["metadata.json"])',
             "program = lambda image: module(torch.from_numpy(image))",
         ],
     }
@@ -213,15 +214,15 @@ def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
         "import cv2",
         *opened[form],
         "",
-        "from depth_anything.preprocess import preprocess_image  # or your own, by the same sizes",
+        "from depth_anything.preprocess import preprocess_image  # or your own code, with the same sizes",
         "",
         'photo = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
-        'image = preprocess_image(photo, int(said["input_size"]), int(said["multiple"]))',
+        'image = preprocess_image(photo, int(metadata["input_size"]), int(metadata["multiple"]))',
         "output = program(image[None])  # float32 (B, 3, H, W) to (B, H, W)",
         "```",
         "",
-        f"It was made for a short side of {model.input_size} px and sides that are multiples of {model.multiple}. "
-        f"It runs at any batch and any multiples of the patch ({model.patch_size} px), three patches or more.",
+        f"It was trained with a short side of {model.input_size} px and sides that are multiples of {model.multiple}. "
+        f"It runs with any batch size and any sides of three or more patches of {model.patch_size} px.",
     ]
 
 
@@ -237,13 +238,13 @@ def _official_arguments(model: DepthAnything) -> str:
 
 def _provenance(model: DepthAnything) -> list[str]:
     origin = model.origin
-    lines = [f"Licence of the weights: **{_escape_markdown(model.licence or 'unknown')}**."]
+    lines = [f"License of the weights: **{_escape_markdown(model.licence or 'unknown')}**."]
     if origin.get("start"):
         start = origin["start"]
         verb = "Started from" if origin.get("stage") else "These are the weights of"
         lines += [
             "",
-            f"{verb} {_markdown_code(start['from'])} (licence: {_escape_markdown(start.get('licence') or 'unknown')}).",
+            f"{verb} {_markdown_code(start['from'])} (license: {_escape_markdown(start.get('licence') or 'unknown')}).",
         ]
     elif origin.get("stage"):
         lines += ["", "Started from random weights."]
@@ -257,18 +258,18 @@ def _provenance(model: DepthAnything) -> list[str]:
             *_data_table(origin.get("data", [])),
         ]
     elif not origin.get("start"):
-        lines += ["", "Its file says nothing of its training."]
+        lines += ["", "Its file does not say how it was trained."]
     return lines
 
 
 def _data_table(data: list[dict[str, Any]]) -> list[str]:
-    rows = ["| set | records | licence | labelled by | its licence |", "|---|---|---|---|---|"]
+    rows = ["| set | records | license | labeled by | license of the labels |", "|---|---|---|---|---|"]
     for row in data:
         teacher = row.get("teacher")
-        labelled = _markdown_code(teacher["file"]) if teacher else "its own truth"
+        labeled = _markdown_code(teacher["file"]) if teacher else "ground truth"
         licence = _escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
-        of_set = _escape_markdown(row.get("licence") or "unknown")
+        set_license = _escape_markdown(row.get("licence") or "unknown")
         rows.append(
-            f"| {_escape_markdown(row['set'])} | {row['records']:,} | {of_set} | {labelled} | {licence} |"
+            f"| {_escape_markdown(row['set'])} | {row['records']:,} | {set_license} | {labeled} | {licence} |"
         )
     return rows

@@ -1,9 +1,10 @@
-"""The network: an encoder, four taps, a DPT head.
+"""The network: a ViT encoder whose features after four blocks (taps) a DPT head turns into a map.
 
 Shapes: B images, H W pixels, N patch tokens of width D.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,28 +24,32 @@ from depth_anything.model.encoder import (
 from depth_anything.preprocess import preprocess_image, to_rgb
 
 OFFICIAL_PATCH = 14
-"""Pixels: the authors' patch. Smaller patches that fit into it see photographs at the authors' sizes."""
+"""Patch side of the official models, pixels. Models with smaller patches that divide it see the same image sizes."""
+
+HeadBuilder = Callable[..., nn.Module]
+"""Builds a decoder: called as `DPTHead`, returns a module with the `forward` of `DPTHead`."""
 
 
 class DepthAnything(nn.Module):
-    """Depth Anything V2: an image to disparity, or to depth in metres.
+    """Depth Anything V2: a ViT encoder and a DPT head that map an image to disparity or to depth in meters.
 
-    The state dict has the names and shapes of the official files. What the forward pass never uses (the mask
-    token, one unit of the head, blocks after the last tap) does not require a gradient.
+    The state dict has the names and shapes of the official files. Parameters that the forward pass does not use (the
+    mask token, one unit of the head, blocks after the last tap) do not require a gradient.
 
     Attributes:
         encoder: Name of the encoder.
         taps: The four encoder blocks (from 0) that the head reads.
-        max_depth: None, or the largest depth in metres.
-        patch_size: Side of a patch in pixels; an image's sides are multiples of it.
-        multiple: What photographs are resized to multiples of: the authors' 14 wherever whole patches fit.
-        input_size: Shorter side, in pixels, of the images the encoder was made for.
-        licence: Licence of the weights, where one is known.
+        max_depth: None, or the largest depth in meters.
+        patch_size: Side of a patch in pixels; image sides must be multiples of it.
+        multiple: Images are resized to multiples of this: the official 14 wherever whole patches fit.
+        input_size: Shorter image side, in pixels, that the model was trained with.
+        licence: License of the weights, if known.
         origin: Where the weights come from, as far as known: "start" (from, licence, base), "stage" and "data" of the
             training.
-        calibration: None, or scale and shift that make metres of a disparity: 1 / (scale · output + shift). They are
-            kept with the model and applied by whoever predicts or exports; `forward` gives the disparity.
-        pretrained: The encoder (the official name of the module).
+        calibration: None, or (scale, shift) that turn disparity into meters: 1 / (scale · output + shift). `Predictor`
+            and exported programs apply them; `forward` returns disparity.
+        head: Name of the class of the head; None for `DPTHead`.
+        pretrained: The encoder (the name in official files).
         depth_head: The head.
     """
 
@@ -55,26 +60,28 @@ class DepthAnything(nn.Module):
         max_depth: float | None = None,
         taps: Sequence[int] | None = None,
         pretrained: bool = False,
+        head: HeadBuilder | None = None,
     ) -> None:
         """Build the network with random weights; under `torch.device("meta")` without memory.
 
         Args:
             encoder: "vits", "vitb", "vitl", "vitg" (the official sizes), "vitt", "vitn" (192 and 96 wide, for
                 small runs), or the name of any timm ViT.
-            max_depth: None for disparity ≥ 0; else the depth in metres that an output of one stands for.
-            taps: Four encoder blocks, from 0 and ascending, instead of the encoder's own.
-            pretrained: Fetch the encoder's published weights (DINOv2's) through timm; the head stays random.
+            max_depth: None for disparity ≥ 0; else the depth in meters that an output of 1 means.
+            taps: Four ascending encoder blocks, from 0, instead of the encoder's default.
+            pretrained: Download the encoder's pretrained weights (DINOv2) through timm; the head stays random.
+            head: Builder of another decoder, called with the arguments of `DPTHead`.
 
         Raises:
-            ValueError: For an unknown encoder, impossible taps or depth, or weights that cannot be had.
+            ValueError: If the encoder is unknown, taps or depth are impossible, or the weights are not available.
         """
         super().__init__()
         self.encoder = canonical_encoder_name(encoder)
         self.pretrained, spec = build_encoder(self.encoder)
         self.taps = _validate_taps(spec.taps if taps is None else taps, spec.depth)
         if max_depth is not None and not 0 < max_depth < float("inf"):
-            raise ValueError(
-                f"max_depth={max_depth} must be a number of metres above 0, or None for disparity"
+            raise UserError(
+                [Argument("max_depth", max_depth), " must be meters above 0, or None for disparity"]
             )
         self.max_depth = None if max_depth is None else float(max_depth)
         self.patch_size = spec.patch
@@ -85,33 +92,34 @@ class DepthAnything(nn.Module):
         self.calibration: tuple[float, float] | None = None
         for block in self.pretrained.blocks[self.taps[-1] + 1 :]:
             block.requires_grad_(False)
-        self.depth_head = DPTHead(
+        self.head = head_name(head)
+        self.depth_head = (head or DPTHead)(
             spec.width, features=spec.features, out_channels=spec.out_channels, max_depth=self.max_depth
         )
         if pretrained:
-            unmatched = self.pretrained.load_state_dict(load_hub_weights(self.encoder), strict=False)
-            assert set(unmatched.missing_keys) <= {"mask_token"} and not unmatched.unexpected_keys
+            mismatch = self.pretrained.load_state_dict(load_hub_weights(self.encoder), strict=False)
+            assert set(mismatch.missing_keys) <= {"mask_token"} and not mismatch.unexpected_keys
 
     @property
     def quantity(self) -> str:
-        """What the output is: "disparity" (larger is nearer) or "depth"."""
+        """Quantity of the output: "disparity" (larger is nearer) or "depth"."""
         return "disparity" if self.max_depth is None else "depth"
 
     @property
     def unit(self) -> str:
-        """What the output counts: "m" for depth; "relative" for disparity (up to a scale and a shift)."""
+        """Unit of the output: "m" for depth, "relative" for disparity (up to a scale and a shift)."""
         return "relative" if self.max_depth is None else "m"
 
     @property
     def position_rule(self) -> str:
-        """How `forward` fits the position embedding to other sizes unless told: "official", or "timm" for its ViTs."""
+        """Default rule for resizing the position embedding: "official", or "timm" for timm's ViTs."""
         return "official" if isinstance(self.pretrained, DINOv2) else "timm"
 
     def check_position_rule(self, rule: str) -> None:
-        """Refuse a rule that `forward` cannot follow.
+        """Check that `forward` can follow a rule.
 
         Raises:
-            ValueError: For an unknown rule, or one that is not timm's where the encoder is timm's.
+            ValueError: If the rule is unknown, or another than timm's for an encoder of timm.
         """
         if rule == self.position_rule:
             return
@@ -136,17 +144,17 @@ class DepthAnything(nn.Module):
         """Predict a map of the image's size.
 
         Args:
-            image: (B, 3, H, W), ImageNet-normalised, H and W multiples of `patch_size`.
-            return_features: Give the encoder's final tokens too, at no further cost.
-            position_rule: How the position embedding is fitted to other sizes: "official" as in the released models,
-                "transformers" as in that library. None takes the model's own, `DepthAnything.position_rule`.
+            image: (B, 3, H, W), ImageNet-normalized, H and W multiples of `patch_size`.
+            return_features: Also return the encoder's final tokens, at no extra cost.
+            position_rule: How the position embedding is resized: "official" as in the released models,
+                "transformers" as in that library, None for `DepthAnything.position_rule`.
 
         Returns:
-            (B, H, W): disparity ≥ 0, larger is nearer; or metres, if `max_depth` is set. With
-            `return_features` also what `features` gives.
+            (B, H, W): disparity ≥ 0, larger is nearer; or meters, if `max_depth` is set. With
+            `return_features` also the result of `features`.
 
         Raises:
-            ValueError: If a side is no multiple of the patch, or the encoder has no such position rule.
+            ValueError: If a side is not a multiple of the patch, or the encoder does not have the position rule.
         """
         last = len(self.pretrained.blocks) - 1
         blocks = self.taps if not return_features else tuple(dict.fromkeys((*self.taps, last)))
@@ -156,20 +164,22 @@ class DepthAnything(nn.Module):
         return (output, tokens[-1]) if return_features else output
 
     def features(self, image: Tensor) -> Tensor:
-        """Encode an image into the final, normalised patch tokens.
+        """Encode an image into the final, normalized patch tokens.
 
         Args:
-            image: As `forward` takes it.
+            image: As in `forward`.
 
         Returns:
-            (B, N, D), row by row.
+            (B, N, D), in row-major order.
         """
         return self._tokens(image, (len(self.pretrained.blocks) - 1,), None)[0]
 
     def _tokens(self, image: Tensor, blocks: Sequence[int], position_rule: str | None) -> list[Tensor]:
         height, width = image.shape[2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"sides of {height}×{width} must be multiples of the patch, {self.patch_size}")
+            raise ValueError(
+                f"sides of {height}×{width} must be multiples of the patch size {self.patch_size}"
+            )
         rule = position_rule or self.position_rule
         self.check_position_rule(rule)
         if isinstance(self.pretrained, DINOv2):
@@ -180,21 +190,21 @@ class DepthAnything(nn.Module):
 
     @torch.no_grad()
     def infer_image(self, bgr: np.ndarray, input_size: int | None = None) -> np.ndarray:
-        """Predict the map of one photograph, as the authors' class of the same name does.
+        """Predict the map of one image, with the interface of the official class.
 
-        A calibration is not applied: `Predictor` does that.
+        A calibration is not applied; `Predictor` does that.
 
         Args:
-            bgr: uint8 (H, W, 3), blue first, as cv2 reads it. Grey and transparent images are taken as
-                `preprocess.to_rgb` says.
-            input_size: What the shorter side becomes, pixels; None takes the model's own `input_size`, which is the
-                authors' 518 for their weights.
+            bgr: uint8 (H, W, 3), channels in the order of cv2. Gray and transparent images are converted by
+                `preprocess.to_rgb`.
+            input_size: The shorter side after resizing, pixels; None for the model's `input_size` (518 for the
+                official weights).
 
         Returns:
             float32 (H, W).
 
         Raises:
-            ValueError: For anything that is no such image, or a size below 1.
+            ValueError: If the array is not an image, or the size is below 1.
         """
         rgb = to_rgb(bgr, blue_first=True)
         size = check_input_size(self.input_size if input_size is None else input_size)
@@ -205,11 +215,17 @@ class DepthAnything(nn.Module):
         return output[0, 0].cpu().numpy()
 
 
+def head_name(head: HeadBuilder | None) -> str | None:
+    """Return the import path of a head's class or function; None for `DPTHead`."""
+    target: Any = head.func if isinstance(head, partial) else head
+    return None if target in (None, DPTHead) else f"{target.__module__}.{target.__qualname__}"
+
+
 def check_input_size(input_size: Any) -> int:
-    """Return the size that images are resized to, if it is a number of pixels.
+    """Check the shorter side after resizing, and return it.
 
     Raises:
-        ValueError: If it is not.
+        UserError: If it is not a whole number of pixels above 0.
     """
     if isinstance(input_size, bool) or not isinstance(input_size, int | np.integer) or input_size < 1:
         raise UserError(
@@ -220,5 +236,7 @@ def check_input_size(input_size: Any) -> int:
 
 def _validate_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
     if len(taps) != 4 or sorted(set(taps)) != list(taps) or taps[0] < 0 or taps[-1] >= depth:
-        raise ValueError(f"taps={list(taps)} must be four ascending blocks out of 0 to {depth - 1}")
+        raise UserError(
+            [Argument("taps", list(taps)), f" must be four ascending blocks from 0 to {depth - 1}"]
+        )
     return tuple(int(tap) for tap in taps)

@@ -1,4 +1,4 @@
-"""The DPT head: four levels of tokens to one map, with the authors' parameter names.
+"""The DPT head: turns the tokens of four encoder blocks into one map, with the official parameter names.
 
 Shapes: B images, H W pixels, h w patches, D width of a token, F features of the fusion path.
 """
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class ResidualConvUnit(nn.Module):
-    """Two 3×3 convolutions, each after a ReLU, added to what came in."""
+    """Two 3×3 convolutions, each after a ReLU, with a residual connection."""
 
     def __init__(self, features: int) -> None:
         """Build the unit for a fixed number of channels."""
@@ -21,12 +21,12 @@ class ResidualConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, F, h, w) to the same shape."""
-        # The first ReLU must not write into x: the sum below takes x as it came.
+        # The first ReLU must not be in place: the residual needs x unchanged.
         return x + self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))
 
 
 class FusionBlock(nn.Module):
-    """Add a level to the path from the coarser ones, refine it, and bring it to the next size."""
+    """Add a level to the path of the coarser levels, refine it, and resize it to the next level."""
 
     def __init__(self, features: int) -> None:
         """Build the block for a fixed number of channels."""
@@ -39,25 +39,28 @@ class FusionBlock(nn.Module):
         """Fuse path and level, both (B, F, h, w), into (B, F, *size)."""
         if level is not None:
             path = path + self.resConfUnit1(level)
-        # The authors resize first. A 1×1 convolution and an interpolation commute, as the weights of the latter
-        # sum to one; this way round the convolution has a quarter of the pixels to compute and to keep.
+        # The official code resizes first. A 1×1 convolution and an interpolation commute, because the weights of the
+        # interpolation sum to one; in this order the convolution has a quarter of the pixels.
         path = self.out_conv(self.resConfUnit2(path))
         return F.interpolate(path, size=size, mode="bilinear", align_corners=True)
 
 
 class DPTHead(nn.Module):
-    """Depth Anything V2's decoder (its dpt.py and util/blocks.py; no class token, no batch norm)."""
+    """The decoder of Depth Anything V2.
+
+    Source: dpt.py and util/blocks.py of the official repository, without class token and batch norm.
+    """
 
     def __init__(
         self, width: int, *, features: int, out_channels: Sequence[int], max_depth: float | None = None
     ) -> None:
-        """Build the head with random weights from which it can learn.
+        """Build the head with random weights.
 
         Args:
             width: Channels D of the tokens.
             features: Channels F of the fusion path.
             out_channels: Channels of the four levels, from fine to coarse.
-            max_depth: None for disparity ≥ 0; a number of metres for depth between 0 and it.
+            max_depth: None for disparity ≥ 0; a number of meters for depth between 0 and it.
         """
         super().__init__()
         self.max_depth = max_depth
@@ -78,16 +81,16 @@ class DPTHead(nn.Module):
         self.scratch.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, 1, 1)
         )
-        # The coarsest level has no path to join, so this unit never runs; official files have it.
+        # The coarsest level has no path to add to, so this unit never runs; official files contain it.
         self.scratch.refinenet4.resConfUnit1.requires_grad_(False)
         self._init_output()
 
     def _init_output(self) -> None:
-        """Start the last three convolutions where the final ReLU lets everything through, at any seed.
+        """Initialize the last three convolutions such that the final ReLU is active, at any seed.
 
-        As torch draws them, each takes two thirds of the variance and their biases outweigh the rest: the map
-        spreads by 0.005 around some ±0.1, and where that is negative all is zero, with no gradient to leave it.
-        Here they keep the variance, and the map spreads around one (a sigmoid needs no such room).
+        With torch's default, each convolution loses two thirds of the variance and the biases dominate: the map has a
+        spread of 0.005 around ±0.1, and where it is negative everything is zero without a gradient. Here the
+        convolutions keep the variance, and the map is spread around one (zero before a sigmoid).
         """
         output = self.scratch.output_conv2
         convolve, project = output[0], output[2]
@@ -97,15 +100,15 @@ class DPTHead(nn.Module):
         nn.init.constant_(project.bias, 1.0 if self.max_depth is None else 0.0)
 
     def forward(self, tokens: Sequence[Tensor], grid: Sequence[int], size: Sequence[int]) -> Tensor:
-        """Read the map off four levels of tokens.
+        """Decode four levels of tokens into a map.
 
         Args:
             tokens: Four (B, h·w, D), from the first tap to the last.
             grid: (h, w).
-            size: (H, W) of the result, in pixels.
+            size: (H, W) of the result, pixels.
 
         Returns:
-            (B, H, W): disparity ≥ 0, or metres if max_depth was given.
+            (B, H, W): disparity ≥ 0, or meters if max_depth was given.
         """
         scratch = self.scratch
         levels = [
@@ -130,6 +133,6 @@ class DPTHead(nn.Module):
         path = activate(convolve(path))
         if path.dtype == project.weight.dtype:
             return project(path)
-        # Under autocast: the map itself is summed in full precision, as 8 bits would show as steps.
+        # Under autocast the last sum stays in full precision: bfloat16 has 8 bits, whose steps would be visible.
         with torch.autocast(path.device.type, enabled=False):
             return project(path.to(project.weight.dtype))

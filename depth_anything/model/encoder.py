@@ -1,4 +1,4 @@
-"""The image encoder: a timm Vision Transformer, for DINOv2's sizes with DINOv2's names and position rule."""
+"""The image encoder: a timm ViT, with DINOv2's parameter names and position embedding for DINOv2's sizes."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from depth_anything.licenses import spdx_name
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What sets one encoder apart from another, and the size of the head that goes with it.
+    """Size of an encoder and of the head that fits it.
 
     Attributes:
         width: Channels D of a token.
@@ -31,9 +31,9 @@ class EncoderSpec:
         features: Channels of the head's fusion path.
         out_channels: Channels of the four levels before fusion.
         patch: Side of a patch, pixels.
-        grid: Side, in patches, of the square that the position embedding was made for.
-        hub: timm's name of published weights; None where there are none.
-        swiglu: A gated feed-forward instead of GELU.
+        grid: Side of the trained position embedding, patches.
+        hub: timm's name of the pretrained weights; None if there are none.
+        swiglu: SwiGLU feed-forward layers instead of GELU.
     """
 
     width: int
@@ -48,9 +48,9 @@ class EncoderSpec:
     swiglu: bool = False
 
 
-# The authors' four: their dinov2.py and dpt.py. The two tiny ones are ours: from random weights they learn several
-# times as much a second from 10 × 10 small patches as from 7 × 7 large ones. Their grid is that of the 70 px crops
-# they learn from, for a larger one would be trained only where 70 px happens to sample it.
+# Source of the first four: dinov2.py and dpt.py of the official repository. vitt and vitn are for small runs from
+# random weights, where 10 × 10 small patches learn several times faster than 7 × 7 large ones. Their grid is that of
+# the 70 px training crops: of a larger one, only the sampled positions would be trained.
 ENCODERS = {
     "vits": EncoderSpec(
         384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384), hub="vit_small_patch14_dinov2.lvd142m"
@@ -80,11 +80,11 @@ POSITION_RULES = ("official", "transformers")
 
 
 def resample_positions(positions: Tensor, height: int, width: int, rule: str = "official") -> Tensor:
-    """Fit a position embedding to another grid, exactly as the released models or as transformers does.
+    """Resize a position embedding exactly as the released models or as transformers does.
 
-    The authors add 0.1 to both sides and pass a scale factor, and so sample the grid with a step of
-    side / (n + 0.1); only a square of the original side is left as it is (DINOv2, vision_transformer.py,
-    interpolate_pos_encoding). transformers passes the size, and samples with a step of side / n.
+    The official code adds 0.1 to both sides and passes a scale factor, which samples the grid with a step of
+    side / (n + 0.1); only a square of the original side is not resampled (DINOv2, vision_transformer.py,
+    interpolate_pos_encoding). transformers passes the size, which samples with a step of side / n.
 
     Args:
         positions: (1, 1 + side·side, D), the class position first.
@@ -103,7 +103,7 @@ def resample_positions(positions: Tensor, height: int, width: int, rule: str = "
     grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if rule == "transformers":
         grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=False)
-    elif exporting:  # a scale factor would stay what it is in the example
+    elif exporting:  # a scale factor would be a constant of the example's size
         grid = _resample_by_matrices(grid, height, width)
     else:
         scale = ((height + 0.1) / side, (width + 0.1) / side)
@@ -112,9 +112,9 @@ def resample_positions(positions: Tensor, height: int, width: int, rule: str = "
 
 
 def _resample_by_matrices(grid: Tensor, height: int, width: int) -> Tensor:
-    """Do what the official rule does to (1, D, side, side) in operations that sizes may be unknown to."""
+    """Apply the official rule to (1, D, side, side) with operations that support dynamic sizes."""
     side = grid.shape[2]
-    # As sums over tensors, since a number read from a size would be a constant in the exported graph.
+    # Sums over tensors, because a number read from a size would be a constant in the exported graph.
     down, across = torch.ones(height, device=grid.device).sum(), torch.ones(width, device=grid.device).sum()
     kept = (down == side) & (across == side)
     rows = _cubic_weights(side, height, torch.where(kept, 1.0, side / (down.double() + 0.1)).float())
@@ -123,7 +123,7 @@ def _resample_by_matrices(grid: Tensor, height: int, width: int) -> Tensor:
 
 
 def _cubic_weights(side: int, length: int, step: Tensor) -> Tensor:
-    """Weigh `side` samples for each of `length` new ones, (length, side): Keys' cubic, a = −0.75, edges repeated."""
+    """Return weights (length, side) of Keys' cubic resampling, a = −0.75, with repeated edges."""
     source = (torch.arange(length, device=step.device) + 0.5) * step - 0.5
     nearby = source.floor()[:, None] + torch.arange(-1, 3, device=step.device)
     x = (source[:, None] - nearby).abs()
@@ -135,7 +135,7 @@ def _cubic_weights(side: int, length: int, step: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """The gated feed-forward of DINOv2's giant, under the names its weights have."""
+    """The SwiGLU feed-forward of DINOv2 giant, with its parameter names."""
 
     def __init__(
         self,
@@ -148,9 +148,9 @@ class SwiGLU(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Take what timm gives any feed-forward; activation, norm and dropout have no place here."""
+        """Accept the arguments that timm passes to any feed-forward; activation, norm and dropout are not used."""
         super().__init__()
-        # Two thirds, as there are three matrices where a plain feed-forward has two; then a multiple of 8.
+        # Two thirds, because there are three matrices instead of two, rounded up to a multiple of 8.
         hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8
         self.w12 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
         self.w3 = nn.Linear(hidden, in_features, bias=bias, device=device, dtype=dtype)
@@ -162,7 +162,7 @@ class SwiGLU(nn.Module):
 
 
 class DINOv2(VisionTransformer):
-    """timm's ViT made DINOv2's: its parameter names, its position rule, LayerScale from 1."""
+    """timm's ViT with DINOv2's parameter names and position rule, and LayerScale initialized to 1."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         """Build the encoder with random weights."""
@@ -178,30 +178,29 @@ class DINOv2(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             mlp_layer=SwiGLU if spec.swiglu else Mlp,
         )
-        # Never used here; official files have it and are read strictly.
+        # Not used; official files contain it and are loaded strictly.
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width), requires_grad=False)
 
     def encode_blocks(self, image: Tensor, blocks: Sequence[int], position_rule: str) -> list[Tensor]:
-        """Compute the normalized patch tokens after some blocks, as timm's `forward_intermediates` does.
+        """Compute the normalized patch tokens after some blocks, like timm's `forward_intermediates`.
 
-        timm's method has no argument for the position rule, and an attribute of the module would be shared by all
-        threads that use it.
+        timm's method has no argument for the position rule, and an attribute would be shared by all threads.
 
         Args:
             image: (B, 3, H, W), sides multiples of the patch.
-            blocks: Numbers of blocks, from 0 and ascending; blocks after the last one are not run.
+            blocks: Block numbers from 0, ascending; blocks after the last one are not run.
             position_rule: One of `POSITION_RULES`.
 
         Returns:
             For each block (B, N, D), without the class token.
         """
         x = self._pos_embed(self.patch_embed(image), position_rule)
-        found = []
+        tokens = []
         for i, block in enumerate(self.blocks[: blocks[-1] + 1]):
             x = block(x)
             if i in blocks:
-                found.append(self.norm(x)[:, self.num_prefix_tokens :])
-        return found
+                tokens.append(self.norm(x)[:, self.num_prefix_tokens :])
+        return tokens
 
     def _pos_embed(self, x: Tensor, position_rule: str = "official") -> Tensor:
         height, width = x.shape[1], x.shape[2]
@@ -211,10 +210,10 @@ class DINOv2(VisionTransformer):
 
 
 def canonical_encoder_name(name: str) -> str:
-    """Give the table's name for an encoder that timm calls otherwise; any other name stays."""
-    for ours, spec in ENCODERS.items():
+    """Map timm's name of an encoder in `ENCODERS` to its key; other names are returned unchanged."""
+    for key, spec in ENCODERS.items():
         if spec.hub and name in (spec.hub, spec.hub.partition(".")[0]):
-            return ours
+            return key
     return name
 
 
@@ -222,13 +221,13 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     """Build an encoder with random weights.
 
     Args:
-        name: A key of `ENCODERS`, or the name of any ViT that timm can run at any size.
+        name: A key of `ENCODERS`, or the name of a timm ViT that runs at any size.
 
     Returns:
-        The encoder, and what the head needs to know of it.
+        The encoder and its size.
 
     Raises:
-        ValueError: For any other name.
+        UserError: If the name is another.
     """
     if name in ENCODERS:
         return DINOv2(ENCODERS[name]), ENCODERS[name]
@@ -236,7 +235,7 @@ def build_encoder(name: str) -> tuple[nn.Module, EncoderSpec]:
     width, depth = module.embed_dim, len(module.blocks)
     if depth < 4:
         raise UserError([Argument("encoder", name), f" has {depth} blocks, and the head reads four"])
-    limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # as the authors': 64 at 384, … 384 at 1536
+    limits = {256: 32, 512: 64, 896: 128, 1280: 256}  # official: 64 at width 384, … 384 at 1536
     patch = module.patch_embed.patch_size[0]
     spec = EncoderSpec(
         width,
@@ -260,7 +259,7 @@ def _build_timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
         module = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True
         )
-    except (TypeError, AssertionError) as error:  # an architecture that these settings mean nothing to
+    except (TypeError, AssertionError) as error:  # an architecture without these arguments
         raise UserError([Argument("encoder", name), " is not a ViT that runs at any size"], known) from error
     if not isinstance(module, VisionTransformer | Eva):
         raise UserError([Argument("encoder", name), " is not a plain ViT"], known)
@@ -268,30 +267,32 @@ def _build_timm_encoder(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def load_hub_weights(name: str) -> dict[str, Tensor]:
-    """Fetch an encoder's published weights through timm, which keeps them in its cache.
+    """Load pretrained weights of an encoder through timm, which downloads and caches them.
 
     Args:
-        name: As `build_encoder` takes it.
+        name: As in `build_encoder`.
 
     Returns:
-        Tensors under the names that the encoder of this name has; without DINOv2's mask token.
+        A state dict of this encoder, without DINOv2's mask token.
 
     Raises:
-        ValueError: If nobody has published weights for it, or they cannot be had.
+        UserError: If there are no pretrained weights, or they cannot be downloaded.
     """
     hub = ENCODERS[name].hub if name in ENCODERS else name
     if hub is None:
-        raise ValueError(f"encoder={name} has no published weights; start it from random ones")
+        raise UserError(
+            [Argument("encoder", name), " has no pretrained weights"], "start it from random ones"
+        )
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it prints every retry; the sentence below says it once
+    logger.setLevel(logging.ERROR)  # it prints every retry; the error below is enough
     try:
         if name not in ENCODERS:
             return _build_timm_encoder(name, pretrained=True).state_dict()
         state = timm.create_model(hub, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # HTTP, cache and disk have exceptions of their own
-        raise ValueError(
-            f"cannot fetch {hub} ({error_reason(error)}); give a local file of these weights instead"
+    except Exception as error:  # HTTP, cache and disk raise many types
+        raise UserError(
+            f"cannot download {hub} ({error_reason(error)})", "give a local file of these weights instead"
         ) from error
     finally:
         logger.setLevel(level)
@@ -299,21 +300,21 @@ def load_hub_weights(name: str) -> dict[str, Tensor]:
 
 
 def hub_repository(name: str) -> str | None:
-    """Tell where on the hub an encoder's published weights are; None where there are none."""
+    """Return the hub repository of an encoder's pretrained weights; None if there are none."""
     hub = ENCODERS[name].hub if name in ENCODERS else name
     config = timm.get_pretrained_cfg(hub) if hub else None
     return config.hf_hub_id if config else None
 
 
 def hub_license(name: str) -> str | None:
-    """Tell the licence of an encoder's published weights, as timm states it."""
+    """Return the license of an encoder's pretrained weights, as timm states it."""
     hub = ENCODERS[name].hub if name in ENCODERS else name
     config = timm.get_pretrained_cfg(hub) if hub else None
     return spdx_name(config.license) if config and config.license else None
 
 
 def rename_swiglu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give timm's packed SwiGLU layers DINOv2's names; the tensors are the same."""
+    """Rename timm's packed SwiGLU layers to DINOv2's names."""
     return {
         key.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): tensor
         for key, tensor in state.items()

@@ -1,14 +1,13 @@
-"""Digests inside model files and checkpoints: written with the file, checked before its tensors are used.
+"""Digests in model files and checkpoints, written with the file and verified before its tensors are used.
 
-torch checks neither the CRC32 records of its zip files nor anything of a safetensors file, so bytes that a disk or a
-copy has changed would become other weights. A digest lies inside the file and not beside it: it cannot be lost or
-swapped, and it is never older than the file.
+torch verifies neither the CRC32 records of its zip files nor anything in a safetensors file, so bytes that a disk or a
+copy changed would silently become other weights. The digest is inside the file, so it cannot be lost or swapped.
 
-- A zip file of torch keeps SHA-256 of itself in the zip's comment, which every reader skips.
-- A safetensors file keeps it in its metadata, over the names, shapes and bytes of its tensors.
+- A zip file of torch has the SHA-256 of itself in the zip comment, which all readers skip.
+- A safetensors file has it in its metadata, over names, shapes and bytes of its tensors.
 
-Files without a digest still load: a zip file is held against its CRC32 records, and for others nothing can be said.
-The cost is one sequential pass over the file, at 2 GB/s for SHA-256 on a current CPU core (7 GB/s for CRC32).
+Files without a digest still load: zip files are verified by their CRC32 records, others cannot be verified. The cost
+is one sequential read of the file, at 2 GB/s for SHA-256 on a current CPU core (7 GB/s for CRC32).
 """
 
 import errno
@@ -24,19 +23,20 @@ from typing import Any, BinaryIO
 
 import torch
 
-#: Key of a safetensors file's metadata that holds the digest.
 DIGEST_KEY = "sha256"
+"""Metadata key of the digest in a safetensors file."""
+
 _CHANGED = "its bytes are not those that were written"
 
 _COMMENT = re.compile(rb"sha256:[0-9a-f]{64}")
 _COMMENT_BYTES = len("sha256:") + 64
-_LENGTH_BYTES = 2  # of the field before a zip's comment, which says how long that is
+_LENGTH_BYTES = 2  # the length of a zip's comment, in front of it
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22  # the last record of a zip file without a comment
 _CHUNK = 1 << 22
 
 
 class _HashingFile:
-    """A file open for writing that hashes what goes through it."""
+    """A writable file that hashes the bytes written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -50,11 +50,11 @@ class _HashingFile:
 
 
 def save_with_digest(content: Mapping[str, Any], path: Path) -> None:
-    """Write what `torch.load` reads, with its digest; the bytes do not depend on the path.
+    """Save an object like `torch.save`, with its digest. The bytes do not depend on the path.
 
     Args:
-        content: What to write.
-        path: The file. It is written in place: for a file that others read, give a temporary name.
+        content: As for `torch.save`.
+        path: The file, written in place; for a file that others read, pass a temporary path.
 
     Raises:
         OSError: If it cannot be written.
@@ -64,7 +64,7 @@ def save_with_digest(content: Mapping[str, Any], path: Path) -> None:
         torch.save(content, hashing)
         comment = f"sha256:{hashing.digest.hexdigest()}".encode()
         file.seek(-_LENGTH_BYTES, os.SEEK_END)
-        assert file.read() == bytes(_LENGTH_BYTES), "torch writes comments into its zip files now"
+        assert file.read() == bytes(_LENGTH_BYTES), "torch writes a zip comment itself"
         file.seek(-_LENGTH_BYTES, os.SEEK_END)
         file.write(len(comment).to_bytes(_LENGTH_BYTES, "little") + comment)
 
@@ -77,7 +77,7 @@ def tensor_digest(file: BinaryIO, header: Mapping[str, Any]) -> str:
         header: Its parsed header.
 
     Returns:
-        64 hexadecimal digits of SHA-256 over each tensor's name, type, shape and place, and all their bytes.
+        64 hexadecimal digits of SHA-256 over name, type, shape and offsets of each tensor, and all bytes.
     """
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
     digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
@@ -86,16 +86,16 @@ def tensor_digest(file: BinaryIO, header: Mapping[str, Any]) -> str:
 
 
 def find_damage(path: Path) -> str:
-    """Tell what is wrong with the bytes of a model file or checkpoint; "" where they are as they were written.
+    """Return what is wrong with the bytes of a model file or checkpoint; "" if they are as they were written.
 
-    The file is read through, once for each state of it: asked again, the answer is remembered.
+    The whole file is read; the result is cached until size, time or inode change.
 
     Args:
-        path: A zip file of torch or a safetensors file, with or without a digest. Of other files nothing is said, nor
-            of those that their reader will refuse by itself.
+        path: A zip file of torch or a safetensors file, with or without a digest. Other files, and those that their
+            reader will reject anyway, return "".
 
     Raises:
-        OSError: If it cannot be read now, which is no damage.
+        OSError: If the file cannot be read now, which is not damage.
     """
     state = path.stat()
     return _find_damage(path, state.st_size, state.st_mtime_ns, state.st_ino)
@@ -120,7 +120,7 @@ def _check_safetensors(file: BinaryIO, size: int) -> str:
     try:
         header = json.loads(file.read(length))
         wanted = header["__metadata__"][DIGEST_KEY]
-    except (ValueError, KeyError, TypeError, RecursionError):  # no header, or no digest in it
+    except (ValueError, KeyError, TypeError, RecursionError):  # no valid header, or no digest
         return ""
     if tensor_digest(file, header) == wanted:
         return ""
@@ -139,13 +139,13 @@ def _check_zip(file: BinaryIO, size: int) -> str:
     digest = hashlib.sha256()
     file.seek(0)
     _hash_file(digest, file, size - _COMMENT_BYTES - _LENGTH_BYTES)
-    digest.update(bytes(_LENGTH_BYTES))  # as the file was before the digest was added
+    digest.update(bytes(_LENGTH_BYTES))  # the state before the digest was added
     return "" if comment.decode() == f"sha256:{digest.hexdigest()}" else _CHANGED
 
 
 def _has_trailing_bytes(file: BinaryIO, size: int) -> bool:
-    """Tell whether bytes follow the end of a zip file: torch writes none, so they are what is left of a digest."""
-    file.seek(max(0, size - 65_557))  # as far as zip readers look for the end
+    """Return whether bytes follow the end of a zip file. torch writes none, so they are a damaged digest."""
+    file.seek(max(0, size - 65_557))  # zip readers look this far for the end
     tail = file.read()
     end = tail.rfind(_ZIP_END)
     return end >= 0 and (end + _ZIP_END_BYTES != len(tail) or any(tail[-_LENGTH_BYTES:]))
@@ -159,16 +159,16 @@ def _check_crc(file: BinaryIO) -> str:
                 return ""  # written after torch.serialization.set_crc32_options(False)
             broken = archive.testzip()
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # a place before the file's start is damage, too
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek before the start, which is damage
             raise
         return f"{_CHANGED}: {error}"
-    except Exception as error:  # damaged bytes make zipfile raise a dozen types
+    except Exception as error:  # damaged bytes make zipfile raise many types
         return f"it is cut short or overwritten: {str(error).strip() or type(error).__name__}"
     return f"the CRC32 of {broken} is wrong" if broken else ""
 
 
 def _hash_file(digest: Any, file: BinaryIO, count: int | None = None) -> None:
-    """Hash `count` bytes of a file from where it stands, or all to its end."""
+    """Hash `count` bytes of a file from its position, or all to its end."""
     while count is None or count > 0:
         chunk = file.read(_CHUNK if count is None else min(_CHUNK, count))
         if not chunk:

@@ -1,7 +1,7 @@
-"""LoRA: small trainable matrices beside an encoder's frozen ones, put in from outside and merged on the way out.
+"""LoRA: trainable low-rank adapters for the frozen linear layers of the encoder.
 
-peft trains them; merging is arithmetic on tensors and does without. A layer W with adapters A (rank, in) and
-B (out, rank) computes x (W + SCALE · B·A)ᵀ.
+peft adds and trains them; merging into the weights needs tensors only. A layer W with adapters A (rank, in) and
+B (out, rank) computes x (W + LORA_SCALE · B·A)ᵀ.
 """
 
 from collections.abc import Mapping
@@ -11,59 +11,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depth_anything.errors import UserError
 from depth_anything.model.depth_anything import DepthAnything
 
 LORA_SCALE = 2.0
-"""peft's lora_alpha / rank. Adam takes any other one back with its rate, so that it is no option."""
+"""lora_alpha / rank of peft. It is not an option: with Adam, another scale equals another learning rate."""
 
-#: What a checkpoint says of the adapters in it.
 LORA_METADATA_KEY = "lora_scale"
+"""Key of a checkpoint's metadata for the scale of its adapters."""
+
 _LAYER_NAMES = frozenset("qkv q_proj k_proj v_proj proj fc1 fc1_g fc1_x fc2 w12 w3".split())
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def import_peft() -> Any:
-    """Import peft, which nothing else here needs.
+    """Import peft, an optional dependency.
 
     Raises:
-        ValueError: If it is not installed.
+        UserError: If it is not installed.
     """
     try:
         return import_module("peft")
     except ImportError as error:
-        raise ValueError(
-            f'lora needs peft ({error}); type  pip install "depth-anything-train[lora]"  or lora=null'
+        raise UserError(
+            f"lora needs peft ({error})", 'type  pip install "depth-anything-train[lora]"  or lora=null'
         ) from error
 
 
 def add_adapters(model: DepthAnything, rank: int) -> None:
-    """Freeze a model's encoder and give each linear layer that the head hears of adapters, which start at nothing.
+    """Freeze the encoder and add zero-initialized LoRA adapters to every linear layer that feeds the head.
 
-    Call it once, with the weights loaded, before `accelerate` and the optimizer. The state dict then has peft's names;
-    `merged` makes the plain ones of it.
+    Call it once, after loading the weights and before `accelerate` and the optimizer. The state dict then has the
+    names of peft; `merge_adapters` restores the plain ones.
 
     Args:
-        model: Changed in place; the head stays as it is.
-        rank: Width of the adapters.
+        model: Changed in place; the head stays unchanged.
+        rank: Rank of the adapters.
 
     Raises:
-        ValueError: If peft is missing, the encoder is built otherwise, or the rank exceeds its width.
+        UserError: If peft is missing, the encoder has no known layers, or the rank exceeds its width.
     """
     peft = import_peft()
     targets = adaptable_layers(model)
     if not targets:
-        raise ValueError(
-            f"lora={rank} finds no layers that it knows in encoder={model.encoder}; type lora=null"
-        )
+        raise UserError(f"lora={rank} finds no known layers in encoder={model.encoder}", "type lora=null")
     width = model.pretrained.embed_dim
     if rank > width:
-        raise ValueError(f"lora={rank} exceeds the {width} channels of encoder={model.encoder}; type lora=8")
+        raise UserError(f"lora={rank} exceeds the {width} channels of encoder={model.encoder}", "type lora=8")
     settings = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=0.0, target_modules=targets)
     peft.inject_adapter_in_model(settings, model.pretrained)  # freezes what is not an adapter
 
 
 def adaptable_layers(model: DepthAnything) -> list[str]:
-    """List the linear layers, by their names in the encoder, that compute what the head reads."""
+    """List the names of the encoder's linear layers up to the last block that the head reads."""
     modules = dict(model.pretrained.named_modules())
     return [
         name
@@ -76,34 +76,34 @@ def adaptable_layers(model: DepthAnything) -> list[str]:
 
 
 def _runs_as_module(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Tell layers that run as modules; timm's Eva takes the bare weight where q and v alone have a bias."""
+    """Return whether a layer is called; timm's Eva uses only the weight of qkv where q and v have their own bias."""
     owner, _, leaf = name.rpartition(".")
     return leaf in _LAYER_NAMES and (leaf != "qkv" or getattr(modules[owner], "q_bias", None) is None)
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Tell whether a model has adapters."""
+    """Return whether a model has LoRA adapters."""
     return any(name.endswith(_LORA_B) for name, _ in model.named_parameters())
 
 
 def lora_metadata(model: nn.Module) -> dict[str, str]:
-    """Say in a checkpoint what its adapters do not: their scale; nothing of a plain model."""
+    """Return the metadata of a checkpoint with adapters: their scale; {} without adapters."""
     return {LORA_METADATA_KEY: str(LORA_SCALE)} if has_adapters(model) else {}
 
 
 def merge_adapters(tensors: Mapping[str, Tensor], scale: float = LORA_SCALE) -> dict[str, Tensor]:
-    """Make the tensors of the plain network out of those with adapters, in float64, rounded once.
+    """Merge LoRA adapters into the weights, in float64, rounded once.
 
     Args:
-        tensors: A state dict, under any prefix; without adapters it comes back as it is.
-        scale: What B·A counts.
+        tensors: A state dict with any prefix; without adapters it is returned unchanged.
+        scale: Factor of B·A.
 
     Returns:
-        Names, shapes and types as without adapters, on the tensors' device.
+        A state dict without adapters, with the same types and devices.
 
     Raises:
         KeyError: If a part of an adapter is missing.
-        RuntimeError: If one does not fit its layer.
+        RuntimeError: If an adapter does not fit its layer.
     """
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
     for name in [name for name in plain if name.endswith(_LORA_B)]:

@@ -1,7 +1,7 @@
-"""What a model file says of its model: written by `describe`, read from anyone's file field by field.
+"""Metadata of model files: written by `build_metadata`, and validated field by field when read.
 
-A file may come from anywhere. Each fact has a type and a range; what has another is refused in one sentence with the
-path, and text becomes one printable line.
+A file may come from anyone. A field of another type or range raises an error that names the file, and text is reduced
+to one printable line.
 """
 
 import json
@@ -9,35 +9,53 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import timm
 
 from depth_anything import __version__
+from depth_anything.errors import UserError
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 
 MAX_INPUT_SIZE = 8192
-"""Pixels of a short side that a file may ask for."""
+"""Largest shorter side that a file may ask for, pixels."""
 
 MAX_DEPTH_RANGE_M = (1e-3, 1e6)
-"""Metres that the largest depth of a metric model may be."""
+"""Range of the largest depth of a metric model, meters."""
 
 MAX_TEXT_LENGTH = 10_000
-"""Characters of a name, a licence and the like; licences of many sets are joined."""
+"""Characters of a name or license; licenses of many sets are joined."""
 
 _UNKNOWN = "unknown"
 _JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration")
 
 
-def build_metadata(model: DepthAnything) -> dict[str, str]:
-    """Say what the tensors of a model do not: the metadata of its safetensors file.
+class ModelFacts(TypedDict, total=False):
+    """Facts about a model, as far as its files or their names say them.
 
-    A Lightning checkpoint that keeps this under "depth_anything" needs no arguments to be loaded either.
+    `max_depth` is None for disparity, and missing if it is unknown.
+    """
+
+    encoder: str
+    head: str
+    version: int
+    taps: tuple[int, ...]
+    max_depth: float | None
+    input_size: int
+    licence: str | None
+    origin: dict[str, Any]
+    calibration: tuple[float, float] | None
+
+
+def build_metadata(model: DepthAnything) -> dict[str, str]:
+    """Build the metadata of a safetensors file: all facts that the tensors do not say.
+
+    A Lightning checkpoint that stores this under "depth_anything" can be loaded without arguments, too.
 
     Returns:
-        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version;
-        where known also origin (JSON); of a calibrated model calibration (JSON).
+        encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version.
+        If known also origin (JSON), calibration (JSON), and the head unless it is `DPTHead`.
     """
     return {
         "format": "pt",
@@ -50,84 +68,73 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
         "max_depth": json.dumps(model.max_depth),
         "input_size": json.dumps(model.input_size),
         "licence": model.licence or _UNKNOWN,
+        **({"head": model.head} if model.head else {}),
         **({"origin": json.dumps(model.origin, sort_keys=True)} if model.origin else {}),
         **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
     }
 
 
-def parse_metadata(metadata: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Read what `describe` wrote; a file without an encoder in its metadata says nothing.
+def parse_metadata(metadata: Mapping[str, Any], path: str | Path) -> ModelFacts:
+    """Parse what `build_metadata` wrote; metadata without an encoder has no facts.
 
     Args:
-        metadata: Name to text, as the file has it.
-        path: The file, for the sentence.
-
-    Returns:
-        Any of encoder, taps, max_depth (None for disparity), input_size, licence, origin, calibration.
+        metadata: Name to text.
+        path: The file, for errors.
 
     Raises:
-        ValueError: If a fact has another type or range, or two contradict each other.
+        ValueError: If a field has another type or range, or two fields contradict each other.
     """
     if "encoder" not in metadata:
         return {}
-    facts = {name: metadata[name] for name in _PARSERS if name in metadata}
-    for name in facts.keys() & set(_JSON_FIELDS):
-        facts[name] = _parse_json(name, facts[name], path)
-    return validate_metadata(facts, path)
+    fields = {name: metadata[name] for name in _PARSERS if name in metadata}
+    for name in fields.keys() & set(_JSON_FIELDS):
+        fields[name] = _parse_json(name, fields[name], path)
+    return validate_metadata(fields, path)
 
 
-def validate_metadata(facts: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Check facts that a file states of its model, one by one.
+def validate_metadata(fields: Mapping[str, Any], path: str | Path) -> ModelFacts:
+    """Validate fields one by one.
 
     Args:
-        facts: As `read_metadata` returns them, and quantity and unit; unchecked, any of them may be missing.
-        path: The file, for the sentence.
-
-    Returns:
-        The same, checked: without quantity and unit, which follow from max_depth, and text on one line.
+        fields: Keys of `ModelFacts`, and "quantity" and "unit", which must agree with max_depth; any may be missing.
+        path: The file, for errors.
 
     Raises:
-        ValueError: As `read_metadata`.
+        ValueError: As `parse_metadata`.
     """
-    checked = {}
-    for name, value in facts.items():
+    facts: dict[str, Any] = {}
+    for name, value in fields.items():
         try:
-            checked[name] = _PARSERS[name](value)
-        except _InvalidValue as wanted:
-            raise _metadata_error(path, name, value, f"is not {wanted}") from None
-    quantity, unit = checked.pop("quantity", None), checked.pop("unit", None)
-    if "max_depth" in checked:
-        metric = checked["max_depth"] is not None
+            facts[name] = _PARSERS[name](value)
+        except _InvalidValue as expected:
+            raise _metadata_error(path, name, value, f"is not {expected}") from None
+    quantity, unit = facts.pop("quantity", None), facts.pop("unit", None)
+    if "max_depth" in facts:
+        metric, conflict = facts["max_depth"] is not None, f"contradicts its max_depth={fields['max_depth']}"
         if quantity not in (None, "depth" if metric else "disparity"):
-            raise _metadata_error(
-                path, "quantity", quantity, f"contradicts its max_depth={facts['max_depth']}"
-            )
+            raise _metadata_error(path, "quantity", quantity, conflict)
         if unit not in (None, "m" if metric else "relative"):
-            raise _metadata_error(path, "unit", unit, f"contradicts its max_depth={facts['max_depth']}")
-        if metric and checked.get("calibration") is not None:
-            raise _metadata_error(
-                path, "calibration", facts["calibration"], "is for disparity, and it gives depth"
-            )
-    return checked
+            raise _metadata_error(path, "unit", unit, conflict)
+        if metric and facts.get("calibration") is not None:
+            raise _metadata_error(path, "calibration", fields["calibration"], "is for disparity, not depth")
+    return cast(ModelFacts, facts)
 
 
 def printable_line(text: object) -> str:
-    """Write text on one line of printable characters: newlines, escapes and the like become `\\n`, `\\x1b`."""
+    """Reduce text to one line of printable characters: control characters become escapes such as `\\n`, `\\x1b`."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text).strip()
     )
 
 
 class _InvalidValue(Exception):
-    """A value is not what its fact must be; the message says what that is."""
+    """A value has the wrong type or range; the message says what is expected."""
 
 
-def _metadata_error(path: str | Path, name: str, value: Any, why: str) -> ValueError:
-    shown = printable_line(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return ValueError(
-        f"{path} has metadata that make no sense: {name}={shown} {why}; ask whoever made the file for another"
-    )
+def _metadata_error(path: str | Path, name: str, value: Any, why: str) -> UserError:
+    text = printable_line(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return UserError(f"{path} has invalid metadata: {name}={text} {why}", "ask its author for another file")
 
 
 def _parse_json(name: str, text: Any, path: str | Path) -> Any:
@@ -161,22 +168,22 @@ def _choice_parser(*names: str) -> Callable[[Any], str]:
     return read
 
 
-def _parse_int(value: Any, *, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise _InvalidValue(f"a whole number from {least} to {most}")
+def _parse_int(value: Any, *, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _InvalidValue(f"a whole number from {low} to {high}")
     return value
 
 
-def _parse_float(value: Any, *, least: float, most: float) -> float:
+def _parse_float(value: Any, *, low: float, high: float) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not least <= value <= most:  # not a number compares as neither
-        raise _InvalidValue(f"a number from {least:g} to {most:g}")
+    if not real or not low <= value <= high:  # false for NaN, too
+        raise _InvalidValue(f"a number from {low:g} to {high:g}")
     return float(value)
 
 
 def _parse_taps(value: Any) -> tuple[int, ...]:
     try:
-        taps = tuple(_parse_int(tap, least=0, most=999) for tap in value)
+        taps = tuple(_parse_int(tap, low=0, high=999) for tap in value)
     except (TypeError, _InvalidValue):
         taps = ()
     if len(taps) != 4 or list(taps) != sorted(set(taps)):
@@ -189,7 +196,7 @@ def _parse_calibration(value: Any) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise wanted
     try:
-        scale, shift = (_parse_float(number, least=-1e30, most=1e30) for number in value)
+        scale, shift = (_parse_float(number, low=-1e30, high=1e30) for number in value)
     except _InvalidValue:
         raise wanted from None
     if not scale > 0 or not math.isfinite(1 / scale):
@@ -209,7 +216,7 @@ def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _parse_mapping(
     value: Any, *, required: Mapping[str, Callable[[Any], Any]], others: Mapping[str, Callable[[Any], Any]]
 ) -> dict[str, Any]:
-    """Check a mapping by its keys; those that are not known here stay as they are, and nothing reads them."""
+    """Check a mapping by its keys. Unknown keys are kept unchanged, and nothing reads them."""
     if not isinstance(value, dict) or not required.keys() <= value.keys():
         raise _InvalidValue(f"a mapping with {', '.join(required)}" if required else "a mapping")
     readers = {**required, **others}
@@ -233,7 +240,7 @@ _parse_teacher = partial(
 )
 _parse_data_row = partial(
     _parse_mapping,
-    required={"set": _parse_text, "records": partial(_parse_int, least=0, most=10**15)},
+    required={"set": _parse_text, "records": partial(_parse_int, low=0, high=10**15)},
     others={"licence": _optional(_parse_text), "teacher": _optional(_parse_teacher)},
 )
 _parse_start = partial(
@@ -248,17 +255,18 @@ _parse_origin = partial(
         "start": _parse_start,
         "stage": _parse_text,
         "data": _parse_data,
-        "lora": partial(_parse_int, least=1, most=100_000),
+        "lora": partial(_parse_int, low=1, high=100_000),
     },
 )
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "encoder": _parse_encoder,
+    "head": _parse_text,
     "taps": _parse_taps,
     "quantity": _choice_parser("disparity", "depth"),
     "unit": _choice_parser("relative", "m"),
-    "max_depth": _optional(partial(_parse_float, least=MAX_DEPTH_RANGE_M[0], most=MAX_DEPTH_RANGE_M[1])),
-    "input_size": partial(_parse_int, least=1, most=MAX_INPUT_SIZE),
+    "max_depth": _optional(partial(_parse_float, low=MAX_DEPTH_RANGE_M[0], high=MAX_DEPTH_RANGE_M[1])),
+    "input_size": partial(_parse_int, low=1, high=MAX_INPUT_SIZE),
     "licence": _parse_license,
     "origin": _parse_origin,
     "calibration": _optional(_parse_calibration),

@@ -1,16 +1,19 @@
-"""What the authors published: file names, where the files are, and under which licence."""
+"""The official weights: file names, download locations and licenses."""
 
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from depth_anything.errors import Argument, UserError, error_reason
+
+if TYPE_CHECKING:
+    from depth_anything.model.metadata import ModelFacts
 
 _SIZES = {"vits": "Small", "vitb": "Base", "vitl": "Large"}
 _METRIC_SETS = {"hypersim": "Hypersim", "vkitti": "VKITTI"}
 _MAX_DEPTH_M = {"hypersim": 20.0, "vkitti": 80.0}
-# Only V1's names end in 14; a metric one names the set it was trained on. A browser adds (1) to a second download.
+# Only V1's names end in 14. Metric models name their training set. Browsers add (1) to a second download.
 _OFFICIAL_NAME = re.compile(
     r"depth_anything_(v2_)?(?:metric_(hypersim|vkitti)_)?(vit[sblg])(14)?(?: ?\(\d+\))?"
 )
@@ -25,45 +28,45 @@ def find_official_weights(
     version: int = 2,
     folder: str | Path = "checkpoints",
 ) -> Path:
-    """Find the authors' weights: in a folder under their official name, else in the hub's cache or the hub.
+    """Find official weights in a folder, else in the cache of the Hugging Face hub, else download them.
 
     Args:
         encoder: "vits", "vitb" or "vitl"; "vitg" only from the folder.
-        metric: None for disparity; "hypersim" (rooms, up to 20 m) or "vkitti" (streets, up to 80 m) for depth.
+        metric: None for disparity; "hypersim" (indoors, up to 20 m) or "vkitti" (streets, up to 80 m) for depth.
         version: 2, or 1 for the weights of the first paper.
-        folder: Where files of one's own lie.
+        folder: Where to look for a file of the official name.
 
     Returns:
         The file, under its official name.
 
     Raises:
-        ValueError: If there are no such weights, or they are not here and cannot be fetched; the sentence says
-            which file is wanted, where it comes from and under which licence.
+        UserError: If there are no such weights, or they cannot be downloaded; the error names the file, its page and
+            its license.
     """
     file = _file_name(encoder, metric, version)
     here = Path(folder) / file
     if here.is_file():
         return here
     if encoder not in _SIZES:
-        raise ValueError(
-            f"there is no {here}, and the authors never published {encoder}; take vitl, or train one"
+        raise UserError(
+            f"there is no {here}, and official weights of {encoder} do not exist", "use vitl, or train one"
         )
     repository, kind, inside = _hub_location(encoder, metric, version)
     page, licence = official_page(file), official_license(file)
     try:
         return _download(repository, kind, inside, warning=_license_warning(file, page))
-    except Exception as error:  # HTTP, cache and disk have exceptions of their own
-        raise ValueError(
-            f"there is no {here}, and it cannot be fetched ({error_reason(error)}): get {file} (licence {licence}) "
-            f"from {page} and put it there"
+    except Exception as error:  # HTTP, cache and disk raise many types
+        raise UserError(
+            f"there is no {here}, and it cannot be downloaded ({error_reason(error)})",
+            f"get {file} (license {licence}) from {page} and put it there",
         ) from error
 
 
 def official_license(name: str | Path) -> str | None:
-    """Look up the licence of an official file by its name; None for any other name.
+    """Return the license of an official file by its name; None for other names.
 
-    DINOv2's are under Apache-2.0, as are V1's and V2's small ones; V2's others are under CC-BY-NC-4.0. Of the metric
-    models the hub's pages say Apache-2.0, but they were trained on from V2's, so the stricter one stands here.
+    DINOv2, V1 and the small V2 models have Apache-2.0, the other V2 models CC-BY-NC-4.0. The hub says Apache-2.0 for
+    all metric models, but they were fine-tuned from V2 models, so the license of these is returned.
     """
     if _DINOV2_NAME.fullmatch(Path(name).stem.lower()):
         return _PERMISSIVE
@@ -74,7 +77,7 @@ def official_license(name: str | Path) -> str | None:
 
 
 def official_page(name: str | Path) -> str | None:
-    """Look up where an official file lies, by its name; None for any other name, and for what was never published."""
+    """Return the web page of an official file by its name; None for other and unpublished names."""
     match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
     if match is None or official_license(name) is None or match[3] not in _SIZES:
         return None
@@ -83,17 +86,17 @@ def official_page(name: str | Path) -> str | None:
 
 
 def official_repository(name: str | Path) -> str | None:
-    """Tell which model on the hub has an official file's weights; None for any other name, and where none has."""
+    """Return the hub repository with the weights of an official file; None for other names and if there is none."""
     match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
     if official_license(name) is None or match is None or match[3] not in _SIZES:
         return None
-    if not match[1]:  # the files lie in a space; their copies, for the code's from_pretrained, in models
+    if not match[1]:  # the .pth files are in a space, copies of their weights in these models
         return f"LiheYoung/depth_anything_{match[3]}14"
     return _hub_location(match[3], match[2], 2)[0]
 
 
-def name_hints(name: str | Path) -> dict[str, Any]:
-    """Tell what an official file name says of its model: version, max_depth (metres or None) and licence."""
+def name_hints(name: str | Path) -> "ModelFacts":
+    """Return what an official file name says: version, max_depth (meters, None for disparity) and licence."""
     match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
     licence = official_license(name)
     if match is None or licence is None:
@@ -110,8 +113,9 @@ def _file_name(encoder: str, metric: str | None, version: int) -> str:
             f"use one of {', '.join(_SIZES)}",
         )
     if metric not in (None, *_METRIC_SETS):
-        raise ValueError(
-            f"metric={metric} is unknown; use one of {', '.join(_METRIC_SETS)}, or None for disparity"
+        raise UserError(
+            [Argument("metric", metric), " is unknown"],
+            f"use one of {', '.join(_METRIC_SETS)}, or None for disparity",
         )
     if version == 1:
         if metric or encoder == "vitg":
@@ -121,12 +125,12 @@ def _file_name(encoder: str, metric: str | None, version: int) -> str:
             )
         return f"depth_anything_{encoder}14.pth"
     if version != 2:
-        raise ValueError(f"version={version} must be 1 or 2")
+        raise UserError([Argument("version", version), " must be 1 or 2"])
     return f"depth_anything_v2_{f'metric_{metric}_' if metric else ''}{encoder}.pth"
 
 
 def _hub_location(encoder: str, metric: str | None, version: int) -> tuple[str, str, str]:
-    """Tell a file's repository, the repository's kind, and the file's path in it."""
+    """Return the repository of a file, the kind of the repository, and the path of the file in it."""
     file = _file_name(encoder, metric, version)
     if version == 1:
         return "LiheYoung/Depth-Anything", "space", f"checkpoints/{file}"
@@ -137,7 +141,7 @@ def _hub_location(encoder: str, metric: str | None, version: int) -> tuple[str, 
 def _license_warning(file: str, page: str) -> str | None:
     if official_license(file) != _NON_COMMERCIAL:
         return None
-    return f"{file} comes from {page} under {_NON_COMMERCIAL}: no commercial use"
+    return f"{file} from {page} has the license {_NON_COMMERCIAL}: no commercial use"
 
 
 def _download(repository: str, kind: str, file: str, *, warning: str | None) -> Path:
@@ -146,7 +150,7 @@ def _download(repository: str, kind: str, file: str, *, warning: str | None) -> 
     cached = try_to_load_from_cache(repository, file, repo_type=kind)
     if isinstance(cached, str):
         return Path(cached)
-    # Asked once: hf_hub_download asks six times over half a minute before it says that there is no network.
+    # One request first: without a network, hf_hub_download retries for half a minute.
     get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind))
     if warning:
         warnings.warn(warning, stacklevel=3)

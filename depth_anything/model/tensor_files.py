@@ -1,6 +1,6 @@
-"""Files of tensors as bytes: read without running what they hold, written whole or not at all.
+"""Read and write files of tensors (safetensors and torch) without executing code in them.
 
-Files are others' work: whatever is in them ends in tensors or in one sentence.
+Any content, also hostile, results in tensors or in one error that says what the file is.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from depth_anything.errors import error_reason
+from depth_anything.errors import UserError, error_reason
 from depth_anything.model import lora
 from depth_anything.model.integrity import DIGEST_KEY, find_damage, tensor_digest
 
@@ -28,7 +28,7 @@ SUPPORTED_FORMATS = (
     "expected an official .pth, a .safetensors or .ckpt of this project, or a transformers folder"
 )
 
-# What other files begin with, by the place where it stands.
+# (offset, bytes) to the kind of file.
 _FILE_SIGNATURES = {
     (0, b"\xff\xd8\xff"): "a JPEG picture",
     (0, b"\x89PNG"): "a PNG picture",
@@ -51,62 +51,60 @@ _FILE_SIGNATURES = {
     (0, b"\x93NUMPY"): "a NumPy array",
     (4, b"TFL3"): "a TensorFlow Lite file, which is for running only",
 }
-_MAX_HEADER_BYTES = 100_000_000  # bytes, by the format of safetensors
-# An ONNX file begins with its format's version, and then with the field of the exporter's name or of the graph.
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+# An ONNX file begins with its version, then the field of the exporter's name or of the graph.
 _ONNX_START = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", re.DOTALL)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read any checkpoint: its tensors as it names them, and what it says of itself.
-
-    What a file is, is told by its content; its name may end in anything.
+    """Read the tensors and metadata of a checkpoint. The format is detected by content, not by file name.
 
     Raises:
-        ValueError: If the file is missing, damaged, of another kind, or holds code.
+        ValueError: If the file is missing, damaged, of another kind, or contains code.
     """
     try:
         with path.open("rb") as file:
             head = file.read(512)
         damage = find_damage(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {SUPPORTED_FORMATS}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", SUPPORTED_FORMATS) from error
     if damage:
-        raise ValueError(f"{path} is damaged or cut short ({damage}); fetch it again, or give another copy")
-    # safetensors first: the length of its header may begin like a pickle
+        raise UserError(f"{path} is damaged or cut short ({damage})", "fetch it again, or give another copy")
+    # safetensors first: the length of its header may look like the start of a pickle
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES:
         content, metadata = _read_safetensors(path)
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
     else:
-        raise ValueError(f"{path} is {_describe_file(head, path.name)}; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} is {_describe_file(head, path.name)}", SUPPORTED_FORMATS)
     tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} holds no tensors", SUPPORTED_FORMATS)
     if lora.LORA_METADATA_KEY in metadata:
         tensors = _merge_adapters(tensors, metadata[lora.LORA_METADATA_KEY], path)
     if any("lora_" in name for name in tensors):
-        raise ValueError(
-            f"{path} is a LoRA adapter, which is no model by itself: merge it into its base; {SUPPORTED_FORMATS}"
+        raise UserError(
+            f"{path} is a LoRA adapter without its base model: merge it into its base", SUPPORTED_FORMATS
         )
     return tensors, metadata
 
 
 def _describe_file(head: bytes, name: str) -> str:
-    """Say what a file is that is no checkpoint, by its first bytes."""
+    """Describe a file that is not a checkpoint, by its first bytes."""
     if not head.strip(b"\0"):
-        return "empty" if not head else "nothing but zeros where it begins, as a copy that was broken off"
+        return "empty" if not head else "zeros at its start, as after an interrupted copy"
     if _ONNX_START.match(head):
         return "an ONNX file, which is for running only"
     for (place, start), kind in _FILE_SIGNATURES.items():
         if head[place:].startswith(start):
             return kind
-    # The last character may be cut in the middle.
+    # The last character may be cut.
     text = head.decode("utf-8-sig", errors="ignore").strip()
     if (
         len(text.encode()) < len(head.strip()) - 6
         or not text.replace("\n", "").replace("\t", "").isprintable()
     ):
-        return "no checkpoint"
+        return "not a checkpoint"
     if text.startswith("<"):
         return "a web page" if "<html" in text.lower() or "<!doctype html" in text.lower() else "an XML text"
     if name.endswith((".index.json", "config.json")):
@@ -123,14 +121,14 @@ def _merge_adapters(tensors: dict[str, Tensor], scale: Any, path: Path) -> dict[
             raise ValueError(f"{lora.LORA_METADATA_KEY}={number:g}")
         return lora.merge_adapters(tensors, number)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has LoRA adapters that do not fit their layers ({error_reason(error)}); save it again"
+        raise UserError(
+            f"{path} has LoRA adapters that do not fit their layers ({error_reason(error)})", "save it again"
         ) from error
 
 
 def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[str, Any]]:
     try:
-        if path.suffix == ".safetensors":  # by this name alone torch takes a path for another format
+        if path.suffix == ".safetensors":  # torch.load would read a path of this name as safetensors
             with path.open("rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         else:
@@ -138,17 +136,19 @@ def _read_torch(path: Path, *, zipped: bool) -> tuple[Mapping[str, Any], dict[st
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"code to run ({named[1]})" if named else "more than tensors"
-        raise ValueError(f"{path} holds {what}, which is never unpickled; {SUPPORTED_FORMATS}") from error
+        raise UserError(f"{path} holds {what}, which is never unpickled", SUPPORTED_FORMATS) from error
     except Exception as error:  # a damaged file can end the reader anywhere
         if kind := _describe_archive(path):
-            raise ValueError(f"{path} is {kind}; {SUPPORTED_FORMATS}") from error
-        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+            raise UserError(f"{path} is {kind}", SUPPORTED_FORMATS) from error
+        raise UserError(
+            f"{path} is damaged or cut short ({error_reason(error)})", "fetch it again"
+        ) from error
     metadata = content.get("depth_anything") if isinstance(content, Mapping) else None
-    for _ in range(3):  # a dictionary may hold itself
+    for _ in range(3):  # a dictionary may contain itself
         inner = content.get("state_dict", content.get("model")) if isinstance(content, Mapping) else None
         content = inner if isinstance(inner, Mapping) else content
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict; {SUPPORTED_FORMATS}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict", SUPPORTED_FORMATS)
     return content, dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
@@ -164,12 +164,12 @@ def _describe_archive(path: Path) -> str | None:
     if "data.pkl" in inside and "constants.pkl" not in inside:
         return None
     if names and all(name.endswith(".npy") for name in names):
-        return "an archive of NumPy arrays, but no checkpoint"
+        return "an archive of NumPy arrays, not a checkpoint"
     weights = [name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))]
     return (
         f"a zip archive of {summarize_names(weights)} (unpack it first)"
         if weights
-        else "an archive, but no checkpoint"
+        else "an archive, not a checkpoint"
     )
 
 
@@ -177,14 +177,16 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            metadata.pop(DIGEST_KEY, None)  # of the file's bytes, and nothing that is said of the model
+            metadata.pop(DIGEST_KEY, None)  # about the bytes, not about the model
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except Exception as error:  # a damaged file can end the reader anywhere
-        raise ValueError(f"{path} is damaged or cut short ({error_reason(error)}); fetch it again") from error
+        raise UserError(
+            f"{path} is damaged or cut short ({error_reason(error)})", "fetch it again"
+        ) from error
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors, metadata and a digest so that the same ones make the same bytes, readable as the umask has it."""
+    """Write tensors, metadata and a digest, byte-reproducibly, with the permissions of the umask."""
     save_file(dict(state), path, metadata={**metadata, DIGEST_KEY: "0" * 64})
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -199,16 +201,16 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
         file.write(text.ljust(length))
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)  # the library makes files for the owner alone
+    path.chmod(0o666 & ~umask)  # the library creates files with mode 0600
 
 
 def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict as torch does; the bytes do not depend on the path."""
-    with path.open("wb") as file:  # given a path, torch would write its name into the file
+    """Write a state dict with torch.save; the bytes do not depend on the path."""
+    with path.open("wb") as file:  # torch would store the name of a path in the file
         torch.save(state, file)
 
 
 def summarize_names(names: Mapping[str, Any] | list[str]) -> str:
-    """Name the first of several."""
+    """Return the first name and how many more there are."""
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else str(first)

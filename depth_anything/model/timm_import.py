@@ -1,13 +1,13 @@
-"""Imports timm without wandb, which timm imports for log files that nobody writes here.
+"""Import timm without wandb.
 
-The import of wandb takes a second and makes folders in the temporary directory, which a killed process leaves there.
-Import this module before timm; `import wandb` works as ever afterwards.
+timm imports wandb for its own training logs, which takes a second and creates folders in the temporary directory.
+Import this module before timm; `import wandb` still works afterwards.
 """
 
 import sys
 
 _wandb = sys.modules.get("wandb")
-sys.modules["wandb"] = None  # type: ignore[assignment]  # an ImportError, with which timm does without
+sys.modules["wandb"] = None  # type: ignore[assignment]  # importing it raises ImportError, which timm handles
 try:
     import timm  # noqa: F401
 finally:

@@ -1,31 +1,30 @@
-"""The folders of transformers' DepthAnythingForDepthEstimation, read and written without transformers.
+"""Read and write folders of transformers' DepthAnythingForDepthEstimation without that library.
 
-Tensors on disk have the names of its version 4, which version 5 reads and writes still; the names that version 5 has
-in memory are read, too. It puts refinement levels the other way round, keeps queries, keys and values apart, and
-counts taps from 1.
+Tensors in files have the names of version 4, which version 5 still reads and writes; its names in memory are read,
+too. It orders the refinement levels the other way, has separate queries, keys and values, and counts taps from 1.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from depth_anything.errors import error_reason
+from depth_anything.errors import Argument, UserError, error_reason
 from depth_anything.licenses import license_from_card
 from depth_anything.model.card import CARD_NAME
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
-from depth_anything.model.metadata import validate_metadata
+from depth_anything.model.metadata import ModelFacts, validate_metadata
 from depth_anything.model.tensor_files import SUPPORTED_FORMATS, read_tensors, save_safetensors
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_TYPE = "depth_anything"
 
-# Official name → the file's, either way. What stands in braces is copied.
+# Official name → transformers' name, used in both directions; {} matches a word.
 _NAME_PAIRS = (
     ("pretrained.cls_token", "backbone.embeddings.cls_token"),
     ("pretrained.mask_token", "backbone.embeddings.mask_token"),
@@ -42,9 +41,9 @@ _NAME_PAIRS = (
     ("depth_head.resize_layers.{}.{}", "neck.reassemble_stage.layers.{}.resize.{}"),
     *((f"depth_head.scratch.layer{i + 1}_rn.{{}}", f"neck.convs.{i}.{{}}") for i in range(4)),
     *(
-        (f"depth_head.scratch.refinenet{4 - i}.{ours}", f"neck.fusion_stage.layers.{i}.{theirs}")
+        (f"depth_head.scratch.refinenet{4 - i}.{official}", f"neck.fusion_stage.layers.{i}.{theirs}")
         for i in range(4)
-        for ours, theirs in (
+        for official, theirs in (
             ("out_conv.{}", "projection.{}"),
             ("resConfUnit{}.conv{}.{}", "residual_layer{}.convolution{}.{}"),
         )
@@ -53,7 +52,7 @@ _NAME_PAIRS = (
     ("depth_head.scratch.output_conv2.0.{}", "head.conv2.{}"),
     ("depth_head.scratch.output_conv2.2.{}", "head.conv3.{}"),
 )
-# Official name → the several that it is made of, one above the other.
+# Official name → transformers' names of the tensors that are concatenated to it.
 _FUSED_NAMES = (
     (
         "pretrained.blocks.{}.attn.qkv.{}",
@@ -67,7 +66,7 @@ _FUSED_NAMES = (
         tuple(f"backbone.encoder.layer.{{}}.mlp.{part}.{{}}" for part in ("gate_proj", "up_proj")),
     ),
 )
-# Version 5's names in memory → the file's.
+# Names of version 5 in memory → names in files.
 _V5_NAMES = (
     (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
@@ -81,28 +80,30 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{\}", r"(\w+)"))
 
 
-_TO_TRANSFORMERS = tuple((_pattern(ours), theirs) for ours, theirs in _NAME_PAIRS)
-_TO_OFFICIAL = tuple((_pattern(theirs), ours) for ours, theirs in _NAME_PAIRS)
+_TO_TRANSFORMERS = tuple((_pattern(official), theirs) for official, theirs in _NAME_PAIRS)
+_TO_OFFICIAL = tuple((_pattern(theirs), official) for official, theirs in _NAME_PAIRS)
 _QKV, _QKV_PARTS = _pattern(_FUSED_NAMES[0][0]), _FUSED_NAMES[0][1]
-_FUSED_PARTS = tuple((tuple(_pattern(part) for part in theirs), ours) for ours, theirs in _FUSED_NAMES)
+_FUSED_PARTS = tuple(
+    (tuple(_pattern(part) for part in theirs), official) for official, theirs in _FUSED_NAMES
+)
 
 
-def has_transformers_names(names: Mapping[str, Any]) -> bool:
-    """Say whether tensors have transformers' names: those of a depth network or of a DINOv2 alone."""
+def has_transformers_names(names: Iterable[str]) -> bool:
+    """Return whether names are those of transformers, of a depth network or of a DINOv2 alone."""
     starts = ("backbone.embeddings.", "neck.", "embeddings.patch_embeddings.", "dinov2.embeddings.")
     return any(name.startswith(starts) for name in names)
 
 
 def to_official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors of a transformers file their official names; what has none keeps its own.
+    """Rename transformers' tensors to official names; unknown names are kept.
 
     Args:
-        tensors: Under the names of the file or of transformers 5 in memory, of a depth network or a DINOv2 alone.
+        tensors: With the names of files or of transformers 5 in memory, of a depth network or a DINOv2 alone.
 
     Returns:
-        The same bytes; queries, keys and values in one tensor.
+        The same values, with queries, keys and values in one tensor.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^(?:dinov2\.)?(?=(?:embeddings|encoder|layernorm)\.)", "backbone.", name)
@@ -111,29 +112,29 @@ def to_official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if (place := _find_fused_part(name)) is not None:
             parts.setdefault(place[0], {})[place[1]] = tensor
         else:
-            found[_rename(name, _TO_OFFICIAL)] = tensor
+            renamed[_rename(name, _TO_OFFICIAL)] = tensor
     for name, tensors_of in parts.items():
-        found[name] = torch.cat([tensor for _, tensor in sorted(tensors_of.items())])
-    return found
+        renamed[name] = torch.cat([tensor for _, tensor in sorted(tensors_of.items())])
+    return renamed
 
 
 def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a state dict the names of a transformers file; the inverse of `official_names`."""
-    found: dict[str, Tensor] = {}
+    """Rename a state dict to the names of transformers' files; the inverse of `to_official_names`."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if match := _QKV.fullmatch(name):
             for part, piece in zip(_QKV_PARTS, tensor.chunk(3), strict=True):
-                found[part.format(*match.groups())] = piece.contiguous()
+                renamed[part.format(*match.groups())] = piece.contiguous()
         else:
-            found[_rename(name, _TO_TRANSFORMERS)] = tensor
-    return found
+            renamed[_rename(name, _TO_TRANSFORMERS)] = tensor
+    return renamed
 
 
 def _find_fused_part(name: str) -> tuple[str, int] | None:
-    for patterns, ours in _FUSED_PARTS:
+    for patterns, official in _FUSED_PARTS:
         for i, pattern in enumerate(patterns):
             if match := pattern.fullmatch(name):
-                return ours.format(*match.groups()), i
+                return official.format(*match.groups()), i
     return None
 
 
@@ -144,33 +145,30 @@ def _rename(name: str, table: tuple[tuple[re.Pattern[str], str], ...]) -> str:
     return name
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------
-
-
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Read a folder as the hub has them.
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], ModelFacts]:
+    """Read a transformers folder.
 
     Returns:
-        The tensors as their files name them, the metadata of the files, and what config.json says: taps, max_depth
-        and input_size, or the version.
+        The tensors and metadata of its weight files, and the facts in its config, preprocessor config and card.
 
     Raises:
-        ValueError: If the folder is something else, or lacks a part.
+        ValueError: If the folder is something else or incomplete.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} is a LoRA adapter, which is no model by itself: merge it into its base; {SUPPORTED_FORMATS}"
+            raise UserError(
+                f"{folder} is a LoRA adapter without its base model: merge it into its base",
+                SUPPORTED_FORMATS,
             )
-        raise ValueError(f"{folder} is a folder without a config.json; {SUPPORTED_FORMATS}")
-    said = _read_config(folder)
+        raise UserError(f"{folder} is a folder without a config.json", SUPPORTED_FORMATS)
+    facts = _read_config(folder)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for file in _weight_files(folder):
-        more, about = read_tensors(file)
-        tensors.update(more)
-        metadata.update(about)
-    return tensors, metadata, said
+        file_tensors, file_metadata = read_tensors(file)
+        tensors.update(file_tensors)
+        metadata.update(file_metadata)
+    return tensors, metadata, facts
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -193,19 +191,21 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> ModelFacts:
     path = folder / "config.json"
     config = _read_json(path)
     kind = config.get("model_type")
     if kind is None and {"encoder", "features", "out_channels"} <= config.keys():
-        return {"version": 1, "max_depth": None}  # V1's own code, pushed to the hub
+        return {"version": 1, "max_depth": None}  # from PyTorchModelHubMixin of the V1 code
     if kind == "dinov2":
         return {}
     if kind != MODEL_TYPE:
         what = (
-            f"a transformers model of the type {kind!r}" if kind else "of no type that its config.json names"
+            f"a transformers model of the type {kind!r}"
+            if kind
+            else "a model without a type in its config.json"
         )
-        raise ValueError(f"{folder} is {what}, not {MODEL_TYPE!r}; {SUPPORTED_FORMATS}")
+        raise UserError(f"{folder} is {what}, not {MODEL_TYPE!r}", SUPPORTED_FORMATS)
     backbone = config.get("backbone_config")
     if not isinstance(backbone, dict) or backbone.get("model_type", "dinov2") != "dinov2":
         other = backbone.get("model_type") if isinstance(backbone, dict) else config.get("backbone")
@@ -219,47 +219,48 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "max_depth": config["max_depth"] if kind == "metric" else None,
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} makes no sense ({error_reason(error)}); fetch it again") from error
-    said = validate_metadata(facts, path)
-    said |= {"licence": licence} if (licence := _read_card_license(folder)) else {}
-    return said | _read_preprocessor(folder / "preprocessor_config.json")
+        raise UserError(f"{path} is invalid ({error_reason(error)})", "fetch it again") from error
+    valid = {**validate_metadata(facts, path), **_read_preprocessor(folder / "preprocessor_config.json")}
+    if licence := _read_card_license(folder):
+        valid["licence"] = licence
+    return cast(ModelFacts, valid)
 
 
-def _read_preprocessor(path: Path) -> dict[str, Any]:
-    """Read the short side that images are resized to, in any of the ways in which transformers has written it."""
-    size = _read_json(path, {}).get("size")
+def _read_preprocessor(path: Path) -> ModelFacts:
+    """Read the shorter image side, in any format that versions of transformers wrote."""
+    size = _read_json(path, optional=True).get("size")
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return {} if size is None else validate_metadata({"input_size": size}, path)
 
 
 def _read_card_license(folder: Path) -> str | None:
-    """Read the licence that the folder's card says, as all the hub's do."""
+    """Read the license from the front matter of the folder's model card."""
     path = folder / CARD_NAME
     return license_from_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
 def _taps_from_backbone(backbone: Mapping[str, Any]) -> tuple[int, ...]:
-    """Read which blocks the head reads: stage 0 is the embedding, so that 1 is the first block."""
+    """Read the blocks that the head reads: stage 0 is the embedding, stage 1 the first block."""
     if backbone.get("out_indices"):
         return tuple(index - 1 for index in backbone["out_indices"])
     return tuple(int(re.sub(r"^stage", "", str(name))) - 1 for name in backbone["out_features"])
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.is_file():
-        return default
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error_reason(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no config")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a config")
     return content
 
 
 def is_replaceable_folder(folder: Path) -> bool:
-    """Say whether a folder is empty or a depth model's, so that a new model may take its place."""
+    """Return whether a folder is missing, empty or a depth model, so that a new model may replace it."""
     if not folder.exists():
         return True
     config = folder / "config.json"
@@ -296,22 +297,21 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def build_config(model: DepthAnything) -> dict[str, Any]:
-    """Describe a model as transformers' config.json does.
+    """Build the config.json of transformers.
 
     Raises:
-        ValueError: If transformers has no such model: another encoder than DINOv2's, or a largest depth that is no
-            whole number of metres.
+        UserError: If transformers cannot represent the model: another encoder than DINOv2, or a fractional max_depth.
     """
     spec = ENCODERS.get(model.encoder)
     if spec is None:
-        raise ValueError(
-            f"transformers' depth_anything has only DINOv2 encoders, so {model.encoder} cannot be written for it; "
-            "save as safetensors"
+        raise UserError(
+            f"transformers' depth_anything supports DINOv2 encoders only, not {model.encoder}",
+            "save as safetensors",
         )
     if model.max_depth is not None and model.max_depth != int(model.max_depth):
-        raise ValueError(
-            f"transformers takes whole metres only, so max_depth={model.max_depth:g} cannot be written for it; "
-            "save as safetensors"
+        raise UserError(
+            ["transformers supports whole meters only, not ", Argument("max_depth", model.max_depth)],
+            "save as safetensors",
         )
     taps = [tap + 1 for tap in model.taps]
     return {
@@ -336,7 +336,7 @@ def build_config(model: DepthAnything) -> dict[str, Any]:
         "fusion_hidden_size": spec.features,
         "head_hidden_size": 32,
         "head_in_index": -1,
-        # A relative output is multiplied by it, too: null stops version 5.
+        # A relative output is multiplied by it, too, and version 5 fails with null.
         "max_depth": 1 if model.max_depth is None else int(model.max_depth),
         "model_type": MODEL_TYPE,
         "neck_hidden_sizes": list(spec.out_channels),
@@ -347,7 +347,7 @@ def build_config(model: DepthAnything) -> dict[str, Any]:
 
 
 def build_preprocessor_config(model: DepthAnything) -> dict[str, Any]:
-    """Describe how images are prepared, as preprocessor_config.json of the authors' -hf repositories does."""
+    """Build the preprocessor_config.json, as in the official -hf repositories."""
     return {
         "do_normalize": True,
         "do_pad": False,

@@ -1,7 +1,6 @@
-"""Weights in and out: which file is what, what it does not say, and never a line of its code.
+"""Load and save models in every format: official .pth, .safetensors, Lightning .ckpt and transformers folders.
 
-Read: the authors' .pth (V1, V2, metric), this project's .safetensors and Lightning .ckpt, transformers folders, and
-any of these as wrappers leave them. Files are others' work: whatever is in them ends in a model or in one sentence.
+Nothing in a file is ever executed. A file that is damaged, hostile or of another kind raises one clear error.
 """
 
 import hashlib
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from depth_anything.disk import atomic_folder, atomic_path
-from depth_anything.errors import Argument, ArgumentWarning, UserError
+from depth_anything.errors import Argument, ArgumentWarning, Text, UserError
 from depth_anything.model import transformers
 from depth_anything.model.card import CARD_NAME, build_card, is_replaceable_card
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import ENCODERS, canonical_encoder_name, load_hub_weights, rename_swiglu
 from depth_anything.model.lora import merge_adapters
-from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, build_metadata, parse_metadata
+from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, ModelFacts, build_metadata, parse_metadata
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
 from depth_anything.model.tensor_files import (
     SUPPORTED_FORMATS,
@@ -32,12 +31,14 @@ from depth_anything.model.tensor_files import (
     summarize_names,
 )
 
+FORMATS = ("safetensors", "official", "transformers")
+
 _V1_ENCODERS = ("vits", "vitb", "vitl")
-# What DDP, Lightning, torch.compile, FSDP and checkpointing put before or into the names of parameters.
+# Prefixes and infixes that DDP, Lightning, torch.compile, FSDP and checkpointing add to parameter names.
 _WRAPPERS = re.compile(
     r"^(?:(?:module|model|_orig_mod)\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
 )
-_MASK_TOKEN = "mask_token"  # in official files and in no forward pass; a file may lack it
+_MASK_TOKEN = "mask_token"  # in official files, unused by the forward pass, and optional
 
 
 def load_model(
@@ -46,78 +47,70 @@ def load_model(
     encoder: str | None = None,
     max_depth: float | None = None,
     version: int | None = None,
+    head: HeadBuilder | None = None,
 ) -> DepthAnything:
-    """Read a model from a file, in whatever format, without running any code that the file may hold.
+    """Load a model from a file of any supported format. Code in the file is never executed.
 
-    The file's own words settle what it is, else its official name, and the shapes settle the encoder. What
-    nothing says is V2 and disparity, with a warning for each; an argument that contradicts wins, with a warning.
+    The metadata of the file, else its official name, else the tensor shapes say which model it is. What is still
+    unknown is assumed to be V2 and disparity, with a warning. An argument overrides the file, with a warning.
 
     Args:
-        path: An official .pth (V1, V2 or metric), a .safetensors or Lightning .ckpt of this project, a finished run's
-            folder, or a folder of transformers; names may have the prefixes of wrappers, and the state dict may lie
-            under "model" or "state_dict".
-        encoder: Name of the encoder, for a timm ViT in a file that does not say.
-        max_depth: Metres that an output of one stands for in a metric model.
-        version: 1 or 2; it settles which four blocks the head reads.
+        path: An official .pth (V1, V2 or metric), a .safetensors or Lightning .ckpt of this project, the folder of a
+            finished run, or a transformers folder. Parameter names may have prefixes of wrappers (DDP, compile), and
+            the state dict may be stored under "model" or "state_dict".
+        encoder: Name of the encoder; needed for a timm ViT in a file without metadata.
+        max_depth: Depth in meters that an output of 1 means; for metric models.
+        version: 1 or 2: Depth Anything V1 or V2, which read different encoder blocks.
+        head: Builder of the decoder, for a model that was saved with another decoder than `DPTHead`.
 
     Returns:
-        The model, in eval mode, on the CPU, in float32.
+        The model in eval mode, on the CPU, in float32.
 
     Raises:
-        ArgumentError: For an argument that cannot be, or one that is needed; a ValueError.
-        ValueError: If the file is missing, damaged, of another kind or another size, or holds code.
+        UserError: If an argument is invalid or missing.
+        ValueError: If the file is missing, damaged, of another kind or size, or contains code.
     """
     path = Path(path)
-    if version not in (None, 1, 2):
-        raise UserError([Argument("version", version), " must be 1 or 2"])
-    if max_depth is not None and not MAX_DEPTH_RANGE_M[0] <= max_depth <= MAX_DEPTH_RANGE_M[1]:
-        low, high = MAX_DEPTH_RANGE_M
-        raise UserError([Argument("max_depth", max_depth), f" must be from {low:g} to {high:g} meters"])
-    tensors, said = _read_model(path)
-    named = name_hints(path)
-    said = {**named, **said}
-    name = canonical_encoder_name(encoder or said.get("encoder") or _detect_encoder(tensors, path))
-    taps = _resolve_taps(path, name, said, version)
+    _check_arguments(version, max_depth)
+    tensors, metadata = _read_model(path)
+    facts: ModelFacts = {**name_hints(path), **metadata}
+    name = canonical_encoder_name(encoder or facts.get("encoder") or _detect_encoder(tensors, path))
+    _check_head(path, facts.get("head"), head)
     model = _build_empty(
         name,
         path if encoder is None else None,
-        taps=taps,
-        max_depth=_resolve_max_depth(path, said, max_depth),
+        taps=_resolve_taps(path, name, facts, version),
+        max_depth=_resolve_max_depth(path, facts, max_depth),
+        head=head,
         check=lambda model: _check_tensors(tensors, model, path, name),
     )
     model.load_state_dict(tensors, strict=False)
-    model.input_size = said.get("input_size", model.input_size)
-    model.licence = said.get("licence") or named.get("licence")
-    model.calibration = said.get("calibration")
-    model.origin = said.get("origin") or _official_origin(path)
+    model.input_size = facts.get("input_size", model.input_size)
+    model.licence = facts.get("licence") or name_hints(path).get("licence")
+    model.calibration = facts.get("calibration")
+    model.origin = facts.get("origin") or _official_origin(path)
     return model.eval()
 
 
-def _official_origin(path: Path) -> dict[str, Any]:
-    licence = official_license(path)
-    if licence is None:
-        return {}
-    base = official_repository(path)
-    return {"start": {"from": path.name, "licence": licence, **({"base": base} if base else {})}}
-
-
 def save_model(model: DepthAnything, path: str | Path, *, format: str = "safetensors") -> None:
-    """Write a model to a file that appears whole or not at all.
+    """Write a model atomically.
 
     Args:
-        model: On any device; adapters are merged into its weights.
-        path: The file, or for transformers the folder; what it lies in is made, and an older one is replaced.
-        format: "safetensors", which keeps everything that `load_model` needs; "transformers", a folder that
-            `DepthAnythingForDepthEstimation.from_pretrained` reads; or "official", the .pth that the authors' code
-            reads, which has tensors alone: its name or `load_model`'s arguments must say the rest.
+        model: On any device. LoRA adapters are merged into the weights.
+        path: The file, or the folder for "transformers". Parent folders are created, an older file is replaced.
+        format: "safetensors" keeps everything that `load_model` needs. "transformers" writes a folder for
+            `DepthAnythingForDepthEstimation.from_pretrained`. "official" writes the .pth of the authors' code, which
+            has tensors only: the file name or arguments of `load_model` must say the rest.
 
     Raises:
-        ValueError: For an unknown format, a model that the format cannot hold, or a folder that is something else.
-        OSError: If it cannot be written.
+        ValueError: If the format is unknown or cannot hold the model, or the folder holds something else.
+        OSError: If the file cannot be written.
     """
     path = Path(path)
-    if format not in ("safetensors", "official", "transformers"):
-        raise UserError(f"format={format!r} is unknown", "use safetensors, official or transformers")
+    if format not in FORMATS:
+        raise UserError([Argument("format", repr(format)), " is unknown"], f"use one of {', '.join(FORMATS)}")
+    if format != "safetensors" and model.head is not None:
+        raise UserError(f"the format {format} cannot hold the head {model.head}", "save as safetensors")
     if format == "transformers":
         _save_transformers(model, path)
         return
@@ -127,19 +120,17 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
         if format == "safetensors":
             write_model(model, temporary)
         else:
-            save_torch(_plain_state(model), temporary)
+            save_torch(_merged_state(model), temporary)
 
 
 def write_model(model: DepthAnything, path: Path) -> None:
     """Write a safetensors file in place; for a file that others read, pass a temporary path."""
-    save_safetensors(_plain_state(model), path, build_metadata(model))
+    save_safetensors(_merged_state(model), path, build_metadata(model))
 
 
-def _plain_state(model: DepthAnything) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, LoRA adapters merged."""
-    return merge_adapters(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    )
+def _merged_state(model: DepthAnything) -> dict[str, Tensor]:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return merge_adapters(state)
 
 
 def _save_transformers(model: DepthAnything, path: Path) -> None:
@@ -149,43 +140,52 @@ def _save_transformers(model: DepthAnything, path: Path) -> None:
         )
     replace_card = is_replaceable_card(path / CARD_NAME)
     with atomic_folder(path, keep_others=True, also=WRITE_ERRORS) as folder:
-        transformers.write_folder_files(model, _plain_state(model), build_metadata(model), folder)
+        transformers.write_folder_files(model, _merged_state(model), build_metadata(model), folder)
         if replace_card:
             title = f"Depth Anything {model.encoder}"
             text = build_card(model, file="path/to/this/folder", form="transformers", title=title)
             (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if model.calibration is not None:
-        _warn(f"{path} keeps the calibration for load_model alone; transformers will give disparity")
+        _warn(f"{path} keeps the calibration for load_model only; transformers will predict disparity")
 
 
 def read_license(path: str | Path) -> str | None:
-    """Tell under which licence the weights of a file or folder are, as far as it or its official name says.
+    """Return the license of the weights in a file or folder, if the file or its official name says it.
 
     Raises:
-        ValueError: As `load_model`, for a file that is missing or no checkpoint.
+        ValueError: As `load_model`, if the file is missing or not a checkpoint.
     """
     return _read_checkpoint(Path(path))[1].get("licence") or official_license(path)
 
 
 def has_head(path: str | Path) -> bool:
-    """Say whether a file holds a whole depth network; an encoder alone has no head.
+    """Return whether a file holds a whole depth network and not only an encoder.
 
     Raises:
-        ValueError: As `load_model`, for a file that is missing or no checkpoint.
+        ValueError: As `load_model`, if the file is missing or not a checkpoint.
     """
     return any(name.startswith("depth_head.") for name in _read_checkpoint(Path(path))[0])
 
 
+def read_head_name(path: str | Path) -> str | None:
+    """Return the head that the metadata of a file names; None for `DPTHead` and if the file does not say it.
+
+    Raises:
+        ValueError: As `load_model`, if the file is missing or not a checkpoint.
+    """
+    return _read_checkpoint(Path(path))[1].get("head")
+
+
 def load_encoder(model: DepthAnything, source: str | Path) -> None:
-    """Give a model's encoder published weights, DINOv2's as a rule; the head stays as it is.
+    """Load pretrained weights into a model's encoder; the head stays unchanged.
 
     Args:
         model: Changed in place.
-        source: "hub" for the encoder's weights through timm; else a .pth or .safetensors file of an encoder with
-            DINOv2's names or timm's, or of a whole Depth Anything model.
+        source: "hub" downloads the encoder's weights through timm. Else a .pth or .safetensors file of an encoder
+            with the names of DINOv2 or timm, or of a whole Depth Anything model.
 
     Raises:
-        ValueError: If the weights cannot be had or are not those of this encoder.
+        ValueError: If the weights are not available or belong to another encoder.
     """
     if source == "hub":
         tensors = load_hub_weights(model.encoder)
@@ -198,17 +198,18 @@ def load_encoder(model: DepthAnything, source: str | Path) -> None:
 
 
 def fingerprint(model: nn.Module | str | Path) -> str:
-    """Name a model by its weights: the same for a model and any file of it, whatever the format or device.
+    """Hash the weights of a model; the same for a model and any file of it, in any format and on any device.
 
     Args:
-        model: A model, or a file as `load_model` reads it.
+        model: A model, or a file as `load_model` takes it.
 
     Returns:
-        "sha256:" and the hash over names, shapes and bytes of all tensors, in float32 where the file has less.
+        "sha256:" and the hash over names, shapes and bytes of all tensors, half precisions as float32.
     """
-    tensors = (
-        merge_adapters(model.state_dict()) if isinstance(model, nn.Module) else _read_model(Path(model))[0]
-    )
+    if isinstance(model, nn.Module):
+        tensors = merge_adapters(model.state_dict())
+    else:
+        tensors, _ = _read_model(Path(model))
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.endswith(_MASK_TOKEN):
@@ -220,84 +221,104 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def _check_arguments(version: int | None, max_depth: float | None) -> None:
+    if version not in (None, 1, 2):
+        raise UserError([Argument("version", version), " must be 1 or 2"])
+    low, high = MAX_DEPTH_RANGE_M
+    if max_depth is not None and not low <= max_depth <= high:
+        raise UserError([Argument("max_depth", max_depth), f" must be from {low:g} to {high:g} meters"])
+
+
+def _check_head(path: Path, saved: str | None, head: HeadBuilder | None) -> None:
+    """Raise UserError unless `head` is the one that the file names; a file never makes this code import anything."""
+    if saved is not None and saved != head_name(head):
+        raise UserError(f"{path} was saved with the head {saved}", ["give ", Argument("head", saved)])
+
+
 def _build_empty(
     name: str,
-    said_by: Path | None,
+    path: Path | None,
     *,
     taps: tuple[int, ...] | None,
     max_depth: float | None,
+    head: HeadBuilder | None,
     check: Callable[[DepthAnything], None],
 ) -> DepthAnything:
-    """Build a model whose parameters are about to be overwritten, without drawing random ones if possible.
+    """Build a model whose parameters will be overwritten, if possible without initializing them.
 
     Args:
         name: The encoder.
-        said_by: The file that names it; None where an argument does.
-        taps: As `DepthAnything` takes them.
-        max_depth: As `DepthAnything` takes it.
-        check: Refuses the model before it costs memory: a small file may name a large encoder.
+        path: The file that names the encoder, for errors; None if an argument does.
+        taps: As `DepthAnything`.
+        max_depth: As `DepthAnything`.
+        head: As `DepthAnything`.
+        check: Raises before memory is allocated: a small file may name a large encoder.
     """
+
+    def build() -> DepthAnything:
+        return DepthAnything(name, taps=taps, max_depth=max_depth, head=head)
+
     try:
         with torch.device("meta"):
-            model = DepthAnything(name, taps=taps, max_depth=max_depth)
+            model = build()
     except ValueError as error:
-        if said_by is None:
+        if path is None:
             raise
-        raise ValueError(f"{said_by}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     check(model)
-    if name not in ENCODERS:  # timm's may hold constants that no file has
+    if name not in ENCODERS or head is not None:  # may have constants that are not in the state dict
         with torch.random.fork_rng(devices=[]):
-            return DepthAnything(name, taps=taps, max_depth=max_depth)
+            return build()
     model.to_empty(device="cpu")
     nn.init.zeros_(model.pretrained.mask_token)
     return model
 
 
-def _read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a whole model: its tensors under official names, and what its files say of it."""
-    tensors, said = _read_checkpoint(path)
-    # A checkpoint of a training may hold other networks, too; what is left of transformers' names is a surplus.
-    ours = ("pretrained.", "depth_head.", "backbone.", "neck.", "head.")
-    tensors = {name: t for name, t in tensors.items() if name.startswith(ours)} or tensors
+def _read_model(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
+    """Read a whole model: its tensors under official names, and its metadata."""
+    tensors, facts = _read_checkpoint(path)
+    # A training checkpoint may hold other networks. Names that `to_official_names` left are kept, to be reported.
+    prefixes = ("pretrained.", "depth_head.", "backbone.", "neck.", "head.")
+    tensors = {name: t for name, t in tensors.items() if name.startswith(prefixes)} or tensors
     if not any(name.startswith("depth_head.") for name in tensors):
         if "patch_embed.proj.weight" in tensors or "pretrained.patch_embed.proj.weight" in tensors:
-            raise ValueError(f"{path} holds an encoder without a depth head; {SUPPORTED_FORMATS}")
-        raise ValueError(
-            f"{path} holds no Depth Anything model (it has {summarize_names(tensors)}); {SUPPORTED_FORMATS}"
+            raise UserError(f"{path} holds an encoder without a depth head", SUPPORTED_FORMATS)
+        raise UserError(
+            f"{path} holds no Depth Anything model (it has {summarize_names(tensors)})", SUPPORTED_FORMATS
         )
-    return tensors, said
+    return tensors, facts
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read any checkpoint into tensors under the names that wrappers had hidden, and what it says of them."""
-    config: dict[str, Any] = {}
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
+    """Read any checkpoint: its tensors without the prefixes of wrappers, and its metadata."""
+    config: ModelFacts = {}
     if path.is_dir() and not _is_run_folder(path):
         tensors, metadata, config = transformers.read_folder(path)
     else:
-        path = path / "model.safetensors" if path.is_dir() else path
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path / "model.safetensors" if path.is_dir() else path)
     tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if transformers.has_transformers_names(tensors):
         tensors = transformers.to_official_names(tensors)
-    said = parse_metadata(metadata, path)
-    licence = said.get("licence") or config.get("licence")  # a card has no room for several
-    return tensors, {**said, **config, "licence": licence}
+    facts = parse_metadata(metadata, path)
+    licence = facts.get("licence") or config.get("licence")  # the file's may be several, a card's is one
+    return tensors, {**facts, **config, "licence": licence}
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Tell the folder of a finished run from one of transformers, which has a config.json."""
+    """Return whether a folder is that of a finished run; a transformers folder has a config.json."""
     return (folder / "model.safetensors").is_file() and not (folder / "config.json").exists()
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if any(name.startswith("pretrained.") for name in tensors):
-        inner = "pretrained."
-        return {name[len(inner) :]: t for name, t in tensors.items() if name.startswith(inner)}
+    prefix = "pretrained."
+    if any(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     return {name: t for name, t in tensors.items() if not name.startswith("head.")}
 
 
 def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
-    width = next((t.shape[-1] for name, t in tensors.items() if name == "pretrained.cls_token" and t.ndim), 0)
+    token = tensors.get("pretrained.cls_token")
+    width = token.shape[-1] if token is not None and token.ndim else 0
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     for name, spec in ENCODERS.items():
@@ -309,103 +330,113 @@ def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     )
 
 
-def _resolve_taps(
-    path: Path, name: str, said: Mapping[str, Any], version: int | None
-) -> tuple[int, ...] | None:
-    """Choose the four blocks; None stands for the encoder's own."""
-    if version is None and "taps" in said:
-        return said["taps"]
+def _resolve_taps(path: Path, name: str, facts: ModelFacts, version: int | None) -> tuple[int, ...] | None:
+    """Choose the four blocks that the head reads; None means the encoder's default."""
+    if version is None and "taps" in facts:
+        return facts["taps"]
     if name not in _V1_ENCODERS:
         if version == 1:
             known = ", ".join(_V1_ENCODERS)
             raise UserError([Argument("version", 1), f" is for {known}, and {path} is {name}"])
-        return said.get("taps")
+        return facts.get("taps")
     depth = ENCODERS[name].depth
-    of_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
-    found = said.get("taps", of_version.get(said.get("version")))
+    by_version = {1: tuple(range(depth - 4, depth)), 2: ENCODERS[name].taps}
+    saved = facts.get("taps", by_version.get(facts.get("version", 0)))
     if version is not None:
-        if found not in (None, of_version[version]):
+        if saved not in (None, by_version[version]):
             _warn(
-                f"{path} says that its head reads the blocks {list(found)}; ",
-                Argument("version", version),
-                " overrides it",
+                [f"{path} says that its head reads the blocks {list(saved or ())}"],
+                [Argument("version", version), " overrides it"],
             )
-        return of_version[version]
-    if found is None:
+        return by_version[version]
+    if saved is None:
         _warn(
-            f"{path} does not say whether it is V1 or V2 and is taken for V2; if it is V1, give ",
-            Argument("version", 1),
+            f"{path} does not say whether it is V1 or V2 and is read as V2",
+            ["if it is V1, give ", Argument("version", 1)],
         )
-    return found or of_version[2]
+    return saved or by_version[2]
 
 
-def _resolve_max_depth(path: Path, said: Mapping[str, Any], max_depth: float | None) -> float | None:
-    if said.get("calibration") is not None and (max_depth or said.get("max_depth")) is not None:
-        wanted = Argument("max_depth", max_depth or said["max_depth"])
+def _resolve_max_depth(path: Path, facts: ModelFacts, max_depth: float | None) -> float | None:
+    saved = facts.get("max_depth")
+    if facts.get("calibration") is not None and (max_depth or saved) is not None:
+        wanted = Argument("max_depth", max_depth or saved)
         raise UserError(
             [f"{path} is calibrated: it turns disparity into meters, and ", wanted, " is for depth"]
         )
     if max_depth is not None:
-        if "max_depth" in said and said["max_depth"] != max_depth:
-            was = "disparity" if said["max_depth"] is None else f"depth up to {said['max_depth']:g} m"
-            depth = Argument("max_depth", max_depth)
-            _warn(f"{path} says that it predicts {was}; ", depth, " overrides it")
+        if "max_depth" in facts and saved != max_depth:
+            quantity = "disparity" if saved is None else f"depth up to {saved:g} m"
+            _warn(
+                f"{path} says that it predicts {quantity}",
+                [Argument("max_depth", max_depth), " overrides it"],
+            )
         return max_depth
-    if "max_depth" not in said:
+    if "max_depth" not in facts:
         _warn(
-            f"{path} does not say whether it predicts disparity or depth and is taken for disparity; if it predicts "
-            "metres, give ",
-            Argument("max_depth", 20),
-            ", or what its largest depth is",
+            f"{path} does not say whether it predicts disparity or depth and is read as disparity",
+            ["if it predicts meters, give ", Argument("max_depth", 20), ", or what its largest depth is"],
         )
-    return said.get("max_depth")
+    return saved
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], module: nn.Module, path: str | Path, name: str) -> None:
-    """Refuse tensors that are not exactly those of a module."""
-    wanted = {key: tuple(t.shape) for key, t in module.state_dict().items()}
-    given = {key: tuple(t.shape) for key, t in tensors.items()}
-    for key in sorted(wanted.keys() & given.keys()):
+    """Raise ValueError unless names, shapes and types of tensors are those of a module."""
+    expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    for key in sorted(expected.keys() & shapes.keys()):
         if not tensors[key].is_floating_point():
             raise ValueError(
-                f"{path} is not {name}: its {key} holds {tensors[key].dtype}, no floating-point weights"
+                f"{path} is not {name}: its {key} holds {tensors[key].dtype}, not floating-point weights"
             )
-        if wanted[key] != given[key]:
-            raise ValueError(f"{path} is not {name}: its {key} is {given[key]}, expected {wanted[key]}")
-    missing = [key for key in wanted if key not in given and not key.endswith(_MASK_TOKEN)]
+        if expected[key] != shapes[key]:
+            raise ValueError(f"{path} is not {name}: its {key} is {shapes[key]}, expected {expected[key]}")
+    missing = [key for key in expected if key not in shapes and not key.endswith(_MASK_TOKEN)]
     if missing:
         raise ValueError(f"{path} is not {name}: it lacks {summarize_names(missing)}")
-    surplus = [key for key in given if key not in wanted and not key.endswith(_MASK_TOKEN)]
+    surplus = [key for key in shapes if key not in expected and not key.endswith(_MASK_TOKEN)]
     if surplus:
         raise ValueError(f"{path} is not {name}: it also has {summarize_names(surplus)}")
 
 
+def _official_origin(path: Path) -> dict[str, Any]:
+    licence = official_license(path)
+    if licence is None:
+        return {}
+    base = official_repository(path)
+    return {"start": {"from": path.name, "licence": licence, **({"base": base} if base else {})}}
+
+
 def _warn_lost_facts(model: DepthAnything, path: Path) -> None:
-    said = name_hints(path)
+    """Warn of everything that an official file, which has tensors only, does not say about a model."""
+    facts = name_hints(path)
     spec = ENCODERS.get(model.encoder)
     needed: list[Argument] = []
     if model.calibration is not None:
         _warn(
-            f"{path} does not keep the calibration, and will give disparity; save as safetensors to keep it"
+            f"{path} does not keep the calibration and will predict disparity",
+            "save as safetensors to keep it",
         )
-    if said.get("max_depth") is not None and model.max_depth is None:
-        _warn(f"{path} has the name of a metric model and holds a relative one; give it another name")
-    elif said.get("max_depth") != model.max_depth:
+    if facts.get("max_depth") is not None and model.max_depth is None:
+        _warn(f"{path} has the name of a metric model and holds a relative one", "give it another name")
+    elif facts.get("max_depth") != model.max_depth:
         needed.append(Argument("max_depth", model.max_depth))
-    if spec and model.taps != spec.taps and said.get("version") != 1:
+    if spec and model.taps != spec.taps and facts.get("version") != 1:
         needed.append(Argument("version", 1))
     if spec is None:
         needed.append(Argument("encoder", model.encoder))
     if needed:
         listed = [part for argument in needed for part in (", ", argument)][1:]
-        _warn(f"{path} does not keep all of the model: load it with ", *listed, ", or save as safetensors")
+        _warn(
+            f"{path} does not keep all facts about the model",
+            ["load it with ", *listed, ", or save as safetensors"],
+        )
     if model.input_size != model.patch_size * model.pretrained.patch_embed.grid_size[0]:
         _warn(
-            f"{path} does not keep the size that the model was made for: give ",
-            Argument("input_size", model.input_size),
-            " to whatever runs it, or save as safetensors",
+            f"{path} does not keep the input size of the model",
+            ["give ", Argument("input_size", model.input_size), " when running it, or save as safetensors"],
         )
 
 
-def _warn(*parts: str | Argument) -> None:
-    warnings.warn(ArgumentWarning(parts), stacklevel=4)
+def _warn(what: Text, fix: Text = "") -> None:
+    warnings.warn(ArgumentWarning(what, fix), stacklevel=4)

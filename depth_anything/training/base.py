@@ -1,4 +1,4 @@
-"""What the fitting stages share: two Adam groups, a schedule, a step whose batch is exact."""
+"""The LightningModule that the stages which train share: batch preparation, losses, optimizer and checkpoints."""
 
 from typing import Any
 
@@ -12,81 +12,42 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import SCHEDULES, Recipe, check_value, choice
+from depth_anything.training.config import Recipe
+from depth_anything.training.optimizer import (
+    OptimizerFactory,
+    adam_factory,
+    learning_rate_factor,
+    parameter_groups,
+)
 from depth_anything.training.resume import apply_recipe
 
-__all__ = ["DepthModule", "Recipe", "parameter_groups", "learning_rate_factor"]
-
-
-def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
-    """Compute the share of the full learning rate at an optimizer step.
-
-    Args:
-        step: Optimizer steps done, 0 at the first.
-        steps: Length of the run in optimizer steps.
-        warmup: Share of the run, 0 to 1, over which the rate climbs linearly from near zero.
-        schedule: After the warm-up: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
-            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1 has it).
-
-    Returns:
-        A factor between 0 and 1.
-
-    Raises:
-        ValueError: For an unknown schedule.
-    """
-    check_value("recipe.schedule", schedule, choice(*SCHEDULES))
-    climb = round(warmup * steps)
-    if step < climb:
-        return (step + 1) / (climb + 1)
-    done = (step - climb) / max(1, steps - climb)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return max(0.0, 1.0 - done)
-    if schedule == "late-cosine":
-        done = max(0.0, (step / max(1, steps) - 0.7) / 0.3)
-    if schedule.endswith("cosine"):
-        return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
-    return max(0.0, 1.0 - done) ** 0.9
-
-
-def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into the encoder's group and the head's, each with its rate.
-
-    Raises:
-        AssertionError: If a trainable parameter is in no group or in two.
-    """
-    groups: list[dict[str, Any]] = [
-        {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
-        {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
-    ]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    return groups
+__all__ = ["DepthModule", "Recipe"]
 
 
 class DepthModule(pl.LightningModule):
-    """A depth network under training: its step, its optimizer and its logged numbers.
+    """A depth network in training: losses, optimizer, gradient clipping and checkpoint metadata.
 
-    The value a stage minimises is the mean over the images of the global batch, so that neither the number of
-    devices nor the accumulation changes it (DESIGN.md §3, §4).
+        The loss is the mean over the images of the global batch, so it depends neither on the number of devices nor on
+    gradient accumulation (docs/contracts.md). A stage overrides `losses`.
     """
 
     def __init__(self, model: DepthAnything, recipe: Recipe, *, frozen: DepthAnything | None = None) -> None:
-        """Hold a network, its weights as they should start, and its recipe.
+        """Store a network with its starting weights, and the hyperparameters.
 
         Args:
             model: The network to train.
-            recipe: Its numbers.
-            frozen: The same encoder with DINOv2's weights, for stages that align features; kept outside the
-                state dict, the optimizer and data parallelism.
+            recipe: The hyperparameters.
+            frozen: The same encoder with DINOv2's weights, for feature alignment. It is not part of the state dict, of
+                the optimizer or of data parallelism.
         """
         super().__init__()
-        self._frozen: tuple[DepthAnything, ...] = (
-            (frozen.eval().requires_grad_(False),) if frozen is not None else ()
-        )  # a tuple hides it
+        # A tuple, so that PyTorch does not register it as a submodule.
+        self._frozen: tuple[DepthAnything, ...] = ()
+        if frozen is not None:
+            self._frozen = (frozen.eval().requires_grad_(False),)
         self.model = model
         self.recipe = recipe
+        self.build_optimizer: OptimizerFactory = adam_factory(recipe)
         self.parts: list[dict[str, Tensor]] = []
         self.grad_norm: Tensor | None = None
         self._accelerated = False
@@ -98,18 +59,18 @@ class DepthModule(pl.LightningModule):
             self._accelerated = True
 
     def on_fit_start(self) -> None:
-        """Bring the frozen network to the device; Lightning moves only what it can see."""
+        """Move the frozen network to the device; Lightning moves registered submodules only."""
         for network in self._frozen:
             network.to(device=self.device, dtype=next(self.model.parameters()).dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what its tensors do not, so that `load_model` reads it as it reads a model file."""
+        """Add the model's metadata to the checkpoint, so that `load_model` reads it like a model file."""
         checkpoint["depth_anything"] = {**build_metadata(self.model), **lora_metadata(self.model)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with today's recipe, and with the batches done in micro-batches of today.
+        """Apply today's recipe, and count the finished batches in micro-batches of today's size.
 
-        Lightning would restore the rates and count the batches of the old run.
+        Lightning itself would restore the learning rates and the batch count of the old run.
         """
         apply_recipe(checkpoint, self.configure_optimizers())
         done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
@@ -121,10 +82,10 @@ class DepthModule(pl.LightningModule):
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
     def configure_optimizers(self) -> Any:
-        """Build Adam over two groups and its schedule, stepped with the optimizer."""
+        """Build the optimizer over two parameter groups, and its schedule, which advances every step."""
         r = self.recipe
         groups = parameter_groups(self.model, encoder_lr=r.encoder_lr, head_lr=r.head_lr)
-        optimizer = torch.optim.AdamW(groups, betas=(r.betas[0], r.betas[1]), weight_decay=r.weight_decay)
+        optimizer = self.build_optimizer(groups)
 
         def factor(step: int) -> float:
             return learning_rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)
@@ -133,15 +94,16 @@ class DepthModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Make what the network sees of a batch, and what it should answer, on the device.
+        """Prepare the inputs of the network and the targets from a batch, on its device.
 
         Args:
-            batch: "image" uint8 (B,S,S,3), "target" (B,S,S), "valid" bool (B,S,S); where the stage asked for
-                them "perturbation" float32 (B,P) and "box" float32 (B,4), CutMix's.
+            batch: "image" uint8 (B,S,S,3), "target" (B,S,S), "valid" bool (B,S,S); with perturb=true "perturbation"
+                float32 (B,P), with cutmix=true "box" float32 (B,4).
 
         Returns:
-            "clean" and "image" (B,3,S,S), ImageNet-normalised, in the parameters' dtype, the same tensor without
-            perturbation; "target"; "valid"; with CutMix "region", bool (B,S,S): what comes from another sample.
+            "clean" and "image" (B,3,S,S), normalized with ImageNet's mean and deviation, in the parameters' dtype
+            (the same tensor without perturbation); "target"; "valid"; with CutMix "region", bool (B,S,S), true where
+            the pixels are from another image.
         """
         dtype = next(self.model.parameters()).dtype
         clean = image = normalize(batch["image"]).to(dtype)
@@ -151,10 +113,10 @@ class DepthModule(pl.LightningModule):
         return apply_cutmix(given, batch["box"]) if "box" in batch else given
 
     def disparity_losses(self, prediction: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute ssi and gradient matching of (B,H,W) disparities, outside autocast, as scalars.
+        """Compute the ssi and gradient-matching losses of a (B,H,W) disparity in float32, as scalars.
 
-        With CutMix each image's two parts are normalised and compared apart, and their losses weigh as their
-        areas (V1, equations 5 to 8).
+        With CutMix the two parts of an image are normalized and compared separately, and their losses are weighted by
+        area (V1, equations 5 to 8).
         """
         r, target, valid, weight = self.recipe, given["target"], given["valid"], None
         if "region" in given:
@@ -162,7 +124,7 @@ class DepthModule(pl.LightningModule):
             share = region.float().mean((1, 2))
             prediction, target = prediction.repeat(2, 1, 1), target.repeat(2, 1, 1)
             valid = torch.cat([valid & region, valid & ~region])
-            weight = 2 * torch.cat([share, 1 - share])  # the mean is over twice as many
+            weight = 2 * torch.cat([share, 1 - share])  # the mean is over 2B maps
         with torch.autocast(prediction.device.type, enabled=False):
             ssi, gm = invariant_losses(
                 prediction,
@@ -176,15 +138,15 @@ class DepthModule(pl.LightningModule):
         return {"ssi": ssi, "gm": gm}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the stage's terms and their weighted sum under "loss"; each stage writes its own."""
+        """Compute the loss terms of the stage, and their weighted sum as "loss"; stages override this."""
         given = self.inputs(batch)
         parts = self.disparity_losses(self.model(given["image"]), given)
         return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the micro-batch's loss; keep its parts and valid_share on the device until the step is logged.
+        """Return the loss of a micro-batch; its terms stay on the device in `parts` until the step is logged.
 
-        valid_share is the share of the micro-batch's pixels that are valid, between 0 and 1.
+        `parts` also gets "valid_share", the share of the micro-batch's pixels that are valid, between 0 and 1.
         """
         parts = self.losses(batch)
         share = batch["valid"].mean(dtype=parts["loss"].dtype)
@@ -197,6 +159,6 @@ class DepthModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradient's norm and clip it by hand: Lightning's own clipping refuses fused Adam."""
+        """Measure the gradient norm and clip it to `clip_norm`; Lightning's own clipping refuses fused optimizers."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))

@@ -1,37 +1,39 @@
-"""The arithmetic of a batch, and which sets a run reads."""
+"""How a batch is split over devices, and which data sets a run reads, how often."""
 
 import difflib
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from depth_anything.training.config import format_value
+from depth_anything.errors import UserError
+from depth_anything.training.config import RunConfig
+from depth_anything.training.value_rules import format_value
 
-#: Key that adds sets beside a stage's own → the group of sources that it chooses from.
+#: Key that adds sets to those of a stage → the part of `sources` that it selects from.
 SOURCE_GROUPS = {"mix": "labelled", "replay": "images"}
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:
-    """Split the global batch into what a device takes at once and how often it does so a step.
+    """Split the global batch into micro-batches per device and gradient accumulation.
 
     Args:
-        batch_size: Images an optimizer step sees; the recipe's.
-        devices: Over all nodes.
-        micro_batch: Images a device takes at once; None: all of its share.
+        batch_size: Images per optimizer step, over all devices.
+        devices: Devices over all nodes.
+        micro_batch: Images per forward pass and device; None for the device's whole share.
 
     Returns:
         (micro_batch, accumulation) with micro_batch × accumulation × devices = batch_size.
 
     Raises:
-        ValueError: If that does not come out even, with the nearest values that do.
+        UserError: If the batch does not divide evenly, with the nearest values that do.
     """
     if batch_size % devices:
         below, above = batch_size // devices * devices, (batch_size // devices + 1) * devices
         fewer = max(d for d in range(1, devices) if batch_size % d == 0)
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"batch_size={batch_size} does not divide over {devices} devices; type trainer.devices={fewer}, "
-            f"or batch_size={nearest} and know that the recipe is another"
+        raise UserError(
+            f"batch_size={batch_size} cannot be split evenly over {devices} devices",
+            f"type trainer.devices={fewer}, or batch_size={nearest}, which changes the recipe",
         )
     share = batch_size // devices
     micro = share if micro_batch is None else micro_batch
@@ -40,55 +42,56 @@ def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple
         below = max((m for m in workable if m < micro), default=workable[0])
         above = min((m for m in workable if m > micro), default=workable[-1])
         nearest = " or ".join(f"micro_batch={m}" for m in sorted({below, above}))
-        raise ValueError(
-            f"micro_batch={micro} does not divide the {share} images a device sees in a step "
-            f"(batch_size={batch_size} over {devices} devices); type {nearest}"
+        raise UserError(
+            f"micro_batch={micro} does not divide the {share} images of a device per step "
+            f"(batch_size={batch_size} over {devices} devices)",
+            f"type {nearest}",
         )
     return micro, share // micro
 
 
 def format_override(key: str, value: Any) -> str:
-    """Write a key and its value as they are typed after train.py, quoted for a shell."""
+    """Format a key and its value as they are typed after train.py, quoted for a shell."""
     return shlex.quote(f"{key}={format_value(value)}")
 
 
 def select_sets(
     chosen: bool | str | Sequence[str] | None, sets: Mapping[str, str], *, key: str
 ) -> dict[str, str]:
-    """Choose the sets that are seen beside a stage's own.
+    """Select the sets that are added to those of a stage.
 
     Args:
-        chosen: None or False: none; True: all; or some by their names.
-        sets: Set name to folder, as `GROUPS` of sources has them.
-        key: Of the config: "mix" or "replay".
+        chosen: None or False for none, True for all, or names of sets.
+        sets: Set name to folder.
+        key: Key of the config: "mix" or "replay".
 
     Raises:
-        ValueError: If there is no set of such a name, or none at all.
+        UserError: If there is no set of a name, or no set at all.
     """
     if chosen is None or chosen is False:
         return {}
     if not isinstance(chosen, (bool, str, Sequence)):
-        raise ValueError(f"{key}={chosen} is neither true nor names of sets; type {key}=true or {key}=null")
+        raise UserError(f"{key}={chosen} is neither true nor names of sets", f"type {key}=true or {key}=null")
     names = list(sets) if isinstance(chosen, bool) else [chosen] if isinstance(chosen, str) else list(chosen)
     group = f"sources.{SOURCE_GROUPS[key]}"
     known = f"{group} has {', '.join(sets) or 'none'}"
     if chosen is True and not names:
-        raise ValueError(
-            f"{key}=true and there are no such sets: {known}; type {key}=null, or '+{group}.NAME=FOLDER'"
+        raise UserError(
+            f"{key}=true, but there are no such sets: {known}", f"type {key}=null, or '+{group}.NAME=FOLDER'"
         )
     for name in names:
         if name not in sets:
-            near = difflib.get_close_matches(str(name), sets, 1) or list(sets)[:1]
-            raise ValueError(
-                f"{key} names {name}, and {known}; type " + (f"{key}=[{near[0]}]" if near else f"{key}=null")
+            closest = difflib.get_close_matches(str(name), sets, 1) or list(sets)[:1]
+            raise UserError(
+                f"{key} names {name}, and {known}", f"type {key}={f'[{closest[0]}]' if closest else 'null'}"
             )
     return {name: sets[name] for name in dict.fromkeys(names)}
 
 
-def extra_sets(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Name the sets that a config's `mix` and `replay` add, each {set: folder}."""
+def extra_sets(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the sets that `mix` and `replay` add to a run, each {set: folder}."""
     return {
-        key: select_sets(config.get(key), config["sources"].get(group, {}), key=key)
+        key: select_sets(getattr(config, key), getattr(config.sources, group), key=key)
         for key, group in SOURCE_GROUPS.items()
     }
 
@@ -96,32 +99,35 @@ def extra_sets(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def repeat_for_share(
     shards: Mapping[str, int], replayed: Collection[str], *, share: float, repeat: Mapping[str, int]
 ) -> dict[str, int]:
-    """Find how often sets come in a pass, so that some of them have a share of the samples.
+    """Compute how often sets are repeated in a pass so that the replayed sets have a share of the samples.
 
-    Whichever side is too small comes several times, so that the share is met as nearly as whole numbers allow; no
-    record is left out.
+    The side that has too few records is repeated. The share is met as closely as whole numbers allow, and no record is
+    left out.
 
     Args:
-        shards: Records of each shard, "set/name".
-        replayed: The sets that have the share together.
-        share: Theirs, between 0 and 1.
-        repeat: Times a pass that a set or a shard comes already.
+        shards: Number of records by shard, "set/name".
+        replayed: Names of the replayed sets.
+        share: Their share of the samples, between 0 and 1.
+        repeat: Repeats per pass of a set or shard that are set already.
 
     Returns:
         `repeat` with one side multiplied.
+
+    Raises:
+        UserError: If a repeat is not a whole number above 0, or one side has no records.
     """
     for name, number in repeat.items():
         if type(number) is not int or number < 1:
-            raise ValueError(
-                f"repeat of {name} is a whole number from 1 up, not {number}; leave the set out instead"
+            raise UserError(
+                f"repeat of {name} must be a whole number above 0, not {number}", "leave the set out instead"
             )
     count = {True: 0, False: 0}
     for shard, records in shards.items():
         name = shard.partition("/")[0]
         count[name in replayed] += records * repeat.get(shard, repeat.get(name, 1))
     if not all(count.values()):
-        raise ValueError(
-            f"of {', '.join(sorted(replayed))} and the sets in metres, one side has no records; type replay=null"
+        raise UserError(
+            f"either {', '.join(sorted(replayed))} or the sets in meters have no records", "type replay=null"
         )
     wanted = count[False] * share / (1 - share)  # of the replayed
     rare = count[True] < wanted
@@ -131,8 +137,8 @@ def repeat_for_share(
     return {key: repeat.get(key, 1) * (times if key in grown else 1) for key in sorted({*grown, *repeat})}
 
 
-def required_folders(config: Mapping[str, Any]) -> list[str]:
-    """List the folders of all sets that a fitting run reads, validation among them."""
-    added = [folder for sets in extra_sets(config).values() for folder in sets.values()]
-    folders = [*config["data"]["sets"].values(), *added, config["sources"]["validation"]]
+def required_folders(config: RunConfig) -> list[str]:
+    """List the folders of all sets that a fitting run reads, including its validation set."""
+    extra = [folder for sets in extra_sets(config).values() for folder in sets.values()]
+    folders = [*config.data.sets.values(), *extra, config.sources.validation]
     return [str(folder) for folder in folders if folder is not None]

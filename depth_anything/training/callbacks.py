@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from depth_anything.data.loader import WorkerError
 from depth_anything.data.tars import StorageUnavailable
@@ -23,15 +24,17 @@ from depth_anything.disk import atomic_write
 from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
 from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
+from depth_anything.training.resume import data_state
 from depth_anything.training.signals import StoppedBySignal, signal_handler
 
 T = TypeVar("T")
 
 NON_FINITE_ADVICE = (
-    "the last checkpoint is from an earlier step: lower recipe.encoder_lr and recipe.head_lr, and type "
-    "name=ANOTHER_NAME"
+    "lower recipe.encoder_lr and recipe.head_lr, and type name=ANOTHER_NAME: what is saved is older"
 )
 CHECKPOINT_NAME = "step-{:09d}.ckpt"
+CHECKPOINT_VERSION = 2
+"""1: no "run_format"; the state of the DataModule is under "TrainData". 2: "run_format" says under which key it is."""
 
 
 class StepCallback(pl.Callback):
@@ -108,10 +111,11 @@ class TrainingMetrics(StepCallback):
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         if not math.isfinite(numbers["loss"]):
-            raise ValueError(f"the loss is {numbers['loss']} at step {step}; {NON_FINITE_ADVICE}")
+            raise UserError(f"the loss is {numbers['loss']} at step {step}", NON_FINITE_ADVICE)
         if not math.isfinite(loss_sum):
-            raise ValueError(
-                f"the loss was {loss_sum} in one of the last {self._steps} steps up to step {step}; {NON_FINITE_ADVICE}"
+            raise UserError(
+                f"the loss was {loss_sum} in one of the last {self._steps} steps up to step {step}",
+                NON_FINITE_ADVICE,
             )
         numbers.update(self._rates)
         elapsed = time.perf_counter() - self._logged_at
@@ -262,19 +266,53 @@ class Checkpoints(StepCallback):
         ):
             self.save(trainer, trainer.global_step)
 
+    def on_save_checkpoint(
+        self, trainer: Any, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Record the version of the checkpoint, and the key under which Lightning stores the DataModule's state."""
+        key = type(trainer.datamodule).__qualname__ if trainer.datamodule is not None else None
+        checkpoint["run_format"] = {"version": CHECKPOINT_VERSION, "data_state": key}
+
+    def on_load_checkpoint(
+        self, trainer: Any, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the DataModule if its class had another name when the checkpoint was written.
+
+        Lightning looks the state up by the class name of today. Where it is missing, Lightning skips it silently, and
+        the run would continue without comparing its sets with those of the checkpoint.
+
+        Raises:
+            UserError: If the checkpoint is of a newer version, or has no state for a DataModule that needs one.
+        """
+        version, data = checkpoint.get("run_format", {}).get("version", 1), trainer.datamodule
+        if version > CHECKPOINT_VERSION:
+            raise UserError(
+                f"the checkpoint has version {version}, and this code reads versions up to {CHECKPOINT_VERSION}",
+                "use the version of this project that wrote it, or type name=ANOTHER_NAME",
+            )
+        if data is None or type(data).__qualname__ in checkpoint or not is_overridden("state_dict", data):
+            return
+        state = data_state(checkpoint)
+        if state is None:
+            raise UserError(
+                f"the checkpoint has no state of {type(data).__qualname__}, so its data cannot be compared",
+                "type name=ANOTHER_NAME for a new run",
+            )
+        data.load_state_dict(state)
+
     def save(self, trainer: pl.Trainer, step: int) -> None:
         """Save now, unless this step is saved already. Every rank must call this at the same step.
 
         Raises:
-            ValueError: If the gradient is not finite; with several ranks also if the disk is full, on all ranks.
+            UserError: If the gradient is not finite; with several ranks also if the disk is full, on all ranks.
             OSError: If the disk is full or cannot be written; older checkpoints are unchanged.
         """
         if step == self._saved_step:
             return
         norm: Any = trainer.lightning_module.grad_norm
         if norm is not None and not bool(torch.isfinite(norm)):  # equal on all ranks: gradients are averaged
-            raise ValueError(
-                f"the gradient is not finite at step {step}, which is not saved; {NON_FINITE_ADVICE}"
+            raise UserError(
+                f"the gradient is not finite at step {step}, which is not saved", NON_FINITE_ADVICE
             )
         gather_or_raise(trainer.world_size, lambda: self._write(trainer, step))
         self._saved_step = step
@@ -355,7 +393,7 @@ class GracefulStop(StepCallback):
         """Sum the counts and signals of all ranks, and stop all of them or none.
 
         Raises:
-            ValueError: If more than `ceiling` of the records read have failed.
+            UserError: If more than `ceiling` of the records read have failed.
         """
         if trainer.world_size > 1 and step % self.every:
             return

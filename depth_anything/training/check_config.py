@@ -1,29 +1,34 @@
-"""Validate a composed config against the schema of config.py, before any data is read."""
+"""Convert a composed config into a `RunConfig`: unknown keys and impossible values are refused before data is read."""
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
 from importlib import import_module
 from typing import Any
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from depth_anything.errors import UserError
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
-    ANY,
     CHANGE,
     STAGES,
     ConfigKey,
+    ConfigSection,
+    DataConfig,
     RunConfig,
-    check_value,
-    choice,
+    ValidationConfig,
     default_value,
-    format_value,
+    field_name,
     keys_of,
 )
+from depth_anything.training.value_rules import ANY, check_value, choice, format_value
 
-#: What a key is called elsewhere, and here.
+#: Names that other programs give to a key → the key.
 KEY_SYNONYMS = {
     "lr": "recipe.head_lr",
     "learning_rate": "recipe.head_lr",
@@ -35,69 +40,90 @@ KEY_SYNONYMS = {
     "weights": "init",
     "pretrained": "init",
 }
-#: Keys of `data` that must repeat the run's key of the same name.
-KEYS_REPEATED_IN_DATA = (
-    "seed batch_size streams image_size workers perturb cutmix mix replay replay_share allow_partial min_depth "
-    "max_depth run_dir"
-).split()
+#: Errors that a user can fix; they are reported in one sentence.
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, InstantiationException)
+#: Arguments that run.py passes to a node itself.
+PASSED_BY_RUN = {"module": ("model", "frozen", "data"), "data": ("micro_batch", "patch", "teacher")}
 
 
-def resolve_config(cfg: DictConfig) -> dict[str, Any]:
-    """Fill in what follows from other keys, validate, and return the composed config as plain values.
+def resolve_config(cfg: DictConfig) -> RunConfig:
+    """Fill in the values that follow from other keys, validate the composed config, and convert it.
 
     Raises:
-        ValueError: As `validate_config`.
+        UserError: As `parse_config`.
     """
-    import torch  # check_overrides need not wait for it
+    unresolved: Any = OmegaConf.to_container(cfg)
+    for name, known in keys_of(RunConfig).items():  # before interpolations look into a section
+        if known.section is not None and unresolved.get(name) is not None:
+            _check_is_mapping(unresolved[name], known.section, name)
+    fill_derived_values(cfg)
+    values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if values.get("stage") == "pseudolabel":  # size=tiny sets them for the stages that train
+        values = {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
+    return parse_config(values)
+
+
+def fill_derived_values(cfg: DictConfig) -> None:
+    """Replace the values that depend on other keys or on the machine: `streams`, the precision, the encoder's rate."""
+    import torch  # check_overrides does not need it
 
     if cfg.get("streams") is None and type(cfg.get("batch_size")) is int and cfg.batch_size > 0:
         cfg.streams = 8 * cfg.batch_size
     if OmegaConf.select(cfg, "trainer.precision") == "auto":
         gpu = torch.cuda.is_available() and cfg.trainer.get("accelerator") != "cpu"
         cfg.trainer.precision = "bf16-mixed" if gpu else "32-true"
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if config.get("stage") == "pseudolabel":  # size=tiny has them for the stages that train
-        config = {key: value for key, value in config.items() if key not in ("steps", "recipe", "perturb")}
-    config = numbers_to_text(config)
-    validate_config(config)
-    return dict(config)
+    rates = OmegaConf.select(cfg, "recipe.encoder_lr")
+    if isinstance(rates, DictConfig) and {"full", "lora"} == set(rates):
+        cfg.recipe.encoder_lr = rates.full if cfg.get("lora") is None else rates.lora
 
 
-def validate_config(config: Mapping[str, Any]) -> None:
-    """Refuse unknown keys, missing keys, and values of a wrong type or out of range.
-
-    Args:
-        config: The composed config, plain values, interpolations resolved.
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Convert the plain values of a composed config, or of a config.yaml, into a `RunConfig`, and validate it.
 
     Raises:
-        ValueError: Naming the key, and what to type.
+        UserError: For an unknown or missing key, or a value of a wrong type or out of range; it names the key and
+            what to type.
     """
-    stage = config.get("stage")
-    if isinstance(stage, str) and stage in STAGES:
-        _check_section(config, RunConfig, "", stage, is_open=False)
-    else:  # of a user's own stage file: every key of any stage is known
-        check_value("stage", stage, keys_of(RunConfig)["stage"].rule)  # type: ignore[arg-type]
-        _check_section(config, RunConfig, "", "", is_open=False)
+    stage = values.get("stage")
+    if not (isinstance(stage, str) and stage in STAGES):
+        stage_rule = keys_of(RunConfig)["stage"].rule
+        assert stage_rule is not None
+        check_value("stage", stage, stage_rule)
+        stage = ""  # a user's own stage file: every key of any stage is known
+    config = _parse_section(values, RunConfig, "", stage, is_open=False)
+    assert isinstance(config, RunConfig)
+    validate_config(config)
+    return config
+
+
+def validate_config(config: RunConfig) -> None:
+    """Check the keys of a config against each other, and against the encoders, benchmarks and classes they name.
+
+    Raises:
+        UserError: Naming the key, and what to type.
+    """
     _check_repeated_keys(config)
     _check_encoder(config)
-    check_trainer(config["trainer"])
-    _check_validation(config["validation"])
-    if "recipe" in config and stage != "pseudolabel":
+    check_trainer(config.trainer)
+    _check_validation(config.validation)
+    if config.recipe is not None:
         _check_recipe(config)
-    if stage == "metric":
+    if config.stage == "metric":
         _check_metric_stage(config)
-    _check_resume_with(config.get("resume_with"))
+    _check_resume_with(config.resume_with)
 
 
 def _check_resume_with(named: Any) -> None:
     for name in [named] if isinstance(named, str) else named or []:
         known, _ = find_key(name)
         if known is None or known.resume != CHANGE:
-            can = [path for path in list_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE]
-            near = difflib.get_close_matches(name, can, 1, 0.5) or ["recipe.head_lr"]
-            raise ValueError(
-                f"resume_with names {name}, which no run can change; type resume_with=[{near[0]}] "
-                f"(these can change: {', '.join(can)})"
+            changeable = [
+                path for path in list_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE
+            ]
+            closest = difflib.get_close_matches(name, changeable, 1, 0.5) or ["recipe.head_lr"]
+            raise UserError(
+                f"resume_with names {name}, which no run can change",
+                f"type resume_with=[{closest[0]}] (these can change: {', '.join(changeable)})",
             )
 
 
@@ -112,27 +138,28 @@ def list_keys(stage: str, section: type = RunConfig, prefix: str = "") -> Iterat
 
 
 def find_key(path: str) -> tuple[ConfigKey | None, bool]:
-    """Look a dotted key up in the schema.
+    """Look up a dotted key in the schema.
 
     Returns:
-        The key, or None for an unknown one; and whether its section is open to arguments of a class.
+        The key, or None for an unknown one; and whether its section also takes arguments of a class.
     """
     known: ConfigKey | None = ConfigKey(section=RunConfig)
     is_open = False
     for name in path.split("."):
         assert known is not None
         if known.section is not None:
-            is_open = known.open
+            is_open = known.is_open
             known = keys_of(known.section).get(name)
         else:
-            known = None if known.names and name not in known.names else known.entries
+            is_open = is_open or known.holds_nodes
+            known = known.entries
         if known is None:
             break
     return known, is_open
 
 
 def find_default(path: str) -> Any:
-    """Look up the default of a dotted key: what its absence means; MISSING if it has none."""
+    """Return the value that the absence of a dotted key means; MISSING if the key has no default."""
     parent, _, name = path.rpartition(".")
     known = find_key(parent)[0] if parent else ConfigKey(section=RunConfig)
     if known is None or known.section is None:
@@ -141,48 +168,50 @@ def find_default(path: str) -> Any:
 
 
 def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> str:
-    """Say in a sentence that a key is unknown to a stage, and what to type in its place.
+    """Explain in one sentence that a stage does not know a key, and what to type instead.
 
     Args:
         path: The dotted key.
-        stage: That was asked for; "" if it is none of this project's.
-        value: As it was typed behind the key; None where there is none.
+        stage: The stage of the command; "" for a user's own stage.
+        value: The value typed after the key; None if there is none.
     """
     known, _ = find_key(path)
-    behind = f"={value}" if value is not None else ""
-    for length in range(1, path.count(".") + 2):  # the first part that belongs to other stages
-        part = ".".join(path.split(".")[:length])
-        owner, _ = find_key(part)
+    typed_value = f"={value}" if value is not None else ""
+    for length in range(1, path.count(".") + 2):  # find the first part that belongs to other stages
+        owner, _ = find_key(".".join(path.split(".")[:length]))
         if owner is not None and stage and stage not in owner.stages:
             stages = " and ".join(f"stage={name}" for name in owner.stages)
-            alone = " alone" if len(owner.stages) == 1 else ""
-            return f"{path} is a key of {stages}{alone}; leave it out of stage={stage}"
-    if known is not None:
-        return f"there is no key {path} here; type +{path}{behind}"
+            only = " only" if len(owner.stages) == 1 else ""
+            return f"{path} is a key of {stages}{only}; leave it out of stage={stage}"
+    if known is not None or path.startswith(("model.head.", "callbacks.")):
+        return f"the key {path} is not in this config; type +{path}{typed_value}"
     parts = path.split(".")
     length = next(n for n in range(1, len(parts) + 1) if find_key(".".join(parts[:n]))[0] is None)
     parent, last, rest = ".".join(parts[: length - 1]), parts[length - 1], parts[length:]
-    beside = _names_in_section(parent, stage)
-    near = [".".join(filter(None, (parent, name, *rest))) for name in _closest_name(last, beside)]
-    if not near:
+    siblings = _names_in_section(parent, stage)
+    closest = [".".join(filter(None, (parent, name, *rest))) for name in _closest_name(last, siblings)]
+    if not closest:
         keys = [name for name in list_keys(stage) if not name.startswith(("data.", "tiny."))]
         ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | KEY_SYNONYMS
-        near = [ends[name] for name in difflib.get_close_matches(last, list(ends), 1, 0.75)]
-    if near:
-        plus = "+" if find_key(near[0])[0] is None else ""
-        return f"there is no key {path}; did you mean {near[0]}? Type {plus}{near[0]}{behind or '=VALUE'}"
-    if parent and beside:
-        return f"there is no key {path}; {parent} has {', '.join(beside)}; leave {path} out or type another"
-    return f"there is no key {path}; leave it out, or type  python train.py --help  for the keys there are"
+        closest = [ends[name] for name in difflib.get_close_matches(last, list(ends), 1, 0.75)]
+    if closest:
+        plus = "+" if find_key(closest[0])[0] is None else ""
+        return (
+            f"there is no key {path}; did you mean {closest[0]}? "
+            f"Type {plus}{closest[0]}{typed_value or '=VALUE'}"
+        )
+    if parent and siblings:
+        return f"there is no key {path}; {parent} has {', '.join(siblings)}; leave {path} out or type another"
+    return f"there is no key {path}; leave it out, or type  python train.py --help  for the list of keys"
 
 
 def _names_in_section(parent: str, stage: str) -> list[str]:
-    """List the names that a section has at a stage, its class's arguments among them."""
+    """List the names in a section at a stage; for the trainer also the arguments of Lightning's class."""
     known = find_key(parent)[0] if parent else ConfigKey(section=RunConfig)
     assert known is not None
     if known.section is None:
-        return list(known.names)
-    names = [name for name, one in keys_of(known.section).items() if not stage or stage in one.stages]
+        return []
+    names = [name for name, key in keys_of(known.section).items() if not stage or stage in key.stages]
     if parent == "trainer":
         arguments = _target_parameters("pytorch_lightning.Trainer", parent)
         names += [name for name in arguments if name not in SET_BY_RUN and name not in names]
@@ -193,218 +222,266 @@ def _closest_name(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, 1, 0.6)
 
 
-def _check_section(node: Any, section: type, prefix: str, stage: str, *, is_open: bool) -> None:
-    where = prefix.rstrip(".")
+def _check_is_mapping(node: Any, section: type, where: str) -> None:
     if not isinstance(node, Mapping):
-        example = next(iter(keys_of(section)))
-        raise ValueError(
-            f"{where}={format_value(node)} is no value: {where} holds keys; type them one by one, as "
-            f"{prefix}{example}=…"
+        raise UserError(
+            f"{where}={format_value(node)} is not allowed: {where} holds keys",
+            f"type them one by one, as {where}.{next(iter(keys_of(section)))}=VALUE",
         )
-    keys = keys_of(section)
+
+
+def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open: bool) -> ConfigSection:
+    """Validate the keys below a section and build its dataclass."""
+    where, known_keys = prefix.rstrip("."), keys_of(section)
+    _check_is_mapping(node, section, where)
     if isinstance(node.get("_target_"), str):
-        _target_parameters(node["_target_"], where)  # so that a class that is not there is named first
-    order = list(keys)
-    for name, value in sorted(node.items(), key=lambda item: order.index(item[0]) if item[0] in keys else -1):
-        known = keys.get(str(name))
+        _target_parameters(node["_target_"], where)  # name a missing class before its arguments
+    fields: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    order = list(known_keys)
+    for name, value in sorted(
+        node.items(), key=lambda item: order.index(item[0]) if item[0] in known_keys else -1
+    ):
+        name, known = str(name), known_keys.get(str(name))
+        takes = is_open and _takes_argument(node.get("_target_"), name, where)
         if known is None:
-            if not (is_open and _takes_argument(node.get("_target_"), str(name), where)):
-                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+            if not takes:
+                raise UserError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+            arguments[name] = value
         elif stage and stage not in known.stages:
-            unread = value == default_value(section, str(name))  # of size=tiny
-            if not (unread and _takes_argument(node.get("_target_"), str(name), where)):
-                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+            if not takes or value != default_value(section, name):  # size=tiny sets some for every stage
+                raise UserError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+            fields[field_name(name)] = value
         else:
-            _check_value(value, known, f"{prefix}{name}", stage)
-    for name, known in keys.items():
-        if (
-            name not in node
-            and default_value(section, name) is MISSING
-            and (not stage or stage in known.stages)
-        ):
+            fields[field_name(name)] = _parse_value(value, known, f"{prefix}{name}", stage)
+    for name, known in known_keys.items():
+        if name in node:
+            continue
+        default = default_value(section, name)
+        if default is MISSING and (not stage or stage in known.stages):
             example = format_value(known.rule.example) if known.rule is not None else "VALUE"
-            raise ValueError(f"the key {prefix}{name} is missing; type +{prefix}{name}={example}")
+            raise UserError(f"the key {prefix}{name} is missing", f"type +{prefix}{name}={example}")
+        if default is MISSING:
+            fields[field_name(name)] = None
+    parsed: ConfigSection = section(**fields, arguments=arguments, composed_keys=tuple(map(str, node)))
+    return parsed
 
 
-def _check_value(value: Any, known: ConfigKey, path: str, stage: str) -> None:
+def _parse_value(value: Any, known: ConfigKey, path: str, stage: str) -> Any:
+    """Validate the value of a known key and convert it to the type of its field."""
+    if known.holds_nodes:
+        return _parse_nodes(value, path)
     if known.section is not None:
-        if value is None or (known.open and value == {}):
-            if path in ("logger", "tiny"):
-                return
-        _check_section(value, known.section, f"{path}.", stage, is_open=known.open)
-    elif known.entries is not None:
+        if path == "tiny" and not value:
+            return None
+        return _parse_section(value, known.section, f"{path}.", stage, is_open=known.is_open)
+    if known.entries is not None:
+        if value is None and find_default(path) is None:
+            return None
         if not isinstance(value, Mapping):
-            if value is None and path.startswith(("tiny.", "rates")):
-                return
-            raise ValueError(
-                f"{path}={format_value(value)} must be {{NAME: VALUE}}; type '+{path}.NAME=VALUE'"
+            raise UserError(
+                f"{path}={format_value(value)} must be {{NAME: VALUE}}", f"type '+{path}.NAME=VALUE'"
             )
-        for name, item in value.items():
-            if known.names and name not in known.names:
-                raise ValueError(unknown_key_message(f"{path}.{name}", stage))
-            _check_value(item, known.entries, f"{path}.{name}", stage)
-    elif known.rule is not None:
-        check_value(path, value, known.rule)
+        return {
+            name: _parse_value(item, known.entries, f"{path}.{name}", stage) for name, item in value.items()
+        }
+    if known.rule is None or known.rule is ANY:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if known.rule.accepts("a") and known.rule.accepts(1):  # a name or folder that was typed as a number
+            value = str(value)
+    check_value(path, value, known.rule)
+    return value
 
 
-def numbers_to_text(config: Mapping[str, Any], section: type = RunConfig) -> dict[str, Any]:
-    """Return a config in which a folder, file or name that was typed as a number is text."""
-    keys = keys_of(section)
+def _parse_nodes(value: Any, path: str) -> dict[str, Any]:
+    """Validate the nodes of `callbacks` or `logger`, {NAME: {_target_: CLASS, ARGUMENT: VALUE}}.
 
-    def convert(value: Any, known: ConfigKey | None) -> Any:
-        if known is None or isinstance(value, bool):
-            return value
-        if known.section is not None and isinstance(value, Mapping):
-            return numbers_to_text(value, known.section)
-        if known.entries is not None and isinstance(value, Mapping):
-            return {name: convert(item, known.entries) for name, item in value.items()}
-        is_text = known.rule is not None and known.rule.accepts("a") and known.rule.accepts(1)
-        return str(value) if is_text and known.rule is not ANY and isinstance(value, (int, float)) else value
+    `logger` may also be one node itself, and may hold `project`, which its nodes refer to.
+    """
+    hint = f"type '+{path}.NAME._target_=package.module.Class'"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}={format_value(value)} must be {{NAME: node}}", hint)
+    if path == "logger" and "_target_" in value:
+        _check_node(value, path)
+        return dict(value)
+    for name, node in value.items():
+        if isinstance(node, Mapping):
+            _check_node(node, f"{path}.{name}")
+        elif not (path == "logger" and name == "project") and node is not None:
+            raise UserError(f"{path}.{name}={format_value(node)} is no node with a _target_", hint)
+    return {str(name): node for name, node in value.items() if node is not None}
 
-    return {name: convert(value, keys.get(name)) for name, value in config.items()}
+
+def _check_node(node: Mapping[str, Any], path: str) -> None:
+    """Check that the class of a node can be imported and takes the arguments of the node.
+
+    Raises:
+        UserError: Naming the node, and the class or argument that is wrong.
+    """
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{path} has no _target_", f"type +{path}._target_=package.module.Class")
+    names = ", ".join(_target_parameters(target, path))
+    for name in node:
+        if not str(name).startswith("_") and not _takes_argument(target, str(name), path):
+            raise UserError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
 
 
 def _takes_argument(target: Any, name: str, where: str) -> bool:
-    """Tell whether the class that a section names takes an argument of this name."""
-    if not isinstance(target, str):
+    """Return whether the class that a section names takes an argument of this name from the config."""
+    if not isinstance(target, str) or name in PASSED_BY_RUN.get(where, ()):
         return False
-    given = {"module": ("model", "frozen", "data"), "data": ("micro_batch", "patch", "teacher")}
-    if name in given.get(where, ()) or (where == "trainer" and name in SET_BY_RUN):
-        return where == "trainer"  # check_trainer has a sentence for it
+    if where == "trainer" and name in SET_BY_RUN:
+        return True  # check_trainer names the key to use instead
     parameters = _target_parameters(target, where)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _target_parameters(target: str, where: str) -> Mapping[str, inspect.Parameter]:
-    """Import what `_target_` names and return its parameters.
+    """Import the class that a `_target_` names and return its parameters.
 
     Raises:
-        ValueError: If there is no such class.
+        UserError: If there is no such class.
     """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{where}._target_={target} cannot be imported ({error}); type {where}._target_=package.module.Class"
+        raise UserError(
+            f"{where}._target_={target} cannot be imported ({error})",
+            f"type {where}._target_=package.module.Class",
         ) from error
     return inspect.signature(found).parameters
 
 
-def _check_repeated_keys(config: Mapping[str, Any]) -> None:
-    """Refuse a key of `data`, `module` or `recipe` that differs from the run's key, which it only repeats."""
+def _check_repeated_keys(config: RunConfig) -> None:
+    """Refuse a key of `data`, `module` or `recipe` that differs from the key of the run that it repeats."""
+    data = config.data
     pairs = [
-        (f"data.{name}", name, config["data"].get(name, config.get(name))) for name in KEYS_REPEATED_IN_DATA
+        (f"data.{name}", name, getattr(data, name))
+        for name, known in keys_of(DataConfig).items()
+        if known.repeats_run and data.has(name) and config.has(name)
     ]
-    if "steps" in config and isinstance(config.get("recipe"), Mapping):
-        pairs.append(("recipe.steps", "steps", config["recipe"].get("steps", config["steps"])))
+    if config.recipe is not None and config.has("steps"):
+        pairs.append(("recipe.steps", "steps", config.recipe.steps))
     for path, name, value in pairs:
-        if name in config and value != config[name]:
-            raise ValueError(
-                f"{path}={format_value(value)} repeats {name}={format_value(config[name])}; type "
-                f"{name}={format_value(value)}"
+        expected = getattr(config, name)
+        if value != expected:
+            raise UserError(
+                f"{path}={format_value(value)} repeats {name}={format_value(expected)}",
+                f"type {name}={format_value(value)}",
             )
-    module = config["module"]
-    if module.get("recipe", config.get("recipe")) != config.get("recipe"):
-        raise ValueError("module.recipe repeats recipe; type the keys of recipe, as recipe.head_lr=5e-5")
+    recipe = config.recipe.as_dict() if config.recipe is not None else None
+    if config.module.has("recipe") and config.module.recipe != recipe:
+        raise UserError("module.recipe repeats recipe", "type the keys of recipe, as recipe.head_lr=5e-5")
 
 
-def _check_encoder(config: Mapping[str, Any]) -> None:
+def _check_encoder(config: RunConfig) -> None:
     from depth_anything.model.encoder import ENCODERS  # imports torch and timm
     from depth_anything.training.initialization import image_size_multiple
 
-    name = config["encoder"]
+    name = config.encoder
     if name not in ENCODERS:
         import timm
 
-        if not timm.is_model(str(name)):
-            near = difflib.get_close_matches(str(name), [*ENCODERS, *timm.list_models("vit_*")], 1, 0.5)
-            raise ValueError(
-                f"encoder={name} is unknown; type encoder={near[0] if near else 'vits'} (there are "
-                f"{', '.join(ENCODERS)}, and timm's ViTs by their names)"
+        if not timm.is_model(name):
+            closest = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("vit_*")], 1, 0.5)
+            raise UserError(
+                f"encoder={name} is unknown",
+                f"type encoder={closest[0] if closest else 'vits'} (the encoders are "
+                f"{', '.join(ENCODERS)}, and the ViTs of timm by their names)",
             )
-    side, patch = config["image_size"], image_size_multiple(name)
-    if side % patch and config["stage"] != "pseudolabel" or side < patch:
-        near_side = max(1, round(side / patch)) * patch
-        raise ValueError(
-            f"image_size={side} is no multiple of {patch}, as the encoder needs; type image_size={near_side}"
+    side, patch = config.image_size, image_size_multiple(name)
+    if side % patch and config.stage != "pseudolabel" or side < patch:
+        nearest = max(1, round(side / patch)) * patch
+        raise UserError(
+            f"image_size={side} is not a multiple of {patch}, which the encoder needs",
+            f"type image_size={nearest}",
         )
 
 
-def _check_validation(validation: Mapping[str, Any]) -> None:
+def _check_validation(validation: ValidationConfig) -> None:
     from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS
     from depth_anything.evaluation.protocols import PROTOCOLS
 
-    name, root = validation.get("benchmark"), validation.get("root")
+    name, root = validation.benchmark, validation.root
     if name is not None:
         check_value("validation.benchmark", name, choice(*BENCHMARKS))
-    if validation.get("protocol") is not None:
-        check_value("validation.protocol", validation["protocol"], choice(*PROTOCOLS))
+    if validation.protocol is not None:
+        check_value("validation.protocol", validation.protocol, choice(*PROTOCOLS))
     if name is not None and root is None:
-        raise ValueError(
-            f"where is the benchmark? type validation.root=FOLDER beside validation.benchmark={name}"
+        raise UserError(
+            f"validation.benchmark={name} needs the folder of the benchmark", "type validation.root=FOLDER"
         )
     if root is not None and name is None:
-        raise ValueError(
-            f"validation.root={root} says where a benchmark lies, and none is asked for; type "
-            "validation.benchmark=nyu, or for a labelled set sources.validation=FOLDER"
+        raise UserError(
+            f"validation.root={root} is the folder of a benchmark, but none is chosen",
+            "type validation.benchmark=nyu, or for a labeled set sources.validation=FOLDER",
         )
 
 
-def _check_recipe(config: Mapping[str, Any]) -> None:
-    recipe = config["recipe"]
+def _check_recipe(config: RunConfig) -> None:
+    recipe = config.recipe
     weights: tuple[str, ...] = ("ssi_weight", "gm_weight")
-    weights += ("alignment_weight",) if config["stage"] == "student" else ()
-    weights = ("silog_weight",) if config["stage"] == "metric" else weights
-    given = {name: recipe[name] for name in weights if name in recipe}
-    if given and not any(given.values()):
-        names = " and ".join(f"recipe.{name}" for name in given)
-        raise ValueError(f"no loss is left: {names} are 0; type recipe.{next(iter(given))}=1.0")
-    if recipe["encoder_lr"] == 0 and recipe["head_lr"] == 0:
-        raise ValueError(
-            "recipe.encoder_lr and recipe.head_lr are 0 and nothing learns; type recipe.head_lr=5e-5"
+    weights += ("alignment_weight",) if config.stage == "student" else ()
+    weights = ("silog_weight",) if config.stage == "metric" else weights
+    present = [name for name in weights if recipe.has(name)]
+    if present and not any(getattr(recipe, name) for name in present):
+        names = " and ".join(f"recipe.{name}" for name in present)
+        raise UserError(f"no loss is left: {names} are 0", f"type recipe.{present[0]}=1.0")
+    if recipe.encoder_lr == 0 and recipe.head_lr == 0:
+        raise UserError(
+            "recipe.encoder_lr and recipe.head_lr are 0, so nothing is trained", "type recipe.head_lr=5e-5"
         )
-    scales = recipe.get("gm_scales", 1)
-    if 2 ** (scales - 1) >= config["image_size"]:
-        raise ValueError(
-            f"recipe.gm_scales={scales} strides farther than image_size={config['image_size']}; type recipe.gm_scales=4"
+    scales = recipe.gm_scales if recipe.has("gm_scales") else 1
+    if 2 ** (scales - 1) >= config.image_size:
+        raise UserError(
+            f"recipe.gm_scales={scales} has a stride larger than image_size={config.image_size}",
+            "type recipe.gm_scales=4",
         )
     _check_set_names(config)
 
 
-def _check_set_names(config: Mapping[str, Any]) -> None:
-    """Hold the names in `sky` and `data.repeat` against the sets of the run."""
+def _check_set_names(config: RunConfig) -> None:
+    """Check that `sky` and `data.repeat` name sets of the run."""
     from depth_anything.training.batch_plan import extra_sets
 
-    sets = {
-        **config["data"]["sets"],
-        **{k: v for added in extra_sets(config).values() for k, v in added.items()},
-    }
-    for path, named in (
-        ("data.sky", config["data"].get("sky")),
-        ("data.repeat", config["data"].get("repeat")),
-    ):
-        for name in named if isinstance(named, Mapping) else ():
+    sets = dict(config.data.sets)
+    for added in extra_sets(config).values():
+        sets.update(added)
+    for path, named in (("data.sky", config.data.sky), ("data.repeat", config.data.repeat)):
+        for name, value in named.items() if isinstance(named, Mapping) else ():
             if str(name).partition("/")[0] not in sets:
-                near = difflib.get_close_matches(str(name), sets, 1, 0.0) or ["SET"]
-                raise ValueError(
-                    f"{path} names {name}, which is none of the sets {', '.join(sets) or '(none)'}; type {path}="
-                    f"{format_value({near[0]: named[name]})}"
+                closest = difflib.get_close_matches(str(name), sets, 1, 0.0) or ["SET"]
+                raise UserError(
+                    f"{path} names {name}, but the sets are {', '.join(sets) or '(none)'}",
+                    f"type {path}={format_value({closest[0]: value})}",
                 )
 
 
-def _check_metric_stage(config: Mapping[str, Any]) -> None:
-    near, far, rank = config["min_depth"], config["max_depth"], config.get("lora")
+def _check_metric_stage(config: RunConfig) -> None:
+    near, far, rank, sky = config.min_depth, config.max_depth, config.lora, config.data.sky
+    assert near is not None and far is not None
     if near >= far:
-        raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")
-    if config["data"].get("sky") not in ("invalid", None) and not isinstance(config["data"]["sky"], Mapping):
-        raise ValueError(f"data.sky={config['data']['sky']}: the sky has no metres; type data.sky=invalid")
+        raise UserError(f"min_depth={near} must be less than max_depth={far}", "type min_depth=0.001")
+    if sky not in ("invalid", None) and not isinstance(sky, Mapping):
+        raise UserError(f"data.sky={sky}: the sky has no depth in meters", "type data.sky=invalid")
     if rank is None:
         return
-    if config["freeze_encoder"]:
-        raise ValueError(
-            f"lora={rank} teaches the encoder and freeze_encoder=true forbids it; type freeze_encoder=false"
+    if config.freeze_encoder:
+        raise UserError(
+            f"lora={rank} trains adapters in the encoder, but freeze_encoder=true",
+            "type freeze_encoder=false",
         )
     from depth_anything.model.lora import import_peft
 
     import_peft()
+
+
+def build_head(config: RunConfig) -> Callable[..., Any] | None:
+    """Return the builder of the decoder that the node `model.head` names; None for the DPT head."""
+    node = config.model.head
+    return None if node is None else instantiate(node, _partial_=True, _convert_="all")

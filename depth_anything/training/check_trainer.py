@@ -1,10 +1,12 @@
-"""Validate the arguments of Lightning's Trainer in a config; Lightning is imported where it is asked, not before."""
+"""Validate the arguments of Lightning's Trainer in a config. Lightning is imported late, as it takes seconds."""
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from depth_anything.training.config import TrainerConfig, check_value, choice, format_value, keys_of
+from depth_anything.errors import UserError
+from depth_anything.training.config import TrainerConfig
+from depth_anything.training.value_rules import check_value, choice, format_value
 
 #: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.
 SET_BY_RUN = {
@@ -36,71 +38,63 @@ SET_BY_RUN = {
 }
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not take.
-
-    Args:
-        trainer: The node of the config.
+def check_trainer(trainer: TrainerConfig) -> None:
+    """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not accept.
 
     Raises:
-        ValueError: Naming the key, and what to type.
+        UserError: Naming the key, and what to type.
     """
     from pytorch_lightning import Trainer
     from pytorch_lightning.accelerators import AcceleratorRegistry
     from pytorch_lightning.strategies import StrategyRegistry
 
-    for name in trainer.keys() & SET_BY_RUN.keys():
-        instead = f"; type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"; leave trainer.{name} out"
-        raise ValueError(f"trainer.{name} is set by the run itself{instead}")
+    for name in trainer.arguments.keys() & SET_BY_RUN.keys():
+        instead = f"type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"leave trainer.{name} out"
+        raise UserError(f"trainer.{name} is set by the run itself", instead)
     hints = get_type_hints(Trainer.__init__)
     precisions = sorted({str(name) for name in _literal_values(hints["precision"])})
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
-    check_value("trainer.precision", str(trainer["precision"]), choice("auto", *precisions))
-    check_value("trainer.accelerator", trainer["accelerator"], choice("auto", "gpu", *accelerators))
-    if isinstance(trainer["strategy"], str):
-        # processes that are started without a command have no signal handlers of ours
+    check_value("trainer.precision", str(trainer.precision), choice("auto", *precisions))
+    check_value("trainer.accelerator", trainer.accelerator, choice("auto", "gpu", *accelerators))
+    if isinstance(trainer.strategy, str):
         strategies = [
             name
             for name in sorted(StrategyRegistry.available_strategies())
-            if not re.search("spawn|fork|notebook", name)
+            if not re.search("spawn|fork|notebook", name)  # their processes lack our signal handlers
         ]
-        check_value("trainer.strategy", trainer["strategy"], choice("auto", *strategies))
-    if trainer["_target_"] == "pytorch_lightning.Trainer":
-        for name, value in trainer.items():
+        check_value("trainer.strategy", trainer.strategy, choice("auto", *strategies))
+    if trainer.target == "pytorch_lightning.Trainer":
+        for name, value in trainer.as_dict().items():
             if name in hints and name != "precision" and not _matches_hint(value, hints[name]):
-                raise ValueError(
-                    f"trainer.{name}={format_value(value)} is no value that Lightning's Trainer takes, which is "
-                    f"{_format_hint(hints[name])}; leave trainer.{name} out or type another"
+                raise UserError(
+                    f"trainer.{name}={format_value(value)} does not have the type that Lightning's Trainer takes, "
+                    f"{_format_hint(hints[name])}",
+                    f"leave trainer.{name} out or type another value",
                 )
-        _try_trainer_arguments(
-            {name: trainer[name] for name in trainer.keys() - keys_of(TrainerConfig).keys()}
-        )
+        for name, value in trainer.arguments.items():
+            if not isinstance(value, Mapping):  # a node with a _target_ is built later
+                _try_trainer_argument(name, value)
 
 
-def _try_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Let Lightning's Trainer judge the arguments that are not among this project's keys, one by one."""
+def _try_trainer_argument(name: str, value: Any) -> None:
+    """Build a Trainer with one argument that is not among this project's keys, to see whether Lightning accepts it."""
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Trainer
 
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-    }
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            continue  # a node with a _target_
-        try:
-            Trainer(**quiet, enable_progress_bar=False, enable_model_summary=False, **{name: value})
-        except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"trainer.{name}={format_value(value)}: {error}; leave trainer.{name} out or type another"
-            ) from error
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    try:
+        Trainer(accelerator="cpu", devices=1, **quiet, **{name: value})
+    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+        raise UserError(
+            f"trainer.{name}={format_value(value)}: {error}",
+            f"leave trainer.{name} out or type another value",
+        ) from error
 
 
 def _matches_hint(value: Any, hint: Any) -> bool:
-    """Tell whether a plain value fits a type hint; hints of classes take nodes with a `_target_`."""
+    """Return whether a plain value has the type of a hint; hints of classes take nodes with a `_target_`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Union or str(origin) == "<class 'types.UnionType'>":
         return any(_matches_hint(value, one) for one in inner)

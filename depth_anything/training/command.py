@@ -1,7 +1,8 @@
-"""The command line of train.py: the help page, checks of what was typed, and Hydra's errors in one sentence each."""
+"""The command line of train.py: `--help`, checks of what was typed, and Hydra's errors in one sentence each."""
 
 import contextlib
 import difflib
+import inspect
 import io
 import os
 import re
@@ -12,45 +13,52 @@ from importlib.metadata import version
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import redact_secrets
-from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserMessage, format_error
+from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
 from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
-from depth_anything.training.config import STAGES, format_value
+from depth_anything.training.config import STAGES
 from depth_anything.training.redact import install_redaction
 from depth_anything.training.signals import signal_handler
+from depth_anything.training.value_rules import format_value
 
-CONFIG_GROUPS = ("stage", "sources", "trainer", "logger", "size", "experiment")
+#: Groups of config files that are chosen as GROUP=CHOICE → whether they may be null, or a list.
+CONFIG_GROUPS = ("stage", "sources", "optimizer", "trainer", "callbacks", "logger", "size", "experiment")
+OPTIONAL_GROUPS = ("optimizer", "callbacks", "logger", "experiment")
+LIST_GROUPS = ("callbacks", "logger")
 HELP = """python train.py stage=STAGE [GROUP=CHOICE ...] [KEY=VALUE ...]
 
-Train a depth network, or label images with one. The same command goes on where a run stopped.
+Train a depth network, or label images with one. Type the same command again to continue a run that was stopped.
 
 stages
-  stage=teacher      a large network on sets with exact depth
-  stage=pseudolabel  the teacher labels sets of images
-  stage=student      a network of any size on these labels
-  stage=metric       a relative network learns metres
+  stage=teacher      train a large network on sets with exact depth
+  stage=pseudolabel  label sets of images with the teacher
+  stage=student      train a network of any size on these labels
+  stage=metric       fine-tune a relative network to depth in meters
 
 groups (files of configs/)
 {groups}
 
-keys (value at stage={stage} size={size}; other stages have some of their own: add stage=STAGE before --help)
+keys (values at stage={stage} size={size}; for those of another stage add stage=STAGE before --help)
 {keys}
 
 examples
   python train.py stage=teacher                              any machine, no download, a minute or two
-  python train.py stage=teacher size=paper dry_run=true      print the plan, touch no data
+  python train.py stage=teacher size=paper dry_run=true      print the paper's plan without reading data
   python train.py stage=student encoder=vits steps=1000 recipe.head_lr=1e-4 name=second
-  python train.py stage=teacher resume_with=[steps] steps=900    go on with a run, with more steps
+  python train.py stage=teacher resume_with=[steps] steps=900    continue a run with more steps
   python train.py stage=metric sources=own photos=FOLDER max_depth=80
+  python train.py stage=teacher '+callbacks.swa._target_=pytorch_lightning.callbacks.EMAWeightAveraging'
 
-Lightning's Trainer takes its other arguments as +trainer.NAME=VALUE; sets of your own are
-+sources.labelled.NAME=FOLDER. docs/recipe.md has the reason of every number, docs/own-data.md the way with your data.
+Other arguments of Lightning's Trainer are typed as +trainer.NAME=VALUE, data sets as +sources.labelled.NAME=FOLDER.
+docs/recipe.md explains every number, docs/own-data.md how to train on your own data.
 
 flags
   --help, -h       this page          --version      versions
@@ -59,18 +67,19 @@ flags
 
 
 def run_command(configs: Path) -> None:
-    """Read the command line, and run what it asks for.
+    """Read the command line and run what it asks for.
 
     Args:
-        configs: The folder of the config files.
+        configs: Folder of the config files.
     """
     install_redaction()
     if "--version" in sys.argv[1:]:
         print(f"depth-anything-train {version('depth-anything-train')}, Hydra {hydra.__version__}")
         return
+    sys.argv[1:] = translate_old_keys(sys.argv[1:])
     flags, unknown = get_args_parser().parse_known_args()
     folders = [configs, *([Path(flags.config_dir)] if flags.config_dir else [])]
-    of_hydra = (
+    hydra_flags = (
         flags.hydra_help,
         flags.shell_completion,
         flags.info,
@@ -81,48 +90,84 @@ def run_command(configs: Path) -> None:
         if flags.help:
             print(format_help(flags.overrides, configs))
             return
-        if not any(of_hydra):
+        if not any(hydra_flags):
             check_overrides(flags.overrides, folders, dashed=unknown)
     except ValueError as error:
         sys.exit(f"error: {redact_secrets(str(error))}")
     from depth_anything.training.run import main  # imports torch, which a wrong key need not wait for
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises, and does not print its own advice
-    shown = io.StringIO()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing its own advice
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(shown) if flags.cfg else contextlib.nullcontext():
+        with contextlib.redirect_stdout(output) if flags.cfg else contextlib.nullcontext():
             hydra.main(version_base="1.3", config_path=str(configs), config_name="train")(main)()
-        print(redact_secrets(shown.getvalue()), end="")
+        print(redact_secrets(output.getvalue()), end="")
     except (HydraException, OmegaConfBaseException) as error:
-        signal_handler.raise_if_received()  # which one of Hydra's errors may have replaced
+        signal_handler.raise_if_received()  # a signal may have caused one of Hydra's errors
         sys.exit(f"error: {redact_secrets(explain_hydra_error(error, flags.overrides))}")
 
 
+def translate_old_keys(arguments: Sequence[str]) -> list[str]:
+    """Replace keys that earlier versions had, so that old commands keep working.
+
+    `tiny.encoder.STAGE`, `tiny.init.STAGE`, `tiny.perturb.STAGE`, `tiny.max_depth` and `tiny.steps.STAGE.ENCODER` set
+    what size=tiny changes of a stage, `rates.RANK` the encoder's rate at lora=RANK. Of another stage, size or rank they
+    change nothing, and are left out.
+
+    >>> translate_old_keys(["stage=teacher", "tiny.steps.teacher.vitt=5", "tiny.encoder.student=vitt"])
+    ['tiny.steps.vitt=5', 'stage=teacher']
+    """
+    typed = {
+        name.lstrip("+"): value for name, mark, value in (one.partition("=") for one in arguments) if mark
+    }
+    stage, rank = typed.get("stage", ""), typed.get("lora", "null").replace("null", "None")
+    tiny = typed.get("size", "tiny") == "tiny"
+    renamed = {f"tiny.{key}.{stage}": (key, tiny) for key in ("encoder", "init", "perturb")}
+    renamed |= {"tiny.max_depth": ("max_depth", tiny and stage == "metric")}
+    renamed |= {f"rates.{rank}": ("recipe.encoder_lr", stage == "metric" and not tiny)}
+    translated: list[str] = []
+    kept: list[str] = []
+    for one in arguments:
+        name, mark, value = one.partition("=")
+        name = name.lstrip("+")
+        section, _, rest = name.partition(".")
+        old_steps = re.fullmatch(rf"tiny\.steps\.({'|'.join(STAGES)})\.(\w+)", name)
+        if old_steps and old_steps[1] == stage:
+            translated.append(f"tiny.steps.{old_steps[2]}={value}")
+        elif name in renamed:
+            new_name, applies = renamed[name]
+            translated += [f"{new_name}={value}"] if applies and new_name not in typed else []
+        elif not (
+            old_steps or section == "rates" or re.match(r"tiny\.(encoder|init|perturb|max_depth)\b", name)
+        ):
+            kept.append(one)
+    return [*translated, *kept]
+
+
 def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed: Sequence[str] = ()) -> None:
-    """Refuse overrides that cannot be read, choices that do not exist, and keys that the stage does not know.
+    """Refuse overrides that cannot be parsed, choices that do not exist, and keys that the stage does not know.
 
     Args:
-        overrides: As they were typed, without flags.
-        folders: Of the config files.
-        dashed: What was typed like a flag and is none.
+        overrides: The overrides as they were typed, without flags.
+        folders: Folders of config files.
+        dashed: Words that begin with a dash and are no flag of Hydra.
 
     Raises:
-        ValueError: Naming the override, and what to type.
+        UserError: Naming the override, and what to type.
     """
     if dashed:
-        raise ValueError(_dashed_key_message([*dashed, *(one for one in overrides if "=" not in one)]))
+        raise UserError(_dashed_key_message([*dashed, *(one for one in overrides if "=" not in one)]))
     parsed = _parse_overrides(overrides)
     stage = next((_override_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
     if stage is None:
-        raise ValueError(f"which stage? type stage={', stage='.join(_group_choices(folders, 'stage'))}")
+        raise UserError(
+            "no stage is given", f"type stage={', stage='.join(_group_choices(folders, 'stage'))}"
+        )
     for one in parsed:
-        if (
-            one.key_or_group in CONFIG_GROUPS
-            and one.is_delete()
-            and one.key_or_group not in ("experiment", "logger")
-        ):
-            raise ValueError(f"{one.key_or_group} cannot be removed; leave out {one.input_line}")
-        if one.key_or_group in CONFIG_GROUPS and not one.is_delete():
+        group = one.key_or_group
+        if group in CONFIG_GROUPS and one.is_delete() and group not in OPTIONAL_GROUPS:
+            raise UserError(f"{group} cannot be removed", f"leave out {one.input_line}")
+        if group in CONFIG_GROUPS and not one.is_delete():
             _check_group_choice(one, folders)
     known_stage = stage if stage in STAGES else ""
     foreign = {
@@ -141,52 +186,50 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([typed])
         except (OverrideParseException, HydraException) as error:
-            after = "".join(
-                overrides[number + 1 : number + 3 if overrides[number + 1 :][:1] == ["="] else number + 2]
-            )
+            following = overrides[number + 1 :]
+            after = "".join(following[: 2 if following[:1] == ["="] else 1])
             before = overrides[number - 1] if number else ""
-            raise ValueError(_syntax_error_message(typed, before, after)) from error
+            raise UserError(_syntax_error_message(typed, before, after)) from error
     return parsed
 
 
 def _syntax_error_message(typed: str, before: str, after: str) -> str:
+    """Explain why an override cannot be parsed, given the words before and after it."""
     name, mark, value = typed.partition("=")
     if mark:
         quoted = shlex.quote(f"{name}='{value}'") if "'" not in value else shlex.quote(f'{name}="{value}"')
-        return f"the value of {typed} cannot be read; put it into quotes within quotes: type {quoted}"
+        return f"the value of {typed} cannot be parsed; put it into quotes within quotes: type {quoted}"
     if before.endswith("="):
-        return f"leave out the space behind {before}: type {before}{typed}"
+        return f"remove the space after {before}: type {before}{typed}"
     colon = re.fullmatch(r"([+~]*[A-Za-z_][\w.]*)\s*[: ]\s*(\S.*)", typed)
     if colon:
-        return f"{typed} lacks its =; type {colon[1]}={colon[2]}"
+        return f"{typed} has no =; type {colon[1]}={colon[2]}"
     if after.startswith("="):
-        return f"leave out the space behind {typed}: type {typed}={after.removeprefix('=') or 'VALUE'}"
-    return f"{typed} lacks its value; type {typed}={after if after and '=' not in after else 'VALUE'}"
+        return f"remove the space after {typed}: type {typed}={after.removeprefix('=') or 'VALUE'}"
+    return f"{typed} has no value; type {typed}={after if after and '=' not in after else 'VALUE'}"
 
 
 def _dashed_key_message(dashed: Sequence[str]) -> str:
+    """Explain that keys have no dashes, with the key that was probably meant."""
     name, mark, value = dashed[0].lstrip("-").partition("=")
     if not mark:
         value = dashed[1] if len(dashed) > 1 else "VALUE"
     name = name.replace("-", "_")
     if find_key(name)[0] is None and name not in CONFIG_GROUPS:
         names = {path.rpartition(".")[2]: path for path in (*list_keys(""), *CONFIG_GROUPS)} | KEY_SYNONYMS
-        name = next((names[near] for near in difflib.get_close_matches(name, list(names), 1)), name)
+        name = next((names[closest] for closest in difflib.get_close_matches(name, list(names), 1)), name)
     return f"{dashed[0]}: keys are typed without dashes; type {name}={value}"
 
 
 def _override_value(one: Override) -> str:
     value = one.value()
-    return (
-        value
-        if isinstance(value, str)
-        else format_value(value)
-        if isinstance(value, (int, float, bool))
-        else ""
-    )
+    if isinstance(value, str):
+        return value
+    return format_value(value) if isinstance(value, (int, float, bool)) else ""
 
 
 def _override_text(one: Override) -> str | None:
+    """Return what was typed after the `=`; None if there is none."""
     typed = one.input_line or ""
     return typed.partition("=")[2] if "=" in typed else None
 
@@ -199,75 +242,90 @@ def _group_choices(folders: Sequence[Path], group: str) -> list[str]:
 
 
 def _check_group_choice(one: Override, folders: Sequence[Path]) -> None:
+    """Check that the chosen file of a group exists."""
     group, chosen = one.key_or_group, one.value()
     choices = _group_choices(folders, group)
-    if one.is_sweep_override() or (chosen is None and group in ("experiment", "logger")):
+    if one.is_sweep_override() or (chosen is None and group in OPTIONAL_GROUPS):
         return
-    if str(chosen) not in choices:
-        near = difflib.get_close_matches(str(chosen), choices, 1, 0.5)
-        there = (
-            f"{group}={near[0]} (there are {', '.join(choices)})"
-            if near
-            else " or ".join(f"{group}={name}" for name in choices)
-        )
-        raise ValueError(f"{group}={format_value(chosen)} is unknown; type {there}")
+    for name in chosen if isinstance(chosen, list) and group in LIST_GROUPS else [chosen]:
+        if str(name) not in choices:
+            closest = difflib.get_close_matches(str(name), choices, 1, 0.5)
+            hint = " or ".join(f"{group}={other}" for other in choices)
+            if closest:
+                hint = f"{group}={closest[0]} (the choices are {', '.join(choices)})"
+            raise UserError(f"{group}={format_value(chosen)} is unknown", f"type {hint}")
     if one.is_add():
-        raise ValueError(f"{group} is there already; type {group}={chosen}, without the +")
+        raise UserError(f"{group} is set already", f"type {group}={format_value(chosen)}, without the +")
 
 
 def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
+    """Check that a stage knows the key of an override.
+
+    Args:
+        one: The override.
+        stage: Stage of the command; "" for a user's own stage.
+        foreign: Sections whose class is not this project's and may take any argument.
+    """
     path = one.key_or_group
     known, is_open = find_key(path)
     section = path.partition(".")[0]
     if known is None:
-        if section in foreign or section == "logger" or path.startswith("trainer.strategy."):
-            return  # run.complete looks at the class that takes it
+        if section in (*foreign, "logger", "callbacks", "optimizer") or path.startswith(
+            ("trainer.strategy.", "model.head.")
+        ):
+            return  # resolve_config checks the arguments of the class
         if is_open and section == "trainer" and _is_trainer_argument(path.partition(".")[2]):
             if one.is_add() or one.is_force_add():
                 return
-            raise ValueError(
-                f"trainer.{path.partition('.')[2]} is not among this project's keys but Lightning's; "
-                f"type +{path}={_override_text(one)}"
+            raise UserError(
+                f"{path} is an argument of Lightning's Trainer, not a key of this project",
+                f"type +{path}={_override_text(one)}",
             )
-        raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
+        raise UserError(unknown_key_message(path, stage, value=_override_text(one)))
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
         part, _ = find_key(".".join(parts[:length]))
         if part is not None and stage and stage not in part.stages and section not in foreign:
-            raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
+            raise UserError(unknown_key_message(path, stage, value=_override_text(one)))
     value = None if one.is_delete() or one.is_sweep_override() else one.value()
     if known.section is not None and isinstance(value, dict):  # recipe={head_lr: 1e-4}
         for name, item in value.items():
             if section not in foreign and find_key(f"{path}.{name}")[0] is None:
-                raise ValueError(unknown_key_message(f"{path}.{name}", stage, value=format_value(item)))
-    if one.is_delete() and not path.startswith(("sources.labelled.", "sources.images.", "sources.scenes.")):
-        raise ValueError(f"{path} cannot be removed; leave out {one.input_line}, or type {path}=VALUE")
+                raise UserError(unknown_key_message(f"{path}.{name}", stage, value=format_value(item)))
+    removable = (
+        "sources.labelled.",
+        "sources.images.",
+        "sources.scenes.",
+        "optimizer.",
+        "callbacks",
+        "logger",
+    )
+    if one.is_delete() and not path.startswith(removable):
+        raise UserError(f"{path} cannot be removed", f"leave out {one.input_line}, or type {path}=VALUE")
 
 
 def _is_trainer_argument(name: str) -> bool:
-    """Tell whether Lightning's Trainer has an argument of this name."""
-    import inspect
-
     from pytorch_lightning import Trainer
 
     return name in inspect.signature(Trainer.__init__).parameters
 
 
 def explain_hydra_error(error: BaseException, typed: Sequence[str]) -> str:
-    """Turn an error of Hydra's or OmegaConf's into one sentence, without its advice.
+    """Turn an error of Hydra or OmegaConf into one sentence, without its multi-line advice.
 
     Args:
-        error: As it was raised.
+        error: The error.
         typed: The overrides of this command.
     """
-    said = str(error)
+    message = str(error)
     values = {one.partition("=")[0].lstrip("+~"): one.partition("=")[2] for one in typed if "=" in one}
-    here = re.search(r"already at '([^']+)'", said)
-    if here:
-        return f"{here[1]} is there already; type {here[1]}={values.get(here[1], 'VALUE')}, without the +"
-    named = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", said)
+    existing = re.search(r"already at '([^']+)'", message)
+    if existing:
+        key = existing[1]
+        return f"{key} is set already; type {key}={values.get(key, 'VALUE')}, without the +"
+    named = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", message)
     if named:
-        path = next(iter(re.findall(r"full_key: (\S+)", said)), named[1])
+        path = next(iter(re.findall(r"full_key: (\S+)", message)), named[1])
         if find_key(path)[0] is not None:
             return f"the key {path} is not in this config; type +{path}={values.get(path, 'VALUE')}"
         stage = values.get("stage", "")
@@ -305,22 +363,22 @@ def _error_text(error: BaseException, *, lines: int | None = None) -> str:
 
 
 def format_help(overrides: Sequence[str], configs: Path) -> str:
-    """Write the page of --help for the stage and size that were typed, teacher and paper by default."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+    """Format the page of --help for the stage and size that were typed, by default teacher and paper.
 
+    Args:
+        overrides: As typed; only choices of groups matter.
+        configs: Folder of the config files.
+    """
     typed = [one for one in overrides if one.partition("=")[0] in CONFIG_GROUPS]
-    given = {one.partition("=")[0]: one.partition("=")[2] for one in typed}
-    typed += [
-        f"{group}={value}" for group, value in (("stage", "teacher"), ("size", "paper")) if group not in given
-    ]
+    choices = {"stage": "teacher", "size": "paper"} | dict(one.split("=", 1) for one in typed)
+    typed = [f"{group}={choice}" for group, choice in choices.items()]
     check_overrides(typed, [configs])
     with initialize_config_dir(str(configs), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", typed), resolve=False)
-    stage, size = given.get("stage", "teacher"), given.get("size", "paper")
-    lines = []
+    stage, lines = choices["stage"], []
+    hidden = ("data.", "module.", "tiny.", "sources.", "logger", "callbacks", "model.")
     for path in list_keys(stage if stage in STAGES else ""):
-        if path.startswith(("data.", "module.", "tiny.", "sources.", "logger.")) or path.endswith("_target_"):
+        if path.startswith(hidden) or path.endswith("_target_"):
             continue
         node = config
         for name in path.split("."):
@@ -331,4 +389,4 @@ def format_help(overrides: Sequence[str], configs: Path) -> str:
     groups = "\n".join(
         f"  {group + '=':<13}{', '.join(_group_choices([configs], group))}" for group in CONFIG_GROUPS
     )
-    return HELP.format(groups=groups, keys="\n".join(lines), stage=stage, size=size)
+    return HELP.format(groups=groups, keys="\n".join(lines), stage=stage, size=choices["size"])

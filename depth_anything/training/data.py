@@ -1,8 +1,8 @@
-"""The DataModule of the fitting stages: sets in, whole micro-batches out, the position kept as one integer."""
+"""The DataModule of the stages that train: opens the sets, builds the loader, and saves the position in the data."""
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +17,58 @@ from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
+from depth_anything.errors import PSEUDOLABEL_COMMAND, UserError
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
+from depth_anything.training.config import SceneSetConfig
 
 
 def require_truth(source: Records | JoinedRecords, root: str) -> None:
-    """Look at the first record that can be read: a set without depth cannot train anything.
+    """Check that the first readable record of a set has depth or disparity.
 
     Raises:
-        ValueError: If it has neither depth nor disparity.
+        UserError: If it has neither.
     """
     for shard, _ in source.shards:
         with contextlib.suppress(BadRecord):
             _, fields = source.read(shard, 0)
             if not any(name.startswith(("depth.", "disparity.")) for name in fields):
-                raise ValueError(
-                    f"{root} holds images without depth; label them first with `python train.py stage=pseudolabel`, "
-                    "or name a labelled set"
+                raise UserError(
+                    f"{root} holds images without depth",
+                    ["label them first with `", PSEUDOLABEL_COMMAND, "`, or choose a labeled set"],
                 )
             return
 
 
 def require_meters(images: ShardSet) -> None:
-    """Hold a set's manifest against what metres are learnt from: depth, and in metres.
+    """Check that a set holds depth in meters, by its manifest.
 
     Raises:
-        ValueError: Naming the set and what its manifest says instead.
+        UserError: Naming the set, and the quantity and unit in its manifest.
     """
     quantity, unit = images.meta.get("quantity"), images.meta.get("unit")
     if (quantity, unit) != ("depth", "m"):
-        said = f"{quantity or 'no one quantity'} in {unit or 'no one unit'}"
-        raise ValueError(
-            f"the set {images.name} cannot teach metres: its manifest says {said}, not depth in m; type sources of "
-            "metres alone, as  sources=hypersim  or  sources=own photos=FOLDER"
+        raise UserError(
+            f"the set {images.name} cannot be used for stage=metric: its manifest has quantity={quantity} and "
+            f"unit={unit}, not depth in m",
+            "type sources in meters, as  sources=hypersim  or  sources=own photos=FOLDER",
         )
 
 
-def write_missing_scenes(scenes: Mapping[str, Mapping[str, Any]], needed: list[str]) -> None:
-    """Write the procedural sets among `needed` folders, where they are not complete yet; an address has its own."""
-    for settings in scenes.values():
-        root = str(settings["root"])
-        if root in needed and not is_remote(root):
-            write_scenes(root, **{key: value for key, value in settings.items() if key != "root"})
+def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collection[str]) -> None:
+    """Write the procedural sets that are not complete yet.
+
+    Args:
+        scenes: `sources.scenes` of a config.
+        needed: Folders that the run reads. Other sets, and remote ones, are not written.
+    """
+    for scene in scenes.values():
+        if scene.root in needed and not is_remote(scene.root):
+            write_scenes(**scene.as_dict())
 
 
 class TrainData(pl.LightningDataModule):
-    """Labelled sets, or image sets joined with labels, as one endless stream of micro-batches."""
+    """Labeled sets, or image sets joined with their labels, as one endless stream of micro-batches."""
 
     def __init__(
         self,
@@ -90,32 +96,32 @@ class TrainData(pl.LightningDataModule):
         max_depth: float | None = None,
         run_dir: str,
     ) -> None:
-        """Describe the data; `open` reads the manifests.
+        """Store the settings; `open` reads the manifests.
 
         Args:
-            sets: Set name to folder or URL prefix: labelled sets, or image sets when `labels` is given.
-            labels: Folder of label sets, one a set of the same name.
-            seed: Of the order and of every random choice.
-            batch_size: Global.
-            micro_batch: Images a device takes at once.
-            patch: The encoder's, pixels.
-            streams: C of the stream; fixed for the life of a run.
-            image_size: Side of the square crop, pixels; also the short side frames are resized to.
-            workers: Loader processes a device.
-            sky: "far" (disparity 0) or "invalid", {set: either}, or None: as each set's manifest says.
-            perturb: Send parameters of strong perturbations along.
-            cutmix: Send boxes along that are filled from another image of the micro-batch.
-            labelled: Set name to folder or URL prefix of labelled sets, of which `mix` chooses.
-            mix: Which of them are seen beside `sets`: True, some names, or None.
-            images: Set name to folder or URL prefix, of which `replay` chooses: photographs with labels in
-                `labels`, or sets with depth or disparity of their own.
-            replay: Which of them are seen beside sets in metres, as disparity: True, some names, or None.
-            replay_share: Their share of all samples, 0 to 1, as near as whole repeats come.
-            repeat: Times a pass for the sets named.
+            sets: Set name to folder or URL prefix: labeled sets, or image sets if `labels` is given.
+            labels: Folder of label sets, each with the name of its image set.
+            seed: Seed of the sample order and of every random choice.
+            batch_size: Images per optimizer step, over all devices.
+            micro_batch: Images per forward pass and device.
+            patch: Patch size of the encoder, pixels.
+            streams: Number of streams of the sample order (`data.stream`); constant for a run.
+            image_size: Side of the square crop, pixels; frames are resized to this short side.
+            workers: Loader processes per device.
+            sky: "far" (disparity 0) or "invalid", {set: either}, or None to follow each set's manifest.
+            perturb: Add the parameters of strong color perturbations to the batches.
+            cutmix: Add boxes to the batches that are filled from another image of the micro-batch.
+            labelled: Set name to folder or URL prefix of labeled sets, from which `mix` selects.
+            mix: Sets of `labelled` to add: True for all, names, or None.
+            images: Set name to folder or URL prefix, from which `replay` selects: photographs with labels in
+                `labels`, or sets with their own depth or disparity.
+            replay: Sets of `images` to add as disparity in stage=metric: True for all, names, or None.
+            replay_share: Share of the replayed sets in all samples, 0 to 1, as close as whole repeats allow.
+            repeat: Repeats per pass, by set name.
             allow_partial: Train on the finished shards of an unfinished label set.
-            min_depth: Metres, of stage=metric: nearer truth is not valid.
-            max_depth: Metres, likewise: farther truth is not valid. Without both, targets are disparity.
-            run_dir: Where the list of an unfinished label set is frozen.
+            min_depth: Smallest valid depth of stage=metric, meters.
+            max_depth: Largest valid depth of stage=metric, meters. Without both, targets are disparity.
+            run_dir: Folder that keeps the shard list of an unfinished label set.
         """
         super().__init__()
         self.sets, self.labels = dict(sets), labels
@@ -129,33 +135,29 @@ class TrainData(pl.LightningDataModule):
         self._dataset: StreamDataset | None = None
 
     def open(self) -> StreamDataset:
-        """Open every set, once.
+        """Open all sets at the first call.
 
         Raises:
-            ValueError: If a set is missing, empty, damaged, its labels unfinished or another teacher's, or, where
-                metres are learnt, not in metres.
+            UserError: If a set is missing, empty or damaged, its labels are unfinished or another teacher's, or
+                stage=metric needs meters and the set has another unit.
         """
         if self._dataset is None:
             if self.image_size % self.patch:
-                near = max(1, round(self.image_size / self.patch)) * self.patch
-                raise ValueError(
-                    f"image_size={self.image_size} is no multiple of {self.patch}, as the encoder needs; "
-                    f"type image_size={near}"
+                nearest = max(1, round(self.image_size / self.patch)) * self.patch
+                raise UserError(
+                    f"image_size={self.image_size} is not a multiple of {self.patch}, which the encoder needs",
+                    f"type image_size={nearest}",
                 )
             sources: list[Records | JoinedRecords] = []
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
                 if self.depth_range is not None:
                     require_meters(images)
-                    sources.append(Records(images))
-                else:
-                    sources.append(
-                        Records(images) if self.labels is None else self._join_labels(name, images)
-                    )
+                joined = self.depth_range is None and self.labels is not None
+                sources.append(self._join_labels(name, images) if joined else Records(images))
                 require_truth(sources[-1], root)
-            sources += self._open_extra_sets("mix", self.mix_sets) + self._open_extra_sets(
-                "replay", self.replay_sets
-            )
+            sources += self._open_extra_sets("mix", self.mix_sets)
+            sources += self._open_extra_sets("replay", self.replay_sets)
             repeat = self.repeat
             if self.replay_sets:
                 sizes = {name: count for source in sources for name, count in source.shards}
@@ -176,16 +178,14 @@ class TrainData(pl.LightningDataModule):
         return self._dataset
 
     def _open_extra_sets(self, key: str, sets: Mapping[str, str]) -> list[Records | JoinedRecords]:
-        """Open the sets that `key` adds: with truth of their own, or photographs that are joined with labels."""
+        """Open the sets that `mix` or `replay` adds; photographs without depth are joined with their labels."""
         sources: list[Records | JoinedRecords] = []
         for name, root in sets.items():
             if name in self.sets:
-                what, group = ("a set of images with labels", "labelled")
-                if key == "replay":
-                    what, group = ("a set in metres", "images")
-                raise ValueError(
-                    f"{key} names {name}, which is also {what}; call one of them otherwise: "
-                    f"type '+sources.{group}.{name}2={root}' '{key}=[{name}2]'"
+                group = "images" if key == "replay" else "labelled"
+                raise UserError(
+                    f"{key} names {name}, which is already a set of this stage",
+                    f"rename one of them: type '+sources.{group}.{name}2={root}' '{key}=[{name}2]'",
                 )
             images = open_set(root, name=name)
             own = key == "mix" or self.labels is None or images.meta.get("quantity") is not None
@@ -205,7 +205,7 @@ class TrainData(pl.LightningDataModule):
             return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
         labels = open_labels(root, images, allow_partial=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        # The list of the first rank holds for all.
+        # All ranks use the list of the first that writes it.
         write_new(frozen, json.dumps([shard.name for shard in labels.shards]).encode())
         return open_labels(root, images, allow_partial=True, only=json.loads(frozen.read_text()))
 
@@ -214,7 +214,7 @@ class TrainData(pl.LightningDataModule):
         self.open()
 
     def train_dataloader(self) -> DataLoader:
-        """Build the endless loader from the step the run stands at (restored before Lightning calls this)."""
+        """Build the endless loader, starting at the trainer's step (Lightning restores it before this call)."""
         trainer = self.trainer
         assert trainer is not None
         return build_stream_loader(
@@ -228,7 +228,7 @@ class TrainData(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell where the stream stands and what it was cut from; kept in every checkpoint."""
+        """Return the position in the data and what it depends on; saved in every checkpoint."""
         assert self.trainer is not None
         return {
             "samples": self.trainer.global_step * self.batch_size,
@@ -243,49 +243,50 @@ class TrainData(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hold the sets of today against those of the checkpoint.
+        """Check that the data are those of the checkpoint.
 
         Raises:
-            ValueError: If a set has changed, what its sky means, how often it comes, or the seed or the number of
-                streams.
+            UserError: If a set, its sky, its repeats, the seed, the batch size or the number of streams has changed.
         """
         now = self.digests()
         for name in sorted(now.keys() | state["sets"].keys()):
             if state["sets"].get(name) != now.get(name):
-                how = "is new to" if name not in state["sets"] else "is not the one of"
-                how = "is missing, and belongs to" if name not in now else how
-                raise ValueError(
-                    f"the set {name} {how} this run (its manifest's digest is kept in the checkpoint); "
-                    "put the old shards back, or type name=ANOTHER_NAME for a new run"
+                change = "was not part of" if name not in state["sets"] else "has changed since the start of"
+                change = "is missing, but belongs to" if name not in now else change
+                raise UserError(
+                    f"the set {name} {change} this run (the checkpoint has the digest of its manifest)",
+                    "restore the old shards, or type name=ANOTHER_NAME for a new run",
                 )
         for key, today in (("seed", self.seed), ("streams", self.streams), ("batch_size", self.batch_size)):
             if state[key] != today:
-                raise ValueError(f"this run was begun with {key}={state[key]}; type {key}={state[key]}")
+                raise UserError(
+                    f"this run was started with {key}={state[key]}, not {today}", f"type {key}={state[key]}"
+                )
         if state.get("repeat", self.repeat) != self.repeat:
-            raise ValueError(
-                "this run was begun with another repeat; type  "
-                f"{format_override('data.repeat', state['repeat'] or None)}"
+            raise UserError(
+                "this run was started with another data.repeat",
+                f"type  {format_override('data.repeat', state['repeat'] or None)}",
             )
         share = self.replay_share if self.replay_sets else None
         if state.get("replay_share") != share:
-            raise ValueError(
-                f"this run was begun with replay_share={state.get('replay_share')}, now it is {share}; "
-                "type name=ANOTHER_NAME for another share"
+            raise UserError(
+                f"this run was started with replay_share={state.get('replay_share')}, not {share}",
+                "type name=ANOTHER_NAME for another share",
             )
-        was = state.get("depth_range")
-        if (was and tuple(was)) != self.depth_range:
-            told_range = f"min_depth={was[0]} max_depth={was[1]}" if was else "disparity"
-            raise ValueError(
-                f"this run was begun with {told_range}; type name=ANOTHER_NAME for another range"
-            )
-        then = state.get("sky", dict.fromkeys(now, "far"))
-        changed = [name for name, policy in self.open().sky.items() if then[name] != policy]
-        if changed:
-            raise ValueError(
-                f"this run was begun with the sky of {changed[0]} {then[changed[0]]}, now it is "
-                f"{self.open().sky[changed[0]]}; type  {format_override('sky', then)}"
-            )
+        saved_range = state.get("depth_range")
+        if (saved_range and tuple(saved_range)) != self.depth_range:
+            values = "disparity"
+            if saved_range:
+                values = f"min_depth={saved_range[0]} max_depth={saved_range[1]}"
+            raise UserError(f"this run was started with {values}", "type name=ANOTHER_NAME for another range")
+        saved_sky = state.get("sky", dict.fromkeys(now, "far"))
+        for name, policy in self.open().sky.items():
+            if saved_sky[name] != policy:
+                raise UserError(
+                    f"this run was started with the sky of {name} {saved_sky[name]}, not {policy}",
+                    f"type  {format_override('sky', saved_sky)}",
+                )
 
     def digests(self) -> dict[str, str]:
-        """Name every set and the digest of its manifest."""
+        """Return the digest of every set's manifest, by set name."""
         return {source.name: source.digest for source in self.open().sources}

@@ -1,4 +1,4 @@
-"""dry_run=true: print what a run would do, refuse what it would refuse, and name what is not there yet."""
+"""dry_run=true: print what a run would do, and raise the errors that it would raise."""
 
 import tempfile
 from collections.abc import Collection, Mapping
@@ -11,6 +11,8 @@ from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.training.batch_plan import extra_sets, split_batch
+from depth_anything.training.check_config import build_head
+from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.initialization import check_initial_weights, load_teacher
 from depth_anything.training.pseudolabel import ShardData, describe_teacher
@@ -19,136 +21,152 @@ from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import open_validation_task
 
 EXTRA_SET_ACTIONS = {"mix": "mixed in", "replay": "replayed"}
-NOT_FOUND = " (not there yet)"
+NOT_FOUND = " (not found yet)"
 
 
 def count_parameters(parameters: Any) -> str:
-    """Print a number of values with commas."""
+    """Return the number of values in parameters, with thousands separators."""
     return f"{sum(p.numel() for p in parameters):,}"
 
 
-def print_plan(config: Mapping[str, Any], *, typed: Collection[str] = ()) -> None:
-    """Print what a run would do, with the network on the meta device; nothing is written or fetched.
+def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
+    """Print what a run would do, with the network on the meta device; nothing is written or downloaded.
 
-    Sets and files that are not there yet are named; those that are there are opened as the run would.
+    Sets and files that do not exist yet are marked; those that exist are opened as the run would open them.
 
     Args:
         config: The resolved config.
         typed: Dotted keys that were typed on the command line.
 
     Raises:
-        ValueError: For whatever the run would refuse.
+        ValueError: As the run would.
     """
     _check_run_dir(config, typed)
-    with torch.device("meta"):
-        model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"))
-        model.pretrained.requires_grad_(not config.get("freeze_encoder"))
-    head = list(model.depth_head.parameters())
-    encoder = list(model.pretrained.parameters())
-    print(f"run         {config['run_dir']} (stage={config['stage']}, size={config['size']})")
-    print(f"network     {config['encoder']}: {count_parameters(model.parameters())} parameters")
-    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
-    if config["stage"] == "pseudolabel":
-        there = "" if Path(config["teacher"]).exists() else NOT_FOUND
-        print(f"teacher     {config['teacher']}{there}")
-        print(f"labels      {config['labels']}")
-        _check_label_teacher(config)
-        _print_sets(config["sources"]["images"])
-        print(
-            f"batch       {config['batch_size']} images of one shape and shard, short side {config['image_size']}"
-        )
+    model = _print_network(config)
+    if config.stage == "pseudolabel":
+        _print_labeling(config)
         return
-    recipe = config["recipe"]
-    if config.get("lora"):
-        with torch.device("meta"):
-            add_adapters(model, config["lora"])
-        print(f"adapters    LoRA of rank {config['lora']} beside the encoder's frozen layers")
-    for name, parameters in (("encoder", model.encoder_parameters()), ("head", model.head_parameters())):
-        print(
-            f"group       {name}: {count_parameters(parameters)} trained, Adam, rate {recipe[f'{name}_lr']:g}"
-        )
-    print(f"schedule    {recipe['schedule']}, warm-up {recipe['warmup']:.0%} of {config['steps']:,} steps")
-    print(f"loss        {_describe_loss(config)}")
-    whole = {"encoder": ", its encoder alone", "all": ", encoder and head"}.get(config.get("start", ""), "")
-    there = "" if config["init"] in (None, "hub") or Path(config["init"]).exists() else NOT_FOUND
-    print(f"start       {config['init'] or 'random weights'}{whole if config['init'] else ''}{there}")
-    _print_sets(config["data"]["sets"])
-    if config["data"]["labels"] and (config["stage"] != "metric" or config["replay"]):
-        print(f"labels      {redact_secrets(str(config['data']['labels']))}")
+    _print_recipe(config, model)
+    _print_sets(config.data.sets)
+    if config.data.labels and (config.stage != "metric" or config.replay):
+        print(f"labels      {redact_secrets(str(config.data.labels))}")
     for key, sets in extra_sets(config).items():
-        share = f" ({config['replay_share']:.0%})" if key == "replay" and sets else ""
+        share = f" ({config.replay_share:.0%})" if key == "replay" and sets else ""
         _print_sets(sets, what=f"{EXTRA_SET_ACTIONS[key]}{share}")
     _print_batch(config)
 
 
-def _print_batch(config: Mapping[str, Any]) -> None:
-    """Print how the batch falls on the devices that were asked for, and the passes over the data.
+def _print_network(config: RunConfig) -> DepthAnything:
+    """Print the run folder and the size of the network; return the network on the meta device."""
+    with torch.device("meta"):
+        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+        model.pretrained.requires_grad_(not config.freeze_encoder)
+    head = list(model.depth_head.parameters())
+    encoder = list(model.pretrained.parameters())
+    print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
+    print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
+    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
+    return model
+
+
+def _print_labeling(config: RunConfig) -> None:
+    """Print the teacher and the sets of stage=pseudolabel."""
+    print(f"teacher     {config.teacher}{'' if Path(config.teacher).exists() else NOT_FOUND}")
+    print(f"labels      {config.labels}")
+    _check_label_teacher(config)
+    _print_sets(config.sources.images)
+    print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
+
+
+def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
+    """Print what is trained and how, and the starting weights."""
+    recipe = config.recipe
+    if config.lora:
+        with torch.device("meta"):
+            add_adapters(model, config.lora)
+        print(f"adapters    LoRA of rank {config.lora} in the frozen encoder")
+    groups = (
+        ("encoder", model.encoder_parameters(), recipe.encoder_lr),
+        ("head", model.head_parameters(), recipe.head_lr),
+    )
+    optimizer = config.optimizer.target.rpartition(".")[2]
+    for name, parameters, rate in groups:
+        print(f"group       {name}: {count_parameters(parameters)} trained, {optimizer}, rate {rate:g}")
+    print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
+    print(f"loss        {_describe_loss(config)}")
+    copied = {"encoder": ", encoder only", "all": ", encoder and head"}.get(config.start or "", "")
+    found = "" if config.init in (None, "hub") or Path(config.init).exists() else NOT_FOUND
+    print(f"start       {config.init or 'random weights'}{copied if config.init else ''}{found}")
+
+
+def _print_batch(config: RunConfig) -> None:
+    """Print how the batch is split over the devices of the config, and the number of passes over the data.
 
     Raises:
-        ValueError: If it does not come out even on them.
+        UserError: If the batch cannot be split evenly over them.
     """
-    batch, side = config["batch_size"], config["image_size"]
-    print(f"batch       {batch} crops of {side}×{side}; {batch * config['steps']:,} samples in all")
+    batch, side = config.batch_size, config.image_size
+    print(f"batch       {batch} crops of {side}×{side}; {batch * config.steps:,} samples in all")
     print(f"passes      {_describe_passes(config)}")
-    devices = count_devices(config["trainer"])
+    devices = count_devices(config.trainer)
     if devices is not None:
         counts = [devices]
-        split_batch(batch, devices, config["micro_batch"])
+        split_batch(batch, devices, config.micro_batch)
     else:
         counts = [1, 8, 64]
-        split_batch(batch, max(1, torch.cuda.device_count()), config["micro_batch"])
+        split_batch(batch, max(1, torch.cuda.device_count()), config.micro_batch)
     for number in counts:
         try:
-            micro, accumulation = split_batch(batch, number, config["micro_batch"])
-            split = f"{micro} a device × {accumulation} accumulated"
+            micro, accumulation = split_batch(batch, number, config.micro_batch)
+            split = f"{micro} per device × {accumulation} accumulated"
         except ValueError as error:
             split = str(error)
         print(f"            {number:2d} device{'s' if number > 1 else ' '}: {split}")
 
 
-def count_devices(trainer: Mapping[str, Any]) -> int | None:
-    """Count the devices over all nodes that a config asks for; None where it leaves their number to the machine."""
-    devices = trainer["devices"]
+def count_devices(trainer: TrainerConfig) -> int | None:
+    """Return the number of devices over all nodes; None if it depends on the machine, as with "auto"."""
+    devices = trainer.devices
     if isinstance(devices, str) and devices != "auto":
         devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
     number = len(devices) if isinstance(devices, list) else devices
-    return number * trainer["num_nodes"] if isinstance(number, int) and number > 0 else None
+    return number * trainer.num_nodes if isinstance(number, int) and number > 0 else None
 
 
-def _describe_passes(config: Mapping[str, Any]) -> str:
-    """Open the sets that are there, and say how often all of them are seen.
+def _describe_passes(config: RunConfig) -> str:
+    """Open the sets that exist, and describe how often a run sees all records.
 
     Raises:
-        ValueError: As the run would: for a set that is damaged, of another unit, or whose labels are not its own.
+        ValueError: As the run would: for a damaged set, another unit, or labels of other images.
     """
-    if not config["data"]["_target_"].endswith(".TrainData"):
-        return "unknown: the data are your own"
-    sets = {**config["data"]["sets"]}
+    if not config.data.target.endswith(".TrainData"):
+        return "unknown for your own data class"
+    sets = {**config.data.sets}
     for added in extra_sets(config).values():
         sets.update(added)
     absent = {name for name, root in sets.items() if not _is_local_and_complete(config, name, str(root))}
     records = _count_records(config, sets, absent)
-    scenes = {str(scene["root"]): scene["count"] for scene in config["sources"]["scenes"].values()}
+    scenes = {str(scene.root): scene.count for scene in config.sources.scenes.values()}
     drawn = {name: scenes.get(str(sets[name])) for name in absent}
-    if None in drawn.values() or (absent and config.get("replay")):
+    if None in drawn.values() or (absent and config.replay):
         return f"unknown until {', '.join(sorted(absent))} can be opened"
-    repeat = config["data"].get("repeat") or {}
+    repeat = config.data.repeat or {}
     records += sum(int(count or 0) * repeat.get(name, 1) for name, count in drawn.items())
-    return f"{config['batch_size'] * config['steps'] / records:,.3g} over {records:,} records"
+    return f"{config.batch_size * config.steps / records:,.3g} over {records:,} records"
 
 
-def _is_local_and_complete(config: Mapping[str, Any], name: str, root: str) -> bool:
-    """Tell whether a set, and its labels where the stage joins them, lie on this machine; addresses are not asked."""
+def _is_local_and_complete(config: RunConfig, name: str, root: str) -> bool:
+    """Return whether a set, and its labels if the stage needs them, are local; remote sets are not opened."""
     if is_remote(root) or not (Path(root) / "manifest.json").is_file():
         return False
-    labels = config["data"]["labels"]
-    joined = labels is not None and name in config["data"]["sets"] and config["stage"] != "metric"
-    return not joined or (not is_remote(str(labels)) and (Path(labels) / name).is_dir())
+    labels = config.data.labels
+    joined = labels is not None and name in config.data.sets and config.stage != "metric"
+    return not joined or (not is_remote(str(labels)) and (Path(str(labels)) / name).is_dir())
 
 
-def _count_records(config: Mapping[str, Any], sets: Mapping[str, str], absent: Collection[str]) -> int:
-    """Open the sets of a run that are there, as the run would; return the records of a pass over them."""
-    arguments = {key: value for key, value in config["data"].items() if key != "_target_"}
+def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collection[str]) -> int:
+    """Open the sets of a run that exist, as the run would; return the number of records in a pass over them."""
+    arguments = {key: value for key, value in config.data.as_dict().items() if key != "_target_"}
     for key in ("sets", "labelled", "images"):
         if key in arguments:
             arguments[key] = {n: root for n, root in arguments[key].items() if n not in absent}
@@ -161,71 +179,71 @@ def _count_records(config: Mapping[str, Any], sets: Mapping[str, str], absent: C
     if not arguments["sets"]:
         return 0
     with torch.device("meta"):
-        patch = DepthAnything(config["encoder"]).multiple
+        patch = DepthAnything(config.encoder).multiple
     with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
-        arguments |= {"run_dir": scratch, "streams": config["streams"] or 1}
+        arguments |= {"run_dir": scratch, "streams": config.streams or 1}
         return TrainData(**arguments, micro_batch=1, patch=patch).open().stream.records
 
 
-def _check_run_dir(config: Mapping[str, Any], typed: Collection[str]) -> None:
-    """Hold the run folder, the checkpoint and the starting weights against the config, as the run would."""
-    folder = RunDir(config["run_dir"], typed=typed)
-    if config["stage"] == "pseudolabel":
+def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
+    """Check the run folder, the checkpoint, the starting weights and the validation set, as the run would."""
+    folder = RunDir(config.run_dir, typed=typed)
+    if config.stage == "pseudolabel":
         return
-    if not config["overwrite"]:
+    if not config.overwrite:
         folder.compare(config, note=False)
-        if folder.finished(config["steps"]):
-            print(f"run         {folder.path} is finished, and the command would do nothing")
-    if config["resume"] and (config["overwrite"] or folder.newest_checkpoint() is None):
-        for line in check_resume_checkpoint(Path(config["resume"]), config, typed=typed):
+        if folder.finished(config.steps):
+            print(f"run         {folder.path} is finished; the command would do nothing")
+    if config.resume and (config.overwrite or folder.newest_checkpoint() is None):
+        for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
     check_initial_weights(config)
-    name, root = config["validation"]["benchmark"], config["sources"]["validation"]
-    where = config["validation"]["root"] if name is not None else root
+    name, root = config.validation.benchmark, config.sources.validation
+    where = config.validation.root if name is not None else root
     if where is not None and not is_remote(str(where)) and Path(where).exists():
         open_validation_task(config)
     elif where is not None:
         print(f"validation  {redact_secrets(str(where))}{'' if is_remote(str(where)) else NOT_FOUND}")
 
 
-def _check_label_teacher(config: Mapping[str, Any]) -> None:
-    """Refuse labels that another teacher has begun, where both are there."""
-    begun = {
+def _check_label_teacher(config: RunConfig) -> None:
+    """Check that existing labels are from the same teacher, if the teacher exists too."""
+    labeled = {
         name: root
-        for name, root in config["data"]["sets"].items()
+        for name, root in config.data.sets.items()
         if not is_remote(str(root))
         and (Path(root) / "manifest.json").is_file()
-        and (Path(config["labels"]) / name).is_dir()
+        and (Path(str(config.labels)) / name).is_dir()
     }
-    if not begun or not Path(config["teacher"]).exists():
+    if not labeled or not Path(config.teacher).exists():
         return
     teacher = load_teacher(config)
-    arguments = {key: value for key, value in config["data"].items() if key not in ("_target_", "sets")}
-    made_by = describe_teacher(teacher, config["teacher"])
-    ShardData(**arguments, sets=begun, patch=teacher.multiple, teacher=made_by)
+    arguments = {
+        key: value for key, value in config.data.as_dict().items() if key not in ("_target_", "sets")
+    }
+    teacher_info = describe_teacher(teacher, config.teacher)
+    ShardData(**arguments, sets=labeled, patch=teacher.multiple, teacher=teacher_info)
 
 
-def _describe_loss(config: Mapping[str, Any]) -> str:
-    recipe = config["recipe"]
-    if config["stage"] == "metric":
-        silog = (
-            f"silog, variance focus {recipe['variance_focus']:g}, over truth from {config['min_depth']:g} to "
-        )
-        silog += f"{config['max_depth']:g} m"
-        if not config["replay"]:
+def _describe_loss(config: RunConfig) -> str:
+    recipe = config.recipe
+    if config.stage == "metric":
+        silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
+        silog += f"{config.max_depth:g} m"
+        if not config.replay:
             return silog
         return f"{silog}; replayed: {_describe_invariant_losses(recipe)}"
     return _describe_invariant_losses(recipe)
 
 
-def _describe_invariant_losses(recipe: Mapping[str, Any]) -> str:
-    terms = [f"ssi {recipe['ssi_weight']:g}", f"gm {recipe['gm_weight']:g}"]
-    if recipe.get("alignment_weight"):
-        terms.append(f"features {recipe['alignment_weight']:g} (tolerance {recipe['alignment_tolerance']:g})")
-    return f"{' : '.join(terms)}; largest {recipe['trim']:.0%} of residuals left out"
+def _describe_invariant_losses(recipe: RecipeConfig) -> str:
+    terms = [f"ssi {recipe.ssi_weight:g}", f"gm {recipe.gm_weight:g}"]
+    if recipe.alignment_weight:
+        terms.append(f"features {recipe.alignment_weight:g} (tolerance {recipe.alignment_tolerance:g})")
+    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored"
 
 
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
     for name, root in sets.items():
-        there = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
-        print(f"{what:<11} {name}: {redact_secrets(str(root))}{'' if there else NOT_FOUND}")
+        found = is_remote(str(root)) or (Path(root) / "manifest.json").is_file()
+        print(f"{what:<11} {name}: {redact_secrets(str(root))}{'' if found else NOT_FOUND}")

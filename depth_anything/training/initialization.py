@@ -1,4 +1,4 @@
-"""What a run starts from: its weights, and where they may not come from."""
+"""The networks of a run: starting weights, teacher, frozen encoder, and the provenance saved with the result."""
 
 import shlex
 import sys
@@ -11,40 +11,52 @@ from typing import Any
 import torch
 
 from depth_anything.data.reader import JoinedRecords, Records
-from depth_anything.errors import ArgumentWarning, UserError, format_error
+from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
 from depth_anything.model.card import build_card, write_card
-from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.official_weights import name_hints
-from depth_anything.model.weights import fingerprint, has_head, load_encoder, load_model, read_license
+from depth_anything.model.weights import (
+    fingerprint,
+    has_head,
+    load_encoder,
+    load_model,
+    read_head_name,
+    read_license,
+)
+from depth_anything.training.check_config import build_head
+from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
 
-def build_model(config: Mapping[str, Any]) -> DepthAnything:
+def build_model(config: RunConfig) -> DepthAnything:
     """Build the network of a run with its starting weights.
 
-    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or the authors, or null for
-    random weights, drawn from `seed`. stage=metric makes metres up to `max_depth`; of a whole model it takes what
-    `start` says; `freeze_encoder` leaves the encoder as it comes, and `lora` gives it adapters, which alone learn.
+    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
+    random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
+    a whole model it copies, `freeze_encoder` freezes the encoder, `lora` trains adapters in place of its weights.
+    `model.head` names another decoder; of a model with another head than that, only the encoder is copied.
 
     Raises:
-        ValueError: If the file is missing, of another size or kind, or a student would start from a teacher.
+        UserError: If the file is missing or of another size or kind, or a student would start from a teacher.
     """
     _reject_teacher_weights(config)
-    source, start = config["init"], config.get("start", "all")
-    if config["stage"] == "metric" and source not in (None, "hub") and not Path(source).exists():
-        raise ValueError(
-            f"there is no model at {source}; run `python train.py stage=student size={config['size']}` first, type "
-            "init=FILE for another relative model, or init=hub for DINOv2's encoder"
+    source, file, start = config.init, _weights_file(config), config.start or "all"
+    if config.stage == "metric" and file is not None and not file.exists():
+        raise UserError(
+            f"there is no model at {source}",
+            f"run `python train.py stage=student size={config.size}` first, type init=FILE for another relative "
+            "model, or init=hub for DINOv2's encoder",
         )
-    whole = source not in (None, "hub") and has_head(source)
-    other = _load_model_for_run(Path(source), encoder=config["encoder"]) if whole else None
-    torch.manual_seed(config["seed"])
+    head, other = build_head(config), None
+    if file is not None and has_head(file) and read_head_name(file) == head_name(head):
+        other = _load_model_for_run(file, encoder=config.encoder, head=head)
+    torch.manual_seed(config.seed)
     taps = other.taps if other is not None and start == "all" else None
-    model = DepthAnything(config["encoder"], max_depth=config.get("max_depth"), taps=taps)
-    model.input_size = config["image_size"]  # kept in the model file: what it was trained to see
+    model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, head=head)
+    model.input_size = config.image_size  # saved in the model file
     if source is None:
         pass
     elif other is not None:
@@ -54,87 +66,96 @@ def build_model(config: Mapping[str, Any]) -> DepthAnything:
         model.origin = {"start": {"from": _short_path(source), "licence": other.licence, "base": base}}
     else:
         load_encoder(model, source)
-        named = hub_repository(config["encoder"]) if source == "hub" else None
-        licence = hub_license(config["encoder"]) if named else read_license(source)
+        named = hub_repository(config.encoder) if source == "hub" else None
+        licence = hub_license(config.encoder) if named else read_license(source)
         model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
-    if config.get("freeze_encoder"):
+    if config.freeze_encoder:
         model.pretrained.requires_grad_(False)
-    if config.get("lora"):
-        add_adapters(model, config["lora"])
+    if config.lora:
+        add_adapters(model, config.lora)
     return model
 
 
-def check_initial_weights(config: Mapping[str, Any]) -> None:
-    """Refuse starting weights as a run would, where they are there; nothing is fetched.
+def check_initial_weights(config: RunConfig) -> None:
+    """Check the starting weights of a run if their file exists; nothing is downloaded.
 
     Raises:
-        ValueError: As `network` and `twin`.
+        UserError: As `build_model` and `build_frozen_encoder`.
     """
     _reject_teacher_weights(config)
     _check_alignment_weights(config)
-    source = config["init"]
-    if source in (None, "hub") or not Path(source).exists():
+    file = _weights_file(config)
+    if file is None or not file.exists():
         return
-    if has_head(source):
-        load_model(source, encoder=config["encoder"])
+    head = build_head(config)
+    if has_head(file) and read_head_name(file) == head_name(head):
+        load_model(file, encoder=config.encoder, head=head)
     else:
-        load_encoder(DepthAnything(config["encoder"]), source)
+        load_encoder(DepthAnything(config.encoder), file)
 
 
-def _reject_teacher_weights(config: Mapping[str, Any]) -> None:
-    source = config["init"]
-    if config["stage"] == "student" and source is not None and _is_teacher(Path(source)):
-        raise ValueError(
-            f"init={source} is a teacher; a student starts from DINOv2 of its size: "
-            "type init=hub or init=DINOV2_FILE"
+def _weights_file(config: RunConfig) -> Path | None:
+    """Return the file or folder that `init` names; None for the hub and for random weights."""
+    return None if config.init in (None, "hub") else Path(config.init)  # type: ignore[arg-type]
+
+
+def _reject_teacher_weights(config: RunConfig) -> None:
+    source = config.init
+    if config.stage == "student" and source is not None and _is_teacher(Path(source)):
+        raise UserError(
+            f"init={source} is a teacher, but a student starts from DINOv2 of its size",
+            "type init=hub or init=DINOV2_FILE",
         )
 
 
-def _check_alignment_weights(config: Mapping[str, Any]) -> None:
-    source = config["init"]
-    if not config["recipe"].get("alignment_weight"):
+def _check_alignment_weights(config: RunConfig) -> None:
+    source = config.init
+    if not config.recipe.alignment_weight:
         return
-    if source is None or (source != "hub" and Path(source).exists() and has_head(source)):
-        raise ValueError(
-            f"features are aligned with DINOv2's, and init={source} is not DINOv2; type init=hub, init=DINOV2_FILE "
-            "or recipe.alignment_weight=0"
+    file = _weights_file(config)
+    if source is None or (file is not None and file.exists() and has_head(file)):
+        raise UserError(
+            f"feature alignment needs DINOv2's weights, and init={source or 'null'} is not DINOv2",
+            "type init=hub, init=DINOV2_FILE or recipe.alignment_weight=0",
         )
 
 
-def _print_depth_scale_notes(config: Mapping[str, Any], model: DepthAnything, other: DepthAnything) -> None:
-    """Say on stderr what a start's metres become: a calibration is lost, another range stretches them."""
+def _print_depth_scale_notes(config: RunConfig, model: DepthAnything, other: DepthAnything) -> None:
+    """Print what happens to the meters of the starting weights: a calibration is lost, another range scales them."""
     if other.calibration is not None:
         print(
-            f"note: init={config['init']} is calibrated, and training makes that void; calibrate the new model",
+            f"note: init={config.init} is calibrated; training invalidates that, so calibrate the new model",
             file=sys.stderr,
         )
     ranges = (other.max_depth, model.max_depth)
-    if None not in ranges and ranges[0] != ranges[1] and config.get("start", "all") == "all":
+    if None not in ranges and ranges[0] != ranges[1] and (config.start or "all") == "all":
         print(
-            f"note: init={config['init']} gives depth up to {ranges[0]:g} m, and with max_depth={ranges[1]:g} its "
-            "metres are stretched alike until training has set them right",
+            f"note: init={config.init} predicts depth up to {ranges[0]:g} m; with max_depth={ranges[1]:g} its "
+            "predictions are scaled until training has corrected them",
             file=sys.stderr,
         )
 
 
 def _copy_weights(model: DepthAnything, other: DepthAnything, start: str) -> None:
-    """Copy a model's weights: its encoder's, or all but a last convolution that said something else."""
-    left_out: tuple[str, ...] = ("depth_head.",) if start == "encoder" else ()
-    if model.quantity != other.quantity:  # disparity grows where depth shrinks, and no sigmoid followed it
-        left_out += ("depth_head.scratch.output_conv2.2.",)
-    state = other.state_dict()
-    model.load_state_dict(
-        {name: t for name, t in state.items() if not name.startswith(left_out)}, strict=False
-    )
+    """Copy the encoder's weights, or with start="all" also the head's.
+
+    The last convolution is copied only between models of the same quantity: a disparity is larger where a depth is
+    smaller, and is followed by a ReLU instead of a sigmoid.
+    """
+    skipped: tuple[str, ...] = ("depth_head.",) if start == "encoder" else ()
+    if model.quantity != other.quantity:
+        skipped += ("depth_head.scratch.output_conv2.2.",)
+    state = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith(skipped)}
+    model.load_state_dict(state, strict=False)
 
 
 def add_provenance(
-    model: DepthAnything, config: Mapping[str, Any], sources: Sequence[Records | JoinedRecords]
+    model: DepthAnything, config: RunConfig, sources: Sequence[Records | JoinedRecords]
 ) -> DepthAnything:
-    """Note in a network what it is trained on, and put together the licences of all that goes into it.
+    """Store in a network what it is trained on, and the combined license of its data, teachers and starting weights.
 
     Raises:
-        ValueError: If a set's labels are older than their conversion to disparity, and their teacher gives metres.
+        UserError: If labels of a metric teacher were written by a version that did not convert them to disparity.
     """
     for source in sources:
         if isinstance(source, JoinedRecords):
@@ -145,25 +166,25 @@ def add_provenance(
     for row in data:
         licences += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
     model.licence = combine_licenses(licences)
-    model.origin = {**model.origin, "stage": config["stage"], "data": data}
-    if config.get("lora"):
-        model.origin["lora"] = config["lora"]
+    model.origin = {**model.origin, "stage": config.stage, "data": data}
+    if config.lora:
+        model.origin["lora"] = config.lora
     return model
 
 
 def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
-    """Write the card of a run's model beside it; one that a user has edited stays.
+    """Write the model card of a run into its folder, unless a user has edited the card that is there.
 
     Args:
-        model: As it is saved.
-        folder: Of the run.
-        title: Its name.
-        measured: Name to value of what the last validation found.
+        model: The model as it is saved.
+        folder: Folder of the run.
+        title: Name of the run.
+        measured: Metric name to its value at the last validation.
     """
     rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
     table = "\n".join(
         [
-            "What the run's last validation found; its config.yaml says on what:",
+            "Results of the run's last validation; its config.yaml names the images:",
             "",
             "| metric | mean |",
             "|---|---|",
@@ -194,12 +215,13 @@ def _set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
 
 
 def _reject_metric_labels(source: JoinedRecords) -> None:
-    """Refuse labels that are depth under the name of disparity: what a metric teacher left before it was inverted.
+    """Refuse labels that hold depth in place of disparity, as older versions wrote them for a metric teacher.
 
-    Label sets of today say what their teacher gave. For older ones its file is asked, where it is still the same one.
+    Label sets of this version record the quantity of their teacher. For older ones the teacher's file is loaded, if it
+    still exists and has the same fingerprint.
 
     Raises:
-        ValueError: Naming the label set and its teacher.
+        UserError: Naming the label set and its teacher.
     """
     teacher = source.labels.meta["teacher"]
     if "quantity" in teacher:
@@ -209,82 +231,88 @@ def _reject_metric_labels(source: JoinedRecords) -> None:
         metric = name_hints(Path(file)).get("max_depth") is not None
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the file does not say; it was said when it labelled
+            warnings.simplefilter("ignore")  # they were printed when it labeled
             try:
                 model = load_model(file)
             except ValueError:
-                return  # replaced by something else since
+                return  # the file was replaced
         metric = model.quantity == "depth" and fingerprint(model) == teacher["fingerprint"]
     if metric:
-        raise ValueError(
-            f"the labels in {source.labels.root} hold the metres of {file} as if they were disparity (an older version "
-            "did not invert them): remove that folder and label again with `python train.py stage=pseudolabel`, or "
-            "type labels=FOLDER for others"
+        raise UserError(
+            f"the labels in {source.labels.root} hold the depth of {file} in meters instead of disparity (an older "
+            "version did not convert it)",
+            [
+                "remove that folder and label again with `",
+                PSEUDOLABEL_COMMAND,
+                "`, or type labels=FOLDER for others",
+            ],
         )
 
 
 def _short_path(path: str | Path) -> str:
-    """Name a file as others may know it: with its folder, if its own name says nothing."""
+    """Return the name of a file, with its folder if the name alone is generic."""
     path = Path(path)
     return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
 
 
 def image_size_multiple(encoder: str) -> int:
-    """Look up what an encoder's images are resized to multiples of, pixels, without building its weights."""
+    """Return the number of pixels that image sides must be multiples of, without allocating weights."""
     with torch.device("meta"):
         return DepthAnything(encoder).multiple
 
 
-def build_frozen_encoder(config: Mapping[str, Any]) -> DepthAnything | None:
-    """Build the frozen DINOv2 that a student's features are aligned with; None where they are not.
+def build_frozen_encoder(config: RunConfig) -> DepthAnything | None:
+    """Build the frozen DINOv2 that a student's features are aligned with; None without feature alignment.
 
     Raises:
-        ValueError: If features are to be aligned and there are no DINOv2 weights.
+        UserError: If `init` is not DINOv2.
     """
-    if not config["recipe"].get("alignment_weight"):
+    if not config.recipe.alignment_weight:
         return None
     _check_alignment_weights(config)
-    frozen = DepthAnything(config["encoder"])
-    load_encoder(frozen, config["init"])
+    frozen = DepthAnything(config.encoder)
+    assert config.init is not None  # _check_alignment_weights refuses it
+    load_encoder(frozen, config.init)
     return frozen
 
 
-def load_teacher(config: Mapping[str, Any]) -> DepthAnything:
+def load_teacher(config: RunConfig) -> DepthAnything:
     """Load the network that labels.
 
     Raises:
-        ValueError: If there is none where `teacher` points.
+        UserError: If the file that `teacher` names does not exist or cannot be read.
     """
-    path = Path(config["teacher"])
+    path = Path(config.teacher)
     if not path.exists():
-        raise ValueError(
-            f"there is no teacher at {path}; run `python train.py stage=teacher size={config['size']}` first, "
-            "or type teacher=FILE"
+        raise UserError(
+            f"there is no teacher at {path}",
+            f"run `python train.py stage=teacher size={config.size}` first, or type teacher=FILE",
         )
-    teacher = _load_model_for_run(path, encoder=config["encoder"])
-    size = config.get("image_size", teacher.input_size)
+    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
+    size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
-            f"teacher={path} was made for images of {teacher.input_size} px, and labels them at image_size={size}; "
-            f"type image_size={teacher.input_size} unless you mean that",
+            f"teacher={path} was trained on images of {teacher.input_size} px, but labels at image_size={size}; "
+            f"type image_size={teacher.input_size} unless this is intended",
             stacklevel=2,
         )
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
-    """Read a model; what would take an argument of `load_model` is told by what can be typed here."""
+def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
+    """Load a model; errors and warnings name config keys and commands in place of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"
     typed = {
         "encoder": "encoder={}",
+        "head": "+model.head._target_={}",
         "version": f"the file that is made by  {export} --weights-version {{}}",
         "max_depth": f"the file that is made by  {export} --max-depth {{}}",
     }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ArgumentWarning)
-            model = load_model(path, encoder=encoder)
+            model = load_model(path, encoder=encoder, head=head)
     except UserError as error:
         raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:
@@ -293,9 +321,10 @@ def _load_model_for_run(path: Path, *, encoder: str) -> DepthAnything:
 
 
 def _is_teacher(path: Path) -> bool:
-    for folder in (path, *path.parents[:2]):  # a run, its model, or one of its checkpoints
+    """Return whether a path is the folder of a teacher's run, its model, or one of its checkpoints."""
+    for folder in (path, *path.parents[:2]):
         config = folder / "config.yaml"
         if path.exists() and config.is_file():
-            with suppress(ValueError):  # a config.yaml of somebody else
+            with suppress(ValueError):  # the config.yaml of another program
                 return read_config(config)["stage"] == "teacher"
     return False

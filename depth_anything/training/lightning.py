@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar, Timer
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
 from depth_anything.disk import atomic_path
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.model.integrity import save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
@@ -33,7 +35,9 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import TrainData
+from depth_anything.training.loggers import build_loggers, logger_nodes
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
 from depth_anything.training.signals import (
@@ -104,19 +108,19 @@ def trainer_arguments(
 
 @contextmanager
 def translate_trainer_errors() -> Iterator[None]:
-    """Turn an error of Lightning's Trainer, as a device that this machine does not have, into a ValueError.
+    """Turn an error of Lightning's Trainer, as a device that this machine does not have, into a UserError.
 
     Raises:
-        ValueError: With Lightning's message.
+        UserError: With Lightning's message.
     """
     try:
         yield
     except (MisconfigurationException, ImportError) as error:
-        raise ValueError(f"Lightning's Trainer rejects the keys of trainer or callbacks: {error}") from error
+        raise UserError(f"Lightning's Trainer rejects the keys of trainer or callbacks: {error}") from error
 
 
 def build_callbacks(
-    config: Mapping[str, Any], run_dir: RunDir, added: Sequence[pl.Callback] = ()
+    config: RunConfig, run_dir: RunDir, added: Sequence[pl.Callback] = ()
 ) -> list[pl.Callback]:
     """Build the callbacks of a fitting stage, in the order in which they act at a step boundary.
 
@@ -126,15 +130,15 @@ def build_callbacks(
         added: Callbacks of the config's `callbacks`. They act before validation and checkpoints, so that both see what
             they did at this step, as an average of the weights.
     """
-    metrics = TrainingMetrics(every=config["logging"]["every"], batch_size=config["batch_size"])
+    metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
     validation = ValidationCallback(
         partial(open_validation_task, config),
         run_dir,
-        every=config["validation"]["every"],
-        input_size=config["image_size"],
+        every=config.validation.every,
+        input_size=config.image_size,
     )
-    checkpoints = Checkpoints(run_dir.checkpoints, **config["checkpoint"])
-    valid_pixels = ValidPixelCheck(every=config["logging"]["every"])
+    checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    valid_pixels = ValidPixelCheck(every=config.logging.every)
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return [
         metrics,
@@ -168,16 +172,51 @@ def join_process_group(trainer: pl.Trainer) -> None:
     trainer.strategy.setup_environment()
 
 
-def start_run(trainer: pl.Trainer, run_dir: RunDir, config: Mapping[str, Any]) -> Path | None:
+def move_timers_first(trainer: Any) -> None:
+    """Let a Timer, which Lightning appends for +trainer.max_time, end the run before Checkpoints saves at that step."""
+    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))
+
+
+def start_run(trainer: pl.Trainer, run_dir: RunDir, config: RunConfig) -> Path | None:
     """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
-        ValueError: On all ranks, with rank 0's message.
+        UserError: On all ranks, with rank 0's message.
     """
+    move_timers_first(trainer)
     join_process_group(trainer)
     if not dist.is_initialized():
         return run_dir.begin(config, main=trainer.is_global_zero)
     return run_on_all_ranks(lambda: run_dir.begin(config, main=True) if trainer.is_global_zero else None)[0]
+
+
+def set_loggers(
+    trainer: pl.Trainer,
+    config: RunConfig,
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    *,
+    build: Callable[..., Logger],
+) -> None:
+    """Give the Trainer metrics.csv, continued at the step of a checkpoint, and the loggers of the config.
+
+    Args:
+        trainer: Lightning's.
+        config: The resolved config.
+        run_dir: The run folder.
+        checkpoint: Where the run continues.
+        build: Hydra's `instantiate`, which only run.py imports.
+
+    Raises:
+        UserError: On all ranks, if rank 0 cannot build a logger or read metrics.csv.
+    """
+
+    def set_on_rank() -> None:
+        main, step = trainer.is_global_zero, step_from_name(checkpoint)
+        added = [build(node, _convert_="all") for node in logger_nodes(config.logger) if main]
+        trainer.loggers = build_loggers(run_dir.metrics, added, step=step, main=main)
+
+    run_on_all_ranks(set_on_rank)
 
 
 def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
@@ -187,13 +226,13 @@ def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def translate_memory_errors(smaller: str) -> Iterator[None]:
-    """Turn an out-of-memory error of Python, torch or a GPU into a ValueError that says what to type.
+    """Turn an out-of-memory error of Python, torch or a GPU into a UserError that says what to type.
 
     Args:
         smaller: What to type for smaller batches.
 
     Raises:
-        ValueError: If there is too little memory.
+        UserError: If there is too little memory.
     """
     try:
         yield
@@ -203,8 +242,9 @@ def translate_memory_errors(smaller: str) -> Iterator[None]:
             "out of memory|can't allocate memory", message
         ):
             raise
-        raise ValueError(
-            f"not enough memory ({message or type(error).__name__}); add {smaller} to the same command to continue"
+        raise UserError(
+            f"not enough memory ({message or type(error).__name__})",
+            f"add {smaller} to the same command to continue",
         ) from error
 
 
@@ -252,16 +292,16 @@ def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -
     Raises:
         StoppedBySignal: For a signal, on all ranks, after rank 0 has requeued the job: a launcher may end the job at
             the first nonzero exit code.
-        ValueError: If something else ended the run, as +trainer.max_time does; its last step is saved.
+        UserError: If something else ended the run, as +trainer.max_time does; its last step is saved.
     """
     if trainer.global_step >= trainer.max_steps:
         return
     stop = next(callback for callback in callbacks if isinstance(callback, GracefulStop))
     number, step = stop.agreed_signal, trainer.global_step
     if not number:
-        raise ValueError(
-            f"a callback or Lightning ended the run at step {step} of {trainer.max_steps}, which is saved; "
-            "start the same command again to continue"
+        raise UserError(
+            f"a callback or Lightning ended the run at step {step} of {trainer.max_steps}, which is saved",
+            [SAME_COMMAND, " to continue"],
         )
     if trainer.is_global_zero:
         saved = f"saved at step {step}" if step else "before the first step"

@@ -92,6 +92,15 @@ def read_metrics(path: Path) -> MetricsTable:
     return MetricsTable(columns, rows, len(lines) - 1 - len(rows) + incomplete)
 
 
+def read_latest(path: Path, prefix: str) -> dict[str, str]:
+    """Read the newest numbers of metrics.csv whose names start with `prefix`; the prefix is removed; {} without any."""
+    for row in reversed(read_metrics(path).rows):
+        numbers = {name: value for name, value in row.items() if name.startswith(prefix) and value}
+        if numbers:
+            return {name.removeprefix(prefix): value for name, value in numbers.items()}
+    return {}
+
+
 def _split_fields(line: bytes) -> list[str]:
     """Split a line into its fields; an empty list if it is not text."""
     try:
@@ -208,19 +217,6 @@ class MetricsCSV(Logger):
                 raise
         self._written_step = max(self._written_step, rows[-1]["step"])
         self._pending = [row for row in self._pending if not any(row is written for written in rows)]
-
-    def last(self, prefix: str) -> dict[str, str]:
-        """Return the newest numbers whose names start with `prefix`, without the prefix; {} if there are none."""
-        self.save()
-        rows = [
-            {
-                name.removeprefix(prefix): value
-                for name, value in row.items()
-                if name.startswith(prefix) and value
-            }
-            for row in read_metrics(self.path).rows
-        ]
-        return next((row for row in reversed(rows) if row), {})
 
     def finalize(self, status: str) -> None:
         """Write what is left; after an error, which may be a full disk, without raising another one."""

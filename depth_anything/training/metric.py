@@ -1,4 +1,4 @@
-"""stage=metric: a relative network learns metres (the authors' metric_depth/; V1 §6 for the ZoeDepth route)."""
+"""stage=metric: fine-tune a relative network to depth in meters (the authors' metric_depth/; V1 §6 for ZoeDepth)."""
 
 from typing import Any
 
@@ -14,35 +14,34 @@ from depth_anything.training.config import MetricRecipe
 __all__ = ["Metric", "MetricRecipe"]
 
 MIN_DEPTH_M = 1e-3
-"""Nearer predictions have its disparity: one pixel that is next to nothing must not be all that counts."""
+"""Smallest predicted depth that is inverted, so that one pixel near zero does not dominate the disparity."""
 
 
 class Metric(DepthModule):
-    """The metric stage: sigmoid × max_depth against depth in metres, by SILog, per image.
+    """The metric stage: SILog between sigmoid × max_depth and the depth in meters, per image.
 
-    An image without two valid pixels, as a crop of sky above a LiDAR's reach, adds nothing and counts. Replayed
-    images, whose truth is disparity, are compared by the invariant losses with 1 / prediction: they say what is
-    nearer than what, and leave the metres to the others.
+    An image with fewer than two valid pixels, such as a crop of sky, adds zero to the mean. Replayed images, whose
+    target is disparity, are compared with 1 / prediction by the invariant losses, which constrain relative depth only.
     """
 
     def __init__(
         self, model: DepthAnything, recipe: MetricRecipe, *, frozen: DepthAnything | None = None
     ) -> None:
-        """Hold a network that gives depth, and its recipe.
+        """Store a network that predicts depth, and the hyperparameters.
 
         Args:
-            model: The network to train, with its `max_depth`.
-            recipe: Its numbers.
-            frozen: None; this stage aligns no features.
+            model: The network to train, with a `max_depth`.
+            recipe: The hyperparameters.
+            frozen: None; this stage has no feature alignment.
         """
         super().__init__(model, recipe, frozen=frozen)
         self.silog_weight, self.variance_focus = recipe.silog_weight, recipe.variance_focus
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute SILog of (B,H,W) metres, outside autocast, and under "loss" what is minimised.
+        """Compute SILog of a (B,H,W) depth in meters, in float32, and the weighted sum of all terms as "loss".
 
-        Where the batch says of each image whether its truth is in "metric", bool (B,), "ssi" and "gm" of the
-        others come in. Each is a sum over its images divided by B, as all losses here: they grow with the share.
+        With replay, "metric", bool (B,), marks the images whose target is in meters; for the others "ssi" and "gm" are
+        added. Every term is a sum over its images divided by B, so it grows with their share.
         """
         given = self.inputs(batch)
         prediction = self.model(given["image"])

@@ -24,8 +24,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from depth_anything.data.codec import encode
+from depth_anything.data.dataset import next_or_failure, return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
-from depth_anything.data.loader import StreamLoader, next_or_failure, return_batch
+from depth_anything.data.loader import StreamLoader
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ import yaml
 
 from depth_anything.data.address import redact_nested
 from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
+    FlatConfig,
     check_resume_checkpoint,
     check_same_run,
     read_checkpoint_facts,
@@ -53,14 +56,14 @@ class RunDir:
     def _new_lock(self) -> FileLock:
         return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
 
-    def begin(self, config: Mapping[str, Any], *, main: bool) -> Path | None:
+    def begin(self, config: RunConfig, *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
 
         1. the folder's newest undamaged checkpoint, 2. `resume=`, 3. None: the weights come from `init=`. Damaged
         checkpoints are renamed to *.damaged and named on stderr.
 
         Raises:
-            ValueError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
+            UserError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
                 of life for two minutes.
             OSError: If a checkpoint cannot be read now, which is not damage.
         """
@@ -79,15 +82,15 @@ class RunDir:
         return Path(chosen) if chosen else None
 
     def _wait_for_rank0(self, decision: Path) -> None:
-        """Wait until rank 0 has decided; reading a large checkpoint takes minutes, in which its heartbeat goes on."""
+        """Wait until rank 0 has decided; it reads large checkpoints for minutes, and writes its heartbeat meanwhile."""
         watch, since = FileWatch(), time.monotonic()
         while _read_json(decision).get("launch") != launch_id(main=False):
             with suppress(FileNotFoundError):
                 if watch.seconds_unchanged(self.lock.path) == 0.0:
                     since = time.monotonic()
             if time.monotonic() - since > RANK0_TIMEOUT_S:
-                raise ValueError(
-                    f"rank 0 showed no sign of life in {self.path} for two minutes; read its own message"
+                raise UserError(
+                    f"rank 0 showed no sign of life in {self.path} for two minutes", "read its own message"
                 )
             time.sleep(0.2)
 
@@ -117,7 +120,7 @@ class RunDir:
         value = f"{best['metric']} {best['value']:.4g}"
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {value})"
 
-    def claim(self, config: Mapping[str, Any], *, exclusive: bool = True) -> None:
+    def claim(self, config: RunConfig, *, exclusive: bool = True) -> None:
         """Lock the folder, compare its config.yaml with `config`, and write the new config.yaml.
 
         Args:
@@ -127,22 +130,22 @@ class RunDir:
                 processes may do; its label sets check their settings themselves.
 
         Raises:
-            ValueError: If another process writes to the folder, the saved config is another run's, or the run was
+            UserError: If another process writes to the folder, the saved config is another run's, or the run was
                 trained before and none of its checkpoints can be used and `resume` names no other.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
             self.lock.acquire()
-            if config["overwrite"] and self.config.is_file() and not is_requeued():
+            if config.overwrite and self.config.is_file() and not is_requeued():
                 self._rename_existing()
                 self.lock = self._new_lock()
                 self.lock.acquire()
             self.compare(config)
-            if config["resume"] is None and not self.finished(config["steps"]):
+            if config.resume is None and not self.finished(config.steps):
                 self._check_progress_not_lost()
         for folder in (self.path, self.checkpoints, self.pictures):
             remove_stale(folder, exclusive=exclusive)
-        text = yaml.safe_dump(redact_nested(config), sort_keys=False)
+        text = yaml.safe_dump(redact_nested(config.as_dict()), sort_keys=False)
         atomic_write(self.config, text.encode())
 
     def _rename_existing(self) -> None:
@@ -152,7 +155,7 @@ class RunDir:
         os.rename(self.path, old)
         self.lock.release()
 
-    def compare(self, config: Mapping[str, Any], *, note: bool = True) -> list[str]:
+    def compare(self, config: RunConfig, *, note: bool = True) -> list[str]:
         """Compare a config with the one of the run, if the run has trained any step.
 
         Args:
@@ -163,17 +166,17 @@ class RunDir:
             A line for each value that is changed on purpose.
 
         Raises:
-            ValueError: If it is another run's.
+            UserError: If it is another run's.
         """
         newest = self.newest_checkpoint()
         if not self.config.is_file() or not (self.model.is_file() or any(self._all_checkpoints())):
             return []
-        old, new, finished = read_config_or_empty(self.config), config, self.finished(config["steps"])
-        if not old:
-            old = read_checkpoint_facts(newest)[1] if newest is not None else {}
-            new = {key: value for key, value in config.items() if key in old or key == "resume_with"}
-            old, new = {**old, "steps": config["steps"]}, {**new, "steps": config["steps"]}
-        step = step_from_name(newest)
+        old, new = read_config_or_empty(self.config), FlatConfig.from_run(config)
+        if not old.values:
+            facts = read_checkpoint_facts(newest)[1] if newest is not None else {}
+            old = FlatConfig({**facts, "steps": config.steps})
+            new = new.only([*old.values, "resume_with"])
+        step, finished = step_from_name(newest), self.finished(config.steps)
         changes = check_same_run(self.path, old, new, step=step, finished=finished, typed=self.typed)
         if note:
             self._record_changes(changes)
@@ -196,16 +199,17 @@ class RunDir:
     def _all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def _choose_checkpoint(self, config: Mapping[str, Any]) -> Path | None:
+    def _choose_checkpoint(self, config: RunConfig) -> Path | None:
         """Choose where the run continues, and rename damaged checkpoints, so that they are not counted as kept."""
-        if self.finished(config["steps"]):
+        if self.finished(config.steps):
             return None
-        checkpoint, given = self.newest_checkpoint(), config["resume"]
+        checkpoint, given = self.newest_checkpoint(), config.resume
         if checkpoint is None and given is not None:
             checkpoint = Path(given)
             if problem := find_checkpoint_problem(checkpoint):
-                raise ValueError(
-                    f"resume={given} {problem}; type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one"
+                raise UserError(
+                    f"resume={given} {problem}",
+                    "type resume=RUN_FOLDER/checkpoints/step-….ckpt of an undamaged one",
                 )
         for path in self._all_checkpoints():
             if path == checkpoint:
@@ -224,7 +228,7 @@ class RunDir:
         A run that was killed before its first checkpoint has nothing to lose and may start again.
 
         Raises:
-            ValueError: Naming the file that shows the progress, and what to type.
+            UserError: Naming the file that shows the progress, and what to type.
         """
         if self.newest_checkpoint() is not None:
             return
@@ -242,9 +246,10 @@ class RunDir:
             evidence = f"{damaged[0]} {find_checkpoint_problem(damaged[0])}{others}"
         if evidence:
             missing = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
-            raise ValueError(
-                f"{self.path} was trained before: {evidence}{missing}; type resume=CHECKPOINT for a copy of one, "
-                "overwrite=true to rename the folder and start anew, or name=ANOTHER_NAME for a new run"
+            raise UserError(
+                f"{self.path} was trained before: {evidence}{missing}",
+                "type resume=CHECKPOINT for a copy of one, overwrite=true to rename the folder and start anew, or "
+                "name=ANOTHER_NAME for a new run",
             )
         if last:
             print(

@@ -1,4 +1,4 @@
-"""stage=student: a network of any size on the teacher's labels of real photographs, and on nothing else."""
+"""stage=student: train a network of any size on the teacher's labels of real photographs."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from depth_anything.training.base import DepthModule
 
 
 class Student(DepthModule):
-    """The student's stage (paper §5.2; V1 §3.3 for feature alignment).
+    """The student stage (paper §5.2; V1 §3.3 for feature alignment).
 
-    The largest residuals of each image are left out (`recipe.trim`), and the encoder's last features are held
-    near those of a frozen DINOv2 of the same size, which sees the clean image and stays outside the state dict.
+    The ssi loss ignores the largest residuals of each image (`recipe.trim`). Feature alignment keeps the encoder's last
+    features close to those of a frozen DINOv2 of the same size, which gets the image without perturbation.
     """
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute ssi, gradient matching and feature alignment, and their weighted sum under "loss"."""
+        """Compute ssi, gradient matching and feature alignment, and their weighted sum as "loss"."""
         r = self.recipe
         if r.alignment_weight == 0:
             return super().losses(batch)

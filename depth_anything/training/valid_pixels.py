@@ -18,6 +18,7 @@ from torch import Tensor
 from depth_anything.data import codec
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.sample import find_target_field
+from depth_anything.errors import UserError
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback
 
@@ -85,7 +86,7 @@ class ValidPixelCheck(StepCallback):
         """Report and count when due; stop all ranks at the same step.
 
         Raises:
-            ValueError: If no image of many steps, or of the whole run, has a valid target: with a set, a record, and
+            UserError: If no image of many steps, or of the whole run, has a valid target: with a set, a record, and
                 the range of values in its map.
         """
         if step % self.every and step != trainer.max_steps:
@@ -109,7 +110,7 @@ class ValidPixelCheck(StepCallback):
             samples *= trainer.world_size
             is_long = samples >= STOP_AFTER_IMAGES and steps >= STOP_AFTER_STEPS
             if samples and (is_long or (is_whole_run and never_valid)):
-                raise ValueError(
+                raise UserError(
                     f"none of the last {samples} images ({steps} steps) has a valid target: "
                     f"{_describe_sample(data, streak.last)}"
                 )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
+from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.catalog import load_benchmark
 from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
 from depth_anything.evaluation.protocols import EvalProtocol
@@ -32,6 +33,7 @@ from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.visualize import colorize_by_distance, make_panel
 
@@ -39,23 +41,26 @@ NUM_PICTURES = 4
 """Number of images that are painted at each validation."""
 
 
-def open_validation_task(config: Mapping[str, Any]) -> EvalTask | None:
+def open_validation_task(config: RunConfig) -> EvalTask | None:
     """Open what a run is validated on: the benchmark of `validation`, else the set of `sources`; None for neither.
 
     Raises:
-        ValueError: If it does not exist, or cannot be scored by that protocol.
+        UserError: If it does not exist, or cannot be scored by that protocol.
     """
-    settings, root = config["validation"], config["sources"]["validation"]
-    options = {"limit": settings["limit"], "max_depth": settings["max_depth"]}
-    protocol = settings["protocol"]
-    if settings["benchmark"] is None:
-        return None if root is None else task_from_set(open_set(root), protocol=protocol or "da2", **options)
-    benchmark = load_benchmark(settings["benchmark"])
-    if not benchmark.depth_limits and (protocol is not None or options["max_depth"] is not None):
-        raise ValueError(
-            f"{benchmark.title} asks for pairs of points alone; type validation.protocol=null validation.max_depth=null"
+    settings, root = config.validation, config.sources.validation
+    protocol, limit, max_depth = settings.protocol, settings.limit, settings.max_depth
+    if settings.benchmark is None:
+        if root is None:
+            return None
+        return task_from_set(open_set(root), protocol=protocol or "da2", limit=limit, max_depth=max_depth)
+    assert settings.root is not None  # resolve_config checks it
+    benchmark = load_benchmark(settings.benchmark)
+    if not benchmark.depth_limits and (protocol is not None or max_depth is not None):
+        raise UserError(
+            f"{benchmark.title} compares pairs of points, not depth maps",
+            "type validation.protocol=null validation.max_depth=null",
         )
-    return task_from_benchmark(benchmark, settings["root"], protocol=protocol, **options)
+    return task_from_benchmark(benchmark, settings.root, protocol=protocol, limit=limit, max_depth=max_depth)
 
 
 class _DepthSummary(NamedTuple):
@@ -80,7 +85,7 @@ def _check_valid_pixels(task: EvalTask, images: Sequence[_DepthSummary], *, repo
     """Reject a task in which no image has a pixel to compare; with `report`, print images that have none.
 
     Raises:
-        ValueError: Naming the set, the range of its depth and the range that is compared.
+        UserError: Naming the set, the range of its depth and the range that is compared.
     """
     protocol, empty = task.protocol, [image for image in images if not image.compared]
     if protocol is None or not empty:
@@ -98,10 +103,11 @@ def _check_valid_pixels(task: EvalTask, images: Sequence[_DepthSummary], *, repo
     if known:
         nearest, farthest = min(image.nearest for image in known), max(image.farthest for image in known)
         measured = f"its depth is {nearest:.4g} to {farthest:.4g} m"
-    raise ValueError(
+    raise UserError(
         f"no image of the validation set {task.name} has a valid pixel ({keys}): {measured}, and "
-        f"{protocol.min_depth:g} to {protocol.max_depth:g} m are compared; if its unit is not meters, write it again "
-        "with the right unit; else type validation.max_depth=METERS, or sources.validation=null to skip validation"
+        f"{protocol.min_depth:g} to {protocol.max_depth:g} m are compared",
+        "if its unit is not meters, write it again with the right unit; else type validation.max_depth=METERS, or "
+        "sources.validation=null to skip validation",
     )
 
 
@@ -142,9 +148,8 @@ class ValidationCallback(StepCallback):
             return
         if trainer.global_step == 0:
             self.run_dir.delete_best()
-        best = (
-            self.run_dir.read_best()
-        )  # also of a later step: a killed run may have found it after its checkpoint
+        # best.json may be of a later step than the checkpoint, if the run was killed in between.
+        best = self.run_dir.read_best()
         self.best = best if best.get("judged") == _task_digest(self.task) else {}
 
     def _read_share(self, trainer: pl.Trainer, quantity: str) -> list[_DepthSummary]:
@@ -159,7 +164,7 @@ class ValidationCallback(StepCallback):
             item = task.read(line)
             if task.protocol is not None:
                 if item.depth is None:
-                    raise ValueError(f"{item.key} has no depth in meters to validate on; name a labeled set")
+                    raise UserError(f"{item.key} has no depth in meters to validate on", "name a labeled set")
                 summaries.append(_summarize_depth(item, task.protocol))
             if number < NUM_PICTURES:
                 self.previews.append(item)

@@ -1,4 +1,4 @@
-"""What a model's file does not say: told by the argument in Python, and by the flag of the command that was typed."""
+"""Messages about unknown facts name an argument in Python, and the flag of the command in a terminal."""
 
 import argparse
 import re
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import build_parser, main
@@ -22,14 +23,14 @@ RUNNING = ("predict", "video", "calibrate", "evaluate", "export", "demo")
 
 
 def command(name):
-    """The parser of one command."""
+    """Return the parser of one command."""
     (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return commands.choices[name]
 
 
 @pytest.mark.parametrize("name", RUNNING)
-def test_each_flag_that_is_named_exists(name):
-    """A template of flags is of no use if the command knows no such flag."""
+def test_flags_in_messages_exist(name):
+    """Each command has the flags that its messages name."""
     parser = command(name)
     known = {option for action in parser._actions for option in action.option_strings}
     flags = parser.get_default("flags")
@@ -43,7 +44,7 @@ def test_each_flag_that_is_named_exists(name):
 
 @pytest.fixture
 def unsaid(tmp_path, monkeypatch):
-    """Weights whose file says neither version nor depth, a photograph, points in it, and a labelled set."""
+    """Weights whose file says neither version nor depth, a photograph, points in it, and a labeled set."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = DepthAnything("vits", taps=(2, 3, 4, 5), max_depth=20.0)
@@ -69,8 +70,8 @@ def run(name, *more):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_what_a_file_does_not_say_is_asked_for_by_flags_that_settle_it(unsaid, capsys, name):
-    """Typing what the warnings of a command name makes them go, and is what the model then is."""
+def test_warnings_name_the_flags_that_remove_them(unsaid, capsys, name):
+    """The flags that warnings name silence them and set the facts of the model."""
     depth = "--weights-max-depth 20" if name == "evaluate" else "--max-depth 20"
     assert run(name) == 0
     told = capsys.readouterr().err
@@ -93,22 +94,22 @@ def test_impossible_values_name_the_flag(unsaid, capsys, name):
     assert "--encoder vitx" in capsys.readouterr().err
 
 
-def test_an_encoder_that_is_not_known_is_asked_for_by_its_flag(unsaid, capsys):
+def test_an_unknown_encoder_names_its_flag(unsaid, capsys):
     torch.save(DepthAnything("vit_tiny_patch16_224").state_dict(), "plain.pth")
     for name in LINES:
         assert run(name) == 2
         assert "--encoder vit_tiny_patch16_224" in capsys.readouterr().err
 
 
-def test_what_one_model_is_is_not_said_of_several(unsaid, capsys):
+def test_flags_of_one_model_are_refused_for_several(unsaid, capsys):
     save_model(DepthAnything("vits"), "b.safetensors")
     for flag, value in (("--weights-max-depth", "20"), ("--weights-version", "1"), ("--encoder", "vits")):
         assert run("evaluate", "b.safetensors", flag, value) == 2
         assert f"{flag} {value}" in capsys.readouterr().err
 
 
-def test_training_names_what_can_be_typed_there(unsaid):
-    config = {"stage": "pseudolabel", "teacher": "plain.pth", "encoder": "vits", "size": "tiny"}
+def test_training_names_commands_instead_of_arguments(unsaid):
+    config = make_config("stage=pseudolabel", "encoder=vits", "teacher=plain.pth", image_size=518)
     with pytest.warns(ArgumentWarning) as caught:
         load_teacher(config)
     told = [str(warning.message) for warning in caught]
@@ -116,6 +117,6 @@ def test_training_names_what_can_be_typed_there(unsaid):
     assert len(told) == 2 and all(export in sentence for sentence in told)
     assert "--weights-version 1" in told[0] and "--max-depth 20" in told[1]
 
-    config = {"stage": "teacher", "init": "plain.pth", "encoder": "vits", "seed": 0, "image_size": 70}
+    config = make_config("stage=teacher", "encoder=vits", init="plain.pth")
     with pytest.warns(ArgumentWarning, match=re.escape(export)):
         build_model(config)

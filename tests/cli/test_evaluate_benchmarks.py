@@ -98,8 +98,8 @@ def run_two_processes(folder, *words):
     code = (
         "import sys\n"
         "from depth_anything.cli import main\n"
-        "from depth_anything.evaluation import judging\n"
-        "judging.BATCH_SIZE = 2\n"
+        "from depth_anything.evaluation import runner\n"
+        "runner.BATCH_SIZE = 2\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     (folder / "evaluate_in_pairs.py").write_text(code)

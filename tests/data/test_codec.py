@@ -11,7 +11,7 @@ from depth_anything.data.codec import decode, encode, map_size, value_range
 
 
 def plausible_map(height=518, width=518, noise=3e-4, seed=0):
-    """Disparity of a floor with boxes and sticks before a far sky, and the fine noise of a network's output."""
+    """Generate disparity of a floor with boxes and poles before a far sky, with fine noise as of a network."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     values = np.clip(rows / height - 0.4, 0, None) + 0.1 * np.sin(columns / 90)
@@ -47,9 +47,9 @@ def test_shapes(shape):
         (0, 1),
         (1, 65504),
         (-3, 0),
-        (-1, 1e-20),  # an end that the formula misses by rounding
+        (-1, 1e-20),  # rounding makes the formula miss the high end
         (1e-38, 3e-38),
-        (1, 1.008716644),  # here float32 takes just more than 4160 steps leave
+        (1, 1.008716644),  # rounding to float32 needs slightly more than 4160 steps
         (1e4, 1e4 + 1),
         (3e8, 3e8 + 64),
         (-3.4e38, 3.4e38),
@@ -91,7 +91,7 @@ def test_nan_and_infinities_are_stored_exactly():
 def test_f32_is_lossless():
     bits = np.random.default_rng(3).integers(
         0, 2**32, (64, 48), dtype=np.uint32
-    )  # all kinds of NaN among them
+    )  # with several NaN bit patterns
     decoded = decode(encode(bits.view(np.float32), codec="f32"))
     np.testing.assert_array_equal(decoded.view(np.uint32), bits)
 
@@ -105,7 +105,7 @@ def test_other_layouts_and_types():
 
 
 def test_decoded_bytes_are_pinned():
-    """A q12 file written by hand from the format's description, with the formula computed apart."""
+    """Decode a q12 file written by hand from the description of the format; compute the formula independently."""
     levels = np.array([[0, 1, 4000], [4160, 17, 300]], np.uint16)
     change = np.array([[0, 1, 4000], [4160, 16, -3700 % 65536]]) + 128
     planes = np.concatenate([(change & 255).ravel(), (change >> 8).ravel()]).astype(np.uint8).tobytes()
@@ -162,7 +162,7 @@ def test_hand_packed_map_decodes():
     [
         dict(kind=2),
         dict(flags=8),
-        dict(flags=1),  # a mask that is not there
+        dict(flags=1),  # the mask is missing
         dict(steps=0),
         dict(height=0),
         dict(width=5),
@@ -177,7 +177,7 @@ def test_hand_packed_map_decodes():
         dict(payload=zstandard.ZstdCompressor().compress(bytes(32))[:-3]),
         # a frame whose header claims a terabyte
         dict(payload=b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + bytes(20)),
-        # a frame that says nothing of its size
+        # a frame without its size
         dict(payload=zstandard.ZstdCompressor(write_content_size=False).compress(bytes(32))),
     ],
 )
@@ -235,11 +235,11 @@ def test_decoded_part_equals_the_part_of_the_whole(codec, specials):
 
 def test_part_of_a_damaged_map_is_refused():
     data = bytearray(encode(plausible_map(64, 64), codec="q12"))
-    data[-1] ^= 1  # of the last rows, which are not asked for
+    data[-1] ^= 1  # in the last rows, which are not decoded
     with pytest.raises(ValueError, match="checksum"):
         decode(bytes(data), rows=slice(0, 8), columns=slice(0, 8))
     for wrong in (b"", b"DAM1", data[:20], b"PNG." + data[4:]):
-        with pytest.raises(ValueError, match="not an encoded map"):
+        with pytest.raises(ValueError, match="DAM1"):
             map_size(bytes(wrong))
     huge = bytearray(encode(np.zeros((1, 1)), codec="q12"))
     huge[12:20] = struct.pack("<II", 1 << 16, 1 << 16)

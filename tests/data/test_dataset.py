@@ -48,7 +48,7 @@ def write_set(root, name, start, labels_of=None):
         for i in range(count):
             key = f"{name}/{shard}/{i}"
             fields = record(key, number + i, height=40 + 4 * (i % 3))
-            if labels_of:  # smaller than their images, of several shapes
+            if labels_of:  # labels are smaller than their images, of several shapes
                 disparity = np.random.default_rng(number + i).random((28 + i % 2 * 14, 42), np.float32)
                 fields = encode_frame(
                     Frame(key, np.zeros((1, 1, 3), np.uint8), disparity=disparity), codec="f32"
@@ -70,7 +70,7 @@ def sets(tmp_path_factory):
 
 
 class MemoryRecords:
-    """Records without files, some of which are bad."""
+    """A record source without files, some of whose records are bad."""
 
     name, digest = "m", "sha256:0"
 
@@ -94,7 +94,7 @@ class MemoryRecords:
 
 
 def plain_sample(source, n, stream, side=28, short=28):
-    """Sample n by hand: whole frame resized by torchvision, everything converted, then cut."""
+    """Sample n with plain code: resize the frame with torchvision, convert all of it, then crop."""
     _, shard, index = stream.locate(n)
     made = decode_record(*source.read(shard, index))
     scale = short / min(made.image.shape[:2])
@@ -246,13 +246,13 @@ def test_bad_records_are_replaced_and_keep_their_numbers():
         if shard == "m/1":
             continue
         wanted = replacement.get((shard, index), index)
-        made = frame("", wanted)  # its content, but the view of sample n
+        made = frame("", wanted)  # content of the replacement, crop of sample n
         view = draw_crop(28, 42, 28, seed=5, n=n)
         image = torch.from_numpy(np.ascontiguousarray(made.image)).permute(2, 0, 1)
         image = reference.resize(image, [28, 42], interpolation=3, antialias=True).permute(1, 2, 0).numpy()
         image = image[:, view.left : view.left + 28]
         assert (batch["image"][n].numpy() == (image[:, ::-1] if view.flip else image)).all(), (shard, index)
-    n = place["m/1", 0]  # nothing left in its shard: the next one of the pass
+    n = place["m/1", 0]  # no other record in its shard: the next shard of the pass
     following = next(p for p in data.stream.replacements(n) if p not in bad + cut)
     assert source.reads[following] >= 2
 
@@ -334,7 +334,7 @@ def test_error_when_no_record_can_be_read(options, reason):
     source = MemoryRecords(SIZES, **options)
     with pytest.raises(ValueError, match=f"sample 4: .*{reason}.*depth-anything verify"):
         StreamDataset([source], **OPTIONS)[4]
-    assert max(source.reads.values()) == 1  # one tour
+    assert max(source.reads.values()) == 1  # each record was tried once
 
 
 def test_damage_on_disk_is_named(tmp_path):

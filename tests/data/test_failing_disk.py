@@ -1,4 +1,4 @@
-"""Disks of ours that fail for a moment, or for good: no record's fault, and no change of what is learnt from."""
+"""Reading shards from disks that fail for a moment or for good: no bad records, no change of the training data."""
 
 import errno
 import os
@@ -30,16 +30,16 @@ PASSING = [
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """The seconds that would have been waited."""
-    told = []
-    monkeypatch.setattr(retry, "sleep", told.append)
+    """Record the waits instead of sleeping."""
+    seconds = []
+    monkeypatch.setattr(retry, "sleep", seconds.append)
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     retry._reported.clear()
-    return told
+    return seconds
 
 
 def failing(monkeypatch, number, *, times, name="pread", of=""):
-    """Let a function of os fail so many times, of paths that end so."""
+    """Let a function of os fail `times` times for paths that end with `of`."""
     plain, left = getattr(os, name), [times]
 
     def fail(first, *arguments, **options):
@@ -53,7 +53,7 @@ def failing(monkeypatch, number, *, times, name="pread", of=""):
 
 
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-def test_a_moment_of_a_failing_disk_is_survived(tmp_path, monkeypatch, waits, capfd, number):
+def test_temporary_disk_errors_are_retried_and_reported_once(tmp_path, monkeypatch, waits, capfd, number):
     read = Records(make(tmp_path))
     failing(monkeypatch, number, times=2)
     assert [read.read("set/000001", i) for i in range(5)] == records("000001")
@@ -64,16 +64,16 @@ def test_a_moment_of_a_failing_disk_is_survived(tmp_path, monkeypatch, waits, ca
 
 @pytest.mark.parametrize("number", [*PASSING, errno.EACCES, errno.EPERM], ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["pread", "open"])
-def test_a_disk_that_goes_on_failing_is_an_outage_and_no_bad_record(tmp_path, monkeypatch, number, name):
+def test_lasting_disk_errors_stop_the_run(tmp_path, monkeypatch, number, name):
     read = Records(make(tmp_path))
     with monkeypatch.context() as patched:
         failing(patched, number, times=100, name=name, of=".tar")
-        with pytest.raises(StorageUnavailable, match="000001.tar cannot be read for now"):
+        with pytest.raises(StorageUnavailable, match="000001.tar"):
             read.read("set/000001", 2)
-    assert read.read("set/000001", 2) == records("000001")[2]  # nothing of it is remembered
+    assert read.read("set/000001", 2) == records("000001")[2]  # the record is not marked as bad
 
 
-def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch):
+def test_stale_handle_is_opened_again(tmp_path, monkeypatch):
     made, read, opened = make(tmp_path), None, []
     read = Records(made)
     read.read("set/000001", 0)
@@ -86,25 +86,25 @@ def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch):
     assert [str(path) for path in opened] == [made.url("000001")]
 
 
-def test_a_read_that_gives_less_than_asked_is_gone_on_with(tmp_path, monkeypatch):
+def test_short_reads_are_continued(tmp_path, monkeypatch):
     read, plain = Records(make(tmp_path)), os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, start: plain(file, min(count, 100), start))
     assert read.read("set/000001", 3) == records("000001")[3]
 
 
 @pytest.mark.parametrize("name", ["stat", "read_text"])
-def test_an_index_that_cannot_be_read_for_now_is_no_bad_record(tmp_path, monkeypatch, name):
+def test_index_on_a_failing_disk_stops_the_run(tmp_path, monkeypatch, name):
     make(tmp_path)
 
     def fail(path, *arguments, **options):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Path, name, fail)
-    with pytest.raises(StorageUnavailable, match="000001.tar cannot be read for now"):
+    with pytest.raises(StorageUnavailable, match="000001.tar"):
         ShardReader().read(tmp_path / "000001.tar", 0)
 
 
-def test_a_manifest_that_cannot_be_read_for_now_is_read_again(tmp_path, monkeypatch, waits):
+def test_manifest_on_a_failing_disk_is_read_again(tmp_path, monkeypatch, waits):
     made, plain, left = make(tmp_path), Path.read_bytes, [2]
 
     def fail(path):
@@ -117,24 +117,24 @@ def test_a_manifest_that_cannot_be_read_for_now_is_read_again(tmp_path, monkeypa
     assert open_set(tmp_path) == made and waits == [0.5, 1.0]
 
 
-def test_a_folder_that_cannot_be_looked_at_for_now_is_not_called_missing(tmp_path, monkeypatch, waits):
+def test_folder_on_a_failing_disk_is_not_reported_as_missing(tmp_path, monkeypatch, waits):
     made = make(tmp_path)
     failing(monkeypatch, errno.ESTALE, times=2, name="stat", of=tmp_path.name)
     assert open_set(tmp_path) == made and waits == [0.5, 1.0]
     failing(monkeypatch, errno.EIO, times=100, name="stat", of=tmp_path.name)
-    with pytest.raises(StorageUnavailable, match="cannot be read for now"):
+    with pytest.raises(StorageUnavailable, match=str(tmp_path)):
         open_set(tmp_path)
 
 
-def test_a_shard_that_is_gone_is_lost_but_a_set_that_is_gone_is_an_outage(tmp_path):
+def test_missing_shard_is_a_bad_record_and_missing_set_stops_the_run(tmp_path):
     read = Records(make(tmp_path / "set"))
     (tmp_path / "set" / "000001.tar").unlink()
-    with pytest.raises(BadRecord, match="is missing"):
+    with pytest.raises(BadRecord, match="000001.tar"):
         read.read("set/000001", 0)
     read.read("set/000002", 0)
     shutil.rmtree(tmp_path / "set")
-    (tmp_path / "set").mkdir()  # where a disk was mounted
-    with pytest.raises(StorageUnavailable, match="set is gone"):
+    (tmp_path / "set").mkdir()  # an empty mount point
+    with pytest.raises(StorageUnavailable, match=f"{tmp_path}/set"):
         read.read("set/000001", 0)
 
 
@@ -152,7 +152,7 @@ def samples(sources):
     return StreamDataset(sources, seed=3, streams=2, image_size=28)
 
 
-def test_training_data_is_the_same_after_a_moment_and_stops_after_more(tmp_path, monkeypatch):
+def test_batches_are_the_same_after_temporary_disk_errors(tmp_path, monkeypatch):
     one, other = labelled(tmp_path / "one", "one"), labelled(tmp_path / "other", "other")
     wanted = samples([Records(one), Records(other)]).__getitems__(range(12))
     data = samples([Records(one), Records(other)])
@@ -165,7 +165,7 @@ def test_training_data_is_the_same_after_a_moment_and_stops_after_more(tmp_path,
     assert not got["failed"] and (got["target"] == wanted["target"]).all()
 
 
-def test_labels_are_no_more_lost_than_images(tmp_path, monkeypatch):
+def test_labels_on_a_failing_disk_stop_the_run(tmp_path, monkeypatch):
     images = labelled(tmp_path / "images")
     keys = ShardReader().keys(images.url("00000"))
     info = write_shard(tmp_path / "labels" / "00000.tar", [(key, {"disparity.q12": b"x"}) for key in keys])
@@ -178,7 +178,7 @@ def test_labels_are_no_more_lost_than_images(tmp_path, monkeypatch):
                 JoinedRecords(images, labels).read("set/00000", 0)
 
 
-def test_a_full_memory_stops_training_and_is_no_bad_record(tmp_path, monkeypatch):
+def test_full_memory_stops_training(tmp_path, monkeypatch):
     data = samples([Records(labelled(tmp_path))])
 
     def fail(fields):
@@ -186,12 +186,12 @@ def test_a_full_memory_stops_training_and_is_no_bad_record(tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(dataset, "decode_image_and_meta", fail)
-        with pytest.raises(StorageUnavailable, match="set/00000.*memory"):
+        with pytest.raises(StorageUnavailable, match="set/00000"):
             data[0]
     assert not data[0]["failed"]
 
 
-def test_verify_names_a_shard_that_cannot_be_read_and_goes_on(tmp_path, monkeypatch):
+def test_verify_reports_an_unreadable_shard_and_continues(tmp_path, monkeypatch):
     make(tmp_path)
     (tmp_path / "000002.idx").unlink()
     plain = open

@@ -1,4 +1,4 @@
-"""What an image file is and what it costs, before a pixel of it is decoded."""
+"""Format and decode cost of image files, from their headers."""
 
 import io
 import struct
@@ -76,7 +76,7 @@ def test_decode_cost_needs_only_the_header():
     assert cost.pixels == 196_000_000 and cost.channels == 4 and cost.bytes == 196_000_000 * 7
 
 
-# Headers that say less than what is inside
+# Headers that are smaller than the image inside
 
 
 def gif(screen, frame):
@@ -145,7 +145,7 @@ def test_thousands_of_channels_are_refused():
         decode_image(jpeg2000(box=(90, 60), inside=(90, 60), channels=9000))
 
 
-# What is no image says what it is
+# Files that are not supported images
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_camera_raw_files_are_refused():
             decode_image(file("TIFF", tiffinfo=info))
 
 
-# What is read, and not as a user may expect
+# Warnings about decoded images
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
@@ -203,7 +203,7 @@ def test_further_pictures_give_a_warning(kind):
 
 
 def sixteen_bit_color(levels):
-    """A PNG of 16 bits a channel, which Pillow does not write."""
+    """A PNG with 16 bits per channel, which Pillow cannot write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(levels[..., None], 3, axis=2))
     header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
@@ -229,5 +229,5 @@ def test_too_little_memory_is_a_value_error(monkeypatch):
 
     data = file("BMP")
     monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", too_little)
-    with pytest.raises(ValueError, match="not enough memory"):
+    with pytest.raises(ValueError, match="memory"):
         decode_image(data)

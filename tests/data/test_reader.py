@@ -33,7 +33,7 @@ def make(root, shards=("a", "b", "c"), name="set", meta=None, **options):
 
 
 def make_labels(root, images, *, skip=(), name=None):
-    """Labels of every image but those skipped, by number, in the order of the images."""
+    """Write a label for every image except those numbers in `skip`."""
     infos, hashes = [], {}
     for shard in images.shards:
         keys = ShardReader().keys(images.url(shard.name))
@@ -209,7 +209,7 @@ def test_swapped_shards_are_detected(tmp_path):
     made = make(tmp_path)
     for end in ("tar", "idx"):
         swap(tmp_path / f"a.{end}", tmp_path / f"b.{end}")
-    assert open_set(tmp_path) == made  # of one size
+    assert open_set(tmp_path) == made  # the tars have equal sizes
     assert f"{tmp_path}/a.tar" in bad(lambda: Records(made).read("set/a", 0)).reason
 
 
@@ -241,14 +241,14 @@ def test_joined_digest_covers_images_and_labels(tmp_path):
     other_images = make(tmp_path / "others", size=201)
     labels = make_labels(tmp_path / "three", other_images)
     assert len({one.digest, other_labels.digest, JoinedRecords(other_images, labels).digest}) == 3
-    more = make(tmp_path / "images", ("a", "b", "c", "d"))  # which no label needs
+    more = make(tmp_path / "images", ("a", "b", "c", "d"))  # "d" has no labels
     assert JoinedRecords(more, one.labels).digest == one.digest
 
 
 def test_labels_never_join_other_images(tmp_path):
     images = make(tmp_path / "images")
     labels = make_labels(tmp_path / "labels", images)
-    others = make(tmp_path / "others", size=201)  # the same keys, other pictures
+    others = make(tmp_path / "others", size=201)  # the same keys, other images
     assert (
         "image: the shard set/a is not" in bad(lambda: JoinedRecords(others, labels).read("set/a", 0)).reason
     )
@@ -257,7 +257,7 @@ def test_labels_never_join_other_images(tmp_path):
     for end in ("tar", "idx"):
         swap(tmp_path / "labels" / f"a.{end}", tmp_path / "labels" / f"b.{end}")
     assert "label: " in bad(lambda: JoinedRecords(images, labels).read("set/a", 0)).reason
-    # A manifest that was made anew from the swapped files: the keys themselves do not fit.
+    # A new manifest of the swapped files: the keys do not match.
     meta = labels.meta
     infos = [index_shard(tmp_path / "labels" / f"{name}.tar") for name in "abc"]
     swapped = write_manifest(tmp_path / "labels", name="set", shards=infos, meta=meta)
@@ -289,7 +289,7 @@ def test_plain_sets_are_not_joined(tmp_path):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files, in ranges if asked for; `ranges` turns that off, `seen` holds what was asked."""
+    """Serve files, by range if `ranges`; `seen` lists the requests."""
 
     ranges = True
     seen: list = []
@@ -359,7 +359,7 @@ def test_http_without_ranges_copies_whole_shards_and_reports_it(tmp_path, server
         shard.bytes for shard in made.shards[:2]
     )
     asked = [path for path, _ in server.handler.seen if path.endswith(".tar")]
-    assert asked == ["/set/b.tar", "/set/b.tar", "/set/a.tar"]  # a try in parts, and the copies
+    assert asked == ["/set/b.tar", "/set/b.tar", "/set/a.tar"]  # one request by range, then whole copies
 
 
 def test_http_failures_are_bad_records(tmp_path, server):
@@ -379,7 +379,7 @@ def test_http_failures_are_bad_records(tmp_path, server):
     assert not list((tmp_path / "cache").glob("*.tar"))
 
 
-@pytest.mark.filterwarnings("ignore")  # WebDataset's pipes
+@pytest.mark.filterwarnings("ignore")  # warnings of WebDataset's pipes
 def test_pipes(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     make(tmp_path / "set")

@@ -26,18 +26,9 @@ TAR = "/set/000001.tar"
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """No proxy, no cache, no state of other tests."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
-    monkeypatch.setenv("HOME", str(tmp_path))  # whose .netrc is read
-    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
-        kept.clear()
-    for remembered in (remote._netrc_hosts, remote._proxy_url):
-        remembered.cache_clear()
+def environment(clean_remote_state, tmp_path, monkeypatch):
+    """A home folder without ~/.netrc."""
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture
@@ -182,7 +173,7 @@ def test_server_that_does_not_run(tmp_path, waits):
     with FaultyServer(tmp_path) as server:
         read = Records(open_set(f"{server.address}/set"))
         read.read("set/000000", 0)
-    remote._pools.clear()  # the server's threads outlive it as long as its connections
+    remote._pools.clear()  # the threads of the server run as long as its connections
     with pytest.raises(StorageUnavailable, match="000001.idx.*Connection refused"):
         read.read("set/000001", 0)
     with pytest.raises(StorageUnavailable, match="manifest.json.*host"):
@@ -228,7 +219,7 @@ def test_tar_of_another_size(tmp_path, server, waits):
         with pytest.raises(BadRecord, match=f"{len(wrong)} bytes|truncated") as error:
             pickle.loads(pickle.dumps(read)).read("set/000001", 4)
         assert error.value.key == "set/000001/000004"
-    server.fault = faults("short", "*", path="/set/000002.tar")  # with a length that agrees
+    server.fault = faults("short", "*", path="/set/000002.tar")  # with a matching Content-Length
     with pytest.raises(BadRecord, match="truncated"):
         read.read("set/000002", 4)
     assert not waits
@@ -323,7 +314,7 @@ def test_credentials_are_sent_to_their_host_only(tmp_path, server, monkeypatch):
 def test_secrets_are_redacted_in_messages(tmp_path, server, waits, capfd):
     root = server.address.replace("http://", "http://me:sesame@") + "/set/?signature=hush-hush"
     read = Records(open_set(root))
-    assert read.read("set/000001", 0) == records("000001")[0]  # the signature goes with every file
+    assert read.read("set/000001", 0) == records("000001")[0]  # the signature is sent with every file
     assert all(path.endswith("?signature=hush-hush") for path, _ in server.seen)
     messages = []
     for kind in ("500", "404", "to:ftp://me:sesame@host/?hush-hush", "cut", "corrupt", "whole", "short"):

@@ -18,19 +18,13 @@ from depth_anything.data.reader import Records, ShardReader
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable, write_shard
 
-SIZE = 20480  # of a shard below
+SIZE = 20480  # of each shard, bytes
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
+def environment(clean_remote_state, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE_GB", str(3 * SIZE / 1e9))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "1")
-    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
-    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
-        kept.clear()
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ def test_pipe_is_run_once_per_shard(tmp_path, command, capfd):
 
 def test_least_recently_read_copy_is_deleted(tmp_path, command):
     read = Records(open_set(command))
-    for number in (0, 1, 2, 0, 3):  # 3 pushes out 1
+    for number in (0, 1, 2, 0, 3):  # reading 3 deletes 1
         read.read(f"set/{number:06d}", 0)
         assert kept(tmp_path) <= 3 * SIZE
         time.sleep(0.01)
@@ -214,7 +208,7 @@ def test_failing_commands(tmp_path, command, monkeypatch, capfd):
         f"pipe:TOKEN=sesame; head -c 3000 {good}/000001.tar; exit 3; cat ": "exited with 3",
         f"pipe:TOKEN=sesame; head -c 3000 {good}/000001.tar; sleep 120; cat ": "0.2 s",
         "pipe:TOKEN=sesame; no-such-program ": "exited with 127",
-    }  # the last one leaves the timeout at a minute
+    }  # the last one keeps the timeout of a minute
     table = ShardReader().index(f"{good}/000001.tar")
     for address, said in cases.items():
         monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "0.2" if "sleep" in address else "60")

@@ -15,16 +15,7 @@ from depth_anything.data.reader import Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable
 
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
-    monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")  # also on a busy machine
-    for kept in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
-        kept.clear()
+pytestmark = pytest.mark.usefixtures("clean_remote_state")
 
 
 @pytest.fixture(scope="module")

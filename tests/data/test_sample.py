@@ -22,7 +22,7 @@ from depth_anything.data.sample import (
 
 
 def picture(height=30, width=44, seed=0):
-    """Smooth colours, so that a JPEG of them is close to them."""
+    """Smooth colors, which JPEG changes little."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
@@ -73,7 +73,7 @@ def test_exif_orientation(format, orientation):
     assert np.abs(decoded.astype(int) - by_pillow(data)).max() <= 2
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow
 def test_image_with_damaged_exif_is_decoded():
     data = file_of(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     np.testing.assert_array_equal(decode_image(data), decode_image(file_of(picture(), "JPEG")))
@@ -208,7 +208,7 @@ def test_jpeg_with_damaged_pixels_is_refused():
     assert (decode_image(spare) == decode_image(whole)).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF and EXIF
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow on damaged TIFF and EXIF
 def test_random_damage_raises_only_value_error():
     rng = np.random.default_rng(5)
     exif = Image.Exif()
@@ -297,7 +297,7 @@ def test_disparity_target_of_depth():
     assert disparity.dtype == np.float32 and valid.dtype == bool
     disparity, valid = make_disparity_target(frame, sky="invalid")
     np.testing.assert_array_equal(valid, [[True, True, False, False], [False] * 4])
-    np.testing.assert_array_equal(depth[0, 2], np.inf)  # the frame is left alone
+    np.testing.assert_array_equal(depth[0, 2], np.inf)  # the frame is not modified
 
 
 def test_disparity_target_of_disparity():
@@ -318,7 +318,7 @@ def test_disparity_target_where_zero_is_sky():
         frame = Frame("k", np.zeros((1, 4, 3), np.uint8), meta, disparity=values.copy())
         target, valid = make_disparity_target(frame, sky=sky)
         assert valid.tolist() == [told] and target.tolist() == [[0, 0.5, 0, 2]]
-        np.testing.assert_array_equal(frame.disparity, values)  # the frame's own is left alone
+        np.testing.assert_array_equal(frame.disparity, values)  # the frame is not modified
 
 
 def test_disparity_target_invalid_arguments():
@@ -375,4 +375,6 @@ def test_plain_jpeg_check_agrees_with_pillow(monkeypatch):
                 np.testing.assert_array_equal(decode_image(jpeg_bytes), fast)
             assert fast.shape == ((30, 20, 3) if exif else (20, 30, 3))
             for end in range(2, 200):
-                assert not sample_module._is_plain_jpeg(jpeg_bytes[:end]) or end > 100  # cut before its frame
+                assert (
+                    not sample_module._is_plain_jpeg(jpeg_bytes[:end]) or end > 100
+                )  # cut before the frame header

@@ -52,7 +52,7 @@ def test_batches_in_use_are_not_overwritten(records, workers, pinned, monkeypatc
     pin = pinned and torch.cuda.is_available()
     data = dataset(records, perturb=True, cutmix=True)
     loader = build_stream_loader(data, micro_batch=3, workers=workers, start=2, pin_memory=pin)
-    held = list(itertools.islice(loader, 24))  # many more than there are places
+    held = list(itertools.islice(loader, 24))  # many more than there are slots
     alone = dataset(records, perturb=True, cutmix=True)
     for q, batch in enumerate(held, 2):
         assert type(batch) is dict
@@ -82,8 +82,8 @@ def test_slot_is_in_use_until_its_last_tensor_is_deleted():
     assert len(message) < 500
     batch = pickle.loads(message)
     assert batch["a"].tolist() == [1, 2, 3] and batch["failed"] == ["x"]
-    assert pool.acquire(1, length).number == 3 and pool.acquire(1, length) is None  # both are taken
-    assert pool.acquire(0, length).number == 0  # the other worker has its own
+    assert pool.acquire(1, length).number == 3 and pool.acquire(1, length) is None  # both are in use
+    assert pool.acquire(0, length).number == 0  # the other worker has its own slots
     rest = batch["a"][1:].view(torch.int32)
     del batch
     gc.collect()
@@ -96,7 +96,7 @@ def test_slot_is_in_use_until_its_last_tensor_is_deleted():
 def test_batches_that_do_not_fit_are_sent_by_pytorch(records):
     pool = SharedBatchPool(workers=1, slots=1, length=100)
     assert pool.acquire(0, pool.length + 1) is None
-    assert pool.acquire(1, 1) is None  # a worker that was not counted on
+    assert pool.acquire(1, 1) is None  # the pool has no slots for this worker
     data = dataset(records)
     data.use_shared_memory(workers=1, micro_batch=1)
     data.shared_batches.length = 1

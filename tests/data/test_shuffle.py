@@ -1,4 +1,4 @@
-"""The order against a perfect shuffle, and a loader's memory over many samples."""
+"""The order compared with a perfect shuffle, and the memory of the loader over many samples."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def test_order_is_close_to_a_perfect_shuffle(shards, per_shard, batch):
 
 
 def test_measure_detects_unshuffled_streams(monkeypatch):
-    """Streams that lie as they are numbered: a batch then reads neighbouring places of the line."""
+    """Without shuffled streams a batch reads neighboring parts of the line."""
     drawn = stream_module.permutation
 
     def permutation(length, seed, purpose, *place):
@@ -97,4 +97,4 @@ def test_memory_does_not_grow(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     early, late = json.loads(done.stdout)
     for before, after in zip(early, late, strict=True):
-        assert after - before < 3, (early, late)  # megabytes over 40,000 samples: 75 bytes of each
+        assert after - before < 3, (early, late)  # megabytes over 40,000 samples: 75 bytes per sample

@@ -25,7 +25,7 @@ GOLDEN_DIGEST = "sha256:67d73d8aeeb6649b0dc6166e3db96de3130782d659aec964c9cfc8e8
 
 
 def philox(key, counter, count):
-    """Philox 4x64, ten rounds, in plain integers (Salmon et al., 2011); NumPy counts first."""
+    """Philox 4x64 with ten rounds in plain integers (Salmon et al., 2011); NumPy increments the counter first."""
     out, mask = [], 2**64 - 1
     while len(out) < count:
         counter = [counter[0] + 1, *counter[1:]]
@@ -40,7 +40,7 @@ def philox(key, counter, count):
 
 
 def plain_pass(shards, seed, streams, number):
-    """One pass dealt by hand: shards on a line, cut in pieces, shuffled by blocks, one from each in turn."""
+    """One pass with plain code: shards in a line, cut into pieces, shuffled in blocks, read in turn."""
     names = sorted(shards)
     line = []
     for s in permutation(len(names), seed, 1, number):
@@ -72,7 +72,7 @@ def test_random_words_are_philox():
 
 
 def test_golden():
-    """The order of every run ever started hangs on these; they change for no reason whatever."""
+    """Golden values: the order of every existing run depends on them, so they must never change."""
     assert random_uint64(0, 0, 2).tolist() == GOLDEN_WORDS
     assert digest(permutation(1000, 1, 2, 3, 4, 5).tolist()) == GOLDEN_PERMUTATION
     s = Stream(SHARDS, seed=3, streams=24)
@@ -104,9 +104,7 @@ def test_neighboring_samples_are_far_apart_in_the_line():
     s = Stream([(f"a/{i:03d}", 100) for i in range(200)], seed=0, streams=64)
     batch = [s.locate(n)[1] for n in range(6400, 6408)]
     assert len(set(batch)) == 8
-    apart = np.abs(
-        np.diff(s._pass_table(0).begin)
-    )  # τ: streams c and c + 1 do not lie side by side on the line
+    apart = np.abs(np.diff(s._pass_table(0).begin))  # τ: streams c and c + 1 are not neighbors in the line
     assert np.median(apart) > 10 * s.records / 64
 
 
@@ -158,7 +156,7 @@ def test_sixty_thousand_shards(monkeypatch):
     assert all(isinstance(table, np.ndarray) for table in s._pass_table(1))
     for n in range(90_000_000, 90_000_000 + 4 * 1536):
         s.locate(n)
-    assert len(drawn) == 2 + 1536  # tables are kept, one block for each stream
+    assert len(drawn) == 2 + 1536  # tables are cached, one block per stream
 
 
 def test_caches_are_bounded(monkeypatch):
@@ -207,7 +205,7 @@ def test_micro_batches_are_endless_and_start_anywhere():
     first = list(itertools.islice(batches, 6))
     assert first[0] == [1, 3, 5] and first[1] == [7, 9, 11]
     assert list(itertools.islice(MicroBatchSampler(rank=1, world=2, size=3, start=4), 2)) == first[4:]
-    assert list(itertools.islice(batches, 6)) == first  # each iteration begins anew
+    assert list(itertools.islice(batches, 6)) == first  # each iteration starts again
     assert not hasattr(batches, "__len__")
 
 

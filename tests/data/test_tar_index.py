@@ -25,7 +25,7 @@ from depth_anything.data.tars import (
 
 
 def to_format_1(path: Path) -> None:
-    """Write an index as earlier versions did: without a checksum of its own."""
+    """Rewrite an index in format 1, which has no checksum of its own."""
     head, _, body = path.read_text().partition("\n")
     fields = head.replace("index 2", "index 1").split("\t")[:-1]
     path.write_text("\t".join(fields) + "\n" + body)
@@ -39,7 +39,7 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture
 def pair(tmp_path):
-    """Images, and labels that hold the key of their image; the label of the fourth is missing."""
+    """Images, and labels that contain the key of their image; the fourth image has no label."""
     keys = [f"set/00000/{i:07d}" for i in range(6)]
     image = write_shard(tmp_path / "images" / "00000.tar", [(key, {"jpg": key.encode()}) for key in keys])
     images = write_manifest(tmp_path / "images", name="set", shards=[image], meta={})
@@ -50,7 +50,7 @@ def pair(tmp_path):
 
 
 def read_pairs(images, labels):
-    """What a reader gives of each label: its key, and the image and label that it joins, or why it gives none."""
+    """Return for each label the last character of its key, or the reason why it cannot be read."""
     joined, found = JoinedRecords(images, labels), []
     for number in range(labels.records):
         try:
@@ -69,7 +69,7 @@ def test_label_with_a_changed_key_joins_no_other_image(pair, older):
     if older:
         to_format_1(index)
     assert read_pairs(images, labels) == ["0", "1", "2", "4", "5"]
-    rewrite(index, "0000002\tdisparity", "0000003\tdisparity")  # a photograph that has no label
+    rewrite(index, "0000002\tdisparity", "0000003\tdisparity")  # the image without a label
     reasons = read_pairs(images, labels)
     if older:
         assert "disparity.q12" in reasons.pop(2) and reasons == ["0", "1", "4", "5"]
@@ -116,7 +116,7 @@ def test_index_of_format_1_is_checked_against_the_names_in_the_tar(tmp_path, old
 
 
 def test_offsets_into_another_record_are_detected(tmp_path):
-    """Records of equal bytes: their checksums cannot tell them apart, their names do."""
+    """Records of equal bytes have equal checksums, but different names."""
     write_shard(tmp_path / "a.tar", [(f"k{i}", {"txt": b"the same"}) for i in range(4)])
     index = tmp_path / "a.idx"
     to_format_1(index)
@@ -175,7 +175,7 @@ def test_sets_with_format_1_indexes_are_read_verified_and_indexed_again(pair):
     again = [(key, ShardReader().read(tar, i)[1]) for i, key in enumerate(ShardReader().keys(tar))]
     before = tar.stat().st_ino
     write_shard(tar, again)
-    assert tar.stat().st_ino == before  # the same shard is left alone, with its index
+    assert tar.stat().st_ino == before  # an identical shard is not replaced
     index_shard(tar)
     assert tar.with_suffix(".idx").read_text().startswith("depth-anything-index 2\t")
     assert open_set(images.root).digest == images.digest
@@ -195,7 +195,7 @@ def test_names_of_other_programs_are_checked_against_their_headers(tmp_path, kin
     path = tmp_path / "a.tar"
     members = [(f"{folder}{name}", name.encode()) for name in ("one.JPG", "one.json", f"{'x' * 95}.jpg")]
     if kind == tarfile.USTAR_FORMAT and folder.startswith("./b"):
-        members.pop()  # a header cannot hold it
+        members.pop()  # too long for a header
     with tarfile.open(path, "w", format=kind) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -218,7 +218,7 @@ def test_names_of_other_programs_are_checked_against_their_headers(tmp_path, kin
 def test_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     path = plain_tar(tmp_path / "a.tar", [("k.txt", b"1")])
     with open(path, "r+b") as file:
-        file.truncate(5 << 30)  # a hole, which takes no disk
+        file.truncate(5 << 30)  # a sparse file
     size = path.stat().st_size
     path.with_suffix(".idx").write_text(
         f"depth-anything-index 1\t{size}\tsha256:0\t1\t1\nk\ttxt\t512\t{4 << 30}\t00000000\n"
@@ -228,7 +228,7 @@ def test_record_of_gigabytes_is_refused_before_it_is_read(tmp_path):
 
 
 def test_names_are_checked_in_remote_tars(pair, tmp_path, monkeypatch):
-    """A wrong index of an earlier version behind an address is asked for once more, and then a bad record."""
+    """A wrong remote index of format 1 is fetched once more, then the record is bad."""
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     remote._proxy_url.cache_clear()

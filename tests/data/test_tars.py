@@ -1,4 +1,4 @@
-"""One shard: written whole or not at all, indexed, damage seen."""
+"""One shard: atomic writing, the index, detection of damage."""
 
 import io
 import os
@@ -64,7 +64,7 @@ def test_same_records_give_the_same_bytes(tmp_path):
     assert one == other
     for name in ("000000.tar", "000000.idx"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-    # The hash of the format itself: a change of layout has to be meant.
+    # Golden value: the format must not change by accident.
     assert one.hash == "sha256:0c7c1ec87dd812e9d01f1ed088358c31ba63bf155a2d94926940cdc850e02e84"
     make(tmp_path / "a")
     make(tmp_path / "b")
@@ -139,7 +139,7 @@ def test_a_shard_is_replaced(tmp_path):
 
 
 def crash_at(monkeypatch, call):
-    """Make the n-th rename or unlink of a shard's publication the last thing that happens."""
+    """Stop after the n-th rename or unlink of publishing a shard."""
     calls = []
 
     def stop(real):
@@ -164,7 +164,7 @@ def test_crash_between_any_two_system_calls_leaves_whole_shards(tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, call)
         write_shard(path, records("000001", count=3))
-        raise KeyboardInterrupt  # it came through
+        raise KeyboardInterrupt  # it was not stopped
     visible = [name for name in names(tmp_path) if name.endswith(".tar") and not name.startswith(".")]
     if there_before:
         assert visible == ["a.tar"]
@@ -183,7 +183,7 @@ def test_crash_between_any_two_system_calls_leaves_whole_shards(tmp_path, monkey
 
 
 def index_shard_copy(path, folder):
-    """Index a tar's bytes elsewhere, so that the index beside the tar stays as it is."""
+    """Index a copy of a tar, so that its own index is not changed."""
     folder.mkdir()
     (folder / path.name).write_bytes(path.read_bytes())
     return index_shard(folder / path.name)
@@ -203,7 +203,7 @@ for number in range(10_000):
 
 
 def test_killed_writers_leave_whole_shards(tmp_path):
-    """Kill a writer at random moments, go on, and find every shard whole and the same."""
+    """Kill a writer at random moments and continue; every shard is complete and has the same bytes."""
     root, rng = tmp_path / "set", random.Random(7)
     root.mkdir()
     for _ in range(4):
@@ -216,7 +216,7 @@ def test_killed_writers_leave_whole_shards(tmp_path):
         writer.stdout.close()
         for path in root.glob("[0-9]*.tar"):
             text = path.with_suffix(".idx").read_text() if path.with_suffix(".idx").exists() else None
-            info = index_shard(path)  # refuses a truncated one
+            info = index_shard(path)  # raises if it is truncated
             assert text in (None, path.with_suffix(".idx").read_text())
             assert info.records == 20
     infos = [write_shard(root / f"{i:06d}.tar", records(f"{i:06d}", count=20, size=2000)) for i in range(40)]

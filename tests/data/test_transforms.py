@@ -25,7 +25,7 @@ GOLDEN_BOX = [0.0855114, 0.1778541, 0.4145634, 0.8458474]
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where the host would have to wait for a device's values."""
+    """Raises where the CPU would have to wait for values of the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero"), (
@@ -35,7 +35,7 @@ class NoSync(TorchDispatchMode):
 
 
 def ramp(height, width):
-    """An image whose red is x and green is y, as shares of the whole frame, and maps of the same."""
+    """An image whose red is x and green is y, as fractions of the frame, and maps of the same."""
     y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
     image = np.stack([x / width * 255, y / height * 255, np.full_like(x, 9)], 2)
     return image.round().astype(np.uint8), x / width, y / height
@@ -58,11 +58,11 @@ def test_image_and_map_stay_aligned(source, target, flip):
     half_pixel = [0.5 / side + 1e-6 for side in source]
     assert np.abs(across - expected).max() <= half_pixel[1]
     assert np.abs(down - rows[:, None]).max() <= half_pixel[0]
-    inner = (slice(4, -4), slice(4, -4))  # the cubic kernel leans inwards at the frame's border
+    inner = (slice(4, -4), slice(4, -4))  # the bicubic kernel is biased inwards at the border
     assert np.abs(square[inner][..., 0] / 255 - across[inner]).max() <= half_pixel[1] + 1.01 / 255
     assert np.abs(square[inner][..., 1] / 255 - down[inner]).max() <= half_pixel[0] + 1.01 / 255
     error = (square[..., 0] / 255.0 - across)[inner].mean()
-    assert abs(error) < 3e-4  # neither leans to a side
+    assert abs(error) < 3e-4  # no shift to either side
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -144,7 +144,7 @@ def rows():
 def images(count, size=32):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(count, 3, size, size, generator=generator)
-    image[:, :, :8] = image[:, :1, :8]  # greys have no hue
+    image[:, :, :8] = image[:, :1, :8]  # gray has no hue
     image[:, :, 8:12] = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
     image[:, :, 12:14] = 0
     return image

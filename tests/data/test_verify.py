@@ -53,7 +53,7 @@ def test_listed_files_are_records_or_skipped(tmp_path):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Images and their labels by a teacher: shard 00000 with three, the second of which it could not label."""
+    """Images and their labels: shard 00000 has three images, the second without a label."""
     images = make(tmp_path / "images", [fields(label=None)] * 3)
     return images, label(
         tmp_path / "labels", images, {0: resize_shape(*SIZE, 28), 2: resize_shape(*SIZE, 28)}

@@ -48,7 +48,7 @@ def test_booster(tmp_path, below):
     assert red > blue * 1.5 and red > 80  # the left camera's picture, in RGB
 
 
-def test_boosters_glass_and_mirrors(tmp_path):
+def test_booster_tom_evaluates_glass_and_mirrors_only(tmp_path):
     truth, tom = more.make_booster(tmp_path / "booster")  # found below the folder of all benchmarks
     frames = made.read_all(load_benchmark("booster_tom"), tmp_path)
     check(frames, truth, rtol=0)
@@ -71,7 +71,7 @@ def test_boosters_glass_and_mirrors(tmp_path):
     assert result.empty == ["booster/Mirror/im0"] and result.images == 3  # a scene without any is left out
 
 
-def test_what_booster_lacks_is_named(tmp_path):
+def test_missing_booster_files_are_named(tmp_path):
     more.make_booster(tmp_path)
     scene = tmp_path / "train/balanced/Bathroom"
     benchmark, line = first("booster_tom", tmp_path)
@@ -113,7 +113,7 @@ def test_ibims(tmp_path, below):
     assert np.isnan(frames["corridor_01"].depth).sum() == 7 + 18 + 2 * SIZE[1]
 
 
-def test_what_ibims_lacks_is_named(tmp_path):
+def test_missing_ibims_files_are_named(tmp_path):
     more.make_ibims(tmp_path)
     benchmark, line = first("ibims", tmp_path)
     mask = tmp_path / "ibims1_core_raw/mask_transp/corridor_01.png"
@@ -151,7 +151,7 @@ def test_ddad(tmp_path, below):
     assert max(np.nanmax(depth) for depth in truth.values()) > 100
 
 
-def test_nearest_points_win_and_those_behind_or_beside_count_for_nothing():
+def test_projected_depth_is_that_of_the_nearest_point_in_view():
     camera = np.array([[10.0, 0, 2], [0, 10, 1], [0, 0, 1]])
     points = np.array(
         [
@@ -170,7 +170,7 @@ def test_nearest_points_win_and_those_behind_or_beside_count_for_nothing():
         assert depth.tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
 
-def test_a_pose_of_dgps_own_test_scene():
+def test_a_pose_of_the_test_scene_of_dgp():
     """The car's pose and its camera's differ by what the calibration says: tests/data/dgp/test_scene of TRI-ML/dgp."""
 
     def pose(quaternion, place):
@@ -191,7 +191,7 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_what_ddad_lacks_is_named(tmp_path):
+def test_missing_ddad_files_are_named(tmp_path):
     more.make_ddad(tmp_path)
     benchmark, line = first("ddad", tmp_path)
     scene = tmp_path / "ddad_train_val/000150"
@@ -243,7 +243,7 @@ def test_ddads_damaged_scenes_and_samples_without_a_sensor(tmp_path):
         list(benchmark.find(tmp_path))
 
 
-def test_what_leads_out_of_ddad_is_not_opened(tmp_path):
+def test_ddad_paths_outside_of_the_folder_are_refused(tmp_path):
     more.make_ddad(tmp_path, scenes=("000150",))
     (scene,) = (tmp_path / "ddad_train_val/000150").glob("scene_*.json")
 
@@ -256,7 +256,7 @@ def test_what_leads_out_of_ddad_is_not_opened(tmp_path):
         benchmark.read(tmp_path, line)
 
 
-def test_ddads_clouds_and_calibrations_that_are_none(tmp_path):
+def test_damaged_ddad_clouds_and_calibrations_are_refused(tmp_path):
     def saved(**arrays):
         np.savez(tmp_path / "cloud.npz", **arrays)
         return (tmp_path / "cloud.npz").read_bytes()
@@ -282,7 +282,7 @@ def test_ddads_clouds_and_calibrations_that_are_none(tmp_path):
         ("booster_tom", more.make_booster, "im0.npy"),
     ],
 )
-def test_others_maps_are_found_by_key_and_image(tmp_path, name, make, wanted):
+def test_precomputed_maps_are_found_by_key_and_image(tmp_path, name, make, wanted):
     make(tmp_path / name)
     trial = task_from_benchmark(load_benchmark(name), tmp_path)
     frame = trial.read(trial.lines[0])

@@ -47,7 +47,7 @@ class Maps:
         return [self.make(np.nan_to_num(self.frames[image[0, 0, 0]].depth, nan=3.0)) for image in images]
 
 
-def judged(make: Any, *, protocol: str = "da2", quantity: str = "disparity") -> DepthResult:
+def evaluate_maps(make: Any, *, protocol: str = "da2", quantity: str = "disparity") -> DepthResult:
     frames = make_frames()
     return evaluate(Maps(frames, make, quantity=quantity), frames, protocol=protocol)
 
@@ -74,11 +74,10 @@ def text_of(result: DepthResult) -> str:
     ],
 )
 def test_an_inverted_map_is_named(protocol: str, quantity: str, good: Any, bad: Any) -> None:
-    fine, wrong = (judged(make, protocol=protocol, quantity=quantity) for make in (good, bad))
+    fine, wrong = (evaluate_maps(make, protocol=protocol, quantity=quantity) for make in (good, bad))
     assert not fine.warnings and not fine.inverted
     assert wrong.inverted == [f"rooms/0/{number}" for number in range(4)] and len(wrong.warnings) == 1
-    assert "inverted" in text_of(wrong) and "rooms/0/0" in text_of(wrong)
-    assert "inverted" not in text_of(fine)
+    assert wrong.warnings[0] in text_of(wrong) and "rooms/0/0" in wrong.warnings[0]
 
 
 def test_one_inverted_map_of_four_gives_no_warning() -> None:
@@ -93,7 +92,7 @@ def test_one_inverted_map_of_four_gives_no_warning() -> None:
     ("protocol", "quantity"), [("da2", "disparity"), ("zoedepth", "depth"), ("marigold", "depth")]
 )
 def test_a_constant_map_is_named(protocol: str, quantity: str, value: float) -> None:
-    result = judged(lambda d: np.full_like(d, value), protocol=protocol, quantity=quantity)
+    result = evaluate_maps(lambda d: np.full_like(d, value), protocol=protocol, quantity=quantity)
     assert len(result.constant) == 4 and not result.inverted and not result.non_finite
     assert len(result.warnings) == 1 and result.warnings[0] in text_of(result)
 

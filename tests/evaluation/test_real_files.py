@@ -1,7 +1,7 @@
-"""Files of public data sets as they are published, read with the values that are known of them.
+"""Real files of public data sets, compared with known values.
 
-They are in ../shared/real and no part of the repository: tests that need them skip where they are absent. What the
-files showed is held by miniatures of the same shape as well, which run everywhere.
+They are in ../shared/real, not in the repository; tests that need them are skipped without them. Small synthetic files
+of the same formats test the same properties everywhere.
 """
 
 import csv
@@ -30,7 +30,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files of ../
 
 
 def frames(name, root):
-    """Every frame of a benchmark, or what is said of it."""
+    """Every frame of a benchmark, or the message of its error."""
     benchmark = load_benchmark(name)
     for line in benchmark.find(root):
         try:
@@ -66,7 +66,7 @@ def test_hypersim_has_the_intrinsics_of_each_scene_without_tilt():
 
 
 @real
-def test_tartanair_is_read_and_its_shadows_of_macos_are_not():
+def test_tartanair_is_read_without_the_hidden_files_of_macos():
     found = frames_of(tartanair, REAL / "tartanair")
     (frame,) = found.values()
     assert list(found) == ["hospital/Easy/P008/000050"]
@@ -76,7 +76,7 @@ def test_tartanair_is_read_and_its_shadows_of_macos_are_not():
 
 
 @real
-def test_the_sky_of_airsim_is_told_from_what_is_far(tmp_path):
+def test_the_sky_of_airsim_is_separated_from_far_depth(tmp_path):
     folder = tmp_path / "airsim" / "Easy" / "P000"
     for what, ending in (("image", "rgb.png"), ("depth", "depth.npy")):
         (folder / f"{what}_left").mkdir(parents=True)
@@ -100,15 +100,15 @@ def test_sun_rgbd_is_read_though_the_list_has_two_slashes(tmp_path, name):
 
 
 @real
-def test_sun_rgbds_low_bits_are_its_high_ones():
+def test_sun_rgbd_values_are_rotated_by_three_bits():
     stored = read_png16(REAL / "sunrgbd" / "open3d" / "SUN_depth.png")
-    millimetres = decode_millimeters(stored)
-    assert (millimetres > 8191).sum() == 7149 and (stored & 7 > 0).sum() == 7149
-    assert millimetres.max() < 10_000
+    millimeters = decode_millimeters(stored)
+    assert (millimeters > 8191).sum() == 7149 and (stored & 7 > 0).sum() == 7149
+    assert millimeters.max() < 10_000
 
 
 @real
-def test_ddad_is_projected_as_its_makers_do(tmp_path):
+def test_ddad_is_projected_as_by_dgp(tmp_path):
     first, *others = frames("ddad", REAL / "ddad")
     known = first.depth[np.isfinite(first.depth)]
     assert first.key == "ddad/scene_01/15569195938415230" and first.image.shape == (1216, 1936, 3)
@@ -157,27 +157,27 @@ def miniature(root):
 
 @pytest.mark.parametrize("files", ["miniature", pytest.param("real", marks=real)])
 @pytest.mark.parametrize(
-    ("name", "said", "metres"),
+    ("name", "declaration", "meters"),
     [
         ("tum", "images: img\ndepth: depth\nscale: 1/5000\n", 1 / 5000),
         ("redwood", "images: color\ndepth: depth\nunit: mm\n", 1 / 1000),
     ],
 )
-def test_tums_and_redwoods_frames_become_metres(tmp_path, files, name, said, metres):
+def test_frames_of_tum_and_redwood_become_meters(tmp_path, files, name, declaration, meters):
     root = miniature(tmp_path / "raw") if files == "miniature" else tmp_path / "raw"
     if files == "real":
         shutil.copytree(REAL / "custom", root)
     for path in root.rglob("*"):
         path.chmod(0o755)
-    (root / name / "set.yaml").write_text(said)
+    (root / name / "set.yaml").write_text(declaration)
     camera = "intrinsics: {fx: 525, fy: 525, cx: 319.5, cy: 239.5}\n"
-    (root / name / "small.yaml").write_text(said + camera)
+    (root / name / "small.yaml").write_text(declaration + camera)
     assert main(["shard", "custom", str(root / name / "set.yaml"), str(tmp_path / "set")]) == 0
     assert verify_set(tmp_path / "set", decode=True) == []
     frame = decode_record(*Records(open_set(tmp_path / "set")).read("set/00000", 0))
     stored = read_png16(next((root / name / "depth").iterdir()))
     assert frame.depth.shape == stored.shape == frame.image.shape[:2]
-    np.testing.assert_allclose(frame.depth[stored > 0], stored[stored > 0] * metres, rtol=1e-6)
+    np.testing.assert_allclose(frame.depth[stored > 0], stored[stored > 0] * meters, rtol=1e-6)
     assert (np.isnan(frame.depth) == (stored == 0)).all()
     assert 0.3 < np.nanmedian(frame.depth) < 7
     arguments = [str(root / name / "small.yaml"), str(tmp_path / "small"), "--short-side", "28"]

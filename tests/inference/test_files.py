@@ -13,16 +13,10 @@ from PIL import Image
 
 from depth_anything.inference import files
 from depth_anything.inference.files import PredictSettings, predict_files
-from depth_anything.inference.formats import encode_map, encode_picture, encode_png, write_map
+from depth_anything.inference.formats import encode_map, encode_picture, encode_png
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.visualize import colorize
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    torch.manual_seed(0)
-    return Predictor(DepthAnything("vitn"), device="cpu", input_size=28)
 
 
 def jpeg(height=30, width=40, seed=0, **options):
@@ -203,11 +197,10 @@ def test_output_folder_inside_the_input_folder(tmp_path, predictor):
 # Encoding
 
 
-def test_constant_maps_are_encoded():
+def test_constant_maps_are_encoded(predictor):
     image, map = np.zeros((4, 5, 3), np.uint8), np.full((4, 5), 3.5, np.float32)
-    shown = np.asarray(
-        Image.open(io.BytesIO(encode_picture(image, map, quantity="disparity", pred_only=True)))
-    )
+    data, _ = encode_picture(image, map, predictor, colormap="Spectral_r", pred_only=True)
+    shown = np.asarray(Image.open(io.BytesIO(data)))
     assert (shown == colorize(np.array([[0.0, 1.0]]))[0, 0]).all()
     for bits in (8, 16):
         back = Image.open(io.BytesIO(encode_png(map, bits=bits, quantity="disparity", unit="relative")))
@@ -242,16 +235,10 @@ def test_bicubic_overshoot_does_not_wrap_around(resample):
     assert painted[:, :4].max() < 64 and painted[:, 8:].min() > 192
 
 
-def test_values_outside_a_given_range_are_clipped(tmp_path):
-    write_map(
-        tmp_path / "a.png",
-        np.array([[-9.0, 0, 5, 10, 99]]),
-        quantity="disparity",
-        unit="relative",
-        low=0,
-        high=10,
-    )
-    with Image.open(tmp_path / "a.png") as image:
+def test_values_outside_a_given_range_are_clipped():
+    map = np.array([[-9.0, 0, 5, 10, 99]])
+    data = encode_png(map, bits=16, quantity="disparity", unit="relative", low=0, high=10)
+    with Image.open(io.BytesIO(data)) as image:
         assert np.asarray(image).tolist() == [[0, 0, 32768, 65535, 65535]]
         assert (image.text["low"], image.text["high"]) == ("0", "10")
 

@@ -28,10 +28,11 @@ import torch  # noqa: E402
 from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
-from depth_anything.training import lightning, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training import initialization, lightning, pseudolabel, run, validation  # noqa: E402
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.validation import ValidationCallback  # noqa: E402
 
 
 class SampleRecorder(StepCallback):
@@ -54,12 +55,12 @@ PLACES: dict[str, tuple[Any, str]] = {
     "compose": (run, "resolve_config"),
     "scenes": (run, "write_missing_scenes"),
     "open sets": (TrainData, "open"),
-    "build model": (run, "build_model"),
+    "build model": (initialization, "build_model"),
     "setup": (TrainData, "setup"),
     "loader": (TrainData, "train_dataloader"),
-    "read validation": (validation, "check_quantity"),
+    "read validation": (ValidationCallback, "_read_share"),
     "train start": (Checkpoints, "on_train_start"),
-    "validation": (validation, "evaluate"),
+    "validation": (validation, "score_lines"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),

@@ -161,13 +161,13 @@ def test_lost_records_are_named(sets: Path, disk: Run, train: Train, tmp_path: P
 
     class Damaged(FaultyServer):
         def fetch(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-            status, told, body = super().fetch(path, headers)
+            status, headers_back, body = super().fetch(path, headers)
             if path.endswith(f"photographic/{damaged[0]}.tar") and status == 206:
-                start = int(told["Content-Range"].split()[1].split("-")[0])
+                start = int(headers_back["Content-Range"].split()[1].split("-")[0])
                 at = member.offset + 40 - start
                 if 0 <= at < len(body) and "labels" not in path:
                     body = body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :]
-            return status, told, body
+            return status, headers_back, body
 
     with nginx(sets, tmp_path / "state") as behind, Damaged(behind) as server:
         gone = f"/data/scenes-photographic/{missing}.tar"

@@ -1,4 +1,4 @@
-"""Small networks under the official names: what is tested is how files are judged, not their size."""
+"""Small networks with the names of official ones, because tests of files do not need the real sizes."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Checkpointing and compilation change neither names nor numbers."""
+"""Activation checkpointing and compilation change neither state dict names nor results."""
 
 import copy
 from functools import partial
@@ -21,7 +21,7 @@ def step(model, image):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_names_and_numbers_stay(monkeypatch, checkpoint, compiled):
+def test_state_dict_names_and_results_do_not_change(monkeypatch, checkpoint, compiled):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes a minute
     torch.manual_seed(0)
     model = DepthAnything("vitn")
@@ -37,7 +37,7 @@ def test_names_and_numbers_stay(monkeypatch, checkpoint, compiled):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_blocks_are_computed_again():
+def test_checkpointed_blocks_are_recomputed_in_the_backward_pass():
     """With checkpointing each block runs twice in a training step, once in a prediction."""
     model = DepthAnything("vitn")
     calls = []
@@ -53,7 +53,7 @@ def test_blocks_are_computed_again():
 
 
 def test_compiled_blocks_share_one_compilation(monkeypatch):
-    """Compiled from the outside in: the recomputation lies within what the compiler sees."""
+    """The compiler sees the recomputation."""
     graphs = []
 
     def backend(graph, _):
@@ -70,7 +70,7 @@ def test_compiled_blocks_share_one_compilation(monkeypatch):
 
 
 def test_a_copy_runs_its_own_blocks():
-    """As averaging of weights does: the copy's numbers must come from the copy's weights."""
+    """Weight averaging copies models: a copy must use its own weights."""
     model = DepthAnything("vitn")
     accelerate(model, checkpoint=True, compile=False)
     image = torch.randn(1, 3, 28, 28)

@@ -1,4 +1,4 @@
-"""Model cards: true, in the hub's form, and never over a user's own."""
+"""Model cards are correct, readable by the hub, and never overwrite a card that a user edited."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ def front(text):
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
 
 
-def test_the_head_is_the_hubs():
+def test_front_matter_is_read_by_the_hub():
     model = network(max_depth=80.0)
     model.licence = "CC-BY-NC-4.0"
     model.origin = {"start": {"from": "timm/x", "licence": "Apache-2.0", "base": "timm/x"}}
@@ -39,8 +39,8 @@ def test_the_head_is_the_hubs():
 HOSTILE = "x\nlicense: mit\n---\n# fake | `a` <b> [c](d)\r\x1b[31m\u2028"
 
 
-def test_others_text_stays_text():
-    """Whatever a name says, it is neither a key of the head, nor a heading, a cell or a link."""
+def test_untrusted_text_is_escaped():
+    """No name becomes a key of the front matter, a heading, a table cell or a link."""
     model = network()
     model.licence = HOSTILE
     row = {"set": HOSTILE, "records": 5, "licence": HOSTILE, "teacher": {"file": HOSTILE, "licence": HOSTILE}}
@@ -61,7 +61,7 @@ def test_others_text_stays_text():
         assert "[c]" not in re.sub(r"`[^`]*`", "", body).replace("\\[", "\\")
 
 
-def test_the_licence_of_a_card_is_its_own_whatever_others_say(tmp_path):
+def test_license_of_a_card_cannot_be_injected(tmp_path):
     model = network()
     model.licence = "CC-BY-NC-4.0"
     model.origin = {"start": {"from": "x", "licence": "MIT", "base": "x\nlicense: mit"}}
@@ -73,7 +73,7 @@ def test_the_licence_of_a_card_is_its_own_whatever_others_say(tmp_path):
 
 @pytest.mark.parametrize("file", ['a "b".onnx', "c\\d.onnx", "e $(f) 'g'.onnx", "h\ni.onnx"])
 @pytest.mark.parametrize("form", ["safetensors", "transformers", "official", "onnx", "torch"])
-def test_any_name_makes_examples_that_run(form, file):
+def test_examples_quote_any_file_name(form, file):
     text = build_card(network(), file=file, form=form, title="m")
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         assert file in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
@@ -85,22 +85,22 @@ def test_any_name_makes_examples_that_run(form, file):
     ("model", "said"),
     [
         (network(), "**Output: disparity** (inverse depth) up to an unknown scale and shift"),
-        (network(max_depth=12.5), "**Output: depth in metres**, 0 to 12.5; larger is farther"),
+        (network(max_depth=12.5), "**Output: depth in meters**, 0 to 12.5; larger is farther"),
     ],
 )
-def test_unit_and_direction_are_said(model, said):
+def test_card_states_unit_and_direction(model, said):
     assert said in build_card(model, file="m.safetensors", form="safetensors", title="m")
 
 
-def test_a_calibration_is_said():
+def test_card_states_the_calibration():
     model = network()
     model.calibration = (0.5, 0.25)
-    assert "1 / (0.5 · output + 0.25) is depth in metres" in build_card(
+    assert "1 / (0.5 · output + 0.25) is depth in meters" in build_card(
         model, file="m", form="safetensors", title="m"
     )
 
 
-def test_training_data_and_their_licences_are_said():
+def test_card_lists_training_data_and_licenses():
     model = network()
     model.licence = "Apache-2.0 AND CC-BY-NC-4.0 AND unknown"
     model.origin = {
@@ -118,10 +118,10 @@ def test_training_data_and_their_licences_are_said():
     }
     text = build_card(model, file="m", form="safetensors", title="m", measured={"Evaluation": "| a |"})
     assert front(text)["license"] == "other"
-    assert "Licence of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
-    assert "Started from `timm/vit` (licence: Apache-2.0)." in text
+    assert "License of the weights: **Apache-2.0 AND CC-BY-NC-4.0 AND unknown**." in text
+    assert "Started from `timm/vit` (license: Apache-2.0)." in text
     assert "| photos | 12,345 | unknown | `depth_anything_v2_vitl.pth` | CC-BY-NC-4.0 |" in text
-    assert "| scenes | 7 | Apache-2.0 | its own truth | – |" in text
+    assert "| scenes | 7 | Apache-2.0 | ground truth | – |" in text
     assert "\n## Evaluation\n\n| a |\n" in text
 
 
@@ -135,7 +135,7 @@ def test_training_data_and_their_licences_are_said():
         ("torch", ["torch.export.load("]),
     ],
 )
-def test_ways_to_load(form, lines):
+def test_card_shows_how_to_load_each_format(form, lines):
     text = build_card(network(max_depth=20.0), file="the file", form=form, title="m")
     for line in lines:
         assert line in text and '"the file"' in text
@@ -147,7 +147,7 @@ def one_card(title, file="m"):
     return build_card(network(), file=file, form="safetensors", title=title)
 
 
-def test_a_users_card_is_left_alone(tmp_path):
+def test_an_edited_card_is_kept(tmp_path):
     path = tmp_path / "README.md"
     assert write_card(one_card("one"), tmp_path, file="m") == path
     assert is_replaceable_card(path)
@@ -169,7 +169,7 @@ def test_two_models_in_a_folder_have_two_cards(tmp_path):
     assert write_card(one_card("program", "le modèle.onnx"), tmp_path, file="le modèle.onnx") is None
 
 
-def test_a_folder_of_transformers_has_one(tmp_path):
+def test_a_transformers_folder_has_a_card(tmp_path):
     model = network()
     model.licence = "Apache-2.0 AND CC-BY-NC-4.0"
     save_model(model, tmp_path / "hf", format="transformers")
@@ -181,8 +181,8 @@ def test_a_folder_of_transformers_has_one(tmp_path):
     assert readme.read_text().endswith("mine")
 
 
-def test_the_licence_of_a_folder_is_its_cards(tmp_path):
-    """As in the authors' -hf repositories, whose files say nothing."""
+def test_license_of_a_folder_is_read_from_its_card(tmp_path):
+    """As in the official -hf repositories, whose weight files have no license."""
     save_model(network(), tmp_path / "hf", format="transformers")
     assert load_model(tmp_path / "hf").licence is None
     (tmp_path / "hf" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")

@@ -1,4 +1,4 @@
-"""The head alone: its start at many seeds, and what it never uses."""
+"""The DPT head: initialization at many seeds, unused parameters, odd grids."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def normalised_tokens(width: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("encoder", "seeds"), [("vits", 50), ("vitb", 8), ("vitl", 2), ("vitt", 50)])
-def test_no_seed_starts_dead(encoder, seeds):
-    """With torch's own initialisation over 99.9 % of the map is zero, and the gradient with it, for 10 of 20 seeds."""
+def test_output_is_active_at_any_seed(encoder, seeds):
+    """With the default of torch over 99.9 % of map and gradient are zero for 10 of 20 seeds."""
     spec = ENCODERS[encoder]
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
@@ -33,14 +33,14 @@ def test_no_seed_starts_dead(encoder, seeds):
         assert all(level.grad[:2].abs().amax((1, 2)).min() > 0 for level in tokens), seed
 
 
-def test_the_idle_unit_is_kept_and_frozen():
+def test_the_unused_unit_is_kept_and_frozen():
     head = DPTHead(96, features=32, out_channels=(12, 24, 48, 96))
     idle = {name for name, p in head.named_parameters() if not p.requires_grad}
     unit = "scratch.refinenet4.resConfUnit1"
     assert idle == {f"{unit}.conv{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
-def test_sizes_need_not_be_even():
+def test_odd_grids_work():
     head = DPTHead(96, features=32, out_channels=(12, 24, 48, 96))
     for h, w in ((1, 1), (1, 5), (3, 2), (37, 49)):
         assert head([torch.randn(1, h * w, 96)] * 4, (h, w), (14 * h, 14 * w)).shape == (1, 14 * h, 14 * w)

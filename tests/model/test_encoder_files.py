@@ -1,4 +1,4 @@
-"""Fingerprints of weights, and encoders found in files of every kind."""
+"""Fingerprints of weights, and encoders loaded from files of every format."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_fingerprint_sees_a_single_bit(model):
 
 
 def test_fingerprint_is_pinned():
-    """Labels made by a teacher today must be recognised tomorrow."""
+    """Labels of a teacher must be recognized by later versions."""
     model = torch.nn.Linear(2, 1)
     model.load_state_dict({"weight": torch.tensor([[1.0, -2.0]]), "bias": torch.tensor([0.5])})
     assert fingerprint(model) == "sha256:848732e20f10737b568ab400e3bb8ef7c00ea24366299215bfdda02344c911ed"
@@ -78,7 +78,7 @@ def test_encoders_are_found_in_any_file(tmp_path, model, write):
     assert not fresh.pretrained.mask_token.requires_grad
 
 
-def test_giants_layers_under_timms_names(tmp_path):
+def test_giant_loads_timms_names(tmp_path):
     model = DepthAnything("vitg")
     state = encoder_state(model)
     timms = {n.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): t for n, t in state.items()}
@@ -94,14 +94,14 @@ def test_giants_layers_under_timms_names(tmp_path):
     [
         (
             lambda state: state.update(pos_embed=torch.zeros(1, 257, 48)),
-            r"is not the encoder vits: its pos_embed is \(1, 257, 48\), expected \(1, 26, 48\)",
+            r"dinov2\.pth .*pos_embed.*\(1, 257, 48\).*\(1, 26, 48\)",
         ),
-        (lambda state: state.update(register_tokens=torch.zeros(1, 4, 48)), "it also has register_tokens"),
-        (lambda state: state.pop("cls_token"), "it lacks cls_token"),
-        (lambda state: state.clear() or state.update(other=torch.ones(1)), "it lacks cls_token and"),
+        (lambda state: state.update(register_tokens=torch.zeros(1, 4, 48)), "register_tokens"),
+        (lambda state: state.pop("cls_token"), "cls_token"),
+        (lambda state: state.clear() or state.update(other=torch.ones(1)), "cls_token and [0-9]+ more"),
     ],
 )
-def test_other_encoders_are_refused(tmp_path, model, change, message):
+def test_weights_of_other_encoders_are_refused(tmp_path, model, change, message):
     state = encoder_state(model)
     change(state)
     torch.save(state, tmp_path / "dinov2.pth")
@@ -124,7 +124,7 @@ def test_hub_weights_go_through_timm(monkeypatch):
     assert torch.equal(again.pretrained.pos_embed, published.pos_embed)
 
 
-def test_saved_tensors_are_the_models(tmp_path, model):
+def test_saved_tensors_equal_the_models(tmp_path, model):
     save_model(model, tmp_path / "m.safetensors")
     stored = load_file(tmp_path / "m.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""Damaged model files and checkpoints are found by their digests before their tensors are used."""
+"""Damaged model files and checkpoints are detected by their digests before their tensors are used."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def test_bytes_flipped_in_the_middle_of_the_tensors_are_refused(tmp_path: Path, 
 @pytest.mark.parametrize("kind", ("checkpoint", "old checkpoint"))
 @pytest.mark.parametrize("lost", (1, 10, 70, 72, 80, 1000, 50_000))
 @pytest.mark.parametrize("how", ("cut", "zeros", "longer"))
-def test_a_lost_tail_is_damage(tmp_path: Path, kind: str, lost: int, how: str) -> None:
+def test_a_truncated_digest_is_damage(tmp_path: Path, kind: str, lost: int, how: str) -> None:
     path = tmp_path / "file"
     whole = written(path, kind)
     if kind == "old checkpoint" and how == "zeros" and lost < 22:
@@ -122,7 +122,7 @@ def test_the_digest_of_another_checkpoint_is_damage(tmp_path: Path) -> None:
     assert find_damage(one) and find_damage(other)
 
 
-def test_safetensors_of_others_and_old_ones_load(tmp_path: Path) -> None:
+def test_safetensors_without_a_digest_load(tmp_path: Path) -> None:
     state = content()["state_dict"]
     save_file(state, tmp_path / "plain.safetensors")
     save_file(state, tmp_path / "old.safetensors", metadata={"encoder": "vitn", "version": "0.1"})
@@ -131,7 +131,7 @@ def test_safetensors_of_others_and_old_ones_load(tmp_path: Path) -> None:
         assert read_tensors(tmp_path / f"{name}.safetensors")[0].keys() == state.keys()
 
 
-def test_metadata_may_be_edited_and_tensors_may_not(tmp_path: Path) -> None:
+def test_edited_metadata_load_and_edited_tensors_do_not(tmp_path: Path) -> None:
     path, copy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_safetensors(content()["state_dict"], path, {"encoder": "vitn"})
     with safe_open(path, framework="pt") as file:
@@ -162,7 +162,7 @@ def test_a_zip_without_crc_records_loads(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "a.pth")[0]
 
 
-def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_with_digest(content(), tmp_path / "a.ckpt")
 
     def fail(*_: Any) -> None:
@@ -179,9 +179,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: py
         read_tensors(tmp_path / "old.ckpt")
 
 
-def test_a_file_is_read_through_once_for_each_state_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_verified_once_for_each_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[str] = []
     update = integrity._hash_file
     monkeypatch.setattr(integrity, "_hash_file", lambda *a: (passes.append("pass"), update(*a)))
@@ -193,7 +191,7 @@ def test_a_file_is_read_through_once_for_each_state_of_it(
 
 
 @pytest.mark.parametrize("use", ("load_model", "load_encoder", "fingerprint", "a run's folder"))
-def test_whoever_passes_a_damaged_model_is_refused(tmp_path: Path, use: str) -> None:
+def test_every_function_refuses_a_damaged_model(tmp_path: Path, use: str) -> None:
     model, path = DepthAnything("vitn"), tmp_path / "model.safetensors"
     save_model(model, path)
     changed = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""LoRA: adapters on the layers the head hears of, and a network merged that is the plain one again."""
+"""LoRA adapters on all layers that feed the head, and merging them into a plain network."""
 
 import sys
 from functools import partial
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 def network(encoder="vitn", *, rank=3, **settings):
-    """Build a network whose adapters have learned something."""
+    """Build a network with nonzero adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = DepthAnything(encoder, **settings)
@@ -53,7 +53,7 @@ def plain(model):
     ),  # 8 × the sides of qkv, proj, fc1, fc2: 8 × 18 × width a block; SwiGLU's two likewise
     [("vits", 589_824), ("vitb", 1_179_648), ("vitl", 3_145_728), ("vitg", 7_864_320), ("vitn", 49_152)],
 )
-def test_every_linear_layer_has_one_and_nothing_else_is_trained(encoder, trained):
+def test_adapters_are_added_to_every_linear_layer_of_a_frozen_encoder(encoder, trained):
     with torch.device("meta"):
         model = DepthAnything(encoder)
         blocks = len(model.pretrained.blocks)
@@ -67,7 +67,7 @@ def test_every_linear_layer_has_one_and_nothing_else_is_trained(encoder, trained
     assert [p.shape for p in model.head_parameters()] == head  # as before
 
 
-def test_blocks_that_the_head_does_not_hear_of_have_none():
+def test_blocks_after_the_last_tap_have_no_adapters():
     with torch.device("meta"):
         model = DepthAnything("vits", taps=(0, 1, 2, 3))
     assert {name.split(".")[1] for name in adaptable_layers(model)} == {"0", "1", "2", "3"}
@@ -75,7 +75,7 @@ def test_blocks_that_the_head_does_not_hear_of_have_none():
 
 @pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
 def test_every_adapter_learns(small_official_encoders, encoder):
-    """Data parallelism waits for ever for a gradient that never comes; a timm Eva calls not all of its layers."""
+    """DDP would wait forever for a missing gradient; timm's Eva does not call all of its layers."""
     model = network(encoder)
     model(images(model)).sum().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -83,7 +83,7 @@ def test_every_adapter_learns(small_official_encoders, encoder):
     assert all(p.grad is None for p in model.pretrained.parameters() if not p.requires_grad)
 
 
-def test_adapters_start_at_nothing():
+def test_new_adapters_do_not_change_the_output():
     torch.manual_seed(0)
     model = DepthAnything("vitn").eval()
     before = model(images(model))
@@ -91,17 +91,15 @@ def test_adapters_start_at_nothing():
     assert torch.equal(model(images(model)), before)
 
 
-def test_what_cannot_be_is_one_sentence(monkeypatch):
-    with pytest.raises(ValueError, match="lora=97 exceeds the 96 channels of encoder=vitn; type lora=8"):
+def test_impossible_ranks_and_encoders_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="lora=97 .*96.*encoder=vitn.*lora=8"):
         add_adapters(DepthAnything("vitn"), 97)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        ValueError, match=r'needs peft .*type  pip install "depth-anything-train\[lora\]"  or'
-    ):
+    with pytest.raises(ValueError, match=r'peft.*pip install "depth-anything-train\[lora\]".*lora=null'):
         add_adapters(DepthAnything("vitn"), 4)
     monkeypatch.undo()
     monkeypatch.setattr(lora, "_LAYER_NAMES", frozenset())
-    with pytest.raises(ValueError, match="finds no layers that it knows in encoder=vitn; type lora=null"):
+    with pytest.raises(ValueError, match="encoder=vitn.*lora=null"):
         add_adapters(DepthAnything("vitn"), 4)
 
 
@@ -109,7 +107,7 @@ def test_what_cannot_be_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("encoder", ["vitn", "vitg", "eva02_tiny_patch14_224"])
-def test_the_merged_network_is_the_plain_one_and_says_the_same(small_official_encoders, encoder):
+def test_the_merged_network_has_plain_names_and_the_same_output(small_official_encoders, encoder):
     model = network(encoder, max_depth=20.0).eval()
     untouched = DepthAnything(encoder, max_depth=20.0).state_dict()
     made = merge_adapters(model.state_dict())
@@ -139,7 +137,7 @@ def test_merging_rounds_once_and_leaves_a_plain_network_alone():
 
 
 def saved_anyhow(model, folder):
-    """Save a network in every format, and as Lightning does; give the paths."""
+    """Save a network in every format and as a Lightning checkpoint; return the paths."""
     save_model(model, folder / "m.safetensors")
     save_model(model, folder / "hf", format="transformers")
     save_model(model, folder / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
@@ -154,7 +152,7 @@ def saved_anyhow(model, folder):
     ]
 
 
-def test_every_door_reads_it_without_peft_and_without_a_flag(model, tmp_path, monkeypatch):
+def test_every_format_is_read_without_peft(model, tmp_path, monkeypatch):
     adapted = network("vits", max_depth=20.0)
     paths = saved_anyhow(adapted, tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -168,8 +166,8 @@ def test_every_door_reads_it_without_peft_and_without_a_flag(model, tmp_path, mo
         assert f"{sum(p.numel() for p in wanted.parameters()):,} parameters" in text
 
 
-def test_the_model_in_training_is_left_as_it_is(tmp_path):
-    """Saved midway, as for the best so far, it goes on training with its adapters."""
+def test_saving_does_not_change_the_model_in_training(tmp_path):
+    """A model that is saved during training keeps its adapters."""
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_model(model, tmp_path / "m.safetensors")
@@ -183,23 +181,23 @@ LAYER = "model.pretrained.blocks.1.attn.proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_scale": "much"}, "has LoRA adapters that do not fit their layers"),
-        ({"lora_scale": None}, "has LoRA adapters that do not fit their layers"),
-        ({f"{LAYER}.lora_A.default.weight": None}, "has LoRA adapters that do not fit their layers"),
+        ({"lora_scale": "much"}, r"c\.ckpt .*save it again"),
+        ({"lora_scale": None}, r"c\.ckpt .*save it again"),
+        ({f"{LAYER}.lora_A.default.weight": None}, r"c\.ckpt .*save it again"),
         (
             {f"{LAYER}.lora_A.default.weight": torch.ones(7, 5)},
-            "has LoRA adapters that do not fit their layers",
+            r"c\.ckpt .*save it again",
         ),
-        ({f"{LAYER}.lora_B.default.weight": torch.ones(9)}, "has LoRA adapters that do not fit their layers"),
-        ({f"{LAYER}.base_layer.weight": None}, "has LoRA adapters that do not fit their layers"),
+        ({f"{LAYER}.lora_B.default.weight": torch.ones(9)}, r"c\.ckpt .*save it again"),
+        ({f"{LAYER}.base_layer.weight": None}, r"c\.ckpt .*save it again"),
         (
             {f"{LAYER}.lora_A.other.weight": torch.ones(3, 96)},
-            "is a LoRA adapter, which is no model by itself",
+            r"c\.ckpt is a LoRA adapter",
         ),
-        ({f"{LAYER}.lora_B.default.weight": None}, "is a LoRA adapter, which is no model by itself"),
+        ({f"{LAYER}.lora_B.default.weight": None}, r"c\.ckpt is a LoRA adapter"),
     ],
 )
-def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, message):
+def test_invalid_adapters_in_a_checkpoint_are_named(tmp_path, change, message):
     model = network()
     said = {**build_metadata(model), **lora_metadata(model)}
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -213,12 +211,12 @@ def test_a_checkpoint_with_bad_adapters_is_one_sentence(tmp_path, change, messag
         load_model(tmp_path / "c.ckpt")
 
 
-def test_adapters_of_an_unknown_scale_are_not_guessed(tmp_path):
+def test_adapters_without_a_scale_are_refused(tmp_path):
     model = network()
     torch.save(
         {"state_dict": model.state_dict(), "depth_anything": build_metadata(model)}, tmp_path / "c.ckpt"
     )
-    with pytest.raises(ValueError, match="is a LoRA adapter, which is no model by itself"):
+    with pytest.raises(ValueError, match=r"c\.ckpt is a LoRA adapter"):
         load_model(tmp_path / "c.ckpt")
 
 
@@ -227,7 +225,7 @@ def test_adapters_of_an_unknown_scale_are_not_guessed(tmp_path):
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_checkpointing_and_compilation_stay_exact(monkeypatch, checkpoint):
-    """Two graphs and not one: what enters the first block has no gradient, what enters the others has."""
+    """Two graphs: the input of the first block requires no gradient, those of the others do."""
     graphs = []
 
     def backend(graph, _):

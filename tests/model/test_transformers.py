@@ -1,4 +1,4 @@
-"""Folders of transformers, judged by transformers: names, outputs, every byte back, and what is refused."""
+"""Folders of transformers, verified with transformers: names, outputs, round trips and refusals."""
 
 import json
 import os
@@ -26,7 +26,7 @@ transformers.logging.disable_progress_bar()
 
 
 def network(encoder, **settings):
-    """A network with random weights, none of them at its neutral start: scales, biases, positions."""
+    """A network with random weights, also scales, biases and positions."""
     torch.manual_seed(0)
     model = DepthAnything(encoder, **settings).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ SMALL = pytest.mark.usefixtures("small_official_encoders")
 @SMALL
 @pytest.mark.parametrize("settings", [{}, {"max_depth": 80.0, "taps": (0, 1, 2, 4)}])
 @pytest.mark.parametrize("encoder", ["vits", "vitg", "vitn"])
-def test_transformers_gives_our_map(tmp_path, encoder, settings):
+def test_transformers_predicts_the_same_map(tmp_path, encoder, settings):
     if encoder == "vitn":
         settings = {"max_depth": settings.get("max_depth")}
     model = network(encoder, **settings)
@@ -93,7 +93,7 @@ def test_transformers_gives_our_map(tmp_path, encoder, settings):
 
 @SMALL
 @pytest.mark.parametrize("max_depth", [None, 20])
-def test_we_give_the_map_of_transformers(tmp_path, max_depth):
+def test_a_model_of_transformers_predicts_the_same_map_here(tmp_path, max_depth):
     config = build_config(network("vits", max_depth=max_depth))
     backbone = transformers.Dinov2Config(**config.pop("backbone_config"))
     torch.manual_seed(3)
@@ -138,7 +138,7 @@ def test_a_photograph_through_the_pipeline(tmp_path):
 
 @SMALL
 @pytest.mark.parametrize("encoder", ["vits", "vitg", "vitt"])
-def test_names_go_there_and_back(encoder):
+def test_renaming_is_invertible(encoder):
     state = network(encoder).state_dict()
     names = to_transformers_names(state)
     assert not names.keys() & state.keys()
@@ -149,7 +149,7 @@ def test_names_go_there_and_back(encoder):
 
 
 @SMALL
-def test_names_are_those_of_the_file_and_of_memory(tmp_path):
+def test_names_of_files_and_of_version_5_in_memory(tmp_path):
     for encoder in ("vits", "vitg"):
         model = network(encoder)
         save_model(model, tmp_path / encoder, format="transformers")
@@ -166,7 +166,7 @@ def test_names_are_those_of_the_file_and_of_memory(tmp_path):
 
 @SMALL
 def test_round_trip_of_every_byte(tmp_path):
-    """Official → ours → transformers → ours → official."""
+    """Official → safetensors → transformers → safetensors → official."""
     first = tmp_path / RELATIVE
     save_model(network("vits"), first, format="official")
     save_model(load_model(first), tmp_path / "one.safetensors")
@@ -202,7 +202,7 @@ def folder(tmp_path, small_official_encoders):
 
 
 def in_shards(folder, *, binary):
-    """Take a folder's weights apart, as transformers does with large ones."""
+    """Split the weights of a folder into several files, as transformers does for large models."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     name, ending = ("pytorch_model", "bin") if binary else ("model", "safetensors")
@@ -226,7 +226,7 @@ def test_weights_in_several_files(folder, binary):
     assert "is not complete: " in refusal(folder) and "-00002-of-00002" in refusal(folder)
 
 
-def test_an_index_stays_in_its_folder(folder):
+def test_an_index_cannot_point_outside_its_folder(folder):
     in_shards(folder, binary=False)
     index = folder / "model.safetensors.index.json"
     shutil.move(folder / "model-00001-of-00002.safetensors", folder.parent / "outside.safetensors")
@@ -251,7 +251,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
-def test_code_in_a_folder_is_never_run(folder, tmp_path):
+def test_code_in_a_folder_is_never_executed(folder, tmp_path):
     state = load_file(folder / "model.safetensors")
     torch.save({**state, "x": Hostile(tmp_path / "run")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -268,13 +268,13 @@ def test_half_precision_is_widened(folder):
 
 
 @SMALL
-def test_versions_are_told_apart_by_their_taps(tmp_path):
+def test_versions_are_distinguished_by_taps(tmp_path):
     first = network("vits", taps=(2, 3, 4, 5))
     save_model(first, tmp_path / "hf", format="transformers")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["backbone_config"]["out_indices"] == [3, 4, 5, 6]
     assert load_model(tmp_path / "hf", version=1).taps == first.taps
-    with pytest.warns(UserWarning, match="version=2 overrides"):
+    with pytest.warns(UserWarning, match="version=2"):
         assert load_model(tmp_path / "hf", version=2).taps == (1, 2, 3, 5)
     backbone = {**config["backbone_config"], "out_features": ["stage2", "stage3", "stage4", "stage6"]}
     del backbone["out_indices"]
@@ -282,12 +282,12 @@ def test_versions_are_told_apart_by_their_taps(tmp_path):
     assert load_model(tmp_path / "hf").taps == (1, 2, 3, 5)
 
 
-def test_config_says_what_the_model_is(folder):
+def test_config_defines_the_model(folder):
     model = load_model(folder)
     assert (model.max_depth, model.quantity, model.unit) == (20.0, "depth", "m")
     edit(folder / "config.json", max_depth=80)
     assert load_model(folder).max_depth == 80.0
-    with pytest.warns(UserWarning, match="depth up to 80 m; max_depth=10 overrides"):
+    with pytest.warns(UserWarning, match="80 m; max_depth=10 "):
         assert load_model(folder, max_depth=10).max_depth == 10.0
     edit(folder / "config.json", depth_estimation_type="absent", max_depth="absent")  # V1's first folders
     assert load_model(folder).max_depth is None
@@ -309,7 +309,7 @@ def test_the_file_alone_is_read_by_its_shapes(folder, tmp_path):
 
 
 @SMALL
-def test_v1_as_its_own_code_pushed_it(tmp_path):
+def test_v1_folders_of_the_official_code(tmp_path):
     first = network("vits", taps=(2, 3, 4, 5))
     tmp_path.joinpath("config.json").write_text(
         json.dumps({"encoder": "vits", "features": 16, "out_channels": [6, 12, 24, 48], "use_bn": False})
@@ -401,12 +401,12 @@ def test_lacking_and_surplus_tensors_are_named(folder):
     )
 
 
-def test_what_transformers_cannot_hold_is_not_written(tmp_path):
+def test_unsupported_models_are_not_written(tmp_path):
     with torch.device("meta"):
         timms = DepthAnything("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="only DINOv2 encoders, so vit_tiny_patch16_224 cannot"):
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224.*safetensors"):
         build_config(timms)
-    with pytest.raises(ValueError, match="whole metres only, so max_depth=12.5 cannot be written"):
+    with pytest.raises(ValueError, match="max_depth=12.5.*safetensors"):
         save_model(DepthAnything("vitn", max_depth=12.5), tmp_path / "hf", format="transformers")
     assert not list(tmp_path.iterdir())
 
@@ -414,7 +414,7 @@ def test_what_transformers_cannot_hold_is_not_written(tmp_path):
 # --- whole or not at all ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_replaced_and_what_others_put_there_stays(folder):
+def test_a_folder_is_replaced_and_other_files_are_kept(folder):
     (folder / "notes.txt").write_text("mine")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.txt").write_text("mine, too")
@@ -426,7 +426,7 @@ def test_a_folder_is_replaced_and_what_others_put_there_stays(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["hf"]
 
 
-def test_what_is_no_such_folder_is_left_alone(folder, tmp_path, small_official_encoders):
+def test_other_folders_and_files_are_not_replaced(folder, tmp_path, small_official_encoders):
     others = tmp_path / "photos"
     others.mkdir()
     save_model(network("vits"), others, format="transformers")  # empty: free to take
@@ -434,10 +434,10 @@ def test_what_is_no_such_folder_is_left_alone(folder, tmp_path, small_official_e
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (others, file):
-        with pytest.raises(ValueError, match="exists and is no transformers folder"):
+        with pytest.raises(ValueError, match=str(path)):
             save_model(network("vits"), path, format="transformers")
     edit(folder / "config.json", model_type="dpt")
-    with pytest.raises(ValueError, match="exists and is no transformers folder"):
+    with pytest.raises(ValueError, match=str(folder)):
         save_model(network("vits"), folder, format="transformers")
     assert file.read_text() == "mine"
 
@@ -460,9 +460,9 @@ def test_a_failing_save_leaves_the_old_folder(folder, monkeypatch):
 
 
 @SMALL
-def test_a_calibration_is_for_us_alone(tmp_path):
+def test_a_calibration_is_kept_with_a_warning(tmp_path):
     model = network("vits")
     model.calibration = (0.5, 0.25)
-    with pytest.warns(UserWarning, match="keeps the calibration for load_model alone"):
+    with pytest.warns(UserWarning, match="calibration"):
         save_model(model, tmp_path / "hf", format="transformers")
     assert load_model(tmp_path / "hf").calibration == (0.5, 0.25)

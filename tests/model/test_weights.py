@@ -1,4 +1,4 @@
-"""Models in files: what is kept, what is said, what is warned of."""
+"""Saving and loading models: what is kept, and what warns."""
 
 import collections
 import json
@@ -27,7 +27,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("encoder", ["vits", "vitg", "vitn", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("settings", [{}, {"max_depth": 80.0, "taps": (0, 1, 2, 4)}])
-def test_our_own_format_keeps_everything(tmp_path, encoder, settings):
+def test_safetensors_keeps_everything(tmp_path, encoder, settings):
     if encoder == "vitn" and settings:
         settings = {"max_depth": 80.0}
     model = DepthAnything(encoder, **settings)
@@ -43,7 +43,7 @@ def test_our_own_format_keeps_everything(tmp_path, encoder, settings):
     assert torch.equal(read(image), model.eval()(image))
 
 
-def test_metadata_of_the_file(tmp_path, model):
+def test_metadata_of_a_safetensors_file(tmp_path, model):
     save_model(model, tmp_path / "model.safetensors")
     raw = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
@@ -71,12 +71,12 @@ def test_a_calibration_is_kept(tmp_path, model):
     save_model(model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors")
     assert again.calibration == model.calibration and again.quantity == "disparity"
-    with pytest.warns(UserWarning, match="does not keep the calibration"):
+    with pytest.warns(UserWarning, match="calibration"):
         save_model(model, tmp_path / RELATIVE, format="official")
 
 
 def test_any_length_of_header_is_read(tmp_path, model):
-    """A safetensors file begins with a length, whose first byte may be that of a pickle."""
+    """A safetensors file begins with a length, whose first byte may look like a pickle."""
     starts = set()
     for count in range(0, 256, 8):
         model.licence = "x" * (1 + count)
@@ -103,8 +103,8 @@ def test_official_bytes_do_not_depend_on_the_path(tmp_path, model):
     assert (tmp_path / RELATIVE).read_bytes() == (tmp_path / "sub" / RELATIVE).read_bytes()
 
 
-def test_whoever_reads_the_old_file_keeps_it(tmp_path, model):
-    """A file that is being read, mapped into memory perhaps, is replaced by name and never written into."""
+def test_open_readers_keep_the_old_file(tmp_path, model):
+    """A file that is open or mapped is replaced by a rename and never written in place."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
@@ -119,7 +119,7 @@ def test_the_same_model_makes_the_same_bytes(tmp_path, model):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "official"])
-def test_files_are_as_readable_as_any_other(tmp_path, model, format):
+def test_files_have_the_permissions_of_the_umask(tmp_path, model, format):
     (tmp_path / "other").write_bytes(b"")
     save_model(model, tmp_path / RELATIVE, format=format)
     assert (tmp_path / RELATIVE).stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -128,36 +128,36 @@ def test_files_are_as_readable_as_any_other(tmp_path, model, format):
 @pytest.mark.parametrize(
     ("settings", "name", "advice"),
     [
-        ({"max_depth": 20.0}, RELATIVE, "load it with max_depth=20"),
-        ({"taps": (2, 3, 4, 5)}, RELATIVE, "load it with version=1"),
-        ({"max_depth": 80.0}, "depth_anything_v2_metric_hypersim_vits.pth", "load it with max_depth=80"),
+        ({"max_depth": 20.0}, RELATIVE, "max_depth=20"),
+        ({"taps": (2, 3, 4, 5)}, RELATIVE, "version=1"),
+        ({"max_depth": 80.0}, "depth_anything_v2_metric_hypersim_vits.pth", "max_depth=80"),
     ],
 )
-def test_official_format_says_what_it_loses(tmp_path, settings, name, advice):
+def test_official_format_warns_of_lost_facts(tmp_path, settings, name, advice):
     with pytest.warns(UserWarning, match=re.escape(advice)):
         save_model(DepthAnything("vits", **settings), tmp_path / name, format="official")
 
 
-def test_official_format_says_that_it_loses_the_size(tmp_path, model):
+def test_official_format_warns_of_the_lost_input_size(tmp_path, model):
     model.input_size = 98
     with pytest.warns(UserWarning, match="input_size=98") as caught:
         save_model(model, tmp_path / RELATIVE, format="official")
     assert len(caught) == 1
 
 
-def test_official_format_says_that_it_loses_the_encoder(tmp_path):
+def test_official_format_warns_of_the_lost_encoder(tmp_path):
     with pytest.warns(UserWarning, match="encoder=vit_tiny_patch16_224"):
         save_model(DepthAnything("vit_tiny_patch16_224"), tmp_path / RELATIVE, format="official")
 
 
-def test_official_format_says_that_its_name_is_another_models(tmp_path, model):
-    with pytest.warns(UserWarning, match="name of a metric model"):
+def test_official_format_warns_of_a_metric_name(tmp_path, model):
+    with pytest.warns(UserWarning, match="metric_hypersim_vits"):
         save_model(model, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "transformers"])
-def test_a_calibrated_model_is_not_taken_for_a_metric_one(tmp_path, format):
-    """A calibration is for disparity: whoever types a largest depth, too, would get other metres."""
+def test_a_calibrated_model_is_not_a_metric_one(tmp_path, format):
+    """A calibration is for disparity; with a max_depth, too, depths would be wrong."""
     model = DepthAnything("vits")
     model.calibration = (0.5, 0.25)
     path = tmp_path / "m.safetensors"
@@ -181,7 +181,7 @@ def test_impossible_arguments_are_refused(tmp_path, model, max_depth):
         load_model(tmp_path / "m.safetensors", max_depth=max_depth)
 
 
-def test_official_format_is_silent_where_the_name_says_all(tmp_path):
+def test_official_format_does_not_warn_if_the_name_says_everything(tmp_path):
     metric = DepthAnything("vits", max_depth=20)
     save_model(metric, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth", format="official")
     first = DepthAnything("vits", taps=(2, 3, 4, 5))
@@ -189,7 +189,7 @@ def test_official_format_is_silent_where_the_name_says_all(tmp_path):
 
 
 def test_unknown_format(tmp_path, model):
-    with pytest.raises(ValueError, match="format='onnx' is unknown; use safetensors, official or transf"):
+    with pytest.raises(ValueError, match="format='onnx' .*safetensors, official, transformers"):
         save_model(model, tmp_path / "x", format="onnx")
     assert not list(tmp_path.iterdir())
 
@@ -236,7 +236,7 @@ def wrap_blocks(state):
         lambda state: collections.OrderedDict(state),
     ],
 )
-def test_wrappers_are_seen_through(tmp_path, model, wrap):
+def test_prefixes_of_wrappers_are_removed(tmp_path, model, wrap):
     torch.save(wrap(model.state_dict()), tmp_path / RELATIVE)
     assert same(load_model(tmp_path / RELATIVE), model)
 
@@ -275,7 +275,7 @@ def test_a_file_may_lack_the_mask_token(tmp_path, model):
         ("depth_anything_v2_metric_vkitti_vits.pth", OFFICIAL_TAPS, 80.0),
     ],
 )
-def test_official_names_are_believed(tmp_path, model, name, taps, max_depth):
+def test_official_names_set_taps_and_range(tmp_path, model, name, taps, max_depth):
     torch.save(model.state_dict(), tmp_path / name)
     read = load_model(tmp_path / name)
     assert (read.encoder, read.taps, read.max_depth) == ("vits", taps, max_depth)
@@ -285,8 +285,8 @@ def test_official_names_are_believed(tmp_path, model, name, taps, max_depth):
     "name", ["depth_anything_vits14", "depth_anything_v2_metric_hypersim_vits", "depth_anything_v2_vits"]
 )
 @pytest.mark.parametrize("max_depth", [None, 35.0])
-def test_metadata_count_more_than_an_official_name(tmp_path, name, max_depth):
-    """A file that is saved under an official name stays what it is, in each format that says it."""
+def test_metadata_override_an_official_name(tmp_path, name, max_depth):
+    """A file saved under an official name keeps its facts in each format with metadata."""
     model = DepthAnything("vits", max_depth=max_depth, taps=(0, 1, 2, 4))
     model.licence, model.input_size = "apache-2.0", 84
     save_model(model, tmp_path / f"{name}.safetensors")
@@ -302,28 +302,28 @@ def test_metadata_count_more_than_an_official_name(tmp_path, name, max_depth):
 @pytest.mark.parametrize(
     "name", ["model.pth", "depth_anything_vits.pth", "my_depth_anything_v2_vits_metric.pth"]
 )
-def test_what_nothing_says_is_warned_of_once_each(tmp_path, model, name):
+def test_unknown_facts_warn_once_each(tmp_path, model, name):
     torch.save(model.state_dict(), tmp_path / name)
     with pytest.warns(UserWarning) as caught:
         read = load_model(tmp_path / name)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
-    assert "taken for V2" in messages[0] and "version=1" in messages[0]
-    assert "taken for disparity" in messages[1] and "max_depth=" in messages[1]
+    assert "V2" in messages[0] and "version=1" in messages[0]
+    assert "disparity" in messages[1] and "max_depth=" in messages[1]
     assert all(warning.filename == __file__ for warning in caught)
     assert (read.taps, read.max_depth) == (OFFICIAL_TAPS, None)
 
 
-def test_arguments_answer_what_nothing_says(tmp_path, model):
+def test_arguments_supply_unknown_facts(tmp_path, model):
     torch.save(model.state_dict(), tmp_path / "model.pth")
     read = load_model(tmp_path / "model.pth", version=1, max_depth=10)
     assert (read.taps, read.max_depth) == ((2, 3, 4, 5), 10.0)
 
 
-def test_a_version_is_refused_where_there_was_none(tmp_path):
+def test_version_1_is_refused_for_encoders_without_it(tmp_path):
     model = DepthAnything("vitg", taps=(0, 1, 2, 4))
     save_model(model, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="version=1 is for vits"):
+    with pytest.raises(UserError, match="version=1 .*vits"):
         load_model(tmp_path / "m.safetensors", version=1)
     assert load_model(tmp_path / "m.safetensors", version=2).taps == (0, 1, 2, 4)
 
@@ -341,16 +341,16 @@ def test_tiny_networks_have_no_versions(tmp_path):
         (
             RELATIVE,
             {"version": 1},
-            r"reads the blocks \[1, 2, 3, 5\]; version=1 overrides",
+            r"\[1, 2, 3, 5\]; version=1 ",
             (2, 3, 4, 5),
             None,
         ),
-        ("depth_anything_vits14.pth", {"version": 2}, "version=2 overrides", OFFICIAL_TAPS, None),
-        (RELATIVE, {"max_depth": 20}, "predicts disparity; max_depth=20 overrides", OFFICIAL_TAPS, 20.0),
+        ("depth_anything_vits14.pth", {"version": 2}, "version=2 ", OFFICIAL_TAPS, None),
+        (RELATIVE, {"max_depth": 20}, "disparity; max_depth=20 ", OFFICIAL_TAPS, 20.0),
         (
             "depth_anything_v2_metric_vkitti_vits.pth",
             {"max_depth": 20},
-            "predicts depth up to 80 m; max_depth=20 overrides",
+            "80 m; max_depth=20 ",
             OFFICIAL_TAPS,
             20.0,
         ),
@@ -367,5 +367,5 @@ def test_conflicts_warn(tmp_path, model, name, arguments, message, taps, max_dep
 def test_conflict_with_metadata_warns_and_agreement_does_not(tmp_path):
     save_model(DepthAnything("vits", max_depth=20), tmp_path / "m.safetensors")
     load_model(tmp_path / "m.safetensors", max_depth=20, version=2, encoder="vit_small_patch14_dinov2")
-    with pytest.warns(UserWarning, match="depth up to 20 m; max_depth=80 overrides"):
+    with pytest.warns(UserWarning, match="20 m; max_depth=80 "):
         assert load_model(tmp_path / "m.safetensors", max_depth=80).max_depth == 80.0

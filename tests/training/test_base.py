@@ -1,15 +1,22 @@
-"""The step of the fitting stages: rates, groups, terms, and what CutMix and the frozen encoder change."""
+"""The module that training stages share: schedule, optimizer, loss terms, CutMix, feature alignment and clipping."""
 
 from typing import Any
 
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything
 from depth_anything.data.transforms import draw_cutmix_box, draw_perturbation, normalize
 from depth_anything.losses import feature_alignment_loss, gradient_matching_loss, scale_shift_invariant_loss
-from depth_anything.training.base import DepthModule, learning_rate_factor, parameter_groups
+from depth_anything.training.base import DepthModule
 from depth_anything.training.config import Recipe
+from depth_anything.training.optimizer import (
+    adam_factory,
+    learning_rate_factor,
+    optimizer_factory,
+    parameter_groups,
+)
 from depth_anything.training.student import Student
 
 SIDE = 28
@@ -52,12 +59,12 @@ def drawn(draw: Any, size: int = 4) -> torch.Tensor:
         ("poly", [1 / 11, 1, 0.5**0.9, 0]),
     ],
 )
-def test_rate(schedule: str, factors: list[float]) -> None:
+def test_learning_rate_factor(schedule: str, factors: list[float]) -> None:
     got = [learning_rate_factor(step, steps=100, warmup=0.1, schedule=schedule) for step in (0, 10, 55, 100)]
     assert got == pytest.approx(factors)
 
 
-def test_unknown_schedule_is_refused_at_once() -> None:
+def test_an_unknown_schedule_raises() -> None:
     with pytest.raises(ValueError, match=r"recipe\.schedule=step is unknown; type recipe\.schedule="):
         recipe(schedule="step")
 
@@ -74,7 +81,7 @@ def test_two_groups_hold_every_trainable_parameter() -> None:
     assert "pretrained.mask_token" in frozen
 
 
-def test_terms_and_their_weights() -> None:
+def test_loss_terms_are_weighted_and_summed() -> None:
     given, model = batch(), network()
     parts = DepthModule(model, recipe(ssi_weight=3.0, gm_weight=5.0, trim=0.1, gm_trim=0.2)).losses(given)
     maps = model(normalize(given["image"])), given["target"], given["valid"]
@@ -84,7 +91,7 @@ def test_terms_and_their_weights() -> None:
     assert (parts["ssi"], parts["gm"]) == (ssi, gm)
 
 
-def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
+def test_the_frozen_encoder_gets_the_clean_image_and_is_not_trained_or_saved() -> None:
     given, model, frozen = batch(perturbation=drawn(draw_perturbation)), network(), network(1)
     module = Student(model, recipe(alignment_weight=7.0), frozen=frozen)
     parts = module.losses(given)
@@ -97,7 +104,7 @@ def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
     assert module.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
 
 
-def test_cutmix_compares_the_parts_apart_and_weighs_them_by_area() -> None:
+def test_cutmix_compares_parts_separately_and_weights_them_by_area() -> None:
     boxes = drawn(draw_cutmix_box)
     boxes[0], boxes[1] = torch.tensor([0.25, 0.25, 0.75, 0.5]), 0  # one that is mixed, one that is not
     given, model = batch(box=boxes), network()
@@ -126,3 +133,60 @@ def test_cutmix_without_boxes_changes_nothing() -> None:
     plain, mixed = module.losses(batch()), module.losses(batch(box=torch.zeros(4, 4)))
     for name in plain:
         torch.testing.assert_close(plain[name], mixed[name])
+
+
+def one_step(**changes: Any) -> tuple[DepthModule, dict[str, torch.Tensor], float]:
+    """Make a training step; return the module, the change of each parameter, and the gradient norm before clipping."""
+    module = DepthModule(network(), recipe(**{"schedule": "constant", **changes}))
+    optimizer = module.configure_optimizers()["optimizer"]
+    before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    module.losses(batch())["loss"].backward()
+    module.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    assert module.grad_norm is not None
+    moved = {
+        name: p.detach() - before[name] for name, p in module.model.named_parameters() if p.requires_grad
+    }
+    return module, moved, float(module.grad_norm)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
+def test_clip_norm_limits_the_gradient_norm(clip_norm: float | None) -> None:
+    module, _, norm = one_step(clip_norm=clip_norm)
+    assert norm > 0.01
+    gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+    clipped = float(torch.nn.utils.get_total_norm(gradients))
+    assert clipped == pytest.approx(min(norm, clip_norm or norm), rel=1e-4)
+
+
+def test_weight_decay_shrinks_every_parameter_by_its_rate() -> None:
+    """Decoupled: a step with decay differs from one without by rate × decay × parameter."""
+    _, plain, _ = one_step()
+    module, decayed, _ = one_step(weight_decay=0.5)
+    for name, start in network().named_parameters():
+        if name in plain:
+            rate = 1e-4 if name.startswith("pretrained.") else 1e-3
+            torch.testing.assert_close(
+                decayed[name] - plain[name], -rate * 0.5 * start.detach(), rtol=1e-2, atol=1e-7
+            )
+    assert module.recipe.weight_decay == 0.5
+
+
+def test_the_optimizer_of_the_shipped_config_equals_the_default() -> None:
+    config = make_config("stage=metric")
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3}]
+    composed, default = optimizer_factory(config.optimizer)(groups), adam_factory(config.recipe)(groups)
+    assert type(composed) is type(default) is torch.optim.AdamW
+    assert composed.state_dict() == default.state_dict() and isinstance(composed.defaults["betas"], tuple)
+
+
+def test_another_optimizer_gets_the_two_groups_and_their_rates() -> None:
+    config = make_config("stage=teacher", "optimizer=sgd", "optimizer.momentum=0.5", "recipe.head_lr=0.01")
+    module = DepthModule(network(), recipe())
+    module.build_optimizer = optimizer_factory(config.optimizer)
+    configured = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["name"] for group in optimizer.param_groups] == ["encoder", "head"]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-4, 1e-3]
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}

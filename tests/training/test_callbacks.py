@@ -180,7 +180,7 @@ def test_two_ranks_stop_at_the_same_step_when_one_gets_a_signal(tmp_path: Path) 
     assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]
     assert first[6] == second[6] == ["StoppedBySignal", "143"]
     assert second[7] == ["KeyError", "'a'"]  # the failing rank raises its own error
-    assert first[7][0] == "ValueError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
+    assert first[7][0] == "UserError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
 
 
 def log_losses(losses: list[float], every: int) -> TrainingMetrics:

@@ -8,26 +8,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from made_configs import make_config
+from tiny_training import BatchList, make_batch, make_module, make_trainer
+from torch.utils.data import DataLoader
 
 from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import find_damage, save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.config import RunConfig
 from depth_anything.training.lightning import AtomicCheckpointIO
 from depth_anything.training.run_dir import RunDir, step_from_name
 
-CONFIG: dict[str, Any] = {
-    "stage": "teacher",
-    "steps": 30,
-    "overwrite": False,
-    "resume": None,
-    "checkpoint": {"every": 5, "keep": 2},
-}
 
-
-def config(**changes: Any) -> dict[str, Any]:
-    return {**CONFIG, **changes}
+def config(**changes: Any) -> RunConfig:
+    return make_config("stage=teacher", **{"steps": 30, "checkpoint__every": 5, **changes})
 
 
 def checkpoint(path: Path, *, digest: bool = True) -> None:
@@ -105,7 +102,7 @@ def test_damaged_checkpoints_do_not_count_towards_keep(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 5, 10, 15)
     flip(folder.checkpoints / "step-000000015.ckpt")
     assert begin(tmp_path / "run") == 10
-    make_checkpoints(folder, keep=1).save(make_trainer(folder), 12)
+    make_checkpoints(folder, keep=1).save(fake_trainer(folder), 12)
     assert [path.name for path in folder.checkpoints.glob("*.ckpt")] == ["step-000000012.ckpt"]
 
 
@@ -168,7 +165,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert begin(tmp_path / "run") == 0
     assert str(folder.path) in (printed := capsys.readouterr().err) and "step 5," in printed
     # checkpoint.every of the killed run counts, not that of the new one.
-    assert begin(tmp_path / "run", checkpoint={"every": 2, "keep": 2}) == 0
+    assert begin(tmp_path / "run", checkpoint__every=2) == 0
 
 
 def test_a_finished_run_needs_no_checkpoints(tmp_path: Path) -> None:
@@ -207,7 +204,7 @@ def test_an_unreadable_disk_stops_the_run_and_changes_nothing(
 # Writing checkpoints
 
 
-def make_trainer(folder: RunDir, *, ranks: int = 1, content: Any = None) -> Any:
+def fake_trainer(folder: RunDir, *, ranks: int = 1, content: Any = None) -> Any:
     """The attributes of a Trainer that saving reads, with AtomicCheckpointIO."""
     log = SimpleNamespace(saved=0)
     log.save = lambda: setattr(log, "saved", log.saved + 1)
@@ -235,7 +232,7 @@ def names(folder: RunDir) -> list[str]:
 
 def test_checkpoints_are_saved_every_n_steps_and_the_newest_kept(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    fake, saves = make_trainer(folder), make_checkpoints(folder)
+    fake, saves = fake_trainer(folder), make_checkpoints(folder)
     for step in range(1, 31):
         saves.on_step(fake, fake.lightning_module, step)
     assert names(folder) == ["step-000000025.ckpt", "step-000000030.ckpt"]
@@ -245,7 +242,7 @@ def test_checkpoints_are_saved_every_n_steps_and_the_newest_kept(tmp_path: Path)
 
 def test_the_last_step_is_saved_once(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    fake, saves = make_trainer(folder), make_checkpoints(folder, every=7)
+    fake, saves = fake_trainer(folder), make_checkpoints(folder, every=7)
     saves.on_step(fake, fake.lightning_module, 30)
     saves.save(fake, 30)
     assert names(folder) == ["step-000000030.ckpt"] and fake.loggers[0].saved == 1
@@ -254,7 +251,7 @@ def test_the_last_step_is_saved_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_weights_after_a_non_finite_gradient_are_not_saved(tmp_path: Path, norm: float) -> None:
     folder = RunDir(tmp_path)
-    fake = make_trainer(folder)
+    fake = fake_trainer(folder)
     fake.lightning_module.grad_norm = torch.tensor(norm)
     with pytest.raises(ValueError, match=r"step 5\b.*recipe\.encoder_lr"):
         make_checkpoints(folder).save(fake, 5)
@@ -284,7 +281,7 @@ def test_a_checkpoint_is_not_written_in_place(tmp_path: Path, monkeypatch: pytes
 def test_a_full_disk_leaves_older_checkpoints_unchanged(tmp_path: Path, size: int) -> None:
     folder = RunDir(tmp_path)
     state = {"global_step": 1, "loops": {}, "state_dict": {"w": torch.zeros(400, 400)}}
-    fake, saves = make_trainer(folder, content=state), make_checkpoints(folder)
+    fake, saves = fake_trainer(folder, content=state), make_checkpoints(folder)
     saves.save(fake, 5)
     older = (folder.checkpoints / "step-000000005.ckpt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -307,7 +304,7 @@ def test_a_full_disk_error_names_the_folder_and_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     folder = RunDir(tmp_path)
-    fake, saves = make_trainer(folder), make_checkpoints(folder)
+    fake, saves = fake_trainer(folder), make_checkpoints(folder)
 
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -327,3 +324,79 @@ def test_the_error_number_in_a_librarys_message_is_used(tmp_path: Path) -> None:
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     assert str(path) in str(raised.value) and str(tmp_path) in str(raised.value)
     assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+# The format of checkpoints
+
+
+class Data(pl.LightningDataModule):
+    """Micro-batches with a state that must not change, as TrainData's."""
+
+    def __init__(self, digest: str = "sha256:1") -> None:
+        super().__init__()
+        self.digest = digest
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(BatchList([make_batch(seed) for seed in range(2)]), batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["digest"] != self.digest:
+            raise ValueError(f"{state['digest']} is not {self.digest}")
+
+
+class RenamedData(Data):
+    """The same under another name, by which Lightning finds no state."""
+
+
+class StatelessData(pl.LightningDataModule):
+    train_dataloader = Data.train_dataloader
+
+
+def save_checkpoint(folder: Path, data: Any, *, version: int = 2) -> Path:
+    """Write a checkpoint of one step, of version 1 as the code before "run_format" did."""
+    trainer = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=1)
+    trainer.fit(make_module(), datamodule=data)
+    (path,) = (folder / "checkpoints").iterdir()
+    content = torch.load(path, weights_only=True)
+    assert content["run_format"] == {"version": 2, "data_state": type(data).__qualname__}
+    if version == 1:
+        del content["run_format"]
+        content["TrainData"] = content.pop(type(data).__qualname__)
+    if version == 3:
+        content["run_format"]["version"] = 3
+    torch.save(content, path)
+    return path
+
+
+def resume(folder: Path, data: Any, checkpoint: Path) -> int:
+    trainer = make_trainer(folder, Checkpoints(folder / "checkpoints", every=1), steps=2)
+    trainer.fit(make_module(), datamodule=data, ckpt_path=checkpoint)
+    return trainer.global_step
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_the_data_are_compared_even_if_their_class_is_renamed(
+    tmp_path: Path, one_thread: None, version: int, renamed: bool
+) -> None:
+    checkpoint = save_checkpoint(tmp_path, Data(), version=version)
+    today = RenamedData if renamed else Data
+    with pytest.raises(ValueError, match="sha256:1 is not sha256:2"):
+        resume(tmp_path, today("sha256:2"), checkpoint)
+    assert resume(tmp_path, today(), checkpoint) == 2
+
+
+def test_a_checkpoint_without_the_state_of_the_data_is_rejected(tmp_path: Path, one_thread: None) -> None:
+    checkpoint = save_checkpoint(tmp_path, StatelessData())
+    assert resume(tmp_path / "stateless", StatelessData(), checkpoint) == 2
+    with pytest.raises(ValueError, match="Data.*name=ANOTHER_NAME"):
+        resume(tmp_path, Data(), checkpoint)
+
+
+def test_a_checkpoint_of_a_newer_version_is_rejected(tmp_path: Path, one_thread: None) -> None:
+    checkpoint = save_checkpoint(tmp_path, Data(), version=3)
+    with pytest.raises(ValueError, match="version 3"):
+        resume(tmp_path, Data(), checkpoint)

@@ -1,4 +1,4 @@
-"""What is typed behind train.py: read, checked and explained before torch is imported."""
+"""The command line of train.py: overrides are parsed, checked and explained before torch is imported."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from depth_anything.training.command import (
     format_failure,
     format_help,
     run_command,
+    translate_old_keys,
 )
 from depth_anything.training.config import STAGES
 
@@ -25,31 +26,32 @@ CONFIGS = ROOT / "configs"
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("", ["which stage?", "stage=teacher"]),
+        ("", ["type stage=metric, stage=pseudolabel, stage=student, stage=teacher"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
         ("stage=teacher size=papr", ["type size=paper "]),
-        ("stage=teacher logger=tensorboard", ["logger=none or logger=wandb"]),
+        ("stage=teacher logger=wandbb", ["type logger=wandb "]),
         ("stage=teacher trainer=null", ["trainer=null"]),
-        ("stage=teacher +stage=student", ["without the +"]),
-        ("stage=teacher +experiment=claim", ["experiment=claim, without the +"]),
+        ("stage=teacher +stage=student", ["type stage=student"]),
+        ("stage=teacher +experiment=claim", ["type experiment=claim"]),
         ("stage=teacher ~sources", ["~sources"]),
+        ("stage=teacher model.head._target_=a.Head", ["+model.head._target_=a.Head"]),
         ("stage=teacher stpes=5", ["stpes", "Type steps=5"]),
         ("stage=teacher +stpes=5", ["Type steps=5"]),
         ("stage=teacher ++stpes=5 dry_run=true", ["Type steps=5"]),
         ("stage=teacher +recipe.head_lrr=1e-4", ["Type recipe.head_lr=1e-4"]),
         ("stage=teacher recipe={head_lrr:1}", ["recipe.head_lrr", "recipe.head_lr=1"]),
-        ("stage=teacher +max_depth=10", ["max_depth", "stage=metric alone"]),
+        ("stage=teacher +max_depth=10", ["max_depth", "stage=metric "]),
         ("stage=teacher recipe.variance_focus=1", ["recipe.variance_focus", "stage=metric"]),
         ("stage=pseudolabel recipe.head_lr=1", ["recipe.head_lr", "stage=pseudolabel"]),
         ("stage=pseudolabel steps=5", ["steps", "stage=pseudolabel"]),
-        ("stage=metric cutmix=true", ["cutmix", "stage=student alone"]),
+        ("stage=metric cutmix=true", ["cutmix", "stage=student "]),
         ("stage=teacher checkpoint.evry=5", ["Type checkpoint.every=5"]),
         ("stage=teacher sources.labeled.x=y", ["Type sources.labelled.x=y"]),
         ("stage=teacher trainer.devics=2", ["Type trainer.devices=2"]),
         ("stage=teacher trainer.benchmark=true", ["type +trainer.benchmark=true"]),
         ("stage=teacher data.foo=1", ["data.foo"]),
         ("stage=teacher module.foo=1", ["module.foo"]),
-        ("stage=teacher tiny.steps.teachr.vitt=5", ["tiny.steps.teacher.vitt=5"]),
+        ("stage=teacher tiny.steps.teachr.vitt=5", ["tiny.steps.teachr.vitt"]),
         ("stage=teacher ~recipe.head_lr", ["~recipe.head_lr"]),
         ("stage=teacher ~data.seed", ["~data.seed"]),
         ("stage=teacher steps 5", ["type steps=5"]),
@@ -62,13 +64,13 @@ CONFIGS = ROOT / "configs"
         ("stage=teacher init=a(1).pth", ["init=a(1).pth", "quotes"]),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence_that_says_what_to_type(typed: str, words: list[str]) -> None:
+def test_wrong_overrides_raise_one_line_errors_with_a_correction(typed: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         check_overrides(typed.split(), [CONFIGS])
-    said = str(caught.value)
-    assert "\n" not in said and "append to your config" not in said
+    message = str(caught.value)
+    assert "\n" not in message and "append to your config" not in message
     for word in words:
-        assert word in said, said
+        assert word in message, message
 
 
 @pytest.mark.parametrize(
@@ -84,24 +86,24 @@ def test_what_cannot_be_meant_is_one_sentence_that_says_what_to_type(typed: str,
         "stage=teacher,student seed=1,2",
     ],
 )
-def test_what_has_a_meaning_passes(typed: str) -> None:
+def test_valid_overrides_pass(typed: str) -> None:
     check_overrides(typed.split(), [CONFIGS])
 
 
 @pytest.mark.parametrize("typed", [["--steps", "5"], ["--steps=5"], ["--head-lr", "5"], ["--stpes", "5"]])
-def test_keys_with_dashes_are_named_without(
+def test_keys_with_dashes_are_corrected(
     typed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "install_redaction", lambda: None)  # for the whole process
     monkeypatch.setattr(sys, "argv", ["train.py", "stage=teacher", *typed])
     with pytest.raises(SystemExit) as end:
         run_command(CONFIGS)
-    assert "without dashes" in str(end.value.code)
+    assert typed[0] in str(end.value.code)
     assert str(end.value.code).endswith(("steps=5", "recipe.head_lr=5"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> None:
+def test_help_lists_stages_choices_keys_and_examples(stage: str) -> None:
     page = format_help([f"stage={stage}"], CONFIGS)
     for word in (
         *(f"stage={name} " for name in STAGES),
@@ -119,7 +121,7 @@ def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> 
 
 
 @pytest.mark.parametrize(("flag", "word"), [("--help", "examples"), ("-h", "stages"), ("--version", "Hydra")])
-def test_flags_need_no_stage(
+def test_help_and_version_need_no_stage(
     flag: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "install_redaction", lambda: None)
@@ -128,7 +130,7 @@ def test_flags_need_no_stage(
     assert word in capsys.readouterr().out
 
 
-def test_a_choice_of_ones_own_folder_is_found(tmp_path: Path) -> None:
+def test_config_dir_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "mine.yaml").write_text("# @package _global_\nstage: mine\n")
     check_overrides(["stage=mine", "steps=5", "max_depth=3"], [CONFIGS, tmp_path])
@@ -136,7 +138,7 @@ def test_a_choice_of_ones_own_folder_is_found(tmp_path: Path) -> None:
         check_overrides(["stage=mine"], [CONFIGS])
 
 
-def test_hydras_own_errors_lose_their_advice() -> None:
+def test_hydra_errors_are_shortened_to_one_line() -> None:
     error = ValueError(
         "Could not override 'x.foo'.\nTo append to your config use +x.foo=1\nKey 'foo' is not in struct"
     )
@@ -144,7 +146,7 @@ def test_hydras_own_errors_lose_their_advice() -> None:
     assert explain_hydra_error(ValueError("one\ntwo"), []) == "one"
 
 
-def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
+def test_train_py_reports_a_wrong_key_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "stage=teacher", "stpes=5"], capture_output=True, text=True
     )
@@ -152,7 +154,7 @@ def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "steps=5" in done.stderr
 
 
-def test_commands_of_an_error_are_completed_by_what_was_typed() -> None:
+def test_commands_in_errors_repeat_typed_overrides() -> None:
     typed = ["stage=student", "sources=own", "photos=my pictures", "encoder=vits", "steps=5"]
     error = UserError("no labels yet", ["type ", PSEUDOLABEL_COMMAND])
     command = "python train.py stage=pseudolabel sources=own 'photos=my pictures'"
@@ -161,3 +163,36 @@ def test_commands_of_an_error_are_completed_by_what_was_typed() -> None:
     assert same in format_failure(StorageUnavailable("set/a is gone", SAME_COMMAND), typed)
     assert format_failure(ValueError("image_size=100\n  is odd"), typed) == "image_size=100 is odd"
     assert "word" not in format_failure(ValueError("https://me:word@host/set is gone"), typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "today"),
+    [
+        (
+            "stage=teacher tiny.steps.teacher.vitt=9 tiny.steps.student.vitn=8",
+            "tiny.steps.vitt=9 stage=teacher",
+        ),
+        ("stage=student tiny.encoder.student=vits", "encoder=vits stage=student"),
+        ("stage=student encoder=vitt tiny.encoder.student=vits", "stage=student encoder=vitt"),
+        ("stage=student +tiny.perturb.student=true", "perturb=true stage=student"),
+        ("stage=metric tiny.max_depth=10", "max_depth=10 stage=metric"),
+        ("stage=metric size=paper tiny.max_depth=10", "stage=metric size=paper"),
+        ("stage=teacher tiny.init.metric=x.pth", "stage=teacher"),
+        (
+            "stage=metric size=paper lora=8 rates.8=1e-3",
+            "recipe.encoder_lr=1e-3 stage=metric size=paper lora=8",
+        ),
+        ("stage=metric size=paper rates.None=1e-6", "recipe.encoder_lr=1e-6 stage=metric size=paper"),
+        ("stage=metric size=paper rates.8=1e-3", "stage=metric size=paper"),
+        ("stage=teacher tiny.rate.vitt=1e-4 --cfg job", "stage=teacher tiny.rate.vitt=1e-4 --cfg job"),
+    ],
+)
+def test_keys_of_earlier_versions_are_translated(typed: str, today: str) -> None:
+    assert translate_old_keys(typed.split()) == today.split()
+    check_overrides([one for one in today.split() if "=" in one], [CONFIGS])
+
+
+def test_help_lists_the_groups_and_an_example_of_a_callback() -> None:
+    page = format_help([], CONFIGS)
+    for word in ("optimizer=", "callbacks=", "logger=", "adam", "wandb", "+callbacks."):
+        assert word in page

@@ -1,6 +1,8 @@
-"""Every shipped combination composes, and every `_target_` takes the arguments it is given."""
+"""Every shipped combination of configs composes, every `_target_` takes its arguments, and the values are as before."""
 
 import inspect
+import json
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,22 +11,32 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from depth_anything.training.check_config import fill_derived_values
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path.stem for path in (CONFIGS / "stage").glob("*.yaml"))
 SIZES = sorted(path.stem for path in (CONFIGS / "size").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
 SOURCES = sorted(path.stem for path in (CONFIGS / "sources").glob("*.yaml"))
-# what run.py adds to a node before it is built
-GIVEN = {
+# Arguments that run.py adds to a node.
+PASSED_BY_RUN = {
     "module": ("model", "data", "frozen"),
     "data": ("micro_batch", "patch", "teacher", "codec"),
     "trainer": ("callbacks", "plugins", "max_steps"),
+    "optimizer": ("params",),
 }
 
 
+@cache
 def composed(*overrides: str) -> dict[str, Any]:
+    """Compose a command, with the encoder's rate that `resolve_config` chooses for it."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", [*overrides]), resolve=True, throw_on_missing=True)
+        cfg = compose("train", [*overrides])
+    filled = cfg.copy()
+    fill_derived_values(filled)
+    if "recipe" in cfg and "encoder_lr" in cfg.recipe:
+        cfg.recipe.encoder_lr = filled.recipe.encoder_lr
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 def bind(node: Any, key: str = "") -> int:
@@ -36,7 +48,7 @@ def bind(node: Any, key: str = "") -> int:
         return bound
     module, _, name = node["_target_"].rpartition(".")
     target = getattr(import_module(module), name)
-    given = [n for n in GIVEN.get(key, ()) if n in inspect.signature(target).parameters]
+    given = [n for n in PASSED_BY_RUN.get(key, ()) if n in inspect.signature(target).parameters]
     arguments = {k: v for k, v in node.items() if k != "_target_"} | dict.fromkeys(given)
     inspect.signature(target).bind(**arguments)
     return bound + 1
@@ -45,7 +57,7 @@ def bind(node: Any, key: str = "") -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("encoder", [None, "vits", "vitb", "vitl", "vitg", "vitt", "vitn"])
-def test_stage_size_encoder(stage: str, size: str, encoder: str | None) -> None:
+def test_every_stage_size_and_encoder_composes_and_binds(stage: str, size: str, encoder: str | None) -> None:
     config = composed(f"stage={stage}", f"size={size}", *([f"encoder={encoder}"] if encoder else []))
     assert bind(config) >= 3
     assert config["name"] == f"{stage}-{config['encoder']}-{size}"
@@ -54,14 +66,42 @@ def test_stage_size_encoder(stage: str, size: str, encoder: str | None) -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("sources", SOURCES)
-def test_trainer_sources(trainer: str, sources: str) -> None:
+def test_every_trainer_and_source_composes_and_binds(trainer: str, sources: str) -> None:
     config = composed("stage=teacher", f"trainer={trainer}", f"sources={sources}")
     assert bind(config) >= 3
     assert config["trainer"]["_target_"] == "pytorch_lightning.Trainer"
-    assert set(config["sources"]) == {"labelled", "images", "validation", "scenes"}
+    assert set(config["sources"]) >= {"labelled", "images", "validation", "scenes"}
 
 
-def test_paper_numbers() -> None:
+@pytest.mark.parametrize(
+    ("typed", "loggers"),
+    [
+        ("logger=none", []),
+        ("logger=csv", []),
+        ("logger=tensorboard", ["tensorboard"]),
+        ("logger=[csv,wandb,tensorboard]", ["project", "wandb", "tensorboard"]),
+        ("logger=[]", []),
+    ],
+)
+def test_one_or_several_loggers_are_chosen(typed: str, loggers: list[str]) -> None:
+    config = composed("stage=teacher", "size=paper", typed)
+    assert list(config.get("logger") or {}) == loggers
+    assert bind(config) >= 3 + len(loggers) - ("project" in loggers)
+
+
+def test_callbacks_are_chosen_and_added() -> None:
+    added = "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer"
+    config = composed("stage=teacher", "callbacks=[ema,monitor]", added)
+    assert list(config["callbacks"]) == ["ema", "learning_rate", "device", "timer"]
+    assert bind(config["callbacks"]) == 4
+
+
+def test_logger_project_sets_the_project_of_wandb() -> None:
+    config = composed("stage=teacher", "logger=wandb", "logger.project=mine")
+    assert config["logger"]["wandb"]["project"] == "mine"
+
+
+def test_size_paper_has_the_papers_numbers() -> None:
     """The paper's §7.1, to the digit."""
     teacher = composed("stage=teacher", "size=paper")
     assert (teacher["encoder"], teacher["batch_size"], teacher["steps"], teacher["image_size"]) == (
@@ -84,7 +124,7 @@ def test_paper_numbers() -> None:
     assert student["labels"] == composed("stage=pseudolabel", "size=paper")["labels"]
 
 
-def test_the_metric_stage_has_the_authors_numbers() -> None:
+def test_stage_metric_has_the_authors_numbers() -> None:
     """Their dist_train.sh and train.py, and ZoeDepth's route over them."""
     config = composed("stage=metric", "size=paper", "sources=hypersim")
     recipe = config["recipe"]
@@ -111,9 +151,73 @@ def test_tiny_is_the_default() -> None:
     assert composed("stage=student")["encoder"] == "vitn"
 
 
-def test_first_lines_tell_what_to_expect() -> None:
+def test_stage_files_start_with_command_hardware_result_and_paper() -> None:
     """Each stage file opens with the command, the hardware, the result and the paper's section."""
     for path in (CONFIGS / "stage").glob("*.yaml"):
         head = "\n".join(path.read_text().splitlines()[:8])
         for word in ("Command", "python train.py stage=" + path.stem, "Hardware", "Result", "Paper"):
             assert word in head, (path, word)
+
+
+# --- composed values stay as they are ----------------------------------------------------------------------------
+
+SNAPSHOT = json.loads((Path(__file__).parent / "composed_configs.json").read_text())
+BASES = [command for command in SNAPSHOT if len(command.split()) == 2]
+# Keys that came after the snapshot was taken.
+NEW_KEYS = (
+    "optimizer.",
+    "callbacks",
+    "model.",
+    "tiny.",
+    "sources.metric.",
+    "sources.max_depth",
+    "sources.steps",
+)
+# stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
+METRIC_SOURCES: dict[str, dict[str, Any]] = {
+    "kitti": {"max_depth": 80, "data.max_depth": 80},
+    "nyu": {"max_depth": 10, "data.max_depth": 10},
+    "vkitti2": {"max_depth": 80, "data.max_depth": 80}
+    | dict.fromkeys(("steps", "recipe.steps", "module.recipe.steps"), 73346),
+}
+
+
+def snapshot_of(command: str) -> dict[str, Any]:
+    """Return the flat composed config that a command had, with the changes that are intended."""
+    entry, base = SNAPSHOT[command], SNAPSHOT[" ".join(command.split()[:2])]
+    values = dict(base)
+    if command not in BASES:
+        values = {
+            key: value for key, value in {**base, **entry["changed"]}.items() if key not in entry["absent"]
+        }
+    if (
+        "logger._target_" in values
+    ):  # logger=wandb is a named node now, and `logger.project` still sets its project
+        node = {key: value for key, value in values.items() if key.startswith("logger.")}
+        values = {key: value for key, value in values.items() if key not in node}
+        values |= {key.replace("logger.", "logger.wandb."): value for key, value in node.items()}
+        values["logger.project"] = node["logger.project"]
+    if command.startswith("stage=metric"):
+        source = command.partition("sources=")[2].partition(" ")[0]
+        if "size=paper" in command:
+            values |= METRIC_SOURCES.get(source, {})
+        if "sources.labelled.irs" in values:  # sources=paper, of which only Hypersim is used
+            values = {k: v for k, v in values.items() if not k.startswith("data.sets.") or "hypersim" in k}
+    return values
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        path = f"{prefix}{name}"
+        values |= flat(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
+    return values
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_composed_values_equal_the_snapshot(base: str) -> None:
+    """Every shipped combination of stage, size, encoder, sources, trainer, logger and experiment."""
+    for command in (command for command in SNAPSHOT if command == base or command.startswith(f"{base} ")):
+        values = flat(composed(*command.split()))
+        old = {key: value for key, value in values.items() if not key.startswith(NEW_KEYS)}
+        assert old == snapshot_of(command), command

@@ -1,10 +1,13 @@
-"""What a run starts from, in every format, and how licences come together in what it leaves."""
+"""Starting weights in every format, and how licenses are combined."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made_configs import make_config
 from PIL import Image
 
 from depth_anything import DepthAnything, load_model, save_model
@@ -13,8 +16,10 @@ from depth_anything.data.codec import encode
 from depth_anything.data.labels import LabelSetWriter, open_labels
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.shards import open_set
+from depth_anything.errors import UserError
 from depth_anything.model.metadata import build_metadata
 from depth_anything.model.weights import fingerprint
+from depth_anything.training.config import ModelConfig
 from depth_anything.training.initialization import (
     add_provenance,
     build_frozen_encoder,
@@ -23,7 +28,14 @@ from depth_anything.training.initialization import (
     write_run_card,
 )
 
-CONFIG = {"seed": 0, "encoder": "vitn", "image_size": 70, "stage": "teacher", "init": None, "recipe": {}}
+
+def config(stage="teacher", **changes):
+    start = {"start": "all"} if stage == "metric" else {}
+    return make_config(f"stage={stage}", "encoder=vitn", **{"init": None, **start, **changes})
+
+
+def labeling(teacher, **changes):
+    return make_config("stage=pseudolabel", "encoder=vitn", teacher=str(teacher), **changes)
 
 
 def model(licence=None, **settings):
@@ -62,31 +74,29 @@ FORMATS = {
 def test_any_format_starts_a_stage(tmp_path, form):
     made = model("CC-BY-NC-4.0")
     path = FORMATS[form](made, tmp_path)
-    started = build_model({**CONFIG, "init": str(path)})
+    started = build_model(config(init=str(path)))
     assert fingerprint(started) == fingerprint(made)
     assert started.origin["start"]["licence"] == "CC-BY-NC-4.0"
-    assert fingerprint(
-        load_teacher({"teacher": str(path), "encoder": "vitn", "size": "tiny"})
-    ) == fingerprint(made)
+    assert fingerprint(load_teacher(labeling(path))) == fingerprint(made)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
-def test_a_metric_start_keeps_its_last_convolution_only_for_metres(tmp_path, form, stage, capsys):
+def test_the_last_convolution_of_a_metric_model_is_kept_only_for_meters(tmp_path, form, stage, capsys):
     path = FORMATS[form](model(max_depth=80.0), tmp_path)
-    metres = {"max_depth": 20.0} if stage == "metric" else {}
-    started = build_model({**CONFIG, "stage": stage, "init": str(path), **metres})
+    meters = {"max_depth": 20.0} if stage == "metric" else {}
+    started = build_model(config(stage=stage, init=str(path), **meters))
     last = "depth_head.scratch.output_conv2.2.weight"
     same = torch.equal(started.state_dict()[last], model(max_depth=80.0).state_dict()[last])
-    assert same == (stage == "metric") and started.quantity == ("depth" if metres else "disparity")
-    assert ("80 m" in capsys.readouterr().err) == (stage == "metric")  # its metres are stretched
+    assert same == (stage == "metric") and started.quantity == ("depth" if meters else "disparity")
+    assert ("80 m" in capsys.readouterr().err) == (stage == "metric")  # a note about the other range
 
 
-def test_a_calibration_does_not_outlive_training_and_that_is_said(tmp_path, capsys):
+def test_training_drops_a_calibration_and_prints_a_note(tmp_path, capsys):
     made = model()
     made.calibration = (0.3, 0.02)
     path = FORMATS["own"](made, tmp_path)
-    assert build_model({**CONFIG, "init": str(path)}).calibration is None
+    assert build_model(config(init=str(path))).calibration is None
     assert "calibrate" in capsys.readouterr().err
 
 
@@ -99,49 +109,49 @@ def test_official_files_start_a_stage(tmp_path):
         ("depth_anything_vits14.pth", "Apache-2.0", "LiheYoung/depth_anything_vits14"),
     ):
         torch.save(state, tmp_path / name)
-        started = build_model({**CONFIG, "encoder": "vits", "init": str(tmp_path / name)})
+        started = build_model(config(encoder="vits", init=str(tmp_path / name)))
         assert not started.depth_head.projects[0].weight.any()
         assert started.origin["start"] == {"from": name, "licence": licence, "base": base}
 
 
-def test_an_encoder_alone_starts_a_stage(tmp_path):
+def test_an_encoder_file_starts_a_stage(tmp_path):
     torch.save(model().pretrained.state_dict(), tmp_path / "dinov2_vits14_pretrain.pth")
-    started = build_model({**CONFIG, "init": str(tmp_path / "dinov2_vits14_pretrain.pth")})
+    started = build_model(config(init=str(tmp_path / "dinov2_vits14_pretrain.pth")))
     assert torch.equal(started.pretrained.pos_embed, model().pretrained.pos_embed)
     start = started.origin["start"]
     assert (start["from"], start["licence"]) == ("dinov2_vits14_pretrain.pth", "Apache-2.0")
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_student_does_not_start_from_a_teacher(tmp_path, whole):
+def test_a_student_cannot_start_from_a_teacher(tmp_path, whole):
     run = as_run(model(), tmp_path / "teacher")
     (run / "config.yaml").write_text("stage: teacher\n")
     path = run if whole else run / "model.safetensors"
-    with pytest.raises(ValueError, match=r"is a teacher; a student starts from DINOv2"):
-        build_model({**CONFIG, "stage": "student", "init": str(path)})
-    build_model({**CONFIG, "init": str(path)})
+    with pytest.raises(ValueError, match=r"is a teacher.*type init=hub"):
+        build_model(config(stage="student", init=str(path)))
+    build_model(config(init=str(path)))
 
 
-def test_features_are_not_aligned_with_a_whole_network(tmp_path):
+def test_feature_alignment_needs_dinov2(tmp_path):
     save_model(model(), tmp_path / "hf", format="transformers")
-    config = {**CONFIG, "recipe": {"alignment_weight": 1.0}, "init": str(tmp_path / "hf")}
+    settings = config(recipe__alignment_weight=1.0, init=str(tmp_path / "hf"))
     with pytest.raises(ValueError, match="is not DINOv2; type init=hub"):
-        build_frozen_encoder(config)
+        build_frozen_encoder(settings)
 
 
-def test_what_is_no_start_is_one_sentence(tmp_path):
+def test_invalid_weights_raise_one_line_errors(tmp_path):
     (tmp_path / "photos").mkdir()
     for path, message in (
         (tmp_path / "photos", "is a folder without a config.json"),
         (tmp_path / "none", "cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_model({**CONFIG, "init": str(path)})
+            build_model(config(init=str(path)))
     with pytest.raises(ValueError, match="there is no teacher at .*none; run `python train.py stage=teacher"):
-        load_teacher({"teacher": str(tmp_path / "none"), "encoder": "vitn", "size": "tiny"})
+        load_teacher(labeling(tmp_path / "none"))
 
 
-# --- licences --------------------------------------------------------------------------------------------------
+# --- licenses --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -170,15 +180,14 @@ def labelled(photos, teacher):
     return JoinedRecords(images, open_labels(photos.parent / "labels", images))
 
 
-def test_a_teacher_at_another_size_than_its_own_is_warned_of(tmp_path):
+def test_a_teacher_at_another_image_size_warns(tmp_path):
     save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
-    config = {"teacher": str(tmp_path / "model.safetensors"), "encoder": "vitn", "size": "paper"}
-    assert load_teacher({**config, "image_size": 70}).input_size == 70
+    assert load_teacher(labeling(tmp_path / "model.safetensors")).input_size == 70
     with pytest.warns(UserWarning, match="image_size=70"):
-        load_teacher({**config, "image_size": 518})
+        load_teacher(labeling(tmp_path / "model.safetensors", image_size=518))
 
 
-def test_a_licence_goes_from_the_set_to_the_card(photos):
+def test_licenses_go_from_sets_and_teacher_to_the_card(photos):
     assert shard(photos, "--licence", "CC-BY-4.0") == 0
     images = open_set(photos.parent / "set")
     assert images.meta["licence"] == "CC-BY-4.0"
@@ -189,7 +198,7 @@ def test_a_licence_goes_from_the_set_to_the_card(photos):
     manifest = joined.labels.meta
     assert manifest["licence"] == "CC-BY-4.0 AND CC-BY-NC-4.0"
     assert (manifest["images"]["licence"], manifest["teacher"]["licence"]) == ("CC-BY-4.0", "CC-BY-NC-4.0")
-    student = add_provenance(model(), {**CONFIG, "stage": "student"}, [joined])
+    student = add_provenance(model(), config(stage="student"), [joined])
     assert student.licence == "CC-BY-4.0 AND CC-BY-NC-4.0"
     run = photos.parent / "student"
     save_model(student, run / "model.safetensors")
@@ -199,11 +208,11 @@ def test_a_licence_goes_from_the_set_to_the_card(photos):
     assert "| abs_rel | 0.1235 |" in text and "Started from random weights." in text
     read = load_model(run)
     assert (read.licence, read.origin) == (student.licence, student.origin)
-    again = build_model({**CONFIG, "init": str(run)})
-    assert add_provenance(again, CONFIG, []).licence == student.licence
+    again = build_model(config(init=str(run)))
+    assert add_provenance(again, config(), []).licence == student.licence
 
 
-def test_a_licence_may_be_given_later(photos, capsys):
+def test_a_license_may_be_added_to_an_existing_set(photos, capsys):
     assert shard(photos) == 0
     before = open_set(photos.parent / "set")
     assert before.meta["licence"] is None
@@ -216,7 +225,7 @@ def test_a_licence_may_be_given_later(photos, capsys):
     assert "'my own' is no SPDX name" in capsys.readouterr().err
 
 
-def test_shards_from_elsewhere_have_licences_too(photos):
+def test_indexed_shards_may_have_a_license(photos):
     shard(photos)
     others = photos.parent / "others"
     others.mkdir()
@@ -226,29 +235,67 @@ def test_shards_from_elsewhere_have_licences_too(photos):
     assert open_set(others).meta["licence"] == "MIT"
 
 
-def test_what_is_not_known_is_said(photos):
+def test_unknown_licenses_stay_unknown(photos):
     shard(photos)
     joined = labelled(photos, {"fingerprint": "sha256:ab", "file": "teacher/model.safetensors"})
     assert joined.labels.meta["licence"] is None
-    assert add_provenance(model(), CONFIG, [joined]).licence is None
+    assert add_provenance(model(), config(), [joined]).licence is None
     started = model()
     started.origin = {"start": {"from": "b.pth", "licence": "CC-BY-NC-4.0", "base": None}}
-    assert add_provenance(started, CONFIG, [joined]).licence == "CC-BY-NC-4.0 AND unknown"
-    assert add_provenance(model(), CONFIG, [Records(open_set(photos.parent / "set"))]).licence is None
+    assert add_provenance(started, config(), [joined]).licence == "CC-BY-NC-4.0 AND unknown"
+    assert add_provenance(model(), config(), [Records(open_set(photos.parent / "set"))]).licence is None
 
 
-def test_no_card_or_origin_names_a_folder_of_this_machine(photos, tmp_path):
+def test_no_card_or_origin_has_an_absolute_path(photos, tmp_path):
     shard(photos)
     teacher = {"fingerprint": "sha256:ab", "file": str(tmp_path / "runs" / "teacher" / "model.safetensors")}
     start = FORMATS["own"](model(), tmp_path)
-    made = add_provenance(build_model({**CONFIG, "init": str(start)}), CONFIG, [labelled(photos, teacher)])
+    made = add_provenance(build_model(config(init=str(start))), config(), [labelled(photos, teacher)])
     assert made.origin["data"][0]["teacher"]["file"] == "teacher/model.safetensors"
     assert str(tmp_path) not in str(made.origin)
 
 
-def test_an_edited_card_stays(tmp_path):
+def test_an_edited_card_is_not_overwritten(tmp_path):
     write_run_card(model(), tmp_path, title="one", measured={})
     (tmp_path / "README.md").write_text("mine")
     write_run_card(model(), tmp_path, title="two", measured={})
     assert (tmp_path / "README.md").read_text() == "mine"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["README.md"]
+
+
+class LinearHead(torch.nn.Module):
+    """Another decoder, named by config."""
+
+    def __init__(self, width, *, features, out_channels, max_depth=None, bias=True):
+        super().__init__()
+        self.project = torch.nn.Conv2d(width, 1, 1, bias=bias)
+
+    def forward(self, tokens, grid, size):
+        level = self.project(tokens[-1].transpose(1, 2).unflatten(2, grid))
+        return torch.nn.functional.interpolate(level, size=size)[:, 0].relu()
+
+
+def test_model_head_names_another_decoder(tmp_path):
+    name = f"{LinearHead.__module__}.LinearHead"
+    node = {"_target_": name, "bias": False}
+    own = replace(config(), model=ModelConfig(head=node))
+    built = build_model(own)
+    assert built.head == name and built.depth_head.project.bias is None
+    path = tmp_path / "own.safetensors"
+    save_model(built, path)
+    assert fingerprint(build_model(replace(own, init=str(path)))) == fingerprint(built)
+    teacher = labeling(path)
+    with pytest.raises(UserError, match=re.escape(f"+model.head._target_={name}")):
+        load_teacher(teacher)
+    assert fingerprint(load_teacher(replace(teacher, model=ModelConfig(head=node)))) == fingerprint(built)
+
+
+def test_a_model_with_another_head_gives_its_encoder_only(tmp_path):
+    other = model()
+    save_model(other, tmp_path / "dpt.safetensors")
+    node = {"_target_": f"{LinearHead.__module__}.LinearHead"}
+    started = build_model(
+        replace(config(init=str(tmp_path / "dpt.safetensors")), model=ModelConfig(head=node))
+    )
+    ours, theirs = started.pretrained.state_dict(), other.pretrained.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

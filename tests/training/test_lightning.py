@@ -22,7 +22,7 @@ from tiny_training import BatchList, fit, make_batch, make_module, make_trainer
 from torch.utils.data import DataLoader
 
 from depth_anything.training.callbacks import Checkpoints, GracefulStop, TrainingMetrics
-from depth_anything.training.lightning import run_fit
+from depth_anything.training.lightning import move_timers_first, run_fit
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, build_loggers, logger_nodes
 from depth_anything.training.validation import averaged_weights
 
@@ -73,7 +73,7 @@ def test_ema_weight_averaging_saves_the_average_and_continues_exactly(tmp_path: 
 
 
 class Data(pl.LightningDataModule):
-    """Two micro-batches without end."""
+    """Two micro-batches."""
 
     micro_batch = 2
 
@@ -101,10 +101,17 @@ def test_validation_scores_the_averaged_weights(tmp_path: Path) -> None:
     assert torch.equal(weights(module), current)
 
 
-def test_a_run_that_a_timer_ends_is_saved_with_its_current_weights(tmp_path: Path) -> None:
-    """EMAWeightAveraging replaces the weights when training ends; the checkpoint must hold both kinds."""
-    averaging = EMAWeightAveraging(decay=0.5)
-    train(tmp_path, averaging, Timer(duration={"microseconds": 1}))
+@pytest.mark.parametrize("last", [True, False])
+def test_a_run_that_a_timer_ends_is_saved_with_its_current_weights(tmp_path: Path, last: bool) -> None:
+    """EMAWeightAveraging replaces the weights when training ends; the checkpoint must hold both kinds.
+
+    Lightning appends the Timer of +trainer.max_time as the last callback.
+    """
+    averaging, timer = EMAWeightAveraging(decay=0.5), Timer(duration={"microseconds": 1})
+    callbacks = run_callbacks(tmp_path, averaging, *([] if last else [timer]))
+    trainer = make_trainer(tmp_path, *callbacks, *([timer] if last else []), steps=STEPS)
+    move_timers_first(trainer)
+    trainer.fit(make_module(), datamodule=Data())
     (path,) = (tmp_path / "checkpoints").iterdir()
     assert path.name == "step-000000001.ckpt"
     resumed = train(tmp_path, EMAWeightAveraging(decay=0.5), Timer(duration={"hours": 1}), begin=1)

@@ -99,18 +99,18 @@ DAMAGE = {
 def test_damaged_lines_are_dropped_and_reported(
     tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, kept = damage
+    change, intact = damage
     path = tmp_path / "metrics.csv"
     path.write_bytes(damaged := change(write_steps(path)))
     log = MetricsCSV(path)
     log.rewind(4)
     printed = capsys.readouterr().err
-    assert str(path) in printed and f"{len(kept)} complete rows" in printed
+    assert str(path) in printed and f"{len(intact)} complete rows" in printed
     assert (tmp_path / "metrics.csv.damaged").read_bytes() == damaged
     log.log_metrics({"loss": 9.0, "lr": 0.5}, step=5)
     log.save()
-    assert [int(row["step"]) for row in read_rows(path)] == [*kept, 5]
-    assert [row["loss"] for row in read_rows(path)] == [*(f"{step}.0" for step in kept), "9.0"]
+    assert [int(row["step"]) for row in read_rows(path)] == [*intact, 5]
+    assert [row["loss"] for row in read_rows(path)] == [*(f"{step}.0" for step in intact), "9.0"]
 
 
 @pytest.mark.parametrize(

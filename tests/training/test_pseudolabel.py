@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_configs import make_config
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
 from depth_anything.data.codec import decode
@@ -36,7 +37,7 @@ from depth_anything.training.pseudolabel import (
 )
 
 SIZE = 28
-CONFIG = {"encoder": "vitn", "size": "tiny", "stage": "student"}
+CONFIG = make_config("stage=student", "encoder=vitn")
 
 
 def write_images(
@@ -154,7 +155,9 @@ def test_labels_equal_the_disparity_of_predict(
 ) -> None:
     images = write_images(tmp_path / "photos", counts=(3,))
     file = save(make_teacher(kind), tmp_path)
-    teacher = load_teacher({**CONFIG, "teacher": str(file)})
+    teacher = load_teacher(
+        make_config("stage=pseudolabel", "encoder=vitn", teacher=str(file), image_size=SIZE)
+    )
     label(make_data(tmp_path, teacher, codec="q12"), teacher)
     expected = reference(images, teacher)
     for key, values in labels_of(tmp_path, images).items():
@@ -276,14 +279,17 @@ def test_a_dry_run_rejects_the_same_labels_as_the_run(tmp_path: Path, kind: str)
     images, teacher = write_images(tmp_path / "photos"), make_teacher(kind)
     file = as_file(teacher, tmp_path)
     label(make_data(tmp_path, teacher, teacher=describe_teacher(teacher, str(file))), teacher)
-    data = {
-        "sets": {"photos": images.root},
-        "labels": str(tmp_path / "labels"),
-        "batch_size": 2,
-        "image_size": SIZE,
-    }
-    data |= {"_target_": "x.ShardData", "workers": 0, "precision": "32-true", "codec": "f32"}
-    config = {**CONFIG, "teacher": str(file), "labels": data["labels"], "data": data, "image_size": SIZE}
+    config = make_config(
+        "stage=pseudolabel",
+        "encoder=vitn",
+        f"labels={tmp_path / 'labels'}",
+        "batch_size=2",
+        f"image_size={SIZE}",
+        "workers=0",
+        "data.codec=f32",
+        teacher=str(file),
+        data__sets={"photos": images.root},
+    )
     dry_run._check_label_teacher(config)
     remove_conversion(tmp_path / "labels/photos")
     if kind == "relative":  # needs no conversion

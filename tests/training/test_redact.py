@@ -11,11 +11,11 @@ import hydra
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from made_configs import make_config
 
 from depth_anything.data.address import redact_nested, redact_secrets
 from depth_anything.training import command, run
-from depth_anything.training.check_config import resolve_config
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import wandb_logger
 from depth_anything.training.redact import install_redaction, redact_traceback
 from depth_anything.training.run_dir import RunDir
@@ -68,11 +68,8 @@ def test_a_nested_config_keeps_its_structure() -> None:
     assert redact_nested(config) == {"a": {"b": [redact_secrets(ADDRESS), 1, None]}, "c": True, "d": 0.5}
 
 
-def resolved(address: str, *typed: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return resolve_config(
-            compose("train", ["stage=teacher", "sources=own", f"photos='{address}'", *typed])
-        )
+def resolved(address: str, *typed: str) -> RunConfig:
+    return make_config("stage=teacher", "sources=own", f"photos='{address}'", *typed)
 
 
 def make_run(tmp_path: Path, address: str) -> RunDir:
@@ -102,7 +99,9 @@ def test_the_run_folder_has_no_secret(tmp_path: Path) -> None:
 def test_a_new_signature_or_password_is_the_same_run(tmp_path: Path, renewed: str) -> None:
     folder = make_run(tmp_path, ADDRESS)
     assert folder.compare(resolved(renewed)) == []
-    folder.config.write_text(yaml.safe_dump(resolved(ADDRESS)))  # an older version saved the secrets
+    folder.config.write_text(
+        yaml.safe_dump(resolved(ADDRESS).as_dict())
+    )  # an older version saved the secrets
     assert folder.compare(resolved(renewed)) == []
 
 

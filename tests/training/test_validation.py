@@ -16,20 +16,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from benchmark_files import make_da2k, make_kitti
+from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.tars import write_shard
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import ValidationCallback, open_validation_task
 
 ROOT = Path(__file__).parents[2]
-NONE = {"every": 2, "limit": 20, "benchmark": None, "root": None, "protocol": None, "max_depth": None}
 
 
-def config(*, validation: str | None = None, **settings: Any) -> dict[str, Any]:
-    return {"validation": {**NONE, **settings}, "sources": {"validation": validation}}
+def config(*, validation: str | None = None, **settings: Any) -> RunConfig:
+    settings = {"every": 2, "limit": 20, **settings}
+    changes = {f"validation__{key}": value for key, value in settings.items()}
+    return make_config("stage=teacher", sources__validation=validation, **changes)
 
 
 def write_rooms(root: Path, count: int = 11) -> str:
@@ -166,10 +169,10 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(tmp_path: Path) -> Non
     assert {name: best[name] for name in best if name != "judged"} == {
         "step": 4, "metric": "abs_rel", "value": values[4], "images": "rooms", "protocol": "da2",
     }  # fmt: skip
-    kept = load_model(run.run_dir.best)
-    assert (kept.max_depth, kept.input_size) == (10.0, 42)
+    saved = load_model(run.run_dir.best)
+    assert (saved.max_depth, saved.input_size) == (10.0, 42)
     bias = run.module.model.depth_head.scratch.output_conv2[2].bias - 3.0
-    torch.testing.assert_close(kept.depth_head.scratch.output_conv2[2].bias, bias)
+    torch.testing.assert_close(saved.depth_head.scratch.output_conv2[2].bias, bias)
     assert (
         f"best on rooms: {run.run_dir.best} (step 4, abs_rel {values[4]:.4g})" in run.run_dir.describe_best()
     )
@@ -186,11 +189,11 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(tmp_path: Path) -> Non
     make_da2k(tmp_path / "da2k")
     pairs = Run(tmp_path / "run", config(benchmark="da2k", root=str(tmp_path)), step=9)
     assert pairs.validation.best == {} and "val_accuracy" in pairs.at(9)
-    anew = Run(tmp_path / "run", settings, max_depth=10.0)
+    new_run = Run(tmp_path / "run", settings, max_depth=10.0)
     assert (
-        anew.run_dir.read_best() == {}
-        and not anew.run_dir.best.exists()
-        and anew.run_dir.describe_best() == ""
+        new_run.run_dir.read_best() == {}
+        and not new_run.run_dir.best.exists()
+        and new_run.run_dir.describe_best() == ""
     )
 
 
@@ -311,12 +314,12 @@ def test_a_run_writes_and_prints_its_best_model(tmp_path: Path) -> None:
 def write_depths(root: Path, depths: list[float], **meta: Any) -> str:
     """Write frames with one depth each."""
     records = []
-    for i, metres in enumerate(depths):
+    for i, meters in enumerate(depths):
         frame = Frame(
             f"{root.name}/0/{i}",
             np.full((42, 56, 3), 9 * i, np.uint8),
             {"unit": "m"},
-            depth=np.full((42, 56), metres, np.float32),
+            depth=np.full((42, 56), meters, np.float32),
         )
         records.append((frame.key, encode_frame(frame, codec="f32")))
     info = write_shard(root / "0.tar", records)

@@ -40,13 +40,24 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """Import a benchmark.
+    """Import a benchmark: one of `BENCHMARKS`, or "module:constant" of a module on Python's path.
 
     Raises:
-        ValueError: unknown name; the message lists all names.
+        ValueError: Unknown name (the message lists all names), or no benchmark of that name in the module.
     """
+    if ":" in name:
+        module, _, member = name.partition(":")
+        try:
+            benchmark = getattr(import_module(module), member)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import the benchmark {name}: {error}") from error
+        if not isinstance(benchmark, Benchmark):
+            raise ValueError(f"{name} is a {type(benchmark).__name__}, not a Benchmark")
+        return benchmark
     if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}; choose one of: {', '.join(BENCHMARKS)}")
+        raise ValueError(
+            f"unknown benchmark {name!r}; choose one of: {', '.join(BENCHMARKS)}, or MODULE:NAME"
+        )
     module, _, member = BENCHMARKS[name].partition(":")
-    benchmark: Benchmark = getattr(import_module(f"depth_anything.evaluation.benchmarks.{module}"), member)
-    return benchmark
+    known: Benchmark = getattr(import_module(f"depth_anything.evaluation.benchmarks.{module}"), member)
+    return known

@@ -42,7 +42,7 @@ def find(root: Path) -> Iterator[str]:
     try:
         yield from hypersim.find(root, split="test")
     except UserError as error:  # its fix names flags of `depth-anything shard`
-        raise UserError(error.what) from error
+        raise UserError(error.what, f"get it from {hypersim.INFO.get}") from error
 
 
 def read(root: Path, line: str) -> Frame:

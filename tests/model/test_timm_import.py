@@ -1,4 +1,4 @@
-"""timm is imported without wandb, which leaves folders in the temporary directory."""
+"""timm is imported without wandb, which would leave folders in the temporary directory."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ os._exit(0 if wandb.__version__ else 1)
 """
 
 
-def test_wandb_is_left_alone_and_can_be_imported_later(tmp_path):
-    """A stand-in for wandb leaves a folder as wandb does."""
+def test_timm_does_not_import_wandb_which_still_can_be_imported(tmp_path):
+    """A fake wandb leaves a folder like wandb."""
     (tmp_path / "wandb.py").write_text("__version__ = '1'")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)

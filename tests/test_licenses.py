@@ -1,4 +1,4 @@
-"""Licences: joined, typed, and as cards on the hub write them."""
+"""Licenses: combined, checked, and in model cards."""
 
 import re
 
@@ -28,19 +28,19 @@ from depth_anything.licenses import (
         (["B AND unknown", "A AND C"], "A AND B AND C AND unknown"),
     ],
 )
-def test_all_hold_together(parts, whole):
+def test_licenses_are_combined(parts, whole):
     assert combine_licenses(parts) == whole
     assert combine_licenses([whole, *parts]) == whole  # once more changes nothing
 
 
 @pytest.mark.parametrize("typed", ["CC-BY-4.0", "Apache-2.0 AND MIT", "LicenseRef-ours", "GPL-2.0+"])
-def test_a_typed_licence(typed):
+def test_typed_licenses_are_checked(typed):
     assert check_license(typed) == typed
 
 
 @pytest.mark.parametrize("typed", ["", "my own", "all rights reserved", "MIT,Apache-2.0", "<b>"])
-def test_what_is_no_licence(typed):
-    with pytest.raises(ValueError, match="is no SPDX name such as CC-BY-4.0"):
+def test_other_texts_are_refused(typed):
+    with pytest.raises(ValueError, match="LicenseRef-NAME"):
         check_license(typed)
 
 
@@ -55,7 +55,7 @@ def test_what_is_no_licence(typed):
         ),
     ],
 )
-def test_the_form_of_the_hub(licence, fields):
+def test_card_license_fields(licence, fields):
     assert card_license_fields(licence) == fields
 
 
@@ -73,7 +73,7 @@ def test_the_form_of_the_hub(licence, fields):
         ("", None),
     ],
 )
-def test_cards_are_read(text, licence):
+def test_license_is_read_from_cards(text, licence):
     assert license_from_card(text) == licence
 
 
@@ -91,7 +91,7 @@ def test_every_set_states_an_spdx_expression(name):
 
 
 @pytest.mark.parametrize("old", ["LicenceRef-ScanNet", "licenceref-ScanNet", "Licenseref-ScanNet"])
-def test_the_spelling_that_older_manifests_have_is_read_as_spdx_writes_it(old):
+def test_the_british_spelling_is_converted(old):
     assert spdx_name(old) == "LicenseRef-ScanNet"
     assert combine_licenses([old, "LicenseRef-ScanNet"]) == "LicenseRef-ScanNet"
     assert combine_licenses([f"MIT AND {old}", None]) == "LicenseRef-ScanNet AND MIT AND unknown"

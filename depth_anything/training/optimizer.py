@@ -1,0 +1,79 @@
+"""The optimizer of the stages that train: its two parameter groups, its schedule, and the class that a config names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.training.config import SCHEDULES, OptimizerConfig, Recipe
+from depth_anything.training.value_rules import check_value, choice
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Builds an optimizer from parameter groups."""
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str) -> float:
+    """Compute the factor of the learning rate at an optimizer step.
+
+    Args:
+        step: Number of finished optimizer steps; 0 at the first step.
+        steps: Length of the run in optimizer steps.
+        warmup: Share of the run, 0 to 1, in which the rate rises linearly from near zero.
+        schedule: Schedule after the warmup: "constant", "linear" (to zero at the end), "cosine", "poly" (power 0.9), or
+            "late-cosine" (full until 70 % of the run, as ZoeDepth's OneCycle with div 1).
+
+    Returns:
+        A factor between 0 and 1.
+
+    Raises:
+        ValueError: For an unknown schedule.
+    """
+    check_value("recipe.schedule", schedule, choice(*SCHEDULES))
+    climb = round(warmup * steps)
+    if step < climb:
+        return (step + 1) / (climb + 1)
+    done = (step - climb) / max(1, steps - climb)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    if schedule == "late-cosine":
+        done = max(0.0, (step / max(1, steps) - 0.7) / 0.3)
+    if schedule.endswith("cosine"):
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi, dtype=torch.float64))))
+    return max(0.0, 1.0 - done) ** 0.9
+
+
+def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into a group for the encoder and one for the head, each with its rate.
+
+    Raises:
+        AssertionError: If a trainable parameter is in no group or in two.
+    """
+    groups: list[dict[str, Any]] = [
+        {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
+        {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
+    ]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    return groups
+
+
+def adam_factory(recipe: Recipe) -> OptimizerFactory:
+    """Return the function that builds the default optimizer: Adam with decoupled weight decay."""
+    betas = (recipe.betas[0], recipe.betas[1])
+    return lambda groups: torch.optim.AdamW(groups, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def optimizer_factory(optimizer: OptimizerConfig) -> OptimizerFactory:
+    """Return the function that builds the optimizer of a config node.
+
+    Args:
+        optimizer: The class and its arguments. The parameter groups, each with its rate, are its first argument.
+    """
+    partial = instantiate(optimizer.as_dict(), _partial_=True, _convert_="all")
+    # The arguments are saved in checkpoints, where torch's own classes have tuples.
+    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in partial.keywords.items()}
+    return lambda groups: partial.func(groups, **arguments)
