@@ -19,8 +19,8 @@ def test_check_only_writes_no_shards(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["shard", "custom", str(tmp_path / "set.yaml"), str(out), "--check-only"]) == 0
     assert names(out) == ["check.png", "check.txt"]
-    said = capsys.readouterr()
-    assert "pairs:      3" in said.out and "with  unit: mm  it would be" in said.err
+    output = capsys.readouterr()
+    assert "pairs:      3" in output.out and "with  unit: mm  it would be" in output.err
     assert read_png(out / "check.png")[0].shape[2] == 3
     text = (out / "check.txt").read_text()
     assert "pairs:      3" in text and "with  unit: mm  it would be" in text
@@ -32,12 +32,12 @@ def test_a_set_is_checked_and_written(tmp_path, capsys):
         (tmp_path / f"rgb/{name}.jpg").unlink()
     out = tmp_path / "out"
     assert main(["shard", "custom", str(tmp_path / "set.yaml"), str(out), "--sky", "invalid"]) == 0
-    said = capsys.readouterr().out
-    assert "not taken:  b: no image of this name in rgb" in said and "not taken:  2 more, see " in said
-    assert "not taken:  7 (7 x no image of this name in rgb)" in said
+    output = capsys.readouterr().out
+    assert "not taken:  b: no image of this name in rgb" in output and "not taken:  2 more, see " in output
+    assert "not taken:  7 (7 x no image of this name in rgb)" in output
     assert "not taken:  h: no image of this name in rgb" in (out / "check.txt").read_text()
-    made = open_set(out)
-    assert (made.name, made.records, made.meta["sky_policy"]) == ("yard", 1, "invalid")
+    shard_set = open_set(out)
+    assert (shard_set.name, shard_set.records, shard_set.meta["sky_policy"]) == ("yard", 1, "invalid")
     assert main(["verify", str(out), "--decode"]) == 0
     picture = tmp_path / "pictures/stats.png"
     assert main(["stats", str(out), "--output", str(picture)]) == 0

@@ -18,8 +18,8 @@ from depth_anything.ingest.photographs import write_images
 
 
 def test_shard_scenes_writes_a_set(scenes):
-    made = open_set(scenes)
-    assert made.records == 6 and len(made.shards) == 2 and made.name == "scenes"
+    shard_set = open_set(scenes)
+    assert shard_set.records == 6 and len(shard_set.shards) == 2 and shard_set.name == "scenes"
 
 
 def test_shard_images_writes_a_set(tmp_path, capsys):
@@ -108,9 +108,11 @@ def test_every_command_accepts_labels_and_images_or_names_the_missing_flag(tmp_p
     images, labels = map(str, pair)
     picture, sheet = (["--output", str(tmp_path / name)] for name in ("stats.png", "sheet.png"))
     assert main(["stats", labels, *picture]) == 0
-    said = capsys.readouterr().out
-    assert "no label:   1 images: see NAME.json" in said and "labels of:  images, by teacher/model" in said
-    assert "images:     none" in said and "maps:       42 x 28 (2)" in said
+    output = capsys.readouterr().out
+    assert (
+        "no label:   1 images: see NAME.json" in output and "labels of:  images, by teacher/model" in output
+    )
+    assert "images:     none" in output and "maps:       42 x 28 (2)" in output
     assert main(["stats", images, *picture]) == 0 and "labels:     none" in capsys.readouterr().out
     for arguments in ((labels,), (labels, "--images", images), (images,)):
         assert main(["verify", *arguments]) == 0

@@ -24,11 +24,11 @@ from depth_anything.ingest.writer import write_source
 
 def written(folder, output="out", **options):
     custom = load_declaration(folder / "set.yaml")
-    made = write_source(custom, custom.folder, folder / output, **options)
-    records = Records(made)
+    shard_set = write_source(custom, custom.folder, folder / output, **options)
+    records = Records(shard_set)
     ((shard, count),) = records.shards
     frames = [decode_record(*records.read(shard, index)) for index in range(count)]
-    return made, {frame.meta["name"]: frame for frame in frames}
+    return shard_set, {frame.meta["name"]: frame for frame in frames}
 
 
 def skipped(folder):
@@ -39,17 +39,17 @@ def skipped(folder):
 def test_values_of_every_format_are_stored_unchanged(tmp_path, ending):
     scale, yaml = (0.001, "unit: mm\n") if ending == ".png" else (1.0, "unit: m\n")
     truth = make_set(tmp_path, ending=ending, scale=scale, yaml=yaml + "licence: CC-BY-4.0\n")
-    made, frames = written(tmp_path)
-    assert set(frames) == {"a", "b", "c"} and not verify_set(made.root, decode=True)
+    shard_set, frames = written(tmp_path)
+    assert set(frames) == {"a", "b", "c"} and not verify_set(shard_set.root, decode=True)
     for name, metres in truth.items():
         true = np.where(metres > 0, metres, np.nan).astype(np.float32)
         np.testing.assert_array_equal(frames[name].depth, true, strict=True)
         assert frames[name].meta["unit"] == "m" and frames[name].image.shape == (*SIZE, 3)
     pixels = sum(depth.size for depth in truth.values())
-    assert made.meta["pixels"] == {"all": pixels, "valid": pixels - 45, "zero": 45}
-    assert (made.meta["licence"], made.meta["sky_policy"]) == ("CC-BY-4.0", "far")
+    assert shard_set.meta["pixels"] == {"all": pixels, "valid": pixels - 45, "zero": 45}
+    assert (shard_set.meta["licence"], shard_set.meta["sky_policy"]) == ("CC-BY-4.0", "far")
     image = (tmp_path / "rgb/a.jpg").read_bytes()
-    assert Records(made).read("out/00000", 0)[1]["jpg"] == image
+    assert Records(shard_set).read("out/00000", 0)[1]["jpg"] == image
 
 
 def test_images_without_a_map_and_maps_without_an_image_are_listed(tmp_path):
@@ -60,13 +60,15 @@ def test_images_without_a_map_and_maps_without_an_image_are_listed(tmp_path):
     (tmp_path / "rgb/._a.jpg").write_bytes(b"a Mac's")
     pairs = load_declaration(tmp_path / "set.yaml").find_pairs()
     assert (list(pairs.matched), list(pairs.images), list(pairs.maps)) == (["a", "b", "c"], ["lonely"], ["d"])
-    made, frames = written(tmp_path)
+    shard_set, frames = written(tmp_path)
     assert set(frames) == {"a", "b", "c"}
     assert skipped(tmp_path / "out") == {
         "lonely": "no depth of this name in depth",
         "d": "no image of this name in rgb",
     }
-    assert made.meta["skipped"]["count"] == 2 and made.meta["left_out"] == {"other files in images": 1}
+    assert shard_set.meta["skipped"]["count"] == 2 and shard_set.meta["left_out"] == {
+        "other files in images": 1
+    }
 
 
 @pytest.mark.parametrize(("key", "copy"), [("images", "rgb/a.png"), ("depth", "depth/a.npy")])
@@ -163,10 +165,10 @@ def test_invalid_and_sky_values_are_those_of_the_file(tmp_path):
         ("sky_from: 60000\n", [np.nan, np.inf, np.inf, np.inf, 59.999]),
     ):
         (tmp_path / "set.yaml").write_text(yaml + more)
-        made, frames = written(tmp_path, output=f"out{len(more)}")
+        shard_set, frames = written(tmp_path, output=f"out{len(more)}")
         np.testing.assert_array_equal(frames["a"].depth[0, :5], np.array(true, np.float32))
-        assert ("sky" in made.meta["pixels"]) == (np.inf in true)
-        assert made.meta["pixels"].get("declared invalid", 0) == more.count("6553") - ("sky: " in more)
+        assert ("sky" in shard_set.meta["pixels"]) == (np.inf in true)
+        assert shard_set.meta["pixels"].get("declared invalid", 0) == more.count("6553") - ("sky: " in more)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -187,8 +189,8 @@ def test_disparity_is_stored_unchanged(tmp_path):
     stored = (48 / room(SIZE)).astype(np.float32)
     stored[0, :4] = [0, -1, np.inf, np.nan]
     write_map(tmp_path / "depth/a.npy", stored)
-    made, frames = written(tmp_path)
-    assert frames["a"].depth is None and made.meta["quantity"] == "disparity"
+    shard_set, frames = written(tmp_path)
+    assert frames["a"].depth is None and shard_set.meta["quantity"] == "disparity"
     np.testing.assert_array_equal(frames["a"].disparity[0, :4], np.array([0, *[np.nan] * 3], np.float32))
     np.testing.assert_array_equal(frames["a"].disparity[1:], stored[1:])
     (tmp_path / "set.yaml").write_text("images: rgb\ndepth: depth\nquantity: disparity\n")
@@ -291,7 +293,7 @@ def test_records_are_sorted_by_name_whatever_the_order_on_disk(tmp_path, monkeyp
 RGBD = Path(os.environ.get("DEPTH_ANYTHING_RGBD", Path(__file__).parents[3] / "shared" / "rgbd"))
 
 
-@pytest.mark.skipif(not RGBD.is_dir(), reason="no real frames beside the repository")
+@pytest.mark.skipif(not RGBD.is_dir(), reason="no real frames next to the repository")
 @pytest.mark.parametrize(
     ("images", "depth", "unit", "median", "valid"),
     [

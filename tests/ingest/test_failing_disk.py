@@ -86,10 +86,10 @@ def test_a_record_that_exceeds_the_memory_is_rejected_alone(tmp_path, monkeypatc
         return plain(folder, line)
 
     monkeypatch.setattr(made_source, "read", read)
-    made = write_source(made_source, raw, tmp_path / "set")
-    assert made is not None
-    assert "room/02" in dict(made.meta["skipped"]["files"])
-    assert made.records == 23 - 5 - 1
+    shard_set = write_source(made_source, raw, tmp_path / "set")
+    assert shard_set is not None
+    assert "room/02" in dict(shard_set.meta["skipped"]["files"])
+    assert shard_set.records == 23 - 5 - 1
 
 
 def toy(folder, lines="a/1\na/2\na/3"):
@@ -110,8 +110,8 @@ def test_a_raw_file_is_read_again_after_a_temporary_disk_error(tmp_path, monkeyp
         return plain(folder, line)
 
     monkeypatch.setattr(made_source, "read", read)
-    made = write_source(made_source, raw, tmp_path / "set", name="toy")
-    assert made.shards == whole.shards and "skipped" not in made.meta and waits == [0.5, 1.0]
+    shard_set = write_source(made_source, raw, tmp_path / "set", name="toy")
+    assert shard_set.shards == whole.shards and "skipped" not in shard_set.meta and waits == [0.5, 1.0]
     left[0] = 100
     with pytest.raises(StorageUnavailable, match="a/2 of .*raw "):
         write_source(made_source, raw, tmp_path / "other", name="toy")
@@ -137,8 +137,8 @@ def test_a_tar_with_a_stale_handle_is_opened_again(tmp_path, monkeypatch, waits)
     monkeypatch.setattr(os, "pread", fail_once)
     opened, plain = [], archive_io.open_tar
     monkeypatch.setattr(archive_io, "open_tar", lambda path: opened.append(path) or plain(path))
-    made = write_images(tmp_path / "a.tar", tmp_path / "set")
-    assert made.records == 2 and "skipped" not in made.meta and waits == [0.5]
+    shard_set = write_images(tmp_path / "a.tar", tmp_path / "set")
+    assert shard_set.records == 2 and "skipped" not in shard_set.meta and waits == [0.5]
     assert len(opened) == 4  # listed before and after writing, one stale handle, and its replacement
 
 

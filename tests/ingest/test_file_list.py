@@ -26,11 +26,11 @@ def test_each_shard_has_its_lines_for_any_buffer_size(tmp_path, monkeypatch, per
     monkeypatch.setattr(file_list, "_CHUNK", chunk)
     lines = [f"{'x' * (k % 4)}ä{k}\t{k}" for k in range(7)]
     write_file_list(tmp_path, lines)
-    made = FileList(tmp_path, per_shard=per_shard)
-    shards = [made.lines(shard) for shard in range(made.shards)]
+    listed = FileList(tmp_path, per_shard=per_shard)
+    shards = [listed.lines(shard) for shard in range(listed.shards)]
     assert shards == [lines[k : k + per_shard] for k in range(0, 7, per_shard)]
-    assert [len(made.numbers(shard)) for shard in range(made.shards)] == [len(shard) for shard in shards]
-    assert (made.count, made.digest) == file_list_digest(lines)
+    assert [len(listed.numbers(shard)) for shard in range(listed.shards)] == [len(shard) for shard in shards]
+    assert (listed.count, listed.digest) == file_list_digest(lines)
 
 
 def test_names_with_any_characters_are_escaped_and_restored(tmp_path):

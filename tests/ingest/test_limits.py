@@ -48,7 +48,7 @@ def zeros(path, count, size):
 
 @pytest.mark.parametrize("act", [read_exr, lambda path: read_exr(path, channel="c04"), read_map_size])
 def test_an_exr_with_gigabytes_of_channels_is_rejected_by_its_header(tmp_path, monkeypatch, act):
-    """60 channels of 4096 x 4096 zeros are 4 MB in a file; the limit is lowered here, so that less will do."""
+    """60 channels of 4096 x 4096 zeros are 4 MB in a file; the limit is lowered here, so that a small file suffices."""
     path = zeros(tmp_path / "a.exr", 60, (32, 64))
     assert act(path) is not None
     plain = OpenEXR.File
@@ -101,8 +101,8 @@ def packed_zeros(size):
 def piece(path, data, *, shape=(64, 64), chunks=(64, 64), kind="<f4"):
     """An HDF5 dataset of one compressed piece, written as it is."""
     with h5py.File(path, "w") as file:
-        made = file.create_dataset("dataset", shape, kind, chunks=chunks, compression="gzip")
-        made.id.write_direct_chunk((0,) * len(shape), data)
+        dataset = file.create_dataset("dataset", shape, kind, chunks=chunks, compression="gzip")
+        dataset.id.write_direct_chunk((0,) * len(shape), data)
     return path
 
 
@@ -134,10 +134,10 @@ def test_all_supported_hdf5_filters_are_read(tmp_path):
 
 
 def lzf_piece(path, packed, *, mask=0):
-    """A map of one piece of 64 bytes, said to be packed by lzf."""
+    """A map of one chunk of 64 bytes, declared as compressed with lzf."""
     with h5py.File(path, "w") as file:
-        made = file.create_dataset("dataset", (4, 4), "<f4", chunks=(4, 4), compression="lzf")
-        made.id.write_direct_chunk((0, 0), packed, mask)
+        dataset = file.create_dataset("dataset", (4, 4), "<f4", chunks=(4, 4), compression="lzf")
+        dataset.id.write_direct_chunk((0, 0), packed, mask)
     return path
 
 
@@ -173,10 +173,10 @@ def test_hdf5_filters_of_unknown_cost_are_rejected(tmp_path):
 
 def test_a_decompression_bomb_is_detected_when_another_filter_is_skipped(tmp_path, allowance):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        made = file.create_dataset(
+        dataset = file.create_dataset(
             "dataset", (64, 64), "<f4", chunks=(64, 64), shuffle=True, compression="gzip"
         )
-        made.id.write_direct_chunk((0, 0), packed_zeros(1 << 27), 1)  # of shuffle
+        dataset.id.write_direct_chunk((0, 0), packed_zeros(1 << 27), 1)  # of shuffle
     with pytest.raises(ValueError, match="more than its size"):
         read_hdf5(tmp_path / "a.h5")
 
@@ -222,7 +222,7 @@ def test_a_point_cloud_with_fewer_points_than_its_header_claims_is_rejected(kind
 
 
 def claiming(path, size):
-    """A tar whose long name is said to have so many bytes, which a sparse file holds."""
+    """A tar whose long name claims so many bytes; the file is sparse."""
     info = tarfile.TarInfo("././@LongLink")
     info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
     with open(path, "wb") as file:
@@ -261,14 +261,14 @@ def test_a_record_that_exceeds_the_memory_is_one_reported_problem(tmp_path, monk
     def fail(*arguments, **options):
         raise MemoryError
 
-    made = make(tmp_path / "set", shards=1)
+    shard_set = make(tmp_path / "set", shards=1)
     with monkeypatch.context() as patched:
         patched.setattr(stats_module, "decode_labels", fail)
-        found = compute_stats(open_set(made.root), sample=3)
+        found = compute_stats(open_set(shard_set.root), sample=3)
     assert len(found.bad) == 3 and "memory" in found.bad[0]
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["depth_anything.data.shards"], "decode_record", fail)
-        problems = verify_set(made.root, decode=True)
+        problems = verify_set(shard_set.root, decode=True)
     assert len(problems) == 5 and all("memory" in problem for problem in problems)
 
 

@@ -55,11 +55,11 @@ def disk(request, monkeypatch):
 def test_merged_parts_equal_the_whole_set(three, tmp_path, disk):
     whole, parts = three
     before = [contents(part) for part in parts]
-    made = merge_parts(tmp_path / "toy", parts)
-    assert made.digest == whole.digest and made.meta == whole.meta
+    shard_set = merge_parts(tmp_path / "toy", parts)
+    assert shard_set.digest == whole.digest and shard_set.meta == whole.meta
     assert contents(tmp_path / "toy") == contents(parts[0].parent / "whole")
-    assert verify_set(made.root, decode=True) == [] and [contents(part) for part in parts] == before
-    assert merge_parts(tmp_path / "toy") == made, "a second merge changes nothing"
+    assert verify_set(shard_set.root, decode=True) == [] and [contents(part) for part in parts] == before
+    assert merge_parts(tmp_path / "toy") == shard_set, "a second merge changes nothing"
 
 
 def test_parts_can_be_merged_into_the_folder_of_a_part(three, tmp_path):

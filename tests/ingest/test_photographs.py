@@ -20,7 +20,7 @@ PHOTOS = Path(os.environ.get("DEPTH_ANYTHING_PHOTOS", Path(__file__).parents[3] 
 
 
 def picture(height=20, width=30, seed=0):
-    """A smooth picture, so that JPEG keeps it nearly."""
+    """Return a smooth image, which JPEG changes little."""
     corners = np.random.Generator(np.random.Philox(seed)).random((2, 2, 3))
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     mixed = (corners[0, 0] * (1 - x) + corners[0, 1] * x) * (1 - y) + (
@@ -52,9 +52,9 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def frames(made):
+def frames(shard_set):
     """Every record of a set by its original name: (fields, frame)."""
-    records, found = Records(made), {}
+    records, found = Records(shard_set), {}
     for shard, count in records.shards:
         for index in range(count):
             key, fields = records.read(shard, index)
@@ -80,8 +80,8 @@ GOOD = {
 
 
 def test_upright_rgb_files_are_stored_unchanged_in_the_order_of_their_names(tmp_path):
-    made = write_images(fill(tmp_path / "in", GOOD), tmp_path / "own")
-    found = frames(made)
+    shard_set = write_images(fill(tmp_path / "in", GOOD), tmp_path / "own")
+    found = frames(shard_set)
     assert list(found) == sorted(GOOD, key=str.encode)
     for name, data in GOOD.items():
         fields, frame = found[name]
@@ -89,8 +89,8 @@ def test_upright_rgb_files_are_stored_unchanged_in_the_order_of_their_names(tmp_
         assert frame.meta == {"source": "images", "name": name, "original_size": [20, 30]}
         assert set(fields) - {"json"} <= {"jpg", "png", "webp"}
     assert [frame.key for _, frame in found.values()] == [f"own/00000/{k:07d}" for k in range(4)]
-    assert verify_set(made.root, decode=True) == []
-    assert "skipped" not in made.meta
+    assert verify_set(shard_set.root, decode=True) == []
+    assert "skipped" not in shard_set.meta
 
 
 def awkward():
@@ -119,10 +119,10 @@ def awkward():
 
 def test_other_image_files_are_stored_as_png(tmp_path):
     files = awkward()
-    made = write_images(
+    shard_set = write_images(
         fill(tmp_path / "in", {name: row[0] for name, row in files.items()}), tmp_path / "own"
     )
-    found = frames(made)
+    found = frames(shard_set)
     assert set(found) == set(files)
     for name, (_, shown, tolerance) in files.items():
         fields, frame = found[name]
@@ -149,9 +149,9 @@ def test_files_that_are_not_images_are_rejected_named_and_counted(tmp_path):
     (source / "gone.jpg").symlink_to(source / "nowhere.jpg")
     (source / "loop").symlink_to(source, target_is_directory=True)
     os.mkfifo(source / "pipe.jpg")
-    made = write_images(source, tmp_path / "own")
-    assert set(frames(made)) == set(GOOD)
-    skipped = made.meta["skipped"]
+    shard_set = write_images(source, tmp_path / "own")
+    assert set(frames(shard_set)) == set(GOOD)
+    skipped = shard_set.meta["skipped"]
     reasons = dict(skipped["files"])
     assert set(reasons) == {*BAD, "gone.jpg", "loop", "pipe.jpg"}
     assert skipped["count"] == len(reasons) == sum(skipped["reasons"].values())
@@ -161,14 +161,14 @@ def test_files_that_are_not_images_are_rejected_named_and_counted(tmp_path):
     assert "No such file" in reasons["gone.jpg"]
     assert "not a regular file" in reasons["pipe.jpg"]
     assert "not followed" in reasons["loop"]
-    assert json.loads(Path(made.root, "manifest.json").read_text())["meta"]["skipped"] == skipped
+    assert json.loads(Path(shard_set.root, "manifest.json").read_text())["meta"]["skipped"] == skipped
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_io, "MAX_FILE_BYTES", 5000)
     source = fill(tmp_path / "in", {"a.png": GOOD["a.png"], "video.jpg": GOOD["b/plain.jpg"] + bytes(6000)})
-    made = write_images(source, tmp_path / "own")
-    assert "MiB" in dict(made.meta["skipped"]["files"])["video.jpg"]
+    shard_set = write_images(source, tmp_path / "own")
+    assert "MiB" in dict(shard_set.meta["skipped"]["files"])["video.jpg"]
 
 
 def test_a_source_without_images_is_an_error_with_the_reason(tmp_path):
@@ -186,9 +186,9 @@ def test_paths_in_a_text_file_are_relative_to_it(tmp_path):
     fill(tmp_path / "in", GOOD)
     lines = ["in/web.webp", "", str(tmp_path / "in" / "a.png"), "in/b/ärger 日本.jpeg", "in/missing.jpg"]
     (tmp_path / "list.txt").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
-    made = write_images(tmp_path / "list.txt", tmp_path / "own")
-    assert set(frames(made)) == {lines[0], lines[2], lines[3]}
-    assert dict(made.meta["skipped"]["files"]) == {"in/missing.jpg": "No such file or directory"}
+    shard_set = write_images(tmp_path / "list.txt", tmp_path / "own")
+    assert set(frames(shard_set)) == {lines[0], lines[2], lines[3]}
+    assert dict(shard_set.meta["skipped"]["files"]) == {"in/missing.jpg": "No such file or directory"}
 
 
 def test_a_single_image_is_accepted_and_other_files_are_rejected(tmp_path):
@@ -220,14 +220,14 @@ def test_a_tar_is_not_unpacked_and_its_names_write_no_files(tmp_path, mode):
     outside = {"../../evil.jpg": GOOD["b/plain.jpg"], "/etc/evil.png": GOOD["a.png"]}
     inside = {name: data for name, data in GOOD.items() if name not in ("b/plain.jpg", "a.png")}
     source = make_tar(tmp_path / "x.tar", {**inside, **outside, "notes.txt": b"no"}, mode)
-    made = write_images(source, tmp_path / "deep" / "er" / "own")
-    found = frames(made)
+    shard_set = write_images(source, tmp_path / "deep" / "er" / "own")
+    found = frames(shard_set)
     assert set(found) == {*inside, *outside}
     if mode == "w":
         assert list(found) == sorted(found, key=str.encode)
     for name, data in {**inside, **outside}.items():
         assert data in found[name][0].values()
-    assert set(dict(made.meta["skipped"]["files"])) == {"link.jpg", "hard.jpg", "dev", "notes.txt"}
+    assert set(dict(shard_set.meta["skipped"]["files"])) == {"link.jpg", "hard.jpg", "dev", "notes.txt"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "x.tar"]
 
 
@@ -235,9 +235,9 @@ def test_a_truncated_tar_gives_its_complete_members(tmp_path):
     source = make_tar(tmp_path / "x.tar", {"a.png": GOOD["a.png"], "b.png": file(picture(200, 300), "PNG")})
     data = source.read_bytes()
     source.write_bytes(data[: data.index(b"b.png") + 512 + 600])
-    made = write_images(source, tmp_path / "own")
-    assert set(frames(made)) == {"a.png"}
-    assert "b.png" in dict(made.meta["skipped"]["files"])
+    shard_set = write_images(source, tmp_path / "own")
+    assert set(frames(shard_set)) == {"a.png"}
+    assert "b.png" in dict(shard_set.meta["skipped"]["files"])
 
 
 def test_names_that_are_not_unicode_are_stored(tmp_path):
@@ -291,8 +291,8 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path, monkeypatch
 
 def test_a_finished_set_is_returned_and_other_settings_are_rejected(tmp_path):
     source = many(tmp_path / "in")
-    made = write_images(source, tmp_path / "own", per_shard=3)
-    assert write_images(source, tmp_path / "own", per_shard=3) == made
+    shard_set = write_images(source, tmp_path / "own", per_shard=3)
+    assert write_images(source, tmp_path / "own", per_shard=3) == shard_set
     with pytest.raises(ValueError, match="per_shard 3 in place of 4.*rm -r"):
         write_images(source, tmp_path / "own", per_shard=4)
     fill(source, {"new.png": GOOD["a.png"]})
@@ -300,43 +300,43 @@ def test_a_finished_set_is_returned_and_other_settings_are_rejected(tmp_path):
         write_images(source, tmp_path / "own", per_shard=3)
 
 
-def test_the_set_may_lie_inside_the_folder_it_is_made_from(tmp_path):
+def test_the_set_may_be_inside_its_raw_folder(tmp_path):
     source = many(tmp_path)
-    made = write_images(source, tmp_path / "shards", per_shard=4)
-    assert write_images(source, tmp_path / "shards", per_shard=4) == made
-    assert len(frames(made)) == 5
+    shard_set = write_images(source, tmp_path / "shards", per_shard=4)
+    assert write_images(source, tmp_path / "shards", per_shard=4) == shard_set
+    assert len(frames(shard_set)) == 5
 
 
 @pytest.mark.skipif(
     not PHOTOS.is_dir(), reason="no photographs; set DEPTH_ANYTHING_PHOTOS to a folder of some"
 )
-def test_real_photographs_are_kept_byte_for_byte(tmp_path):
-    made = write_images(PHOTOS, tmp_path / "photos")
-    found = frames(made)
+def test_real_photographs_are_stored_unchanged(tmp_path):
+    shard_set = write_images(PHOTOS, tmp_path / "photos")
+    found = frames(shard_set)
     assert set(found) == {path.name for path in PHOTOS.iterdir()}
     for name, (fields, frame) in found.items():
         assert fields["jpg"] == (PHOTOS / name).read_bytes()
         assert frame.meta["original_size"] == list(frame.image.shape[:2])
 
 
-def test_what_is_not_seen_of_a_file_is_said(tmp_path, capsys):
+def test_hidden_pictures_and_dark_images_are_reported(tmp_path, capsys):
     frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
     frames[0].save(tmp_path / "anim.gif", save_all=True, append_images=frames[1:], duration=100)
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     Image.fromarray(picture()[..., 0].astype(np.uint16) * 16).save(tmp_path / "dark.png")
     for number in range(4):
         frames[0].save(tmp_path / f"plain{number}.png")
-    made = write_images(tmp_path, tmp_path / "set")
-    said = capsys.readouterr().err
-    assert made.records == 7 and "plain" not in said
+    shard_set = write_images(tmp_path, tmp_path / "set")
+    output = capsys.readouterr().err
+    assert shard_set.records == 7 and "plain" not in output
     for name, what in (("anim.gif", "3 pictures"), ("pages.tif", "3 pictures"), ("dark.png", "12-bit")):
-        assert any(line.startswith(f"{name}: ") and what in line for line in said.splitlines())
+        assert any(line.startswith(f"{name}: ") and what in line for line in output.splitlines())
 
 
-def test_many_notes_are_counted(tmp_path, capsys):
+def test_many_notes_are_summarized(tmp_path, capsys):
     frames = [Image.fromarray(picture(4, 4, seed)) for seed in range(2)]
     for number in range(9):
         frames[0].save(tmp_path / f"{number}.gif", save_all=True, append_images=frames[1:], duration=100)
     write_images(tmp_path, tmp_path / "set", per_shard=8)
-    said = capsys.readouterr().err
-    assert said.count("2 pictures") == 4 and "00000: 5 more" in said
+    output = capsys.readouterr().err
+    assert output.count("2 pictures") == 4 and "00000: 5 more" in output

@@ -16,7 +16,7 @@ from depth_anything.preprocess import resize_shape
 GRAY = np.full((4, 6, 3), 99, np.uint8)
 
 
-def made(raw, **options):
+def encode(raw, **options):
     return encode_sample(raw, source="toy", name="a", **options)
 
 
@@ -32,7 +32,7 @@ def test_the_sky_of_disparity_is_zero_and_other_bad_values_are_nan():
     values, sky = ramp(), np.zeros((4, 6), bool)
     values[0, :3] = 0, -1, np.nan
     sky[3] = True
-    record = made(RawSample(GRAY, disparity=values, sky=sky))
+    record = encode(RawSample(GRAY, disparity=values, sky=sky))
     label = decode_labels(record.fields)["disparity"]
     assert (label[3] == 0).all() and np.isnan(label[0, :3]).all() and label.dtype == np.float32
     assert frame_of(record).meta["sky"] == "zero" and record.quantity == "disparity"
@@ -54,13 +54,13 @@ def test_each_pixel_is_counted_as_one_kind():
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.uint16, ">f4"])
 def test_values_of_any_type_are_stored_exactly(dtype):
-    record = made(RawSample(GRAY, depth=ramp().astype(dtype)))
+    record = encode(RawSample(GRAY, depth=ramp().astype(dtype)))
     assert (decode_labels(record.fields)["depth"] == ramp()).all()
 
 
 def test_meta_of_the_source_is_stored():
     raw = RawSample(GRAY, {"unit": "m", "sky": "inf", "name": None, "intrinsics": {"fx": 5.0}}, depth=ramp())
-    meta = json.loads(made(raw).fields["json"])
+    meta = json.loads(encode(raw).fields["json"])
     assert meta == {
         "source": "toy",
         "unit": "m",
@@ -71,21 +71,21 @@ def test_meta_of_the_source_is_stored():
 
 
 def test_arrays_and_gray_files_become_png():
-    assert set(made(RawSample(GRAY)).fields) == {"png", "json"}
+    assert set(encode(RawSample(GRAY)).fields) == {"png", "json"}
     out = io.BytesIO()
     Image.fromarray(GRAY[..., 0]).save(out, "JPEG")
-    assert set(made(RawSample(out.getvalue())).fields) == {"png", "json"}
+    assert set(encode(RawSample(out.getvalue())).fields) == {"png", "json"}
 
 
 def test_a_label_of_another_size_needs_the_same_aspect_ratio():
     image = np.zeros((48, 64, 3), np.uint8)
-    assert frame_of(made(RawSample(image, depth=ramp(12, 16)))).meta["label_size"] == [12, 16]
-    assert frame_of(made(RawSample(image, depth=ramp(19, 25)))).meta["label_size"] == [19, 25], (
+    assert frame_of(encode(RawSample(image, depth=ramp(12, 16)))).meta["label_size"] == [12, 16]
+    assert frame_of(encode(RawSample(image, depth=ramp(19, 25)))).meta["label_size"] == [19, 25], (
         "within a pixel"
     )
     for size in ((16, 12), (48, 62), (12, 20)):
         with pytest.raises(ValueError, match=rf"48 x 64 .* {size[0]} x {size[1]}"):
-            made(RawSample(image, depth=ramp(*size)))
+            encode(RawSample(image, depth=ramp(*size)))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_label_of_another_size_needs_the_same_aspect_ratio():
 )
 def test_labels_without_valid_pixels_or_of_another_shape_are_rejected(label, masks, named):
     with pytest.raises(ValueError, match=named):
-        made(RawSample(GRAY, depth=label, **masks))
+        encode(RawSample(GRAY, depth=label, **masks))
 
 
 def test_short_sides_resize_image_and_label_as_training_does():
@@ -111,7 +111,7 @@ def test_short_sides_resize_image_and_label_as_training_does():
     depth, sky = ramp(90, 130), np.zeros((90, 130), bool)
     depth[40:50] = np.nan
     sky[:9] = True
-    record = made(RawSample(image, {"unit": "m"}, depth=depth, sky=sky), short_side=56)
+    record = encode(RawSample(image, {"unit": "m"}, depth=depth, sky=sky), short_side=56)
     size = resize_shape(90, 130, 56)
     frame = frame_of(record)
     assert frame.image.shape[:2] == frame.depth.shape == size == (56, 84)
@@ -133,21 +133,21 @@ def test_resize_nearest_takes_the_values_at_pixel_centers():
 
 def test_nan_in_the_meta_is_an_error():
     with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
-        made(RawSample(GRAY, {"intrinsics": {"fx": np.nan}}))
+        encode(RawSample(GRAY, {"intrinsics": {"fx": np.nan}}))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_intrinsics_are_scaled_with_a_resized_image(orientation):
-    """A point in space lies at the same share of the image before and after, upright, whatever its file says."""
+    """A 3D point projects to the same relative position before and after resizing, for any EXIF orientation."""
     out = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
     size = (96, 64) if orientation == 1 else (64, 96)
     Image.new("RGB", size).save(out, "JPEG", exif=exif)
     camera = {"fx": 80.0, "fy": 81.0, "cx": 40.25, "cy": 33.5}
-    kept = frame_of(made(RawSample(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))))).meta
+    kept = frame_of(encode(RawSample(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))))).meta
     assert kept["intrinsics"] == camera and kept["original_size"] == [64, 96]
-    record = made(RawSample(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))), short_side=28)
+    record = encode(RawSample(out.getvalue(), {"intrinsics": camera}, depth=np.ones((64, 96))), short_side=28)
     small = json.loads(record.fields["json"])["intrinsics"]
     frame = decode_record("k", record.fields)
     assert frame.image.shape[:2] == (28, 42) == frame.depth.shape
@@ -163,5 +163,5 @@ def test_intrinsics_are_scaled_with_a_resized_image(orientation):
 def test_a_camera_matrix_in_relative_coordinates_is_not_scaled():
     """Hypersim's matrix is of u and v from -1 to 1."""
     matrix = np.diag([0.577, 0.433, -1.0]).tolist()
-    record = made(RawSample(np.zeros((64, 96, 3), np.uint8), {"M_cam_from_uv": matrix}), short_side=28)
+    record = encode(RawSample(np.zeros((64, 96, 3), np.uint8), {"M_cam_from_uv": matrix}), short_side=28)
     assert json.loads(record.fields["json"])["M_cam_from_uv"] == matrix

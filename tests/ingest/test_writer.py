@@ -96,19 +96,21 @@ def test_the_last_of_the_parts_in_one_folder_finishes_the_set(raw, whole, tmp_pa
         open_set(tmp_path / "toy")
     assert write(raw, tmp_path / "toy", part=(1, 3)) is None
     assert write(raw, tmp_path / "toy", part=(1, 3)) is None
-    made = write(raw, tmp_path / "toy", part=(2, 3))
-    assert made.digest == whole.digest and files(made.root) == files(whole.root)
+    shard_set = write(raw, tmp_path / "toy", part=(2, 3))
+    assert shard_set.digest == whole.digest and files(shard_set.root) == files(whole.root)
     assert len((raw / "found").read_text()) == len(before) + 1, "listed once"
 
 
 def test_there_may_be_more_parts_than_shards(raw, whole, tmp_path):
-    made = [write(raw, tmp_path / "toy", part=(k, 9)) for k in range(1, 10)]
-    assert [one for one in made if one] == [open_set(tmp_path / "toy")] and made[-1].digest == whole.digest
+    shard_set = [write(raw, tmp_path / "toy", part=(k, 9)) for k in range(1, 10)]
+    assert [one for one in shard_set if one] == [open_set(tmp_path / "toy")] and shard_set[
+        -1
+    ].digest == whole.digest
 
 
 def test_worker_processes_write_the_same_bytes(raw, whole, tmp_path):
-    made = write(raw, tmp_path / "toy", workers=2)
-    assert files(made.root) == files(whole.root)
+    shard_set = write(raw, tmp_path / "toy", workers=2)
+    assert files(shard_set.root) == files(whole.root)
 
 
 def test_a_worker_that_dies_raises_an_error_that_names_the_folder(tmp_path):
@@ -170,7 +172,7 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(raw, whole, tmp_path, wo
     process.wait()
     wait_for(lambda: not alive(group))
     assert not (root / "manifest.json").exists()
-    made = write(raw, root, seconds="0.05")
+    shard_set = write(raw, root, seconds="0.05")
     kept = (
         "settings.json",
         "listing.txt",
@@ -178,7 +180,7 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(raw, whole, tmp_path, wo
         "manifest.json",
     )  # which contain the option `seconds`
     assert files(root, but=kept) == files(whole.root, but=kept)
-    assert made.digest == whole.digest and not list(root.glob(".*"))
+    assert shard_set.digest == whole.digest and not list(root.glob(".*"))
 
 
 def alive(group):
@@ -209,16 +211,18 @@ def test_other_settings_are_rejected_before_the_raw_folder_is_read(raw, whole, t
 
 
 def test_license_and_sky_can_be_changed_later(raw, tmp_path):
-    made = write(raw, tmp_path / "toy")
+    shard_set = write(raw, tmp_path / "toy")
     again = write(raw, tmp_path / "toy", licence="MIT", sky="invalid")
-    assert again.digest == made.digest
+    assert again.digest == shard_set.digest
     assert (again.meta["licence"], again.meta["sky_policy"]) == ("MIT", "invalid")
     assert write(raw, tmp_path / "toy") == again, "the changes persist"
 
 
 def test_leave_out_patterns_are_applied_and_counted(raw, tmp_path):
-    made = write(raw, tmp_path / "toy", leave_out=["room/*0", "room/?[!0]*", "nothing"], per_shard=9)
-    assert made.meta["left_out"] == {"room/*0": 3, "room/?[!0]*": 20, ".txt": 3} and made.records == 2
+    shard_set = write(raw, tmp_path / "toy", leave_out=["room/*0", "room/?[!0]*", "nothing"], per_shard=9)
+    assert (
+        shard_set.meta["left_out"] == {"room/*0": 3, "room/?[!0]*": 20, ".txt": 3} and shard_set.records == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,8 +253,8 @@ def lines(tmp_path, *names):
 
 def test_a_missing_file_is_rejected_but_a_failing_disk_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
-    made = write(lines(tmp_path, "a/1", "a/2-gone"), tmp_path / "toy")
-    assert made.meta["skipped"]["files"] == [["a/2-gone", "No such file or directory"]]
+    shard_set = write(lines(tmp_path, "a/1", "a/2-gone"), tmp_path / "toy")
+    assert shard_set.meta["skipped"]["files"] == [["a/2-gone", "No such file or directory"]]
     with pytest.raises(StorageUnavailable, match=r"a/2-broken of .*Input/output error"):
         write(lines(tmp_path / "b", "a/1", "a/2-broken"), tmp_path / "b" / "toy")
     with pytest.raises(RuntimeError, match="a/2-bug: .*toy.*a bug"):

@@ -47,7 +47,7 @@ def solid(shape, center, half, *, axes=None, role="furniture"):
 
 
 def inside(one, points):
-    """Whether float64 points (n, 3) lie inside a solid, from its definition."""
+    """Return whether float64 points (n, 3) are inside a solid, from its definition."""
     p = (points - one.center) @ one.axes.T / one.half
     if one.shape == "ball":
         return (p**2).sum(1) < 1
@@ -89,10 +89,10 @@ def test_depth_of_a_rotated_solid_equals_that_of_ray_marching(shape):
 
 
 def test_depth_of_a_furnished_room_equals_that_of_ray_marching():
-    made = random_layout(ROOM)
-    seen = PinholeView(made.origin, made.rotation, view().u[::2], view().v[::2])
-    depth, _ = cast_rays(made.solids, seen)
-    walked = march(made.solids, seen)
+    layout = random_layout(ROOM)
+    seen = PinholeView(layout.origin, layout.rotation, view().u[::2], view().v[::2])
+    depth, _ = cast_rays(layout.solids, seen)
+    walked = march(layout.solids, seen)
     assert np.isfinite(depth).all()
     assert np.mean(np.abs(depth - walked) < 0.021) > 0.97
 
@@ -113,12 +113,12 @@ def test_depth_of_a_wall_seen_at_an_angle_is_planar_not_radial():
 
 
 def test_points_computed_with_the_intrinsics_are_inside_the_room():
-    frame, made = render_scene(ROOM, look="synthetic", **SMALL), random_layout(ROOM)
+    frame, layout = render_scene(ROOM, look="synthetic", **SMALL), random_layout(ROOM)
     k = frame.meta["intrinsics"]
     y, x = np.mgrid[:24, :32]
     rays = np.stack([(x - k["cx"]) / k["fx"], (y - k["cy"]) / k["fy"], np.ones((24, 32))], -1)
-    points = frame.depth[..., None] * (rays @ made.rotation.T) + made.origin
-    shell = next(one for one in made.solids if one.shape == "shell")
+    points = frame.depth[..., None] * (rays @ layout.rotation.T) + layout.origin
+    shell = next(one for one in layout.solids if one.shape == "shell")
     reach = np.abs(points - shell.center) / shell.half
     assert reach.max() < 1 + 1e-4
     assert (reach.max(-1) > 1 - 1e-4).mean() > 0.1  # and many on the walls
@@ -237,18 +237,18 @@ def test_glass_is_transparent_and_tinted():
 def test_the_depth_of_glass_and_mirrors_is_that_of_their_surface():
     seen = 0
     for seed in range(60):
-        made = random_layout(seed)
-        if not made.indoors or not any(one.role == "glass" for one in made.solids):
+        layout = random_layout(seed)
+        if not layout.indoors or not any(one.role == "glass" for one in layout.solids):
             continue
         with_pane = render_scene(seed, look="photographic", **SMALL).depth
-        focal = 16 / math.tan(made.field)
+        focal = 16 / math.tan(layout.field)
         pixels = PinholeView(
-            made.origin,
-            made.rotation,
+            layout.origin,
+            layout.rotation,
             ((np.arange(32) - 15.5) / focal).astype(np.float32),
             ((np.arange(24) - 11.5) / focal).astype(np.float32),
         )
-        opaque, _ = cast_rays([one for one in made.solids if one.role != "glass"], pixels)
+        opaque, _ = cast_rays([one for one in layout.solids if one.role != "glass"], pixels)
         assert (with_pane <= opaque).all()
         seen += int((with_pane < opaque - 0.1).sum())
     assert seen > 100
@@ -314,8 +314,8 @@ def test_a_written_set_reads_back_as_rendered(written):
 
 
 def test_synthetic_images_are_png_and_depth_is_optional(tmp_path):
-    made = write_scenes(tmp_path / "s", **{**SETTINGS, "look": "synthetic", "count": 2}, labelled=False)
-    key, fields = Records(made).read("s/00000", 1)
+    shard_set = write_scenes(tmp_path / "s", **{**SETTINGS, "look": "synthetic", "count": 2}, labelled=False)
+    key, fields = Records(shard_set).read("s/00000", 1)
     assert set(fields) == {"png", "json"}
     rendered = render_scene(30_000_001, look="synthetic", **SMALL)
     assert (decode_record(key, fields).image == rendered.image).all()
@@ -370,13 +370,13 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(written, tmp_path, monke
 
 def test_processes_that_race_write_the_same_set(written, tmp_path):
     root = tmp_path / "photos"
-    made, threads = [], []
+    sets, threads = [], []
     for _ in range(3):
-        threads.append(threading.Thread(target=lambda: made.append(write_scenes(root, **SETTINGS))))
+        threads.append(threading.Thread(target=lambda: sets.append(write_scenes(root, **SETTINGS))))
         threads[-1].start()
     for thread in threads:
         thread.join()
-    assert [one.digest for one in made] == [written.digest] * 3
+    assert [one.digest for one in sets] == [written.digest] * 3
     assert tars(root) == tars(written.root) and verify_set(root) == []
     assert not list(root.glob(".tmp*"))
 

@@ -81,8 +81,8 @@ def test_an_empty_map_is_rejected(tmp_path):
 def test_damaged_depth_is_rejected_with_a_reason(tmp_path, data, reason):
     make_blendedmvs(tmp_path, frames=1, scenes=("5a3ca9cb270f0e3f14d0eddb",))
     next(tmp_path.rglob("*.pfm")).write_bytes(data)
-    (told,) = frames_of(blendedmvs, tmp_path).values()
-    assert isinstance(told, str) and reason in told
+    (reasons,) = frames_of(blendedmvs, tmp_path).values()
+    assert isinstance(reasons, str) and reason in reasons
 
 
 def test_a_single_scene_and_a_folder_above_all_scenes_are_accepted(tmp_path):

@@ -163,8 +163,8 @@ def test_a_camera_matrix_of_zeros_gives_no_valid_pixel(tmp_path):
     table = tmp_path / "metadata_camera_parameters.csv"
     head, row = table.read_text().splitlines()
     table.write_text(head + "\n" + ",".join([*row.split(",")[:2], *["0"] * 9]) + "\n")
-    told = frames_of(hypersim, tmp_path)["ai_001_001/cam_00/frame.0000"]
-    assert told == "no pixel of its label is valid: 1728 nan"
+    reasons = frames_of(hypersim, tmp_path)["ai_001_001/cam_00/frame.0000"]
+    assert reasons == "no pixel of its label is valid: 1728 nan"
 
 
 def test_the_preview_is_stored_unchanged(tmp_path):
@@ -216,9 +216,9 @@ def test_tone_mapping_of_nan_infinite_and_dark_pixels():
 def test_hdr_with_a_missing_file_is_rejected(tmp_path, lack):
     make_hypersim(tmp_path)
     next((tmp_path / "ai_001_001").rglob(f"frame.0000.{lack}.hdf5")).unlink()
-    told = frames_of(hypersim, tmp_path, images="hdr")["ai_001_001/cam_00/frame.0000"]
+    reasons = frames_of(hypersim, tmp_path, images="hdr")["ai_001_001/cam_00/frame.0000"]
     what = {"color": "image", "render_entity_id": "segmentation", "depth_meters": "depth"}[lack]
-    assert isinstance(told, str) and told.startswith(f"its {what} ")
+    assert isinstance(reasons, str) and reasons.startswith(f"its {what} ")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_color_of_another_shape_is_rejected(tmp_path, values):
 
 
 def plane(depth, camera, rows, columns):
-    """Fit a plane to a part of a depth map in space: its normal, and how far the points lie from it (metres, rms)."""
+    """Fit a plane to the points of a part of a depth map; return its normal and the RMS distance in meters."""
     rays = hypersim_rays(camera, depth.shape)[rows, columns]
     points = (rays / -rays[..., 2:] * depth[rows, columns, None])[::3, ::3].reshape(-1, 3)
     _, spread, axes = np.linalg.svd(points - points.mean(0), full_matrices=False)
@@ -246,12 +246,12 @@ def test_a_real_frame_has_a_flat_floor_and_vertical_walls_with_its_own_camera_on
     np.testing.assert_array_equal(own, TILTED)
     distance = read_hdf5(path, "dataset")
     assert distance.shape == (768, 1024) and distance.dtype == np.float16
-    told = []
+    reasons = []
     for camera in (own, CANONICAL):
         depth = hypersim.planar_depth(distance, camera)
         floor, bumps = plane(depth, camera, slice(700, 768), slice(0, 1024))
         wall, _ = plane(depth, camera, slice(290, 480), slice(0, 110))
-        told.append((bumps, 90 - np.degrees(np.arccos(abs(floor @ wall)))))
-    (flat, upright), (bent, leaning) = told
+        reasons.append((bumps, 90 - np.degrees(np.arccos(abs(floor @ wall)))))
+    (flat, upright), (bent, leaning) = reasons
     assert flat < 0.0005 < 0.0015 < bent  # metres, at 2.8 m
     assert upright < 0.4 < 1 < leaning  # degrees

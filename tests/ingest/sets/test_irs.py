@@ -54,16 +54,16 @@ def test_the_first_edition_has_numbers_without_leading_zeros(tmp_path):
 def test_a_disparity_of_another_size_is_rejected(tmp_path):
     make_irs(tmp_path)
     exr(next(tmp_path.rglob("d_00001.exr")), {"G": np.ones((18, 24), np.float32)})
-    told = [frame for frame in frames_of(irs, tmp_path).values() if isinstance(frame, str)]
-    assert told == ["its image has 48 x 36 pixels, its disparity 24 x 18"]
+    reasons = [frame for frame in frames_of(irs, tmp_path).values() if isinstance(frame, str)]
+    assert reasons == ["its image has 48 x 36 pixels, its disparity 24 x 18"]
 
 
 def test_channels_that_differ_are_rejected(tmp_path):
     make_irs(tmp_path)
     ones = np.ones((36, 48), np.float32)
     exr(next(tmp_path.rglob("d_00001.exr")), {"R": ones, "G": ones * 2, "B": ones})
-    told = [frame for frame in frames_of(irs, tmp_path).values() if isinstance(frame, str)]
-    assert len(told) == 1 and "several channels" in told[0]
+    reasons = [frame for frame in frames_of(irs, tmp_path).values() if isinstance(frame, str)]
+    assert len(reasons) == 1 and "several channels" in reasons[0]
 
 
 def test_depth_is_48_over_disparity(tmp_path):

@@ -47,11 +47,11 @@ def test_facts_and_options_are_complete(name):
 def test_raw_files_become_verified_shards(tmp_path, name, short_side):
     truth = getattr(made_raw, f"make_{name}")(tmp_path / "raw")
     lines = [*load_source(name).find(tmp_path / "raw")]
-    made = write_source(
+    shard_set = write_source(
         load_source(name), tmp_path / "raw", tmp_path / "set", per_shard=3, short_side=short_side
     )
     assert verify_set(tmp_path / "set", decode=True) == []
-    records, pixels, names = Records(made), 0, []
+    records, pixels, names = Records(shard_set), 0, []
     for shard, count in records.shards:
         for index in range(count):
             frame = decode_record(*records.read(shard, index))
@@ -62,14 +62,14 @@ def test_raw_files_become_verified_shards(tmp_path, name, short_side):
                 np.testing.assert_allclose(label, truth[frame.meta["name"]], rtol=2e-7)
             names.append(frame.meta["name"])
             pixels += 36 * 48
-    left_out = made.meta.get("left_out", {}).get("amusement/*", 0)
-    refused = made.meta.get("skipped", {}).get("count", 0)
+    left_out = shard_set.meta.get("left_out", {}).get("amusement/*", 0)
+    refused = shard_set.meta.get("skipped", {}).get("count", 0)
     assert names == [n for n in sorted(truth) if n in names]  # in order
     assert len(names) + left_out + refused == len(lines)
-    counted = dict(made.meta["pixels"])
+    counted = dict(shard_set.meta["pixels"])
     assert counted.pop("all") == pixels == sum(counted.values())
-    assert made.meta["licence"] == load_source(name).INFO.licence
-    assert made.meta["sky_policy"] == load_source(name).INFO.sky
+    assert shard_set.meta["licence"] == load_source(name).INFO.licence
+    assert shard_set.meta["sky_policy"] == load_source(name).INFO.sky
     assert ("amusement" in str(names)) is False
 
 
@@ -99,5 +99,5 @@ def test_a_failing_disk_rejects_no_record(tmp_path, name, monkeypatch):
         patched.setattr(retry, "sleep", lambda seconds: None)
         with pytest.raises(StorageUnavailable, match="Input/output error"):
             write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
-    made = write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
-    assert made.records and "Input/output error" not in str(made.meta.get("skipped"))
+    shard_set = write_source(load_source(name), tmp_path / "raw", tmp_path / "set")
+    assert shard_set.records and "Input/output error" not in str(shard_set.meta.get("skipped"))

@@ -51,7 +51,7 @@ def test_one_camera_is_read_by_default(tmp_path):
 
 
 def test_all_means_the_twelve_pinhole_cameras(tmp_path):
-    """Fisheyes, panoramas and cameras of one's own lie beside them, under names of the same make."""
+    """Fisheye, panorama and user-defined cameras have similar names and are not read."""
     others = ("lcam_fish", "rcam_fish", "lcam_equirect", "lcam_custom0_pinhole", "lcam_fronts", "ccam_front")
     truth = make_tartanair2(tmp_path, cameras=(*tartanair2.CAMERAS, *others))
     names = {line.partition("\t")[0] for line in tartanair2.find(tmp_path, camera="all")}

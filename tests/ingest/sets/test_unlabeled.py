@@ -42,15 +42,15 @@ def tar_of(path, files, mode="w"):
 
 def written(name, raw, root, **options):
     """Write a set; return it, and each record's name with its image file."""
-    made = write_source(load_source(name), raw, root, **{"per_shard": 3, **options})
-    assert verify_set(made.root, decode=True) == []
-    records, found = Records(made), {}
+    shard_set = write_source(load_source(name), raw, root, **{"per_shard": 3, **options})
+    assert verify_set(shard_set.root, decode=True) == []
+    records, found = Records(shard_set), {}
     for shard, count in records.shards:
         for index in range(count):
             key, fields = records.read(shard, index)
             (image,) = (fields[field] for field in ("jpg", "png", "webp") if field in fields)
             found[decode_record(key, fields).meta["name"]] = image
-    return made, found
+    return shard_set, found
 
 
 def sa1b(count=5):
@@ -66,18 +66,18 @@ def test_sa1b_tars_are_read_whatever_their_suffix(tmp_path, packed):
     raw = tmp_path / "raw"
     tar_of(raw / "sa_000000.tar", sa1b(), "w:gz" if packed else "w")
     tar_of(raw / "sa_000001.tar.gz", {"./sa_9.jpg": picture(9)}, "w" if packed else "w:gz")
-    made, found = written("sa1b", raw, tmp_path / "sa1b")
+    shard_set, found = written("sa1b", raw, tmp_path / "sa1b")
     images = {name[2:]: data for name, data in sa1b().items() if name.endswith(".jpg")}
     assert found == {
         **{f"sa_000000.tar/{name}": data for name, data in images.items()},
         "sa_000001.tar.gz/sa_9.jpg": picture(9),
     }
-    assert made.meta["left_out"] == {".json": 5} and made.meta["licence"] == "LicenseRef-SA-1B"
+    assert shard_set.meta["left_out"] == {".json": 5} and shard_set.meta["licence"] == "LicenseRef-SA-1B"
     part = [
         write_source(load_source("sa1b"), raw, tmp_path / "p", name="sa1b", per_shard=3, part=(k, 2))
         for k in (2, 1)
     ]
-    assert part[1].digest == made.digest, "a packed tar can be read backwards, too"
+    assert part[1].digest == shard_set.digest, "a packed tar can be read backwards, too"
 
 
 def test_a_plain_tar_is_read_only_at_its_members(tmp_path, monkeypatch):
@@ -102,9 +102,9 @@ def test_a_damaged_tar_gives_its_complete_members_and_is_reported(tmp_path):
     (raw / "c.tar").write_bytes(gzip.compress(whole)[:-1000])
     (raw / "d.tar").write_bytes(b"")
     (raw / "e.tar").write_bytes(whole)
-    made, found = written("landmarks", raw, tmp_path / "landmarks")
+    shard_set, found = written("landmarks", raw, tmp_path / "landmarks")
     assert {"a.tar/1.jpg", "b.tar/1.jpg", "e.tar/1.jpg", "e.tar/2.jpg"} <= set(found)
-    reasons = dict(made.meta["skipped"]["files"])
+    reasons = dict(shard_set.meta["skipped"]["files"])
     assert "truncated" in reasons["a.tar/2.jpg"]
     for tar in ("a", "b", "c", "d"):
         assert "the tar is damaged, and nothing after" in reasons[f"{tar}.tar"]
@@ -117,9 +117,9 @@ def test_a_compressed_tar_with_a_wrong_checksum_is_reported(tmp_path):
     packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored: a flipped bit is a flipped pixel
     packed[len(packed) // 2] ^= 64
     path.write_bytes(packed)
-    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    shard_set, found = written("landmarks", path.parent, tmp_path / "landmarks")
     assert len(found) == len(files)
-    (row,) = made.meta["skipped"]["files"]
+    (row,) = shard_set.meta["skipped"]["files"]
     assert row[0] == "a.tar" and row[1].startswith("the tar is damaged, nobody can tell where: CRC check")
 
 
@@ -162,18 +162,18 @@ def test_metadata_files_of_macos_are_skipped(tmp_path):
     (tmp_path / "raw" / "2.jpg").write_bytes(picture(2))
     (tmp_path / "raw" / "._2.jpg").write_bytes(b"\0\5\x16\7")
     (tmp_path / "raw" / "._a.tar").write_bytes(b"\0\5\x16\7")
-    made, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
+    shard_set, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
     assert list(found) == ["2.jpg", "a.tar/x/1.jpg"]
-    assert made.meta["left_out"] == {"._*": 3} and "skipped" not in made.meta
+    assert shard_set.meta["left_out"] == {"._*": 3} and "skipped" not in shard_set.meta
 
 
 def test_tars_that_are_not_regular_files_are_rejected(tmp_path):
     path = tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1)})
     os.mkfifo(path.with_name("b.tar"))  # to open it is to wait for ever
     path.with_name("c.tar").symlink_to("nowhere.tar")
-    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    shard_set, found = written("landmarks", path.parent, tmp_path / "landmarks")
     assert list(found) == ["a.tar/1.jpg"]
-    assert made.meta["skipped"]["files"] == [
+    assert shard_set.meta["skipped"]["files"] == [
         ["b.tar", "not a regular file"],
         ["c.tar", "No such file or directory"],
     ]
@@ -190,16 +190,16 @@ def test_members_that_are_not_regular_files_are_rejected(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    made, found = written("landmarks", path.parent, tmp_path / "landmarks")
+    shard_set, found = written("landmarks", path.parent, tmp_path / "landmarks")
     assert list(found) == ["a.tar/1.jpg"]
-    assert {reason for _, reason in made.meta["skipped"]["files"]} == {"not a regular file"}
+    assert {reason for _, reason in shard_set.meta["skipped"]["files"]} == {"not a regular file"}
 
 
 def test_members_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_io, "MAX_FILE_BYTES", 2000)
     tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": picture(1), "2.jpg": picture(2) + bytes(2000)})
-    made, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
-    assert list(found) == ["a.tar/1.jpg"] and "MiB" in made.meta["skipped"]["files"][0][1]
+    shard_set, found = written("landmarks", tmp_path / "raw", tmp_path / "landmarks")
+    assert list(found) == ["a.tar/1.jpg"] and "MiB" in shard_set.meta["skipped"]["files"][0][1]
 
 
 def test_a_single_tar_is_accepted_as_the_raw_folder(tmp_path):
@@ -218,9 +218,9 @@ def test_folders_are_listed_in_order_and_links_are_followed_once(tmp_path):
     (other / "3.jpg").write_bytes(picture(3))
     (raw / "patch9").symlink_to(other)
     (other / "loop").symlink_to(raw)
-    made, found = written("objects365", raw, tmp_path / "objects365")
+    shard_set, found = written("objects365", raw, tmp_path / "objects365")
     assert list(found) == sorted([*files, "patch9/3.jpg"], key=os.fsencode)
-    assert made.meta["left_out"] == {".json": 1}
+    assert shard_set.meta["left_out"] == {".json": 1}
 
 
 def test_lsun_is_read_from_its_databases(tmp_path):
@@ -235,9 +235,9 @@ def test_lsun_is_read_from_its_databases(tmp_path):
                     values[f"{category}_train_lmdb/{key}"] = picture(k, "WEBP", size=(256, 341))
                     transaction.put(key.encode(), values[f"{category}_train_lmdb/{key}"])
     (raw / "category_indices.txt").write_text("")
-    made, found = written("lsun", raw, tmp_path / "lsun")
+    shard_set, found = written("lsun", raw, tmp_path / "lsun")
     assert found == values and list(found) == sorted(found)
-    assert made.meta["left_out"] == {".mdb": 2, ".txt": 1}  # lock.mdb
+    assert shard_set.meta["left_out"] == {".mdb": 2, ".txt": 1}  # lock.mdb
     with pytest.raises(ValueError, match="'gone'"):
         load_source("lsun").read(raw, "bedroom_train_lmdb/gone\tlmdb\tbedroom_train_lmdb")
     (tmp_path / "bad" / "x_train_lmdb").mkdir(parents=True)
@@ -257,14 +257,14 @@ def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
     made_videos.make_video(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
     made_videos.make_video(raw / "videos" / "train" / "b.mov", frames=20)
     (raw / "videos" / "train" / "c.mov").write_bytes(b"no film")
-    made, found = written("bdd100k", raw, tmp_path / "bdd100k")
+    shard_set, found = written("bdd100k", raw, tmp_path / "bdd100k")
     names = [f"videos/train/a.mov/{k:06d}" for k in range(6)]
     assert list(found) == [*names, "videos/train/b.mov/000000"]
     for k, name in enumerate(names):
         shown = decode_image(found[name]).astype(int)
         expected = made_videos.frame(int(k / 2 * 30000 / 1001), 48, 64).astype(int)
         assert abs((shown - expected)[30:].mean()) < 1, "the frame on the screen at this time"
-    assert made.meta["skipped"]["files"][0][0] == "videos/train/c.mov"
+    assert shard_set.meta["skipped"]["files"][0][0] == "videos/train/c.mov"
     source = load_source("bdd100k")
     line = "x\tfilm\tvideos/train/a.mov\t"
     backwards = [source.read(raw, f"{line}{k}").image for k in (4, 1)]
@@ -303,8 +303,8 @@ def test_a_truncated_video_gives_its_frames_and_rejects_the_others(tmp_path):
     )
     data = whole.read_bytes()
     whole.write_bytes(data[: len(data) * 6 // 10])
-    made, found = written("bdd100k", tmp_path / "raw", tmp_path / "bdd100k")
-    skipped = dict(made.meta["skipped"]["files"])
+    shard_set, found = written("bdd100k", tmp_path / "raw", tmp_path / "bdd100k")
+    skipped = dict(shard_set.meta["skipped"]["files"])
     assert 1 <= len(found) < 6 and len(found) + len(skipped) == 6
     assert all("ends before" in reason or "damaged" in reason for reason in skipped.values())
 
@@ -323,7 +323,7 @@ def test_short_side_uses_the_resize_rule_of_training(tmp_path):
     raw.mkdir()
     for name, size in {"large": (150, 203), "wide": (28, 45), "fits": (28, 42), "small": (20, 200)}.items():
         (raw / f"{name}.png").write_bytes(picture(1, "PNG", size=size))
-    made, found = written("places365", raw, tmp_path / "places365", short_side=28)
+    shard_set, found = written("places365", raw, tmp_path / "places365", short_side=28)
     sizes = {name: decode_image(data).shape[:2] for name, data in found.items()}
     assert sizes == {
         "large.png": (28, 42),
@@ -362,7 +362,7 @@ def test_names_with_special_characters_survive_the_file_list(tmp_path):
     (raw / name).write_bytes(picture(1))
     (line,) = find_images(raw)
     assert "\n" not in line and "\t" not in line
-    made, found = written("objects365", raw, tmp_path / "objects365")
+    shard_set, found = written("objects365", raw, tmp_path / "objects365")
     assert list(found) == ["caf\\udce9\t\\t\r\n.jpg"]
     assert FileList(tmp_path / "objects365", per_shard=3).lines(0) == [line]
 
@@ -372,8 +372,8 @@ def test_tars_next_to_image_files_are_reported(tmp_path, capsys):
     tar_of(raw / "images_000.tar", {"0/1.jpg": picture(1)})
     (raw / "0").mkdir()
     (raw / "0" / "1.jpg").write_bytes(picture(1))
-    made, found = written("landmarks", raw, tmp_path / "both")
+    shard_set, found = written("landmarks", raw, tmp_path / "both")
     assert list(found) == ["0/1.jpg", "images_000.tar/0/1.jpg"]
     assert "1 image files and 1 tars" in capsys.readouterr().err
-    made, found = written("landmarks", raw, tmp_path / "one", leave_out=["*.tar/*"])
-    assert list(found) == ["0/1.jpg"] and made.meta["left_out"] == {"*.tar/*": 1}
+    shard_set, found = written("landmarks", raw, tmp_path / "one", leave_out=["*.tar/*"])
+    assert list(found) == ["0/1.jpg"] and shard_set.meta["left_out"] == {"*.tar/*": 1}

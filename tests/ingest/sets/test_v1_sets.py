@@ -1,4 +1,4 @@
-"""The sets that V1 was trained on beside those of V2: DIML, HR-WSI, MegaDepth."""
+"""The sets of V1 that V2 does not use: DIML, HR-WSI, MegaDepth."""
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ def test_diml_is_in_millimeters_and_low_confidence_is_invalid(tmp_path):
 
 
 def test_the_sample_edition_of_diml_is_read(tmp_path):
-    """Other folders, and a name that ends in two words; depth_raw, with holes, lies beside and is not taken."""
+    """Other folder names, and a suffix of two words; depth_raw, with holes, is not read."""
     truth = make_diml(tmp_path)
     for place in list((tmp_path / "indoor").rglob("up_png")):
         place.with_name("depth_raw").mkdir()
@@ -41,8 +41,8 @@ def test_outdoor_diml_without_confidence_is_rejected(tmp_path):
     make_diml(tmp_path)
     next(tmp_path.rglob("0001_conf.png")).unlink()
     png(next(tmp_path.rglob("0002_conf.png")), np.full((4, 4), 255, np.uint8))
-    told = [frame for frame in frames_of(diml, tmp_path).values() if isinstance(frame, str)]
-    assert "its confidence is missing" in told[0] and "its confidence has the shape (4, 4)" in told[1]
+    reasons = [frame for frame in frames_of(diml, tmp_path).values() if isinstance(frame, str)]
+    assert "its confidence is missing" in reasons[0] and "its confidence has the shape (4, 4)" in reasons[1]
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -69,8 +69,8 @@ def test_hrwsi_without_a_mask_is_rejected(tmp_path):
     make_hrwsi(tmp_path)
     next(tmp_path.rglob("train/valid_masks/aa_1.png")).unlink()
     png(next(tmp_path.rglob("train/valid_masks/bb.2.png")), np.zeros((4, 4), np.uint8))
-    told = list(frames_of(hrwsi, tmp_path).values())
-    assert "its mask is missing" in told[0] and "its mask has the shape (4, 4)" in told[1]
+    reasons = list(frames_of(hrwsi, tmp_path).values())
+    assert "its mask is missing" in reasons[0] and "its mask has the shape (4, 4)" in reasons[1]
 
 
 def test_megadepth_is_stored_unchanged_and_ordinal_maps_are_rejected(tmp_path):
@@ -89,7 +89,7 @@ def test_megadepth_with_an_ambiguous_image_is_rejected(tmp_path):
     make_megadepth(tmp_path)
     path = next(tmp_path.rglob("0000/dense0/imgs/1_o.jpg"))
     assert cv2.imwrite(str(path.with_suffix(".png")), cv2.imread(str(path)))
-    told = frames_of(megadepth, tmp_path)["0000/dense0/1_o"]
-    assert isinstance(told, str) and "several files" in told
+    reasons = frames_of(megadepth, tmp_path)["0000/dense0/1_o"]
+    assert isinstance(reasons, str) and "several files" in reasons
     hdf5(next(tmp_path.rglob("0000/dense0/depths/2_b.h5")), np.ones((36, 48)), key="depths")
     assert 'no dataset "depth"' in frames_of(megadepth, tmp_path)["0000/dense0/2_b"]

@@ -37,8 +37,8 @@ def test_8_bit_depth_is_rejected(tmp_path):
     path = next(tmp_path.rglob("Camera_0/depth_00000.png"))
     stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     cv2.imwrite(str(path), (stored // 256).astype(np.uint8))
-    told = [frame for frame in frames_of(vkitti2, tmp_path).values() if isinstance(frame, str)]
-    assert len(told) == 1 and "8 bits" in told[0]
+    reasons = [frame for frame in frames_of(vkitti2, tmp_path).values() if isinstance(frame, str)]
+    assert len(reasons) == 1 and "8 bits" in reasons[0]
 
 
 def test_a_flipped_bit_is_detected(tmp_path):
@@ -47,5 +47,5 @@ def test_a_flipped_bit_is_detected(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(bytes(data))
-    told = [frame for frame in frames_of(vkitti2, tmp_path).values() if isinstance(frame, str)]
-    assert len(told) == 1 and "damaged" in told[0]
+    reasons = [frame for frame in frames_of(vkitti2, tmp_path).values() if isinstance(frame, str)]
+    assert len(reasons) == 1 and "damaged" in reasons[0]
