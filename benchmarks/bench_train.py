@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +47,7 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.training.base import DepthModule
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import Recipe
+from depth_anything.training.config import Recipe, RunConfig
 from depth_anything.training.lightning import build_callbacks
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.run import build_trainer
@@ -105,7 +104,7 @@ class Bench:
     """What the sides share."""
 
     settings: Settings
-    cfg: DictConfig
+    config: RunConfig
     module: DepthModule
     frozen: DepthAnything | None
     batch: dict[str, Any]
@@ -154,7 +153,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Path | None]:
     return Settings(**found), output
 
 
-def compose_config(settings: Settings, folder: Path) -> DictConfig:
+def compose_config(settings: Settings, folder: Path) -> RunConfig:
     """Compose the stage as train.py does, the paper's numbers but for what is measured here."""
     overrides = {
         "stage": settings.stage,
@@ -177,7 +176,7 @@ def compose_config(settings: Settings, folder: Path) -> DictConfig:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [f"{key}={value}" for key, value in overrides.items()])
     cfg.run_dir = str(folder)
-    return cfg
+    return resolve_config(cfg)
 
 
 def make_batch(settings: Settings) -> dict[str, Any]:
@@ -195,12 +194,12 @@ def make_batch(settings: Settings) -> dict[str, Any]:
 
 def build(settings: Settings, folder: Path) -> Bench:
     """Build the network from random weights, which take as long as trained ones, and the stage's module around it."""
-    cfg = compose_config(settings, folder)
+    config = compose_config(settings, folder)
     torch.manual_seed(settings.seed)
     network = DepthAnything(settings.encoder)
     frozen = DepthAnything(settings.encoder) if settings.stage == "student" else None
-    module = instantiate(cfg.module, network, frozen=frozen, _convert_="object")
-    return Bench(settings, cfg, module, frozen, make_batch(settings), folder)
+    module = instantiate(config.module.as_dict(), network, frozen=frozen, _convert_="object")
+    return Bench(settings, config, module, frozen, make_batch(settings), folder)
 
 
 def plain_step(
@@ -340,18 +339,18 @@ def measure(bench: Bench, *, callbacks: bool, shards: str | None = None) -> Take
         )
 
     turns = TakeTurns(bench, plain)
-    others = build_callbacks(resolve_config(bench.cfg), RunDir(bench.folder)) if callbacks else []
+    others = build_callbacks(bench.config, RunDir(bench.folder)) if callbacks else []
     if shards is None:  # one batch again and again is of no set whose records could be named
         others = [callback for callback in others if not isinstance(callback, ValidPixelCheck)]
     trainer = build_trainer(
-        bench.cfg, [*others, turns], max_steps=NEVER
+        bench.config, [*others, turns], max_steps=NEVER
     )  # last: the others' work is in the step
     trainer.loggers = [MetricsCSV(bench.folder / "metrics.csv")] if callbacks else []
     if shards is None:
         trainer.fit(bench.module, train_dataloaders=SameBatch(bench.batch))
     else:
-        bench.cfg.data.sets = {open_set(shards).name: shards}
-        data = instantiate(bench.cfg.data, micro_batch=settings.batch, _convert_="all")
+        node = replace(bench.config.data, sets={open_set(shards).name: shards}).as_dict()
+        data = instantiate(node, micro_batch=settings.batch, patch=network.multiple, _convert_="all")
         trainer.fit(bench.module, datamodule=data)
     return turns
 

@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from depth_anything import DepthAnything, Predictor, load_model
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.frames import read_frames
+from depth_anything.training.check_config import parse_config
 from depth_anything.training.initialization import build_model
+from depth_anything.training.resume import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes, as in claim.py
@@ -129,7 +130,7 @@ def main() -> None:
     table: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for seed in options.seeds:
         folder = train(seed, options.output / f"seed-{seed}", options.data, options.override)
-        untrained = build_model(yaml.safe_load((folder / "config.yaml").read_text()))
+        untrained = build_model(parse_config(read_config(folder / "config.yaml")))
         for look in TESTS:
             constant = Constant(best_constant(frames[look]))
             candidates = (constant, predictor(untrained), predictor(load_model(folder)))

@@ -109,15 +109,15 @@ def export_model(
         )
     network = copy.deepcopy(model).cpu().eval()
     module = ExportModule(network, precision=precision, position_rule=position_rule)
-    facts = {**program_metadata(network, precision=precision), "position_rule": module.position_rule}
+    metadata = {**program_metadata(network, precision=precision), "position_rule": module.position_rule}
     program = trace_program(module)
     with atomic_files(path, also=WRITE_ERRORS) as folder:
         file = folder / path.name
-        {"onnx": _write_onnx, "torch": _write_torch}[to](program, file, facts, opset)
+        {"onnx": _write_onnx, "torch": _write_torch}[to](program, file, metadata, opset)
         run = {"onnx": run_onnx, "torch": run_torch}[to](file)
         checks = check_program(run, network, module.reference)
         _check_tolerance(checks, path, tolerance=TOLERANCE[precision])
-        report = {"file": path.name, "made": facts, "tolerance": TOLERANCE[precision]}
+        report = {"file": path.name, "made": metadata, "tolerance": TOLERANCE[precision]}
         report["checks"] = [asdict(row) for row in checks]
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         (folder / f"{path.name}.json").write_text(text, encoding="utf-8")
@@ -170,11 +170,11 @@ def _write_card(model: DepthAnything, path: Path, *, to: str, checks: Sequence[E
 
 def program_metadata(model: DepthAnything, *, precision: str) -> dict[str, str]:
     """Build a program's metadata: the meaning of its output and the preprocessing of its input."""
-    facts = {**build_metadata(model), "precision": precision}
-    del facts["format"]
+    metadata = {**build_metadata(model), "precision": precision}
+    del metadata["format"]
     if model.calibration is not None:
-        facts |= {"quantity": "depth", "unit": "m"}
-    return facts | {
+        metadata |= {"quantity": "depth", "unit": "m"}
+    return metadata | {
         "patch": str(model.patch_size),
         "multiple": str(model.multiple),
         "mean": json.dumps(IMAGENET_MEAN),
@@ -281,7 +281,7 @@ def trace_program(module: ExportModule) -> torch.export.ExportedProgram:
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, file: Path, facts: Mapping[str, str], opset: int
+    program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str], opset: int
 ) -> None:
     import onnx
 
@@ -291,7 +291,7 @@ def _write_onnx(
             dynamo=True,
             opset_version=opset,
             input_names=["image"],
-            output_names=[facts["quantity"]],
+            output_names=[metadata["quantity"]],
             verbose=False,
         )
     except Exception as error:  # the exporter raises many types
@@ -302,7 +302,7 @@ def _write_onnx(
     assert exported is not None
     for node in exported.model.graph.all_nodes():
         node.metadata_props.clear()
-    exported.model.metadata_props.update(facts)
+    exported.model.metadata_props.update(metadata)
     large = sum(t.numel() * t.element_size() for t in program.state_dict.values()) > MAX_ONNX_BYTES
     exported.save(str(file), external_data=large)
     # The exporter silently keeps another version if it cannot convert.
@@ -321,9 +321,11 @@ MAX_ONNX_BYTES = 1_900_000_000
 """Protobuf is limited to 2 GB; larger weights go to NAME.data next to the file, where ONNX Runtime finds them."""
 
 
-def _write_torch(program: torch.export.ExportedProgram, file: Path, facts: Mapping[str, str], _: int) -> None:
+def _write_torch(
+    program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str], _: int
+) -> None:
     with file.open("wb") as opened:
-        torch.export.save(program, opened, extra_files={"metadata.json": json.dumps(facts)})
+        torch.export.save(program, opened, extra_files={"metadata.json": json.dumps(metadata)})
 
 
 def run_onnx(file: Path) -> Program:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import TracebackType
 from typing import TypeVar
 
@@ -113,7 +113,9 @@ class ProgressLine:
 
 
 def track(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
-    """Yield items and show the progress; arguments as `ProgressLine`."""
+    """Yield items and show the progress; arguments as `ProgressLine`, by default the total is len(items)."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with ProgressLine(what, total=total, unit=unit) as progress:
         for item in items:
             yield item

@@ -1,7 +1,6 @@
-"""Benchmarks in miniature: layouts and file formats of the real ones, by others' writers, with analytic depth.
+"""Small synthetic benchmarks in the layouts and file formats of the real ones, with analytic depth.
 
-Every `make_…` fills a folder and returns what must be read there: name of each frame to its depth in metres, float64,
-NaN where it is not known.
+Every `make_…` fills a folder and returns the expected depth: frame name → float64 meters, NaN where unknown.
 """
 
 import json
@@ -18,7 +17,7 @@ KITTI_OTHERS = (("2011_09_26_drive_0002_sync", 70), ("2011_09_26_drive_0001_sync
 
 
 def make_kitti(root, *, size=SIZE, apart=True):
-    """Metres times 256 in 16 bits, zeros between the LiDAR's rows; frames of no test beside; clouds of points."""
+    """Meters times 256 in 16 bits, zeros between the LiDAR rows; also frames that are not of the test list."""
     truth = {}
     for seed, (drive, number) in enumerate((*KITTI_FRAMES, *KITTI_OTHERS)):
         depth = room(size, seed=seed)
@@ -36,7 +35,7 @@ def make_kitti(root, *, size=SIZE, apart=True):
 
 
 def nyu_depths(seed=0, size=SIZE):
-    """What the Kinect saw, holes and all, and the same filled in: float64, metres."""
+    """Measured depth with holes, and the same without: float64, meters."""
     filled = room(size, seed=seed)
     raw = filled.copy()
     raw[3:6, 4:9] = 0
@@ -44,7 +43,7 @@ def nyu_depths(seed=0, size=SIZE):
 
 
 def make_nyu_matlab(root, *, numbers=(0, 45, 1448)):
-    """The makers' file: a block of 512 bytes, then HDF5; MATLAB's arrays come out transposed."""
+    """The original file: a block of 512 bytes, then HDF5; arrays of MATLAB are transposed."""
     height, width = SIZE
     raw_truth, filled_truth = {}, {}
     path = Path(root, "nyu_depth_v2_labeled.mat")
@@ -67,7 +66,7 @@ def make_nyu_matlab(root, *, numbers=(0, 45, 1448)):
 
 
 def make_nyu_bts(root):
-    """Millimetres in 16 bits, counted from 0; 44 is no test frame."""
+    """Millimeters in 16 bits, counted from 0; 44 is not a test frame."""
     truth = {}
     for number in (44, 45, 1448):
         raw, filled = nyu_depths(number % 7)
@@ -81,7 +80,7 @@ def make_nyu_bts(root):
 
 
 def make_nyu_marigold(root):
-    """Millimetres in 16 bits, counted from 1; both depths."""
+    """Millimeters in 16 bits, counted from 1; both depths."""
     raw_truth, filled_truth = {}, {}
     for number in (46, 1449):
         raw, filled = nyu_depths(number % 7)
@@ -109,7 +108,7 @@ def make_nyu_h5(root):
 
 
 def make_eth3d(root):
-    """float32 without a header in files called JPG, infinite where no point fell; undistorted images beside."""
+    """float32 without a header in files called JPG, infinite where unknown; also undistorted images."""
     truth = {}
     for seed, scene in enumerate(("office", "relief_2")):
         for name in ("DSC_0219", "DSC_0220"):
@@ -125,7 +124,7 @@ def make_eth3d(root):
 
 
 def make_diode(root):
-    """float32 (H, W, 1) with a mask of float; the training split beside."""
+    """float32 (H, W, 1) with a float mask; also the training split."""
     truth = {}
     for split, place in (("val", "indoors"), ("val", "outdoor"), ("train", "indoors")):
         folder = Path(root, split, place, "scene_00019/scan_00183")
@@ -142,7 +141,7 @@ def make_diode(root):
 
 
 def make_sintel(root, *, render="final"):
-    """.dpt as the makers' sintel_io writes it; a test sequence without depth."""
+    """.dpt as sintel_io writes it; also a test sequence without depth."""
     truth = {}
     for seed, sequence in enumerate(("alley_1", "market_5")):
         for frame in ("frame_0001", "frame_0002"):
@@ -159,7 +158,7 @@ def make_sintel(root, *, render="final"):
 
 
 def make_scannet(root):
-    """Millimetres in 16 bits, half the image's size; more frames than the list has."""
+    """Millimeters in 16 bits, half the image's size; more frames than the list has."""
     truth, lines = {}, []
     for frame in ("000300", "000000", "000100"):
         depth = room()
@@ -221,7 +220,7 @@ def make_moge(root, folder, *, camera, depths, images):
 
 
 def read_all(benchmark, root):
-    """What a benchmark finds and reads: name to frame, with its image's file checked to be in colour."""
+    """All frames of a benchmark: name → frame; checks that images have colors."""
     frames = {}
     for line in benchmark.find(Path(root)):
         name = line.partition("\t")[0]

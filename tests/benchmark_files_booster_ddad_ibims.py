@@ -1,6 +1,6 @@
 """Booster, DDAD and iBims-1 in miniature: layouts and file formats of the real ones, by others' writers.
 
-As `benchmark_files`: every `make_…` fills a folder and returns name of each frame to its depth in metres, float64,
+As `benchmark_files`: every `make_…` fills a folder and returns name of each frame to its depth in meters, float64,
 NaN where it is not known.
 """
 
@@ -13,7 +13,7 @@ from made_raw import SIZE, picture, png, room
 from PIL import Image
 
 FOCAL, BASELINE = 1500.0, 80.0
-"""Pixels and millimetres."""
+"""Pixels and millimeters."""
 
 
 def make_booster(root, *, scenes=(("Bathroom", 3), ("Mirror", 1))):
@@ -42,8 +42,8 @@ def make_booster(root, *, scenes=(("Bathroom", 3), ("Mirror", 1))):
             make_calibration(folder / "calib_00-02.xml")
         for light in range(lights):
             with np.errstate(divide="ignore"):
-                metres = FOCAL * (BASELINE / 1000) / disparity.astype(np.float64)
-            truth[f"{scene}/im{light}"] = np.where(disparity > 0, metres, np.nan)
+                meters = FOCAL * (BASELINE / 1000) / disparity.astype(np.float64)
+            truth[f"{scene}/im{light}"] = np.where(disparity > 0, meters, np.nan)
             tom[f"{scene}/im{light}"] = materials >= 2
     return truth, tom
 

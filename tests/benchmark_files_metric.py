@@ -1,4 +1,4 @@
-"""Benchmarks of metres in miniature: as `benchmark_files`, by others' writers, with what must be read there."""
+"""Small synthetic benchmarks, as `benchmark_files`: SUN RGB-D, Hypersim and Virtual KITTI 2."""
 
 import csv
 from pathlib import Path
@@ -15,10 +15,10 @@ SUN_TEST = (
 SUN_OTHER = "kv1/NYUdata/NYU0002"
 
 
-def turned(millimetres):
-    """Three bits to the left of 16, bit by bit as strings: the makers' way, written from their words."""
-    bits = [format(value, "016b") for value in millimetres.ravel().tolist()]
-    return np.array([int(b[3:] + b[:3], 2) for b in bits], np.uint16).reshape(millimetres.shape)
+def rotate_bits(millimeters):
+    """Rotate 16 bits left by three, as strings: independent of the arithmetic under test."""
+    bits = [format(value, "016b") for value in millimeters.ravel().tolist()]
+    return np.array([int(b[3:] + b[:3], 2) for b in bits], np.uint16).reshape(millimeters.shape)
 
 
 def make_sunrgbd(root, *, inside=True):
@@ -33,8 +33,8 @@ def make_sunrgbd(root, *, inside=True):
         image = "0000103-000003449475" if "xtion" in name else f"{seed:07d}"
         jpeg(folder / f"image/{image}.jpg", picture(whole / 1000, seed=seed))
         stem = "0000101-000003383408" if "xtion" in name else image
-        png(folder / f"depth/{stem}.png", turned(holes))
-        png(folder / f"depth_bfx/{stem}.png", turned(whole))
+        png(folder / f"depth/{stem}.png", rotate_bits(holes))
+        png(folder / f"depth_bfx/{stem}.png", rotate_bits(whole))
         (folder / "intrinsics.txt").write_text("529.5 0 365 0 529.5 265 0 0 1")
         if name != SUN_OTHER:
             slashes = "//" if "realsense" in name else "/"

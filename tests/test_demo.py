@@ -408,7 +408,7 @@ def test_a_written_video_plays_in_the_browser(browser, tmp_path):
 
     rate = Fraction(30000, 1001)
     with VideoWriter(
-        tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, notes={}
+        tmp_path / "a.mp4", height=90, width=161, rate=rate, time_base=1 / rate, metadata={}
     ) as film:
         for number in range(60):
             film.write(np.full((90, 161, 3), (4 * number, 200, 30), np.uint8), number)

@@ -130,7 +130,7 @@ def _predict_at_points(
     from depth_anything.inference.calibrate import sample_at_points
 
     values = {}
-    for image, points in track(known.items(), what="calibrate", total=len(known)):
+    for image, points in track(known.items(), what="calibrate"):
         try:
             pixels = decode_image(Path(image).read_bytes())
         except ValueError as error:

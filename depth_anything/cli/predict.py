@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _predict(options: argparse.Namespace) -> int:
         settings=settings,
         batch_size=options.batch_size,
         model_info=model_info,
-        progress=lambda files: track(files, what="predict", total=len(files)),
+        progress=partial(track, what="predict"),
         fix=f"give another {options.output_flag}",
     )
     seconds = time.monotonic() - begin

@@ -7,6 +7,7 @@ the path of the server's temporary folder.
 
 import html
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -232,19 +233,22 @@ def build_page(
                         elem_id="points",
                     )
 
-        result, points_shown = gr.State(None), gr.State(False)
+        result, points_shown, refusals = gr.State(None), gr.State(False), gr.State(0)
 
-        # Not `change`: removing a refused picture would trigger it, and it would clear the error message. The picture
-        # is removed in the same response: a second event could arrive after the next upload and remove that one.
+        # Not `change`: removing a refused picture would trigger it, and it would clear the error message.
         gr.on(
             [image.upload, image.clear, model.input, colors.input],
             uploads.show,
             [image, model, colors, points_shown],
-            [slider, legend, png16, exr, result, points, facts, points_error, image],
+            [slider, legend, png16, exr, result, points, facts, points_error, refusals],
             api_visibility="private",
             show_progress_on=slider,
             trigger_mode="always_last",
         )
+        # The browser removes a refused picture itself: a request to the server could be answered after the next
+        # upload and remove that one. The image cannot be an output above: Gradio then replaces the component, and
+        # with it the methods that `_disable_preprocessing` sets.
+        refusals.change(None, None, image, js="() => null", api_visibility="private")
         # A canvas that is hidden when it gets its points never draws them: they are sent when the tab is opened.
         points_tab.select(
             lambda shown: (_point_viewer(shown), True),
@@ -266,17 +270,17 @@ class _UploadHandler:
 
     def show(self, path: str | None, name: str, color: str, points_shown: bool) -> list[Any]:
         """Return the values of the page's components for a picture, a model, a colormap and the open tab."""
-        result, error_html, picture = None, "", gr.skip()
+        result, error_html, refusal = None, "", gr.skip()
         if path:
             try:
                 result = self._predict_upload(Path(path), name, color)
             except UploadError as error:
-                error_html, picture = _error_html(error), None
+                error_html, refusal = _error_html(error), secrets.token_hex(8)
         if result is None:
             disabled = gr.DownloadButton(interactive=False, value=None)
             predictor = self._predictors.get(name)
             facts = _model_html(name, predictor, self._limits) if predictor else ""
-            return [None, error_html, disabled, disabled, None, _point_viewer(None), facts, "", picture]
+            return [None, error_html, disabled, disabled, None, _point_viewer(None), facts, "", refusal]
         return [
             result.pair,
             result.legend,
@@ -286,7 +290,7 @@ class _UploadHandler:
             _point_viewer(result if points_shown else None),
             result.facts,
             result.points_error,
-            picture,
+            refusal,
         ]
 
     def _predict_upload(self, path: Path, name: str, color: str) -> _PageResult:

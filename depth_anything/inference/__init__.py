@@ -1,1 +1,1 @@
-"""From an image to a map."""
+"""Prediction: images and videos in, depth maps, pictures, videos and point clouds out."""

@@ -30,7 +30,6 @@ from depth_anything.inference.formats import (
 )
 from depth_anything.inference.image_list import ImageList, list_images
 from depth_anything.inference.memory import check_image_memory, is_out_of_memory, lock_large_image
-from depth_anything.inference.naming import add_ending
 from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.pointcloud import (
     MAX_POINTS,
@@ -287,9 +286,7 @@ class _PredictionWriter:
     def check_overwrite(self, targets: Sequence[Path], inputs: Sequence[Path], *, fix: str) -> None:
         """Refuse to replace files of others, before the network runs; the ValueError names one."""
         records = {
-            add_ending(target, ending): add_ending(target, ".json")
-            for target in targets
-            for ending in self.endings
+            Path(f"{target}{ending}"): Path(f"{target}.json") for target in targets for ending in self.endings
         }
         self.replaceable = OUTPUTS.check(records, inputs=lambda: inputs, fix=fix)
 

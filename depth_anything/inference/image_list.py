@@ -51,7 +51,7 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
     missing: dict[str, str] = {}
     for source in map(Path, dict.fromkeys(os.fspath(source) for source in sources)):
         try:
-            found = _list_source(source, leave_out)
+            files = _list_source(source, leave_out)
         except (ValueError, OSError) as error:
             if not several:
                 raise
@@ -60,13 +60,13 @@ def list_images(sources: Sequence[str | Path], *, leave_out: str | Path, endings
         is_container = source.is_dir() or tarfile.is_tarfile(source)
         folder = source if is_container else source.parent  # names of a list are relative to its folder
         if several:  # names are then relative to the working directory
-            found = [replace(photograph, name=os.path.join(folder, photograph.name)) for photograph in found]
+            files = [replace(photograph, name=os.path.join(folder, photograph.name)) for photograph in files]
         if not source.is_dir():
             paths.append(source)
-        paths += [Path(photograph.name) if several else folder / photograph.name for photograph in found]
+        paths += [Path(photograph.name) if several else folder / photograph.name for photograph in files]
         if not is_container:
-            named |= {photograph.name for photograph in found}
-        photographs += found
+            named |= {photograph.name for photograph in files}
+        photographs += files
     names = [photograph.name for photograph in photographs]
     relative = relative_output_paths(
         [os.path.abspath(name) for name in names] if several else names, Path(sources[0])

@@ -63,11 +63,6 @@ def assign_unique_paths(
     return targets
 
 
-def add_ending(target: Path, ending: str) -> Path:
-    """Append an ending to a file name that may contain dots."""
-    return target.with_name(target.name + ending)
-
-
 def _fold_case(name: str) -> str:
     """Normalize a name as file systems do that ignore case or the composition of accented letters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

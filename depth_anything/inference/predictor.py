@@ -87,16 +87,17 @@ class Predictor:
             )
         # An argument of each call, not a setting of the model: other threads may run the model with another rule.
         self._forward_options = {} if resample == "official" else {"position_rule": resample}
-        try:
-            model.check_position_rule(self._forward_options.get("position_rule", model.position_rule))
-        except ValueError as error:
-            raise UserError([Argument("resample", repr(resample)), f" cannot be: {error}"]) from error
+        if self._forward_options:
+            try:
+                model.check_position_rule(resample)
+            except ValueError as error:
+                raise UserError([Argument("resample", repr(resample)), f" is impossible: {error}"]) from error
         self.input_size = check_input_size(model.input_size if input_size is None else input_size)
         self.device = _resolve_device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
-        self.unit = "m" if self.calibrated else model.unit
+        self.unit = "m" if self.quantity == "depth" else "relative"
         self.farthest = FARTHEST_M if self.calibrated else model.max_depth
         self.precision = precision
         self.resample = resample

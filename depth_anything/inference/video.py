@@ -32,7 +32,7 @@ from depth_anything.inference.formats import (
     resolve_colormap,
 )
 from depth_anything.inference.memory import check_image_memory
-from depth_anything.inference.naming import add_ending, assign_unique_paths, relative_output_paths
+from depth_anything.inference.naming import assign_unique_paths, relative_output_paths
 from depth_anything.inference.overwrite import FATAL_DISK_ERRNOS, RecordedOutputs
 from depth_anything.inference.predictor import Predictor, check_finite
 from depth_anything.inference.temporal import (
@@ -159,9 +159,9 @@ class OutputFiles:
     def of(cls, target: Path, quantity: str, settings: VideoSettings) -> "OutputFiles":
         """Append the endings to `target`."""
         return cls(
-            video=add_ending(target, ".mp4") if "mp4" in settings.formats else None,
-            maps=add_ending(target, f"_{quantity}") if settings.map_formats else None,
-            record=add_ending(target, ".json"),
+            video=Path(f"{target}.mp4") if "mp4" in settings.formats else None,
+            maps=Path(f"{target}_{quantity}") if settings.map_formats else None,
+            record=Path(f"{target}.json"),
         )
 
     @property
@@ -284,7 +284,7 @@ def predict_video(
             for _, map_ in pipeline.maps(progress(clip.read(), what=f"{name} (1 of 2)", total=clip.frames)):
                 clip_range.add(map_, predictor)
                 pipeline.store(map_, cache)
-        video, folder = _open_writers(stack, predictor, clip, files, settings, clip_range, replaceable)
+        video, folder = _open_writers(stack, predictor, clip, files, settings, clip_range)
         display_range = _DisplayRange(settings.range, clip_range, clip.time_base, predictor)
         what = f"{name} (2 of 2)" if cache else name
         for frame, map_ in pipeline.maps(progress(clip.read(video), what=what, total=clip.frames), cache):
@@ -396,7 +396,6 @@ def _open_writers(
     files: OutputFiles,
     settings: VideoSettings,
     clip_range: _ClipRange,
-    replaceable: Collection[Path],
 ) -> tuple[VideoWriter | None, MapFolderWriter | None]:
     video = folder = None
     if files.maps:
@@ -406,7 +405,6 @@ def _open_writers(
                 formats=settings.map_formats,
                 quantity=predictor.quantity,
                 unit=predictor.unit,
-                replace=files.maps in replaceable,
             )
         )
     if files.video:

@@ -170,23 +170,15 @@ class VideoWriter:
 class MapFolderWriter:
     """Writes a folder of maps, one file per frame and format; the folder appears under its name when complete."""
 
-    def __init__(
-        self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str, replace: bool
-    ) -> None:
+    def __init__(self, path: Path, *, formats: tuple[str, ...], quantity: str, unit: str) -> None:
         """Create the temporary folder.
 
         Args:
-            path: Path of the folder.
+            path: Path of the folder; an existing folder is replaced when this one is complete.
             formats: Any of `MAP_FORMATS`.
             quantity: "disparity" or "depth".
             unit: Unit of the values.
-            replace: Replace an existing folder, which this command wrote, when the new one is complete.
-
-        Raises:
-            ValueError: A folder or file with this name exists and may not be replaced.
         """
-        if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and was not written by this command", "move it")
         self._output = atomic_folder(path, sync=False)
         self._temporary = self._output.__enter__()
         self._formats, self._quantity, self._unit = formats, quantity, unit

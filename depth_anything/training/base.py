@@ -27,9 +27,9 @@ __all__ = ["DepthModule", "Recipe"]
 class DepthModule(pl.LightningModule):
     """A depth network in training: losses, optimizer, gradient clipping and checkpoint metadata.
 
-            The loss is the mean over the images of the global batch, so it depends neither on the number of devices nor on
-        gradient accumulation (docs/contracts.md). A stage overrides `losses`.
-        """
+        The loss is the mean over the images of the global batch, so it depends neither on the number of devices nor on
+    gradient accumulation (docs/contracts.md). A stage overrides `losses`.
+    """
 
     def __init__(self, model: DepthAnything, recipe: Recipe, *, frozen: DepthAnything | None = None) -> None:
         """Store a network with its starting weights, and the hyperparameters.

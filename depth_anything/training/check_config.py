@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from depth_anything.errors import UserError
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
     CHANGE,
@@ -49,7 +50,7 @@ def resolve_config(cfg: DictConfig) -> RunConfig:
     """Fill in the values that follow from other keys, validate the composed config, and convert it.
 
     Raises:
-        ValueError: As `parse_config`.
+        UserError: As `parse_config`.
     """
     unresolved: Any = OmegaConf.to_container(cfg)
     for name, known in keys_of(RunConfig).items():  # before interpolations look into a section
@@ -80,7 +81,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     """Convert the plain values of a composed config, or of a config.yaml, into a `RunConfig`, and validate it.
 
     Raises:
-        ValueError: For an unknown or missing key, or a value of a wrong type or out of range; it names the key and
+        UserError: For an unknown or missing key, or a value of a wrong type or out of range; it names the key and
             what to type.
     """
     stage = values.get("stage")
@@ -99,7 +100,7 @@ def validate_config(config: RunConfig) -> None:
     """Check the keys of a config against each other, and against the encoders, benchmarks and classes they name.
 
     Raises:
-        ValueError: Naming the key, and what to type.
+        UserError: Naming the key, and what to type.
     """
     _check_repeated_keys(config)
     _check_encoder(config)
@@ -120,9 +121,9 @@ def _check_resume_with(named: Any) -> None:
                 path for path in list_keys("") if getattr(find_key(path)[0], "resume", "") == CHANGE
             ]
             closest = difflib.get_close_matches(name, changeable, 1, 0.5) or ["recipe.head_lr"]
-            raise ValueError(
-                f"resume_with names {name}, which no run can change; type resume_with=[{closest[0]}] "
-                f"(these can change: {', '.join(changeable)})"
+            raise UserError(
+                f"resume_with names {name}, which no run can change",
+                f"type resume_with=[{closest[0]}] (these can change: {', '.join(changeable)})",
             )
 
 
@@ -182,7 +183,7 @@ def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> s
             stages = " and ".join(f"stage={name}" for name in owner.stages)
             only = " only" if len(owner.stages) == 1 else ""
             return f"{path} is a key of {stages}{only}; leave it out of stage={stage}"
-    if known is not None:
+    if known is not None or path.startswith(("model.head.", "callbacks.")):
         return f"the key {path} is not in this config; type +{path}{typed_value}"
     parts = path.split(".")
     length = next(n for n in range(1, len(parts) + 1) if find_key(".".join(parts[:n]))[0] is None)
@@ -223,9 +224,9 @@ def _closest_name(name: str, names: list[str]) -> list[str]:
 
 def _check_is_mapping(node: Any, section: type, where: str) -> None:
     if not isinstance(node, Mapping):
-        raise ValueError(
-            f"{where}={format_value(node)} is not allowed: {where} holds keys; type them one by one, as "
-            f"{where}.{next(iter(keys_of(section)))}=VALUE"
+        raise UserError(
+            f"{where}={format_value(node)} is not allowed: {where} holds keys",
+            f"type them one by one, as {where}.{next(iter(keys_of(section)))}=VALUE",
         )
 
 
@@ -245,11 +246,11 @@ def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open
         takes = is_open and _takes_argument(node.get("_target_"), name, where)
         if known is None:
             if not takes:
-                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+                raise UserError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
             arguments[name] = value
         elif stage and stage not in known.stages:
             if not takes or value != default_value(section, name):  # size=tiny sets some for every stage
-                raise ValueError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
+                raise UserError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
             fields[field_name(name)] = value
         else:
             fields[field_name(name)] = _parse_value(value, known, f"{prefix}{name}", stage)
@@ -259,7 +260,7 @@ def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open
         default = default_value(section, name)
         if default is MISSING and (not stage or stage in known.stages):
             example = format_value(known.rule.example) if known.rule is not None else "VALUE"
-            raise ValueError(f"the key {prefix}{name} is missing; type +{prefix}{name}={example}")
+            raise UserError(f"the key {prefix}{name} is missing", f"type +{prefix}{name}={example}")
         if default is MISSING:
             fields[field_name(name)] = None
     parsed: ConfigSection = section(**fields, arguments=arguments, composed_keys=tuple(map(str, node)))
@@ -278,8 +279,8 @@ def _parse_value(value: Any, known: ConfigKey, path: str, stage: str) -> Any:
         if value is None and find_default(path) is None:
             return None
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"{path}={format_value(value)} must be {{NAME: VALUE}}; type '+{path}.NAME=VALUE'"
+            raise UserError(
+                f"{path}={format_value(value)} must be {{NAME: VALUE}}", f"type '+{path}.NAME=VALUE'"
             )
         return {
             name: _parse_value(item, known.entries, f"{path}.{name}", stage) for name, item in value.items()
@@ -302,7 +303,7 @@ def _parse_nodes(value: Any, path: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path}={format_value(value)} must be {{NAME: node}}; {hint}")
+        raise UserError(f"{path}={format_value(value)} must be {{NAME: node}}", hint)
     if path == "logger" and "_target_" in value:
         _check_node(value, path)
         return dict(value)
@@ -310,7 +311,7 @@ def _parse_nodes(value: Any, path: str) -> dict[str, Any]:
         if isinstance(node, Mapping):
             _check_node(node, f"{path}.{name}")
         elif not (path == "logger" and name == "project") and node is not None:
-            raise ValueError(f"{path}.{name}={format_value(node)} is no node with a _target_; {hint}")
+            raise UserError(f"{path}.{name}={format_value(node)} is no node with a _target_", hint)
     return {str(name): node for name, node in value.items() if node is not None}
 
 
@@ -318,15 +319,15 @@ def _check_node(node: Mapping[str, Any], path: str) -> None:
     """Check that the class of a node can be imported and takes the arguments of the node.
 
     Raises:
-        ValueError: Naming the node, and the class or argument that is wrong.
+        UserError: Naming the node, and the class or argument that is wrong.
     """
     target = node.get("_target_")
     if not isinstance(target, str):
-        raise ValueError(f"{path} has no _target_; type +{path}._target_=package.module.Class")
+        raise UserError(f"{path} has no _target_", f"type +{path}._target_=package.module.Class")
+    names = ", ".join(_target_parameters(target, path))
     for name in node:
         if not str(name).startswith("_") and not _takes_argument(target, str(name), path):
-            names = ", ".join(_target_parameters(target, path))
-            raise ValueError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
+            raise UserError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
 
 
 def _takes_argument(target: Any, name: str, where: str) -> bool:
@@ -343,14 +344,15 @@ def _target_parameters(target: str, where: str) -> Mapping[str, inspect.Paramete
     """Import the class that a `_target_` names and return its parameters.
 
     Raises:
-        ValueError: If there is no such class.
+        UserError: If there is no such class.
     """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{where}._target_={target} cannot be imported ({error}); type {where}._target_=package.module.Class"
+        raise UserError(
+            f"{where}._target_={target} cannot be imported ({error})",
+            f"type {where}._target_=package.module.Class",
         ) from error
     return inspect.signature(found).parameters
 
@@ -368,13 +370,13 @@ def _check_repeated_keys(config: RunConfig) -> None:
     for path, name, value in pairs:
         expected = getattr(config, name)
         if value != expected:
-            raise ValueError(
-                f"{path}={format_value(value)} repeats {name}={format_value(expected)}; "
-                f"type {name}={format_value(value)}"
+            raise UserError(
+                f"{path}={format_value(value)} repeats {name}={format_value(expected)}",
+                f"type {name}={format_value(value)}",
             )
     recipe = config.recipe.as_dict() if config.recipe is not None else None
     if config.module.has("recipe") and config.module.recipe != recipe:
-        raise ValueError("module.recipe repeats recipe; type the keys of recipe, as recipe.head_lr=5e-5")
+        raise UserError("module.recipe repeats recipe", "type the keys of recipe, as recipe.head_lr=5e-5")
 
 
 def _check_encoder(config: RunConfig) -> None:
@@ -387,15 +389,17 @@ def _check_encoder(config: RunConfig) -> None:
 
         if not timm.is_model(name):
             closest = difflib.get_close_matches(name, [*ENCODERS, *timm.list_models("vit_*")], 1, 0.5)
-            raise ValueError(
-                f"encoder={name} is unknown; type encoder={closest[0] if closest else 'vits'} (the encoders are "
-                f"{', '.join(ENCODERS)}, and the ViTs of timm by their names)"
+            raise UserError(
+                f"encoder={name} is unknown",
+                f"type encoder={closest[0] if closest else 'vits'} (the encoders are "
+                f"{', '.join(ENCODERS)}, and the ViTs of timm by their names)",
             )
     side, patch = config.image_size, image_size_multiple(name)
     if side % patch and config.stage != "pseudolabel" or side < patch:
         nearest = max(1, round(side / patch)) * patch
-        raise ValueError(
-            f"image_size={side} is not a multiple of {patch}, which the encoder needs; type image_size={nearest}"
+        raise UserError(
+            f"image_size={side} is not a multiple of {patch}, which the encoder needs",
+            f"type image_size={nearest}",
         )
 
 
@@ -409,13 +413,13 @@ def _check_validation(validation: ValidationConfig) -> None:
     if validation.protocol is not None:
         check_value("validation.protocol", validation.protocol, choice(*PROTOCOLS))
     if name is not None and root is None:
-        raise ValueError(
-            f"validation.benchmark={name} needs the folder of the benchmark; type validation.root=FOLDER"
+        raise UserError(
+            f"validation.benchmark={name} needs the folder of the benchmark", "type validation.root=FOLDER"
         )
     if root is not None and name is None:
-        raise ValueError(
-            f"validation.root={root} is the folder of a benchmark, but none is chosen; type "
-            "validation.benchmark=nyu, or for a labeled set sources.validation=FOLDER"
+        raise UserError(
+            f"validation.root={root} is the folder of a benchmark, but none is chosen",
+            "type validation.benchmark=nyu, or for a labeled set sources.validation=FOLDER",
         )
 
 
@@ -427,16 +431,16 @@ def _check_recipe(config: RunConfig) -> None:
     present = [name for name in weights if recipe.has(name)]
     if present and not any(getattr(recipe, name) for name in present):
         names = " and ".join(f"recipe.{name}" for name in present)
-        raise ValueError(f"no loss is left: {names} are 0; type recipe.{present[0]}=1.0")
+        raise UserError(f"no loss is left: {names} are 0", f"type recipe.{present[0]}=1.0")
     if recipe.encoder_lr == 0 and recipe.head_lr == 0:
-        raise ValueError(
-            "recipe.encoder_lr and recipe.head_lr are 0, so nothing is trained; type recipe.head_lr=5e-5"
+        raise UserError(
+            "recipe.encoder_lr and recipe.head_lr are 0, so nothing is trained", "type recipe.head_lr=5e-5"
         )
     scales = recipe.gm_scales if recipe.has("gm_scales") else 1
     if 2 ** (scales - 1) >= config.image_size:
-        raise ValueError(
-            f"recipe.gm_scales={scales} has a stride larger than image_size={config.image_size}; "
-            "type recipe.gm_scales=4"
+        raise UserError(
+            f"recipe.gm_scales={scales} has a stride larger than image_size={config.image_size}",
+            "type recipe.gm_scales=4",
         )
     _check_set_names(config)
 
@@ -452,9 +456,9 @@ def _check_set_names(config: RunConfig) -> None:
         for name, value in named.items() if isinstance(named, Mapping) else ():
             if str(name).partition("/")[0] not in sets:
                 closest = difflib.get_close_matches(str(name), sets, 1, 0.0) or ["SET"]
-                raise ValueError(
-                    f"{path} names {name}, but the sets are {', '.join(sets) or '(none)'}; type {path}="
-                    f"{format_value({closest[0]: value})}"
+                raise UserError(
+                    f"{path} names {name}, but the sets are {', '.join(sets) or '(none)'}",
+                    f"type {path}={format_value({closest[0]: value})}",
                 )
 
 
@@ -462,14 +466,15 @@ def _check_metric_stage(config: RunConfig) -> None:
     near, far, rank, sky = config.min_depth, config.max_depth, config.lora, config.data.sky
     assert near is not None and far is not None
     if near >= far:
-        raise ValueError(f"min_depth={near} must be less than max_depth={far}; type min_depth=0.001")
+        raise UserError(f"min_depth={near} must be less than max_depth={far}", "type min_depth=0.001")
     if sky not in ("invalid", None) and not isinstance(sky, Mapping):
-        raise ValueError(f"data.sky={sky}: the sky has no depth in meters; type data.sky=invalid")
+        raise UserError(f"data.sky={sky}: the sky has no depth in meters", "type data.sky=invalid")
     if rank is None:
         return
     if config.freeze_encoder:
-        raise ValueError(
-            f"lora={rank} trains adapters in the encoder, but freeze_encoder=true; type freeze_encoder=false"
+        raise UserError(
+            f"lora={rank} trains adapters in the encoder, but freeze_encoder=true",
+            "type freeze_encoder=false",
         )
     from depth_anything.model.lora import import_peft
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from depth_anything.errors import UserError
 from depth_anything.training.config import TrainerConfig
 from depth_anything.training.value_rules import check_value, choice, format_value
 
@@ -41,7 +42,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
     """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not accept.
 
     Raises:
-        ValueError: Naming the key, and what to type.
+        UserError: Naming the key, and what to type.
     """
     from pytorch_lightning import Trainer
     from pytorch_lightning.accelerators import AcceleratorRegistry
@@ -49,7 +50,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
 
     for name in trainer.arguments.keys() & SET_BY_RUN.keys():
         instead = f"type {SET_BY_RUN[name]}" if SET_BY_RUN[name] else f"leave trainer.{name} out"
-        raise ValueError(f"trainer.{name} is set by the run itself; {instead}")
+        raise UserError(f"trainer.{name} is set by the run itself", instead)
     hints = get_type_hints(Trainer.__init__)
     precisions = sorted({str(name) for name in _literal_values(hints["precision"])})
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
@@ -65,9 +66,10 @@ def check_trainer(trainer: TrainerConfig) -> None:
     if trainer.target == "pytorch_lightning.Trainer":
         for name, value in trainer.as_dict().items():
             if name in hints and name != "precision" and not _matches_hint(value, hints[name]):
-                raise ValueError(
+                raise UserError(
                     f"trainer.{name}={format_value(value)} does not have the type that Lightning's Trainer takes, "
-                    f"{_format_hint(hints[name])}; leave trainer.{name} out or type another value"
+                    f"{_format_hint(hints[name])}",
+                    f"leave trainer.{name} out or type another value",
                 )
         for name, value in trainer.arguments.items():
             if not isinstance(value, Mapping):  # a node with a _target_ is built later
@@ -85,8 +87,9 @@ def _try_trainer_argument(name: str, value: Any) -> None:
     try:
         Trainer(accelerator="cpu", devices=1, **quiet, **{name: value})
     except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"trainer.{name}={format_value(value)}: {error}; leave trainer.{name} out or type another value"
+        raise UserError(
+            f"trainer.{name}={format_value(value)}: {error}",
+            f"leave trainer.{name} out or type another value",
         ) from error
 
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import redact_secrets
-from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserMessage, format_error
+from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
 from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
 from depth_anything.training.config import STAGES
 from depth_anything.training.redact import install_redaction
@@ -153,18 +153,20 @@ def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed
         dashed: Words that begin with a dash and are no flag of Hydra.
 
     Raises:
-        ValueError: Naming the override, and what to type.
+        UserError: Naming the override, and what to type.
     """
     if dashed:
-        raise ValueError(_dashed_key_message([*dashed, *(one for one in overrides if "=" not in one)]))
+        raise UserError(_dashed_key_message([*dashed, *(one for one in overrides if "=" not in one)]))
     parsed = _parse_overrides(overrides)
     stage = next((_override_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
     if stage is None:
-        raise ValueError(f"no stage is given; type stage={', stage='.join(_group_choices(folders, 'stage'))}")
+        raise UserError(
+            "no stage is given", f"type stage={', stage='.join(_group_choices(folders, 'stage'))}"
+        )
     for one in parsed:
         group = one.key_or_group
         if group in CONFIG_GROUPS and one.is_delete() and group not in OPTIONAL_GROUPS:
-            raise ValueError(f"{group} cannot be removed; leave out {one.input_line}")
+            raise UserError(f"{group} cannot be removed", f"leave out {one.input_line}")
         if group in CONFIG_GROUPS and not one.is_delete():
             _check_group_choice(one, folders)
     known_stage = stage if stage in STAGES else ""
@@ -187,7 +189,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
             following = overrides[number + 1 :]
             after = "".join(following[: 2 if following[:1] == ["="] else 1])
             before = overrides[number - 1] if number else ""
-            raise ValueError(_syntax_error_message(typed, before, after)) from error
+            raise UserError(_syntax_error_message(typed, before, after)) from error
     return parsed
 
 
@@ -251,9 +253,9 @@ def _check_group_choice(one: Override, folders: Sequence[Path]) -> None:
             hint = " or ".join(f"{group}={other}" for other in choices)
             if closest:
                 hint = f"{group}={closest[0]} (the choices are {', '.join(choices)})"
-            raise ValueError(f"{group}={format_value(chosen)} is unknown; type {hint}")
+            raise UserError(f"{group}={format_value(chosen)} is unknown", f"type {hint}")
     if one.is_add():
-        raise ValueError(f"{group} is set already; type {group}={format_value(chosen)}, without the +")
+        raise UserError(f"{group} is set already", f"type {group}={format_value(chosen)}, without the +")
 
 
 def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
@@ -275,21 +277,21 @@ def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
         if is_open and section == "trainer" and _is_trainer_argument(path.partition(".")[2]):
             if one.is_add() or one.is_force_add():
                 return
-            raise ValueError(
-                f"{path} is an argument of Lightning's Trainer, not a key of this project; "
-                f"type +{path}={_override_text(one)}"
+            raise UserError(
+                f"{path} is an argument of Lightning's Trainer, not a key of this project",
+                f"type +{path}={_override_text(one)}",
             )
-        raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
+        raise UserError(unknown_key_message(path, stage, value=_override_text(one)))
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
         part, _ = find_key(".".join(parts[:length]))
         if part is not None and stage and stage not in part.stages and section not in foreign:
-            raise ValueError(unknown_key_message(path, stage, value=_override_text(one)))
+            raise UserError(unknown_key_message(path, stage, value=_override_text(one)))
     value = None if one.is_delete() or one.is_sweep_override() else one.value()
     if known.section is not None and isinstance(value, dict):  # recipe={head_lr: 1e-4}
         for name, item in value.items():
             if section not in foreign and find_key(f"{path}.{name}")[0] is None:
-                raise ValueError(unknown_key_message(f"{path}.{name}", stage, value=format_value(item)))
+                raise UserError(unknown_key_message(f"{path}.{name}", stage, value=format_value(item)))
     removable = (
         "sources.labelled.",
         "sources.images.",
@@ -299,7 +301,7 @@ def _check_override_key(one: Override, stage: str, foreign: set[str]) -> None:
         "logger",
     )
     if one.is_delete() and not path.startswith(removable):
-        raise ValueError(f"{path} cannot be removed; leave out {one.input_line}, or type {path}=VALUE")
+        raise UserError(f"{path} cannot be removed", f"leave out {one.input_line}, or type {path}=VALUE")
 
 
 def _is_trainer_argument(name: str) -> bool:

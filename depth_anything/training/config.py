@@ -193,7 +193,7 @@ class Recipe:
         """Check every value, so that a recipe built in Python is held to the ranges of the config.
 
         Raises:
-            ValueError: Naming the key and what it must be.
+            UserError: Naming the key and what it must be.
         """
         for name, known in keys_of(type(self)).items():
             if known.rule is not None:

@@ -11,6 +11,7 @@ import torch
 
 from depth_anything.data.address import strip_credentials
 from depth_anything.data.safe_yaml import load_yaml
+from depth_anything.errors import UserError
 from depth_anything.training.batch_plan import format_override
 from depth_anything.training.check_config import find_default, find_key
 from depth_anything.training.config import CHANGE, ECHO, FREE, SAME, START, RunConfig
@@ -62,7 +63,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in REMOVED_KEYS:
+        if path in REMOVED_KEYS or (path == "callbacks" and not value):
             continue
         if isinstance(value, Mapping) and value and key not in COMPARED_WHOLE:
             flat.update(_flatten(value, f"{path}."))
@@ -169,7 +170,7 @@ def check_same_run(
         A line for each value that resume_with changes.
 
     Raises:
-        ValueError: If a key differs that may not change, or that resume_with does not name; or no step is left to
+        UserError: If a key differs that may not change, or that resume_with does not name; or no step is left to
             train.
     """
     changed = config_differences(old, new, typed=typed)
@@ -177,15 +178,15 @@ def check_same_run(
     intended = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in named)]
     for key in changed:
         if key not in intended:
-            raise ValueError(_changed_key_message(folder, key, changed, intended))
+            raise UserError(_changed_key_message(folder, key, changed, intended))
     steps = new.get("steps")
     if steps is not None and steps < step:
-        raise ValueError(_too_few_steps_message(f"{folder} has a checkpoint", step, steps))
+        raise UserError(_too_few_steps_message(f"{folder} has a checkpoint", step, steps))
     if intended and finished:
         others = ",".join(key for key in intended if key != "steps")
-        raise ValueError(
-            f"{folder} is finished, and no step is left to train with another {intended[0]}; type "
-            f"resume_with=[steps,{others}] steps=N with N above {step or steps}"
+        raise UserError(
+            f"{folder} is finished, and no step is left to train with another {intended[0]}",
+            f"type resume_with=[steps,{others}] steps=N with N above {step or steps}",
         )
     return [
         f"step {step}: {key} {format_value(changed[key][0])} -> {format_value(changed[key][1])}"
@@ -226,7 +227,7 @@ def check_resume_checkpoint(path: Path, config: RunConfig, *, typed: Collection[
         A line for each value that changes.
 
     Raises:
-        ValueError: If the checkpoint has another network, data position or stage, or is from a later step.
+        UserError: If the checkpoint has another network, data position or stage, or is from a later step.
     """
     step, facts = read_checkpoint_facts(path)
     file = next((p / "config.yaml" for p in path.parents[:2] if (p / "config.yaml").is_file()), None)
@@ -239,12 +240,12 @@ def check_resume_checkpoint(path: Path, config: RunConfig, *, typed: Collection[
             restart = ""
             if key not in ("encoder", "stage", "lora"):
                 restart = f", or init={path} in place of resume= to start again from its weights"
-            raise ValueError(
-                f"resume={path} belongs to a run with {key}={before}, now {key}={after}; type "
-                f"{format_override(key, before)} to continue from it{restart}"
+            raise UserError(
+                f"resume={path} belongs to a run with {key}={before}, now {key}={after}",
+                f"type {format_override(key, before)} to continue from it{restart}",
             )
     if config.steps < step:
-        raise ValueError(_too_few_steps_message(f"resume={path} is", step, config.steps))
+        raise UserError(_too_few_steps_message(f"resume={path} is", step, config.steps))
     return [
         f"step {step} of {path}: {key} {format_value(before)} -> {format_value(after)}"
         for key, (before, after) in changed.items()
@@ -256,15 +257,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the config.yaml of a run.
 
     Raises:
-        ValueError: If it holds no config, for example after a power failure.
+        UserError: If it holds no config, for example after a power failure.
         OSError: If it cannot be read.
     """
     try:
         config = load_yaml(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise UserError(f"{path} is damaged ({error})") from error
     if not isinstance(config, dict) or "stage" not in config:
-        raise ValueError(f"{path} is damaged (it has no key named stage)")
+        raise UserError(f"{path} is damaged (it has no key named stage)")
     return config
 
 
@@ -290,7 +291,7 @@ def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
     """Read the step of a checkpoint, and the config keys whose values it holds.
 
     Raises:
-        ValueError: If the file is no checkpoint of a run.
+        UserError: If the file is no checkpoint of a run.
     """
     try:
         checkpoint = torch.load(path, weights_only=True, mmap=True)
@@ -298,8 +299,8 @@ def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
         if not {"loops", "state_dict"} <= checkpoint.keys():
             raise KeyError("loops")
     except Exception as error:  # torch.load raises many types for files of other formats
-        raise ValueError(
-            f"resume={path} is no checkpoint of a run; type resume=RUN_FOLDER/checkpoints/step-….ckpt"
+        raise UserError(
+            f"resume={path} is no checkpoint of a run", "type resume=RUN_FOLDER/checkpoints/step-….ckpt"
         ) from error
     data = data_state(checkpoint) or {}
     facts: dict[str, Any] = {key: data[key] for key in ("batch_size", "streams", "seed") if key in data}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from depth_anything.errors import UserError
+
 
 @dataclass(frozen=True)
 class ValueRule:
@@ -164,18 +166,20 @@ def check_value(name: str, value: Any, rule: ValueRule) -> None:
         rule: Of the key.
 
     Raises:
-        ValueError: Naming the key, its value, what it must be and a value that is accepted.
+        UserError: Naming the key, its value, what it must be and a value that is accepted.
     """
     if rule.accepts(value):
         return
     if rule.options:
         closest = difflib.get_close_matches(str(value), rule.options, 1, 0.5) or list(rule.options[:1])
         others = ", ".join(option for option in rule.options if option != closest[0])
-        raise ValueError(f"{name}={format_value(value)} is unknown; type {name}={closest[0]} (or {others})")
+        raise UserError(f"{name}={format_value(value)} is unknown", f"type {name}={closest[0]} (or {others})")
     example = rule.example
     if isinstance(value, float) and value.is_integer() and rule.accepts(int(value)):
         example = int(value)  # steps=1e3
-    raise ValueError(f"{name}={format_value(value)} must be {rule.text}; type {name}={format_value(example)}")
+    raise UserError(
+        f"{name}={format_value(value)} must be {rule.text}", f"type {name}={format_value(example)}"
+    )
 
 
 def format_value(value: Any) -> str:

@@ -239,7 +239,7 @@ def test_part_of_a_damaged_map_is_refused():
     with pytest.raises(ValueError, match="checksum"):
         decode(bytes(data), rows=slice(0, 8), columns=slice(0, 8))
     for wrong in (b"", b"DAM1", data[:20], b"PNG." + data[4:]):
-        with pytest.raises(ValueError, match="not an encoded map"):
+        with pytest.raises(ValueError, match="DAM1"):
             map_size(bytes(wrong))
     huge = bytearray(encode(np.zeros((1, 1)), codec="q12"))
     huge[12:20] = struct.pack("<II", 1 << 16, 1 << 16)

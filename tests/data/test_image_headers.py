@@ -229,5 +229,5 @@ def test_too_little_memory_is_a_value_error(monkeypatch):
 
     data = file("BMP")
     monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", too_little)
-    with pytest.raises(ValueError, match="not enough memory"):
+    with pytest.raises(ValueError, match="memory"):
         decode_image(data)

@@ -283,7 +283,7 @@ def test_damaged_sidecars_are_written_again(tmp_path, images):
     (root / "manifest.json").unlink()
     for damage in (b"", b"{}", b"[]", b"\xff", b'{"name": "b"}'):
         (root / "b.json").write_bytes(damage)
-        with pytest.raises(ShardError, match="b.json is damaged.*stage=pseudolabel"):
+        with pytest.raises(ShardError, match="b.json.*stage=pseudolabel"):
             open_labels(root, images)
         assert finish_labels(root, images) is None
         assert not label_set(root, images).done("b")

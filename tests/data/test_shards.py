@@ -45,7 +45,7 @@ def test_open_set_checks_shards_against_the_manifest(tmp_path):
     with pytest.raises(ShardError, match="has 0 bytes"):
         open_set(tmp_path)
     path.unlink()
-    with pytest.raises(ShardError, match=r"000001\.tar is missing"):
+    with pytest.raises(ShardError, match=r"000001\.tar"):
         open_set(tmp_path)
     assert open_set(tmp_path, check=False).records == 15
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Public benchmarks: each in its true file format, to the last bit of what is stored; what is missing is named."""
+"""Public benchmarks: each read from its real file format to the last bit; missing files are named."""
 
 import os
 import pickle
@@ -113,7 +113,7 @@ def test_the_real_frame_of_kitti(tmp_path):
     assert 0.1 < known.mean() < 0.3 and np.array_equal(known, stored > 0)
     assert 3 < frame.depth[known].min() < 8 and 60 < frame.depth[known].max() < 90
     bottom, middle = (np.nanmedian(frame.depth[rows]) for rows in (slice(-40, None), slice(170, 210)))
-    assert bottom < 12 < middle  # the road in front, and what stands far down it
+    assert bottom < 12 < middle  # the road in front, and far objects
 
 
 def test_nyu_in_the_original_matlab_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Benchmarks of metres: SUN RGB-D, Hypersim and Virtual KITTI 2 from their files, and ZoeDepth's rules on each set."""
+"""SUN RGB-D, Hypersim and Virtual KITTI 2 read from their files, and ZoeDepth's limits on each set."""
 
 import shutil
 
@@ -128,7 +128,7 @@ def test_hypersims_test_split_by_each_scenes_camera(tmp_path):
         assert frames[key].key == f"hypersim/{key}" and frames[key].meta["M_cam_from_uv"] == TILTED.tolist()
         np.testing.assert_allclose(frames[key].depth, depth, rtol=2e-7)
         assert np.isnan(frames[key].depth).sum() == 2
-    # By the constant focal length, as others read them, the same files give other metres.
+    # By the constant focal length, as others read them, the same files give other meters.
     rays = hypersim_rays(TILTED, depth.shape)
     distance = depth / (-rays[..., 2] / np.linalg.norm(rays, axis=2))
     x, y = np.meshgrid(np.arange(48) - 23.5, np.arange(36) - 17.5)

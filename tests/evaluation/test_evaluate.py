@@ -1,4 +1,4 @@
-"""The protocol against plain numpy, and what becomes of sky, of empty images and of broken models."""
+"""The da2 protocol against numpy; sky, empty images and broken models."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from depth_anything.metrics import depth_metrics
 
 
 class Remembered:
-    """Predicts what it was told for each image, recognised by its first pixel."""
+    """Predicts a given map for each image, recognized by its first pixel."""
 
     def __init__(self, maps, quantity="disparity"):
         self.maps, self.quantity, self.batches = maps, quantity, []
@@ -52,9 +52,9 @@ def reference_da2(prediction, depth, max_depth=80.0):
     x, y = prediction[valid].astype(np.float64), 1 / depth[valid].astype(np.float64)
     scale, shift = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), y, rcond=None)[0]
     aligned = np.maximum(scale * x + shift, 1 / max_depth)
-    metres, truth = np.clip(1 / aligned, 1e-3, max_depth), depth[valid].astype(np.float64)
-    ratio = np.maximum(metres / truth, truth / metres)
-    return np.mean(np.abs(metres - truth) / truth), np.mean(ratio < 1.25), scale, shift
+    meters, truth = np.clip(1 / aligned, 1e-3, max_depth), depth[valid].astype(np.float64)
+    ratio = np.maximum(meters / truth, truth / meters)
+    return np.mean(np.abs(meters - truth) / truth), np.mean(ratio < 1.25), scale, shift
 
 
 def test_da2_equals_numpy():
@@ -159,9 +159,9 @@ def test_a_smaller_map_is_resized_to_the_ground_truth():
 
 
 def test_frames_without_depth_and_unknown_protocols_are_refused():
-    unlabelled = Frame("a/b/c", np.zeros((4, 4, 3), np.uint8), {})
+    unlabeled = Frame("a/b/c", np.zeros((4, 4, 3), np.uint8), {})
     with pytest.raises(ValueError, match="'a/b/c'"):
-        evaluate(Remembered([np.ones((4, 4), np.float32)]), [unlabelled])
+        evaluate(Remembered([np.ones((4, 4), np.float32)]), [unlabeled])
     with pytest.raises(ValueError, match="'x'.*da2, marigold, moge, zoedepth"):
         evaluate(Remembered([]), [], protocol="x")
 

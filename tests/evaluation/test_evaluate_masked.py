@@ -15,7 +15,7 @@ SIZE = (36, 48)
     ("protocol", "quantity"), [("da2", "disparity"), ("moge", "disparity"), ("marigold", "depth")]
 )
 def test_a_masked_frame_is_aligned_over_all_known_pixels(protocol, quantity):
-    """By numpy in float64: the fit over what is known, the errors over what of it lies in the part."""
+    """By numpy in float64: the fit over all known pixels, the errors over those of the mask."""
     rng = np.random.default_rng(7)
     depth = rng.uniform(1, 9, SIZE).astype(np.float32)
     depth[0, :5] = np.nan
@@ -32,8 +32,8 @@ def test_a_masked_frame_is_aligned_over_all_known_pixels(protocol, quantity):
     columns = np.stack([prediction[known], np.ones(known.sum())], 1).astype(np.float64)
     scale, shift = np.linalg.lstsq(columns, target[known], rcond=None)[0]
     fitted = scale * prediction.astype(np.float64) + shift
-    metres = 1 / np.maximum(fitted, 1 / depth[known].max()) if quantity == "disparity" else fitted
-    errors = (np.abs(metres - depth) / depth)[part & known]
+    meters = 1 / np.maximum(fitted, 1 / depth[known].max()) if quantity == "disparity" else fitted
+    errors = (np.abs(meters - depth) / depth)[part & known]
     assert row["valid"] == errors.size == 4 * SIZE[1] - 5
     assert row["abs_rel"] == pytest.approx(errors.mean(), rel=1e-5) and row["abs_rel"] > 0.15
     whole = score_map(

@@ -17,7 +17,7 @@ SHIFTED = np.array([[1.2, 0, 0.43], [0, 1.6, 0.61], [0, 0, 1]])
 
 
 def rays(camera, width, height):
-    """Through the pixels' centres, (H, W, 3)."""
+    """Through the pixels' centers, (H, W, 3)."""
     u, v = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     return np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(camera).T
 
@@ -31,7 +31,7 @@ def test_depth_is_logarithmic_between_its_texts(tmp_path):
     np.testing.assert_array_equal(np.isposinf(read), np.isposinf(depth))
     known = np.isfinite(depth)
     np.testing.assert_allclose(read[known], depth[known], rtol=5e-5)
-    assert abs(read[known] / depth[known] - 1).max() > 1e-7  # it is quantised
+    assert abs(read[known] / depth[known] - 1).max() > 1e-7  # it is quantized
 
 
 @pytest.mark.parametrize(("unit", "factor"), [(None, 1), ("1.0", 1), ("0.001", 0.001), ("100", 100)])
@@ -44,7 +44,7 @@ def test_the_unit_of_an_older_file_is_applied(unit, factor):
     np.testing.assert_array_equal(np.isfinite(read), known)
 
 
-@pytest.mark.parametrize("unit", ["metres", "", "nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("unit", ["meters", "", "nan", "inf", "0", "-1"])
 def test_a_unit_that_is_no_factor_is_refused(unit):
     with pytest.raises(ValueError, match="unit"):
         read_depth(encoded(room((6, 8)), unit=unit))
@@ -79,40 +79,40 @@ def test_depth_without_its_texts_is_refused(text):
 def test_a_camera_that_looks_ahead_at_the_sets_size_changes_nothing():
     image, depth = picture(room((480, 640))), room((480, 640))
     depth[5:9, 5:9], depth[20] = np.nan, np.inf
-    shown, metres, camera = warp(image, depth, SQUARE, width=640, height=480)
+    shown, meters, camera = warp(image, depth, SQUARE, width=640, height=480)
     np.testing.assert_array_equal(shown, image)
-    np.testing.assert_allclose(metres, np.where(np.isinf(depth), np.nan, depth), rtol=1e-6)
+    np.testing.assert_allclose(meters, np.where(np.isinf(depth), np.nan, depth), rtol=1e-6)
     np.testing.assert_allclose(camera, SQUARE, atol=1e-9)
 
 
 def test_another_shape_is_cut_from_the_middle():
     depth = np.tile(np.arange(1.0, 641), (480, 1))
-    _, metres, camera = warp(picture(room((480, 640))), depth, SQUARE, width=480, height=480)
-    np.testing.assert_allclose(metres[100], np.arange(81.0, 561), rtol=1e-6)
+    _, meters, camera = warp(picture(room((480, 640))), depth, SQUARE, width=480, height=480)
+    np.testing.assert_allclose(meters[100], np.arange(81.0, 561), rtol=1e-6)
     np.testing.assert_allclose(camera[[0, 1], [0, 1]], [2.0, 2.0])
 
 
 @pytest.mark.parametrize("camera", [SQUARE, SHIFTED])
 @pytest.mark.parametrize("size", [(320, 240), (512, 512), (700, 350)])
-def test_a_plane_stays_a_plane_and_colours_their_directions(camera, size):
-    """The plane n · X = 1 of the old camera, seen by the new one; colours say where a ray pointed."""
+def test_a_plane_stays_a_plane_and_colors_their_directions(camera, size):
+    """The plane n · X = 1 of the old camera, seen by the new one; colors say where a ray pointed."""
     normal = np.array([0.08, -0.1, 0.25])
     old = rays(camera, 640, 480)
     depth = 1 / (old @ normal)
     unit = old / np.linalg.norm(old, axis=2, keepdims=True)
     image = np.round((unit + 1) * 127.5).astype(np.uint8)
     width, height = size
-    shown, metres, new = warp(image, depth, camera, width=width, height=height)
+    shown, meters, new = warp(image, depth, camera, width=width, height=height)
     axis = np.linalg.inv(camera) @ [0.5, 0.5, 1]
     axis /= np.linalg.norm(axis)
     turned = np.cross(axis, [0, 0, 1])
     turn, _ = cv2.Rodrigues(turned / max(np.linalg.norm(turned), 1e-12) * np.arccos(min(axis[2], 1)))
     seen = rays(new, width, height)
     true = 1 / (seen @ (turn @ normal))
-    known = np.isfinite(metres)
+    known = np.isfinite(meters)
     assert known.all()  # dense depth stays dense, also where the target's pixels are smaller
-    np.testing.assert_allclose(metres[known], true[known], rtol=0.006)  # the nearest pixel's
-    assert abs(metres[known] / true[known] - 1).mean() < 0.0015
+    np.testing.assert_allclose(meters[known], true[known], rtol=0.006)  # the nearest pixel's
+    assert abs(meters[known] / true[known] - 1).mean() < 0.0015
     back = (seen / np.linalg.norm(seen, axis=2, keepdims=True)) @ turn
     assert abs(shown - (back + 1) * 127.5)[2:-2, 2:-2].max() < 2
     assert np.isclose(new[0, 0] * width, new[1, 1] * height) and new[0, 2] == new[1, 2] == 0.5
@@ -121,8 +121,8 @@ def test_a_plane_stays_a_plane_and_colours_their_directions(camera, size):
 def test_sparse_depth_is_not_thinned_out():
     depth = np.full((480, 640), np.nan)
     depth[1::4, 1::4] = 3.0  # one of sixteen
-    _, metres, _ = warp(picture(room((480, 640))), depth, SQUARE, width=160, height=120)
-    known = metres[np.isfinite(metres)]
+    _, meters, _ = warp(picture(room((480, 640))), depth, SQUARE, width=160, height=120)
+    known = meters[np.isfinite(meters)]
     assert len(known) == 160 * 120
     np.testing.assert_allclose(known, 3.0, rtol=1e-6)  # resized as depth, and only then made distance
 
@@ -160,10 +160,10 @@ def test_depth_is_resized_as_by_hand(size, share):
 def test_more_pixels_than_the_depth_has_repeat_it():
     """As in MoGe's loader: a set's images are enlarged to its size, and each of the target's pixels counts."""
     depth = np.where(np.arange(240 * 320).reshape(240, 320) % 7 > 0, room((240, 320)), np.nan)
-    _, metres, _ = warp(picture(room((240, 320))), depth, SQUARE, width=640, height=480)
-    assert np.isfinite(metres).mean() == pytest.approx(6 / 7, abs=1e-4)
-    np.testing.assert_allclose(metres[::2, ::2], depth, rtol=1e-6)
-    np.testing.assert_array_equal(np.isnan(metres[::2, ::2]), np.isnan(metres[1::2, 1::2]))
+    _, meters, _ = warp(picture(room((240, 320))), depth, SQUARE, width=640, height=480)
+    assert np.isfinite(meters).mean() == pytest.approx(6 / 7, abs=1e-4)
+    np.testing.assert_allclose(meters[::2, ::2], depth, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(meters[::2, ::2]), np.isnan(meters[1::2, 1::2]))
 
 
 def warped_by_hand(depth, camera, *, width, height):
@@ -208,11 +208,11 @@ def test_the_pixels_compared_are_those_of_a_warp_by_hand(size, share):
     draw = np.random.default_rng(5)
     depth = draw.uniform(2, 9, (60, 80))
     depth[draw.random(depth.shape) >= share] = np.nan
-    _, metres, _ = warp(picture(room((60, 80))), depth, SHIFTED, width=size[0], height=size[1])
+    _, meters, _ = warp(picture(room((60, 80))), depth, SHIFTED, width=size[0], height=size[1])
     wanted = warped_by_hand(depth, SHIFTED, width=size[0], height=size[1])
-    same = np.isclose(metres, wanted, rtol=1e-4, equal_nan=True)
+    same = np.isclose(meters, wanted, rtol=1e-4, equal_nan=True)
     assert same.mean() > 0.995
-    assert 0.5 * share < np.isfinite(metres).mean() <= 1
+    assert 0.5 * share < np.isfinite(meters).mean() <= 1
 
 
 # Pixels with depth by MoGe's own loader (commit 0744441, utils3d 3fab839) on the maps that `bundle_like` makes.

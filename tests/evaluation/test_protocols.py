@@ -70,7 +70,7 @@ def reference(name, prediction, depth, quantity, *, low, high, crop):
 
 
 def make(shape, quantity, seed=0):
-    """A depth with sky, holes and zeros, and a prediction of it with zeros and what lies behind infinity."""
+    """A depth with sky, holes and zeros, and a prediction of it with zeros and negative values."""
     rng = np.random.default_rng(seed)
     depth = np.exp(rng.uniform(math.log(0.5), math.log(120), shape)).astype(np.float32)
     depth.flat[::17], depth.flat[1::19], depth.flat[2::23] = 0.0, np.nan, np.inf
@@ -170,8 +170,8 @@ def test_crops_of_other_sizes():
 
 
 def test_zoedepth_crops_diode_as_its_code_does():
-    rooms = find_protocol("zoedepth", benchmark=load_benchmark("diode_indoor"))
-    assert CROPS[rooms.eval_crop](768, 1024) == (slice(45, 471), slice(41, 601)) and rooms.max_depth == 10
+    indoor = find_protocol("zoedepth", benchmark=load_benchmark("diode_indoor"))
+    assert CROPS[indoor.eval_crop](768, 1024) == (slice(45, 471), slice(41, 601)) and indoor.max_depth == 10
     outdoor = find_protocol("zoedepth", benchmark=load_benchmark("diode_outdoor"))
     assert outdoor.eval_crop == "garg" and outdoor.max_depth == 80
 

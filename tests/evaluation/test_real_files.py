@@ -30,7 +30,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files of ../
 
 
 def frames(name, root):
-    """Every frame of a benchmark, or what is said of it."""
+    """Every frame of a benchmark, or the message of its error."""
     benchmark = load_benchmark(name)
     for line in benchmark.find(root):
         try:
@@ -102,9 +102,9 @@ def test_sun_rgbd_is_read_though_the_list_has_two_slashes(tmp_path, name):
 @real
 def test_sun_rgbd_values_are_rotated_by_three_bits():
     stored = read_png16(REAL / "sunrgbd" / "open3d" / "SUN_depth.png")
-    millimetres = decode_millimeters(stored)
-    assert (millimetres > 8191).sum() == 7149 and (stored & 7 > 0).sum() == 7149
-    assert millimetres.max() < 10_000
+    millimeters = decode_millimeters(stored)
+    assert (millimeters > 8191).sum() == 7149 and (stored & 7 > 0).sum() == 7149
+    assert millimeters.max() < 10_000
 
 
 @real
@@ -157,27 +157,27 @@ def miniature(root):
 
 @pytest.mark.parametrize("files", ["miniature", pytest.param("real", marks=real)])
 @pytest.mark.parametrize(
-    ("name", "said", "metres"),
+    ("name", "declaration", "meters"),
     [
         ("tum", "images: img\ndepth: depth\nscale: 1/5000\n", 1 / 5000),
         ("redwood", "images: color\ndepth: depth\nunit: mm\n", 1 / 1000),
     ],
 )
-def test_frames_of_tum_and_redwood_become_meters(tmp_path, files, name, said, metres):
+def test_frames_of_tum_and_redwood_become_meters(tmp_path, files, name, declaration, meters):
     root = miniature(tmp_path / "raw") if files == "miniature" else tmp_path / "raw"
     if files == "real":
         shutil.copytree(REAL / "custom", root)
     for path in root.rglob("*"):
         path.chmod(0o755)
-    (root / name / "set.yaml").write_text(said)
+    (root / name / "set.yaml").write_text(declaration)
     camera = "intrinsics: {fx: 525, fy: 525, cx: 319.5, cy: 239.5}\n"
-    (root / name / "small.yaml").write_text(said + camera)
+    (root / name / "small.yaml").write_text(declaration + camera)
     assert main(["shard", "custom", str(root / name / "set.yaml"), str(tmp_path / "set")]) == 0
     assert verify_set(tmp_path / "set", decode=True) == []
     frame = decode_record(*Records(open_set(tmp_path / "set")).read("set/00000", 0))
     stored = read_png16(next((root / name / "depth").iterdir()))
     assert frame.depth.shape == stored.shape == frame.image.shape[:2]
-    np.testing.assert_allclose(frame.depth[stored > 0], stored[stored > 0] * metres, rtol=1e-6)
+    np.testing.assert_allclose(frame.depth[stored > 0], stored[stored > 0] * meters, rtol=1e-6)
     assert (np.isnan(frame.depth) == (stored == 0)).all()
     assert 0.3 < np.nanmedian(frame.depth) < 7
     arguments = [str(root / name / "small.yaml"), str(tmp_path / "small"), "--short-side", "28"]

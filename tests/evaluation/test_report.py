@@ -102,7 +102,7 @@ def test_examples_are_the_first_and_the_best_median_and_worst(report):
     assert list(a_task().choose_examples(results, first=2))[:2] == ["toy/0/000", "toy/0/001"]
 
 
-def test_examples_hold_maps_in_metres(report):
+def test_examples_hold_maps_in_meters(report):
     _, _, examples = report
     for example in examples:
         known = np.isfinite(example.truth)

@@ -10,13 +10,13 @@ from PIL import Image
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 
-from made_films import (  # noqa: E402
+from made_videos import (  # noqa: E402
     NTSC,
     facts_of,
     frame,
-    make_film,
-    map_film,
-    read_film,
+    make_video,
+    predict_clip,
+    read_video,
     write_frames,
 )
 
@@ -37,14 +37,14 @@ def turned(path, degrees):
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_of_phone_videos_is_applied(tmp_path, degrees):
-    source = make_film(tmp_path / "in.mp4", frames=2, sound=None)
+    source = make_video(tmp_path / "in.mp4", frames=2, sound=None)
     turned(source, degrees)
     (clip,), _ = list_clips(source)
     upright = next(clip.read()).image
     wanted = np.rot90(frame(0, 48, 64), -degrees // 90)  # clockwise
     assert upright.shape == wanted.shape == (clip.height, clip.width, 3)
     assert np.abs(upright.astype(int) - wanted).mean() < 4
-    map_film(source, tmp_path / "out", pred_only=True)
+    predict_clip(source, tmp_path / "out", pred_only=True)
     assert facts_of(tmp_path / "out/in.mp4")["size"] == wanted.shape[:2]
 
 
@@ -52,27 +52,27 @@ def test_rotation_of_phone_videos_is_applied(tmp_path, degrees):
 
 
 def test_a_truncated_mp4_gives_its_remaining_frames(tmp_path):
-    whole = make_film(tmp_path / "whole.mp4", frames=60, options={"movflags": "+faststart"}, crf="0")
+    whole = make_video(tmp_path / "whole.mp4", frames=60, options={"movflags": "+faststart"}, crf="0")
     (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
-    outcome = map_film(tmp_path / "cut.mp4", tmp_path / "out")
+    outcome = predict_clip(tmp_path / "cut.mp4", tmp_path / "out")
     frames = outcome.frames["cut.mp4"]
-    assert 20 < frames < 60 and len(read_film(tmp_path / "out/cut.mp4")) == frames
+    assert 20 < frames < 60 and len(read_video(tmp_path / "out/cut.mp4")) == frames
     assert any(f"{frames} of 60 frames" in note for note in outcome.notes["cut.mp4"])
-    whole_outcome = map_film(whole, tmp_path / "whole")
+    whole_outcome = predict_clip(whole, tmp_path / "whole")
     assert whole_outcome.frames == {"whole.mp4": 60} and not whole_outcome.notes
 
 
 def test_a_truncated_matroska_gives_its_remaining_frames(tmp_path):
-    whole = make_film(tmp_path / "whole.mkv", frames=60, crf="0")
+    whole = make_video(tmp_path / "whole.mkv", frames=60, crf="0")
     (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
-    outcome = map_film(tmp_path / "cut.mkv", tmp_path / "out")
+    outcome = predict_clip(tmp_path / "cut.mkv", tmp_path / "out")
     assert 20 < outcome.frames["cut.mkv"] < 60
-    assert len(read_film(tmp_path / "out/cut.mp4")) == outcome.frames["cut.mkv"]
+    assert len(read_video(tmp_path / "out/cut.mp4")) == outcome.frames["cut.mkv"]
     assert any(f"{outcome.frames['cut.mkv']} frames" in note for note in outcome.notes["cut.mkv"])
 
 
 def refusals(folder):
-    make_film(folder / "good.mp4", frames=4)
+    make_video(folder / "good.mp4", frames=4)
     whole = (folder / "good.mp4").read_bytes()
     (folder / "headless.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.mp4").write_bytes(b"")
@@ -99,13 +99,13 @@ def refusals(folder):
 
 def test_files_that_are_not_videos_are_skipped_and_named(tmp_path):
     bad = refusals(tmp_path / "in")
-    outcome = map_film(tmp_path / "in", tmp_path / "out")
+    outcome = predict_clip(tmp_path / "in", tmp_path / "out")
     assert set(outcome.frames) == {"good.mp4"} and set(outcome.skipped) == bad
     for why in outcome.skipped.values():
         assert "\n" not in why and "Errno" not in why and str(tmp_path) not in why
     for name in bad - {"notes.txt"}:
         with pytest.raises(ValueError, match=name):
-            map_film(tmp_path / "in" / name, tmp_path / "out")
+            predict_clip(tmp_path / "in" / name, tmp_path / "out")
 
 
 def test_a_missing_or_empty_source_is_an_error(tmp_path):
@@ -122,7 +122,7 @@ def test_a_video_without_frames_is_an_error(tmp_path):
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         out.start_encoding()
     with pytest.raises(ValueError, match="zero.mov"):
-        map_film(tmp_path / "zero.mov", tmp_path / "out")
+        predict_clip(tmp_path / "zero.mov", tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -131,7 +131,7 @@ def test_a_video_without_frames_is_an_error(tmp_path):
 
 def test_a_folder_of_frames_is_a_clip_in_natural_order(tmp_path):
     write_frames(tmp_path / "shot", ["f9.png", "f10.png", "f11.png", "f13.png"])
-    outcome = map_film(
+    outcome = predict_clip(
         tmp_path / "shot", tmp_path / "out", rate=parse_frame_rate("23.976"), formats=("mp4", "npy")
     )
     assert outcome.frames == {"shot": 4}
@@ -146,34 +146,34 @@ def test_a_frame_of_another_size_is_named(tmp_path):
     write_frames(tmp_path / "shot", ["1.png", "2.png"])
     Image.new("RGB", (9, 9)).save(tmp_path / "shot/3.png")
     with pytest.raises(ValueError, match="3.png .*9×9.*41×30"):
-        map_film(tmp_path / "shot", tmp_path / "out")
+        predict_clip(tmp_path / "shot", tmp_path / "out")
     (tmp_path / "shot/3.png").write_bytes(b"\x89PNG no")
     with pytest.raises(ValueError, match="3.png"):
-        map_film(tmp_path / "shot", tmp_path / "out")
+        predict_clip(tmp_path / "shot", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_tree_is_kept_and_equal_stems_get_different_names(tmp_path):
     tree = tmp_path / "in"
     for name in ("a.mp4", "a.mkv", "A.mov", "sub/a.mp4", "naïve clip.mp4"):
-        make_film(tree / name, frames=2, sound=None)
+        make_video(tree / name, frames=2, sound=None)
     write_frames(tree / "a", ["1.png", "2.png"])
     Image.new("RGB", (9, 9)).save(tree / "sub/poster.jpg")
-    outcome = map_film(tree, tree / "out")
+    outcome = predict_clip(tree, tree / "out")
     assert set(outcome.frames) == {"a", "A.mov", "a.mkv", "a.mp4", "sub/a.mp4", "naïve clip.mp4"}
     assert outcome.skipped == {"sub/poster.jpg": "a picture next to a video"}
     made = {path.relative_to(tree / "out").as_posix() for path in (tree / "out").rglob("*.mp4")}
     assert made == {"a_frames.mp4", "A_mov.mp4", "a_mkv.mp4", "a_mp4.mp4", "sub/a.mp4", "naïve clip.mp4"}
-    assert set(map_film(tree, tree / "out").frames) == set(outcome.frames)  # does not read what it wrote
+    assert set(predict_clip(tree, tree / "out").frames) == set(outcome.frames)  # does not read what it wrote
 
 
 def test_a_list_may_name_files_and_folders_of_frames(tmp_path):
-    make_film(tmp_path / "one/a.mp4", frames=2, sound=None)
-    make_film(tmp_path / "two/a.mp4", frames=2, sound=None)
+    make_video(tmp_path / "one/a.mp4", frames=2, sound=None)
+    make_video(tmp_path / "two/a.mp4", frames=2, sound=None)
     write_frames(tmp_path / "shot", ["1.png"])
     lines = ["one/a.mp4", "", str(tmp_path / "two/a.mp4"), "shot", "gone.mp4"]
     (tmp_path / "clips.txt").write_text("\n".join(lines), encoding="utf-8")
-    outcome = map_film(tmp_path / "clips.txt", tmp_path / "out")
+    outcome = predict_clip(tmp_path / "clips.txt", tmp_path / "out")
     assert len(outcome.frames) == 3 and outcome.skipped == {"gone.mp4": "there is no such file"}
     written = [path for paths in outcome.written.values() for path in paths]
     assert len(set(written)) == 3 and all(path.exists() for path in written)

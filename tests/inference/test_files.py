@@ -19,12 +19,6 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.visualize import colorize
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    torch.manual_seed(0)
-    return Predictor(DepthAnything("vitn"), device="cpu", input_size=28)
-
-
 def jpeg(height=30, width=40, seed=0, **options):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     out = io.BytesIO()

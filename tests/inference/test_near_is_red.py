@@ -76,7 +76,7 @@ def test_pictures_show_near_as_red_and_as_white_in_gray(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_videos_have_the_colors_of_pictures(tmp_path, kind, mode):
     pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
-    from made_films import read_film
+    from made_videos import read_video
 
     from depth_anything.inference.video import VideoSettings, predict_videos
 
@@ -90,7 +90,7 @@ def test_videos_have_the_colors_of_pictures(tmp_path, kind, mode):
         predict_files(KINDS[kind], tmp_path / "frames/0.png", tmp_path / f"{grayscale}", settings=settings)
         picture = np.asarray(Image.open(tmp_path / f"{grayscale}" / "0.png")).astype(int)
         (film,) = (tmp_path / f"{grayscale}").glob("*.mp4")
-        for _, shown in read_film(film):
+        for _, shown in read_video(film):
             assert (nearest_is_white if grayscale else nearest_is_warm)(shown)
             assert np.abs(shown - picture).mean() < 12  # lossy, and its range leaves out a speck
 

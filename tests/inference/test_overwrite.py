@@ -14,15 +14,8 @@ from depth_anything.disk import atomic_write, temporary_path
 from depth_anything.inference import files, memory
 from depth_anything.inference.files import PredictSettings, predict_files
 from depth_anything.inference.predictor import Predictor
-from depth_anything.model.depth_anything import DepthAnything
 
 EVERY = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    torch.manual_seed(0)
-    return Predictor(DepthAnything("vitn"), device="cpu", input_size=28)
 
 
 @pytest.fixture

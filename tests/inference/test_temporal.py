@@ -13,11 +13,11 @@ from depth_anything.inference.temporal import MapCache, SmoothedRange, TemporalS
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 
-from made_films import (  # noqa: E402
+from made_videos import (  # noqa: E402
     Brightness,
-    make_film,
-    map_film,
-    read_film,
+    make_video,
+    predict_clip,
+    read_video,
 )
 
 from depth_anything.inference import video  # noqa: E402
@@ -29,7 +29,7 @@ from depth_anything.inference.video import VideoSettings, predict_videos  # noqa
 
 def swing(path):
     """Mean change of gray in the upper half, which is static in the input."""
-    shown = np.stack([image[4:20].mean(axis=2) for _, image in read_film(path)])
+    shown = np.stack([image[4:20].mean(axis=2) for _, image in read_video(path)])
     return np.abs(np.diff(shown, axis=0)).mean()
 
 
@@ -44,7 +44,7 @@ class Brightening(Brightness):
 
 
 def test_one_range_does_not_flicker(tmp_path):
-    source = make_film(tmp_path / "in.mp4", frames=20, sound=None)
+    source = make_video(tmp_path / "in.mp4", frames=20, sound=None)
     swings = {}
     for mode in ("clip", "running", "frame"):
         predict_videos(
@@ -59,8 +59,8 @@ def test_one_range_does_not_flicker(tmp_path):
 
 
 def test_the_range_of_a_clip_is_that_of_all_its_frames(tmp_path):
-    source = make_film(tmp_path / "in.mp4", frames=10, sound=None)
-    map_film(source, tmp_path / "out")
+    source = make_video(tmp_path / "in.mp4", frames=10, sound=None)
+    predict_clip(source, tmp_path / "out")
     maps = [Brightness().predict_batch([picture.image])[0] for picture in VideoFile("in.mp4", source).read()]
     facts = json.loads((tmp_path / "out/in.json").read_text())
     assert facts["values"] == {"low": float(np.min(maps)), "high": float(np.max(maps))}
@@ -151,10 +151,10 @@ def test_the_cache_is_exact_and_limited(tmp_path):
 
 @pytest.mark.parametrize("smooth", [0.0, 0.6])
 def test_maps_beyond_the_cache_are_predicted_again(tmp_path, monkeypatch, smooth):
-    source = make_film(tmp_path / "in.mp4", frames=13, sound=None)
+    source = make_video(tmp_path / "in.mp4", frames=13, sound=None)
     for room in (0, 5, 100):
         monkeypatch.setattr(video, "MapCache", partial(temporal.MapCache, max_bytes=room * 48 * 64 * 4))
-        map_film(source, tmp_path / str(room), smooth=smooth, formats=("png16",), batch_size=3)
+        predict_clip(source, tmp_path / str(room), smooth=smooth, formats=("png16",), batch_size=3)
     for path in (tmp_path / "100/in_disparity").iterdir():
         for room in (0, 5):
             assert (tmp_path / f"{room}/in_disparity" / path.name).read_bytes() == path.read_bytes()

@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything import DepthAnything, save_model
+from depth_anything import DepthAnything
 from depth_anything.cli import video as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 
-from made_films import (  # noqa: E402
+from made_videos import (  # noqa: E402
     NTSC,
     Brightness,
     Metres,
     boxes,
     facts_of,
     frame,
-    make_film,
-    map_film,
+    make_video,
     packets,
-    read_film,
+    predict_clip,
+    read_video,
     write_frames,
 )
 
@@ -40,23 +40,23 @@ from depth_anything.inference.video import VideoSettings, predict_videos  # noqa
 
 
 def test_29_97_fps_stays_exact_and_the_audio_is_copied(tmp_path):
-    source = make_film(tmp_path / "in.mp4")
-    outcome = map_film(source, tmp_path / "out")
+    source = make_video(tmp_path / "in.mp4")
+    outcome = predict_clip(source, tmp_path / "out")
     film = tmp_path / "out/in.mp4"
     assert outcome.written == {"in.mp4": [film]} and outcome.frames == {"in.mp4": 24} and not outcome.notes
     facts = facts_of(film)
     assert facts["rate"] == NTSC and facts["frames"] == 24 and facts["sound"] == ["aac"]
     assert (facts["codec"], facts["pixels"], facts["size"]) == ("h264", "yuv420p", (48, 2 * 64 + 50))
     assert facts["colours"] == (1, 1)  # BT.709, limited
-    assert [time for time, _ in read_film(film)] == [n / NTSC for n in range(24)]
+    assert [time for time, _ in read_video(film)] == [n / NTSC for n in range(24)]
     assert packets(film) == packets(source)
     assert boxes(film).index("moov") < boxes(film).index("mdat")  # plays before it is all there
 
 
 def test_the_image_is_left_and_the_map_right(tmp_path):
-    source = make_film(tmp_path / "in.mp4", frames=3, sound=None)
-    map_film(source, tmp_path / "out", grayscale=True)
-    for number, (_, shown) in enumerate(read_film(tmp_path / "out/in.mp4")):
+    source = make_video(tmp_path / "in.mp4", frames=3, sound=None)
+    predict_clip(source, tmp_path / "out", grayscale=True)
+    for number, (_, shown) in enumerate(read_video(tmp_path / "out/in.mp4")):
         assert np.abs(shown[:, :64].astype(int) - frame(number, 48, 64)).mean() < 4
         assert shown[:, 70:108].min() > 250
         assert np.diff(shown[4, 120:170].mean(axis=1)).mean() > 1  # lighter is nearer is whiter
@@ -75,11 +75,11 @@ def test_the_image_is_left_and_the_map_right(tmp_path):
     ],
 )
 def test_containers_and_audio_codecs(tmp_path, name, options, sound, note):
-    source = make_film(tmp_path / name, **options)
-    outcome = map_film(source, tmp_path / "out", pred_only=True)
+    source = make_video(tmp_path / name, **options)
+    outcome = predict_clip(source, tmp_path / "out", pred_only=True)
     film = tmp_path / "out" / f"{name[0]}.mp4"
-    facts, times = facts_of(film), [time for time, _ in read_film(film)]
-    wanted = [time for time, _ in read_film(source)]
+    facts, times = facts_of(film), [time for time, _ in read_video(film)]
+    wanted = [time for time, _ in read_video(source)]
     assert facts["frames"] == len(times) == len(wanted) == 24
     for time, there in zip(times, wanted, strict=True):
         assert abs((time - times[0]) - (there - wanted[0])) <= Fraction(1, 1000)
@@ -94,29 +94,29 @@ def test_containers_and_audio_codecs(tmp_path, name, options, sound, note):
 
 
 def test_re_encoded_audio_keeps_its_duration(tmp_path):
-    make_film(tmp_path / "a.wmv", sound="wmav2", codec="msmpeg4v3", format="asf", frames=60)
-    map_film(tmp_path / "a.wmv", tmp_path / "out", pred_only=True)
+    make_video(tmp_path / "a.wmv", sound="wmav2", codec="msmpeg4v3", format="asf", frames=60)
+    predict_clip(tmp_path / "a.wmv", tmp_path / "out", pred_only=True)
     with av.open(str(tmp_path / "out/a.mp4")) as film:
         seconds = sum(f.samples for f in film.decode(audio=0)) / 48000
     assert abs(seconds - 60 / NTSC) < 0.1
 
 
 def test_odd_sides_are_padded_to_even_ones(tmp_path):
-    make_film(tmp_path / "odd.mkv", size=(47, 63), codec="ffv1", sound=None, frames=3)
-    map_film(tmp_path / "odd.mkv", tmp_path / "alone", pred_only=True, formats=("mp4", "npy"))
-    map_film(tmp_path / "odd.mkv", tmp_path / "both")
+    make_video(tmp_path / "odd.mkv", size=(47, 63), codec="ffv1", sound=None, frames=3)
+    predict_clip(tmp_path / "odd.mkv", tmp_path / "alone", pred_only=True, formats=("mp4", "npy"))
+    predict_clip(tmp_path / "odd.mkv", tmp_path / "both")
     assert facts_of(tmp_path / "alone/odd.mp4")["size"] == (48, 64)
     assert facts_of(tmp_path / "both/odd.mp4")["size"] == (48, 63 + 50 + 63)
-    last = read_film(tmp_path / "alone/odd.mp4")[-1][1].astype(int)
+    last = read_video(tmp_path / "alone/odd.mp4")[-1][1].astype(int)
     assert np.abs(last[47] - last[46]).mean() < 3 and np.abs(last[:, 63] - last[:, 62]).mean() < 3
     assert np.load(tmp_path / "alone/odd_disparity/000001.npy").shape == (47, 63)  # maps keep the size
 
 
 def test_a_variable_frame_rate_keeps_every_time(tmp_path):
     times = [0, 40, 100, 500, 507, 900]
-    make_film(tmp_path / "vfr.mkv", times=times, frames=6, sound=None, rate=Fraction(25))
-    map_film(tmp_path / "vfr.mkv", tmp_path / "out")
-    assert [time for time, _ in read_film(tmp_path / "out/vfr.mp4")] == [Fraction(t, 1000) for t in times]
+    make_video(tmp_path / "vfr.mkv", times=times, frames=6, sound=None, rate=Fraction(25))
+    predict_clip(tmp_path / "vfr.mkv", tmp_path / "out")
+    assert [time for time, _ in read_video(tmp_path / "out/vfr.mp4")] == [Fraction(t, 1000) for t in times]
 
 
 def test_the_pixel_aspect_ratio_is_kept(tmp_path):
@@ -128,7 +128,7 @@ def test_the_pixel_aspect_ratio_is_kept(tmp_path):
         for number in range(2):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame(number, 48, 64), format="rgb24")))
         out.mux(stream.encode(None))
-    map_film(path, tmp_path / "out")
+    predict_clip(path, tmp_path / "out")
     with av.open(str(tmp_path / "out/in.mp4")) as film:
         assert film.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
 
@@ -143,8 +143,8 @@ def read_level(path):
 
 @pytest.mark.parametrize("mode", ["clip", "running", "frame"])
 def test_16_bit_pngs_restore_the_values(tmp_path, mode):
-    source = make_film(tmp_path / "in.mp4", frames=8, sound=None)
-    map_film(source, tmp_path / "out", range=mode, formats=("png16", "npy", "exr"))
+    source = make_video(tmp_path / "in.mp4", frames=8, sound=None)
+    predict_clip(source, tmp_path / "out", range=mode, formats=("png16", "npy", "exr"))
     folder = tmp_path / "out/in_disparity"
     assert sorted(path.stem for path in folder.glob("*.png")) == [f"{n:06d}" for n in range(1, 9)]
     ranges = set()
@@ -185,7 +185,7 @@ class Failing(Brightness):
 @pytest.mark.parametrize("mode", ["clip", "frame"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_an_interrupted_run_leaves_no_files(tmp_path, mode, error):
-    source = make_film(tmp_path / "in.mp4", frames=24)
+    source = make_video(tmp_path / "in.mp4", frames=24)
     settings = VideoSettings(range=mode, formats=("mp4", "npy"))
     with pytest.raises(type(error)):
         predict_videos(Failing(12, error), source, tmp_path / "out", settings=settings)
@@ -209,22 +209,22 @@ def test_temporary_files_of_a_killed_run_are_removed_by_the_next(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "a.mp4").exists()
-    make_film(tmp_path / "in/b.mp4", frames=2)
-    map_film(tmp_path / "in/b.mp4", tmp_path)
+    make_video(tmp_path / "in/b.mp4", frames=2)
+    predict_clip(tmp_path / "in/b.mp4", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "b.mp4", "b.json"}
 
 
 def test_folders_of_other_programs_are_not_replaced(tmp_path):
-    make_film(tmp_path / "in.mp4", frames=2, sound=None)
+    make_video(tmp_path / "in.mp4", frames=2, sound=None)
     (tmp_path / "out/in_disparity").mkdir(parents=True)
     (tmp_path / "out/in_disparity/precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="precious.txt"):
-        map_film(tmp_path / "in.mp4", tmp_path / "out", formats=("npy",))
+        predict_clip(tmp_path / "in.mp4", tmp_path / "out", formats=("npy",))
     assert (tmp_path / "out/in_disparity/precious.txt").read_text() == "mine"
     (tmp_path / "out/in_disparity/precious.txt").unlink()
     for frames in (3, 2):  # an earlier one of ours is replaced, whole
-        make_film(tmp_path / "in.mp4", frames=frames, sound=None)
-        map_film(tmp_path / "in.mp4", tmp_path / "out", formats=("npy",))
+        make_video(tmp_path / "in.mp4", frames=frames, sound=None)
+        predict_clip(tmp_path / "in.mp4", tmp_path / "out", formats=("npy",))
         assert len(list((tmp_path / "out/in_disparity").iterdir())) == frames
 
 
@@ -232,10 +232,10 @@ def test_folders_of_other_programs_are_not_replaced(tmp_path):
 
 
 def test_the_source_video_is_not_overwritten(tmp_path):
-    source = make_film(tmp_path / "a.mp4", frames=2)
+    source = make_video(tmp_path / "a.mp4", frames=2)
     before = source.read_bytes()
     with pytest.raises(ValueError, match="a.mp4"):
-        map_film(source, tmp_path)
+        predict_clip(source, tmp_path)
     assert source.read_bytes() == before
 
 
@@ -281,7 +281,7 @@ def resident_mb():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    source = make_film(tmp_path / "long.mp4", frames=17_982, size=(16, 16), sound=None)
+    source = make_video(tmp_path / "long.mp4", frames=17_982, size=(16, 16), sound=None)
     seen = []
 
     def progress(items, *, what, total):
@@ -306,15 +306,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
 # The command
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(DepthAnything("vitn"), path)
-    return str(path)
-
-
 def test_run_video_takes_the_authors_flags(tmp_path, weights, capsys):
-    make_film(tmp_path / "in/a.mp4", frames=3)
+    make_video(tmp_path / "in/a.mp4", frames=3)
     (tmp_path / "in/notes.md").write_text("not a film")
     theirs = ["--video-path", str(tmp_path / "in"), "--outdir", str(tmp_path / "out"), "--input-size", "70"]
     assert (
@@ -336,7 +329,7 @@ def test_a_missing_file_or_package_is_reported_in_one_line(tmp_path, weights, ca
 
 
 def test_a_metric_video_states_meters(tmp_path):
-    source = make_film(tmp_path / "a.mp4", frames=2, sound=None)
+    source = make_video(tmp_path / "a.mp4", frames=2, sound=None)
     predict_videos(Metres(), source, tmp_path / "out", settings=VideoSettings(formats=("mp4", "png16")))
     facts = json.loads((tmp_path / "out/a.json").read_text())
     assert (facts["quantity"], facts["unit"], facts["larger"]) == ("depth", "m", "farther")

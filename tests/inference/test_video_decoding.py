@@ -11,13 +11,13 @@ import pytest
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 
-from made_films import (  # noqa: E402
+from made_videos import (  # noqa: E402
     facts_of,
     frame,
-    make_film,
-    map_film,
+    make_video,
     packets,
-    read_film,
+    predict_clip,
+    read_video,
     restamp_flv,
     restamp_ts,
 )
@@ -54,7 +54,7 @@ JOINED = {
 
 @pytest.mark.parametrize("name", JOINED)
 def test_concatenated_files_play_one_after_the_other(tmp_path, name):
-    part = make_film(tmp_path / f"part_{name}", frames=50, rate=RATE, **JOINED[name])
+    part = make_video(tmp_path / f"part_{name}", frames=50, rate=RATE, **JOINED[name])
     alone, _ = times_of(part)
     source = tmp_path / name
     source.write_bytes(3 * part.read_bytes())
@@ -64,9 +64,9 @@ def test_concatenated_files_play_one_after_the_other(tmp_path, name):
     wanted = [part * lasts + time for part in range(3) for time in alone]
     np.testing.assert_allclose(times, np.array(wanted, float), atol=0.001)
     assert any("jump" in note for note in clip.notes) and not clip.incomplete
-    map_film(source, tmp_path / "out", pred_only=True)
+    predict_clip(source, tmp_path / "out", pred_only=True)
     out = tmp_path / "out" / source.with_suffix(".mp4").name
-    assert len(read_film(out)) == 150
+    assert len(read_video(out)) == 150
     if JOINED[name]["sound"]:
         assert len(packets(out)) == 3 * len(packets(part))
 
@@ -76,7 +76,7 @@ def test_parts_with_different_clocks_are_joined(tmp_path, starts):
     """300 s forward or back, across the 33-bit wrap of a transport stream's clock (95,443.7 s), or far from 0."""
     whole = b""
     for start in starts:
-        part = make_film(tmp_path / "part.ts", frames=50, rate=RATE, sound="aac", format="mpegts")
+        part = make_video(tmp_path / "part.ts", frames=50, rate=RATE, sound="aac", format="mpegts")
         for kind in ("video", "audio"):
             restamp_ts(part, kind, lambda number, start=start: start)
         whole += part.read_bytes()
@@ -97,7 +97,7 @@ GLITCHES = {
 @pytest.mark.parametrize("glitch", GLITCHES)
 @pytest.mark.parametrize("seconds", [5, -1, 20, -0.15])
 def test_wrong_timestamps_of_a_few_packets_move_no_others(tmp_path, name, kind, glitch, seconds):
-    source = make_film(
+    source = make_video(
         tmp_path / name, frames=80, rate=RATE, sound="aac", **({"format": "mpegts"} if name == "a.ts" else {})
     )
     sound = len(packets(source))
@@ -106,20 +106,20 @@ def test_wrong_timestamps_of_a_few_packets_move_no_others(tmp_path, name, kind, 
     times, clip = times_of(source)
     assert_steady(times, 80)
     assert not clip.incomplete
-    map_film(source, tmp_path / "out", pred_only=True, range="frame")
-    assert len(read_film(tmp_path / "out/a.mp4")) == 80
+    predict_clip(source, tmp_path / "out", pred_only=True, range="frame")
+    assert len(read_video(tmp_path / "out/a.mp4")) == 80
     assert len(packets(tmp_path / "out/a.mp4")) == sound
 
 
 @pytest.mark.parametrize("seconds", [-1, 5])
 def test_an_audio_jump_does_not_move_the_frames(tmp_path, seconds):
-    source = make_film(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
+    source = make_video(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
     restamp_flv(source, "audio", lambda number: seconds * (number >= 41))
     assert_steady(times_of(source)[0], 80)
 
 
 def test_a_pause_in_the_recording_is_kept(tmp_path):
-    source = make_film(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
+    source = make_video(tmp_path / "a.flv", frames=80, rate=RATE, sound="aac")
     for kind, first in (("video", 40), ("audio", 75)):
         restamp_flv(source, kind, lambda number, first=first: 7 * (number >= first))
     times, clip = times_of(source)
@@ -146,11 +146,11 @@ def one_sound_packet_out_of_order(source, target, number):
 
 @pytest.mark.parametrize("number", [2, 41])
 def test_an_audio_packet_out_of_order_is_reordered(tmp_path, number):
-    plain = make_film(tmp_path / "in.mp4", frames=100, rate=RATE)
+    plain = make_video(tmp_path / "in.mp4", frames=100, rate=RATE)
     one_sound_packet_out_of_order(plain, tmp_path / "a.mkv", number)
-    outcome = map_film(tmp_path / "a.mkv", tmp_path / "out", pred_only=True)
+    outcome = predict_clip(tmp_path / "a.mkv", tmp_path / "out", pred_only=True)
     assert outcome.frames == {"a.mkv": 100} and not outcome.failed
-    assert_steady([float(time) for time, _ in read_film(tmp_path / "out/a.mp4")], 100, within=0.03)
+    assert_steady([float(time) for time, _ in read_video(tmp_path / "out/a.mp4")], 100, within=0.03)
     assert packets(tmp_path / "out/a.mp4") == packets(plain)
     assert any("audio" in note for note in outcome.notes["a.mkv"])
 
@@ -158,7 +158,7 @@ def test_an_audio_packet_out_of_order_is_reordered(tmp_path, number):
 @pytest.mark.parametrize("sound", ["aac", "wmav2"])
 def test_damaged_audio_loses_no_frame(tmp_path, sound):
     options = {"codec": "msmpeg4v3", "format": "asf"} if sound == "wmav2" else {"format": "mpegts"}
-    source = make_film(tmp_path / "a.dat", frames=50, rate=RATE, sound=sound, **options)
+    source = make_video(tmp_path / "a.dat", frames=50, rate=RATE, sound=sound, **options)
     data = bytearray(source.read_bytes())
     kept = len(times_of(source)[0])
     for packet in packets(source)[10:13]:  # the packets' own bytes, wherever they lie
@@ -166,8 +166,8 @@ def test_damaged_audio_loses_no_frame(tmp_path, sound):
         if at >= 0:
             data[at : at + 24] = bytes(24)
     source.write_bytes(data)
-    outcome = map_film(source, tmp_path / "out", pred_only=True)
-    assert kept == 50 == outcome.frames["a.dat"] == len(read_film(tmp_path / "out/a.mp4"))
+    outcome = predict_clip(source, tmp_path / "out", pred_only=True)
+    assert kept == 50 == outcome.frames["a.dat"] == len(read_video(tmp_path / "out/a.mp4"))
 
 
 # Damage, sizes, streams
@@ -177,7 +177,7 @@ def test_damaged_audio_loses_no_frame(tmp_path, sound):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_damage_loses_only_the_frames_that_cannot_be_decoded(tmp_path, name, seed):
     options = {"a.ts": {"format": "mpegts"}, "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"}}.get(name, {})
-    source = make_film(tmp_path / name, frames=80, rate=RATE, **options)
+    source = make_video(tmp_path / name, frames=80, rate=RATE, **options)
     data, rng = bytearray(source.read_bytes()), np.random.default_rng(seed)
     for at in rng.integers(len(data) // 3, len(data) * 2 // 3, 2):
         data[at : at + 150] = rng.bytes(150)
@@ -195,8 +195,8 @@ def test_damage_loses_only_the_frames_that_cannot_be_decoded(tmp_path, name, see
 
 
 def test_frames_that_change_size_are_scaled_and_noted(tmp_path):
-    first = make_film(tmp_path / "1.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(48, 64))
-    second = make_film(tmp_path / "2.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(96, 32))
+    first = make_video(tmp_path / "1.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(48, 64))
+    second = make_video(tmp_path / "2.ts", frames=10, rate=RATE, sound=None, format="mpegts", size=(96, 32))
     (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
     (clip,), _ = list_clips(tmp_path / "both.ts")
     assert [picture.image.shape for picture in clip.read()] == 20 * [(48, 64, 3)]
@@ -204,7 +204,7 @@ def test_frames_that_change_size_are_scaled_and_noted(tmp_path):
 
 
 def test_cover_pictures_are_ignored_and_other_streams_noted(tmp_path):
-    plain = make_film(tmp_path / "in.mp4", frames=10, rate=RATE)
+    plain = make_video(tmp_path / "in.mp4", frames=10, rate=RATE)
     with av.open(str(plain)) as reader, av.open(str(tmp_path / "two.mkv"), "w") as writer:
         small = writer.add_stream("mjpeg", rate=1)
         small.height, small.width, small.pix_fmt = 24, 32, "yuvj420p"
@@ -246,7 +246,7 @@ def set_matrix(path, a, b, c, d):
 @pytest.mark.parametrize("way", MATRICES)
 def test_display_matrices_are_applied(tmp_path, way):
     matrix, shown = MATRICES[way]
-    source = make_film(tmp_path / "a.mp4", frames=3, rate=RATE, sound=None, size=(48, 80))
+    source = make_video(tmp_path / "a.mp4", frames=3, rate=RATE, sound=None, size=(48, 80))
     set_matrix(source, *matrix)
     (clip,), _ = list_clips(source)
     wanted = shown(frame(0, 48, 80)).astype(int)
@@ -255,7 +255,7 @@ def test_display_matrices_are_applied(tmp_path, way):
     assert np.abs(seen - wanted).mean() < 4
     of_shard = decode_image(video_frames.read_frame(source, 0))  # what `shard` reads from a video
     assert of_shard.shape == wanted.shape and np.abs(of_shard - wanted).mean() < 5
-    map_film(source, tmp_path / "out", pred_only=True)
+    predict_clip(source, tmp_path / "out", pred_only=True)
     assert facts_of(tmp_path / "out/a.mp4")["size"] == wanted.shape[:2]
 
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything import DepthAnything, save_model
 from depth_anything.cli import video as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 
-from made_films import Brightness, facts_of, frame, make_film, map_film, read_film, write_frames  # noqa: E402
+from made_videos import Brightness, facts_of, frame, make_video, predict_clip, read_video, write_frames  # noqa: E402
 
 from depth_anything.data import video_reader as opened_video  # noqa: E402
 from depth_anything.inference import video_writer  # noqa: E402
@@ -42,7 +41,7 @@ def mark(path):
 
 
 FOREIGN = {
-    "a film": lambda out: make_film(out / "a.mp4", frames=2, sound=None),
+    "a film": lambda out: make_video(out / "a.mp4", frames=2, sound=None),
     "a text called like a film": lambda out: mark(out / "a.mp4"),
     "a json": lambda out: (out / "a.json").write_text('{"mine": 1}'),
     "a json of predict": lambda out: (out / "a.json").write_text('{"image": "a.jpg", "quantity": "depth"}'),
@@ -58,8 +57,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_files_of_other_programs_are_refused_before_the_network_runs(tmp_path, what):
-    make_film(tmp_path / "in/a.mov", frames=2, sound=None)
-    make_film(tmp_path / "in/b.mov", frames=2, sound=None)
+    make_video(tmp_path / "in/a.mov", frames=2, sound=None)
+    make_video(tmp_path / "in/b.mov", frames=2, sound=None)
     (tmp_path / "out").mkdir()
     FOREIGN[what](tmp_path / "out")
     before = tree_of(tmp_path)
@@ -86,9 +85,9 @@ def by_a_link_to_the_folder(tmp_path):
 
 def as_another_films_output(tmp_path):
     out = tmp_path / "out"
-    make_film(out / "a.mov", frames=2, sound=None)
+    make_video(out / "a.mov", frames=2, sound=None)
     (out / "list.txt").write_text("a.mov\na.mp4\n")
-    map_film(out / "list.txt", out)
+    predict_clip(out / "list.txt", out)
     (out / "list.txt").write_text("a.mov\na.mp4\na_mov.mp4\n")
     return out / "list.txt", out
 
@@ -98,8 +97,8 @@ def as_another_films_output(tmp_path):
 )
 def test_inputs_are_not_replaced(tmp_path, read):
     """Not even output of an earlier run, which is replaced otherwise."""
-    make_film(tmp_path / "first/a.mov", frames=2, sound=None)
-    map_film(tmp_path / "first", tmp_path / "out")
+    make_video(tmp_path / "first/a.mov", frames=2, sound=None)
+    predict_clip(tmp_path / "first", tmp_path / "out")
     source, output = read(tmp_path)
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match=r"out/a(_mov)?\.mp4"):
@@ -108,8 +107,8 @@ def test_inputs_are_not_replaced(tmp_path, read):
 
 
 def test_frames_that_are_inputs_are_not_replaced_by_maps(tmp_path):
-    make_film(tmp_path / "in/shot.mov", frames=2, sound=None)
-    map_film(tmp_path / "in", tmp_path, formats=("png16",))  # its maps are read as frames now
+    make_video(tmp_path / "in/shot.mov", frames=2, sound=None)
+    predict_clip(tmp_path / "in", tmp_path, formats=("png16",))  # its maps are read as frames now
     (tmp_path / "list.txt").write_text("shot_disparity\n../in/shot.mov\n")
     (tmp_path / "list.txt").write_text("in/shot.mov\n")
     os.rename(tmp_path / "in/shot.mov", tmp_path / "shot.mov")
@@ -124,16 +123,16 @@ def test_frames_that_are_inputs_are_not_replaced_by_maps(tmp_path):
 
 def test_output_of_an_earlier_run_is_replaced(tmp_path):
     for frames in (4, 2):
-        make_film(tmp_path / "in/a.mp4", frames=frames)
-        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
-        assert len(read_film(tmp_path / "out/a.mp4")) == frames
+        make_video(tmp_path / "in/a.mp4", frames=frames)
+        predict_clip(tmp_path / "in", tmp_path / "out", formats=("mp4", "png16", "exr"))
+        assert len(read_video(tmp_path / "out/a.mp4")) == frames
         assert len(list((tmp_path / "out/a_disparity").iterdir())) == 2 * frames
 
 
 def test_runs_with_other_formats_recognize_each_others_files(tmp_path):
-    make_film(tmp_path / "in/a.mp4", frames=3)
+    make_video(tmp_path / "in/a.mp4", frames=3)
     for formats in (("mp4",), ("npy",), ("mp4", "exr"), ("png16",), ("mp4",)):
-        assert not map_film(tmp_path / "in", tmp_path / "out", formats=formats).failed
+        assert not predict_clip(tmp_path / "in", tmp_path / "out", formats=formats).failed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.mp4", "a.json", "a_disparity"}
 
 
@@ -148,8 +147,8 @@ CHANGES = {  # by hand, after the run
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_output_changed_by_the_user_is_not_replaced(tmp_path, change):
-    make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
-    map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
+    make_video(tmp_path / "in/a.mp4", frames=2, sound=None)
+    predict_clip(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
     CHANGES[change](tmp_path / "out")
     before = tree_of(tmp_path)
     with pytest.raises(ValueError, match="a_disparity|a.mp4"):
@@ -160,21 +159,21 @@ def test_output_changed_by_the_user_is_not_replaced(tmp_path, change):
 
 
 def test_output_of_versions_without_digests_is_replaced(tmp_path):
-    make_film(tmp_path / "in/a.mp4", frames=2, sound=None)
-    map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
+    make_video(tmp_path / "in/a.mp4", frames=2, sound=None)
+    predict_clip(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy"))
     record = tmp_path / "out/a.json"
     facts = json.loads(record.read_text())
     record.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("made_by", "sha256", "maps")}))
-    assert not map_film(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy")).failed
+    assert not predict_clip(tmp_path / "in", tmp_path / "out", formats=("mp4", "npy")).failed
     assert json.loads(record.read_text()) == facts
     record.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("made_by", "sha256", "maps")}))
-    make_film(tmp_path / "out/a.mp4", frames=2, sound=None)  # not ours: it lacks our comment
+    make_video(tmp_path / "out/a.mp4", frames=2, sound=None)  # not ours: it lacks our comment
     with pytest.raises(ValueError, match="out/a.mp4"):
-        map_film(tmp_path / "in", tmp_path / "out", formats=("mp4",))
+        predict_clip(tmp_path / "in", tmp_path / "out", formats=("mp4",))
 
 
 def test_an_output_path_that_is_a_file_is_refused(tmp_path):
-    make_film(tmp_path / "a.mp4", frames=2, sound=None)
+    make_video(tmp_path / "a.mp4", frames=2, sound=None)
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="out"):
         predict_videos(Untouched(), tmp_path / "a.mp4", tmp_path / "out", settings=VideoSettings())
@@ -194,10 +193,10 @@ def test_a_video_too_wide_for_h264_is_refused_before_the_network_runs(tmp_path, 
         predict_videos(
             Untouched(), tmp_path / "wide.mkv", tmp_path / "out", settings=VideoSettings(pred_only=alone)
         )
-    make_film(tmp_path / "fits.mp4", frames=2)
-    outcome = map_film(tmp_path, tmp_path / "out", pred_only=alone)
+    make_video(tmp_path / "fits.mp4", frames=2)
+    outcome = predict_clip(tmp_path, tmp_path / "out", pred_only=alone)
     assert set(outcome.written) == {"fits.mp4"} and list(outcome.failed) == ["wide.mkv"]
-    outcome = map_film(tmp_path / "wide.mkv", tmp_path / "maps", formats=("npy",))
+    outcome = predict_clip(tmp_path / "wide.mkv", tmp_path / "maps", formats=("npy",))
     assert not outcome.failed and np.load(tmp_path / "maps/wide_disparity/000001.npy").shape == (16, width)
 
 
@@ -233,9 +232,9 @@ def test_nothing_is_written_for_a_clip_with_a_nonfinite_map(tmp_path, value, mod
 
 def test_a_name_too_long_for_the_disk_does_not_stop_the_rest(tmp_path):
     long = "x" * 249 + ".mp4"  # with what is added for maps it is over 255 bytes
-    make_film(tmp_path / "in" / long, frames=2, sound=None)
-    make_film(tmp_path / "in/y.mp4", frames=2, sound=None)
-    outcome = map_film(tmp_path / "in", tmp_path / "out", formats=("npy",))
+    make_video(tmp_path / "in" / long, frames=2, sound=None)
+    make_video(tmp_path / "in/y.mp4", frames=2, sound=None)
+    outcome = predict_clip(tmp_path / "in", tmp_path / "out", formats=("npy",))
     assert "y.mp4" in outcome.written and list(outcome.failed) == [long]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"y_disparity", "y.json"}
 
@@ -247,15 +246,15 @@ def test_out_of_memory_for_one_clip_does_not_stop_the_rest(tmp_path):
                 raise MemoryError
             return super().predict_batch(images)
 
-    make_film(tmp_path / "in/large.mp4", frames=2, size=(64, 64))
-    make_film(tmp_path / "in/small.mp4", frames=2)
+    make_video(tmp_path / "in/large.mp4", frames=2, size=(64, 64))
+    make_video(tmp_path / "in/small.mp4", frames=2)
     outcome = predict_videos(Greedy(), tmp_path / "in", tmp_path / "out", settings=VideoSettings())
     assert list(outcome.failed) == ["large.mp4"] and "memory" in outcome.skipped["large.mp4"]
     assert set(outcome.written) == {"small.mp4"}
 
 
 def test_the_frame_size_is_checked_before_decoding(tmp_path, monkeypatch):
-    make_film(tmp_path / "a.mp4", frames=2)
+    make_video(tmp_path / "a.mp4", frames=2)
     monkeypatch.setattr(opened_video, "MAX_PIXELS", 64 * 48 - 1)
     monkeypatch.setattr(opened_video, "read_frames", None)
     with pytest.raises(ValueError, match="64×48"):
@@ -268,20 +267,13 @@ def test_a_video_with_missing_frames_is_removed(tmp_path, monkeypatch):
             film._container.mux(packet)
 
     monkeypatch.setattr(video_writer.VideoWriter, "_mux", write_one_less)
-    make_film(tmp_path / "a.mp4", frames=4)
+    make_video(tmp_path / "a.mp4", frames=4)
     with pytest.raises(ValueError, match="of 4"):
-        map_film(tmp_path / "a.mp4", tmp_path / "out")
+        predict_clip(tmp_path / "a.mp4", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 # The exit code
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(DepthAnything("vitn"), path)
-    return str(path)
 
 
 def type_video(weights, source, output):
@@ -294,7 +286,7 @@ def cut(path, share):
 
 
 def test_the_exit_code_is_1_if_a_clip_failed(tmp_path, weights, capsys):
-    make_film(tmp_path / "in/a.mp4", frames=2)
+    make_video(tmp_path / "in/a.mp4", frames=2)
     (tmp_path / "in/notes.md").write_text("not a film, and not meant as one")
     Image.new("RGB", (9, 9)).save(tmp_path / "in/poster.jpg")
     assert type_video(weights, tmp_path / "in", tmp_path / "out") == 0
@@ -303,7 +295,7 @@ def test_the_exit_code_is_1_if_a_clip_failed(tmp_path, weights, capsys):
     assert "bad.mp4" in capsys.readouterr().err
     (tmp_path / "list.txt").write_text("in/a.mp4\nin/gone\n")
     assert type_video(weights, tmp_path / "list.txt", tmp_path / "out2") == 1
-    make_film(tmp_path / "cut.mp4", frames=12, crf="0", options={"movflags": "+faststart"})
+    make_video(tmp_path / "cut.mp4", frames=12, crf="0", options={"movflags": "+faststart"})
     cut(tmp_path / "cut.mp4", 0.6)
     assert type_video(weights, tmp_path / "cut.mp4", tmp_path / "cut") == 1
     assert facts_of(tmp_path / "cut/cut.mp4")["frames"] < 12
@@ -316,16 +308,16 @@ def test_a_truncated_video_gives_its_frames_and_counts_as_failed(tmp_path, name)
         "a.mp4": {"options": {"movflags": "+faststart"}},
         "a.avi": {"codec": "mpeg4", "sound": "libmp3lame"},
     }
-    source = make_film(tmp_path / name, frames=100, crf="0", **options.get(name, {}))
-    assert not map_film(source, tmp_path / "whole").failed
+    source = make_video(tmp_path / name, frames=100, crf="0", **options.get(name, {}))
+    assert not predict_clip(source, tmp_path / "whole").failed
     cut(source, 0.6)
-    outcome = map_film(source, tmp_path / "out")
+    outcome = predict_clip(source, tmp_path / "out")
     assert set(outcome.failed) == set(outcome.written) == {name}
     assert 20 < facts_of(tmp_path / "out/a.mp4")["frames"] < 100
 
 
 def test_control_characters_in_names_are_escaped(tmp_path, weights, capsys):
-    make_film(tmp_path / "in/a\x1b[2J\nb.mp4", frames=2)
+    make_video(tmp_path / "in/a\x1b[2J\nb.mp4", frames=2)
     (tmp_path / "in/bad\x1b]0;x\x07.mp4").write_bytes(b"no film")
     assert type_video(weights, tmp_path / "in", tmp_path / "out") == 1
     told = capsys.readouterr()
@@ -358,7 +350,7 @@ def test_animated_images_are_clips(tmp_path, name):
     )
     for number, picture in enumerate(seen):
         assert np.abs(picture.image.astype(int) - frame(9 * number, 30, 42)).mean() < 8
-    outcome = map_film(tmp_path / name, tmp_path / "out")
+    outcome = predict_clip(tmp_path / name, tmp_path / "out")
     assert outcome.frames == {name: 5} and not outcome.failed
 
 
@@ -392,7 +384,7 @@ def test_a_truncated_animated_webp_gives_its_remaining_frames(tmp_path):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
     cut(path, 0.5)
     try:
-        outcome = map_film(path, tmp_path / "out")
+        outcome = predict_clip(path, tmp_path / "out")
     except ValueError as error:
         assert "a.webp" in str(error)  # this Pillow reads none of it
     else:

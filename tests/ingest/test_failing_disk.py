@@ -144,12 +144,12 @@ def test_a_tar_with_a_stale_handle_is_opened_again(tmp_path, monkeypatch, waits)
 
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_video_on_a_failing_disk_is_not_reported_as_damaged(tmp_path, monkeypatch, times):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
     import av
 
     from depth_anything.data import video_reader
 
-    path, left = made_films.make_film(tmp_path / "a.mp4", frames=60, sound=None), [times]
+    path, left = made_videos.make_video(tmp_path / "a.mp4", frames=60, sound=None), [times]
     wanted, plain, plain_open = video_frames.read_frame(path, 1), video_reader._demux_packets, open
     video_frames._cached_decoder.cache_clear()
 
@@ -191,8 +191,8 @@ def test_a_video_on_a_failing_disk_is_not_reported_as_damaged(tmp_path, monkeypa
 
 
 def test_the_disk_of_a_truncated_video_is_checked_once(tmp_path, monkeypatch):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
-    path, checked = made_films.make_film(tmp_path / "a.mp4", frames=20, sound=None), []
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    path, checked = made_videos.make_video(tmp_path / "a.mp4", frames=20, sound=None), []
     monkeypatch.setattr(video_frames, "_check_disk_readable", checked.append)
     for number in range(3, 8):
         with pytest.raises(ValueError, match=f" {number / 2:g} s"):

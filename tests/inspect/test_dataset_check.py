@@ -159,8 +159,8 @@ def test_8_bit_maps_are_refused_with_advice(tmp_path, channels):
 def test_the_advice_for_8_bit_maps_works(tmp_path):
     make_set(tmp_path, names=NAMES, yaml="quantity: disparity\n" + LICENCE)
     for name in NAMES:
-        grey = np.tile(np.arange(SIZE[1], dtype=np.uint8) * 5, (SIZE[0], 1))
+        gray = np.tile(np.arange(SIZE[1], dtype=np.uint8) * 5, (SIZE[0], 1))
         (tmp_path / f"depth/{name}.png").unlink()
-        np.save(tmp_path / f"depth/{name}.npy", grey)
+        np.save(tmp_path / f"depth/{name}.npy", gray)
     result = check(tmp_path)
     assert result.taken == 6 and not result.refused

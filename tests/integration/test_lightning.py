@@ -58,7 +58,7 @@ def test_monitors_run_on_two_ranks(start: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "outputs" / "ranks" / "tensorboard").glob("events.*"))) == 1
 
 
-def test_what_a_callback_refuses_is_one_error_line(start: Any) -> None:
+def test_a_callback_class_that_does_not_exist_is_one_error_line(start: Any) -> None:
     result = start("stage=teacher", "+callbacks.own._target_=pytorch_lightning.callbacks.NoSuchCallback")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "callbacks.own._target_" in result.stderr and "NoSuchCallback" in result.stderr

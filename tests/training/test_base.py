@@ -1,4 +1,4 @@
-"""The step of the fitting stages: rates, groups, terms, and what CutMix and the frozen encoder change."""
+"""The module that training stages share: schedule, optimizer, loss terms, CutMix, feature alignment and clipping."""
 
 from typing import Any
 
@@ -59,12 +59,12 @@ def drawn(draw: Any, size: int = 4) -> torch.Tensor:
         ("poly", [1 / 11, 1, 0.5**0.9, 0]),
     ],
 )
-def test_rate(schedule: str, factors: list[float]) -> None:
+def test_learning_rate_factor(schedule: str, factors: list[float]) -> None:
     got = [learning_rate_factor(step, steps=100, warmup=0.1, schedule=schedule) for step in (0, 10, 55, 100)]
     assert got == pytest.approx(factors)
 
 
-def test_unknown_schedule_is_refused_at_once() -> None:
+def test_an_unknown_schedule_raises() -> None:
     with pytest.raises(ValueError, match=r"recipe\.schedule=step is unknown; type recipe\.schedule="):
         recipe(schedule="step")
 
@@ -81,7 +81,7 @@ def test_two_groups_hold_every_trainable_parameter() -> None:
     assert "pretrained.mask_token" in frozen
 
 
-def test_terms_and_their_weights() -> None:
+def test_loss_terms_are_weighted_and_summed() -> None:
     given, model = batch(), network()
     parts = DepthModule(model, recipe(ssi_weight=3.0, gm_weight=5.0, trim=0.1, gm_trim=0.2)).losses(given)
     maps = model(normalize(given["image"])), given["target"], given["valid"]
@@ -91,7 +91,7 @@ def test_terms_and_their_weights() -> None:
     assert (parts["ssi"], parts["gm"]) == (ssi, gm)
 
 
-def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
+def test_the_frozen_encoder_gets_the_clean_image_and_is_not_trained_or_saved() -> None:
     given, model, frozen = batch(perturbation=drawn(draw_perturbation)), network(), network(1)
     module = Student(model, recipe(alignment_weight=7.0), frozen=frozen)
     parts = module.losses(given)
@@ -104,7 +104,7 @@ def test_the_frozen_encoder_sees_the_clean_image_and_is_nowhere_else() -> None:
     assert module.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
 
 
-def test_cutmix_compares_the_parts_apart_and_weighs_them_by_area() -> None:
+def test_cutmix_compares_parts_separately_and_weights_them_by_area() -> None:
     boxes = drawn(draw_cutmix_box)
     boxes[0], boxes[1] = torch.tensor([0.25, 0.25, 0.75, 0.5]), 0  # one that is mixed, one that is not
     given, model = batch(box=boxes), network()

@@ -1,4 +1,4 @@
-"""The arithmetic of a batch, refusals with the nearest workable values, and the printed plan."""
+"""Splitting a batch over devices, and errors that suggest values that work."""
 
 import re
 
@@ -9,7 +9,7 @@ from depth_anything.training.batch_plan import split_batch
 
 @pytest.mark.parametrize("batch_size", [16, 64, 192])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
-def test_product_is_the_batch(batch_size: int, devices: int) -> None:
+def test_micro_batch_times_accumulation_times_devices_is_the_batch(batch_size: int, devices: int) -> None:
     share = batch_size // devices
     for micro_batch in [None, *(m for m in range(1, share + 1) if share % m == 0)]:
         micro, accumulation = split_batch(batch_size, devices, micro_batch)
@@ -30,7 +30,7 @@ def test_product_is_the_batch(batch_size: int, devices: int) -> None:
         (24, 1, 7),
     ],
 )
-def test_refusal_names_values_that_work(batch_size: int, devices: int, micro_batch: int | None) -> None:
+def test_errors_suggest_values_that_work(batch_size: int, devices: int, micro_batch: int | None) -> None:
     with pytest.raises(ValueError) as caught:
         split_batch(batch_size, devices, micro_batch)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Every key of every config has a type and a range; what cannot be is refused before any data is read."""
+"""Types and ranges of all config keys; impossible values and unknown keys raise before data is read."""
 
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,7 @@ def resolved(*typed: str) -> RunConfig:
 
 @pytest.mark.parametrize("size", ["tiny", "paper"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_shipped_config_is_valid_and_the_schema_names_no_key_that_is_not_there(
-    stage: str, size: str
-) -> None:
+def test_every_shipped_config_is_valid_and_has_all_keys_of_the_schema(stage: str, size: str) -> None:
     def paths(node: dict[str, Any], prefix: str = "") -> set[str]:
         return {
             path
@@ -61,7 +59,7 @@ def test_every_shipped_config_is_valid_and_the_schema_names_no_key_that_is_not_t
      "recipe.warmup", "recipe.trim", "recipe.gm_trim", "recipe.clip_norm"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["-0.001", ".nan", ".inf", "abc", "true", "[1]"])
-def test_rates_weights_and_shares_are_numbers_that_can_be(key: str, value: str) -> None:
+def test_rates_weights_and_shares_must_be_numbers_in_range(key: str, value: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}=.* must be a number .*type {key}="):
         resolved("stage=teacher", f"{key}={value}")
 
@@ -73,7 +71,7 @@ def test_rates_weights_and_shares_are_numbers_that_can_be(key: str, value: str) 
      "trainer.num_nodes", "sources.scenes.synthetic.count"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["-1", "2.5", "true", "many"])
-def test_counts_are_whole_numbers(key: str, value: str) -> None:
+def test_counts_must_be_whole_numbers(key: str, value: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}=.* must be a whole number .*type {key}="):
         resolved("stage=teacher", f"{key}={value}")
 
@@ -133,7 +131,7 @@ def test_counts_are_whole_numbers(key: str, value: str) -> None:
         ("resume_with={steps:5}", "resume_with"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(typed: str, message: str) -> None:
+def test_impossible_values_raise_one_line_errors(typed: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         resolved("stage=teacher", *typed.split())
     assert "\n" not in str(caught.value)
@@ -167,13 +165,13 @@ def test_what_cannot_be_is_one_sentence(typed: str, message: str) -> None:
         ("stage=teacher module._target_=depth_anything.training.teacher.Techer", "Techer"),
     ],
 )
-def test_a_key_that_the_stage_does_not_know_is_refused(typed: str, message: str) -> None:
+def test_unknown_keys_raise_errors(typed: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         resolved(*typed.split())
     assert "\n" not in str(caught.value)
 
 
-def test_what_has_a_meaning_stays_allowed() -> None:
+def test_valid_additions_are_accepted() -> None:
     config = resolved(
         "stage=metric", "+trainer.benchmark=true", "trainer.devices=[0,1]", "+recipe.gm_scales=2", "name=7",
         "recipe.clip_norm=1", "+sources.images.mine=data/x", "trainer=ddp", "logger=wandb", "trainer.precision=64-true",
@@ -182,7 +180,7 @@ def test_what_has_a_meaning_stays_allowed() -> None:
     assert config.sources.images["mine"] == "data/x"
 
 
-def test_a_module_of_ones_own_takes_its_own_arguments() -> None:
+def test_a_users_module_takes_its_own_arguments() -> None:
     own = "module._target_=tests.training.test_check_config.Own"
     assert resolved("stage=teacher", own, "+module.alpha=2").module.arguments["alpha"] == 2
     with pytest.raises(ValueError, match="module.alpa"):
@@ -220,7 +218,7 @@ class Own:
         self.alpha = alpha
 
 
-def test_what_the_run_gives_to_the_trainer_is_nobody_elses(tmp_path: Path) -> None:
+def test_trainer_arguments_of_the_run_cannot_be_typed(tmp_path: Path) -> None:
     given = trainer_arguments(callbacks=[], max_steps=1, run_dir=str(tmp_path))
     assert given.keys() <= SET_BY_RUN.keys()
 
@@ -233,12 +231,12 @@ def test_what_the_run_gives_to_the_trainer_is_nobody_elses(tmp_path: Path) -> No
         ("epochs", "steps"), ("sources.labeled.x", "sources.labelled.x"), ("trainer.benchmrk", "+trainer.benchmark"),
     ],
 )  # fmt: skip
-def test_the_nearest_key_is_named_with_what_to_type(path: str, near: str) -> None:
+def test_the_closest_key_is_suggested(path: str, near: str) -> None:
     assert find_key(path)[0] is None
     assert unknown_key_message(path, "teacher", value="5").endswith(f"Type {near}=5")
 
 
 @pytest.mark.parametrize("changes", [{"clip_norm": -1}, {"head_lr": "x"}, {"betas": 0.9}, {"trim": 1.0}])
-def test_a_recipe_made_in_python_is_held_to_the_same_ranges(changes: dict[str, Any]) -> None:
+def test_a_recipe_built_in_python_is_validated(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"recipe.{next(iter(changes))}="):
         Recipe(**{"steps": 10, "encoder_lr": 1e-4, "head_lr": 1e-3, **changes})

@@ -1,4 +1,4 @@
-"""What is typed behind train.py: read, checked and explained before torch is imported."""
+"""The command line of train.py: overrides are parsed, checked and explained before torch is imported."""
 
 import subprocess
 import sys
@@ -34,6 +34,7 @@ CONFIGS = ROOT / "configs"
         ("stage=teacher +stage=student", ["type stage=student"]),
         ("stage=teacher +experiment=claim", ["type experiment=claim"]),
         ("stage=teacher ~sources", ["~sources"]),
+        ("stage=teacher model.head._target_=a.Head", ["+model.head._target_=a.Head"]),
         ("stage=teacher stpes=5", ["stpes", "Type steps=5"]),
         ("stage=teacher +stpes=5", ["Type steps=5"]),
         ("stage=teacher ++stpes=5 dry_run=true", ["Type steps=5"]),
@@ -63,13 +64,13 @@ CONFIGS = ROOT / "configs"
         ("stage=teacher init=a(1).pth", ["init=a(1).pth", "quotes"]),
     ],
 )
-def test_what_cannot_be_meant_is_one_sentence_that_says_what_to_type(typed: str, words: list[str]) -> None:
+def test_wrong_overrides_raise_one_line_errors_with_a_correction(typed: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         check_overrides(typed.split(), [CONFIGS])
-    said = str(caught.value)
-    assert "\n" not in said and "append to your config" not in said
+    message = str(caught.value)
+    assert "\n" not in message and "append to your config" not in message
     for word in words:
-        assert word in said, said
+        assert word in message, message
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_what_cannot_be_meant_is_one_sentence_that_says_what_to_type(typed: str,
         "stage=teacher,student seed=1,2",
     ],
 )
-def test_what_has_a_meaning_passes(typed: str) -> None:
+def test_valid_overrides_pass(typed: str) -> None:
     check_overrides(typed.split(), [CONFIGS])
 
 
 @pytest.mark.parametrize("typed", [["--steps", "5"], ["--steps=5"], ["--head-lr", "5"], ["--stpes", "5"]])
-def test_keys_with_dashes_are_named_without(
+def test_keys_with_dashes_are_corrected(
     typed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "install_redaction", lambda: None)  # for the whole process
@@ -102,7 +103,7 @@ def test_keys_with_dashes_are_named_without(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> None:
+def test_help_lists_stages_choices_keys_and_examples(stage: str) -> None:
     page = format_help([f"stage={stage}"], CONFIGS)
     for word in (
         *(f"stage={name} " for name in STAGES),
@@ -120,7 +121,7 @@ def test_help_names_stages_choices_keys_with_values_and_examples(stage: str) -> 
 
 
 @pytest.mark.parametrize(("flag", "word"), [("--help", "examples"), ("-h", "stages"), ("--version", "Hydra")])
-def test_flags_need_no_stage(
+def test_help_and_version_need_no_stage(
     flag: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "install_redaction", lambda: None)
@@ -129,7 +130,7 @@ def test_flags_need_no_stage(
     assert word in capsys.readouterr().out
 
 
-def test_a_choice_of_ones_own_folder_is_found(tmp_path: Path) -> None:
+def test_config_dir_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "mine.yaml").write_text("# @package _global_\nstage: mine\n")
     check_overrides(["stage=mine", "steps=5", "max_depth=3"], [CONFIGS, tmp_path])
@@ -137,7 +138,7 @@ def test_a_choice_of_ones_own_folder_is_found(tmp_path: Path) -> None:
         check_overrides(["stage=mine"], [CONFIGS])
 
 
-def test_hydras_own_errors_lose_their_advice() -> None:
+def test_hydra_errors_are_shortened_to_one_line() -> None:
     error = ValueError(
         "Could not override 'x.foo'.\nTo append to your config use +x.foo=1\nKey 'foo' is not in struct"
     )
@@ -145,7 +146,7 @@ def test_hydras_own_errors_lose_their_advice() -> None:
     assert explain_hydra_error(ValueError("one\ntwo"), []) == "one"
 
 
-def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
+def test_train_py_reports_a_wrong_key_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "stage=teacher", "stpes=5"], capture_output=True, text=True
     )
@@ -153,7 +154,7 @@ def test_a_wrong_key_is_said_by_the_command_itself_in_one_line() -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "steps=5" in done.stderr
 
 
-def test_commands_of_an_error_are_completed_by_what_was_typed() -> None:
+def test_commands_in_errors_repeat_typed_overrides() -> None:
     typed = ["stage=student", "sources=own", "photos=my pictures", "encoder=vits", "steps=5"]
     error = UserError("no labels yet", ["type ", PSEUDOLABEL_COMMAND])
     command = "python train.py stage=pseudolabel sources=own 'photos=my pictures'"

@@ -1,4 +1,4 @@
-"""Every shipped combination composes, and every `_target_` takes the arguments it is given."""
+"""Every shipped combination of configs composes, every `_target_` takes its arguments, and the values are as before."""
 
 import inspect
 import json
@@ -18,8 +18,8 @@ STAGES = sorted(path.stem for path in (CONFIGS / "stage").glob("*.yaml"))
 SIZES = sorted(path.stem for path in (CONFIGS / "size").glob("*.yaml"))
 TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
 SOURCES = sorted(path.stem for path in (CONFIGS / "sources").glob("*.yaml"))
-# what run.py adds to a node before it is built
-GIVEN = {
+# Arguments that run.py adds to a node.
+PASSED_BY_RUN = {
     "module": ("model", "data", "frozen"),
     "data": ("micro_batch", "patch", "teacher", "codec"),
     "trainer": ("callbacks", "plugins", "max_steps"),
@@ -48,7 +48,7 @@ def bind(node: Any, key: str = "") -> int:
         return bound
     module, _, name = node["_target_"].rpartition(".")
     target = getattr(import_module(module), name)
-    given = [n for n in GIVEN.get(key, ()) if n in inspect.signature(target).parameters]
+    given = [n for n in PASSED_BY_RUN.get(key, ()) if n in inspect.signature(target).parameters]
     arguments = {k: v for k, v in node.items() if k != "_target_"} | dict.fromkeys(given)
     inspect.signature(target).bind(**arguments)
     return bound + 1
@@ -57,7 +57,7 @@ def bind(node: Any, key: str = "") -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("encoder", [None, "vits", "vitb", "vitl", "vitg", "vitt", "vitn"])
-def test_stage_size_encoder(stage: str, size: str, encoder: str | None) -> None:
+def test_every_stage_size_and_encoder_composes_and_binds(stage: str, size: str, encoder: str | None) -> None:
     config = composed(f"stage={stage}", f"size={size}", *([f"encoder={encoder}"] if encoder else []))
     assert bind(config) >= 3
     assert config["name"] == f"{stage}-{config['encoder']}-{size}"
@@ -66,7 +66,7 @@ def test_stage_size_encoder(stage: str, size: str, encoder: str | None) -> None:
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("sources", SOURCES)
-def test_trainer_sources(trainer: str, sources: str) -> None:
+def test_every_trainer_and_source_composes_and_binds(trainer: str, sources: str) -> None:
     config = composed("stage=teacher", f"trainer={trainer}", f"sources={sources}")
     assert bind(config) >= 3
     assert config["trainer"]["_target_"] == "pytorch_lightning.Trainer"
@@ -101,7 +101,7 @@ def test_logger_project_sets_the_project_of_wandb() -> None:
     assert config["logger"]["wandb"]["project"] == "mine"
 
 
-def test_paper_numbers() -> None:
+def test_size_paper_has_the_papers_numbers() -> None:
     """The paper's §7.1, to the digit."""
     teacher = composed("stage=teacher", "size=paper")
     assert (teacher["encoder"], teacher["batch_size"], teacher["steps"], teacher["image_size"]) == (
@@ -124,7 +124,7 @@ def test_paper_numbers() -> None:
     assert student["labels"] == composed("stage=pseudolabel", "size=paper")["labels"]
 
 
-def test_the_metric_stage_has_the_authors_numbers() -> None:
+def test_stage_metric_has_the_authors_numbers() -> None:
     """Their dist_train.sh and train.py, and ZoeDepth's route over them."""
     config = composed("stage=metric", "size=paper", "sources=hypersim")
     recipe = config["recipe"]
@@ -151,7 +151,7 @@ def test_tiny_is_the_default() -> None:
     assert composed("stage=student")["encoder"] == "vitn"
 
 
-def test_first_lines_tell_what_to_expect() -> None:
+def test_stage_files_start_with_command_hardware_result_and_paper() -> None:
     """Each stage file opens with the command, the hardware, the result and the paper's section."""
     for path in (CONFIGS / "stage").glob("*.yaml"):
         head = "\n".join(path.read_text().splitlines()[:8])

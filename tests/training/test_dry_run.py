@@ -1,4 +1,4 @@
-"""dry_run=true prints what a run would do, refuses what it would refuse, and needs no data."""
+"""dry_run=true prints what a run would do, raises its errors, and needs no data."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def plan(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
     [("trainer.devices=4", 4), ("trainer.devices=[0,2]", 2), ("trainer.devices='0,1'", 2), ("trainer.devices='4'", 4),
      ("trainer.devices=4 trainer.num_nodes=2", 8), ("trainer=cpu", 1), ("trainer.devices=-1", None), ("seed=0", None)],
 )  # fmt: skip
-def test_the_plan_is_for_the_devices_that_were_typed(
+def test_the_plan_is_for_the_typed_devices(
     typed: str, devices: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = resolved("stage=teacher", *typed.split())
@@ -57,23 +57,23 @@ def test_the_plan_is_for_the_devices_that_were_typed(
         "trainer=cpu micro_batch=3",
     ],
 )
-def test_a_batch_that_does_not_come_out_even_is_refused(typed: str) -> None:
+def test_a_batch_that_cannot_be_split_evenly_raises(typed: str) -> None:
     with pytest.raises(ValueError, match="batch=|batch_size=|trainer.devices="):
         print_plan(resolved("stage=teacher", *typed.split()))
 
 
-def test_what_is_not_there_is_named_and_nothing_is_written(
+def test_missing_files_are_marked_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = plan(capsys, "stage=student", "size=paper", "encoder=vits")
-    assert "sa1b: data/sa1b (not there yet)" in shown and "passes      unknown until" in shown
-    assert "teacher-vitn-tiny/model.safetensors (not there yet)" in plan(capsys, "stage=pseudolabel")
+    assert "sa1b: data/sa1b (not found yet)" in shown and "passes      unknown until" in shown
+    assert "teacher-vitn-tiny/model.safetensors (not found yet)" in plan(capsys, "stage=pseudolabel")
     remote = plan(capsys, "stage=teacher", "sources=own", "photos='https://me:word@host/own?sig=x'")
     assert "word" not in remote and "sig=" not in remote and "unknown until own" in remote
     assert not list(folder.iterdir())
 
 
-def test_passes_are_counted_from_the_sets_or_what_is_to_be_drawn(
+def test_passes_are_counted_from_sets_and_from_scenes_to_be_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "passes      4.69 over 768 records" in plan(capsys, "stage=teacher", "steps=450")
@@ -90,7 +90,7 @@ def test_passes_are_counted_from_the_sets_or_what_is_to_be_drawn(
         (["stage=teacher", "sources=own", "photos=bare"], "bare holds images without depth"),
         (["stage=teacher", "sources=own", "photos=torn"], "torn"),
         (["stage=student", "init=outputs/teacher/model.safetensors"], "is a teacher"),
-        (["stage=student", "recipe.alignment_weight=1"], "init=None is not DINOv2"),
+        (["stage=student", "recipe.alignment_weight=1"], "init=null is not DINOv2"),
         (["stage=teacher", "init=broken.safetensors"], "broken.safetensors"),
         (["stage=teacher", "init=outputs/teacher/model.safetensors", "encoder=vitt"], "is not vitt"),
         (["stage=teacher", "name=teacher", "seed=4"], "seed=0, now seed=4"),
@@ -98,7 +98,7 @@ def test_passes_are_counted_from_the_sets_or_what_is_to_be_drawn(
         (["stage=student", "mix=[none]"], "mix names none"),
     ],
 )
-def test_what_the_run_would_refuse_is_refused(folder: Path, typed: list[str], message: str) -> None:
+def test_errors_of_the_run_are_raised(folder: Path, typed: list[str], message: str) -> None:
     write_scenes(folder / "bare", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
     write_scenes(folder / "torn", look="synthetic", count=2, seed=1, height=70, width=70)
     next((folder / "torn").glob("*.tar")).unlink()
@@ -110,7 +110,7 @@ def test_what_the_run_would_refuse_is_refused(folder: Path, typed: list[str], me
         print_plan(resolved(*typed))
 
 
-def test_labels_of_another_teacher_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_of_another_teacher_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_scenes(folder / "own", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
     teachers = []
     for seed in range(2):
@@ -127,7 +127,7 @@ def test_labels_of_another_teacher_are_refused(folder: Path, capsys: pytest.Capt
         print_plan(resolved(*common, f"teacher={teachers[1]}"))
 
 
-def test_a_finished_run_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = resolved("stage=teacher", "name=done")
     run = RunDir(config.run_dir)
     save_model(DepthAnything("vitn"), run.model)

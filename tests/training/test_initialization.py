@@ -1,4 +1,4 @@
-"""What a run starts from, in every format, and how licences come together in what it leaves."""
+"""Starting weights in every format, and how licenses are combined."""
 
 import re
 from dataclasses import replace
@@ -82,17 +82,17 @@ def test_any_format_starts_a_stage(tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
-def test_a_metric_start_keeps_its_last_convolution_only_for_metres(tmp_path, form, stage, capsys):
+def test_the_last_convolution_of_a_metric_model_is_kept_only_for_meters(tmp_path, form, stage, capsys):
     path = FORMATS[form](model(max_depth=80.0), tmp_path)
-    metres = {"max_depth": 20.0} if stage == "metric" else {}
-    started = build_model(config(stage=stage, init=str(path), **metres))
+    meters = {"max_depth": 20.0} if stage == "metric" else {}
+    started = build_model(config(stage=stage, init=str(path), **meters))
     last = "depth_head.scratch.output_conv2.2.weight"
     same = torch.equal(started.state_dict()[last], model(max_depth=80.0).state_dict()[last])
-    assert same == (stage == "metric") and started.quantity == ("depth" if metres else "disparity")
-    assert ("80 m" in capsys.readouterr().err) == (stage == "metric")  # its metres are stretched
+    assert same == (stage == "metric") and started.quantity == ("depth" if meters else "disparity")
+    assert ("80 m" in capsys.readouterr().err) == (stage == "metric")  # a note about the other range
 
 
-def test_a_calibration_does_not_outlive_training_and_that_is_said(tmp_path, capsys):
+def test_training_drops_a_calibration_and_prints_a_note(tmp_path, capsys):
     made = model()
     made.calibration = (0.3, 0.02)
     path = FORMATS["own"](made, tmp_path)
@@ -114,7 +114,7 @@ def test_official_files_start_a_stage(tmp_path):
         assert started.origin["start"] == {"from": name, "licence": licence, "base": base}
 
 
-def test_an_encoder_alone_starts_a_stage(tmp_path):
+def test_an_encoder_file_starts_a_stage(tmp_path):
     torch.save(model().pretrained.state_dict(), tmp_path / "dinov2_vits14_pretrain.pth")
     started = build_model(config(init=str(tmp_path / "dinov2_vits14_pretrain.pth")))
     assert torch.equal(started.pretrained.pos_embed, model().pretrained.pos_embed)
@@ -123,23 +123,23 @@ def test_an_encoder_alone_starts_a_stage(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_student_does_not_start_from_a_teacher(tmp_path, whole):
+def test_a_student_cannot_start_from_a_teacher(tmp_path, whole):
     run = as_run(model(), tmp_path / "teacher")
     (run / "config.yaml").write_text("stage: teacher\n")
     path = run if whole else run / "model.safetensors"
-    with pytest.raises(ValueError, match=r"is a teacher; a student starts from DINOv2"):
+    with pytest.raises(ValueError, match=r"is a teacher.*type init=hub"):
         build_model(config(stage="student", init=str(path)))
     build_model(config(init=str(path)))
 
 
-def test_features_are_not_aligned_with_a_whole_network(tmp_path):
+def test_feature_alignment_needs_dinov2(tmp_path):
     save_model(model(), tmp_path / "hf", format="transformers")
     settings = config(recipe__alignment_weight=1.0, init=str(tmp_path / "hf"))
     with pytest.raises(ValueError, match="is not DINOv2; type init=hub"):
         build_frozen_encoder(settings)
 
 
-def test_what_is_no_start_is_one_sentence(tmp_path):
+def test_invalid_weights_raise_one_line_errors(tmp_path):
     (tmp_path / "photos").mkdir()
     for path, message in (
         (tmp_path / "photos", "is a folder without a config.json"),
@@ -151,7 +151,7 @@ def test_what_is_no_start_is_one_sentence(tmp_path):
         load_teacher(labeling(tmp_path / "none"))
 
 
-# --- licences --------------------------------------------------------------------------------------------------
+# --- licenses --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -180,14 +180,14 @@ def labelled(photos, teacher):
     return JoinedRecords(images, open_labels(photos.parent / "labels", images))
 
 
-def test_a_teacher_at_another_size_than_its_own_is_warned_of(tmp_path):
+def test_a_teacher_at_another_image_size_warns(tmp_path):
     save_model(DepthAnything("vitn"), tmp_path / "model.safetensors")
     assert load_teacher(labeling(tmp_path / "model.safetensors")).input_size == 70
     with pytest.warns(UserWarning, match="image_size=70"):
         load_teacher(labeling(tmp_path / "model.safetensors", image_size=518))
 
 
-def test_a_licence_goes_from_the_set_to_the_card(photos):
+def test_licenses_go_from_sets_and_teacher_to_the_card(photos):
     assert shard(photos, "--licence", "CC-BY-4.0") == 0
     images = open_set(photos.parent / "set")
     assert images.meta["licence"] == "CC-BY-4.0"
@@ -212,7 +212,7 @@ def test_a_licence_goes_from_the_set_to_the_card(photos):
     assert add_provenance(again, config(), []).licence == student.licence
 
 
-def test_a_licence_may_be_given_later(photos, capsys):
+def test_a_license_may_be_added_to_an_existing_set(photos, capsys):
     assert shard(photos) == 0
     before = open_set(photos.parent / "set")
     assert before.meta["licence"] is None
@@ -225,7 +225,7 @@ def test_a_licence_may_be_given_later(photos, capsys):
     assert "'my own' is no SPDX name" in capsys.readouterr().err
 
 
-def test_shards_from_elsewhere_have_licences_too(photos):
+def test_indexed_shards_may_have_a_license(photos):
     shard(photos)
     others = photos.parent / "others"
     others.mkdir()
@@ -235,7 +235,7 @@ def test_shards_from_elsewhere_have_licences_too(photos):
     assert open_set(others).meta["licence"] == "MIT"
 
 
-def test_what_is_not_known_is_said(photos):
+def test_unknown_licenses_stay_unknown(photos):
     shard(photos)
     joined = labelled(photos, {"fingerprint": "sha256:ab", "file": "teacher/model.safetensors"})
     assert joined.labels.meta["licence"] is None
@@ -246,7 +246,7 @@ def test_what_is_not_known_is_said(photos):
     assert add_provenance(model(), config(), [Records(open_set(photos.parent / "set"))]).licence is None
 
 
-def test_no_card_or_origin_names_a_folder_of_this_machine(photos, tmp_path):
+def test_no_card_or_origin_has_an_absolute_path(photos, tmp_path):
     shard(photos)
     teacher = {"fingerprint": "sha256:ab", "file": str(tmp_path / "runs" / "teacher" / "model.safetensors")}
     start = FORMATS["own"](model(), tmp_path)
@@ -255,7 +255,7 @@ def test_no_card_or_origin_names_a_folder_of_this_machine(photos, tmp_path):
     assert str(tmp_path) not in str(made.origin)
 
 
-def test_an_edited_card_stays(tmp_path):
+def test_an_edited_card_is_not_overwritten(tmp_path):
     write_run_card(model(), tmp_path, title="one", measured={})
     (tmp_path / "README.md").write_text("mine")
     write_run_card(model(), tmp_path, title="two", measured={})

@@ -1,4 +1,4 @@
-"""lora= of stage=metric: who learns and how fast, what a checkpoint gives, and what is refused."""
+"""lora= of stage=metric: what is trained and how fast, checkpoints, and invalid values."""
 
 import sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def trained(model: DepthAnything, steps: int = 3) -> Metric:
 
 
 @pytest.mark.parametrize("start", ["encoder", "all"])
-def test_adapters_and_the_head_learn_and_nothing_else(tmp_path: Path, start: str) -> None:
+def test_only_adapters_and_head_are_trained(tmp_path: Path, start: str) -> None:
     model = started(tmp_path, f"start={start}")
     encoder, head = parameter_groups(model, encoder_lr=1.0, head_lr=2.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -71,7 +71,7 @@ def test_adapters_and_the_head_learn_and_nothing_else(tmp_path: Path, start: str
     assert moved == {names[id(p)] for group in (encoder, head) for p in group["params"]}
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_adapters_reduce_the_loss(tmp_path: Path) -> None:
     model = started(tmp_path)
     before = float(
         Metric(model, MetricRecipe(steps=1, encoder_lr=0, head_lr=0)).losses(batch())["loss"].detach()
@@ -80,7 +80,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert float(module.losses(batch())["loss"].detach()) < 0.9 * before
 
 
-def test_a_checkpoint_midway_is_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_load_as_plain_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Lightning saves, with what the module adds: load_model and init= need neither peft nor a flag."""
     module = trained(started(tmp_path))
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
@@ -94,20 +94,20 @@ def test_a_checkpoint_midway_is_a_network(tmp_path: Path, monkeypatch: pytest.Mo
         read = load_model(path)
         assert (read.max_depth, read.input_size) == (80.0, 70)
         assert fingerprint(read) == fingerprint(module.model)
-        metres = Predictor(read, device="cpu", input_size=SIDE).predict(picture)
-        torch.testing.assert_close(torch.from_numpy(metres), torch.from_numpy(live), rtol=1e-4, atol=1e-4)
+        meters = Predictor(read, device="cpu", input_size=SIDE).predict(picture)
+        torch.testing.assert_close(torch.from_numpy(meters), torch.from_numpy(live), rtol=1e-4, atol=1e-4)
         again = build_model(resolved(f"init={path}", "start=all"))
         assert fingerprint(again) == fingerprint(module.model)
 
 
-def test_training_goes_on_from_its_own_state_dict(tmp_path: Path) -> None:
+def test_training_resumes_from_its_state_dict(tmp_path: Path) -> None:
     module = trained(started(tmp_path))
     other = Metric(started(tmp_path, "seed=7"), module.recipe)  # type: ignore[arg-type]
     other.load_state_dict(module.state_dict())
     assert fingerprint(other.model) == fingerprint(module.model)
 
 
-def test_the_card_says_how(tmp_path: Path) -> None:
+def test_the_card_names_lora(tmp_path: Path) -> None:
     model = add_provenance(started(tmp_path), resolved("lora=4"), [])
     save_model(model, tmp_path / "model.safetensors")
     read = load_model(tmp_path / "model.safetensors")
@@ -122,7 +122,7 @@ def test_the_card_says_how(tmp_path: Path) -> None:
 # --- configuration ---------------------------------------------------------------------------------------------
 
 
-def test_adapters_have_a_rate_of_their_own_and_what_is_typed_wins() -> None:
+def test_adapters_have_their_own_rate_unless_one_is_typed() -> None:
     for typed, rate in (
         ([], 5e-6),
         (["lora=8"], 1e-4),
@@ -133,13 +133,13 @@ def test_adapters_have_a_rate_of_their_own_and_what_is_typed_wins() -> None:
     assert resolved("lora=8").recipe.encoder_lr == resolved().recipe.encoder_lr == 1e-3
 
 
-def test_the_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_counts_trained_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(resolved("size=paper", "sources=hypersim", "encoder=vits", "lora=8"))
-    told = capsys.readouterr().out
-    assert "network     vits: 24,785,089 parameters" in told  # the network's own
-    assert "adapters    LoRA of rank 8" in told
-    assert "group       encoder: 589,824 trained, AdamW, rate 0.0001" in told
-    assert "group       head: 2,654,657 trained" in told
+    printed = capsys.readouterr().out
+    assert "network     vits: 24,785,089 parameters" in printed  # the network's own
+    assert "adapters    LoRA of rank 8" in printed
+    assert "group       encoder: 589,824 trained, AdamW, rate 0.0001" in printed
+    assert "group       head: 2,654,657 trained" in printed
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_the_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> 
         ("lora=8,freeze_encoder=true", "freeze_encoder=true; type freeze_encoder=false"),
     ],
 )
-def test_nonsense_is_refused(typed: str, message: str) -> None:
+def test_invalid_ranks_raise(typed: str, message: str) -> None:
     resolved("lora=8")
     with pytest.raises(ValueError, match=message):
         resolved(*typed.split(","))
 
 
-def test_without_peft_it_is_said_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_raises_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     resolved()
     with pytest.raises(ValueError, match=r'type  pip install "depth-anything-train\[lora\]"'):

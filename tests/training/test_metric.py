@@ -1,4 +1,4 @@
-"""stage=metric: metres from a relative network, over sets in metres alone, and doors that need no flag."""
+"""stage=metric: targets in meters, SILog, starting weights, and commands that need no flag for meters."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def write_set(root: Path, *, depths: list[np.ndarray], meta: dict[str, Any]) -> 
     return write_manifest(root, name=root.name, shards=[write_shard(root / "0.tar", records)], meta=meta)
 
 
-METRES = {"quantity": "depth", "unit": "m"}
+METERS = {"quantity": "depth", "unit": "m"}
 
 
 def data(root: Path, *sets: str, **changes: Any) -> TrainData:
@@ -77,7 +77,7 @@ def data(root: Path, *sets: str, **changes: Any) -> TrainData:
 # --- targets ---------------------------------------------------------------------------------------------------
 
 
-def test_depth_stays_depth_within_its_range() -> None:
+def test_targets_are_meters_within_the_range() -> None:
     values = np.array([[0.5, 1.0, 20.0, 20.5, np.inf, np.nan, 0.0, -1.0]], np.float32)
     valid = np.empty(values.shape, bool)
     for sky in ("far", "invalid"):
@@ -87,21 +87,21 @@ def test_depth_stays_depth_within_its_range() -> None:
         )
         assert valid.tolist() == [[False, True, True, False, False, False, False, False]]
         assert target.tolist() == [[0, 1, 20, 0, 0, 0, 0, 0]]
-    with pytest.raises(ValueError, match="disparity has no metres"):
+    with pytest.raises(ValueError, match="disparity"):
         convert_to_target(values, valid, quantity="disparity", sky="far", meta={}, depth_range=(1.0, 20.0))
 
 
-def test_metres_come_from_depth_though_a_record_has_both() -> None:
+def test_meters_are_read_from_depth_not_disparity() -> None:
     both = {"disparity.f32": b"", "depth.q12": b""}
     assert (find_target_field(both), find_target_field(both, meters=True)) == ("disparity.f32", "depth.q12")
-    with pytest.raises(ValueError, match="has no depth"):
+    with pytest.raises(ValueError, match="no depth"):
         find_target_field({"disparity.f32": b""}, meters=True)
 
 
-def test_a_sparse_map_keeps_its_points_and_its_holes(tmp_path: Path) -> None:
-    """Each target pixel is its nearest truth pixel's metres, bit for bit, and a hole stays a hole."""
+def test_sparse_maps_keep_points_and_holes(tmp_path: Path) -> None:
+    """Each target pixel equals the nearest pixel of the depth map, and a hole stays a hole."""
     depths = [lidar(i) for i in range(6)]
-    write_set(tmp_path / "drive", depths=depths, meta=METRES)
+    write_set(tmp_path / "drive", depths=depths, meta=METERS)
     dataset = data(tmp_path, "drive").open()
     for n in range(6):
         batch = dataset[n]
@@ -114,10 +114,10 @@ def test_a_sparse_map_keeps_its_points_and_its_holes(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not RGBD.is_dir(), reason="needs the real frame of ../shared/rgbd")
-def test_a_real_lidar_frame_gives_its_metres(tmp_path: Path) -> None:
+def test_a_real_lidar_frame_keeps_its_meters(tmp_path: Path) -> None:
     raw = cv2.imread(str(RGBD / "kitti_demo_depth_0000000050.png"), cv2.IMREAD_UNCHANGED)
     depth = np.where(raw > 0, raw / np.float32(256), np.nan).astype(np.float32)
-    write_set(tmp_path / "kitti", depths=[depth], meta=METRES)
+    write_set(tmp_path / "kitti", depths=[depth], meta=METERS)
     batch = data(tmp_path, "kitti", image_size=70, max_depth=80.0).open()[0]
     seen = batch["target"][batch["valid"]].numpy()
     assert 0 < batch["valid"].float().mean() < 0.5
@@ -148,7 +148,7 @@ def batch() -> dict[str, Any]:
     return given
 
 
-def test_the_loss_is_silog_per_image_and_an_empty_crop_adds_nothing() -> None:
+def test_the_loss_is_silog_per_image_and_empty_crops_add_zero() -> None:
     given, net = batch(), model(max_depth=20.0)
     parts = Metric(net, recipe(silog_weight=10.0, variance_focus=0.85)).losses(given)
     prediction = net(normalize(given["image"])).detach().double()
@@ -191,7 +191,7 @@ def same(one: DepthAnything, other: DepthAnything) -> set[str]:
     return {name for (name, a), b in pairs if torch.equal(a, b)}
 
 
-def test_encoder_alone_or_all_but_the_last_convolution(tmp_path: Path) -> None:
+def test_start_copies_the_encoder_or_all_but_the_last_convolution(tmp_path: Path) -> None:
     relative = model()
     relative.licence = "CC-BY-NC-4.0"
     save_model(relative, tmp_path / "r.safetensors")
@@ -210,7 +210,7 @@ def test_encoder_alone_or_all_but_the_last_convolution(tmp_path: Path) -> None:
     assert same(again, whole) == names  # metric from metric: the last convolution, too
 
 
-def test_the_blocks_a_head_reads_come_with_it(tmp_path: Path) -> None:
+def test_start_all_copies_the_taps(tmp_path: Path) -> None:
     shallow = DepthAnything("vitt", taps=(0, 1, 2, 3))
     save_model(shallow, tmp_path / "r.safetensors")
     init = str(tmp_path / "r.safetensors")
@@ -231,7 +231,7 @@ def test_a_frozen_encoder_is_not_trained() -> None:
     assert moved and all(name.startswith("depth_head.") for name in moved)
 
 
-def test_a_start_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_starting_weights_raise(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"there is no model at .*gone; run `python train.py stage=student size=tiny`"
     ):
@@ -242,30 +242,30 @@ def test_a_start_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    ("meta", "values"),
     [
-        ({"quantity": "depth", "unit": "arbitrary"}, "depth in arbitrary"),
-        ({"quantity": "disparity", "unit": "px"}, "disparity in px"),
-        ({"quantity": "depth"}, "depth in no one unit"),
-        ({}, "no one quantity in no one unit"),
+        ({"quantity": "depth", "unit": "arbitrary"}, "quantity=depth and unit=arbitrary"),
+        ({"quantity": "disparity", "unit": "px"}, "quantity=disparity and unit=px"),
+        ({"quantity": "depth"}, "quantity=depth and unit=None"),
+        ({}, "quantity=None and unit=None"),
     ],
 )
-def test_a_set_that_is_not_in_metres_is_refused_by_name(tmp_path: Path, meta: Any, said: str) -> None:
-    write_set(tmp_path / "good", depths=[lidar(0)], meta=METRES)
+def test_a_set_that_is_not_in_meters_raises(tmp_path: Path, meta: Any, values: str) -> None:
+    write_set(tmp_path / "good", depths=[lidar(0)], meta=METERS)
     write_set(tmp_path / "films", depths=[lidar(1)], meta=meta)
-    with pytest.raises(ValueError, match=f"the set films cannot teach metres: its manifest says {said}, not"):
+    with pytest.raises(ValueError, match=f"the set films .*{values}, not depth in m"):
         data(tmp_path, "good", "films").open()
     data(
         tmp_path, "good", "films", min_depth=None, max_depth=None, sky="far"
     ).open()  # for disparity it will do
 
 
-def test_another_range_is_refused_on_resume(tmp_path: Path) -> None:
-    write_set(tmp_path / "drive", depths=[lidar(0)], meta=METRES)
+def test_another_depth_range_raises_on_resume(tmp_path: Path) -> None:
+    write_set(tmp_path / "drive", depths=[lidar(0)], meta=METERS)
     first, second = data(tmp_path, "drive"), data(tmp_path, "drive", max_depth=80.0)
     first.trainer = second.trainer = SimpleNamespace(global_step=2)  # type: ignore[assignment]
     first.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match=r"begun with min_depth=0.001 max_depth=20.0; type name="):
+    with pytest.raises(ValueError, match=r"min_depth=0.001 max_depth=20.0; type name="):
         second.load_state_dict(first.state_dict())
 
 
@@ -286,15 +286,15 @@ def test_another_range_is_refused_on_resume(tmp_path: Path) -> None:
         ("data.sky=far", "data.sky=far.*data.sky=invalid"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_read(typed: str, message: str) -> None:
+def test_impossible_values_raise_before_data_is_read(typed: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config("stage=metric", typed)
 
 
-# --- doors -----------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------------
 
 
-def test_every_door_gives_metres_without_a_flag(tmp_path: Path) -> None:
+def test_every_command_gives_meters_without_a_flag(tmp_path: Path) -> None:
     """A run's model and its Lightning checkpoint, through load_model, Predictor, evaluate and run.py."""
     made = build_model(config(max_depth=12.5))
     save_model(made, tmp_path / "run" / "model.safetensors")

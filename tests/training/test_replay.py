@@ -1,4 +1,4 @@
-"""Replay: general data beside sets in metres, at its share, as disparity, and what each loss is told of it."""
+"""Replay in stage=metric: share of general images, their targets and their losses."""
 
 from collections import Counter
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_set(root: Path, *, count: int = COUNT, meta: dict[str, Any], **truth: 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A set in metres, photographs with labels of 0.5 beside them, and a set of disparity of its own."""
+    """A set in meters, photographs with pseudo-labels of 0.5, and a set with its own disparity."""
     root = tmp_path_factory.mktemp("sets")
     made = {
         "rooms": write_set(root / "rooms", meta={"quantity": "depth", "unit": "m"}, depth=4.0),
@@ -92,7 +92,7 @@ def data(roots: dict[str, str], **changes: Any) -> TrainData:
     return made
 
 
-def test_metres_stay_metres_and_general_data_is_disparity(roots: dict[str, str]) -> None:
+def test_metric_sets_give_meters_and_replayed_sets_disparity(roots: dict[str, str]) -> None:
     opened = data(roots).open()
     came: Counter[str] = Counter()
     for n in range(opened.stream.records):
@@ -104,12 +104,12 @@ def test_metres_stay_metres_and_general_data_is_disparity(roots: dict[str, str])
     assert came == {"rooms": 2 * COUNT, "photos": COUNT, "films": COUNT}  # half and half
 
 
-def test_without_replay_nothing_is_sent_along(roots: dict[str, str]) -> None:
+def test_without_replay_batches_have_no_metric_flag(roots: dict[str, str]) -> None:
     opened = data(roots, replay=None).open()
     assert opened.stream.records == COUNT and "metric" not in opened[0]
 
 
-def test_a_stand_in_says_what_it_is_itself(roots: dict[str, str]) -> None:
+def test_a_replacement_record_has_its_own_kind_of_target(roots: dict[str, str]) -> None:
     """Where a whole set is damaged, a record of another one stands in, with that one's kind of truth."""
     opened = data(roots, replay=["photos"]).open()
     place = {name: values for name, values in opened[0].items() if name != "failed"}
@@ -128,7 +128,7 @@ def test_a_stand_in_says_what_it_is_itself(roots: dict[str, str]) -> None:
         (10, 1_000_000, 0.5, {"own": 100_000}),
     ],
 )
-def test_whole_repeats_come_near_the_share(own: int, general: int, share: float, expected: Any) -> None:
+def test_repeats_approximate_the_share(own: int, general: int, share: float, expected: Any) -> None:
     shards = {"own/a": own - own // 3, "own/b": own // 3, "general/a": general}
     repeat = repeat_for_share(shards, ["general"], share=share, repeat={})
     assert repeat == expected
@@ -137,13 +137,13 @@ def test_whole_repeats_come_near_the_share(own: int, general: int, share: float,
     assert found == pytest.approx(share, rel=0.02)
 
 
-def test_a_share_keeps_what_repeats_already() -> None:
+def test_repeats_multiply_existing_repeats() -> None:
     shards = {"a/0": 100, "a/1": 100, "b/0": 50, "g/0": 4000}
     repeat = repeat_for_share(shards, ["g"], share=0.5, repeat={"b": 3, "a/1": 2})
     assert repeat == {"a": 9, "a/1": 18, "b": 27}  # 4050 to 4000
 
 
-def test_each_image_counts_in_the_loss_of_its_kind_alone() -> None:
+def test_each_image_counts_only_in_the_loss_of_its_kind() -> None:
     torch.manual_seed(0)
     net = DepthAnything("vitn", max_depth=20.0)
     given = {
@@ -154,10 +154,10 @@ def test_each_image_counts_in_the_loss_of_its_kind_alone() -> None:
     }
     recipe = MetricRecipe(steps=1, encoder_lr=1e-3, head_lr=1e-3, trim=0.1, gm_weight=3.0, silog_weight=10.0)
     parts = Metric(net, recipe).losses(given)
-    metres = net(normalize(given["image"])).detach()
+    meters = net(normalize(given["image"])).detach()
     keep = given["metric"]
-    silog = silog_loss(metres[keep], given["target"][keep], given["valid"][keep]) / 2  # of 4 images, 2
-    others = (1 / metres.clamp(min=MIN_DEPTH_M))[~keep], given["target"][~keep], given["valid"][~keep]
+    silog = silog_loss(meters[keep], given["target"][keep], given["valid"][keep]) / 2  # of 4 images, 2
+    others = (1 / meters.clamp(min=MIN_DEPTH_M))[~keep], given["target"][~keep], given["valid"][~keep]
     ssi, gm = (value / 2 for value in invariant_losses(*others, trim=0.1))
     for name, value in (("silog", silog), ("ssi", ssi), ("gm", gm)):
         torch.testing.assert_close(parts[name].detach(), value)
@@ -169,7 +169,7 @@ def test_each_image_counts_in_the_loss_of_its_kind_alone() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
 
 
-def test_another_share_is_refused_on_resume(roots: dict[str, str]) -> None:
+def test_another_share_raises_on_resume(roots: dict[str, str]) -> None:
     first = data(roots).state_dict()
     data(roots).load_state_dict(first)
     for other in (data(roots, replay_share=0.2), data(roots, replay=None)):
@@ -180,19 +180,19 @@ def test_another_share_is_refused_on_resume(roots: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"replay": True, "images": {}}, "replay=true and there are no such sets: sources.images has none"),
+        ({"replay": True, "images": {}}, "replay=true.* sources.images has none"),
         ({"replay": ["fotos"]}, r"replay names fotos, and sources.images has .*; type replay=\[photos\]"),
         ({"replay": 3}, "replay=3 is neither true nor names of sets"),
         (
             {"replay": ["rooms"], "images": {"rooms": "x"}},
-            "replay names rooms, which is also a set in metres",
+            "replay names rooms.*rooms2",
         ),
         ({"replay": ["bare"]}, "label"),
-        ({"repeat": {"rooms": 0}}, "repeat of rooms is a whole number from 1 up, not 0"),
-        ({"repeat": {"photos": "x"}}, "repeat of photos is a whole number"),
+        ({"repeat": {"rooms": 0}}, "repeat of rooms .* not 0"),
+        ({"repeat": {"photos": "x"}}, "repeat of photos .* not x"),
     ],
 )
-def test_what_cannot_be_replayed_is_one_sentence(roots: dict[str, str], changes: Any, message: str) -> None:
+def test_invalid_replay_raises_one_line_errors(roots: dict[str, str], changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(roots, **changes).open()
 
@@ -201,7 +201,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     return config_differences(FlatConfig.from_tree(old), FlatConfig.from_tree(new))
 
 
-def test_without_replay_its_keys_make_no_other_run() -> None:
+def test_without_replay_its_keys_do_not_change_the_run() -> None:
     """Nor does a run of stage=metric from before there was replay have them."""
     old = {"stage": "metric", "steps": 5, "recipe": {"schedule": "poly"}}
     new = {
@@ -222,7 +222,7 @@ def test_without_replay_its_keys_make_no_other_run() -> None:
     assert set(differences(student, {**student, "labels": "M"})) == {"labels"}
 
 
-def test_replayed_sets_are_made_before_they_are_read() -> None:
+def test_required_folders_include_replayed_sets() -> None:
     config = make_config(
         "stage=metric",
         replay=["q"],

@@ -1,4 +1,4 @@
-"""What a run goes on from: configs that are one run, checkpoints of other folders, and the recipe from there on."""
+"""Which configs are the same run, checkpoints of other runs, and the recipe after a resume."""
 
 import json
 import warnings
@@ -86,7 +86,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 pytestmark = pytest.mark.filterwarnings("ignore::")  # Lightning's advice on loaders
 
 
-def test_the_optimizer_goes_on_with_the_recipe_of_today(other: Path) -> None:
+def test_todays_recipe_applies_after_resume(other: Path) -> None:
     recipe = {"steps": 10, "head_lr": 1e-7, "weight_decay": 0.1, "betas": (0.8, 0.9)}
     encoder, head = fit(6, recipe, resume=other).seen[4]
     assert head["initial_lr"] == 1e-7 and head["lr"] == pytest.approx(1e-7 * 0.6)
@@ -95,18 +95,18 @@ def test_the_optimizer_goes_on_with_the_recipe_of_today(other: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_another_schedule_holds_from_the_next_step(other: Path, schedule: str) -> None:
+def test_a_changed_schedule_applies_from_the_next_step(other: Path, schedule: str) -> None:
     _, head = fit(5, {"steps": 8, "schedule": schedule}, resume=other).seen[4]
     assert head["lr"] == pytest.approx(1e-3 * {"constant": 1.0, "cosine": 0.5}[schedule])
 
 
-def test_the_recipe_as_it_was_changes_no_bit(other: Path) -> None:
+def test_an_unchanged_recipe_restores_equal_optimizer_state(other: Path) -> None:
     saved = torch.load(other, weights_only=True)["optimizer_states"][0]["param_groups"]
     now = fit(5, {"steps": 8}, resume=other).seen[4]
     assert now == [{k: v for k, v in group.items() if k != "params"} for group in saved]
 
 
-def test_a_checkpoint_tells_its_step_whatever_its_name(other: Path, tmp_path: Path) -> None:
+def test_the_step_is_read_from_the_checkpoint_not_its_name(other: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "mine.ckpt"
     renamed.write_bytes(other.read_bytes())
     step, facts = read_checkpoint_facts(renamed)
@@ -122,7 +122,7 @@ def test_a_checkpoint_tells_its_step_whatever_its_name(other: Path, tmp_path: Pa
         (["steps=3"], "steps=3.*steps=4"),
     ],
 )
-def test_another_network_or_fewer_steps_are_refused(
+def test_another_network_or_fewer_steps_raise(
     other: Path, tmp_path: Path, typed: list[str], words: str, with_config: bool
 ) -> None:
     path = other
@@ -135,18 +135,18 @@ def test_another_network_or_fewer_steps_are_refused(
 
 
 @pytest.mark.parametrize("typed", ["batch_size=4", "seed=5", "streams=8", "sky=invalid"])
-def test_another_position_in_the_data_is_refused(other: Path, typed: str) -> None:
+def test_another_position_in_the_data_raises(other: Path, typed: str) -> None:
     with pytest.raises(ValueError, match=rf"now {typed}; type {typed.partition('=')[0]}="):
         check_resume_checkpoint(other, resolved("image_size=28", typed))
 
 
-def test_another_stage_is_refused(other: Path) -> None:
+def test_another_stage_raises(other: Path) -> None:
     config = replace(resolved("image_size=28"), stage="student")
     with pytest.raises(ValueError, match="stage=teacher, now stage=student"):
         check_resume_checkpoint(other, config)
 
 
-def test_what_applies_from_another_folders_checkpoint_on_is_listed(other: Path) -> None:
+def test_changes_from_the_checkpoint_of_another_run_are_listed(other: Path) -> None:
     typed = ["recipe.head_lr=1e-7", "steps=12", "recipe.clip_norm=null", "perturb=false"]
     lines = check_resume_checkpoint(other, resolved("image_size=28", *typed))
     assert {line.split(": ")[1].split()[0] for line in lines} == {one.partition("=")[0] for one in typed}
@@ -155,7 +155,7 @@ def test_what_applies_from_another_folders_checkpoint_on_is_listed(other: Path) 
     )
 
 
-def test_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_raise(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"no")
     torch.save({"global_step": 3}, tmp_path / "y.ckpt")
     for name in ("x.ckpt", "y.ckpt", "z.ckpt"):
@@ -177,7 +177,7 @@ def own(tmp_path: Path) -> RunDir:
     "typed",
     ["steps=20", "recipe.head_lr=1e-5", "recipe.weight_decay=0.1", "recipe.schedule=cosine", "steps=7"],
 )
-def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunDir, typed: str) -> None:
+def test_resume_with_changes_the_recipe_and_is_recorded(own: RunDir, typed: str) -> None:
     key, _, value = typed.partition("=")
     config = resolved(*dict.fromkeys([*([] if key == "steps" else ["steps=10"]), typed]))
     with pytest.raises(ValueError, match=rf"{key}=.*resume_with=\[{key}\]"):
@@ -195,12 +195,12 @@ def test_a_recipe_is_changed_on_purpose_and_the_config_says_so(own: RunDir, type
     assert own.compare(config) == []  # the same command goes on, with or without resume_with
 
 
-def test_steps_that_are_done_cannot_be_taken_back(own: RunDir) -> None:
+def test_steps_below_the_checkpoint_raise(own: RunDir) -> None:
     with pytest.raises(ValueError, match="step 5, .*steps=3 .*type steps=5"):
         own.compare(resolved("steps=3", "resume_with=steps"))
 
 
-def test_only_what_is_named_changes(own: RunDir) -> None:
+def test_resume_with_changes_only_named_keys(own: RunDir) -> None:
     with pytest.raises(ValueError, match="seed=0, now seed=4"):
         own.compare(resolved("steps=20", "seed=4", "resume_with=steps"))
     with pytest.raises(ValueError, match=r"recipe.head_lr=.*resume_with=\[steps,recipe.head_lr\]"):
@@ -208,12 +208,12 @@ def test_only_what_is_named_changes(own: RunDir) -> None:
 
 
 @pytest.mark.parametrize("key", ["seed", "encoder", "batch_size", "recipe.steps", "nothing", "init"])
-def test_what_no_run_can_change_is_not_named(key: str) -> None:
+def test_resume_with_rejects_keys_that_cannot_change(key: str) -> None:
     with pytest.raises(ValueError, match=f"resume_with names {key}"):
         resolved(f"resume_with=[{key}]")
 
 
-def test_a_finished_run_needs_more_steps_for_another_rate(own: RunDir) -> None:
+def test_a_finished_run_needs_more_steps_for_a_changed_recipe(own: RunDir) -> None:
     own.model.write_bytes(b"x")
     own.finish(10)
     with pytest.raises(ValueError, match=r"finished.*resume_with=\[steps,recipe.head_lr\] steps="):
@@ -233,7 +233,7 @@ def test_a_finished_run_needs_more_steps_for_another_rate(own: RunDir) -> None:
         "resume_with",
     ],
 )
-def test_a_config_from_before_there_was_a_key_goes_on(own: RunDir, path: str) -> None:
+def test_configs_without_newer_keys_are_the_same_run(own: RunDir, path: str) -> None:
     old = resolved("steps=10").as_dict()
     for node in (old, old["module"], old["data"]):
         *parents, name = path.split(".")
@@ -247,12 +247,12 @@ def test_a_config_from_before_there_was_a_key_goes_on(own: RunDir, path: str) ->
 @pytest.mark.parametrize(
     "key", ["+trainer.max_time=00:01:00:00", "+trainer.profiler=simple", "trainer.devices=2"]
 )
-def test_how_lightning_runs_it_may_change_at_every_start(key: str) -> None:
+def test_trainer_arguments_may_change_at_every_start(key: str) -> None:
     assert differences(resolved(), resolved(key)) == {}
     assert differences(resolved(key), resolved()) == {}
 
 
-def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
+def test_a_newer_key_that_is_typed_is_compared_with_its_default() -> None:
     old, typed = resolved().as_dict(), ["recipe.gm_trim=0.2", "recipe.trim=0.0"]
     for node in (old["recipe"], old["module"]["recipe"]):
         del node["gm_trim"], node["trim"]
@@ -262,14 +262,14 @@ def test_a_key_typed_for_an_older_config_is_held_against_its_default() -> None:
     }
 
 
-def test_a_key_of_another_version_is_told_without_advice_that_fails(own: RunDir) -> None:
+def test_a_key_of_another_version_is_named_but_not_suggested(own: RunDir) -> None:
     own.config.write_text(yaml.safe_dump({**resolved("steps=10").as_dict(), "moving_average": 0.9}))
     with pytest.raises(ValueError, match="moving_average=0.9") as caught:
         own.compare(resolved("steps=10"))
     assert "type moving_average" not in str(caught.value)
 
 
-def test_where_a_run_computes_is_free_and_what_it_learns_is_not() -> None:
+def test_machine_keys_may_change_and_training_keys_may_not() -> None:
     old = resolved()
     free = resolved(
         "workers=7", "trainer=ddp", "trainer.devices=3", "micro_batch=2", "logger=wandb", "validation.every=3",
@@ -281,13 +281,15 @@ def test_where_a_run_computes_is_free_and_what_it_learns_is_not() -> None:
     assert resume_policy("recipe.head_lr") == "change" and resume_policy("nothing.at.all") == "same"
 
 
-def test_the_facts_fit_the_names_that_a_checkpoint_has() -> None:
+def test_checkpoint_facts_use_the_names_in_checkpoints() -> None:
     """`describe` and TrainData write them; a renamed field would make resume= blind."""
     from depth_anything.model.metadata import build_metadata
     from depth_anything.training.data import TrainData
 
-    said = build_metadata(DepthAnything("vitn"))
-    assert {"encoder", "max_depth", "input_size"} <= said.keys() and json.loads(said["max_depth"]) is None
+    message = build_metadata(DepthAnything("vitn"))
+    assert {"encoder", "max_depth", "input_size"} <= message.keys() and json.loads(
+        message["max_depth"]
+    ) is None
     assert TrainData.__qualname__ == "TrainData"
 
 
@@ -299,20 +301,18 @@ BOMB = "stage: teacher\na: &a [x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (b"", "no key"), (b"\0" * 300, "no yaml"), (b"\xff\xfe", "no yaml"), (b"[1, 2]", "no key"),
-        (b"stage: [", "no yaml"), (b"stage: teacher\nstage: metric\n", "twice"), (BOMB.encode(), "alias"),
+        (b"", "no key"), (b"\0" * 300, "invalid YAML"), (b"\xff\xfe", "invalid YAML"), (b"[1, 2]", "no key"),
+        (b"stage: [", "invalid YAML"), (b"stage: teacher\nstage: metric\n", "stage"), (BOMB.encode(), "alias"),
     ],
 )  # fmt: skip
-def test_a_config_that_is_damaged_or_expands_without_end_is_named(
-    tmp_path: Path, text: bytes, what: str
-) -> None:
+def test_damaged_or_exploding_configs_raise(tmp_path: Path, text: bytes, what: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
     with pytest.raises(ValueError, match=f"config.yaml is damaged .*{what}"):
         read_config(path)
 
 
-def test_a_run_whose_config_a_power_cut_took_goes_on_by_its_checkpoint(
+def test_a_run_with_a_damaged_config_is_compared_by_its_checkpoint(
     other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = RunDir(tmp_path)
@@ -327,7 +327,7 @@ def test_a_run_whose_config_a_power_cut_took_goes_on_by_its_checkpoint(
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 20, b"[]", b'{"st'])
-def test_damaged_notes_of_a_run_count_as_absent(own: RunDir, damage: bytes) -> None:
+def test_damaged_json_files_count_as_absent(own: RunDir, damage: bytes) -> None:
     for path in (own.path / "finished.json", own.best_json, own.saved, own.model, own.best):
         path.write_bytes(damage)
     assert not own.finished(8) and own.read_best() == {} and own.describe_best() == ""

@@ -252,17 +252,17 @@ def test_lsun_is_read_from_its_databases(tmp_path):
 
 
 def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
     raw = tmp_path / "raw"
-    made_films.make_film(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
-    made_films.make_film(raw / "videos" / "train" / "b.mov", frames=20)
+    made_videos.make_video(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
+    made_videos.make_video(raw / "videos" / "train" / "b.mov", frames=20)
     (raw / "videos" / "train" / "c.mov").write_bytes(b"no film")
     made, found = written("bdd100k", raw, tmp_path / "bdd100k")
     names = [f"videos/train/a.mov/{k:06d}" for k in range(6)]
     assert list(found) == [*names, "videos/train/b.mov/000000"]
     for k, name in enumerate(names):
         shown = decode_image(found[name]).astype(int)
-        expected = made_films.frame(int(k / 2 * 30000 / 1001), 48, 64).astype(int)
+        expected = made_videos.frame(int(k / 2 * 30000 / 1001), 48, 64).astype(int)
         assert abs((shown - expected)[30:].mean()) < 1, "the frame on the screen at this time"
     assert made.meta["skipped"]["files"][0][0] == "videos/train/c.mov"
     source = load_source("bdd100k")
@@ -274,8 +274,8 @@ def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
 
 
 def test_videos_with_a_low_frame_rate_or_a_wrong_duration(tmp_path, monkeypatch):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
-    path = made_films.make_film(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    path = made_videos.make_video(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
     assert video_frames.count_frames(path) == 6
     shown = [video_frames.read_frame(path, k) for k in range(6)]
     assert shown[::2] == shown[1::2], "the last one stays for its second, too"
@@ -286,19 +286,19 @@ def test_videos_with_a_low_frame_rate_or_a_wrong_duration(tmp_path, monkeypatch)
 
 
 def test_frames_of_videos_are_upright(tmp_path):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
-    path = made_films.make_film(tmp_path / "turned.mp4", frames=2, sound=None)
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    path = made_videos.make_video(tmp_path / "turned.mp4", frames=2, sound=None)
     data = bytearray(path.read_bytes())
     quarter = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # as telephones write it, clockwise
     struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *quarter)
     path.write_bytes(data)
-    shown, wanted = decode_image(video_frames.read_frame(path, 0)), np.rot90(made_films.frame(0, 48, 64), -1)
+    shown, wanted = decode_image(video_frames.read_frame(path, 0)), np.rot90(made_videos.frame(0, 48, 64), -1)
     assert shown.shape == wanted.shape and np.abs(shown.astype(int) - wanted).mean() < 4
 
 
 def test_a_truncated_video_gives_its_frames_and_rejects_the_others(tmp_path):
-    made_films = pytest.importorskip("made_films", reason="pip install 'depth-anything-train[video]'")
-    whole = made_films.make_film(
+    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    whole = made_videos.make_video(
         tmp_path / "raw" / "a.mp4", frames=90, sound=None, options={"movflags": "+faststart"}, crf="0"
     )
     data = whole.read_bytes()

@@ -1,4 +1,4 @@
-"""Clips made for the tests, and what films hold, read back with PyAV."""
+"""Videos for the tests, and readers of their properties with PyAV."""
 
 import struct
 from fractions import Fraction
@@ -13,7 +13,7 @@ NTSC = Fraction(30000, 1001)
 
 
 class Brightness:
-    """Stands for a network: what is bright is near."""
+    """A fake predictor: bright pixels are near."""
 
     quantity, unit, calibrated, precision = "disparity", "relative", False, "fp32"
 
@@ -26,7 +26,7 @@ class Metres(Brightness):
 
 
 def frame(number, height, width):
-    """Light grows to the right; the lower half brightens from frame to frame."""
+    """A frame that gets brighter to the right; its lower half gets brighter with the frame number."""
     image = np.zeros((height, width, 3), np.uint8)
     image[:] = np.linspace(30, 200, width).astype(np.uint8)[None, :, None]
     image[height // 2 :] //= 3
@@ -34,7 +34,7 @@ def frame(number, height, width):
     return image
 
 
-def make_film(
+def make_video(
     path,
     *,
     frames=24,
@@ -46,7 +46,7 @@ def make_film(
     crf="18",
     **container,
 ):
-    """Write a clip; `times` are milliseconds."""
+    """Write a video; `times` are in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", **container) as out:
         stream = out.add_stream(codec, rate=rate, options={"preset": "ultrafast", "crf": crf})
@@ -75,12 +75,12 @@ def make_film(
     return path
 
 
-def map_film(source, output, **settings):
+def predict_clip(source, output, **settings):
     return predict_videos(Brightness(), source, output, settings=VideoSettings(**settings))
 
 
-def read_film(path):
-    """The frames of a film with their times in seconds."""
+def read_video(path):
+    """The frames of a video with their times in seconds."""
     with av.open(str(path)) as film:
         return [(Fraction(f.pts) * f.time_base, f.to_ndarray(format="rgb24")) for f in film.decode(video=0)]
 
@@ -121,14 +121,14 @@ def write_frames(folder, names, size=(30, 41)):
 
 
 def _stamp(data, at, ticks):
-    """Write 33 bits of a PES header's time, keeping its first four bits."""
+    """Write the 33 bits of a PES header's time, and keep its first four bits."""
     data[at] = (data[at] & 0xF0) | (ticks >> 29 & 0x0E) | 1
     data[at + 1], data[at + 2] = ticks >> 22 & 0xFF, ticks >> 14 & 0xFE | 1
     data[at + 3], data[at + 4] = ticks >> 7 & 0xFF, ticks << 1 & 0xFE | 1
 
 
 def restamp_ts(path, kind, change):
-    """Move the times of a transport stream's packets: `change` makes seconds to add of a packet's number."""
+    """Shift the times of a transport stream's packets by the seconds that `change` returns for a packet's number."""
     data, number = bytearray(path.read_bytes()), 0
     for start in range(0, len(data), 188):
         at = data.find(b"\x00\x00\x01", start, start + 188)
