@@ -66,6 +66,7 @@ def complete(command: str) -> list[str]:
     script = words.pop(0)
     if script != "train.py":
         return [sys.executable, script, *words]
+    words = [word.replace("loss=5.0", "loss=100.0") for word in words]  # which two steps reach
     small = COMMON if "stage=pseudolabel" in words else FIT
     scenes = [] if "sources=own" in words else SCENES
     teacher = ["teacher=teacher.safetensors"] if "stage=pseudolabel" in words else []
