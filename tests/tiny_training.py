@@ -26,7 +26,7 @@ class PixelNetwork(nn.Module):
         self.encoder, self.taps, self.quantity, self.unit = "vitn", (0, 1, 2, 3), "disparity", "relative"
         self.max_depth, self.calibration, self.licence, self.origin = None, None, None, {}
         self.input_size = SIDE
-        self.scale = max_depth
+        self.scale, self.head = max_depth, None
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         output = self.depth_head(self.pretrained(image))[:, 0]
