@@ -187,8 +187,7 @@ def build_page(
         limits: Limits on uploads.
         quota: Limits on the temporary folder.
     """
-    names = list(predictors)
-    uploads = _UploadHandler(predictors, limits, quota)
+    names, uploads = list(predictors), _UploadHandler(predictors, limits, quota)
     with gr.Blocks(
         title="Depth Anything",
         analytics_enabled=False,

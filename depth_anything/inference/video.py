@@ -263,8 +263,7 @@ def predict_video(
         The number of frames.
 
     Raises:
-        ValueError: A frame cannot be read, the network outputs NaN or infinity, the video is too large for H.264, or an
-            output exists that may not be replaced.
+        ValueError: A frame cannot be read or predicted, or an output is too large or may not be replaced.
         OSError: The output cannot be written.
     """
     if files.video:
