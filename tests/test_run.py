@@ -116,7 +116,7 @@ def test_ways_to_run_the_network(folder):
 
 def test_points_with_a_focal_length(folder, capsys):
     assert run_images([*LINE, "--format", "ply", "glb", "--focal", "33", "--max-points", "100"]) == 0
-    assert "focal length (2 images, pixels in each .json): given" in capsys.readouterr().out
+    assert "focal length (2 images, pixels in each .json; set it with --focal): given" in capsys.readouterr().out
     assert {"a_points.ply", "deep/a_points.glb"} <= set(made("vis_depth"))
     assert json.loads(Path("vis_depth/a.json").read_text())["focal_px"] == 33
     assert run_images([*LINE, "--format", "ply"]) == 0
@@ -126,8 +126,8 @@ def test_points_with_a_focal_length(folder, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ([], "give the images once: as in --img-path PHOTOS"),
-        (["--img-path", "none"], "none does not exist: give an image, or a folder"),
+        ([], "--img-path PHOTOS"),
+        (["--img-path", "none"], "none does not exist"),
         (["--img-path", "photos", "--weights", "none.pth"], "no weights at none.pth"),
         (
             ["--img-path", "photos", "--weights", "x/depth_anything_v2_vitb.pth"],
@@ -136,7 +136,7 @@ def test_points_with_a_focal_length(folder, capsys):
         (["--img-path", "photos", "--weights", "photos/a.png"], "is a PNG picture"),
         ([*LINE, "--encoder", "vits"], "is not vits"),
         ([*LINE, "--colormap", "nonsense"], "colormap 'nonsense'"),
-        ([*LINE, "--save-numpy"], "this model gives disparity"),
+        ([*LINE, "--save-numpy"], "this model predicts disparity"),
         ([*LINE, "--device", "cuda:77"], "--device 'cuda:77' does not exist here"),
         ([*LINE, "--format", "ply", "--focal", "-1"], "must be above 0"),
         ([*LINE, "--tiles", "99"], "must be 1 to 64 a side"),

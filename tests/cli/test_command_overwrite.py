@@ -118,7 +118,7 @@ def test_calibrate_does_not_replace_other_models(tmp_path, relative, capsys):
     stays(capsys, tmp_path / "csv.safetensors", *with_csv, "--output", tmp_path / "csv.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:.*does not keep the size")
+@pytest.mark.filterwarnings("ignore:.*does not keep the input size")
 @pytest.mark.parametrize("to", ["safetensors", "official"])
 def test_export_does_not_replace_other_models(tmp_path, relative, weights, capsys, to):
     ending = {"safetensors": ".safetensors", "official": ".pth"}[to]

@@ -28,7 +28,7 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         folder = tmp_path / "outputs" / run
         assert load_model(folder / "model.safetensors").licence == "Apache-2.0"  # the license of the scenes
         text = (folder / "README.md").read_text()
-        assert text.startswith("---\nlicense: apache-2.0\n") and "| abs_rel |" in text
+        assert text.startswith("---\n") and "\nlicense: apache-2.0\n" in text and "| abs_rel |" in text
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == list(range(1, 13))

@@ -384,6 +384,7 @@ def test_another_head_is_trained_saved_and_loaded_by_its_name(tmp_path):
             save_model(model, tmp_path / "other", format=format)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say whether it predicts disparity or depth")
 def test_a_head_without_metadata_is_given_by_the_argument(tmp_path):
     model = DepthAnything("vitn", head=LinearHead).eval()
     torch.save(model.state_dict(), tmp_path / "plain.pth")

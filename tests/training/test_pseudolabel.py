@@ -147,7 +147,7 @@ def as_folder(model: DepthAnything, path: Path) -> Path:
     return path / "hf"
 
 
-@pytest.mark.filterwarnings("ignore:.*keeps the calibration for load_model alone")
+@pytest.mark.filterwarnings("ignore:.*keeps the calibration for load_model only")
 @pytest.mark.parametrize("save", [as_file, as_checkpoint, as_folder])
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_equal_the_disparity_of_predict(
