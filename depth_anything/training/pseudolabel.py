@@ -301,7 +301,7 @@ class ShardData(pl.LightningDataModule):
             patch: The teacher's patch, pixels.
             precision: The trainer's; labels of two precisions are not mixed.
             teacher: The teacher's record for the label sets, as `describe_teacher` builds it.
-            codec: Of the labels.
+            codec: Codec of the labels.
 
         Raises:
             ValueError: If a set is missing or damaged, or its labels are another teacher's.
