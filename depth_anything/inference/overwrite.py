@@ -122,7 +122,7 @@ class RecordedOutputs:
         return path == record or (isinstance(digests, dict) and digests.get(path.name) == file_sha256(path))
 
     def _owns_folder(self, folder: Path, record: Path) -> bool:
-        """Compare number and total size of the files, as hashing is slow; an edit that keeps the size is not detected."""
+        """Compare number and total size of the files, as hashing is slow; edits that keep the size are missed."""
         content, files = read_record(record), list(folder.iterdir())
         if not all(file.is_file() and file.name.endswith(self.folder_endings) for file in files):
             return False
