@@ -75,9 +75,9 @@ def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.
 
 
 def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
-    """Build the record of the teacher that a label set keeps; labels of several are not mixed.
+    """Build the record of the teacher that a label set keeps; labels of two teachers are not mixed.
 
-    Two records are the same teacher if all but "file" and "licence" is equal.
+    Two records describe the same teacher if all fields but "file" and "licence" are equal.
 
     Returns:
         "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of the teacher's prediction, "depth" in
