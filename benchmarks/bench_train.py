@@ -131,9 +131,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Path | None]:
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first window of a side")
     parser.add_argument("--checkpointing", action="store_true", help="recompute encoder blocks")
     parser.add_argument("--compile", action="store_true", help="compile encoder blocks")
-    parser.add_argument(
-        "--shards", help="a labelled set for a fourth side, fed by the loader (stage teacher)"
-    )
+    parser.add_argument("--shards", help="a labeled set for a fourth side, fed by the loader (stage teacher)")
     parser.add_argument("--workers", type=int, default=2, help="of that loader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -147,7 +145,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Path | None]:
     found["image_size"] = found["image_size"] or (518 if gpu else 98)
     found["steps"] = found["steps"] or (20 if gpu else 5)
     if found["shards"] and found["stage"] == "student":
-        parser.error("--shards holds labelled images, which teach a teacher; type --stage teacher")
+        parser.error("--shards holds labeled images, which teach a teacher; type --stage teacher")
     if found["image_size"] % 14:
         parser.error(f"--image-size {found['image_size']} is no multiple of the patch; type a multiple of 14")
     return Settings(**found), output

@@ -73,7 +73,7 @@ def judge(folder: Path, data: Path, look: str) -> dict[str, dict[str, float]]:
 
 
 def paint(folder: Path, data: Path, output: Path, *, count: int = 6) -> None:
-    """Put some held-out photographs, their truth and three models' maps, in the truth's colours, into one picture."""
+    """Put some held-out photographs, their truth and three models' maps, in the truth's colors, into one picture."""
     test = open_set(str(data / "scenes-test-photographic"))
     frames = list(read_frames(test, limit=count))
     protocol = find_protocol("da2")

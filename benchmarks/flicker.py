@@ -39,7 +39,7 @@ MODES = {
 
 
 class Truth:
-    """Stands for a perfect network: a floor that comes nearer downwards, and the passer-by, nearest of all."""
+    """Return the map of a perfect network: a floor that comes nearer downwards, and the passer-by, nearest of all."""
 
     quantity, unit = "disparity", "relative"
 
@@ -75,8 +75,8 @@ def write_film(photo: np.ndarray, path: Path) -> None:
         out.mux(stream.encode(None))
 
 
-def grey_of(path: Path) -> np.ndarray:
-    """A film's grey levels, (frames, height, width)."""
+def gray_of(path: Path) -> np.ndarray:
+    """A film's gray levels, (frames, height, width)."""
     with av.open(str(path)) as film:
         return np.stack([frame.to_ndarray(format="gray") for frame in film.decode(video=0)]).astype(
             np.float32
@@ -91,24 +91,24 @@ def uncovered(number: int) -> np.ndarray:
     return free
 
 
-def flicker(grey: np.ndarray) -> float:
+def flicker(gray: np.ndarray) -> float:
     """Mean change between two frames where the scene stays, percent of the contrast."""
     changes = [
-        np.abs(grey[n + 1] - grey[n])[:, uncovered(n) & uncovered(n + 1)].mean() for n in range(FRAMES - 1)
+        np.abs(gray[n + 1] - gray[n])[:, uncovered(n) & uncovered(n + 1)].mean() for n in range(FRAMES - 1)
     ]
-    return float(np.mean(changes) / grey.std() * 100)
+    return float(np.mean(changes) / gray.std() * 100)
 
 
-def pumping(grey: np.ndarray) -> float:
-    """How far the whole scene's grey goes up and down in the film, percent of the contrast."""
-    usual = grey[: FRAMES // 4].mean(axis=0)  # nobody is there yet
-    away = [(grey[n] - usual)[:, uncovered(n)].mean() for n in range(FRAMES)]
-    return float(np.ptp(away) / grey.std() * 100)
+def pumping(gray: np.ndarray) -> float:
+    """How far the whole scene's gray level goes up and down in the film, percent of the contrast."""
+    usual = gray[: FRAMES // 4].mean(axis=0)  # nobody is there yet
+    away = [(gray[n] - usual)[:, uncovered(n)].mean() for n in range(FRAMES)]
+    return float(np.ptp(away) / gray.std() * 100)
 
 
-def strip(grey: np.ndarray) -> np.ndarray:
+def strip(gray: np.ndarray) -> np.ndarray:
     """One line through time."""
-    line = np.repeat(grey[:, LINE].astype(np.uint8)[..., None], 3, axis=2)
+    line = np.repeat(gray[:, LINE].astype(np.uint8)[..., None], 3, axis=2)
     return cv2.resize(line, None, fx=0.6, fy=2, interpolation=cv2.INTER_NEAREST)
 
 
@@ -142,9 +142,9 @@ def measure(predictor: Any, photo: Path, picture: Path | None) -> None:
             predict_videos(
                 predictor, source, output, settings=VideoSettings(**settings, pred_only=True, grayscale=True)
             )
-            grey = grey_of(output / "film.mp4")
-            levels[name] = {"flicker": round(flicker(grey), 2), "pumping": round(pumping(grey), 1)}
-            strips.append(strip(grey))
+            gray = gray_of(output / "film.mp4")
+            levels[name] = {"flicker": round(flicker(gray), 2), "pumping": round(pumping(gray), 1)}
+            strips.append(strip(gray))
     print(json.dumps({"% of contrast": levels, "photo": photo.name}, indent=1))
     if picture:
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ NEAR, FAR = 1e-3, 80.0
 
 
 class Constant:
-    """A baseline that says one depth, metres, of every pixel."""
+    """A baseline that says one depth, meters, of every pixel."""
 
     quantity = "depth"
 
@@ -79,7 +79,7 @@ def train(seed: int, folder: Path, data: Path, extra: Sequence[str]) -> Path:
 
 
 def judge(predictor: object, frames: Sequence[Frame]) -> dict[str, float]:
-    """Compare metres with metres, nothing fitted."""
+    """Compare meters with meters, nothing fitted."""
     means = evaluate(predictor, frames, max_depth=FAR).means  # type: ignore[arg-type]
     return {key: means[key] for key in ("abs_rel", "d1")}
 
@@ -112,7 +112,7 @@ def markdown(table: dict[str, dict[str, list[float]]], command: str, minutes: fl
 def main() -> None:
     """Run the seeds and write what came out, whichever wins."""
     parser = argparse.ArgumentParser(
-        description="Does stage=metric find metres that no constant and no new head knows?"
+        description="Does stage=metric find meters that no constant and no new head knows?"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default %(default)s")
     parser.add_argument("--output", type=Path, default=Path("outputs/metric"), help="default %(default)s")

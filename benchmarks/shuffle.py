@@ -104,13 +104,13 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     large, small = found[-1], found[0]
-    for name, colour in (("ours", "tab:blue"), ("perfect", "tab:orange")):
+    for name, color in (("ours", "tab:blue"), ("perfect", "tab:orange")):
         share = np.array(large[name]["histogram"]) / large[name]["batches"]
-        axes[0].plot(np.arange(len(share)), share, color=colour, label=name, drawstyle="steps-mid")
+        axes[0].plot(np.arange(len(share)), share, color=color, label=name, drawstyle="steps-mid")
         for rows, style in ((small, "-"), (found[1], ":")):
             density = np.maximum(rows[name]["neighbours_histogram"], 1e-4)
             label = f"{name}, {rows['shards']:,} shards, batch {rows['batch']}"
-            axes[2].plot(np.arange(50) / 50 + 0.01, density, style, color=colour, label=label)
+            axes[2].plot(np.arange(50) / 50 + 0.01, density, style, color=color, label=label)
     seen = np.flatnonzero(np.array(large["ours"]["histogram"]) + np.array(large["perfect"]["histogram"]))
     axes[0].set(
         title=f"distinct shards in a batch of {large['batch']}, {large['shards']:,} shards",

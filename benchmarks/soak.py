@@ -76,10 +76,10 @@ def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng
     """Start a stage until it ends by itself, killing it `kills` times on the way.
 
     Args:
-        arguments: Of train.py.
+        arguments: Command-line arguments of train.py.
         kills: Kills wanted; fewer where the stage ends before.
         seconds: How long an unbroken run takes; random kills fall within it.
-        rng: Of the moments.
+        rng: Random numbers for the times of the kills.
 
     Returns:
         How many kills hit a process at work.
@@ -132,9 +132,9 @@ def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -
 
     Args:
         stage: "teacher", "pseudolabel" or "student"; each needs what the one before left in `folder`.
-        folder: Of everything.
+        folder: Folder of all files.
         kills: At least so many in all, and at most five a run.
-        rng: Of the moments.
+        rng: Random numbers for the times of the kills.
 
     Returns:
         stage, kills, runs, files compared, equal, leftovers (torn files) and differing (names).

@@ -1,7 +1,7 @@
 """Errors and warnings for users: what is wrong, and what to type.
 
-Messages name function arguments and commands as objects, not as text, so that a command line can print its own flags
-and the command that the user typed.
+A message contains function arguments and commands as objects. A command line replaces them by its own flags and by the
+command that the user typed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class UserMessage(Exception):
         return (*self.what_parts, "; ", *self.fix_parts) if self.fix_parts else self.what_parts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the parts, and the number of a system error."""
+        """Pickle the parts, and `errno` of an OSError."""
         state = {**self.__dict__, "errno": self.errno} if isinstance(self, OSError) else self.__dict__
         return type(self), (self.what_parts, self.fix_parts), state
 
@@ -83,7 +83,7 @@ class UserError(UserMessage, ValueError):
 
 
 class ArgumentWarning(UserMessage, UserWarning):
-    """Something that an argument could settle."""
+    """A default was assumed; an argument can set the value."""
 
 
 def format_error(

@@ -2,7 +2,7 @@
 
     python docs/make_own_data.py try
 
-try/photos/*.jpg are 32 drawn pictures, try/depth/*.png the depth of 24 of them in millimetres, 16 bits, 65535 where
+try/photos/*.jpg are 32 drawn pictures, try/depth/*.png the depth of 24 of them in millimeters, 16 bits, 65535 where
 there is sky and 0 where nothing was measured; try/set.yaml declares them. The same files every time.
 """
 
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
             stored = np.rint(np.nan_to_num(frame.depth, posinf=0) * 1000)
             stored[stored > 65534] = 0  # beyond the camera's range
             stored[np.isinf(frame.depth)] = 65535
-            stored[:, :8] = 0  # a sensor beside the lens does not see the image's edge
+            stored[:, :8] = 0  # a sensor next to the lens does not see the image's edge
             cv2.imwrite(str(folder / f"depth/{name}.png"), stored.astype(np.uint16))
     (folder / "set.yaml").write_text(YAML)
     print(f"{folder}: {COUNT} photographs, {MEASURED} with depth, set.yaml")

@@ -243,7 +243,7 @@ def pinned_sentences(root: Path) -> dict[str, int]:
 
 
 def documents(root: Path) -> list[Path]:
-    """List the documents: Markdown at the top, in docs/ and beside what it describes."""
+    """List the documents: Markdown at the top, in docs/ and next to what it describes."""
     patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "slurm/*.md")
     return sorted({path for pattern in patterns for path in root.glob(pattern)})
 
@@ -586,7 +586,7 @@ def main() -> None:
         "--json", type=Path, help="write all figures, with the names behind them, to this file"
     )
     parser.add_argument(
-        "--before", type=Path, help="a file of --json, shown in a column beside today's figures"
+        "--before", type=Path, help="a file of --json, shown in a column next to today's figures"
     )
     parser.add_argument("--no-walks", action="store_true", help="do not run the four commands")
     parser.add_argument(

@@ -35,7 +35,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     """Parse arguments, call the function that the parser sets as `run`, and return the exit code.
 
     Args:
-        parser: Of `depth-anything`, or of a script with one command.
+        parser: Parser of `depth-anything`, or of a script with one command.
         arguments: Command-line arguments; None for those of the process.
     """
     try:

@@ -141,7 +141,7 @@ def estimate_demand(cpu_ms: float, side: int) -> list[Demand]:
 
     Args:
         cpu_ms: Milliseconds of one core per image.
-        side: Of the crop, pixels; the FLOP of a network are taken as proportional to its pixels.
+        side: Side of the crop, pixels; the FLOP of a network are assumed proportional to its pixels.
     """
     rows = []
     for student, (gflop, low, high) in STUDENT_GFLOPS.items():

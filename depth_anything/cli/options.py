@@ -241,7 +241,7 @@ def load_weights(
     Args:
         path: A weight file or the folder of a run; None for official weights.
         input_size: Shorter image side, pixels; None for the model's own.
-        encoder: Of the official weights; with a path, the expected encoder.
+        encoder: Encoder of the official weights; with a path, the expected encoder.
         dataset: "hypersim" or "vkitti" for official weights that predict meters.
         max_depth: Meters, if the file does not say it.
         version: 1 or 2, of the official weights, or if the file does not say it.
@@ -305,7 +305,7 @@ def check_single_model(options: argparse.Namespace, count: int) -> None:
     """Check that flags which describe one model are not used with several.
 
     Args:
-        options: Of a command that takes several models.
+        options: Parsed arguments of a command that takes several models.
         count: Number of models.
 
     Raises:

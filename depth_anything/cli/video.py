@@ -41,13 +41,13 @@ def add_video(commands: Any) -> None:
     video = add_command(
         commands,
         "video",
-        "predict depth videos: an MP4 with the audio, and the maps of its frames",
+        "predict the depth of videos: write an MP4 with the audio, or a map of each frame",
         run=_video,
     )
     video.add_argument(
         "source",
         metavar="VIDEO|FOLDER|LIST",
-        help="a video, a folder of videos (its tree is kept) or of frames, or a .txt with one path per line",
+        help="a video, a folder of videos (subfolders are kept) or of frames, or a .txt with one path per line",
     )
     video.add_argument("--output", required=True, metavar="DIR", help="output folder")
     _add_video_flags(video)
@@ -144,7 +144,7 @@ def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
         type=int_in_range("--queue", least=1),
         default=16,
         metavar="N",
-        help="maximum number of waiting visitors (%(default)s)",
+        help="maximum number of waiting requests (%(default)s)",
     )
     add_inference_flags(demo)
     demo.set_defaults(flags=ARGUMENT_FLAGS)
@@ -171,7 +171,7 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=FORMATS,
         default=("mp4",),
-        help="what to write: a video, and one file of values per frame (mp4)",
+        help="files to write: mp4 for a video, others for one file of values per frame (mp4)",
     )
     command.add_argument(
         "--fps",

@@ -62,7 +62,7 @@ def open_shard_copy(
 
     Args:
         key: Identifies the content.
-        size: Of the shard, bytes.
+        size: Size of the shard, bytes.
         download: Writes it into an open file; if it raises, nothing is left in the cache.
         fresh: Download even if there is a copy.
 

@@ -87,8 +87,8 @@ def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(Non
 
     Args:
         data: The whole file; its checksum is always verified.
-        rows: Of the part; a step is not supported.
-        columns: Of the part.
+        rows: Rows of the part; a step is not supported.
+        columns: Columns of the part.
 
     Raises:
         ValueError: The bytes are damaged, truncated, or not of this format. A size that the bytes cannot contain is

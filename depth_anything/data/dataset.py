@@ -120,10 +120,10 @@ class StreamDataset(Dataset):
         Args:
             sources: Labeled sets, whose frames are resized to `short_side` by the authors' rule, and images joined
                 with labels, which are resized to the size of their label.
-            seed: Of the order and of all random choices.
+            seed: Seed of the order and of all random choices.
             streams: Pieces of a pass that are read in parallel.
             image_size: Side of the square crop, pixels.
-            short_side: Of the resized frames, pixels; `image_size` by default.
+            short_side: Short side of the resized frames, pixels; `image_size` by default.
             patch: Both sides of a resized frame are multiples of it, pixels.
             sky: "far" gives the sky disparity 0, "invalid" leaves it out; or {set: either}. None, and sets that are
                 not named, use the rule of `resolve_sky_policies`.
@@ -232,7 +232,7 @@ class StreamDataset(Dataset):
         Call it before the loader starts its workers; without it, PyTorch copies batches into new shared memory.
 
         Args:
-            workers: Of the loader.
+            workers: Number of workers of the loader.
             micro_batch: Samples of a micro-batch.
             slots: Per worker: two batches that it prefetches, and two that the main process may hold.
         """
@@ -293,7 +293,7 @@ class StreamDataset(Dataset):
 
         Args:
             shard: set/shard.
-            index: Of the record in the shard.
+            index: Index of the record in the shard.
             n: The number, which determines crop and flip.
             out: Arrays of a batch of one sample.
             timer: Measures the stages; see `timing.SAMPLE_STAGES`.

@@ -1,4 +1,4 @@
-"""Find the format of an image file and the memory that decoding takes from its header, before decoding it."""
+"""Read the format of an image file from its header, and estimate the memory that decoding needs."""
 
 import io
 from dataclasses import dataclass
@@ -26,14 +26,8 @@ MAX_CHANNELS = 8
 
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
-_QUICKTIME_ATOMS = (
-    b"moov",
-    b"mdat",
-    b"wide",
-    b"free",
-    b"skip",
-    b"pnot",
-)  # first in old QuickTime without ftyp
+# Types of the first atom in old QuickTime files, which have no ftyp.
+_QUICKTIME_ATOMS = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 _VIDEO = "a video: type  depth-anything video"
 _CAMERA_RAW = "a camera raw file: convert it to JPEG or TIFF first"
@@ -86,13 +80,13 @@ _UNREADABLE_SIGNATURES = (
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """What decoding an image takes, from its header.
+    """Size of a decoded image, read from its header.
 
     Attributes:
         kind: Format, as "PNG".
-        width: Pixels, the largest value in any part of the header.
-        height: Likewise.
-        channels: Per pixel, as stored.
+        width: Width in pixels, of the largest part that the header names.
+        height: Height in pixels, of the same part.
+        channels: Stored channels per pixel.
         bytes: Memory of the decoded image and of its conversion to 8-bit RGB.
     """
 
@@ -109,7 +103,7 @@ class DecodeCost:
 
 
 def estimate_decode_cost(data: bytes) -> DecodeCost:
-    """Estimate what decoding an image file takes, without decoding it. `decode_image` enforces the limit.
+    """Estimate the memory that decoding an image file takes, without decoding it. `decode_image` enforces the limit.
 
     Raises:
         ValueError: It is not an image that can be read; the message names the format if it is known.
@@ -123,7 +117,7 @@ def estimate_decode_cost(data: bytes) -> DecodeCost:
 
 
 def picture_decode_cost(picture: Any, data: bytes) -> DecodeCost:
-    """Estimate what decoding an image takes that `open_image` has opened."""
+    """Estimate the memory that decoding takes, for an image that `open_image` has opened."""
     kind = detect_format(data)
     width, height = _largest_size(picture, kind, data)
     channels = len(picture.getbands())
@@ -240,7 +234,7 @@ def _is_camera_raw(picture: Any, data: bytes) -> bool:
 
 
 def _largest_size(picture: Any, kind: str, data: bytes) -> tuple[int, int]:
-    """Return the largest (width, height) in any part of the header: a frame, a tile, the codestream inside."""
+    """Return the largest (width, height) in the header, of the image, GIF frame, TIFF tile or JPEG 2000 codestream."""
     sizes = [(picture.width, picture.height)]
     if kind == "GIF":
         sizes += [(tile[1][2], tile[1][3]) for tile in picture.tile]

@@ -37,7 +37,7 @@ class LabelSettings:
     Attributes:
         teacher: "fingerprint" of the weights, and if known "file", "licence", and how the output became disparity:
             "quantity", "unit", "conversion". Older label sets have no such entries: the output was stored unchanged.
-        preprocessing: Of the images.
+        preprocessing: Preprocessing of the images.
         codec: "q12" or "f32".
     """
 
@@ -72,14 +72,14 @@ class LabelSidecar(LabelSettings):
     """The content of NAME.json; its fields are the keys of the file.
 
     Attributes:
-        name: Of the shard.
+        name: Name of the shard.
         records: Number of labels.
         bytes: Size of the tar; 0 without labels.
         hash: "sha256:…" of the tar; "" without labels.
         image: The image shard.
         skipped: Key to reason, for each image without a label.
         values: Smallest and largest value of all labels.
-        version: Of this program.
+        version: Version of this program.
     """
 
     name: str
@@ -238,7 +238,7 @@ class LabelSetWriter:
     Attributes:
         root: Folder of the label set.
         images: The set to label.
-        codec: Of the labels.
+        codec: Codec of the labels.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def build_stream_loader(
         dataset: Its workers write batches into shared memory.
         micro_batch: Samples per batch.
         workers: Worker processes; 0 for none.
-        rank: Of `world` ranks that share the stream.
+        rank: Rank of this process among the `world` ranks that share the stream.
         world: Number of ranks.
         start: First micro-batch, counted over the run: samples seen ÷ (world · micro_batch).
         pin_memory: Copy batches into pinned memory, for transfers to a GPU.

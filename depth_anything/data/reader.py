@@ -64,7 +64,7 @@ class ShardReader:
         Args:
             max_open: Files open at a time.
             max_indexes: Indexes kept in memory, some 70 kB each per thousand records.
-            total_bytes: Of all shards that will be read, for the line on stderr.
+            total_bytes: Size of all shards that will be read, for the line on stderr.
         """
         self.max_open, self.max_indexes, self.total_bytes = max_open, max_indexes, total_bytes
         self._process, self._lock = os.getpid(), threading.RLock()
@@ -78,9 +78,9 @@ class ShardReader:
         Each field is checked against its crc32 and against the name in the tar header before it.
 
         Args:
-            url: Of the shard.
-            index: Of the record in the shard.
-            hash: Of the tar, from the manifest.
+            url: URL of the shard.
+            index: Index of the record in the shard.
+            hash: Hash of the tar, from the manifest.
 
         Raises:
             BadRecord: The shard is missing, truncated or damaged, or its index is not its own.
@@ -254,8 +254,8 @@ class RecordSource:
     """Base of `Records` and `JoinedRecords`: the list of shards, the reader, and prefetching.
 
     Attributes:
-        name: Of the set.
-        digest: Of the shards that are read.
+        name: Name of the set.
+        digest: Digest of the shards that are read.
         is_remote: Whether reading sends requests to a server, so that `prefetch` saves time.
     """
 
@@ -295,7 +295,7 @@ class RecordSource:
 
         Args:
             shard: set/shard, as in `shards`.
-            index: Of the record in the shard.
+            index: Index of the record in the shard.
 
         Raises:
             BadRecord: It cannot be read, is not the one of the manifest, or its image and label do not match.
@@ -346,7 +346,7 @@ class JoinedRecords(RecordSource):
     Attributes:
         images: The set of images.
         labels: The set of labels, whose name and shards these are.
-        digest: Of the labels and of the image shards that they label.
+        digest: Digest of the labels and of the image shards that they label.
     """
 
     def __init__(self, images: ShardSet, labels: ShardSet) -> None:

@@ -63,11 +63,11 @@ def fetch_range(
     """Read part of a shard.
 
     Args:
-        address: Of the tar.
+        address: Address of the tar.
         start: First byte.
         count: Number of bytes; fewer are returned where the file ends.
         table: Index of the tar.
-        total_bytes: Of all shards that will be read, for the message about whole copies.
+        total_bytes: Size of all shards that will be read, for the message about whole copies.
         fresh: Ignore a local copy.
 
     Raises:

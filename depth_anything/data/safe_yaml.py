@@ -1,17 +1,17 @@
-"""Read YAML files of unknown origin: PyYAML's safe loader with limits on size, and without aliases."""
+"""Read untrusted YAML files: PyYAML's safe loader with limits on size, and without aliases."""
 
 from typing import Any
 
 import yaml
 
 _MAX_NODES = 10_000
-_MAX_SCALAR = 4096  # characters; YAML reads 1:2:3:… as a number to base 60, which takes hours if it is long
+_MAX_SCALAR = 4096  # characters; YAML parses 1:2:3:… as a base-60 number, which takes hours if it is long
 
 
 def load_yaml(data: bytes) -> Any:
     """Parse YAML in UTF-8; refuse duplicate keys, aliases and very large files.
 
-    Ten aliases of ten aliases each, and so on, would expand to more than any memory holds.
+    Nested aliases can expand exponentially and exhaust the memory.
 
     Raises:
         ValueError: With the line and what is wrong.

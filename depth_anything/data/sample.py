@@ -137,7 +137,7 @@ def find_target_field(fields: Mapping[str, bytes], *, meters: bool = False) -> s
     """Return the name of the field that the training target is made from: disparity or, without one, depth.
 
     Args:
-        fields: Of the record.
+        fields: Fields of the record.
         meters: Accept depth only.
 
     Raises:
@@ -172,9 +172,9 @@ def encode_frame(
     """Encode a frame as the fields of a record.
 
     Args:
-        frame: With depth, disparity, both or neither.
+        frame: A frame with depth, disparity, both or neither.
         codec: "q12" or "f32", for depth and disparity.
-        jpeg_quality: Of the image; from 95 up without chroma subsampling.
+        jpeg_quality: JPEG quality of the image; from 95 up without chroma subsampling.
         original: The original image file (JPEG, PNG or WebP), stored in place of a JPEG of `frame.image`.
     """
     if original is not None:
@@ -243,7 +243,7 @@ def convert_to_target(
         valid: bool (H, W), the output mask.
         quantity: What the label is: "depth" or "disparity".
         sky: "far" or "invalid", as in `make_disparity_target`.
-        meta: Of the record; tells how the sky is encoded in a disparity.
+        meta: Metadata of the record; tells how the sky is encoded in a disparity.
         depth_range: None converts to disparity. Otherwise depth stays depth, valid where lowest ≤ depth ≤ highest,
             in meters; the sky is then never valid.
 

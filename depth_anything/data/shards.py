@@ -77,7 +77,7 @@ def write_manifest(
 
     Args:
         root: Folder of the tars.
-        name: Of the set: A-Z a-z 0-9 _ -.
+        name: Name of the set: A-Z a-z 0-9 _ -.
         shards: In any order.
         meta: What made the set, as JSON: tool, version, settings, licence, unit, encoding of the sky.
 

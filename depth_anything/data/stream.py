@@ -72,7 +72,7 @@ class Stream:
     Attributes:
         records: Samples per pass.
         streams: Pieces read in parallel; fixed for the life of a run.
-        seed: Of all random orders.
+        seed: Seed of all random orders.
         digest: "sha256:…" of everything that determines the order.
     """
 

@@ -94,8 +94,8 @@ class BadRecord(ValueError):
 
     Attributes:
         shard: set/shard, or the address of the shard.
-        index: Of the record in the shard.
-        key: Of the record, "" if the index cannot be read.
+        index: Index of the record in the shard.
+        key: Key of the record, "" if the index cannot be read.
         reason: What is wrong.
     """
 

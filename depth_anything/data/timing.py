@@ -101,7 +101,7 @@ def minimal_decode(
     """Do the work that any loader must do with a record: decode image and label, resize the image.
 
     Args:
-        fields: Of the record; a JPEG is decoded by OpenCV, other images as the loader does.
+        fields: Fields of the record; a JPEG is decoded by OpenCV, other images as the loader does.
         size: (height, width) to resize to, antialiased; an image of that size is not resized.
         timer: Measures the stages.
         label: Decode the label, too.

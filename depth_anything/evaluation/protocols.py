@@ -174,7 +174,7 @@ def eigen_nyu_crop(height: int, width: int) -> Box:
 def eigen_pixels_crop(height: int, width: int) -> Box:
     """Rows 45 to 471 and columns 41 to 601 of any size: ZoeDepth's crop of all indoor sets.
 
-    Of larger images that is the upper left part; smaller images end before it.
+    In larger images this is the upper left part; in smaller images it is clipped.
     """
     return slice(min(45, height), min(471, height)), slice(min(41, width), min(601, width))
 

@@ -347,7 +347,7 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def parse_frame_rate(text: str) -> Fraction:
-    """Parse frames per second: 24, 30000/1001, or decimals like 29.97, which stand for 30000/1001.
+    """Parse frames per second: 24, 30000/1001, or decimals like 29.97, which mean 30000/1001.
 
     Raises:
         ValueError: It is not a number above 0 and at most 1000.

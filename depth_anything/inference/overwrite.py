@@ -20,15 +20,19 @@ from PIL import ExifTags, Image
 from depth_anything.errors import UserError
 
 COMMAND_KEY = "made_by"
+"""Key of the command that wrote the files."""
+
 DIGESTS_KEY = "sha256"
+"""Key of the mapping from file name to sha256."""
+
 FOLDERS_KEY = "maps"
-"""Keys of a record: the command; file name to digest; folder name to the number and total bytes of its files."""
+"""Key of the mapping from folder name to the number and total bytes of its files."""
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Suffix of a single picture to Pillow's name of its format; each of them holds EXIF."""
 
 FATAL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Write errors that every further output would have, too."""
+"""Write errors that would also occur for every further output."""
 
 _CHUNK = 1 << 20
 
@@ -69,7 +73,7 @@ class RecordedOutputs:
             The outputs that exist and may be replaced.
 
         Raises:
-            ValueError: As `check_overwrite`; files inside a folder are named.
+            UserError: As `check_overwrite`; files inside a folder are named.
         """
         existing = {path: record for path, record in (folders or {}).items() if _is_real_folder(path)}
         own_folders = {path for path, record in existing.items() if self._owns_folder(path, record)}
@@ -92,7 +96,7 @@ class RecordedOutputs:
         *,
         earlier: Path | None = None,
     ) -> dict[str, Any]:
-        """Build the part of a record by which the command recognizes its files.
+        """Build the fields of a record that later identify the files as written by this command.
 
         Args:
             digests: File name to sha256.
@@ -118,7 +122,7 @@ class RecordedOutputs:
         return path == record or (isinstance(digests, dict) and digests.get(path.name) == file_sha256(path))
 
     def _owns_folder(self, folder: Path, record: Path) -> bool:
-        """Compare number and size of the files, since hashing many is slow; added and edited files show."""
+        """Compare number and total size of the files, as hashing is slow; edits that keep the size are missed."""
         content, files = read_record(record), list(folder.iterdir())
         if not all(file.is_file() and file.name.endswith(self.folder_endings) for file in files):
             return False
@@ -151,7 +155,7 @@ def check_overwrite(
         The outputs that exist and may be replaced.
 
     Raises:
-        ValueError: Names the first file that may not be replaced, and how many more there are.
+        UserError: If any file may not be replaced; names the first, and how many more there are.
     """
     existing = [path for path in outputs if os.path.lexists(path)]
     if not existing:

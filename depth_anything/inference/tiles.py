@@ -28,7 +28,7 @@ Box = tuple[slice, slice]
 
 
 def parse_grid(tiles: int | tuple[int, int]) -> tuple[int, int]:
-    """Return the rows and columns of `tiles`; one number stands for both.
+    """Return the rows and columns of `tiles`; one number sets both.
 
     Raises:
         ValueError: A number is below 1 or above 64.

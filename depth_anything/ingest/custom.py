@@ -220,7 +220,7 @@ class _PathPattern:
 
     @classmethod
     def parse(cls, pattern: str, key: str, suffixes: tuple[str, ...]) -> "_PathPattern":
-        """Parse the value of `key`. A folder stands for FOLDER/{stem}; without a suffix any of `suffixes` matches."""
+        """Parse the value of `key`. A folder means FOLDER/{stem}; without a suffix any of `suffixes` matches."""
         pattern = os.path.expanduser(pattern)
         if "{" not in pattern:
             pattern = os.path.join(pattern, "{stem}")

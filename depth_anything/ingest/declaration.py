@@ -21,11 +21,11 @@ _MAX_YAML_BYTES = 1 << 20
 
 
 def load_declaration(path: str | Path) -> CustomSet:
-    """Read the YAML file of a set.
+    """Read the YAML declaration of a custom data set.
 
     Raises:
-        ValueError: The file does not exist, is not YAML, has an unknown key (the nearest key is named), or a value is
-            invalid (the key is named).
+        ValueError: If the file does not exist, is not YAML, has an unknown key (the nearest key is named) or an invalid
+            value (its key is named).
     """
     path = Path(path)
     try:
@@ -44,7 +44,7 @@ def load_declaration(path: str | Path) -> CustomSet:
 
 
 class _Declaration:
-    """The keys and values of a YAML file."""
+    """Parses and checks the values of a declaration."""
 
     def __init__(self, values: Mapping[Any, Any]) -> None:
         for key in values:
@@ -171,7 +171,7 @@ class _Declaration:
 
 
 def _parse_number(key: str, value: Any) -> float:
-    """Parse a number; YAML reads 1e-3 and 1/256 as texts."""
+    """Parse a number; YAML parses 1e-3 and 1/256 as strings."""
     try:
         if isinstance(value, bool):
             raise ValueError

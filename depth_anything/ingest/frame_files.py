@@ -138,7 +138,7 @@ def read_pair(
 
     Args:
         raw: Folder of the set.
-        patterns: Of the image and of the map.
+        patterns: Path patterns of the image and of the map.
         paths: Paths of both in the file list.
         decode: Converts the bytes of the map's file to (H, W).
 

@@ -1,4 +1,4 @@
-"""Convert a raw sample to the fields of a record. One rule for all sets; every pixel is counted by its kind."""
+"""Convert raw samples of all data sets to the fields of records, and count pixels by kind."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -44,8 +44,8 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
     """Encode a raw sample as a record.
 
     In labels, NaN, infinite, negative and zero values and the pixels of `raw.invalid` become NaN. Sky becomes +inf in
-    depth and 0 in disparity. Other values are stored unchanged in float32. The image file is stored unchanged if every
-    reader shows it alike (upright RGB in JPEG, PNG or WebP); other images become PNG.
+    depth and 0 in disparity. Other values are stored unchanged in float32. The image file is stored unchanged if all
+    readers decode it to the same upright RGB image (JPEG, PNG or WebP); other images become PNG.
 
     Args:
         raw: The sample.
@@ -89,9 +89,8 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
     frame = Frame("", image, meta, **({quantity: label} if quantity else {}))
     fields = encode_frame(frame, codec="f32", jpeg_quality=JPEG_QUALITY, original=data)
     notes = []
-    if isinstance(raw.image, bytes) and not raw.image.startswith(
-        _JPEG_SIGNATURE
-    ):  # JPEG has no such properties
+    # JPEG has no such properties.
+    if isinstance(raw.image, bytes) and not raw.image.startswith(_JPEG_SIGNATURE):
         notes = image_warnings(raw.image, image)
     return EncodedRecord(fields, quantity, meta.get("unit") if quantity else None, pixels, notes)
 
@@ -99,8 +98,8 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
 def mask_invalid(values: np.ndarray, raw: RawSample, *, sky: float) -> tuple[np.ndarray, Counter[str]]:
     """Set the invalid pixels of a label to NaN and its sky pixels to `sky`, and count pixels by kind.
 
-    Each pixel has one kind. `raw.invalid` takes precedence over `raw.sky`, and both over the value itself. But NaN,
-    infinite, negative and zero values outside the sky are counted as such.
+    Each pixel has one kind. In the sky: the last mask of `raw.invalid` that contains it, else sky. Elsewhere: NaN,
+    infinite, negative or zero by its value, else the last mask of `raw.invalid` that contains it, else valid.
 
     Args:
         values: (H, W), any numeric type.
@@ -155,7 +154,7 @@ def resize_nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def is_plain_rgb(data: bytes) -> bool:
-    """Return whether every reader shows an image file alike: upright opaque RGB, in a format that records may hold."""
+    """Return whether an image file is upright, opaque, still RGB in a format that records may hold."""
     try:
         if detect_format(data) not in ("JPEG", "PNG", "WebP"):
             return False
@@ -168,7 +167,7 @@ def is_plain_rgb(data: bytes) -> bool:
 
 
 def _reduced_size(height: int, width: int, short_side: int | None) -> tuple[int, int] | None:
-    """Return the height and width to store an image with, None to keep its size."""
+    """Return the height and width to which an image is resized; None keeps its size."""
     if short_side is None or min(height, width) < short_side:
         return None
     # A side that is not a multiple of the patch size would be resampled again in training.

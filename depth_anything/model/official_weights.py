@@ -96,7 +96,7 @@ def official_repository(name: str | Path) -> str | None:
 
 
 def name_hints(name: str | Path) -> "ModelFacts":
-    """Return what an official file name says: version, max_depth (meters, None for disparity) and licence."""
+    """Return what an official file name says: version, max_depth (meters, None for disparity) and license."""
     match = _OFFICIAL_NAME.fullmatch(Path(name).stem.lower())
     licence = official_license(name)
     if match is None or licence is None:

@@ -1,4 +1,4 @@
-"""How a batch is split over devices, and which data sets a run reads, how often."""
+"""Split a batch over devices, and select the data sets of a run and their repeats."""
 
 import difflib
 import shlex
@@ -9,8 +9,8 @@ from depth_anything.errors import UserError
 from depth_anything.training.config import RunConfig
 from depth_anything.training.value_rules import format_value
 
-#: Key that adds sets to those of a stage → the part of `sources` that it selects from.
 SOURCE_GROUPS = {"mix": "labelled", "replay": "images"}
+"""Config key that adds sets to a run → the group of `sources` from which it selects them."""
 
 
 def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple[int, int]:
@@ -38,9 +38,9 @@ def split_batch(batch_size: int, devices: int, micro_batch: int | None) -> tuple
     share = batch_size // devices
     micro = share if micro_batch is None else micro_batch
     if micro < 1 or share % micro:
-        workable = [m for m in range(1, share + 1) if share % m == 0]
-        below = max((m for m in workable if m < micro), default=workable[0])
-        above = min((m for m in workable if m > micro), default=workable[-1])
+        divisors = [m for m in range(1, share + 1) if share % m == 0]
+        below = max((m for m in divisors if m < micro), default=divisors[0])
+        above = min((m for m in divisors if m > micro), default=divisors[-1])
         nearest = " or ".join(f"micro_batch={m}" for m in sorted({below, above}))
         raise UserError(
             f"micro_batch={micro} does not divide the {share} images of a device per step "
@@ -101,14 +101,14 @@ def repeat_for_share(
 ) -> dict[str, int]:
     """Compute how often sets are repeated in a pass so that the replayed sets have a share of the samples.
 
-    The side that has too few records is repeated. The share is met as closely as whole numbers allow, and no record is
-    left out.
+    The replayed or the other sets are repeated, whichever have too few records. Repeats are whole numbers, so the share
+    is approximate; no record is omitted.
 
     Args:
         shards: Number of records by shard, "set/name".
-        replayed: Names of the replayed sets.
-        share: Their share of the samples, between 0 and 1.
-        repeat: Repeats per pass of a set or shard that are set already.
+        replayed: Names of the sets that `replay` adds.
+        share: Share of the samples that come from `replayed`, between 0 and 1.
+        repeat: Set or shard name to configured repeats per pass; others are read once.
 
     Returns:
         `repeat` with one side multiplied.
@@ -129,12 +129,14 @@ def repeat_for_share(
         raise UserError(
             f"either {', '.join(sorted(replayed))} or the sets in meters have no records", "type replay=null"
         )
-    wanted = count[False] * share / (1 - share)  # of the replayed
-    rare = count[True] < wanted
-    times = max(1, round(wanted / count[True] if rare else count[True] / wanted))
+    target = count[False] * share / (1 - share)  # number of replayed samples for the share
+    repeat_replayed = count[True] < target
+    factor = max(1, round(target / count[True] if repeat_replayed else count[True] / target))
     sets = {shard.partition("/")[0] for shard in shards}
-    grown = {key for key in {*sets, *repeat} if (key.partition("/")[0] in replayed) == rare}
-    return {key: repeat.get(key, 1) * (times if key in grown else 1) for key in sorted({*grown, *repeat})}
+    repeated = {key for key in {*sets, *repeat} if (key.partition("/")[0] in replayed) == repeat_replayed}
+    return {
+        key: repeat.get(key, 1) * (factor if key in repeated else 1) for key in sorted({*repeated, *repeat})
+    }
 
 
 def required_folders(config: RunConfig) -> list[str]:

@@ -335,6 +335,8 @@ class Checkpoints(StepCallback):
 class GracefulStop(StepCallback):
     """Stop all ranks at the same step boundary when one received a signal or too many records failed to load.
 
+    Records that failed and were replaced are listed in failed-records-RANK.txt of the run folder.
+
     The signal handlers only set a flag (signals.py). Lightning 2.6 saves inside its handler, which deadlocks when
     ranks are at different places, and broadcasts from the device at every step (docs/architecture.md).
 

@@ -70,7 +70,7 @@ class MetricsTable:
 
 
 def read_metrics(path: Path) -> MetricsTable:
-    """Read metrics.csv, also one that a power cut or an editor has damaged; a missing file has no rows.
+    """Read metrics.csv, also one that a power failure or an editor has damaged; a missing file has no rows.
 
     Raises:
         OSError: If the file exists and cannot be read.

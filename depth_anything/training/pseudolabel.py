@@ -75,7 +75,9 @@ def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.
 
 
 def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
-    """Build the record of the teacher that a label set keeps; labels are mixed only if all of it is equal.
+    """Build the record of the teacher that a label set keeps; labels of two teachers are not mixed.
+
+    Two records describe the same teacher if all fields but "file" and "licence" are equal.
 
     Returns:
         "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of the teacher's prediction, "depth" in
@@ -301,7 +303,7 @@ class ShardData(pl.LightningDataModule):
             patch: The teacher's patch, pixels.
             precision: The trainer's; labels of two precisions are not mixed.
             teacher: The teacher's record for the label sets, as `describe_teacher` builds it.
-            codec: Of the labels.
+            codec: Codec of the labels.
 
         Raises:
             ValueError: If a set is missing or damaged, or its labels are another teacher's.

@@ -38,10 +38,10 @@ class RunDir:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, typed: Collection[str] = ()) -> None:
-        """Name a folder; nothing is created yet.
+        """Set the paths of a run folder; nothing is created yet.
 
         Args:
-            path: Of the folder.
+            path: Path of the folder.
             typed: Dotted keys that were typed on the command line.
         """
         self.path, self.typed = Path(path), typed
@@ -59,8 +59,13 @@ class RunDir:
     def begin(self, config: RunConfig, *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
 
-        1. the folder's newest undamaged checkpoint, 2. `resume=`, 3. None: the weights come from `init=`. Damaged
-        checkpoints are renamed to *.damaged and named on stderr.
+        The first of these that exists is used:
+
+        1. the newest undamaged checkpoint in the folder,
+        2. the checkpoint of `resume=`,
+        3. none: the function returns None, and the weights come from `init=`.
+
+        Damaged checkpoints are renamed to *.damaged and reported on stderr.
 
         Raises:
             UserError: As `claim`; or if `resume=` is not a checkpoint or is damaged, or the main rank showed no sign
@@ -108,7 +113,7 @@ class RunDir:
         return best if {"step", "metric", "value", "images", "protocol", "judged"} <= best.keys() else {}
 
     def delete_best(self) -> None:
-        """Delete best.json and best.safetensors, for a run that starts anew."""
+        """Delete best.json and best.safetensors, for a run that starts from step 0."""
         for path in (self.best_json, self.best):
             path.unlink(missing_ok=True)
 
@@ -130,8 +135,8 @@ class RunDir:
                 processes may do; its label sets check their settings themselves.
 
         Raises:
-            UserError: If another process writes to the folder, the saved config is another run's, or the run was
-                trained before and none of its checkpoints can be used and `resume` names no other.
+            UserError: If another process writes to the folder; if the saved config is another run's; or if the run
+                was trained before, none of its checkpoints can be used, and `resume` names no other.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if exclusive:
@@ -248,8 +253,8 @@ class RunDir:
             missing = "" if damaged else f" and there is no checkpoint in {self.checkpoints}"
             raise UserError(
                 f"{self.path} was trained before: {evidence}{missing}",
-                "type resume=CHECKPOINT for a copy of one, overwrite=true to rename the folder and start anew, or "
-                "name=ANOTHER_NAME for a new run",
+                "type resume=CHECKPOINT for a copy of one, overwrite=true to rename the folder and start from step 0, "
+                "or name=ANOTHER_NAME for a new run",
             )
         if last:
             print(
@@ -272,7 +277,7 @@ class RunDir:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the run; {} if it is missing, or damaged by a power cut."""
+    """Read a JSON file of the run; {} if it is missing, or damaged by a power failure."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -299,7 +304,7 @@ def find_checkpoint_problem(path: Path) -> str:
     try:
         keys = torch.load(path, weights_only=True, mmap=True).keys()
     except Exception:  # torch raises many types for files that are not checkpoints
-        return "is not a checkpoint of a run, or is cut short"
+        return "is not a checkpoint of a run, or is truncated"
     return "" if {"global_step", "loops", "state_dict"} <= keys else "is not a checkpoint of a run"
 
 

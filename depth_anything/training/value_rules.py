@@ -163,7 +163,7 @@ def check_value(name: str, value: Any, rule: ValueRule) -> None:
     Args:
         name: The dotted key, for the message.
         value: As it is in the config.
-        rule: Of the key.
+        rule: Rule of the key.
 
     Raises:
         UserError: Naming the key, its value, what it must be and a value that is accepted.
