@@ -40,13 +40,7 @@ from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.stream import MicroBatchSampler
 from depth_anything.data.tars import write_shard
-from depth_anything.data.timing import (
-    LoaderTimer,
-    StageTimer,
-    median_and_iqr,
-    minimal_decode,
-    timed_sample,
-)
+from depth_anything.data.timing import LoaderTimer, StageTimer, median_and_iqr, minimal_decode, timed_sample
 from depth_anything.data.transforms import normalize, resize_image
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize_shape
 

@@ -10,7 +10,7 @@ from shard_builders import make
 from typing_commands import complaint
 
 from depth_anything import __version__
-from depth_anything.cli import build_parser, main, shards
+from depth_anything.cli import build_parser, main, shard_commands
 
 # What any command that writes a set of raw data takes.
 WRITING = {
@@ -246,7 +246,7 @@ def test_warnings_are_one_line_without_the_code(capsys, monkeypatch):
     def warn(options):
         warnings.warn("the file does not say what it is", stacklevel=2)
 
-    monkeypatch.setattr(shards, "_run_verify", warn)
+    monkeypatch.setattr(shard_commands, "_run_verify", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["verify", "anything"]) == 0
@@ -263,7 +263,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_run_verify", interrupt)
+    monkeypatch.setattr(shard_commands, "_run_verify", interrupt)
     assert main(["verify", "anything"]) == 130
     assert capsys.readouterr().err.strip() == "depth-anything: interrupted"
 

@@ -119,9 +119,9 @@ def test_a_file_imports_lower_layers_and_is_short(path):
             "def f():\n    from lightning.fabric import Fabric",
             "allowed in",
         ),
-        ("depth_anything/cli/predict.py", "import depth_anything.training.run", None),
+        ("depth_anything/cli/predict_command.py", "import depth_anything.training.run", None),
         ("run.py", "from depth_anything.cli import main", None),
-        ("depth_anything/cli/predict.py", "import wandb", "allowed in"),
+        ("depth_anything/cli/predict_command.py", "import wandb", "allowed in"),
     ],
 )
 def test_forbidden_imports_are_found(path, code, fault):

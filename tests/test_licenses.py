@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS, load_benchmark
 from depth_anything.ingest.catalog import SETS
 from depth_anything.ingest.catalog import load_source as load_source
 from depth_anything.licenses import (

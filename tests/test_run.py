@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
-from depth_anything.cli import build_parser, main, predict
-from depth_anything.cli.predict import run_images
+from depth_anything.cli import build_parser, main, predict_command
+from depth_anything.cli.predict_command import run_images
 
 ROOT = Path(__file__).resolve().parent.parent
 THEIRS = {
@@ -74,7 +74,7 @@ def test_both_have_their_flags_and_the_same_ones():
 
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     ours, parser = flags(commands["predict"]), argparse.ArgumentParser()
-    predict._add_predict_flags(parser, formats=())
+    predict_command._add_predict_flags(parser, formats=())
     assert ours == flags(parser) and set(THEIRS) <= ours
     for flag in ("--weights", "--format", "--colormap", "--device", "--precision", "--tiles", "--resample"):
         assert flag in ours
@@ -116,7 +116,9 @@ def test_ways_to_run_the_network(folder):
 
 def test_points_with_a_focal_length(folder, capsys):
     assert run_images([*LINE, "--format", "ply", "glb", "--focal", "33", "--max-points", "100"]) == 0
-    assert "focal length (2 images, pixels in each .json; set it with --focal): given" in capsys.readouterr().out
+    assert (
+        "focal length (2 images, pixels in each .json; set it with --focal): given" in capsys.readouterr().out
+    )
     assert {"a_points.ply", "deep/a_points.glb"} <= set(made("vis_depth"))
     assert json.loads(Path("vis_depth/a.json").read_text())["focal_px"] == 33
     assert run_images([*LINE, "--format", "ply"]) == 0

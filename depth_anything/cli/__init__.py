@@ -14,7 +14,17 @@ from functools import partial
 from typing import Any
 
 from depth_anything import __version__
-from depth_anything.cli import bench, calibrate, custom, evaluate, export, predict, shards, stats, video
+from depth_anything.cli import (
+    bench_command,
+    calibrate_command,
+    custom_command,
+    evaluate_command,
+    export_command,
+    predict_command,
+    shard_commands,
+    stats_command,
+    video_commands,
+)
 from depth_anything.cli.options import FlagError
 from depth_anything.data.address import escape_unprintable, redact_secrets
 from depth_anything.errors import format_error
@@ -91,16 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    custom.add_custom(shards.add_shard(commands))
-    shards.add_merge(commands)
-    shards.add_verify(commands)
-    shards.add_view(commands)
-    stats.add_stats(commands)
-    bench.add_bench(commands)
-    predict.add_predict(commands)
-    video.add_video(commands)
-    calibrate.add_calibrate(commands)
-    evaluate.add_evaluate(commands)
-    export.add_export(commands)
-    video.add_demo(commands)
+    custom_command.add_custom(shard_commands.add_shard(commands))
+    shard_commands.add_merge(commands)
+    shard_commands.add_verify(commands)
+    shard_commands.add_view(commands)
+    stats_command.add_stats(commands)
+    bench_command.add_bench(commands)
+    predict_command.add_predict(commands)
+    video_commands.add_video(commands)
+    calibrate_command.add_calibrate(commands)
+    evaluate_command.add_evaluate(commands)
+    export_command.add_export(commands)
+    video_commands.add_demo(commands)
     return parser

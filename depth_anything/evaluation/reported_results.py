@@ -23,7 +23,7 @@ class ReportedResult:
 
     Attributes:
         model: as tables call it.
-        benchmark: name in `benchmarks.catalog`, or one of `BENCHMARKS_WITHOUT_READER`.
+        benchmark: name in `benchmark_catalog`, or one of `BENCHMARKS_WITHOUT_READER`.
         protocol: the protocol, or the nearest to what is known of it.
         values: metric of `metrics.depth_metrics`, or "accuracy" and scene types of DA-2K (0 to 1), to value.
         source: paper and table, or repository.

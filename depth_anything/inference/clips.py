@@ -18,9 +18,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, WebPImagePlugin
 
+from depth_anything.data.image_headers import MAX_PIXELS
 from depth_anything.data.sample import decode_image
 from depth_anything.data.video_reader import (
-    MAX_PIXELS,
     PICTURE_MESSAGE,
     VideoFaults,
     apply_display_matrix,

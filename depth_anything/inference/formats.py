@@ -10,12 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from depth_anything.inference.predictor import Predictor
-from depth_anything.visualize import (
-    DEFAULT_COLORMAP,
-    check_colormap,
-    colorize_by_distance,
-    distance_colormap,
-)
+from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance, distance_colormap
 
 GAP_PX = 50
 """Width of the white gap between image and map, as in the authors' output."""

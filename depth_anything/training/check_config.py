@@ -404,7 +404,7 @@ def _check_encoder(config: RunConfig) -> None:
 
 
 def _check_validation(validation: ValidationConfig) -> None:
-    from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS
+    from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS
     from depth_anything.evaluation.protocols import PROTOCOLS
 
     name, root = validation.benchmark, validation.root

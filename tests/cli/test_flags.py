@@ -8,7 +8,7 @@ from PIL import Image
 from typing_commands import complaint
 
 from depth_anything.cli import build_parser
-from depth_anything.cli.predict import run_images
+from depth_anything.cli.predict_command import run_images
 
 NEEDED = {
     "predict": ["a.jpg"],

@@ -11,7 +11,7 @@ from typing_commands import complaint, read_png
 
 from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import main
-from depth_anything.cli.predict import run_images
+from depth_anything.cli.predict_command import run_images
 
 
 def test_predict_a_folder(tmp_path, weights, capsys):

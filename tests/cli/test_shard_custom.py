@@ -5,7 +5,7 @@ import pytest
 from made_custom import make_set, write_map
 from typing_commands import complaint, read_png
 
-from depth_anything.cli import custom as custom_command
+from depth_anything.cli import custom_command as custom_command
 from depth_anything.cli import main
 from depth_anything.data.shards import open_set
 

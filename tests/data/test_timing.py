@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from depth_anything.cli import main
-from depth_anything.cli.bench import STUDENT_GFLOPS, estimate_demand
+from depth_anything.cli.bench_command import STUDENT_GFLOPS, estimate_demand
 from depth_anything.data import timing
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.labels import finish_labels, write_label_sidecar

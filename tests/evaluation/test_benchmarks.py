@@ -12,7 +12,7 @@ from made_raw import jpeg, picture, png, room
 from PIL import Image
 
 from depth_anything.evaluation.benchmarks import nyu as nyu_module
-from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS, load_benchmark
 from depth_anything.evaluation.benchmarks.kitti import EIGEN_FRAMES, frame_numbers
 from depth_anything.evaluation.runner import task_from_benchmark
 

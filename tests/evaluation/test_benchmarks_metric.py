@@ -8,7 +8,7 @@ import pytest
 from benchmark_files import read_all
 from made_raw import TILTED, hypersim_rays, png
 
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.protocols import CROPS, find_protocol
 from depth_anything.evaluation.runner import MissingData, task_from_benchmark

@@ -11,8 +11,8 @@ import pytest
 from made_raw import SIZE, picture, png, room
 
 from depth_anything.evaluation.benchmarks.benchmark import MaskedFrame, read_label_image
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.booster import read_calibration
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.ddad import (
     _pose_matrix,
     project_points,

@@ -7,7 +7,7 @@ import benchmark_files as made
 import numpy as np
 import pytest
 
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import PointPairImage
 from depth_anything.evaluation.pairs_task import evaluate_pairs, score_pairs
 

@@ -9,7 +9,7 @@ import pytest
 from made_raw import picture, room
 from PIL import Image
 
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.moge import read_depth, resize_nearest_valid, warp
 
 SQUARE = np.array([[1.5, 0, 0.5], [0, 2.0, 0.5], [0, 0, 1]])  # square pixels at 4 : 3

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.pairs_task import MAGENTA, WHITE, YELLOW, PairsTask, draw_pairs
 from depth_anything.evaluation.predictions import PrecomputedMaps
 from depth_anything.evaluation.report import write_report

@@ -7,7 +7,7 @@ import pytest
 
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.benchmark import Benchmark, DepthLimits
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.evaluate import METRICS, crop_to_view, evaluate, score_map
 from depth_anything.evaluation.protocols import CROPS, PROTOCOLS, EvalProtocol, find_protocol
 

@@ -18,7 +18,7 @@ from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
 from depth_anything.evaluation.benchmarks import kitti
-from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
 from depth_anything.evaluation.benchmarks.sunrgbd import decode_millimeters
 from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
 from depth_anything.evaluation.protocols import find_protocol

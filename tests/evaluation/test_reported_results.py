@@ -2,7 +2,7 @@
 
 import pytest
 
-from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS, load_benchmark
 from depth_anything.evaluation.benchmarks.da2k import SCENE_TYPES
 from depth_anything.evaluation.protocols import PROTOCOLS
 from depth_anything.evaluation.reported_results import (

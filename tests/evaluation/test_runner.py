@@ -14,7 +14,7 @@ from benchmark_files import make_da2k, make_nyu_bts, make_sintel
 from depth_anything import DepthAnything, Predictor
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation import runner
-from depth_anything.evaluation.benchmarks.catalog import BENCHMARKS, load_benchmark
+from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS, load_benchmark
 from depth_anything.evaluation.depth_task import DepthTask
 from depth_anything.evaluation.evaluate import score_map
 from depth_anything.evaluation.pairs_task import PairsTask

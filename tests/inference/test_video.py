@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from depth_anything import DepthAnything
-from depth_anything.cli import video as command
+from depth_anything.cli import video_commands as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depth_anything.cli import video as command
+from depth_anything.cli import video_commands as command
 
 av = pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
 

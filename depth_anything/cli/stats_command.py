@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from depth_anything.cli.options import add_command, check_output, int_in_range
-from depth_anything.cli.shards import picture_path
+from depth_anything.cli.shard_commands import picture_path
 from depth_anything.data.address import escape_unprintable
 
 _COMMAND_NAME = "depth-anything stats"

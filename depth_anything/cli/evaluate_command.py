@@ -177,7 +177,7 @@ def _is_earlier_report(path: Path) -> bool:
 def _load_tasks(options: argparse.Namespace) -> "tuple[list[EvalTask], list[str]]":
     """Open the set or the benchmarks; also return, one sentence each, which benchmarks are missing."""
     from depth_anything.data.shards import open_set
-    from depth_anything.evaluation.benchmarks.catalog import load_benchmark
+    from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
     from depth_anything.evaluation.runner import MissingData, task_from_benchmark, task_from_set
 
     limits = {"limit": options.limit, "max_depth": options.max_depth}

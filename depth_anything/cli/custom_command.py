@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import add_command, check_output
-from depth_anything.cli.shards import add_sky_option, add_writer_options, print_write_result, writer_options
+from depth_anything.cli.shard_commands import (
+    add_sky_option,
+    add_writer_options,
+    print_write_result,
+    writer_options,
+)
 from depth_anything.data.address import escape_unprintable
 
 if TYPE_CHECKING:

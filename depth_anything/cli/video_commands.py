@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from depth_anything.cli.evaluate import parse_named_paths
+from depth_anything.cli.evaluate_command import parse_named_paths
 from depth_anything.cli.options import (
     ARGUMENT_FLAGS,
     MAX_BATCH,
