@@ -109,7 +109,7 @@ def test_flags_of_one_model_are_refused_for_several(unsaid, capsys):
 
 
 def test_training_names_commands_instead_of_arguments(unsaid):
-    config = make_config("stage=pseudolabel", "encoder=vits", "teacher=plain.pth", image_size=518)
+    config = make_config("stage=pseudolabel", "encoder=vits", "teacher=plain.pth", image_size=70)
     with pytest.warns(ArgumentWarning) as caught:
         load_teacher(config)
     told = [str(warning.message) for warning in caught]
