@@ -48,7 +48,8 @@ def test_s3_by_range_from_many_processes(server, tmp_path, method):
         assert pool.map(functools.partial(read_there, read), range(5)) == expected
     assert read.read("set/000001", 4) == expected[4]
     tars = [wanted for path, wanted in server.seen if path.endswith(".tar")]
-    assert len(tars) == 8 and all(wanted and not wanted.endswith("-") for wanted in tars)
+    # A busy machine may let a request time out; it is then sent again.
+    assert len(tars) >= 8 and all(wanted and not wanted.endswith("-") for wanted in tars)
     assert not (tmp_path / "cache").exists()
 
 
