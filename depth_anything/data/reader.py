@@ -308,7 +308,7 @@ class RecordSource:
         return self._fetch(shard, index)
 
     def _fetch(self, shard: str, index: int) -> KeyAndFields:
-        raise NotImplementedError
+        raise NotImplementedError  # Records and JoinedRecords fetch differently
 
     def _read_record(self, entry: _ShardEntry, shard: str, index: int, *, side: str = "") -> KeyAndFields:
         try:

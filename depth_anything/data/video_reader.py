@@ -29,7 +29,7 @@ _REFUSED_FORMATS = {"image2", "tty", "hls", "concat", "lrc", "srt", "webvtt"}
 
 _TOLERANCE_S = Fraction(1, 10)  # between the end of a packet and the start of the next
 _MAX_GAP_S = 10  # a longer gap is a jump in formats whose timestamps may jump, as in the ffmpeg program
-_MAX_GAP_OTHER_FORMATS_S = 30 * 3600  # likewise in all other formats
+_MAX_GAP_OTHER_FORMATS_S = 30 * 3600  # the same limit in all other formats
 _MAX_WRONG_PACKETS = 16  # in a row
 _MAX_WAITING_PACKETS = 1000  # until it is known whether there is a jump or an error
 

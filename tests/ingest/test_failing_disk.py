@@ -144,8 +144,9 @@ def test_a_tar_with_a_stale_handle_is_opened_again(tmp_path, monkeypatch, waits)
 
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_video_on_a_failing_disk_is_not_reported_as_damaged(tmp_path, monkeypatch, times):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
     import av
+    import made_videos
 
     from depth_anything.data import video_reader
 
@@ -191,7 +192,9 @@ def test_a_video_on_a_failing_disk_is_not_reported_as_damaged(tmp_path, monkeypa
 
 
 def test_the_disk_of_a_truncated_video_is_checked_once(tmp_path, monkeypatch):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+    import made_videos
+
     path, checked = made_videos.make_video(tmp_path / "a.mp4", frames=20, sound=None), []
     monkeypatch.setattr(video_frames, "_check_disk_readable", checked.append)
     for number in range(3, 8):

@@ -22,7 +22,7 @@ class DepthLimits:
         min_depth: meters; nearer ground truth is not compared.
         max_depth: meters; farther ground truth is not compared.
         view_crop: the part of image and ground truth shown to the model, a name in `protocols.CROPS`, or "".
-        eval_crop: the part of that in which pixels are compared, likewise.
+        eval_crop: the part of that in which pixels are compared, a name in `protocols.CROPS`, or "".
     """
 
     min_depth: float

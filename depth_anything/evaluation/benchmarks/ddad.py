@@ -60,7 +60,7 @@ class LidarSample:
         name: of the image, without its suffix.
         calibration: name of the calibration file, without its suffix.
         image: path below the scene's folder, or "".
-        cloud: likewise, of the point cloud.
+        cloud: path of the point cloud below the scene's folder, or "".
         camera: float64 (4,4), from the camera to the world.
         lidar: float64 (4,4), from the LiDAR to the world.
     """

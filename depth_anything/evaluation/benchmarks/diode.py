@@ -1,7 +1,7 @@
 """DIODE, its validation split: indoor and outdoor scenes, a laser scanner.
 
 Layout: val/indoors/scene_00019/scan_00183/00019_00183_indoors_000_010.png with …_depth.npy and …_depth_mask.npy, and
-outdoor likewise; 1024 x 768 pixels.
+outdoor has the same layout; 1024 x 768 pixels.
 
 Depth: float32 (H, W, 1), meters; the mask is 1 where it is reliable.
 

@@ -252,7 +252,9 @@ def test_lsun_is_read_from_its_databases(tmp_path):
 
 
 def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+    import made_videos
+
     raw = tmp_path / "raw"
     made_videos.make_video(raw / "videos" / "train" / "a.mov", frames=90)  # 3.003 s
     made_videos.make_video(raw / "videos" / "train" / "b.mov", frames=20)
@@ -274,7 +276,9 @@ def test_bdd100k_videos_give_two_frames_per_second(tmp_path):
 
 
 def test_videos_with_a_low_frame_rate_or_a_wrong_duration(tmp_path, monkeypatch):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+    import made_videos
+
     path = made_videos.make_video(tmp_path / "slow.mp4", frames=3, rate=Fraction(1), sound=None)
     assert video_frames.count_frames(path) == 6
     shown = [video_frames.read_frame(path, k) for k in range(6)]
@@ -286,7 +290,9 @@ def test_videos_with_a_low_frame_rate_or_a_wrong_duration(tmp_path, monkeypatch)
 
 
 def test_frames_of_videos_are_upright(tmp_path):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+    import made_videos
+
     path = made_videos.make_video(tmp_path / "turned.mp4", frames=2, sound=None)
     data = bytearray(path.read_bytes())
     quarter = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # as telephones write it, clockwise
@@ -297,7 +303,9 @@ def test_frames_of_videos_are_upright(tmp_path):
 
 
 def test_a_truncated_video_gives_its_frames_and_rejects_the_others(tmp_path):
-    made_videos = pytest.importorskip("made_videos", reason="pip install 'depth-anything-train[video]'")
+    pytest.importorskip("av", reason="pip install 'depth-anything-train[video]'")
+    import made_videos
+
     whole = made_videos.make_video(
         tmp_path / "raw" / "a.mp4", frames=90, sound=None, options={"movflags": "+faststart"}, crf="0"
     )
