@@ -110,10 +110,13 @@ def browser():
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(TIMEOUT_MS)
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
+    page.asked, page.event_streams = [], set()
+    page.on("request", lambda request: note_request(page, request))
+    page.on("requestfinished", lambda request: page.event_streams.discard(request))
+    page.on("requestfailed", lambda request: page.event_streams.discard(request))
     page.goto(address)
     page.wait_for_selector("#drop input[type=file]", state="attached", timeout=TIMEOUT_MS)
+    wait_for_events(page)
     yield page
     page.close()
 
@@ -128,6 +131,20 @@ def photo(tmp_path):
     return path
 
 
+def note_request(page, request):
+    page.asked.append(request.url)
+    if "queue/data" in request.url:
+        page.event_streams.add(request)
+
+
+def wait_for_events(page):
+    """Wait until Gradio has answered all events: it may lose one that begins while it closes the stream of another."""
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
+    page.wait_for_timeout(50)
+    while page.event_streams and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+
+
 def upload(page, path):
     page.set_input_files("#drop input[type=file]", str(path))
 
@@ -135,6 +152,7 @@ def upload(page, path):
 def upload_and_wait(page, path):
     upload(page, path)
     page.wait_for_selector("#legend .bar", timeout=TIMEOUT_MS)
+    wait_for_events(page)
 
 
 def toast_message(page, text):
@@ -199,8 +217,16 @@ def test_meters_are_shown_and_names_are_escaped(page, photo):
 
 def test_points_load_when_their_tab_is_opened(page, photo):
     upload_and_wait(page, photo)
-    with page.expect_response(lambda response: response.url.endswith(".glb"), timeout=TIMEOUT_MS) as coming:
-        page.get_by_role("tab", name="Point cloud").click()
+    for _ in range(10):  # a loaded machine may lose the event of a tab, which a visitor then opens again
+        try:
+            with page.expect_response(
+                lambda got: got.url.endswith(".glb"), timeout=TIMEOUT_MS / 10
+            ) as coming:
+                page.get_by_role("tab", name="Point cloud").click()
+            break
+        except playwright.TimeoutError:
+            page.get_by_role("tab", name="Picture and depth").click()
+            wait_for_events(page)
     assert coming.value.status == 200 and coming.value.body()[:4] == b"glTF"
 
 

@@ -3,12 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import ForkServer
 
 from depth_anything import DepthAnything, save_model
 
@@ -86,21 +86,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, command: list[str]) -> str:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+def run(server: ForkServer, folder: Path, command: list[str]) -> str:
+    done = server.run(command, cwd=folder, env=environment())
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("title", sections())
-def test_an_example_runs_from_a_folder_outside_the_package(title: str, folder: Path) -> None:
+def test_an_example_runs_from_a_folder_outside_the_package(
+    title: str, folder: Path, fork_server: ForkServer
+) -> None:
     text = sections()[title]
     for name, code in examples(text).items():
         (folder / "my_extensions" / name).write_text(code)
     if "stage=student" in text:
-        run(folder, complete("python train.py stage=pseudolabel"))
+        run(fork_server, folder, complete("python train.py stage=pseudolabel"))
     for command in commands(text):
-        printed = run(folder, complete(command))
+        printed = run(fork_server, folder, complete(command))
         name = re.search(r"\bname=(\S+)", command)
         if name and name[1] in LEFT:
             file, words = LEFT[name[1]]

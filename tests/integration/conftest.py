@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A few seconds of training on 48 scenes of 42×56 px in 4 shards: 12 steps of 4 images are one pass.
@@ -35,14 +36,23 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    """Return a function that runs train.py, or another script, with small scenes in tmp_path and waits for it."""
+def start(tmp_path: Path, fork_server: ForkServer) -> Start:
+    """Return a function that runs train.py, or another script, with small scenes in tmp_path and waits for it.
+
+    The process is forked from one that has imported torch, unless `own_process` is true or it starts ranks.
+    """
 
     def run(
-        *arguments: str, script: str = "train.py", small: bool = True, **extra: str
+        *arguments: str,
+        script: str = "train.py",
+        small: bool = True,
+        own_process: bool = False,
+        **extra: str,
     ) -> "subprocess.CompletedProcess[str]":
         places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
         command = [sys.executable, str(ROOT / script), *(SMALL if small else []), *places, *arguments]
+        if not own_process:
+            return fork_server.run(command, env=environment(**extra), cwd=tmp_path)
         return subprocess.run(
             command, env=environment(**extra), cwd=tmp_path, capture_output=True, text=True, timeout=900
         )

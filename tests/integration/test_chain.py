@@ -17,7 +17,7 @@ from .conftest import environment
 def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
     for stage in ("teacher", "pseudolabel", "student"):
         steps = [] if stage == "pseudolabel" else ["steps=12"]
-        result = start(f"stage={stage}", *steps)
+        result = start(f"stage={stage}", *steps, own_process=True)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "finished" in result.stdout
     images = open_set(str(tmp_path / "data" / "scenes-photographic"))

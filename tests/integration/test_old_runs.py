@@ -13,6 +13,7 @@ import importlib.util
 import json
 import lzma
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from depth_anything import load_model
 from depth_anything.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+Train = Callable[..., str]
 
 
 def _load_script() -> ModuleType:
@@ -75,20 +78,26 @@ def old_run(stage: str, folder: Path, tensors: dict[str, torch.Tensor]) -> tuple
     return run, checkpoint
 
 
-def refused(folder: Path, *arguments: str) -> str:
+@pytest.fixture
+def train(folder: Path, fork_server: ForkServer) -> Train:
+    """Return a function that runs train.py with arguments in the folder and returns its output."""
+    return lambda *arguments: make.train(ROOT, folder, list(arguments), run=fork_server.run)
+
+
+def refused(train: Train, *arguments: str) -> str:
     with pytest.raises(RuntimeError) as error:
-        make.train(ROOT, folder, list(arguments))
+        train(*arguments)
     return str(error.value).partition("\n")[2]
 
 
 @pytest.mark.parametrize("stage", make.FITTED)
 def test_an_old_run_is_resumed_and_ends_as_the_unbroken_run(
-    stage: str, folder: Path, same_machine: bool
+    stage: str, folder: Path, same_machine: bool, train: Train
 ) -> None:
     expected = EXPECTED["stages"][stage]
     command = expected["command"]
     run = folder / make.run_folder(stage)
-    make.train(ROOT, folder, command)
+    train(*command)
     unbroken = run.rename(run.with_name("unbroken"))
     half = make.flatten(make.read_checkpoint(unbroken / "checkpoints" / HALF_CHECKPOINT))
     weights = load_file(unbroken / "model.safetensors")
@@ -109,15 +118,15 @@ def test_an_old_run_is_resumed_and_ends_as_the_unbroken_run(
     # The old run folder is the same run, and goes on from its checkpoint.
     _, checkpoint = old_run(stage, folder, half)
     old_rows = (run / "metrics.csv").read_text()
-    assert "recipe.head_lr" in refused(folder, *command, "recipe.head_lr=0.125")
+    assert "recipe.head_lr" in refused(train, *command, "recipe.head_lr=0.125")
     content = make.read_checkpoint(checkpoint)
     (state,) = (value for value in content.values() if isinstance(value, dict) and "samples" in value)
     (name,), state["sets"] = state["sets"], dict.fromkeys(state["sets"], "sha256:0")
     torch.save(content, checkpoint)
-    assert name.rpartition("/")[2] in refused(folder, *command)  # other data than the old run's
+    assert name.rpartition("/")[2] in refused(train, *command)  # other data than the old run's
     shutil.rmtree(run)
     old_run(stage, folder, half)
-    make.train(ROOT, folder, command)
+    train(*command)
     assert (run / "metrics.csv").read_text().startswith(old_rows)
     assert make.losses(run / "metrics.csv")[make.HALF :] == losses[make.HALF :]
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
@@ -126,7 +135,7 @@ def test_an_old_run_is_resumed_and_ends_as_the_unbroken_run(
         for one in (run, unbroken)
     ]
     assert make.tensors_digest(ends[0]) == make.tensors_digest(ends[1])
-    assert "finished" in make.train(ROOT, folder, command)
+    assert "finished" in train(*command)
 
     # Nothing of the old sets was written again.
     for key, digest in EXPECTED["files"].items():
@@ -134,7 +143,7 @@ def test_an_old_run_is_resumed_and_ends_as_the_unbroken_run(
 
 
 def test_an_old_pseudolabel_run_goes_on_and_labels_with_the_same_bytes(
-    folder: Path, same_machine: bool
+    folder: Path, same_machine: bool, train: Train
 ) -> None:
     labels = folder / "data" / "labels-tiny" / "scenes-photographic"
     run = folder / make.run_folder("pseudolabel")
@@ -144,14 +153,14 @@ def test_an_old_pseudolabel_run_goes_on_and_labels_with_the_same_bytes(
         (labels / name).unlink()
     done = (labels / "00000.tar").stat().st_mtime_ns
     command = EXPECTED["stages"]["pseudolabel"]["command"]
-    make.train(ROOT, folder, command)
+    train(*command)
     assert (labels / "00000.tar").stat().st_mtime_ns == done, "the finished shard was labelled again"
     assert sorted(path.name for path in labels.iterdir()) == sorted(kept)
     if same_machine:
         assert {path.name: path.read_bytes() for path in labels.iterdir()} == kept
     old = json.loads(kept["manifest.json"])
     assert json.loads((labels / "manifest.json").read_text()).keys() == old.keys()
-    assert "codec" in refused(folder, *command, "data.codec=f32")  # other labels than those that are there
+    assert "codec" in refused(train, *command, "data.codec=f32")  # other labels than those that are there
 
 
 def test_old_sets_are_verified_and_drawn_again_with_the_same_bytes(

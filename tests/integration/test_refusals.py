@@ -68,6 +68,10 @@ def test_mistakes_print_one_error_line(
     check_error(start(*arguments, small=False), *words)
 
 
+def test_a_mistake_prints_one_error_line_in_a_process_of_its_own(start: Any) -> None:
+    check_error(start("stage=teacher", "stepz=3", small=False, own_process=True), "stepz", "steps=3")
+
+
 def test_a_second_process_on_the_same_run_is_rejected(tmp_path: Path, start: Any) -> None:
     places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *places, "stage=teacher", "steps=100000"]

@@ -80,7 +80,7 @@ Train = Callable[..., Run]
 @pytest.fixture(scope="module")
 def train() -> Iterator[Train]:
     """Train a student in a folder, on the sets below a folder or an address."""
-    script = ROOT / "tests" / "integration" / "fork_server.py"
+    script = ROOT / "tests" / "integration" / "fork_ranks.py"
     with subprocess.Popen(
         [sys.executable, str(script)], env=environment(**QUIET), text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Signals at named places of real runs, of one process and of two: no run hangs, and no unfinished run exits with 0.
 
-fork_server.py starts the runs; recording_train.py lists the PLACES.
+fork_ranks.py starts the runs; recording_train.py lists the PLACES.
 """
 
 import json
@@ -51,7 +51,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
     def run(folder: Path, *arguments: str, ranks: int = 1, **extra: str) -> list[Run]:
         while len(parents) < ranks:
-            command = [sys.executable, str(ROOT / "tests" / "integration" / "fork_server.py")]
+            command = [sys.executable, str(ROOT / "tests" / "integration" / "fork_ranks.py")]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             parents.append(subprocess.Popen(command, env=environment(), text=True, **pipes))
         with socket.socket() as free:
