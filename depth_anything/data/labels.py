@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ class LabelSettings:
             "quantity", "unit", "conversion". Older label sets have no such entries: the output was stored unchanged.
         preprocessing: Preprocessing of the images.
         codec: "q12" or "f32".
+        extras: How the optional fields of the labels were made (data/label_fields.py): "confidence" and "crops", those
+            that the labels have. Older label sets have none.
     """
 
     teacher: Mapping[str, Any]
     preprocessing: str
     codec: str
+    extras: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def conversion(self) -> tuple[Any, ...]:
@@ -103,6 +106,7 @@ def write_label_sidecar(
     codec: str,
     values: tuple[float, float],
     skipped: Mapping[str, str],
+    extras: Mapping[str, Any] | None = None,
 ) -> None:
     """Write NAME.json next to a label shard, which marks it as done.
 
@@ -111,7 +115,7 @@ def write_label_sidecar(
         info: The label shard, from `write_shard`; records 0 and hash "" if no image has a label.
         image_set: Name of the set of images.
         image: The image shard.
-        teacher, preprocessing, codec: As in `LabelSettings`.
+        teacher, preprocessing, codec, extras: As in `LabelSettings`.
         values, skipped: As in `LabelSidecar`.
 
     Raises:
@@ -132,8 +136,10 @@ def write_label_sidecar(
         codec=codec,
         values=list(values),
         skipped=dict(skipped),
+        extras=dict(extras or {}),
     )
-    text = json.dumps(asdict(sidecar), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    content = {key: value for key, value in asdict(sidecar).items() if key != "extras" or value}
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(_sidecar_path(root, image.name), text.encode())
 
 
@@ -249,13 +255,14 @@ class LabelSetWriter:
         teacher: Mapping[str, Any],
         preprocessing: str,
         codec: str,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         """Check that existing labels have the same settings.
 
         Args:
             root: Folder; created with the first shard.
             images: The set to label.
-            teacher, preprocessing, codec: As in `LabelSettings`.
+            teacher, preprocessing, codec, extras: As in `LabelSettings`.
 
         Raises:
             ShardError: The folder has labels with other settings or of other images, or it is not a folder.
@@ -263,7 +270,7 @@ class LabelSetWriter:
         if is_remote(str(root)):
             raise ShardError(f"labels are written to a folder, and {root} is an address: type labels=FOLDER")
         self.root, self.images, self.codec = str(root), images, codec
-        self._settings = LabelSettings(dict(teacher), preprocessing, codec)
+        self._settings = LabelSettings(dict(teacher), preprocessing, codec, extras=dict(extras or {}))
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
         self._reader = ShardReader()
@@ -294,13 +301,21 @@ class LabelSetWriter:
         """Return the number of images in shards that are not done."""
         return sum(shard.records for shard in self.images.shards if not self.done(shard.name))
 
-    def publish(self, shard: str, labels: Mapping[int, bytes], failed: Sequence[tuple[int, str]]) -> None:
+    def publish(
+        self,
+        shard: str,
+        labels: Mapping[int, bytes],
+        failed: Sequence[tuple[int, str]],
+        *,
+        extra_fields: Mapping[int, Mapping[str, bytes]] | None = None,
+    ) -> None:
         """Write a shard of labels and its NAME.json.
 
         Args:
             shard: Name of the image shard.
             labels: Record number in the image shard to encoded disparity.
             failed: Record number and reason of each image without a label.
+            extra_fields: Record number to the optional fields of its label (data/label_fields.py).
 
         Raises:
             ShardError: An image has both a label and a reason, or neither.
@@ -316,8 +331,10 @@ class LabelSetWriter:
         path = Path(self.root, f"{shard}.tar")
         info = ShardInfo(shard, 0, 0, "")
         if labels:
-            name = f"disparity.{self.codec}"
-            info = write_shard(path, ((keys[i], {name: labels[i]}) for i in sorted(labels)))
+            name, extra = f"disparity.{self.codec}", extra_fields or {}
+            info = write_shard(
+                path, ((keys[i], {name: labels[i], **extra.get(i, {})}) for i in sorted(labels))
+            )
         ranges = [map_codec.value_range(label) for label in labels.values()] or [(0.0, 0.0)]
         write_label_sidecar(
             self.root,
@@ -329,6 +346,7 @@ class LabelSetWriter:
             codec=self.codec,
             values=(min(low for low, _ in ranges), max(high for _, high in ranges)),
             skipped={keys[index]: reason for index, reason in failed},
+            extras=self._settings.extras,
         )
         self._done.add(shard)
 
@@ -425,6 +443,7 @@ def _manifest_rows_and_meta(
         "teacher": teacher,
         "preprocessing": settings.preprocessing,
         "codec": settings.codec,
+        **({"extras": settings.extras} if settings.extras else {}),
         "skipped": sum(len(sidecar.skipped) for sidecar in done.values()),
         "images": {"set": images.name, "licence": image_license, "hashes": hashes},
     }
@@ -446,7 +465,7 @@ def _check_same_settings(
         if "quantity" not in settings.teacher:
             what = f"its labels are the unconverted depth of {settings.teacher_name}, by an older version"
         raise ShardError(f"{root}/{shard}: {what}", _OTHER_FOLDER)
-    for name in ("preprocessing", "codec"):
+    for name in ("preprocessing", "codec", "extras"):
         theirs, ours = getattr(settings, name), getattr(expected, name)
         if theirs != ours:
             raise ShardError(f"{root}/{shard} was made with {name} {theirs!r}, not {ours!r}", _OTHER_FOLDER)

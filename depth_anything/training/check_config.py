@@ -426,7 +426,7 @@ def _check_validation(validation: ValidationConfig) -> None:
 def _check_recipe(config: RunConfig) -> None:
     recipe = config.recipe
     weights: tuple[str, ...] = ("ssi_weight", "gm_weight")
-    weights += ("alignment_weight",) if config.stage == "student" else ()
+    weights += ("alignment_weight", "local_weight") if config.stage == "student" else ()
     weights = ("silog_weight",) if config.stage == "metric" else weights
     present = [name for name in weights if recipe.has(name)]
     if present and not any(getattr(recipe, name) for name in present):

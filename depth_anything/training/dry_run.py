@@ -240,7 +240,12 @@ def _describe_invariant_losses(recipe: RecipeConfig) -> str:
     terms = [f"ssi {recipe.ssi_weight:g}", f"gm {recipe.gm_weight:g}"]
     if recipe.alignment_weight:
         terms.append(f"features {recipe.alignment_weight:g} (tolerance {recipe.alignment_tolerance:g})")
-    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored"
+    if recipe.local_weight:
+        terms.append(f"local {recipe.local_weight:g}")
+    other = "" if recipe.normalization == "global" else f"; {recipe.normalization} normalization"
+    if recipe.normalization in ("hybrid", "local"):
+        other += f", {recipe.normalization_levels} levels"
+    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored{other}"
 
 
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:
