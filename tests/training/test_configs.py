@@ -172,6 +172,7 @@ NEW_KEYS = (
     "sources.metric.",
     "sources.max_depth",
     "sources.steps",
+    "teacher_",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
