@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,11 @@ class LabelSettings:
             "quantity", "unit", "conversion". Older label sets have no such entries: the output was stored unchanged.
         preprocessing: Preprocessing of the images.
         codec: "q12" or "f32".
-        extras: How the optional fields of the labels were made (data/label_fields.py): "confidence" and "crops", those
-            that the labels have. Older label sets have none.
     """
 
     teacher: Mapping[str, Any]
     preprocessing: str
     codec: str
-    extras: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def conversion(self) -> tuple[Any, ...]:
@@ -106,7 +103,6 @@ def write_label_sidecar(
     codec: str,
     values: tuple[float, float],
     skipped: Mapping[str, str],
-    extras: Mapping[str, Any] | None = None,
 ) -> None:
     """Write NAME.json next to a label shard, which marks it as done.
 
@@ -115,7 +111,7 @@ def write_label_sidecar(
         info: The label shard, from `write_shard`; records 0 and hash "" if no image has a label.
         image_set: Name of the set of images.
         image: The image shard.
-        teacher, preprocessing, codec, extras: As in `LabelSettings`.
+        teacher, preprocessing, codec: As in `LabelSettings`.
         values, skipped: As in `LabelSidecar`.
 
     Raises:
@@ -136,10 +132,8 @@ def write_label_sidecar(
         codec=codec,
         values=list(values),
         skipped=dict(skipped),
-        extras=dict(extras or {}),
     )
-    content = {key: value for key, value in asdict(sidecar).items() if key != "extras" or value}
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(asdict(sidecar), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(_sidecar_path(root, image.name), text.encode())
 
 
@@ -255,14 +249,13 @@ class LabelSetWriter:
         teacher: Mapping[str, Any],
         preprocessing: str,
         codec: str,
-        extras: Mapping[str, Any] | None = None,
     ) -> None:
         """Check that existing labels have the same settings.
 
         Args:
             root: Folder; created with the first shard.
             images: The set to label.
-            teacher, preprocessing, codec, extras: As in `LabelSettings`.
+            teacher, preprocessing, codec: As in `LabelSettings`.
 
         Raises:
             ShardError: The folder has labels with other settings or of other images, or it is not a folder.
@@ -270,7 +263,7 @@ class LabelSetWriter:
         if is_remote(str(root)):
             raise ShardError(f"labels are written to a folder, and {root} is an address: type labels=FOLDER")
         self.root, self.images, self.codec = str(root), images, codec
-        self._settings = LabelSettings(dict(teacher), preprocessing, codec, extras=dict(extras or {}))
+        self._settings = LabelSettings(dict(teacher), preprocessing, codec)
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
         self._reader = ShardReader()
@@ -304,18 +297,16 @@ class LabelSetWriter:
     def publish(
         self,
         shard: str,
-        labels: Mapping[int, bytes],
+        labels: Mapping[int, bytes | Mapping[str, bytes]],
         failed: Sequence[tuple[int, str]],
-        *,
-        extra_fields: Mapping[int, Mapping[str, bytes]] | None = None,
     ) -> None:
         """Write a shard of labels and its NAME.json.
 
         Args:
             shard: Name of the image shard.
-            labels: Record number in the image shard to encoded disparity.
+            labels: Record number in the image shard to encoded disparity, or to the files of the record,
+                disparity.CODEC and others.
             failed: Record number and reason of each image without a label.
-            extra_fields: Record number to the optional fields of its label (data/label_fields.py).
 
         Raises:
             ShardError: An image has both a label and a reason, or neither.
@@ -330,12 +321,14 @@ class LabelSetWriter:
         Path(self.root, "manifest.json").unlink(missing_ok=True)  # when a shard of a finished set is replaced
         path = Path(self.root, f"{shard}.tar")
         info = ShardInfo(shard, 0, 0, "")
-        if labels:
-            name, extra = f"disparity.{self.codec}", extra_fields or {}
-            info = write_shard(
-                path, ((keys[i], {name: labels[i], **extra.get(i, {})}) for i in sorted(labels))
-            )
-        ranges = [map_codec.value_range(label) for label in labels.values()] or [(0.0, 0.0)]
+        name = f"disparity.{self.codec}"
+        records = {
+            index: {name: label} if isinstance(label, bytes) else dict(label)
+            for index, label in labels.items()
+        }
+        if records:
+            info = write_shard(path, ((keys[i], records[i]) for i in sorted(records)))
+        ranges = [map_codec.value_range(files[name]) for files in records.values()] or [(0.0, 0.0)]
         write_label_sidecar(
             self.root,
             info,
@@ -346,7 +339,6 @@ class LabelSetWriter:
             codec=self.codec,
             values=(min(low for low, _ in ranges), max(high for _, high in ranges)),
             skipped={keys[index]: reason for index, reason in failed},
-            extras=self._settings.extras,
         )
         self._done.add(shard)
 
@@ -433,8 +425,8 @@ def _manifest_rows_and_meta(
     rows = [ShardInfo(name, s.records, s.bytes, s.hash) for name, s in done.items() if s.records]
     teacher, image_license = settings.teacher, images.meta.get("licence")
     unit = {}
-    if "quantity" in teacher:  # a teacher that predicts depth knows meters
-        unit = {"unit": "1/m" if teacher["quantity"] == "depth" else "relative"}
+    if "quantity" in teacher:
+        unit = {"unit": "1/m" if teacher.get("unit") in ("m", "1/m") else "relative"}
     meta = {
         "kind": "labels",
         "licence": combine_licenses([image_license, teacher.get("licence")]),
@@ -443,7 +435,6 @@ def _manifest_rows_and_meta(
         "teacher": teacher,
         "preprocessing": settings.preprocessing,
         "codec": settings.codec,
-        **({"extras": settings.extras} if settings.extras else {}),
         "skipped": sum(len(sidecar.skipped) for sidecar in done.values()),
         "images": {"set": images.name, "licence": image_license, "hashes": hashes},
     }
@@ -465,7 +456,7 @@ def _check_same_settings(
         if "quantity" not in settings.teacher:
             what = f"its labels are the unconverted depth of {settings.teacher_name}, by an older version"
         raise ShardError(f"{root}/{shard}: {what}", _OTHER_FOLDER)
-    for name in ("preprocessing", "codec", "extras"):
+    for name in ("preprocessing", "codec"):
         theirs, ours = getattr(settings, name), getattr(expected, name)
         if theirs != ours:
             raise ShardError(f"{root}/{shard} was made with {name} {theirs!r}, not {ours!r}", _OTHER_FOLDER)

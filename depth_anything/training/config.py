@@ -416,6 +416,18 @@ class RunConfig(ConfigSection):
         OPTIONAL_FOLDER, stages=("student", "metric", "pseudolabel"), resume=START, replay_only=True
     )
     teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
+    teacher_quantity: str | None = config_key(
+        choice("disparity", "depth", optional=True), default=None, stages=("pseudolabel",), resume=START
+    )
+    teacher_unit: str | None = config_key(
+        choice("m", "1/m", "relative", optional=True), default=None, stages=("pseudolabel",), resume=START
+    )
+    teacher_licence: str | None = config_key(
+        text("the SPDX name of a license", example="CC-BY-NC-4.0", optional=True),
+        default=None,
+        stages=("pseudolabel",),
+        resume=FREE,
+    )
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
     freeze_encoder: bool = config_key(flag(), default=False, stages=("metric",))
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))

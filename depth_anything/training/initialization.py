@@ -12,7 +12,7 @@ import torch
 
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
-from depth_anything.licenses import combine_licenses
+from depth_anything.licenses import check_license, combine_licenses
 from depth_anything.model.card import build_card, write_card
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
@@ -26,6 +26,15 @@ from depth_anything.model.weights import (
     read_head_name,
     read_license,
 )
+from depth_anything.teachers.network_teacher import NetworkTeacher, network_facts
+from depth_anything.teachers.open_teacher import (
+    PREFIXES,
+    check_no_kind,
+    is_hub_name,
+    open_teacher,
+    teacher_kind,
+)
+from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
@@ -210,7 +219,11 @@ def _set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
         "set": source.name,
         "records": source.labels.records,
         "licence": source.images.meta.get("licence"),
-        "teacher": {"file": _short_path(teacher.get("file", "a model")), "licence": teacher.get("licence")},
+        "teacher": {
+            "file": _short_teacher_name(teacher.get("file", "a model")),
+            "licence": teacher.get("licence"),
+            "fingerprint": teacher["fingerprint"],
+        },
     }
 
 
@@ -255,6 +268,18 @@ def _short_path(path: str | Path) -> str:
     return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
 
 
+def _short_teacher_name(spec: str) -> str:
+    """Return a teacher as it was typed, without the folders of its path.
+
+    >>> [_short_teacher_name(text) for text in ("folder:/home/me/maps", "transformers:apple/DepthPro-hf", "a/b.pth")]
+    ['folder:maps', 'transformers:apple/DepthPro-hf', 'b.pth']
+    """
+    kind, (prefix, _, name) = teacher_kind(spec), spec.partition(":")
+    if kind == "function" or (kind == "transformers" and is_hub_name(name) and not Path(name).exists()):
+        return spec
+    return f"{prefix}:{Path(name).name}" if kind in PREFIXES else _short_path(spec)
+
+
 def image_size_multiple(encoder: str) -> int:
     """Return the number of pixels that image sides must be multiples of, without allocating weights."""
     with torch.device("meta"):
@@ -276,8 +301,25 @@ def build_frozen_encoder(config: RunConfig) -> DepthAnything | None:
     return frozen
 
 
+def open_run_teacher(config: RunConfig) -> Teacher:
+    """Open the teacher of stage=pseudolabel, of any kind.
+
+    Raises:
+        UserError: If there is no such teacher, or it cannot be used.
+    """
+    typed = {"quantity": config.teacher_quantity, "unit": config.teacher_unit}
+    if teacher_kind(config.teacher) != "network":
+        multiple = image_size_multiple(config.encoder)
+        licence = config.teacher_licence
+        return open_teacher(config.teacher, multiple=multiple, licence=licence, **typed)
+    check_no_kind(config.teacher, **typed)
+    licence = None if config.teacher_licence is None else check_license(config.teacher_licence)
+    network = load_teacher(config)
+    return NetworkTeacher(network, network_facts(network, config.teacher, licence=licence))
+
+
 def load_teacher(config: RunConfig) -> DepthAnything:
-    """Load the network that labels.
+    """Load the network that labels, from a file of this project or of the authors.
 
     Raises:
         UserError: If the file that `teacher` names does not exist or cannot be read.

@@ -101,7 +101,7 @@ def test_sidecar_records_shard_images_teacher_and_skipped(tmp_path, images):
     assert content["image"] == {"set": "set", "records": 4, "hash": images.shards[1].hash}
     assert content["teacher"] == TEACHER and content["preprocessing"] == "518" and content["codec"] == "q12"
     assert content["values"] == [98.0, 105.0] and content["skipped"] == {"set/b/3": "truncated jpeg"}
-    assert {**content, "extras": {}} == asdict(read_label_sidecar(tmp_path / "labels", "b"))
+    assert content == asdict(read_label_sidecar(tmp_path / "labels", "b"))
 
 
 def test_same_labels_same_bytes(tmp_path, images):

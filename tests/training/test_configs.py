@@ -179,6 +179,7 @@ NEW_KEYS = (
     ),
     "data.local_weight",
     *(f"{prefix}recipe.{name}" for name in ("normalization", "local_weight") for prefix in ("", "module.")),
+    "teacher_",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
