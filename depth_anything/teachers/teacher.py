@@ -58,12 +58,15 @@ class LabelMaps:
     Attributes:
         disparity: (B,h,w) float32 of the labels' size, larger is nearer. An image with NaN or infinity gets no label.
         failed: Position in the batch → reason, for images that get no label.
-        extra: Name → (B,h,w) float32: more maps, stored in the record as NAME.CODEC next to the disparity.
+        extra: Name → (B,H,W) float32: more maps, stored in the record as NAME.CODEC next to the disparity; names that
+            end in "confidence" have values in [0, 1] and a codec of their own.
+        fields: For each image more fields of its record, name → bytes; () for none.
     """
 
     disparity: Tensor
     failed: dict[int, str] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    fields: Sequence[Mapping[str, bytes]] = ()
 
 
 @dataclass(frozen=True)

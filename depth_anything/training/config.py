@@ -27,8 +27,10 @@ from depth_anything.training.value_rules import (
     SEED,
     SET_NAMES,
     SHARE,
+    SHARES,
     SKY,
     STRATEGY,
+    TEACHER,
     ValueRule,
     check_value,
     choice,
@@ -46,6 +48,8 @@ NORMALIZATIONS = ("global", "hybrid", "local", "none")
 """Those of `losses.NORMALIZATIONS`, which imports torch."""
 LABEL_WEIGHTS = ("none", "weight", "mask")
 """Those of `data.label_fields.LABEL_WEIGHTS`, which imports torch."""
+TEACHER_RULES = ("first", "random", "mean", "confidence")
+"""Those of `teachers.combine.RULES`, which imports torch."""
 
 # What a key may do when a run is resumed.
 FREE = "free"
@@ -415,7 +419,19 @@ class RunConfig(ConfigSection):
     labels: str | None = config_key(
         OPTIONAL_FOLDER, stages=("student", "metric", "pseudolabel"), resume=START, replay_only=True
     )
-    teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
+    teacher: Any = config_key(TEACHER, stages=("pseudolabel",), resume=START)
+    teacher_rule: str = config_key(
+        choice(*TEACHER_RULES), default="first", stages=("pseudolabel",), resume=START
+    )
+    teacher_shares: Any = config_key(SHARES, default=None, stages=("pseudolabel",), resume=START)
+    agreement_tolerance: float = config_key(
+        real(0, above=True, example=0.5), default=0.5, stages=("pseudolabel",), resume=START
+    )
+    label_confidence: bool = config_key(flag(), default=False, stages=("pseudolabel",), resume=START)
+    label_crops: int = config_key(integer(0, 64, example=2), default=0, stages=("pseudolabel",), resume=START)
+    label_crop_scale: float = config_key(
+        real(0, 1, above=True, example=0.5), default=0.5, stages=("pseudolabel",), resume=START
+    )
     teacher_quantity: str | None = config_key(
         choice("disparity", "depth", optional=True), default=None, stages=("pseudolabel",), resume=START
     )
@@ -447,3 +463,8 @@ class RunConfig(ConfigSection):
     callbacks: dict[str, Any] = config_key(holds_nodes=True, default=None, resume=CHANGE)
     logger: dict[str, Any] = config_key(holds_nodes=True, default=None, resume=FREE)
     tiny: TinyConfig | None = config_key(section=TinyConfig, default=None, resume=FREE)
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers of stage=pseudolabel as they were typed; one unless `teacher` is a list."""
+        return [str(each) for each in self.teacher] if isinstance(self.teacher, list) else [str(self.teacher)]

@@ -63,7 +63,7 @@ def require_label_extras(sources: Sequence[Records | JoinedRecords], options: La
         UserError: Naming the label sets, and how to label again.
     """
     labels = [source.labels for source in sources if isinstance(source, JoinedRecords)]
-    has = {name for each in labels for name in each.meta.get("extras", {})}
+    has = {name for each in labels for name in each.meta["teacher"]}
     roots = ", ".join(each.root for each in labels) or "(there are none)"
     again: Sequence[Any] = ["label into another folder with ", PSEUDOLABEL_COMMAND, " labels=FOLDER "]
     if options.weight != "none" and "confidence" not in has:

@@ -44,7 +44,7 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
         ValueError: As the run would.
     """
     _check_run_dir(config, typed)
-    if config.stage == "pseudolabel" and teacher_kind(config.teacher) != "network":
+    if config.stage == "pseudolabel" and not _is_one_network(config):
         print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
         _print_labeling(config)
         return
@@ -77,14 +77,25 @@ def _print_network(config: RunConfig) -> DepthAnything:
 
 def _print_labeling(config: RunConfig) -> None:
     """Print the teacher and the sets of stage=pseudolabel."""
-    teacher = open_run_teacher(config) if is_present(config.teacher) else None
-    print(f"teacher     {config.teacher}{NOT_FOUND if teacher is None else ''}")
+    teacher = open_run_teacher(config) if all(map(is_present, config.teachers)) else None
+    for spec in config.teachers:
+        print(f"teacher     {spec}{'' if is_present(spec) else NOT_FOUND}")
+    if len(config.teachers) > 1:
+        kept = config.label_confidence or config.teacher_rule == "confidence"
+        print(f"            rule {config.teacher_rule}{', stored with their agreement' if kept else ''}")
+    if config.label_crops:
+        print(f"            and {config.label_crops} crops of {config.label_crop_scale:g} of the short side")
     if teacher is not None:
         _print_facts(teacher.facts)
     print(f"labels      {config.labels}")
     _check_label_teacher(config, teacher)
     _print_sets(config.sources.images)
     print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
+
+
+def _is_one_network(config: RunConfig) -> bool:
+    """Return whether the teacher is one network of this project or of the authors."""
+    return [teacher_kind(spec) for spec in config.teachers] == ["network"]
 
 
 def _print_facts(facts: TeacherFacts) -> None:
@@ -232,7 +243,7 @@ def _check_label_teacher(config: RunConfig, teacher: Teacher | None = None) -> N
         and (Path(root) / "manifest.json").is_file()
         and (Path(str(config.labels)) / name).is_dir()
     }
-    if not labeled or (teacher is None and not is_present(config.teacher)):
+    if not labeled or (teacher is None and not all(map(is_present, config.teachers))):
         return
     teacher = teacher or open_run_teacher(config)
     arguments = {

@@ -22,7 +22,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from depth_anything.data.codec import encode
+from depth_anything.data.codec import CONFIDENCE_CODEC, encode
 from depth_anything.data.dataset import next_or_failure, return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
 from depth_anything.data.loader import StreamLoader
@@ -329,7 +329,7 @@ class PseudoLabel(pl.LightningModule):
         teacher = model if isinstance(model, Teacher) else NetworkTeacher(model)
         self._teacher = (teacher,)  # in a tuple, which hides it from Lightning
         self._data = (data,)
-        self._encoded: dict[tuple[str, str], dict[int, dict[str, Future[bytes]]]] = {}
+        self._encoded: dict[tuple[str, str], dict[int, dict[str, Future[bytes] | bytes]]] = {}
         self._without_map: dict[tuple[str, str], list[tuple[int, str]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard releases the GIL
         self._bar: ProgressLine | None = None
@@ -366,10 +366,8 @@ class PseudoLabel(pl.LightningModule):
                 if position in maps.failed:
                     without_map.append((index, maps.failed[position]))
                 elif finite[position]:
-                    encoded[index] = {
-                        name: self._pool.submit(encode, tensor[position], codec=labels.codec)
-                        for name, tensor in values.items()
-                    }
+                    encoded[index] = self._encode(values, position, labels.codec)
+                    encoded[index] |= maps.fields[position] if maps.fields else {}
             lease.renew()
         else:
             del self._encoded[shard], self._without_map[shard]
@@ -377,14 +375,26 @@ class PseudoLabel(pl.LightningModule):
             non_finite = [(i, NON_FINITE_REASON) for i in range(batch.records) if i not in accounted]
             self._check_failures(batch, non_finite, labels.keys(batch.shard), without_map)
             published = {
-                index: {f"{name}.{labels.codec}": future.result() for name, future in futures.items()}
-                for index, futures in encoded.items()
+                index: {
+                    name: data if isinstance(data, bytes) else data.result() for name, data in fields.items()
+                }
+                for index, fields in encoded.items()
             }
             labels.publish(batch.shard, published, [*batch.failed, *without_map, *non_finite])
             lease.release()
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
+
+    def _encode(
+        self, maps: Mapping[str, np.ndarray], position: int, codec: str
+    ) -> dict[str, Future[bytes] | bytes]:
+        """Start to encode the maps of an image; return its fields."""
+        codecs = {name: CONFIDENCE_CODEC if name.endswith("confidence") else codec for name in maps}
+        return {
+            f"{name}.{codecs[name]}": self._pool.submit(encode, values[position], codec=codecs[name])
+            for name, values in maps.items()
+        }
 
     def _check_failures(
         self,
