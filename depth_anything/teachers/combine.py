@@ -25,7 +25,7 @@ class AlignedMaps(NamedTuple):
     Attributes:
         maps: (K,B,H,W) float32; NaN where a teacher has no value or is left out.
         scale: (B,), mean absolute deviation of the reference map, in its unit.
-        opposed: (B,) bool: a teacher's map falls where the reference rises, so no positive scale fits it.
+        opposed: (B,) bool: a teacher's map is constant or falls where the reference rises: no positive scale fits it.
     """
 
     maps: Tensor
