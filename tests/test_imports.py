@@ -25,7 +25,7 @@ LAYERS = (
     {"scenes"},
     {"inference"},
     {"evaluation", "export"},
-    {"inspect"},
+    {"inspect", "teachers"},
     {"demo", "training"},
     {"cli"},
     {"__main__"},

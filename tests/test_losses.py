@@ -16,6 +16,18 @@ from depth_anything.losses import (
 
 SSI = scale_shift_invariant_loss
 GM = gradient_matching_loss
+
+
+def position_weight(prediction):
+    """A weight in [0, 1] for each pixel, the same for all images; about a tenth are 0."""
+    weight = np.random.default_rng(5).random(prediction.shape[1:])
+    return torch.from_numpy(np.where(weight < 0.1, 0, weight)).expand(prediction.shape).float()
+
+
+def weighted(loss, **options):
+    return lambda p, t, v, **more: loss(p, t, v, pixel_weight=position_weight(p), **options, **more)
+
+
 MAP_LOSSES = {
     "ssi": SSI,
     "ssi trimmed": partial(SSI, trim=0.1),
@@ -23,6 +35,11 @@ MAP_LOSSES = {
     "gm trimmed": partial(GM, trim=0.1),
     "silog": silog_loss,
     "silog variance alone": partial(silog_loss, variance_focus=1.0),
+    "ssi hybrid": partial(SSI, normalization="hybrid", levels=2, trim=0.1),
+    "ssi local": partial(SSI, normalization="local", levels=2),
+    "ssi raw": partial(SSI, normalization="none"),
+    "ssi weighted": weighted(SSI, trim=0.1),
+    "gm weighted": weighted(GM),
 }
 all_map_losses = pytest.mark.parametrize("loss", MAP_LOSSES.values(), ids=MAP_LOSSES.keys())
 invariant = pytest.mark.parametrize("loss", list(MAP_LOSSES.values())[:4], ids=list(MAP_LOSSES)[:4])
@@ -98,6 +115,53 @@ def reference_gm(prediction, target, valid, *, trim=0.0, scales=4):
     return total / len(prediction)
 
 
+def reference_error(p, t, *, normalization, levels):
+    """|p - t| of the valid pixels of one image by equations 1 to 6 of Distill Any Depth, pixel by pixel."""
+    if normalization == "none":
+        return np.abs(p - t)
+    counts = {"global": [1], "hybrid": [2**k for k in range(levels)], "local": [2 ** (levels - 1)]}
+    low, high = t.min(), t.max()
+    errors = np.zeros((len(counts[normalization]), len(t)))
+    for row, segments in enumerate(counts[normalization]):
+        groups = {}
+        for i, value in enumerate(t):
+            number = min(int((value - low) / (high - low) * segments), segments - 1) if high > low else 0
+            groups.setdefault(number, []).append(i)
+        for members in groups.values():
+            difference = np.array(normalised(p[members])) - np.array(normalised(t[members]))
+            errors[row, members] = np.abs(difference)
+    return errors.mean(0)
+
+
+def reference_weighted(prediction, target, valid, weight, *, trim, normalization, levels, scales):
+    """Both invariant losses with a weight of each pixel."""
+    ssi = gm = 0.0
+    for p, t, v, w in zip(prediction, target, valid, weight, strict=True):
+        v = v & (w > 0)
+        if v.sum() < 2:
+            continue
+        error = reference_error(p[v], t[v], normalization=normalization, levels=levels)
+        kept = kept_by(error, trim)
+        ssi += sum(error[i] * w[v][i] for i in kept) / sum(w[v][i] for i in kept)
+        residual = p[v] - t[v] if normalization == "none" else normalised_difference(p[v], t[v])
+        pixels = np.argwhere(v)
+        known = {tuple(pixels[i]): residual[i] for i in kept}
+        for stride in [2**k for k in range(scales)]:
+            seen = {yx: r for yx, r in known.items() if yx[0] % stride == 0 and yx[1] % stride == 0}
+            edges = [
+                abs(r - seen[other]) * min(w[y, x], w[other])
+                for (y, x), r in seen.items()
+                for other in [(y, x + stride), (y + stride, x)]
+                if other in seen
+            ]
+            gm += sum(edges) / (sum(w[yx] for yx in seen) or 1)
+    return ssi / len(prediction), gm / len(prediction)
+
+
+def normalised_difference(p, t):
+    return np.array(normalised(p)) - np.array(normalised(t))
+
+
 def reference_silog(prediction, target, valid, *, variance_focus=0.5):
     total = 0.0
     for p, t, v in zip(prediction, target, valid, strict=True):
@@ -140,6 +204,75 @@ def test_equals_the_loops(loss, reference, seed):
     narrow = loss(inputs[0].float(), inputs[1].float(), inputs[2])
     assert narrow.dtype == torch.float32 and narrow.shape == ()
     assert narrow.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("trim", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("normalization", "levels"), [("global", 3), ("hybrid", 3), ("hybrid", 4), ("local", 3), ("none", 3)]
+)
+def test_normalizations_and_pixel_weights_equal_the_loops(normalization, levels, trim):
+    inputs = maps(seed=7)
+    weight = torch.rand(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.where(weight < 0.2, 0, weight)
+    options = {"trim": trim, "normalization": normalization, "levels": levels}
+    expected = reference_weighted(*(x.numpy() for x in (*inputs, weight)), scales=3, **options)
+    found = invariant_losses(*inputs, scales=3, gradient_trim=trim, pixel_weight=weight, **options)
+    assert [x.item() for x in found] == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(found[0], SSI(*inputs, pixel_weight=weight, **options))
+    plain = [
+        reference_error(p[v], t[v], normalization=normalization, levels=levels) if v.sum() > 1 else None
+        for p, t, v in zip(*(x.numpy() for x in inputs), strict=True)
+    ]
+    means = [e[kept_by(e, trim)].mean() if e is not None else 0.0 for e in plain]
+    assert SSI(*inputs, **options).item() == pytest.approx(np.mean(means), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_one_change_no_bit(dtype):
+    for batch in (maps(dtype=dtype), maps(batch=2, height=131, width=97, dtype=dtype)):
+        results = []
+        for weight in (None, torch.ones(batch[0].shape)):
+            prediction = batch[0].clone().requires_grad_()
+            ssi, gm = invariant_losses(
+                prediction, *batch[1:], trim=0.1, gradient_trim=0.05, pixel_weight=weight
+            )
+            (ssi + 2 * gm).backward()
+            results.append((ssi, gm, prediction.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan])
+def test_a_pixel_without_weight_is_invalid(bad):
+    prediction, target, valid = maps()
+    ignored = torch.rand(valid.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    weight = torch.where(ignored, bad, 1.0)
+    for loss in (partial(SSI, trim=0.1), partial(SSI, normalization="hybrid"), GM):
+        expected = loss(prediction, target, valid & ~ignored)
+        assert torch.equal(loss(prediction, target, valid, pixel_weight=weight), expected)
+
+
+def test_hybrid_normalization_of_one_level_is_global():
+    inputs = maps()
+    for name in ("hybrid", "local"):
+        assert torch.equal(SSI(*inputs, normalization=name, levels=1), SSI(*inputs))
+
+
+def test_an_error_in_one_segment_does_not_reach_another():
+    """The reason for local normalization: pixels far away keep a loss of 0 when near ones are wrong."""
+    target = torch.tensor([[[0.0, 0.2, 0.3, 0.4, 7.0, 8.0, 9.0, 10.0]]])
+    wrong = torch.tensor([[[0.0, 0.2, 0.3, 0.4, 60.0, 8.0, 9.0, 90.0]]])
+    changes = {}
+    for name in ("global", "local"):
+        prediction = wrong.clone().requires_grad_()
+        SSI(prediction, target, target >= 0, normalization=name, levels=2).backward()
+        changes[name] = prediction.grad[target < 5].abs().max().item()
+    assert changes["local"] == 0 < changes["global"]
+
+
+@pytest.mark.parametrize("loss", [SSI, invariant_losses])
+def test_an_unknown_normalization_is_refused(loss):
+    with pytest.raises(ValueError, match=r"normalization=locl.*hybrid"):
+        loss(*maps(), normalization="locl")
 
 
 @pytest.mark.parametrize("tolerance", [0.85, 0.5, 1.1, -1.0])
@@ -187,7 +320,8 @@ def test_trim_must_be_a_share(loss, trim):
 
 @all_map_losses
 def test_gradcheck(loss):
-    prediction, target, valid = (x[1:6] for x in maps(height=6, width=7, seed=3))
+    images = slice(1, 6) if loss in list(MAP_LOSSES.values())[:6] else slice(2, 4)
+    prediction, target, valid = (x[images] for x in maps(height=6, width=7, seed=3))
     inputs = (prediction.requires_grad_(), target.requires_grad_())
     assert torch.autograd.gradcheck(lambda p, t: loss(p, t, valid), inputs)
 

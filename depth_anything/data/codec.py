@@ -1,14 +1,16 @@
 """The file format of a depth or disparity map.
 
 `q12` stores 12 bits between the smallest and the largest value of the map: enough for the output of a network, whose
-lower bits are noise, at a third of the size of a 16-bit PNG. `f32` stores every bit, for measured depth. Both store the
-difference of each value to the one above it, low bytes separate from high bytes, compressed by Zstandard: the smallest
-of the layouts that a few NumPy passes can decode (benchmarks/bench_codec.py compares them).
+lower bits are noise, at a third of the size of a 16-bit PNG. `f32` stores every bit, for measured depth. `u8` stores
+a confidence in [0, 1] in 8 bits, not a depth or disparity. All store the difference of each value to the one above it,
+low bytes separate from high bytes, compressed by Zstandard: the smallest of the layouts that a few NumPy passes can
+decode (benchmarks/bench_codec.py compares them).
 
-A file starts with a header of 28 bytes, little-endian: magic `DAM1`; crc32 of everything after it; kind (0 f32, 1 q12);
-flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. One Zstandard frame follows: the
-byte planes, lowest first, and one packed bit mask per flag. A q12 value is low + q * ((high - low) / steps), computed
-in float64 and rounded once to float32, so that it decodes to the same bits on every machine.
+A file starts with a header of 28 bytes, little-endian: magic `DAM1`; crc32 of everything after it; kind (0 f32, 1 q12,
+2 u8); flags (which of NaN, +inf, -inf occur: bits 0, 1, 2); steps; height; width; low; high. One Zstandard frame
+follows: the byte planes, lowest first, and one packed bit mask per flag. A q12 or u8 value is
+low + q * ((high - low) / steps), computed in float64 and rounded once to float32, so that it decodes to the same bits
+on every machine.
 """
 
 import math
@@ -20,14 +22,16 @@ import numpy as np
 import zstandard
 
 CODECS = ("q12", "f32")
+CONFIDENCE_CODEC = "u8"
 _HEADER = struct.Struct("<4sIBBHIIff")
 _CRC_START = 8  # the crc covers all bytes from here on
 _MAGIC = b"DAM1"
-_F32, _Q12 = 0, 1
+_F32, _Q12, _U8 = 0, 1, 2
+_U8_STEPS = 255
 _SPECIAL_VALUES = (np.nan, np.inf, -np.inf)
-_DTYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype] = {_F32: np.dtype("<u4"), _Q12: np.dtype("<u2"), _U8: np.dtype("u1")}
 # Added to each difference, so that small negative ones leave the high byte 0, and that plane compresses to nothing.
-_BIAS = {_F32: 0, _Q12: 128}
+_BIAS = {_F32: 0, _Q12: 128, _U8: 0}
 # In exact arithmetic 4095 steps give an error of 1/8190 of the range. Rounding to float32 adds a little, and much for a
 # map whose range is small against its values. The first number that keeps the error is used, otherwise f32.
 _Q12_STEPS = (4160, 65535)
@@ -45,16 +49,21 @@ def encode(values: np.ndarray, *, codec: str) -> bytes:
 
     Args:
         values: (H, W) of any float type, converted to float32; NaN (unknown) and infinities are kept exactly.
-        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends exact) or "f32" (lossless).
+        codec: "q12" (error ≤ 1/8190 of the range of the finite values, both ends exact), "f32" (lossless), or for
+            values in [0, 1] "u8" (error ≤ 1/510, both ends exact).
 
     Raises:
-        ValueError: It is not a map of at most 2^26 pixels, or the codec is unknown.
+        ValueError: It is not a map of at most 2^26 pixels, the codec is unknown, or a value is not in [0, 1] for "u8".
     """
     values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or not _is_allowed_size(*values.shape):
         raise ValueError(
             f"cannot encode an array of shape {values.shape}: the shape must be (H, W), up to 2^26 pixels"
         )
+    if codec == CONFIDENCE_CODEC:
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError('codec "u8" stores values from 0 to 1 only')
+        return _pack(_quantize(values, 0.0, 1.0, _U8_STEPS), kind=_U8, steps=_U8_STEPS, low=0.0, high=1.0)
     if codec not in CODECS:
         raise ValueError(f'codec "{codec}" is unknown: use {" or ".join(CODECS)}')
     finite = np.isfinite(values)
@@ -99,7 +108,7 @@ def decode(data: bytes, *, rows: slice = slice(None), columns: slice = slice(Non
         raise ValueError("the encoded map is damaged: its checksum differs")
     if kind not in _DTYPES or flags > 7:
         raise ValueError(f"the encoded map has an impossible header: kind {kind}, {height}x{width}")
-    if kind == _Q12 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
+    if kind != _F32 and not (steps and low <= high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"the encoded map has an impossible header: {steps} steps from {low} to {high}")
     pixels, mask_bytes = height * width, -(-height * width // 8)
     length = pixels * _DTYPES[kind].itemsize + mask_bytes * flags.bit_count()

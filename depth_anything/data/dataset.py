@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
+from depth_anything.data.label_fields import LabelOptions, choose_view, find_crop_field, write_extras
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
 from depth_anything.data.shared_batch import (
@@ -114,6 +115,7 @@ class StreamDataset(Dataset):
         repeat: Mapping[str, int] | None = None,
         depth_range: tuple[float, float] | None = None,
         relative: Collection[str] = (),
+        label_options: LabelOptions | None = None,
     ) -> None:
         """Compute the order; no shard is read.
 
@@ -133,6 +135,7 @@ class StreamDataset(Dataset):
             depth_range: None for disparity targets. Otherwise targets are depth in meters, valid where
                 lowest ≤ depth ≤ highest.
             relative: Names of sets whose targets are disparity even if `depth_range` is given.
+            label_options: How the optional fields of labels are used; None ignores them.
 
         Raises:
             ValueError: Two sets have the same name, the crop is larger than the frames, there are no records, or `sky`
@@ -144,6 +147,7 @@ class StreamDataset(Dataset):
         self.short_side, self.patch = short_side or image_size, patch
         self.perturb, self.cutmix = perturb, cutmix
         self.depth_range, self.relative = depth_range, frozenset(relative)
+        self.label_options = label_options or LabelOptions()
         self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
             raise UserError(
@@ -183,6 +187,7 @@ class StreamDataset(Dataset):
             "perturbation": float32 (b, 6) of `draw_perturbation`, if `perturb`.
             "box": float32 (b, 4) of `draw_cutmix_box`, if `cutmix`.
             "metric": bool (b,), if there are `relative` sets: whether the target is in meters.
+            "confidence", "local", "local_valid", "local_confidence": (b, S, S) of `write_extras`, by `label_options`.
 
         Raises:
             ValueError: No record can be read, or a label is smaller than the crop.
@@ -256,6 +261,13 @@ class StreamDataset(Dataset):
             arrays["box"] = (np.float32, (count, 4))
         if self.relative:
             arrays["metric"] = (np.bool_, (count,))
+        if self.label_options.weight == "weight":
+            arrays["confidence"] = (np.float32, (count, side, side))
+        if self.label_options.local:
+            arrays["local"] = (np.float32, (count, side, side))
+            arrays["local_valid"] = (np.bool_, (count, side, side))
+            if self.label_options.weight == "weight":
+                arrays["local_confidence"] = (np.float32, (count, side, side))
         return arrays
 
     def empty_batch(self, count: int) -> dict[str, np.ndarray]:
@@ -314,9 +326,14 @@ class StreamDataset(Dataset):
         with timer("decode the image"), _record_errors(shard, index, key):
             name = find_target_field(fields, meters=depth_range is not None)
             image, meta = decode_image_and_meta(fields)
+        with _record_errors(shard, index, key):
+            whole = image.shape[:2]
+            view, local = choose_view(fields, whole, self.label_options, seed=self.seed, n=n)
+            if view.box is not None:
+                name, image = find_crop_field(fields, view.prefix), view.box.cut(image)
         with _record_errors(shard, index, key, name):
             size = codec.map_size(fields[name])
-        if not isinstance(source, JoinedRecords):
+        if not isinstance(source, JoinedRecords) and view.box is None:
             size = resize_shape(image.shape[0], image.shape[1], self.short_side, self.patch)
         if min(size) < self.image_size:
             raise UserError(
@@ -330,11 +347,13 @@ class StreamDataset(Dataset):
             convert_to_target(
                 target,
                 valid,
-                quantity=name.split(".")[0],
+                quantity=name.split(".")[-2],
                 sky=self.sky[source.name],
                 meta=meta,
                 depth_range=depth_range,
             )
+            with _record_errors(shard, index, key):
+                write_extras(fields, view, local, crop, image=whole, options=self.label_options, out=out)
         with timer("resize the image"):
             image = resize_image(image, *size)
         with timer("crop and flip"):

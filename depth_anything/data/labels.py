@@ -294,12 +294,18 @@ class LabelSetWriter:
         """Return the number of images in shards that are not done."""
         return sum(shard.records for shard in self.images.shards if not self.done(shard.name))
 
-    def publish(self, shard: str, labels: Mapping[int, bytes], failed: Sequence[tuple[int, str]]) -> None:
+    def publish(
+        self,
+        shard: str,
+        labels: Mapping[int, bytes | Mapping[str, bytes]],
+        failed: Sequence[tuple[int, str]],
+    ) -> None:
         """Write a shard of labels and its NAME.json.
 
         Args:
             shard: Name of the image shard.
-            labels: Record number in the image shard to encoded disparity.
+            labels: Record number in the image shard to encoded disparity, or to the files of the record,
+                disparity.CODEC and others.
             failed: Record number and reason of each image without a label.
 
         Raises:
@@ -315,10 +321,14 @@ class LabelSetWriter:
         Path(self.root, "manifest.json").unlink(missing_ok=True)  # when a shard of a finished set is replaced
         path = Path(self.root, f"{shard}.tar")
         info = ShardInfo(shard, 0, 0, "")
-        if labels:
-            name = f"disparity.{self.codec}"
-            info = write_shard(path, ((keys[i], {name: labels[i]}) for i in sorted(labels)))
-        ranges = [map_codec.value_range(label) for label in labels.values()] or [(0.0, 0.0)]
+        name = f"disparity.{self.codec}"
+        records = {
+            index: {name: label} if isinstance(label, bytes) else dict(label)
+            for index, label in labels.items()
+        }
+        if records:
+            info = write_shard(path, ((keys[i], records[i]) for i in sorted(records)))
+        ranges = [map_codec.value_range(files[name]) for files in records.values()] or [(0.0, 0.0)]
         write_label_sidecar(
             self.root,
             info,
@@ -415,8 +425,8 @@ def _manifest_rows_and_meta(
     rows = [ShardInfo(name, s.records, s.bytes, s.hash) for name, s in done.items() if s.records]
     teacher, image_license = settings.teacher, images.meta.get("licence")
     unit = {}
-    if "quantity" in teacher:  # a teacher that predicts depth knows meters
-        unit = {"unit": "1/m" if teacher["quantity"] == "depth" else "relative"}
+    if "quantity" in teacher:
+        unit = {"unit": "1/m" if teacher.get("unit") in ("m", "1/m") else "relative"}
     meta = {
         "kind": "labels",
         "licence": combine_licenses([image_license, teacher.get("licence")]),

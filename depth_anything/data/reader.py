@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote
+from depth_anything.data.label_fields import is_label_field
 from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
-from depth_anything.data.sample import LABEL_FIELDS
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
     HEADER_BYTES,
@@ -400,7 +400,7 @@ class JoinedRecords(RecordSource):
         except ShardError as error:
             raise BadRecord(shard, index, key, f"image: {error}") from error
         _, image = self._read_record(entry, shard, number, side="image: ")
-        fields = {name: data for name, data in image.items() if name.split(".")[0] not in LABEL_FIELDS}
+        fields = {name: data for name, data in image.items() if not is_label_field(name)}
         return key, {**label, **fields}
 
 

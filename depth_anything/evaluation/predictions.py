@@ -109,6 +109,11 @@ class PrecomputedMaps:
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order of the folder's listing."""
+        return list(self._files)
+
     def __len__(self) -> int:
         """The number of files."""
         return len(self._files)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from depth_anything.data.transforms import apply_cutmix, normalize
-from depth_anything.losses import invariant_losses
+from depth_anything.losses import invariant_losses, scale_shift_invariant_loss
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
@@ -22,6 +22,9 @@ from depth_anything.training.optimizer import (
 from depth_anything.training.resume import apply_recipe
 
 __all__ = ["DepthModule", "Recipe"]
+
+LABEL_MAPS = ("confidence", "local", "local_valid", "local_confidence")
+"""Maps (B,S,S) that a batch has if the optional fields of labels are used (data/label_fields.py)."""
 
 
 class DepthModule(pl.LightningModule):
@@ -98,50 +101,76 @@ class DepthModule(pl.LightningModule):
 
         Args:
             batch: "image" uint8 (B,S,S,3), "target" (B,S,S), "valid" bool (B,S,S); with perturb=true "perturbation"
-                float32 (B,P), with cutmix=true "box" float32 (B,4).
+                float32 (B,P), with cutmix=true "box" float32 (B,4); those of LABEL_MAPS that are used.
 
         Returns:
             "clean" and "image" (B,3,S,S), normalized with ImageNet's mean and deviation, in the parameters' dtype
-            (the same tensor without perturbation); "target"; "valid"; with CutMix "region", bool (B,S,S), true where
-            the pixels are from another image.
+            (the same tensor without perturbation); "target"; "valid"; those of LABEL_MAPS that the batch has; with
+            CutMix "region", bool (B,S,S), true where the pixels are from another image.
         """
         dtype = next(self.model.parameters()).dtype
         clean = image = normalize(batch["image"]).to(dtype)
         if "perturbation" in batch:
             image = normalize(batch["image"], batch["perturbation"]).to(dtype)
         given = {"clean": clean, "image": image, "target": batch["target"], "valid": batch["valid"]}
+        given |= {name: batch[name] for name in LABEL_MAPS if name in batch}
         return apply_cutmix(given, batch["box"]) if "box" in batch else given
 
     def disparity_losses(self, prediction: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the ssi and gradient-matching losses of a (B,H,W) disparity in float32, as scalars.
 
         With CutMix the two parts of an image are normalized and compared separately, and their losses are weighted by
-        area (V1, equations 5 to 8).
+        area (V1, equations 5 to 8). With "local" in `given`, "local" is the ssi loss of the part of the prediction for
+        which a teacher has labeled a crop by itself (Distill Any Depth, equation 8).
         """
-        r, target, valid, weight = self.recipe, given["target"], given["valid"], None
+        r, weight = self.recipe, None
+        maps = {name: given[name] for name in ("target", "valid", *LABEL_MAPS) if name in given}
         if "region" in given:
             region = given["region"]
             share = region.float().mean((1, 2))
-            prediction, target = prediction.repeat(2, 1, 1), target.repeat(2, 1, 1)
-            valid = torch.cat([valid & region, valid & ~region])
+            prediction = prediction.repeat(2, 1, 1)
+            maps = {name: values.repeat(2, 1, 1) for name, values in maps.items()}
+            parts = torch.cat([region, ~region])
+            maps |= {name: maps[name] & parts for name in ("valid", "local_valid") if name in maps}
             weight = 2 * torch.cat([share, 1 - share])  # the mean is over 2B maps
         with torch.autocast(prediction.device.type, enabled=False):
             ssi, gm = invariant_losses(
                 prediction,
-                target,
-                valid,
+                maps["target"],
+                maps["valid"],
                 scales=r.gm_scales,
                 trim=r.trim,
                 gradient_trim=r.gm_trim,
                 weight=weight,
+                normalization=r.normalization,
+                levels=r.normalization_levels,
+                pixel_weight=maps.get("confidence"),
             )
-        return {"ssi": ssi, "gm": gm}
+            if "local" not in maps:
+                return {"ssi": ssi, "gm": gm}
+            local = scale_shift_invariant_loss(
+                prediction,
+                maps["local"],
+                maps["local_valid"],
+                trim=r.trim,
+                normalization=r.normalization,
+                levels=r.normalization_levels,
+                pixel_weight=maps.get("local_confidence"),
+                weight=weight,
+            )
+        return {"ssi": ssi, "gm": gm, "local": local}
+
+    def weighted_sum(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return the sum of the disparity losses in `parts`, each times its weight in the recipe."""
+        r = self.recipe
+        loss = r.ssi_weight * parts["ssi"] + r.gm_weight * parts["gm"]
+        return loss + r.local_weight * parts["local"] if "local" in parts else loss
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the loss terms of the stage, and their weighted sum as "loss"; stages override this."""
         given = self.inputs(batch)
         parts = self.disparity_losses(self.model(given["image"]), given)
-        return {"loss": self.recipe.ssi_weight * parts["ssi"] + self.recipe.gm_weight * parts["gm"], **parts}
+        return {"loss": self.weighted_sum(parts), **parts}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch; its terms stay on the device in `parts` until the step is logged.

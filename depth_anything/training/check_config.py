@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.errors import UserError
+from depth_anything.training.check_teachers import check_teachers
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
     CHANGE,
@@ -110,6 +111,8 @@ def validate_config(config: RunConfig) -> None:
         _check_recipe(config)
     if config.stage == "metric":
         _check_metric_stage(config)
+    if config.stage == "pseudolabel":
+        check_teachers(config)
     _check_resume_with(config.resume_with)
 
 
@@ -426,7 +429,7 @@ def _check_validation(validation: ValidationConfig) -> None:
 def _check_recipe(config: RunConfig) -> None:
     recipe = config.recipe
     weights: tuple[str, ...] = ("ssi_weight", "gm_weight")
-    weights += ("alignment_weight",) if config.stage == "student" else ()
+    weights += ("alignment_weight", "local_weight") if config.stage == "student" else ()
     weights = ("silog_weight",) if config.stage == "metric" else weights
     present = [name for name in weights if recipe.has(name)]
     if present and not any(getattr(recipe, name) for name in present):

@@ -12,6 +12,7 @@ from depth_anything.training.value_rules import (
     ANY,
     BETAS,
     CLASS_PATH,
+    CONFIDENCE,
     DEVICES,
     FOLDER,
     FRACTION,
@@ -25,8 +26,11 @@ from depth_anything.training.value_rules import (
     REPEAT,
     SEED,
     SET_NAMES,
+    SHARE,
+    SHARES,
     SKY,
     STRATEGY,
+    TEACHER,
     ValueRule,
     check_value,
     choice,
@@ -40,6 +44,12 @@ from depth_anything.training.value_rules import (
 FIT_STAGES = ("teacher", "student", "metric")
 STAGES = (*FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
+NORMALIZATIONS = ("global", "hybrid", "local", "none")
+"""Those of `losses.NORMALIZATIONS`, which imports torch."""
+LABEL_WEIGHTS = ("none", "weight", "mask")
+"""Those of `data.label_fields.LABEL_WEIGHTS`, which imports torch."""
+TEACHER_RULES = ("first", "random", "mean", "confidence")
+"""Those of `teachers.combine.RULES`, which imports torch."""
 
 # What a key may do when a run is resumed.
 FREE = "free"
@@ -161,6 +171,9 @@ class Recipe:
         gm_scales: Number of strided scales of the gradient-matching loss.
         trim: Share of the largest residuals of each image that the ssi loss ignores.
         gm_trim: The same for gradient matching.
+        normalization: "global", "hybrid", "local" or "none": how the ssi loss normalizes both maps.
+        normalization_levels: Number of divisions of the target's range with "hybrid" and "local": 1, 2, 4 … segments.
+        local_weight: Weight of the loss against the labels of crops (student); 0 does not read them.
         alignment_weight: Weight of the feature-alignment loss (student); 0 disables it.
         alignment_tolerance: Tokens whose cosine similarity is above this add no loss.
         checkpointing: Recompute the encoder blocks in the backward pass.
@@ -182,6 +195,13 @@ class Recipe:
     gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
     trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
     gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    normalization: str = config_key(
+        choice(*NORMALIZATIONS), default="global", stages=("teacher", "student"), resume=CHANGE
+    )
+    normalization_levels: int = config_key(
+        integer(1, 8, example=3), default=3, stages=("teacher", "student"), resume=CHANGE
+    )
+    local_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
@@ -331,6 +351,14 @@ class DataConfig(ConfigSection):
     sky: Any = config_key(SKY, stages=FIT_STAGES, resume=ECHO)
     perturb: bool = config_key(flag(), stages=FIT_STAGES, resume=ECHO, repeats_run=True)
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
+    label_weight: str = config_key(
+        choice(*LABEL_WEIGHTS), default="none", stages=("student",), resume=ECHO, repeats_run=True
+    )
+    label_threshold: float = config_key(
+        CONFIDENCE, default=0.5, stages=("student",), resume=ECHO, repeats_run=True
+    )
+    crop_share: float = config_key(SHARE, default=0.0, stages=("student",), resume=ECHO, repeats_run=True)
+    local_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=ECHO)
     repeat: dict[str, int] | None = config_key(REPEAT, stages=FIT_STAGES)
     images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
     replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO, repeats_run=True)
@@ -385,10 +413,37 @@ class RunConfig(ConfigSection):
     sky: Any = config_key(SKY, default=None, stages=("teacher", "student"))
     mix: Any = config_key(SET_NAMES, default=None, stages=("student",))
     cutmix: bool = config_key(flag(), default=False, stages=("student",), resume=CHANGE)
+    label_weight: str = config_key(choice(*LABEL_WEIGHTS), default="none", stages=("student",), resume=CHANGE)
+    label_threshold: float = config_key(CONFIDENCE, default=0.5, stages=("student",), resume=CHANGE)
+    crop_share: float = config_key(SHARE, default=0.0, stages=("student",), resume=CHANGE)
     labels: str | None = config_key(
         OPTIONAL_FOLDER, stages=("student", "metric", "pseudolabel"), resume=START, replay_only=True
     )
-    teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
+    teacher: Any = config_key(TEACHER, stages=("pseudolabel",), resume=START)
+    teacher_rule: str = config_key(
+        choice(*TEACHER_RULES), default="first", stages=("pseudolabel",), resume=START
+    )
+    teacher_shares: Any = config_key(SHARES, default=None, stages=("pseudolabel",), resume=START)
+    agreement_tolerance: float = config_key(
+        real(0, above=True, example=0.5), default=0.5, stages=("pseudolabel",), resume=START
+    )
+    label_confidence: bool = config_key(flag(), default=False, stages=("pseudolabel",), resume=START)
+    label_crops: int = config_key(integer(0, 64, example=2), default=0, stages=("pseudolabel",), resume=START)
+    label_crop_scale: float = config_key(
+        real(0, 1, above=True, example=0.5), default=0.5, stages=("pseudolabel",), resume=START
+    )
+    teacher_quantity: str | None = config_key(
+        choice("disparity", "depth", optional=True), default=None, stages=("pseudolabel",), resume=START
+    )
+    teacher_unit: str | None = config_key(
+        choice("m", "1/m", "relative", optional=True), default=None, stages=("pseudolabel",), resume=START
+    )
+    teacher_licence: str | None = config_key(
+        text("the SPDX name of a license", example="CC-BY-NC-4.0", optional=True),
+        default=None,
+        stages=("pseudolabel",),
+        resume=FREE,
+    )
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
     freeze_encoder: bool = config_key(flag(), default=False, stages=("metric",))
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
@@ -408,3 +463,8 @@ class RunConfig(ConfigSection):
     callbacks: dict[str, Any] = config_key(holds_nodes=True, default=None, resume=CHANGE)
     logger: dict[str, Any] = config_key(holds_nodes=True, default=None, resume=FREE)
     tiny: TinyConfig | None = config_key(section=TinyConfig, default=None, resume=FREE)
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers of stage=pseudolabel as they were typed; one unless `teacher` is a list."""
+        return [str(each) for each in self.teacher] if isinstance(self.teacher, list) else [str(self.teacher)]

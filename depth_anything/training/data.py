@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from depth_anything.data.address import is_remote, join_address
 from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.label_fields import LabelOptions
 from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import JoinedRecords, Records
@@ -55,6 +56,29 @@ def require_meters(images: ShardSet) -> None:
         )
 
 
+def require_label_extras(sources: Sequence[Records | JoinedRecords], options: LabelOptions) -> None:
+    """Check that the labels of at least one set have the optional fields that a student is asked to use.
+
+    Raises:
+        UserError: Naming the label sets, and how to label again.
+    """
+    labels = [source.labels for source in sources if isinstance(source, JoinedRecords)]
+    has = {name for each in labels for name in each.meta["teacher"]}
+    roots = ", ".join(each.root for each in labels) or "(there are none)"
+    again: Sequence[Any] = ["label into another folder with ", PSEUDOLABEL_COMMAND, " labels=FOLDER "]
+    if options.weight != "none" and "confidence" not in has:
+        raise UserError(
+            f"label_weight={options.weight}, but the labels have no confidence: {roots}",
+            [*again, "'teacher=[A,B]' label_confidence=true, or type label_weight=none"],
+        )
+    if (options.local or options.crop_share) and "crops" not in has:
+        key = "recipe.local_weight" if options.local else "crop_share"
+        raise UserError(
+            f"{key} is above 0, but the labels have no crops: {roots}",
+            [*again, f"label_crops=2, or type {key}=0"],
+        )
+
+
 def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collection[str]) -> None:
     """Write the procedural sets that are not complete yet.
 
@@ -90,6 +114,10 @@ class TrainData(pl.LightningDataModule):
         images: Mapping[str, str] | None = None,
         replay: bool | str | Sequence[str] | None = None,
         replay_share: float = 0.1,
+        label_weight: str = "none",
+        label_threshold: float = 0.5,
+        crop_share: float = 0.0,
+        local_weight: float = 0.0,
         repeat: Mapping[str, int] | None = None,
         allow_partial: bool = False,
         min_depth: float | None = None,
@@ -117,6 +145,11 @@ class TrainData(pl.LightningDataModule):
                 `labels`, or sets with their own depth or disparity.
             replay: Sets of `images` to add as disparity in stage=metric: True for all, names, or None.
             replay_share: Share of the replayed sets in all samples, 0 to 1, as close as whole repeats allow.
+            label_weight: "none" ignores the confidence of labels, "weight" adds it to the batches, "mask" makes pixels
+                below `label_threshold` invalid.
+            label_threshold: Smallest confidence of a valid pixel with "mask".
+            crop_share: Share of the samples that see one of the label's crops in place of the whole image.
+            local_weight: Above 0, the label of one crop is added to each sample that sees the whole image.
             repeat: Repeats per pass, by set name.
             allow_partial: Train on the finished shards of an unfinished label set.
             min_depth: Smallest valid depth of stage=metric, meters.
@@ -130,6 +163,7 @@ class TrainData(pl.LightningDataModule):
         self.perturb, self.cutmix = perturb, cutmix
         self.mix_sets = select_sets(mix, labelled or {}, key="mix")
         self.replay_sets, self.replay_share = select_sets(replay, images or {}, key="replay"), replay_share
+        self.label_options = LabelOptions(label_weight, label_threshold, crop_share, local_weight > 0)
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
         self._dataset: StreamDataset | None = None
@@ -158,6 +192,7 @@ class TrainData(pl.LightningDataModule):
                 require_truth(sources[-1], root)
             sources += self._open_extra_sets("mix", self.mix_sets)
             sources += self._open_extra_sets("replay", self.replay_sets)
+            require_label_extras(sources, self.label_options)
             repeat = self.repeat
             if self.replay_sets:
                 sizes = {name: count for source in sources for name, count in source.shards}
@@ -174,6 +209,7 @@ class TrainData(pl.LightningDataModule):
                 repeat=repeat or None,
                 depth_range=self.depth_range,
                 relative=self.replay_sets,
+                label_options=self.label_options,
             )
         return self._dataset
 

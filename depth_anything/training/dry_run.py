@@ -10,12 +10,14 @@ import torch
 from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
+from depth_anything.teachers.open_teacher import is_present, teacher_kind
+from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
-from depth_anything.training.initialization import check_initial_weights, load_teacher
-from depth_anything.training.pseudolabel import ShardData, describe_teacher
+from depth_anything.training.initialization import check_initial_weights, open_run_teacher
+from depth_anything.training.pseudolabel import ShardData, label_data_arguments
 from depth_anything.training.resume import check_resume_checkpoint
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import open_validation_task
@@ -42,6 +44,10 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
         ValueError: As the run would.
     """
     _check_run_dir(config, typed)
+    if config.stage == "pseudolabel" and not _is_one_network(config):
+        print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
+        _print_labeling(config)
+        return
     model = _print_network(config)
     if config.stage == "pseudolabel":
         _print_labeling(config)
@@ -71,11 +77,33 @@ def _print_network(config: RunConfig) -> DepthAnything:
 
 def _print_labeling(config: RunConfig) -> None:
     """Print the teacher and the sets of stage=pseudolabel."""
-    print(f"teacher     {config.teacher}{'' if Path(config.teacher).exists() else NOT_FOUND}")
+    teacher = open_run_teacher(config) if all(map(is_present, config.teachers)) else None
+    for spec in config.teachers:
+        print(f"teacher     {spec}{'' if is_present(spec) else NOT_FOUND}")
+    if len(config.teachers) > 1:
+        kept = config.label_confidence or config.teacher_rule == "confidence"
+        print(f"            rule {config.teacher_rule}{', stored with their agreement' if kept else ''}")
+    if config.label_crops:
+        print(f"            and {config.label_crops} crops of {config.label_crop_scale:g} of the short side")
+    if teacher is not None:
+        _print_facts(teacher.facts)
     print(f"labels      {config.labels}")
-    _check_label_teacher(config)
+    _check_label_teacher(config, teacher)
     _print_sets(config.sources.images)
     print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
+
+
+def _is_one_network(config: RunConfig) -> bool:
+    """Return whether the teacher is one network of this project or of the authors."""
+    return [teacher_kind(spec) for spec in config.teachers] == ["network"]
+
+
+def _print_facts(facts: TeacherFacts) -> None:
+    """Print what a teacher predicts, how that becomes disparity, its license and its fingerprint."""
+    stored = f"stored as {facts.conversion}" if facts.conversion else "stored unchanged"
+    print(f"            {facts.quantity}, {facts.unit}; {stored}")
+    print(f"            license {facts.licence or 'unknown (teacher_licence=NAME states it)'}")
+    print(f"            {facts.fingerprint[:23]}")
 
 
 def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
@@ -206,7 +234,7 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
         print(f"validation  {redact_secrets(str(where))}{'' if is_remote(str(where)) else NOT_FOUND}")
 
 
-def _check_label_teacher(config: RunConfig) -> None:
+def _check_label_teacher(config: RunConfig, teacher: Teacher | None = None) -> None:
     """Check that existing labels are from the same teacher, if the teacher exists too."""
     labeled = {
         name: root
@@ -215,14 +243,13 @@ def _check_label_teacher(config: RunConfig) -> None:
         and (Path(root) / "manifest.json").is_file()
         and (Path(str(config.labels)) / name).is_dir()
     }
-    if not labeled or not Path(config.teacher).exists():
+    if not labeled or (teacher is None and not all(map(is_present, config.teachers))):
         return
-    teacher = load_teacher(config)
+    teacher = teacher or open_run_teacher(config)
     arguments = {
         key: value for key, value in config.data.as_dict().items() if key not in ("_target_", "sets")
     }
-    teacher_info = describe_teacher(teacher, config.teacher)
-    ShardData(**arguments, sets=labeled, patch=teacher.multiple, teacher=teacher_info)
+    ShardData(**arguments, sets=labeled, **label_data_arguments(teacher, config))
 
 
 def _describe_loss(config: RunConfig) -> str:
@@ -240,7 +267,12 @@ def _describe_invariant_losses(recipe: RecipeConfig) -> str:
     terms = [f"ssi {recipe.ssi_weight:g}", f"gm {recipe.gm_weight:g}"]
     if recipe.alignment_weight:
         terms.append(f"features {recipe.alignment_weight:g} (tolerance {recipe.alignment_tolerance:g})")
-    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored"
+    if recipe.local_weight:
+        terms.append(f"local {recipe.local_weight:g}")
+    other = "" if recipe.normalization == "global" else f"; {recipe.normalization} normalization"
+    if recipe.normalization in ("hybrid", "local"):
+        other += f", {recipe.normalization_levels} levels"
+    return f"{' : '.join(terms)}; largest {recipe.trim:.0%} of residuals ignored{other}"
 
 
 def _print_sets(sets: Mapping[str, str], *, what: str = "set") -> None:

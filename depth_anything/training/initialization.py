@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
-from depth_anything.licenses import combine_licenses
+from depth_anything.licenses import check_license, combine_licenses
 from depth_anything.model.card import build_card, write_card
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
@@ -26,6 +27,17 @@ from depth_anything.model.weights import (
     read_head_name,
     read_license,
 )
+from depth_anything.teachers.crop_teacher import CropTeacher
+from depth_anything.teachers.ensemble_teacher import EnsembleTeacher
+from depth_anything.teachers.network_teacher import NetworkTeacher, network_facts
+from depth_anything.teachers.open_teacher import (
+    PREFIXES,
+    check_no_kind,
+    is_hub_name,
+    open_teacher,
+    teacher_kind,
+)
+from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
@@ -210,7 +222,11 @@ def _set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
         "set": source.name,
         "records": source.labels.records,
         "licence": source.images.meta.get("licence"),
-        "teacher": {"file": _short_path(teacher.get("file", "a model")), "licence": teacher.get("licence")},
+        "teacher": {
+            "file": _short_teacher_name(teacher.get("file", "a model")),
+            "licence": teacher.get("licence"),
+            "fingerprint": teacher["fingerprint"],
+        },
     }
 
 
@@ -255,6 +271,22 @@ def _short_path(path: str | Path) -> str:
     return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
 
 
+def _short_teacher_name(spec: str) -> str:
+    """Return a teacher as it was typed, without the folders of its path.
+
+    >>> [_short_teacher_name(text) for text in ("folder:/home/me/maps", "transformers:apple/DepthPro-hf", "a/b.pth")]
+    ['folder:maps', 'transformers:apple/DepthPro-hf', 'b.pth']
+    >>> _short_teacher_name("[runs/big.pth,folder:/home/me/maps]")
+    '[big.pth,folder:maps]'
+    """
+    if spec.startswith("[") and spec.endswith("]"):
+        return f"[{','.join(map(_short_teacher_name, spec[1:-1].split(',')))}]"
+    kind, (prefix, _, name) = teacher_kind(spec), spec.partition(":")
+    if kind == "function" or (kind == "transformers" and is_hub_name(name) and not Path(name).exists()):
+        return spec
+    return f"{prefix}:{Path(name).name}" if kind in PREFIXES else _short_path(spec)
+
+
 def image_size_multiple(encoder: str) -> int:
     """Return the number of pixels that image sides must be multiples of, without allocating weights."""
     with torch.device("meta"):
@@ -276,8 +308,56 @@ def build_frozen_encoder(config: RunConfig) -> DepthAnything | None:
     return frozen
 
 
-def load_teacher(config: RunConfig) -> DepthAnything:
-    """Load the network that labels.
+def open_run_teacher(config: RunConfig) -> Teacher:
+    """Open the teacher of stage=pseudolabel, of any kind, or several as one; with `label_crops` it labels crops, too.
+
+    Raises:
+        UserError: If there is no such teacher, or it cannot be used.
+    """
+    specs = config.teachers
+    if len(specs) == 1:
+        teacher = _open_one_teacher(replace(config, teacher=specs[0]))
+    else:
+        teacher = EnsembleTeacher(
+            [_open_member(config, spec) for spec in specs],
+            rule=config.teacher_rule,
+            shares=config.teacher_shares,
+            confidence=config.label_confidence,
+            tolerance=config.agreement_tolerance,
+        )
+    if not config.label_crops:
+        return teacher
+    return CropTeacher(
+        teacher, count=config.label_crops, scale=config.label_crop_scale, image_size=config.image_size
+    )
+
+
+def _open_member(config: RunConfig, spec: str) -> Teacher:
+    """Open one of several teachers; a quantity and unit are for those whose files do not say them."""
+    plain = (
+        {}
+        if teacher_kind(spec) in ("folder", "function")
+        else {"teacher_quantity": None, "teacher_unit": None}
+    )
+    return _open_one_teacher(replace(config, teacher=spec, **plain), any_encoder=True)
+
+
+def _open_one_teacher(config: RunConfig, *, any_encoder: bool = False) -> Teacher:
+    typed = {"quantity": config.teacher_quantity, "unit": config.teacher_unit}
+    if teacher_kind(config.teacher) != "network":
+        multiple = image_size_multiple(config.encoder)
+        licence = config.teacher_licence
+        return open_teacher(config.teacher, multiple=multiple, licence=licence, **typed)
+    check_no_kind(config.teacher, **typed)
+    licence = None if config.teacher_licence is None else check_license(config.teacher_licence)
+    network = load_teacher(config, any_encoder=any_encoder)
+    return NetworkTeacher(network, network_facts(network, config.teacher, licence=licence))
+
+
+def load_teacher(config: RunConfig, *, any_encoder: bool = False) -> DepthAnything:
+    """Load the network that labels, from a file of this project or of the authors.
+
+    With `any_encoder` its encoder is that of the file, in place of the config's.
 
     Raises:
         UserError: If the file that `teacher` names does not exist or cannot be read.
@@ -288,7 +368,8 @@ def load_teacher(config: RunConfig) -> DepthAnything:
             f"there is no teacher at {path}",
             f"run `python train.py stage=teacher size={config.size}` first, or type teacher=FILE",
         )
-    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
+    encoder = None if any_encoder else config.encoder
+    teacher = _load_model_for_run(path, encoder=encoder, head=build_head(config))
     size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
@@ -299,7 +380,7 @@ def load_teacher(config: RunConfig) -> DepthAnything:
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
+def _load_model_for_run(path: Path, *, encoder: str | None, head: HeadBuilder | None) -> DepthAnything:
     """Load a model; errors and warnings name config keys and commands in place of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"

@@ -1,7 +1,7 @@
 """stage=pseudolabel: the teacher labels every photograph exactly once, at full frame (docs/contracts.md, labels).
 
-Labels are disparity for every kind of teacher: `convert_to_disparity` is the only conversion, and `describe_teacher`
-records it. The unit of work is a shard of images. Each process takes the next shard that has no labels and no lease,
+Labels are disparity for every kind of teacher (depth_anything/teachers/), which records how it came about. The unit of
+work is a shard of images. Each process takes the next shard that has no labels and no lease,
 labels it in memory and publishes the complete label shard by rename, so any number of processes may start, die and
 start again. Batches are formed inside one shard, by shape, in a fixed order: a shard labeled twice has the same bytes,
 and a lease only saves work.
@@ -9,7 +9,6 @@ and a lease only saves work.
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,137 +22,28 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from depth_anything.data.codec import encode
+from depth_anything.data.codec import CONFIDENCE_CODEC, encode
 from depth_anything.data.dataset import next_or_failure, return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
 from depth_anything.data.loader import StreamLoader
 from depth_anything.data.reader import Records
-from depth_anything.data.sample import decode_record
+from depth_anything.data.sample import Frame, decode_record
 from depth_anything.data.shards import open_set
-from depth_anything.data.transforms import normalize, resize_image
-from depth_anything.disk import write_new
+from depth_anything.data.transforms import resize_image
 from depth_anything.errors import SAME_COMMAND, UserError
-from depth_anything.geometry import depth_to_disparity
-from depth_anything.inference.predictor import FARTHEST_M
-from depth_anything.locks import FileWatch
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.weights import fingerprint
 from depth_anything.preprocess import resize_shape
 from depth_anything.progress import ProgressLine
+from depth_anything.teachers.network_teacher import PREPROCESSING_TEXT, NetworkTeacher
+from depth_anything.teachers.teacher import Photographs, Teacher
+from depth_anything.training.config import RunConfig
+from depth_anything.training.lease import Lease
 from depth_anything.training.signals import signal_handler
 
-PREPROCESSING_TEXT = (
-    "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
-)
-LEASE_STALE_S = 120.0
 NON_FINITE_REASON = "the network gives no numbers (NaN or infinity)"
 MAX_REPORTED_IMAGES = 20  # images without a label that are printed; NAME.json lists all of them
 MAX_WAITING_BATCHES = 16  # batches' worth of images that may wait for others of their shape
-MIN_DEPTH_SHARE = 1e-3
-"""Share of a metric teacher's max_depth: nearer depths are set to it. Labels keep 12 bits between the extremes of a
-map, and the inverse of a pixel at zero would use them all."""
-
-
-def convert_to_disparity(teacher: DepthAnything, output: torch.Tensor) -> torch.Tensor:
-    """Convert the output of a teacher's `forward` into disparity, larger is nearer, as labels hold it.
-
-    Args:
-        teacher: Relative: its output is disparity already. Metric: its output in meters is inverted. Calibrated: with
-            scale and shift its output is disparity in 1/meters, at least that of `FARTHEST_M`.
-        output: Any shape, as `forward` returns it.
-
-    Returns:
-        float32, same shape; in 1/meters where the teacher knows meters. NaN stays NaN.
-    """
-    output = output.float()
-    if teacher.max_depth is not None:
-        return depth_to_disparity(output, nearest=MIN_DEPTH_SHARE * teacher.max_depth)
-    if teacher.calibration is not None:
-        scale, shift = teacher.calibration
-        return (output * scale + shift).clamp(min=1 / FARTHEST_M)
-    return output
-
-
-def describe_teacher(teacher: DepthAnything, file: str) -> dict[str, Any]:
-    """Build the record of the teacher that a label set keeps; labels of two teachers are not mixed.
-
-    Two records describe the same teacher if all fields but "file" and "licence" are equal.
-
-    Returns:
-        "fingerprint" of the weights, "file", "licence"; "quantity" and "unit" of the teacher's prediction, "depth" in
-        "m" for metric and calibrated teachers; "conversion" to the labels' disparity, None if there was none.
-    """
-    conversion = None
-    if teacher.max_depth is not None:
-        nearest = MIN_DEPTH_SHARE * teacher.max_depth
-        conversion = f"1 / depth, depth from {nearest:g} to {teacher.max_depth:g} m"
-    elif teacher.calibration is not None:
-        scale, shift = teacher.calibration
-        conversion = f"{scale!r} * output + {shift!r}, at least 1/{FARTHEST_M:g} m"
-    return {
-        "fingerprint": fingerprint(teacher),
-        "file": file,
-        "licence": teacher.licence,
-        "quantity": teacher.quantity if teacher.calibration is None else "depth",
-        "unit": teacher.unit if teacher.calibration is None else "m",
-        "conversion": conversion,
-    }
-
-
-class Lease:
-    """A file in the label folder that names the process labeling a shard; it expires when that process dies."""
-
-    _watch = FileWatch()  # of all lease files that this process has seen
-
-    def __init__(self, path: Path, *, pid: int) -> None:
-        """Name the file; the lease expires when the process `pid` of this host dies."""
-        self.path, self.pid = path, pid
-
-    @classmethod
-    def for_shard(cls, labels: LabelSetWriter, shard: str, *, pid: int) -> "Lease":
-        """Return the lease of a label shard."""
-        return cls(Path(labels.root) / f".{shard}.lease", pid=pid)
-
-    def acquire(self) -> bool:
-        """Take the lease and return True, unless a living process holds it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if write_new(self.path, self._content().encode()):
-            return True
-        if not self._is_expired():
-            return False
-        self.path.unlink(missing_ok=True)
-        return write_new(self.path, self._content().encode())
-
-    def renew(self) -> None:
-        """Update the modification time, which shows that the holder is alive."""
-        if self._is_mine():
-            os.utime(self.path)
-
-    def release(self) -> None:
-        """Remove the file, unless another process has taken the lease over."""
-        if self._is_mine():
-            self.path.unlink(missing_ok=True)
-
-    def _content(self) -> str:
-        return json.dumps({"host": socket.gethostname(), "pid": self.pid})
-
-    def _is_mine(self) -> bool:
-        try:
-            return self.path.read_text() == self._content()
-        except FileNotFoundError:
-            return False
-
-    def _is_expired(self) -> bool:
-        try:
-            holder = json.loads(self.path.read_text())
-            host, pid = str(holder["host"]), int(holder["pid"])
-        except FileNotFoundError:
-            return True
-        except (ValueError, KeyError, TypeError):
-            host, pid = "", 0
-        # On this host the process can be looked up, but its number may belong to another process by now.
-        timeout_s = LEASE_STALE_S if host != socket.gethostname() else 10 * LEASE_STALE_S
-        return self._watch.is_dead(self.path, host=host, pid=pid, timeout_s=timeout_s)
+MAX_WAITING_BYTES = 512 << 20  # the same for photographs that are not resized
 
 
 @dataclass
@@ -170,6 +60,9 @@ class ImageBatch:
         indices: Record numbers of the images.
         image: (B,H,W,3) uint8.
         failed: Record number and reason of each record that failed.
+        size: Height and width of the labels.
+        keys: Keys of the images.
+        metas: Metadata of the images, as JSON: Lightning visits every item of a mapping.
     """
 
     set: str
@@ -178,6 +71,13 @@ class ImageBatch:
     indices: list[int]
     image: torch.Tensor
     failed: list[tuple[int, str]] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
+    keys: list[str] = field(default_factory=list)
+    metas: str = "[]"
+
+    def photographs(self) -> Photographs:
+        """Return the images as a teacher takes them."""
+        return Photographs(self.image, self.size, self.keys, json.loads(self.metas))
 
     def pin_memory(self) -> "ImageBatch":
         """Copy the pixels to pinned memory, from which the GPU copies them while it computes."""
@@ -185,10 +85,21 @@ class ImageBatch:
         return self
 
     @classmethod
-    def stack(cls, set: str, shard: str, records: int, images: list[tuple[int, np.ndarray]]) -> "ImageBatch":
-        """Stack images of one shape."""
-        pixels = torch.from_numpy(np.stack([image for _, image in images]))
-        return cls(set, shard, records, [index for index, _ in images], pixels)
+    def stack(
+        cls, set: str, shard: str, records: int, images: list[tuple[int, Frame]], size: tuple[int, int]
+    ) -> "ImageBatch":
+        """Stack images of one shape; `images` has record numbers and frames, `size` is that of the labels."""
+        frames = [frame for _, frame in images]
+        return cls(
+            set,
+            shard,
+            records,
+            [index for index, _ in images],
+            torch.from_numpy(np.stack([frame.image for frame in frames])),
+            size=size,
+            keys=[frame.key for frame in frames],
+            metas=json.dumps([frame.meta for frame in frames]),
+        )
 
 
 class ShardBatches(IterableDataset):
@@ -203,6 +114,7 @@ class ShardBatches(IterableDataset):
         batch_size: int,
         rank: int,
         world: int,
+        resized: bool = True,
     ) -> None:
         """Describe the work.
 
@@ -213,10 +125,12 @@ class ShardBatches(IterableDataset):
             batch_size: Images of one shape at once.
             rank: This process, of `world`; each begins at a different shard.
             world: Number of processes of this job.
+            resized: Yield images at the size of the labels; else as they are stored.
         """
         self.labels = dict(labels)
         self.image_size, self.patch, self.batch_size = image_size, patch, batch_size
         self.rank, self.world, self.pid = rank, world, os.getpid()
+        self.resized = resized
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches until every shard of every set is labeled, by this process or another."""
@@ -254,8 +168,13 @@ class ShardBatches(IterableDataset):
         """
         records = Records(self.labels[name].images)
         count = dict(records.shards)[f"{name}/{shard}"]
-        waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        waiting: dict[tuple[int, ...], list[tuple[int, Frame]]] = {}
         failed: list[tuple[int, str]] = []
+
+        def take(shape: tuple[int, ...]) -> ImageBatch:
+            size = resize_shape(*shape, self.image_size, self.patch) if not self.resized else shape
+            return ImageBatch.stack(name, shard, count, waiting.pop(shape), (size[0], size[1]))
+
         for index in range(count):
             try:
                 frame = decode_record(*records.read(f"{name}/{shard}", index))
@@ -263,17 +182,26 @@ class ShardBatches(IterableDataset):
                 failed.append((index, str(error)))
                 continue
             height, width = frame.image.shape[:2]
-            height, width = resize_shape(height, width, self.image_size, self.patch)
+            if self.resized:
+                height, width = resize_shape(height, width, self.image_size, self.patch)
+                frame.image = resize_image(frame.image, height, width)
             same_shape = waiting.setdefault((height, width), [])
-            same_shape.append((index, resize_image(frame.image, height, width)))
+            same_shape.append((index, Frame(frame.key, frame.image, frame.meta)))
             if len(same_shape) == self.batch_size:
-                yield ImageBatch.stack(name, shard, count, waiting.pop((height, width)))
-            elif sum(map(len, waiting.values())) > MAX_WAITING_BATCHES * self.batch_size:
-                largest = max(waiting, key=lambda shape: len(waiting[shape]))
-                yield ImageBatch.stack(name, shard, count, waiting.pop(largest))
-        for same_shape in waiting.values():
-            yield ImageBatch.stack(name, shard, count, same_shape)
+                yield take((height, width))
+            elif self._waits_too_long(waiting):
+                yield take(max(waiting, key=lambda shape: len(waiting[shape])))
+        for shape in list(waiting):
+            yield take(shape)
         yield ImageBatch(name, shard, count, [], torch.empty(0, dtype=torch.uint8), failed)
+
+    def _waits_too_long(self, waiting: Mapping[tuple[int, ...], Sequence[tuple[int, Frame]]]) -> bool:
+        """Return whether so many images wait for others of their shape that a smaller batch is better."""
+        if sum(map(len, waiting.values())) > MAX_WAITING_BATCHES * self.batch_size:
+            return True
+        if self.resized:
+            return False
+        return sum(3 * h * w * len(images) for (h, w), images in waiting.items()) > MAX_WAITING_BYTES
 
 
 class ShardData(pl.LightningDataModule):
@@ -291,6 +219,8 @@ class ShardData(pl.LightningDataModule):
         precision: str,
         teacher: Mapping[str, Any],
         codec: str,
+        preprocessing: str | None = None,
+        resized: bool = True,
     ) -> None:
         """Open the image sets and their label sets.
 
@@ -302,14 +232,17 @@ class ShardData(pl.LightningDataModule):
             workers: Loader processes a device; each reads a shard of its own.
             patch: The teacher's patch, pixels.
             precision: The trainer's; labels of two precisions are not mixed.
-            teacher: The teacher's record for the label sets, as `describe_teacher` builds it.
+            teacher: The teacher's record for the label sets, as `Teacher.describe` returns it.
             codec: Codec of the labels.
+            preprocessing: `Teacher.preprocessing`; None for a network of this project.
+            resized: Whether the teacher takes images at the size of the labels.
 
         Raises:
             ValueError: If a set is missing or damaged, or its labels are another teacher's.
         """
         super().__init__()
-        preprocessing = PREPROCESSING_TEXT.format(size=image_size, patch=patch, precision=precision)
+        if preprocessing is None:
+            preprocessing = PREPROCESSING_TEXT.format(size=image_size, patch=patch, precision=precision)
         self.labels = {
             name: LabelSetWriter(
                 os.path.join(labels, name),
@@ -321,7 +254,7 @@ class ShardData(pl.LightningDataModule):
             for name, root in sets.items()
         }
         self.batch_size, self.image_size, self.workers, self.patch = batch_size, image_size, workers, patch
-        self.codec, self.precision = codec, precision
+        self.codec, self.precision, self.resized = codec, precision, resized
 
     def finished(self) -> bool:
         """Return whether every image of every set has its label; write the manifests that are still missing."""
@@ -355,6 +288,7 @@ class ShardData(pl.LightningDataModule):
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            resized=self.resized,
         )
         return StreamLoader(
             batches,
@@ -365,6 +299,10 @@ class ShardData(pl.LightningDataModule):
             collate_fn=return_batch,
         )
 
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, index: int) -> ImageBatch:
+        """Copy images to the device, unless they are photographs, which the teacher prepares on the CPU."""
+        return super().transfer_batch_to_device(batch, device, index) if self.resized else batch
+
     def release_leases(self) -> None:
         """Release the leases of shards that this process has not finished."""
         for labels in self.labels.values():
@@ -372,18 +310,30 @@ class ShardData(pl.LightningDataModule):
                 Lease(path, pid=os.getpid()).release()
 
 
+def label_data_arguments(teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of `ShardData` that depend on the teacher."""
+    arguments: dict[str, Any] = {"patch": teacher.multiple, "teacher": teacher.describe()}
+    if not isinstance(teacher, NetworkTeacher):
+        text = teacher.preprocessing(image_size=config.image_size, precision=config.data.precision)
+        arguments |= {"preprocessing": text, "resized": teacher.resized}
+    return arguments
+
+
 class PseudoLabel(pl.LightningModule):
     """Run the teacher, gather the labels of each shard in memory, and publish each shard as a whole."""
 
-    def __init__(self, model: DepthAnything, data: ShardData) -> None:
+    def __init__(self, model: DepthAnything | Teacher, data: ShardData) -> None:
         """Store the teacher and the sets that it labels."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self._data = (data,)  # in a tuple, which hides it from Lightning
-        self._encoded: dict[tuple[str, str], dict[int, Future[bytes]]] = {}
+        teacher = model if isinstance(model, Teacher) else NetworkTeacher(model)
+        self._teacher = (teacher,)  # in a tuple, which hides it from Lightning
+        self._data = (data,)
+        self._encoded: dict[tuple[str, str], dict[int, dict[str, Future[bytes] | bytes]]] = {}
+        self._without_map: dict[tuple[str, str], list[tuple[int, str]]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="encode")  # zstandard releases the GIL
         self._bar: ProgressLine | None = None
-        self._read = self._failed = self._non_finite = 0
+        self._read = self._failed = self._non_finite = self._missing = 0
 
     def on_predict_start(self) -> None:
         """Open a progress bar over the images that had no label when this process started."""
@@ -404,39 +354,66 @@ class PseudoLabel(pl.LightningModule):
             return 0
         labels = self._data[0].labels[batch.set]
         lease = Lease.for_shard(labels, batch.shard, pid=os.getpid())
-        encoded = self._encoded.setdefault((batch.set, batch.shard), {})
+        shard = (batch.set, batch.shard)
+        encoded = self._encoded.setdefault(shard, {})
+        without_map = self._without_map.setdefault(shard, [])
         if batch.indices:
-            output = self.model(normalize(batch.image).to(next(self.model.parameters()).dtype))
-            disparity = convert_to_disparity(self.model, output)
-            # The output is checked, too: the disparity of an infinite depth is 0.
-            finite = (output.isfinite() & disparity.isfinite()).flatten(1).all(1).tolist()
-            for index, values, is_finite in zip(batch.indices, disparity.cpu().numpy(), finite, strict=True):
-                if is_finite:
-                    encoded[index] = self._pool.submit(encode, values, codec=labels.codec)
+            maps = self._teacher[0].predict(batch.photographs())
+            finite = maps.disparity.isfinite().flatten(1).all(1).tolist()
+            fields = {"disparity": maps.disparity, **maps.extra}
+            values = {name: tensor.float().cpu().numpy() for name, tensor in fields.items()}
+            for position, index in enumerate(batch.indices):
+                if position in maps.failed:
+                    without_map.append((index, maps.failed[position]))
+                elif finite[position]:
+                    encoded[index] = self._encode(values, position, labels.codec)
+                    encoded[index] |= maps.fields[position] if maps.fields else {}
             lease.renew()
         else:
-            del self._encoded[batch.set, batch.shard]
-            accounted = {index for index, _ in batch.failed}.union(encoded)
+            del self._encoded[shard], self._without_map[shard]
+            accounted = {index for index, _ in [*batch.failed, *without_map]}.union(encoded)
             non_finite = [(i, NON_FINITE_REASON) for i in range(batch.records) if i not in accounted]
-            self._check_failures(batch, non_finite, labels.keys(batch.shard))
-            published = {index: label.result() for index, label in encoded.items()}
-            labels.publish(batch.shard, published, batch.failed + non_finite)
+            self._check_failures(batch, non_finite, labels.keys(batch.shard), without_map)
+            published = {
+                index: {
+                    name: data if isinstance(data, bytes) else data.result() for name, data in fields.items()
+                }
+                for index, fields in encoded.items()
+            }
+            labels.publish(batch.shard, published, [*batch.failed, *without_map, *non_finite])
             lease.release()
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)
 
+    def _encode(
+        self, maps: Mapping[str, np.ndarray], position: int, codec: str
+    ) -> dict[str, Future[bytes] | bytes]:
+        """Start to encode the maps of an image; return its fields."""
+        codecs = {name: CONFIDENCE_CODEC if name.endswith("confidence") else codec for name in maps}
+        return {
+            f"{name}.{codecs[name]}": self._pool.submit(encode, values[position], codec=codecs[name])
+            for name, values in maps.items()
+        }
+
     def _check_failures(
-        self, batch: ImageBatch, non_finite: list[tuple[int, str]], keys: Sequence[str]
+        self,
+        batch: ImageBatch,
+        non_finite: list[tuple[int, str]],
+        keys: Sequence[str],
+        without_map: Sequence[tuple[int, str]] = (),
     ) -> None:
         """Print the images without a label; stop before the shard is published if they are too many.
 
         Raises:
-            ValueError: If a whole shard, or over 1 % of at least 1000 images, cannot be read; or if the network gives
-                NaN or infinity for over half of a shard, or over 1 % of at least 1000 images.
+            ValueError: If a whole shard, or over 1 % of at least 1000 images, cannot be read, or has no map of a folder
+                or function; or if the network gives NaN or infinity for over half of a shard, or over 1 % of at least
+                1000 images.
         """
-        skipped = [*batch.failed, *non_finite]
-        for index, reason in skipped[: max(0, MAX_REPORTED_IMAGES - self._failed - self._non_finite)]:
+        skipped = [*batch.failed, *without_map, *non_finite]
+        for index, reason in skipped[
+            : max(0, MAX_REPORTED_IMAGES - self._failed - self._non_finite - self._missing)
+        ]:
             print(f"no label for {keys[index]!r} of {batch.set}/{batch.shard}: {reason}", file=sys.stderr)
         self._read += batch.records
         self._failed += len(batch.failed)
@@ -449,6 +426,13 @@ class PseudoLabel(pl.LightningModule):
                 ["check the set with `depth-anything verify` and ", SAME_COMMAND],
             )
         decoded = batch.records - len(batch.failed)
+        self._missing += len(without_map)
+        if without_map and (len(without_map) == decoded or (many_read and self._missing > 0.01 * self._read)):
+            raise UserError(
+                f"the teacher has no map for {self._missing} of {self._read} images, the last of "
+                f"{batch.set}/{batch.shard} ({without_map[-1][1]})",
+                ["correct the teacher and ", SAME_COMMAND],
+            )
         if 2 * len(non_finite) > decoded or (
             many_read and non_finite and self._non_finite > 0.01 * self._read
         ):

@@ -14,7 +14,7 @@ from depth_anything.training.config import RunConfig
 from depth_anything.training.data import write_missing_scenes
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.optimizer import optimizer_factory
-from depth_anything.training.pseudolabel import describe_teacher
+from depth_anything.training.pseudolabel import label_data_arguments
 from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import typed_keys
 from depth_anything.training.run_dir import RunDir
@@ -89,11 +89,12 @@ def predict(config: RunConfig) -> None:
     folder = RunDir(config.run_dir)
     folder.claim(config, exclusive=False)
     write_missing_scenes(config.sources.scenes, list(config.data.sets.values()))
-    teacher = initialization.load_teacher(config)
-    teacher_info = describe_teacher(teacher, config.teacher)
-    data = instantiate(config.data.as_dict(), patch=teacher.multiple, teacher=teacher_info, _convert_="all")
+    teacher = initialization.open_run_teacher(config)
+    data = instantiate(config.data.as_dict(), **label_data_arguments(teacher, config), _convert_="all")
     trainer = build_trainer(config, [])
     if trainer.world_size > 1 or not data.finished():  # several ranks must all enter the loop
-        lightning.run_predict(trainer, instantiate(config.module.as_dict(), teacher, data), data)
+        lightning.run_predict(
+            trainer, instantiate(config.module.as_dict(), teacher.module_argument(), data), data
+        )
     if trainer.is_global_zero:
         print(data.summary())

@@ -17,7 +17,7 @@ class Student(DepthModule):
     """
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute ssi, gradient matching and feature alignment, and their weighted sum as "loss"."""
+        """Compute ssi, gradient matching, local and feature alignment, and their weighted sum as "loss"."""
         r = self.recipe
         if r.alignment_weight == 0:
             return super().losses(batch)
@@ -28,7 +28,5 @@ class Student(DepthModule):
             wanted = self._frozen[0].features(given["clean"])
         with torch.autocast(prediction.device.type, enabled=False):
             parts["alignment"] = feature_alignment_loss(features, wanted, tolerance=r.alignment_tolerance)
-        loss = (
-            r.ssi_weight * parts["ssi"] + r.gm_weight * parts["gm"] + r.alignment_weight * parts["alignment"]
-        )
+        loss = self.weighted_sum(parts) + r.alignment_weight * parts["alignment"]
         return {"loss": loss, **parts}

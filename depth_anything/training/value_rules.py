@@ -122,6 +122,22 @@ def _is_repeat(value: Any) -> bool:
     return value is None
 
 
+def _is_teacher(value: Any) -> bool:
+    one = text("a file", example="FILE").accepts
+    return bool(value) and all(map(one, value)) if isinstance(value, list) else one(value)
+
+
+def _is_shares(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(map(real(0, example=1).accepts, value))
+        and sum(value) > 0
+    )
+
+
 def _is_devices(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and len(set(value)) == len(value) and all(type(n) is int and n >= 0 for n in value)
@@ -139,12 +155,16 @@ LEARNING_RATE = real(0, 1, example=5e-5)
 LOSS_WEIGHT = real(0, example=1.0)
 FRACTION = real(0, 1, below=True, example=0.1)
 OPEN_FRACTION = real(0, 1, above=True, below=True, example=0.1)
+SHARE = real(0, 1, example=0.5)
+CONFIDENCE = real(0, 1, example=0.5)
 SEED = integer(0, 2**64 - 1, example=0)
 BETAS = ValueRule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
 SET_NAMES = ValueRule(_is_set_names, "true, null, or names of sets", True)
 KEY_NAMES = ValueRule(_is_key_names, "the names of keys, as [recipe.head_lr,steps]", ["recipe.head_lr"])
 SKY = ValueRule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")
 REPEAT = ValueRule(_is_repeat, "null or {SET: a whole number above 0}", None)
+TEACHER = ValueRule(_is_teacher, "a file, or several as [A,B]", "FILE")
+SHARES = ValueRule(_is_shares, "null or a number from 0 up for each teacher, as [7,3]", [7, 3])
 DEVICES = ValueRule(_is_devices, "auto, -1 for all, a whole number above 0, or a list of device numbers", 1)
 PRECISION = ValueRule(lambda value: type(value) in (str, int), "a precision of Lightning", "auto")
 STRATEGY = ValueRule(

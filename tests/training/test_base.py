@@ -128,9 +128,52 @@ def test_cutmix_compares_parts_separately_and_weights_them_by_area() -> None:
     torch.testing.assert_close(got, expected / len(boxes), rtol=1e-4, atol=1e-5)
 
 
+def label_maps(size: int = 4) -> dict[str, torch.Tensor]:
+    """Make the optional fields of labels: a confidence, and the label of a box with a confidence of its own."""
+    generator = torch.Generator().manual_seed(9)
+    box = torch.zeros(size, SIDE, SIDE, dtype=torch.bool)
+    box[:, 3:19, 5:21] = True
+    confidence, local, local_confidence = torch.rand(3, size, SIDE, SIDE, generator=generator)
+    return {
+        "confidence": confidence,
+        "local": torch.where(box, local, 0),
+        "local_valid": box,
+        "local_confidence": local_confidence,
+    }
+
+
+def test_confidence_and_local_labels_enter_the_loss() -> None:
+    given, model = batch(**label_maps()), network()
+    numbers = recipe(trim=0.1, local_weight=0.5, normalization="hybrid", normalization_levels=2)
+    parts = DepthModule(model, numbers).losses(given)
+    prediction = model(normalize(given["image"]))
+    options = {"trim": 0.1, "normalization": "hybrid", "levels": 2}
+    ssi = scale_shift_invariant_loss(
+        prediction, given["target"], given["valid"], pixel_weight=given["confidence"], **options
+    )
+    gm = gradient_matching_loss(prediction, given["target"], given["valid"], pixel_weight=given["confidence"])
+    local = scale_shift_invariant_loss(
+        prediction, given["local"], given["local_valid"], pixel_weight=given["local_confidence"], **options
+    )
+    torch.testing.assert_close(parts["loss"], ssi + 2 * gm + 0.5 * local)
+    assert (parts["ssi"], parts["gm"], parts["local"]) == (ssi, gm, local)
+
+
+def test_cutmix_mixes_the_optional_fields_like_the_label() -> None:
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(4, 1)  # each image is replaced by the one before it
+    given, model = batch(**label_maps()), network()
+    module = DepthModule(model, recipe(local_weight=1.0))
+    rolled = {name: values.roll(1, 0) for name, values in given.items()}
+    mixed, expected = module.losses({**given, "box": box}), module.losses(rolled)
+    for name in ("ssi", "gm", "local"):
+        torch.testing.assert_close(mixed[name], expected[name])
+
+
 def test_cutmix_without_boxes_changes_nothing() -> None:
     module = DepthModule(network(), recipe())
-    plain, mixed = module.losses(batch()), module.losses(batch(box=torch.zeros(4, 4)))
+    module.recipe = recipe(local_weight=0.5)
+    more = label_maps()
+    plain, mixed = module.losses(batch(**more)), module.losses(batch(**more, box=torch.zeros(4, 4)))
     for name in plain:
         torch.testing.assert_close(plain[name], mixed[name])
 

@@ -172,6 +172,14 @@ NEW_KEYS = (
     "sources.metric.",
     "sources.max_depth",
     "sources.steps",
+    *(
+        f"{prefix}{name}"
+        for name in ("label_weight", "label_threshold", "crop_share")
+        for prefix in ("", "data.")
+    ),
+    "data.local_weight",
+    *(f"{prefix}recipe.{name}" for name in ("normalization", "local_weight") for prefix in ("", "module.")),
+    "teacher_",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {

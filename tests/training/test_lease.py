@@ -11,7 +11,7 @@ import pytest
 
 from depth_anything import locks
 from depth_anything.locks import FileWatch
-from depth_anything.training.pseudolabel import LEASE_STALE_S, Lease
+from depth_anything.training.lease import LEASE_STALE_S, Lease
 
 
 @pytest.fixture

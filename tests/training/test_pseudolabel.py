@@ -24,6 +24,7 @@ from depth_anything.data.shards import verify_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, write_shard
 from depth_anything.model.metadata import build_metadata
 from depth_anything.progress import ProgressLine
+from depth_anything.teachers.network_teacher import convert_to_disparity, describe_teacher
 from depth_anything.training import dry_run, pseudolabel
 from depth_anything.training.initialization import add_provenance, load_teacher
 from depth_anything.training.pseudolabel import (
@@ -32,8 +33,6 @@ from depth_anything.training.pseudolabel import (
     PseudoLabel,
     ShardBatches,
     ShardData,
-    convert_to_disparity,
-    describe_teacher,
 )
 
 SIZE = 28

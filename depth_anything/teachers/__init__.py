@@ -1,0 +1,1 @@
+"""Teachers that label photographs: networks of this project, transformers models, ONNX files, functions and folders."""
