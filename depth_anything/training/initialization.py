@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
-from depth_anything.model.card import build_card, write_card
+from depth_anything.model.card import build_card, build_encoder_card, write_card
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder, save_encoder
 from depth_anything.model.official_weights import name_hints
 from depth_anything.model.weights import (
     fingerprint,
@@ -25,14 +26,42 @@ from depth_anything.model.weights import (
     load_model,
     read_head_name,
     read_license,
+    save_model,
 )
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
+Network = TypeVar("Network", bound=DepthAnything | MaskedAutoencoder)
 
-def build_model(config: RunConfig) -> DepthAnything:
-    """Build the network of a run with its starting weights.
+
+def build_model(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
+    """Build the network of a run with its starting weights: a depth network, or of stage=pretrain an autoencoder.
+
+    Raises:
+        UserError: As `build_depth_model`; or if `init` of stage=pretrain has another encoder.
+    """
+    if config.stage != "pretrain":
+        return build_depth_model(config)
+    model = build_random_autoencoder(config)
+    if config.init is not None:
+        _load_encoder(model, config)
+    return model
+
+
+def build_random_autoencoder(config: RunConfig) -> MaskedAutoencoder:
+    """Build the encoder and decoder of stage=pretrain with random weights, drawn from `seed`."""
+    torch.manual_seed(config.seed)
+    recipe = config.recipe
+    model = MaskedAutoencoder(
+        config.encoder, width=recipe.decoder_width, depth=recipe.decoder_depth, heads=recipe.decoder_heads
+    )
+    model.input_size = config.image_size
+    return model
+
+
+def build_depth_model(config: RunConfig) -> DepthAnything:
+    """Build the depth network of a run with its starting weights.
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
     random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
@@ -65,15 +94,22 @@ def build_model(config: RunConfig) -> DepthAnything:
         base = other.origin.get("start", {}).get("base")
         model.origin = {"start": {"from": _short_path(source), "licence": other.licence, "base": base}}
     else:
-        load_encoder(model, source)
-        named = hub_repository(config.encoder) if source == "hub" else None
-        licence = hub_license(config.encoder) if named else read_license(source)
-        model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
+        _load_encoder(model, config)
     if config.freeze_encoder:
         model.pretrained.requires_grad_(False)
     if config.lora:
         add_adapters(model, config.lora)
     return model
+
+
+def _load_encoder(model: DepthAnything | MaskedAutoencoder, config: RunConfig) -> None:
+    """Load the encoder that `init` names, and record where it comes from."""
+    source = config.init
+    assert source is not None
+    load_encoder(model, source)
+    named = hub_repository(config.encoder) if source == "hub" else None
+    licence = hub_license(config.encoder) if named else read_license(source)
+    model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
 
 
 def check_initial_weights(config: RunConfig) -> None:
@@ -88,7 +124,7 @@ def check_initial_weights(config: RunConfig) -> None:
     if file is None or not file.exists():
         return
     head = build_head(config)
-    if has_head(file) and read_head_name(file) == head_name(head):
+    if config.stage != "pretrain" and has_head(file) and read_head_name(file) == head_name(head):
         load_model(file, encoder=config.encoder, head=head)
     else:
         load_encoder(DepthAnything(config.encoder), file)
@@ -149,9 +185,7 @@ def _copy_weights(model: DepthAnything, other: DepthAnything, start: str) -> Non
     model.load_state_dict(state, strict=False)
 
 
-def add_provenance(
-    model: DepthAnything, config: RunConfig, sources: Sequence[Records | JoinedRecords]
-) -> DepthAnything:
+def add_provenance(model: Network, config: RunConfig, sources: Sequence[Records | JoinedRecords]) -> Network:
     """Store in a network what it is trained on, and the combined license of its data, teachers and starting weights.
 
     Raises:
@@ -170,6 +204,26 @@ def add_provenance(
     if config.lora:
         model.origin["lora"] = config.lora
     return model
+
+
+def write_result(
+    model: DepthAnything | MaskedAutoencoder, path: Path, *, title: str, measured: Mapping[str, str]
+) -> None:
+    """Write the model of a finished run and its card; of stage=pretrain the encoder alone.
+
+    Args:
+        model: The trained network.
+        path: model.safetensors in the folder of the run.
+        title: Name of the run.
+        measured: Metric name to its value at the last validation.
+    """
+    if isinstance(model, MaskedAutoencoder):
+        save_encoder(model, path)
+        text = build_encoder_card(model, file=path.name, title=title)
+        write_card(text, path.parent, file=path.name)
+        return
+    save_model(model, path)
+    write_run_card(model, path.parent, title=title, measured=measured)
 
 
 def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
@@ -253,6 +307,17 @@ def _short_path(path: str | Path) -> str:
     """Return the name of a file, with its folder if the name alone is generic."""
     path = Path(path)
     return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
+
+
+def crop_multiple(config: RunConfig) -> int:
+    """Return the number of pixels that the sides of training crops must be multiples of.
+
+    Of stage=pretrain that is the encoder's patch, which its data module masks.
+    """
+    if config.stage != "pretrain":
+        return image_size_multiple(config.encoder)
+    with torch.device("meta"):
+        return DepthAnything(config.encoder).patch_size
 
 
 def image_size_multiple(encoder: str) -> int:
