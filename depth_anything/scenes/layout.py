@@ -82,6 +82,7 @@ def _legs(
 
 
 def table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a table with up to three things on it."""
     width, length, height = draw.uniform(0.8, 1.8), draw.uniform(0.6, 1.0), draw.uniform(0.45, 0.95)
     parts = [place.put(0, height, 0, width, 0.05, length, "furniture")]
     parts += _legs(place, width, length, height, draw.uniform(0.04, 0.08), draw.choice(("box", "tube")))
@@ -95,6 +96,7 @@ def table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a chair with four legs."""
     side, height = draw.uniform(0.4, 0.55), draw.uniform(0.4, 0.5)
     back = place.put(0, height, side / 2, side, draw.uniform(0.35, 0.6), 0.05, "furniture")
     seat = place.put(0, height, 0, side, 0.06, side, "furniture")
@@ -102,6 +104,7 @@ def chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a cabinet, or an open shelf."""
     width, length, height = draw.uniform(0.5, 1.6), draw.uniform(0.35, 0.6), draw.uniform(0.6, 2.1)
     if draw.bernoulli(0.5):
         return [place.put(0, 0, 0, width, height, length, "furniture")]
@@ -115,6 +118,7 @@ def cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a sofa."""
     width, length = draw.uniform(1.2, 2.2), draw.uniform(0.8, 1.0)
     parts = [
         place.put(0, 0, 0, width, 0.42, length, "furniture"),
@@ -125,6 +129,7 @@ def sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a floor lamp."""
     height, wide = draw.uniform(1.2, 1.8), draw.uniform(0.25, 0.45)
     shade = place.put(0, height, 0, wide, wide * 0.8, wide, "lamp", shape=draw.choice(("tube", "ball")))
     foot = place.put(0, 0, 0, 0.3, 0.03, 0.3, "thin", shape="tube")
@@ -132,11 +137,13 @@ def lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
 
 
 def loose_object(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a box, ball or tube on the floor."""
     size, shape = draw.uniform(0.3, 1.1), draw.choice(("box", "ball", "tube"))
     return [place.put(0, 0, 0, size, size * draw.uniform(0.6, 1.6), size, "furniture", shape=shape)]
 
 
 def glass_screen(place: Placement, draw: PhiloxRandom) -> list[Solid]:
+    """Return a pane of glass between two posts."""
     width, height = draw.uniform(0.8, 1.6), draw.uniform(1.2, 2.0)
     posts = [place.put(s * width / 2, 0, 0, 0.05, height, 0.05, "thin") for s in (-1, 1)]
     return [*posts, place.put(0, 0.05, 0, width, height - 0.05, 0.02, "glass")]
@@ -220,6 +227,7 @@ def _random_room(draw: PhiloxRandom) -> SceneLayout:
 
 
 def car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    """Return a car along the street."""
     place, length = Placement(x, z, draw.uniform(-0.05, 0.05)), draw.uniform(3.6, 4.8)
     tall = draw.uniform(0.5, 1.2)
     wheels = [
@@ -233,12 +241,14 @@ def car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
 
 
 def tree(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    """Return a tree."""
     trunk, wide = draw.uniform(1.5, 3), draw.uniform(1.5, 3.5)
     crown = box(x, trunk * 0.9, z, wide, wide * draw.uniform(0.8, 1.6), wide, "foliage", shape="ball")
     return [box(x, 0, z, 0.3, trunk, 0.3, "furniture", shape="tube"), crown]
 
 
 def person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    """Return a standing person: a tube with a head."""
     tall = draw.uniform(1.2, 1.6)
     return [
         box(x, 0, z, 0.45, tall, 0.35, "furniture", shape="tube"),
@@ -247,6 +257,7 @@ def person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
 
 
 def trash_bin(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
+    """Return a bin: a box, tube or ball."""
     size, shape = draw.uniform(0.7, 1.8), draw.choice(("box", "box", "tube", "ball"))
     tall, yaw = size * draw.uniform(0.7, 1.4), draw.uniform(0, math.pi)
     return [box(x, 0, z, size, tall, size, "furniture", yaw=yaw, shape=shape)]

@@ -23,7 +23,6 @@ from depth_anything.scenes.materials import (
     random_material,
     vary_material,
 )
-from depth_anything.scenes.varied import varied_atmosphere, varied_layout
 from depth_anything.scenes.raycast import (
     PinholeView,
     Scene,
@@ -33,6 +32,7 @@ from depth_anything.scenes.raycast import (
     shadow_map,
     tint_glass,
 )
+from depth_anything.scenes.varied import varied_atmosphere, varied_layout
 
 RENDERER_VERSION = 2
 """Increase it when the image of a seed changes; it is a setting of every set, so old and new images are not mixed."""
