@@ -205,15 +205,18 @@ def _render_arrays(
     roles = [("wall", "ceiling", "floor") if s.shape == "shell" else (s.role,) for s in solids]
 
     def material(role: str) -> Material:
-        found = random_material(role, look=look, draw=draw)
-        return found if layouts == "classic" else vary_material(found, role, detail=layout.detail, draw=draw)
+        if layouts == "classic":
+            return random_material(role, look=look, draw=draw)
+        # Rendered training sets have textures, too: half of the surfaces are as in the photographic look.
+        found = random_material(role, look=draw.choice((look, "photographic")), draw=draw)
+        return vary_material(found, role, detail=layout.detail, draw=draw)
 
     scene = Scene(
         solids,
         [tuple(material(role) for role in r) for r in roles],
         air,
     )
-    if look == "synthetic":
+    if layouts == "classic" and look == "synthetic":
         radiance = shade(scene, view, depth, np.where(in_front, number, behind[1]))
         return synthetic_camera(radiance), depth, focal
     if air.lights:
@@ -228,6 +231,9 @@ def _render_arrays(
                 air.lights[0], shadow=shadow_map(solids, air.lights[0], center, reach=layout.reach)
             )
         scene = replace(scene, air=replace(air, lights=(first, *air.lights[1:])))
+    if look == "synthetic":
+        radiance = shade(scene, view, depth, np.where(in_front, number, behind[1]))
+        return synthetic_camera(radiance * exposure_gain(radiance, draw)), depth, focal
     image = shade(scene, view, *behind)
     add_reflections(image, scene, view, *behind)
     tint_glass(image, scene, number)
@@ -274,6 +280,13 @@ def synthetic_camera(image: np.ndarray) -> np.ndarray:
     return apply_tone_curve(image * np.float32(0.9), lambda x: x ** (1 / 2.2))
 
 
+def exposure_gain(image: np.ndarray, draw: PhiloxRandom) -> float:
+    """Return the factor that gives linear RGB (3, H, W) a random mean between 0.25 and 0.5."""
+    # a sum of integers is exact
+    gray = int((image[1] * 4096).astype(np.int64).sum()) / (4096 * image[1].size) + 0.02
+    return draw.uniform(0.25, 0.5) / gray
+
+
 def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom) -> np.ndarray:
     """Apply the camera of the photographic look: exposure, white balance, focus, motion, vignette, noise, tone curve.
 
@@ -283,10 +296,7 @@ def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom
         draw: Random numbers.
     """
     height, width = depth.shape
-    gray = (
-        int((image[1] * 4096).astype(np.int64).sum()) / (4096 * depth.size) + 0.02
-    )  # a sum of integers is exact
-    gain = draw.uniform(0.25, 0.5) / gray
+    gain = exposure_gain(image, draw)
     balance = color_temperature(draw.uniform(-0.6, 0.6))
     image = image * np.array([gain * c for c in balance], np.float32)[:, None, None]
     if draw.bernoulli(0.35):  # blur grows with the distance from the focal plane
