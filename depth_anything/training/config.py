@@ -289,6 +289,7 @@ class SceneSetConfig(ConfigSection):
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
+    layout: str = config_key(choice("classic", "varied"), default="classic")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ def _print_recipe(config: RunConfig, model: DepthAnything | MaskedAutoencoder) -
     print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
     print(f"loss        {_describe_loss(config)}")
     copied = {"encoder": ", encoder only", "all": ", encoder and head"}.get(config.start or "", "")
-    found = "" if config.init in (None, "hub") or Path(config.init).exists() else NOT_FOUND
+    found = "" if config.init in (None, "hub", "scratch") or Path(config.init).exists() else NOT_FOUND
     print(f"start       {config.init or 'random weights'}{copied if config.init else ''}{found}")
 
 

@@ -19,6 +19,7 @@ from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder, save_encoder
 from depth_anything.model.official_weights import name_hints
+from depth_anything.model.scratch_init import init_from_scratch
 from depth_anything.model.weights import (
     fingerprint,
     has_head,
@@ -63,9 +64,10 @@ def build_random_autoencoder(config: RunConfig) -> MaskedAutoencoder:
 def build_depth_model(config: RunConfig) -> DepthAnything:
     """Build the depth network of a run with its starting weights.
 
-    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
-    random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
-    a whole model it copies, `freeze_encoder` freezes the encoder, `lora` trains adapters in place of its weights.
+    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, null for random
+    weights by DINOv2's rule, drawn from `seed`, or "scratch" for random weights that suit short runs. stage=metric
+    predicts meters up to `max_depth`; `start` says which weights of a whole model it copies, `freeze_encoder` freezes
+    the encoder, `lora` trains adapters in place of its weights.
     `model.head` names another decoder; of a model with another head than that, only the encoder is copied.
 
     Raises:
@@ -88,6 +90,8 @@ def build_depth_model(config: RunConfig) -> DepthAnything:
     model.input_size = config.image_size  # saved in the model file
     if source is None:
         pass
+    elif source == "scratch":
+        init_from_scratch(model)
     elif other is not None:
         _copy_weights(model, other, start)
         _print_depth_scale_notes(config, model, other)
@@ -132,7 +136,7 @@ def check_initial_weights(config: RunConfig) -> None:
 
 def _weights_file(config: RunConfig) -> Path | None:
     """Return the file or folder that `init` names; None for the hub and for random weights."""
-    return None if config.init in (None, "hub") else Path(config.init)  # type: ignore[arg-type]
+    return None if config.init in (None, "hub", "scratch") else Path(config.init)  # type: ignore[arg-type]
 
 
 def _reject_teacher_weights(config: RunConfig) -> None:
@@ -149,7 +153,7 @@ def _check_alignment_weights(config: RunConfig) -> None:
     if not config.recipe.alignment_weight:
         return
     file = _weights_file(config)
-    if source is None or (file is not None and file.exists() and has_head(file)):
+    if source in (None, "scratch") or (file is not None and file.exists() and has_head(file)):
         raise UserError(
             f"feature alignment needs DINOv2's weights, and init={source or 'null'} is not DINOv2",
             "type init=hub, init=DINOV2_FILE or recipe.alignment_weight=0",
