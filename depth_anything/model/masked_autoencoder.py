@@ -7,6 +7,7 @@ in row-major order, V of them visible, D width of the encoder, P side of a patch
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = nn.Module()
         self.decoder.embed = nn.Linear(spec.width, width)
         self.decoder.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
-        self.decoder.norm = nn.LayerNorm(width)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = (Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.decoder.blocks = nn.Sequential(*blocks)
+        self.decoder.norm = norm(width)
         self.decoder.predict = nn.Linear(width, spec.patch**2 * 3)
         self._init_decoder()
 

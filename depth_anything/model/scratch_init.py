@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 
 POSITION_AMPLITUDE = 0.5
 """About the deviation of a patch embedding of the default convolution, for normalized images."""
@@ -40,7 +41,7 @@ def sine_cosine_positions(side: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_from_scratch(model: DepthAnything) -> None:
+def init_from_scratch(model: DepthAnything | MaskedAutoencoder) -> None:
     """Replace the encoder's random weights: sine-cosine positions, and linear layers by Glorot and Bengio's rule.
 
     Draws from torch's global generator. The head keeps its weights, and so do positions that are not a square grid

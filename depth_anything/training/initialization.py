@@ -45,7 +45,9 @@ def build_model(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
     if config.stage != "pretrain":
         return build_depth_model(config)
     model = build_random_autoencoder(config)
-    if config.init is not None:
+    if config.init == "scratch":
+        init_from_scratch(model)
+    elif config.init is not None:
         _load_encoder(model, config)
     return model
 

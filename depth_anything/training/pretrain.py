@@ -33,8 +33,12 @@ NUM_PICTURES = 4
 
 
 def count_visible(patches: int, mask_ratio: float) -> int:
-    """Return how many of an image's patches the encoder sees: the masked share, rounded down, is hidden."""
-    return patches - int(patches * mask_ratio + 1e-9)
+    """Return how many of an image's patches the encoder sees: the share that is not masked, rounded down, or one.
+
+    >>> count_visible(100, 0.75), count_visible(100, 0.9), count_visible(9, 0.75), count_visible(4, 0.9)
+    (25, 10, 2, 1)
+    """
+    return max(1, int(patches * (1 - mask_ratio) + 1e-9))
 
 
 class Pretrain(DepthModule):
