@@ -4,7 +4,9 @@ A layout is a function of its seed. Depth, image and looks are added by render.p
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import numpy as np
 
@@ -43,6 +45,19 @@ def _box(
     return Solid(shape, center, half, rotation_matrix(yaw, pitch, roll).T, role)
 
 
+def _object(kind: str) -> Callable[[Callable[..., list[Solid]]], Callable[..., list[Solid]]]:
+    """Decorate a function that returns the parts of an object: they get its kind, for class maps."""
+
+    def decorate(build: Callable[..., list[Solid]]) -> Callable[..., list[Solid]]:
+        @wraps(build)
+        def build_object(*arguments: object) -> list[Solid]:
+            return [replace(part, kind=kind) for part in build(*arguments)]
+
+        return build_object
+
+    return decorate
+
+
 class Placement:
     """Position and rotation of an object on the floor; adds its parts."""
 
@@ -79,6 +94,7 @@ def _legs(
     ]
 
 
+@_object("table")
 def _table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     width, length, height = draw.uniform(0.8, 1.8), draw.uniform(0.6, 1.0), draw.uniform(0.45, 0.95)
     parts = [place.put(0, height, 0, width, 0.05, length, "furniture")]
@@ -92,6 +108,7 @@ def _table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("chair")
 def _chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     side, height = draw.uniform(0.4, 0.55), draw.uniform(0.4, 0.5)
     back = place.put(0, height, side / 2, side, draw.uniform(0.35, 0.6), 0.05, "furniture")
@@ -99,6 +116,7 @@ def _chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [seat, back, *_legs(place, side, side, height, 0.05, draw.choice(("box", "tube")))]
 
 
+@_object("cabinet")
 def _cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     width, length, height = draw.uniform(0.5, 1.6), draw.uniform(0.35, 0.6), draw.uniform(0.6, 2.1)
     if draw.bernoulli(0.5):
@@ -112,6 +130,7 @@ def _cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("sofa")
 def _sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     width, length = draw.uniform(1.2, 2.2), draw.uniform(0.8, 1.0)
     parts = [
@@ -122,6 +141,7 @@ def _sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("lamp")
 def _lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     height, wide = draw.uniform(1.2, 1.8), draw.uniform(0.25, 0.45)
     shade = place.put(0, height, 0, wide, wide * 0.8, wide, "lamp", shape=draw.choice(("tube", "ball")))
@@ -129,6 +149,7 @@ def _lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [place.put(0, 0, 0, 0.04, height, 0.04, "thin", shape="tube"), shade, foot]
 
 
+@_object("object")
 def _loose_object(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     size, shape = draw.uniform(0.3, 1.1), draw.choice(("box", "ball", "tube"))
     return [place.put(0, 0, 0, size, size * draw.uniform(0.6, 1.6), size, "furniture", shape=shape)]
@@ -140,6 +161,7 @@ def _glass_screen(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [*posts, place.put(0, 0.05, 0, width, height - 0.05, 0.02, "glass")]
 
 
+@_object("stand")
 def _coat_stand(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a coat stand or fence: thin posts in a row."""
     count, height = 2 + draw.integer(6), draw.uniform(0.8, 1.9)
@@ -217,6 +239,7 @@ def _random_room(draw: PhiloxRandom) -> SceneLayout:
     return SceneLayout(solids, eye, turn, draw.uniform(0.5, 0.75), height, True)
 
 
+@_object("car")
 def _car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     place, length = Placement(x, z, draw.uniform(-0.05, 0.05)), draw.uniform(3.6, 4.8)
     tall = draw.uniform(0.5, 1.2)
@@ -230,12 +253,14 @@ def _car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     return [*wheels, place.put(0, 0.3, 0, 1.8, 0.65, length, "car"), cabin]
 
 
+@_object("tree")
 def _tree(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     trunk, wide = draw.uniform(1.5, 3), draw.uniform(1.5, 3.5)
     crown = _box(x, trunk * 0.9, z, wide, wide * draw.uniform(0.8, 1.6), wide, "foliage", shape="ball")
     return [_box(x, 0, z, 0.3, trunk, 0.3, "furniture", shape="tube"), crown]
 
 
+@_object("person")
 def _person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     tall = draw.uniform(1.2, 1.6)
     return [
@@ -244,12 +269,14 @@ def _person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     ]
 
 
+@_object("object")
 def _trash_bin(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     size, shape = draw.uniform(0.7, 1.8), draw.choice(("box", "box", "tube", "ball"))
     tall, yaw = size * draw.uniform(0.7, 1.4), draw.uniform(0, math.pi)
     return [_box(x, 0, z, size, tall, size, "furniture", yaw=yaw, shape=shape)]
 
 
+@_object("pole")
 def _pole(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     tall, side = draw.uniform(3, 8), -1 if x > 0 else 1
     parts = [_box(x, 0, z, 0.14, tall, 0.14, "thin", shape="tube")]

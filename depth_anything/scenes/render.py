@@ -13,7 +13,8 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
-from depth_anything.scenes.layout import random_layout
+from depth_anything.scenes.classes import SCENE_CLASSES, class_map
+from depth_anything.scenes.layout import SceneLayout, random_layout
 from depth_anything.scenes.materials import (
     LOOKS,
     PhiloxRandom,
@@ -24,6 +25,7 @@ from depth_anything.scenes.materials import (
 from depth_anything.scenes.raycast import (
     PinholeView,
     Scene,
+    Solid,
     add_reflections,
     cast_rays,
     shade,
@@ -80,6 +82,17 @@ def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
     return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
 
 
+def render_classes(seed: int, *, height: int, width: int) -> np.ndarray:
+    """Name the object that each pixel of a scene shows, uint8 (H, W) of `SCENE_CLASSES`; the same in both looks."""
+    layout, view = _layout_and_view(seed, height=height, width=width)
+    opaque, panes = _split_glass(layout)
+    depth, number = cast_rays(opaque, view)
+    pane_depth, pane = cast_rays(panes, view)
+    in_front = pane_depth < depth
+    number = np.where(in_front, pane + np.int16(len(opaque)), number)
+    return class_map(layout, view, np.where(in_front, pane_depth, depth), opaque + panes, number)
+
+
 def write_scenes(
     root: str | Path,
     *,
@@ -90,6 +103,7 @@ def write_scenes(
     width: int,
     per_shard: int = 128,
     labelled: bool = True,
+    classes: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -106,11 +120,12 @@ def write_scenes(
         width: Width of the images in pixels.
         per_shard: Scenes per shard.
         labelled: Write depth; False writes images only.
+        classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
 
     Raises:
         ValueError: The look is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled)
+    source = SceneSource(look, count, seed, height, width, labelled, classes=classes)
     shard_set = write_source(source, Path(), root, per_shard=per_shard)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -126,7 +141,12 @@ class SceneSource:
     height: int
     width: int
     labelled: bool
-    INFO: DatasetInfo = INFO
+    classes: bool = False
+
+    @property
+    def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
+        """Facts for the writer."""
+        return replace(INFO, classes=SCENE_CLASSES) if self.classes else INFO
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,6 +159,7 @@ class SceneSource:
             "height": self.height,
             "width": self.width,
             "labelled": self.labelled,
+            **({"classes": True} if self.classes else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -159,18 +180,30 @@ class SceneSource:
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
         sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
+        classes = render_classes(scene, height=self.height, width=self.width) if self.classes else None
+        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky, classes=classes)
 
 
-def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
+def _layout_and_view(seed: int, *, height: int, width: int) -> tuple[SceneLayout, PinholeView]:
+    """Return the layout of a seed, and the rays of its camera, whose focal length is width / 2 / tan(field) pixels."""
     layout = random_layout(seed)
     focal = (width / 2) / math.tan(layout.field)
     u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
     v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
-    view = PinholeView(layout.origin, layout.rotation, u, v)
-    panes = [s for s in layout.solids if s.role == "glass"]
+    return layout, PinholeView(layout.origin, layout.rotation, u, v)
+
+
+def _split_glass(layout: SceneLayout) -> tuple[list[Solid], list[Solid]]:
+    """Return the opaque solids and the panes of glass."""
     opaque = [s for s in layout.solids if s.role != "glass"]
+    return opaque, [s for s in layout.solids if s.role == "glass"]
+
+
+def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
+    layout, view = _layout_and_view(seed, height=height, width=width)
+    focal = (width / 2) / math.tan(layout.field)
+    opaque, panes = _split_glass(layout)
     behind = cast_rays(opaque, view)
     depth, number = cast_rays(panes, view)
     in_front = depth < behind[0]

@@ -143,4 +143,8 @@ def required_folders(config: RunConfig) -> list[str]:
     """List the folders of all sets that a fitting run reads, including its validation set."""
     extra = [folder for sets in extra_sets(config).values() for folder in sets.values()]
     folders = [*config.data.sets.values(), *extra, config.sources.validation]
+    if config.stage == "segmentation":
+        folders[-1:] = (
+            [config.sources.segmentation.validation] if config.sources.segmentation else folders[-1:]
+        )
     return [str(folder) for folder in folders if folder is not None]

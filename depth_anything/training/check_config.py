@@ -110,6 +110,10 @@ def validate_config(config: RunConfig) -> None:
         _check_recipe(config)
     if config.stage == "metric":
         _check_metric_stage(config)
+    if config.stage == "segmentation":
+        from depth_anything.training.segmentation_setup import check_segmentation_config
+
+        check_segmentation_config(config)
     _check_resume_with(config.resume_with)
 
 

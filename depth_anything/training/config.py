@@ -23,6 +23,7 @@ from depth_anything.training.value_rules import (
     OPTIONAL_FOLDER,
     PRECISION,
     REPEAT,
+    SCALE_RANGE,
     SEED,
     SET_NAMES,
     SKY,
@@ -37,7 +38,8 @@ from depth_anything.training.value_rules import (
     text,
 )
 
-FIT_STAGES = ("teacher", "student", "metric")
+DEPTH_FIT_STAGES = ("teacher", "student", "metric")
+FIT_STAGES = (*DEPTH_FIT_STAGES, "segmentation")
 STAGES = (*FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
 
@@ -177,11 +179,19 @@ class Recipe:
     clip_norm: float | None = config_key(
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
-    ssi_weight: float = config_key(LOSS_WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
-    gm_weight: float = config_key(LOSS_WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
-    gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
-    trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    ssi_weight: float = config_key(
+        LOSS_WEIGHT, default=1.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_weight: float = config_key(
+        LOSS_WEIGHT, default=2.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_scales: int = config_key(
+        integer(1, 10, example=4), default=4, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
+    )
+    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(
+        FRACTION, default=0.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
+    )
     alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
@@ -261,6 +271,20 @@ class SceneSetConfig(ConfigSection):
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
+    classes: bool = config_key(flag(), default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSourceConfig(ConfigSection):
+    """What a source implies for stage=segmentation; `validation` is a set with class maps."""
+
+    validation: str | None = config_key(OPTIONAL_FOLDER, default=None, resume=FREE)
+    steps: int | None = config_key(integer(1, example=1000, optional=True), default=None, resume=ECHO)
+    warmup: float | None = config_key(ANY, default=None, resume=ECHO)
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), default=None, resume=ECHO
+    )
+    stride: int | None = config_key(integer(1, 2**14, example=426, optional=True), default=None, resume=ECHO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +298,10 @@ class SourcesConfig(ConfigSection):
     metric: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
     max_depth: float | None = config_key(meters(example=20, optional=True), default=None, resume=ECHO)
     steps: int | None = config_key(integer(1, example=1000, optional=True), default=None, resume=ECHO)
+    classes: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
+    segmentation: SegmentationSourceConfig | None = config_key(
+        section=SegmentationSourceConfig, default=None, resume=ECHO
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +356,7 @@ class DataConfig(ConfigSection):
     workers: int = config_key(integer(0, 1024, example=4), resume=FREE, repeats_run=True)
     labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
-    sky: Any = config_key(SKY, stages=FIT_STAGES, resume=ECHO)
+    sky: Any = config_key(SKY, stages=DEPTH_FIT_STAGES, resume=ECHO)
     perturb: bool = config_key(flag(), stages=FIT_STAGES, resume=ECHO, repeats_run=True)
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
     repeat: dict[str, int] | None = config_key(REPEAT, stages=FIT_STAGES)
@@ -339,6 +367,10 @@ class DataConfig(ConfigSection):
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), stages=("segmentation",), resume=ECHO, repeats_run=True
+    )
+    scale_jitter: Any = config_key(SCALE_RANGE, stages=("segmentation",), resume=ECHO, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
 
@@ -390,7 +422,18 @@ class RunConfig(ConfigSection):
     )
     teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
-    freeze_encoder: bool = config_key(flag(), default=False, stages=("metric",))
+    freeze_encoder: bool = config_key(flag(), default=False, stages=("metric", "segmentation"))
+    head: str = config_key(choice("linear", "dpt", "mask2former", "eomt"), stages=("segmentation",))
+    head_options: dict[str, Any] | None = config_key(
+        entries=ConfigKey(ANY), default=None, stages=("segmentation",)
+    )
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), default=None, stages=("segmentation",)
+    )
+    scale_jitter: Any = config_key(SCALE_RANGE, default=(1.0, 1.0), stages=("segmentation",), resume=CHANGE)
+    window_stride: int | None = config_key(
+        integer(1, 2**14, example=426, optional=True), default=None, stages=("segmentation",), resume=FREE
+    )
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
     max_depth: float | None = config_key(meters(example=20), stages=("metric",))
     min_depth: float | None = config_key(meters(example=0.001), stages=("metric",))

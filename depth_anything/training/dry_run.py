@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from depth_anything.data.address import is_remote, redact_secrets
+from depth_anything.data.classes import make_class_table
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
+from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
@@ -18,6 +20,8 @@ from depth_anything.training.initialization import check_initial_weights, load_t
 from depth_anything.training.pseudolabel import ShardData, describe_teacher
 from depth_anything.training.resume import check_resume_checkpoint
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.segmentation_data import SegmentationData, read_classes
+from depth_anything.training.segmentation_setup import segmentation_validation_folder
 from depth_anything.training.validation import open_validation_task
 
 EXTRA_SET_ACTIONS = {"mix": "mixed in", "replay": "replayed"}
@@ -56,12 +60,33 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     _print_batch(config)
 
 
-def _print_network(config: RunConfig) -> DepthAnything:
+def _build_network(config: RunConfig) -> DepthAnything | SegmentationModel:
+    """Build the network; of stage=segmentation with one class if no set of the run exists yet."""
+    if config.stage != "segmentation":
+        return DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+    found = {
+        name: root
+        for name, root in config.data.sets.items()
+        if _is_local_and_complete(config, name, str(root))
+    }
+    classes = read_classes(found) if found else make_class_table(["unknown"])
+    print(
+        f"classes     {len(classes) if found else 'unknown until the sets exist (counted as one)'}, head={config.head}"
+    )
+    return SegmentationModel(
+        config.encoder,
+        classes=classes,
+        head=build_head(config) or config.head,
+        head_options=config.head_options,
+    )
+
+
+def _print_network(config: RunConfig) -> DepthAnything | SegmentationModel:
     """Print the run folder and the size of the network; return the network on the meta device."""
     with torch.device("meta"):
-        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+        model = _build_network(config)
         model.pretrained.requires_grad_(not config.freeze_encoder)
-    head = list(model.depth_head.parameters())
+    head = [parameter for name, parameter in model.named_parameters() if not name.startswith("pretrained.")]
     encoder = list(model.pretrained.parameters())
     print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
     print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
@@ -78,10 +103,10 @@ def _print_labeling(config: RunConfig) -> None:
     print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
 
 
-def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
+def _print_recipe(config: RunConfig, model: DepthAnything | SegmentationModel) -> None:
     """Print what is trained and how, and the starting weights."""
     recipe = config.recipe
-    if config.lora:
+    if config.lora and isinstance(model, DepthAnything):
         with torch.device("meta"):
             add_adapters(model, config.lora)
         print(f"adapters    LoRA of rank {config.lora} in the frozen encoder")
@@ -139,7 +164,7 @@ def _describe_passes(config: RunConfig) -> str:
     Raises:
         ValueError: As the run would: for a damaged set, another unit, or labels of other images.
     """
-    if not config.data.target.endswith(".TrainData"):
+    if not config.data.target.endswith((".TrainData", ".SegmentationData")):
         return "unknown for your own data class"
     sets = {**config.data.sets}
     for added in extra_sets(config).values():
@@ -182,7 +207,8 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
         patch = DepthAnything(config.encoder).multiple
     with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
         arguments |= {"run_dir": scratch, "streams": config.streams or 1}
-        return TrainData(**arguments, micro_batch=1, patch=patch).open().stream.records
+        data_class = SegmentationData if config.data.target.endswith(".SegmentationData") else TrainData
+        return data_class(**arguments, micro_batch=1, patch=patch).open().stream.records
 
 
 def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
@@ -199,6 +225,8 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
             print(f"resume      {line}")
     check_initial_weights(config)
     name, root = config.validation.benchmark, config.sources.validation
+    if config.stage == "segmentation":
+        root = segmentation_validation_folder(config)
     where = config.validation.root if name is not None else root
     if where is not None and not is_remote(str(where)) and Path(where).exists():
         open_validation_task(config)
@@ -227,6 +255,9 @@ def _check_label_teacher(config: RunConfig) -> None:
 
 def _describe_loss(config: RunConfig) -> str:
     recipe = config.recipe
+    if config.stage == "segmentation":
+        masks = config.head in MASK_HEADS and config.model.head is None
+        return "classes, masks and dice of matched masks" if masks else "cross-entropy of pixels, per image"
     if config.stage == "metric":
         silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
         silog += f"{config.max_depth:g} m"

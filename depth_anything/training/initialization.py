@@ -29,10 +29,11 @@ from depth_anything.model.weights import (
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
+from depth_anything.training.segmentation_setup import build_segmentation_model, check_segmentation_weights
 
 
-def build_model(config: RunConfig) -> DepthAnything:
-    """Build the network of a run with its starting weights.
+def build_model(config: RunConfig) -> Any:
+    """Build the network of a run with its starting weights; in stage=segmentation a SegmentationModel.
 
     `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
     random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
@@ -42,6 +43,8 @@ def build_model(config: RunConfig) -> DepthAnything:
     Raises:
         UserError: If the file is missing or of another size or kind, or a student would start from a teacher.
     """
+    if config.stage == "segmentation":
+        return build_segmentation_model(config)
     _reject_teacher_weights(config)
     source, file, start = config.init, _weights_file(config), config.start or "all"
     if config.stage == "metric" and file is not None and not file.exists():
@@ -82,6 +85,8 @@ def check_initial_weights(config: RunConfig) -> None:
     Raises:
         UserError: As `build_model` and `build_frozen_encoder`.
     """
+    if config.stage == "segmentation":
+        return check_segmentation_weights(config)
     _reject_teacher_weights(config)
     _check_alignment_weights(config)
     file = _weights_file(config)
