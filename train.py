@@ -1,4 +1,4 @@
-"""python train.py stage=teacher | pseudolabel | student | metric [size=paper] [encoder=vits] [key=value …]."""
+"""python train.py stage=teacher | pseudolabel | student | metric | segmentation [size=paper] [key=value …]."""
 
 from pathlib import Path
 

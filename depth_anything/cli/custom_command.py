@@ -1,4 +1,4 @@
-"""`depth-anything shard custom`: check a user's own images with depth, draw them, and write them as shards."""
+"""`depth-anything shard custom` and `custom-segmentation`: write a user's own labeled images as shards."""
 
 import argparse
 import sys
@@ -34,6 +34,28 @@ def add_custom(kinds: Any) -> None:
     add_writer_options(custom)
     add_sky_option(custom)
     custom.add_argument("--check-only", action="store_true", help="check the set, and write no shards")
+
+
+def add_custom_segmentation(kinds: Any) -> None:
+    """Add the command `shard custom-segmentation`."""
+    custom = add_command(
+        kinds, "custom-segmentation", "pack your own images with class maps", run=_run_custom_segmentation
+    )
+    custom.add_argument(
+        "source", metavar="SET.yaml", help="declares folders and classes: docs/segmentation.md"
+    )
+    custom.add_argument("output", metavar="OUT", help="folder of the new set")
+    add_writer_options(custom)
+
+
+def _run_custom_segmentation(options: argparse.Namespace) -> None:
+    from depth_anything.ingest.custom_segmentation import load_segmentation_declaration
+    from depth_anything.ingest.writer import write_source
+
+    output = Path(options.output)
+    custom = replace(load_segmentation_declaration(options.source), leave_out=output.resolve())
+    settings = {**writer_options(options), "name": options.name or custom.name}
+    print_write_result(write_source(custom, custom.folder, output, **settings), options)
 
 
 def _run_custom(options: argparse.Namespace) -> None:

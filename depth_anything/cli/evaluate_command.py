@@ -18,15 +18,18 @@ from depth_anything.cli.options import (
     add_inference_flags,
     add_version_flag,
     build_predictor,
+    build_segmentation_predictor,
     check_output,
     check_single_model,
     float_in_range,
     format_count,
     int_in_range,
     list_weight_files,
+    load_segmentation_weights,
     load_weights,
 )
 from depth_anything.data.address import escape_unprintable
+from depth_anything.errors import UserError
 from depth_anything.progress import track
 
 if TYPE_CHECKING:
@@ -118,6 +121,11 @@ def add_evaluate(commands: Any) -> None:
         help="meters of a metric model whose file does not say it",
     )
     add_inference_flags(evaluate)
+    evaluate.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="segmentation models: also evaluate the mean over scales 0.5 to 2 and mirrored images",
+    )
     evaluate.set_defaults(flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}"})
 
 
@@ -181,6 +189,8 @@ def _load_tasks(options: argparse.Namespace) -> "tuple[list[EvalTask], list[str]
     from depth_anything.evaluation.runner import MissingData, task_from_benchmark, task_from_set
 
     limits = {"limit": options.limit, "max_depth": options.max_depth}
+    if _is_segmentation(options):
+        return [_load_segmentation_task(options)], []
     if options.data:
         return [task_from_set(open_set(options.data), protocol=options.protocol or "da2", **limits)], []
     tasks: list[EvalTask] = []
@@ -195,8 +205,83 @@ def _load_tasks(options: argparse.Namespace) -> "tuple[list[EvalTask], list[str]
     return tasks, missing
 
 
+def _is_segmentation(options: argparse.Namespace) -> bool:
+    """Return whether the models are segmentation models.
+
+    Raises:
+        UserError: If some are and some are not, or flags of depth or of classes are given for the other kind.
+    """
+    from depth_anything.model.segmentation_files import is_segmentation_file
+
+    paths = parse_named_paths(options.weights)
+    kinds = {name: is_segmentation_file(path) for name, path in paths.items()}
+    found = [name for name, is_segmentation in kinds.items() if is_segmentation]
+    if not found:
+        if options.multi_scale:
+            raise UserError("--multi-scale is for segmentation models", "leave it out")
+        return False
+    flags = {
+        "--mean-map": options.mean_map,
+        "--predictions": options.predictions,
+        "--protocol": options.protocol,
+    }
+    flags |= {"--max-depth": options.max_depth, "--weights-max-depth": options.weights_max_depth}
+    flags |= {"--benchmarks": options.benchmarks, "--encoder": options.encoder, "--compare": options.compare}
+    typed = [flag for flag, value in flags.items() if value]
+    if typed or not all(kinds.values()):
+        other = (
+            typed[0]
+            if typed
+            else next(name for name, is_segmentation in kinds.items() if not is_segmentation)
+        )
+        raise UserError(
+            f"{found[0]} is a segmentation model, and {other} is for depth",
+            "evaluate segmentation models alone, with --data SET and a set that has class maps",
+        )
+    return True
+
+
+def _load_segmentation_task(options: argparse.Namespace) -> "EvalTask":
+    from depth_anything.data.shards import open_set
+    from depth_anything.evaluation.segmentation_task import task_from_class_set
+    from depth_anything.model.segmentation_files import load_segmentation
+
+    task = task_from_class_set(open_set(options.data), limit=options.limit)
+    for name, path in parse_named_paths(options.weights).items():
+        task.check_classes(name, load_segmentation(path).classes)
+    return task
+
+
+def _load_segmentation_models(options: argparse.Namespace) -> "list[EvalModel]":
+    """Load segmentation models; with --multi-scale each counts twice."""
+    from depth_anything.evaluation.runner import EvalModel
+
+    models = []
+    for name, path in parse_named_paths(options.weights).items():
+        model, facts = load_segmentation_weights(path)
+        for multi_scale in (False, True) if options.multi_scale else (False,):
+            predictor = build_segmentation_predictor(
+                model, _on_local_rank_device(options), multi_scale=multi_scale
+            )
+            settings = {
+                "device": str(predictor.device),
+                "precision": options.precision,
+                "window": predictor.input_size,
+                "stride": predictor.stride,
+                "short_side": predictor.short_side,
+                "scales": ", ".join(f"{scale:g}" for scale in predictor.scales),
+                "mirrored": predictor.flip,
+            }
+            models.append(
+                EvalModel(f"{name} multi-scale" if multi_scale else name, predictor, facts | settings)
+            )
+    return models
+
+
 def _load_models(options: argparse.Namespace) -> "list[EvalModel]":
     """Load the mean map, the networks and the folders of maps, in this order."""
+    if _is_segmentation(options):
+        return _load_segmentation_models(options)
     from depth_anything.evaluation.frames import compute_mean_map, read_frames
     from depth_anything.evaluation.predictions import PrecomputedMaps
     from depth_anything.evaluation.runner import EvalModel

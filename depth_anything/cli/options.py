@@ -11,6 +11,8 @@ from depth_anything.errors import UserError
 if TYPE_CHECKING:
     from depth_anything import DepthAnything
     from depth_anything.inference.predictor import Predictor
+    from depth_anything.inference.segmentation import SegmentationPredictor
+    from depth_anything.model.segmentation import SegmentationModel
 
 WEIGHTS_HELP = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
 
@@ -274,6 +276,55 @@ def load_weights(
     return model, facts
 
 
+def load_segmentation_weights(path: str | Path) -> "tuple[SegmentationModel, dict[str, Any]]":
+    """Load a segmentation model, and describe it for reports.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    from depth_anything.model.segmentation_files import load_segmentation
+    from depth_anything.model.weights import fingerprint
+
+    path = _resolve_weight_file(Path(path))
+    model = load_segmentation(path)
+    facts = {
+        "weights": str(path),
+        "fingerprint": fingerprint(model),
+        "encoder": model.encoder,
+        "head": model.head,
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "quantity": model.quantity,
+        "classes": len(model.classes),
+        "input_size": model.input_size,
+        "licence": model.licence,
+    }
+    return model, facts
+
+
+def build_segmentation_predictor(
+    model: "SegmentationModel", options: argparse.Namespace, *, multi_scale: bool = False
+) -> "SegmentationPredictor":
+    """Build the predictor of a segmentation model from the flags of a command.
+
+    Raises:
+        UserError: If a flag is for depth models.
+    """
+    from depth_anything.inference.segmentation import MULTI_SCALES, SegmentationPredictor
+
+    depth_only = {"--resample": options.resample != "official", "--tiles": getattr(options, "tiles", None)}
+    for flag, typed in depth_only.items():
+        if typed:
+            raise UserError(f"{flag} is for depth models, and this one predicts classes", f"leave {flag} out")
+    return SegmentationPredictor(
+        model,
+        device=options.device,
+        input_size=options.input_size,
+        scales=MULTI_SCALES if multi_scale else (1.0,),
+        flip=multi_scale,
+        precision=options.precision,
+    )
+
+
 def load_predictor(options: argparse.Namespace) -> "tuple[Predictor, dict[str, Any]]":
     """Load the predictor that the flags of a command choose, and describe its model for reports."""
     model, facts = load_weights(
@@ -326,7 +377,9 @@ def check_single_model(options: argparse.Namespace, count: int) -> None:
 
 
 def describe_values(predictor: "Predictor") -> str:
-    """Describe the values of a predictor: quantity, unit and direction."""
+    """Describe the values of a predictor: quantity, unit and direction, or the number of classes."""
+    if predictor.quantity == "classes":
+        return f"{len(predictor.classes)} classes"  # type: ignore[attr-defined]
     from depth_anything.inference.formats import DIRECTION
 
     return f"{predictor.quantity}, {predictor.unit}, larger is {DIRECTION[predictor.quantity]}"

@@ -15,11 +15,13 @@ from depth_anything.cli.options import (
     add_output_flags,
     add_tiles_flag,
     add_weight_flags,
+    build_segmentation_predictor,
     describe_values,
     float_in_range,
     format_count,
     int_in_range,
     load_predictor,
+    load_segmentation_weights,
 )
 from depth_anything.data.address import escape_unprintable
 from depth_anything.errors import UserError
@@ -111,10 +113,16 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
     )
     add_inference_flags(command)
     add_tiles_flag(command)
+    command.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="segmentation models: average over scales 0.5 to 2 and mirrored images",
+    )
 
 
 def _predict(options: argparse.Namespace) -> int:
     from depth_anything.inference.files import PredictSettings, predict_files
+    from depth_anything.model.segmentation_files import is_segmentation_file
 
     if bool(options.source) == bool(options.img_path):
         raise UserError(
@@ -124,7 +132,15 @@ def _predict(options: argparse.Namespace) -> int:
     sources = options.source or options.img_path
     if not any(Path(source).exists() for source in sources):  # checked before a model is read or downloaded
         raise UserError(f"{sources[0]} does not exist", "give an image, or a folder, list or tar of images")
-    predictor, model_info = load_predictor(options)
+    writer_class = None
+    if options.weights and is_segmentation_file(options.weights):
+        predictor, model_info, writer_class = _load_segmentation(options)
+    elif options.multi_scale:
+        raise UserError(
+            "--multi-scale is for segmentation models", "leave it out, or give one with --weights"
+        )
+    else:
+        predictor, model_info = load_predictor(options)
     settings = PredictSettings(
         formats=tuple(dict.fromkeys(options.format)),
         pred_only=options.pred_only,
@@ -144,6 +160,7 @@ def _predict(options: argparse.Namespace) -> int:
         model_info=model_info,
         progress=partial(track, what="predict"),
         fix=f"give another {options.output_flag}",
+        writer_class=writer_class,
     )
     seconds = time.monotonic() - begin
     for file, why in result.skipped.items():
@@ -159,3 +176,19 @@ def _predict(options: argparse.Namespace) -> int:
         f"({describe_values(predictor)})"
     )
     return 1 if result.failed else 0
+
+
+def _load_segmentation(options: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    """Load the predictor of a segmentation model, describe its model, and choose the writer of class maps."""
+    from depth_anything.inference.class_files import ClassWriter
+
+    flags = {"--focal": options.focal, "--max-depth": options.max_depth, "--colormap": options.colormap}
+    typed = next(
+        (flag for flag, value in flags.items() if value is not None),
+        "--grayscale" if options.grayscale else "",
+    )
+    if typed:
+        raise UserError(f"{typed} is for depth, and this model predicts classes", f"leave {typed} out")
+    model, facts = load_segmentation_weights(options.weights)
+    predictor = build_segmentation_predictor(model, options, multi_scale=options.multi_scale)
+    return predictor, facts, ClassWriter

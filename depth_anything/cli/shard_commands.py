@@ -62,6 +62,9 @@ def add_shard(commands: Any) -> Any:
         help="records per shard (%(default)s)",
     )
     scenes.add_argument("--images-only", action="store_true", help="write images without depth")
+    scenes.add_argument(
+        "--classes", action="store_true", help="also write class maps, for stage=segmentation"
+    )
 
     images = add_command(kinds, "images", "pack photographs", run=_run_images)
     images.add_argument("source", metavar="SOURCE", help="folder, text file with a path per line, or tar")
@@ -241,6 +244,7 @@ def _run_scenes(options: argparse.Namespace) -> None:
         per_shard=options.per_shard,
         labelled=not options.images_only,
         layout=options.layout,
+        classes=options.classes,
     )
     print_set(shard_set)
 

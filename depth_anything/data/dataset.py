@@ -103,7 +103,10 @@ class StreamDataset(Dataset):
         sources: The sets.
         sky: Set name to "far" or "invalid".
         stream: The order; `stream.records` samples are one pass.
+        is_categorical: Targets are numbers of classes, not values that differ within an image.
     """
+
+    is_categorical = False
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A frame: an image with its depth or disparity, and how it is encoded as the fields of a record.
 
-Fields are the image file (`jpg`, `png` or `webp`), `json`, and `depth.<codec>` or `disparity.<codec>`.
+Fields are the image file (`jpg`, `png` or `webp`), `json`, and `depth.<codec>`, `disparity.<codec>` or `classes.png`.
 """
 
 import io
@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from depth_anything.data import codec as map_codec
+from depth_anything.data.classes import CLASSES_FIELD, decode_classes, encode_classes
 from depth_anything.data.image_headers import MAX_PIXELS, check_decode_cost, open_image, picture_decode_cost
 from depth_anything.preprocess import composite_on_white
 
@@ -41,6 +42,7 @@ class Frame:
         depth: float32 (h, w) in meters; +inf is sky (meta["sky"] is then "inf"), NaN unknown. If its size differs
             from that of the image, the image must be resized to it.
         disparity: float32 (h, w), larger is nearer, up to scale and shift; NaN unknown.
+        classes: uint8 (H, W), the class of each pixel, 255 where it is ignored.
     """
 
     key: str
@@ -48,6 +50,7 @@ class Frame:
     meta: dict[str, Any] = field(default_factory=dict)
     depth: np.ndarray | None = None
     disparity: np.ndarray | None = None
+    classes: np.ndarray | None = None
 
 
 def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
@@ -153,7 +156,7 @@ def find_target_field(fields: Mapping[str, bytes], *, meters: bool = False) -> s
 
 
 def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
-    """Decode the fields "depth" and "disparity" of a record, as far as it has them.
+    """Decode the fields "depth", "disparity" and "classes" of a record, as far as it has them.
 
     Raises:
         ValueError: A field (which is named) cannot be decoded.
@@ -163,6 +166,8 @@ def decode_labels(fields: Mapping[str, bytes]) -> dict[str, np.ndarray]:
         name = next((f"{label}.{codec}" for codec in map_codec.CODECS if f"{label}.{codec}" in fields), None)
         if name is not None:
             labels[label] = _decode_field(map_codec.decode, fields, name)
+    if CLASSES_FIELD in fields:
+        labels["classes"] = _decode_field(decode_classes, fields, CLASSES_FIELD)
     return labels
 
 
@@ -189,6 +194,8 @@ def encode_frame(
         values = getattr(frame, label)
         if values is not None:
             fields[f"{label}.{codec}"] = map_codec.encode(values, codec=codec)
+    if frame.classes is not None:
+        fields[CLASSES_FIELD] = encode_classes(frame.classes)
     return fields
 
 

@@ -336,6 +336,10 @@ def _check_decoded(key: str, fields: Mapping[str, bytes], *, labels: bool, joine
     elif label is not None and label.shape != frame.image.shape[:2]:
         if list(label.shape) != frame.meta.get("label_size"):
             raise ValueError(f"its label has {_pixels(label)} pixels and its image {_pixels(frame.image)}")
+    if frame.classes is not None and frame.classes.shape != frame.image.shape[:2]:
+        raise ValueError(
+            f"its classes have {_pixels(frame.classes)} pixels, its image {_pixels(frame.image)}"
+        )
 
 
 def _check_joined_size(frame: Frame, label: np.ndarray) -> None:

@@ -136,8 +136,8 @@ def crop_map(values: np.ndarray, crop: Crop) -> np.ndarray:
     if values.shape == (crop.height, crop.width):  # true for most labels, and four times as fast
         square = values[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
         return np.ascontiguousarray(square[:, ::-1] if crop.flip else square)
-    rows = _nearest_indices(values.shape[0], crop.height, crop.top, crop.side)
-    columns = _nearest_indices(values.shape[1], crop.width, crop.left, crop.side)
+    rows = nearest_indices(values.shape[0], crop.height, crop.top, crop.side)
+    columns = nearest_indices(values.shape[1], crop.width, crop.left, crop.side)
     return values.take(rows, 0).take(columns[::-1] if crop.flip else columns, 1)
 
 
@@ -156,15 +156,15 @@ def crop_encoded_map(data: bytes, crop: Crop, *, out: np.ndarray) -> None:
         else:
             out[:] = values
         return
-    rows = _nearest_indices(height, crop.height, crop.top, crop.side)
-    columns = _nearest_indices(width, crop.width, crop.left, crop.side)
+    rows = nearest_indices(height, crop.height, crop.top, crop.side)
+    columns = nearest_indices(width, crop.width, crop.left, crop.side)
     top, left = int(rows[0]), int(columns[0])
     part = codec.decode(data, rows=slice(top, int(rows[-1]) + 1), columns=slice(left, int(columns[-1]) + 1))
     columns = columns[::-1] if crop.flip else columns
     np.take(part.take(rows - top, 0), columns - left, 1, out=out, mode="clip")
 
 
-def _nearest_indices(source: int, target: int, start: int, count: int) -> np.ndarray:
+def nearest_indices(source: int, target: int, start: int, count: int) -> np.ndarray:
     """Return the `source` pixels under the centers of pixels start … start + count - 1 of `target`."""
     return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
 

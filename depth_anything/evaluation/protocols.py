@@ -76,6 +76,10 @@ class EvalProtocol:
 
     def check_quantity(self, quantity: str) -> None:
         """Raise ValueError if predictions of this quantity cannot be compared."""
+        if quantity == "classes":
+            raise ValueError(
+                "the set or benchmark holds depth, and a segmentation model predicts classes: use a set with class maps"
+            )
         if quantity == "disparity" and "disparity" not in self.fitted:
             fitting = ", ".join(name for name, other in PROTOCOLS.items() if "disparity" in other.fitted)
             raise ValueError(

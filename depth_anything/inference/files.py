@@ -123,7 +123,7 @@ class PredictResult:
 
 
 @dataclass(frozen=True)
-class _PreparedImage:
+class PreparedImage:
     """A decoded image, its input for the network, and what is known about it."""
 
     name: str
@@ -144,6 +144,7 @@ def predict_files(
     model_info: Mapping[str, object] | None = None,
     progress: Callable[[list[Photograph]], Iterable[Photograph]] = iter,
     fix: str = "give another folder for the maps",
+    writer_class: "type[PredictionWriter] | None" = None,
 ) -> PredictResult:
     """Predict an image, every image of a folder (its tree is kept), list file or tar, or of several of these.
 
@@ -161,6 +162,7 @@ def predict_files(
         model_info: Facts about the model for NAME.json.
         progress: Wraps the iteration over the files, to display progress.
         fix: What the user can do if `output` cannot be used, for the error.
+        writer_class: Writes the files of an image, in place of `PredictionWriter`.
 
     Returns:
         What was written and what was skipped. Files that are no images, or cannot be predicted or written, are skipped.
@@ -178,7 +180,7 @@ def predict_files(
         raise UserError(f"{output} is not a folder", fix)
     if settings.save_numpy and predictor.unit != "m":
         raise UserError("--save-numpy writes meters, and this model predicts disparity", "use --format npy")
-    writer = _PredictionWriter(predictor, settings, model_info or {})
+    writer = (writer_class or PredictionWriter)(predictor, settings, model_info or {})
     images = list_images(sources, leave_out=output, endings=writer.endings)
     targets = [Path(output) / target for target in images.targets]
     writer.check_overwrite(targets, images.paths, fix=f"{fix}, or move it")
@@ -202,14 +204,14 @@ def predict_files(
 
 def _predict_and_write(
     predictor: Predictor,
-    images: Iterable[_PreparedImage],
-    writer: "_PredictionWriter",
+    images: Iterable[PreparedImage],
+    writer: "PredictionWriter",
     result: PredictResult,
     *,
     batch_size: int,
 ) -> None:
     """Predict the images and write their files; errors of single images are recorded in `result`."""
-    pending: deque[tuple[_PreparedImage, Future[list[Path]]]] = deque()
+    pending: deque[tuple[PreparedImage, Future[list[Path]]]] = deque()
 
     def collect() -> None:
         image, future = pending.popleft()
@@ -238,8 +240,8 @@ def _predict_and_write(
 
 
 def _predict_batch(
-    predictor: Predictor, batch: list[_PreparedImage], result: PredictResult
-) -> Iterator[tuple[_PreparedImage, np.ndarray]]:
+    predictor: Predictor, batch: list[PreparedImage], result: PredictResult
+) -> Iterator[tuple[PreparedImage, np.ndarray]]:
     """Yield the images of a batch with their maps; a batch that fails is predicted image by image."""
     try:
         maps = predictor.predict_batch(
@@ -263,12 +265,13 @@ def _predict_batch(
         yield image, map_
 
 
-class _PredictionWriter:
+class PredictionWriter:
     """Encodes and writes the files of an image; thread-safe."""
 
     def __init__(
         self, predictor: Predictor, settings: PredictSettings, model_info: Mapping[str, object]
     ) -> None:
+        """Store the settings and the facts about the model."""
         self.predictor, self.settings = predictor, settings
         self.model_info = {
             **model_info,
@@ -290,7 +293,7 @@ class _PredictionWriter:
         }
         self.replaceable = OUTPUTS.check(records, inputs=lambda: inputs, fix=fix)
 
-    def write(self, image: _PreparedImage, map_: np.ndarray) -> list[Path]:
+    def write(self, image: PreparedImage, map_: np.ndarray) -> list[Path]:
         """Write the files of an image and return their paths; on an error none of its new files is left."""
         with lock_large_image(map_.size):
             encoded = self._encode(image, map_)
@@ -315,7 +318,7 @@ class _PredictionWriter:
             raise
         return paths
 
-    def _encode(self, image: _PreparedImage, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
+    def _encode(self, image: PreparedImage, map_: np.ndarray) -> dict[str, tuple[bytes, str]]:
         """Return for each file's ending its bytes and its description for the record."""
         quantity, unit = self.predictor.quantity, self.predictor.unit
         picture = encode_picture(
@@ -358,7 +361,7 @@ class _PredictionWriter:
         return encoded
 
     def _describe(
-        self, image: _PreparedImage, map_: np.ndarray, descriptions: Mapping[str, str]
+        self, image: PreparedImage, map_: np.ndarray, descriptions: Mapping[str, str]
     ) -> dict[str, Any]:
         """Build the record of an image, without its digests."""
         record = {
@@ -386,10 +389,10 @@ def _load_images(
     ahead: int,
     result: PredictResult,
     progress: Callable[[list[Photograph]], Iterable[Photograph]],
-) -> Iterator[_PreparedImage]:
+) -> Iterator[PreparedImage]:
     """Yield the decoded images in order; up to `ahead` of them are read, decoded and prepared in advance."""
 
-    def load(name: str, target: Path, reading: Future[bytes]) -> _PreparedImage:
+    def load(name: str, target: Path, reading: Future[bytes]) -> PreparedImage:
         data = reading.result()
         pixels = estimate_decode_cost(data).pixels
         check_image_memory(pixels)
@@ -399,11 +402,11 @@ def _load_images(
         focal = None
         if settings.point_formats:
             focal = choose_focal_length(data, image.shape, focal_px=settings.focal_px)
-        return _PreparedImage(name, target, image, prepared, focal, image_warnings(data, image))
+        return PreparedImage(name, target, image, prepared, focal, image_warnings(data, image))
 
     # A single reader, since tars are read front to back. Few images wait, since they may be large.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WORKER_THREADS) as decoders:
-        waiting: deque[Future[_PreparedImage]] = deque()
+        waiting: deque[Future[PreparedImage]] = deque()
         upcoming = zip(images.photographs, targets, strict=True)
         for photograph in progress(images.photographs):
             for file, target in islice(upcoming, ahead - len(waiting)):

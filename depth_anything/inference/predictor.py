@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depth_anything.errors import Argument, UserError
@@ -93,7 +93,7 @@ class Predictor:
             except ValueError as error:
                 raise UserError([Argument("resample", repr(resample)), f" is impossible: {error}"]) from error
         self.input_size = check_input_size(model.input_size if input_size is None else input_size)
-        self.device = _resolve_device(device, model)
+        self.device = resolve_device(device, model)
         self.model = model.to(self.device).eval()
         self.calibrated = model.calibration is not None
         self.quantity = "depth" if self.calibrated else model.quantity
@@ -261,7 +261,8 @@ def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:
     raise UserError(f"the network outputs NaN or infinity for {name}", fix)
 
 
-def _resolve_device(name: str, model: DepthAnything) -> torch.device:
+def resolve_device(name: str, model: nn.Module) -> torch.device:
+    """Return the device that a name means for a model; see `Predictor`. Raises UserError if there is none."""
     if name != "auto":
         try:
             device = torch.device(name)

@@ -104,6 +104,16 @@ SETS: dict[str, CatalogEntry] = {
     "objects365": CatalogEntry("unlabeled:objects365", "Objects365 v2"),
     "openimages": CatalogEntry("unlabeled:openimages", "Open Images V7"),
     "places365": CatalogEntry("unlabeled:places365", "Places365"),
+    "cityscapes": CatalogEntry(
+        "cityscapes",
+        "Cityscapes: streets with class maps, for stage=segmentation",
+        options=(SetOption("--split", "published split", ("train", "val", "test", "all"), "train"),),
+    ),
+    "ade20k": CatalogEntry(
+        "ade20k",
+        "ADE20K scene parsing: photographs with maps of 150 classes, for stage=segmentation",
+        options=(SetOption("--split", "published split", ("training", "validation", "all"), "training"),),
+    ),
     "sa1b": CatalogEntry("unlabeled:sa1b", "SA-1B: Segment Anything, tars as published"),
 }
 """Name to entry. Each labeled set is a module of its own."""

@@ -108,8 +108,8 @@ class CustomSet:
         Raises:
             ValueError: A folder does not exist, two images or two maps have one name, or no pair is found.
         """
-        images = _PathPattern.parse(self.images, "images", IMAGE_SUFFIXES)
-        depths = _PathPattern.parse(self.depth, "depth", MAP_SUFFIXES)
+        images = PathPattern.parse(self.images, "images", IMAGE_SUFFIXES)
+        depths = PathPattern.parse(self.depth, "depth", MAP_SUFFIXES)
         if images.groups != depths.groups:
             raise ValueError(f"images: {self.images} and depth: {self.depth} must have the same {{names}}")
         skipped = {os.path.realpath(self.folder / pattern.base) for pattern in (images, depths)}
@@ -203,7 +203,7 @@ class CustomSet:
 
 
 @dataclass(frozen=True)
-class _PathPattern:
+class PathPattern:
     """A pattern of paths with named parts, such as rgb/{stem}.jpg.
 
     Attributes:
@@ -219,7 +219,7 @@ class _PathPattern:
     expression: re.Pattern
 
     @classmethod
-    def parse(cls, pattern: str, key: str, suffixes: tuple[str, ...]) -> "_PathPattern":
+    def parse(cls, pattern: str, key: str, suffixes: tuple[str, ...]) -> "PathPattern":
         """Parse the value of `key`. A folder means FOLDER/{stem}; without a suffix any of `suffixes` matches."""
         pattern = os.path.expanduser(pattern)
         if "{" not in pattern:

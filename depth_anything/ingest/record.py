@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from depth_anything.data.classes import IGNORED
 from depth_anything.data.image_headers import detect_format, open_image
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_warnings
 from depth_anything.ingest.source import RawSample, resize_intrinsics, same_aspect_ratio
@@ -27,7 +28,7 @@ class EncodedRecord:
 
     Attributes:
         fields: Field extension to bytes.
-        quantity: "depth", "disparity", or None if the record is only an image.
+        quantity: "depth", "disparity", "classes" without either, or None if the record is only an image.
         unit: Unit of the label, according to the source.
         pixels: Number of pixels of the label by kind: all, valid, sky, and each reason for an invalid pixel.
         notes: Unexpected properties of the image, for example that it is the first frame of an animation.
@@ -72,6 +73,11 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
             raise ValueError(f"no pixel of its label is valid: {_format_counts(pixels)}")
         if pixels["sky"]:
             meta.setdefault("sky", "inf" if quantity == "depth" else "zero")
+    classes = raw.classes
+    if classes is not None:
+        _check_classes(classes, (height, width))
+        if quantity is None:
+            quantity, pixels = "classes", _count_classified(classes)
     data: bytes | None
     size = _reduced_size(height, width, short_side)
     if size is not None:
@@ -81,12 +87,13 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
         if meta.get("intrinsics"):
             meta["intrinsics"] = resize_intrinsics(meta["intrinsics"], (height, width), size)
         label = None if label is None else resize_nearest(label, *size)
+        classes = None if classes is None else resize_nearest(classes, *size)
     else:
         data = raw.image if isinstance(raw.image, bytes) and is_plain_rgb(raw.image) else _encode_png(image)
     if label is not None and label.shape != image.shape[:2]:
         meta["label_size"] = list(label.shape)
     meta = {key: value for key, value in meta.items() if value is not None}
-    frame = Frame("", image, meta, **({quantity: label} if quantity else {}))
+    frame = Frame("", image, meta, classes=classes, **({quantity: label} if label is not None else {}))  # type: ignore[arg-type]
     fields = encode_frame(frame, codec="f32", jpeg_quality=JPEG_QUALITY, original=data)
     notes = []
     # JPEG has no such properties.
@@ -142,6 +149,23 @@ def mask_invalid(values: np.ndarray, raw: RawSample, *, sky: float) -> tuple[np.
     pixels = Counter({name: count for name, count in zip(names, counts, strict=True) if count})
     pixels["all"] = values.size
     return out, pixels
+
+
+def _check_classes(classes: np.ndarray, size: tuple[int, int]) -> None:
+    """Raise ValueError unless a class map is uint8 of the image's size with a pixel that is not ignored."""
+    if classes.dtype != np.uint8 or classes.shape != size:
+        rows, columns = (*classes.shape, 0, 0)[:2]
+        raise ValueError(
+            f"its image has {size[1]} x {size[0]} pixels and its class map {columns} x {rows} ({classes.dtype})"
+        )
+    if (classes == IGNORED).all():
+        raise ValueError("every pixel of its class map is ignored")
+
+
+def _count_classified(classes: np.ndarray) -> Counter[str]:
+    ignored = int((classes == IGNORED).sum())
+    counts = Counter({"valid": classes.size - ignored, "all": classes.size})
+    return counts + Counter({"ignored": ignored})
 
 
 def resize_nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:

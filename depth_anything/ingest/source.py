@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from depth_anything.data.classes import ClassTable
+
 FILE_ERRNOS = (
     errno.ENOENT,
     errno.EACCES,
@@ -66,6 +68,7 @@ class DatasetInfo:
         sky: "far" (disparity 0) or "invalid": the default treatment of sky pixels in training.
         leave_out: Glob patterns of record names that are skipped by default.
         sharp: Depth is dense and as sharp as the images, so that evaluation also scores boundaries.
+        classes: Classes of its class maps; empty if it has none.
     """
 
     name: str
@@ -77,6 +80,7 @@ class DatasetInfo:
     sky: str = "far"
     leave_out: tuple[str, ...] = ()
     sharp: bool = False
+    classes: ClassTable = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class RawSample:
         disparity: float (H, W), larger is nearer, as stored; the same rule applies.
         sky: bool (H, W), sky pixels according to the set.
         invalid: Reason to bool (H, W): other pixels without a usable value.
+        classes: uint8 (H, W) of the image's size, numbers of classes, 255 where a pixel is ignored.
     """
 
     image: bytes | np.ndarray
@@ -99,6 +104,7 @@ class RawSample:
     disparity: np.ndarray | None = None
     sky: np.ndarray | None = None
     invalid: Mapping[str, np.ndarray] = field(default_factory=dict)
+    classes: np.ndarray | None = None
 
 
 class RejectedRecord(ValueError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from depth_anything.data.classes import table_to_list
 from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
 from depth_anything.disk import remove_stale, write_new
@@ -173,7 +174,9 @@ def finish_set(root: Path, file_list: FileList) -> ShardSet | None:
             f"{root}: all {file_list.count} records were rejected ({why})",
             f"correct this, then start again with  rm -r {root}",
         )
-    if "quantity" not in label_summary:  # images without labels
+    if label_summary.get("quantity") == "classes":
+        about.pop("sky_policy", None)  # of depth
+    elif "quantity" not in label_summary:  # images without labels
         del about["sky_policy"]
         about.pop("sharp", None)
     meta = {**about, "settings": {**settings, "count": file_list.count}, "listing": file_list.digest}
@@ -281,6 +284,7 @@ def _write_about(root: Path, info: DatasetInfo, changes: Mapping[str, str]) -> N
         "source": {"title": info.title, "get": info.get},
         "sky_policy": info.sky,
         **({"sharp": True} if info.sharp else {}),
+        **({"classes": table_to_list(info.classes)} if info.classes else {}),
     }
     new = {**new, **changes}
     if new != about:
@@ -338,7 +342,8 @@ def _summarize_labels(labels: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     meta: dict[str, Any] = {"pixels": dict(sorted(pixels.items()))}
     if len(quantities) == 1:
         (meta["quantity"],) = quantities
-        meta["sky"] = "inf" if meta["quantity"] == "depth" else "zero"
+        if meta["quantity"] != "classes":
+            meta["sky"] = "inf" if meta["quantity"] == "depth" else "zero"
     if len(units) == 1 and None not in units:
         (meta["unit"],) = units
     return meta

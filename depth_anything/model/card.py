@@ -16,6 +16,7 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.model.metadata import printable_line
+from depth_anything.model.segmentation import SegmentationModel
 
 CARD_NAME = "README.md"
 _FOOTER = re.compile(
@@ -133,13 +134,15 @@ def _generated_for(path: Path) -> str | None:
 
 def _front_matter(model: DepthAnything, form: str) -> ModelCardData:
     tags = ["depth-anything", "relative-depth" if model.quantity == "disparity" else "metric-depth"]
+    if isinstance(model, SegmentationModel):
+        tags[1] = "semantic-segmentation"
     tags += ["dinov2"] if model.encoder in ENCODERS else ["vit"]
     tags += {"onnx": ["onnx"], "torch": ["torch-export"]}.get(form, [])
     base = (model.origin.get("start") or {}).get("base")
     return ModelCardData(
         **card_license_fields(model.licence),
         library_name={"transformers": "transformers", "onnx": "onnx"}.get(form, "depth-anything"),
-        pipeline_tag="depth-estimation",
+        pipeline_tag="image-segmentation" if isinstance(model, SegmentationModel) else "depth-estimation",
         tags=tags,
         base_model=printable_line(base) if base else None,
     )
@@ -155,7 +158,43 @@ def _markdown_code(text: object) -> str:
     return f"`{printable_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
+def _segmentation_summary(model: SegmentationModel) -> list[str]:
+    parameters = sum(p.numel() for p in model.parameters())
+    names = ", ".join(_escape_markdown(row.name) for row in model.classes)
+    side = model.window.short_side
+    resized = f"images resized to a short side of {side} px" if side else "images at their own size"
+    return [
+        f"Semantic segmentation of {len(model.classes)} classes: the encoder {_markdown_code(model.encoder)} of Depth "
+        f"Anything with the head {_markdown_code(model.head)} ({parameters:,} parameters).",
+        "",
+        f"**Classes**, by number from 0: {names}.",
+        "",
+        f"Input: RGB, ImageNet-normalized; {resized}, windows of {model.input_size} px every {model.window.stride} px.",
+    ]
+
+
+def _segmentation_usage(file: str) -> list[str]:
+    name, typed_name = json.dumps(file, ensure_ascii=False), shlex.quote(file)
+    return [
+        "```python",
+        "import cv2",
+        "from depth_anything.inference.segmentation import SegmentationPredictor",
+        "from depth_anything.model.segmentation_files import load_segmentation",
+        "",
+        f"predictor = SegmentationPredictor(load_segmentation({name}))",
+        'image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
+        "classes = predictor.predict(image)  # uint8 (H, W)",
+        "```",
+        "",
+        "```sh",
+        f"depth-anything predict photo.jpg --weights {typed_name} --output maps",
+        "```",
+    ]
+
+
 def _summary(model: DepthAnything) -> list[str]:
+    if isinstance(model, SegmentationModel):
+        return _segmentation_summary(model)
     head = _markdown_code(model.head) if model.head else "DPT head"
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if model.max_depth is not None:
@@ -183,6 +222,8 @@ def _summary(model: DepthAnything) -> list[str]:
 
 
 def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
+    if isinstance(model, SegmentationModel):
+        return _segmentation_usage(file)
     name, typed_name = json.dumps(file, ensure_ascii=False), shlex.quote(file)
     # The official format has tensors only, so the caller must pass the rest.
     depth = f", max_depth={model.max_depth:g}" if form == "official" and model.max_depth else ""

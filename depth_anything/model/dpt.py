@@ -110,6 +110,15 @@ class DPTHead(nn.Module):
         Returns:
             (B, H, W): disparity ≥ 0, or meters if max_depth was given.
         """
+        path = self.scratch.output_conv1(self._fuse(tokens, grid))
+        path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
+        output = self._output(path).squeeze(1)
+        if self.max_depth is None:
+            return F.relu(output)
+        return torch.sigmoid(output) * self.max_depth
+
+    def _fuse(self, tokens: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+        """Fuse four levels of tokens into (B, F, 8 · h, 8 · w)."""
         scratch = self.scratch
         levels = [
             resize(project(x.transpose(1, 2).unflatten(2, grid)))
@@ -119,13 +128,7 @@ class DPTHead(nn.Module):
         path = scratch.refinenet4(four, None, three.shape[2:])
         path = scratch.refinenet3(path, three, two.shape[2:])
         path = scratch.refinenet2(path, two, one.shape[2:])
-        path = scratch.refinenet1(path, one, (one.shape[2] * 2, one.shape[3] * 2))
-        path = scratch.output_conv1(path)
-        path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
-        output = self._output(path).squeeze(1)
-        if self.max_depth is None:
-            return F.relu(output)
-        return torch.sigmoid(output) * self.max_depth
+        return scratch.refinenet1(path, one, (one.shape[2] * 2, one.shape[3] * 2))
 
     def _output(self, path: Tensor) -> Tensor:
         output = self.scratch.output_conv2

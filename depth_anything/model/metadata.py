@@ -27,6 +27,9 @@ MAX_DEPTH_RANGE_M = (1e-3, 1e6)
 MAX_TEXT_LENGTH = 10_000
 """Characters of a name or license; licenses of many sets are joined."""
 
+SEGMENTATION_KIND = "segmentation"
+"""The `kind` of a model that scores classes; files of depth models have no kind."""
+
 _UNKNOWN = "unknown"
 _JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration")
 
@@ -37,6 +40,7 @@ class ModelFacts(TypedDict, total=False):
     `max_depth` is None for disparity, and missing if it is unknown.
     """
 
+    kind: str
     encoder: str
     head: str
     version: int
@@ -58,19 +62,26 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
         If known also origin (JSON), calibration (JSON), and the head unless it is `DPTHead`.
     """
     return {
+        **build_shared_metadata(model),
+        "quantity": model.quantity,
+        "unit": model.unit,
+        "max_depth": json.dumps(model.max_depth),
+        **({"head": model.head} if model.head else {}),
+        **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
+    }
+
+
+def build_shared_metadata(model: Any) -> dict[str, str]:
+    """Build the metadata that files of all kinds of models have: encoder, taps, input_size, licence, origin."""
+    return {
         "format": "pt",
         "project": "depth-anything-train",
         "version": __version__,
         "encoder": model.encoder,
         "taps": json.dumps(model.taps),
-        "quantity": model.quantity,
-        "unit": model.unit,
-        "max_depth": json.dumps(model.max_depth),
         "input_size": json.dumps(model.input_size),
         "licence": model.licence or _UNKNOWN,
-        **({"head": model.head} if model.head else {}),
         **({"origin": json.dumps(model.origin, sort_keys=True)} if model.origin else {}),
-        **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
     }
 
 
@@ -260,6 +271,7 @@ _parse_origin = partial(
 )
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
+    "kind": _choice_parser(SEGMENTATION_KIND),
     "encoder": _parse_encoder,
     "head": _parse_text,
     "taps": _parse_taps,

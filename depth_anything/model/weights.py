@@ -21,8 +21,16 @@ from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head
 from depth_anything.model.encoder import ENCODERS, canonical_encoder_name, load_hub_weights, rename_swiglu
 from depth_anything.model.lora import merge_adapters
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
-from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, ModelFacts, build_metadata, parse_metadata
+from depth_anything.model.metadata import (
+    MAX_DEPTH_RANGE_M,
+    SEGMENTATION_KIND,
+    ModelFacts,
+    build_metadata,
+    parse_metadata,
+)
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
+from depth_anything.model.segmentation import SegmentationModel
+from depth_anything.model.segmentation_files import build_segmentation_metadata
 from depth_anything.model.tensor_files import (
     SUPPORTED_FORMATS,
     WRITE_ERRORS,
@@ -93,7 +101,9 @@ def load_model(
     return model.eval()
 
 
-def save_model(model: DepthAnything, path: str | Path, *, format: str = "safetensors") -> None:
+def save_model(
+    model: DepthAnything | SegmentationModel, path: str | Path, *, format: str = "safetensors"
+) -> None:
     """Write a model atomically.
 
     Args:
@@ -112,10 +122,10 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
         raise UserError([Argument("format", repr(format)), " is unknown"], f"use one of {', '.join(FORMATS)}")
     if format != "safetensors" and model.head is not None:
         raise UserError(f"the format {format} cannot hold the head {model.head}", "save as safetensors")
-    if format == "transformers":
+    if format == "transformers" and isinstance(model, DepthAnything):
         _save_transformers(model, path)
         return
-    if format == "official":
+    if format == "official" and isinstance(model, DepthAnything):
         _warn_lost_facts(model, path)
     with atomic_path(path, make_folder=True, also=WRITE_ERRORS) as temporary:
         if format == "safetensors":
@@ -124,12 +134,14 @@ def save_model(model: DepthAnything, path: str | Path, *, format: str = "safeten
             save_torch(_merged_state(model), temporary)
 
 
-def write_model(model: DepthAnything, path: Path) -> None:
+def write_model(model: DepthAnything | SegmentationModel, path: Path) -> None:
     """Write a safetensors file in place; for a file that others read, pass a temporary path."""
-    save_safetensors(_merged_state(model), path, build_metadata(model))
+    is_depth = not isinstance(model, SegmentationModel)
+    metadata = build_metadata(model) if is_depth else build_segmentation_metadata(model)
+    save_safetensors(_merged_state(model), path, metadata)
 
 
-def _merged_state(model: DepthAnything) -> dict[str, Tensor]:
+def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     return merge_adapters(state)
 
@@ -278,6 +290,11 @@ def _build_empty(
 def _read_model(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     """Read a whole model: its tensors under official names, and its metadata."""
     tensors, facts = _read_checkpoint(path)
+    if facts.get("kind") == SEGMENTATION_KIND:
+        raise UserError(
+            f"{path} is a segmentation model, which predicts classes, not depth",
+            "use it with  depth-anything predict  or  evaluate , or as init= of a stage, which takes its encoder",
+        )
     # A training checkpoint may hold other networks. Names that `to_official_names` left are kept, to be reported.
     prefixes = ("pretrained.", "depth_head.", "backbone.", "neck.", "head.")
     tensors = {name: t for name, t in tensors.items() if name.startswith(prefixes)} or tensors

@@ -4,7 +4,9 @@ A layout is a function of its seed. Depth, image and looks are added by render.p
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import numpy as np
 
@@ -45,6 +47,19 @@ def box(
     return Solid(shape, center, half, rotation_matrix(yaw, pitch, roll).T, role)
 
 
+def _object(kind: str) -> Callable[[Callable[..., list[Solid]]], Callable[..., list[Solid]]]:
+    """Decorate a function that returns the parts of an object: they get its kind, for class maps."""
+
+    def decorate(build: Callable[..., list[Solid]]) -> Callable[..., list[Solid]]:
+        @wraps(build)
+        def build_object(*arguments: object) -> list[Solid]:
+            return [replace(part, kind=kind) for part in build(*arguments)]
+
+        return build_object
+
+    return decorate
+
+
 class Placement:
     """Position and rotation of an object on the floor; adds its parts."""
 
@@ -81,6 +96,7 @@ def _legs(
     ]
 
 
+@_object("table")
 def table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a table with up to three things on it."""
     width, length, height = draw.uniform(0.8, 1.8), draw.uniform(0.6, 1.0), draw.uniform(0.45, 0.95)
@@ -95,6 +111,7 @@ def table(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("chair")
 def chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a chair with four legs."""
     side, height = draw.uniform(0.4, 0.55), draw.uniform(0.4, 0.5)
@@ -103,6 +120,7 @@ def chair(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [seat, back, *_legs(place, side, side, height, 0.05, draw.choice(("box", "tube")))]
 
 
+@_object("cabinet")
 def cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a cabinet, or an open shelf."""
     width, length, height = draw.uniform(0.5, 1.6), draw.uniform(0.35, 0.6), draw.uniform(0.6, 2.1)
@@ -117,6 +135,7 @@ def cabinet(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("sofa")
 def sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a sofa."""
     width, length = draw.uniform(1.2, 2.2), draw.uniform(0.8, 1.0)
@@ -128,6 +147,7 @@ def sofa(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return parts
 
 
+@_object("lamp")
 def lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a floor lamp."""
     height, wide = draw.uniform(1.2, 1.8), draw.uniform(0.25, 0.45)
@@ -136,6 +156,7 @@ def lamp(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [place.put(0, 0, 0, 0.04, height, 0.04, "thin", shape="tube"), shade, foot]
 
 
+@_object("object")
 def loose_object(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a box, ball or tube on the floor."""
     size, shape = draw.uniform(0.3, 1.1), draw.choice(("box", "ball", "tube"))
@@ -149,6 +170,7 @@ def glass_screen(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     return [*posts, place.put(0, 0.05, 0, width, height - 0.05, 0.02, "glass")]
 
 
+@_object("stand")
 def coat_stand(place: Placement, draw: PhiloxRandom) -> list[Solid]:
     """Return a coat stand or fence: thin posts in a row."""
     count, height = 2 + draw.integer(6), draw.uniform(0.8, 1.9)
@@ -226,6 +248,7 @@ def _random_room(draw: PhiloxRandom) -> SceneLayout:
     return SceneLayout(solids, eye, turn, draw.uniform(0.5, 0.75), height, True)
 
 
+@_object("car")
 def car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     """Return a car along the street."""
     place, length = Placement(x, z, draw.uniform(-0.05, 0.05)), draw.uniform(3.6, 4.8)
@@ -240,6 +263,7 @@ def car(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     return [*wheels, place.put(0, 0.3, 0, 1.8, 0.65, length, "car"), cabin]
 
 
+@_object("tree")
 def tree(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     """Return a tree."""
     trunk, wide = draw.uniform(1.5, 3), draw.uniform(1.5, 3.5)
@@ -247,6 +271,7 @@ def tree(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     return [box(x, 0, z, 0.3, trunk, 0.3, "furniture", shape="tube"), crown]
 
 
+@_object("person")
 def person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     """Return a standing person: a tube with a head."""
     tall = draw.uniform(1.2, 1.6)
@@ -256,6 +281,7 @@ def person(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     ]
 
 
+@_object("object")
 def trash_bin(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     """Return a bin: a box, tube or ball."""
     size, shape = draw.uniform(0.7, 1.8), draw.choice(("box", "box", "tube", "ball"))
@@ -263,6 +289,7 @@ def trash_bin(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     return [box(x, 0, z, size, tall, size, "furniture", yaw=yaw, shape=shape)]
 
 
+@_object("pole")
 def _pole(x: float, z: float, draw: PhiloxRandom) -> list[Solid]:
     tall, side = draw.uniform(3, 8), -1 if x > 0 else 1
     parts = [box(x, 0, z, 0.14, tall, 0.14, "thin", shape="tube")]

@@ -30,6 +30,7 @@ class Solid:
         half: (3,) half sizes along its axes, in meters.
         axes: (3, 3), the rows are its axes in the world.
         role: Kind of surface; see `materials.random_material`.
+        kind: Kind of object that it is a part of, for class maps; "" if its role says it.
     """
 
     shape: str
@@ -37,6 +38,7 @@ class Solid:
     half: np.ndarray
     axes: np.ndarray
     role: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
-from depth_anything.scenes.layout import random_layout
+from depth_anything.scenes.classes import SCENE_CLASSES, class_map
+from depth_anything.scenes.layout import SceneLayout, random_layout
 from depth_anything.scenes.materials import (
     LOOKS,
     Material,
@@ -26,6 +27,7 @@ from depth_anything.scenes.materials import (
 from depth_anything.scenes.raycast import (
     PinholeView,
     Scene,
+    Solid,
     add_reflections,
     cast_rays,
     shade,
@@ -90,6 +92,24 @@ def render_scene(seed: int, *, look: str, height: int, width: int, layout: str =
     return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
 
 
+def render_classes(seed: int, *, height: int, width: int, layout: str = "classic") -> np.ndarray:
+    """Name the object that each pixel of a scene shows, uint8 (H, W) of `SCENE_CLASSES`; the same in both looks.
+
+    Args:
+        seed: Number of the scene.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        layout: "classic" or "varied", as for `render_scene`.
+    """
+    placed, view = _layout_and_view(seed, layouts=layout, height=height, width=width)
+    opaque, panes = _split_glass(placed)
+    depth, number = cast_rays(opaque, view)
+    pane_depth, pane = cast_rays(panes, view)
+    in_front = pane_depth < depth
+    number = np.where(in_front, pane + np.int16(len(opaque)), number)
+    return class_map(placed, view, np.where(in_front, pane_depth, depth), opaque + panes, number)
+
+
 def write_scenes(
     root: str | Path,
     *,
@@ -102,6 +122,7 @@ def write_scenes(
     labelled: bool = True,
     layout: str = "classic",
     workers: int = 0,
+    classes: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -120,11 +141,12 @@ def write_scenes(
         labelled: Write depth; False writes images only.
         layout: "classic" or "varied", as for `render_scene`.
         workers: Processes that render; 0 renders in this process. The bytes are the same.
+        classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
 
     Raises:
         ValueError: The look or the layout is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled, layout)
+    source = SceneSource(look, count, seed, height, width, labelled, layout, classes)
     shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -141,7 +163,12 @@ class SceneSource:
     width: int
     labelled: bool
     layout: str = "classic"
-    INFO: DatasetInfo = INFO
+    classes: bool = False
+
+    @property
+    def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
+        """Facts for the writer."""
+        return replace(INFO, classes=SCENE_CLASSES) if self.classes else INFO
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -155,6 +182,7 @@ class SceneSource:
             "width": self.width,
             "labelled": self.labelled,
             **({} if self.layout == "classic" else {"layout": self.layout}),
+            **({"classes": True} if self.classes else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -177,20 +205,36 @@ class SceneSource:
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
         sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
+        classes = (
+            render_classes(scene, height=self.height, width=self.width, layout=self.layout)
+            if self.classes
+            else None
+        )
+        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky, classes=classes)
+
+
+def _layout_and_view(seed: int, *, layouts: str, height: int, width: int) -> tuple[SceneLayout, PinholeView]:
+    """Return the layout of a seed, and the rays of its camera, whose focal length is width / 2 / tan(field) pixels."""
+    layout = random_layout(seed) if layouts == "classic" else varied_layout(seed)
+    focal = (width / 2) / math.tan(layout.field)
+    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
+    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
+    return layout, PinholeView(layout.origin, layout.rotation, u, v)
+
+
+def _split_glass(layout: SceneLayout) -> tuple[list[Solid], list[Solid]]:
+    """Return the opaque solids and the panes of glass."""
+    opaque = [s for s in layout.solids if s.role != "glass"]
+    return opaque, [s for s in layout.solids if s.role == "glass"]
 
 
 def _render_arrays(
     seed: int, *, look: str, layouts: str, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
-    layout = random_layout(seed) if layouts == "classic" else varied_layout(seed)
+    layout, view = _layout_and_view(seed, layouts=layouts, height=height, width=width)
     focal = (width / 2) / math.tan(layout.field)
-    u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
-    v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
-    view = PinholeView(layout.origin, layout.rotation, u, v)
-    panes = [s for s in layout.solids if s.role == "glass"]
-    opaque = [s for s in layout.solids if s.role != "glass"]
+    opaque, panes = _split_glass(layout)
     behind = cast_rays(opaque, view)
     depth, number = cast_rays(panes, view)
     in_front = depth < behind[0]

@@ -115,6 +115,10 @@ def validate_config(config: RunConfig) -> None:
         check_metric_stage(config)
     if config.stage == "pretrain":
         check_pretrain_stage(config)
+    if config.stage == "segmentation":
+        from depth_anything.training.segmentation_setup import check_segmentation_config
+
+        check_segmentation_config(config)
     _check_resume_with(config.resume_with)
 
 

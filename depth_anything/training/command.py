@@ -52,6 +52,7 @@ stages
   stage=student      train a network of any size on these labels
   stage=metric       fine-tune a relative network to depth in meters
   stage=pretrain     train an encoder on images alone, for init= of the other stages
+  stage=segmentation carry an encoder on to semantic segmentation
 
 groups (files of configs/)
 {groups}

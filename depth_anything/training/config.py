@@ -25,6 +25,7 @@ from depth_anything.training.value_rules import (
     OPTIONAL_FOLDER,
     PRECISION,
     REPEAT,
+    SCALE_RANGE,
     SEED,
     SET_NAMES,
     SHARE,
@@ -43,7 +44,7 @@ from depth_anything.training.value_rules import (
 )
 
 DEPTH_STAGES = ("teacher", "student", "metric")
-FIT_STAGES = (*DEPTH_STAGES, "pretrain")
+FIT_STAGES = (*DEPTH_STAGES, "pretrain", "segmentation")
 LABEL_STAGES = (*DEPTH_STAGES, "pseudolabel")
 STAGES = (*FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
@@ -194,20 +195,16 @@ class Recipe:
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
     ssi_weight: float = config_key(
-        LOSS_WEIGHT,
-        default=1.0,
-        stages=DEPTH_STAGES,
-        stages=DEPTH_STAGES,
-        stages=DEPTH_STAGES,
-        stages=DEPTH_STAGES,
-        stages=DEPTH_STAGES,
-        resume=CHANGE,
-        replay_only=True,
+        LOSS_WEIGHT, default=1.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
     )
-    gm_weight: float = config_key(LOSS_WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
-    gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
-    trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    gm_weight: float = config_key(
+        LOSS_WEIGHT, default=2.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_scales: int = config_key(
+        integer(1, 10, example=4), default=4, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
     normalization: str = config_key(
         choice(*NORMALIZATIONS), default="global", stages=("teacher", "student"), resume=CHANGE
     )
@@ -314,6 +311,20 @@ class SceneSetConfig(ConfigSection):
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
     layout: str = config_key(choice("classic", "varied"), default="classic")
+    classes: bool = config_key(flag(), default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSourceConfig(ConfigSection):
+    """What a source implies for stage=segmentation; `validation` is a set with class maps."""
+
+    validation: str | None = config_key(OPTIONAL_FOLDER, default=None, resume=FREE)
+    steps: int | None = config_key(integer(1, example=1000, optional=True), default=None, resume=ECHO)
+    warmup: float | None = config_key(ANY, default=None, resume=ECHO)
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), default=None, resume=ECHO
+    )
+    stride: int | None = config_key(integer(1, 2**14, example=426, optional=True), default=None, resume=ECHO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +338,10 @@ class SourcesConfig(ConfigSection):
     metric: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
     max_depth: float | None = config_key(meters(example=20, optional=True), default=None, resume=ECHO)
     steps: int | None = config_key(integer(1, example=1000, optional=True), default=None, resume=ECHO)
+    classes: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
+    segmentation: SegmentationSourceConfig | None = config_key(
+        section=SegmentationSourceConfig, default=None, resume=ECHO
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +416,10 @@ class DataConfig(ConfigSection):
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), stages=("segmentation",), resume=ECHO, repeats_run=True
+    )
+    scale_jitter: Any = config_key(SCALE_RANGE, stages=("segmentation",), resume=ECHO, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
 
@@ -479,7 +498,18 @@ class RunConfig(ConfigSection):
         resume=FREE,
     )
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
-    freeze_encoder: bool = config_key(flag(), default=False, stages=("metric",))
+    freeze_encoder: bool = config_key(flag(), default=False, stages=("metric", "segmentation"))
+    head: str = config_key(choice("linear", "dpt", "mask2former", "eomt"), stages=("segmentation",))
+    head_options: dict[str, Any] | None = config_key(
+        entries=ConfigKey(ANY), default=None, stages=("segmentation",)
+    )
+    short_side: int | None = config_key(
+        integer(1, 2**14, example=896, optional=True), default=None, stages=("segmentation",)
+    )
+    scale_jitter: Any = config_key(SCALE_RANGE, default=(1.0, 1.0), stages=("segmentation",), resume=CHANGE)
+    window_stride: int | None = config_key(
+        integer(1, 2**14, example=426, optional=True), default=None, stages=("segmentation",), resume=FREE
+    )
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
     max_depth: float | None = config_key(meters(example=20), stages=("metric",))
     min_depth: float | None = config_key(meters(example=0.001), stages=("metric",))

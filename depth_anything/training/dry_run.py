@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from depth_anything.data.address import is_remote, redact_secrets
+from depth_anything.data.classes import make_class_table
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
+from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel
 from depth_anything.teachers.open_teacher import is_present, teacher_kind
 from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
@@ -27,7 +29,11 @@ from depth_anything.training.initialization import (
 from depth_anything.training.pseudolabel import ShardData, label_data_arguments
 from depth_anything.training.resume import check_resume_checkpoint
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.segmentation_data import SegmentationData, read_classes
+from depth_anything.training.segmentation_setup import segmentation_validation_folder
 from depth_anything.training.validation import open_validation_task
+
+Network = DepthAnything | MaskedAutoencoder | SegmentationModel
 
 EXTRA_SET_ACTIONS = {"mix": "mixed in", "replay": "replayed"}
 NOT_FOUND = " (not found yet)"
@@ -69,16 +75,36 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     _print_batch(config)
 
 
-def _print_network(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
+def _build_network(config: RunConfig) -> Network:
+    """Build the network; of stage=segmentation with one class if no set of the run exists yet."""
+    if config.stage == "pretrain":
+        return build_random_autoencoder(config)
+    if config.stage != "segmentation":
+        return DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+    found = {
+        name: root
+        for name, root in config.data.sets.items()
+        if _is_local_and_complete(config, name, str(root))
+    }
+    classes = read_classes(found) if found else make_class_table(["unknown"])
+    print(
+        f"classes     {len(classes) if found else 'unknown until the sets exist (counted as one)'}, head={config.head}"
+    )
+    return SegmentationModel(
+        config.encoder,
+        classes=classes,
+        head=build_head(config) or config.head,
+        head_options=config.head_options,
+    )
+
+
+def _print_network(config: RunConfig) -> Network:
     """Print the run folder and the size of the network; return the network on the meta device."""
     with torch.device("meta"):
-        if config.stage == "pretrain":
-            model: DepthAnything | MaskedAutoencoder = build_random_autoencoder(config)
-        else:
-            model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
-            model.pretrained.requires_grad_(not config.freeze_encoder)
+        model = _build_network(config)
+        model.pretrained.requires_grad_(not config.freeze_encoder)
+    head = [parameter for name, parameter in model.named_parameters() if not name.startswith("pretrained.")]
     part = "decoder" if isinstance(model, MaskedAutoencoder) else "head"
-    head = list(getattr(model, "decoder" if part == "decoder" else "depth_head").parameters())
     encoder = list(model.pretrained.parameters())
     print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
     print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
@@ -117,7 +143,7 @@ def _print_facts(facts: TeacherFacts) -> None:
     print(f"            {facts.fingerprint[:23]}")
 
 
-def _print_recipe(config: RunConfig, model: DepthAnything | MaskedAutoencoder) -> None:
+def _print_recipe(config: RunConfig, model: Network) -> None:
     """Print what is trained and how, and the starting weights."""
     recipe = config.recipe
     if config.lora and isinstance(model, DepthAnything):
@@ -178,7 +204,7 @@ def _describe_passes(config: RunConfig) -> str:
     Raises:
         ValueError: As the run would: for a damaged set, another unit, or labels of other images.
     """
-    if not config.data.target.endswith((".TrainData", ".ImageData")):
+    if not config.data.target.endswith((".TrainData", ".ImageData", ".SegmentationData")):
         return "unknown for your own data class"
     sets = {**config.data.sets}
     for added in extra_sets(config).values():
@@ -220,7 +246,8 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
     patch = crop_multiple(config)
     with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
         arguments |= {"run_dir": scratch, "streams": config.streams or 1}
-        data_class = ImageData if config.stage == "pretrain" else TrainData
+        classes: dict[str, type] = {"pretrain": ImageData, "segmentation": SegmentationData}
+        data_class = classes.get(config.stage, TrainData)
         return data_class(**arguments, micro_batch=1, patch=patch).open().stream.records
 
 
@@ -240,6 +267,8 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
     if config.stage == "pretrain":
         return
     name, root = config.validation.benchmark, config.sources.validation
+    if config.stage == "segmentation":
+        root = segmentation_validation_folder(config)
     where = config.validation.root if name is not None else root
     if where is not None and not is_remote(str(where)) and Path(where).exists():
         open_validation_task(config)
@@ -270,6 +299,9 @@ def _describe_loss(config: RunConfig) -> str:
     if config.stage == "pretrain":
         target = "patches of mean 0 and deviation 1" if recipe.normalize_targets else "pixels"
         return f"squared error of the {recipe.mask_ratio:.0%} masked patches; targets: {target}"
+    if config.stage == "segmentation":
+        masks = config.head in MASK_HEADS and config.model.head is None
+        return "classes, masks and dice of matched masks" if masks else "cross-entropy of pixels, per image"
     if config.stage == "metric":
         silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
         silog += f"{config.max_depth:g} m"

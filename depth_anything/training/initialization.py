@@ -44,16 +44,22 @@ from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
+from depth_anything.training.segmentation_setup import build_segmentation_model, check_segmentation_weights
 
 Network = TypeVar("Network", bound=DepthAnything | MaskedAutoencoder)
 
 
-def build_model(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
-    """Build the network of a run with its starting weights: a depth network, or of stage=pretrain an autoencoder.
+def build_model(config: RunConfig) -> Any:
+    """Build the network of a run with its starting weights.
+
+    Returns:
+        A `DepthAnything`; in stage=pretrain a `MaskedAutoencoder`, in stage=segmentation a `SegmentationModel`.
 
     Raises:
         UserError: As `build_depth_model`; or if `init` of stage=pretrain has another encoder.
     """
+    if config.stage == "segmentation":
+        return build_segmentation_model(config)
     if config.stage != "pretrain":
         return build_depth_model(config)
     model = build_random_autoencoder(config)
@@ -87,6 +93,8 @@ def build_depth_model(config: RunConfig) -> DepthAnything:
     Raises:
         UserError: If the file is missing or of another size or kind, or a student would start from a teacher.
     """
+    if config.stage == "segmentation":
+        return build_segmentation_model(config)
     _reject_teacher_weights(config)
     source, file, start = config.init, _weights_file(config), config.start or "all"
     if config.stage == "metric" and file is not None and not file.exists():
@@ -136,6 +144,8 @@ def check_initial_weights(config: RunConfig) -> None:
     Raises:
         UserError: As `build_model` and `build_frozen_encoder`.
     """
+    if config.stage == "segmentation":
+        return check_segmentation_weights(config)
     _reject_teacher_weights(config)
     _check_alignment_weights(config)
     file = _weights_file(config)

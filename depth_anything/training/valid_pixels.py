@@ -78,7 +78,10 @@ class ValidPixelCheck(StepCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Compute on the device which images have a valid target, without waiting for the result."""
-        metric = batch["metric"] if "metric" in batch else self._open_data(trainer).depth_range is not None
+        metric: Any = batch["metric"] if "metric" in batch else None
+        if metric is None:
+            data = self._open_data(trainer)
+            metric = data.depth_range is not None or data.is_categorical
         valid = has_valid_target(batch["target"], batch["valid"], metric)
         self._pending.append((trainer.global_step + 1, torch.stack([batch["sample"], valid.long()])))
 
@@ -192,6 +195,8 @@ def _describe_sample(data: StreamDataset, number: int) -> str:
     """Describe a sample without a valid target: its shard and key, the values of its map, and the likely cause."""
     _, shard, index = data.stream.locate(number)
     name = shard.split("/")[0]
+    if data.is_categorical:
+        return f"in {shard}[{index}] of the set {name}, as in all others, every pixel is ignored; write the set again"
     depth_range = None if name in data.relative else data.depth_range
     source = next(source for source in data.sources if source.name == name)
     try:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.callbacks import WeightAveraging
 
+from depth_anything.data.classes import paint_classes
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
@@ -27,14 +28,17 @@ from depth_anything.evaluation.runner import (
     task_from_benchmark,
     task_from_set,
 )
-from depth_anything.evaluation.task import EvalTask
+from depth_anything.evaluation.task import DepthPredictor, EvalTask
 from depth_anything.inference.predictor import Predictor
+from depth_anything.inference.segmentation import SegmentationPredictor
+from depth_anything.model.segmentation import SegmentationModel
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.segmentation_setup import open_segmentation_task
 from depth_anything.visualize import colorize_by_distance, make_panel
 
 NUM_PICTURES = 4
@@ -47,6 +51,8 @@ def open_validation_task(config: RunConfig) -> EvalTask | None:
     Raises:
         UserError: If it does not exist, or cannot be scored by that protocol.
     """
+    if config.stage == "segmentation":
+        return open_segmentation_task(config)
     settings, root = config.validation, config.sources.validation
     protocol, limit, max_depth = settings.protocol, settings.limit, settings.max_depth
     if settings.benchmark is None:
@@ -176,7 +182,7 @@ class ValidationCallback(StepCallback):
             return
         training = module.model.training
         with averaged_weights(trainer, module):
-            predictor = Predictor(module.model, device=str(module.device), input_size=self.input_size)
+            predictor = _build_predictor(module, input_size=self.input_size)
             metric, means = self._score(trainer.world_size, predictor)
             for logger in trainer.loggers:
                 logger.log_metrics({f"val_{name}": value for name, value in means.items()}, step=step)
@@ -189,19 +195,16 @@ class ValidationCallback(StepCallback):
             gather_or_raise(trainer.world_size, write_results)  # a full disk stops all ranks
         module.model.train(training)
 
-    def _score(self, ranks: int, predictor: Predictor) -> tuple[str, dict[str, float]]:
+    def _score(self, ranks: int, predictor: DepthPredictor) -> tuple[str, dict[str, float]]:
         """Score the shares of all ranks; return the metric that decides, and the means of all metrics."""
         task = self.task
         assert task is not None
         shares = gather_or_raise(ranks, lambda: score_lines(predictor, task, self.lines))
         return task.metric, task.result("model", (row for share in shares for row in share)).means
 
-    def _write_picture(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
+    def _write_picture(self, trainer: pl.Trainer, predictor: DepthPredictor, step: int) -> None:
         maps = predictor.predict_batch([item.image for item in self.previews])
-        rows = [
-            _picture_row(item, map_, predictor.quantity)
-            for item, map_ in zip(self.previews, maps, strict=True)
-        ]
+        rows = [_picture_row(item, map_, predictor) for item, map_ in zip(self.previews, maps, strict=True)]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
         picture = make_panel(rows, titles=titles)
         path = self.run_dir.pictures / f"step-{step:09d}.jpg"
@@ -209,7 +212,7 @@ class ValidationCallback(StepCallback):
             Image.fromarray(picture).save(temporary, "JPEG", quality=90)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
-                logger.log_image("depth", [picture], step=step)
+                logger.log_image(predictor.quantity.replace("disparity", "depth"), [picture], step=step)
 
     def _update_best(self, module: DepthModule, step: int, metric: str, value: float) -> None:
         """Save the model if it is better than all before.
@@ -259,9 +262,18 @@ def _task_digest(task: EvalTask) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(cache_key(task), sort_keys=True).encode()).hexdigest()
 
 
-def _picture_row(item: Any, map_: np.ndarray, quantity: str) -> list[np.ndarray]:
+def _build_predictor(module: DepthModule, *, input_size: int) -> DepthPredictor:
+    model: Any = module.model
+    if isinstance(model, SegmentationModel):
+        return SegmentationPredictor(model, device=str(module.device))
+    return Predictor(model, device=str(module.device), input_size=input_size)
+
+
+def _picture_row(item: Any, map_: np.ndarray, predictor: DepthPredictor) -> list[np.ndarray]:
     """Return an image, its true map if there is one, and the prediction; near is red."""
-    disparity = map_ if quantity == "disparity" else 1.0 / map_.clip(1e-3)
+    if isinstance(predictor, SegmentationPredictor):
+        return [item.image, *(paint_classes(values, predictor.classes) for values in (item.classes, map_))]
+    disparity = map_ if predictor.quantity == "disparity" else 1.0 / map_.clip(1e-3)
     truth = []
     if isinstance(item, Frame) and item.depth is not None:
         truth = [colorize_by_distance(1.0 / item.depth, quantity="disparity")]

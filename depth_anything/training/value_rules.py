@@ -110,6 +110,12 @@ def _is_crop_area(value: Any) -> bool:
     )
 
 
+def _is_scale_range(value: Any) -> bool:
+    factor = real(0, 100, above=True, example=1.0)
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(factor.accepts, value))
+    return bool(pair) and value[0] <= value[1]
+
+
 def _is_set_names(value: Any) -> bool:
     if value is None or isinstance(value, (bool, str)):
         return value != ""
@@ -170,6 +176,7 @@ CONFIDENCE = real(0, 1, example=0.5)
 SEED = integer(0, 2**64 - 1, example=0)
 CROP_AREA = ValueRule(_is_crop_area, "two shares above 0 and up to 1, the smaller one first", [0.2, 1.0])
 BETAS = ValueRule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
+SCALE_RANGE = ValueRule(_is_scale_range, "two ascending factors above 0", [0.5, 2.0])
 SET_NAMES = ValueRule(_is_set_names, "true, null, or names of sets", True)
 KEY_NAMES = ValueRule(_is_key_names, "the names of keys, as [recipe.head_lr,steps]", ["recipe.head_lr"])
 SKY = ValueRule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")

@@ -180,6 +180,9 @@ NEW_KEYS = (
     "data.local_weight",
     *(f"{prefix}recipe.{name}" for name in ("normalization", "local_weight") for prefix in ("", "module.")),
     "teacher_",
+    "sources.classes",
+    "sources.segmentation",
+    "sources.scenes.classes",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
