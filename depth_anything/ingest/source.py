@@ -1,7 +1,7 @@
 """Types that every dataset reader shares: facts about a dataset, and one sample as it was read."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ class RawSample:
         disparity: float (H, W), larger is nearer, as stored; the same rule applies.
         sky: bool (H, W), sky pixels according to the set.
         invalid: Reason to bool (H, W): other pixels without a usable value.
+        captions: Texts that describe the image.
     """
 
     image: bytes | np.ndarray
@@ -99,6 +100,7 @@ class RawSample:
     disparity: np.ndarray | None = None
     sky: np.ndarray | None = None
     invalid: Mapping[str, np.ndarray] = field(default_factory=dict)
+    captions: Sequence[str] = ()
 
 
 class RejectedRecord(ValueError):

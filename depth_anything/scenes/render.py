@@ -13,6 +13,7 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
+from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
 from depth_anything.scenes.layout import random_layout
 from depth_anything.scenes.materials import (
     LOOKS,
@@ -90,6 +91,7 @@ def write_scenes(
     width: int,
     per_shard: int = 128,
     labelled: bool = True,
+    captioned: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -106,11 +108,12 @@ def write_scenes(
         width: Width of the images in pixels.
         per_shard: Scenes per shard.
         labelled: Write depth; False writes images only.
+        captioned: Write a caption of each scene.
 
     Raises:
         ValueError: The look is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled)
+    source = SceneSource(look, count, seed, height, width, labelled, captioned)
     shard_set = write_source(source, Path(), root, per_shard=per_shard)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -126,6 +129,7 @@ class SceneSource:
     height: int
     width: int
     labelled: bool
+    captioned: bool = False
     INFO: DatasetInfo = INFO
 
     @property
@@ -139,6 +143,7 @@ class SceneSource:
             "height": self.height,
             "width": self.width,
             "labelled": self.labelled,
+            **({"captioned": CAPTION_VERSION} if self.captioned else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -159,7 +164,10 @@ class SceneSource:
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
         sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
+        captions = (describe_scene(scene),) if self.captioned else ()
+        return RawSample(
+            image, meta, depth=frame.depth if self.labelled else None, sky=sky, captions=captions
+        )
 
 
 def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:

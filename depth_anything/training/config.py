@@ -4,7 +4,7 @@ check_config.py converts the composed YAML files of configs/ into a `RunConfig`.
 the only description of the keys: validation, suggestions, `--help` and resume all read it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -37,8 +37,12 @@ from depth_anything.training.value_rules import (
     text,
 )
 
-FIT_STAGES = ("teacher", "student", "metric")
+FIT_STAGES = ("teacher", "student", "metric", "controlnet")
 STAGES = (*FIT_STAGES, "pseudolabel")
+#: Stages with a depth network; stage=controlnet has none.
+DEPTH_STAGES = tuple(stage for stage in STAGES if stage != "controlnet")
+#: Of these the stages that train it.
+DEPTH_FIT_STAGES = tuple(stage for stage in FIT_STAGES if stage != "controlnet")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
 
 # What a key may do when a run is resumed.
@@ -168,8 +172,8 @@ class Recipe:
     """
 
     steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    encoder_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
-    head_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
+    encoder_lr: float = config_key(LEARNING_RATE, stages=DEPTH_STAGES, resume=CHANGE)
+    head_lr: float = config_key(LEARNING_RATE, stages=DEPTH_STAGES, resume=CHANGE)
     betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
     weight_decay: float = config_key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
     schedule: str = config_key(choice(*SCHEDULES), default="linear", resume=CHANGE)
@@ -177,17 +181,23 @@ class Recipe:
     clip_norm: float | None = config_key(
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
-    ssi_weight: float = config_key(LOSS_WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
-    gm_weight: float = config_key(LOSS_WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
-    gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
-    trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    ssi_weight: float = config_key(
+        LOSS_WEIGHT, default=1.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_weight: float = config_key(
+        LOSS_WEIGHT, default=2.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_scales: int = config_key(
+        integer(1, 10, example=4), default=4, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
     alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
     )
     checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-    compile: bool = config_key(flag(), default=False, resume=CHANGE)
+    compile: bool = config_key(flag(), default=False, stages=DEPTH_STAGES, resume=CHANGE)
 
     def __post_init__(self) -> None:
         """Check every value, so that a recipe built in Python is held to the ranges of the config.
@@ -195,9 +205,13 @@ class Recipe:
         Raises:
             UserError: Naming the key and what it must be.
         """
-        for name, known in keys_of(type(self)).items():
-            if known.rule is not None:
-                check_value(f"recipe.{name}", getattr(self, field_name(name)), known.rule)
+        _check_recipe_values(self, keys_of(type(self)))
+
+
+def _check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+    for name, known in keys_of(type(recipe)).items():
+        if known.rule is not None and name in names:
+            check_value(f"recipe.{name}", getattr(recipe, field_name(name)), known.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +230,56 @@ class MetricRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetRecipe:
+    """The hyperparameters of stage=controlnet; docs/recipe.md has their sources.
+
+    Attributes:
+        steps: Optimizer steps of the whole run; the schedule ends there.
+        lr: Learning rate of the ControlNet, the only network that is trained.
+        betas: Adam's betas.
+        weight_decay: Decoupled weight decay.
+        schedule: As `Recipe.schedule`.
+        warmup: Share of the run in which the rate climbs from near zero.
+        clip_norm: Largest global gradient norm; None does not clip.
+        caption_dropout: Share of the samples whose caption is replaced by an empty one.
+        checkpointing: Recompute the blocks of ControlNet and UNet in the backward pass.
+    """
+
+    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
+    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
+    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
+    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.01, resume=CHANGE)
+    schedule: str = config_key(choice(*SCHEDULES), default="constant", resume=CHANGE)
+    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
+    clip_norm: float | None = config_key(
+        real(0, above=True, optional=True, example=1.0), default=1.0, resume=CHANGE
+    )
+    caption_dropout: float = config_key(
+        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
+    )
+    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
+
+    def __post_init__(self) -> None:
+        """Check every value, as `Recipe` does."""
+        _check_recipe_values(self, keys_of(type(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig(MetricRecipe, ConfigSection):
-    """The `recipe` section: the hyperparameters of any stage, and the class that holds them."""
+    """The `recipe` section: the hyperparameters of any stage, and the class that holds them.
+
+    `lr` and `caption_dropout` are those of `ControlNetRecipe`; the keys of other stages are None or their default.
+    """
 
     target: str = config_key(CLASS_PATH, resume=START)
+    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
+    caption_dropout: float = config_key(
+        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values of the keys that the config has."""
+        _check_recipe_values(self, self.composed_keys or keys_of(type(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +307,7 @@ class ValidationConfig(ConfigSection):
     root: str | None = config_key(OPTIONAL_FOLDER, default=None)
     protocol: str | None = config_key(text("a protocol", example="da2", optional=True), default=None)
     max_depth: float | None = config_key(meters(example=20, optional=True), default=None)
+    sampling_steps: int = config_key(integer(1, 1000, example=20), default=20, stages=("controlnet",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +322,7 @@ class SceneSetConfig(ConfigSection):
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
+    captioned: bool = config_key(flag(), default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,12 +397,16 @@ class DataConfig(ConfigSection):
     images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
     replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO, repeats_run=True)
     replay_share: float = config_key(OPEN_FRACTION, stages=("metric",), resume=ECHO, repeats_run=True)
-    allow_partial: bool = config_key(flag(), stages=("student", "metric"), resume=FREE, repeats_run=True)
+    allow_partial: bool = config_key(
+        flag(), stages=("student", "metric", "controlnet"), resume=FREE, repeats_run=True
+    )
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
+    captions: bool = config_key(flag(), default=False, stages=("controlnet",), resume=ECHO)
+    flip: bool = config_key(flag(), default=True, stages=("controlnet",), resume=CHANGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,16 +443,28 @@ class RunConfig(ConfigSection):
     validation: ValidationConfig = config_key(section=ValidationConfig, resume=FREE)
     stage: str = config_key(text("a stage", example="teacher"))
     size: str = config_key(text("a size", example="tiny"), resume=START)
-    encoder: str = config_key(text("an encoder", example="vits"))
+    encoder: str = config_key(text("an encoder", example="vits"), stages=DEPTH_STAGES)
+    base: str | None = config_key(
+        text(
+            "a diffusers folder or a hub name",
+            example="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            optional=True,
+        ),
+        default=None,
+        stages=("controlnet",),
+    )
     batch_size: int = config_key(integer(1, 10**6, example=16))
     steps: int = config_key(integer(1, 10**9, example=1000), stages=FIT_STAGES, resume=CHANGE)
     image_size: int = config_key(integer(1, 2**14, example=518))
-    perturb: bool = config_key(flag(), default=False, stages=FIT_STAGES, resume=CHANGE)
+    perturb: bool = config_key(flag(), default=False, stages=DEPTH_FIT_STAGES, resume=CHANGE)
     sky: Any = config_key(SKY, default=None, stages=("teacher", "student"))
     mix: Any = config_key(SET_NAMES, default=None, stages=("student",))
     cutmix: bool = config_key(flag(), default=False, stages=("student",), resume=CHANGE)
     labels: str | None = config_key(
-        OPTIONAL_FOLDER, stages=("student", "metric", "pseudolabel"), resume=START, replay_only=True
+        OPTIONAL_FOLDER,
+        stages=("student", "metric", "pseudolabel", "controlnet"),
+        resume=START,
+        replay_only=True,
     )
     teacher: str = config_key(text("a file", example="FILE"), stages=("pseudolabel",), resume=START)
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)

@@ -36,6 +36,7 @@ from depth_anything.training.callbacks import (
     gather_or_raise,
 )
 from depth_anything.training.config import RunConfig
+from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
 from depth_anything.training.loggers import build_loggers, logger_nodes
 from depth_anything.training.pseudolabel import ShardData
@@ -131,11 +132,15 @@ def build_callbacks(
             they did at this step, as an average of the weights.
     """
     metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
-    validation = ValidationCallback(
-        partial(open_validation_task, config),
-        run_dir,
-        every=config.validation.every,
-        input_size=config.image_size,
+    validation: pl.Callback = (
+        ControlNetValidation(config, run_dir)
+        if config.stage == "controlnet"
+        else ValidationCallback(
+            partial(open_validation_task, config),
+            run_dir,
+            every=config.validation.every,
+            input_size=config.image_size,
+        )
     )
     checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
     valid_pixels = ValidPixelCheck(every=config.logging.every)
