@@ -257,6 +257,25 @@ def check_base(source: str) -> None:
         check_base_index(source, _read_index(source))
 
 
+def meta_controlnet(source: str) -> Any:
+    """Build the ControlNet of a base on the meta device, from the config of its UNet.
+
+    Raises:
+        UserError: The config cannot be read.
+    """
+    diffusers = import_diffusers()
+    unet = diffusers.UNet2DConditionModel
+    try:
+        with torch.device("meta"):
+            network = unet.from_config(unet.load_config(source, subfolder="unet"))
+            return diffusers.ControlNetModel.from_unet(network, load_weights_from_unet=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the UNet of base={source} cannot be read ({reason})", f"type base={EXAMPLE_BASE}"
+        ) from error
+
+
 def read_license(source: str) -> str | None:
     """Return the license by the card (README.md) of a folder or hub name; None if it cannot be read."""
     if (card := Path(source, "README.md")).is_file():
