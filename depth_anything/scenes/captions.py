@@ -25,6 +25,9 @@ _NOUNS = {
     "tube": ("column", "columns"),
     "box": ("block", "blocks"),
 }
+MAX_NOUNS = 4
+"""Kinds of things that are named. A sentence then has fewer letters than CLIP has tokens."""
+
 _SOLIDS_PER_CAR = 2  # the body and the cabin have the role; wheels have another
 
 
@@ -37,12 +40,12 @@ def describe_scene(seed: int) -> str:
         seed: As for `render_scene`; both looks have the same caption.
 
     Returns:
-        For example "a street with 2 cars, a lamp and 11 buildings".
+        For example "a street with 2 cars, 11 buildings and a lamp".
     """
     layout = random_layout(seed)
     counts = Counter(_noun(solid) for solid in layout.solids if _is_in_view(solid, layout))
     counts["car"] = math.ceil(counts["car"] / _SOLIDS_PER_CAR)
-    things = [_count_text(counts[noun], noun) for noun in _NOUNS if counts[noun]]
+    things = [_count_text(counts[noun], noun) for noun in _NOUNS if counts[noun]][:MAX_NOUNS]
     place = "a room" if layout.indoors else "a street"
     if not things:
         return place

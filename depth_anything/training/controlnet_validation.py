@@ -167,7 +167,7 @@ class ControlNetValidation(StepCallback):
                 steps=self.config.validation.sampling_steps,
             )
         rows = [[image.image, *pair] for image, *pair in zip(shown, conditions, made, strict=True)]
-        picture = make_panel(rows, titles=["image", "condition", f"step {step}"])
+        picture = make_panel(rows, titles=["image", "depth", f"step {step}"])
         path: Path = self.run_dir.pictures / f"step-{step:09d}.jpg"
         with atomic_path(path, make_folder=True) as temporary:
             Image.fromarray(picture).save(temporary, "JPEG", quality=90)
@@ -221,6 +221,8 @@ def generate_images(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # it warns of each caption that CLIP cuts off
     images = []
     for condition, caption, seed in zip(conditions, captions, seeds, strict=True):
         made = pipeline(
@@ -232,4 +234,5 @@ def generate_images(
             output_type="np",
         ).images[0]
         images.append((np.nan_to_num(made).clip(0, 1) * 255).round().astype(np.uint8))
+    diffusers.utils.logging.set_verbosity(verbosity)
     return images
