@@ -218,7 +218,10 @@ def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> s
     closest = [".".join(filter(None, (parent, name, *rest))) for name in _closest_name(last, siblings)]
     if not closest:
         keys = [name for name in list_keys(stage) if not name.startswith(("data.", "tiny."))]
-        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | KEY_SYNONYMS
+        synonyms = {
+            name: key for name, key in KEY_SYNONYMS.items() if key in list_keys(stage) or "." not in key
+        }
+        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | synonyms
         closest = [ends[name] for name in difflib.get_close_matches(last, list(ends), 1, 0.75)]
     if closest:
         plus = "+" if find_key(closest[0])[0] is None else ""

@@ -172,8 +172,8 @@ class Recipe:
     """
 
     steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    encoder_lr: float = config_key(LEARNING_RATE, stages=DEPTH_STAGES, resume=CHANGE)
-    head_lr: float = config_key(LEARNING_RATE, stages=DEPTH_STAGES, resume=CHANGE)
+    encoder_lr: float = config_key(LEARNING_RATE, stages=DEPTH_FIT_STAGES, resume=CHANGE)
+    head_lr: float = config_key(LEARNING_RATE, stages=DEPTH_FIT_STAGES, resume=CHANGE)
     betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
     weight_decay: float = config_key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
     schedule: str = config_key(choice(*SCHEDULES), default="linear", resume=CHANGE)
@@ -182,22 +182,24 @@ class Recipe:
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
     ssi_weight: float = config_key(
-        LOSS_WEIGHT, default=1.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+        LOSS_WEIGHT, default=1.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
     )
     gm_weight: float = config_key(
-        LOSS_WEIGHT, default=2.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+        LOSS_WEIGHT, default=2.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
     )
     gm_scales: int = config_key(
-        integer(1, 10, example=4), default=4, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+        integer(1, 10, example=4), default=4, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
     )
-    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
+    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(
+        FRACTION, default=0.0, stages=DEPTH_FIT_STAGES, resume=CHANGE, replay_only=True
+    )
     alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
     )
     checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-    compile: bool = config_key(flag(), default=False, stages=DEPTH_STAGES, resume=CHANGE)
+    compile: bool = config_key(flag(), default=False, stages=DEPTH_FIT_STAGES, resume=CHANGE)
 
     def __post_init__(self) -> None:
         """Check every value, so that a recipe built in Python is held to the ranges of the config.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from depth_anything.data import codec
 from depth_anything.data.captions import (
     CAPTION_BYTES,
     caption_texts,
@@ -16,6 +17,7 @@ from depth_anything.data.captions import (
     write_caption,
 )
 from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.labels import LabelSetWriter
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import open_set
 from depth_anything.errors import UserError
@@ -29,6 +31,7 @@ from depth_anything.ingest.photographs import write_images
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import describe_scene
 from depth_anything.scenes.render import SceneSource, write_scenes
+from depth_anything.training.data import TrainData
 
 
 @pytest.fixture
@@ -185,6 +188,47 @@ def test_batches_have_the_caption_and_the_square_of_the_same_record_unflipped(tm
         for a, b, m in zip(flipped, plain, mirrored, strict=True)
     ]
     assert all(targets)
+
+
+def test_captioned_images_are_joined_with_their_labels_by_key(tmp_path):
+    """Without depth of their own they need labels; sets with depth do not."""
+    size = {"height": 28, "width": 28}
+    plain = write_scenes(
+        tmp_path / "plain", look="synthetic", count=4, seed=1, labelled=False, captioned=True, **size
+    )
+    deep = write_scenes(tmp_path / "deep", look="synthetic", count=3, seed=2, captioned=True, **size)
+    teacher = {"fingerprint": "sha256:0", "file": "t.pth", "licence": "CC-BY-NC-4.0", "quantity": "disparity"}
+    labels = LabelSetWriter(
+        tmp_path / "labels" / "plain", plain, teacher=teacher, preprocessing="x", codec="f32"
+    )
+    maps = {
+        n: codec.encode(np.full((28, 28), n, np.float32) + np.eye(28, dtype=np.float32), codec="f32")
+        for n in range(4)
+    }
+    labels.publish("00000", maps, [])
+    assert labels.finish()
+
+    def open_data(**sets):
+        return TrainData(
+            sets={name: str(path) for name, path in sets.items()}, labels=str(tmp_path / "labels"), seed=0,
+            batch_size=1, micro_batch=1, patch=2, streams=1, image_size=28, workers=0, sky="far", perturb=False,
+            captions=True, flip=False, run_dir=str(tmp_path),
+        ).open()  # fmt: skip
+
+    data = open_data(plain=tmp_path / "plain", deep=tmp_path / "deep")
+    assert [type(source).__name__ for source in data.sources] == ["JoinedRecords", "Records"]
+    for n in range(7):
+        _, shard, index = data.stream.locate(n)
+        batch = data[n]
+        _, fields = Records(plain if shard == "plain/00000" else deep).read(shard, index)
+        assert caption_texts(batch["caption"].numpy()) == [fields["txt"].decode()]
+        if shard == "plain/00000":
+            assert batch["target"][0, 0, 1] == index and batch["target"][0, 0, 0] == index + 1
+    write_scenes(tmp_path / "mute", look="synthetic", count=2, seed=3, **size)
+    with pytest.raises(UserError, match="shard captions"):
+        open_data(mute=tmp_path / "mute")
+    with pytest.raises(UserError, match="pseudolabel"):
+        open_data(other=tmp_path / "plain")
 
 
 def torch_equal(one, other):
