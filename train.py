@@ -1,4 +1,4 @@
-"""python train.py stage=teacher | pseudolabel | student | metric | segmentation [size=paper] [key=value …]."""
+"""python train.py stage=STAGE [size=paper] [encoder=vits] [key=value …]; --help lists the stages."""
 
 from pathlib import Path
 

@@ -16,6 +16,9 @@ GRAY = 128
 DEFAULT_COLORMAP = "Spectral_r"
 """The official colormap for disparity, whose last color is red."""
 
+MIN_DEPTH_M = np.float32(1e-3)
+"""Smaller depths, meters, are raised to it before they are inverted, so that no pixel takes the whole range."""
+
 GAP_PX = 4
 _BLOCK_PIXELS = 1 << 20  # limits memory
 FONT_PX = 16
@@ -69,6 +72,40 @@ def colorize(
         levels[block] = share.clip(0, 1) * 255
     picture[shown] = table[levels]
     return picture
+
+
+def conditioning_image(map: np.ndarray, *, quantity: str, valid: np.ndarray | None = None) -> np.ndarray:
+    """Compute the image that a depth-conditioned ControlNet gets: near is white, far is black, in 256 grays.
+
+    level = (disparity - least) / (most - least) · 255, in float32 and truncated, over the range of this image. That is
+    how V1's app and the Depth Anything preprocessors of WebUI (sd-webui-controlnet, annotator/depth_anything_v2.py)
+    and ComfyUI compute it. `depth-anything predict --format controlnet` and stage=controlnet call this function.
+
+    Args:
+        map: (H, W), any real dtype; +inf is sky in a depth.
+        quantity: "disparity" (larger is nearer), or "depth" in meters, of which 1 / depth is taken.
+        valid: (H, W) bool; other pixels become black, as do NaN, and infinite disparities.
+
+    Returns:
+        uint8 (H, W, 3), three equal channels, which is what these programs hand to a ControlNet. A constant map is
+        black.
+
+    Example:
+        >>> conditioning_image(np.array([[1.0, 2.0, 4.0]]), quantity="disparity")[0, :, 0].tolist()
+        [0, 85, 255]
+        >>> conditioning_image(np.array([[1.0, 2.0, np.inf]]), quantity="depth")[0, :, 0].tolist()
+        [255, 127, 0]
+    """
+    values = np.asarray(map, np.float32)
+    if quantity == "depth":
+        values = np.float32(1) / np.maximum(values, MIN_DEPTH_M)
+    known = np.isfinite(values) if valid is None else np.isfinite(values) & valid
+    levels = np.zeros(values.shape, np.uint8)
+    if known.any():
+        least, most = values[known].min(), values[known].max()
+        if most > least:
+            levels[known] = ((values[known] - least) / (most - least) * np.float32(255)).astype(np.uint8)
+    return np.repeat(levels[:, :, None], 3, axis=2)
 
 
 def colorize_by_distance(

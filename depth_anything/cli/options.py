@@ -25,7 +25,7 @@ MAX_BATCH = 65_536
 MAX_SIDE_PX = 16_384
 """Limits of flags; larger values are typing mistakes that would exhaust any memory."""
 
-FORMATS = ("png8", "png16", "npy", "npz", "exr", "ply", "glb")
+FORMATS = ("png8", "png16", "npy", "npz", "exr", "controlnet", "ply", "glb")
 
 ARGUMENT_FLAGS = {
     "encoder": "--encoder {}",

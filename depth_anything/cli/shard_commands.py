@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depth_anything.cli.options import MAX_SIDE_PX, MAX_WORKERS, add_command, check_output, int_in_range
-from depth_anything.data.address import escape_unprintable, redact_secrets
+from depth_anything.data.address import escape_unprintable, is_remote, redact_secrets
+from depth_anything.errors import UserError
 from depth_anything.ingest.catalog import SETS, CatalogEntry, load_source
 
 if TYPE_CHECKING:
@@ -70,6 +71,18 @@ def add_shard(commands: Any) -> Any:
     images.add_argument("source", metavar="SOURCE", help="folder, text file with a path per line, or tar")
     images.add_argument("output", metavar="OUT", help="folder of the new set")
     add_writer_options(images)
+
+    captions = add_command(
+        kinds, "captions", "pack photographs, or copy shards, with a caption of each image", run=_run_captions
+    )
+    captions.add_argument(
+        "source", metavar="IMAGES", help="folder, text file with a path per line, tar, or a set of shards"
+    )
+    captions.add_argument(
+        "captions", metavar="CAPTIONS", help="folder with NAME.txt for each image, or a csv or jsonl file"
+    )
+    captions.add_argument("output", metavar="OUT", help="folder of the new set")
+    add_writer_options(captions)
 
     for name, entry in SETS.items():
         _add_catalog_set(kinds, name, entry)
@@ -253,6 +266,32 @@ def _run_images(options: argparse.Namespace) -> None:
     from depth_anything.ingest.photographs import write_images
 
     print_write_result(write_images(options.source, options.output, **writer_options(options)), options)
+
+
+def _run_captions(options: argparse.Namespace) -> None:
+    from depth_anything.ingest.captions import CaptionedPhotographs, CaptionSource, write_captioned_set
+    from depth_anything.ingest.writer import write_source
+
+    if is_remote(options.source) or (Path(options.source) / "manifest.json").is_file():
+        changed = {
+            "--part": options.part != (1, 1),
+            "--short-side": options.short_side,
+            "--workers": options.workers,
+        }
+        for flag, typed in changed.items():
+            if typed:
+                raise UserError(
+                    f"{flag} does not apply to a set of shards, which is copied", f"leave out {flag}"
+                )
+        result = write_captioned_set(
+            options.source, options.captions, options.output, name=options.name, licence=options.licence
+        )
+        print_write_result(result, options)
+        return
+    source = CaptionedPhotographs(CaptionSource(Path(options.captions)), Path(options.output))
+    print_write_result(
+        write_source(source, options.source, options.output, **writer_options(options)), options
+    )
 
 
 def _run_catalog_set(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ The content of a sample depends only on its number, the seed and the shards, in 
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
+from depth_anything.data.captions import CAPTION_BYTES, draw_caption, read_captions, write_caption
 from depth_anything.data.label_fields import LabelOptions, choose_view, find_crop_field, write_extras
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
@@ -124,6 +125,8 @@ class StreamDataset(Dataset):
         depth_range: tuple[float, float] | None = None,
         relative: Collection[str] = (),
         label_options: LabelOptions | None = None,
+        flip: bool = True,
+        captions: bool = False,
     ) -> None:
         """Compute the order; no shard is read.
 
@@ -144,6 +147,8 @@ class StreamDataset(Dataset):
                 lowest ≤ depth ≤ highest.
             relative: Names of sets whose targets are disparity even if `depth_range` is given.
             label_options: How the optional fields of labels are used; None ignores them.
+            flip: Mirror half of the samples.
+            captions: Add "caption" to the batches. A record without one counts as bad.
 
         Raises:
             ValueError: Two sets have the same name, the crop is larger than the frames, there are no records, or `sky`
@@ -156,6 +161,7 @@ class StreamDataset(Dataset):
         self.perturb, self.cutmix = perturb, cutmix
         self.depth_range, self.relative = depth_range, frozenset(relative)
         self.label_options = label_options or LabelOptions()
+        self.flip, self.captions = flip, captions
         self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
             raise UserError(
@@ -196,6 +202,7 @@ class StreamDataset(Dataset):
             "box": float32 (b, 4) of `draw_cutmix_box`, if `cutmix`.
             "metric": bool (b,), if there are `relative` sets: whether the target is in meters.
             "confidence", "local", "local_valid", "local_confidence": (b, S, S) of `write_extras`, by `label_options`.
+            "caption": uint8 (b, CAPTION_BYTES), if `captions`: one of the image's captions; see `caption_texts`.
 
         Raises:
             ValueError: No record can be read, or a label is smaller than the crop.
@@ -276,6 +283,8 @@ class StreamDataset(Dataset):
             arrays["local_valid"] = (np.bool_, (count, side, side))
             if self.label_options.weight == "weight":
                 arrays["local_confidence"] = (np.float32, (count, side, side))
+        if self.captions:
+            arrays["caption"] = (np.uint8, (count, CAPTION_BYTES))
         return arrays
 
     def empty_batch(self, count: int) -> dict[str, np.ndarray]:
@@ -334,6 +343,10 @@ class StreamDataset(Dataset):
         with timer("decode the image"), record_errors(shard, index, key):
             name = find_target_field(fields, meters=depth_range is not None)
             image, meta = decode_image_and_meta(fields)
+            if self.captions:
+                write_caption(
+                    draw_caption(read_captions(fields, meta), seed=self.seed, n=n), out["caption"][0]
+                )
         with record_errors(shard, index, key):
             whole = image.shape[:2]
             view, local = choose_view(fields, whole, self.label_options, seed=self.seed, n=n)
@@ -349,6 +362,7 @@ class StreamDataset(Dataset):
                 f"type image_size={min(size)}, or make larger labels",
             )
         crop = draw_crop(*size, self.image_size, seed=self.seed, n=n)
+        crop = crop if self.flip else replace(crop, flip=False)
         with timer("decode the label"), record_errors(shard, index, key, name):
             crop_encoded_map(fields[name], crop, out=target)
         with timer("make target and mask"):  # after cropping, because most pixels are cropped away

@@ -26,6 +26,7 @@ _CACHED_PASSES = 2  # a micro-batch may contain the end of one pass and the begi
 _SHARDS, _STREAMS, _BLOCKS = 1, 2, 3
 CROP, PERTURBATION, CUTMIX, LABEL_CROP = 16, 17, 18, 19
 RESIZED_CROP, PATCH_ORDER, SCALE = 20, 21, 22
+CAPTION, DIFFUSION = 32, 33
 
 
 def _philox_words(count: int, seed: int, purpose: int, *index: int) -> np.ndarray:

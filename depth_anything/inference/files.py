@@ -22,10 +22,10 @@ from depth_anything.disk import atomic_write
 from depth_anything.errors import UserError
 from depth_anything.inference.formats import (
     DIRECTION,
-    ENDINGS,
     FORMAT_DESCRIPTIONS,
     encode_map,
     encode_picture,
+    map_ending,
     resolve_colormap,
 )
 from depth_anything.inference.image_list import ImageList, list_images
@@ -63,7 +63,7 @@ class PredictSettings:
     """What is written for each image.
 
     Attributes:
-        formats: Files of values and of points: any of `ENDINGS` and `POINT_FORMATS`.
+        formats: Files of values and of points: any of `FORMAT_DESCRIPTIONS` and `POINT_FORMATS`.
         pred_only: The picture shows the map without the image.
         grayscale: The picture shows the map in gray.
         colormap: Colormap of the picture; None: the authors', near is red.
@@ -283,7 +283,7 @@ class PredictionWriter:
         }
         self.colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
         self.endings = [".png", ".json", *([RAW_DEPTH_SUFFIX] if settings.save_numpy else [])]
-        self.endings += [f"_{predictor.quantity}{ENDINGS[format]}" for format in settings.map_formats]
+        self.endings += [map_ending(format, predictor.quantity) for format in settings.map_formats]
         self.endings += [f"_points.{format}" for format in settings.point_formats]
 
     def check_overwrite(self, targets: Sequence[Path], inputs: Sequence[Path], *, fix: str) -> None:
@@ -331,7 +331,7 @@ class PredictionWriter:
         encoded = {".png": picture}
         for format in self.settings.map_formats:
             data = encode_map(map_, format, quantity=quantity, unit=unit)
-            encoded[f"_{quantity}{ENDINGS[format]}"] = data, FORMAT_DESCRIPTIONS[format]
+            encoded[map_ending(format, quantity)] = data, FORMAT_DESCRIPTIONS[format]
         if self.settings.save_numpy:
             data = encode_map(map_, "npy", quantity=quantity, unit=unit)
             encoded[RAW_DEPTH_SUFFIX] = data, FORMAT_DESCRIPTIONS["npy"]

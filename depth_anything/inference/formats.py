@@ -10,7 +10,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from depth_anything.inference.predictor import Predictor
-from depth_anything.visualize import DEFAULT_COLORMAP, check_colormap, colorize_by_distance, distance_colormap
+from depth_anything.visualize import (
+    DEFAULT_COLORMAP,
+    check_colormap,
+    colorize_by_distance,
+    conditioning_image,
+    distance_colormap,
+)
 
 GAP_PX = 50
 """Width of the white gap between image and map, as in the authors' output."""
@@ -19,6 +25,9 @@ _ROWS_PER_BLOCK = 64
 
 PNG_COMPRESSION = 1
 """zlib level of PNGs: the default, 6, takes as long as a small network."""
+
+CONTROLNET = "controlnet"
+"""The format for ControlNets: the image that conditions them, docs/controlnet.md."""
 
 ENDINGS = {"png8": "_8bit.png", "png16": ".png", "npy": ".npy", "npz": ".npz", "exr": ".exr"}
 """Format to the end of its file name, after NAME_disparity or NAME_depth."""
@@ -29,10 +38,16 @@ FORMAT_DESCRIPTIONS = {
     "npy": "NumPy float32 (H, W): the values",
     "npz": "NumPy archive: `map` float32 (H, W), the values; `quantity`, `unit`, `larger` as here",
     "exr": "OpenEXR, channel Y float32: the values; quantity, unit and larger in its header",
+    CONTROLNET: "conditioning image of a ControlNet, 8-bit RGB PNG: near is white, over the range of this image",
 }
 
 DIRECTION = {"disparity": "nearer", "depth": "farther"}
 """Quantity to the meaning of larger values."""
+
+
+def map_ending(format: str, quantity: str) -> str:
+    """Return the end of the name of a map's file, after NAME: as _disparity.npy, or _controlnet.png."""
+    return "_controlnet.png" if format == CONTROLNET else f"_{quantity}{ENDINGS[format]}"
 
 
 def display_values(map: np.ndarray, predictor: Predictor) -> tuple[np.ndarray, str]:
@@ -103,11 +118,13 @@ def encode_map(map: np.ndarray, format: str, *, quantity: str, unit: str) -> byt
 
     Args:
         map: (H, W) float32, finite.
-        format: A key of `ENDINGS`.
+        format: A key of `ENDINGS`, or `CONTROLNET`.
         quantity: "disparity" or "depth".
         unit: Unit of the values.
     """
     notes = {"quantity": quantity, "unit": unit, "larger": DIRECTION[quantity]}
+    if format == CONTROLNET:
+        return _encode_rgb(conditioning_image(map, quantity=quantity))
     if format == "exr":
         return _encode_exr(map, notes)
     if format in ("png8", "png16"):
@@ -166,13 +183,17 @@ def encode_picture(
     Returns:
         The file and its description for the record.
     """
-    out = io.BytesIO()
     picture = paint_picture(image, map, predictor, colormap=colormap, pred_only=pred_only)
-    Image.fromarray(picture).save(out, "PNG", compress_level=PNG_COMPRESSION)
     left = "" if pred_only else f"the image, {GAP_PX} px of white and "
     quantity = "disparity" if predictor.calibrated else predictor.quantity
     colors, name = distance_colormap(quantity, colormap), display_name(predictor)
-    return out.getvalue(), f"picture: {left}{name} in {colors} from its smallest value to its largest"
+    return _encode_rgb(picture), f"picture: {left}{name} in {colors} from its smallest value to its largest"
+
+
+def _encode_rgb(picture: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG", compress_level=PNG_COMPRESSION)
+    return out.getvalue()
 
 
 def _encode_exr(map: np.ndarray, notes: dict[str, str]) -> bytes:

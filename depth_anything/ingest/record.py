@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from depth_anything.data.captions import CAPTION_FIELD, encode_captions
 from depth_anything.data.classes import IGNORED
 from depth_anything.data.image_headers import detect_format, open_image
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_warnings
@@ -95,6 +96,8 @@ def encode_sample(raw: RawSample, *, source: str, name: str, short_side: int | N
     meta = {key: value for key, value in meta.items() if value is not None}
     frame = Frame("", image, meta, classes=classes, **({quantity: label} if label is not None else {}))  # type: ignore[arg-type]
     fields = encode_frame(frame, codec="f32", jpeg_quality=JPEG_QUALITY, original=data)
+    if raw.captions:
+        fields[CAPTION_FIELD] = encode_captions(raw.captions)
     notes = []
     # JPEG has no such properties.
     if isinstance(raw.image, bytes) and not raw.image.startswith(_JPEG_SIGNATURE):

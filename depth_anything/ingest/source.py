@@ -1,7 +1,7 @@
 """Types that every dataset reader shares: facts about a dataset, and one sample as it was read."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ class RawSample:
         sky: bool (H, W), sky pixels according to the set.
         invalid: Reason to bool (H, W): other pixels without a usable value.
         classes: uint8 (H, W) of the image's size, numbers of classes, 255 where a pixel is ignored.
+        captions: Texts that describe the image.
     """
 
     image: bytes | np.ndarray
@@ -105,6 +106,7 @@ class RawSample:
     sky: np.ndarray | None = None
     invalid: Mapping[str, np.ndarray] = field(default_factory=dict)
     classes: np.ndarray | None = None
+    captions: Sequence[str] = ()
 
 
 class RejectedRecord(ValueError):

@@ -40,7 +40,7 @@ def build_card(
         Markdown with YAML front matter.
     """
     front = _front_matter(model, form).to_yaml(line_break="\n")
-    lines = ["---", front.rstrip("\n"), "---", "", f"# {_escape_markdown(title)}", "", *_summary(model), ""]
+    lines = ["---", front.rstrip("\n"), "---", "", f"# {escape_markdown(title)}", "", *_summary(model), ""]
     lines += ["## How to use it", "", *_usage(model, file, form), ""]
     lines += ["## Where it comes from", "", *_provenance(model), ""]
     for heading, text in (measured or {}).items():
@@ -64,11 +64,11 @@ def build_encoder_card(model: MaskedAutoencoder, *, file: str, title: str) -> st
         front.to_yaml(line_break="\n").rstrip("\n"),
         "---",
         "",
-        f"# {_escape_markdown(title)}",
+        f"# {escape_markdown(title)}",
         "",
     ]
     lines += [
-        f"An image encoder ({_markdown_code(model.encoder)}, {parameters:,} parameters) trained by masked autoencoding "
+        f"An image encoder ({markdown_code(model.encoder)}, {parameters:,} parameters) trained by masked autoencoding "
         "(arXiv 2111.06377) on images without labels. It predicts no depth.",
         "",
         f"Input: RGB, ImageNet-normalized; it was trained on crops of {model.input_size} px with patches of "
@@ -148,24 +148,24 @@ def _front_matter(model: DepthAnything, form: str) -> ModelCardData:
     )
 
 
-def _escape_markdown(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """Escape untrusted text for Markdown, on one line."""
     return re.sub(r"([\\`|*<>\[\]#])", r"\\\1", printable_line(text))
 
 
-def _markdown_code(text: object) -> str:
+def markdown_code(text: object) -> str:
     """Format untrusted text as Markdown code, also for table cells."""
     return f"`{printable_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _segmentation_summary(model: SegmentationModel) -> list[str]:
     parameters = sum(p.numel() for p in model.parameters())
-    names = ", ".join(_escape_markdown(row.name) for row in model.classes)
+    names = ", ".join(escape_markdown(row.name) for row in model.classes)
     side = model.window.short_side
     resized = f"images resized to a short side of {side} px" if side else "images at their own size"
     return [
-        f"Semantic segmentation of {len(model.classes)} classes: the encoder {_markdown_code(model.encoder)} of Depth "
-        f"Anything with the head {_markdown_code(model.head)} ({parameters:,} parameters).",
+        f"Semantic segmentation of {len(model.classes)} classes: the encoder {markdown_code(model.encoder)} of Depth "
+        f"Anything with the head {markdown_code(model.head)} ({parameters:,} parameters).",
         "",
         f"**Classes**, by number from 0: {names}.",
         "",
@@ -195,7 +195,7 @@ def _segmentation_usage(file: str) -> list[str]:
 def _summary(model: DepthAnything) -> list[str]:
     if isinstance(model, SegmentationModel):
         return _segmentation_summary(model)
-    head = _markdown_code(model.head) if model.head else "DPT head"
+    head = markdown_code(model.head) if model.head else "DPT head"
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     if model.max_depth is not None:
         output = f"**Output: depth in meters**, 0 to {model.max_depth:g}; larger is farther."
@@ -212,7 +212,7 @@ def _summary(model: DepthAnything) -> list[str]:
         )
     return [
         "Depth from a single image: the network of Depth Anything "
-        f"(encoder {_markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, {head}; "
+        f"(encoder {markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, {head}; "
         f"{parameters:,} parameters).",
         "",
         output,
@@ -323,13 +323,13 @@ def _official_arguments(model: DepthAnything) -> str:
 
 def _provenance(model: DepthAnything | MaskedAutoencoder) -> list[str]:
     origin = model.origin
-    lines = [f"License of the weights: **{_escape_markdown(model.licence or 'unknown')}**."]
+    lines = [f"License of the weights: **{escape_markdown(model.licence or 'unknown')}**."]
     if origin.get("start"):
         start = origin["start"]
         verb = "Started from" if origin.get("stage") else "These are the weights of"
         lines += [
             "",
-            f"{verb} {_markdown_code(start['from'])} (license: {_escape_markdown(start.get('licence') or 'unknown')}).",
+            f"{verb} {markdown_code(start['from'])} (license: {escape_markdown(start.get('licence') or 'unknown')}).",
         ]
     elif origin.get("stage"):
         lines += ["", "Started from random weights."]
@@ -338,29 +338,30 @@ def _provenance(model: DepthAnything | MaskedAutoencoder) -> list[str]:
         command = f"train.py stage={origin['stage']}{lora}"
         lines += [
             "",
-            f"Trained by {_markdown_code(command)} on:",
+            f"Trained by {markdown_code(command)} on:",
             "",
-            *_data_table(origin.get("data", []), origin["stage"]),
+            *data_table(origin.get("data", []), stage=origin["stage"]),
         ]
     elif not origin.get("start"):
         lines += ["", "Its file does not say how it was trained."]
     return lines
 
 
-def _data_table(data: list[dict[str, Any]], stage: str) -> list[str]:
+def data_table(data: list[dict[str, Any]], *, stage: str) -> list[str]:
+    """Return the Markdown table of the sets that a model was trained on, with their licenses and teachers."""
     if stage == "pretrain":
         rows = ["| set | records | license |", "|---|---|---|"]
         for row in data:
-            set_license = _escape_markdown(row.get("licence") or "unknown")
-            rows.append(f"| {_escape_markdown(row['set'])} | {row['records']:,} | {set_license} |")
+            set_license = escape_markdown(row.get("licence") or "unknown")
+            rows.append(f"| {escape_markdown(row['set'])} | {row['records']:,} | {set_license} |")
         return rows
     rows = ["| set | records | license | labeled by | license of the labels |", "|---|---|---|---|---|"]
     for row in data:
         teacher = row.get("teacher")
-        labeled = _markdown_code(teacher["file"]) if teacher else "ground truth"
-        licence = _escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
-        set_license = _escape_markdown(row.get("licence") or "unknown")
+        labeled = markdown_code(teacher["file"]) if teacher else "ground truth"
+        licence = escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
+        set_license = escape_markdown(row.get("licence") or "unknown")
         rows.append(
-            f"| {_escape_markdown(row['set'])} | {row['records']:,} | {set_license} | {labeled} | {licence} |"
+            f"| {escape_markdown(row['set'])} | {row['records']:,} | {set_license} | {labeled} | {licence} |"
         )
     return rows

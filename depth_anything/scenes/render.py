@@ -13,6 +13,7 @@ from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
+from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
 from depth_anything.scenes.classes import SCENE_CLASSES, class_map
 from depth_anything.scenes.layout import SceneLayout, random_layout
 from depth_anything.scenes.materials import (
@@ -123,6 +124,7 @@ def write_scenes(
     layout: str = "classic",
     workers: int = 0,
     classes: bool = False,
+    captioned: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -142,11 +144,12 @@ def write_scenes(
         layout: "classic" or "varied", as for `render_scene`.
         workers: Processes that render; 0 renders in this process. The bytes are the same.
         classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
+        captioned: Write a caption of each scene.
 
     Raises:
         ValueError: The look or the layout is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled, layout, classes)
+    source = SceneSource(look, count, seed, height, width, labelled, layout, classes, captioned)
     shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -164,6 +167,7 @@ class SceneSource:
     labelled: bool
     layout: str = "classic"
     classes: bool = False
+    captioned: bool = False
 
     @property
     def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
@@ -183,6 +187,7 @@ class SceneSource:
             "labelled": self.labelled,
             **({} if self.layout == "classic" else {"layout": self.layout}),
             **({"classes": True} if self.classes else {}),
+            **({"captioned": CAPTION_VERSION} if self.captioned else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -210,7 +215,15 @@ class SceneSource:
             if self.classes
             else None
         )
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky, classes=classes)
+        captions = (describe_scene(scene, layout=self.layout),) if self.captioned else ()
+        return RawSample(
+            image,
+            meta,
+            depth=frame.depth if self.labelled else None,
+            sky=sky,
+            classes=classes,
+            captions=captions,
+        )
 
 
 def _layout_and_view(seed: int, *, layouts: str, height: int, width: int) -> tuple[SceneLayout, PinholeView]:

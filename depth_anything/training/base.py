@@ -12,7 +12,7 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import Recipe
+from depth_anything.training.config import ControlNetRecipe, Recipe
 from depth_anything.training.optimizer import (
     OptimizerFactory,
     adam_factory,
@@ -25,6 +25,28 @@ __all__ = ["DepthModule", "Recipe"]
 
 LABEL_MAPS = ("confidence", "local", "local_valid", "local_confidence")
 """Maps (B,S,S) that a batch has if the optional fields of labels are used (data/label_fields.py)."""
+
+
+def continue_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Apply today's recipe to a checkpoint, and count the finished batches in micro-batches of today's size."""
+    apply_recipe(checkpoint, module.configure_optimizers())
+    done = module.trainer.accumulate_grad_batches * checkpoint["global_step"]
+    loop = checkpoint["loops"]["fit_loop"]
+    for span in ("total", "current"):
+        loop["epoch_loop.batch_progress"][span].update(
+            ready=done, started=done, processed=done, completed=done
+        )
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+
+
+def schedule_optimizer(optimizer: torch.optim.Optimizer, recipe: Recipe | ControlNetRecipe) -> dict[str, Any]:
+    """Return what `configure_optimizers` returns: the optimizer, and its schedule, which advances every step."""
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class DepthModule(pl.LightningModule):
@@ -75,26 +97,13 @@ class DepthModule(pl.LightningModule):
 
         Lightning itself would restore the learning rates and the batch count of the old run.
         """
-        apply_recipe(checkpoint, self.configure_optimizers())
-        done = self.trainer.accumulate_grad_batches * checkpoint["global_step"]
-        loop = checkpoint["loops"]["fit_loop"]
-        for span in ("total", "current"):
-            loop["epoch_loop.batch_progress"][span].update(
-                ready=done, started=done, processed=done, completed=done
-            )
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+        continue_from_checkpoint(self, checkpoint)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over two parameter groups, and its schedule, which advances every step."""
         r = self.recipe
         groups = parameter_groups(self.model, encoder_lr=r.encoder_lr, head_lr=r.head_lr)
-        optimizer = self.build_optimizer(groups)
-
-        def factor(step: int) -> float:
-            return learning_rate_factor(step, steps=r.steps, warmup=r.warmup, schedule=r.schedule)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return schedule_optimizer(self.build_optimizer(groups), r)
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Prepare the inputs of the network and the targets from a batch, on its device.

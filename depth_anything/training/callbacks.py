@@ -30,7 +30,8 @@ from depth_anything.training.signals import StoppedBySignal, signal_handler
 T = TypeVar("T")
 
 NON_FINITE_ADVICE = (
-    "lower recipe.encoder_lr and recipe.head_lr, and type name=ANOTHER_NAME: what is saved is older"
+    "lower recipe.encoder_lr and recipe.head_lr (in stage=controlnet recipe.lr), and type name=ANOTHER_NAME: what is "
+    "saved is older"
 )
 CHECKPOINT_NAME = "step-{:09d}.ckpt"
 CHECKPOINT_VERSION = 2

@@ -21,6 +21,7 @@ from depth_anything.training.config import (
     ConfigKey,
     ConfigSection,
     DataConfig,
+    RecipeConfig,
     RunConfig,
     ValidationConfig,
     default_value,
@@ -44,7 +45,10 @@ KEY_SYNONYMS = {
 #: Errors that a user can fix; they are reported in one sentence.
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, InstantiationException)
 #: Arguments that run.py passes to a node itself.
-PASSED_BY_RUN = {"module": ("model", "frozen", "data"), "data": ("micro_batch", "patch", "teacher")}
+PASSED_BY_RUN = {
+    "module": ("model", "frozen", "data", "networks"),
+    "data": ("micro_batch", "patch", "teacher"),
+}
 
 
 def resolve_config(cfg: DictConfig) -> RunConfig:
@@ -59,11 +63,29 @@ def resolve_config(cfg: DictConfig) -> RunConfig:
             _check_is_mapping(unresolved[name], known.section, name)
     fill_derived_values(cfg)
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if values.get("stage") == "pseudolabel":  # size=tiny sets them for the stages that train
-        values = {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
-    elif values.get("stage") == "pretrain":
-        values.pop("perturb", None)  # of size=tiny, too
-    return parse_config(values)
+    return parse_config(_without_foreign_keys(values))
+
+
+def _without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the keys that size=tiny sets for every stage where a stage does not know them."""
+    if values.get("stage") == "pseudolabel":
+        return {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
+    if values.get("stage") == "pretrain":
+        return {key: value for key, value in values.items() if key != "perturb"}
+    if values.get("stage") != "controlnet":
+        return values
+    kept = {key: value for key, value in values.items() if key not in ("encoder", "perturb")}
+    foreign = {name for name, key in keys_of(RecipeConfig).items() if "controlnet" not in key.stages}
+
+    def known(recipe: Any) -> Any:
+        if not isinstance(recipe, Mapping):
+            return recipe
+        return {name: value for name, value in recipe.items() if name not in foreign}
+
+    kept["recipe"] = known(kept.get("recipe"))
+    if isinstance(kept.get("module"), Mapping):
+        kept["module"] = {**kept["module"], "recipe": known(kept["module"].get("recipe"))}
+    return kept
 
 
 def fill_derived_values(cfg: DictConfig) -> None:
@@ -106,8 +128,12 @@ def validate_config(config: RunConfig) -> None:
         UserError: Naming the key, and what to type.
     """
     _check_repeated_keys(config)
-    _check_encoder(config)
     check_trainer(config.trainer)
+    if config.stage == "controlnet":
+        _check_set_names(config)
+        _check_resume_with(config.resume_with)
+        return
+    _check_encoder(config)
     _check_validation(config.validation)
     if config.recipe is not None:
         _check_recipe(config)
@@ -201,7 +227,10 @@ def unknown_key_message(path: str, stage: str, *, value: str | None = None) -> s
     closest = [".".join(filter(None, (parent, name, *rest))) for name in _closest_name(last, siblings)]
     if not closest:
         keys = [name for name in list_keys(stage) if not name.startswith(("data.", "tiny."))]
-        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | KEY_SYNONYMS
+        synonyms = {
+            name: key for name, key in KEY_SYNONYMS.items() if key in list_keys(stage) or "." not in key
+        }
+        ends = {name.rpartition(".")[2]: name for name in reversed(keys)} | synonyms
         closest = [ends[name] for name in difflib.get_close_matches(last, list(ends), 1, 0.75)]
     if closest:
         plus = "+" if find_key(closest[0])[0] is None else ""

@@ -53,6 +53,7 @@ stages
   stage=metric       fine-tune a relative network to depth in meters
   stage=pretrain     train an encoder on images alone, for init= of the other stages
   stage=segmentation carry an encoder on to semantic segmentation
+  stage=controlnet   train a ControlNet for Stable Diffusion that is conditioned on depth
 
 groups (files of configs/)
 {groups}

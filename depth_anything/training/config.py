@@ -4,7 +4,7 @@ check_config.py converts the composed YAML files of configs/ into a `RunConfig`.
 the only description of the keys: validation, suggestions, `--help` and resume all read it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -44,9 +44,13 @@ from depth_anything.training.value_rules import (
 )
 
 DEPTH_STAGES = ("teacher", "student", "metric")
-FIT_STAGES = (*DEPTH_STAGES, "pretrain", "segmentation")
+"""Stages that train a depth network."""
+ENCODER_FIT_STAGES = (*DEPTH_STAGES, "pretrain", "segmentation")
+"""Stages that train one of this project's encoders; stage=controlnet trains another network."""
+FIT_STAGES = (*ENCODER_FIT_STAGES, "controlnet")
 LABEL_STAGES = (*DEPTH_STAGES, "pseudolabel")
 STAGES = (*FIT_STAGES, "pseudolabel")
+ENCODER_STAGES = (*ENCODER_FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
 NORMALIZATIONS = ("global", "hybrid", "local", "none")
 """Those of `losses.NORMALIZATIONS`, which imports torch."""
@@ -185,8 +189,8 @@ class Recipe:
     """
 
     steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    encoder_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
-    head_lr: float = config_key(LEARNING_RATE, resume=CHANGE)
+    encoder_lr: float = config_key(LEARNING_RATE, stages=ENCODER_FIT_STAGES, resume=CHANGE)
+    head_lr: float = config_key(LEARNING_RATE, stages=ENCODER_FIT_STAGES, resume=CHANGE)
     betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
     weight_decay: float = config_key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
     schedule: str = config_key(choice(*SCHEDULES), default="linear", resume=CHANGE)
@@ -217,7 +221,7 @@ class Recipe:
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
     )
     checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-    compile: bool = config_key(flag(), default=False, resume=CHANGE)
+    compile: bool = config_key(flag(), default=False, stages=ENCODER_FIT_STAGES, resume=CHANGE)
 
     def __post_init__(self) -> None:
         """Check every value, so that a recipe built in Python is held to the ranges of the config.
@@ -225,9 +229,13 @@ class Recipe:
         Raises:
             UserError: Naming the key and what it must be.
         """
-        for name, known in keys_of(type(self)).items():
-            if known.rule is not None:
-                check_value(f"recipe.{name}", getattr(self, field_name(name)), known.rule)
+        _check_recipe_values(self, keys_of(type(self)))
+
+
+def _check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+    for name, known in keys_of(type(recipe)).items():
+        if known.rule is not None and name in names:
+            check_value(f"recipe.{name}", getattr(recipe, field_name(name)), known.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +273,56 @@ class PretrainRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetRecipe:
+    """The hyperparameters of stage=controlnet; docs/recipe.md has their sources.
+
+    Attributes:
+        steps: Optimizer steps of the whole run; the schedule ends there.
+        lr: Learning rate of the ControlNet, the only network that is trained.
+        betas: Adam's betas.
+        weight_decay: Decoupled weight decay.
+        schedule: As `Recipe.schedule`.
+        warmup: Share of the run in which the rate climbs from near zero.
+        clip_norm: Largest global gradient norm; None does not clip.
+        caption_dropout: Share of the samples whose caption is replaced by an empty one.
+        checkpointing: Recompute the blocks of ControlNet and UNet in the backward pass.
+    """
+
+    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
+    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
+    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
+    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.01, resume=CHANGE)
+    schedule: str = config_key(choice(*SCHEDULES), default="constant", resume=CHANGE)
+    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
+    clip_norm: float | None = config_key(
+        real(0, above=True, optional=True, example=1.0), default=1.0, resume=CHANGE
+    )
+    caption_dropout: float = config_key(
+        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
+    )
+    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
+
+    def __post_init__(self) -> None:
+        """Check every value, as `Recipe` does."""
+        _check_recipe_values(self, keys_of(type(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig(MetricRecipe, PretrainRecipe, ConfigSection):
-    """The `recipe` section: the hyperparameters of any stage, and the class that holds them."""
+    """The `recipe` section: the hyperparameters of any stage, and the class that holds them.
+
+    `lr` and `caption_dropout` are those of `ControlNetRecipe`; the keys of other stages are None or their default.
+    """
 
     target: str = config_key(CLASS_PATH, resume=START)
+    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
+    caption_dropout: float = config_key(
+        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values of the keys that the config has."""
+        _check_recipe_values(self, self.composed_keys or keys_of(type(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +350,7 @@ class ValidationConfig(ConfigSection):
     root: str | None = config_key(OPTIONAL_FOLDER, default=None)
     protocol: str | None = config_key(text("a protocol", example="da2", optional=True), default=None)
     max_depth: float | None = config_key(meters(example=20, optional=True), default=None)
+    sampling_steps: int = config_key(integer(1, 1000, example=20), default=20, stages=("controlnet",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +380,7 @@ class SegmentationSourceConfig(ConfigSection):
         integer(1, 2**14, example=896, optional=True), default=None, resume=ECHO
     )
     stride: int | None = config_key(integer(1, 2**14, example=426, optional=True), default=None, resume=ECHO)
+    captioned: bool = config_key(flag(), default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,8 +467,9 @@ class DataConfig(ConfigSection):
     images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
     replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO, repeats_run=True)
     replay_share: float = config_key(OPEN_FRACTION, stages=("metric",), resume=ECHO, repeats_run=True)
-    crop_area: Any = config_key(CROP_AREA, stages=("pretrain",), resume=ECHO, repeats_run=True)
-    allow_partial: bool = config_key(flag(), stages=("student", "metric"), resume=FREE, repeats_run=True)
+    allow_partial: bool = config_key(
+        flag(), stages=("student", "metric", "controlnet"), resume=FREE, repeats_run=True
+    )
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
@@ -422,6 +479,8 @@ class DataConfig(ConfigSection):
     scale_jitter: Any = config_key(SCALE_RANGE, stages=("segmentation",), resume=ECHO, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
+    captions: bool = config_key(flag(), default=False, stages=("controlnet",), resume=ECHO)
+    flip: bool = config_key(flag(), default=True, stages=("controlnet",), resume=CHANGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,7 +517,16 @@ class RunConfig(ConfigSection):
     validation: ValidationConfig = config_key(section=ValidationConfig, resume=FREE)
     stage: str = config_key(text("a stage", example="teacher"))
     size: str = config_key(text("a size", example="tiny"), resume=START)
-    encoder: str = config_key(text("an encoder", example="vits"))
+    encoder: str = config_key(text("an encoder", example="vits"), stages=ENCODER_STAGES)
+    base: str | None = config_key(
+        text(
+            "a diffusers folder or a hub name",
+            example="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            optional=True,
+        ),
+        default=None,
+        stages=("controlnet",),
+    )
     batch_size: int = config_key(integer(1, 10**6, example=16))
     steps: int = config_key(integer(1, 10**9, example=1000), stages=FIT_STAGES, resume=CHANGE)
     image_size: int = config_key(integer(1, 2**14, example=518))
@@ -470,7 +538,10 @@ class RunConfig(ConfigSection):
     label_threshold: float = config_key(CONFIDENCE, default=0.5, stages=("student",), resume=CHANGE)
     crop_share: float = config_key(SHARE, default=0.0, stages=("student",), resume=CHANGE)
     labels: str | None = config_key(
-        OPTIONAL_FOLDER, stages=("student", "metric", "pseudolabel"), resume=START, replay_only=True
+        OPTIONAL_FOLDER,
+        stages=("student", "metric", "pseudolabel", "controlnet"),
+        resume=START,
+        replay_only=True,
     )
     teacher: Any = config_key(TEACHER, stages=("pseudolabel",), resume=START)
     teacher_rule: str = config_key(

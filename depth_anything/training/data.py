@@ -10,11 +10,13 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from depth_anything.data.address import is_remote, join_address
+from depth_anything.data.captions import read_captions
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.label_fields import LabelOptions
 from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import JoinedRecords, Records
+from depth_anything.data.sample import decode_image_and_meta
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
@@ -38,6 +40,26 @@ def require_truth(source: Records | JoinedRecords, root: str) -> None:
                     f"{root} holds images without depth",
                     ["label them first with `", PSEUDOLABEL_COMMAND, "`, or choose a labeled set"],
                 )
+            return
+
+
+def require_caption(source: Records | JoinedRecords, root: str) -> None:
+    """Check that the first readable record of a set has a caption.
+
+    Raises:
+        UserError: If it has none.
+    """
+    for shard, _ in source.shards:
+        with contextlib.suppress(BadRecord):
+            _, fields = source.read(shard, 0)
+            try:
+                read_captions(fields, decode_image_and_meta(fields)[1])
+            except ValueError as error:
+                raise UserError(
+                    f"the images of {root} cannot be used for stage=controlnet: {error}",
+                    f"add captions with  depth-anything shard captions {root} CAPTIONS OUT  and type sources=own "
+                    "photos=OUT",
+                ) from error
             return
 
 
@@ -122,6 +144,8 @@ class TrainData(pl.LightningDataModule):
         allow_partial: bool = False,
         min_depth: float | None = None,
         max_depth: float | None = None,
+        captions: bool = False,
+        flip: bool = True,
         run_dir: str,
     ) -> None:
         """Store the settings; `open` reads the manifests.
@@ -154,6 +178,8 @@ class TrainData(pl.LightningDataModule):
             allow_partial: Train on the finished shards of an unfinished label set.
             min_depth: Smallest valid depth of stage=metric, meters.
             max_depth: Largest valid depth of stage=metric, meters. Without both, targets are disparity.
+            captions: Add captions to the batches. Sets with their own depth or disparity are not joined with labels.
+            flip: Mirror half of the samples.
             run_dir: Folder that keeps the shard list of an unfinished label set.
         """
         super().__init__()
@@ -166,6 +192,7 @@ class TrainData(pl.LightningDataModule):
         self.label_options = LabelOptions(label_weight, label_threshold, crop_share, local_weight > 0)
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
+        self.captions, self.flip = captions, flip
         self._dataset: StreamDataset | None = None
 
     def open(self) -> StreamDataset:
@@ -183,8 +210,11 @@ class TrainData(pl.LightningDataModule):
                 if self.depth_range is not None:
                     require_meters(images)
                 joined = self.depth_range is None and self.labels is not None
+                joined = joined and not (self.captions and images.meta.get("quantity") is not None)
                 sources.append(self._join_labels(name, images) if joined else Records(images))
                 require_truth(sources[-1], root)
+                if self.captions:
+                    require_caption(sources[-1], root)
             sources += self._open_extra_sets("mix", self.mix_sets)
             sources += self._open_extra_sets("replay", self.replay_sets)
             require_label_extras(sources, self.label_options)
@@ -205,6 +235,8 @@ class TrainData(pl.LightningDataModule):
                 depth_range=self.depth_range,
                 relative=self.replay_sets,
                 label_options=self.label_options,
+                flip=self.flip,
+                captions=self.captions,
             )
         return self._dataset
 

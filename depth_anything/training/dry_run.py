@@ -9,6 +9,7 @@ import torch
 
 from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.data.classes import make_class_table
+from depth_anything.data.shards import open_set
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
@@ -19,6 +20,7 @@ from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
+from depth_anything.training.diffusion import check_base, meta_controlnet
 from depth_anything.training.image_data import ImageData
 from depth_anything.training.initialization import (
     build_random_autoencoder,
@@ -31,6 +33,7 @@ from depth_anything.training.resume import check_resume_checkpoint
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_data import SegmentationData, read_classes
 from depth_anything.training.segmentation_setup import segmentation_validation_folder
+from depth_anything.training.stage_networks import result_file
 from depth_anything.training.validation import open_validation_task
 
 Network = DepthAnything | MaskedAutoencoder | SegmentationModel
@@ -60,6 +63,9 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     if config.stage == "pseudolabel" and not _is_one_network(config):
         print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
         _print_labeling(config)
+        return
+    if config.stage == "controlnet":
+        _print_controlnet(config)
         return
     model = _print_network(config)
     if config.stage == "pseudolabel":
@@ -110,6 +116,30 @@ def _print_network(config: RunConfig) -> Network:
     print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
     print(f"            encoder {count_parameters(encoder)}, {part} {count_parameters(head)}")
     return model
+
+
+def _print_controlnet(config: RunConfig) -> None:
+    """Print the plan of stage=controlnet; of a base on the hub nothing is read."""
+    recipe = config.recipe
+    print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
+    print(f"base        {config.base or 'random weights, written to the run folder'}{_describe_base(config)}")
+    print(f"start       {config.init or 'the weights of the UNet, and zero convolutions'}")
+    optimizer = config.optimizer.target.rpartition(".")[2]
+    print(f"group       controlnet: {optimizer}, rate {recipe.lr:g}")
+    print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
+    print(f"loss        noise or velocity; {recipe.caption_dropout:.0%} of the captions dropped")
+    _print_sets(config.data.sets)
+    print(f"labels      {redact_secrets(str(config.data.labels))}, of the sets without depth")
+    _print_batch(config)
+
+
+def _describe_base(config: RunConfig) -> str:
+    """Describe the base of stage=controlnet as the end of a line: its size if it is a folder."""
+    if config.base is None:
+        return ""
+    if not Path(config.base).is_dir():
+        return " (on the hub)"
+    return f" (ControlNet of {count_parameters(meta_controlnet(config.base).parameters())} parameters)"
 
 
 def _print_labeling(config: RunConfig) -> None:
@@ -226,6 +256,8 @@ def _is_local_and_complete(config: RunConfig, name: str, root: str) -> bool:
         return False
     labels = config.data.labels
     joined = labels is not None and name in config.data.sets and config.stage != "metric"
+    if config.stage == "controlnet" and open_set(root).meta.get("quantity") is not None:
+        joined = False  # it has depth of its own
     return not joined or (not is_remote(str(labels)) and (Path(str(labels)) / name).is_dir())
 
 
@@ -243,7 +275,7 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
             arguments[key] = {k: v for k, v in arguments[key].items() if k.partition("/")[0] not in absent}
     if not arguments["sets"]:
         return 0
-    patch = crop_multiple(config)
+    patch = 1 if config.stage == "controlnet" else crop_multiple(config)  # the VAE of the base knows its own
     with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
         arguments |= {"run_dir": scratch, "streams": config.streams or 1}
         classes: dict[str, type] = {"pretrain": ImageData, "segmentation": SegmentationData}
@@ -253,7 +285,7 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
 
 def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
     """Check the run folder, the checkpoint, the starting weights and the validation set, as the run would."""
-    folder = RunDir(config.run_dir, typed=typed)
+    folder = RunDir(config.run_dir, typed=typed, result=result_file(config))
     if config.stage == "pseudolabel":
         return
     if not config.overwrite:
@@ -263,6 +295,9 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
     if config.resume and (config.overwrite or folder.newest_checkpoint() is None):
         for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
+    if config.stage == "controlnet":
+        _check_controlnet(config)
+        return
     check_initial_weights(config)
     if config.stage == "pretrain":
         return
@@ -274,6 +309,17 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
         open_validation_task(config)
     elif where is not None:
         print(f"validation  {redact_secrets(str(where))}{'' if is_remote(str(where)) else NOT_FOUND}")
+
+
+def _check_controlnet(config: RunConfig) -> None:
+    """Check the base and the validation set of stage=controlnet, as far as they are on this machine."""
+    if config.base is not None:
+        check_base(config.base)
+    root = config.sources.validation
+    if root is not None and not is_remote(root) and Path(root).exists():
+        open_set(root)
+    elif root is not None:
+        print(f"validation  {redact_secrets(root)}{'' if is_remote(root) else NOT_FOUND}")
 
 
 def _check_label_teacher(config: RunConfig, teacher: Teacher | None = None) -> None:

@@ -222,7 +222,7 @@ def add_provenance(model: Network, config: RunConfig, sources: Sequence[Records 
     for source in sources:
         if isinstance(source, JoinedRecords):
             _reject_metric_labels(source)
-    data = [_set_provenance(source) for source in sources]
+    data = [set_provenance(source) for source in sources]
     start = model.origin.get("start")
     licences = [start["licence"]] if start else []
     for row in data:
@@ -283,7 +283,8 @@ def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: 
     write_card(text, folder, file="model.safetensors")
 
 
-def _set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
+def set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:
+    """Return what a model's file and card say of a set: its name, records, license, and the teacher of its labels."""
     if isinstance(source, Records):
         licence = source.set.meta.get("licence")
         return {"set": source.name, "records": source.set.records, "licence": licence, "teacher": None}

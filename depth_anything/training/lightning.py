@@ -36,6 +36,7 @@ from depth_anything.training.callbacks import (
     gather_or_raise,
 )
 from depth_anything.training.config import RunConfig
+from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
 from depth_anything.training.loggers import build_loggers, logger_nodes
 from depth_anything.training.pretrain import ReconstructionPictures
@@ -133,8 +134,11 @@ def build_callbacks(
     """
     metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
     checks: list[pl.Callback] = []
-    if config.stage == "pretrain":
-        validation: pl.Callback = ReconstructionPictures(run_dir, every=config.validation.every)
+    if config.stage == "controlnet":
+        validation: pl.Callback = ControlNetValidation(config, run_dir)
+        checks = [ValidPixelCheck(every=config.logging.every)]
+    elif config.stage == "pretrain":
+        validation = ReconstructionPictures(run_dir, every=config.validation.every)
     else:
         checks = [ValidPixelCheck(every=config.logging.every)]
         validation = ValidationCallback(

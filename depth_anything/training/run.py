@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from depth_anything.training import batch_plan, initialization, lightning, loggers
+from depth_anything.training import batch_plan, initialization, lightning
 from depth_anything.training.check_config import USER_ERRORS, resolve_config
 from depth_anything.training.command import format_failure
 from depth_anything.training.config import RunConfig
@@ -18,6 +18,7 @@ from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import typed_keys
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.signals import signal_handler
+from depth_anything.training.stage_networks import result_file, stage_networks
 
 
 def main(cfg: DictConfig) -> None:
@@ -50,7 +51,8 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps:
 
 def fit(config: RunConfig) -> None:
     """Train, or continue training, and write model.safetensors into the run folder."""
-    folder, steps = RunDir(config.run_dir, typed=typed_keys(sys.argv[1:])), config.steps
+    steps, typed = config.steps, typed_keys(sys.argv[1:])
+    folder = RunDir(config.run_dir, typed=typed, result=result_file(config))
     added = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
     callbacks = lightning.build_callbacks(config, folder, added)
     trainer = build_trainer(config, callbacks, max_steps=steps)
@@ -62,21 +64,19 @@ def fit(config: RunConfig) -> None:
         return
     folders, scenes = batch_plan.required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
-    patch = initialization.crop_multiple(config)
-    data = instantiate(config.data.as_dict(), micro_batch=micro, patch=patch, _convert_="all")
+    networks = stage_networks(config)
+    lightning.run_on_all_ranks(lambda: networks.prepare(folder.path, main=trainer.is_global_zero))
+    data = instantiate(config.data.as_dict(), micro_batch=micro, patch=networks.multiple, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network
     lightning.set_loggers(trainer, config, folder, checkpoint, build=instantiate)
-    model = initialization.build_model(config)
-    initialization.add_provenance(model, config, data.open().sources)
-    frozen = initialization.build_frozen_encoder(config)
-    module = instantiate(config.module.as_dict(), model, frozen=frozen, _convert_="object")
+    arguments, named = networks.build(data.open().sources)
+    module = instantiate(config.module.as_dict(), *arguments, **named, _convert_="object")
     if config.has("optimizer"):
         module.build_optimizer = optimizer_factory(config.optimizer)
     lightning.run_fit(trainer, module, data, checkpoint)
     lightning.raise_if_incomplete(trainer, callbacks)
     if trainer.is_global_zero:
-        measured = loggers.read_latest(folder.metrics, "val_")
-        initialization.write_result(module.model, folder.model, title=config.name, measured=measured)
+        networks.save(module, folder)
         folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}{folder.describe_best()}")

@@ -37,18 +37,25 @@ class RunDir:
     best.safetensors is the best model of its validations, and best.json names its step and metric.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, typed: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        typed: Collection[str] = (),
+        result: str = "model.safetensors",
+    ) -> None:
         """Set the paths of a run folder; nothing is created yet.
 
         Args:
             path: Path of the folder.
             typed: Dotted keys that were typed on the command line.
+            result: The file that a finished run has, relative to the folder.
         """
         self.path, self.typed = Path(path), typed
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
-        self.model = self.path / "model.safetensors"
+        self.model = self.path / result
         self.best, self.best_json = self.path / "best.safetensors", self.path / "best.json"
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = self._new_lock()

@@ -113,7 +113,7 @@ def test_help_lists_stages_choices_keys_and_examples(stage: str) -> None:
         "dry_run",
     ):
         assert word in page
-    assert ("recipe.head_lr=5e-05" in page) == (stage != "pseudolabel")
+    assert ("recipe.head_lr=5e-05" in page) == (stage not in ("pseudolabel", "controlnet"))
     assert ("max_depth=" in page.replace("validation.max_depth", "")) == (
         stage == "metric"
     ) or "max_depth=80" in page

@@ -20,7 +20,7 @@ TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
 SOURCES = sorted(path.stem for path in (CONFIGS / "sources").glob("*.yaml"))
 # Arguments that run.py adds to a node.
 PASSED_BY_RUN = {
-    "module": ("model", "data", "frozen"),
+    "module": ("model", "data", "frozen", "networks"),
     "data": ("micro_batch", "patch", "teacher", "codec"),
     "trainer": ("callbacks", "plugins", "max_steps"),
     "optimizer": ("params",),
@@ -58,9 +58,14 @@ def bind(node: Any, key: str = "") -> int:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("encoder", [None, "vits", "vitb", "vitl", "vitg", "vitt", "vitn"])
 def test_every_stage_size_and_encoder_composes_and_binds(stage: str, size: str, encoder: str | None) -> None:
+    if stage == "controlnet" and encoder:
+        return  # it has no encoder
     config = composed(f"stage={stage}", f"size={size}", *([f"encoder={encoder}"] if encoder else []))
+    if stage == "controlnet":  # resolve_config leaves out what size=tiny sets for depth networks
+        for name in ("encoder_lr", "head_lr", "alignment_weight"):
+            config["recipe"].pop(name, None), config["module"]["recipe"].pop(name, None)
     assert bind(config) >= 3
-    assert config["name"] == f"{stage}-{config['encoder']}-{size}"
+    assert config["name"] == "-".join(filter(None, (stage, config["encoder"], size)))
     assert config["run_dir"] == f"outputs/{config['name']}"
 
 
