@@ -24,11 +24,14 @@ MAX_INPUT_SIZE = 8192
 MAX_DEPTH_RANGE_M = (1e-3, 1e6)
 """Range of the largest depth of a metric model, meters."""
 
+FOCAL_RANGE_PX = (1e-3, 1e7)
+"""Range of the canonical focal length of a metric model, pixels."""
+
 MAX_TEXT_LENGTH = 10_000
 """Characters of a name or license; licenses of many sets are joined."""
 
 _UNKNOWN = "unknown"
-_JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration")
+_JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration", "canonical_focal")
 
 
 class ModelFacts(TypedDict, total=False):
@@ -46,6 +49,7 @@ class ModelFacts(TypedDict, total=False):
     licence: str | None
     origin: dict[str, Any]
     calibration: tuple[float, float] | None
+    canonical_focal: float | None
 
 
 def build_metadata(model: DepthAnything) -> dict[str, str]:
@@ -55,7 +59,8 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
 
     Returns:
         encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version.
-        If known also origin (JSON), calibration (JSON), and the head unless it is `DPTHead`.
+        If known also origin (JSON), calibration (JSON), canonical_focal (JSON, pixels), and the head unless it is
+        `DPTHead`.
     """
     return {
         "format": "pt",
@@ -71,6 +76,7 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
         **({"head": model.head} if model.head else {}),
         **({"origin": json.dumps(model.origin, sort_keys=True)} if model.origin else {}),
         **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
+        **({} if model.canonical_focal is None else {"canonical_focal": json.dumps(model.canonical_focal)}),
     }
 
 
@@ -117,6 +123,10 @@ def validate_metadata(fields: Mapping[str, Any], path: str | Path) -> ModelFacts
             raise _metadata_error(path, "unit", unit, conflict)
         if metric and facts.get("calibration") is not None:
             raise _metadata_error(path, "calibration", fields["calibration"], "is for disparity, not depth")
+        if not metric and facts.get("canonical_focal") is not None:
+            raise _metadata_error(
+                path, "canonical_focal", fields["canonical_focal"], "is for depth, not disparity"
+            )
     return cast(ModelFacts, facts)
 
 
@@ -270,4 +280,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "licence": _parse_license,
     "origin": _parse_origin,
     "calibration": _optional(_parse_calibration),
+    "canonical_focal": _optional(partial(_parse_float, low=FOCAL_RANGE_PX[0], high=FOCAL_RANGE_PX[1])),
 }

@@ -1,7 +1,7 @@
 """Render procedural scenes: image and exact depth of a seed, and sets of them as a source of shards."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.errors import UserError
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.layout import random_layout
@@ -31,6 +32,9 @@ from depth_anything.scenes.raycast import (
     tint_glass,
 )
 
+FOV_STREAM = 100
+"""Stream of the random numbers that choose a field of view; the others of a seed do not change with it."""
+
 RENDERER_VERSION = 2
 """Increase it when the image of a seed changes; it is a setting of every set, so old and new images are not mixed."""
 
@@ -45,7 +49,9 @@ INFO = DatasetInfo(
 )
 
 
-def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
+def render_scene(
+    seed: int, *, look: str, height: int, width: int, fov: tuple[float, float] | None = None
+) -> Frame:
     """Render a scene. A seed always gives the same image, and the same depth in both looks.
 
     Depth is planar (z), +inf for sky; everything beyond 150 m is sky. Pixel centers are at integers: the ray of column
@@ -57,6 +63,8 @@ def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
             mirrors, haze, lens and sensor; JPEG artifacts are added by `SceneSource`).
         height: Height of the image in pixels.
         width: Width of the image in pixels.
+        fov: Lowest and highest horizontal field of view in degrees, between which the seed chooses; the camera stays
+            where it is. None: that of the layout, 52 to 86 degrees.
 
     Returns:
         A frame with depth in meters, float32 (H, W), +inf for sky. `meta` holds source, look, seed, unit, sky and the
@@ -67,7 +75,7 @@ def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
     """
     if look not in LOOKS:
         raise ValueError(f"look={look} is unknown: use {' or '.join(LOOKS)}")
-    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width)
+    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width, fov=fov)
     meta = {
         "source": "scenes",
         "look": look,
@@ -90,6 +98,7 @@ def write_scenes(
     width: int,
     per_shard: int = 128,
     labelled: bool = True,
+    fov: Sequence[float] | None = None,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -106,11 +115,13 @@ def write_scenes(
         width: Width of the images in pixels.
         per_shard: Scenes per shard.
         labelled: Write depth; False writes images only.
+        fov: Lowest and highest horizontal field of view, degrees, as for `render_scene`.
 
     Raises:
-        ValueError: The look is unknown, or the folder holds another set.
+        ValueError: The look is unknown, a field of view is out of range, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled)
+    chosen = None if fov is None else (float(fov[0]), float(fov[1]))
+    source = SceneSource(look, count, seed, height, width, labelled, chosen)
     shard_set = write_source(source, Path(), root, per_shard=per_shard)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -126,6 +137,7 @@ class SceneSource:
     height: int
     width: int
     labelled: bool
+    fov: tuple[float, float] | None = None
     INFO: DatasetInfo = INFO
 
     @property
@@ -139,6 +151,7 @@ class SceneSource:
             "height": self.height,
             "width": self.width,
             "labelled": self.labelled,
+            **({} if self.fov is None else {"fov": list(self.fov)}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -147,12 +160,17 @@ class SceneSource:
             raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
         if self.count < 1:
             raise ValueError(f"count={self.count} must be at least 1")
+        if self.fov is not None and not 1 <= self.fov[0] <= self.fov[1] <= 179:
+            raise UserError(
+                f"fov={self.fov[0]:g} {self.fov[1]:g} must rise, from 1 to 179 degrees",
+                "give for example 40 80",
+            )
         return map(str, range(self.count))
 
     def read(self, raw: Path, line: str) -> RawSample:
         """Render a scene and encode its image; include its depth if the set has labels."""
         scene = self.seed * 10_000_000 + int(line)
-        frame = render_scene(scene, look=self.look, height=self.height, width=self.width)
+        frame = render_scene(scene, look=self.look, height=self.height, width=self.width, fov=self.fov)
         quality = 40 + PhiloxRandom(scene, 4).integer(53)
         image = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
         if self.look == "synthetic":
@@ -162,10 +180,15 @@ class SceneSource:
         return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
 
 
-def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _render_arrays(
+    seed: int, *, look: str, height: int, width: int, fov: tuple[float, float] | None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
     layout = random_layout(seed)
     focal = (width / 2) / math.tan(layout.field)
+    if fov is not None:  # evenly distributed in the logarithm of the focal length
+        wide, narrow = (math.log(math.tan(math.radians(degrees) / 2)) for degrees in fov[::-1])
+        focal = (width / 2) / math.exp(PhiloxRandom(seed, FOV_STREAM).uniform(narrow, wide))
     u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
     v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
     view = PinholeView(layout.origin, layout.rotation, u, v)

@@ -13,7 +13,9 @@ from depth_anything.training.value_rules import (
     BETAS,
     CLASS_PATH,
     DEVICES,
+    FOCAL,
     FOLDER,
+    FOV,
     FRACTION,
     KEY_NAMES,
     LEARNING_RATE,
@@ -261,6 +263,7 @@ class SceneSetConfig(ConfigSection):
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
+    fov: tuple[float, float] | None = config_key(FOV, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +341,9 @@ class DataConfig(ConfigSection):
     allow_partial: bool = config_key(flag(), stages=("student", "metric"), resume=FREE, repeats_run=True)
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
+    canonical_focal: float | None = config_key(
+        ANY, default=None, stages=("metric",), resume=ECHO, repeats_run=True
+    )
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
@@ -394,6 +400,7 @@ class RunConfig(ConfigSection):
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
     max_depth: float | None = config_key(meters(example=20), stages=("metric",))
     min_depth: float | None = config_key(meters(example=0.001), stages=("metric",))
+    canonical_focal: float | None = config_key(FOCAL, default=None, stages=("metric",))
     replay: Any = config_key(SET_NAMES, default=None, stages=("metric",))
     replay_share: float = config_key(OPEN_FRACTION, default=0.1, stages=("metric",), replay_only=True)
     sources: SourcesConfig = config_key(section=SourcesConfig)

@@ -18,7 +18,7 @@ from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
 from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
-from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
+from depth_anything.evaluation.evaluate import crop_to_view, masked_truth, predict_frames
 from depth_anything.evaluation.protocols import EvalProtocol
 from depth_anything.evaluation.runner import (
     cache_key,
@@ -27,7 +27,7 @@ from depth_anything.evaluation.runner import (
     task_from_benchmark,
     task_from_set,
 )
-from depth_anything.evaluation.task import EvalTask
+from depth_anything.evaluation.task import EvalTask, predict_maps
 from depth_anything.inference.predictor import Predictor
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
@@ -197,7 +197,11 @@ class ValidationCallback(StepCallback):
         return task.metric, task.result("model", (row for share in shares for row in share)).means
 
     def _write_picture(self, trainer: pl.Trainer, predictor: Predictor, step: int) -> None:
-        maps = predictor.predict_batch([item.image for item in self.previews])
+        images = [item.image for item in self.previews]
+        if isinstance(self.previews[0], Frame):
+            maps = predict_frames(predictor, self.previews, images)
+        else:  # pairs of points, painted by each map's own range
+            maps = predict_maps(predictor, images, lambda: [1.0] * len(images))
         rows = [
             _picture_row(item, map_, predictor.quantity)
             for item, map_ in zip(self.previews, maps, strict=True)

@@ -172,6 +172,8 @@ NEW_KEYS = (
     "sources.metric.",
     "sources.max_depth",
     "sources.steps",
+    "canonical_focal",
+    "data.canonical_focal",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
