@@ -26,13 +26,14 @@ def focal_from_meta(meta: Mapping[str, Any], shape: Sequence[int]) -> float | No
     try:
         if isinstance(intrinsics, Mapping):
             fx = float(intrinsics["fx"])
-            focal = math.sqrt(fx * float(intrinsics.get("fy", fx)))
+            fy = float(intrinsics.get("fy", fx))
+            focal = math.sqrt(fx) * math.sqrt(fy)
         elif intrinsics is not None:
             matrix = np.array(intrinsics, np.float64)
             focal = math.sqrt(matrix[0, 0] * width * matrix[1, 1] * height)
         else:
             matrix = np.array(meta["M_cam_from_uv"], np.float64)
-            stretch = abs(matrix[2, 2] ** 3 / np.linalg.det(matrix))
+            stretch = abs(float(matrix[2, 2]) ** 3 / float(np.linalg.det(matrix)))
             focal = math.sqrt(width * height / 4 * stretch)
     except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, np.linalg.LinAlgError):
         return None
