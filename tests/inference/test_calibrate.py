@@ -1,5 +1,7 @@
 """Scale and shift from known depths, with outliers."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -295,8 +297,10 @@ def test_a_metric_model_is_scaled_by_one_point(metric, capsys):
     scaled = Predictor(load_model("scaled.safetensors"), device="cpu")
     image = np.asarray(Image.open("a.png"))
     assert scaled.predict(image, focal=33)[14, 20] == pytest.approx(7.5, rel=1e-5)
-    with pytest.warns(UserWarning, match="42x28"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         assert main([*line, "--output", "scaled.safetensors"]) == 0
+    assert "42x28" in (said := capsys.readouterr().err) and "--fov DEGREES" in said
 
 
 def test_calibration_needs_images_or_a_set_in_meters(metric, capsys):
