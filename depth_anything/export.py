@@ -75,7 +75,9 @@ def export_model(
     """Export a model and verify the file; it is written only if its output equals the network's.
 
     Programs take float32 (B, 3, H, W) as `DepthAnything.forward` does, of any batch size and sides of three or more
-    patches, and return float32 (B, H, W); a calibrated model returns meters. NAME.json next to a program holds its
+    patches, and return float32 (B, H, W); a calibrated model returns meters. One with a canonical focal length, which
+    is in the metadata, returns the depth of that camera: meters are output · focal / canonical_focal, with the focal
+    length in pixels of the program's input. NAME.json next to a program holds its
     metadata and the measured differences.
 
     Args:

@@ -26,7 +26,7 @@ class PixelNetwork(nn.Module):
         self.pretrained.blocks: Any = []
         self.encoder, self.taps, self.quantity, self.unit = "vitn", (0, 1, 2, 3), "disparity", "relative"
         self.max_depth, self.calibration, self.licence, self.origin = None, None, None, {}
-        self.input_size, self.head = SIDE, None
+        self.input_size, self.head, self.canonical_focal = SIDE, None, None
         self.scale = max_depth
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

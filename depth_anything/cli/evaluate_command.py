@@ -15,6 +15,7 @@ from depth_anything.cli.options import (
     MAX_METERS,
     WEIGHTS_HELP,
     add_command,
+    add_focal_flags,
     add_inference_flags,
     add_version_flag,
     build_predictor,
@@ -120,6 +121,7 @@ def add_evaluate(commands: Any) -> None:
         metavar="M",
         help="meters of a metric model whose file does not say it",
     )
+    add_focal_flags(evaluate, default="of images whose records do not say it: assumed")
     add_inference_flags(evaluate)
     evaluate.add_argument(
         "--multi-scale",
@@ -317,6 +319,8 @@ def _load_models(options: argparse.Namespace) -> "list[EvalModel]":
             "precision": options.precision,
             "resample": options.resample,
         }
+        if predictor.canonical_focal is not None:
+            facts |= {"focal": options.focal, "fov": options.fov}
         models.append(EvalModel(name, predictor, facts))
     for name, path in folders.items():
         maps = PrecomputedMaps(path, quantity=options.quantity)

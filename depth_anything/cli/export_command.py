@@ -65,6 +65,11 @@ def _export(options: argparse.Namespace) -> None:
     checks = export_model(model, output, to=options.to, precision=options.precision, opset=options.opset)
     if checks:
         print(format_checks(checks))
+    if checks and model.canonical_focal is not None:
+        print(
+            f"meters = output * focal / {model.canonical_focal:g}, with the camera's focal length in pixels of "
+            "the program's input; the metadata has it as canonical_focal"
+        )
     print(f"exported: {escape_unprintable(output)} (license: {model.licence or 'unknown'})")
 
 

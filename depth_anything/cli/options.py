@@ -37,6 +37,8 @@ ARGUMENT_FLAGS = {
     "resample": "--resample {}",
     "to": "--to {}",
     "opset": "--opset {}",
+    "focal": "--focal {}",
+    "fov": "--fov {}",
 }
 """Argument name to flag, for errors and warnings; see `depth_anything.errors.format_error`."""
 
@@ -162,6 +164,31 @@ def add_inference_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_focal_flags(command: argparse.ArgumentParser, *, default: str, points: bool = False) -> None:
+    """Add the flags for the focal length of images, in pixels or as a field of view.
+
+    Args:
+        command: The parser.
+        default: What is used without the flags, for the help.
+        points: Whether the command also writes point clouds.
+    """
+    what = "for points, and for metric models with a canonical focal length" if points else ""
+    what = what or "for metric models with a canonical focal length"
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--focal",
+        type=float_in_range("--focal", most=1e7, unit="pixels"),
+        metavar="PX",
+        help=f"focal length in pixels of the images, {what} (default: {default})",
+    )
+    group.add_argument(
+        "--fov",
+        type=float_in_range("--fov", most=179, unit="degrees"),
+        metavar="DEG",
+        help="the same as a horizontal field of view, degrees",
+    )
+
+
 def add_tiles_flag(command: argparse.ArgumentParser) -> None:
     """Add the flag for tiling large images."""
     command.add_argument(
@@ -273,6 +300,8 @@ def load_weights(
         "input_size": model.input_size,
         "licence": model.licence,
     }
+    if model.canonical_focal is not None:
+        facts["canonical_focal"] = model.canonical_focal
     return model, facts
 
 
@@ -349,6 +378,8 @@ def build_predictor(model: "DepthAnything", options: argparse.Namespace) -> "Pre
         precision=options.precision,
         resample=options.resample,
         tiles=getattr(options, "tiles", None),
+        focal=getattr(options, "focal", None),
+        fov=getattr(options, "fov", None),
     )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 from depth_anything.cli.options import (
     MAX_BATCH,
     add_command,
+    add_focal_flags,
     add_inference_flags,
     add_output_flags,
     add_tiles_flag,
     add_weight_flags,
     build_segmentation_predictor,
     describe_values,
-    float_in_range,
     format_count,
     int_in_range,
     load_predictor,
@@ -91,12 +91,7 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
         action="store_true",
         help="also write meters to NAME_raw_depth_meter.npy, as the authors' metric run.py",
     )
-    command.add_argument(
-        "--focal",
-        type=float_in_range("--focal", most=1e7, unit="pixels"),
-        metavar="PX",
-        help="focal length for points (default: from EXIF, else assumed)",
-    )
+    add_focal_flags(command, default="from EXIF, else assumed", points=True)
     command.add_argument(
         "--max-points",
         type=int_in_range("--max-points", least=1),
@@ -122,6 +117,7 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
 
 def _predict(options: argparse.Namespace) -> int:
     from depth_anything.inference.files import PredictSettings, predict_files
+    from depth_anything.inference.focal import ASSUMED_SOURCE, DEFAULT_FOV_DEG
     from depth_anything.model.segmentation_files import is_segmentation_file
 
     if bool(options.source) == bool(options.img_path):
@@ -147,6 +143,7 @@ def _predict(options: argparse.Namespace) -> int:
         grayscale=options.grayscale,
         colormap=options.colormap,
         focal_px=options.focal,
+        fov_deg=options.fov,
         max_points=options.max_points,
         save_numpy=options.save_numpy,
     )
@@ -170,6 +167,16 @@ def _predict(options: argparse.Namespace) -> int:
     for source, images in result.focal_sources.items():
         count = format_count(images, "image")
         print(f"focal length ({count}, pixels in each .json; set it with --focal): {source}")
+    assumed = sum(
+        count for source, count in result.focal_sources.items() if source.startswith(ASSUMED_SOURCE)
+    )
+    if assumed and predictor.canonical_focal is not None:
+        print(
+            f"{format_count(assumed, 'image')} without a focal length in EXIF: {DEFAULT_FOV_DEG:.0f} degrees along the "
+            "longer side are assumed, and the meters are proportional to the focal length; give --focal PIXELS or "
+            "--fov DEGREES",
+            file=sys.stderr,
+        )
     print(
         f"{format_count(result.images, 'image')} predicted, {format_count(len(result.skipped), 'file')} skipped in "
         f"{seconds:.1f} s ({result.images / seconds:.2f} per second): {escape_unprintable(options.outdir)} "

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depth_anything.cli.options import MAX_SIDE_PX, MAX_WORKERS, add_command, check_output, int_in_range
+from depth_anything.cli.options import (
+    MAX_SIDE_PX,
+    MAX_WORKERS,
+    add_command,
+    check_output,
+    float_in_range,
+    int_in_range,
+)
 from depth_anything.data.address import escape_unprintable, is_remote, redact_secrets
 from depth_anything.errors import UserError
 from depth_anything.ingest.catalog import SETS, CatalogEntry, load_source
@@ -61,6 +68,13 @@ def add_shard(commands: Any) -> Any:
         default=128,
         metavar="N",
         help="records per shard (%(default)s)",
+    )
+    scenes.add_argument(
+        "--fov",
+        type=float_in_range("--fov", least=1, most=179, above=False, unit="degrees"),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="range of the horizontal field of view, degrees (52 to 86, as the scenes of training)",
     )
     scenes.add_argument("--images-only", action="store_true", help="write images without depth")
     scenes.add_argument(
@@ -258,6 +272,7 @@ def _run_scenes(options: argparse.Namespace) -> None:
         labelled=not options.images_only,
         layout=options.layout,
         classes=options.classes,
+        fov=options.fov,
     )
     print_set(shard_set)
 

@@ -14,6 +14,7 @@ from depth_anything.cli.options import (
     MAX_METERS,
     WEIGHTS_HELP,
     add_command,
+    add_focal_flags,
     add_inference_flags,
     add_picture_flags,
     add_tiles_flag,
@@ -186,6 +187,7 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames per forward pass (%(default)s)",
     )
+    add_focal_flags(command, default="assumed")
     add_inference_flags(command)
     add_tiles_flag(command)
 

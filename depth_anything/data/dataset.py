@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from depth_anything.data import codec
 from depth_anything.data.captions import CAPTION_BYTES, draw_caption, read_captions, write_caption
+from depth_anything.data.intrinsics import focal_from_meta, resize_focal
 from depth_anything.data.label_fields import LabelOptions, choose_view, find_crop_field, write_extras
 from depth_anything.data.reader import JoinedRecords, Records, RecordSource, ShardReader
 from depth_anything.data.sample import convert_to_target, decode_image_and_meta, find_target_field
@@ -127,6 +128,7 @@ class StreamDataset(Dataset):
         label_options: LabelOptions | None = None,
         flip: bool = True,
         captions: bool = False,
+        canonical_focal: float | None = None,
     ) -> None:
         """Compute the order; no shard is read.
 
@@ -149,6 +151,8 @@ class StreamDataset(Dataset):
             label_options: How the optional fields of labels are used; None ignores them.
             flip: Mirror half of the samples.
             captions: Add "caption" to the batches. A record without one counts as bad.
+            canonical_focal: With `depth_range`: targets are the depth that a camera of this focal length, in pixels of
+                the resized frame, would have seen. Pixels beyond the highest depth by either camera are not valid.
 
         Raises:
             ValueError: Two sets have the same name, the crop is larger than the frames, there are no records, or `sky`
@@ -162,6 +166,7 @@ class StreamDataset(Dataset):
         self.depth_range, self.relative = depth_range, frozenset(relative)
         self.label_options = label_options or LabelOptions()
         self.flip, self.captions = flip, captions
+        self.canonical_focal = canonical_focal
         self.shared_batches: SharedBatchPool | None = None
         if self.short_side < image_size:
             raise UserError(
@@ -376,6 +381,12 @@ class StreamDataset(Dataset):
             )
             with record_errors(shard, index, key):
                 write_extras(fields, view, local, crop, image=whole, options=self.label_options, out=out)
+            if depth_range is not None and self.canonical_focal is not None:
+                with record_errors(shard, index, key, "json"):
+                    focal = resize_focal(_read_focal(meta, image.shape), image.shape, size)
+                to_canonical_depth(
+                    target, valid, focal=focal, canonical_focal=self.canonical_focal, highest=depth_range[1]
+                )
         with timer("resize the image"):
             image = resize_image(image, *size)
         with timer("crop and flip"):
@@ -388,6 +399,32 @@ class StreamDataset(Dataset):
         """Remember a bad record, so that no other sample tries it; return its shard if that is unreadable."""
         self._bad.add(record)
         return None if error.key else record[0]
+
+
+def to_canonical_depth(
+    depth: np.ndarray, valid: np.ndarray, *, focal: float, canonical_focal: float, highest: float
+) -> None:
+    """Convert depth to what a camera of the canonical focal length would have seen, in place.
+
+    depth · canonical_focal / focal: Metric3D (arXiv 2307.10984), section 3.1, label transform.
+
+    Args:
+        depth: float32 (H, W), meters; becomes 0 where not valid.
+        valid: bool (H, W); becomes False where the canonical depth exceeds `highest`, which the network cannot predict.
+        focal: Focal length of the frame, pixels.
+        canonical_focal: Focal length of the canonical camera, in the same pixels.
+        highest: Largest canonical depth, meters.
+    """
+    np.multiply(depth, np.float32(canonical_focal / focal), out=depth)
+    valid &= depth <= highest
+    np.copyto(depth, 0, where=~valid)
+
+
+def _read_focal(meta: Mapping[str, Any], shape: Sequence[int]) -> float:
+    focal = focal_from_meta(meta, shape)
+    if focal is None:
+        raise ValueError("it has no intrinsics, which canonical_focal needs")
+    return focal
 
 
 @contextmanager

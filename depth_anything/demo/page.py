@@ -29,9 +29,10 @@ from starlette.middleware import Middleware  # noqa: E402
 from depth_anything.data.image_headers import estimate_decode_cost  # noqa: E402
 from depth_anything.data.sample import decode_image  # noqa: E402
 from depth_anything.demo.guard import FolderAlias, UploadGuard, UploadQuota  # noqa: E402
+from depth_anything.inference.focal import choose_focal_length  # noqa: E402
 from depth_anything.inference.formats import display_values, encode_map  # noqa: E402
 from depth_anything.inference.memory import check_image_memory, is_out_of_memory  # noqa: E402
-from depth_anything.inference.pointcloud import choose_focal_length, encode_points, unproject  # noqa: E402
+from depth_anything.inference.pointcloud import encode_points, unproject  # noqa: E402
 from depth_anything.inference.predictor import Predictor  # noqa: E402
 from depth_anything.visualize import colorize_by_distance, distance_colormap  # noqa: E402
 
@@ -345,11 +346,11 @@ def _build_result(
     path: Path, data: bytes, name: str, color: str, predictor: Predictor, limits: Limits
 ) -> _PageResult:
     image = decode_image(data)
-    map_ = predictor.predict(image)
+    focal = choose_focal_length(data, image.shape)
+    map_ = predictor.predict(image, focal=focal.pixels)
     folder = Path(tempfile.mkdtemp(prefix="result-", dir=path.parent))
     values, quantity = display_values(map_, predictor)
     painted = colorize_by_distance(values, quantity=quantity, colormap=COLORMAPS[color])
-    focal = choose_focal_length(data, image.shape)
     cloud = unproject(
         image,
         map_,
@@ -365,6 +366,7 @@ def _build_result(
     except ValueError as error:  # a map of nothing but sky has no points, and is shown all the same
         points_error = _error_html(f"No points: {error}.")
     size = f"{image.shape[1]} × {image.shape[0]} px"
+    use = "the points" if predictor.canonical_focal is None else "the meters and the points"
     return _PageResult(
         pair=(_save_preview(folder / "picture.webp", image), _save_preview(folder / "depth.webp", painted)),
         legend=_legend_html(map_, color, predictor),
@@ -374,7 +376,7 @@ def _build_result(
         camera_distance=camera_distance,
         points_error=points_error,
         facts=_model_html(name, predictor, limits)
-        + f"<p>{size}. Focal length of the points: {focal.pixels:.0f} px, {html.escape(focal.source)}.</p>",
+        + f"<p>{size}. Focal length of {use}: {focal.pixels:.0f} px, {html.escape(focal.source)}.</p>",
     )
 
 

@@ -15,11 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depth_anything.data.intrinsics import focal_from_meta
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.benchmarks.benchmark import MaskedFrame
 from depth_anything.evaluation.predictions import PrecomputedMaps, check_aspect
 from depth_anything.evaluation.protocols import CROPS, EvalProtocol, find_protocol
-from depth_anything.evaluation.task import EvalResult, MapSource, Row, batched, format_keys
+from depth_anything.evaluation.task import (
+    DepthPredictor,
+    EvalResult,
+    MapSource,
+    Row,
+    batched,
+    format_keys,
+    predict_maps,
+)
 from depth_anything.geometry import align_least_squares, disparity_to_depth
 from depth_anything.metrics import boundary_f1, depth_metrics
 
@@ -145,9 +154,11 @@ def score_frames(
     if isinstance(source, PrecomputedMaps):
         maps = [_load_map(source, *pair, protocol) for pair in zip(frames, views, strict=True)]
     else:
-        maps = source.predict_batch([view.image for view in views])
+        maps = predict_frames(source, frames, [view.image for view in views])
         if protocol.flip:
-            flipped = source.predict_batch([np.ascontiguousarray(view.image[:, ::-1]) for view in views])
+            flipped = predict_frames(
+                source, frames, [np.ascontiguousarray(view.image[:, ::-1]) for view in views]
+            )
             maps = [(map_ + other[:, ::-1]) / 2 for map_, other in zip(maps, flipped, strict=True)]
         # Infinity from a network is an error that clipping would hide; in a file it can mean sky.
         maps = [np.where(np.isfinite(map_), map_, np.nan) for map_ in maps]
@@ -155,6 +166,19 @@ def score_frames(
         score_map(map_, view, quantity=source.quantity, protocol=protocol)
         for map_, view in zip(maps, views, strict=True)
     ]
+
+
+def predict_frames(
+    source: DepthPredictor, frames: Sequence[Frame], images: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Predict the maps of images that show the frames, cropped or flipped, but not resized.
+
+    A model with a canonical focal length is given the focal length in each frame's metadata, which crops and flips do
+    not change.
+    """
+    return predict_maps(
+        source, list(images), lambda: [focal_from_meta(frame.meta, frame.image.shape) for frame in frames]
+    )
 
 
 def score_map(

@@ -20,6 +20,7 @@ from depth_anything.evaluation.task import (
     batched,
     format_keys,
     join_reasons,
+    predict_maps,
 )
 from depth_anything.geometry import MIN_DEPTH_M
 from depth_anything.visualize import colorize_by_distance
@@ -240,7 +241,9 @@ def draw_pairs(picture: np.ndarray, pairs: np.ndarray, scores: np.ndarray | None
 
 def _predict(source: MapSource, frames: Sequence[PointPairImage]) -> list[np.ndarray]:
     if not isinstance(source, PrecomputedMaps):
-        return source.predict_batch([frame.image for frame in frames])
+        images = [frame.image for frame in frames]
+        # The order of two points does not depend on the focal length, so any value does.
+        return predict_maps(source, images, lambda: [1.0] * len(images))
     maps = [source.load_map(frame) for frame in frames]
     for map_, frame in zip(maps, frames, strict=True):
         check_aspect(map_, frame)

@@ -19,7 +19,10 @@ Row = dict[str, Any]
 
 
 class DepthPredictor(Protocol):
-    """A model under evaluation: a `Predictor`, a baseline, or any object with these two members."""
+    """A model under evaluation: a `Predictor`, a baseline, or any object with these two members.
+
+    If it also has a `canonical_focal` that is not None, `predict_maps` passes `focals` to `predict_batch`.
+    """
 
     @property
     def quantity(self) -> str:
@@ -161,6 +164,16 @@ class EvalTask(ABC):
             self.make_example(self.read(lines[key]), reason, sources)
             for key, reason in self.choose_examples(results).items()
         ]
+
+
+def predict_maps(
+    source: DepthPredictor, images: list[np.ndarray], focals: Callable[[], list[float | None]]
+) -> list[np.ndarray]:
+    """Predict maps of images; a model with a canonical focal length is given the focal length of each image, pixels."""
+    if getattr(source, "canonical_focal", None) is None:
+        return source.predict_batch(images)
+    predictor: Any = source
+    return predictor.predict_batch(images, focals=focals())
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,7 +1,8 @@
-"""Calibrate a relative model to meters: fit scale and shift of its disparity to a few known depths, robustly.
+"""Calibrate a model to a few known depths, robustly: scale and shift of disparity, or the scale of a metric model.
 
 depth = 1 / (scale · disparity + shift), as the authors recommend for their relative models (Depth Anything V2, issue
 157). One scale and shift hold for one camera and one kind of scene: the network may scale other images differently.
+A metric model's depth is multiplied by one number, the median of known / predicted depth.
 """
 
 import csv
@@ -20,6 +21,10 @@ OUTLIER_THRESHOLD = 0.1
 
 MAX_PAIRS = 20_000
 """Maximum number of pairs of points that are tried; of more pairs every n-th is used."""
+
+
+POINTS_PER_IMAGE = 200
+"""Number of pixels of an image with a depth map that are compared."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,80 @@ class CalibrationFit:
     def rmse_m(self) -> float:
         """Root mean squared error over the points used, meters."""
         return float(np.sqrt(np.square(self.depth - self.meters)[self.used].mean()))
+
+
+@dataclass(frozen=True)
+class ScaleFit:
+    """The scale of a metric model.
+
+    Attributes:
+        scale: Above 0; calibrated depth = scale · depth.
+        depth: float64 (N,), calibrated depth at the points, meters.
+        meters: float64 (N,), known depth.
+        image_scales: float64 (M,), the scale that each image alone would have.
+    """
+
+    scale: float
+    depth: np.ndarray
+    meters: np.ndarray
+    image_scales: np.ndarray
+
+    @property
+    def abs_rel(self) -> float:
+        """Mean of |depth − known| / known."""
+        return float(_relative_error(self.depth, self.meters).mean())
+
+
+def fit_scale(depth: Sequence[ArrayLike], meters: Sequence[ArrayLike]) -> ScaleFit:
+    """Fit a scale such that scale · depth is near the known depth, by the median of known / predicted depth.
+
+    Each image has the same weight, divided among its points. Half of the weight may be wrong without harm.
+
+    Args:
+        depth: Of each image (N,), depth predicted at its points, meters.
+        meters: Of each image (N,), known depth, above 0.
+
+    Raises:
+        ValueError: There is no point, or a depth is not above 0.
+    """
+    predicted = [np.asarray(values, np.float64) for values in depth]
+    known = [np.asarray(values, np.float64) for values in meters]
+    if not sum(map(len, known)):
+        raise ValueError("a scale needs at least one point")
+    every, truth = np.concatenate(predicted), np.concatenate(known)
+    if not ((every > 0) & np.isfinite(every) & (truth > 0) & np.isfinite(truth)).all():
+        raise ValueError("predicted and known depths must be finite and above 0")
+    weights = np.concatenate([np.full(len(values), 1 / max(len(values), 1)) for values in known])
+    scale = _weighted_median(truth / every, weights)
+    alone = [
+        _weighted_median(k / p, np.ones(len(k))) if len(k) else np.nan
+        for k, p in zip(known, predicted, strict=True)
+    ]
+    return ScaleFit(scale, scale * every, truth, np.array(alone))
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Return the value with half of the weight on each side; between two values their geometric mean."""
+    order = np.argsort(values, kind="stable")
+    values, total = values[order], np.cumsum(weights[order])
+    half = total[-1] / 2
+    low = int(np.searchsorted(total, half * (1 - 1e-9)))
+    high = low + 1 if low + 1 < len(values) and total[low] <= half * (1 + 1e-9) else low
+    return float(np.sqrt(values[low] * values[high]))
+
+
+def sample_known_pixels(depth: np.ndarray, *, count: int = POINTS_PER_IMAGE) -> np.ndarray:
+    """Choose up to `count` pixels with known depth, evenly spaced over the valid ones in row-major order.
+
+    Args:
+        depth: (H, W) meters; NaN, infinity (sky) and values not above 0 are not chosen.
+        count: Maximum number.
+
+    Returns:
+        int64 (N,), flat indices.
+    """
+    valid = np.flatnonzero(np.isfinite(depth) & (depth > 0))
+    return valid[np.linspace(0, len(valid) - 1, min(count, len(valid))).round().astype(np.int64)]
 
 
 def read_points(path: str | Path) -> list[KnownPoint]:

@@ -20,6 +20,7 @@ from depth_anything.data.image_headers import estimate_decode_cost
 from depth_anything.data.sample import decode_image, image_warnings
 from depth_anything.disk import atomic_write
 from depth_anything.errors import UserError
+from depth_anything.inference.focal import FocalLength, choose_focal_length
 from depth_anything.inference.formats import (
     DIRECTION,
     FORMAT_DESCRIPTIONS,
@@ -35,8 +36,6 @@ from depth_anything.inference.pointcloud import (
     MAX_POINTS,
     POINT_FORMATS,
     SATURATED_DEPTH_SHARE,
-    FocalLength,
-    choose_focal_length,
     encode_points,
     unproject,
 )
@@ -67,7 +66,9 @@ class PredictSettings:
         pred_only: The picture shows the map without the image.
         grayscale: The picture shows the map in gray.
         colormap: Colormap of the picture; None: the authors', near is red.
-        focal_px: Focal length of all images, for points; None: see `choose_focal_length`.
+        focal_px: Focal length of all images, for points and for models with a canonical focal length; None: see
+            `choose_focal_length`.
+        fov_deg: The same as a horizontal field of view, degrees.
         max_points: Maximum number of points per file.
         save_numpy: Also write the authors' NAME_raw_depth_meter.npy.
     """
@@ -77,6 +78,7 @@ class PredictSettings:
     grayscale: bool = False
     colormap: str | None = None
     focal_px: float | None = None
+    fov_deg: float | None = None
     max_points: int = MAX_POINTS
     save_numpy: bool = False
 
@@ -244,9 +246,12 @@ def _predict_batch(
 ) -> Iterator[tuple[PreparedImage, np.ndarray]]:
     """Yield the images of a batch with their maps; a batch that fails is predicted image by image."""
     try:
-        maps = predictor.predict_batch(
-            [image.pixels for image in batch], prepared=[image.prepared for image in batch]
-        )
+        pixels, prepared = [image.pixels for image in batch], [image.prepared for image in batch]
+        if predictor.canonical_focal is None:
+            maps = predictor.predict_batch(pixels, prepared=prepared)
+        else:
+            focals = [image.focal.pixels if image.focal else None for image in batch]
+            maps = predictor.predict_batch(pixels, prepared=prepared, focals=focals)
     except (MemoryError, RuntimeError, ValueError) as error:
         if not isinstance(error, ValueError) and not is_out_of_memory(error):
             raise
@@ -281,6 +286,8 @@ class PredictionWriter:
             "tiles": predictor.tiles,
             "calibration": predictor.model.calibration,
         }
+        if predictor.canonical_focal is not None:
+            self.model_info["canonical_focal"] = predictor.canonical_focal
         self.colormap = resolve_colormap(grayscale=settings.grayscale, colormap=settings.colormap)
         self.endings = [".png", ".json", *([RAW_DEPTH_SUFFIX] if settings.save_numpy else [])]
         self.endings += [map_ending(format, predictor.quantity) for format in settings.map_formats]
@@ -335,14 +342,14 @@ class PredictionWriter:
         if self.settings.save_numpy:
             data = encode_map(map_, "npy", quantity=quantity, unit=unit)
             encoded[RAW_DEPTH_SUFFIX] = data, FORMAT_DESCRIPTIONS["npy"]
-        if image.focal:
+        if image.focal and self.settings.point_formats:
             encoded |= self._encode_points(image.pixels, map_, image.focal.pixels)
         return encoded
 
     def _encode_points(
         self, pixels: np.ndarray, map_: np.ndarray, focal_px: float
     ) -> dict[str, tuple[bytes, str]]:
-        farthest = self.predictor.farthest
+        farthest = self.predictor.farthest_of(pixels.shape, focal_px)
         cloud = unproject(
             pixels,
             map_,
@@ -400,8 +407,10 @@ def _load_images(
             image = decode_image(data)
             prepared = predictor.prepare(image)
         focal = None
-        if settings.point_formats:
-            focal = choose_focal_length(data, image.shape, focal_px=settings.focal_px)
+        if settings.point_formats or predictor.canonical_focal is not None:
+            focal = choose_focal_length(
+                data, image.shape, focal_px=settings.focal_px, fov_deg=settings.fov_deg
+            )
         return PreparedImage(name, target, image, prepared, focal, image_warnings(data, image))
 
     # A single reader, since tars are read front to back. Few images wait, since they may be large.

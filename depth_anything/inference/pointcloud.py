@@ -1,4 +1,4 @@
-"""Point clouds: unproject an image with its depth map, choose a focal length, write PLY and GLB.
+"""Point clouds: unproject an image with its depth map, write PLY and GLB.
 
 Camera axes are those of OpenCV and of the authors' depth_to_pointcloud.py: x right, y down, z forward; a PLY keeps
 them. glTF has y up and looks along -z, so a GLB has y and z negated.
@@ -6,17 +6,8 @@ them. glTF has y up and looks along -z, so a GLB has y and z negated.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-
-from depth_anything.data.image_headers import open_image
-
-DEFAULT_FOCAL_PX = 470.4
-"""Focal length in the authors' depth_to_pointcloud.py, for images whose longer side is `DEFAULT_FOCAL_WIDTH_PX`."""
-
-DEFAULT_FOCAL_WIDTH_PX = 640
-"""The field of view is then 68 degrees."""
 
 MAX_POINTS = 1_000_000
 POINT_FORMATS = ("ply", "glb")
@@ -26,13 +17,6 @@ MAX_DEPTH_MEDIANS = 10.0
 
 SATURATED_DEPTH_SHARE = 0.99
 """A metric network predicts nearly its maximum depth for the sky: pixels beyond this share of it count as sky."""
-
-_FULL_FRAME_MM = math.hypot(36, 24)
-_EXIF_IFD = 0x8769
-_FOCAL_LENGTH, _FOCAL_35MM = 0x920A, 0xA405
-_PLANE_X_RESOLUTION, _PLANE_UNIT = 0xA20E, 0xA210
-_PIXEL_X, _PIXEL_Y = 0xA002, 0xA003
-_UNIT_MM = {2: 25.4, 3: 10.0, 4: 1.0, 5: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -50,30 +34,6 @@ class PointCloud:
     colors: np.ndarray
     unit: str
     focal_px: float
-
-
-class FocalLength(NamedTuple):
-    """A focal length in pixels, and in words where it comes from."""
-
-    pixels: float
-    source: str
-
-
-def choose_focal_length(data: bytes, shape: tuple[int, ...], *, focal_px: float | None = None) -> FocalLength:
-    """Choose a focal length: the given one, else that of the image's EXIF, else the authors' default.
-
-    Args:
-        data: The image file.
-        shape: (H, W, …) of the image.
-        focal_px: Focal length given by the user, pixels.
-    """
-    if focal_px is not None:
-        return FocalLength(focal_px, "given")
-    default = FocalLength(
-        DEFAULT_FOCAL_PX * max(shape[:2]) / DEFAULT_FOCAL_WIDTH_PX,
-        f"assumed: {DEFAULT_FOCAL_PX} px for a longer side of {DEFAULT_FOCAL_WIDTH_PX} px, not stated in EXIF",
-    )
-    return _focal_from_exif(data, shape) or default
 
 
 def unproject(
@@ -162,22 +122,3 @@ def _to_depth(map: np.ndarray, quantity: str) -> tuple[np.ndarray, str]:
     scale = float(np.median(positive)) if positive.size else 1.0
     with np.errstate(divide="ignore"):
         return np.where(values > 0, scale / np.where(values > 0, values, 1), np.inf), "relative"
-
-
-def _focal_from_exif(data: bytes, shape: tuple[int, ...]) -> FocalLength | None:
-    try:
-        exif = open_image(data).getexif().get_ifd(_EXIF_IFD)
-        equivalent, length = (float(exif.get(tag, 0)) for tag in (_FOCAL_35MM, _FOCAL_LENGTH))
-        resolution = float(exif.get(_PLANE_X_RESOLUTION, 0))
-        sides = [int(exif.get(tag, 0)) for tag in (_PIXEL_X, _PIXEL_Y)]
-        unit_mm = _UNIT_MM.get(int(exif.get(_PLANE_UNIT, 2)), 0.0)
-    except Exception:  # damaged EXIF must not cost the image its points
-        return None
-    if equivalent > 0:
-        focal = equivalent / _FULL_FRAME_MM * math.hypot(*shape[:2])
-        return FocalLength(focal, f"EXIF: {equivalent:g} mm on 35 mm film")
-    if length > 0 and resolution > 0 and unit_mm > 0:
-        original = max(sides) or max(shape[:2])  # the image may have been resized since it was taken
-        focal = length * resolution / unit_mm * max(shape[:2]) / original
-        return FocalLength(focal, f"EXIF: {length:g} mm, {resolution / unit_mm:.0f} px per mm of the sensor")
-    return None

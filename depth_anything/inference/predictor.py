@@ -1,5 +1,7 @@
 """Predictor: images of any size to depth or disparity maps of the same size."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.errors import Argument, UserError
+from depth_anything.data.intrinsics import resize_focal
+from depth_anything.errors import Argument, ArgumentWarning, UserError
+from depth_anything.inference.focal import assume_focal_length, check_camera, given_focal_length
 from depth_anything.inference.memory import check_network_memory
 from depth_anything.inference.tiles import Box, blend_tiles, parse_grid
 from depth_anything.model.depth_anything import DepthAnything, check_input_size
@@ -45,7 +49,9 @@ class Predictor:
         quantity: "disparity" (larger is nearer) or "depth".
         unit: "m" for depth; "relative" for disparity, which is known up to scale and shift.
         calibrated: True if meters are computed from disparity by the model's calibration.
-        farthest: The maximum possible depth, meters; None for disparity.
+        canonical_focal: That of the model: its meters depend on the focal length of each image. None: they do not.
+        farthest: The maximum possible depth, meters; None for disparity. With a canonical focal length it is that of
+            the canonical camera; see `farthest_of`.
         input_size: Length of the shorter side of the network's input, pixels.
     """
 
@@ -58,6 +64,8 @@ class Predictor:
         precision: str = "fp32",
         resample: str = "official",
         tiles: int | tuple[int, int] | None = None,
+        focal: float | None = None,
+        fov: float | None = None,
     ) -> None:
         """Move a network to its device and switch it to eval mode.
 
@@ -72,9 +80,13 @@ class Predictor:
                 depth-estimation pipeline does.
             tiles: Rows and columns of overlapping tiles, each resized to `input_size`, or one number for both; None
                 predicts the image as a whole.
+            focal: For models with a canonical focal length: the focal length, in pixels, of images for which `predict`
+                is given none. None assumes the authors' field of view of 68 degrees, with a warning.
+            fov: The same as a horizontal field of view, degrees.
 
         Raises:
-            ValueError: Unknown precision, device or resample; an input size below 1; a grid without tiles.
+            ValueError: Unknown precision, device or resample; an input size below 1; a grid without tiles; a focal
+                length or field of view out of range.
         """
         if precision not in PRECISIONS:
             raise UserError(
@@ -102,20 +114,28 @@ class Predictor:
         self.precision = precision
         self.resample = resample
         self.tiles = None if tiles is None else parse_grid(tiles)
+        self.canonical_focal = model.canonical_focal
+        check_camera(focal, fov)
+        self._focal, self._fov, self._has_warned = focal, fov, False
 
-    def predict(self, image: np.ndarray) -> np.ndarray:
+    def predict(self, image: np.ndarray, *, focal: float | None = None) -> np.ndarray:
         """Predict the map of one image.
 
         Args:
             image: uint8 (H, W, 3), RGB; gray and transparent images are converted by `preprocess.to_rgb`.
+            focal: Focal length in pixels of this image, sqrt(fx · fy), for models with a canonical focal length; others
+                ignore it. None: that of the predictor.
 
         Returns:
             float32 (H, W), in the predictor's `quantity` and `unit`.
 
         Raises:
-            ValueError: The array is not such an image, or the network outputs NaN or infinity.
+            ValueError: The array is not such an image, the focal length is not above 0, or the network outputs NaN or
+                infinity.
         """
-        map = self.predict_batch([image])[0]
+        map = (self.predict_batch([image]) if focal is None else self.predict_batch([image], focals=[focal]))[
+            0
+        ]
         check_finite(map, "the image", precision=self.precision)
         return map
 
@@ -136,20 +156,25 @@ class Predictor:
         return map
 
     def predict_batch(
-        self, images: Sequence[np.ndarray], *, prepared: Sequence[np.ndarray] | None = None
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        prepared: Sequence[np.ndarray] | None = None,
+        focals: Sequence[float | None] | None = None,
     ) -> list[np.ndarray]:
         """Predict the maps of several images; those of one input shape run as one batch.
 
         Args:
             images: Each as for `predict`, of any size; several images in one array have four dimensions.
             prepared: The result of `prepare` for each image, if another thread has computed it already.
+            focals: The focal length of each image, as for `predict`.
 
         Returns:
             The maps in the order of the images, each of its image's size. A map is all NaN if the network outputs NaN
             or infinity anywhere; see `check_finite`.
 
         Raises:
-            ValueError: An array is not an image, or `images` is a single image.
+            ValueError: An array is not an image, `images` is a single image, or there are fewer or more focal lengths.
         """
         if isinstance(images, np.ndarray) and images.ndim != 4:  # else each row would count as a gray image
             raise UserError(
@@ -158,7 +183,29 @@ class Predictor:
         if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes):
             raise ValueError(f"images must be a list of images, not a {type(images).__name__}")
         prepared = [self.prepare(image) for image in images] if prepared is None else prepared
-        return [self._to_meters(map) for map in self._predict_maps(images, prepared)]
+        focals = [None] * len(images) if focals is None else focals
+        if len(focals) != len(images):
+            raise ValueError(f"{len(images)} images need as many focal lengths, not {len(focals)}")
+        for focal in focals:
+            check_camera(focal, None)
+        maps = self._predict_maps(images, prepared)
+        return [
+            self._to_meters(map, image.shape, focal)
+            for map, image, focal in zip(maps, images, focals, strict=True)
+        ]
+
+    def farthest_of(self, shape: tuple[int, ...], focal: float | None = None) -> float | None:
+        """Return the maximum possible depth of an image of shape (H, W, …) and focal length `focal`, as `farthest`."""
+        if self.farthest is None or self.canonical_focal is None:
+            return self.farthest
+        return self.farthest * self._canonical_factor(shape, focal)
+
+    def input_focal(self, shape: tuple[int, ...], focal: float) -> float:
+        """Convert a focal length in pixels of an image of shape (H, W, …) to pixels of the network's input."""
+        input_shape, _ = PREPROCESSING[self.resample]
+        return resize_focal(
+            focal, shape, input_shape(shape[0], shape[1], self.input_size, self.model.multiple)
+        )
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Resize and normalize an image for the network; thread-safe.
@@ -234,12 +281,38 @@ class Predictor:
         joined = blend_tiles(to_disparity(output), predict_tile, image.shape[:2], self.tiles)
         return 1 / np.maximum(joined, 1 / max_depth) if max_depth else joined
 
-    def _to_meters(self, map: np.ndarray) -> np.ndarray:
+    def _to_meters(self, map: np.ndarray, shape: tuple[int, ...], focal: float | None) -> np.ndarray:
+        if self.canonical_focal is not None:
+            return map * np.float32(self._canonical_factor(shape, focal))
         if self.model.calibration is None:
             return map
         scale, shift = self.model.calibration
         inverse = map.astype(np.float64) * scale + shift
         return (1 / inverse.clip(1 / FARTHEST_M, 1 / NEAREST_M)).astype(np.float32)
+
+    def _canonical_factor(self, shape: tuple[int, ...], focal: float | None) -> float:
+        """Return by what the depth of the canonical camera is multiplied for an image: f / F, pixels of the input."""
+        assert self.canonical_focal is not None
+        if focal is None:
+            given = given_focal_length(shape, focal_px=self._focal, fov_deg=self._fov)
+            focal = given.pixels if given else self._assume_focal(shape)
+        return self.input_focal(shape, focal) / self.canonical_focal
+
+    def _assume_focal(self, shape: tuple[int, ...]) -> float:
+        focal = assume_focal_length(shape).pixels
+        if not self._has_warned:
+            self._has_warned = True
+            degrees = 2 * math.degrees(math.atan(shape[1] / 2 / focal))
+            warnings.warn(
+                ArgumentWarning(
+                    f"the model's meters are proportional to the focal length, and that of an image of "
+                    f"{shape[1]}x{shape[0]} is not known: {focal:.0f} px ({degrees:.0f} degrees across) are assumed, "
+                    "here and for further such images",
+                    ["give ", Argument("focal", "PIXELS"), " or ", Argument("fov", "DEGREES")],
+                ),
+                stacklevel=2,
+            )
+        return focal
 
 
 def check_finite(map: np.ndarray, name: str, *, precision: str) -> None:

@@ -210,6 +210,12 @@ def _summary(model: DepthAnything) -> list[str]:
             f" It is calibrated: 1 / ({scale:.6g} · output + {shift:.6g}) is depth in meters, which `Predictor` and "
             "exported programs return."
         )
+    if model.canonical_focal is not None:
+        output += (
+            f" It is the depth that a camera with a focal length of {model.canonical_focal:g} px, in pixels of the "
+            "network's input, would have seen. For another camera multiply it by that camera's focal length in the "
+            f"same pixels / {model.canonical_focal:g}; `Predictor` does so, given the focal length of the image."
+        )
     return [
         "Depth from a single image: the network of Depth Anything "
         f"(encoder {markdown_code(model.encoder)}, taps {', '.join(map(str, model.taps))}, {head}; "
@@ -230,6 +236,7 @@ def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
     size = f", input_size={model.input_size}" if form == "official" else ""
     flags = f" --input-size {model.input_size}" if form == "official" else ""
     flags += f" --max-depth {model.max_depth:g}" if depth else ""
+    focal = ", focal=500.0" if model.canonical_focal is not None and form != "official" else ""
     ours = [
         "```python",
         "import cv2",
@@ -237,7 +244,7 @@ def _usage(model: DepthAnything, file: str, form: str) -> list[str]:
         "",
         f"predictor = Predictor(load_model({name}{depth}){size})  # resizes images to {model.input_size} px",
         'image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
-        "depth = predictor.predict(image)  # float32 (H, W)",
+        f"depth = predictor.predict(image{focal})  # float32 (H, W)",
         "```",
     ]
     typed = ["```sh", f"depth-anything predict photo.jpg --weights {typed_name}{flags} --output maps", "```"]
@@ -294,6 +301,13 @@ def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
             "program = lambda image: module(torch.from_numpy(image))",
         ],
     }
+    scaled = []
+    if model.canonical_focal is not None:
+        scaled = [
+            "focal = 500.0  # of the photograph, pixels; that of the resized image is:",
+            "focal *= (image[0].size / photo[..., 0].size) ** 0.5",
+            'depth = output * focal / float(metadata["canonical_focal"])  # meters',
+        ]
     return [
         "```python",
         "import cv2",
@@ -304,6 +318,7 @@ def _program_usage(model: DepthAnything, name: str, form: str) -> list[str]:
         'photo = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)',
         'image = preprocess_image(photo, int(metadata["input_size"]), int(metadata["multiple"]))',
         "output = program(image[None])  # float32 (B, 3, H, W) to (B, H, W)",
+        *scaled,
         "```",
         "",
         f"It was trained with a short side of {model.input_size} px and sides that are multiples of {model.multiple}. "

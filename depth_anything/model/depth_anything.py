@@ -48,6 +48,10 @@ class DepthAnything(nn.Module):
             training.
         calibration: None, or (scale, shift) that turn disparity into meters: 1 / (scale · output + shift). `Predictor`
             and exported programs apply them; `forward` returns disparity.
+        canonical_focal: None, or the focal length F of the canonical camera of a metric model, in pixels of the
+            network's input. `forward` then returns the depth that this camera would have seen; that of a camera with
+            focal length f, also in pixels of the input, is output · f / F, which `Predictor` computes (Metric3D,
+            arXiv 2307.10984, section 3.1, label transform).
         head: Name of the class of the head; None for `DPTHead`.
         pretrained: The encoder (the name in official files).
         depth_head: The head.
@@ -90,6 +94,7 @@ class DepthAnything(nn.Module):
         self.licence: str | None = None
         self.origin: dict[str, Any] = {}
         self.calibration: tuple[float, float] | None = None
+        self.canonical_focal: float | None = None
         for block in self.pretrained.blocks[self.taps[-1] + 1 :]:
             block.requires_grad_(False)
         self.head = head_name(head)
@@ -192,7 +197,7 @@ class DepthAnything(nn.Module):
     def infer_image(self, bgr: np.ndarray, input_size: int | None = None) -> np.ndarray:
         """Predict the map of one image, with the interface of the official class.
 
-        A calibration is not applied; `Predictor` does that.
+        Neither a calibration nor a focal length is applied; `Predictor` does that.
 
         Args:
             bgr: uint8 (H, W, 3), channels in the order of cv2. Gray and transparent images are converted by

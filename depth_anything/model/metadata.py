@@ -24,6 +24,9 @@ MAX_INPUT_SIZE = 8192
 MAX_DEPTH_RANGE_M = (1e-3, 1e6)
 """Range of the largest depth of a metric model, meters."""
 
+FOCAL_RANGE_PX = (1e-3, 1e7)
+"""Range of the canonical focal length of a metric model, pixels."""
+
 MAX_TEXT_LENGTH = 10_000
 """Characters of a name or license; licenses of many sets are joined."""
 
@@ -31,7 +34,7 @@ SEGMENTATION_KIND = "segmentation"
 """The `kind` of a model that scores classes; files of depth models have no kind."""
 
 _UNKNOWN = "unknown"
-_JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration")
+_JSON_FIELDS = ("taps", "max_depth", "input_size", "origin", "calibration", "canonical_focal")
 
 
 class ModelFacts(TypedDict, total=False):
@@ -50,6 +53,7 @@ class ModelFacts(TypedDict, total=False):
     licence: str | None
     origin: dict[str, Any]
     calibration: tuple[float, float] | None
+    canonical_focal: float | None
 
 
 def build_metadata(model: DepthAnything) -> dict[str, str]:
@@ -59,7 +63,8 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
 
     Returns:
         encoder, taps and max_depth (JSON), quantity, unit, input_size (pixels), licence, the project and its version.
-        If known also origin (JSON), calibration (JSON), and the head unless it is `DPTHead`.
+        If known also origin (JSON), calibration (JSON), canonical_focal (JSON, pixels), and the head unless it is
+        `DPTHead`.
     """
     return {
         **build_shared_metadata(model),
@@ -68,6 +73,7 @@ def build_metadata(model: DepthAnything) -> dict[str, str]:
         "max_depth": json.dumps(model.max_depth),
         **({"head": model.head} if model.head else {}),
         **({} if model.calibration is None else {"calibration": json.dumps(model.calibration)}),
+        **({} if model.canonical_focal is None else {"canonical_focal": json.dumps(model.canonical_focal)}),
     }
 
 
@@ -128,6 +134,10 @@ def validate_metadata(fields: Mapping[str, Any], path: str | Path) -> ModelFacts
             raise _metadata_error(path, "unit", unit, conflict)
         if metric and facts.get("calibration") is not None:
             raise _metadata_error(path, "calibration", fields["calibration"], "is for disparity, not depth")
+        if not metric and facts.get("canonical_focal") is not None:
+            raise _metadata_error(
+                path, "canonical_focal", fields["canonical_focal"], "is for depth, not disparity"
+            )
     return cast(ModelFacts, facts)
 
 
@@ -282,4 +292,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "licence": _parse_license,
     "origin": _parse_origin,
     "calibration": _optional(_parse_calibration),
+    "canonical_focal": _optional(partial(_parse_float, low=FOCAL_RANGE_PX[0], high=FOCAL_RANGE_PX[1])),
 }

@@ -97,6 +97,7 @@ def load_model(
     model.input_size = facts.get("input_size", model.input_size)
     model.licence = facts.get("licence") or name_hints(path).get("licence")
     model.calibration = facts.get("calibration")
+    model.canonical_focal = None if model.max_depth is None else facts.get("canonical_focal")
     model.origin = facts.get("origin") or _official_origin(path)
     return model.eval()
 
@@ -160,6 +161,11 @@ def _save_transformers(model: DepthAnything, path: Path) -> None:
             (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if model.calibration is not None:
         _warn(f"{path} keeps the calibration for load_model only; transformers will predict disparity")
+    if model.canonical_focal is not None:
+        _warn(
+            f"{path} keeps the canonical focal length for load_model only; transformers will predict the depth of a "
+            f"camera of {model.canonical_focal:g} px"
+        )
 
 
 def read_license(path: str | Path) -> str | None:
@@ -433,6 +439,12 @@ def _warn_lost_facts(model: DepthAnything, path: Path) -> None:
     if model.calibration is not None:
         _warn(
             f"{path} does not keep the calibration and will predict disparity",
+            "save as safetensors to keep it",
+        )
+    if model.canonical_focal is not None:
+        _warn(
+            f"{path} does not keep the canonical focal length and will predict the depth of a camera of "
+            f"{model.canonical_focal:g} px",
             "save as safetensors to keep it",
         )
     if facts.get("max_depth") is not None and model.max_depth is None:

@@ -1,7 +1,7 @@
 """Render procedural scenes: image and exact depth of a seed, and sets of them as a source of shards."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.errors import UserError
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
@@ -37,6 +38,9 @@ from depth_anything.scenes.raycast import (
 )
 from depth_anything.scenes.varied import varied_atmosphere, varied_layout
 
+FOV_STREAM = 100
+"""Stream of the random numbers that choose a field of view; the others of a seed do not change with it."""
+
 RENDERER_VERSION = 2
 """Increase it when the image of a seed changes; it is a setting of every set, so old and new images are not mixed."""
 
@@ -53,7 +57,15 @@ INFO = DatasetInfo(
 )
 
 
-def render_scene(seed: int, *, look: str, height: int, width: int, layout: str = "classic") -> Frame:
+def render_scene(
+    seed: int,
+    *,
+    look: str,
+    height: int,
+    width: int,
+    layout: str = "classic",
+    fov: tuple[float, float] | None = None,
+) -> Frame:
     """Render a scene. A seed always gives the same image, and the same depth in both looks.
 
     Depth is planar (z), +inf for sky; everything beyond 150 m is sky. Pixel centers are at integers: the ray of column
@@ -67,6 +79,8 @@ def render_scene(seed: int, *, look: str, height: int, width: int, layout: str =
             mirrors, haze, lens and sensor; JPEG artifacts are added by `SceneSource`).
         height: Height of the image in pixels.
         width: Width of the image in pixels.
+        fov: Lowest and highest horizontal field of view in degrees, between which the seed chooses; the camera stays
+            where it is. None: that of the layout, 52 to 86 degrees.
 
     Returns:
         A frame with depth in meters, float32 (H, W), +inf for sky. `meta` holds source, look, seed, unit, sky, the
@@ -79,7 +93,7 @@ def render_scene(seed: int, *, look: str, height: int, width: int, layout: str =
         raise ValueError(f"look={look} is unknown: use {' or '.join(LOOKS)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout} is unknown: use {' or '.join(LAYOUTS)}")
-    image, depth, focal = _render_arrays(seed, look=look, layouts=layout, height=height, width=width)
+    image, depth, focal = _render_arrays(seed, look=look, layouts=layout, height=height, width=width, fov=fov)
     meta = {
         "source": "scenes",
         "look": look,
@@ -93,7 +107,14 @@ def render_scene(seed: int, *, look: str, height: int, width: int, layout: str =
     return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
 
 
-def render_classes(seed: int, *, height: int, width: int, layout: str = "classic") -> np.ndarray:
+def render_classes(
+    seed: int,
+    *,
+    height: int,
+    width: int,
+    layout: str = "classic",
+    fov: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Name the object that each pixel of a scene shows, uint8 (H, W) of `SCENE_CLASSES`; the same in both looks.
 
     Args:
@@ -101,8 +122,9 @@ def render_classes(seed: int, *, height: int, width: int, layout: str = "classic
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         layout: "classic" or "varied", as for `render_scene`.
+        fov: As for `render_scene`.
     """
-    placed, view = _layout_and_view(seed, layouts=layout, height=height, width=width)
+    placed, view, _ = _layout_and_view(seed, layouts=layout, height=height, width=width, fov=fov)
     opaque, panes = _split_glass(placed)
     depth, number = cast_rays(opaque, view)
     pane_depth, pane = cast_rays(panes, view)
@@ -125,6 +147,7 @@ def write_scenes(
     workers: int = 0,
     classes: bool = False,
     captioned: bool = False,
+    fov: Sequence[float] | None = None,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -145,11 +168,14 @@ def write_scenes(
         workers: Processes that render; 0 renders in this process. The bytes are the same.
         classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
         captioned: Write a caption of each scene.
+        fov: Lowest and highest horizontal field of view, degrees, as for `render_scene`.
 
     Raises:
-        ValueError: The look or the layout is unknown, or the folder holds another set.
+        ValueError: The look or the layout is unknown, a field of view is out of range, or the folder holds another
+            set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled, layout, classes, captioned)
+    chosen = None if fov is None else (float(fov[0]), float(fov[1]))
+    source = SceneSource(look, count, seed, height, width, labelled, layout, classes, captioned, chosen)
     shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -168,6 +194,7 @@ class SceneSource:
     layout: str = "classic"
     classes: bool = False
     captioned: bool = False
+    fov: tuple[float, float] | None = None
 
     @property
     def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
@@ -188,6 +215,7 @@ class SceneSource:
             **({} if self.layout == "classic" else {"layout": self.layout}),
             **({"classes": True} if self.classes else {}),
             **({"captioned": CAPTION_VERSION} if self.captioned else {}),
+            **({} if self.fov is None else {"fov": list(self.fov)}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -198,23 +226,25 @@ class SceneSource:
             raise ValueError(f'layout="{self.layout}" is unknown: use {" or ".join(LAYOUTS)}')
         if self.count < 1:
             raise ValueError(f"count={self.count} must be at least 1")
+        if self.fov is not None and not 1 <= self.fov[0] <= self.fov[1] <= 179:
+            raise UserError(
+                f"fov={self.fov[0]:g} {self.fov[1]:g} must rise, from 1 to 179 degrees",
+                "give for example 40 80",
+            )
         return map(str, range(self.count))
 
     def read(self, raw: Path, line: str) -> RawSample:
         """Render a scene and encode its image; include its depth if the set has labels."""
         scene = self.seed * 10_000_000 + int(line)
-        frame = render_scene(scene, look=self.look, height=self.height, width=self.width, layout=self.layout)
+        size: Any = {"height": self.height, "width": self.width, "layout": self.layout, "fov": self.fov}
+        frame = render_scene(scene, look=self.look, **size)
         quality = 40 + PhiloxRandom(scene, 4).integer(53)
         image = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
         if self.look == "synthetic":
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
         sky = np.isinf(frame.depth) if frame.depth is not None else None
-        classes = (
-            render_classes(scene, height=self.height, width=self.width, layout=self.layout)
-            if self.classes
-            else None
-        )
+        classes = render_classes(scene, **size) if self.classes else None
         captions = (describe_scene(scene, layout=self.layout),) if self.captioned else ()
         return RawSample(
             image,
@@ -226,13 +256,18 @@ class SceneSource:
         )
 
 
-def _layout_and_view(seed: int, *, layouts: str, height: int, width: int) -> tuple[SceneLayout, PinholeView]:
-    """Return the layout of a seed, and the rays of its camera, whose focal length is width / 2 / tan(field) pixels."""
+def _layout_and_view(
+    seed: int, *, layouts: str, height: int, width: int, fov: tuple[float, float] | None
+) -> tuple[SceneLayout, PinholeView, float]:
+    """Return the layout of a seed, the rays of its camera, and its focal length in pixels."""
     layout = random_layout(seed) if layouts == "classic" else varied_layout(seed)
     focal = (width / 2) / math.tan(layout.field)
+    if fov is not None:  # evenly distributed in the logarithm of the focal length
+        wide, narrow = (math.log(math.tan(math.radians(degrees) / 2)) for degrees in fov[::-1])
+        focal = (width / 2) / math.exp(PhiloxRandom(seed, FOV_STREAM).uniform(narrow, wide))
     u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
     v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
-    return layout, PinholeView(layout.origin, layout.rotation, u, v)
+    return layout, PinholeView(layout.origin, layout.rotation, u, v), focal
 
 
 def _split_glass(layout: SceneLayout) -> tuple[list[Solid], list[Solid]]:
@@ -242,11 +277,10 @@ def _split_glass(layout: SceneLayout) -> tuple[list[Solid], list[Solid]]:
 
 
 def _render_arrays(
-    seed: int, *, look: str, layouts: str, height: int, width: int
+    seed: int, *, look: str, layouts: str, height: int, width: int, fov: tuple[float, float] | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
-    layout, view = _layout_and_view(seed, layouts=layouts, height=height, width=width)
-    focal = (width / 2) / math.tan(layout.field)
+    layout, view, focal = _layout_and_view(seed, layouts=layouts, height=height, width=width, fov=fov)
     opaque, panes = _split_glass(layout)
     behind = cast_rays(opaque, view)
     depth, number = cast_rays(panes, view)

@@ -15,7 +15,9 @@ from depth_anything.training.value_rules import (
     CONFIDENCE,
     CROP_AREA,
     DEVICES,
+    FOCAL,
     FOLDER,
+    FOV,
     FRACTION,
     KEY_NAMES,
     LEARNING_RATE,
@@ -367,6 +369,8 @@ class SceneSetConfig(ConfigSection):
     per_shard: int = config_key(integer(1, example=128), default=128)
     layout: str = config_key(choice("classic", "varied"), default="classic")
     classes: bool = config_key(flag(), default=False)
+    captioned: bool = config_key(flag(), default=False)
+    fov: tuple[float, float] | None = config_key(FOV, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +384,6 @@ class SegmentationSourceConfig(ConfigSection):
         integer(1, 2**14, example=896, optional=True), default=None, resume=ECHO
     )
     stride: int | None = config_key(integer(1, 2**14, example=426, optional=True), default=None, resume=ECHO)
-    captioned: bool = config_key(flag(), default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +475,9 @@ class DataConfig(ConfigSection):
     )
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
+    canonical_focal: float | None = config_key(
+        ANY, default=None, stages=("metric",), resume=ECHO, repeats_run=True
+    )
     run_dir: str = config_key(FOLDER, stages=FIT_STAGES, resume=FREE, repeats_run=True)
     short_side: int | None = config_key(
         integer(1, 2**14, example=896, optional=True), stages=("segmentation",), resume=ECHO, repeats_run=True
@@ -584,6 +590,7 @@ class RunConfig(ConfigSection):
     lora: int | None = config_key(integer(1, optional=True, example=8), default=None, stages=("metric",))
     max_depth: float | None = config_key(meters(example=20), stages=("metric",))
     min_depth: float | None = config_key(meters(example=0.001), stages=("metric",))
+    canonical_focal: float | None = config_key(FOCAL, default=None, stages=("metric",))
     replay: Any = config_key(SET_NAMES, default=None, stages=("metric",))
     replay_share: float = config_key(OPEN_FRACTION, default=0.1, stages=("metric",), replay_only=True)
     crop_area: Any = config_key(CROP_AREA, default=(0.2, 1.0), stages=("pretrain",), resume=CHANGE)

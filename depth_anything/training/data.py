@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from depth_anything.data.address import is_remote, join_address
 from depth_anything.data.captions import read_captions
 from depth_anything.data.dataset import StreamDataset
+from depth_anything.data.intrinsics import focal_from_meta
 from depth_anything.data.label_fields import LabelOptions
 from depth_anything.data.labels import open_labels
 from depth_anything.data.loader import build_stream_loader
@@ -61,6 +62,29 @@ def require_caption(source: Records | JoinedRecords, root: str) -> None:
                     "photos=OUT",
                 ) from error
             return
+
+
+def require_intrinsics(source: Records | JoinedRecords, root: str) -> None:
+    """Check that the first readable record of a set says the focal length of its camera.
+
+    Later records without it are replaced and counted as any other bad record.
+
+    Raises:
+        UserError: Naming the record.
+    """
+    for shard, _ in source.shards:
+        try:
+            key, fields = source.read(shard, 0)
+            image, meta = decode_image_and_meta(fields)
+        except ValueError:  # a bad record; the loader replaces and counts it
+            continue
+        if focal_from_meta(meta, image.shape) is None:
+            raise UserError(
+                f"{key} of {root} has no intrinsics in its json, and canonical_focal needs its focal length",
+                "type canonical_focal=null, leave the set out, or write it again with  "
+                "intrinsics: {fx: …, fy: …, cx: …, cy: …}  in its yaml (docs/own-data.md)",
+            )
+        return
 
 
 def require_meters(images: ShardSet) -> None:
@@ -146,6 +170,7 @@ class TrainData(pl.LightningDataModule):
         max_depth: float | None = None,
         captions: bool = False,
         flip: bool = True,
+        canonical_focal: float | None = None,
         run_dir: str,
     ) -> None:
         """Store the settings; `open` reads the manifests.
@@ -180,6 +205,7 @@ class TrainData(pl.LightningDataModule):
             max_depth: Largest valid depth of stage=metric, meters. Without both, targets are disparity.
             captions: Add captions to the batches. Sets with their own depth or disparity are not joined with labels.
             flip: Mirror half of the samples.
+            canonical_focal: As for `StreamDataset`; for stage=metric only.
             run_dir: Folder that keeps the shard list of an unfinished label set.
         """
         super().__init__()
@@ -193,6 +219,7 @@ class TrainData(pl.LightningDataModule):
         self.repeat, self.allow_partial, self.run_dir = dict(repeat or {}), allow_partial, Path(run_dir)
         self.depth_range = None if min_depth is None or max_depth is None else (min_depth, max_depth)
         self.captions, self.flip = captions, flip
+        self.canonical_focal = canonical_focal
         self._dataset: StreamDataset | None = None
 
     def open(self) -> StreamDataset:
@@ -215,6 +242,8 @@ class TrainData(pl.LightningDataModule):
                 require_truth(sources[-1], root)
                 if self.captions:
                     require_caption(sources[-1], root)
+                if self.canonical_focal is not None:
+                    require_intrinsics(sources[-1], root)
             sources += self._open_extra_sets("mix", self.mix_sets)
             sources += self._open_extra_sets("replay", self.replay_sets)
             require_label_extras(sources, self.label_options)
@@ -237,6 +266,7 @@ class TrainData(pl.LightningDataModule):
                 label_options=self.label_options,
                 flip=self.flip,
                 captions=self.captions,
+                canonical_focal=self.canonical_focal,
             )
         return self._dataset
 
@@ -310,6 +340,7 @@ class TrainData(pl.LightningDataModule):
             "sky": self.open().sky,
             "depth_range": self.depth_range,
             "replay_share": self.replay_share if self.replay_sets else None,
+            **({} if self.canonical_focal is None else {"canonical_focal": self.canonical_focal}),
             "sets": self.digests(),
         }
 
@@ -350,6 +381,12 @@ class TrainData(pl.LightningDataModule):
             if saved_range:
                 values = f"min_depth={saved_range[0]} max_depth={saved_range[1]}"
             raise UserError(f"this run was started with {values}", "type name=ANOTHER_NAME for another range")
+        if state.get("canonical_focal") != self.canonical_focal:
+            saved_focal = "null" if state.get("canonical_focal") is None else state["canonical_focal"]
+            raise UserError(
+                f"this run was started with canonical_focal={saved_focal}, not {self.canonical_focal or 'null'}",
+                f"type canonical_focal={saved_focal}, or name=ANOTHER_NAME for another one",
+            )
         saved_sky = state.get("sky", dict.fromkeys(now, "far"))
         for name, policy in self.open().sky.items():
             if saved_sky[name] != policy:

@@ -351,6 +351,8 @@ def _describe_loss(config: RunConfig) -> str:
     if config.stage == "metric":
         silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
         silog += f"{config.max_depth:g} m"
+        if config.canonical_focal is not None:
+            silog += f" of a camera of {config.canonical_focal:g} px"
         if not config.replay:
             return silog
         return f"{silog}; replayed: {_describe_invariant_losses(recipe)}"

@@ -110,6 +110,7 @@ def build_depth_model(config: RunConfig) -> DepthAnything:
     taps = other.taps if other is not None and start == "all" else None
     model = DepthAnything(config.encoder, max_depth=config.max_depth, taps=taps, head=head)
     model.input_size = config.image_size  # saved in the model file
+    model.canonical_focal = config.canonical_focal
     if source is None:
         pass
     elif source == "scratch":
@@ -189,6 +190,14 @@ def _print_depth_scale_notes(config: RunConfig, model: DepthAnything, other: Dep
     if other.calibration is not None:
         print(
             f"note: init={config.init} is calibrated; training invalidates that, so calibrate the new model",
+            file=sys.stderr,
+        )
+    focals = (other.canonical_focal, model.canonical_focal)
+    if other.max_depth is not None and focals[0] != focals[1] and (config.start or "all") == "all":
+        cameras = [f"the camera of {focal:g} px" if focal else "no certain camera" for focal in focals]
+        print(
+            f"note: init={config.init} predicts the depth of {cameras[0]}, and canonical_focal asks for that of "
+            f"{cameras[1]}; its predictions are wrong in scale until training has corrected them",
             file=sys.stderr,
         )
     ranges = (other.max_depth, model.max_depth)

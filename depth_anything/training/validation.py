@@ -19,7 +19,7 @@ from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
 from depth_anything.errors import UserError
 from depth_anything.evaluation.benchmarks.benchmark_catalog import load_benchmark
-from depth_anything.evaluation.evaluate import crop_to_view, masked_truth
+from depth_anything.evaluation.evaluate import crop_to_view, masked_truth, predict_frames
 from depth_anything.evaluation.protocols import EvalProtocol
 from depth_anything.evaluation.runner import (
     cache_key,
@@ -28,7 +28,7 @@ from depth_anything.evaluation.runner import (
     task_from_benchmark,
     task_from_set,
 )
-from depth_anything.evaluation.task import DepthPredictor, EvalTask
+from depth_anything.evaluation.task import DepthPredictor, EvalTask, predict_maps
 from depth_anything.inference.predictor import Predictor
 from depth_anything.inference.segmentation import SegmentationPredictor
 from depth_anything.model.segmentation import SegmentationModel
@@ -203,7 +203,13 @@ class ValidationCallback(StepCallback):
         return task.metric, task.result("model", (row for share in shares for row in share)).means
 
     def _write_picture(self, trainer: pl.Trainer, predictor: DepthPredictor, step: int) -> None:
-        maps = predictor.predict_batch([item.image for item in self.previews])
+        images = [item.image for item in self.previews]
+        if isinstance(predictor, SegmentationPredictor):
+            maps = predictor.predict_batch(images)
+        elif isinstance(self.previews[0], Frame):
+            maps = predict_frames(predictor, self.previews, images)
+        else:  # pairs of points, painted by each map's own range
+            maps = predict_maps(predictor, images, lambda: [1.0] * len(images))
         rows = [_picture_row(item, map_, predictor) for item, map_ in zip(self.previews, maps, strict=True)]
         titles = ["image", "truth", f"step {step}"] if len(rows[0]) == 3 else ["image", f"step {step}"]
         picture = make_panel(rows, titles=titles)

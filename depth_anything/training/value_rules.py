@@ -168,6 +168,7 @@ OPTIONAL_FOLDER = text("a folder", example="FOLDER", optional=True)
 OPTIONAL_FILE = text("a file", example="FILE", optional=True)
 CLASS_PATH = text("the name of a class, as package.module.Class", example="my_stage.MyStage")
 LEARNING_RATE = real(0, 1, example=5e-5)
+FOCAL = real(1e-3, 1e7, unit="of pixels", optional=True, example=500)
 LOSS_WEIGHT = real(0, example=1.0)
 FRACTION = real(0, 1, below=True, example=0.1)
 OPEN_FRACTION = real(0, 1, above=True, below=True, example=0.1)
@@ -188,6 +189,19 @@ PRECISION = ValueRule(lambda value: type(value) in (str, int), "a precision of L
 STRATEGY = ValueRule(
     lambda value: isinstance(value, (str, Mapping)) and bool(value), "a strategy of Lightning", "auto"
 )
+
+
+def _is_fov(value: Any) -> bool:
+    degrees = real(1, 179, example=60)
+    return value is None or (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(map(degrees.accepts, value))
+        and value[0] <= value[1]
+    )
+
+
+FOV = ValueRule(_is_fov, "null, or two numbers of degrees from 1 to 179, as [40,80]", [40, 80])
 
 
 def meters(*, example: float, optional: bool = False) -> ValueRule:

@@ -1,5 +1,7 @@
 """Scale and shift from known depths, with outliers."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,15 @@ from PIL import Image
 
 from depth_anything import DepthAnything, Predictor, load_model, save_model
 from depth_anything.cli import main
+from depth_anything.evaluation.frames import read_frames
 from depth_anything.inference.calibrate import (
     KnownPoint,
     fit_points,
+    fit_scale,
     parse_point,
     read_points,
     sample_at_points,
+    sample_known_pixels,
 )
 from depth_anything.inference.predictor import FARTHEST_M
 
@@ -114,6 +119,50 @@ def test_maps_are_sampled_at_points():
             sample_at_points(map, [parse_point(outside)], image="a.jpg")
 
 
+# The scale of a metric model
+
+
+def test_the_scale_is_the_median_ratio_with_equal_weight_per_image():
+    draw = np.random.default_rng(0)
+    depth = draw.uniform(1, 20, 101)
+    ratio = draw.lognormal(0.2, 0.4, 101)
+    fit = fit_scale([depth], [ratio * depth])
+    assert fit.scale == pytest.approx(np.median(ratio), rel=1e-12)
+    np.testing.assert_allclose(fit.depth, fit.scale * depth)
+    assert fit.abs_rel == pytest.approx(np.mean(np.abs(fit.scale / ratio - 1)))
+    # 90 points of one image and 3 of another: each image decides half
+    fit = fit_scale([np.ones(90), np.ones(3)], [np.full(90, 2.0), np.full(3, 8.0)])
+    assert fit.scale == pytest.approx(4) and fit.image_scales.tolist() == [2.0, 8.0]
+    fit = fit_scale([np.ones(90), np.ones(3), np.ones(1)], [np.full(90, 2.0), np.full(3, 8.0), [3.0]])
+    assert fit.scale == pytest.approx(3)
+    assert fit_scale([[2.0]], [[5.0]]).scale == pytest.approx(2.5)
+
+
+def test_half_of_the_points_may_be_wrong():
+    depth = np.random.default_rng(0).uniform(1, 20, 21)
+    meters = 1.7 * depth
+    meters[:10] *= 50
+    assert fit_scale([depth], [meters]).scale == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize(
+    ("depth", "meters"),
+    [([], []), ([[]], [[]]), ([[0.0]], [[1.0]]), ([[1.0]], [[np.inf]]), ([[np.nan]], [[1.0]])],
+)
+def test_a_scale_needs_points_above_zero(depth, meters):
+    with pytest.raises(ValueError, match=r"at least one|above 0"):
+        fit_scale(depth, meters)
+
+
+def test_known_pixels_are_spread_over_the_valid_ones():
+    depth = np.full((10, 10), 2.0, np.float32)
+    depth[:5] = np.nan
+    depth[5, 0], depth[5, 1] = np.inf, 0
+    assert sample_known_pixels(depth, count=3).tolist() == [52, 76, 99]
+    assert len(sample_known_pixels(depth, count=500)) == 48
+    assert not len(sample_known_pixels(np.full((2, 2), np.nan)))
+
+
 # The command
 
 
@@ -184,8 +233,79 @@ def test_points_on_the_command_line(folder, capsys):
     assert "m.pth" in capsys.readouterr().err
 
 
-def test_a_metric_model_is_not_calibrated(folder, capsys):
-    save_model(DepthAnything("vitn", max_depth=20), "metres.safetensors")
-    line = ["calibrate", "0.png", "--weights", "metres.safetensors", "--output", "m.safetensors"]
-    assert main([*line, "--points", "0.csv"]) == 2
-    assert "metres.safetensors" in capsys.readouterr().err
+@pytest.fixture
+def metric(tmp_path, monkeypatch):
+    """An untrained metric model, with and without a canonical focal length, and a set whose depth is known."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DepthAnything("vitn", max_depth=30)
+    model.input_size = 28
+    save_model(model, "plain.safetensors")
+    model.canonical_focal = 25.0
+    save_model(model, "canonical.safetensors")
+    assert main(["shard", "scenes", "known", "--count", "3", "--size", "28", "42", "--fov", "60", "90"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["plain", "canonical"])
+def test_a_metric_model_is_scaled_by_a_set_with_known_depth(metric, name, capsys):
+    line = ["calibrate", "--data", "known", "--weights", f"{name}.safetensors", "--device", "cpu"]
+    assert main([*line, "--limit", "2", "--output", "scaled.safetensors"]) == 0
+    out = capsys.readouterr().out
+    before, after = load_model(f"{name}.safetensors"), load_model("scaled.safetensors")
+    scale = after.max_depth / before.max_depth
+    predictors = [Predictor(model, device="cpu") for model in (before, after)]
+    frames = list(read_frames("known", limit=2))
+    ratios = []
+    for frame in frames:
+        focal = frame.meta["intrinsics"]["fx"]
+        maps = [predictor.predict(frame.image, focal=focal) for predictor in predictors]
+        np.testing.assert_allclose(maps[1], scale * maps[0], rtol=1e-5)
+        chosen = sample_known_pixels(frame.depth)
+        ratios.append((frame.depth / maps[0]).reshape(-1)[chosen])
+    weights = np.concatenate([np.full(len(values), 1 / len(values)) for values in ratios])
+    values = np.concatenate(ratios)
+    assert weights[values < 0.999 * scale].sum() < 1.001 and weights[values < 1.001 * scale].sum() > 0.999
+    assert "400 points of 2 images" in out and f"{scale:.4g}"[:4] in out
+    assert after.canonical_focal == before.canonical_focal
+    assert after.origin["calibrated"]["scale"] == pytest.approx(scale)
+    # a second calibration starts from the first, and finds nothing to change
+    line[line.index("--weights") + 1] = "scaled.safetensors"
+    assert main([*line, "--limit", "2", "--output", "again.safetensors"]) == 0
+    again = load_model("again.safetensors")
+    assert again.max_depth == pytest.approx(after.max_depth, rel=1e-5)
+    assert again.origin["calibrated"]["scale"] == pytest.approx(scale, rel=1e-5)
+    # its own output may be replaced; a trained model may not
+    assert main([*line, "--output", "again.safetensors"]) == 0
+    assert main([*line, "--output", "plain.safetensors"]) == 2
+
+
+def test_a_metric_model_is_scaled_by_one_point(metric, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 42, 3), np.uint8)).save("a.png")
+    line = [
+        "calibrate",
+        "a.png",
+        "--point",
+        "20,14,7.5",
+        "--weights",
+        "canonical.safetensors",
+        "--device",
+        "cpu",
+    ]
+    assert main([*line, "--focal", "33", "--output", "scaled.safetensors"]) == 0
+    assert "--fov" not in capsys.readouterr().err
+    scaled = Predictor(load_model("scaled.safetensors"), device="cpu")
+    image = np.asarray(Image.open("a.png"))
+    assert scaled.predict(image, focal=33)[14, 20] == pytest.approx(7.5, rel=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main([*line, "--output", "scaled.safetensors"]) == 0
+    assert "42x28" in (said := capsys.readouterr().err) and "--fov DEGREES" in said
+
+
+def test_calibration_needs_images_or_a_set_in_meters(metric, capsys):
+    line = ["calibrate", "--weights", "plain.safetensors", "--output", "x.safetensors"]
+    assert main(line) == 2 and "--data SET" in capsys.readouterr().err
+    assert main([*line, "a.png", "--data", "known"]) == 2 and "--data SET" in capsys.readouterr().err
+    assert main(["shard", "scenes", "photos", "--count", "2", "--size", "28", "42", "--images-only"]) == 0
+    assert main([*line, "--data", "photos"]) == 2 and "quantity=None" in capsys.readouterr().err

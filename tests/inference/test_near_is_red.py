@@ -18,6 +18,7 @@ class FakePredictor:
     """A fake predictor: bright pixels are near."""
 
     input_size, resample, precision, tiles, device = 28, "official", "fp32", None, "cpu"
+    canonical_focal = None
 
     def __init__(self, quantity, *, calibrated=False):
         self.quantity, self.calibrated = quantity, calibrated
@@ -34,7 +35,10 @@ class FakePredictor:
             return near
         return [1 / map if self.calibrated else 13 - map for map in near]
 
-    def predict(self, image):
+    def farthest_of(self, shape, focal=None):
+        return self.farthest
+
+    def predict(self, image, *, focal=None):
         return self.predict_batch([image])[0]
 
 

@@ -8,7 +8,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from depth_anything.inference.pointcloud import choose_focal_length, encode_points, unproject
+from depth_anything.inference.focal import choose_focal_length
+from depth_anything.inference.pointcloud import encode_points, unproject
 
 FOCAL = 100.0
 

@@ -188,6 +188,8 @@ NEW_KEYS = (
     "sources.classes",
     "sources.segmentation",
     "sources.scenes.classes",
+    "canonical_focal",
+    "data.canonical_focal",
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
