@@ -11,6 +11,7 @@ import numpy as np
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
+from depth_anything.ingest.degrade import DEGRADATION_VERSION, degrade
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.layout import random_layout
@@ -90,6 +91,7 @@ def write_scenes(
     width: int,
     per_shard: int = 128,
     labelled: bool = True,
+    degraded: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -106,11 +108,12 @@ def write_scenes(
         width: Width of the images in pixels.
         per_shard: Scenes per shard.
         labelled: Write depth; False writes images only.
+        degraded: Write the depth of a poor sensor (`ingest.degrade`) in place of exact depth.
 
     Raises:
         ValueError: The look is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled)
+    source = SceneSource(look, count, seed, height, width, labelled, degraded)
     shard_set = write_source(source, Path(), root, per_shard=per_shard)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -126,7 +129,12 @@ class SceneSource:
     height: int
     width: int
     labelled: bool
-    INFO: DatasetInfo = INFO
+    degraded: bool = False
+
+    @property
+    def INFO(self) -> DatasetInfo:
+        """Facts about the set; degraded depth is not sharp."""
+        return replace(INFO, sharp=False, sky="invalid") if self.degraded else INFO
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,6 +147,7 @@ class SceneSource:
             "height": self.height,
             "width": self.width,
             "labelled": self.labelled,
+            **({"degraded": DEGRADATION_VERSION} if self.degraded else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -158,8 +167,11 @@ class SceneSource:
         if self.look == "synthetic":
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
-        sky = np.isinf(frame.depth) if frame.depth is not None else None
-        return RawSample(image, meta, depth=frame.depth if self.labelled else None, sky=sky)
+        if not self.labelled or frame.depth is None:
+            return RawSample(image, meta)
+        if self.degraded:
+            return RawSample(image, {**meta, "sky": None}, depth=degrade(frame.depth, seed=scene))
+        return RawSample(image, meta, depth=frame.depth, sky=np.isinf(frame.depth))
 
 
 def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:

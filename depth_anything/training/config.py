@@ -261,6 +261,7 @@ class SceneSetConfig(ConfigSection):
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
+    degraded: bool = config_key(flag(), default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
