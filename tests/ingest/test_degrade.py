@@ -114,9 +114,7 @@ def test_a_degraded_copy_has_the_same_images_and_degraded_depth(scenes: str, tmp
 
 
 def test_a_set_without_meters_is_refused(tmp_path: Path) -> None:
-    write_scenes(
-        tmp_path / "images", look="synthetic", count=1, seed=5, height=28, width=28, labelled=False
-    )
+    write_scenes(tmp_path / "images", look="synthetic", count=1, seed=5, height=28, width=28, labelled=False)
     with pytest.raises(UserError, match="quantity=None"):
         write_degraded(str(tmp_path / "images"), tmp_path / "copy")
 
