@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 TORCH ?= torch torchvision
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format docs bench claim soak clean
+.PHONY: help install quickstart test check format docs bench claim claims soak clean
 
 help: ## print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,8 +49,11 @@ bench: install ## measure training and loader on this machine; JSON in outputs/b
 	$(BIN)/python benchmarks/bench_data.py --json outputs/bench/data.json
 	$(BIN)/python benchmarks/bench_train.py --output outputs/bench/train.json
 
-claim: install ## compare students on pseudo-labels and on synthetic images, three seeds: 30 minutes
-	$(BIN)/python benchmarks/claim.py
+claims: install ## test the papers' claims, three seeds each: about an hour; REAL=DIR adds real photographs
+	$(BIN)/python -m benchmarks.claims $(if $(REAL),--real $(REAL)) $(CLAIMS)
+
+claim: install ## test the main claim only: students on pseudo-labels and on synthetic images
+	$(BIN)/python -m benchmarks.claims --only c $(if $(REAL),--real $(REAL)) $(CLAIMS)
 
 soak: install ## kill each stage twenty times and compare with uninterrupted runs
 	$(BIN)/python benchmarks/soak.py

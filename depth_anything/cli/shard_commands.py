@@ -97,6 +97,19 @@ def add_shard(commands: Any) -> Any:
     )
     captions.add_argument("output", metavar="OUT", help="folder of the new set")
     add_writer_options(captions)
+    degraded = add_command(
+        kinds, "degraded", "copy a labeled set with the depth of a poor sensor", run=_run_degraded
+    )
+    degraded.add_argument("source", metavar="SET", help="folder or URL prefix of a set with depth in meters")
+    degraded.add_argument("output", metavar="OUT", help="folder of the new set")
+    degraded.add_argument("--name", help="name of the set (the folder's)")
+    degraded.add_argument(
+        "--seed",
+        type=int_in_range("--seed", least=0, most=10**9),
+        default=0,
+        metavar="N",
+        help="seed of noise and holes (%(default)s)",
+    )
 
     for name, entry in SETS.items():
         _add_catalog_set(kinds, name, entry)
@@ -307,6 +320,12 @@ def _run_captions(options: argparse.Namespace) -> None:
     print_write_result(
         write_source(source, options.source, options.output, **writer_options(options)), options
     )
+
+
+def _run_degraded(options: argparse.Namespace) -> None:
+    from depth_anything.ingest.degrade import write_degraded
+
+    print_set(write_degraded(options.source, options.output, seed=options.seed, name=options.name))
 
 
 def _run_catalog_set(options: argparse.Namespace) -> None:

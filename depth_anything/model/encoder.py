@@ -34,6 +34,7 @@ class EncoderSpec:
         grid: Side of the trained position embedding, patches.
         hub: timm's name of the pretrained weights; None if there are none.
         swiglu: SwiGLU feed-forward layers instead of GELU.
+        registers: Register tokens (arXiv 2309.16588) after the class token; the head does not read them.
     """
 
     width: int
@@ -46,11 +47,13 @@ class EncoderSpec:
     grid: int = 37
     hub: str | None = None
     swiglu: bool = False
+    registers: int = 0
 
 
 # Source of the first four: dinov2.py and dpt.py of the official repository. vitt and vitn are for small runs from
 # random weights, where 10 × 10 small patches learn several times faster than 7 × 7 large ones. Their grid is that of
-# the 70 px training crops: of a larger one, only the sampled positions would be trained.
+# the 70 px training crops: of a larger one, only the sampled positions would be trained. vitn_reg4 is vitn with as many
+# registers as DINOv2's models with registers have.
 ENCODERS = {
     "vits": EncoderSpec(
         384, 12, 6, (2, 5, 8, 11), 64, (48, 96, 192, 384), hub="vit_small_patch14_dinov2.lvd142m"
@@ -73,6 +76,7 @@ ENCODERS = {
     ),
     "vitt": EncoderSpec(192, 4, 3, (0, 1, 2, 3), 32, (24, 48, 96, 192), patch=7, grid=10),
     "vitn": EncoderSpec(96, 4, 3, (0, 1, 2, 3), 32, (12, 24, 48, 96), patch=7, grid=10),
+    "vitn_reg4": EncoderSpec(96, 4, 3, (0, 1, 2, 3), 32, (12, 24, 48, 96), patch=7, grid=10, registers=4),
 }
 
 
@@ -177,7 +181,11 @@ class DINOv2(VisionTransformer):
             dynamic_img_size=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             mlp_layer=SwiGLU if spec.swiglu else Mlp,
+            reg_tokens=spec.registers,
         )
+        if spec.registers:  # they have no position, as in DINOv2; timm would give them one
+            positions = torch.zeros(1, 1 + spec.grid**2, spec.width)
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
         # Not used; official files contain it and are loaded strictly.
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width), requires_grad=False)
 
@@ -192,7 +200,7 @@ class DINOv2(VisionTransformer):
             position_rule: One of `POSITION_RULES`.
 
         Returns:
-            For each block (B, N, D), without the class token.
+            For each block (B, N, D), without the class token and the registers.
         """
         x = self._pos_embed(self.patch_embed(image), position_rule)
         tokens = []
@@ -206,7 +214,11 @@ class DINOv2(VisionTransformer):
         height, width = x.shape[1], x.shape[2]
         tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), dim=1)
         positions = resample_positions(self.pos_embed, height, width, position_rule)
-        return tokens + positions.to(tokens.dtype)
+        tokens = tokens + positions.to(tokens.dtype)
+        if self.reg_token is None:
+            return tokens
+        registers = self.reg_token.expand(x.shape[0], -1, -1)
+        return torch.cat((tokens[:, :1], registers.to(tokens.dtype), tokens[:, 1:]), dim=1)
 
 
 def canonical_encoder_name(name: str) -> str:

@@ -303,9 +303,9 @@ def build_config(model: DepthAnything) -> dict[str, Any]:
         UserError: If transformers cannot represent the model: another encoder than DINOv2, or a fractional max_depth.
     """
     spec = ENCODERS.get(model.encoder)
-    if spec is None:
+    if spec is None or spec.registers:
         raise UserError(
-            f"transformers' depth_anything supports DINOv2 encoders only, not {model.encoder}",
+            f"transformers' depth_anything supports DINOv2 encoders without registers only, not {model.encoder}",
             "save as safetensors",
         )
     if model.max_depth is not None and model.max_depth != int(model.max_depth):

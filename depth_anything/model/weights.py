@@ -345,8 +345,10 @@ def _detect_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     width = token.shape[-1] if token is not None and token.ndim else 0
     blocks = [re.match(r"pretrained\.blocks\.(\d+)\.", name) for name in tensors]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    registers = tensors.get("pretrained.reg_token")
+    count = registers.shape[1] if registers is not None and registers.ndim == 3 else 0
     for name, spec in ENCODERS.items():
-        if (spec.width, spec.depth) == (width, depth):
+        if (spec.width, spec.depth, spec.registers) == (width, depth, count):
             return name
     raise UserError(
         f"{path} has an encoder {width} wide and {depth} deep, which is none of {', '.join(ENCODERS)}",

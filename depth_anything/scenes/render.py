@@ -12,6 +12,7 @@ import numpy as np
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
 from depth_anything.errors import UserError
+from depth_anything.ingest.degrade import DEGRADATION_VERSION, degrade
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
@@ -148,6 +149,7 @@ def write_scenes(
     classes: bool = False,
     captioned: bool = False,
     fov: Sequence[float] | None = None,
+    degraded: bool = False,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -169,13 +171,16 @@ def write_scenes(
         classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
         captioned: Write a caption of each scene.
         fov: Lowest and highest horizontal field of view, degrees, as for `render_scene`.
+        degraded: Write the depth of a poor sensor (`ingest.degrade`) in place of exact depth.
 
     Raises:
         ValueError: The look or the layout is unknown, a field of view is out of range, or the folder holds another
             set.
     """
     chosen = None if fov is None else (float(fov[0]), float(fov[1]))
-    source = SceneSource(look, count, seed, height, width, labelled, layout, classes, captioned, chosen)
+    source = SceneSource(
+        look, count, seed, height, width, labelled, layout, classes, captioned, chosen, degraded
+    )
     shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
@@ -195,11 +200,13 @@ class SceneSource:
     classes: bool = False
     captioned: bool = False
     fov: tuple[float, float] | None = None
+    degraded: bool = False
 
     @property
     def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
-        """Facts for the writer."""
-        return replace(INFO, classes=SCENE_CLASSES) if self.classes else INFO
+        """Facts for the writer; degraded depth is not sharp."""
+        info = replace(INFO, classes=SCENE_CLASSES) if self.classes else INFO
+        return replace(info, sharp=False, sky="invalid") if self.degraded else info
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -216,6 +223,7 @@ class SceneSource:
             **({"classes": True} if self.classes else {}),
             **({"captioned": CAPTION_VERSION} if self.captioned else {}),
             **({} if self.fov is None else {"fov": list(self.fov)}),
+            **({"degraded": DEGRADATION_VERSION} if self.degraded else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
@@ -246,14 +254,10 @@ class SceneSource:
         sky = np.isinf(frame.depth) if frame.depth is not None else None
         classes = render_classes(scene, **size) if self.classes else None
         captions = (describe_scene(scene, layout=self.layout),) if self.captioned else ()
-        return RawSample(
-            image,
-            meta,
-            depth=frame.depth if self.labelled else None,
-            sky=sky,
-            classes=classes,
-            captions=captions,
-        )
+        depth = frame.depth if self.labelled else None
+        if depth is not None and self.degraded:
+            depth, sky, meta = degrade(depth, seed=scene), None, {**meta, "sky": None}
+        return RawSample(image, meta, depth=depth, sky=sky, classes=classes, captions=captions)
 
 
 def _layout_and_view(

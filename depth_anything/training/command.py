@@ -172,6 +172,8 @@ def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed
     parsed = _parse_overrides(overrides)
     stage = next((_override_value(one) for one in reversed(parsed) if one.key_or_group == "stage"), None)
     if stage is None:
+        stage = _stage_of_experiment(parsed, folders)
+    if stage is None:
         raise UserError(
             "no stage is given", f"type stage={', stage='.join(_group_choices(folders, 'stage'))}"
         )
@@ -190,6 +192,26 @@ def check_overrides(overrides: Sequence[str], folders: Sequence[Path], *, dashed
     for one in parsed:
         if one.key_or_group not in CONFIG_GROUPS and not one.key_or_group.startswith("hydra."):
             _check_override_key(one, known_stage, foreign)
+
+
+def _stage_of_experiment(parsed: Sequence[Override], folders: Sequence[Path]) -> str | None:
+    """Return the stage that the file of the chosen experiment, or one that it includes, chooses; None if none does."""
+    chosen = [_override_value(one) for one in parsed if one.key_or_group == "experiment"]
+    names, seen = chosen[-1:], set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        path = next((path for f in folders if (path := f / "experiment" / f"{name}.yaml").is_file()), None)
+        content = OmegaConf.to_container(OmegaConf.load(path)) if path is not None else None
+        for entry in content.get("defaults", []) if isinstance(content, dict) else []:
+            if isinstance(entry, dict):
+                if "override /stage" in entry:
+                    return str(entry["override /stage"])
+            elif isinstance(entry, str) and entry.startswith("/experiment/"):
+                names.append(entry.removeprefix("/experiment/"))
+    return None
 
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -370,6 +370,7 @@ class SceneSetConfig(ConfigSection):
     layout: str = config_key(choice("classic", "varied"), default="classic")
     classes: bool = config_key(flag(), default=False)
     captioned: bool = config_key(flag(), default=False)
+    degraded: bool = config_key(flag(), default=False)
     fov: tuple[float, float] | None = config_key(FOV, default=None)
 
 

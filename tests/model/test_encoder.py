@@ -1,6 +1,7 @@
 """The encoder: exact position embedding, timm ViTs, pretrained weights."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -139,6 +140,35 @@ def test_giant_equals_timms_with_renamed_layers():
     torch.testing.assert_close(
         ours.forward_features(image), theirs.forward_features(image), atol=1e-5, rtol=0
     )
+
+
+def test_registers_equal_timms_which_have_no_position():
+    ours = DINOv2(ENCODERS["vitn_reg4"])
+    nn.init.normal_(ours.reg_token)
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=70,
+        patch_size=7,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        num_classes=0,
+        init_values=1.0,
+        reg_tokens=4,
+        no_embed_class=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    state = ours.state_dict()
+    positions = state.pop("pos_embed")
+    state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+    del state["mask_token"]
+    theirs.load_state_dict(state)
+    image = torch.randn(2, 3, 70, 70)
+    tokens = ours.encode_blocks(image, (1, 3), "official")
+    expected = theirs.forward_intermediates(
+        image, indices=[1, 3], norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    assert tokens[0].shape == (2, 100, 96)
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
 
 
 def test_missing_pretrained_weights_are_refused():
