@@ -19,7 +19,7 @@ from depth_anything.geometry import depth_to_disparity
 
 QUANTITIES = ("disparity", "depth")
 UNITS = {"disparity": ("relative", "1/m"), "depth": ("m", "relative")}
-"""Quantity → its units; the first is assumed if none is given."""
+"""Quantity → its units."""
 
 MIN_DEPTH_SHARE = 1e-3
 """Share of a teacher's largest depth, or of a map's median depth in relative units: nearer depths are set to it.
