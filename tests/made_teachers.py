@@ -2,13 +2,11 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from made_configs import make_config
 from PIL import Image
 
 from depth_anything.data.codec import decode
@@ -55,7 +53,6 @@ def _png(picture: np.ndarray) -> bytes:
 
 def open_data(teacher: Teacher, root: Path, *, labels: str = "labels", **typed: Any) -> ShardData:
     """Open the sets as `train.py stage=pseudolabel` does."""
-    config = make_config("stage=pseudolabel", "encoder=vitn", "trainer=cpu")
     settings: dict[str, Any] = {
         "sets": {"photos": str(root / "photos")},
         "labels": str(root / labels),
@@ -66,8 +63,10 @@ def open_data(teacher: Teacher, root: Path, *, labels: str = "labels", **typed: 
         "codec": "f32",
         **typed,
     }
-    config = replace(config, image_size=settings["image_size"])
-    return ShardData(**settings, **label_data_arguments(teacher, config))
+    arguments = label_data_arguments(
+        teacher, image_size=settings["image_size"], precision=settings["precision"]
+    )
+    return ShardData(**settings, **arguments)
 
 
 def label(

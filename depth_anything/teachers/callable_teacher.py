@@ -26,6 +26,7 @@ from depth_anything.teachers.teacher import (
     Photographs,
     Teacher,
     TeacherFacts,
+    failure_reason,
     resize_map,
 )
 
@@ -95,7 +96,7 @@ class CallableTeacher(Teacher):
             except UserError:
                 raise
             except ValueError as error:
-                failed[position] = f"{self.spec}: {error_reason(error)}"
+                failed[position] = f"{self.spec}: {failure_reason(error)}"
             except Exception as error:
                 raise UserError(
                     f"{self.spec} raised {type(error).__name__} for {frame.key!r}: {error_reason(error)}",

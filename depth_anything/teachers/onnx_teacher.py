@@ -52,7 +52,9 @@ class OnnxTeacher(Teacher):
             unit=self.kind.unit,
             conversion=self.kind.conversion,
         )
-        self.input_text = f"photographs at the labels' size, bicubic with antialias on uint8, ONNX {self._precision}"
+        self.input_text = (
+            f"photographs at the labels' size, bicubic with antialias on uint8, ONNX {self._precision}"
+        )
 
     @torch.no_grad()
     def predict(self, photographs: Photographs) -> LabelMaps:

@@ -201,3 +201,8 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.shape == size:
         return np.ascontiguousarray(values, np.float32)
     return cv2.resize(np.ascontiguousarray(values, np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return the first line of an error, at most 300 characters, as a label set keeps it."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -330,7 +330,15 @@ def load_teacher(config: RunConfig) -> DepthAnything:
             f"there is no teacher at {path}",
             f"run `python train.py stage=teacher size={config.size}` first, or type teacher=FILE",
         )
-    teacher = _load_model_for_run(path, encoder=config.encoder, head=build_head(config))
+    head = build_head(config)
+    try:
+        teacher = _load_model_for_run(path, encoder=config.encoder, head=head)
+    except ValueError as error:  # `encoder` has a default, and weights of another size say which they are
+        try:
+            teacher = _load_model_for_run(path, encoder=None, head=head)
+        except ValueError:
+            raise error from error.__cause__
+        print(f"note: teacher={path} is a {teacher.encoder}, not encoder={config.encoder}", file=sys.stderr)
     size = config.image_size
     if size != teacher.input_size:
         warnings.warn(
@@ -341,7 +349,7 @@ def load_teacher(config: RunConfig) -> DepthAnything:
     return teacher
 
 
-def _load_model_for_run(path: Path, *, encoder: str, head: HeadBuilder | None) -> DepthAnything:
+def _load_model_for_run(path: Path, *, encoder: str | None, head: HeadBuilder | None) -> DepthAnything:
     """Load a model; errors and warnings name config keys and commands in place of arguments of `load_model`."""
     file = shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
     export = f"depth-anything export --to safetensors --weights {file} --output NEW.safetensors"

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,12 @@ def open_folder(folder: Path, **typed: str) -> Teacher:
     return open_teacher(f"transformers:{folder}", multiple=14, **typed)  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def teachers(folders: Path) -> Callable[[str], Teacher]:
+    """The teacher of each family, opened once."""
+    return cache(lambda family: open_folder(folders / family))
+
+
 def pipeline_disparity(family: str, folder: Path, pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What transformers' own pipeline returns, and its reciprocal for depth."""
     pipeline = transformers.pipeline("depth-estimation", model=str(folder))
@@ -68,10 +75,11 @@ def pipeline_disparity(family: str, folder: Path, pictures: dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_equal_the_pipeline(family: str, folders: Path, tmp_path: Path) -> None:
+def test_labels_equal_the_pipeline(
+    family: str, folders: Path, teachers: Callable[[str], Teacher], tmp_path: Path
+) -> None:
     pictures = write_photographs(tmp_path)
-    teacher = open_folder(folders / family)
-    assert "5 labels of photos" in label(teacher, tmp_path)
+    assert "5 labels of photos" in label(teachers(family), tmp_path)
     expected = pipeline_disparity(family, folders / family, pictures)
     maps = labels_of(tmp_path)
     assert {key: values.shape for key, values in maps.items()} == {
@@ -82,19 +90,23 @@ def test_labels_equal_the_pipeline(family: str, folders: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_label_set_records_what_the_model_predicts(family: str, folders: Path) -> None:
+def test_the_label_set_records_what_the_model_predicts(
+    family: str, teachers: Callable[[str], Teacher]
+) -> None:
     quantity, unit, farthest, nearest = KINDS[family]
-    record = open_folder(folders / family).describe()
+    record = teachers(family).describe()
     assert (record["quantity"], record["unit"], record["licence"]) == (quantity, unit, "Apache-2.0")
     assert (record["conversion"] is None) == (quantity == "disparity")
     assert all(f"{value:g} " in f"{record['conversion']} " for value in (farthest, nearest) if value)
 
 
-def test_a_map_of_another_size_is_that_of_the_models_own_post_processing(folders: Path) -> None:
+def test_a_map_of_another_size_is_that_of_the_models_own_post_processing(
+    folders: Path, teachers: Callable[[str], Teacher]
+) -> None:
     picture = np.array(Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5).resize((150, 100)))
     size = (56, 84)
     for family in ("zoedepth", "depth_pro", "dpt"):
-        teacher = open_folder(folders / family)
+        teacher = teachers(family)
         processor = transformers.AutoImageProcessor.from_pretrained(folders / family)
         model = transformers.AutoModelForDepthEstimation.from_pretrained(folders / family)
         with torch.no_grad():
@@ -111,8 +123,7 @@ def test_a_map_of_another_size_is_that_of_the_models_own_post_processing(folders
 
 def test_labeling_that_was_stopped_continues_to_the_same_bytes(folders: Path, tmp_path: Path) -> None:
     write_photographs(tmp_path, counts=(3, 2, 2))
-    whole = open_folder(folders / "dpt")
-    label(whole, tmp_path, labels="whole")
+    label(open_folder(folders / "dpt"), tmp_path, labels="whole")
     with pytest.raises(KeyboardInterrupt):
         label(open_folder(folders / "dpt"), tmp_path, stop_after=4)
     assert [path.name for path in sorted((tmp_path / "labels/photos").glob("*.tar"))] == ["0.tar"]
