@@ -18,6 +18,9 @@ from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.model.metadata import printable_line
 from depth_anything.model.segmentation import SegmentationModel
 
+FINGERPRINT_LENGTH = 19
+"""Characters of a teacher's fingerprint that a card shows; the file has all."""
+
 CARD_NAME = "README.md"
 _FOOTER = re.compile(
     r"\n<!-- depth-anything wrote this card of (.+), sha256 (\w{64}); once edited, it stays -->\n?$"
@@ -374,6 +377,8 @@ def data_table(data: list[dict[str, Any]], *, stage: str) -> list[str]:
     for row in data:
         teacher = row.get("teacher")
         labeled = markdown_code(teacher["file"]) if teacher else "ground truth"
+        if teacher and teacher.get("fingerprint"):
+            labeled += f" ({escape_markdown(teacher['fingerprint'][:FINGERPRINT_LENGTH])})"
         licence = escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
         set_license = escape_markdown(row.get("licence") or "unknown")
         rows.append(
