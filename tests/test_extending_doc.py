@@ -31,7 +31,8 @@ LEFT = {
     "teacher-sign": ("config.yaml", "my_optimizers.SignSGD"),
     "teacher-linear": ("config.yaml", "my_heads.LinearHead"),
     "teacher-ema": ("config.yaml", "EMAWeightAveraging"),
-    "labels-mirrored": ("config.yaml", "my_teachers.MirroredTeacher"),
+    "labels-ground": ("config.yaml", "my_teachers:ground_plane"),
+    "labels-mirrored": ("config.yaml", "my_labeling.MirroredTeacher"),
 }
 
 
@@ -69,7 +70,8 @@ def complete(command: str) -> list[str]:
     words = [word.replace("loss=5.0", "loss=100.0") for word in words]  # which two steps reach
     small = COMMON if "stage=pseudolabel" in words else FIT
     scenes = [] if "sources=own" in words else SCENES
-    teacher = ["teacher=teacher.safetensors"] if "stage=pseudolabel" in words else []
+    own = any(word.startswith("teacher=") for word in words)
+    teacher = ["teacher=teacher.safetensors"] if "stage=pseudolabel" in words and not own else []
     return [sys.executable, str(ROOT / "train.py"), *words, *small, *scenes, *teacher]
 
 

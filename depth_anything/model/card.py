@@ -16,6 +16,9 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.model.metadata import printable_line
 
+FINGERPRINT_LENGTH = 19
+"""Characters of a teacher's fingerprint that a card shows; the file has all."""
+
 CARD_NAME = "README.md"
 _FOOTER = re.compile(
     r"\n<!-- depth-anything wrote this card of (.+), sha256 (\w{64}); once edited, it stays -->\n?$"
@@ -267,6 +270,8 @@ def _data_table(data: list[dict[str, Any]]) -> list[str]:
     for row in data:
         teacher = row.get("teacher")
         labeled = _markdown_code(teacher["file"]) if teacher else "ground truth"
+        if teacher and teacher.get("fingerprint"):
+            labeled += f" ({_escape_markdown(teacher['fingerprint'][:FINGERPRINT_LENGTH])})"
         licence = _escape_markdown(teacher.get("licence") or "unknown") if teacher else "–"
         set_license = _escape_markdown(row.get("licence") or "unknown")
         rows.append(

@@ -236,7 +236,9 @@ def _parse_data(value: Any) -> list[dict[str, Any]]:
 
 
 _parse_teacher = partial(
-    _parse_mapping, required={"file": _parse_text}, others={"licence": _optional(_parse_text)}
+    _parse_mapping,
+    required={"file": _parse_text},
+    others={"licence": _optional(_parse_text), "fingerprint": _optional(_parse_text)},
 )
 _parse_data_row = partial(
     _parse_mapping,

@@ -26,6 +26,7 @@ from depth_anything.teachers.teacher import (
     Photographs,
     Teacher,
     TeacherFacts,
+    failure_reason,
     resize_map,
 )
 
@@ -95,7 +96,7 @@ class CallableTeacher(Teacher):
             except UserError:
                 raise
             except ValueError as error:
-                failed[position] = f"{self.spec}: {error_reason(error)}"
+                failed[position] = f"{self.spec}: {failure_reason(error)}"
             except Exception as error:
                 raise UserError(
                     f"{self.spec} raised {type(error).__name__} for {frame.key!r}: {error_reason(error)}",
@@ -165,13 +166,12 @@ def _agreed_kind(
             f"{spec} does not say whether it returns depth or disparity",
             f'set {name}.quantity = "depth" in its file, or type teacher_quantity=depth or =disparity',
         )
-    if known_unit is None:
+    if known_unit is None and known == "depth":
         raise UserError(
-            f"{spec} returns {known} in an unknown unit",
-            f"set {spec.partition(':')[2]}.unit in its file, or type teacher_unit={'m' if known == 'depth' else '1/m'} "
-            "or =relative",
+            f"{spec} returns depth in an unknown unit",
+            f'set {spec.partition(":")[2]}.unit = "m" in its file, or type teacher_unit=m or teacher_unit=relative',
         )
-    return str(known), str(known_unit)
+    return str(known), str(known_unit or "relative")
 
 
 def _fingerprint(spec: str, function: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from depth_anything.errors import UserError, error_reason
+from depth_anything.errors import UserError
 from depth_anything.evaluation.predictions import PrecomputedMaps, check_aspect
 from depth_anything.teachers.fingerprints import hash_files
 from depth_anything.teachers.teacher import (
@@ -16,6 +16,7 @@ from depth_anything.teachers.teacher import (
     Photographs,
     Teacher,
     TeacherFacts,
+    failure_reason,
     resize_map,
 )
 
@@ -81,5 +82,5 @@ class FolderTeacher(Teacher):
                 disparity = self.kind.to_disparity(torch.from_numpy(values)).numpy()
                 maps[position] = torch.from_numpy(resize_map(disparity, photographs.size))
             except ValueError as error:
-                failed[position] = error_reason(error)
+                failed[position] = failure_reason(error)
         return LabelMaps(maps, failed)

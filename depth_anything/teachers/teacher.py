@@ -19,7 +19,7 @@ from depth_anything.geometry import depth_to_disparity
 
 QUANTITIES = ("disparity", "depth")
 UNITS = {"disparity": ("relative", "1/m"), "depth": ("m", "relative")}
-"""Quantity → its units; the first is assumed if none is given."""
+"""Quantity → its units."""
 
 MIN_DEPTH_SHARE = 1e-3
 """Share of a teacher's largest depth, or of a map's median depth in relative units: nearer depths are set to it.
@@ -204,3 +204,8 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.shape == size:
         return np.ascontiguousarray(values, np.float32)
     return cv2.resize(np.ascontiguousarray(values, np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return the first line of an error, at most 300 characters, as a label set keeps it."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -249,7 +249,8 @@ def _check_label_teacher(config: RunConfig, teacher: Teacher | None = None) -> N
     arguments = {
         key: value for key, value in config.data.as_dict().items() if key not in ("_target_", "sets")
     }
-    ShardData(**arguments, sets=labeled, **label_data_arguments(teacher, config))
+    arguments |= label_data_arguments(teacher, image_size=config.image_size, precision=config.data.precision)
+    ShardData(**arguments, sets=labeled)
 
 
 def _describe_loss(config: RunConfig) -> str:

@@ -368,8 +368,18 @@ def load_teacher(config: RunConfig, *, any_encoder: bool = False) -> DepthAnythi
             f"there is no teacher at {path}",
             f"run `python train.py stage=teacher size={config.size}` first, or type teacher=FILE",
         )
-    encoder = None if any_encoder else config.encoder
-    teacher = _load_model_for_run(path, encoder=encoder, head=build_head(config))
+    head = build_head(config)
+    try:
+        encoder = None if any_encoder else config.encoder
+        teacher = _load_model_for_run(path, encoder=encoder, head=head)
+    except ValueError as error:  # `encoder` has a default, and weights of another size say which they are
+        if any_encoder:
+            raise
+        try:
+            teacher = _load_model_for_run(path, encoder=None, head=head)
+        except ValueError:
+            raise error from error.__cause__
+        print(f"note: teacher={path} is a {teacher.encoder}, not encoder={config.encoder}", file=sys.stderr)
     size = config.image_size
     if size != teacher.input_size:
         warnings.warn(

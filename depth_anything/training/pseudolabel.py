@@ -36,7 +36,6 @@ from depth_anything.preprocess import resize_shape
 from depth_anything.progress import ProgressLine
 from depth_anything.teachers.network_teacher import PREPROCESSING_TEXT, NetworkTeacher
 from depth_anything.teachers.teacher import Photographs, Teacher
-from depth_anything.training.config import RunConfig
 from depth_anything.training.lease import Lease
 from depth_anything.training.signals import signal_handler
 
@@ -310,11 +309,11 @@ class ShardData(pl.LightningDataModule):
                 Lease(path, pid=os.getpid()).release()
 
 
-def label_data_arguments(teacher: Teacher, config: RunConfig) -> dict[str, Any]:
-    """Return the arguments of `ShardData` that depend on the teacher."""
+def label_data_arguments(teacher: Teacher, *, image_size: int, precision: str) -> dict[str, Any]:
+    """Return the arguments of `ShardData` that depend on the teacher; the others as `ShardData` has them."""
     arguments: dict[str, Any] = {"patch": teacher.multiple, "teacher": teacher.describe()}
     if not isinstance(teacher, NetworkTeacher):
-        text = teacher.preprocessing(image_size=config.image_size, precision=config.data.precision)
+        text = teacher.preprocessing(image_size=image_size, precision=precision)
         arguments |= {"preprocessing": text, "resized": teacher.resized}
     return arguments
 

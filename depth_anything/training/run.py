@@ -90,7 +90,8 @@ def predict(config: RunConfig) -> None:
     folder.claim(config, exclusive=False)
     write_missing_scenes(config.sources.scenes, list(config.data.sets.values()))
     teacher = initialization.open_run_teacher(config)
-    data = instantiate(config.data.as_dict(), **label_data_arguments(teacher, config), _convert_="all")
+    arguments = label_data_arguments(teacher, image_size=config.image_size, precision=config.data.precision)
+    data = instantiate(config.data.as_dict(), **arguments, _convert_="all")
     trainer = build_trainer(config, [])
     if trainer.world_size > 1 or not data.finished():  # several ranks must all enter the loop
         lightning.run_predict(
