@@ -11,18 +11,18 @@ record's key: every process and every machine draws the same ones.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from depth_anything.data import codec as map_codec
-from depth_anything.data.codec import CODECS, CONFIDENCE_CODEC
+from depth_anything.data.codec import CODECS
+from depth_anything.data.sample import CONFIDENCE_FIELD
 from depth_anything.data.stream import LABEL_CROP, random_uniform
 from depth_anything.data.transforms import Crop, crop_encoded_map
 
-CONFIDENCE_FIELD = f"confidence.{CONFIDENCE_CODEC}"
 CROPS_FIELD = "crops.json"
 LABEL_WEIGHTS = ("none", "weight", "mask")
 """How a student uses the confidence of labels: not at all, as the weight of a pixel, or as a mask of valid pixels."""
@@ -145,14 +145,26 @@ def find_crop_field(fields: Mapping[str, bytes], prefix: str) -> str:
     return name
 
 
-def iter_crops(fields: Mapping[str, bytes], height: int, width: int) -> Iterator[tuple[Box, np.ndarray]]:
-    """Yield the box and the disparity, float32, of each crop of a record.
+def check_label_fields(fields: Mapping[str, bytes], image: tuple[int, int] | None) -> None:
+    """Decode the optional fields of a label.
+
+    Args:
+        fields: Fields of the record.
+        image: (height, width) of its image; None if it is not known.
 
     Raises:
-        ValueError: As `decode_boxes` and `codec.decode`.
+        ValueError: A field (which is named) is damaged, or a box has no label.
     """
-    for number, box in enumerate(decode_boxes(fields, height, width)):
-        yield box, map_codec.decode(fields[find_crop_field(fields, f"crop{number}.")])
+    for name in fields:
+        if name == CONFIDENCE_FIELD or (
+            is_label_field(name) and name.startswith("crop") and name != CROPS_FIELD
+        ):
+            try:
+                map_codec.decode(fields[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    for number, _ in enumerate(decode_boxes(fields, *image) if image else ()):
+        find_crop_field(fields, f"crop{number}.")
 
 
 def choose_view(

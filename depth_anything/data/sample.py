@@ -22,6 +22,7 @@ from depth_anything.preprocess import composite_on_white
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("depth", "disparity")
+CONFIDENCE_FIELD = f"confidence.{map_codec.CONFIDENCE_CODEC}"
 
 _ORIENTATION = 0x0112
 _DARK_LEVEL = 16  # of 255; a 12-bit value of 4095 in 16 bits becomes 16
@@ -43,6 +44,7 @@ class Frame:
             from that of the image, the image must be resized to it.
         disparity: float32 (h, w), larger is nearer, up to scale and shift; NaN unknown.
         classes: uint8 (H, W), the class of each pixel, 255 where it is ignored.
+        confidence: float32 (h, w) in [0, 1], how much each pixel of the label is trusted; None for fully.
     """
 
     key: str
@@ -51,6 +53,7 @@ class Frame:
     depth: np.ndarray | None = None
     disparity: np.ndarray | None = None
     classes: np.ndarray | None = None
+    confidence: np.ndarray | None = None
 
 
 def decode_image(data: bytes, *, upright: bool = True) -> np.ndarray:
@@ -118,7 +121,10 @@ def decode_record(key: str, fields: Mapping[str, bytes]) -> Frame:
         ValueError: There is no image, or a field (which is named) cannot be decoded.
     """
     image, meta = decode_image_and_meta(fields)
-    return Frame(key, image, meta, **decode_labels(fields))
+    confidence = None
+    if CONFIDENCE_FIELD in fields:
+        confidence = _decode_field(map_codec.decode, fields, CONFIDENCE_FIELD)
+    return Frame(key, image, meta, **decode_labels(fields), confidence=confidence)
 
 
 def decode_image_and_meta(fields: Mapping[str, bytes]) -> tuple[np.ndarray, dict[str, Any]]:

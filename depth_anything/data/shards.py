@@ -19,6 +19,7 @@ import numpy as np
 
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join_address, redact_secrets
+from depth_anything.data.label_fields import check_label_fields
 from depth_anything.data.reader import JoinedRecords, ShardReader
 from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
@@ -326,8 +327,10 @@ def _check_decoded(key: str, fields: Mapping[str, bytes], *, labels: bool, joine
     if labels and not joined:  # a label set without its images
         if not decode_labels(fields):
             raise ValueError(f"no label among the fields {sorted(fields)}")
+        check_label_fields(fields, None)
         return
     frame = decode_record(key, fields)
+    check_label_fields(fields, (frame.image.shape[0], frame.image.shape[1]))
     label = frame.depth if frame.disparity is None else frame.disparity
     if joined:
         if label is None:

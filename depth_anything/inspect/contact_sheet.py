@@ -18,7 +18,9 @@ _UNITS = {("depth", "m"): " m", ("disparity", "px"): " px"}  # other units, as "
 
 
 def contact_sheet(frames: Iterable[Frame], *, columns: int = 3) -> np.ndarray:
-    """Draw frames in a grid: the image, the target in colors (near is red), and facts below.
+    """Draw frames in a grid: the image, the target in colors (near is red), its confidence, and facts below.
+
+    Confidence is gray: white is 1, black is 0.
 
     Args:
         frames: with depth, disparity or neither; one is held at a time.
@@ -45,10 +47,11 @@ def describe_frame(frame: Frame) -> list[str]:
     unit = _UNITS.get((quantity, frame.meta.get("unit", "m")), "")
     low, median, high = np.percentile(values, (0, 50, 100)) if values.size else (np.nan,) * 3
     sky, unknown = np.isinf(target).mean(), np.isnan(target).mean()
+    trust = "" if frame.confidence is None else f", confidence {frame.confidence.mean():.2f}"
     return [
         *lines,
         f"{width} x {height}{size}, {quantity} {low:.3g} to {high:.3g}{unit}, median {median:.3g}{unit}",
-        f"{values.size / target.size:.0%} known, {sky:.0%} sky, {unknown:.0%} unknown",
+        f"{values.size / target.size:.0%} known, {sky:.0%} sky, {unknown:.0%} unknown{trust}",
     ]
 
 
@@ -81,6 +84,9 @@ def _draw_tile(frame: Frame) -> np.ndarray:
         pictures.append(_resize_to_tile(colorize_disparity(1.0 / np.where(valid, frame.depth, 1.0), valid)))
     elif frame.disparity is not None:
         pictures.append(_resize_to_tile(colorize_disparity(frame.disparity, np.isfinite(frame.disparity))))
+    if frame.confidence is not None:
+        gray = np.rint(255 * frame.confidence).astype(np.uint8)
+        pictures.append(_resize_to_tile(np.repeat(gray[:, :, None], 3, 2)))
     height = max(picture.shape[0] for picture in pictures)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in pictures]
     strip = np.concatenate(padded, axis=1)

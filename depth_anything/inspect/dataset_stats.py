@@ -7,9 +7,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from depth_anything.data import codec
 from depth_anything.data.address import redact_secrets
 from depth_anything.data.reader import Records
-from depth_anything.data.sample import IMAGE_FIELDS, decode_labels
+from depth_anything.data.sample import CONFIDENCE_FIELD, IMAGE_FIELDS, decode_labels
 from depth_anything.data.tars import ShardSet
 from depth_anything.evaluation.frames import evenly_spaced, locate_record
 from depth_anything.ingest.custom import read_image_size
@@ -28,6 +29,8 @@ class DatasetStats:
         images: (height, width) of each image.
         maps: (height, width) of each label.
         histograms: of depth and disparity, those that occur.
+        confidences: mean of each confidence map, and its share below 0.5.
+        crops: number of crops with labels of their own.
         bad: which records cannot be read, and why.
     """
 
@@ -37,6 +40,8 @@ class DatasetStats:
     images: list[tuple[int, int]] = field(default_factory=list)
     maps: list[tuple[int, int]] = field(default_factory=list)
     histograms: dict[str, ValueHistogram] = field(default_factory=dict)
+    confidences: list[tuple[float, float]] = field(default_factory=list)
+    crops: int = 0
     bad: list[str] = field(default_factory=list)
 
     def add(self, fields: Mapping[str, bytes], *, unit: str) -> None:
@@ -48,6 +53,10 @@ class DatasetStats:
         for quantity, label in labels.items():
             self.maps.append(label.shape)
             self.histograms.setdefault(quantity, ValueHistogram(quantity, unit=unit)).add(label)
+        if CONFIDENCE_FIELD in fields:
+            confidence = codec.decode(fields[CONFIDENCE_FIELD])
+            self.confidences.append((float(confidence.mean()), float((confidence < 0.5).mean())))
+        self.crops += sum(name.startswith("crop") and ".disparity." in name for name in fields)
         self.records += 1
         self.record_bytes.append(sum(map(len, fields.values())))
         for name, data in fields.items():
@@ -93,6 +102,11 @@ def format_stats(shard_set: ShardSet, stats: DatasetStats) -> list[str]:
         lines += _format_histogram(histogram)
     if not stats.histograms:
         lines.append("labels:     none")
+    if stats.confidences:
+        mean, low = np.mean(stats.confidences, axis=0)
+        lines.append(f"confidence: {mean:.2f} on average, {low:.1%} of the pixels below 0.5")
+    if stats.crops:
+        lines.append(f"crops:      {stats.crops / count:.3g} per record, each with a label of its own")
     if "pixels" in meta:
         total = max(meta["pixels"].get("all", 0), 1)
         kinds = sorted(((n, kind) for kind, n in meta["pixels"].items() if kind != "all"), reverse=True)

@@ -25,12 +25,13 @@ class AlignedMaps(NamedTuple):
     Attributes:
         maps: (K,B,H,W) float32; NaN where a teacher has no value or is left out.
         scale: (B,), mean absolute deviation of the reference map, in its unit.
-        opposed: (B,) bool: a teacher's map is constant or falls where the reference rises: no positive scale fits it.
+        correlation: (B,) in [0, 1]: the smallest correlation of a teacher's map with the reference; 0 for one that is
+            constant or falls where the reference rises, which no positive scale fits.
     """
 
     maps: Tensor
     scale: Tensor
-    opposed: Tensor
+    correlation: Tensor
 
 
 def choose_teacher(key: str, shares: Sequence[float]) -> int:
@@ -69,20 +70,35 @@ def align_maps(maps: Tensor) -> AlignedMaps:
     chosen = usable.int().argmax(0)
     images = torch.arange(maps.shape[1], device=maps.device)
     target, target_known = maps[chosen, images], known[chosen, images]
-    aligned, opposed = [], torch.zeros_like(usable[0])
+    aligned, smallest = [], torch.ones(maps.shape[1], device=maps.device)
     for k, values in enumerate(maps):
         shared = known[k] & target_known
         scale, shift = align_least_squares(values, target, shared)
         is_reference = chosen == k
         enough = shared.sum((1, 2)) >= 2
         fits = enough & (scale > 0) & scale.isfinite() & shift.isfinite()
-        opposed = opposed | (enough & ~fits & ~is_reference)
+        compared = enough & ~is_reference
+        correlation = torch.where(fits, _correlation(values, target, shared), 0)
+        smallest = torch.where(compared, torch.minimum(smallest, correlation), smallest)
         fitted = masked_float(values, known[k]) * scale[:, None, None] + shift[:, None, None]
         fitted = torch.where(is_reference[:, None, None], values, fitted)
         keep = known[k] & (fits | is_reference)[:, None, None]
         aligned.append(torch.where(keep, fitted, torch.nan))
     deviation, _ = robust_scale_shift(target, target_known)
-    return AlignedMaps(torch.stack(aligned), deviation, opposed)
+    return AlignedMaps(torch.stack(aligned), deviation, smallest)
+
+
+def _correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
+    """Return the correlation of two maps over the valid pixels of each image, (B,), at least 0; 0 for a constant."""
+    count = valid.sum((1, 2)).clamp(min=1)
+    centered = []
+    for values in (x, y):
+        values = masked_float(values, valid).double()
+        mean = values.sum((1, 2)) / count
+        centered.append(torch.where(valid, values - mean[:, None, None], 0))
+    covariance = (centered[0] * centered[1]).sum((1, 2))
+    product = (centered[0].square().sum((1, 2)) * centered[1].square().sum((1, 2))).sqrt()
+    return torch.where(product > 0, covariance / torch.where(product > 0, product, 1), 0).clamp(0, 1).float()
 
 
 def mean_map(aligned: AlignedMaps) -> Tensor:
@@ -106,10 +122,12 @@ def median_map(aligned: AlignedMaps) -> Tensor:
 def agreement_map(aligned: AlignedMaps, *, tolerance: float = AGREEMENT_TOLERANCE) -> Tensor:
     """Measure where teachers agree, in [0, 1].
 
-        max(0, 1 - (largest - smallest aligned value) / (tolerance * mean absolute deviation of the reference map))
+        r * max(0, 1 - (largest - smallest aligned value) / (tolerance * mean absolute deviation of the reference map))
 
-    1 means the same value, 0 a difference of `tolerance` deviations or more. It is 0 where fewer than two teachers have
-    a value, and in a whole image if one of them is opposed to the reference.
+    r is the smallest correlation of a teacher with the reference in this image. The second factor is 1 for the same
+    value and 0 for a difference of `tolerance` deviations or more. Without r, maps that have nothing in common would
+    agree along the lines where the reference has its mean, because least squares fits such a map by a constant. The
+    agreement is 0 where fewer than two teachers have a value.
 
     Args:
         aligned: Result of `align_maps`.
@@ -121,6 +139,6 @@ def agreement_map(aligned: AlignedMaps, *, tolerance: float = AGREEMENT_TOLERANC
     known = aligned.maps.isfinite()
     high = torch.where(known, aligned.maps, -torch.inf).amax(0)
     low = torch.where(known, aligned.maps, torch.inf).amin(0)
-    compared = (known.sum(0) >= 2) & ~aligned.opposed[:, None, None]
-    spread = torch.where(compared, high - low, torch.inf)
-    return (1 - spread / (tolerance * aligned.scale[:, None, None])).clamp(0, 1)
+    spread = torch.where(known.sum(0) >= 2, high - low, torch.inf)
+    closeness = (1 - spread / (tolerance * aligned.scale[:, None, None])).clamp(0, 1)
+    return aligned.correlation[:, None, None] * closeness

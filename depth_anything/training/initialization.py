@@ -461,8 +461,11 @@ def load_teacher(config: RunConfig, *, any_encoder: bool = False) -> DepthAnythi
         )
     head = build_head(config)
     try:
-        teacher = _load_model_for_run(path, encoder=None if any_encoder else config.encoder, head=head)
+        encoder = None if any_encoder else config.encoder
+        teacher = _load_model_for_run(path, encoder=encoder, head=head)
     except ValueError as error:  # `encoder` has a default, and weights of another size say which they are
+        if any_encoder:
+            raise
         try:
             teacher = _load_model_for_run(path, encoder=None, head=head)
         except ValueError:

@@ -37,7 +37,7 @@ def make_maps(seed: int = 0) -> np.ndarray:
 
 def reference_alignment(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fit with numpy.linalg.lstsq, image by image."""
-    aligned, scales, opposed = np.full(maps.shape, np.nan), np.zeros(B), np.zeros(B, bool)
+    aligned, scales, correlations = np.full(maps.shape, np.nan), np.zeros(B), np.ones(B)
     for b in range(B):
         first = next(k for k in range(K) if np.isfinite(maps[k, b]).sum() >= 2)
         target = maps[first, b].astype(np.float64)
@@ -53,23 +53,25 @@ def reference_alignment(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
                 continue
             x = maps[k, b].astype(np.float64)
             if np.ptp(x[both]) == 0:
-                opposed[b] = True
+                correlations[b] = 0
                 continue
             a, c = np.linalg.lstsq(np.stack([x[both], np.ones(both.sum())], 1), target[both], rcond=None)[0]
-            opposed[b] |= a <= 0
+            r = np.corrcoef(x[both], target[both])[0, 1]
+            correlations[b] = min(correlations[b], max(r, 0))
             if a > 0:
                 aligned[k, b][known] = a * x[known] + c
-    return aligned, scales, opposed
+    return aligned, scales, correlations
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rules_equal_the_loops(seed: int) -> None:
     maps = make_maps(seed)
-    expected, scales, opposed = reference_alignment(maps)
+    expected, scales, correlations = reference_alignment(maps)
     aligned = align_maps(torch.from_numpy(maps))
     np.testing.assert_allclose(aligned.maps, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(aligned.scale, scales, rtol=1e-5)
-    assert aligned.opposed.tolist() == opposed.tolist() == [True, False, True]
+    np.testing.assert_allclose(aligned.correlation, correlations, atol=1e-5)
+    assert (correlations > 0).tolist() == [False, True, False]
     mean, median, agreement = (
         values.numpy()
         for values in (mean_map(aligned), median_map(aligned), agreement_map(aligned, tolerance=0.7))
@@ -81,10 +83,8 @@ def test_rules_equal_the_loops(seed: int) -> None:
             continue
         assert mean[b, y, x] == pytest.approx(np.mean(values), abs=1e-4)
         assert median[b, y, x] == pytest.approx(np.median(values), abs=1e-4)
-        agree = max(0.0, 1 - (max(values) - min(values)) / (0.7 * scales[b]))
-        assert agreement[b, y, x] == pytest.approx(
-            agree if len(values) > 1 and not opposed[b] else 0.0, abs=1e-3
-        )
+        agree = correlations[b] * max(0.0, 1 - (max(values) - min(values)) / (0.7 * scales[b]))
+        assert agreement[b, y, x] == pytest.approx(agree if len(values) > 1 else 0.0, abs=1e-3)
     assert 0 < agreement[1].mean() < 1 and agreement.min() == 0 and agreement.max() <= 1
 
 
@@ -108,6 +108,12 @@ def test_an_opposed_or_constant_teacher_changes_no_label_and_agrees_nowhere() ->
         aligned = align_maps(torch.stack([scene, other]))
         assert torch.equal(mean_map(aligned), scene) and torch.equal(median_map(aligned), scene)
         assert not agreement_map(aligned).any()
+
+
+def test_unrelated_teachers_do_not_agree_along_the_mean() -> None:
+    a, b = torch.rand(2, 1, 80, 90, generator=torch.Generator().manual_seed(0))
+    agreement = agreement_map(align_maps(torch.stack([a, b])))
+    assert agreement.max() < 0.05
 
 
 @pytest.mark.parametrize("combine", [mean_map, median_map, agreement_map])
