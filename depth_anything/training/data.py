@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
     """
     for scene in scenes.values():
         if scene.root in needed and not is_remote(scene.root):
-            write_scenes(**scene.as_dict())
+            cores = len(os.sched_getaffinity(0))
+            write_scenes(**scene.as_dict(), workers=min(cores, 8) if cores > 1 else 0)
 
 
 class TrainData(pl.LightningDataModule):
