@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from depth_anything.training.base import DepthModule
-from depth_anything.training.config import Recipe
 from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.loggers import MetricsCSV
+from depth_anything.training.recipes import (
+    Recipe,
+)
 
 SIDE = 8
 

@@ -12,12 +12,15 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import ControlNetRecipe, Recipe
 from depth_anything.training.optimizer import (
     OptimizerFactory,
     adam_factory,
     learning_rate_factor,
     parameter_groups,
+)
+from depth_anything.training.recipes import (
+    ControlNetRecipe,
+    Recipe,
 )
 from depth_anything.training.resume import apply_recipe
 

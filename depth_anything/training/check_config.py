@@ -16,14 +16,16 @@ from depth_anything.errors import UserError
 from depth_anything.training.check_stage import check_metric_stage, check_pretrain_stage
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
-    CHANGE,
-    STAGES,
-    ConfigKey,
-    ConfigSection,
     DataConfig,
     RecipeConfig,
     RunConfig,
     ValidationConfig,
+)
+from depth_anything.training.config_schema import (
+    CHANGE,
+    STAGES,
+    ConfigKey,
+    ConfigSection,
     default_value,
     field_name,
     keys_of,

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 
 from depth_anything.errors import UserError
-from depth_anything.training.config import RunConfig
+from depth_anything.training.config import (
+    RunConfig,
+)
 
 
 def check_metric_stage(config: RunConfig) -> None:

@@ -4,13 +4,30 @@ check_config.py converts the composed YAML files of configs/ into a `RunConfig`.
 the only description of the keys: validation, suggestions, `--help` and resume all read it.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from depth_anything.training.config_schema import (
+    CHANGE,
+    DEPTH_STAGES,
+    ECHO,
+    ENCODER_STAGES,
+    FIT_STAGES,
+    FREE,
+    LABEL_STAGES,
+    START,
+    ConfigKey,
+    ConfigSection,
+    config_key,
+    keys_of,
+)
+from depth_anything.training.recipes import (
+    MetricRecipe,
+    PretrainRecipe,
+    _check_recipe_values,
+)
 from depth_anything.training.value_rules import (
     ANY,
-    BETAS,
     CLASS_PATH,
     CONFIDENCE,
     CROP_AREA,
@@ -18,7 +35,6 @@ from depth_anything.training.value_rules import (
     FOCAL,
     FOLDER,
     FOV,
-    FRACTION,
     KEY_NAMES,
     LEARNING_RATE,
     LOSS_WEIGHT,
@@ -35,8 +51,6 @@ from depth_anything.training.value_rules import (
     SKY,
     STRATEGY,
     TEACHER,
-    ValueRule,
-    check_value,
     choice,
     flag,
     integer,
@@ -45,268 +59,10 @@ from depth_anything.training.value_rules import (
     text,
 )
 
-DEPTH_STAGES = ("teacher", "student", "metric")
-"""Stages that train a depth network."""
-ENCODER_FIT_STAGES = (*DEPTH_STAGES, "pretrain", "segmentation")
-"""Stages that train one of this project's encoders; stage=controlnet trains another network."""
-FIT_STAGES = (*ENCODER_FIT_STAGES, "controlnet")
-LABEL_STAGES = (*DEPTH_STAGES, "pseudolabel")
-STAGES = (*FIT_STAGES, "pseudolabel")
-ENCODER_STAGES = (*ENCODER_FIT_STAGES, "pseudolabel")
-SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
-NORMALIZATIONS = ("global", "hybrid", "local", "none")
-"""Those of `losses.NORMALIZATIONS`, which imports torch."""
 LABEL_WEIGHTS = ("none", "weight", "mask")
 """Those of `data.label_fields.LABEL_WEIGHTS`, which imports torch."""
 TEACHER_RULES = ("first", "random", "mean", "confidence")
 """Those of `teachers.combine.RULES`, which imports torch."""
-
-# What a key may do when a run is resumed.
-FREE = "free"
-"""May differ at every start: where a run computes, what it prints, when it saves."""
-CHANGE = "change"
-"""May be changed on purpose: with resume_with= in the run's own folder, or with resume=CHECKPOINT in another."""
-SAME = "same"
-"""Never changes, neither in a run nor between a checkpoint and the run that resumes from it."""
-START = "start"
-"""Never changes in a run; does not matter to a run that resumes from the checkpoint of another run."""
-ECHO = "echo"
-"""Repeats another key, which is compared in its place."""
-
-
-@dataclass(frozen=True)
-class ConfigKey:
-    """What the schema says about one key.
-
-    Attributes:
-        rule: Rule of the value; None for sections and mappings.
-        stages: Stages that know the key.
-        resume: FREE, CHANGE, SAME, START or ECHO.
-        section: Dataclass of the keys below this one.
-        entries: For a mapping whose names the user chooses: describes its values.
-        is_open: The section takes more keys: the arguments of the class that its `_target_` names.
-        holds_nodes: For a mapping {NAME: node} of objects that Hydra builds, as `callbacks`.
-        replay_only: In stage=metric the key only matters with `replay`.
-        repeats_run: A key of `data` that must equal the key of the run of the same name.
-    """
-
-    rule: ValueRule | None = None
-    stages: tuple[str, ...] = STAGES
-    resume: str = SAME
-    section: "type[ConfigSection] | None" = None
-    entries: "ConfigKey | None" = None
-    is_open: bool = False
-    holds_nodes: bool = False
-    replay_only: bool = False
-    repeats_run: bool = False
-
-
-def config_key(rule: ValueRule | None = None, *, default: Any = MISSING, **settings: Any) -> Any:
-    """Declare a key of the schema. A key without a default must be in every config of a stage that knows it."""
-    return field(default=default, metadata={"key": ConfigKey(rule, **settings)})
-
-
-def keys_of(section: type) -> dict[str, ConfigKey]:
-    """Return the keys of a dataclass of the schema by name."""
-    fields: dict[str, Any] = vars(section)["__dataclass_fields__"]
-    return {_key_name(name): item.metadata["key"] for name, item in fields.items() if "key" in item.metadata}
-
-
-def default_value(section: type, name: str) -> Any:
-    """Return the value that an absent key has; MISSING where it must be present."""
-    item = vars(section)["__dataclass_fields__"].get(field_name(name))
-    return MISSING if item is None else item.default
-
-
-def field_name(key: str) -> str:
-    """Return the name of the dataclass field that holds a key: `target` for `_target_`."""
-    return "target" if key == "_target_" else key
-
-
-def _key_name(field_name: str) -> str:
-    return "_target_" if field_name == "target" else field_name
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfigSection:
-    """A part of a config: a field for each key of the schema, and `arguments` for the other keys of an open section.
-
-    A field whose key is neither in the config nor has a default is None, as `steps` of stage=pseudolabel.
-
-    Attributes:
-        arguments: Keys that are not in the schema, for the class that `_target_` names.
-        composed_keys: The keys that the composed config has, in its order; () means all keys of the schema.
-    """
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-    composed_keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
-
-    def has(self, key: str) -> bool:
-        """Return whether the composed config has the key."""
-        return key in (self.composed_keys or keys_of(type(self)))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the section as plain values, as YAML holds it and Hydra's `instantiate` takes it."""
-        known = keys_of(type(self))
-        names = self.composed_keys or (*known, *self.arguments)
-        return {
-            name: _as_plain(getattr(self, field_name(name)) if name in known else self.arguments[name])
-            for name in names
-        }
-
-
-def _as_plain(value: Any) -> Any:
-    if isinstance(value, ConfigSection):
-        return value.as_dict()
-    if isinstance(value, Mapping):
-        return {name: _as_plain(item) for name, item in value.items()}
-    return [_as_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The hyperparameters of a training run. configs/stage/*.yaml hold the paper's, docs/recipe.md the reasons.
-
-    Attributes:
-        steps: Optimizer steps of the whole run; the schedule ends there.
-        encoder_lr: Learning rate of the encoder.
-        head_lr: Learning rate of the DPT head.
-        betas: Adam's betas.
-        weight_decay: Decoupled weight decay; 0 is plain Adam, as in the paper.
-        schedule: "constant", "linear", "cosine", "poly" or "late-cosine".
-        warmup: Share of the run in which the rate climbs from near zero.
-        clip_norm: Largest global gradient norm; None does not clip.
-        ssi_weight: Weight of the scale-and-shift-invariant loss.
-        gm_weight: Weight of the gradient-matching loss.
-        gm_scales: Number of strided scales of the gradient-matching loss.
-        trim: Share of the largest residuals of each image that the ssi loss ignores.
-        gm_trim: The same for gradient matching.
-        normalization: "global", "hybrid", "local" or "none": how the ssi loss normalizes both maps.
-        normalization_levels: Number of divisions of the target's range with "hybrid" and "local": 1, 2, 4 … segments.
-        local_weight: Weight of the loss against the labels of crops (student); 0 does not read them.
-        alignment_weight: Weight of the feature-alignment loss (student); 0 disables it.
-        alignment_tolerance: Tokens whose cosine similarity is above this add no loss.
-        checkpointing: Recompute the encoder blocks in the backward pass.
-        compile: Compile the encoder blocks in place.
-    """
-
-    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    encoder_lr: float = config_key(LEARNING_RATE, stages=ENCODER_FIT_STAGES, resume=CHANGE)
-    head_lr: float = config_key(LEARNING_RATE, stages=ENCODER_FIT_STAGES, resume=CHANGE)
-    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
-    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.0, resume=CHANGE)
-    schedule: str = config_key(choice(*SCHEDULES), default="linear", resume=CHANGE)
-    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
-    clip_norm: float | None = config_key(
-        real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
-    )
-    ssi_weight: float = config_key(
-        LOSS_WEIGHT, default=1.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
-    )
-    gm_weight: float = config_key(
-        LOSS_WEIGHT, default=2.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
-    )
-    gm_scales: int = config_key(
-        integer(1, 10, example=4), default=4, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
-    )
-    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
-    normalization: str = config_key(
-        choice(*NORMALIZATIONS), default="global", stages=("teacher", "student"), resume=CHANGE
-    )
-    normalization_levels: int = config_key(
-        integer(1, 8, example=3), default=3, stages=("teacher", "student"), resume=CHANGE
-    )
-    local_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
-    alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
-    alignment_tolerance: float = config_key(
-        real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
-    )
-    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-    compile: bool = config_key(flag(), default=False, stages=ENCODER_FIT_STAGES, resume=CHANGE)
-
-    def __post_init__(self) -> None:
-        """Check every value, so that a recipe built in Python is held to the ranges of the config.
-
-        Raises:
-            UserError: Naming the key and what it must be.
-        """
-        _check_recipe_values(self, keys_of(type(self)))
-
-
-def _check_recipe_values(recipe: Any, names: Collection[str]) -> None:
-    for name, known in keys_of(type(recipe)).items():
-        if known.rule is not None and name in names:
-            check_value(f"recipe.{name}", getattr(recipe, field_name(name)), known.rule)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricRecipe(Recipe):
-    """The hyperparameters of stage=metric; the invariant losses apply to replayed images only.
-
-    Attributes:
-        silog_weight: Weight of the SILog loss. It changes nothing for Adam, but clipping by `clip_norm` depends on it.
-        variance_focus: 1 ignores a wrong scale completely, 0 does not ignore it at all.
-    """
-
-    silog_weight: float = config_key(LOSS_WEIGHT, default=1.0, stages=("metric",), resume=CHANGE)
-    variance_focus: float = config_key(
-        real(0, 1, example=0.5), default=0.5, stages=("metric",), resume=CHANGE
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainRecipe(Recipe):
-    """The hyperparameters of stage=pretrain, masked autoencoding; the losses of depth maps do not apply.
-
-    Attributes:
-        mask_ratio: Share of the patches that the encoder does not see.
-        normalize_targets: Predict the values of a patch minus its mean, divided by its deviation.
-        decoder_width: Channels of the decoder.
-        decoder_depth: Transformer blocks of the decoder.
-        decoder_heads: Attention heads of the decoder.
-    """
-
-    mask_ratio: float = config_key(OPEN_FRACTION, default=0.75, stages=("pretrain",), resume=CHANGE)
-    normalize_targets: bool = config_key(flag(), default=True, stages=("pretrain",), resume=CHANGE)
-    decoder_width: int = config_key(integer(4, 2**14, example=512), default=512, stages=("pretrain",))
-    decoder_depth: int = config_key(integer(1, 100, example=8), default=8, stages=("pretrain",))
-    decoder_heads: int = config_key(integer(1, 2**10, example=16), default=16, stages=("pretrain",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlNetRecipe:
-    """The hyperparameters of stage=controlnet; docs/recipe.md has their sources.
-
-    Attributes:
-        steps: Optimizer steps of the whole run; the schedule ends there.
-        lr: Learning rate of the ControlNet, the only network that is trained.
-        betas: Adam's betas.
-        weight_decay: Decoupled weight decay.
-        schedule: As `Recipe.schedule`.
-        warmup: Share of the run in which the rate climbs from near zero.
-        clip_norm: Largest global gradient norm; None does not clip.
-        caption_dropout: Share of the samples whose caption is replaced by an empty one.
-        checkpointing: Recompute the blocks of ControlNet and UNet in the backward pass.
-    """
-
-    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
-    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
-    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.01, resume=CHANGE)
-    schedule: str = config_key(choice(*SCHEDULES), default="constant", resume=CHANGE)
-    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
-    clip_norm: float | None = config_key(
-        real(0, above=True, optional=True, example=1.0), default=1.0, resume=CHANGE
-    )
-    caption_dropout: float = config_key(
-        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
-    )
-    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-
-    def __post_init__(self) -> None:
-        """Check every value, as `Recipe` does."""
-        _check_recipe_values(self, keys_of(type(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,9 @@ from depth_anything.licenses import card_license_fields, combine_licenses
 from depth_anything.model.card import data_table, escape_markdown, markdown_code, seal_card, write_card
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training import loggers
-from depth_anything.training.config import RunConfig
+from depth_anything.training.config import (
+    RunConfig,
+)
 from depth_anything.training.controlnet import ControlNetPair
 from depth_anything.training.diffusion import (
     CONDITIONING_CHANNELS,

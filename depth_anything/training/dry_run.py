@@ -18,7 +18,11 @@ from depth_anything.teachers.open_teacher import is_present, teacher_kind
 from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
-from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
+from depth_anything.training.config import (
+    RecipeConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from depth_anything.training.data import TrainData
 from depth_anything.training.diffusion import check_base, meta_controlnet
 from depth_anything.training.image_data import ImageData

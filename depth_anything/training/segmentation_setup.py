@@ -14,7 +14,9 @@ from depth_anything.model.mask_heads import require_transformers
 from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel, WindowRule
 from depth_anything.model.weights import load_encoder, read_license
 from depth_anything.training.check_config import build_head
-from depth_anything.training.config import RunConfig
+from depth_anything.training.config import (
+    RunConfig,
+)
 from depth_anything.training.segmentation_data import read_classes
 
 

@@ -36,7 +36,9 @@ from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
-from depth_anything.training.config import RunConfig
+from depth_anything.training.config import (
+    RunConfig,
+)
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_setup import open_segmentation_task
 from depth_anything.visualize import colorize_by_distance, make_panel

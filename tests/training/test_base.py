@@ -10,12 +10,14 @@ from depth_anything import DepthAnything
 from depth_anything.data.transforms import draw_cutmix_box, draw_perturbation, normalize
 from depth_anything.losses import feature_alignment_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depth_anything.training.base import DepthModule
-from depth_anything.training.config import Recipe
 from depth_anything.training.optimizer import (
     adam_factory,
     learning_rate_factor,
     optimizer_factory,
     parameter_groups,
+)
+from depth_anything.training.recipes import (
+    Recipe,
 )
 from depth_anything.training.student import Student
 

@@ -17,7 +17,9 @@ from depth_anything.training.command import (
     run_command,
     translate_old_keys,
 )
-from depth_anything.training.config import STAGES
+from depth_anything.training.config_schema import (
+    STAGES,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -19,7 +19,9 @@ from depth_anything.data.shards import open_set
 from depth_anything.errors import UserError
 from depth_anything.model.metadata import build_metadata
 from depth_anything.model.weights import fingerprint
-from depth_anything.training.config import ModelConfig
+from depth_anything.training.config import (
+    ModelConfig,
+)
 from depth_anything.training.initialization import (
     add_provenance,
     build_frozen_encoder,
