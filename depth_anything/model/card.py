@@ -48,7 +48,7 @@ def build_card(
     lines += ["## Where it comes from", "", *_provenance(model), ""]
     for heading, text in (measured or {}).items():
         lines += [f"## {heading}", "", text, ""]
-    return _with_footer(lines, file)
+    return seal_card("\n".join(lines).rstrip() + "\n", file)
 
 
 def build_encoder_card(model: MaskedAutoencoder, *, file: str, title: str) -> str:
@@ -87,11 +87,11 @@ def build_encoder_card(model: MaskedAutoencoder, *, file: str, title: str) -> st
         "",
         *_provenance(model),
     ]
-    return _with_footer(lines, file)
+    return seal_card("\n".join(lines).rstrip() + "\n", file)
 
 
-def _with_footer(lines: list[str], file: str) -> str:
-    body = "\n".join(lines).rstrip() + "\n"
+def seal_card(body: str, file: str) -> str:
+    """Add the line by which `write_card` recognizes an unedited card; `file` is the file that it describes."""
     digest = hashlib.sha256(body.encode()).hexdigest()
     return (
         f"{body}\n<!-- depth-anything wrote this card of {file}, sha256 {digest}; once edited, it stays -->\n"

@@ -95,8 +95,6 @@ def build_depth_model(config: RunConfig) -> DepthAnything:
     Raises:
         UserError: If the file is missing or of another size or kind, or a student would start from a teacher.
     """
-    if config.stage == "segmentation":
-        return build_segmentation_model(config)
     _reject_teacher_weights(config)
     source, file, start = config.init, _weights_file(config), config.start or "all"
     if config.stage == "metric" and file is not None and not file.exists():
