@@ -65,19 +65,7 @@ def add_evaluate(commands: Any) -> None:
         choices=("disparity", "depth"),
         help="quantity of --predictions, if the files do not say it",
     )
-    images = evaluate.add_mutually_exclusive_group(required=True)
-    images.add_argument("--data", metavar="SET", help="labeled set with depth")
-    images.add_argument(
-        "--benchmarks",
-        nargs="+",
-        metavar="NAME",
-        help="public benchmarks (a wrong name lists them), or MODULE:NAME of your own",
-    )
-    evaluate.add_argument(
-        "--root",
-        metavar="DIR",
-        help="folder of all benchmarks, with a folder of its name for each, or that of a single benchmark",
-    )
+    _add_image_flags(evaluate)
     evaluate.add_argument(
         "--protocol", metavar="NAME", help="da2, marigold, moge or zoedepth (da2, or the benchmark's own)"
     )
@@ -129,6 +117,22 @@ def add_evaluate(commands: Any) -> None:
         help="segmentation models: also evaluate the mean over scales 0.5 to 2 and mirrored images",
     )
     evaluate.set_defaults(flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}"})
+
+
+def _add_image_flags(evaluate: argparse.ArgumentParser) -> None:
+    images = evaluate.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data", metavar="SET", help="labeled set with depth")
+    images.add_argument(
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="public benchmarks (a wrong name lists them), or MODULE:NAME of your own",
+    )
+    evaluate.add_argument(
+        "--root",
+        metavar="DIR",
+        help="folder of all benchmarks, with a folder of its name for each, or that of a single benchmark",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
