@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import transformers  # noqa: E402
-from made_transformers import FAMILIES, make_transformers_folder  # noqa: E402
+from made_transformers import FAMILIES, SLOW_FAMILIES, make_transformers_folder  # noqa: E402
 
 from depth_anything.data.codec import decode  # noqa: E402
 from depth_anything.data.labels import open_labels  # noqa: E402
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=Path, help="folder of photographs")
     parser.add_argument("--output", type=Path, default=Path("outputs/teachers"))
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--families", nargs="+", default=[*FAMILIES, *SLOW_FAMILIES])
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
