@@ -26,6 +26,7 @@ from depth_anything.teachers.teacher import (
     Photographs,
     Teacher,
     TeacherFacts,
+    agreed_license,
     failure_reason,
     resize_map,
 )
@@ -71,7 +72,7 @@ class CallableTeacher(Teacher):
         self.facts = TeacherFacts(
             fingerprint=_fingerprint(spec, self.function),
             file=spec,
-            licence=says["licence"] or licence,
+            licence=agreed_license(spec, says["licence"], licence),
             quantity=self.kind.quantity,
             unit=self.kind.unit,
             conversion=self.kind.conversion,
@@ -176,7 +177,7 @@ def _agreed_kind(
 
 def _fingerprint(spec: str, function: Any) -> str:
     """Hash the file of the function's module, the files that it names, and its name."""
-    module = sys.modules[getattr(function, "__module__", None) or spec.partition(":")[0]]
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
     source = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
     files = {Path(file) for file in (source, getattr(module, "__file__", None)) if file}
     weights = getattr(function, "files", ())

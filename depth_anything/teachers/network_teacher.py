@@ -11,7 +11,14 @@ from depth_anything.geometry import depth_to_disparity
 from depth_anything.inference.predictor import FARTHEST_M
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.weights import fingerprint
-from depth_anything.teachers.teacher import MIN_DEPTH_SHARE, LabelMaps, Photographs, Teacher, TeacherFacts
+from depth_anything.teachers.teacher import (
+    MIN_DEPTH_SHARE,
+    LabelMaps,
+    Photographs,
+    Teacher,
+    TeacherFacts,
+    agreed_license,
+)
 
 PREPROCESSING_TEXT = (
     "short side {size}, sides multiples of {patch}, bicubic with antialias on uint8, {precision}"
@@ -57,7 +64,7 @@ def network_facts(teacher: DepthAnything, file: str, *, licence: str | None = No
     return TeacherFacts(
         fingerprint=fingerprint(teacher),
         file=file,
-        licence=teacher.licence or licence,
+        licence=agreed_license(file, teacher.licence, licence),
         quantity=teacher.quantity if teacher.calibration is None else "depth",
         unit=teacher.unit if teacher.calibration is None else "m",
         conversion=conversion,

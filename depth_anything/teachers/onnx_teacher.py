@@ -12,7 +12,14 @@ from depth_anything.data.transforms import resize_image
 from depth_anything.errors import UserError, error_reason
 from depth_anything.model.metadata import printable_line
 from depth_anything.teachers.fingerprints import hash_files
-from depth_anything.teachers.teacher import LabelMaps, MapKind, Photographs, Teacher, TeacherFacts
+from depth_anything.teachers.teacher import (
+    LabelMaps,
+    MapKind,
+    Photographs,
+    Teacher,
+    TeacherFacts,
+    agreed_license,
+)
 
 _UNKNOWN = "unknown"
 
@@ -47,7 +54,7 @@ class OnnxTeacher(Teacher):
         self.facts = TeacherFacts(
             fingerprint=hash_files((f.name.removeprefix(path.stem), f) for f in (path, data) if f.is_file()),
             file=str(file),
-            licence=self._licence or licence,
+            licence=agreed_license(str(file), self._licence, licence),
             quantity=self.kind.quantity,
             unit=self.kind.unit,
             conversion=self.kind.conversion,

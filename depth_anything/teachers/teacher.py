@@ -181,11 +181,6 @@ class Teacher(nn.Module):
         """Return what the labeling module is built with."""
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters; the CPU without any."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
-
     @abstractmethod
     def predict(self, photographs: Photographs) -> LabelMaps:
         """Predict the disparity of photographs.
@@ -193,10 +188,6 @@ class Teacher(nn.Module):
         Args:
             photographs: On the CPU, or with `resized` on any device.
         """
-
-    def forward(self, photographs: Photographs) -> LabelMaps:
-        """Call `predict`."""
-        return self.predict(photographs)
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -209,3 +200,17 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def failure_reason(error: BaseException) -> str:
     """Return the first line of an error, at most 300 characters, as a label set keeps it."""
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def agreed_license(spec: str, known: str | None, typed: str | None) -> str | None:
+    """Return the license of a teacher: what it says itself, else what was typed.
+
+    Raises:
+        UserError: If the two differ.
+    """
+    if None not in (known, typed) and known != typed:
+        raise UserError(
+            f"teacher_licence={typed}, but {spec} says that its license is {known}",
+            "leave teacher_licence out",
+        )
+    return known or typed

@@ -18,7 +18,14 @@ from depth_anything.errors import UserError, error_reason
 from depth_anything.licenses import license_from_card
 from depth_anything.teachers.fingerprints import hash_files
 from depth_anything.teachers.open_teacher import is_hub_name
-from depth_anything.teachers.teacher import LabelMaps, MapKind, Photographs, Teacher, TeacherFacts
+from depth_anything.teachers.teacher import (
+    LabelMaps,
+    MapKind,
+    Photographs,
+    Teacher,
+    TeacherFacts,
+    agreed_license,
+)
 
 _CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
@@ -75,7 +82,7 @@ class TransformersTeacher(Teacher):
                 if file.is_file()
             ),
             file=spec,
-            licence=_card_license(folder) or licence,
+            licence=agreed_license(spec, _card_license(folder), licence),
             quantity=self.kind.quantity,
             unit=self.kind.unit,
             conversion=self.kind.conversion,

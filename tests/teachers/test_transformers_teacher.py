@@ -152,9 +152,10 @@ def test_an_unknown_model_type_needs_its_quantity(folders: Path, monkeypatch: py
     with pytest.raises(UserError, match="teacher_unit=relative"):
         open_folder(folders / "glpn", quantity="depth")
     assert open_folder(folders / "glpn", quantity="disparity").facts.unit == "relative"
-    facts = open_folder(folders / "glpn", quantity="depth", unit="relative", licence="MIT").facts
+    facts = open_folder(folders / "glpn", quantity="depth", unit="relative", licence="Apache-2.0").facts
     assert facts.unit == "relative" and "median" in str(facts.conversion)
-    assert facts.licence == "Apache-2.0"  # the card's
+    with pytest.raises(UserError, match="MIT.*Apache-2.0"):
+        open_folder(folders / "glpn", licence="MIT", quantity="disparity")
 
 
 def test_a_typed_quantity_replaces_that_of_the_table(folders: Path) -> None:
