@@ -188,7 +188,8 @@ def label(config: RunConfig) -> tuple[Teacher, JoinedRecords]:
     """Label as the command does, in this process and without Lightning's Trainer."""
     teacher = open_run_teacher(config).eval()
     arguments = {key: value for key, value in config.data.as_dict().items() if key != "_target_"}
-    data = ShardData(**arguments, **label_data_arguments(teacher, config))
+    arguments |= label_data_arguments(teacher, image_size=SIZE, precision="32-true")
+    data = ShardData(**arguments)
     module = PseudoLabel(teacher.module_argument(), data)
     module._bar = ProgressLine("labeling", enabled=False)
     batches = ShardBatches(
