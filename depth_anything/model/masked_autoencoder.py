@@ -7,7 +7,7 @@ in row-major order, V of them visible, D width of the encoder, P side of a patch
 
 import json
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class MaskedAutoencoder(nn.Module):
         hidden = count - (tokens.shape[1] - prefix)
         masked = decoder.mask_token.to(tokens.dtype).expand(tokens.shape[0], hidden, -1)
         patches = gather_tokens(torch.cat((tokens[:, prefix:], masked), dim=1), order.argsort(1))
-        patches = patches + sine_positions(grid, tokens.shape[2]).to(tokens)
+        patches = patches + _positions_on(grid, tokens.shape[2], tokens.device).to(tokens.dtype)
         tokens = decoder.blocks(torch.cat((tokens[:, :prefix], patches), dim=1))
         predicted: Tensor = decoder.predict(decoder.norm(tokens))[:, prefix:]
         return predicted
@@ -158,6 +158,12 @@ def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
     row = encode(rows)[:, None].expand(rows, columns, -1)
     column = encode(columns)[None].expand(rows, columns, -1)
     return torch.cat((column, row), dim=2).reshape(1, rows * columns, width).float()
+
+
+@cache
+def _positions_on(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Keep the positions on the device, because copying them at every step would synchronize with the CPU."""
+    return sine_positions(grid, width).to(device)
 
 
 def split_patches(image: Tensor, patch: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The DataModule of stage=pretrain: images without labels, in the order and with the checks of other stages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from depth_anything.data.image_dataset import ImageDataset
 from depth_anything.data.reader import Records
@@ -81,21 +80,3 @@ class ImageData(TrainData):
             )
         assert isinstance(self._dataset, ImageDataset)
         return self._dataset
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in the data and what it depends on; saved in every checkpoint."""
-        return {**super().state_dict(), "crop_area": self.crop_area}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that the data are those of the checkpoint.
-
-        Raises:
-            UserError: If a set, its repeats, the crops, the seed, the batch size or the number of streams has changed.
-        """
-        super().load_state_dict(state)
-        if tuple(state["crop_area"]) != self.crop_area:
-            low, high = state["crop_area"]
-            raise UserError(
-                f"this run was started with crop_area=[{low:g},{high:g}]",
-                f"type crop_area=[{low:g},{high:g}]",
-            )

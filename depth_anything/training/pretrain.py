@@ -46,7 +46,7 @@ def count_visible(patches: int, mask_ratio: float) -> int:
 class Pretrain(DepthModule):
     """Masked autoencoding: predict the patches that the encoder did not see, from those that it saw."""
 
-    model: MaskedAutoencoder
+    model: MaskedAutoencoder  # type: ignore[assignment]
     recipe: PretrainRecipe
 
     def __init__(self, model: MaskedAutoencoder, recipe: PretrainRecipe, *, frozen: None = None) -> None:

@@ -17,9 +17,7 @@ from depth_anything.training.command import (
     run_command,
     translate_old_keys,
 )
-from depth_anything.training.config_schema import (
-    STAGES,
-)
+from depth_anything.training.config_schema import DEPTH_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -28,7 +26,7 @@ CONFIGS = ROOT / "configs"
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("", ["type stage=metric, stage=pseudolabel, stage=student, stage=teacher"]),
+        ("", ["type stage=metric, stage=pretrain, stage=pseudolabel, stage=student, stage=teacher"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
         ("stage=teacher size=papr", ["type size=paper "]),
         ("stage=teacher logger=wandbb", ["type logger=wandb "]),
@@ -115,7 +113,8 @@ def test_help_lists_stages_choices_keys_and_examples(stage: str) -> None:
         "dry_run",
     ):
         assert word in page
-    assert ("recipe.head_lr=5e-05" in page) == (stage not in ("pseudolabel", "controlnet"))
+    assert ("recipe.head_lr=5e-05" in page) == (stage in DEPTH_STAGES)
+    assert ("recipe.mask_ratio=0.75" in page) == (stage == "pretrain")
     assert ("max_depth=" in page.replace("validation.max_depth", "")) == (
         stage == "metric"
     ) or "max_depth=80" in page

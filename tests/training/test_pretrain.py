@@ -25,7 +25,6 @@ from depth_anything.training.config import (
     RunConfig,
 )
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.image_data import ImageData
 from depth_anything.training.initialization import build_frozen_encoder, build_model
 from depth_anything.training.optimizer import parameter_groups
 from depth_anything.training.pretrain import Pretrain, count_visible
@@ -222,15 +221,3 @@ def test_the_plan_names_the_decoder_and_counts_passes(photos: Path, tmp_path: Pa
     shown = capsys.readouterr().out
     assert "decoder" in shown and "75%" in shown and "passes      2.4 over 10 records" in shown
     assert not list(tmp_path.iterdir())
-
-
-def test_another_crop_area_in_a_checkpoint_raises(photos: Path) -> None:
-    numbers: dict[str, Any] = dict(
-        sets={"own": str(photos)}, seed=0, batch_size=4, micro_batch=4, patch=7, streams=4, image_size=28, workers=0,
-        run_dir="run",
-    )  # fmt: skip
-    data, other = (ImageData(**numbers, crop_area=area) for area in ([0.2, 1.0], [0.5, 1.0]))
-    data.trainer = other.trainer = type("Trainer", (), {"global_step": 3})()  # type: ignore[assignment]
-    data.load_state_dict(data.state_dict())
-    with pytest.raises(ValueError, match=r"crop_area=\[0.2,1\]"):
-        other.load_state_dict(data.state_dict())
