@@ -165,6 +165,6 @@ def test_keys_of_depth_are_refused():
     with pytest.raises(UserError, match="head"):
         make_config("stage=segmentation", "head=unet")
     with pytest.raises(UserError, match="ssi_weight"):
-        make_config("stage=segmentation", "+recipe.ssi_weight=1.0")
+        make_config("stage=segmentation", "+recipe.ssi_weight=3.0")
     with pytest.raises(UserError, match="scale_jitter"):
         make_config("stage=segmentation", "scale_jitter=[2,1]")
