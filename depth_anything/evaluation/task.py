@@ -122,6 +122,10 @@ class EvalTask(ABC):
     def check_quantity(self, quantity: str) -> None:  # noqa: B027, all quantities are fine by default
         """Raise ValueError if maps of this quantity ("disparity" or "depth") cannot be scored."""
 
+    def check_source(self, name: str, source: MapSource) -> None:
+        """Raise ValueError if the maps of a model cannot be scored; `name` is the model's."""
+        self.check_quantity(source.quantity)
+
     @abstractmethod
     def score(self, source: MapSource, frames: Sequence[Any]) -> list[Row]:
         """Predict a batch of frames and score each map."""
