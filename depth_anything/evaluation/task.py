@@ -91,8 +91,8 @@ class EvalResult(ABC):
 class EvalTask(ABC):
     """Images with ground truth, and how maps of them are scored, tabulated and shown.
 
-    Two tasks exist: `depth_task.DepthTask` compares depth pixel by pixel, `pairs_task.PairsTask` the order of
-    pairs of points (DA-2K).
+    Three tasks exist: `depth_task.DepthTask` compares depth pixel by pixel, `pairs_task.PairsTask` the order of
+    pairs of points (DA-2K), `segmentation_task.SegmentationTask` classes.
 
     Attributes:
         metric: the metric that ranks models.
