@@ -150,7 +150,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     models = _load_models(options)
     for task in tasks:
         for model in models:
-            task.check_quantity(model.source.quantity)
+            task.check_source(model.name, model.source)
     names = dict.fromkeys(options.benchmarks or [tasks[0].name])
     folder = Path(options.output or f"outputs/evaluate-{'-'.join(names)}")
     if not rank:  # torchrun's first process writes the report
@@ -250,12 +250,8 @@ def _is_segmentation(options: argparse.Namespace) -> bool:
 def _load_segmentation_task(options: argparse.Namespace) -> "EvalTask":
     from depth_anything.data.shards import open_set
     from depth_anything.evaluation.segmentation_task import task_from_class_set
-    from depth_anything.model.segmentation_files import load_segmentation
 
-    task = task_from_class_set(open_set(options.data), limit=options.limit)
-    for name, path in parse_named_paths(options.weights).items():
-        task.check_classes(name, load_segmentation(path).classes)
-    return task
+    return task_from_class_set(open_set(options.data), limit=options.limit)
 
 
 def _load_segmentation_models(options: argparse.Namespace) -> "list[EvalModel]":

@@ -120,8 +120,10 @@ class SegmentationTask(EvalTask):
                 "give segmentation models of stage=segmentation only",
             )
 
-    def check_classes(self, name: str, classes: ClassTable) -> None:
+    def check_source(self, name: str, source: MapSource) -> None:
         """Raise UserError unless a model has the classes of the set, in their order."""
+        super().check_source(name, source)
+        classes: ClassTable = source.classes  # type: ignore[union-attr]
         wanted, found = ([row.name for row in table] for table in (self.classes, classes))
         if wanted != found:
             other = next((pair for pair in zip(wanted, found, strict=False) if pair[0] != pair[1]), None)

@@ -94,8 +94,8 @@ class EvalResult(ABC):
 class EvalTask(ABC):
     """Images with ground truth, and how maps of them are scored, tabulated and shown.
 
-    Two tasks exist: `depth_task.DepthTask` compares depth pixel by pixel, `pairs_task.PairsTask` the order of
-    pairs of points (DA-2K).
+    Three tasks exist: `depth_task.DepthTask` compares depth pixel by pixel, `pairs_task.PairsTask` the order of
+    pairs of points (DA-2K), `segmentation_task.SegmentationTask` classes.
 
     Attributes:
         metric: the metric that ranks models.
@@ -124,6 +124,10 @@ class EvalTask(ABC):
 
     def check_quantity(self, quantity: str) -> None:  # noqa: B027, all quantities are fine by default
         """Raise ValueError if maps of this quantity ("disparity" or "depth") cannot be scored."""
+
+    def check_source(self, name: str, source: MapSource) -> None:
+        """Raise ValueError if the maps of a model cannot be scored; `name` is the model's."""
+        self.check_quantity(source.quantity)
 
     @abstractmethod
     def score(self, source: MapSource, frames: Sequence[Any]) -> list[Row]:

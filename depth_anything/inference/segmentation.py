@@ -132,7 +132,7 @@ class SegmentationPredictor:
         """
         total: Tensor | None = None
         for scale in self.scales:
-            resized = resize_image(image, *self._resized_shape(image.shape, scale))
+            resized = resize_image(np.ascontiguousarray(image), *self._resized_shape(image.shape, scale))
             pixels = normalize(torch.from_numpy(resized)[None].to(self.device))
             for mirrored in (False, True) if self.flip else (False,):
                 scores = self._slide(pixels.flip(3) if mirrored else pixels)

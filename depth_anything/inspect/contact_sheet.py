@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from depth_anything.data.classes import IGNORED, MAX_CLASSES, make_class_table, paint_classes
 from depth_anything.data.sample import Frame
 from depth_anything.visualize import colorize_by_distance, make_panel
 
@@ -15,6 +16,9 @@ TILE_PX = 224
 _LINE_HEIGHT_PX = 18
 _FONT_PX = 13
 _UNITS = {("depth", "m"): " m", ("disparity", "px"): " px"}  # other units, as "arbitrary", are not printed
+
+_ANY_CLASSES = make_class_table([str(number) for number in range(MAX_CLASSES)])
+"""Colors of class maps on the sheet, which does not know the names of a set's classes."""
 
 
 def contact_sheet(frames: Iterable[Frame], *, columns: int = 3) -> np.ndarray:
@@ -39,6 +43,10 @@ def describe_frame(frame: Frame) -> list[str]:
     height, width = frame.image.shape[:2]
     lines = [f"{frame.key} {frame.meta.get('name', '')}".rstrip()]
     target = frame.depth if frame.depth is not None else frame.disparity
+    if target is None and frame.classes is not None:
+        found = [number for number in np.unique(frame.classes).tolist() if number != IGNORED]
+        ignored = (frame.classes == IGNORED).mean()
+        return [*lines, f"{width} x {height}, {len(found)} classes", f"{ignored:.0%} ignored"]
     if target is None:
         return [*lines, f"{width} x {height}, no target"]
     size = "" if target.shape == (height, width) else f" (target {target.shape[1]} x {target.shape[0]})"
@@ -87,6 +95,8 @@ def _draw_tile(frame: Frame) -> np.ndarray:
     if frame.confidence is not None:
         gray = np.rint(255 * frame.confidence).astype(np.uint8)
         pictures.append(_resize_to_tile(np.repeat(gray[:, :, None], 3, 2)))
+    if frame.classes is not None:
+        pictures.append(_resize_to_tile(paint_classes(frame.classes, _ANY_CLASSES)))
     height = max(picture.shape[0] for picture in pictures)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255) for p in pictures]
     strip = np.concatenate(padded, axis=1)

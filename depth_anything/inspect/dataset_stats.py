@@ -9,6 +9,7 @@ import numpy as np
 
 from depth_anything.data import codec
 from depth_anything.data.address import redact_secrets
+from depth_anything.data.classes import IGNORED, read_class_table
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import CONFIDENCE_FIELD, IMAGE_FIELDS, decode_labels
 from depth_anything.data.tars import ShardSet
@@ -31,6 +32,7 @@ class DatasetStats:
         histograms: of depth and disparity, those that occur.
         confidences: mean of each confidence map, and its share below 0.5.
         crops: number of crops with labels of their own.
+        class_pixels: pixels of each class, by number; 255 is ignored.
         bad: which records cannot be read, and why.
     """
 
@@ -42,11 +44,18 @@ class DatasetStats:
     histograms: dict[str, ValueHistogram] = field(default_factory=dict)
     confidences: list[tuple[float, float]] = field(default_factory=list)
     crops: int = 0
+    class_pixels: Counter[int] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
 
     def add(self, fields: Mapping[str, bytes], *, unit: str) -> None:
         """Count a record; ValueError if it cannot be decoded."""
         labels = decode_labels(fields)
+        classes = labels.pop("classes", None)
+        if classes is not None:
+            counts = np.bincount(classes.ravel())
+            self.class_pixels.update(
+                {number: int(counts[number]) for number in np.flatnonzero(counts).tolist()}
+            )
         image = next((data for name, data in fields.items() if name in IMAGE_FIELDS), None)
         if image is not None:
             self.images.append(read_image_size(image))
@@ -61,9 +70,9 @@ class DatasetStats:
         self.record_bytes.append(sum(map(len, fields.values())))
         for name, data in fields.items():
             kind = "image" if name in IMAGE_FIELDS else name.partition(".")[0]
-            self.field_bytes[kind if kind in ("image", "json", "depth", "disparity") else "other"] += len(
-                data
-            )
+            self.field_bytes[
+                kind if kind in ("image", "json", "depth", "disparity", "classes") else "other"
+            ] += len(data)
 
 
 def compute_stats(shard_set: ShardSet, *, sample: int) -> DatasetStats:
@@ -100,7 +109,9 @@ def format_stats(shard_set: ShardSet, stats: DatasetStats) -> list[str]:
         lines.append(f"maps:       {format_common_sizes(stats.maps)}")
     for histogram in stats.histograms.values():
         lines += _format_histogram(histogram)
-    if not stats.histograms:
+    if stats.class_pixels:
+        lines.append(f"classes:    {_format_classes(shard_set, stats.class_pixels)}")
+    elif not stats.histograms:
         lines.append("labels:     none")
     if stats.confidences:
         mean, low = np.mean(stats.confidences, axis=0)
@@ -120,6 +131,16 @@ def format_stats(shard_set: ShardSet, stats: DatasetStats) -> list[str]:
     if stats.bad:
         lines.append(f"unreadable: {len(stats.bad)} of the sample, for example {stats.bad[0]}")
     return lines
+
+
+def _format_classes(shard_set: ShardSet, pixels: Counter[int]) -> str:
+    """Name the classes with their shares of the pixels, the most frequent first; 255 is ignored."""
+    names = {number: row.name for number, row in enumerate(read_class_table(shard_set.meta, shard_set.root))}
+    names[IGNORED] = "ignored"
+    total = pixels.total()
+    return ", ".join(
+        f"{names.get(number, number)} {count / total:.1%}" for number, count in pixels.most_common()
+    )
 
 
 def format_common_sizes(sizes: Iterable[tuple[int, int]]) -> str:

@@ -85,17 +85,19 @@ def test_predict_writes_pictures_numbers_and_a_legend(tmp_path):
     (tmp_path / "photos" / "b.png").write_bytes(b"no image")
     command = ["predict", str(tmp_path / "photos"), "--weights", str(tmp_path / "model.safetensors")]
     assert main([*command, "--device", "cpu", "--output", str(tmp_path / "maps")]) == 1  # for b.png
-    numbers = np.asarray(Image.open(tmp_path / "maps" / "a_classes.png"))
-    indexed = Image.open(tmp_path / "maps" / "a_palette.png")
-    assert numbers.shape == (36, 48) and indexed.mode == "P"
-    np.testing.assert_array_equal(np.asarray(indexed), numbers)
-    colors = np.asarray(indexed.convert("RGB"))
+    with Image.open(tmp_path / "maps" / "a_classes.png") as plain:
+        numbers = np.array(plain)
+    with Image.open(tmp_path / "maps" / "a_palette.png") as indexed:
+        assert numbers.shape == (36, 48) and indexed.mode == "P"
+        np.testing.assert_array_equal(np.array(indexed), numbers)
+        colors = np.array(indexed.convert("RGB"))
     for number, row in enumerate(CLASSES):
         assert (colors[numbers == number] == row.color).all()
     record = json.loads((tmp_path / "maps" / "a.json").read_text())
     assert [row["name"] for row in record["classes"]] == ["red", "green", "blue"]
     assert sum(row["share"] for row in record["present"]) == pytest.approx(1, abs=1e-4)
-    assert Image.open(tmp_path / "maps" / "a.png").size == (48 * 2 + 50, 36)
+    with Image.open(tmp_path / "maps" / "a.png") as picture:
+        assert picture.size == (48 * 2 + 50, 36)
     assert (
         main([*command, "--device", "cpu", "--output", str(tmp_path / "maps")]) == 1
     )  # its own files are replaced

@@ -185,7 +185,7 @@ def test_eomt_equals_transformers_own_network():
     encoder = ours.pretrained
     width, depth, heads = encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads
     config = transformers.EomtConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=518, patch_size=14,
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=70, patch_size=7,
         num_queries=5, num_blocks=2, num_labels=3, num_register_tokens=0,
     )  # fmt: skip
     theirs = transformers.EomtForUniversalSegmentation(config).eval()
@@ -219,7 +219,7 @@ def test_eomt_equals_transformers_own_network():
     assert {key for key in found.missing_keys if "position_ids" not in key} == set()
     with torch.no_grad():
         encoder.pos_embed[:, 0] = 0  # theirs adds none to the class token
-        image = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(1))
+        image = torch.randn(1, 3, 70, 70, generator=torch.Generator().manual_seed(1))
         expected = theirs(image)
         prediction = ours.segmentation_head(encoder, image, "official")[-1]
     torch.testing.assert_close(prediction.classes, expected.class_queries_logits, rtol=1e-3, atol=1e-4)

@@ -24,7 +24,7 @@ def frames_of(root):
     return {frame.meta["name"]: frame for frame in read_frames(root)}
 
 
-def test_cityscapes_becomes_the_benchmarks_19_classes(tmp_path):
+def test_cityscapes_becomes_the_benchmarks_19_classes(tmp_path, capsys):
     truth = make_cityscapes(tmp_path / "raw")
     assert main(["shard", "cityscapes", str(tmp_path / "raw"), str(tmp_path / "set")]) == 0
     found = frames_of(tmp_path / "set")
@@ -41,6 +41,10 @@ def test_cityscapes_becomes_the_benchmarks_19_classes(tmp_path):
     assert manifest.meta["quantity"] == "classes" and "sky_policy" not in manifest.meta
     assert manifest.meta["pixels"]["valid"] + manifest.meta["pixels"]["ignored"] == 2 * 16 * 32
     assert main(["verify", "--decode", str(tmp_path / "set")]) == 0
+    assert main(["stats", str(tmp_path / "set"), "--output", str(tmp_path / "stats.png")]) == 0
+    assert main(["view", str(tmp_path / "set"), "--output", str(tmp_path / "sheet.png")]) == 0
+    shares = [line for line in capsys.readouterr().out.splitlines() if line.startswith("classes:")]
+    assert len(shares) == 1 and "ignored" in shares[0] and "bicycle" in shares[0]
 
 
 def test_a_bad_frame_of_cityscapes_does_not_take_the_others_along(tmp_path):
