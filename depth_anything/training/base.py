@@ -12,7 +12,8 @@ from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import ControlNetRecipe, Recipe
+from depth_anything.training.config import Recipe
+from depth_anything.training.controlnet_config import ControlNetRecipe
 from depth_anything.training.optimizer import (
     OptimizerFactory,
     adam_factory,

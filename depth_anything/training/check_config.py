@@ -20,13 +20,13 @@ from depth_anything.training.config import (
     ConfigKey,
     ConfigSection,
     DataConfig,
-    RecipeConfig,
     RunConfig,
     ValidationConfig,
     default_value,
     field_name,
     keys_of,
 )
+from depth_anything.training.controlnet_config import without_foreign_keys
 from depth_anything.training.value_rules import ANY, check_value, choice, format_value
 
 #: Names that other programs give to a key → the key.
@@ -62,27 +62,7 @@ def resolve_config(cfg: DictConfig) -> RunConfig:
             _check_is_mapping(unresolved[name], known.section, name)
     fill_derived_values(cfg)
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    return parse_config(_without_foreign_keys(values))
-
-
-def _without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the keys that size=tiny sets for every stage where a stage does not know them."""
-    if values.get("stage") == "pseudolabel":
-        return {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
-    if values.get("stage") != "controlnet":
-        return values
-    kept = {key: value for key, value in values.items() if key not in ("encoder", "perturb")}
-    foreign = {name for name, key in keys_of(RecipeConfig).items() if "controlnet" not in key.stages}
-
-    def known(recipe: Any) -> Any:
-        if not isinstance(recipe, Mapping):
-            return recipe
-        return {name: value for name, value in recipe.items() if name not in foreign}
-
-    kept["recipe"] = known(kept.get("recipe"))
-    if isinstance(kept.get("module"), Mapping):
-        kept["module"] = {**kept["module"], "recipe": known(kept["module"].get("recipe"))}
-    return kept
+    return parse_config(without_foreign_keys(values))
 
 
 def fill_derived_values(cfg: DictConfig) -> None:

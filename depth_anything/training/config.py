@@ -207,10 +207,11 @@ class Recipe:
         Raises:
             UserError: Naming the key and what it must be.
         """
-        _check_recipe_values(self, keys_of(type(self)))
+        check_recipe_values(self, keys_of(type(self)))
 
 
-def _check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+def check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+    """Check the values of a recipe that `names` lists. Raises UserError, as `check_value`."""
     for name, known in keys_of(type(recipe)).items():
         if known.rule is not None and name in names:
             check_value(f"recipe.{name}", getattr(recipe, field_name(name)), known.rule)
@@ -232,45 +233,10 @@ class MetricRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetRecipe:
-    """The hyperparameters of stage=controlnet; docs/recipe.md has their sources.
-
-    Attributes:
-        steps: Optimizer steps of the whole run; the schedule ends there.
-        lr: Learning rate of the ControlNet, the only network that is trained.
-        betas: Adam's betas.
-        weight_decay: Decoupled weight decay.
-        schedule: As `Recipe.schedule`.
-        warmup: Share of the run in which the rate climbs from near zero.
-        clip_norm: Largest global gradient norm; None does not clip.
-        caption_dropout: Share of the samples whose caption is replaced by an empty one.
-        checkpointing: Recompute the blocks of ControlNet and UNet in the backward pass.
-    """
-
-    steps: int = config_key(integer(1, 10**9, example=1000), resume=ECHO)
-    lr: float = config_key(LEARNING_RATE, default=1e-5, stages=("controlnet",), resume=CHANGE)
-    betas: tuple[float, float] = config_key(BETAS, default=(0.9, 0.999), resume=CHANGE)
-    weight_decay: float = config_key(real(0, 1, example=0.01), default=0.01, resume=CHANGE)
-    schedule: str = config_key(choice(*SCHEDULES), default="constant", resume=CHANGE)
-    warmup: float = config_key(FRACTION, default=0.0, resume=CHANGE)
-    clip_norm: float | None = config_key(
-        real(0, above=True, optional=True, example=1.0), default=1.0, resume=CHANGE
-    )
-    caption_dropout: float = config_key(
-        real(0, 1, example=0.5), default=0.5, stages=("controlnet",), resume=CHANGE
-    )
-    checkpointing: bool = config_key(flag(), default=False, resume=CHANGE)
-
-    def __post_init__(self) -> None:
-        """Check every value, as `Recipe` does."""
-        _check_recipe_values(self, keys_of(type(self)))
-
-
-@dataclass(frozen=True, kw_only=True)
 class RecipeConfig(MetricRecipe, ConfigSection):
     """The `recipe` section: the hyperparameters of any stage, and the class that holds them.
 
-    `lr` and `caption_dropout` are those of `ControlNetRecipe`; the keys of other stages are None or their default.
+    `lr` and `caption_dropout` are those of stage=controlnet (controlnet_config.py); the keys of other stages are None or their default.
     """
 
     target: str = config_key(CLASS_PATH, resume=START)
@@ -281,7 +247,7 @@ class RecipeConfig(MetricRecipe, ConfigSection):
 
     def __post_init__(self) -> None:
         """Check the values of the keys that the config has."""
-        _check_recipe_values(self, self.composed_keys or keys_of(type(self)))
+        check_recipe_values(self, self.composed_keys or keys_of(type(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from depth_anything.data.captions import caption_texts
 from depth_anything.data.stream import DIFFUSION, random_uint64
 from depth_anything.errors import UserError
 from depth_anything.training.base import continue_from_checkpoint, schedule_optimizer
-from depth_anything.training.config import ControlNetRecipe
+from depth_anything.training.controlnet_config import ControlNetRecipe
 from depth_anything.training.diffusion import DiffusionBase
 from depth_anything.training.optimizer import OptimizerFactory, adam_factory
 from depth_anything.visualize import conditioning_image

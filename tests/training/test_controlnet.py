@@ -17,8 +17,8 @@ from depth_anything.data.stream import DIFFUSION, random_uint64
 from depth_anything.errors import UserError
 from depth_anything.training import run
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import ControlNetRecipe
 from depth_anything.training.controlnet import ControlNetModule, ControlNetPair, draw_diffusion
+from depth_anything.training.controlnet_config import ControlNetRecipe
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.loggers import read_metrics
 
