@@ -26,7 +26,7 @@ from depth_anything.training.config import (
     field_name,
     keys_of,
 )
-from depth_anything.training.controlnet_config import without_foreign_keys
+from depth_anything.training.controlnet_config import check_controlnet, without_foreign_keys
 from depth_anything.training.value_rules import ANY, check_value, choice, format_value
 
 #: Names that other programs give to a key → the key.
@@ -105,14 +105,14 @@ def validate_config(config: RunConfig) -> None:
         UserError: Naming the key, and what to type.
     """
     _check_repeated_keys(config)
+    if config.encoder is not None:
+        _check_encoder(config)
     check_trainer(config.trainer)
-    if config.stage == "controlnet":
-        _check_set_names(config)
-        _check_resume_with(config.resume_with)
-        return
-    _check_encoder(config)
     _check_validation(config.validation)
-    if config.recipe is not None:
+    if config.stage == "controlnet":
+        check_controlnet(config)
+        _check_set_names(config)
+    elif config.recipe is not None:
         _check_recipe(config)
     if config.stage == "metric":
         _check_metric_stage(config)

@@ -236,7 +236,8 @@ class MetricRecipe(Recipe):
 class RecipeConfig(MetricRecipe, ConfigSection):
     """The `recipe` section: the hyperparameters of any stage, and the class that holds them.
 
-    `lr` and `caption_dropout` are those of stage=controlnet (controlnet_config.py); the keys of other stages are None or their default.
+    `lr` and `caption_dropout` are those of stage=controlnet (controlnet_config.py). Keys of other stages are None, or
+    their default.
     """
 
     target: str = config_key(CLASS_PATH, resume=START)

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from depth_anything.errors import UserError
 from depth_anything.training.config import (
     CHANGE,
     ECHO,
     SCHEDULES,
     RecipeConfig,
+    RunConfig,
     check_recipe_values,
     config_key,
     keys_of,
@@ -49,6 +51,22 @@ class ControlNetRecipe:
     def __post_init__(self) -> None:
         """Check every value, as `Recipe` does."""
         check_recipe_values(self, keys_of(type(self)))
+
+
+def check_controlnet(config: RunConfig) -> None:
+    """Check what the schema cannot: that something is trained, and that no depth benchmark is to be validated on.
+
+    Raises:
+        UserError: Naming the key, and what to type.
+    """
+    if config.recipe.lr == 0:
+        raise UserError("recipe.lr is 0, so nothing is trained", "type recipe.lr=1e-5")
+    for name in ("benchmark", "root", "protocol", "max_depth"):
+        if getattr(config.validation, name) is not None:
+            raise UserError(
+                f"validation.{name} is for depth, and stage=controlnet is validated on sources.validation",
+                f"leave validation.{name} out, or type sources.validation=FOLDER for a set with depth and captions",
+            )
 
 
 def without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:

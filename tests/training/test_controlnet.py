@@ -270,6 +270,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         ("image_size=17", ["image_size=17", "image_size=16"]),
         ("init=nowhere/", ["nowhere/"]),
         ("data.repeat={other: 2}", ["other", "scenes-captioned"]),
+        ("recipe.lr=0", ["recipe.lr"]),
+        ("validation.protocol=da2", ["validation.protocol"]),
     ],
 )
 def test_mistakes_are_one_sentence(typed: str, words: list[str], train: Train, monkeypatch: Any) -> None:
