@@ -38,6 +38,7 @@ _HUB_LICENSES = {
         "MPL-2.0",
         "ODbL-1.0",
         "Unlicense",
+        "CreativeML-OpenRAIL-M",  # of Stable Diffusion 1; SPDX has no name for it
     )
 }
 

@@ -13,11 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.errors import UserError
-from depth_anything.training.check_stage import check_metric_stage, check_pretrain_stage
+from depth_anything.training.check_stage import (
+    check_controlnet_stage,
+    check_metric_stage,
+    check_pretrain_stage,
+    without_foreign_keys,
+)
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
     DataConfig,
-    RecipeConfig,
     RunConfig,
     ValidationConfig,
 )
@@ -65,29 +69,7 @@ def resolve_config(cfg: DictConfig) -> RunConfig:
             _check_is_mapping(unresolved[name], known.section, name)
     fill_derived_values(cfg)
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    return parse_config(_without_foreign_keys(values))
-
-
-def _without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the keys that size=tiny sets for every stage where a stage does not know them."""
-    if values.get("stage") == "pseudolabel":
-        return {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
-    if values.get("stage") == "pretrain":
-        return {key: value for key, value in values.items() if key != "perturb"}
-    if values.get("stage") != "controlnet":
-        return values
-    kept = {key: value for key, value in values.items() if key not in ("encoder", "perturb")}
-    foreign = {name for name, key in keys_of(RecipeConfig).items() if "controlnet" not in key.stages}
-
-    def known(recipe: Any) -> Any:
-        if not isinstance(recipe, Mapping):
-            return recipe
-        return {name: value for name, value in recipe.items() if name not in foreign}
-
-    kept["recipe"] = known(kept.get("recipe"))
-    if isinstance(kept.get("module"), Mapping):
-        kept["module"] = {**kept["module"], "recipe": known(kept["module"].get("recipe"))}
-    return kept
+    return parse_config(without_foreign_keys(values))
 
 
 def fill_derived_values(cfg: DictConfig) -> None:
@@ -130,14 +112,14 @@ def validate_config(config: RunConfig) -> None:
         UserError: Naming the key, and what to type.
     """
     _check_repeated_keys(config)
+    if config.encoder is not None:
+        _check_encoder(config)
     check_trainer(config.trainer)
-    if config.stage == "controlnet":
-        _check_set_names(config)
-        _check_resume_with(config.resume_with)
-        return
-    _check_encoder(config)
     _check_validation(config.validation)
-    if config.recipe is not None:
+    if config.stage == "controlnet":
+        check_controlnet_stage(config)
+        _check_set_names(config)
+    elif config.recipe is not None:
         _check_recipe(config)
     if config.stage == "metric":
         check_metric_stage(config)

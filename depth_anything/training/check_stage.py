@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from depth_anything.errors import UserError
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RecipeConfig, RunConfig
+from depth_anything.training.config_schema import keys_of
 
 
 def check_metric_stage(config: RunConfig) -> None:
@@ -58,3 +58,41 @@ def check_pretrain_stage(config: RunConfig) -> None:
         raise UserError(
             "stage=pretrain has no images: sources.images is empty", "type '+sources.images.NAME=FOLDER'"
         )
+
+
+def check_controlnet_stage(config: RunConfig) -> None:
+    """Check what the schema cannot: that something is trained, and that no depth benchmark is to be validated on.
+
+    Raises:
+        UserError: Naming the key, and what to type.
+    """
+    if config.recipe.lr == 0:
+        raise UserError("recipe.lr is 0, so nothing is trained", "type recipe.lr=1e-5")
+    for name in ("benchmark", "root", "protocol", "max_depth"):
+        if getattr(config.validation, name) is not None:
+            raise UserError(
+                f"validation.{name} is for depth, and stage=controlnet is validated on sources.validation",
+                f"leave validation.{name} out, or type sources.validation=FOLDER for a set with depth and captions",
+            )
+
+
+def without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the keys that size=tiny sets for every stage where a stage does not know them."""
+    if values.get("stage") == "pseudolabel":
+        return {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
+    if values.get("stage") == "pretrain":
+        return {key: value for key, value in values.items() if key != "perturb"}
+    if values.get("stage") != "controlnet":
+        return values
+    kept = {key: value for key, value in values.items() if key not in ("encoder", "perturb")}
+    foreign = {name for name, key in keys_of(RecipeConfig).items() if "controlnet" not in key.stages}
+
+    def known(recipe: Any) -> Any:
+        if not isinstance(recipe, Mapping):
+            return recipe
+        return {name: value for name, value in recipe.items() if name not in foreign}
+
+    kept["recipe"] = known(kept.get("recipe"))
+    if isinstance(kept.get("module"), Mapping):
+        kept["module"] = {**kept["module"], "recipe": known(kept["module"].get("recipe"))}
+    return kept

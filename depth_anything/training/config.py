@@ -24,7 +24,7 @@ from depth_anything.training.config_schema import (
 from depth_anything.training.recipes import (
     MetricRecipe,
     PretrainRecipe,
-    _check_recipe_values,
+    check_recipe_values,
 )
 from depth_anything.training.value_rules import (
     ANY,
@@ -69,7 +69,8 @@ TEACHER_RULES = ("first", "random", "mean", "confidence")
 class RecipeConfig(MetricRecipe, PretrainRecipe, ConfigSection):
     """The `recipe` section: the hyperparameters of any stage, and the class that holds them.
 
-    `lr` and `caption_dropout` are those of `ControlNetRecipe`; the keys of other stages are None or their default.
+    `lr` and `caption_dropout` are those of stage=controlnet (`ControlNetRecipe`). Keys of other stages are None, or
+    their default.
     """
 
     target: str = config_key(CLASS_PATH, resume=START)
@@ -80,7 +81,7 @@ class RecipeConfig(MetricRecipe, PretrainRecipe, ConfigSection):
 
     def __post_init__(self) -> None:
         """Check the values of the keys that the config has."""
-        _check_recipe_values(self, self.composed_keys or keys_of(type(self)))
+        check_recipe_values(self, self.composed_keys or keys_of(type(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,10 +99,11 @@ class Recipe:
         Raises:
             UserError: Naming the key and what it must be.
         """
-        _check_recipe_values(self, keys_of(type(self)))
+        check_recipe_values(self, keys_of(type(self)))
 
 
-def _check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+def check_recipe_values(recipe: Any, names: Collection[str]) -> None:
+    """Check the values of a recipe that `names` lists. Raises UserError, as `check_value`."""
     for name, known in keys_of(type(recipe)).items():
         if known.rule is not None and name in names:
             check_value(f"recipe.{name}", getattr(recipe, field_name(name)), known.rule)
@@ -174,4 +175,4 @@ class ControlNetRecipe:
 
     def __post_init__(self) -> None:
         """Check every value, as `Recipe` does."""
-        _check_recipe_values(self, keys_of(type(self)))
+        check_recipe_values(self, keys_of(type(self)))

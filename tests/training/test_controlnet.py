@@ -1,6 +1,7 @@
 """stage=controlnet: the loss of diffusers' example, noise by the number of the sample, resume, EMA, and the result."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from depth_anything.errors import UserError
 from depth_anything.training import run
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.controlnet import ControlNetModule, ControlNetPair, draw_diffusion
+from depth_anything.training.dry_run import print_plan
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.recipes import (
     ControlNetRecipe,
@@ -30,10 +32,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
-    "stage=controlnet", "trainer=cpu", "workers=0", "batch_size=4", "image_size=32", "steps=6", "checkpoint.every=2",
+    "stage=controlnet", "trainer=cpu", "workers=0", "batch_size=4", "image_size=16", "steps=6", "checkpoint.every=2",
     "logging.every=1", "validation.every=3", "validation.limit=3", "validation.sampling_steps=1",
     "sources.scenes.captioned.count=8", "sources.scenes.validation.count=3",
-    *(f"++sources.scenes.{name}.{side}" for name in ("captioned", "validation") for side in ("height=32", "width=40")),
+    *(f"++sources.scenes.{name}.{side}" for name in ("captioned", "validation") for side in ("height=16", "width=20")),
 ]  # fmt: skip
 
 Train = Callable[..., Path]
@@ -78,7 +80,7 @@ def module(whole: Path) -> ControlNetModule:
     return ControlNetModule(ControlNetPair(controlnet, base), ControlNetRecipe(steps=10), seed=0)
 
 
-def make_batch(size: int = 3, side: int = 32) -> dict[str, Any]:
+def make_batch(size: int = 3, side: int = 16) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {
         "image": torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=generator),
@@ -127,17 +129,25 @@ def test_a_broken_run_resumes_to_the_same_bytes(
         train(name="broken")
     monkeypatch.setattr(ControlNetModule, "training_step", step)
     broken = train(name="broken")
-    assert not (broken / "controlnet.lock").exists()
     for name, expected in weights_of(whole).items():
         assert torch.equal(weights_of(broken)[name], expected), name
 
 
 def test_micro_batches_change_rounding_only_and_the_average_is_saved(train: Train, whole: Path) -> None:
-    split = train("micro_batch=2", "callbacks=ema", "callbacks.ema.decay=0.5", "workers=1", name="split")
+    typed = (
+        "micro_batch=2",
+        "workers=1",
+        "callbacks=ema",
+        "callbacks.ema.decay=0.5",
+        "sources.validation=null",
+    )
+    split = train(*typed, name="split")
     saved, last = weights_of(split), weights_of(whole)
     checkpoint = torch.load(split / "checkpoints" / "step-000000006.ckpt", weights_only=True)
     for name, average in saved.items():
         assert torch.equal(average, checkpoint["state_dict"][f"model.{name}"])
+    assert (split / "pictures" / "step-000000006.jpg").exists()  # of training images
+    assert "val_loss" not in read_metrics(split / "metrics.csv").columns
     current = checkpoint["current_model_state"]
     assert any(not torch.equal(average, current[f"model.{name}"]) for name, average in saved.items())
     for name, expected in last.items():
@@ -192,7 +202,7 @@ def test_the_loss_falls_at_fixed_noise(module: ControlNetModule) -> None:
     given = {**batch, **module.prepare(batch, ["a room", "a street", ""], caption_dropout=0.0)}
     optimizer = torch.optim.AdamW(module.model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(16):
+    for _ in range(12):
         loss = module.image_losses(given).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -218,13 +228,52 @@ def test_noise_timestep_and_dropped_captions_follow_from_the_number() -> None:
     assert not torch.equal(other.noise, again.noise)
 
 
+def test_other_weights_under_a_checkpoint_are_refused(module: ControlNetModule) -> None:
+    with pytest.raises(UserError, match="base"):
+        module.on_load_checkpoint({"diffusion_base": "sha256:other"})
+
+
+def test_weights_are_read_from_safetensors_only_of_any_precision(whole: Path, tmp_path: Path) -> None:
+    from depth_anything.training.diffusion import load_base, load_part
+
+    base = shutil.copytree(whole / "base", tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    unet = load_part(diffusers.UNet2DConditionModel, str(base), "unet")
+    half = file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    again = load_part(diffusers.UNet2DConditionModel, str(base), "unet")
+    assert again.dtype == torch.float32
+    assert all(map(torch.equal, unet.state_dict().values(), again.state_dict().values()))
+    half.unlink()
+    torch.save(unet.state_dict(), base / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="unet .*base cannot be loaded"):
+        load_base(str(base))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [
+        f"data_dir={whole.parents[1] / 'data'}",
+        f"output_dir={tmp_path / 'out'}",
+        f"base={whole / 'base'}",
+    ]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for typed in ([*SMALL, *places], ["stage=controlnet", "size=paper"]):
+            print_plan(resolve_config(compose("train", [*typed, "dry_run=true"])))
+    printed = capsys.readouterr().out
+    assert "133,280 parameters" in printed and "over 8 records" in printed and "(on the hub)" in printed
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
         ("base=nowhere/", ["base=nowhere/"]),
-        ("image_size=33", ["image_size=33", "image_size=32"]),
+        ("image_size=17", ["image_size=17", "image_size=16"]),
         ("init=nowhere/", ["nowhere/"]),
         ("data.repeat={other: 2}", ["other", "scenes-captioned"]),
+        ("recipe.lr=0", ["recipe.lr"]),
+        ("validation.protocol=da2", ["validation.protocol"]),
     ],
 )
 def test_mistakes_are_one_sentence(typed: str, words: list[str], train: Train, monkeypatch: Any) -> None:
