@@ -40,13 +40,14 @@ from depth_anything.inference.focal import fov_to_focal
 from depth_anything.preprocess import resize_shape
 
 ROOT = Path(__file__).resolve().parents[1]
-HEIGHT, WIDTH, IMAGE_SIZE = 112, 144, 70
+HEIGHT, WIDTH, IMAGE_SIZE = 112, 144, 42
+RELATIVE_STEPS, RELATIVE_SIZE = 200, 70
 NEAR, FAR = 1e-3, 80.0
 ONE_FOV = 60.0
 TRAIN = {"one": (ONE_FOV, ONE_FOV), "varied": (40.0, 80.0)}
 """Set → range of horizontal fields of view, degrees."""
 TESTS = {"60": (60.0, 60.0), "40-80": (40.0, 80.0), "22-30": (22.0, 30.0), "95-115": (95.0, 115.0)}
-CANONICAL_FOCAL = 30.0
+CANONICAL_FOCAL = 18.0
 """Pixels at IMAGE_SIZE, below those of all cameras of training: canonical depth then never exceeds the true depth."""
 LOOKS = ("synthetic", "photographic")
 CALIBRATION_IMAGES = 5
@@ -102,10 +103,10 @@ def write_sets(data: Path) -> None:
 def train(options: argparse.Namespace) -> dict[str, list[Path]]:
     """Train what is not finished yet; return the run folders of each way, one for each seed."""
     data, output = options.data, options.output
-    common = [str(ROOT / "train.py"), f"output_dir={output}", f"image_size={IMAGE_SIZE}", "encoder=vitn"]
-    common += ["sources=own", "workers=0"]
-    teacher = [f"photos={data / 'train-varied'}", "stage=teacher", f"steps={options.steps}", "name=relative"]
-    run(*common, *teacher)
+    common = [str(ROOT / "train.py"), f"output_dir={output}", "encoder=vitn", "sources=own", "workers=0"]
+    common += ["checkpoint.every=1000"]
+    relative = [f"steps={RELATIVE_STEPS}", f"image_size={RELATIVE_SIZE}", "name=relative"]
+    run(*common, "stage=teacher", f"photos={data / 'train-varied'}", *relative)
     init = output / "relative" / "model.safetensors"
     runs: dict[str, list[Path]] = {}
     for seed in options.seeds:
@@ -115,7 +116,8 @@ def train(options: argparse.Namespace) -> dict[str, list[Path]]:
             ("canonical", "varied", str(CANONICAL_FOCAL)),
         ):
             metric = [f"photos={data / f'train-{photos}'}", "stage=metric", f"init={init}", f"seed={seed}"]
-            metric += [f"steps={options.steps}", f"name={name}-{seed}", f"canonical_focal={focal}"]
+            metric += [f"steps={options.steps}", f"image_size={IMAGE_SIZE}"]
+            metric += [f"name={name}-{seed}", f"canonical_focal={focal}"]
             run(*common, *metric, *options.override)
             runs.setdefault(name, []).append(output / f"{name}-{seed}")
     return runs
@@ -178,7 +180,7 @@ def main() -> None:
     """Train, judge and write what came out, whichever wins."""
     parser = argparse.ArgumentParser(description="Do meters carry to cameras of other focal lengths?")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of each run (default %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/metric-focal"), help="default %(default)s"
     )

@@ -1,5 +1,8 @@
 """Focal lengths of records, under resizing, and targets of a canonical camera."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -154,3 +157,13 @@ def test_replayed_disparity_is_not_scaled(shards):
     for index in range(3):  # also without intrinsics
         for name, values in written(plain, index, 0).items():
             assert values.tobytes() == written(canonical, index, 0)[name].tobytes() or name == "sample"
+
+
+def test_a_real_camera_of_hypersim():
+    """One of the tilted and shifted cameras; a level one of that lens has 886.81 px."""
+    path = Path(__file__).parents[3] / "shared" / "rgbd" / "hypersim_ai_037_002_camera.json"
+    if not path.exists():
+        pytest.skip("the camera file is not here")
+    camera = json.loads(path.read_text())
+    matrix = [[float(camera[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)]
+    assert focal_from_meta({"M_cam_from_uv": matrix}, (768, 1024)) == pytest.approx(886.81, rel=1e-3)

@@ -89,7 +89,8 @@ def read(root: Path, line: str, *, tom: bool = False) -> Frame:
         pixels = read_npy(read_file(scene, "disp_00.npy")).astype(np.float64)
         focal, baseline = read_calibration(read_file(scene, "calib_00-02.xml"))
         with np.errstate(divide="ignore", invalid="ignore"):
-            frame = make_frame(f"booster/{name}", data, focal * baseline / pixels)
+            meta = {"intrinsics": {"fx": focal, "fy": focal}}
+            frame = make_frame(f"booster/{name}", data, focal * baseline / pixels, meta=meta)
         if not tom:
             return frame
         with prefix_errors("mask_cat.png"):

@@ -108,7 +108,8 @@ def read(root: Path, line: str) -> Frame:
         points = read_points(read_file(place, _check_inside(cloud)))
         turn = np.linalg.inv(sample.camera) @ sample.lidar
         depth = project_points(points @ turn[:3, :3].T + turn[:3, 3], camera, size=pixels.shape[:2])
-        return make_frame(f"ddad/{name}", pixels, depth)
+        meta = {"intrinsics": {"fx": float(camera[0, 0]), "fy": float(camera[1, 1])}}
+        return make_frame(f"ddad/{name}", pixels, depth, meta=meta)
 
 
 def project_points(points: np.ndarray, camera: np.ndarray, *, size: tuple[int, int]) -> np.ndarray:

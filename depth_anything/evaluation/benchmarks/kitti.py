@@ -64,6 +64,15 @@ EIGEN_FRAMES = {
 }
 """Drive → the numbers of its frames: FIRST-LAST/STEP, or a single number."""
 
+FOCAL_PX = {
+    "2011_09_26": 721.5377,
+    "2011_09_28": 707.0493,
+    "2011_09_29": 718.3351,
+    "2011_09_30": 707.0912,
+    "2011_10_03": 718.856,
+}
+"""Day → focal length of the rectified color images: P_rect_02 of its calib_cam_to_cam.txt."""
+
 _DRIVE = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_sync")
 _IMAGE = FilePattern("image", "image_02/data", r"(\d{10})\.(?:png|jpg)")
 _DEPTH = FilePattern("depth", "proj_depth/groundtruth/image_02", r"(\d{10})\.png")
@@ -103,7 +112,9 @@ def read(root: Path, line: str) -> Frame:
     name, image, depth = split_fields(line)
     with prefix_errors(f"kitti/{name}"):
         meters = read_png16(read_frame_file(Path(root), _DEPTH, depth)).astype(np.float32) / 256
-        return make_frame(f"kitti/{name}", read_frame_file(Path(root), _IMAGE, image), meters)
+        focal = FOCAL_PX[name[:10]]
+        meta = {"intrinsics": {"fx": focal, "fy": focal}}
+        return make_frame(f"kitti/{name}", read_frame_file(Path(root), _IMAGE, image), meters, meta=meta)
 
 
 def _drive_name(parts: tuple[str, ...]) -> str:

@@ -74,6 +74,10 @@ def eigen_test_frames() -> tuple[int, ...]:
     return tuple(number for first, _, last in runs for number in range(int(first), int(last or first) + 1))
 
 
+_META = {"intrinsics": {"fx": 518.85790, "fy": 519.46961, "cx": 325.58245, "cy": 253.73617}}
+"""Of the color camera, pixels at 640 x 480: camera_params.m of the authors' toolbox."""
+
+
 def find(root: Path, *, depth: str) -> Iterator[str]:
     """List those of the 654 frames that are there, sorted by number.
 
@@ -121,15 +125,17 @@ def read(root: Path, line: str, *, depth: str) -> Frame:
     key = f"nyu{'' if depth == 'raw' else '_filled'}/{name}"
     with prefix_errors(f"{key} ({path})"):
         if path == MATLAB_FILE:
-            return make_frame(key, *_read_matlab(str(Path(root, path)), int(name), _MATLAB_FIELDS[depth]))
+            image_and_depth = _read_matlab(str(Path(root, path)), int(name), _MATLAB_FIELDS[depth])
+            return make_frame(key, *image_and_depth, meta=dict(_META))
         if path.endswith(".h5"):
-            return make_frame(key, _read_rgb(Path(root, path)), read_hdf5(Path(root, path), "depth"))
+            meters = read_hdf5(Path(root, path), "depth")
+            return make_frame(key, _read_rgb(Path(root, path)), meters, meta=dict(_META))
         meters = read_png16(Path(root, path)).astype(np.float32) / 1000
         if depth == "filled" and not meters.all():
             raise ValueError(
                 "it has holes, so it is the measured depth under another name: use the benchmark nyu"
             )
-        return make_frame(key, read_file(root, image[0]), meters)
+        return make_frame(key, read_file(root, image[0]), meters, meta=dict(_META))
 
 
 @lru_cache(maxsize=1)
