@@ -34,7 +34,6 @@ from benchmarks.claims.plan import (
 from depth_anything.disk import atomic_write
 from depth_anything.errors import UserError
 
-TEST_SCENES, SCENE_SIZE = 128, (112, 144)
 PHOTO_SIDE = 112
 """Short side of stored photographs, pixels: more than a crop of 70 px needs."""
 
@@ -113,6 +112,7 @@ def check(options: argparse.Namespace) -> None:
         "teacher_steps": options.teacher_steps,
         "student_steps": options.student_steps,
         "scenes": options.scenes,
+        "test_scenes": options.test_scenes,
         "override": options.override,
         "data": str(options.data.resolve()),
     }
@@ -167,20 +167,13 @@ def scene_counts(count: int, names: Sequence[str] = ()) -> list[str]:
 def data_jobs(options: argparse.Namespace) -> list[Job]:
     """List the jobs that write sets."""
     data, count = options.data, scene_counts(options.scenes) if options.scenes is not None else []
-    common = [f"data_dir={data}", "stage=student", *count]
-    sets = [
-        Job("scenes", "write_sets", {"typed": ["experiment=claims/baseline", *common]}, 80),
-        Job(
-            "degraded-scenes",
-            "write_sets",
-            {"typed": ["experiment=claims/noisy-labels", *common]},
-            40,
-            ("scenes",),
-        ),
-    ]
-    height, width = SCENE_SIZE
+    typed = ["experiment=claims/baseline", f"data_dir={data}", "stage=student", *count]
+    sets = [Job("scenes", "write_sets", {"typed": typed}, 80)]
+    if {"a", "d"} & set(options.only):
+        degraded = {"typed": ["experiment=claims/noisy-labels", *typed[1:]]}
+        sets.append(Job("degraded-scenes", "write_sets", degraded, 40, ("scenes",)))
     for look in SCENE_TESTS:
-        arguments = {"data": str(data), "look": look, "count": TEST_SCENES, "height": height, "width": width}
+        arguments = {"typed": typed[:3], "look": look, "count": options.test_scenes}
         sets.append(Job(f"test-{look}", "write_test", arguments, 15))
     if options.real is not None:
         photos = ["images", str(options.real / "photos"), str(data / "real" / "photographs")]

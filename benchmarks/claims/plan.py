@@ -262,9 +262,9 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
                 ("student of vitn", "small-teacher-student-vitn"),
             ),
             (accuracy("baseline-vitn", "small-teacher-student-vitn"),),
-            "A student of a smaller teacher is not known to us. Networks trained on synthetic images alone (tables 3 and 5), AbsRel "
-            "KITTI / NYU / DIODE: S .104 / .084 / .087, B .094 / .062 / .076, L .081 / .048 / .071, "
-            "G .075 / .044 / .066.",
+            "A student of a smaller teacher is not known to us. Networks trained on synthetic images alone "
+            "(tables 3 and 5), AbsRel KITTI / NYU / DIODE: S .104 / .084 / .087, B .094 / .062 / .076, "
+            "L .081 / .048 / .071, G .075 / .044 / .066.",
             "Between DINOv2-S and DINOv2-G lies a factor of 50 in parameters; here it is 3.",
         ),
         Claim(
