@@ -1,9 +1,11 @@
 """`make claims`: the rule of the verdict, the plan of the runs, what judges them, and a whole claim in a few steps."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from made_configs import make_config
 
 from depth_anything.data.sample import Frame
+from depth_anything.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "claims").glob("*.yaml"))
@@ -108,53 +111,54 @@ def test_every_claim_shows_and_compares_runs_that_exist(encoder_file: Path) -> N
         assert all(ordered.index(need) < ordered.index(name) for need in runs[name].needs)
 
 
-def planned(world: str, encoder_file: Path) -> list[tuple[plan.Run, list[str]]]:
+def resolve(name: str, world: str, encoder_file: Path) -> RunConfig:
+    """Resolve the command of a run, without `init`, whose file is read when training starts."""
     typed = options("--output", "out", "--data", "sets", "--seeds", "1")
-    runs = plan.list_runs(typed.sizes, encoder_file).values()
-    chosen = [run for run in runs if world == plan.EMBEDDED or run.photographs]
-    return [(run, command.train_command(run, 1, world, typed)) for run in chosen]
+    run = plan.list_runs(typed.sizes, encoder_file)[name]
+    words = command.train_command(run, 1, world, typed)
+    config = make_config(*(word for word in words if not word.startswith("init=")))
+    folder = Path("out/seed-1", *(["real"] if world == plan.REAL else []))
+    assert Path(config.run_dir) == folder / name
+    assert (config.stage, config.encoder, config.seed, config.size) == (run.stage, run.encoder, 1, "tiny")
+    if run.stage == "pseudolabel":
+        assert Path(config.teacher) == Path("out/seed-1", run.needs[0], "model.safetensors")
+    if run.photographs:
+        expected = {"photographs": "sets/real/photographs"}
+        if world == plan.EMBEDDED:
+            expected = {"scenes-photographic": "sets/scenes-photographic"}
+        assert config.data.sets == expected
+        labels = "small-labels" if run.experiment == "small-teacher" else "labels"
+        assert config.data.labels == f"{folder}/{labels}"
+    return config
 
 
-@pytest.mark.parametrize("world", plan.WORLDS)
-def test_every_run_is_a_valid_command_that_differs_from_its_counterpart_as_it_says(
-    world: str, encoder_file: Path
-) -> None:
-    configs = {}
-    for run, typed in planned(world, encoder_file):
-        # `init` is a real encoder file in use; its content is read when training starts
-        config = make_config(*(word for word in typed if not word.startswith("init=")))
-        folder = Path("out/seed-1", *(["real"] if world == plan.REAL and run.photographs else []))
-        assert Path(config.run_dir) == folder / run.name
-        assert (config.stage, config.encoder, config.seed, config.size) == (run.stage, run.encoder, 1, "tiny")
-        if run.photographs:
-            name = "photographs" if world == plan.REAL else "scenes-photographic"
-            assert list(config.data.sets)[0] == name
-            assert Path(str(config.data.labels)).parent == folder
-        elif run.stage == "student":
-            assert config.data.labels is None and list(config.data.sets) == ["scenes-synthetic"]
-        if run.stage == "pseudolabel":
-            assert Path(config.teacher) == Path("out/seed-1", run.needs[0], "model.safetensors")
-        configs[run.name] = config
-    if world == plan.REAL:
-        assert set(configs) == {
-            run.name for run, _ in planned(plan.EMBEDDED, encoder_file) if run.photographs
-        }
-        return
-    recipes = {name: config.recipe for name, config in configs.items() if config.recipe is not None}
-    assert configs["noisy-labels-vitn"].data.sets == {"scenes-synthetic": "sets/scenes-degraded"}
-    assert configs["noisy-labels-vitn"].sources.scenes["degraded"].degraded is True
-    assert (recipes["noisy-labels-vitn"].trim, recipes["keep-all-pixels-vitn"].trim) == (0.1, 0)
-    assert (recipes["baseline-vitn"].trim, recipes["baseline-all-pixels-vitn"].trim) == (0.1, 0)
-    weights = [recipes[f"gradient-weight-{weight}-vitn"].gm_weight for weight in (0.5, 1.0, 4.0)]
-    assert (*weights, recipes["synthetic-only-vitn"].gm_weight) == (0.5, 1, 4, 2)
-    assert (configs["mixed-vitn"].mix, configs["baseline-vitn"].mix) == (True, None)
-    assert configs["small-labeling"].data.labels == configs["small-teacher-student-vitn"].data.labels
-    assert configs["small-labeling"].data.labels != configs["labeling"].data.labels
-    assert configs["registers"].encoder == "vitn_reg4"
-    same = ("steps", "encoder_lr", "head_lr", "schedule", "warmup", "ssi_weight", "clip_norm")
-    for key in same:  # all students have the same recipe
-        values = {getattr(recipes[name], key) for name, c in configs.items() if c.stage == "student"}
-        assert len(values) == 1, key
+def test_runs_are_valid_commands_that_differ_as_they_say(encoder_file: Path) -> None:
+    names = (
+        "noisy-labels-vitn",
+        "keep-all-pixels-vitn",
+        "gradient-weight-0.5-vitn",
+        "mixed-vitn",
+        "registers",
+    )
+    configs = {name: resolve(name, plan.EMBEDDED, encoder_file) for name in names}
+    noisy, unsure, weight, mixed, registers = configs.values()
+    assert noisy.data.labels is None and noisy.data.sets == {"scenes-synthetic": "sets/scenes-degraded"}
+    assert noisy.sources.scenes["degraded"].degraded is True
+    assert unsure.data.sets == noisy.data.sets
+    recipes = [config.recipe for config in configs.values() if config.recipe is not None]
+    assert [recipe.trim for recipe in recipes] == [0.1, 0, 0.1, 0.1, 0.1]
+    assert [recipe.gm_weight for recipe in recipes] == [2, 2, 0.5, 2, 2]
+    assert weight.data.labels is None and weight.data.sets == {"scenes-synthetic": "sets/scenes-synthetic"}
+    assert (mixed.mix, registers.mix, registers.encoder) == (True, None, "vitn_reg4")
+    for key in ("steps", "encoder_lr", "head_lr", "schedule", "warmup", "ssi_weight", "clip_norm"):
+        assert len({getattr(recipe, key) for recipe in recipes}) == 1, (
+            key
+        )  # all students have the same recipe
+
+
+@pytest.mark.parametrize("name", ["small-labeling", "baseline-vitt"])
+def test_runs_on_real_photographs_are_valid_commands(name: str, encoder_file: Path) -> None:
+    resolve(name, plan.REAL, encoder_file)
 
 
 def test_alignment_is_on_with_an_encoder_and_left_out_without_one(encoder_file: Path) -> None:
@@ -164,19 +168,15 @@ def test_alignment_is_on_with_an_encoder_and_left_out_without_one(encoder_file: 
     assert "alignment-vitn" not in plan.list_runs(("vitn",), None)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_is_a_command_of_its_own(experiment: str) -> None:
-    """The steps are those of the estimate; the stage need not be typed."""
-    typed = ["recipe.alignment_weight=0"] if experiment == "alignment" else []
-    config = make_config(f"experiment=claims/{experiment}", *typed)
-    assert config.stage == "student" and config.steps == plan.STUDENT_STEPS
-    assert Path(config.run_dir).parent == Path("outputs/claims/seed-0")
-    if experiment in ("baseline", "small-teacher"):
-        teacher = make_config(f"experiment=claims/{experiment}", "stage=teacher")
-        labeling = make_config(f"experiment=claims/{experiment}", "stage=pseudolabel")
-        assert teacher.steps == plan.TEACHER_STEPS
-        assert Path(labeling.teacher) == Path(teacher.run_dir) / "model.safetensors"
-        assert labeling.labels == config.labels and labeling.encoder == teacher.encoder
+def test_experiments_need_no_stage_and_make_the_steps_of_the_estimate() -> None:
+    student = make_config("experiment=claims/small-teacher")
+    teacher = make_config("experiment=claims/small-teacher", "stage=teacher")
+    labeling = make_config("experiment=claims/small-teacher", "stage=pseudolabel")
+    assert (student.stage, student.steps) == ("student", plan.STUDENT_STEPS)
+    assert (teacher.encoder, teacher.steps) == ("vitn", plan.TEACHER_STEPS)
+    assert Path(teacher.run_dir).parent == Path("outputs/claims/seed-0")
+    assert Path(labeling.teacher) == Path(teacher.run_dir) / "model.safetensors"
+    assert labeling.labels == student.labels and labeling.encoder == teacher.encoder
 
 
 def test_photographs_are_as_scenes_but_for_the_images() -> None:
@@ -226,6 +226,16 @@ def test_disparity_becomes_depth_up_to_a_scale() -> None:
     disparity = np.array([[8.0, 4.0, 2.0, 0.0, np.nan]], np.float32)
     depth = images.with_depth(Frame("a", np.zeros((1, 5, 3), np.uint8), disparity=disparity)).depth
     np.testing.assert_allclose(depth, [[1.0, 2.0, 4.0, np.nan, np.nan]])
+
+
+def test_sharp_frames_are_judged_at_the_size_of_the_scenes() -> None:
+    depth = np.arange(448 * 224, dtype=np.float32).reshape(448, 224)
+    image = np.full((448, 224, 3), 7, np.uint8)
+    small = images.shrink(Frame("a", image, depth=depth))
+    assert small.image.shape == (224, 112, 3) and (small.image == 7).all()
+    np.testing.assert_array_equal(small.depth, depth[1::2, 1::2])
+    tiny = Frame("a", image[:20], depth=depth[:20])
+    assert images.shrink(tiny) is tiny
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -280,17 +290,38 @@ def test_the_report_has_the_figures_the_verdicts_and_the_papers_table(tmp_path: 
 # --- a whole claim ------------------------------------------------------------------------------------------------
 
 
-def test_jobs_that_need_a_failed_one_are_not_started(tmp_path: Path) -> None:
-    missing = {"typed": ["images", str(tmp_path / "none"), str(tmp_path / "out")]}
+class FinishedProcess:
+    """A process of multiprocessing that has ended: with 1 if its kind is "bad"."""
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self.exitcode, (self.sentinel, end) = int(args[0] == "bad"), os.pipe()
+        os.close(end)
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        os.close(self.sentinel)
+
+
+def test_jobs_that_need_a_failed_one_are_not_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work = [
-        jobs.Job("bad", "shard", missing),
-        jobs.Job("after", "shard", missing, needs=("bad",)),
-        jobs.Job("late", "shard", missing, seconds=1e6),
+        jobs.Job("broken", "bad", {}),
+        jobs.Job("after", "good", {}, needs=("broken",)),
+        jobs.Job("after that", "good", {}, needs=("after",)),
+        jobs.Job("one set", "bad", {}, optional=True),
+        jobs.Job("judge", "good", {}, needs=("one set", "never listed")),
+        jobs.Job("too long", "good", {}, seconds=1e6),
     ]
-    scheduler = jobs.Scheduler(work, tmp_path / "logs", parallel=1, threads=1, seconds=1e5)
+    scheduler = jobs.Scheduler(work, tmp_path, parallel=2, threads=1, seconds=1e5)
+    scheduler.context = SimpleNamespace(Process=FinishedProcess)
     outcome = scheduler.run()
-    assert (outcome.failed, sorted(outcome.left), outcome.done) == (["bad"], ["after", "late"], [])
-    assert "none" in scheduler.log("bad").read_text()
+    assert (sorted(outcome.failed), outcome.done) == (["broken", "one set"], ["judge"])
+    assert sorted(outcome.left) == ["after", "after that", "too long"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("[3 of 6] judge: 0 s; ")
 
 
 def test_a_whole_claim_runs_and_continues(tmp_path: Path) -> None:

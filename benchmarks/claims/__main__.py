@@ -78,6 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="scenes of each training set (as configs/sources)",
     )
+    add("--test-scenes", type=int, default=128, metavar="N", help="unseen scenes of each look (%(default)s)")
     add(
         "--publish",
         metavar="NAME",
