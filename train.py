@@ -1,4 +1,4 @@
-"""python train.py stage=teacher | pseudolabel | student | metric [size=paper] [encoder=vits] [key=value …]."""
+"""python train.py stage=teacher | pseudolabel | student | metric | pretrain [encoder=vits] [key=value …]."""
 
 from pathlib import Path
 

@@ -94,9 +94,9 @@ def options(*typed: str) -> Any:
     return command.parse(list(typed))
 
 
-def test_every_claim_shows_and_compares_runs_that_exist(encoder_file: Path) -> None:
+def test_every_claim_shows_and_compares_runs_that_exist() -> None:
     sizes = ("vitn", "vitt")
-    runs, claims = plan.list_runs(sizes, encoder_file), plan.list_claims(sizes)
+    runs, claims = plan.list_runs(sizes, None), plan.list_claims(sizes)
     assert [claim.key for claim in claims] == list("abcdefgh")
     for claim in claims:
         arms = [run for _, run in claim.arms if run != "mean-map"]
@@ -161,11 +161,26 @@ def test_runs_on_real_photographs_are_valid_commands(name: str, encoder_file: Pa
     resolve(name, plan.REAL, encoder_file)
 
 
-def test_alignment_is_on_with_an_encoder_and_left_out_without_one(encoder_file: Path) -> None:
+def test_alignment_starts_from_the_file_or_from_an_encoder_of_all_seeds(encoder_file: Path) -> None:
     runs = plan.list_runs(("vitn",), encoder_file)
-    typed = command.train_command(runs["alignment-vitn"], 0, plan.EMBEDDED, options())
-    assert f"init={encoder_file}" in typed and "recipe.alignment_weight=1.0" in typed
-    assert "alignment-vitn" not in plan.list_runs(("vitn",), None)
+    typed = command.train_command(runs["alignment-vitn"], 1, plan.EMBEDDED, options())
+    assert (
+        f"init={encoder_file}" in typed and "recipe.alignment_weight=1.0" in typed and "pretrain" not in runs
+    )
+    runs = plan.list_runs(("vitn",), None)
+    for world, folder in ((plan.EMBEDDED, "all-seeds"), (plan.REAL, "all-seeds/real")):
+        typed = command.train_command(runs["no-alignment-vitn"], 1, world, options("--output", "out"))
+        assert (
+            f"init=out/{folder}/pretrain/model.safetensors" in typed
+            and "recipe.alignment_weight=0.0" in typed
+        )
+    config = make_config(*command.train_command(runs["pretrain"], 1, plan.REAL, options("--output", "out")))
+    assert (config.run_dir, config.steps, config.seed) == (
+        "out/all-seeds/real/pretrain",
+        plan.PRETRAIN_STEPS,
+        0,
+    )
+    assert list(config.data.sets) == ["photographs"]
 
 
 def test_experiments_need_no_stage_and_make_the_steps_of_the_estimate() -> None:
@@ -328,16 +343,16 @@ def test_a_whole_claim_runs_and_continues(tmp_path: Path) -> None:
     typed = ["--only", "c", "--sizes", "vitn", "--seeds", "0", "--scenes", "8", "--test-scenes", "2"]
     typed += ["--teacher-steps", "1", "--student-steps", "1", "--jobs", "1", "batch_size=2", "image_size=42"]
     call = [sys.executable, "-m", "benchmarks.claims", *typed]
-    places = ["--output", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+    places = ["--output", str(tmp_path / "a (b)"), "--data", str(tmp_path / "data")]
     done = subprocess.run([*call, *places], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (claim,) = json.loads((tmp_path / "out" / "claims.json").read_text())["claims"]
+    (claim,) = json.loads((tmp_path / "a (b)" / "claims.json").read_text())["claims"]
     shown = {arm["run"]: arm["figures"] for arm in claim["arms"]}
     assert set(shown) == {"mean-map", "teacher", "baseline-vitn", "synthetic-only-vitn"}
     assert all(0 < row["photographic abs_rel"][0] < 10 for row in shown.values())
     assert claim["verdicts"][plan.EMBEDDED] == verdict.NOISE  # a single seed
-    assert (tmp_path / "out" / "claim-c-embedded.jpg").stat().st_size > 1000
-    weights = tmp_path / "out" / "seed-0" / "baseline-vitn" / "model.safetensors"
+    assert (tmp_path / "a (b)" / "claim-c-embedded.jpg").stat().st_size > 1000
+    weights = tmp_path / "a (b)" / "seed-0" / "baseline-vitn" / "model.safetensors"
     config = (weights.parent / "config.yaml").read_text()
     assert "image_size: 42" in config and "seed-0/labels" in config
     before = weights.stat().st_mtime_ns

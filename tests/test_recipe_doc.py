@@ -55,11 +55,13 @@ def test_no_row_is_there_twice() -> None:
     assert len(named) == len(set(named)) > 40
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student", "metric"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "metric", "pretrain"])
 def test_every_number_of_the_recipe_has_a_row(stage: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "stage" / f"{stage}.yaml").read_text())
-    keys = {"encoder", "batch_size", "steps", "image_size", "init", "perturb"}
+    keys = {"encoder", "batch_size", "steps", "image_size", "init"}
     keys |= {
+        "perturb",
+        "crop_area",
         "sky",
         "cutmix",
         "mix",

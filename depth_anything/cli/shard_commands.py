@@ -27,6 +27,12 @@ def add_shard(commands: Any) -> Any:
         "--look", choices=("synthetic", "photographic"), default="synthetic", help="%(default)s"
     )
     scenes.add_argument(
+        "--layout",
+        choices=("classic", "varied"),
+        default="classic",
+        help="varied: more viewpoints, close-ups and clutter (%(default)s)",
+    )
+    scenes.add_argument(
         "--count",
         type=int_in_range("--count", least=1),
         default=1024,
@@ -248,6 +254,7 @@ def _run_scenes(options: argparse.Namespace) -> None:
         width=width,
         per_shard=options.per_shard,
         labelled=not options.images_only,
+        layout=options.layout,
     )
     print_set(shard_set)
 

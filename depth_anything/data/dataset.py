@@ -50,6 +50,11 @@ Timer = Callable[[str], AbstractContextManager[None]]
 _NO_TIMER: AbstractContextManager[None] = nullcontext()
 
 
+def no_timer(stage: str) -> AbstractContextManager[None]:
+    """Measure nothing."""
+    return _NO_TIMER
+
+
 @dataclass(frozen=True)
 class WorkerFailure:
     """An error of a loader worker, sent to the main process in place of a batch.
@@ -287,7 +292,7 @@ class StreamDataset(Dataset):
         n: int,
         out: Mapping[str, np.ndarray],
         *,
-        timer: Timer = lambda stage: _NO_TIMER,
+        timer: Timer = no_timer,
     ) -> tuple[dict[str, bytes], tuple[int, int]]:
         """Read a record and write it as sample `n`.
 
@@ -311,10 +316,10 @@ class StreamDataset(Dataset):
         target, valid = out["target"][0], out["valid"][0]
         with timer("read the record"):
             key, fields = source.read(shard, index)
-        with timer("decode the image"), _record_errors(shard, index, key):
+        with timer("decode the image"), record_errors(shard, index, key):
             name = find_target_field(fields, meters=depth_range is not None)
             image, meta = decode_image_and_meta(fields)
-        with _record_errors(shard, index, key, name):
+        with record_errors(shard, index, key, name):
             size = codec.map_size(fields[name])
         if not isinstance(source, JoinedRecords):
             size = resize_shape(image.shape[0], image.shape[1], self.short_side, self.patch)
@@ -324,7 +329,7 @@ class StreamDataset(Dataset):
                 f"type image_size={min(size)}, or make larger labels",
             )
         crop = draw_crop(*size, self.image_size, seed=self.seed, n=n)
-        with timer("decode the label"), _record_errors(shard, index, key, name):
+        with timer("decode the label"), record_errors(shard, index, key, name):
             crop_encoded_map(fields[name], crop, out=target)
         with timer("make target and mask"):  # after cropping, because most pixels are cropped away
             convert_to_target(
@@ -350,7 +355,8 @@ class StreamDataset(Dataset):
 
 
 @contextmanager
-def _record_errors(shard: str, index: int, key: str, field: str = "") -> Iterator[None]:
+def record_errors(shard: str, index: int, key: str, field: str = "") -> Iterator[None]:
+    """Name the record in the errors of decoding it: ValueError becomes BadRecord, MemoryError StorageUnavailable."""
     try:
         yield
     except ValueError as error:

@@ -25,6 +25,7 @@ _CACHED_PASSES = 2  # a micro-batch may contain the end of one pass and the begi
 # What random words are used for. Each purpose has its own Philox key; changing a number changes the order.
 _SHARDS, _STREAMS, _BLOCKS = 1, 2, 3
 CROP, PERTURBATION, CUTMIX = 16, 17, 18
+RESIZED_CROP, PATCH_ORDER = 19, 20
 
 
 def _philox_words(count: int, seed: int, purpose: int, *index: int) -> np.ndarray:

@@ -13,7 +13,15 @@ import torch
 from torch.nn import functional as F
 
 from depth_anything.data import codec
-from depth_anything.data.stream import CROP, CUTMIX, PERTURBATION, random_uniform
+from depth_anything.data.stream import (
+    CROP,
+    CUTMIX,
+    PATCH_ORDER,
+    PERTURBATION,
+    RESIZED_CROP,
+    permutation,
+    random_uniform,
+)
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 # The strengths of UniMatch (`dataset/semi.py`), by V1's first author; the papers of V1 and V2 give none. The kernel of
@@ -23,6 +31,7 @@ HUE = 0.25
 BLUR_SIGMA = (0.1, 2.0)
 BLUR_RADIUS = 6
 PERTURBATIONS = ("brightness", "contrast", "saturation", "hue", "gray", "sigma")  # columns of a perturbation
+_CROP_ATTEMPTS, _CROP_ASPECT = 10, 4 / 3  # as torchvision's RandomResizedCrop
 _LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision
 
 
@@ -43,6 +52,52 @@ def draw_crop(height: int, width: int, side: int, *, seed: int, n: int) -> Crop:
     down, right, mirror = random_uniform(seed, n, 3, purpose=CROP)
     top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
     return Crop(height, width, top, left, side, bool(mirror < 0.5))
+
+
+def draw_resized_crop(
+    height: int, width: int, *, area: tuple[float, float], seed: int, n: int
+) -> tuple[int, int, int, int, bool]:
+    """Draw sample `n`'s rectangle in an image of (height, width), as torchvision's RandomResizedCrop.
+
+    Args:
+        height: Rows of the image.
+        width: Columns of the image.
+        area: Smallest and largest share of the image that the rectangle covers; its aspect ratio is between 3 / 4
+            and 4 / 3.
+        seed: Seed of the run.
+        n: Number of the sample.
+
+    Returns:
+        (top, left, height, width) in pixels, and whether the crop is mirrored. An image of extreme aspect, in which ten
+        rectangles do not fit, gives its central part of the nearest allowed aspect.
+    """
+    mirror, down, right, *draws = random_uniform(seed, n, 3 + 2 * _CROP_ATTEMPTS, purpose=RESIZED_CROP)
+    flip = bool(mirror < 0.5)
+    for share, shape in zip(draws[::2], draws[1::2], strict=True):
+        pixels = height * width * (area[0] + share * (area[1] - area[0]))
+        aspect = _CROP_ASPECT ** (2 * shape - 1)
+        rows, columns = round((pixels / aspect) ** 0.5), round((pixels * aspect) ** 0.5)
+        if 0 < rows <= height and 0 < columns <= width:
+            return int(down * (height - rows + 1)), int(right * (width - columns + 1)), rows, columns, flip
+    rows, columns = min(height, round(width * _CROP_ASPECT)), min(width, round(height * _CROP_ASPECT))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns, flip
+
+
+def crop_and_resize(
+    image: np.ndarray, crop: tuple[int, int, int, int, bool], side: int, *, out: np.ndarray
+) -> None:
+    """Cut a rectangle of `draw_resized_crop` out of uint8 (H, W, 3), and resize it to `out`, uint8 (side, side, 3)."""
+    top, left, height, width, flip = crop
+    square = resize_image(np.ascontiguousarray(image[top : top + height, left : left + width]), side, side)
+    if flip:
+        cv2.flip(np.ascontiguousarray(square), 1, dst=out)
+    else:
+        out[:] = square
+
+
+def draw_patch_order(patches: int, *, seed: int, n: int) -> np.ndarray:
+    """Draw sample `n`'s random order of its patches, int64 (patches,): masked autoencoding sees the first ones."""
+    return permutation(patches, seed, PATCH_ORDER, n)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:

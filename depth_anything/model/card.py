@@ -14,6 +14,7 @@ from depth_anything.disk import atomic_write
 from depth_anything.licenses import card_license_fields
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.model.metadata import printable_line
 
 CARD_NAME = "README.md"
@@ -43,6 +44,49 @@ def build_card(
     lines += ["## Where it comes from", "", *_provenance(model), ""]
     for heading, text in (measured or {}).items():
         lines += [f"## {heading}", "", text, ""]
+    return _with_footer(lines, file)
+
+
+def build_encoder_card(model: MaskedAutoencoder, *, file: str, title: str) -> str:
+    """Build the card of an encoder that stage=pretrain has trained; arguments and result as `build_card`."""
+    base = (model.origin.get("start") or {}).get("base")
+    front = ModelCardData(
+        **card_license_fields(model.licence),
+        library_name="depth-anything",
+        pipeline_tag="image-feature-extraction",
+        tags=["depth-anything", "masked-autoencoder", "vit"],
+        base_model=printable_line(base) if base else None,
+    )
+    parameters = sum(p.numel() for p in model.pretrained.parameters())
+    lines = [
+        "---",
+        front.to_yaml(line_break="\n").rstrip("\n"),
+        "---",
+        "",
+        f"# {_escape_markdown(title)}",
+        "",
+    ]
+    lines += [
+        f"An image encoder ({_markdown_code(model.encoder)}, {parameters:,} parameters) trained by masked autoencoding "
+        "(arXiv 2111.06377) on images without labels. It predicts no depth.",
+        "",
+        f"Input: RGB, ImageNet-normalized; it was trained on crops of {model.input_size} px with patches of "
+        f"{model.patch_size} px.",
+        "",
+        "## How to use it",
+        "",
+        "```sh",
+        f"python train.py stage=teacher encoder={model.encoder} init=path/to/{shlex.quote(file)}",
+        "```",
+        "",
+        "## Where it comes from",
+        "",
+        *_provenance(model),
+    ]
+    return _with_footer(lines, file)
+
+
+def _with_footer(lines: list[str], file: str) -> str:
     body = "\n".join(lines).rstrip() + "\n"
     digest = hashlib.sha256(body.encode()).hexdigest()
     return (
@@ -236,7 +280,7 @@ def _official_arguments(model: DepthAnything) -> str:
     )
 
 
-def _provenance(model: DepthAnything) -> list[str]:
+def _provenance(model: DepthAnything | MaskedAutoencoder) -> list[str]:
     origin = model.origin
     lines = [f"License of the weights: **{_escape_markdown(model.licence or 'unknown')}**."]
     if origin.get("start"):
@@ -255,14 +299,20 @@ def _provenance(model: DepthAnything) -> list[str]:
             "",
             f"Trained by {_markdown_code(command)} on:",
             "",
-            *_data_table(origin.get("data", [])),
+            *_data_table(origin.get("data", []), origin["stage"]),
         ]
     elif not origin.get("start"):
         lines += ["", "Its file does not say how it was trained."]
     return lines
 
 
-def _data_table(data: list[dict[str, Any]]) -> list[str]:
+def _data_table(data: list[dict[str, Any]], stage: str) -> list[str]:
+    if stage == "pretrain":
+        rows = ["| set | records | license |", "|---|---|---|"]
+        for row in data:
+            set_license = _escape_markdown(row.get("licence") or "unknown")
+            rows.append(f"| {_escape_markdown(row['set'])} | {row['records']:,} | {set_license} |")
+        return rows
     rows = ["| set | records | license | labeled by | license of the labels |", "|---|---|---|---|---|"]
     for row in data:
         teacher = row.get("teacher")

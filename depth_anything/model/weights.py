@@ -20,6 +20,7 @@ from depth_anything.model.card import CARD_NAME, build_card, is_replaceable_card
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import ENCODERS, canonical_encoder_name, load_hub_weights, rename_swiglu
 from depth_anything.model.lora import merge_adapters
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.model.metadata import MAX_DEPTH_RANGE_M, ModelFacts, build_metadata, parse_metadata
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
 from depth_anything.model.tensor_files import (
@@ -176,8 +177,8 @@ def read_head_name(path: str | Path) -> str | None:
     return _read_checkpoint(Path(path))[1].get("head")
 
 
-def load_encoder(model: DepthAnything, source: str | Path) -> None:
-    """Load pretrained weights into a model's encoder; the head stays unchanged.
+def load_encoder(model: DepthAnything | MaskedAutoencoder, source: str | Path) -> None:
+    """Load pretrained weights into a model's encoder; the head or decoder stays unchanged.
 
     Args:
         model: Changed in place.

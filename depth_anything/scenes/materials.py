@@ -7,8 +7,8 @@ table lookups), so a seed gives the same image in any process and with any versi
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -307,6 +307,27 @@ def random_material(role: str, *, look: str, draw: PhiloxRandom) -> Material:
     return Material(
         low, high, pattern, texels_per_meter, (draw.uniform(0, TEXTURE_SIZE), draw.uniform(0, TEXTURE_SIZE))
     )
+
+
+def vary_material(material: Material, role: str, *, detail: float, draw: PhiloxRandom) -> Material:
+    """Return a material of the varied layout: half of all surfaces plain, patterns from coarse to fine.
+
+    Args:
+        material: The look's material.
+        role: Its role.
+        detail: Factor of the patterns' frequency, above 1 for close-ups.
+        draw: Random numbers.
+    """
+    plain = draw.bernoulli(0.75 if role in ("ceiling", "wall") else 0.4)
+    finer = detail * 3.0 ** draw.uniform(-1, 1)
+    if role in ("poster", "facade", "foliage", "ground", "road", "glass", "mirror"):
+        return replace(material, texels_per_meter=material.texels_per_meter * detail)
+    pattern = "" if plain else material.pattern
+    low = material.low
+    if draw.bernoulli(0.5):  # faint
+        weight = draw.uniform(0.1, 0.5)
+        low = cast(Color, tuple(h + (c - h) * weight for c, h in zip(low, material.high, strict=True)))
+    return replace(material, low=low, pattern=pattern, texels_per_meter=material.texels_per_meter * finer)
 
 
 # ------------------------------------------------------------------------------------------------- light

@@ -267,10 +267,18 @@ def _sky_color(air: Atmosphere, rays: list[np.ndarray]) -> np.ndarray:
 
 
 def shadow_map(
-    solids: list[Solid], light: Light, center: np.ndarray
+    solids: list[Solid], light: Light, center: np.ndarray, *, reach: float | None = None
 ) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """Return a function of world points that is True in shadow, from a depth map as the light sees `center`."""
-    origin, spread, side = np.array(light.position), 2.2, 96
+    """Return a function of world points that is True in shadow, from a depth map as the light sees `center`.
+
+    `reach` is the size in meters of the part around `center` that matters; None: that of a room.
+    """
+    origin, spread, side, bias = np.array(light.position), 2.2, 96, 0.04
+    if reach is not None and not light.distant:
+        away = center - origin
+        distance = math.sqrt(float((away * away).sum()))
+        spread = min(2.2, 1.3 * reach / max(distance, 0.1))
+        bias = min(0.04, 0.03 * reach)
     if light.distant:
         origin, spread, side = center + 60 * origin, 0.28, 160
     ahead = center - origin
@@ -283,7 +291,7 @@ def shadow_map(
         [s for s in solids if s.shape != "shell" and s.role not in ("lamp", "glass", "road", "ground")],
         PinholeView(origin, turn, grid, grid),
     )
-    depth = depth + np.float32(0.4 if light.distant else 0.04)  # else surfaces would shadow themselves
+    depth = depth + np.float32(0.4 if light.distant else bias)  # else surfaces would shadow themselves
     axes, start, half = turn.T.astype(np.float32), origin.astype(np.float32), np.float32(side / 2)
 
     def in_shadow(points: list[np.ndarray]) -> np.ndarray:

@@ -17,10 +17,12 @@ from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.layout import random_layout
 from depth_anything.scenes.materials import (
     LOOKS,
+    Material,
     PhiloxRandom,
     color_temperature,
     random_atmosphere,
     random_material,
+    vary_material,
 )
 from depth_anything.scenes.raycast import (
     PinholeView,
@@ -31,9 +33,12 @@ from depth_anything.scenes.raycast import (
     shadow_map,
     tint_glass,
 )
+from depth_anything.scenes.varied import varied_atmosphere, varied_layout
 
 RENDERER_VERSION = 2
 """Increase it when the image of a seed changes; it is a setting of every set, so old and new images are not mixed."""
+
+LAYOUTS = ("classic", "varied")
 
 INFO = DatasetInfo(
     name="scenes",
@@ -46,7 +51,7 @@ INFO = DatasetInfo(
 )
 
 
-def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
+def render_scene(seed: int, *, look: str, height: int, width: int, layout: str = "classic") -> Frame:
     """Render a scene. A seed always gives the same image, and the same depth in both looks.
 
     Depth is planar (z), +inf for sky; everything beyond 150 m is sky. Pixel centers are at integers: the ray of column
@@ -54,21 +59,25 @@ def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
 
     Args:
         seed: At least 0, below 2**64. Both looks of a seed have the same geometry.
+        layout: "classic" (rooms and streets seen at eye level) or "varied" (also close-ups, corridors and bins, by
+            cameras of any pitch, height and field of view, in clear air), for networks that see photographs.
         look: "synthetic" (plain materials, simple light) or "photographic" (textures, lamps and shadows, glass and
             mirrors, haze, lens and sensor; JPEG artifacts are added by `SceneSource`).
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
     Returns:
-        A frame with depth in meters, float32 (H, W), +inf for sky. `meta` holds source, look, seed, unit, sky and the
-        intrinsics fx, fy, cx, cy in pixels.
+        A frame with depth in meters, float32 (H, W), +inf for sky. `meta` holds source, look, seed, unit, sky, the
+        intrinsics fx, fy, cx, cy in pixels, and a layout other than "classic".
 
     Raises:
-        ValueError: The look is unknown.
+        ValueError: The look or the layout is unknown.
     """
     if look not in LOOKS:
         raise ValueError(f"look={look} is unknown: use {' or '.join(LOOKS)}")
-    image, depth, focal = _render_arrays(seed, look=look, height=height, width=width)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout} is unknown: use {' or '.join(LAYOUTS)}")
+    image, depth, focal = _render_arrays(seed, look=look, layouts=layout, height=height, width=width)
     meta = {
         "source": "scenes",
         "look": look,
@@ -77,6 +86,7 @@ def render_scene(seed: int, *, look: str, height: int, width: int) -> Frame:
         "intrinsics": {"fx": focal, "fy": focal, "cx": (width - 1) / 2, "cy": (height - 1) / 2},
         "unit": "m",
         "sky": "inf",
+        **({} if layout == "classic" else {"layout": layout}),
     }
     return Frame(key=f"{look}-{seed}", image=image, meta=meta, depth=depth)
 
@@ -92,6 +102,8 @@ def write_scenes(
     per_shard: int = 128,
     labelled: bool = True,
     degraded: bool = False,
+    layout: str = "classic",
+    workers: int = 0,
 ) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
@@ -109,12 +121,14 @@ def write_scenes(
         per_shard: Scenes per shard.
         labelled: Write depth; False writes images only.
         degraded: Write the depth of a poor sensor (`ingest.degrade`) in place of exact depth.
+        layout: "classic" or "varied", as for `render_scene`.
+        workers: Processes that render; 0 renders in this process. The bytes are the same.
 
     Raises:
-        ValueError: The look is unknown, or the folder holds another set.
+        ValueError: The look or the layout is unknown, or the folder holds another set.
     """
-    source = SceneSource(look, count, seed, height, width, labelled, degraded)
-    shard_set = write_source(source, Path(), root, per_shard=per_shard)
+    source = SceneSource(look, count, seed, height, width, labelled, layout, degraded)
+    shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
 
@@ -129,6 +143,7 @@ class SceneSource:
     height: int
     width: int
     labelled: bool
+    layout: str = "classic"
     degraded: bool = False
 
     @property
@@ -138,7 +153,7 @@ class SceneSource:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that determines the scenes."""
+        """Everything that determines the scenes. Sets from before there were layouts have none in their settings."""
         return {
             "version": RENDERER_VERSION,
             "look": self.look,
@@ -148,12 +163,15 @@ class SceneSource:
             "width": self.width,
             "labelled": self.labelled,
             **({"degraded": DEGRADATION_VERSION} if self.degraded else {}),
+            **({} if self.layout == "classic" else {"layout": self.layout}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
-        """List the numbers of the scenes. Raises ValueError for an unknown look or a count below 1."""
+        """List the numbers of the scenes. Raises ValueError for an unknown look or layout, or a count below 1."""
         if self.look not in LOOKS:
             raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
+        if self.layout not in LAYOUTS:
+            raise ValueError(f'layout="{self.layout}" is unknown: use {" or ".join(LAYOUTS)}')
         if self.count < 1:
             raise ValueError(f"count={self.count} must be at least 1")
         return map(str, range(self.count))
@@ -161,7 +179,7 @@ class SceneSource:
     def read(self, raw: Path, line: str) -> RawSample:
         """Render a scene and encode its image; include its depth if the set has labels."""
         scene = self.seed * 10_000_000 + int(line)
-        frame = render_scene(scene, look=self.look, height=self.height, width=self.width)
+        frame = render_scene(scene, look=self.look, height=self.height, width=self.width, layout=self.layout)
         quality = 40 + PhiloxRandom(scene, 4).integer(53)
         image = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
         if self.look == "synthetic":
@@ -174,9 +192,11 @@ class SceneSource:
         return RawSample(image, meta, depth=frame.depth, sky=np.isinf(frame.depth))
 
 
-def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _render_arrays(
+    seed: int, *, look: str, layouts: str, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the image, uint8 (H, W, 3), the depth, float32 (H, W) in meters, and the focal length in pixels."""
-    layout = random_layout(seed)
+    layout = random_layout(seed) if layouts == "classic" else varied_layout(seed)
     focal = (width / 2) / math.tan(layout.field)
     u = ((np.arange(width) - (width - 1) / 2) / focal).astype(np.float32)
     v = ((np.arange(height) - (height - 1) / 2) / focal).astype(np.float32)
@@ -189,21 +209,43 @@ def _render_arrays(seed: int, *, look: str, height: int, width: int) -> tuple[np
     number = np.where(in_front, number + np.int16(len(opaque)), np.int16(-1))
     depth = np.where(in_front, depth, behind[0])
     draw = PhiloxRandom(seed, 2 + LOOKS.index(look))
-    air = random_atmosphere(look, indoors=layout.indoors, height=layout.height, draw=draw)
+    if layouts == "classic":
+        air = random_atmosphere(look, indoors=layout.indoors, height=layout.height, draw=draw)
+    else:
+        air = varied_atmosphere(layout, draw)
     solids = opaque + panes
     roles = [("wall", "ceiling", "floor") if s.shape == "shell" else (s.role,) for s in solids]
+
+    def material(role: str) -> Material:
+        if layouts == "classic":
+            return random_material(role, look=look, draw=draw)
+        # Rendered training sets have textures, too: half of the surfaces are as in the photographic look.
+        found = random_material(role, look=draw.choice((look, "photographic")), draw=draw)
+        return vary_material(found, role, detail=layout.detail, draw=draw)
+
     scene = Scene(
-        solids, [tuple(random_material(role, look=look, draw=draw) for role in r) for r in roles], air
+        solids,
+        [tuple(material(role) for role in r) for r in roles],
+        air,
     )
-    if look == "synthetic":
+    if layouts == "classic" and look == "synthetic":
         radiance = shade(scene, view, depth, np.where(in_front, number, behind[1]))
         return synthetic_camera(radiance), depth, focal
     if air.lights:
         center = (layout.origin + layout.rotation[:, 2] * (3.0 if layout.indoors else 12.0)) * np.array(
             [1, 0, 1]
         )
-        first = replace(air.lights[0], shadow=shadow_map(solids, air.lights[0], center))
+        if layouts == "classic":
+            first = replace(air.lights[0], shadow=shadow_map(solids, air.lights[0], center))
+        else:
+            center = layout.origin + layout.rotation[:, 2] * layout.reach
+            first = replace(
+                air.lights[0], shadow=shadow_map(solids, air.lights[0], center, reach=layout.reach)
+            )
         scene = replace(scene, air=replace(air, lights=(first, *air.lights[1:])))
+    if look == "synthetic":
+        radiance = shade(scene, view, depth, np.where(in_front, number, behind[1]))
+        return synthetic_camera(radiance * exposure_gain(radiance, draw)), depth, focal
     image = shade(scene, view, *behind)
     add_reflections(image, scene, view, *behind)
     tint_glass(image, scene, number)
@@ -250,6 +292,13 @@ def synthetic_camera(image: np.ndarray) -> np.ndarray:
     return apply_tone_curve(image * np.float32(0.9), lambda x: x ** (1 / 2.2))
 
 
+def exposure_gain(image: np.ndarray, draw: PhiloxRandom) -> float:
+    """Return the factor that gives linear RGB (3, H, W) a random mean between 0.25 and 0.5."""
+    # a sum of integers is exact
+    gray = int((image[1] * 4096).astype(np.int64).sum()) / (4096 * image[1].size) + 0.02
+    return draw.uniform(0.25, 0.5) / gray
+
+
 def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom) -> np.ndarray:
     """Apply the camera of the photographic look: exposure, white balance, focus, motion, vignette, noise, tone curve.
 
@@ -259,10 +308,7 @@ def photographic_camera(image: np.ndarray, depth: np.ndarray, draw: PhiloxRandom
         draw: Random numbers.
     """
     height, width = depth.shape
-    gray = (
-        int((image[1] * 4096).astype(np.int64).sum()) / (4096 * depth.size) + 0.02
-    )  # a sum of integers is exact
-    gain = draw.uniform(0.25, 0.5) / gray
+    gain = exposure_gain(image, draw)
     balance = color_temperature(draw.uniform(-0.6, 0.6))
     image = image * np.array([gain * c for c in balance], np.float32)[:, None, None]
     if draw.bernoulli(0.35):  # blur grows with the distance from the focal plane

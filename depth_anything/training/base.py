@@ -146,11 +146,14 @@ class DepthModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch; its terms stay on the device in `parts` until the step is logged.
 
-        `parts` also gets "valid_share", the share of the micro-batch's pixels that are valid, between 0 and 1.
+        `parts` also gets "valid_share", the share of the micro-batch's pixels that are valid, between 0 and 1, if the
+        batch has targets.
         """
         parts = self.losses(batch)
-        share = batch["valid"].mean(dtype=parts["loss"].dtype)
-        self.parts.append({**{name: value.detach() for name, value in parts.items()}, "valid_share": share})
+        shares = {}
+        if "valid" in batch:
+            shares["valid_share"] = batch["valid"].mean(dtype=parts["loss"].dtype)
+        self.parts.append({**{name: value.detach() for name, value in parts.items()}, **shares})
         return parts["loss"]
 
     def configure_gradient_clipping(

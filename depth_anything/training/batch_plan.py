@@ -140,7 +140,8 @@ def repeat_for_share(
 
 
 def required_folders(config: RunConfig) -> list[str]:
-    """List the folders of all sets that a fitting run reads, including its validation set."""
+    """List the folders of all sets that a fitting run reads, including the validation set of a depth network."""
     extra = [folder for sets in extra_sets(config).values() for folder in sets.values()]
-    folders = [*config.data.sets.values(), *extra, config.sources.validation]
+    validation = None if config.stage == "pretrain" else config.sources.validation
+    folders = [*config.data.sets.values(), *extra, validation]
     return [str(folder) for folder in folders if folder is not None]

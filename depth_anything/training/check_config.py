@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.errors import UserError
+from depth_anything.training.check_stage import check_metric_stage, check_pretrain_stage
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
 from depth_anything.training.config import (
     CHANGE,
@@ -60,6 +61,8 @@ def resolve_config(cfg: DictConfig) -> RunConfig:
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if values.get("stage") == "pseudolabel":  # size=tiny sets them for the stages that train
         values = {key: value for key, value in values.items() if key not in ("steps", "recipe", "perturb")}
+    elif values.get("stage") == "pretrain":
+        values.pop("perturb", None)  # of size=tiny, too
     return parse_config(values)
 
 
@@ -109,7 +112,9 @@ def validate_config(config: RunConfig) -> None:
     if config.recipe is not None:
         _check_recipe(config)
     if config.stage == "metric":
-        _check_metric_stage(config)
+        check_metric_stage(config)
+    if config.stage == "pretrain":
+        check_pretrain_stage(config)
     _check_resume_with(config.resume_with)
 
 
@@ -425,7 +430,7 @@ def _check_validation(validation: ValidationConfig) -> None:
 
 def _check_recipe(config: RunConfig) -> None:
     recipe = config.recipe
-    weights: tuple[str, ...] = ("ssi_weight", "gm_weight")
+    weights: tuple[str, ...] = ("ssi_weight", "gm_weight") if config.stage != "pretrain" else ()
     weights += ("alignment_weight",) if config.stage == "student" else ()
     weights = ("silog_weight",) if config.stage == "metric" else weights
     present = [name for name in weights if recipe.has(name)]
@@ -460,25 +465,6 @@ def _check_set_names(config: RunConfig) -> None:
                     f"{path} names {name}, but the sets are {', '.join(sets) or '(none)'}",
                     f"type {path}={format_value({closest[0]: value})}",
                 )
-
-
-def _check_metric_stage(config: RunConfig) -> None:
-    near, far, rank, sky = config.min_depth, config.max_depth, config.lora, config.data.sky
-    assert near is not None and far is not None
-    if near >= far:
-        raise UserError(f"min_depth={near} must be less than max_depth={far}", "type min_depth=0.001")
-    if sky not in ("invalid", None) and not isinstance(sky, Mapping):
-        raise UserError(f"data.sky={sky}: the sky has no depth in meters", "type data.sky=invalid")
-    if rank is None:
-        return
-    if config.freeze_encoder:
-        raise UserError(
-            f"lora={rank} trains adapters in the encoder, but freeze_encoder=true",
-            "type freeze_encoder=false",
-        )
-    from depth_anything.model.lora import import_peft
-
-    import_peft()
 
 
 def build_head(config: RunConfig) -> Callable[..., Any] | None:

@@ -51,6 +51,7 @@ stages
   stage=pseudolabel  label sets of images with the teacher
   stage=student      train a network of any size on these labels
   stage=metric       fine-tune a relative network to depth in meters
+  stage=pretrain     train an encoder on images alone, for init= of the other stages
 
 groups (files of configs/)
 {groups}

@@ -12,6 +12,7 @@ from depth_anything.training.value_rules import (
     ANY,
     BETAS,
     CLASS_PATH,
+    CROP_AREA,
     DEVICES,
     FOLDER,
     FRACTION,
@@ -37,7 +38,9 @@ from depth_anything.training.value_rules import (
     text,
 )
 
-FIT_STAGES = ("teacher", "student", "metric")
+DEPTH_STAGES = ("teacher", "student", "metric")
+FIT_STAGES = (*DEPTH_STAGES, "pretrain")
+LABEL_STAGES = (*DEPTH_STAGES, "pseudolabel")
 STAGES = (*FIT_STAGES, "pseudolabel")
 SCHEDULES = ("constant", "linear", "cosine", "poly", "late-cosine")
 
@@ -177,11 +180,17 @@ class Recipe:
     clip_norm: float | None = config_key(
         real(0, above=True, optional=True, example=1.0), default=None, resume=CHANGE
     )
-    ssi_weight: float = config_key(LOSS_WEIGHT, default=1.0, resume=CHANGE, replay_only=True)
-    gm_weight: float = config_key(LOSS_WEIGHT, default=2.0, resume=CHANGE, replay_only=True)
-    gm_scales: int = config_key(integer(1, 10, example=4), default=4, resume=CHANGE, replay_only=True)
-    trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
-    gm_trim: float = config_key(FRACTION, default=0.0, resume=CHANGE, replay_only=True)
+    ssi_weight: float = config_key(
+        LOSS_WEIGHT, default=1.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_weight: float = config_key(
+        LOSS_WEIGHT, default=2.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    gm_scales: int = config_key(
+        integer(1, 10, example=4), default=4, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True
+    )
+    trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
+    gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
     alignment_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=CHANGE)
     alignment_tolerance: float = config_key(
         real(-1, 1, example=0.85), default=0.85, stages=("student",), resume=CHANGE
@@ -216,7 +225,26 @@ class MetricRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeConfig(MetricRecipe, ConfigSection):
+class PretrainRecipe(Recipe):
+    """The hyperparameters of stage=pretrain, masked autoencoding; the losses of depth maps do not apply.
+
+    Attributes:
+        mask_ratio: Share of the patches that the encoder does not see.
+        normalize_targets: Predict the values of a patch minus its mean, divided by its deviation.
+        decoder_width: Channels of the decoder.
+        decoder_depth: Transformer blocks of the decoder.
+        decoder_heads: Attention heads of the decoder.
+    """
+
+    mask_ratio: float = config_key(OPEN_FRACTION, default=0.75, stages=("pretrain",), resume=CHANGE)
+    normalize_targets: bool = config_key(flag(), default=True, stages=("pretrain",), resume=CHANGE)
+    decoder_width: int = config_key(integer(4, 2**14, example=512), default=512, stages=("pretrain",))
+    decoder_depth: int = config_key(integer(1, 100, example=8), default=8, stages=("pretrain",))
+    decoder_heads: int = config_key(integer(1, 2**10, example=16), default=16, stages=("pretrain",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(MetricRecipe, PretrainRecipe, ConfigSection):
     """The `recipe` section: the hyperparameters of any stage, and the class that holds them."""
 
     target: str = config_key(CLASS_PATH, resume=START)
@@ -262,6 +290,7 @@ class SceneSetConfig(ConfigSection):
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
     degraded: bool = config_key(flag(), default=False)
+    layout: str = config_key(choice("classic", "varied"), default="classic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +348,7 @@ class DataConfig(ConfigSection):
 
     target: str = config_key(CLASS_PATH, resume=START)
     sets: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
-    labels: str | None = config_key(OPTIONAL_FOLDER, resume=ECHO)
+    labels: str | None = config_key(OPTIONAL_FOLDER, stages=LABEL_STAGES, resume=ECHO)
     seed: int = config_key(SEED, stages=FIT_STAGES, resume=ECHO, repeats_run=True)
     batch_size: int = config_key(integer(1, 10**6, example=16), resume=ECHO, repeats_run=True)
     streams: int = config_key(
@@ -329,13 +358,14 @@ class DataConfig(ConfigSection):
     workers: int = config_key(integer(0, 1024, example=4), resume=FREE, repeats_run=True)
     labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
-    sky: Any = config_key(SKY, stages=FIT_STAGES, resume=ECHO)
-    perturb: bool = config_key(flag(), stages=FIT_STAGES, resume=ECHO, repeats_run=True)
+    sky: Any = config_key(SKY, stages=DEPTH_STAGES, resume=ECHO)
+    perturb: bool = config_key(flag(), stages=DEPTH_STAGES, resume=ECHO, repeats_run=True)
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
     repeat: dict[str, int] | None = config_key(REPEAT, stages=FIT_STAGES)
     images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
     replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO, repeats_run=True)
     replay_share: float = config_key(OPEN_FRACTION, stages=("metric",), resume=ECHO, repeats_run=True)
+    crop_area: Any = config_key(CROP_AREA, stages=("pretrain",), resume=ECHO, repeats_run=True)
     allow_partial: bool = config_key(flag(), stages=("student", "metric"), resume=FREE, repeats_run=True)
     min_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
     max_depth: float = config_key(ANY, stages=("metric",), resume=ECHO, repeats_run=True)
@@ -382,7 +412,7 @@ class RunConfig(ConfigSection):
     batch_size: int = config_key(integer(1, 10**6, example=16))
     steps: int = config_key(integer(1, 10**9, example=1000), stages=FIT_STAGES, resume=CHANGE)
     image_size: int = config_key(integer(1, 2**14, example=518))
-    perturb: bool = config_key(flag(), default=False, stages=FIT_STAGES, resume=CHANGE)
+    perturb: bool = config_key(flag(), default=False, stages=DEPTH_STAGES, resume=CHANGE)
     sky: Any = config_key(SKY, default=None, stages=("teacher", "student"))
     mix: Any = config_key(SET_NAMES, default=None, stages=("student",))
     cutmix: bool = config_key(flag(), default=False, stages=("student",), resume=CHANGE)
@@ -397,6 +427,7 @@ class RunConfig(ConfigSection):
     min_depth: float | None = config_key(meters(example=0.001), stages=("metric",))
     replay: Any = config_key(SET_NAMES, default=None, stages=("metric",))
     replay_share: float = config_key(OPEN_FRACTION, default=0.1, stages=("metric",), replay_only=True)
+    crop_area: Any = config_key(CROP_AREA, default=(0.2, 1.0), stages=("pretrain",), resume=CHANGE)
     sources: SourcesConfig = config_key(section=SourcesConfig)
     recipe: RecipeConfig = config_key(section=RecipeConfig, stages=FIT_STAGES, is_open=True)
     model: ModelConfig = config_key(section=ModelConfig, default=ModelConfig())

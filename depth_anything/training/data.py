@@ -142,12 +142,7 @@ class TrainData(pl.LightningDataModule):
                 stage=metric needs meters and the set has another unit.
         """
         if self._dataset is None:
-            if self.image_size % self.patch:
-                nearest = max(1, round(self.image_size / self.patch)) * self.patch
-                raise UserError(
-                    f"image_size={self.image_size} is not a multiple of {self.patch}, which the encoder needs",
-                    f"type image_size={nearest}",
-                )
+            self._check_image_size()
             sources: list[Records | JoinedRecords] = []
             for name, root in self.sets.items():
                 images = open_set(root, name=name)
@@ -176,6 +171,14 @@ class TrainData(pl.LightningDataModule):
                 relative=self.replay_sets,
             )
         return self._dataset
+
+    def _check_image_size(self) -> None:
+        if self.image_size % self.patch:
+            nearest = max(1, round(self.image_size / self.patch)) * self.patch
+            raise UserError(
+                f"image_size={self.image_size} is not a multiple of {self.patch}, which the encoder needs",
+                f"type image_size={nearest}",
+            )
 
     def _open_extra_sets(self, key: str, sets: Mapping[str, str]) -> list[Records | JoinedRecords]:
         """Open the sets that `mix` or `replay` adds; photographs without depth are joined with their labels."""

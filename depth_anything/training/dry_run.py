@@ -10,11 +10,18 @@ import torch
 from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
-from depth_anything.training.initialization import check_initial_weights, load_teacher
+from depth_anything.training.image_data import ImageData
+from depth_anything.training.initialization import (
+    build_random_autoencoder,
+    check_initial_weights,
+    crop_multiple,
+    load_teacher,
+)
 from depth_anything.training.pseudolabel import ShardData, describe_teacher
 from depth_anything.training.resume import check_resume_checkpoint
 from depth_anything.training.run_dir import RunDir
@@ -56,16 +63,20 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     _print_batch(config)
 
 
-def _print_network(config: RunConfig) -> DepthAnything:
+def _print_network(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
     """Print the run folder and the size of the network; return the network on the meta device."""
     with torch.device("meta"):
-        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
-        model.pretrained.requires_grad_(not config.freeze_encoder)
-    head = list(model.depth_head.parameters())
+        if config.stage == "pretrain":
+            model: DepthAnything | MaskedAutoencoder = build_random_autoencoder(config)
+        else:
+            model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
+            model.pretrained.requires_grad_(not config.freeze_encoder)
+    part = "decoder" if isinstance(model, MaskedAutoencoder) else "head"
+    head = list(getattr(model, "decoder" if part == "decoder" else "depth_head").parameters())
     encoder = list(model.pretrained.parameters())
     print(f"run         {config.run_dir} (stage={config.stage}, size={config.size})")
     print(f"network     {config.encoder}: {count_parameters(model.parameters())} parameters")
-    print(f"            encoder {count_parameters(encoder)}, head {count_parameters(head)}")
+    print(f"            encoder {count_parameters(encoder)}, {part} {count_parameters(head)}")
     return model
 
 
@@ -78,16 +89,16 @@ def _print_labeling(config: RunConfig) -> None:
     print(f"batch       {config.batch_size} images of one shape and shard, short side {config.image_size}")
 
 
-def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
+def _print_recipe(config: RunConfig, model: DepthAnything | MaskedAutoencoder) -> None:
     """Print what is trained and how, and the starting weights."""
     recipe = config.recipe
-    if config.lora:
+    if config.lora and isinstance(model, DepthAnything):
         with torch.device("meta"):
             add_adapters(model, config.lora)
         print(f"adapters    LoRA of rank {config.lora} in the frozen encoder")
     groups = (
         ("encoder", model.encoder_parameters(), recipe.encoder_lr),
-        ("head", model.head_parameters(), recipe.head_lr),
+        ("decoder" if config.stage == "pretrain" else "head", model.head_parameters(), recipe.head_lr),
     )
     optimizer = config.optimizer.target.rpartition(".")[2]
     for name, parameters, rate in groups:
@@ -95,7 +106,7 @@ def _print_recipe(config: RunConfig, model: DepthAnything) -> None:
     print(f"schedule    {recipe.schedule}, warm-up {recipe.warmup:.0%} of {config.steps:,} steps")
     print(f"loss        {_describe_loss(config)}")
     copied = {"encoder": ", encoder only", "all": ", encoder and head"}.get(config.start or "", "")
-    found = "" if config.init in (None, "hub") or Path(config.init).exists() else NOT_FOUND
+    found = "" if config.init in (None, "hub", "scratch") or Path(config.init).exists() else NOT_FOUND
     print(f"start       {config.init or 'random weights'}{copied if config.init else ''}{found}")
 
 
@@ -139,7 +150,7 @@ def _describe_passes(config: RunConfig) -> str:
     Raises:
         ValueError: As the run would: for a damaged set, another unit, or labels of other images.
     """
-    if not config.data.target.endswith(".TrainData"):
+    if not config.data.target.endswith((".TrainData", ".ImageData")):
         return "unknown for your own data class"
     sets = {**config.data.sets}
     for added in extra_sets(config).values():
@@ -178,11 +189,11 @@ def _count_records(config: RunConfig, sets: Mapping[str, str], absent: Collectio
             arguments[key] = {k: v for k, v in arguments[key].items() if k.partition("/")[0] not in absent}
     if not arguments["sets"]:
         return 0
-    with torch.device("meta"):
-        patch = DepthAnything(config.encoder).multiple
+    patch = crop_multiple(config)
     with tempfile.TemporaryDirectory() as scratch:  # for the list of an unfinished label set
         arguments |= {"run_dir": scratch, "streams": config.streams or 1}
-        return TrainData(**arguments, micro_batch=1, patch=patch).open().stream.records
+        data_class = ImageData if config.stage == "pretrain" else TrainData
+        return data_class(**arguments, micro_batch=1, patch=patch).open().stream.records
 
 
 def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
@@ -198,6 +209,8 @@ def _check_run_dir(config: RunConfig, typed: Collection[str]) -> None:
         for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
     check_initial_weights(config)
+    if config.stage == "pretrain":
+        return
     name, root = config.validation.benchmark, config.sources.validation
     where = config.validation.root if name is not None else root
     if where is not None and not is_remote(str(where)) and Path(where).exists():
@@ -227,6 +240,9 @@ def _check_label_teacher(config: RunConfig) -> None:
 
 def _describe_loss(config: RunConfig) -> str:
     recipe = config.recipe
+    if config.stage == "pretrain":
+        target = "patches of mean 0 and deviation 1" if recipe.normalize_targets else "pixels"
+        return f"squared error of the {recipe.mask_ratio:.0%} masked patches; targets: {target}"
     if config.stage == "metric":
         silog = f"silog, variance focus {recipe.variance_focus:g}, for depth from {config.min_depth:g} to "
         silog += f"{config.max_depth:g} m"

@@ -6,18 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.errors import PSEUDOLABEL_COMMAND, ArgumentWarning, UserError, format_error
 from depth_anything.licenses import combine_licenses
-from depth_anything.model.card import build_card, write_card
+from depth_anything.model.card import build_card, build_encoder_card, write_card
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
 from depth_anything.model.encoder import hub_license, hub_repository
 from depth_anything.model.lora import add_adapters
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder, save_encoder
 from depth_anything.model.official_weights import name_hints
+from depth_anything.model.scratch_init import init_from_scratch
 from depth_anything.model.weights import (
     fingerprint,
     has_head,
@@ -25,18 +27,49 @@ from depth_anything.model.weights import (
     load_model,
     read_head_name,
     read_license,
+    save_model,
 )
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import read_config
 
+Network = TypeVar("Network", bound=DepthAnything | MaskedAutoencoder)
 
-def build_model(config: RunConfig) -> DepthAnything:
-    """Build the network of a run with its starting weights.
 
-    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, or null for
-    random weights, drawn from `seed`. stage=metric predicts meters up to `max_depth`; `start` says which weights of
-    a whole model it copies, `freeze_encoder` freezes the encoder, `lora` trains adapters in place of its weights.
+def build_model(config: RunConfig) -> DepthAnything | MaskedAutoencoder:
+    """Build the network of a run with its starting weights: a depth network, or of stage=pretrain an autoencoder.
+
+    Raises:
+        UserError: As `build_depth_model`; or if `init` of stage=pretrain has another encoder.
+    """
+    if config.stage != "pretrain":
+        return build_depth_model(config)
+    model = build_random_autoencoder(config)
+    if config.init == "scratch":
+        init_from_scratch(model)
+    elif config.init is not None:
+        _load_encoder(model, config)
+    return model
+
+
+def build_random_autoencoder(config: RunConfig) -> MaskedAutoencoder:
+    """Build the encoder and decoder of stage=pretrain with random weights, drawn from `seed`."""
+    torch.manual_seed(config.seed)
+    recipe = config.recipe
+    model = MaskedAutoencoder(
+        config.encoder, width=recipe.decoder_width, depth=recipe.decoder_depth, heads=recipe.decoder_heads
+    )
+    model.input_size = config.image_size
+    return model
+
+
+def build_depth_model(config: RunConfig) -> DepthAnything:
+    """Build the depth network of a run with its starting weights.
+
+    `init` is "hub" (DINOv2 through timm), a DINOv2 file, a model of this project or of the authors, null for random
+    weights by DINOv2's rule, drawn from `seed`, or "scratch" for random weights that suit short runs. stage=metric
+    predicts meters up to `max_depth`; `start` says which weights of a whole model it copies, `freeze_encoder` freezes
+    the encoder, `lora` trains adapters in place of its weights.
     `model.head` names another decoder; of a model with another head than that, only the encoder is copied.
 
     Raises:
@@ -59,21 +92,30 @@ def build_model(config: RunConfig) -> DepthAnything:
     model.input_size = config.image_size  # saved in the model file
     if source is None:
         pass
+    elif source == "scratch":
+        init_from_scratch(model)
     elif other is not None:
         _copy_weights(model, other, start)
         _print_depth_scale_notes(config, model, other)
         base = other.origin.get("start", {}).get("base")
         model.origin = {"start": {"from": _short_path(source), "licence": other.licence, "base": base}}
     else:
-        load_encoder(model, source)
-        named = hub_repository(config.encoder) if source == "hub" else None
-        licence = hub_license(config.encoder) if named else read_license(source)
-        model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
+        _load_encoder(model, config)
     if config.freeze_encoder:
         model.pretrained.requires_grad_(False)
     if config.lora:
         add_adapters(model, config.lora)
     return model
+
+
+def _load_encoder(model: DepthAnything | MaskedAutoencoder, config: RunConfig) -> None:
+    """Load the encoder that `init` names, and record where it comes from."""
+    source = config.init
+    assert source is not None
+    load_encoder(model, source)
+    named = hub_repository(config.encoder) if source == "hub" else None
+    licence = hub_license(config.encoder) if named else read_license(source)
+    model.origin = {"start": {"from": named or _short_path(source), "licence": licence, "base": named}}
 
 
 def check_initial_weights(config: RunConfig) -> None:
@@ -88,7 +130,7 @@ def check_initial_weights(config: RunConfig) -> None:
     if file is None or not file.exists():
         return
     head = build_head(config)
-    if has_head(file) and read_head_name(file) == head_name(head):
+    if config.stage != "pretrain" and has_head(file) and read_head_name(file) == head_name(head):
         load_model(file, encoder=config.encoder, head=head)
     else:
         load_encoder(DepthAnything(config.encoder), file)
@@ -96,7 +138,7 @@ def check_initial_weights(config: RunConfig) -> None:
 
 def _weights_file(config: RunConfig) -> Path | None:
     """Return the file or folder that `init` names; None for the hub and for random weights."""
-    return None if config.init in (None, "hub") else Path(config.init)  # type: ignore[arg-type]
+    return None if config.init in (None, "hub", "scratch") else Path(config.init)  # type: ignore[arg-type]
 
 
 def _reject_teacher_weights(config: RunConfig) -> None:
@@ -113,7 +155,7 @@ def _check_alignment_weights(config: RunConfig) -> None:
     if not config.recipe.alignment_weight:
         return
     file = _weights_file(config)
-    if source is None or (file is not None and file.exists() and has_head(file)):
+    if source in (None, "scratch") or (file is not None and file.exists() and has_head(file)):
         raise UserError(
             f"feature alignment needs DINOv2's weights, and init={source or 'null'} is not DINOv2",
             "type init=hub, init=DINOV2_FILE or recipe.alignment_weight=0",
@@ -149,9 +191,7 @@ def _copy_weights(model: DepthAnything, other: DepthAnything, start: str) -> Non
     model.load_state_dict(state, strict=False)
 
 
-def add_provenance(
-    model: DepthAnything, config: RunConfig, sources: Sequence[Records | JoinedRecords]
-) -> DepthAnything:
+def add_provenance(model: Network, config: RunConfig, sources: Sequence[Records | JoinedRecords]) -> Network:
     """Store in a network what it is trained on, and the combined license of its data, teachers and starting weights.
 
     Raises:
@@ -170,6 +210,26 @@ def add_provenance(
     if config.lora:
         model.origin["lora"] = config.lora
     return model
+
+
+def write_result(
+    model: DepthAnything | MaskedAutoencoder, path: Path, *, title: str, measured: Mapping[str, str]
+) -> None:
+    """Write the model of a finished run and its card; of stage=pretrain the encoder alone.
+
+    Args:
+        model: The trained network.
+        path: model.safetensors in the folder of the run.
+        title: Name of the run.
+        measured: Metric name to its value at the last validation.
+    """
+    if isinstance(model, MaskedAutoencoder):
+        save_encoder(model, path)
+        text = build_encoder_card(model, file=path.name, title=title)
+        write_card(text, path.parent, file=path.name)
+        return
+    save_model(model, path)
+    write_run_card(model, path.parent, title=title, measured=measured)
 
 
 def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
@@ -253,6 +313,17 @@ def _short_path(path: str | Path) -> str:
     """Return the name of a file, with its folder if the name alone is generic."""
     path = Path(path)
     return "/".join(path.parts[-2:]) if path.stem in ("model", "best", "last") else path.name
+
+
+def crop_multiple(config: RunConfig) -> int:
+    """Return the number of pixels that the sides of training crops must be multiples of.
+
+    Of stage=pretrain that is the encoder's patch, which its data module masks.
+    """
+    if config.stage != "pretrain":
+        return image_size_multiple(config.encoder)
+    with torch.device("meta"):
+        return DepthAnything(config.encoder).patch_size
 
 
 def image_size_multiple(encoder: str) -> int:

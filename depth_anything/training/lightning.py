@@ -38,6 +38,7 @@ from depth_anything.training.callbacks import (
 from depth_anything.training.config import RunConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.loggers import build_loggers, logger_nodes
+from depth_anything.training.pretrain import ReconstructionPictures
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
 from depth_anything.training.signals import (
@@ -131,18 +132,22 @@ def build_callbacks(
             they did at this step, as an average of the weights.
     """
     metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
-    validation = ValidationCallback(
-        partial(open_validation_task, config),
-        run_dir,
-        every=config.validation.every,
-        input_size=config.image_size,
-    )
+    checks: list[pl.Callback] = []
+    if config.stage == "pretrain":
+        validation: pl.Callback = ReconstructionPictures(run_dir, every=config.validation.every)
+    else:
+        checks = [ValidPixelCheck(every=config.logging.every)]
+        validation = ValidationCallback(
+            partial(open_validation_task, config),
+            run_dir,
+            every=config.validation.every,
+            input_size=config.image_size,
+        )
     checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
-    valid_pixels = ValidPixelCheck(every=config.logging.every)
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return [
         metrics,
-        valid_pixels,
+        *checks,
         *added,
         validation,
         checkpoints,

@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.training.config import SCHEDULES, OptimizerConfig, Recipe
 from depth_anything.training.value_rules import check_value, choice
 
@@ -46,8 +47,13 @@ def learning_rate_factor(step: int, *, steps: int, warmup: float, schedule: str)
     return max(0.0, 1.0 - done) ** 0.9
 
 
-def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: DepthAnything | MaskedAutoencoder, *, encoder_lr: float, head_lr: float
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into a group for the encoder and one for the head, each with its rate.
+
+    Of a masked autoencoder, biases, norms and tokens are in two more groups without weight decay, as in the authors'
+    code (MAE, main_pretrain.py); its decoder counts as the head.
 
     Raises:
         AssertionError: If a trainable parameter is in no group or in two.
@@ -56,9 +62,21 @@ def parameter_groups(model: DepthAnything, *, encoder_lr: float, head_lr: float)
         {"name": "encoder", "params": list(model.encoder_parameters()), "lr": encoder_lr},
         {"name": "head", "params": list(model.head_parameters()), "lr": head_lr},
     ]
+    if isinstance(model, MaskedAutoencoder):
+        groups = [part for group in groups for part in _split_by_decay(group)]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return groups
+
+
+def _split_by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group into matrices, which decay, and vectors and tokens, which do not."""
+    flat = [p for p in group["params"] if max(p.shape) == p.numel()]
+    rest = [p for p in group["params"] if max(p.shape) != p.numel()]
+    return [
+        {**group, "params": rest},
+        {**group, "name": f"{group['name']}_no_decay", "params": flat, "weight_decay": 0.0},
+    ]
 
 
 def adam_factory(recipe: Recipe) -> OptimizerFactory:

@@ -6,7 +6,6 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from depth_anything.model.weights import save_model
 from depth_anything.training import batch_plan, initialization, lightning, loggers
 from depth_anything.training.check_config import USER_ERRORS, resolve_config
 from depth_anything.training.command import format_failure
@@ -63,7 +62,7 @@ def fit(config: RunConfig) -> None:
         return
     folders, scenes = batch_plan.required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
-    patch = initialization.image_size_multiple(config.encoder)
+    patch = initialization.crop_multiple(config)
     data = instantiate(config.data.as_dict(), micro_batch=micro, patch=patch, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network
     lightning.set_loggers(trainer, config, folder, checkpoint, build=instantiate)
@@ -76,9 +75,8 @@ def fit(config: RunConfig) -> None:
     lightning.run_fit(trainer, module, data, checkpoint)
     lightning.raise_if_incomplete(trainer, callbacks)
     if trainer.is_global_zero:
-        save_model(module.model, folder.model)
         measured = loggers.read_latest(folder.metrics, "val_")
-        initialization.write_run_card(module.model, folder.path, title=config.name, measured=measured)
+        initialization.write_result(module.model, folder.model, title=config.name, measured=measured)
         folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}{folder.describe_best()}")

@@ -100,6 +100,16 @@ def _is_betas(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(beta.accepts, value))
 
 
+def _is_crop_area(value: Any) -> bool:
+    share = real(0, 1, above=True, example=0.2)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(map(share.accepts, value))
+        and value[0] <= value[1]
+    )
+
+
 def _is_set_names(value: Any) -> bool:
     if value is None or isinstance(value, (bool, str)):
         return value != ""
@@ -140,6 +150,7 @@ LOSS_WEIGHT = real(0, example=1.0)
 FRACTION = real(0, 1, below=True, example=0.1)
 OPEN_FRACTION = real(0, 1, above=True, below=True, example=0.1)
 SEED = integer(0, 2**64 - 1, example=0)
+CROP_AREA = ValueRule(_is_crop_area, "two shares above 0 and up to 1, the smaller one first", [0.2, 1.0])
 BETAS = ValueRule(_is_betas, "two numbers from 0 and below 1", [0.9, 0.999])
 SET_NAMES = ValueRule(_is_set_names, "true, null, or names of sets", True)
 KEY_NAMES = ValueRule(_is_key_names, "the names of keys, as [recipe.head_lr,steps]", ["recipe.head_lr"])

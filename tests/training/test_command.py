@@ -17,7 +17,7 @@ from depth_anything.training.command import (
     run_command,
     translate_old_keys,
 )
-from depth_anything.training.config import STAGES
+from depth_anything.training.config import DEPTH_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -26,7 +26,7 @@ CONFIGS = ROOT / "configs"
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("", ["type stage=metric, stage=pseudolabel, stage=student, stage=teacher"]),
+        ("", ["type stage=metric, stage=pretrain, stage=pseudolabel, stage=student, stage=teacher"]),
         ("experiment=claim", ["type stage=metric, "]),
         ("experiment=claims/mixed lora=8", ["lora", "stage=metric"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
@@ -117,7 +117,8 @@ def test_help_lists_stages_choices_keys_and_examples(stage: str) -> None:
         "dry_run",
     ):
         assert word in page
-    assert ("recipe.head_lr=5e-05" in page) == (stage != "pseudolabel")
+    assert ("recipe.head_lr=5e-05" in page) == (stage in DEPTH_STAGES)
+    assert ("recipe.mask_ratio=0.75" in page) == (stage == "pretrain")
     assert ("max_depth=" in page.replace("validation.max_depth", "")) == (
         stage == "metric"
     ) or "max_depth=80" in page

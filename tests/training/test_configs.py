@@ -152,6 +152,20 @@ def test_stage_metric_has_the_authors_numbers() -> None:
     assert (recipe["clip_norm"], recipe["silog_weight"], recipe["variance_focus"]) == (0.1, 10, 0.85)
 
 
+def test_stage_pretrain_has_the_authors_numbers() -> None:
+    """MAE's table 8 and PRETRAIN.md; at size=tiny the same method with a small decoder."""
+    config = composed("stage=pretrain", "size=paper", "encoder=vitl")
+    recipe = config["recipe"]
+    assert config["batch_size"] == 4096 and config["steps"] == 800 * (1_281_167 // 4096)
+    assert recipe["encoder_lr"] == recipe["head_lr"] == pytest.approx(1.5e-4 * 4096 / 256)
+    assert (recipe["betas"], recipe["weight_decay"], recipe["schedule"]) == ([0.9, 0.95], 0.05, "cosine")
+    assert (recipe["mask_ratio"], recipe["normalize_targets"], recipe["warmup"]) == (0.75, True, 40 / 800)
+    assert (recipe["decoder_width"], recipe["decoder_depth"], recipe["decoder_heads"]) == (512, 8, 16)
+    assert set(config["data"]["sets"]) == set(config["sources"]["images"])
+    tiny = composed("stage=pretrain")
+    assert (tiny["encoder"], tiny["image_size"], tiny["recipe"]["mask_ratio"]) == ("vitn", 70, 0.75)
+
+
 def test_tiny_is_the_default() -> None:
     config = composed("stage=teacher")
     assert config["size"] == "tiny" and config["encoder"] == "vitt"

@@ -1,0 +1,44 @@
+import math
+
+import pytest
+import torch
+
+from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.scratch_init import init_from_scratch, sine_cosine_positions
+
+
+def test_positions_equal_the_formula():
+    found = sine_cosine_positions(3, 8)
+    for row in range(3):
+        for column in range(3):
+            expected = [
+                0.5 * f(place / 3 * 6 * 100 ** (-k / 2))
+                for place in (column, row)
+                for f in (math.sin, math.cos)
+                for k in range(2)
+            ]
+            assert found[3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="width=6"):
+        sine_cosine_positions(3, 6)
+
+
+def test_only_positions_and_linear_layers_change_and_seeds_repeat():
+    def build(*, scratch):
+        torch.manual_seed(3)
+        model = DepthAnything("vitn")
+        if scratch:
+            init_from_scratch(model)
+        return model.state_dict()
+
+    plain, one, other = build(scratch=False), build(scratch=True), build(scratch=True)
+    assert all((one[name] == other[name]).all() for name in one)
+    changed = {name for name in one if (one[name] != plain[name]).any()}
+    linear = {
+        f"pretrained.blocks.{k}.{n}.weight"
+        for k in range(4)
+        for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert changed == linear | {"pretrained.pos_embed"}
+    weight = one["pretrained.blocks.0.mlp.fc1.weight"]
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (96 + 384)), rel=0.02)
+    assert (one["pretrained.pos_embed"][0, 1:] == sine_cosine_positions(10, 96)).all()
