@@ -12,7 +12,7 @@ TEACHER_STEPS, STUDENT_STEPS, PRETRAIN_STEPS = 900, 250, 600
 """Optimizer steps of configs/experiment_by_stage/claims/."""
 
 SECONDS_PER_STEP = {"vitn": 0.32, "vitn_reg4": 0.33, "vitt": 0.55, "vits": 2.0}
-"""Seconds of a step of 8 images of 70 px on one of two busy cores (AMD EPYC), for the first estimate of the remaining time."""
+"""Seconds of a step of 8 images of 70 px on one of two busy cores (AMD EPYC), for the first estimate of the time."""
 
 HIGHER_IS_BETTER = {"abs_rel": False, "d1": True, "boundary_f1": True}
 
@@ -309,8 +309,8 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             "| with perturbations | .081 | .048 | .469 | .235 | .134 | .068 |\n"
             "| and feature alignment | .076 | .043 | .458 | .230 | .127 | .066 |",
             "DINOv2's features know what objects are. This encoder is pretrained on a few hundred images for minutes, "
-            "by masked autoencoding (docs/pretraining.md), and knows textures and edges at best. One encoder serves all "
-            "seeds.",
+            "by masked autoencoding (docs/pretraining.md), and knows textures and edges at best. One encoder serves "
+            "all seeds.",
         ),
         Claim(
             "h",
