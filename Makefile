@@ -6,6 +6,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # PyTorch of a new environment; another version: make TORCH="torch==2.11.* torchvision==0.26.*" test
 TORCH ?= torch torchvision
 
+# Photographs and RGB-D frames for make claims (docs/claims.md), and its further options
+REAL ?=
+CLAIMS ?=
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check format docs bench claim claims soak clean
 

@@ -34,7 +34,7 @@ from depth_anything.training.initialization import build_model
 from depth_anything.training.resume import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes, as in claim.py
+TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes, as in claims/
 NEAR, FAR = 1e-3, 80.0
 
 

@@ -11,6 +11,7 @@ adds what is missing. claims.json, claims.md and a picture for each claim and wo
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from benchmarks.claims.images import SCENE_TESTS, list_sets, list_tests, set_dig
 from benchmarks.claims.jobs import START_SECONDS, Job, Scheduler
 from benchmarks.claims.plan import (
     EMBEDDED,
+    PRETRAIN,
+    PRETRAIN_STEPS,
     REAL,
     SECONDS_PER_STEP,
     STUDENT_STEPS,
@@ -34,7 +37,6 @@ from benchmarks.claims.plan import (
 from depth_anything.disk import atomic_write
 from depth_anything.errors import UserError
 
-TEST_SCENES, SCENE_SIZE = 128, (112, 144)
 PHOTO_SIDE = 112
 """Short side of stored photographs, pixels: more than a crop of 70 px needs."""
 
@@ -72,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1, metavar="N", help="threads of a run (%(default)s)")
     add("--teacher-steps", type=int, default=TEACHER_STEPS, metavar="N", help="%(default)s")
     add("--student-steps", type=int, default=STUDENT_STEPS, metavar="N", help="%(default)s")
+    add("--pretrain-steps", type=int, default=PRETRAIN_STEPS, metavar="N", help="%(default)s")
     add(
         "--scenes",
         type=int,
@@ -79,6 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="scenes of each training set (as configs/sources)",
     )
+    add("--test-scenes", type=int, default=128, metavar="N", help="unseen scenes of each look (%(default)s)")
     add(
         "--publish",
         metavar="NAME",
@@ -86,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("override", nargs="*", metavar="KEY=VALUE", help="for every run of train.py, as recipe.warmup=0")
     options = parser.parse_args(arguments)
-    for name in ("jobs", "threads", "teacher_steps", "student_steps"):
+    for name in ("jobs", "threads", "teacher_steps", "student_steps", "pretrain_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if wrong := [word for word in options.override if "=" not in word]:
@@ -112,7 +116,9 @@ def check(options: argparse.Namespace) -> None:
     now = {
         "teacher_steps": options.teacher_steps,
         "student_steps": options.student_steps,
+        "pretrain_steps": options.pretrain_steps,
         "scenes": options.scenes,
+        "test_scenes": options.test_scenes,
         "override": options.override,
         "data": str(options.data.resolve()),
     }
@@ -126,8 +132,9 @@ def check(options: argparse.Namespace) -> None:
 
 def run_folder(run: Run, seed: int, world: str, output: Path) -> Path:
     """Return the folder of a run; those that see no photograph are shared by the worlds."""
+    outer = "all-seeds" if run.all_seeds else f"seed-{seed}"
     inner = "real" if world == REAL and run.photographs else ""
-    return output / f"seed-{seed}" / inner / run.name
+    return output / outer / inner / run.name
 
 
 def figures_file(run: str, seed: int, world: str, output: Path, runs: dict[str, Run]) -> Path:
@@ -143,20 +150,40 @@ def train_command(run: Run, seed: int, world: str, options: argparse.Namespace) 
     seeds = options.output / f"seed-{seed}"
     folder = run_folder(run, seed, world, options.output).parent
     typed = [f"experiment=claims/{run.experiment}", f"stage={run.stage}", f"encoder={run.encoder}"]
-    typed += [f"name={run.name}", f"seed={seed}", f"output_dir={folder}", f"data_dir={options.data}"]
-    typed += ["workers=0", *run.typed]
-    if run.photographs:
-        typed.append(f"labels={folder / ('small-labels' if run.experiment == 'small-teacher' else 'labels')}")
-        if world == REAL:
-            typed += ["sources=photographs", f"photos={options.data / 'real' / 'photographs'}"]
+    typed += [f"name={run.name}", f"seed={0 if run.all_seeds else seed}", "workers=0", *run.typed]
+    typed += [f"output_dir={quote(folder)}", f"data_dir={quote(options.data)}"]
+    if "pretrain" in run.needs:
+        typed.append(f"init={quote(run_folder(PRETRAIN, seed, world, options.output) / 'model.safetensors')}")
+    if run.photographs and run.stage != "pretrain":
+        labels = "small-labels" if run.experiment == "small-teacher" else "labels"
+        typed.append(f"labels={quote(folder / labels)}")
+    if run.photographs and world == REAL:
+        typed += ["sources=photographs", f"photos={quote(options.data / 'real' / 'photographs')}"]
     if run.stage == "pseudolabel":
-        typed.append(f"teacher={seeds / run.needs[0] / 'model.safetensors'}")
+        typed.append(f"teacher={quote(seeds / run.needs[0] / 'model.safetensors')}")
     else:
-        steps = options.teacher_steps if run.stage == "teacher" else options.student_steps
-        typed += [f"steps={steps}", "sources.validation=null"]
+        typed += [f"steps={steps_of(run, options)}", "sources.validation=null"]
     if options.scenes is not None:
         typed += scene_counts(options.scenes, ("synthetic",) if "sources=photographs" in typed else ())
     return [*typed, *options.override]
+
+
+def quote(path: Path) -> str:
+    """Quote a path for Hydra if it has characters with a meaning there."""
+    text = str(path)
+    if re.fullmatch(r"[\w./:@%+-]+", text):
+        return text
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def steps_of(run: Run, options: argparse.Namespace) -> int:
+    """Return the optimizer steps of a run; 0 for one that labels."""
+    steps = {
+        "teacher": options.teacher_steps,
+        "student": options.student_steps,
+        "pretrain": options.pretrain_steps,
+    }
+    return steps.get(run.stage, 0)
 
 
 def scene_counts(count: int, names: Sequence[str] = ()) -> list[str]:
@@ -167,20 +194,13 @@ def scene_counts(count: int, names: Sequence[str] = ()) -> list[str]:
 def data_jobs(options: argparse.Namespace) -> list[Job]:
     """List the jobs that write sets."""
     data, count = options.data, scene_counts(options.scenes) if options.scenes is not None else []
-    common = [f"data_dir={data}", "stage=student", *count]
-    sets = [
-        Job("scenes", "write_sets", {"typed": ["experiment=claims/baseline", *common]}, 80),
-        Job(
-            "degraded-scenes",
-            "write_sets",
-            {"typed": ["experiment=claims/noisy-labels", *common]},
-            40,
-            ("scenes",),
-        ),
-    ]
-    height, width = SCENE_SIZE
+    typed = ["experiment=claims/baseline", f"data_dir={quote(data)}", "stage=student", *count]
+    sets = [Job("scenes", "write_sets", {"typed": typed}, 80)]
+    if {"a", "d"} & set(options.only):
+        degraded = {"typed": ["experiment=claims/noisy-labels", *typed[1:]]}
+        sets.append(Job("degraded-scenes", "write_sets", degraded, 40, ("scenes",)))
     for look in SCENE_TESTS:
-        arguments = {"data": str(data), "look": look, "count": TEST_SCENES, "height": height, "width": width}
+        arguments = {"typed": typed[:3], "look": look, "count": options.test_scenes}
         sets.append(Job(f"test-{look}", "write_test", arguments, 15))
     if options.real is not None:
         photos = ["images", str(options.real / "photos"), str(data / "real" / "photographs")]
@@ -202,7 +222,6 @@ def list_jobs(options: argparse.Namespace, claims: Sequence[Claim], runs: dict[s
     jobs.append(
         Job("mean-map", "judge", {"model": None, "output": mean_map, **places}, 10, ("scenes", *tests))
     )
-    steps = {"teacher": options.teacher_steps, "student": options.student_steps, "pseudolabel": 0}
     for seed in options.seeds:
         for world in worlds:
             for run in runs_of(claims, runs):
@@ -212,13 +231,15 @@ def list_jobs(options: argparse.Namespace, claims: Sequence[Claim], runs: dict[s
                 needs = [job_name(runs[need], seed, world) for need in run.needs]
                 needs += ["photographs"] if world == REAL else ["scenes"]
                 needs += ["degraded-scenes"] if run.experiment in ("noisy-labels", "keep-all-pixels") else []
-                seconds = START_SECONDS + steps[run.stage] * SECONDS_PER_STEP.get(run.encoder, 2.0)
-                seconds += 0 if run.trains else 25
+                steps = steps_of(run, options)
+                seconds = (
+                    START_SECONDS + steps * SECONDS_PER_STEP.get(run.encoder, 2.0) + (0 if steps else 25)
+                )
                 typed = train_command(run, seed, world, options)
                 folder = run_folder(run, seed, world, options.output)
-                if not is_finished(folder, steps[run.stage]):
+                if not is_finished(folder, steps) and name not in {job.name for job in jobs}:
                     jobs.append(Job(name, "train", {"typed": typed}, seconds, tuple(needs)))
-                if run.trains:
+                if run.is_judged:
                     figures = figures_file(run.name, seed, world, options.output, runs)
                     if not is_judged(folder, figures, options):
                         arguments = {"model": str(folder), "output": str(figures), **places}

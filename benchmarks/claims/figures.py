@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FIGURES_VERSION = 1
+FIGURES_VERSION = 2
 """Increase it when the figures of a network change; they are cached by it."""
 
 

@@ -8,11 +8,11 @@ EMBEDDED, REAL = "embedded", "real"
 WORLDS = (EMBEDDED, REAL)
 """Where the photographs come from: procedural scenes, or a folder of real ones."""
 
-TEACHER_STEPS, STUDENT_STEPS = 900, 250
+TEACHER_STEPS, STUDENT_STEPS, PRETRAIN_STEPS = 900, 250, 600
 """Optimizer steps of configs/experiment_by_stage/claims/."""
 
-SECONDS_PER_STEP = {"vitn": 0.24, "vitn_reg4": 0.25, "vitt": 0.40, "vits": 1.6}
-"""Seconds of a step of 8 images of 70 px on one core (AMD EPYC), for the first estimate of the remaining time."""
+SECONDS_PER_STEP = {"vitn": 0.32, "vitn_reg4": 0.33, "vitt": 0.55, "vits": 2.0}
+"""Seconds of a step of 8 images of 70 px on one of two busy cores (AMD EPYC), for the first estimate of the time."""
 
 HIGHER_IS_BETTER = {"abs_rel": False, "d1": True, "boundary_f1": True}
 
@@ -29,6 +29,7 @@ class Run:
         typed: Further overrides.
         needs: Names of the runs that must be finished before.
         photographs: Whether photographs are labeled or trained on, so that each world has a run of its own.
+        all_seeds: Whether the seeds share one run, as DINOv2's weights are one for all.
     """
 
     name: str
@@ -38,11 +39,16 @@ class Run:
     typed: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     photographs: bool = False
+    all_seeds: bool = False
 
     @property
-    def trains(self) -> bool:
-        """Whether the run writes a network."""
-        return self.stage != "pseudolabel"
+    def is_judged(self) -> bool:
+        """Whether the run writes a network that predicts depth."""
+        return self.stage in ("teacher", "student")
+
+
+PRETRAIN = Run("pretrain", "baseline", "pretrain", "vitn", photographs=True, all_seeds=True)
+"""Makes the encoder of claim (g)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def list_runs(sizes: Sequence[str], encoder_file: Path | None) -> dict[str, Run]
 
     Args:
         sizes: Encoders of the students of claim (c).
-        encoder_file: Pretrained encoder (vitn) for claim (g); None leaves that claim out.
+        encoder_file: Pretrained encoder (vitn) for claim (g); None: a run of stage=pretrain makes one.
     """
     labels = {"needs": ("labeling",), "photographs": True}
     runs = [
@@ -153,11 +159,12 @@ def list_runs(sizes: Sequence[str], encoder_file: Path | None) -> dict[str, Run]
             Run(f"baseline-{encoder}", "baseline", "student", encoder, **labels),  # type: ignore[arg-type]
             Run(f"synthetic-only-{encoder}", "synthetic-only", "student", encoder),
         ]
-    if encoder_file is not None:
-        for name, weight in (("alignment-vitn", 1.0), ("no-alignment-vitn", 0.0)):
-            typed = (f"init={encoder_file}", f"recipe.alignment_weight={weight}")
-            run = Run(name, "alignment", "student", "vitn", **labels)  # type: ignore[arg-type]
-            runs.append(replace(run, typed=typed))
+    if encoder_file is None:
+        runs.append(PRETRAIN)
+    for name, weight in (("alignment-vitn", 1.0), ("no-alignment-vitn", 0.0)):
+        typed = (f"recipe.alignment_weight={weight}", *([f"init='{encoder_file}'"] if encoder_file else []))
+        needs = ("labeling",) if encoder_file else ("labeling", "pretrain")
+        runs.append(Run(name, "alignment", "student", "vitn", typed=typed, needs=needs, photographs=True))
     return {run.name: run for run in runs}
 
 
@@ -262,9 +269,9 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
                 ("student of vitn", "small-teacher-student-vitn"),
             ),
             (accuracy("baseline-vitn", "small-teacher-student-vitn"),),
-            "A student of a smaller teacher is not known to us. Networks trained on synthetic images alone (tables 3 and 5), AbsRel "
-            "KITTI / NYU / DIODE: S .104 / .084 / .087, B .094 / .062 / .076, L .081 / .048 / .071, "
-            "G .075 / .044 / .066.",
+            "A student of a smaller teacher is not known to us. Networks trained on synthetic images alone "
+            "(tables 3 and 5), AbsRel KITTI / NYU / DIODE: S .104 / .084 / .087, B .094 / .062 / .076, "
+            "L .081 / .048 / .071, G .075 / .044 / .066.",
             "Between DINOv2-S and DINOv2-G lies a factor of 50 in parameters; here it is 3.",
         ),
         Claim(
@@ -301,8 +308,9 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             "|---|---|---|---|---|---|---|\n"
             "| with perturbations | .081 | .048 | .469 | .235 | .134 | .068 |\n"
             "| and feature alignment | .076 | .043 | .458 | .230 | .127 | .066 |",
-            "DINOv2's features know what objects are. An encoder that was pretrained on a few hundred photographs for "
-            "minutes knows textures and edges at best.",
+            "DINOv2's features know what objects are. This encoder is pretrained on a few hundred images for minutes, "
+            "by masked autoencoding (docs/pretraining.md), and knows textures and edges at best. One encoder serves "
+            "all seeds.",
         ),
         Claim(
             "h",

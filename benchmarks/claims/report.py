@@ -246,7 +246,7 @@ def write_results(
     sets_text, sets = sets_table(figures)
     mean_map = figures.value("mean-map", options.seeds[0], "real", "abs_rel")
     facts = {
-        "command": shlex.join(["python", "-m", "benchmarks.claims", *sys.argv[1:]]),
+        "command": _typed_command(sys.argv[1:]),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -302,10 +302,10 @@ def publish(
             shutil.copyfile(picture, docs / target)
         sections.append(claim_section(claim, summary, picture=target if (docs / target).is_file() else None))
     intro = (Path(__file__).parent / "introduction.md").read_text(encoding="utf-8").strip()
+    earlier = (Path(__file__).parent / "earlier.md").read_text(encoding="utf-8").strip()
     figures = f"[All figures](../benchmarks/results/{name}.json), by seed and by set."
-    page = "\n\n".join([intro, "## Results", *body, figures, *sections, *tail]) + "\n"
+    page = "\n\n".join([intro, "## Results", *body, figures, *sections, *tail, earlier]) + "\n"
     atomic_write(docs / "claims.md", page.encode())
-    content = {**content, "command": content["command"].replace(str(options.real), "DIR")}
     atomic_write(results / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
     plain = [claim_section(c, s, picture=None) for c, s in zip(claims, summaries, strict=True)]
     title = f"# The papers' claims with tiny networks: {content['machine']}, {content['date']}"
@@ -319,6 +319,13 @@ def _sets_sentence(options: argparse.Namespace) -> str:
         "AbsRel, mean over seeds, on the sets that were reserved for judging. No network was trained or tuned on them. "
         "The mean map is the mean disparity of the synthetic training scenes, which ignores the picture; it is fitted "
         "to each frame as the others are."
+    )
+
+
+def _typed_command(words: Sequence[str]) -> str:
+    """Return the command as others would type it: without folders of this machine."""
+    return shlex.join(
+        ["python", "-m", "benchmarks.claims", *("DIR" if word[0:1] == "/" else word for word in words)]
     )
 
 

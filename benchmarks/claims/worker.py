@@ -33,7 +33,9 @@ from depth_anything.evaluation.frames import compute_mean_map, read_frames
 from depth_anything.evaluation.protocols import find_protocol
 from depth_anything.ingest.find_files import IMAGE_SUFFIXES
 from depth_anything.scenes.render import write_scenes
+from depth_anything.training.check_config import resolve_config
 from depth_anything.training.command import run_command
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import write_missing_scenes
 from depth_anything.visualize import colorize, colorize_by_distance, make_panel
 
@@ -68,22 +70,28 @@ def shard(typed: Sequence[str]) -> None:
     sys.exit(command_line(["shard", *typed]))
 
 
-def write_sets(typed: Sequence[str]) -> None:
-    """Write the procedural sets of a config."""
+def read_config(typed: Sequence[str]) -> RunConfig:
+    """Compose and check a config as train.py does."""
     from hydra import compose, initialize_config_dir
 
-    from depth_anything.training.check_config import resolve_config
-
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = resolve_config(compose("train", list(typed)))
-    folders = [scene.root for scene in config.sources.scenes.values()]
-    write_missing_scenes(config.sources.scenes, [f for f in folders if f != config.sources.validation])
+        return resolve_config(compose("train", list(typed)))
 
 
-def write_test(data: str, look: str, count: int, height: int, width: int) -> None:
-    """Write unseen scenes of a look."""
-    root = Path(data) / f"scenes-test-{look}"
-    write_scenes(root, look=look, count=count, seed=SCENE_TESTS[look], height=height, width=width)
+def write_sets(typed: Sequence[str]) -> None:
+    """Write the procedural training sets of a config."""
+    sources = read_config(typed).sources
+    folders = [scene.root for scene in sources.scenes.values() if scene.root != sources.validation]
+    write_missing_scenes(sources.scenes, folders)
+
+
+def write_test(typed: Sequence[str], look: str, count: int) -> None:
+    """Write unseen scenes of a look, otherwise as the validation scenes of a config."""
+    config = read_config(typed)
+    root = Path(config.data_dir) / f"scenes-test-{look}"
+    settings = config.sources.scenes["validation"].as_dict()
+    changes = {"root": str(root), "look": look, "count": count, "seed": SCENE_TESTS[look]}
+    write_scenes(**{**settings, **changes})
 
 
 def judge(model: str | None, data: str, real: str | None, train_set: str, output: str) -> None:

@@ -214,7 +214,7 @@ class DataConfig(ConfigSection):
     labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
     sky: Any = config_key(SKY, stages=DEPTH_STAGES, resume=ECHO)
-    perturb: bool = config_key(flag(), stages=DEPTH_STAGES, resume=ECHO, repeats_run=True)
+    perturb: bool = config_key(flag(), stages=(*DEPTH_STAGES, "segmentation"), resume=ECHO, repeats_run=True)
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
     label_weight: str = config_key(
         choice(*LABEL_WEIGHTS), default="none", stages=("student",), resume=ECHO, repeats_run=True
@@ -294,7 +294,7 @@ class RunConfig(ConfigSection):
     batch_size: int = config_key(integer(1, 10**6, example=16))
     steps: int = config_key(integer(1, 10**9, example=1000), stages=FIT_STAGES, resume=CHANGE)
     image_size: int = config_key(integer(1, 2**14, example=518))
-    perturb: bool = config_key(flag(), default=False, stages=DEPTH_STAGES, resume=CHANGE)
+    perturb: bool = config_key(flag(), default=False, stages=(*DEPTH_STAGES, "segmentation"), resume=CHANGE)
     sky: Any = config_key(SKY, default=None, stages=("teacher", "student"))
     mix: Any = config_key(SET_NAMES, default=None, stages=("student",))
     cutmix: bool = config_key(flag(), default=False, stages=("student",), resume=CHANGE)

@@ -27,6 +27,8 @@ CONFIGS = ROOT / "configs"
     ("typed", "words"),
     [
         ("", ["type stage=metric, stage=pretrain, stage=pseudolabel, stage=student, stage=teacher"]),
+        ("experiment=claim", ["type stage=metric, "]),
+        ("experiment=claims/mixed lora=8", ["lora", "stage=metric"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
         ("stage=teacher size=papr", ["type size=paper "]),
         ("stage=teacher logger=wandbb", ["type logger=wandb "]),
@@ -77,6 +79,8 @@ def test_wrong_overrides_raise_one_line_errors_with_a_correction(typed: str, wor
     "typed",
     [
         "stage=teacher",
+        "experiment=claims/keep-all-pixels recipe.trim=0.2",
+        "experiment=claims/mixed mix=true",
         "stage=metric size=paper sources=nyu max_depth=10 experiment=zoedepth logger=none",
         "stage=student +sources.labelled.mine=data/x mix=[mine] ~sources.images.scenes-photographic",
         "stage=teacher ++sources.scenes.synthetic.per_shard=12 ~experiment logger=null",

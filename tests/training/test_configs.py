@@ -79,6 +79,16 @@ def test_every_trainer_and_source_composes_and_binds(trainer: str, sources: str)
 
 
 @pytest.mark.parametrize(
+    "experiment", sorted(path.stem for path in (CONFIGS / "experiment/claims").glob("*"))
+)
+def test_every_experiment_of_the_claims_composes_and_binds(experiment: str) -> None:
+    """None of them needs stage=, and each has a run folder of its own."""
+    config = composed(f"experiment=claims/{experiment}")
+    assert bind(config) >= 3 and config["stage"] == "student"
+    assert config["name"].startswith(experiment) and config["output_dir"] == "outputs/claims/seed-0"
+
+
+@pytest.mark.parametrize(
     ("typed", "loggers"),
     [
         ("logger=none", []),
