@@ -29,6 +29,29 @@ def add_shard(commands: Any) -> Any:
     kinds = add_command(commands, "shard", "write shards, the format that training reads").add_subparsers(
         dest="kind", metavar="kind", required=True
     )
+    _add_scenes(kinds)
+    images = add_command(kinds, "images", "pack photographs", run=_run_images)
+    images.add_argument("source", metavar="SOURCE", help="folder, text file with a path per line, or tar")
+    images.add_argument("output", metavar="OUT", help="folder of the new set")
+    add_writer_options(images)
+
+    _add_captions(kinds)
+    _add_degraded(kinds)
+    for name, entry in SETS.items():
+        _add_catalog_set(kinds, name, entry)
+
+    index = add_command(
+        kinds, "index", "index tars of other programs, so that they can be read", run=_run_index
+    )
+    index.add_argument(
+        "source", metavar="FOLDER", help="folder of tars; .idx files and manifest.json are written to it"
+    )
+    index.add_argument("--name", help="name of the set (the folder's)")
+    add_license_option(index)
+    return kinds
+
+
+def _add_scenes(kinds: Any) -> None:
     scenes = add_command(kinds, "scenes", "render procedural scenes with exact depth", run=_run_scenes)
     scenes.add_argument("output", metavar="OUT", help="folder of the new set")
     scenes.add_argument(
@@ -81,11 +104,8 @@ def add_shard(commands: Any) -> Any:
         "--classes", action="store_true", help="also write class maps, for stage=segmentation"
     )
 
-    images = add_command(kinds, "images", "pack photographs", run=_run_images)
-    images.add_argument("source", metavar="SOURCE", help="folder, text file with a path per line, or tar")
-    images.add_argument("output", metavar="OUT", help="folder of the new set")
-    add_writer_options(images)
 
+def _add_captions(kinds: Any) -> None:
     captions = add_command(
         kinds, "captions", "pack photographs, or copy shards, with a caption of each image", run=_run_captions
     )
@@ -97,6 +117,9 @@ def add_shard(commands: Any) -> Any:
     )
     captions.add_argument("output", metavar="OUT", help="folder of the new set")
     add_writer_options(captions)
+
+
+def _add_degraded(kinds: Any) -> None:
     degraded = add_command(
         kinds, "degraded", "copy a labeled set with the depth of a poor sensor", run=_run_degraded
     )
@@ -110,19 +133,6 @@ def add_shard(commands: Any) -> Any:
         metavar="N",
         help="seed of noise and holes (%(default)s)",
     )
-
-    for name, entry in SETS.items():
-        _add_catalog_set(kinds, name, entry)
-
-    index = add_command(
-        kinds, "index", "index tars of other programs, so that they can be read", run=_run_index
-    )
-    index.add_argument(
-        "source", metavar="FOLDER", help="folder of tars; .idx files and manifest.json are written to it"
-    )
-    index.add_argument("--name", help="name of the set (the folder's)")
-    add_license_option(index)
-    return kinds
 
 
 def _add_catalog_set(kinds: Any, name: str, entry: CatalogEntry) -> None:

@@ -403,7 +403,9 @@ def _check_repeated_keys(config: RunConfig) -> None:
 
 def _check_encoder(config: RunConfig) -> None:
     from depth_anything.model.encoder import ENCODERS  # imports torch and timm
-    from depth_anything.training.initialization import image_size_multiple
+    from depth_anything.training.initialization import (
+        image_size_multiple,
+    )
 
     name = config.encoder
     if name not in ENCODERS:

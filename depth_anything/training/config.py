@@ -203,7 +203,7 @@ class DataConfig(ConfigSection):
 
     target: str = config_key(CLASS_PATH, resume=START)
     sets: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
-    labels: str | None = config_key(OPTIONAL_FOLDER, stages=LABEL_STAGES, resume=ECHO)
+    labels: str | None = config_key(OPTIONAL_FOLDER, stages=(*LABEL_STAGES, "controlnet"), resume=ECHO)
     seed: int = config_key(SEED, stages=FIT_STAGES, resume=ECHO, repeats_run=True)
     batch_size: int = config_key(integer(1, 10**6, example=16), resume=ECHO, repeats_run=True)
     streams: int = config_key(

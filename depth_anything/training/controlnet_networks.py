@@ -26,7 +26,9 @@ from depth_anything.training.diffusion import (
     load_part,
     write_tiny_base,
 )
-from depth_anything.training.initialization import set_provenance
+from depth_anything.training.provenance import (
+    set_provenance,
+)
 from depth_anything.training.run_dir import RunDir
 
 BASE_FOLDER = "base"

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from depth_anything.class_table import (
+    make_class_table,
+)
 from depth_anything.data.address import is_remote, redact_secrets
-from depth_anything.data.classes import make_class_table
 from depth_anything.data.shards import open_set
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from depth_anything.data.reader import JoinedRecords, Records
-from depth_anything.training import initialization, loggers
+from depth_anything.training import initialization, loggers, provenance
 from depth_anything.training.config import (
     RunConfig,
 )
@@ -50,13 +50,13 @@ class DepthNetworks:
     def build(self, sources: Sequence[Records | JoinedRecords]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Build the network and, for feature alignment, the frozen encoder."""
         model = initialization.build_model(self.config)
-        initialization.add_provenance(model, self.config, sources)
+        provenance.add_provenance(model, self.config, sources)
         return (model,), {"frozen": initialization.build_frozen_encoder(self.config)}
 
     def save(self, module: Any, folder: RunDir) -> None:
         """Write model.safetensors and README.md."""
         measured = loggers.read_latest(folder.metrics, "val_")
-        initialization.write_result(module.model, folder.model, title=self.config.name, measured=measured)
+        provenance.write_result(module.model, folder.model, title=self.config.name, measured=measured)
 
 
 def stage_networks(config: RunConfig) -> StageNetworks:

@@ -403,7 +403,9 @@ def test_labels_of_a_function_are_the_same_after_a_stop(
 def test_official_metric_weights_are_inverted(tmp_path: Path) -> None:
     """By the name of the file, which says the range; "vits" is 22 million parameters and quick."""
     from depth_anything.data.transforms import normalize
-    from depth_anything.training.initialization import open_run_teacher
+    from depth_anything.training.initialization import (
+        open_run_teacher,
+    )
 
     torch.manual_seed(2)
     network = DepthAnything("vits", max_depth=20.0).eval()

@@ -56,6 +56,7 @@ def test_every_shipped_config_is_valid_and_has_all_keys_of_the_schema(stage: str
         "sources.metric",
         "sources.max_depth",
         "sources.steps",
+        "sources.segmentation.",
     )
     wanted = {key for key in list_keys(stage) if not key.startswith(optional)}
     assert wanted - added <= paths(config.as_dict())

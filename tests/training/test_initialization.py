@@ -23,10 +23,12 @@ from depth_anything.training.config import (
     ModelConfig,
 )
 from depth_anything.training.initialization import (
-    add_provenance,
     build_frozen_encoder,
     build_model,
     load_teacher,
+)
+from depth_anything.training.provenance import (
+    add_provenance,
     write_run_card,
 )
 

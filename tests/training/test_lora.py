@@ -16,9 +16,14 @@ from depth_anything.training.config import (
     RunConfig,
 )
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import add_provenance, build_model
+from depth_anything.training.initialization import (
+    build_model,
+)
 from depth_anything.training.metric import Metric
 from depth_anything.training.optimizer import parameter_groups
+from depth_anything.training.provenance import (
+    add_provenance,
+)
 from depth_anything.training.recipes import (
     MetricRecipe,
 )

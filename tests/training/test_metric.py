@@ -24,7 +24,9 @@ from depth_anything.training.config import (
     RunConfig,
 )
 from depth_anything.training.data import TrainData
-from depth_anything.training.initialization import build_model
+from depth_anything.training.initialization import (
+    build_model,
+)
 from depth_anything.training.metric import Metric
 from depth_anything.training.optimizer import learning_rate_factor, parameter_groups
 from depth_anything.training.recipes import (

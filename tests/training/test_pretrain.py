@@ -25,7 +25,10 @@ from depth_anything.training.config import (
     RunConfig,
 )
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import build_frozen_encoder, build_model
+from depth_anything.training.initialization import (
+    build_frozen_encoder,
+    build_model,
+)
 from depth_anything.training.optimizer import parameter_groups
 from depth_anything.training.pretrain import Pretrain, count_visible
 from depth_anything.training.recipes import (
