@@ -47,7 +47,6 @@ STUDENT = [
     "logging.every=1",
     "validation.limit=2",
 ]
-SCENES = [f"sources.scenes.validation.{key}" for key in ("count=4", "height=28", "width=42")]
 
 
 def run(words: list[str], *, cwd: Path) -> str:
@@ -169,9 +168,7 @@ def main() -> None:
         done, same = killed_and_resumed(root, family)
         name = f"student-{family}"
         student = [*STUDENT, f"labels=labels/{family}-photos", f"name={name}", "image_size=70", "trainer=cpu"]
-        run(
-            [str(ROOT / "train.py"), *student, "sources=own", "photos=photos", "workers=0", *SCENES], cwd=root
-        )
+        run([str(ROOT / "train.py"), *student, "sources=own", "photos=photos", "workers=0"], cwd=root)
         rows = (root / f"outputs/{name}/metrics.csv").read_text().splitlines()
         column = rows[0].split(",").index("loss")
         losses = [f"{float(row.split(',')[column]):.3f}" for row in rows[1:] if row.split(",")[column]]
