@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-FAMILIES = ("dpt", "dpt-depth", "zoedepth", "depth_pro", "depth_anything", "depth_anything-metric", "glpn")
+FAMILIES = ("dpt", "zoedepth", "depth_pro", "depth_anything", "depth_anything-metric", "glpn")
+SLOW_FAMILIES = ("dpt-depth",)  # its projection has 256 channels at any size
 DINOV2 = {
     "hidden_size": 32,
     "num_hidden_layers": 4,

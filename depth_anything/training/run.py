@@ -94,8 +94,7 @@ def predict(config: RunConfig) -> None:
     data = instantiate(config.data.as_dict(), **arguments, _convert_="all")
     trainer = build_trainer(config, [])
     if trainer.world_size > 1 or not data.finished():  # several ranks must all enter the loop
-        lightning.run_predict(
-            trainer, instantiate(config.module.as_dict(), teacher.module_argument(), data), data
-        )
+        module = instantiate(config.module.as_dict(), teacher.module_argument(), data)
+        lightning.run_predict(trainer, module, data)
     if trainer.is_global_zero:
         print(data.summary())

@@ -27,7 +27,6 @@ TOLERANCE = 1e-4
 # Family → quantity, unit, farthest and nearest depth in meters. The numbers are those of made_transformers.py.
 KINDS = {
     "dpt": ("disparity", "relative", None, None),
-    "dpt-depth": ("depth", "m", None, 0.01),
     "zoedepth": ("depth", "m", 10, 0.01),
     "depth_pro": ("depth", "m", None, 0.01),
     "depth_anything": ("disparity", "relative", None, None),
@@ -172,6 +171,14 @@ def test_a_model_without_field_of_view_has_no_meters(folders: Path) -> None:
     config.use_fov_model = False
     assert known_kind(config).unit == "relative"
     assert known_kind(transformers.BertConfig()) is None
+
+
+def test_depth_heads_of_dinov2_predict_meters() -> None:
+    """facebook/dpt-dinov2-*-nyu and -kitti; Intel's DPT predicts disparity."""
+    from depth_anything.teachers.transformers_teacher import known_kind
+
+    kinds = [known_kind(transformers.DPTConfig(add_projection=flag)) for flag in (True, False)]
+    assert [(kind.quantity, kind.unit) for kind in kinds] == [("depth", "m"), ("disparity", "relative")]
 
 
 def edit_weights(folder: Path, drop: str) -> None:

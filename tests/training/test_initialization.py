@@ -204,7 +204,7 @@ def test_licenses_go_from_sets_and_teacher_to_the_card(photos):
     save_model(student, run / "model.safetensors")
     write_run_card(student, run, title="student", measured={"abs_rel": "0.12345678"})
     text = (run / "README.md").read_text()
-    assert "| set | 3 | CC-BY-4.0 | `depth_anything_v2_vitl.pth` | CC-BY-NC-4.0 |" in text
+    assert "| set | 3 | CC-BY-4.0 | `depth_anything_v2_vitl.pth` (sha256:ab) | CC-BY-NC-4.0 |" in text
     assert "| abs_rel | 0.1235 |" in text and "Started from random weights." in text
     read = load_model(run)
     assert (read.licence, read.origin) == (student.licence, student.origin)
