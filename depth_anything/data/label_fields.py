@@ -232,9 +232,9 @@ def write_extras(
         if name in fields:
             crop_encoded_map(fields[name], crop, out=out["confidence"][0])
     elif options.weight == "mask" and name in fields:
-        confidence = np.empty((crop.side, crop.side), np.float32)
-        crop_encoded_map(fields[name], crop, out=confidence)
-        _mask(out["target"][0], out["valid"][0], confidence >= options.threshold)
+        trust = np.empty((crop.side, crop.side), np.float32)
+        crop_encoded_map(fields[name], crop, out=trust)
+        _mask(out["target"][0], out["valid"][0], trust >= options.threshold)
     if not options.local:
         return
     target, valid = out["local"][0], out["local_valid"][0]

@@ -201,11 +201,11 @@ NEW_KEYS = (
     "sources.metric.",
     "sources.max_depth",
     "sources.steps",
-    *(
-        f"{prefix}{name}"
-        for name in ("label_weight", "label_threshold", "crop_share")
-        for prefix in ("", "data.")
-    ),
+    "label_",
+    "data.label_",
+    "agreement_tolerance",
+    "crop_share",
+    "data.crop_share",
     "data.local_weight",
     *(f"{prefix}recipe.{name}" for name in ("normalization", "local_weight") for prefix in ("", "module.")),
     "teacher_",
