@@ -165,7 +165,9 @@ def test_alignment_starts_from_the_file_or_from_an_encoder_of_all_seeds(encoder_
     runs = plan.list_runs(("vitn",), encoder_file)
     typed = command.train_command(runs["alignment-vitn"], 1, plan.EMBEDDED, options())
     assert (
-        f"init={encoder_file}" in typed and "recipe.alignment_weight=1.0" in typed and "pretrain" not in runs
+        f"init='{encoder_file}'" in typed
+        and "recipe.alignment_weight=1.0" in typed
+        and "pretrain" not in runs
     )
     runs = plan.list_runs(("vitn",), None)
     for world, folder in ((plan.EMBEDDED, "all-seeds"), (plan.REAL, "all-seeds/real")):

@@ -181,7 +181,7 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             (
                 ("exact depth", "synthetic-only-vitn"),
                 ("degraded depth", "noisy-labels-vitn"),
-                ("degraded depth, no pixel dropped", "keep-all-pixels-vitn"),
+                ("degraded depth, none dropped", "keep-all-pixels-vitn"),
             ),
             (detail("synthetic-only-vitn", "noisy-labels-vitn"),),
             "V2 shows it in pictures. Table 6, DA-2K accuracy of a network trained on "
@@ -215,14 +215,14 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             "The main claim: a student that learns from a teacher's labels of photographs beats the same student on "
             "synthetic images with exact depth (V2 table 5), more so the smaller the student.",
             (
-                ("mean map of the synthetic scenes", "mean-map"),
+                ("mean map of synthetic scenes", "mean-map"),
                 ("teacher (vitt)", "teacher"),
                 *(
                     (f"{label} ({encoder})", f"{name}-{encoder}")
                     for encoder in dict.fromkeys(("vitn", *sizes))
                     for label, name in (
                         ("student on labels", "baseline"),
-                        ("student on synthetic images", "synthetic-only"),
+                        ("student, no labels", "synthetic-only"),
                     )
                 ),
             ),
@@ -263,8 +263,8 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             "A larger teacher makes a better student",
             "V2 takes the largest DINOv2, ViT-G, as its teacher.",
             (
-                ("teacher vitt, 2.6 million parameters", "teacher"),
-                ("teacher vitn, 0.8 million parameters", "small-teacher"),
+                ("teacher vitt (2.6 M)", "teacher"),
+                ("teacher vitn (0.8 M)", "small-teacher"),
                 ("student of vitt", "baseline-vitn"),
                 ("student of vitn", "small-teacher-student-vitn"),
             ),
@@ -298,8 +298,8 @@ def list_claims(sizes: Sequence[str]) -> list[Claim]:
             "V1 keeps the student's features close to those of the frozen encoder that it starts from (§3.3); V2 "
             "keeps that loss.",
             (
-                ("pretrained encoder, alignment", "alignment-vitn"),
-                ("pretrained encoder, no alignment", "no-alignment-vitn"),
+                ("pretrained, aligned", "alignment-vitn"),
+                ("pretrained, not aligned", "no-alignment-vitn"),
                 ("random encoder", "baseline-vitn"),
             ),
             (accuracy("alignment-vitn", "no-alignment-vitn"),),

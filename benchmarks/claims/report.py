@@ -181,8 +181,7 @@ def claim_section(claim: Claim, summary: dict[str, Any], *, picture: str | None)
     if summary["comparisons"]:
         parts.append("\n".join(comparison_lines(summary)))
     if picture:
-        columns = ", ".join(arm["label"] for arm in summary["arms"] if arm["run"] != "mean-map")
-        parts.append(f"![Unseen scenes: image, truth, {columns}]({picture})".replace("\n", " "))
+        parts.append(f"![Unseen scenes: image, truth, and the networks of the table]({picture})")
     parts += [wrap("The paper. " + claim.paper), wrap("What this cannot show. " + claim.limits)]
     return "\n\n".join(parts)
 

@@ -277,6 +277,12 @@ def _group_choices(folders: Sequence[Path], group: str) -> list[str]:
     return sorted(path.with_suffix("").as_posix() for path in files)
 
 
+def _fold_folders(choices: Sequence[str]) -> list[str]:
+    """Shorten a list of choices: those of a folder are written once, as claims/NAME."""
+    folders = dict.fromkeys(name.partition("/")[0] for name in choices if "/" in name)
+    return [*(name for name in choices if "/" not in name), *(f"{folder}/NAME" for folder in folders)]
+
+
 def _check_group_choice(one: Override, folders: Sequence[Path]) -> None:
     """Check that the chosen file of a group exists."""
     group, chosen = one.key_or_group, one.value()
@@ -427,7 +433,7 @@ def format_help(overrides: Sequence[str], configs: Path) -> str:
         rule = known.rule.text if known is not None and known.rule is not None else ""
         lines.append(f"  {path}={format_value(node)}".ljust(46) + rule)
     groups = "\n".join(
-        f"  {group + '=' + ', '.join(_group_choices([configs], group)):<68}{text}"
+        f"  {group + '=' + ', '.join(_fold_folders(_group_choices([configs], group))):<68}{text}"
         for group, text in CONFIG_GROUPS.items()
     )
     return HELP.format(groups=groups, keys="\n".join(lines), stage=stage, size=choices["size"])
