@@ -29,6 +29,10 @@ from depth_anything.training.config import (
     SceneSetConfig,
 )
 
+_MAX_SCENE_WORKERS = 8
+_PARALLEL_SCENES = 256
+"""Smaller procedural sets are rendered in this process: starting workers would take longer."""
+
 
 def require_truth(source: Records | JoinedRecords, root: str) -> None:
     """Check that the first readable record of a set has depth or disparity.
@@ -137,8 +141,9 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
     """
     for scene in scenes.values():
         if scene.root in needed and not is_remote(scene.root):
-            cores = len(os.sched_getaffinity(0))
-            write_scenes(**scene.as_dict(), workers=min(cores, 8) if cores > 1 else 0)
+            cores = min(len(os.sched_getaffinity(0)), _MAX_SCENE_WORKERS)
+            parallel = cores > 1 and scene.count >= _PARALLEL_SCENES
+            write_scenes(**scene.as_dict(), workers=cores if parallel else 0)
 
 
 class TrainData(pl.LightningDataModule):
