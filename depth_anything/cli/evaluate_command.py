@@ -16,6 +16,7 @@ from depth_anything.cli.options import (
     WEIGHTS_HELP,
     add_command,
     add_inference_flags,
+    add_multi_scale_flag,
     add_version_flag,
     build_predictor,
     build_segmentation_predictor,
@@ -121,11 +122,7 @@ def add_evaluate(commands: Any) -> None:
         help="meters of a metric model whose file does not say it",
     )
     add_inference_flags(evaluate)
-    evaluate.add_argument(
-        "--multi-scale",
-        action="store_true",
-        help="segmentation models: also evaluate the mean over scales 0.5 to 2 and mirrored images",
-    )
+    add_multi_scale_flag(evaluate)
     evaluate.set_defaults(flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}"})
 
 

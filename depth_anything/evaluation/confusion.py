@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depth_anything.data.classes import IGNORED
+from depth_anything.classes import IGNORED
 
 
 def count_confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

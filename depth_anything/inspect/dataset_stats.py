@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from depth_anything.classes import IGNORED, read_class_table
 from depth_anything.data.address import redact_secrets
-from depth_anything.data.classes import IGNORED, read_class_table
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import IMAGE_FIELDS, decode_labels
 from depth_anything.data.tars import ShardSet

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from depth_anything.classes import make_class_table
 from depth_anything.data.address import is_remote, redact_secrets
-from depth_anything.data.classes import make_class_table
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel

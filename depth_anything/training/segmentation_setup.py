@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from depth_anything.data.classes import ClassTable
+from depth_anything.classes import ClassTable
 from depth_anything.data.shards import open_set
 from depth_anything.errors import UserError
 from depth_anything.evaluation.segmentation_task import SegmentationTask, task_from_class_set

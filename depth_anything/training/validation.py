@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.callbacks import WeightAveraging
 
-from depth_anything.data.classes import paint_classes
+from depth_anything.classes import paint_classes
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write

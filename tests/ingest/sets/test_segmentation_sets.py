@@ -12,8 +12,8 @@ from made_segmentation import (
     save,
 )
 
+from depth_anything.classes import read_class_table
 from depth_anything.cli import main
-from depth_anything.data.classes import read_class_table
 from depth_anything.data.shards import open_set
 from depth_anything.evaluation.frames import read_frames
 from depth_anything.ingest.custom_segmentation import load_segmentation_declaration
