@@ -47,14 +47,10 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
 from depth_anything.training.base import DepthModule
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.lightning import build_callbacks
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.run import build_trainer
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.valid_pixels import ValidPixelCheck

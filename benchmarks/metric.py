@@ -30,9 +30,7 @@ from depth_anything.data.sample import Frame
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.frames import read_frames
 from depth_anything.training.check_config import parse_config
-from depth_anything.training.initialization import (
-    build_model,
-)
+from depth_anything.training.initialization import build_model
 from depth_anything.training.resume import read_config
 
 ROOT = Path(__file__).resolve().parents[1]

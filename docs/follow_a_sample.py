@@ -25,9 +25,7 @@ from depth_anything.data.transforms import crop_image, crop_map, draw_crop, draw
 from depth_anything.losses import invariant_losses
 from depth_anything.preprocess import resize_shape
 from depth_anything.scenes.render import render_scene, write_scenes
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.teacher import Teacher
 
 SEED, IMAGE_SIZE, STREAMS, BATCH = 0, 70, 8, 4

@@ -8,9 +8,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import FlatConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from depth_anything.class_table import (
-    make_class_table,
-)
+from depth_anything.classes import make_class_table
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 

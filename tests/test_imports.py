@@ -17,7 +17,7 @@ SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 # A top-level module or package may import itself and lower layers, but not others of its layer.
 LAYERS = (
     {"errors"},
-    {"class_table", "disk", "geometry", "licenses", "preprocess"},
+    {"classes", "disk", "geometry", "licenses", "preprocess"},
     {"locks"},
     {"model", "data", "losses", "metrics", "visualize"},
     {"progress"},

@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from depth_anything.training.base import DepthModule
 from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.loggers import MetricsCSV
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 
 SIDE = 8
 

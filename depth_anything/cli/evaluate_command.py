@@ -17,6 +17,7 @@ from depth_anything.cli.options import (
     add_command,
     add_focal_flags,
     add_inference_flags,
+    add_multi_scale_flag,
     add_version_flag,
     build_predictor,
     build_segmentation_predictor,
@@ -111,11 +112,7 @@ def add_evaluate(commands: Any) -> None:
     )
     add_focal_flags(evaluate, default="of images whose records do not say it: assumed")
     add_inference_flags(evaluate)
-    evaluate.add_argument(
-        "--multi-scale",
-        action="store_true",
-        help="segmentation models: also evaluate the mean over scales 0.5 to 2 and mirrored images",
-    )
+    add_multi_scale_flag(evaluate)
     evaluate.set_defaults(flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}"})
 
 

@@ -189,6 +189,15 @@ def add_focal_flags(command: argparse.ArgumentParser, *, default: str, points: b
     )
 
 
+def add_multi_scale_flag(command: argparse.ArgumentParser) -> None:
+    """Add the flag for averaging over scales."""
+    command.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="segmentation models: average scales 0.5 to 2 and mirrored images; evaluate adds this as a model",
+    )
+
+
 def add_tiles_flag(command: argparse.ArgumentParser) -> None:
     """Add the flag for tiling large images."""
     command.add_argument(

@@ -13,6 +13,7 @@ from depth_anything.cli.options import (
     add_command,
     add_focal_flags,
     add_inference_flags,
+    add_multi_scale_flag,
     add_output_flags,
     add_tiles_flag,
     add_weight_flags,
@@ -108,11 +109,7 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
     )
     add_inference_flags(command)
     add_tiles_flag(command)
-    command.add_argument(
-        "--multi-scale",
-        action="store_true",
-        help="segmentation models: average over scales 0.5 to 2 and mirrored images",
-    )
+    add_multi_scale_flag(command)
 
 
 def _predict(options: argparse.Namespace) -> int:

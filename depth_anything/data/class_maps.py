@@ -1,4 +1,7 @@
-"""Class maps: the labels of semantic segmentation, as PNG in records and in the files of data sets."""
+"""Class maps in files: the PNG of a record, and label maps of other data sets.
+
+A class map is uint8 (H, W); see `depth_anything.classes`.
+"""
 
 from collections.abc import Mapping, Sequence
 

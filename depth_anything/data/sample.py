@@ -16,11 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from depth_anything.data import codec as map_codec
-from depth_anything.data.class_maps import (
-    CLASSES_FIELD,
-    decode_classes,
-    encode_classes,
-)
+from depth_anything.data.class_maps import CLASSES_FIELD, decode_classes, encode_classes
 from depth_anything.data.image_headers import MAX_PIXELS, check_decode_cost, open_image, picture_decode_cost
 from depth_anything.preprocess import composite_on_white
 

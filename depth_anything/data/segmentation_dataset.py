@@ -5,13 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-)
-from depth_anything.data.class_maps import (
-    CLASSES_FIELD,
-    decode_classes,
-)
+from depth_anything.classes import IGNORED
+from depth_anything.data.class_maps import CLASSES_FIELD, decode_classes
 from depth_anything.data.dataset import StreamDataset, Timer, no_timer, record_errors
 from depth_anything.data.reader import RecordSource
 from depth_anything.data.sample import decode_image_and_meta

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-)
+from depth_anything.classes import IGNORED
 
 
 def count_confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -9,13 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-    ClassTable,
-    paint_classes,
-    read_class_table,
-    table_to_list,
-)
+from depth_anything.classes import IGNORED, ClassTable, paint_classes, read_class_table, table_to_list
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame
 from depth_anything.data.tars import ShardSet

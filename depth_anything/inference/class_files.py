@@ -8,15 +8,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from depth_anything.class_table import (
-    ClassTable,
-    paint_classes,
-    palette,
-    table_to_list,
-)
-from depth_anything.data.class_maps import (
-    encode_classes,
-)
+from depth_anything.classes import ClassTable, paint_classes, palette, table_to_list
+from depth_anything.data.class_maps import encode_classes
 from depth_anything.errors import UserError
 from depth_anything.inference.files import PredictionWriter, PredictSettings, PreparedImage
 from depth_anything.inference.formats import GAP_PX, PNG_COMPRESSION

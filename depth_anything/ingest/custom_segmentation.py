@@ -9,16 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-    ClassTable,
-    make_class_table,
-    table_to_list,
-)
-from depth_anything.data.class_maps import (
-    map_labels,
-    read_label_png,
-)
+from depth_anything.classes import IGNORED, ClassTable, make_class_table, table_to_list
+from depth_anything.data.class_maps import map_labels, read_label_png
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.data.sample import decode_image
 from depth_anything.ingest.custom import PathPattern, printable_path

@@ -8,9 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-)
+from depth_anything.classes import IGNORED
 from depth_anything.data.captions import CAPTION_FIELD, encode_captions
 from depth_anything.data.image_headers import detect_format, open_image
 from depth_anything.data.sample import LABEL_FIELDS, Frame, decode_image, encode_frame, image_warnings

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.class_table import (
-    ClassTable,
-)
+from depth_anything.classes import ClassTable
 
 FILE_ERRNOS = (
     errno.ENOENT,

@@ -17,9 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from depth_anything.class_table import (
-    table_to_list,
-)
+from depth_anything.classes import table_to_list
 from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
 from depth_anything.disk import remove_stale, write_new

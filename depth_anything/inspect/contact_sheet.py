@@ -6,12 +6,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from depth_anything.class_table import (
-    IGNORED,
-    MAX_CLASSES,
-    make_class_table,
-    paint_classes,
-)
+from depth_anything.classes import IGNORED, MAX_CLASSES, make_class_table, paint_classes
 from depth_anything.data.sample import Frame
 from depth_anything.visualize import colorize_by_distance, make_panel
 

@@ -7,10 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from depth_anything.class_table import (
-    IGNORED,
-    read_class_table,
-)
+from depth_anything.classes import IGNORED, read_class_table
 from depth_anything.data import codec
 from depth_anything.data.address import redact_secrets
 from depth_anything.data.reader import Records

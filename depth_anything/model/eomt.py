@@ -60,7 +60,7 @@ class EoMTHead(nn.Module):
             raise UserError(
                 "head=eomt needs at least one query, block and point", "type head_options.blocks=4"
             )
-        config = EomtConfig(
+        config = EomtConfig(  # type: ignore[call-arg]  # num_labels is of its base class
             hidden_size=width,
             num_queries=chosen.queries,
             num_blocks=chosen.blocks,

@@ -108,7 +108,7 @@ class Mask2FormerHead(nn.Module):
                 f"{chosen.encoder_layers} and {chosen.decoder_layers} layers and {chosen.points} points",
                 f"type head_options.channels= a multiple of {_GROUPS}, and at least 1 of the others",
             )
-        config = Mask2FormerConfig(
+        config = Mask2FormerConfig(  # type: ignore[call-arg]  # num_labels is of its base class
             feature_size=channels,
             mask_feature_size=channels,
             hidden_dim=channels,

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.class_table import (
-    IGNORED,
-)
+from depth_anything.classes import IGNORED
 from depth_anything.errors import UserError
 
 INSTALL_ADVICE = "pip install 'depth-anything-train[segmentation]'"

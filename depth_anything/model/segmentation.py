@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depth_anything.class_table import (
-    ClassTable,
-)
+from depth_anything.classes import ClassTable
 from depth_anything.errors import Argument, UserError
 from depth_anything.model.depth_anything import OFFICIAL_PATCH
 from depth_anything.model.encoder import DINOv2, EncoderSpec, build_encoder, canonical_encoder_name

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from depth_anything.class_table import (
-    parse_class_table,
-    table_to_list,
-)
+from depth_anything.classes import parse_class_table, table_to_list
 from depth_anything.errors import Argument, UserError
 from depth_anything.model.metadata import (
     MAX_INPUT_SIZE,

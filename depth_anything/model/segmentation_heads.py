@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from depth_anything.class_table import (
-    IGNORED,
-)
+from depth_anything.classes import IGNORED
 from depth_anything.model.dpt import DPTHead
 
 

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from depth_anything.class_table import (
-    make_class_table,
-)
+from depth_anything.classes import make_class_table
 from depth_anything.scenes.layout import SceneLayout
 from depth_anything.scenes.raycast import PinholeView, Solid
 

@@ -18,10 +18,7 @@ from depth_anything.training.optimizer import (
     learning_rate_factor,
     parameter_groups,
 )
-from depth_anything.training.recipes import (
-    ControlNetRecipe,
-    Recipe,
-)
+from depth_anything.training.recipes import ControlNetRecipe, Recipe
 from depth_anything.training.resume import apply_recipe
 
 __all__ = ["DepthModule", "Recipe"]

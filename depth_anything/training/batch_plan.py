@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from depth_anything.errors import UserError
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.value_rules import format_value
 
 SOURCE_GROUPS = {"mix": "labelled", "replay": "images"}

@@ -20,11 +20,7 @@ from depth_anything.training.check_stage import (
     without_foreign_keys,
 )
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
-from depth_anything.training.config import (
-    DataConfig,
-    RunConfig,
-    ValidationConfig,
-)
+from depth_anything.training.config import DataConfig, RunConfig, ValidationConfig
 from depth_anything.training.config_schema import (
     CHANGE,
     STAGES,

@@ -1,9 +1,7 @@
 """Validate the keys of stage=pseudolabel that several teachers share."""
 
 from depth_anything.errors import UserError
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.value_rules import format_value
 
 

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from depth_anything.errors import UserError
-from depth_anything.training.config import (
-    TrainerConfig,
-)
+from depth_anything.training.config import TrainerConfig
 from depth_anything.training.value_rules import check_value, choice, format_value
 
 #: Arguments of Lightning's Trainer that a run sets itself, and the key to type in their place.

@@ -24,9 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from depth_anything.data.address import redact_secrets
 from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
 from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
-from depth_anything.training.config_schema import (
-    STAGES,
-)
+from depth_anything.training.config_schema import STAGES
 from depth_anything.training.redact import install_redaction
 from depth_anything.training.signals import signal_handler
 from depth_anything.training.value_rules import format_value

@@ -21,11 +21,7 @@ from depth_anything.training.config_schema import (
     config_key,
     keys_of,
 )
-from depth_anything.training.recipes import (
-    MetricRecipe,
-    PretrainRecipe,
-    check_recipe_values,
-)
+from depth_anything.training.recipes import MetricRecipe, PretrainRecipe, check_recipe_values
 from depth_anything.training.value_rules import (
     ANY,
     CLASS_PATH,

@@ -13,9 +13,7 @@ from depth_anything.errors import UserError
 from depth_anything.training.base import continue_from_checkpoint, schedule_optimizer
 from depth_anything.training.diffusion import DiffusionBase
 from depth_anything.training.optimizer import OptimizerFactory, adam_factory
-from depth_anything.training.recipes import (
-    ControlNetRecipe,
-)
+from depth_anything.training.recipes import ControlNetRecipe
 from depth_anything.visualize import conditioning_image
 
 __all__ = ["ControlNetModule", "ControlNetRecipe"]

@@ -14,9 +14,7 @@ from depth_anything.licenses import card_license_fields, combine_licenses
 from depth_anything.model.card import data_table, escape_markdown, markdown_code, seal_card, write_card
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training import loggers
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet import ControlNetPair
 from depth_anything.training.diffusion import (
     CONDITIONING_CHANNELS,
@@ -26,9 +24,7 @@ from depth_anything.training.diffusion import (
     load_part,
     write_tiny_base,
 )
-from depth_anything.training.provenance import (
-    set_provenance,
-)
+from depth_anything.training.provenance import set_provenance
 from depth_anything.training.run_dir import RunDir
 
 BASE_FOLDER = "base"

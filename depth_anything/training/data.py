@@ -25,9 +25,7 @@ from depth_anything.disk import write_new
 from depth_anything.errors import PSEUDOLABEL_COMMAND, UserError
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
-from depth_anything.training.config import (
-    SceneSetConfig,
-)
+from depth_anything.training.config import SceneSetConfig
 
 _MAX_SCENE_WORKERS = 8
 _PARALLEL_SCENES = 256

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from depth_anything.class_table import (
-    make_class_table,
-)
+from depth_anything.classes import make_class_table
 from depth_anything.data.address import is_remote, redact_secrets
 from depth_anything.data.shards import open_set
 from depth_anything.model.depth_anything import DepthAnything
@@ -20,11 +18,7 @@ from depth_anything.teachers.open_teacher import is_present, teacher_kind
 from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.check_config import build_head
-from depth_anything.training.config import (
-    RecipeConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from depth_anything.training.config import RecipeConfig, RunConfig, TrainerConfig
 from depth_anything.training.data import TrainData
 from depth_anything.training.diffusion import check_base, meta_controlnet
 from depth_anything.training.image_data import ImageData

@@ -34,12 +34,8 @@ from depth_anything.teachers.open_teacher import (
 )
 from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
-from depth_anything.training.config import (
-    RunConfig,
-)
-from depth_anything.training.provenance import (
-    short_path,
-)
+from depth_anything.training.config import RunConfig
+from depth_anything.training.provenance import short_path
 from depth_anything.training.resume import read_config
 from depth_anything.training.segmentation_setup import build_segmentation_model, check_segmentation_weights
 

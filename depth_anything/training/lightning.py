@@ -35,9 +35,7 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
 from depth_anything.training.loggers import build_loggers, logger_nodes

@@ -9,9 +9,7 @@ from depth_anything.geometry import depth_to_disparity
 from depth_anything.losses import silog_loss
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.training.base import DepthModule
-from depth_anything.training.recipes import (
-    MetricRecipe,
-)
+from depth_anything.training.recipes import MetricRecipe
 
 __all__ = ["Metric", "MetricRecipe"]
 

@@ -8,13 +8,8 @@ from hydra.utils import instantiate
 
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
-from depth_anything.training.config import (
-    OptimizerConfig,
-)
-from depth_anything.training.recipes import (
-    SCHEDULES,
-    Recipe,
-)
+from depth_anything.training.config import OptimizerConfig
+from depth_anything.training.recipes import SCHEDULES, Recipe
 from depth_anything.training.value_rules import check_value, choice
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]

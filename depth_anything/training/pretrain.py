@@ -22,9 +22,7 @@ from depth_anything.model.masked_autoencoder import (
 from depth_anything.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
-from depth_anything.training.recipes import (
-    PretrainRecipe,
-)
+from depth_anything.training.recipes import PretrainRecipe
 from depth_anything.training.run_dir import RunDir
 from depth_anything.visualize import make_panel
 

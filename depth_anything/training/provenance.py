@@ -22,9 +22,7 @@ from depth_anything.teachers.open_teacher import (
     is_hub_name,
     teacher_kind,
 )
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 
 Network = TypeVar("Network", bound=DepthAnything | MaskedAutoencoder)
 

@@ -14,16 +14,8 @@ from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.errors import UserError
 from depth_anything.training.batch_plan import format_override
 from depth_anything.training.check_config import find_default, find_key
-from depth_anything.training.config import (
-    RunConfig,
-)
-from depth_anything.training.config_schema import (
-    CHANGE,
-    ECHO,
-    FREE,
-    SAME,
-    START,
-)
+from depth_anything.training.config import RunConfig
+from depth_anything.training.config_schema import CHANGE, ECHO, FREE, SAME, START
 from depth_anything.training.value_rules import format_value
 
 #: Keys whose value is a mapping that is compared as a whole.

@@ -9,9 +9,7 @@ from omegaconf import DictConfig
 from depth_anything.training import batch_plan, initialization, lightning
 from depth_anything.training.check_config import USER_ERRORS, resolve_config
 from depth_anything.training.command import format_failure
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import write_missing_scenes
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.optimizer import optimizer_factory

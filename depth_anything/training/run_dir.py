@@ -17,9 +17,7 @@ from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
     FlatConfig,

@@ -9,9 +9,7 @@ from depth_anything.model.segmentation import SegmentationModel
 from depth_anything.model.segmentation_files import build_segmentation_metadata
 from depth_anything.training.base import DepthModule
 from depth_anything.training.optimizer import learning_rate_factor
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 
 EMBEDDINGS = ("cls_token", "pos_embed", "mask_token", "reg_token", "level_embed")
 """Names of parameters that are embeddings and no weights, and are not decayed."""

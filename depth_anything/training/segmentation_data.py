@@ -3,13 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from depth_anything.class_table import (
-    ClassTable,
-    read_class_table,
-)
-from depth_anything.data.class_maps import (
-    CLASSES_FIELD,
-)
+from depth_anything.classes import ClassTable, read_class_table
+from depth_anything.data.class_maps import CLASSES_FIELD
 from depth_anything.data.reader import Records
 from depth_anything.data.segmentation_dataset import SegmentationDataset
 from depth_anything.data.shards import open_set

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import torch
 
-from depth_anything.class_table import (
-    ClassTable,
-)
+from depth_anything.classes import ClassTable
 from depth_anything.data.shards import open_set
 from depth_anything.errors import UserError
 from depth_anything.evaluation.segmentation_task import SegmentationTask, task_from_class_set
@@ -16,9 +14,7 @@ from depth_anything.model.mask_heads import require_transformers
 from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel, WindowRule
 from depth_anything.model.weights import load_encoder, read_license
 from depth_anything.training.check_config import build_head
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.segmentation_data import read_classes
 
 

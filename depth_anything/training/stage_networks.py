@@ -6,9 +6,7 @@ from typing import Any, Protocol
 
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.training import initialization, loggers, provenance
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 
 RESULTS = {"controlnet": "controlnet/diffusion_pytorch_model.safetensors"}

@@ -81,7 +81,7 @@ class ValidPixelCheck(StepCallback):
         metric: Any = batch["metric"] if "metric" in batch else None
         if metric is None:
             data = self._open_data(trainer)
-            metric = data.depth_range is not None or data.is_categorical
+            metric = data.depth_range is not None or getattr(data, "is_categorical", False)
         valid = has_valid_target(batch["target"], batch["valid"], metric)
         self._pending.append((trainer.global_step + 1, torch.stack([batch["sample"], valid.long()])))
 
@@ -195,7 +195,7 @@ def _describe_sample(data: StreamDataset, number: int) -> str:
     """Describe a sample without a valid target: its shard and key, the values of its map, and the likely cause."""
     _, shard, index = data.stream.locate(number)
     name = shard.split("/")[0]
-    if data.is_categorical:
+    if getattr(data, "is_categorical", False):
         return f"in {shard}[{index}] of the set {name}, as in all others, every pixel is ignored; write the set again"
     depth_range = None if name in data.relative else data.depth_range
     source = next(source for source in data.sources if source.name == name)

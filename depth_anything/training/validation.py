@@ -13,9 +13,7 @@ import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.callbacks import WeightAveraging
 
-from depth_anything.class_table import (
-    paint_classes,
-)
+from depth_anything.classes import paint_classes
 from depth_anything.data.sample import Frame
 from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_path, atomic_write
@@ -38,9 +36,7 @@ from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_setup import open_segmentation_task
 from depth_anything.visualize import colorize_by_distance, make_panel

@@ -4,17 +4,8 @@ import numpy as np
 import pytest
 from made_segmentation import CLASSES, colored, write_colors
 
-from depth_anything.class_table import (
-    make_class_table,
-    paint_classes,
-    parse_class_table,
-    table_to_list,
-)
-from depth_anything.data.class_maps import (
-    decode_classes,
-    encode_classes,
-    map_labels,
-)
+from depth_anything.classes import make_class_table, paint_classes, parse_class_table, table_to_list
+from depth_anything.data.class_maps import decode_classes, encode_classes, map_labels
 from depth_anything.data.reader import Records
 from depth_anything.data.segmentation_dataset import PADDING, SegmentationDataset
 from depth_anything.data.shards import open_set

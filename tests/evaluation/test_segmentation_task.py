@@ -128,4 +128,4 @@ def test_depth_and_classes_are_not_mixed(folder, tmp_path, capsys):
     manifest["meta"]["classes"].reverse()
     (tmp_path / "colors" / "manifest.json").write_text(json.dumps(manifest))
     assert main(["evaluate", "--weights", both[0], "--data", str(tmp_path / "colors")]) == 2
-    assert "blue in place of red" in capsys.readouterr().err
+    assert "red in place of blue" in capsys.readouterr().err

@@ -14,10 +14,7 @@ from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.cli import build_parser, main
 from depth_anything.cli.predict_command import run_images
 from depth_anything.errors import ArgumentWarning
-from depth_anything.training.initialization import (
-    build_model,
-    load_teacher,
-)
+from depth_anything.training.initialization import build_model, load_teacher
 
 pytestmark = pytest.mark.usefixtures("small_official_encoders")
 

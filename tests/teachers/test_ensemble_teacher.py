@@ -29,15 +29,9 @@ from depth_anything.teachers.folder_teacher import FolderTeacher
 from depth_anything.teachers.network_teacher import NetworkTeacher
 from depth_anything.teachers.teacher import LabelMaps, Photographs, Teacher, TeacherFacts
 from depth_anything.training.check_teachers import check_teachers
-from depth_anything.training.config import (
-    RunConfig,
-)
-from depth_anything.training.initialization import (
-    open_run_teacher,
-)
-from depth_anything.training.provenance import (
-    add_provenance,
-)
+from depth_anything.training.config import RunConfig
+from depth_anything.training.initialization import open_run_teacher
+from depth_anything.training.provenance import add_provenance
 from depth_anything.training.pseudolabel import PseudoLabel, ShardBatches, ShardData, label_data_arguments
 
 SIZE = 28

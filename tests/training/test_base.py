@@ -16,9 +16,7 @@ from depth_anything.training.optimizer import (
     optimizer_factory,
     parameter_groups,
 )
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.student import Student
 
 SIDE = 28

@@ -16,9 +16,7 @@ from depth_anything.data.tars import write_shard
 from depth_anything.errors import UserError
 from depth_anything.training.data import TrainData
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import (
-    build_model,
-)
+from depth_anything.training.initialization import build_model
 
 
 def write_set(root: Path, meta: dict[str, Any]) -> None:

@@ -14,16 +14,10 @@ from depth_anything.training.check_config import (
     unknown_key_message,
 )
 from depth_anything.training.check_trainer import SET_BY_RUN
-from depth_anything.training.config import (
-    RunConfig,
-)
-from depth_anything.training.config_schema import (
-    STAGES,
-)
+from depth_anything.training.config import RunConfig
+from depth_anything.training.config_schema import STAGES
 from depth_anything.training.lightning import trainer_arguments
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

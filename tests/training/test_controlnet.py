@@ -20,9 +20,7 @@ from depth_anything.training.check_config import resolve_config
 from depth_anything.training.controlnet import ControlNetModule, ControlNetPair, draw_diffusion
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.loggers import read_metrics
-from depth_anything.training.recipes import (
-    ControlNetRecipe,
-)
+from depth_anything.training.recipes import ControlNetRecipe
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

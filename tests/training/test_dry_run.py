@@ -10,9 +10,7 @@ from hydra import compose, initialize_config_dir
 from depth_anything import DepthAnything, save_model
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import count_devices, print_plan
 from depth_anything.training.run_dir import RunDir
 

@@ -19,18 +19,9 @@ from depth_anything.data.shards import open_set
 from depth_anything.errors import UserError
 from depth_anything.model.metadata import build_metadata
 from depth_anything.model.weights import fingerprint
-from depth_anything.training.config import (
-    ModelConfig,
-)
-from depth_anything.training.initialization import (
-    build_frozen_encoder,
-    build_model,
-    load_teacher,
-)
-from depth_anything.training.provenance import (
-    add_provenance,
-    write_run_card,
-)
+from depth_anything.training.config import ModelConfig
+from depth_anything.training.initialization import build_frozen_encoder, build_model, load_teacher
+from depth_anything.training.provenance import add_provenance, write_run_card
 
 
 def config(stage="teacher", **changes):

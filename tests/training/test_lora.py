@@ -12,21 +12,13 @@ from depth_anything import DepthAnything, Predictor, load_model, save_model
 from depth_anything.model.card import build_card
 from depth_anything.model.weights import fingerprint
 from depth_anything.training.check_config import validate_config
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import (
-    build_model,
-)
+from depth_anything.training.initialization import build_model
 from depth_anything.training.metric import Metric
 from depth_anything.training.optimizer import parameter_groups
-from depth_anything.training.provenance import (
-    add_provenance,
-)
-from depth_anything.training.recipes import (
-    MetricRecipe,
-)
+from depth_anything.training.provenance import add_provenance
+from depth_anything.training.recipes import MetricRecipe
 from depth_anything.training.resume import FlatConfig, config_differences
 
 pytest.importorskip("peft", reason="pip install 'depth-anything-train[lora]'")

@@ -20,18 +20,12 @@ from depth_anything.data.tars import ShardSet, write_shard
 from depth_anything.data.transforms import crop_map, draw_crop, normalize
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.model.metadata import build_metadata
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.data import TrainData
-from depth_anything.training.initialization import (
-    build_model,
-)
+from depth_anything.training.initialization import build_model
 from depth_anything.training.metric import Metric
 from depth_anything.training.optimizer import learning_rate_factor, parameter_groups
-from depth_anything.training.recipes import (
-    MetricRecipe,
-)
+from depth_anything.training.recipes import MetricRecipe
 
 ROOT = Path(__file__).parents[2]
 RGBD = ROOT.parent / "shared" / "rgbd"

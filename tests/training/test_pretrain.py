@@ -21,19 +21,12 @@ from depth_anything.data.transforms import normalize
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder, normalize_patches, split_patches
 from depth_anything.model.tensor_files import read_tensors
 from depth_anything.training.check_config import resolve_config
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import print_plan
-from depth_anything.training.initialization import (
-    build_frozen_encoder,
-    build_model,
-)
+from depth_anything.training.initialization import build_frozen_encoder, build_model
 from depth_anything.training.optimizer import parameter_groups
 from depth_anything.training.pretrain import Pretrain, count_visible
-from depth_anything.training.recipes import (
-    PretrainRecipe,
-)
+from depth_anything.training.recipes import PretrainRecipe
 from depth_anything.training.run import fit
 from depth_anything.training.signals import HANDLED_SIGNALS
 

@@ -26,12 +26,8 @@ from depth_anything.model.metadata import build_metadata
 from depth_anything.progress import ProgressLine
 from depth_anything.teachers.network_teacher import convert_to_disparity, describe_teacher
 from depth_anything.training import dry_run, pseudolabel
-from depth_anything.training.initialization import (
-    load_teacher,
-)
-from depth_anything.training.provenance import (
-    add_provenance,
-)
+from depth_anything.training.initialization import load_teacher
+from depth_anything.training.provenance import add_provenance
 from depth_anything.training.pseudolabel import (
     ImageBatch,
     Lease,

@@ -15,9 +15,7 @@ from made_configs import make_config
 
 from depth_anything.data.address import redact_nested, redact_secrets
 from depth_anything.training import command, run
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import wandb_logger
 from depth_anything.training.redact import install_redaction, redact_traceback
 from depth_anything.training.run_dir import RunDir

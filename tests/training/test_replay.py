@@ -20,9 +20,7 @@ from depth_anything.losses import invariant_losses, silog_loss
 from depth_anything.training.batch_plan import repeat_for_share, required_folders
 from depth_anything.training.data import TrainData
 from depth_anything.training.metric import MIN_DEPTH_M, Metric
-from depth_anything.training.recipes import (
-    MetricRecipe,
-)
+from depth_anything.training.recipes import MetricRecipe
 from depth_anything.training.resume import FlatConfig, config_differences
 
 SIDE, COUNT = 28, 6

@@ -15,12 +15,8 @@ from made_configs import flatten, make_config
 from depth_anything import DepthAnything
 from depth_anything.training import resume
 from depth_anything.training.base import DepthModule
-from depth_anything.training.config import (
-    RunConfig,
-)
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.config import RunConfig
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.resume import (
     FlatConfig,
     check_resume_checkpoint,

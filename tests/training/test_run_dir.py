@@ -11,9 +11,7 @@ import torch
 from made_configs import flatten, make_config
 
 from depth_anything.disk import temporary_path
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.resume import config_differences
 from depth_anything.training.run_dir import RunDir, launch_id, step_from_name
 

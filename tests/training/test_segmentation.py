@@ -15,9 +15,7 @@ from depth_anything.model.segmentation_files import load_segmentation
 from depth_anything.model.weights import save_model
 from depth_anything.training.callbacks import Checkpoints
 from depth_anything.training.lightning import trainer_arguments
-from depth_anything.training.recipes import (
-    Recipe,
-)
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.segmentation import Segmentation, decay_groups
 from depth_anything.training.segmentation_data import SegmentationData
 from depth_anything.training.segmentation_setup import build_segmentation_model, open_segmentation_task

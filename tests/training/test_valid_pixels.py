@@ -21,10 +21,7 @@ from depth_anything.training.data import TrainData
 from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.loggers import MetricsCSV, read_metrics
 from depth_anything.training.metric import Metric
-from depth_anything.training.recipes import (
-    MetricRecipe,
-    Recipe,
-)
+from depth_anything.training.recipes import MetricRecipe, Recipe
 from depth_anything.training.student import Student
 from depth_anything.training.valid_pixels import (
     STOP_AFTER_IMAGES,

@@ -22,9 +22,7 @@ from depth_anything import DepthAnything, load_model
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import write_manifest
 from depth_anything.data.tars import write_shard
-from depth_anything.training.config import (
-    RunConfig,
-)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import ValidationCallback, open_validation_task
 

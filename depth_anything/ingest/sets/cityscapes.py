@@ -16,14 +16,8 @@ rejected). License: the authors' own terms, research only. Get it from https://w
 from collections.abc import Iterator
 from pathlib import Path
 
-from depth_anything.class_table import (
-    IGNORED,
-    make_class_table,
-)
-from depth_anything.data.class_maps import (
-    map_labels,
-    read_label_png,
-)
+from depth_anything.classes import IGNORED, make_class_table
+from depth_anything.data.class_maps import map_labels, read_label_png
 from depth_anything.errors import UserError
 from depth_anything.ingest.frame_files import (
     FilePattern,

@@ -12,9 +12,7 @@ from made_segmentation import (
     save,
 )
 
-from depth_anything.class_table import (
-    read_class_table,
-)
+from depth_anything.classes import read_class_table
 from depth_anything.cli import main
 from depth_anything.data.shards import open_set
 from depth_anything.evaluation.frames import read_frames

@@ -1,4 +1,4 @@
-"""The classes of semantic segmentation: names, colors, and the table of a set; class_maps.py has their maps.
+"""The classes of semantic segmentation: the table of a set or model, and the colors of class maps.
 
 A class map is uint8 (H, W): the number of each pixel's class, 0 to K - 1, or 255 for a pixel that is ignored.
 """
