@@ -104,7 +104,7 @@ class DiffusionBase:
         """Move the networks to a device, in float32 or a half precision."""
         _ = self.fingerprint  # of float32 weights
         for network in self.networks:
-            network.to(device=device, dtype=dtype)
+            nn.Module.to(network, device=device, dtype=dtype)  # diffusers' own `to` warns without a reason
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latents of an image."""
