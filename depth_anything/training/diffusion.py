@@ -104,7 +104,7 @@ class DiffusionBase:
         """Move the networks to a device, in float32 or a half precision."""
         _ = self.fingerprint  # of float32 weights
         for network in self.networks:
-            network.to(device=device, dtype=dtype)
+            nn.Module.to(network, device=device, dtype=dtype)  # diffusers' own `to` warns without a reason
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latents of an image."""
@@ -258,21 +258,26 @@ def check_base(source: str) -> None:
 
 
 def meta_controlnet(source: str) -> Any:
-    """Build the ControlNet of a base on the meta device, from the config of its UNet.
+    """Build the ControlNet of a base on the meta device, from the configs of its UNet and VAE.
 
     Raises:
-        UserError: The config cannot be read.
+        UserError: A config cannot be read.
     """
     diffusers = import_diffusers()
-    unet = diffusers.UNet2DConditionModel
+    unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
     try:
+        levels = len(vae.load_config(source, subfolder="vae")["block_out_channels"])
         with torch.device("meta"):
             network = unet.from_config(unet.load_config(source, subfolder="unet"))
-            return diffusers.ControlNetModel.from_unet(network, load_weights_from_unet=False)
-    except (OSError, ValueError) as error:
+            return diffusers.ControlNetModel.from_unet(
+                network,
+                conditioning_embedding_out_channels=CONDITIONING_CHANNELS[:levels],
+                load_weights_from_unet=False,
+            )
+    except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the UNet of base={source} cannot be read ({reason})", f"type base={EXAMPLE_BASE}"
+            f"the UNet or the VAE of base={source} cannot be read ({reason})", f"type base={EXAMPLE_BASE}"
         ) from error
 
 

@@ -89,6 +89,8 @@ def trainer_arguments(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides tips and advertisements
     # Lightning uses a class that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
+    # Of stage=controlnet, whose module prepares the batches of the DataModule.
+    warnings.filterwarnings("ignore", message=".*on_before_batch_transfer", module="pytorch_lightning")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
-    "stage=controlnet", "trainer=cpu", "workers=0", "batch_size=4", "image_size=16", "steps=6", "checkpoint.every=2",
-    "logging.every=1", "validation.every=3", "validation.limit=3", "validation.sampling_steps=1",
+    "stage=controlnet", "trainer=cpu", "workers=0", "batch_size=4", "image_size=16", "steps=4", "checkpoint.every=2",
+    "logging.every=1", "validation.every=2", "validation.limit=3", "validation.sampling_steps=1",
     "sources.scenes.captioned.count=8", "sources.scenes.validation.count=3",
     *(f"++sources.scenes.{name}.{side}" for name in ("captioned", "validation") for side in ("height=16", "width=20")),
 ]  # fmt: skip
@@ -91,13 +91,13 @@ def make_batch(size: int = 3, side: int = 16) -> dict[str, Any]:
 def test_a_run_writes_a_controlnet_its_card_and_pictures(whole: Path) -> None:
     files = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
     assert {"controlnet/config.json", "controlnet/diffusion_pytorch_model.safetensors"} <= files
-    assert {"pictures/step-000000003.jpg", "pictures/step-000000006.jpg", "base/model_index.json"} <= files
+    assert {"pictures/step-000000002.jpg", "pictures/step-000000004.jpg", "base/model_index.json"} <= files
     card = (whole / "controlnet" / "README.md").read_text()
     assert "Apache-2.0" in card and "scenes-captioned" in card and "library_name" in card
     origin = json.loads((whole / "controlnet" / "depth_anything.json").read_text())
     assert origin["licence"] == "Apache-2.0" and origin["base"]["fingerprint"].startswith("sha256:")
     rows = read_metrics(whole / "metrics.csv").rows
-    assert [row["step"] for row in rows if row["val_loss"]] == ["3", "6"]
+    assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4"]
     assert all(np.isfinite(float(row["loss"])) for row in rows) and float(rows[0]["lr_controlnet"]) > 0
 
 
@@ -117,12 +117,12 @@ def test_a_broken_run_resumes_to_the_same_bytes(
 ) -> None:
     step = ControlNetModule.training_step
 
-    def fail_at_step_5(self: Any, batch: Any, index: int) -> Any:
-        if self.trainer.global_step == 5:
+    def fail_at_step_3(self: Any, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 3:
             raise RuntimeError("pulled the plug")
         return step(self, batch, index)
 
-    monkeypatch.setattr(ControlNetModule, "training_step", fail_at_step_5)
+    monkeypatch.setattr(ControlNetModule, "training_step", fail_at_step_3)
     with pytest.raises(RuntimeError, match="plug"):
         train(name="broken")
     monkeypatch.setattr(ControlNetModule, "training_step", step)
@@ -141,10 +141,10 @@ def test_micro_batches_change_rounding_only_and_the_average_is_saved(train: Trai
     )
     split = train(*typed, name="split")
     saved, last = weights_of(split), weights_of(whole)
-    checkpoint = torch.load(split / "checkpoints" / "step-000000006.ckpt", weights_only=True)
+    checkpoint = torch.load(split / "checkpoints" / "step-000000004.ckpt", weights_only=True)
     for name, average in saved.items():
         assert torch.equal(average, checkpoint["state_dict"][f"model.{name}"])
-    assert (split / "pictures" / "step-000000006.jpg").exists()  # of training images
+    assert (split / "pictures" / "step-000000004.jpg").exists()  # of training images
     assert "val_loss" not in read_metrics(split / "metrics.csv").columns
     current = checkpoint["current_model_state"]
     assert any(not torch.equal(average, current[f"model.{name}"]) for name, average in saved.items())
