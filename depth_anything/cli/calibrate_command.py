@@ -283,6 +283,12 @@ def _print_scale(fit: "ScaleFit", images: Sequence[_KnownImage]) -> None:
         f"{format_count(len(fit.meters), 'point')} of {format_count(len(images), 'image')}: AbsRel {before:.4f} "
         f"before, {fit.abs_rel:.4f} after"
     )
+    if fit.abs_rel > before:
+        low, high = np.min(fit.image_scales), np.max(fit.image_scales)
+        print(
+            f"the images do not agree on a scale ({low:.3g} to {high:.3g} alone), so AbsRel grows: one number cannot "
+            "correct this model"
+        )
     if len(fit.meters) == 1:
         print("a single point is always fitted exactly, so its error means nothing: give more points")
 
