@@ -65,7 +65,7 @@ class CallableTeacher(Teacher):
         self.spec, self.multiple = spec, multiple
         self.function = import_function(spec)
         says = {name: getattr(self.function, name, None) for name in ("quantity", "unit", "licence")}
-        returned = (None, None)
+        returned: tuple[str | None, str | None] = (None, None)
         if says["quantity"] is None and quantity is None:
             returned = self._probe()
         self.kind = MapKind(*_agreed_kind(spec, says, returned, quantity, unit))
