@@ -124,7 +124,7 @@ def main() -> None:
     for look, seed in TESTS.items():
         test = str(options.data / f"scenes-test-{look}")
         size = ["--count", "128", "--size", "112", "144", "--seed", str(seed)]
-        run("-m", "depth_anything", "shard", "scenes", test, "--look", look, *size)
+        run("-m", "depth_anything", "shard", "scenes", test, "--look", look, "--layout", "varied", *size)
         frames[look] = list(read_frames(test))
     names = ("best constant of the test scenes", "untrained head", "**stage=metric**")
     table: dict[str, dict[str, list[float]]] = {name: {} for name in names}

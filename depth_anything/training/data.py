@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,14 @@ from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
 from depth_anything.errors import PSEUDOLABEL_COMMAND, UserError
+from depth_anything.ingest.writer import SETTINGS_FILE
 from depth_anything.scenes.render import write_scenes
 from depth_anything.training.batch_plan import format_override, repeat_for_share, select_sets
 from depth_anything.training.config import SceneSetConfig
+
+_MAX_SCENE_WORKERS = 8
+_PARALLEL_SCENES = 256
+"""Smaller procedural sets are rendered in this process: starting workers would take longer."""
 
 
 def require_truth(source: Records | JoinedRecords, root: str) -> None:
@@ -64,7 +72,24 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
     """
     for scene in scenes.values():
         if scene.root in needed and not is_remote(scene.root):
-            write_scenes(**scene.as_dict())
+            cores = min(len(os.sched_getaffinity(0)), _MAX_SCENE_WORKERS)
+            if scene.layout != "classic" and _is_older_set(Path(scene.root)):
+                print(
+                    f"note: {scene.root} has the classic layout and is kept; for the {scene.layout} one remove it",
+                    file=sys.stderr,
+                )
+                scene = replace(scene, layout="classic")  # of a run that began before there were layouts
+            parallel = cores > 1 and scene.count >= _PARALLEL_SCENES
+            write_scenes(**scene.as_dict(), workers=cores if parallel else 0)
+
+
+def _is_older_set(root: Path) -> bool:
+    """Return whether a folder holds scenes that were written when they had one layout."""
+    path = root / SETTINGS_FILE
+    if not path.exists():
+        return False
+    settings = json.loads(path.read_bytes())
+    return settings.get("source") == "scenes" and "layout" not in settings
 
 
 class TrainData(pl.LightningDataModule):

@@ -106,6 +106,8 @@ def config_differences(
         typed: Dotted keys that were typed on the command line.
     """
     before, after = dict(old.values), dict(new.values)
+    if after.get("init") == "scratch" and "init" not in typed and before.get("init", "") is None:
+        before["init"] = "scratch"  # size=tiny began with null; the run has its weights already
     if "optimizer._target_" in after:  # runs of versions without the key used the default
         before.setdefault("optimizer._target_", _default("optimizer._target_"))
     changed: dict[str, tuple[Any, Any]] = {}

@@ -88,7 +88,8 @@ def test_an_old_run_is_resumed_and_ends_as_the_unbroken_run(
     expected = EXPECTED["stages"][stage]
     command = expected["command"]
     run = folder / make.run_folder(stage)
-    make.train(ROOT, folder, command)
+    # A new run of size=tiny has other random weights today.
+    make.train(ROOT, folder, command if stage == "metric" else [*command, "init=null"])
     unbroken = run.rename(run.with_name("unbroken"))
     half = make.flatten(make.read_checkpoint(unbroken / "checkpoints" / HALF_CHECKPOINT))
     weights = load_file(unbroken / "model.safetensors")

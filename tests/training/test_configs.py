@@ -171,7 +171,7 @@ def test_tiny_is_the_default() -> None:
     assert config["size"] == "tiny" and config["encoder"] == "vitt"
     student = composed("stage=student", "encoder=vits")
     assert 10 <= student["steps"] <= 60
-    assert student["recipe"]["alignment_weight"] == 0 and student["init"] is None
+    assert student["recipe"]["alignment_weight"] == 0 and student["init"] == "scratch"
     assert composed("stage=student")["encoder"] == "vitn"
 
 
@@ -196,6 +196,7 @@ NEW_KEYS = (
     "sources.metric.",
     "sources.max_depth",
     "sources.steps",
+    *(f"sources.scenes.{name}.layout" for name in ("synthetic", "photographic", "validation")),
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
 METRIC_SOURCES: dict[str, dict[str, Any]] = {
@@ -221,6 +222,8 @@ def snapshot_of(command: str) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if key not in node}
         values |= {key.replace("logger.", "logger.wandb."): value for key, value in node.items()}
         values["logger.project"] = node["logger.project"]
+    if "size=tiny" in command and values.get("init", "") is None:  # other random weights, which learn at once
+        values["init"] = "scratch"
     if command.startswith("stage=metric"):
         source = command.partition("sources=")[2].partition(" ")[0]
         if "size=paper" in command:
