@@ -240,7 +240,12 @@ def write_captioned_set(
     """
     images, texts, root = open_set(source), CaptionSource(Path(captions)), Path(root)
     name = name or root.resolve().name
-    settings = {"source": INFO.name, "images": images.digest, "captions": texts.setting, "name": name}
+    settings: dict[str, Any] = {
+        "source": INFO.name,
+        "images": images.digest,
+        "captions": texts.setting,
+        "name": name,
+    }
     settings |= {"per_shard": max(shard.records for shard in images.shards)}
     check_same_settings(root, settings)
     root.mkdir(parents=True, exist_ok=True)
