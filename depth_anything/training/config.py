@@ -209,7 +209,7 @@ class DataConfig(ConfigSection):
     workers: int = config_key(integer(0, 1024, example=4), resume=FREE, repeats_run=True)
     labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
-    sky: Any = config_key(SKY, stages=DEPTH_STAGES, resume=ECHO)
+    sky: Any = config_key(SKY, stages=(*DEPTH_STAGES, "controlnet"), resume=ECHO)
     perturb: bool = config_key(flag(), stages=(*DEPTH_STAGES, "segmentation"), resume=ECHO, repeats_run=True)
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
     label_weight: str = config_key(

@@ -83,7 +83,8 @@ def read_held_out(
                 raise UserError(
                     f"{error}", "type sources.validation=FOLDER for a set with depth, or null"
                 ) from error
-            height, width = resize_shape(*frame.image.shape[:2], image_size, multiple)
+            shape = frame.image.shape
+            height, width = resize_shape(shape[0], shape[1], image_size, multiple)
             top, left = (height - image_size) // 2, (width - image_size) // 2
             crop = Crop(height, width, top, left, image_size, False)
             try:

@@ -226,8 +226,7 @@ class TrainData(pl.LightningDataModule):
             local_weight: Above 0, the label of one crop is added to each sample that sees the whole image.
             repeat: Repeats per pass, by set name.
             allow_partial: Train on the finished shards of an unfinished label set.
-            min_depth: Smallest valid depth of stage=metric, meters.
-            max_depth: Largest valid depth of stage=metric, meters. Without both, targets are disparity.
+            min_depth, max_depth: Valid depths of stage=metric, meters. Without both, targets are disparity.
             captions: Add captions to the batches. Sets with their own depth or disparity are not joined with labels.
             flip: Mirror half of the samples.
             canonical_focal: As for `StreamDataset`; for stage=metric only.

@@ -269,7 +269,7 @@ def open_run_teacher(config: RunConfig) -> Teacher:
 
 def _open_member(config: RunConfig, spec: str) -> Teacher:
     """Open one of several teachers; a quantity and unit are for those whose files do not say them."""
-    plain = (
+    plain: dict[str, Any] = (
         {}
         if teacher_kind(spec) in ("folder", "function")
         else {"teacher_quantity": None, "teacher_unit": None}

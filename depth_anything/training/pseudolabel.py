@@ -171,7 +171,9 @@ class ShardBatches(IterableDataset):
         failed: list[tuple[int, str]] = []
 
         def take(shape: tuple[int, ...]) -> ImageBatch:
-            size = resize_shape(*shape, self.image_size, self.patch) if not self.resized else shape
+            size = (
+                resize_shape(shape[0], shape[1], self.image_size, self.patch) if not self.resized else shape
+            )
             return ImageBatch.stack(name, shard, count, waiting.pop(shape), (size[0], size[1]))
 
         for index in range(count):

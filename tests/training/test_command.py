@@ -26,8 +26,8 @@ CONFIGS = ROOT / "configs"
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("", ["type stage=metric, stage=pretrain, stage=pseudolabel, stage=student, stage=teacher"]),
-        ("experiment=claim", ["type stage=metric, "]),
+        ("", ["type stage=controlnet, stage=metric, stage=pretrain, ", "stage=student, stage=teacher"]),
+        ("experiment=claim", ["stage=metric, "]),
         ("experiment=claims/mixed lora=8", ["lora", "stage=metric"]),
         ("stage=teachr", ["stage=teachr", "type stage=teacher "]),
         ("stage=teacher size=papr", ["type size=paper "]),

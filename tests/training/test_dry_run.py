@@ -90,7 +90,7 @@ def test_passes_are_counted_from_sets_and_from_scenes_to_be_written(
         (["stage=teacher", "sources=own", "photos=bare"], "bare holds images without depth"),
         (["stage=teacher", "sources=own", "photos=torn"], "torn"),
         (["stage=student", "init=outputs/teacher/model.safetensors"], "is a teacher"),
-        (["stage=student", "recipe.alignment_weight=1"], "init=null is not DINOv2"),
+        (["stage=student", "recipe.alignment_weight=1"], "init=scratch is not DINOv2"),
         (["stage=teacher", "init=broken.safetensors"], "broken.safetensors"),
         (["stage=teacher", "init=outputs/teacher/model.safetensors", "encoder=vitt"], "is not vitt"),
         (["stage=teacher", "name=teacher", "seed=4"], "seed=0, now seed=4"),
