@@ -48,7 +48,7 @@ class FakePredictor:
     def __getattr__(self, name):
         return getattr(self.like, name)
 
-    def predict(self, image):
+    def predict(self, image, focal=None):
         if self.make_map is None:
             raise MemoryError
         map_ = self.make_map(image.shape[:2])
