@@ -48,6 +48,9 @@ SURFACE = {
         "--help": None,
         "output": None,
         "--look": "synthetic",
+        "--layout": "classic",
+        "--fov": None,
+        "--classes": False,
         "--count": 1024,
         "--seed": 0,
         "--size": (256, 256),
@@ -55,6 +58,11 @@ SURFACE = {
         "--images-only": False,
     },
     "shard images": WRITING,
+    "shard captions": {**WRITING, "captions": None},
+    "shard degraded": {"--help": None, "source": None, "output": None, "--name": None, "--seed": 0},
+    "shard cityscapes": {**WRITING, "--leave-out": None, "--split": "train"},
+    "shard ade20k": {**WRITING, "--leave-out": None, "--split": "training"},
+    "shard custom-segmentation": WRITING,
     **{
         f"shard {name}": {**WRITING, "--leave-out": None}
         for name in (
@@ -91,6 +99,8 @@ SURFACE = {
     "view": {"--help": None, "set": None, "--images": None, "--count": 16, "--output": "sheet.png"},
     "predict": {
         "--help": None,
+        "--fov": None,
+        "--multi-scale": False,
         "source": None,
         "--img-path": None,
         "--outdir": "./vis_depth",
@@ -115,6 +125,8 @@ SURFACE = {
     },
     "video": {
         "--help": None,
+        "--focal": None,
+        "--fov": None,
         "source": None,
         "--output": None,
         "--weights": None,
@@ -154,6 +166,10 @@ SURFACE = {
     },
     "calibrate": {
         "--help": None,
+        "--data": None,
+        "--limit": 5,
+        "--focal": None,
+        "--fov": None,
         "images": None,
         "--points": (),
         "--point": [],
@@ -171,6 +187,9 @@ SURFACE = {
     },
     "evaluate": {
         "--help": None,
+        "--focal": None,
+        "--fov": None,
+        "--multi-scale": False,
         "--weights": [],
         "--predictions": [],
         "--quantity": None,

@@ -19,6 +19,7 @@ import numpy as np
 
 from depth_anything.data import codec as map_codec
 from depth_anything.data.codec import CODECS
+from depth_anything.data.reader import is_label_field
 from depth_anything.data.sample import CONFIDENCE_FIELD
 from depth_anything.data.stream import LABEL_CROP, random_uniform
 from depth_anything.data.transforms import Crop, crop_encoded_map
@@ -69,14 +70,6 @@ class LabelView:
 
     prefix: str = ""
     box: Box | None = None
-
-
-def is_label_field(name: str) -> bool:
-    """Tell whether a field of a record belongs to its label, as "disparity.q12" or "crop0.disparity.q12"."""
-    first = name.split(".")[0]
-    return first in ("depth", "disparity", "confidence", "crops") or (
-        first.startswith("crop") and first[4:].isdigit()
-    )
 
 
 def key_uniform(key: str, purpose: str, count: int) -> list[float]:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote
-from depth_anything.data.label_fields import is_label_field
 from depth_anything.data.retry import RESUME_HINT, PermanentError, retry
 from depth_anything.data.tar_index import TarIndex, TarMember
 from depth_anything.data.tars import (
@@ -40,6 +39,14 @@ _fetch_pool: list[ThreadPoolExecutor] = []
 os.register_at_fork(after_in_child=_fetch_pool.clear)
 
 KeyAndFields = tuple[str, dict[str, bytes]]
+
+
+def is_label_field(name: str) -> bool:
+    """Tell whether a field of a record belongs to its label, as "disparity.q12" or "crop0.disparity.q12"."""
+    first = name.split(".")[0]
+    return first in ("depth", "disparity", "confidence", "crops") or (
+        first.startswith("crop") and first[4:].isdigit()
+    )
 
 
 class _LoadedIndex(NamedTuple):

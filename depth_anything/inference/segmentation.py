@@ -37,6 +37,7 @@ class SegmentationPredictor:
     quantity = "classes"
     unit = "class"
     calibrated = False
+    canonical_focal = None
     farthest = None
     resample = "training"
     tiles = None

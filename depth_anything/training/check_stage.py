@@ -85,6 +85,8 @@ def without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("stage") != "controlnet":
         return values
     kept = {key: value for key, value in values.items() if key not in ("encoder", "perturb")}
+    if kept.get("init") == "scratch":  # the random weights of an encoder
+        kept["init"] = None
     foreign = {name for name, key in keys_of(RecipeConfig).items() if "controlnet" not in key.stages}
 
     def known(recipe: Any) -> Any:

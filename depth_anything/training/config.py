@@ -199,7 +199,9 @@ class DataConfig(ConfigSection):
 
     target: str = config_key(CLASS_PATH, resume=START)
     sets: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
-    labels: str | None = config_key(OPTIONAL_FOLDER, stages=(*LABEL_STAGES, "controlnet"), resume=ECHO)
+    labels: str | None = config_key(
+        OPTIONAL_FOLDER, stages=(*LABEL_STAGES, "segmentation", "controlnet"), resume=ECHO
+    )
     seed: int = config_key(SEED, stages=FIT_STAGES, resume=ECHO, repeats_run=True)
     batch_size: int = config_key(integer(1, 10**6, example=16), resume=ECHO, repeats_run=True)
     streams: int = config_key(
@@ -210,7 +212,9 @@ class DataConfig(ConfigSection):
     labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
     sky: Any = config_key(SKY, stages=(*DEPTH_STAGES, "controlnet"), resume=ECHO)
-    perturb: bool = config_key(flag(), stages=(*DEPTH_STAGES, "segmentation"), resume=ECHO, repeats_run=True)
+    perturb: bool = config_key(
+        flag(), stages=(*DEPTH_STAGES, "segmentation", "controlnet"), resume=ECHO, repeats_run=True
+    )
     cutmix: bool = config_key(flag(), stages=("student",), resume=ECHO, repeats_run=True)
     label_weight: str = config_key(
         choice(*LABEL_WEIGHTS), default="none", stages=("student",), resume=ECHO, repeats_run=True

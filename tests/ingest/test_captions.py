@@ -238,5 +238,5 @@ def torch_equal(one, other):
 def test_scenes_without_captions_keep_their_settings():
     plain = SceneSource("synthetic", 1, 0, 8, 8, True)
     assert "captioned" not in plain.settings
-    assert "captioned" in SceneSource("synthetic", 1, 0, 8, 8, True, True).settings
+    assert "captioned" in SceneSource("synthetic", 1, 0, 8, 8, True, captioned=True).settings
     assert describe_scene(0) == describe_scene(0) and describe_scene(0).startswith(("a room", "a street"))

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
-from depth_anything.training import initialization, lightning, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training import initialization, lightning, provenance, pseudolabel, run, validation  # noqa: E402
 from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
@@ -64,7 +64,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "save": (AtomicCheckpointIO, "save_checkpoint"),
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),
-    "model": (run, "save_model"),
+    "model": (provenance, "save_model"),
     "label": (pseudolabel.PseudoLabel, "predict_step"),
 }
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         assert [int(row["step"]) for row in rows] == list(range(1, 13))
         assert rows[-1]["val_abs_rel"] and list((folder / "pictures").iterdir())
         assert not [p for p in folder.rglob(".*") if p.is_file()]
-    assert "| `teacher-vitt-tiny/model.safetensors` | Apache-2.0 |" in text  # the teacher of the student
+    # The teacher of the student, with its fingerprint and license.
+    assert re.search(r"\| `teacher-vitt-tiny/model\.safetensors` \(sha256:\w+\) \| Apache-2\.0 \|", text)
     mixed = start("stage=student", "steps=2", "mix=true", "data.repeat={scenes-synthetic: 2}", "name=mixed")
     assert mixed.returncode == 0, mixed.stderr[-3000:]
     card = (tmp_path / "outputs" / "mixed" / "README.md").read_text()

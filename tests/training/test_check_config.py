@@ -51,6 +51,7 @@ def test_every_shipped_config_is_valid_and_has_all_keys_of_the_schema(stage: str
         "sources.max_depth",
         "sources.steps",
         "sources.segmentation.",
+        "sources.classes",
     )
     wanted = {key for key in list_keys(stage) if not key.startswith(optional)}
     assert wanted - added <= paths(config.as_dict())
