@@ -19,7 +19,6 @@ import numpy as np
 
 from depth_anything.data import remote
 from depth_anything.data.address import is_remote, join_address, redact_secrets
-from depth_anything.data.label_fields import check_label_fields
 from depth_anything.data.reader import JoinedRecords, ShardReader
 from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
@@ -324,6 +323,8 @@ def _hash_keys(keys: Sequence[str]) -> np.ndarray:
 
 def _check_decoded(key: str, fields: Mapping[str, bytes], *, labels: bool, joined: bool) -> None:
     """Decode a record; ValueError if it has no label where one is needed, or label and image differ in size."""
+    from depth_anything.data.label_fields import check_label_fields  # imports torch
+
     if labels and not joined:  # a label set without its images
         if not decode_labels(fields):
             raise ValueError(f"no label among the fields {sorted(fields)}")
