@@ -55,8 +55,8 @@ class CallableTeacher(Teacher):
             spec: "module:function"; the function's name may have dots.
             multiple: The sides of labels are multiples of it, pixels.
             quantity: What the map is, if the function does not say it.
-            unit: Its unit, likewise.
-            licence: License of the maps, likewise.
+            unit: Its unit, if the function does not say it.
+            licence: License of the maps, if the function does not say it.
 
         Raises:
             UserError: If there is no such function, or the quantity is unknown or contradictory.

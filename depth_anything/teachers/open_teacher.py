@@ -68,7 +68,7 @@ def open_teacher(
         spec: As `teacher=` takes it.
         multiple: The sides of labels are multiples of it, pixels, unless the teacher needs another.
         quantity: "disparity" or "depth", where the teacher does not say it.
-        unit: "m", "1/m" or "relative", likewise.
+        unit: "m", "1/m" or "relative", where the teacher does not say it.
         licence: SPDX name of the license, where the teacher does not say it.
 
     Raises:

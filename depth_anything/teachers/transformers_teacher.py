@@ -53,7 +53,7 @@ class TransformersTeacher(Teacher):
             spec: The teacher as it was typed.
             multiple: The sides of labels are multiples of it, pixels.
             quantity: What the model predicts, if that is unknown here, or in place of what is known.
-            unit: Its unit, likewise.
+            unit: Its unit, if that is unknown here, or in place of what is known.
             licence: License of the weights, if no model card says it.
 
         Raises:
