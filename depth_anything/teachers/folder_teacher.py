@@ -54,7 +54,9 @@ class FolderTeacher(Teacher):
             self.maps = PrecomputedMaps(folder, quantity=quantity)
         except ValueError as error:
             text = str(error).partition(": add --quantity")
-            fix = "type teacher_quantity=disparity (larger is nearer) or =depth" if text[1] else ""
+            fix = "type teacher=folder:DIR for a folder of .npy, .exr or 16-bit .png maps"
+            if text[1]:
+                fix = "type teacher_quantity=disparity (larger is nearer) or =depth"
             raise UserError(f"teacher={spec}: {text[0]}", fix) from error
         self.multiple = multiple
         self.kind = MapKind(
