@@ -1,5 +1,9 @@
 """Random starting weights for short runs: positions that are known from the start, and blocks that contribute at once.
 
+Attention starts with a structure that trained vision transformers share: tokens attend to those like themselves, which
+with these positions are their neighbors, and subtract their mean ("Mimetic Initialization of Self-Attention Layers",
+arXiv 2305.09828).
+
 DINOv2's own rule (deviation 0.02 for everything) is made for runs of 10⁵ steps. At the size of `vitn` it leaves
 positions at a thirtieth of the patch embedding and each block at a few percent of its input: a run of some hundred
 steps ends on the plateau on which the network sees neither where a patch is nor what is around it.
@@ -8,6 +12,7 @@ steps ends on the plateau on which the network sees neither where a patch is nor
 import math
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from depth_anything.model.depth_anything import DepthAnything
@@ -19,6 +24,11 @@ POSITION_AMPLITUDE = 0.5
 LONGEST_TO_SHORTEST_WAVE = 100.0
 SHORTEST_WAVE_RADIANS = 6.0
 """Radians across the image: about one period, so that the embedding stays smooth when it is resampled."""
+
+
+QUERY_KEY_NOISE, QUERY_KEY_IDENTITY = 0.7, 0.7
+VALUE_OUTPUT_NOISE, VALUE_OUTPUT_IDENTITY = 0.4, 0.4
+"""α₁, β₁, α₂ and β₂ of arXiv 2305.09828, section 4."""
 
 
 def sine_cosine_positions(side: int, width: int) -> Tensor:
@@ -40,12 +50,42 @@ def sine_cosine_positions(side: int, width: int) -> Tensor:
     return POSITION_AMPLITUDE * torch.cat(waves, 1)
 
 
+def _draw_factors(width: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+    """Factor noise · N(0, 1 / width) + identity · I into L · R with singular vectors, both (width, width)."""
+    left, values, right = torch.linalg.svd(
+        noise * torch.randn(width, width) / math.sqrt(width) + identity * torch.eye(width)
+    )
+    return left * values.sqrt(), values.sqrt()[:, None] * right
+
+
+@torch.no_grad()
+def init_attention(attention: nn.Module) -> None:
+    """Initialize timm's fused self-attention as arXiv 2305.09828, section 4, does.
+
+    For each head, queries times keys is about 0.7 Z + 0.7 I, restricted to the largest singular values that fit the
+    head; values times the output projection is 0.4 Z - 0.4 I. Z is normal with variance 1 / D. Biases stay.
+
+    Args:
+        attention: With `qkv`, a linear layer from D to 3 D, `proj` from D to D, and `num_heads`.
+    """
+    width = attention.proj.weight.shape[0]
+    head = width // attention.num_heads
+    queries, keys, values = attention.qkv.weight.view(3, width, width)
+    for start in range(0, width, head):
+        left, right = _draw_factors(width, QUERY_KEY_NOISE, QUERY_KEY_IDENTITY)
+        queries[start : start + head] = left[:, :head].T
+        keys[start : start + head] = right[:head]
+    left, right = _draw_factors(width, VALUE_OUTPUT_NOISE, -VALUE_OUTPUT_IDENTITY)
+    values.copy_(left.T)
+    attention.proj.weight.copy_(right.T)
+
+
 @torch.no_grad()
 def init_from_scratch(model: DepthAnything | MaskedAutoencoder) -> None:
-    """Replace the encoder's random weights: sine-cosine positions, and linear layers by Glorot and Bengio's rule.
+    """Replace the encoder's random weights: sine-cosine positions, structured attention, other linear layers by Glorot.
 
     Draws from torch's global generator. The head keeps its weights, and so do positions that are not a square grid
-    behind one class position (some encoders of timm).
+    behind one class position (some encoders of timm). Attention without a fused `qkv` gets Glorot and Bengio's rule.
     """
     positions = getattr(model.pretrained, "pos_embed", None)
     if positions is not None:
@@ -57,3 +97,6 @@ def init_from_scratch(model: DepthAnything | MaskedAutoencoder) -> None:
         for layer in block.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
+        attention = getattr(block, "attn", None)
+        if isinstance(attention, Attention):
+            init_attention(attention)

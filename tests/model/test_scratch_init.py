@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.scratch_init import init_from_scratch, sine_cosine_positions
+from depth_anything.model.scratch_init import init_attention, init_from_scratch, sine_cosine_positions
 
 
 def test_positions_equal_the_formula():
@@ -42,3 +42,21 @@ def test_only_positions_and_linear_layers_change_and_seeds_repeat():
     weight = one["pretrained.blocks.0.mlp.fc1.weight"]
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (96 + 384)), rel=0.02)
     assert (one["pretrained.pos_embed"][0, 1:] == sine_cosine_positions(10, 96)).all()
+
+
+def test_attention_has_the_structure_of_the_paper():
+    """The products of arXiv 2305.09828: a strong positive diagonal for queries · keys, a negative one for values."""
+    torch.manual_seed(0)
+    attention = DepthAnything("vitn").pretrained.blocks[0].attn
+    init_attention(attention)
+    queries, keys, values = attention.qkv.weight.detach().reshape(3, 96, 96)
+    for start in range(0, 96, 32):
+        product = queries[start : start + 32].T @ keys[start : start + 32]
+        assert torch.linalg.matrix_rank(product) == 32
+        # The 32 largest singular values of Z + I explain more than a third of its trace.
+        assert 0.7 * 96 / 3 < product.trace() < 0.7 * 96
+    out = values.T @ attention.proj.weight.detach().T
+    diagonal, rest = out.diagonal(), out - torch.diag(out.diagonal())
+    assert diagonal.mean().item() == pytest.approx(-0.4, abs=0.02)
+    assert rest.std().item() == pytest.approx(0.4 / math.sqrt(96), rel=0.05)
+    assert abs(rest.mean().item()) < 0.002
