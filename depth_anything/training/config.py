@@ -4,9 +4,10 @@ check_config.py converts the composed YAML files of configs/ into a `RunConfig`.
 the only description of the keys: validation, suggestions, `--help` and resume all read it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from depth_anything.scenes.scene_set import LAYOUTS, LOOKS, SceneSetSpec
 from depth_anything.training.config_schema import (
     CHANGE,
     DEPTH_STAGES,
@@ -113,18 +114,24 @@ class SceneSetConfig(ConfigSection):
     """A procedural set that is written on first use."""
 
     root: str = config_key(FOLDER)
-    look: str = config_key(choice("synthetic", "photographic"))
+    look: str = config_key(choice(*LOOKS))
     count: int = config_key(integer(1, 10_000_000, example=768))
     seed: int = config_key(integer(0, example=1))
     height: int = config_key(integer(14, example=112))
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
-    layout: str = config_key(choice("classic", "varied"), default="classic")
+    layout: str = config_key(choice(*LAYOUTS), default="classic")
     classes: bool = config_key(flag(), default=False)
     captioned: bool = config_key(flag(), default=False)
     degraded: bool = config_key(flag(), default=False)
     fov: tuple[float, float] | None = config_key(FOV, default=None)
+
+    @property
+    def spec(self) -> SceneSetSpec:
+        """The scenes of the set."""
+        values = {item.name: getattr(self, item.name) for item in fields(SceneSetSpec)}
+        return SceneSetSpec(**{**values, "fov": None if self.fov is None else (self.fov[0], self.fov[1])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,9 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
                 )
                 scene = replace(scene, layout="classic")  # of a run that began before there were layouts
             parallel = cores > 1 and scene.count >= _PARALLEL_SCENES
-            write_scenes(**scene.as_dict(), workers=cores if parallel else 0)
+            write_scenes(
+                scene.root, scene.spec, per_shard=scene.per_shard, workers=cores if parallel else 0
+            )
 
 
 def _is_older_set(root: Path) -> bool:

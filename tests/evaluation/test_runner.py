@@ -32,6 +32,7 @@ from depth_anything.evaluation.runner import (
 )
 from depth_anything.inference.formats import encode_map
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 
 SHARP = replace(PROTOCOLS["da2"], sharp=True)
 
@@ -176,12 +177,11 @@ def perfect_and_flat_rows(task):
 
 
 def test_the_manifest_of_a_set_says_whether_its_depth_is_sharp(tmp_path):
-    made = write_scenes(tmp_path / "s", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1)
+    spec = SceneSetSpec(look="synthetic", count=1, seed=0, height=24, width=32)
+    made = write_scenes(tmp_path / "s", spec)
     assert made.meta["sharp"] is True and task_from_set(made).protocol.sharp
     assert not task_from_set(replace(made, meta={})).protocol.sharp
-    bare = write_scenes(
-        tmp_path / "b", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1, labelled=False
-    )
+    bare = write_scenes(tmp_path / "b", replace(spec, labelled=False))
     assert "sharp" not in bare.meta
 
 
