@@ -1,7 +1,6 @@
 """A user's own images with class maps, declared in a YAML file (docs/segmentation.md), as a source for the writer."""
 
 import difflib
-import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from depth_anything.classes import IGNORED, ClassTable, make_class_table, table_to_list
+from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.data.class_maps import map_labels, read_label_png
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.data.sample import decode_image
@@ -188,8 +188,8 @@ def _parse(values: Mapping[Any, Any], folder: Path) -> CustomSegmentation:
         if values.get(key) is not None and (not isinstance(values[key], str) or not values[key].strip()):
             raise ValueError(f"{key}: {values[key]!r:.80} is not a text: put it in quotes")
     name, licence = values.get("name"), values.get("licence")
-    if name is not None and not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise ValueError(f'name: "{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
+    if name is not None and not is_set_name(name):
+        raise ValueError(f'name: "{name}" is not a valid name of a set: {SET_NAME_RULE}')
     if licence is not None:
         check_license(licence)
     by_color = values.get("values", "numbers")

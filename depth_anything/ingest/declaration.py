@@ -2,12 +2,12 @@
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.ingest.custom import INTRINSIC_KEYS, CustomSet
 from depth_anything.ingest.maps import read_bytes
@@ -63,8 +63,8 @@ class _Declaration:
                 raise ValueError(f"{key} is missing: write its folder, as in  {key}: {example}")
         images, depth = self._text("images") or "", self._text("depth") or ""
         dataset_key, channel, name, licence = map(self._text, ("key", "channel", "name", "licence"))
-        if name is not None and not re.fullmatch("[A-Za-z0-9_-]+", name):
-            raise ValueError(f'name: "{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
+        if name is not None and not is_set_name(name):
+            raise ValueError(f'name: "{name}" is not a valid name of a set: {SET_NAME_RULE}')
         if licence is not None:
             check_license(licence)
         quantity = self._choice("quantity", ("depth", "disparity"))

@@ -41,7 +41,7 @@ class ControlNetNetworks:
     """The ControlNet of a run and the frozen pipeline under it."""
 
     result = "controlnet/diffusion_pytorch_model.safetensors"
-    data_class = TrainData
+    data_class: type[TrainData] = TrainData
 
     def __init__(self, config: RunConfig) -> None:
         """Store the config; nothing is loaded yet."""

@@ -90,8 +90,8 @@ class StageNetworks(Protocol):
 class DepthNetworks:
     """The network of a stage that trains a depth network of this project."""
 
-    result = "model.safetensors"
-    data_class = TrainData
+    result: str = "model.safetensors"
+    data_class: type[TrainData] = TrainData
     head_part = "head"
     """What the parameters outside of the encoder are."""
 
