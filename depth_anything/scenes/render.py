@@ -15,7 +15,7 @@ from depth_anything.ingest.degrade import DEGRADATION_VERSION, degrade
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
-from depth_anything.scenes.classes import SCENE_CLASSES, class_map
+from depth_anything.scenes.classes import CLASS_VERSIONS, SCENE_CLASSES, class_map
 from depth_anything.scenes.layout import SceneLayout, random_layout
 from depth_anything.scenes.materials import (
     Material,
@@ -176,7 +176,7 @@ class SceneSource:
             "width": spec.width,
             "labelled": spec.labelled,
             **({} if spec.layout == "classic" else {"layout": spec.layout}),
-            **({"classes": True} if spec.classes else {}),
+            **({"classes": CLASS_VERSIONS[spec.layout]} if spec.classes else {}),
             **({"captioned": CAPTION_VERSION} if spec.captioned else {}),
             **({} if spec.fov is None else {"fov": [float(angle) for angle in spec.fov]}),
             **({"degraded": DEGRADATION_VERSION} if spec.degraded else {}),
