@@ -76,7 +76,8 @@ def test_close_ups_show_objects_on_tables_and_in_shelves():
     for seed in range(160):
         if varied_layout(seed).detail != 1:  # that of tabletops and shelves
             shown |= names_in(render_classes(seed, height=12, width=16, layout="varied"))
-    assert shown == {"wall", "ceiling", "floor", "table", "cabinet", "object"}
+    things = {"wall", "floor", "table", "cabinet", "object"}
+    assert things <= shown <= {*things, "ceiling"}
 
 
 def test_varied_scenes_show_all_classes():
