@@ -17,15 +17,14 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from meters import FAR, NEAR, ROOT, Constant, best_constant, predictor, run
 
-from depth_anything import DepthAnything, Predictor, load_model
+from depth_anything import load_model
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.evaluate import evaluate
 from depth_anything.evaluation.frames import read_frames
@@ -33,41 +32,7 @@ from depth_anything.training.check_config import parse_config
 from depth_anything.training.initialization import build_model
 from depth_anything.training.resume import read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"photographic": 101, "synthetic": 102}  # look → seed of its held-out scenes, as in claims/
-NEAR, FAR = 1e-3, 80.0
-
-
-class Constant:
-    """A baseline that says one depth, meters, of every pixel."""
-
-    quantity = "depth"
-
-    def __init__(self, depth: float) -> None:
-        """Keep the depth."""
-        self.depth = depth
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The depth at the size of each (H,W,3) image, float32 (H,W)."""
-        return [np.full(image.shape[:2], self.depth, np.float32) for image in images]
-
-
-def best_constant(frames: Sequence[Frame]) -> float:
-    """Find the depth of least mean AbsRel: a median of all truth, weighed by 1 / (truth · pixels of its image)."""
-    truths = [
-        frame.depth[(frame.depth >= NEAR) & (frame.depth <= FAR)].astype(np.float64) for frame in frames
-    ]
-    values = np.concatenate(truths)
-    weights = np.concatenate([1 / (truth * len(truth)) for truth in truths if len(truth)])
-    order = np.argsort(values)
-    total = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(total, total[-1] / 2)])
-
-
-def run(*command: str) -> None:
-    """Run a command of this project and stop at its first failure."""
-    print("$", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
 
 
 def train(seed: int, folder: Path, data: Path, extra: Sequence[str]) -> Path:
@@ -82,11 +47,6 @@ def judge(predictor: object, frames: Sequence[Frame]) -> dict[str, float]:
     """Compare meters with meters, nothing fitted."""
     means = evaluate(predictor, frames, max_depth=FAR).means  # type: ignore[arg-type]
     return {key: means[key] for key in ("abs_rel", "d1")}
-
-
-def predictor(model: DepthAnything) -> Predictor:
-    """Put a network on the CPU at the size it was trained at."""
-    return Predictor(model, device="cpu", input_size=model.input_size)
 
 
 def markdown(table: dict[str, dict[str, list[float]]], command: str, minutes: float, seeds: int) -> str:

@@ -23,15 +23,14 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from meters import FAR, NEAR, ROOT, Constant, best_constant, predictor, run
 
-from depth_anything import DepthAnything, Predictor, load_model
+from depth_anything import DepthAnything, load_model
 from depth_anything.data.intrinsics import resize_focal
 from depth_anything.data.sample import Frame
 from depth_anything.evaluation.evaluate import evaluate
@@ -39,10 +38,8 @@ from depth_anything.evaluation.frames import read_frames
 from depth_anything.inference.focal import fov_to_focal
 from depth_anything.preprocess import resize_shape
 
-ROOT = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH, IMAGE_SIZE = 112, 144, 42
 RELATIVE_STEPS, RELATIVE_SIZE = 200, 70
-NEAR, FAR = 1e-3, 80.0
 ONE_FOV = 60.0
 TRAIN = {"one": (ONE_FOV, ONE_FOV), "varied": (40.0, 80.0)}
 """Set → range of horizontal fields of view, degrees."""
@@ -51,37 +48,6 @@ CANONICAL_FOCAL = 18.0
 """Pixels at IMAGE_SIZE, below those of all cameras of training: canonical depth then never exceeds the true depth."""
 LOOKS = ("synthetic", "photographic")
 CALIBRATION_IMAGES = 5
-
-
-class Constant:
-    """A baseline that says one depth, meters, of every pixel."""
-
-    quantity = "depth"
-
-    def __init__(self, depth: float) -> None:
-        """Keep the depth."""
-        self.depth = depth
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The depth at the size of each (H,W,3) image, float32 (H,W)."""
-        return [np.full(image.shape[:2], self.depth, np.float32) for image in images]
-
-
-def best_constant(frames: Sequence[Frame]) -> float:
-    """Find the depth of least mean AbsRel: a median of all truth, weighted by 1 / (truth · pixels of its image)."""
-    depths = [frame.depth for frame in frames if frame.depth is not None]
-    truths = [depth[(depth >= NEAR) & (depth <= FAR)].astype(np.float64) for depth in depths]
-    values = np.concatenate(truths)
-    weights = np.concatenate([1 / (truth * len(truth)) for truth in truths if len(truth)])
-    order = np.argsort(values)
-    total = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(total, total[-1] / 2)])
-
-
-def run(*command: str) -> None:
-    """Run a command of this project and stop at its first failure."""
-    print("$", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
 
 
 def write_sets(data: Path) -> None:
@@ -139,11 +105,6 @@ def candidates(runs: dict[str, list[Path]], number: int) -> dict[str, DepthAnyth
 def judge(source: object, frames: Sequence[Frame]) -> float:
     """Compare meters with meters, nothing fitted: the mean AbsRel."""
     return evaluate(source, frames, max_depth=FAR).means["abs_rel"]  # type: ignore[arg-type]
-
-
-def predictor(model: DepthAnything) -> Predictor:
-    """Put a network on the CPU at the size it was trained at."""
-    return Predictor(model, device="cpu", input_size=model.input_size)
 
 
 def calibrate(model: Path, known: Path, output: Path) -> DepthAnything:

@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -26,15 +27,16 @@ from depth_anything.inference.segmentation import SegmentationPredictor
 from depth_anything.model.segmentation import SegmentationModel, WindowRule
 from depth_anything.model.weights import fingerprint, load_encoder
 from depth_anything.scenes.render import write_scenes
-from depth_anything.training.config import Recipe
+from depth_anything.scenes.scene_set import SceneSetSpec
 from depth_anything.training.lightning import trainer_arguments
+from depth_anything.training.recipes import Recipe
 from depth_anything.training.segmentation import Segmentation
 from depth_anything.training.segmentation_data import SegmentationData, read_classes
 
 HEADS = {"dpt": "DPT head, all trained", "probe": "linear layer, encoder frozen"}
 STARTS = ("random", "depth")
 SIDE = 70
-SCENES = {"height": 112, "width": 144, "look": "photographic", "classes": True}
+SCENES = SceneSetSpec(look="photographic", count=64, seed=5, height=112, width=144, classes=True)
 
 
 def train(options: argparse.Namespace, *, head: str, start: str, seed: int) -> SegmentationModel:
@@ -145,8 +147,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/segmentation-comparison"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    write_scenes(options.data / "scenes-classes", count=options.scenes, seed=4, **SCENES)
-    write_scenes(options.data / "scenes-classes-validation", count=64, seed=5, **SCENES)
+    write_scenes(options.data / "scenes-classes", replace(SCENES, count=options.scenes, seed=4))
+    write_scenes(options.data / "scenes-classes-validation", SCENES)
     file = options.output / "segmentation.json"
     saved = json.loads(file.read_text()) if file.exists() else {"rows": []}
     rows = [row for row in saved["rows"] if row["steps"] == options.steps]

@@ -25,6 +25,7 @@ from depth_anything.data.transforms import crop_image, crop_map, draw_crop, draw
 from depth_anything.losses import invariant_losses
 from depth_anything.preprocess import resize_shape
 from depth_anything.scenes.render import render_scene, write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 from depth_anything.training.recipes import Recipe
 from depth_anything.training.teacher import Teacher
 
@@ -49,9 +50,8 @@ def source() -> None:
 
 
 def shard(root: Path) -> ShardSet:
-    made = write_scenes(
-        root / "scenes-synthetic", look="synthetic", count=32, seed=1, height=112, width=144, per_shard=8
-    )
+    spec = SceneSetSpec(look="synthetic", count=32, seed=1, height=112, width=144)
+    made = write_scenes(root / "scenes-synthetic", spec, per_shard=8)
     for row in made.shards:
         print(f"{row.name}.tar, {row.records} records")
     index = (root / "scenes-synthetic" / f"{made.shards[0].name}.idx").read_text().splitlines()

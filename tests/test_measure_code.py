@@ -1,30 +1,19 @@
 """tools/measure_code.py counts what it says it counts."""
 
 import doctest
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import measure_code
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def measure_code() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_code", ROOT / "tools/measure_code.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_its_examples_are_true(measure_code: ModuleType) -> None:
+def test_its_examples_are_true() -> None:
     result = doctest.testmod(measure_code)
     assert result.attempted >= 3 and not result.failed
 
 
-def test_lines_are_counted_by_kind(measure_code: ModuleType, tmp_path: Path) -> None:
+def test_lines_are_counted_by_kind(tmp_path: Path) -> None:
     package = tmp_path / "depth_anything"
     package.mkdir()
     (package / "a.py").write_text('"""Doc.\n\nMore.\n"""\n\n# why\nX = (\n    1\n)\n"""Of X."""\n')
@@ -32,7 +21,7 @@ def test_lines_are_counted_by_kind(measure_code: ModuleType, tmp_path: Path) -> 
     assert (size["files"], size["lines"], size["code lines"], size["docstring lines"]) == (1, 10, 3, 5)
 
 
-def test_shared_lines_are_found_once_and_at_full_length(measure_code: ModuleType, tmp_path: Path) -> None:
+def test_shared_lines_are_found_once_and_at_full_length(tmp_path: Path) -> None:
     package = tmp_path / "depth_anything"
     package.mkdir()
     same = [f"value_{i} = {i}" for i in range(8)]
@@ -42,7 +31,7 @@ def test_shared_lines_are_found_once_and_at_full_length(measure_code: ModuleType
     assert only["lines"] == 8 and only["places"] == ["depth_anything/a.py:2", "depth_anything/b.py:3"]
 
 
-def test_a_walk_counts_files_functions_and_crossings(measure_code: ModuleType) -> None:
+def test_a_walk_counts_files_functions_and_crossings() -> None:
     counts = measure_code.walk("key", ROOT)
     assert (
         3 < counts["files"] <= counts["functions"] and counts["crossings"] >= counts["distinct crossings"] > 3

@@ -89,9 +89,9 @@ def write_test(typed: Sequence[str], look: str, count: int) -> None:
     """Write unseen scenes of a look, otherwise as the validation scenes of a config."""
     config = read_config(typed)
     root = Path(config.data_dir) / f"scenes-test-{look}"
-    settings = config.sources.scenes["validation"].as_dict()
-    changes = {"root": str(root), "look": look, "count": count, "seed": SCENE_TESTS[look]}
-    write_scenes(**{**settings, **changes})
+    validation = config.sources.scenes["validation"]
+    spec = replace(validation.spec, look=look, count=count, seed=SCENE_TESTS[look])
+    write_scenes(root, spec, per_shard=validation.per_shard)
 
 
 def judge(model: str | None, data: str, real: str | None, train_set: str, output: str) -> None:

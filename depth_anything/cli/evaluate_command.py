@@ -113,7 +113,9 @@ def add_evaluate(commands: Any) -> None:
     add_focal_flags(evaluate, default="of images whose records do not say it: assumed")
     add_inference_flags(evaluate)
     add_multi_scale_flag(evaluate)
-    evaluate.set_defaults(flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}"})
+    evaluate.set_defaults(
+        flags={**ARGUMENT_FLAGS, "max_depth": "--weights-max-depth {}", "quantity": "--quantity {}"}
+    )
 
 
 def _add_image_flags(evaluate: argparse.ArgumentParser) -> None:

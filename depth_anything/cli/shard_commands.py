@@ -282,22 +282,21 @@ def add_view(commands: Any) -> None:
 
 def _run_scenes(options: argparse.Namespace) -> None:
     from depth_anything.scenes.render import write_scenes
+    from depth_anything.scenes.scene_set import SceneSetSpec
 
     height, width = options.size
-    shard_set = write_scenes(
-        options.output,
+    spec = SceneSetSpec(
         look=options.look,
         count=options.count,
         seed=options.seed,
         height=height,
         width=width,
-        per_shard=options.per_shard,
         labelled=not options.images_only,
         layout=options.layout,
         classes=options.classes,
-        fov=options.fov,
+        fov=None if options.fov is None else (options.fov[0], options.fov[1]),
     )
-    print_set(shard_set)
+    print_set(write_scenes(options.output, spec, per_shard=options.per_shard))
 
 
 def _run_images(options: argparse.Namespace) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+SET_NAME_RULE = "use A-Z a-z 0-9 _ -"
+
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#<>]*@")
 _QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#\"'<>]*)[?#][^\s\"'<>]*[^\s\"'<>:;,.)]")
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -20,6 +23,16 @@ _SECRET_PARAMETER = re.compile(
 )
 _AUTH_HEADER = re.compile(r"(?i)\b((?:proxy-)?authorization\W{1,4}(?:bearer|basic|token)?\s*)[^\s\"',;)}\]]+")
 _FILE_NAME = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
+
+
+def is_set_name(name: str) -> bool:
+    """Tell whether a text is a valid name of a set (`SET_NAME_RULE`); a folder of labels has it, too.
+
+    Example:
+        >>> is_set_name("own-2"), is_set_name("../own")
+        (True, False)
+    """
+    return _SET_NAME.fullmatch(name) is not None
 
 
 def is_remote(address: str) -> bool:

@@ -314,6 +314,14 @@ class StreamDataset(Dataset):
                     lost = self._mark_bad(record, error)
         raise UserError(f"sample {n}: {failure}; no other record can be read", "type  depth-anything verify")
 
+    def _read_image(self, shard: str, index: int, timer: Timer) -> tuple[str, dict[str, bytes], np.ndarray]:
+        """Read a record whose image alone is decoded here; return its key, its fields and the image."""
+        with timer("read the record"):
+            key, fields = self._sources[shard.split("/")[0]].read(shard, index)
+        with timer("decode the image"), record_errors(shard, index, key):
+            image, _ = decode_image_and_meta(fields)
+        return key, fields, image
+
     def write_sample(
         self,
         shard: str,

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from depth_anything.data.dataset import StreamDataset, Timer, no_timer, record_errors
+from depth_anything.data.dataset import StreamDataset, Timer, no_timer
 from depth_anything.data.reader import RecordSource
-from depth_anything.data.sample import decode_image_and_meta
 from depth_anything.data.transforms import crop_and_resize, draw_patch_order, draw_resized_crop
 
 
@@ -66,10 +65,7 @@ class ImageDataset(StreamDataset):
             BadRecord: It cannot be read or decoded.
             StorageUnavailable: A disk or server fails for now, or the memory is full.
         """
-        with timer("read the record"):
-            key, fields = self._sources[shard.split("/")[0]].read(shard, index)
-        with timer("decode the image"), record_errors(shard, index, key):
-            image, _ = decode_image_and_meta(fields)
+        key, fields, image = self._read_image(shard, index, timer)
         height, width = image.shape[:2]
         crop = draw_resized_crop(height, width, area=self.crop_area, seed=self.seed, n=n)
         with timer("crop and flip"):

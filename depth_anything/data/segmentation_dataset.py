@@ -9,7 +9,6 @@ from depth_anything.classes import IGNORED
 from depth_anything.data.class_maps import CLASSES_FIELD, decode_classes
 from depth_anything.data.dataset import StreamDataset, Timer, no_timer, record_errors
 from depth_anything.data.reader import RecordSource
-from depth_anything.data.sample import decode_image_and_meta
 from depth_anything.data.stream import CROP, SCALE, random_uniform
 from depth_anything.data.transforms import nearest_indices, resize_image
 from depth_anything.errors import UserError
@@ -82,11 +81,7 @@ class SegmentationDataset(StreamDataset):
         timer: Timer = no_timer,
     ) -> tuple[dict[str, bytes], tuple[int, int]]:
         """Read a record and write it as sample `n`; arguments, result and errors as for `StreamDataset`."""
-        source = self._sources[shard.split("/")[0]]
-        with timer("read the record"):
-            key, fields = source.read(shard, index)
-        with timer("decode the image"), record_errors(shard, index, key):
-            image, _ = decode_image_and_meta(fields)
+        key, fields, image = self._read_image(shard, index, timer)
         with timer("decode the label"), record_errors(shard, index, key, CLASSES_FIELD):
             if CLASSES_FIELD not in fields:
                 raise ValueError("the image has no class map")

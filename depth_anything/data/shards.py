@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 
 from depth_anything.data import remote
-from depth_anything.data.address import is_remote, join_address, redact_secrets
+from depth_anything.data.address import (
+    SET_NAME_RULE,
+    is_remote,
+    is_set_name,
+    join_address,
+    redact_secrets,
+)
 from depth_anything.data.reader import JoinedRecords, ShardReader
 from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
@@ -42,7 +48,6 @@ _OUT_OF_MEMORY = "it needs more memory than there is"
 _THREADS = 16
 _SETTINGS_FILE = "settings.json"  # in the folder of a set from the start of writing
 _PATCH_SIZES = (1, 8, 14, 16, 32)  # sides of resized images are multiples of one of these
-_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -55,8 +60,8 @@ def build_set(
         ShardError: A name is invalid, or two shards have the same name.
     """
     rows = sorted(shards, key=lambda shard: shard.name)
-    if not _SET_NAME.fullmatch(name):
-        raise ShardError(f'"{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
+    if not is_set_name(name):
+        raise ShardError(f'"{name}" is not a valid name of a set: {SET_NAME_RULE}')
     for row in rows:
         if not _SHARD_NAME.fullmatch(row.name):
             raise ShardError(

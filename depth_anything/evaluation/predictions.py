@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from depth_anything.data.sample import Frame
+from depth_anything.errors import Argument, UserError
 from depth_anything.ingest import maps
 from depth_anything.ingest.find_files import walk_files
 
@@ -41,18 +42,18 @@ class PrecomputedMaps:
             quantity: quantity of the maps, if the files do not say it.
 
         Raises:
-            ValueError: no such folder, no map in it, or the quantity is unknown or contradictory.
+            UserError: no such folder, no map in it, or the quantity is unknown or contradictory.
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(f"no predictions: {folder} is not a folder")
+            raise UserError(f"no predictions: {folder} is not a folder")
         self._files = [
             path
             for _, path in walk_files(self.folder, follow=True)
             if path and path.suffix.lower() in MAP_SUFFIXES and path.is_file() and _has_values(path)
         ]
         if not self._files:
-            raise ValueError(
+            raise UserError(
                 f"no predictions: {folder} holds no {', '.join(MAP_SUFFIXES)} with a map's values"
             )
         self.quantity = self._find_quantity(quantity)
@@ -121,13 +122,22 @@ class PrecomputedMaps:
     def _find_quantity(self, given: str | None) -> str:
         quantities = {quantity for file in self._files if (quantity := read_quantity(file))}
         if len(quantities) > 1:
-            raise ValueError(f"{self.folder} holds maps of disparity and of depth: use a folder for each")
+            raise UserError(f"{self.folder} holds maps of disparity and of depth", "use a folder for each")
         if given and quantities and quantities != {given}:
-            raise ValueError(f"the maps in {self.folder} are {quantities.pop()} by their files, not {given}")
+            raise UserError(
+                f"the maps in {self.folder} are {quantities.pop()} by their files, not {given}",
+                ["leave out ", Argument("quantity", given)],
+            )
         if not (quantities or given):
-            raise ValueError(
-                f"the quantity of the maps in {self.folder} is unknown: add --quantity disparity (larger is nearer) "
-                "or --quantity depth (meters)"
+            raise UserError(
+                f"the quantity of the maps in {self.folder} is unknown",
+                [
+                    "add ",
+                    Argument("quantity", "disparity"),
+                    " (larger is nearer) or ",
+                    Argument("quantity", "depth"),
+                    " (meters)",
+                ],
             )
         return quantities.pop() if quantities else str(given)
 

@@ -1,7 +1,5 @@
 """A user's own images with class maps, declared in a YAML file (docs/segmentation.md), as a source for the writer."""
 
-import difflib
-import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +9,18 @@ import numpy as np
 
 from depth_anything.classes import IGNORED, ClassTable, make_class_table, table_to_list
 from depth_anything.data.class_maps import map_labels, read_label_png
-from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.data.sample import decode_image
-from depth_anything.ingest.custom import PathPattern, printable_path
-from depth_anything.ingest.file_list import escape_field, unescape_field
-from depth_anything.ingest.find_files import IMAGE_SUFFIXES
+from depth_anything.ingest.declaration import (
+    declared_name_and_license,
+    declared_text,
+    read_declaration,
+)
+from depth_anything.ingest.file_pairs import PairedFiles
 from depth_anything.ingest.frame_files import check_map_size
 from depth_anything.ingest.maps import read_bytes
 from depth_anything.ingest.source import DatasetInfo, RawSample
-from depth_anything.licenses import check_license
 
 DECLARATION_KEYS = ("name", "images", "masks", "classes", "colors", "values", "ignore", "licence")
-_MAX_YAML_BYTES = 1 << 20
 _MAX_STORED = 65535
 
 
@@ -74,29 +72,23 @@ class CustomSegmentation:
             {"by_color": True} if self.by_color else {}
         )
 
+    @property
+    def files(self) -> PairedFiles:
+        """The patterns of the images and the masks."""
+        return PairedFiles(
+            self.folder,
+            self.images,
+            self.masks,
+            key="masks",
+            suffixes=(".png",),
+            noun="mask",
+            example="images: rgb/{stem}.jpg  and  masks: masks/{stem}_mask.png",
+            leave_out=self.leave_out,
+        )
+
     def find(self, raw: Path) -> Generator[str, None, dict[str, int]]:
-        """Yield a line per name with its image and its mask, either of which may be missing.
-
-        Returns:
-            Number of other files by key of the YAML file.
-
-        Raises:
-            ValueError: A folder does not exist, two files have one name, or no image has a mask.
-        """
-        images = PathPattern.parse(self.images, "images", IMAGE_SUFFIXES)
-        masks = PathPattern.parse(self.masks, "masks", (".png",))
-        if images.groups != masks.groups:
-            raise ValueError(f"images: {self.images} and masks: {self.masks} must have the same {{names}}")
-        skip = {str((self.folder / pattern.base).resolve()) for pattern in (images, masks)}
-        skip |= {str(self.leave_out)} if self.leave_out else set()
-        image_files, other_images = images.find(self.folder, skip=skip)
-        mask_files, other_masks = masks.find(self.folder, skip=skip)
-        if not image_files.keys() & mask_files.keys():
-            raise ValueError(self._no_pairs_message(image_files, mask_files))
-        for name in sorted(image_files.keys() | mask_files.keys()):
-            yield "\t".join(map(escape_field, (name, image_files.get(name, ""), mask_files.get(name, ""))))
-        others = {"images": other_images, "masks": other_masks}
-        return {f"other files in {key}": count for key, count in others.items() if count}
+        """Yield a line per name with its image and its mask; as `PairedFiles.lines`."""
+        return self.files.lines()
 
     def read(self, raw: Path, line: str) -> RawSample:
         """Read the image and the mask of a line.
@@ -104,19 +96,7 @@ class CustomSegmentation:
         Raises:
             ValueError: One of them is missing or damaged, they differ in size, or a value is no class.
         """
-        _, image, mask = map(unescape_field, line.split("\t"))
-        if not mask:
-            raise ValueError(f"no mask of this name in {self.masks}")
-        if not image:
-            raise ValueError(f"no image of this name in {self.images}")
-        try:
-            data = read_bytes(self.folder / image)
-        except ValueError as error:
-            raise ValueError(f"its image: {error}") from error
-        try:
-            stored = self._decode(read_bytes(self.folder / mask))
-        except ValueError as error:
-            raise ValueError(f"its mask: {error}") from error
+        data, stored = self.files.read(line, lambda path: self._decode(read_bytes(path)), content="mask")
         check_map_size(data, stored, "mask")
         return RawSample(data, classes=self._to_classes(stored))
 
@@ -140,17 +120,6 @@ class CustomSegmentation:
         classes = np.array([self.numbers[color] for color in found.tolist()], np.uint8)
         return classes[places].reshape(stored.shape)
 
-    def _no_pairs_message(self, images: Mapping[str, str], masks: Mapping[str, str]) -> str:
-        for key, found, suffixes in (("images", images, IMAGE_SUFFIXES), ("masks", masks, (".png",))):
-            if not found:
-                return f"{key}: {getattr(self, key)} holds no matching file (looked for {' '.join(suffixes)})"
-        image, mask = (printable_path(min(files.values())) for files in (images, masks))
-        return (
-            f"no image and mask have the same name: there are {len(images)} images, such as {image}, and {len(masks)} "
-            f"masks, such as {mask}; mark the name in their paths, as in  images: rgb/{{stem}}.jpg  and  "
-            "masks: masks/{stem}_mask.png"
-        )
-
 
 def load_segmentation_declaration(path: str | Path) -> CustomSegmentation:
     """Read the YAML declaration of a custom set for segmentation.
@@ -159,47 +128,21 @@ def load_segmentation_declaration(path: str | Path) -> CustomSegmentation:
         ValueError: If the file does not exist, is not YAML, has an unknown key (the nearest key is named) or an invalid
             value (its key is named).
     """
-    path = Path(path)
-    try:
-        data = read_bytes(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: type the path of the YAML file that declares the set") from error
-    try:
-        if len(data) > _MAX_YAML_BYTES:
-            raise ValueError("it has more than 1 MiB: a declaration is a few lines")
-        values = load_yaml(data)
-        if not isinstance(values, dict):
-            raise ValueError("a declaration has lines such as  images: rgb")
-        return _parse(values, path.parent)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_declaration(path, DECLARATION_KEYS, _parse)
 
 
 def _parse(values: Mapping[Any, Any], folder: Path) -> CustomSegmentation:
-    for key in values:
-        if key not in DECLARATION_KEYS:
-            nearest = difflib.get_close_matches(str(key), DECLARATION_KEYS, 1, 0.5)
-            hint = f"; did you mean {nearest[0]}" if nearest else ""
-            raise ValueError(f'unknown key "{key}"{hint}. Keys: {", ".join(DECLARATION_KEYS)}')
     for key, example in (("images", "photos"), ("masks", "masks"), ("classes", "[road, car]")):
         if values.get(key) is None:
             raise ValueError(f"{key} is missing: write for example  {key}: {example}")
-    for key in ("images", "masks", "name", "licence"):
-        if values.get(key) is not None and (not isinstance(values[key], str) or not values[key].strip()):
-            raise ValueError(f"{key}: {values[key]!r:.80} is not a text: put it in quotes")
-    name, licence = values.get("name"), values.get("licence")
-    if name is not None and not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise ValueError(f'name: "{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
-    if licence is not None:
-        check_license(licence)
+    images, masks = (declared_text(values, key) or "" for key in ("images", "masks"))
+    name, licence = declared_name_and_license(values)
     by_color = values.get("values", "numbers")
     if by_color not in ("numbers", "colors"):
         raise ValueError(f"values: {by_color!r:.40} is unknown: write numbers or colors")
     names, numbers = _parse_classes(values["classes"])
     classes = make_class_table(names, _parse_colors(values.get("colors"), names))
-    custom = CustomSegmentation(
-        folder, values["images"], values["masks"], classes, numbers, name=name, licence=licence
-    )
+    custom = CustomSegmentation(folder, images, masks, classes, numbers, name=name, licence=licence)
     if by_color == "colors":
         return replace(custom, by_color=True, numbers=_color_numbers(values, classes))
     for stored in _parse_ignore(values.get("ignore", IGNORED)):

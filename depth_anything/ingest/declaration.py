@@ -2,12 +2,12 @@
 
 import difflib
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.ingest.custom import INTRINSIC_KEYS, CustomSet
 from depth_anything.ingest.maps import read_bytes
@@ -18,6 +18,7 @@ DECLARATION_KEYS = tuple(
     "name images depth quantity unit scale invalid sky sky_from intrinsics distance key channel licence".split()
 )
 _MAX_YAML_BYTES = 1 << 20
+T = TypeVar("T")
 
 
 def load_declaration(path: str | Path) -> CustomSet:
@@ -26,6 +27,23 @@ def load_declaration(path: str | Path) -> CustomSet:
     Raises:
         ValueError: If the file does not exist, is not YAML, has an unknown key (the nearest key is named) or an invalid
             value (its key is named).
+    """
+    return read_declaration(path, DECLARATION_KEYS, lambda values, folder: _Declaration(values).parse(folder))
+
+
+def read_declaration(
+    path: str | Path, keys: Sequence[str], parse: Callable[[Mapping[Any, Any], Path], T]
+) -> T:
+    """Read a YAML file of known keys; every error names the file.
+
+    Args:
+        path: The file.
+        keys: The keys that it may have.
+        parse: Converts its values and the path of its folder.
+
+    Raises:
+        ValueError: If the file does not exist, is not YAML, has an unknown key (the nearest key is named), or `parse`
+            refuses it.
     """
     path = Path(path)
     try:
@@ -38,22 +56,50 @@ def load_declaration(path: str | Path) -> CustomSet:
         values = load_yaml(data)
         if not isinstance(values, dict):
             raise ValueError("a declaration has lines such as  images: rgb")
-        return _Declaration(values).parse(path.parent)
+        for key in values:
+            if key not in keys:
+                nearest = difflib.get_close_matches(str(key), keys, 1, 0.5)
+                raise ValueError(
+                    f'unknown key "{key}"{f"; did you mean {nearest[0]}" if nearest else ""}. '
+                    f"Keys: {', '.join(keys)}"
+                )
+        return parse(values, path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def declared_text(values: Mapping[Any, Any], key: str) -> str | None:
+    """Return the text of a key; a number is read as text. None if the key is missing.
+
+    Raises:
+        ValueError: If the value is not a text.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
+        raise ValueError(f"{key}: {value!r:.80} is not a text: put it in quotes")
+    return str(value)
+
+
+def declared_name_and_license(values: Mapping[Any, Any]) -> tuple[str | None, str | None]:
+    """Return the name of the set and its license, which may both be missing.
+
+    Raises:
+        ValueError: If one of them is invalid.
+    """
+    name, licence = declared_text(values, "name"), declared_text(values, "licence")
+    if name is not None and not is_set_name(name):
+        raise ValueError(f'name: "{name}" is not a valid name of a set: {SET_NAME_RULE}')
+    if licence is not None:
+        check_license(licence)
+    return name, licence
 
 
 class _Declaration:
     """Parses and checks the values of a declaration."""
 
     def __init__(self, values: Mapping[Any, Any]) -> None:
-        for key in values:
-            if key not in DECLARATION_KEYS:
-                nearest = difflib.get_close_matches(str(key), DECLARATION_KEYS, 1, 0.5)
-                raise ValueError(
-                    f'unknown key "{key}"{f"; did you mean {nearest[0]}" if nearest else ""}. '
-                    f"Keys: {', '.join(DECLARATION_KEYS)}"
-                )
         self._values = {key: value for key, value in values.items() if value is not None}
 
     def parse(self, folder: Path) -> CustomSet:
@@ -61,12 +107,9 @@ class _Declaration:
         for key, example in (("images", "rgb"), ("depth", "depth")):
             if key not in self._values:
                 raise ValueError(f"{key} is missing: write its folder, as in  {key}: {example}")
-        images, depth = self._text("images") or "", self._text("depth") or ""
-        dataset_key, channel, name, licence = map(self._text, ("key", "channel", "name", "licence"))
-        if name is not None and not re.fullmatch("[A-Za-z0-9_-]+", name):
-            raise ValueError(f'name: "{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -')
-        if licence is not None:
-            check_license(licence)
+        images, depth = (declared_text(self._values, key) or "" for key in ("images", "depth"))
+        dataset_key, channel = (declared_text(self._values, key) for key in ("key", "channel"))
+        name, licence = declared_name_and_license(self._values)
         quantity = self._choice("quantity", ("depth", "disparity"))
         distance = self._choice("distance", ("planar", "ray"))
         intrinsics = self._intrinsics()
@@ -91,14 +134,6 @@ class _Declaration:
             channel=channel,
             licence=licence,
         )
-
-    def _text(self, key: str) -> str | None:
-        value = self._values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
-            raise ValueError(f"{key}: {value!r:.80} is not a text: put it in quotes")
-        return str(value)
 
     def _choice(self, key: str, choices: tuple[str, ...]) -> str:
         value = self._values.get(key, choices[0])

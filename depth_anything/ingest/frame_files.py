@@ -6,19 +6,20 @@ missing file is listed too and rejected when it is read, so that it is counted.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
+from depth_anything.data.class_maps import map_labels, read_label_png
 from depth_anything.data.image_headers import estimate_decode_cost
 from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import escape_field, unescape_field
 from depth_anything.ingest.find_files import APPLE_DOUBLE_PREFIX, walk_files
 from depth_anything.ingest.maps import read_bytes
-from depth_anything.ingest.source import DatasetInfo
+from depth_anything.ingest.source import DatasetInfo, RawSample
 
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".z01", ".rar")
 _AMBIGUOUS = "//"  # stands in the file list where several files match
@@ -152,6 +153,32 @@ def read_pair(
     values = decode(read_frame_file(raw, patterns[1], paths[1]))
     check_map_size(image, values, patterns[1].content)
     return image, values
+
+
+def read_class_frame(
+    raw: Path, patterns: tuple[FilePattern, FilePattern], line: str, numbers: Mapping[int, int]
+) -> RawSample:
+    """Read a photograph and its class map, a PNG of numbers.
+
+    Args:
+        raw: Folder of the set.
+        patterns: Path patterns of the image and of the class map.
+        line: A line of `find_frames`.
+        numbers: Number in the PNG to class.
+
+    Raises:
+        ValueError: A file is missing or damaged, they differ in size, or a number is not in `numbers`.
+    """
+    content = patterns[1].content
+
+    def decode(data: bytes) -> np.ndarray:
+        try:
+            return read_label_png(data)
+        except ValueError as error:
+            raise ValueError(f"its {content}: {error}") from error
+
+    image, stored = read_pair(raw, patterns, split_fields(line)[1:], decode)
+    return RawSample(image, classes=map_labels(stored, numbers, what=content))
 
 
 def check_map_size(image: bytes, values: np.ndarray, content: str) -> None:

@@ -8,7 +8,6 @@ NAME.pixels.json if it has labels. When every shard exists, manifest.json is wri
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from depth_anything.classes import table_to_list
+from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
 from depth_anything.disk import remove_stale, write_new
@@ -352,10 +352,8 @@ def _summarize_labels(labels: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _validate_arguments(
     name: str, *, per_shard: int, part: tuple[int, int], workers: int, sky: str | None, short_side: int | None
 ) -> None:
-    if not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise ValueError(
-            f'"{name}" is not a valid name of a set: use A-Z a-z 0-9 _ -, or pass another --name'
-        )
+    if not is_set_name(name):
+        raise ValueError(f'"{name}" is not a valid name of a set: {SET_NAME_RULE}, or pass another --name')
     if per_shard < 1 or workers < 0:
         raise ValueError(f"per_shard={per_shard} workers={workers}: must be at least 1 and 0")
     if not 1 <= part[0] <= part[1]:

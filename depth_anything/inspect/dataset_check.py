@@ -10,13 +10,8 @@ import numpy as np
 from depth_anything.data.sample import decode_image
 from depth_anything.evaluation.frames import evenly_spaced
 from depth_anything.ingest import maps
-from depth_anything.ingest.custom import (
-    CustomSet,
-    FilePairs,
-    check_aspect_ratio,
-    printable_path,
-    read_image_size,
-)
+from depth_anything.ingest.custom import CustomSet, check_aspect_ratio, read_image_size
+from depth_anything.ingest.file_pairs import FilePairs, PairedFiles, printable_path
 from depth_anything.ingest.record import mask_invalid
 from depth_anything.inspect.contact_sheet import draw_caption
 from depth_anything.inspect.dataset_stats import format_common_sizes
@@ -91,7 +86,7 @@ def check_dataset(custom: CustomSet, *, sample: int = SAMPLE_RECORDS) -> Dataset
     Raises:
         ValueError: no image has a map, or no record of the sample can be read.
     """
-    pairs, check, stats = custom.find_pairs(), DatasetCheck(), _SampleStats(custom)
+    pairs, check, stats = custom.files.find(), DatasetCheck(), _SampleStats(custom)
     check.refused += [(name, f"no {custom.quantity} of this name in {custom.depth}") for name in pairs.images]
     check.refused += [(name, f"no image of this name in {custom.images}") for name in pairs.maps]
     sizes, eight_bit = _read_sizes(custom, pairs, check.refused)
@@ -101,7 +96,7 @@ def check_dataset(custom: CustomSet, *, sample: int = SAMPLE_RECORDS) -> Dataset
     with ProgressLine("reading pixels", total=len(sampled)) as progress:
         for name in sampled:
             try:
-                stats.add(name, custom.format_line(name, *pairs.matched[name]), draw=name in drawn)
+                stats.add(name, PairedFiles.format_line(name, *pairs.matched[name]), draw=name in drawn)
             except (ValueError, MemoryError) as error:
                 check.refused.append((name, str(error) or "it needs more memory than there is"))
             progress.update()

@@ -34,6 +34,9 @@ SCENE_CLASSES = make_class_table(
 )
 """Classes of the class maps of scenes. An object is named after what its parts form, and else after its surface."""
 
+CLASS_VERSIONS = {"classic": True, "varied": 2}
+"""Layout to the version of its class maps, a setting of every set with classes; change it when a seed's map changes."""
+
 _NUMBERS = {row.name: number for number, row in enumerate(SCENE_CLASSES)}
 _ROLE_CLASSES = {
     "facade": "building",

@@ -12,7 +12,6 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-LOOKS = ("synthetic", "photographic")
 TEXTURE_SIZE = 256  # side of a texture in texels; a power of two, so that wrapping is a bit mask
 MIP_LEVELS = 9
 

@@ -1,7 +1,7 @@
 """Render procedural scenes: image and exact depth of a seed, and sets of them as a source of shards."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,13 @@ import numpy as np
 
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.tars import ShardSet
-from depth_anything.errors import UserError
 from depth_anything.ingest.degrade import DEGRADATION_VERSION, degrade
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import CAPTION_VERSION, describe_scene
-from depth_anything.scenes.classes import SCENE_CLASSES, class_map
+from depth_anything.scenes.classes import CLASS_VERSIONS, SCENE_CLASSES, class_map
 from depth_anything.scenes.layout import SceneLayout, random_layout
 from depth_anything.scenes.materials import (
-    LOOKS,
     Material,
     PhiloxRandom,
     color_temperature,
@@ -37,6 +35,7 @@ from depth_anything.scenes.raycast import (
     shadow_map,
     tint_glass,
 )
+from depth_anything.scenes.scene_set import LAYOUTS, LOOKS, SceneSetSpec
 from depth_anything.scenes.varied import varied_atmosphere, varied_layout
 
 FOV_STREAM = 100
@@ -44,8 +43,6 @@ FOV_STREAM = 100
 
 RENDERER_VERSION = 2
 """Increase it when the image of a seed changes; it is a setting of every set, so old and new images are not mixed."""
-
-LAYOUTS = ("classic", "varied")
 
 INFO = DatasetInfo(
     name="scenes",
@@ -134,54 +131,22 @@ def render_classes(
     return class_map(placed, view, np.where(in_front, pane_depth, depth), opaque + panes, number)
 
 
-def write_scenes(
-    root: str | Path,
-    *,
-    look: str,
-    count: int,
-    seed: int,
-    height: int,
-    width: int,
-    per_shard: int = 128,
-    labelled: bool = True,
-    layout: str = "classic",
-    workers: int = 0,
-    classes: bool = False,
-    captioned: bool = False,
-    fov: Sequence[float] | None = None,
-    degraded: bool = False,
-) -> ShardSet:
+def write_scenes(root: str | Path, spec: SceneSetSpec, *, per_shard: int = 128, workers: int = 0) -> ShardSet:
     """Write scenes as a set of shards. An interrupted set is continued; a finished one is returned.
 
-    Scene i has the seed `seed * 10_000_000 + i`, so that sets of different seeds share no scene. Several processes may
-    write one set. Synthetic images are PNG, without artifacts; photographic images are JPEG with a random quality from
-    40 to 92.
+    Sets of different seeds share no scene. Several processes may write one set. Synthetic images are PNG, without
+    artifacts; photographic images are JPEG with a random quality from 40 to 92.
 
     Args:
         root: Folder of the set; its name is the name of the set.
-        look: "synthetic" or "photographic".
-        count: Number of scenes, up to 10 million.
-        seed: Seed of the set.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
+        spec: The scenes.
         per_shard: Scenes per shard.
-        labelled: Write depth; False writes images only.
-        layout: "classic" or "varied", as for `render_scene`.
         workers: Processes that render; 0 renders in this process. The bytes are the same.
-        classes: Also write class maps, of `SCENE_CLASSES`; images and depth are the same as without.
-        captioned: Write a caption of each scene.
-        fov: Lowest and highest horizontal field of view, degrees, as for `render_scene`.
-        degraded: Write the depth of a poor sensor (`ingest.degrade`) in place of exact depth.
 
     Raises:
-        ValueError: The look or the layout is unknown, a field of view is out of range, or the folder holds another
-            set.
+        ValueError: The folder holds another set.
     """
-    chosen = None if fov is None else (float(fov[0]), float(fov[1]))
-    source = SceneSource(
-        look, count, seed, height, width, labelled, layout, classes, captioned, chosen, degraded
-    )
-    shard_set = write_source(source, Path(), root, per_shard=per_shard, workers=workers)
+    shard_set = write_source(SceneSource(spec), Path(), root, per_shard=per_shard, workers=workers)
     assert shard_set is not None, "a single part has every shard"
     return shard_set
 
@@ -190,72 +155,53 @@ def write_scenes(
 class SceneSource:
     """A source of scenes for `write_source`. A line is the number of a scene in the set."""
 
-    look: str
-    count: int
-    seed: int
-    height: int
-    width: int
-    labelled: bool
-    layout: str = "classic"
-    classes: bool = False
-    captioned: bool = False
-    fov: tuple[float, float] | None = None
-    degraded: bool = False
+    spec: SceneSetSpec
 
     @property
     def INFO(self) -> DatasetInfo:  # noqa: N802  a constant of the module in other sources
         """Facts for the writer; degraded depth is not sharp."""
-        info = replace(INFO, classes=SCENE_CLASSES) if self.classes else INFO
-        return replace(info, sharp=False, sky="invalid") if self.degraded else info
+        info = replace(INFO, classes=SCENE_CLASSES) if self.spec.classes else INFO
+        return replace(info, sharp=False, sky="invalid") if self.spec.degraded else info
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the scenes. Sets from before there were layouts have none in their settings."""
+        spec = self.spec
         return {
             "version": RENDERER_VERSION,
-            "look": self.look,
-            "count": self.count,
-            "seed": self.seed,
-            "height": self.height,
-            "width": self.width,
-            "labelled": self.labelled,
-            **({} if self.layout == "classic" else {"layout": self.layout}),
-            **({"classes": True} if self.classes else {}),
-            **({"captioned": CAPTION_VERSION} if self.captioned else {}),
-            **({} if self.fov is None else {"fov": list(self.fov)}),
-            **({"degraded": DEGRADATION_VERSION} if self.degraded else {}),
+            "look": spec.look,
+            "count": spec.count,
+            "seed": spec.seed,
+            "height": spec.height,
+            "width": spec.width,
+            "labelled": spec.labelled,
+            **({} if spec.layout == "classic" else {"layout": spec.layout}),
+            **({"classes": CLASS_VERSIONS[spec.layout]} if spec.classes else {}),
+            **({"captioned": CAPTION_VERSION} if spec.captioned else {}),
+            **({} if spec.fov is None else {"fov": [float(angle) for angle in spec.fov]}),
+            **({"degraded": DEGRADATION_VERSION} if spec.degraded else {}),
         }
 
     def find(self, raw: Path) -> Iterable[str]:
-        """List the numbers of the scenes. Raises ValueError for an unknown look or layout, or a count below 1."""
-        if self.look not in LOOKS:
-            raise ValueError(f'look="{self.look}" is unknown: use {" or ".join(LOOKS)}')
-        if self.layout not in LAYOUTS:
-            raise ValueError(f'layout="{self.layout}" is unknown: use {" or ".join(LAYOUTS)}')
-        if self.count < 1:
-            raise ValueError(f"count={self.count} must be at least 1")
-        if self.fov is not None and not 1 <= self.fov[0] <= self.fov[1] <= 179:
-            raise UserError(
-                f"fov={self.fov[0]:g} {self.fov[1]:g} must rise, from 1 to 179 degrees",
-                "give for example 40 80",
-            )
-        return map(str, range(self.count))
+        """List the numbers of the scenes."""
+        return map(str, range(self.spec.count))
 
     def read(self, raw: Path, line: str) -> RawSample:
         """Render a scene and encode its image; include its depth if the set has labels."""
-        scene = self.seed * 10_000_000 + int(line)
-        size: Any = {"height": self.height, "width": self.width, "layout": self.layout, "fov": self.fov}
-        frame = render_scene(scene, look=self.look, **size)
+        spec = self.spec
+        scene = spec.seed * 10_000_000 + int(line)
+        size: Any = {"height": spec.height, "width": spec.width, "layout": spec.layout, "fov": spec.fov}
+        frame = render_scene(scene, look=spec.look, **size)
         quality = 40 + PhiloxRandom(scene, 4).integer(53)
         image = encode_frame(replace(frame, depth=None), codec="f32", jpeg_quality=quality).get("jpg", b"")
-        if self.look == "synthetic":
+        if spec.look == "synthetic":
             image = cv2.imencode(".png", frame.image[..., ::-1])[1].tobytes()
         meta = {**frame.meta, "name": None}
         sky = np.isinf(frame.depth) if frame.depth is not None else None
-        classes = render_classes(scene, **size) if self.classes else None
-        captions = (describe_scene(scene, layout=self.layout),) if self.captioned else ()
-        depth = frame.depth if self.labelled else None
-        if depth is not None and self.degraded:
+        classes = render_classes(scene, **size) if spec.classes else None
+        captions = (describe_scene(scene, layout=spec.layout),) if spec.captioned else ()
+        depth = frame.depth if spec.labelled else None
+        if depth is not None and spec.degraded:
             depth, sky, meta = degrade(depth, seed=scene), None, {**meta, "sky": None}
         return RawSample(image, meta, depth=depth, sky=sky, classes=classes, captions=captions)
 

@@ -6,6 +6,7 @@ view. Lamps are many and the air is clear, because haze, from which networks lea
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -145,8 +146,17 @@ def _room(draw: PhiloxRandom) -> SceneLayout:
     return SceneLayout(solids, eye, turn, draw.uniform(0.38, 0.75), height, True, reach)
 
 
+def _of_kind(kind: str, solids: list[Solid]) -> list[Solid]:
+    """Return the parts of an object with its kind, for class maps."""
+    return [replace(solid, kind=kind) for solid in solids]
+
+
 def _object(place: Placement, y: float, size: float, draw: PhiloxRandom) -> list[Solid]:
     """Return a household object of a size in meters, standing y meters above the floor."""
+    return _of_kind("object", _object_parts(place, y, size, draw))
+
+
+def _object_parts(place: Placement, y: float, size: float, draw: PhiloxRandom) -> list[Solid]:
     kind = draw.integer(8)
     tall = size * draw.uniform(0.3, 2.2)
     if kind == 0:  # a bottle
@@ -204,7 +214,7 @@ def _tabletop(draw: PhiloxRandom) -> SceneLayout:
     place = Placement(draw.uniform(-0.3, 0.3) * wide, draw.uniform(-0.3, 0.3) * wide, draw.uniform(0, 6.3))
     if top:
         width, length = wide * draw.uniform(1.2, 5), wide * draw.uniform(1.2, 4)
-        solids.append(place.put(0, top - 0.04, 0, width, 0.04, length, "furniture"))
+        solids += _of_kind("table", [place.put(0, top - 0.04, 0, width, 0.04, length, "furniture")])
     if draw.bernoulli(0.25):  # a bin
         side, other, tall = (
             wide * draw.uniform(0.8, 2),
@@ -248,15 +258,16 @@ def _shelf(draw: PhiloxRandom) -> SceneLayout:
     place = Placement(0.0, deep / 2, 0.0)
     shelf = draw.bernoulli(0.7)
     if shelf:
-        solids += [
+        boards = [
             place.put(0, k * tall, 0, side, 0.02 * wide + 0.01, deep, "furniture") for k in range(rows + 1)
         ]
-        solids += [
+        boards += [
             place.put((k / columns - 0.5) * side, 0, 0, 0.02 * wide + 0.01, rows * tall, deep, "furniture")
             for k in range(columns + 1)
         ]
         if draw.bernoulli(0.6):
-            solids.append(place.put(0, 0, deep / 2, side, rows * tall, 0.02, "furniture"))
+            boards.append(place.put(0, 0, deep / 2, side, rows * tall, 0.02, "furniture"))
+        solids += _of_kind("cabinet", boards)
     for row in range(rows):
         for _ in range(draw.integer(5)):
             x, z = draw.uniform(-0.5, 0.5) * side, deep * draw.uniform(0.25, 0.75)

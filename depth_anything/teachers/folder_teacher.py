@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from depth_anything.errors import UserError
+from depth_anything.errors import UserError, format_parts
 from depth_anything.evaluation.predictions import PrecomputedMaps, check_aspect
 from depth_anything.teachers.fingerprints import hash_files
 from depth_anything.teachers.teacher import (
@@ -52,12 +52,10 @@ class FolderTeacher(Teacher):
         super().__init__()
         try:
             self.maps = PrecomputedMaps(folder, quantity=quantity)
-        except ValueError as error:
-            text = str(error).partition(": add --quantity")
-            fix = "type teacher=folder:DIR for a folder of .npy, .exr or 16-bit .png maps"
-            if text[1]:
-                fix = "type teacher_quantity=disparity (larger is nearer) or =depth"
-            raise UserError(f"teacher={spec}: {text[0]}", fix) from error
+        except UserError as error:
+            fix = format_parts(error.fix_parts, flags={"quantity": "teacher_quantity={}"})
+            fix = fix or "type teacher=folder:DIR for a folder of .npy, .exr or 16-bit .png maps"
+            raise UserError(f"teacher={spec}: {error.what}", fix) from error
         self.multiple = multiple
         self.kind = MapKind(
             self.maps.quantity, unit or ("m" if self.maps.quantity == "depth" else "relative")

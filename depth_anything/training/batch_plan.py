@@ -137,13 +137,3 @@ def repeat_for_share(
     return {
         key: repeat.get(key, 1) * (factor if key in repeated else 1) for key in sorted({*repeated, *repeat})
     }
-
-
-def required_folders(config: RunConfig) -> list[str]:
-    """List the folders of all sets that a fitting run reads, including the validation set of a depth network."""
-    extra = [folder for sets in extra_sets(config).values() for folder in sets.values()]
-    validation = None if config.stage == "pretrain" else config.sources.validation
-    if config.stage == "segmentation" and config.sources.segmentation:
-        validation = config.sources.segmentation.validation
-    folders = [*config.data.sets.values(), *extra, validation]
-    return [str(folder) for folder in folders if folder is not None]

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.errors import UserError
 from depth_anything.training.check_stage import (
     check_controlnet_stage,
@@ -300,6 +301,12 @@ def _parse_value(value: Any, known: ConfigKey, path: str, stage: str) -> Any:
             raise UserError(
                 f"{path}={format_value(value)} must be {{NAME: VALUE}}", f"type '+{path}.NAME=VALUE'"
             )
+        for name in value:
+            if known.names_sets and not is_set_name(str(name)):
+                raise UserError(
+                    f'{path} has the set "{name}", which is not a valid name: {SET_NAME_RULE}',
+                    f"type '+{path}.NAME=FOLDER'",
+                )
         return {
             name: _parse_value(item, known.entries, f"{path}.{name}", stage) for name, item in value.items()
         }

@@ -4,9 +4,10 @@ check_config.py converts the composed YAML files of configs/ into a `RunConfig`.
 the only description of the keys: validation, suggestions, `--help` and resume all read it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from depth_anything.scenes.scene_set import LAYOUTS, LOOKS, SceneSetSpec
 from depth_anything.training.config_schema import (
     CHANGE,
     DEPTH_STAGES,
@@ -39,6 +40,7 @@ from depth_anything.training.value_rules import (
     OPTIONAL_FOLDER,
     PRECISION,
     REPEAT,
+    RUN_NAME,
     SCALE_RANGE,
     SEED,
     SET_NAMES,
@@ -113,18 +115,24 @@ class SceneSetConfig(ConfigSection):
     """A procedural set that is written on first use."""
 
     root: str = config_key(FOLDER)
-    look: str = config_key(choice("synthetic", "photographic"))
+    look: str = config_key(choice(*LOOKS))
     count: int = config_key(integer(1, 10_000_000, example=768))
     seed: int = config_key(integer(0, example=1))
     height: int = config_key(integer(14, example=112))
     width: int = config_key(integer(14, example=144))
     labelled: bool = config_key(flag(), default=True)
     per_shard: int = config_key(integer(1, example=128), default=128)
-    layout: str = config_key(choice("classic", "varied"), default="classic")
+    layout: str = config_key(choice(*LAYOUTS), default="classic")
     classes: bool = config_key(flag(), default=False)
     captioned: bool = config_key(flag(), default=False)
     degraded: bool = config_key(flag(), default=False)
     fov: tuple[float, float] | None = config_key(FOV, default=None)
+
+    @property
+    def spec(self) -> SceneSetSpec:
+        """The scenes of the set."""
+        values = {item.name: getattr(self, item.name) for item in fields(SceneSetSpec)}
+        return SceneSetSpec(**{**values, "fov": None if self.fov is None else (self.fov[0], self.fov[1])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +152,18 @@ class SegmentationSourceConfig(ConfigSection):
 class SourcesConfig(ConfigSection):
     """The data sets of a run, {NAME: folder, URL or command}, and what they imply for stage=metric."""
 
-    labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
-    images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
+    labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), names_sets=True, resume=START)
+    images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), names_sets=True, resume=START)
     validation: str | None = config_key(OPTIONAL_FOLDER, resume=FREE)
     scenes: dict[str, SceneSetConfig] = config_key(entries=ConfigKey(section=SceneSetConfig), resume=START)
-    metric: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
+    metric: dict[str, str] | None = config_key(
+        entries=ConfigKey(FOLDER), names_sets=True, default=None, resume=ECHO
+    )
     max_depth: float | None = config_key(meters(example=20, optional=True), default=None, resume=ECHO)
     steps: int | None = config_key(integer(1, example=1000, optional=True), default=None, resume=ECHO)
-    classes: dict[str, str] | None = config_key(entries=ConfigKey(FOLDER), default=None, resume=ECHO)
+    classes: dict[str, str] | None = config_key(
+        entries=ConfigKey(FOLDER), names_sets=True, default=None, resume=ECHO
+    )
     segmentation: SegmentationSourceConfig | None = config_key(
         section=SegmentationSourceConfig, default=None, resume=ECHO
     )
@@ -198,7 +210,7 @@ class DataConfig(ConfigSection):
     """The arguments of the stage's DataModule; most repeat keys of the run."""
 
     target: str = config_key(CLASS_PATH, resume=START)
-    sets: dict[str, str] = config_key(entries=ConfigKey(FOLDER), resume=START)
+    sets: dict[str, str] = config_key(entries=ConfigKey(FOLDER), names_sets=True, resume=START)
     labels: str | None = config_key(
         OPTIONAL_FOLDER, stages=(*LABEL_STAGES, "segmentation", "controlnet"), resume=ECHO
     )
@@ -209,7 +221,9 @@ class DataConfig(ConfigSection):
     )
     image_size: int = config_key(integer(1, 2**14, example=518), resume=ECHO, repeats_run=True)
     workers: int = config_key(integer(0, 1024, example=4), resume=FREE, repeats_run=True)
-    labelled: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("student",), resume=ECHO)
+    labelled: dict[str, str] = config_key(
+        entries=ConfigKey(FOLDER), names_sets=True, stages=("student",), resume=ECHO
+    )
     mix: Any = config_key(SET_NAMES, stages=("student",), resume=ECHO, repeats_run=True)
     sky: Any = config_key(SKY, stages=(*DEPTH_STAGES, "controlnet"), resume=ECHO)
     perturb: bool = config_key(
@@ -225,7 +239,9 @@ class DataConfig(ConfigSection):
     crop_share: float = config_key(SHARE, default=0.0, stages=("student",), resume=ECHO, repeats_run=True)
     local_weight: float = config_key(LOSS_WEIGHT, default=0.0, stages=("student",), resume=ECHO)
     repeat: dict[str, int] | None = config_key(REPEAT, stages=FIT_STAGES)
-    images: dict[str, str] = config_key(entries=ConfigKey(FOLDER), stages=("metric",), resume=ECHO)
+    images: dict[str, str] = config_key(
+        entries=ConfigKey(FOLDER), names_sets=True, stages=("metric",), resume=ECHO
+    )
     replay: Any = config_key(SET_NAMES, stages=("metric",), resume=ECHO, repeats_run=True)
     replay_share: float = config_key(OPEN_FRACTION, stages=("metric",), resume=ECHO, repeats_run=True)
     allow_partial: bool = config_key(
@@ -261,7 +277,7 @@ class TinyConfig(ConfigSection):
 class RunConfig(ConfigSection):
     """A training or labeling run: every key of configs/train.yaml and of the groups below it."""
 
-    name: str = config_key(text("the name of a run", example="second"), resume=FREE)
+    name: str = config_key(RUN_NAME, resume=FREE)
     output_dir: str = config_key(FOLDER, resume=FREE)
     run_dir: str = config_key(FOLDER, resume=FREE)
     data_dir: str = config_key(FOLDER, resume=START)

@@ -40,6 +40,7 @@ class ConfigKey:
         resume: FREE, CHANGE, SAME, START or ECHO.
         section: Dataclass of the keys below this one.
         entries: For a mapping whose names the user chooses: describes its values.
+        names_sets: The names of the mapping are names of sets, which become folders of labels.
         is_open: The section takes more keys: the arguments of the class that its `_target_` names.
         holds_nodes: For a mapping {NAME: node} of objects that Hydra builds, as `callbacks`.
         replay_only: In stage=metric the key only matters with `replay`.
@@ -51,6 +52,7 @@ class ConfigKey:
     resume: str = SAME
     section: "type[ConfigSection] | None" = None
     entries: "ConfigKey | None" = None
+    names_sets: bool = False
     is_open: bool = False
     holds_nodes: bool = False
     replay_only: bool = False

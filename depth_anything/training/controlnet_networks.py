@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from depth_anything.data.address import redact_secrets
 from depth_anything.data.reader import JoinedRecords, Records
+from depth_anything.data.shards import open_set
 from depth_anything.disk import atomic_folder
 from depth_anything.errors import UserError
 from depth_anything.licenses import card_license_fields, combine_licenses
@@ -16,14 +18,18 @@ from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training import loggers
 from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet import ControlNetPair
+from depth_anything.training.data import TrainData
 from depth_anything.training.diffusion import (
     CONDITIONING_CHANNELS,
     DiffusionBase,
+    check_base,
     import_diffusers,
     load_base,
     load_part,
+    meta_controlnet,
     write_tiny_base,
 )
+from depth_anything.training.plan_text import PlanLine, count_parameters, optimizer_name, schedule_line
 from depth_anything.training.provenance import set_provenance
 from depth_anything.training.run_dir import RunDir
 
@@ -33,6 +39,9 @@ BASE_FOLDER = "base"
 
 class ControlNetNetworks:
     """The ControlNet of a run and the frozen pipeline under it."""
+
+    result = "controlnet/diffusion_pytorch_model.safetensors"
+    data_class: type[TrainData] = TrainData
 
     def __init__(self, config: RunConfig) -> None:
         """Store the config; nothing is loaded yet."""
@@ -107,6 +116,49 @@ class ControlNetNetworks:
                 json.dumps(origin, indent=1, sort_keys=True) + "\n"
             )
         write_card(self._card(measured, folder), target, file=folder.model.name)
+
+    @property
+    def validation_folder(self) -> str | None:
+        """The validation set of `sources`."""
+        return self.config.sources.validation
+
+    def open_validation(self) -> None:
+        """Open the validation set."""
+        assert self.validation_folder is not None
+        open_set(self.validation_folder)
+
+    def check(self) -> None:
+        """Check the base, if it is a folder on this machine."""
+        if self.config.base is not None:
+            check_base(self.config.base)
+
+    @property
+    def planned_multiple(self) -> int:
+        """1: the VAE of the base, which is not loaded, knows its own."""
+        return 1
+
+    def describe_network(self) -> list[PlanLine]:
+        """Describe the base; of a base on the hub nothing is read."""
+        base, size = self.config.base, ""
+        if base is not None:
+            size = " (on the hub)"
+            if Path(base).is_dir():
+                size = f" (ControlNet of {count_parameters(meta_controlnet(base).parameters())} parameters)"
+        return [("base", f"{base or 'random weights, written to the run folder'}{size}")]
+
+    def describe_training(self) -> list[PlanLine]:
+        """Describe the starting weights, the optimizer, the schedule and the loss."""
+        config, recipe = self.config, self.config.recipe
+        return [
+            ("start", config.init or "the weights of the UNet, and zero convolutions"),
+            ("group", f"controlnet: {optimizer_name(config)}, rate {recipe.lr:g}"),
+            schedule_line(config),
+            ("loss", f"noise or velocity; {recipe.caption_dropout:.0%} of the captions dropped"),
+        ]
+
+    def describe_labels(self) -> str | None:
+        """Name the folder of the labels."""
+        return f"{redact_secrets(str(self.config.data.labels))}, of the sets without depth"
 
     def _card(self, measured: dict[str, str], folder: RunDir) -> str:
         config, licence = self.config, self.licence

@@ -110,6 +110,20 @@ def require_meters(images: ShardSet) -> None:
         )
 
 
+def needs_labels(images: ShardSet, labels: str | None, *, in_meters: bool, captions: bool) -> bool:
+    """Return whether a set is joined with its labels.
+
+    Args:
+        images: The set.
+        labels: Folder of label sets, if any.
+        in_meters: Targets are depth in meters, which a set has itself.
+        captions: Images have captions; a set with its own depth or disparity is not joined.
+    """
+    if labels is None or in_meters:
+        return False
+    return not (captions and images.meta.get("quantity") is not None)
+
+
 def require_label_extras(sources: Sequence[Records | JoinedRecords], options: LabelOptions) -> None:
     """Check that the labels of at least one set have the optional fields that a student is asked to use.
 
@@ -150,7 +164,7 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
                 )
                 scene = replace(scene, layout="classic")  # of a run that began before there were layouts
             parallel = cores > 1 and scene.count >= _PARALLEL_SCENES
-            write_scenes(**scene.as_dict(), workers=cores if parallel else 0)
+            write_scenes(scene.root, scene.spec, per_shard=scene.per_shard, workers=cores if parallel else 0)
 
 
 def _is_older_set(root: Path) -> bool:
@@ -260,8 +274,8 @@ class TrainData(pl.LightningDataModule):
                 images = open_set(root, name=name)
                 if self.depth_range is not None:
                     require_meters(images)
-                joined = self.depth_range is None and self.labels is not None
-                joined = joined and not (self.captions and images.meta.get("quantity") is not None)
+                in_meters = self.depth_range is not None
+                joined = needs_labels(images, self.labels, in_meters=in_meters, captions=self.captions)
                 sources.append(self._join_labels(name, images) if joined else Records(images))
                 require_truth(sources[-1], root)
                 if self.captions:

@@ -18,7 +18,7 @@ from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import typed_keys
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.signals import signal_handler
-from depth_anything.training.stage_networks import result_file, stage_networks
+from depth_anything.training.stage_networks import required_folders, stage_networks
 
 
 def main(cfg: DictConfig) -> None:
@@ -51,8 +51,8 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps:
 
 def fit(config: RunConfig) -> None:
     """Train, or continue training, and write model.safetensors into the run folder."""
-    steps, typed = config.steps, typed_keys(sys.argv[1:])
-    folder = RunDir(config.run_dir, typed=typed, result=result_file(config))
+    steps, typed, networks = config.steps, typed_keys(sys.argv[1:]), stage_networks(config)
+    folder = RunDir(config.run_dir, typed=typed, result=networks.result)
     added = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
     callbacks = lightning.build_callbacks(config, folder, added)
     trainer = build_trainer(config, callbacks, max_steps=steps)
@@ -62,9 +62,8 @@ def fit(config: RunConfig) -> None:
     if folder.finished(steps):
         print(f"{folder.path} is finished; its model is {folder.model}{folder.describe_best()}")
         return
-    folders, scenes = batch_plan.required_folders(config), config.sources.scenes
+    folders, scenes = required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
-    networks = stage_networks(config)
     lightning.run_on_all_ranks(lambda: networks.prepare(folder.path, main=trainer.is_global_zero))
     data = instantiate(config.data.as_dict(), micro_batch=micro, patch=networks.multiple, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network

@@ -76,12 +76,7 @@ class SegmentationData(TrainData):
             UserError: If a set is missing, empty or damaged, has no class maps, or has other classes than the first.
         """
         if self._dataset is None:
-            if self.image_size % self.patch:
-                nearest = max(1, round(self.image_size / self.patch)) * self.patch
-                raise UserError(
-                    f"image_size={self.image_size} is not a multiple of {self.patch}, which the encoder needs",
-                    f"type image_size={nearest}",
-                )
+            self._check_image_size()
             read_classes(self.sets)
             low, high = self.scale_jitter
             self._dataset = SegmentationDataset(

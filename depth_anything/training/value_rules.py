@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from depth_anything.errors import UserError
@@ -126,6 +127,12 @@ def _is_key_names(value: Any) -> bool:
     return isinstance(value, str) or (not isinstance(value, bool) and _is_set_names(value))
 
 
+def _is_run_name(value: Any) -> bool:
+    parts = PurePosixPath(str(value)).parts
+    named = text("a name", example="second").accepts(value)
+    return named and bool(parts) and parts[0] != "/" and ".." not in parts
+
+
 def _is_sky(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and policy in ("far", "invalid") for name, policy in value.items())
@@ -166,6 +173,11 @@ ANY = ValueRule(lambda value: True, "any value", None)
 FOLDER = text("a folder", example="FOLDER")
 OPTIONAL_FOLDER = text("a folder", example="FOLDER", optional=True)
 OPTIONAL_FILE = text("a file", example="FILE", optional=True)
+RUN_NAME = ValueRule(
+    _is_run_name,
+    "a name below output_dir, without .. in it and not absolute (output_dir=FOLDER chooses another folder)",
+    "second",
+)
 CLASS_PATH = text("the name of a class, as package.module.Class", example="my_stage.MyStage")
 LEARNING_RATE = real(0, 1, example=5e-5)
 FOCAL = real(1e-3, 1e7, unit="of pixels", optional=True, example=500)

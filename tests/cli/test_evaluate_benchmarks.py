@@ -162,7 +162,8 @@ def test_wrong_options_are_refused(tmp_path, root, weights, capsys):
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps/x.npy", np.ones((2, 2)))
     maps = ("evaluate", "--predictions", tmp_path / "maps", "--benchmarks", "nyu", "--root", root)
-    assert "add --quantity" in complaint(capsys, *maps)
+    said = complaint(capsys, *maps)
+    assert "add --quantity disparity" in said and "--quantity depth" in said
     assert "'nyu/" in complaint(capsys, *maps, "--quantity", "depth", "--output", tmp_path)
     with pytest.raises(SystemExit):
         evaluate("--weights", weights, "--data", root, "--part", "3/2")

@@ -13,6 +13,7 @@ from benchmark_files import make_da2k, make_nyu_bts, make_sintel
 
 from depth_anything import DepthAnything, Predictor
 from depth_anything.data.sample import Frame
+from depth_anything.errors import UserError
 from depth_anything.evaluation import runner
 from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS, load_benchmark
 from depth_anything.evaluation.depth_task import DepthTask
@@ -31,6 +32,7 @@ from depth_anything.evaluation.runner import (
 )
 from depth_anything.inference.formats import encode_map
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 
 SHARP = replace(PROTOCOLS["da2"], sharp=True)
 
@@ -175,12 +177,11 @@ def perfect_and_flat_rows(task):
 
 
 def test_the_manifest_of_a_set_says_whether_its_depth_is_sharp(tmp_path):
-    made = write_scenes(tmp_path / "s", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1)
+    spec = SceneSetSpec(look="synthetic", count=1, seed=0, height=24, width=32)
+    made = write_scenes(tmp_path / "s", spec)
     assert made.meta["sharp"] is True and task_from_set(made).protocol.sharp
     assert not task_from_set(replace(made, meta={})).protocol.sharp
-    bare = write_scenes(
-        tmp_path / "b", look="synthetic", count=1, seed=0, height=24, width=32, per_shard=1, labelled=False
-    )
+    bare = write_scenes(tmp_path / "b", replace(spec, labelled=False))
     assert "sharp" not in bare.meta
 
 
@@ -233,7 +234,7 @@ def test_the_quantity_of_an_exr_is_read_from_its_header(tmp_path, quantity):
     (tmp_path / "002.exr").write_bytes(b"no EXR")
     assert PrecomputedMaps(tmp_path).quantity == quantity
     other = "depth" if quantity == "disparity" else "disparity"
-    with pytest.raises(ValueError, match=f"{quantity}.*not {other}"):
+    with pytest.raises(UserError, match=f"{quantity}.*not {other}.*quantity={other}"):
         PrecomputedMaps(tmp_path, quantity=other)
 
 
@@ -243,7 +244,7 @@ def test_folders_without_maps_or_with_unclear_quantity_are_refused(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         PrecomputedMaps(tmp_path)
     np.save(tmp_path / "7.npy", np.ones((28, 42), np.float32))
-    with pytest.raises(ValueError, match="--quantity disparity .*--quantity depth"):
+    with pytest.raises(UserError, match="quantity=disparity .*quantity=depth"):
         PrecomputedMaps(tmp_path)
     with pytest.raises(ValueError, match="'toy/001'.*toy/001.npy"):
         PrecomputedMaps(tmp_path, quantity="depth").load_map(a_frame(1))

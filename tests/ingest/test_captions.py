@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,10 @@ from depth_anything.ingest.photographs import write_images
 from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.captions import describe_scene
 from depth_anything.scenes.render import SceneSource, write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 from depth_anything.training.data import TrainData
+
+SCENES = SceneSetSpec(look="synthetic", count=1, seed=1, height=28, width=28)
 
 
 @pytest.fixture
@@ -117,7 +121,7 @@ def test_a_tar_cannot_name_a_text_outside_the_folder(tmp_path, photos):
 
 
 def test_existing_shards_are_copied_with_their_labels_and_continued(tmp_path, photos):
-    scenes = write_scenes(tmp_path / "s", look="synthetic", count=4, seed=1, height=28, width=28, per_shard=2)
+    scenes = write_scenes(tmp_path / "s", replace(SCENES, count=4), per_shard=2)
     keys = [f"s/0000{n // 2}/000000{n}" for n in range(4)]
     (tmp_path / "t.csv").write_text("key,caption\n" + "".join(f"{key},scene {key}\n" for key in keys[:3]))
     arguments = (str(scenes.root), tmp_path / "t.csv", tmp_path / "out")
@@ -168,9 +172,7 @@ def test_a_sample_draws_one_of_its_captions_by_its_number():
 
 
 def test_batches_have_the_caption_and_the_square_of_the_same_record_unflipped(tmp_path):
-    scenes = write_scenes(
-        tmp_path / "s", look="synthetic", count=6, seed=1, height=28, width=40, captioned=True
-    )
+    scenes = write_scenes(tmp_path / "s", replace(SCENES, count=6, width=40, captioned=True))
     options = {"seed": 0, "streams": 2, "image_size": 28, "patch": 2}
     data = StreamDataset([Records(scenes)], captions=True, flip=False, **options)
     batch = data[3]
@@ -192,11 +194,8 @@ def test_batches_have_the_caption_and_the_square_of_the_same_record_unflipped(tm
 
 def test_captioned_images_are_joined_with_their_labels_by_key(tmp_path):
     """Without depth of their own they need labels; sets with depth do not."""
-    size = {"height": 28, "width": 28}
-    plain = write_scenes(
-        tmp_path / "plain", look="synthetic", count=4, seed=1, labelled=False, captioned=True, **size
-    )
-    deep = write_scenes(tmp_path / "deep", look="synthetic", count=3, seed=2, captioned=True, **size)
+    plain = write_scenes(tmp_path / "plain", replace(SCENES, count=4, labelled=False, captioned=True))
+    deep = write_scenes(tmp_path / "deep", replace(SCENES, count=3, seed=2, captioned=True))
     teacher = {"fingerprint": "sha256:0", "file": "t.pth", "licence": "CC-BY-NC-4.0", "quantity": "disparity"}
     labels = LabelSetWriter(
         tmp_path / "labels" / "plain", plain, teacher=teacher, preprocessing="x", codec="f32"
@@ -224,7 +223,7 @@ def test_captioned_images_are_joined_with_their_labels_by_key(tmp_path):
         assert caption_texts(batch["caption"].numpy()) == [fields["txt"].decode()]
         if shard == "plain/00000":
             assert batch["target"][0, 0, 1] == index and batch["target"][0, 0, 0] == index + 1
-    write_scenes(tmp_path / "mute", look="synthetic", count=2, seed=3, **size)
+    write_scenes(tmp_path / "mute", replace(SCENES, count=2, seed=3))
     with pytest.raises(UserError, match="shard captions"):
         open_data(mute=tmp_path / "mute")
     with pytest.raises(UserError, match="pseudolabel"):
@@ -236,7 +235,6 @@ def torch_equal(one, other):
 
 
 def test_scenes_without_captions_keep_their_settings():
-    plain = SceneSource("synthetic", 1, 0, 8, 8, True)
-    assert "captioned" not in plain.settings
-    assert "captioned" in SceneSource("synthetic", 1, 0, 8, 8, True, captioned=True).settings
+    assert "captioned" not in SceneSource(SCENES).settings
+    assert "captioned" in SceneSource(replace(SCENES, captioned=True)).settings
     assert describe_scene(0) == describe_scene(0) and describe_scene(0).startswith(("a room", "a street"))

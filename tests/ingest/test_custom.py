@@ -58,7 +58,7 @@ def test_images_without_a_map_and_maps_without_an_image_are_listed(tmp_path):
     shutil.copy(tmp_path / "depth/a.png", tmp_path / "depth/d.png")
     (tmp_path / "rgb/notes.txt").write_text("hello")
     (tmp_path / "rgb/._a.jpg").write_bytes(b"a Mac's")
-    pairs = load_declaration(tmp_path / "set.yaml").find_pairs()
+    pairs = load_declaration(tmp_path / "set.yaml").files.find()
     assert (list(pairs.matched), list(pairs.images), list(pairs.maps)) == (["a", "b", "c"], ["lonely"], ["d"])
     shard_set, frames = written(tmp_path)
     assert set(frames) == {"a", "b", "c"}
@@ -77,7 +77,7 @@ def test_two_files_of_one_name_are_an_error(tmp_path, key, copy):
     first = "rgb/a.jpg" if key == "images" else "depth/a.npy and depth/a.png"
     shutil.copy(tmp_path / ("rgb/a.jpg" if key == "images" else "depth/a.png"), tmp_path / copy)
     with pytest.raises(ValueError, match=rf"{key}: 1 .*\({first}.*  {key}: "):
-        load_declaration(tmp_path / "set.yaml").find_pairs()
+        load_declaration(tmp_path / "set.yaml").files.find()
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_patterns_of_paths(tmp_path, images, depth, files):
         if map_.endswith(".PNG"):
             (tmp_path / map_).write_bytes((tmp_path / "depth/x/y/7.png").read_bytes())
     (tmp_path / "set.yaml").write_text(f'images: "{images}"\ndepth: "{depth}"\nunit: mm\n')
-    pairs = load_declaration(tmp_path / "set.yaml").find_pairs()
+    pairs = load_declaration(tmp_path / "set.yaml").files.find()
     assert {pair for pair in pairs.matched.values()} == set(files) and not pairs.images and not pairs.maps
     _, frames = written(tmp_path)
     assert len(frames) == len(set(files))
     # again, with check.png and shards among the images: they do not belong to the set
     Image.new("RGB", (4, 4)).save(tmp_path / "out/check.png")
     custom = CustomSet(tmp_path, images, depth, leave_out=(tmp_path / "out").resolve())
-    assert custom.find_pairs().matched == pairs.matched and not custom.find_pairs().images
+    assert custom.files.find().matched == pairs.matched and not custom.files.find().images
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -118,11 +118,11 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "rgb/scene").symlink_to(tmp_path / "real/rgb")
     (tmp_path / "real/rgb/loop").symlink_to(tmp_path / "rgb")
     (tmp_path / "depth").symlink_to(tmp_path / "real/depth")
-    pairs = CustomSet(tmp_path, "rgb/scene", "depth").find_pairs()
+    pairs = CustomSet(tmp_path, "rgb/scene", "depth").files.find()
     assert list(pairs.matched) == ["a", "b", "c"] and not pairs.images
     assert list(CustomSet(tmp_path, "rgb", "depth").folder.glob("rgb/scene/*.jpg"))
     with pytest.raises(ValueError, match="3 images.*3 maps"):
-        CustomSet(tmp_path, "rgb", "depth").find_pairs()
+        CustomSet(tmp_path, "rgb", "depth").files.find()
 
 
 def test_a_name_that_is_not_unicode(tmp_path):
@@ -138,19 +138,19 @@ def test_a_name_that_is_not_unicode(tmp_path):
 def test_missing_folders_and_wrong_patterns_are_errors(tmp_path):
     make_set(tmp_path)
     with pytest.raises(ValueError, match=f"images: {tmp_path}/photos"):
-        CustomSet(tmp_path, "photos", "depth").find_pairs()
+        CustomSet(tmp_path, "photos", "depth").files.find()
     with pytest.raises(ValueError, match=f"depth: {tmp_path}/set.yaml"):
-        CustomSet(tmp_path, "rgb", "set.yaml").find_pairs()
+        CustomSet(tmp_path, "rgb", "set.yaml").files.find()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"depth: empty .*\.png \.npy"):
-        CustomSet(tmp_path, "rgb", "empty").find_pairs()
+        CustomSet(tmp_path, "rgb", "empty").files.find()
     with pytest.raises(ValueError, match="3 images.* rgb/a.jpg.* 3 maps.* depth/a.png"):
-        CustomSet(tmp_path, "{stem}.jpg", "depth").find_pairs()
+        CustomSet(tmp_path, "{stem}.jpg", "depth").files.find()
     for pattern in ("rgb/{name}.jpg", "rgb/{stem}/{stem}.jpg", "rgb/{", "rgb/{}"):
         with pytest.raises(ValueError, match=r"images: .*\{stem\}.*  images: folder/\{stem\}.jpg"):
-            CustomSet(tmp_path, pattern, "depth").find_pairs()
+            CustomSet(tmp_path, pattern, "depth").files.find()
     with pytest.raises(ValueError, match=r"images: \{scene\}/\{stem\}.jpg and depth: depth "):
-        CustomSet(tmp_path, "{scene}/{stem}.jpg", "depth").find_pairs()
+        CustomSet(tmp_path, "{scene}/{stem}.jpg", "depth").files.find()
 
 
 def test_invalid_and_sky_values_are_those_of_the_file(tmp_path):

@@ -1,5 +1,6 @@
 """Degraded depth equals a hand computation for each fault, and a degraded copy keeps everything but the depth."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from depth_anything.data.tars import ShardError
 from depth_anything.errors import UserError
 from depth_anything.ingest.degrade import DegradedSource, DepthSensor, degrade, write_degraded
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 
+SCENES = SceneSetSpec(look="synthetic", count=3, seed=5, height=28, width=42)
 PERFECT = {"cell": 1, "disparity_step": 1e-12, "noise": 0.0, "base": 0.0, "hole_share": 0.0, "max_depth": 1e4}
 
 
@@ -87,7 +90,7 @@ def test_an_impossible_sensor_is_refused(wrong: dict[str, float]) -> None:
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("sets") / "exact"
-    write_scenes(root, look="synthetic", count=3, seed=5, height=28, width=42, per_shard=2)
+    write_scenes(root, SCENES, per_shard=2)
     return str(root)
 
 
@@ -114,14 +117,13 @@ def test_a_degraded_copy_has_the_same_images_and_degraded_depth(scenes: str, tmp
 
 
 def test_a_set_without_meters_is_refused(tmp_path: Path) -> None:
-    write_scenes(tmp_path / "images", look="synthetic", count=1, seed=5, height=28, width=28, labelled=False)
+    write_scenes(tmp_path / "images", replace(SCENES, count=1, labelled=False))
     with pytest.raises(UserError, match="quantity=None"):
         write_degraded(str(tmp_path / "images"), tmp_path / "copy")
 
 
 def test_scenes_are_written_with_degraded_depth(scenes: str, tmp_path: Path) -> None:
-    settings = {"look": "synthetic", "count": 3, "seed": 5, "height": 28, "width": 42}
-    poor = Records(write_scenes(tmp_path / "poor", **settings, degraded=True))  # type: ignore[arg-type]
+    poor = Records(write_scenes(tmp_path / "poor", replace(SCENES, degraded=True)))
     exact = Records(open_set(scenes))
     before, after = (decode_record(*records.read(f"{records.name}/00000", 1)) for records in (exact, poor))
     np.testing.assert_array_equal(before.image, after.image)

@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(ValueError, match="rgb/b .*Input/output error"):
-        CustomSet(tmp_path, "rgb", "depth").find_pairs()
+        CustomSet(tmp_path, "rgb", "depth").files.find()
 
 
 def test_a_record_that_exceeds_the_memory_is_rejected_alone(tmp_path, monkeypatch):

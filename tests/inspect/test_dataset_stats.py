@@ -10,6 +10,7 @@ from depth_anything.data.tars import write_shard
 from depth_anything.inspect.dataset_stats import compute_stats, draw_stats, format_stats
 from depth_anything.inspect.histogram import ValueHistogram
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 
@@ -72,9 +73,8 @@ def test_statistics_of_a_labeled_set(tmp_path):
 
 
 def test_the_sample_is_spread_over_all_shards(tmp_path):
-    shard_set = write_scenes(
-        tmp_path / "s", look="synthetic", count=9, seed=0, height=28, width=28, per_shard=2
-    )
+    spec = SceneSetSpec(look="synthetic", count=9, seed=0, height=28, width=28)
+    shard_set = write_scenes(tmp_path / "s", spec, per_shard=2)
     stats = compute_stats(shard_set, sample=5)
     assert stats.records == stats.histograms["depth"].maps == 5
 

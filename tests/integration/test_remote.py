@@ -10,6 +10,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import open_set
 from depth_anything.data.stream import Stream
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 
 from .conftest import ROOT, SMALL, environment
 
@@ -37,9 +39,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write images, a validation set, and labels of the images as a teacher would."""
     root = tmp_path_factory.mktemp("served")
     data = root / "data"
-    small = {"height": 42, "width": 56, "per_shard": 12, "look": "photographic"}
-    images = write_scenes(data / "scenes-photographic", count=48, seed=2, labelled=False, **small)
-    write_scenes(data / "scenes-validation", count=8, seed=3, **small)
+    spec = SceneSetSpec(look="photographic", count=48, seed=2, height=42, width=56, labelled=False)
+    images = write_scenes(data / "scenes-photographic", spec, per_shard=12)
+    write_scenes(data / "scenes-validation", replace(spec, count=8, seed=3, labelled=True), per_shard=12)
     labels = LabelSetWriter(
         data / "labels-tiny" / images.name, images, teacher={"fingerprint": "sha256:0", "licence": "Apache-2.0"},
         preprocessing="none", codec="q12",

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from depth_anything.errors import UserError
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.mask_heads import MaskPrediction, mask_loss, pixel_scores
 from depth_anything.model.segmentation import HEADS, MASK_HEADS, SegmentationModel, WindowRule
 from depth_anything.model.segmentation_files import is_segmentation_file, load_segmentation
 from depth_anything.model.segmentation_heads import pixel_loss
@@ -94,6 +95,97 @@ def test_the_pixel_loss_by_hand():
     first = -torch.log_softmax(torch.tensor([0.0, 2.0, 0.0]), 0)[1]
     expected = (first + torch.log(torch.tensor(3.0))) / 2
     torch.testing.assert_close(pixel_loss(logits, target), expected)
+
+
+def test_pixel_scores_add_the_class_probabilities_of_the_masks_at_a_pixel():
+    classes = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 3.0]]])  # two queries; the last logit is "no object"
+    masks = torch.tensor([[[[4.0]], [[-1.0]]]])
+    expected = torch.zeros(2)
+    for query in range(2):
+        expected += classes[0, query].softmax(0)[:2] * masks[0, query, 0, 0].sigmoid()
+    torch.testing.assert_close(pixel_scores(MaskPrediction(classes, masks), (1, 1))[0, :, 0, 0], expected)
+
+
+@pytest.mark.parametrize("head", MASK_HEADS)
+def test_the_loss_of_masks_is_the_weighted_sum_of_its_parts(head):
+    image, target = batch()
+    losses = build(head).losses(image, target, [4, 9])
+    expected = (
+        2 * losses["classes"] + 5 * losses["masks"] + 5 * losses["dice"]
+    )  # arXiv 2112.01527, section 4.1
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+class DrawnLoss(torch.nn.Module):
+    """A criterion whose losses are random numbers, and which keeps them and the masks that it is given."""
+
+    weight_dict = {"loss_cross_entropy": 1.0, "loss_mask": 10.0, "loss_dice": 100.0}
+
+    def __init__(self):
+        super().__init__()
+        self.drawn, self.given = [], []
+
+    def forward(self, masks, classes, mask_labels, class_labels, auxiliary):
+        self.drawn.append(torch.rand(()))
+        self.given.append((mask_labels[0], class_labels[0]))
+        return dict.fromkeys(self.weight_dict, self.drawn[-1])
+
+
+def test_the_points_of_a_loss_are_drawn_by_the_number_of_the_sample():
+    prediction = MaskPrediction(torch.zeros(2, 5, 4), torch.zeros(2, 5, 7, 7))
+    target = batch()[1]
+    criterion = DrawnLoss()
+    losses = mask_loss([prediction, prediction], target, [4, 9], criterion)
+    first = criterion.drawn
+    assert len({float(value) for value in first}) == 4  # two images of two layers
+    torch.testing.assert_close(losses["classes"], sum(first) / 2)
+    torch.testing.assert_close(losses["loss"], 111 * sum(first) / 2)
+    criterion.drawn = []
+    mask_loss([prediction, prediction], target[[1, 0]], [9, 4], criterion)
+    assert criterion.drawn == [*first[2:], *first[:2]]
+    masks, classes = criterion.given[0]
+    assert classes.tolist() == [0, 1, 2] and (masks.sum(0) == (target[0] != 255)).all()
+
+
+def test_masks_of_eomt_fade_out_one_block_after_another():
+    head = build("eomt").segmentation_head
+    span = 5 / 14  # of two blocks, between a seventh and six sevenths of the run
+    for done, shares in (
+        (0.0, [1, 1]),
+        (1 / 7, [1, 1]),
+        (1 / 7 + span / 2, [0.5**0.9, 1]),
+        (1 / 7 + span, [0, 1]),
+        (1 / 7 + 1.5 * span, [0, 0.5**0.9]),
+        (6 / 7, [0, 0]),
+        (1.0, [0, 0]),
+    ):
+        head.anneal(done)
+        assert head.mask_share.tolist() == pytest.approx(shares, abs=1e-6)
+
+
+def test_masked_queries_of_eomt_attend_to_their_mask_only():
+    head = build("eomt").segmentation_head
+    masks = torch.full((1, 5, 8, 8), -1.0)
+    masks[:, :, :, :4] = 1.0  # the left half
+    left = torch.tensor([True, True, False, False] * 4)
+    chosen = torch.tensor([[True, False, True, True, False]])
+    length = 5 + 1 + 16
+    for queries, rows in ((None, [True] * 5), (chosen, chosen[0].tolist())):
+        allowed = head._attention_mask(masks, (4, 4), length, queries)[0, 0]
+        for query, masked in enumerate(rows):
+            assert torch.equal(allowed[query, 6:], left if masked else torch.ones(16, dtype=torch.bool))
+        assert allowed[:5, :6].all() and allowed[5:].all()
+
+
+def test_the_share_of_masked_queries_is_that_of_the_block():
+    head = build("eomt").segmentation_head
+    assert head._masked_queries(1.0, 0, [1, 2], 2) is None and head._masked_queries(0.3, 0, None, 2) is None
+    drawn = torch.stack([head._masked_queries(0.3, 0, [n], 1)[0] for n in range(200)]).float()
+    assert abs(float(drawn.mean()) - 0.3) < 0.06
+    assert not head._masked_queries(0.0, 1, [1, 2], 2).any()
+    again = head._masked_queries(0.3, 1, [5, 6, 7, 8], 4)
+    assert torch.equal(again, head._masked_queries(0.3, 1, [5, 6, 7, 8], 4))
+    assert not torch.equal(again, head._masked_queries(0.3, 0, [5, 6, 7, 8], 4))
 
 
 @pytest.mark.parametrize("head", HEADS)

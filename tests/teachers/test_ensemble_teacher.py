@@ -22,7 +22,7 @@ from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import ShardError, write_shard
 from depth_anything.errors import UserError
 from depth_anything.progress import ProgressLine
-from depth_anything.teachers.combine import agreement_map, align_maps, choose_teacher
+from depth_anything.teachers.combine import RULES, agreement_map, align_maps, choose_teacher
 from depth_anything.teachers.crop_teacher import CropTeacher
 from depth_anything.teachers.ensemble_teacher import EnsembleTeacher
 from depth_anything.teachers.folder_teacher import FolderTeacher
@@ -99,6 +99,45 @@ def test_mean_and_confidence_combine_what_there_is() -> None:
     kept = EnsembleTeacher([a, b], rule="confidence", tolerance=0.2).predict(photographs(3))
     assert torch.equal(kept.extra["confidence"], agreement_map(aligned, tolerance=0.2))
     assert not kept.extra["confidence"][2].any() and 0 < kept.extra["confidence"][0].mean() < 1
+
+
+def test_mean_is_the_mean_and_confidence_the_median_of_three() -> None:
+    scene = random_maps(2, 0)
+    teachers = [FakeTeacher(scene + s * random_maps(2, s), str(s)) for s in range(3)]
+    aligned = align_maps(torch.stack([teacher.maps for teacher in teachers])).maps
+    mean, median = (
+        EnsembleTeacher(teachers, rule=rule).predict(photographs(2)) for rule in ("mean", "confidence")
+    )
+    torch.testing.assert_close(mean.disparity, aligned.mean(0))
+    torch.testing.assert_close(median.disparity, aligned.median(0).values)
+    assert (mean.disparity - median.disparity).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("confidence", [False, True])
+def test_an_image_fails_only_if_every_teacher_fails(rule: str, confidence: bool) -> None:
+    a, b = FakeTeacher(random_maps(3, 0), "a", failed=[0, 1]), FakeTeacher(random_maps(3, 1), "b", failed=[1])
+    result = EnsembleTeacher([a, b], rule=rule, confidence=confidence).predict(photographs(3))
+    assert list(result.failed) == [1] and torch.equal(result.disparity[0], b.maps[0])
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("hole", [False, True])
+def test_random_falls_back_to_the_other_teachers_in_their_order(confidence: bool, hole: bool) -> None:
+    """Where the chosen teacher fails, or its map has a hole."""
+    chosen = [choose_teacher(f"s/0/{i}", [1, 1, 1]) for i in range(12)]
+    assert set(chosen) == {0, 1, 2}
+    teachers = []
+    for k in range(3):
+        lost = [i for i in range(12) if chosen[i] == k]
+        maps = random_maps(12, k)
+        if hole:
+            maps[lost, 3, 3] = torch.nan
+        teachers.append(FakeTeacher(maps, str(k), failed=() if hole else lost))
+    result = EnsembleTeacher(teachers, rule="random", confidence=confidence).predict(photographs(12))
+    assert not result.failed
+    for i, k in enumerate(chosen):
+        assert torch.equal(result.disparity[i], teachers[1 if k == 0 else 0].maps[i])
 
 
 def test_the_record_joins_the_facts_and_the_fingerprint_depends_on_the_rule() -> None:

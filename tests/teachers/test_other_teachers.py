@@ -270,7 +270,7 @@ def test_missing_and_wrong_maps_are_reported(tmp_path: Path) -> None:
 def test_folders_without_a_quantity_or_maps_are_refused(tmp_path: Path) -> None:
     write_maps(tmp_path / "maps", {"photos/0/0": photograph(0, (56, 84))}, ending="")
     spec = f"folder:{tmp_path / 'maps'}"
-    with pytest.raises(UserError, match="teacher_quantity=disparity"):
+    with pytest.raises(UserError, match="teacher_quantity=disparity.* teacher_quantity=depth"):
         open_spec(spec)
     assert open_spec(spec, quantity="depth").facts.unit == "m"
     assert open_spec(spec, quantity="depth", unit="relative").facts.unit == "relative"
@@ -279,6 +279,9 @@ def test_folders_without_a_quantity_or_maps_are_refused(tmp_path: Path) -> None:
     for name in ("empty", "none"):
         with pytest.raises(UserError, match=name):
             open_spec(f"folder:{tmp_path / name}")
+    write_maps(tmp_path / "deep", {"photos/0/0": photograph(0, (56, 84))}, ending="_depth")
+    with pytest.raises(UserError, match="leave out teacher_quantity=disparity"):
+        open_spec(f"folder:{tmp_path / 'deep'}", quantity="disparity")
 
 
 # --- ONNX files ------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from depth_anything.data.reader import Records
 from depth_anything.data.sample import Frame, encode_frame
 from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import write_shard
-from depth_anything.training.batch_plan import format_override, required_folders, select_sets
+from depth_anything.training.batch_plan import format_override, select_sets
 from depth_anything.training.data import TrainData
+from depth_anything.training.stage_networks import required_folders
 
 SIDE, COUNT = 28, 6
 TEACHER = {"fingerprint": "sha256:0", "file": "teacher"}

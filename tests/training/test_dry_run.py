@@ -1,5 +1,6 @@
 """dry_run=true prints what a run would do, raises its errors, and needs no data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from hydra import compose, initialize_config_dir
 
 from depth_anything import DepthAnything, save_model
 from depth_anything.scenes.render import write_scenes
+from depth_anything.scenes.scene_set import SceneSetSpec
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import count_devices, print_plan
 from depth_anything.training.run_dir import RunDir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SCENES = SceneSetSpec(look="synthetic", count=2, seed=1, height=70, width=70)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,7 @@ def test_passes_are_counted_from_sets_and_from_scenes_to_be_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "passes      4.69 over 768 records" in plan(capsys, "stage=teacher", "steps=450")
-    write_scenes(folder / "mine", look="synthetic", count=6, seed=1, height=70, width=70)
+    write_scenes(folder / "mine", replace(SCENES, count=6))
     shown = plan(capsys, "stage=teacher", "sources=own", "photos=mine", "steps=15", "image_size=42")
     assert "passes      20 over 6 records" in shown
     own = ("stage=teacher", "sources=own", "photos=mine", "steps=15", "image_size=42", "data.repeat={own:2}")
@@ -99,8 +102,8 @@ def test_passes_are_counted_from_sets_and_from_scenes_to_be_written(
     ],
 )
 def test_errors_of_the_run_are_raised(folder: Path, typed: list[str], message: str) -> None:
-    write_scenes(folder / "bare", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
-    write_scenes(folder / "torn", look="synthetic", count=2, seed=1, height=70, width=70)
+    write_scenes(folder / "bare", replace(SCENES, labelled=False))
+    write_scenes(folder / "torn", SCENES)
     next((folder / "torn").glob("*.tar")).unlink()
     (folder / "broken.safetensors").write_bytes(b"no")
     run = RunDir(folder / "outputs" / "teacher")
@@ -111,7 +114,7 @@ def test_errors_of_the_run_are_raised(folder: Path, typed: list[str], message: s
 
 
 def test_labels_of_another_teacher_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_scenes(folder / "own", look="photographic", count=2, seed=1, height=70, width=70, labelled=False)
+    write_scenes(folder / "own", replace(SCENES, labelled=False))
     teachers = []
     for seed in range(2):
         torch.manual_seed(seed)

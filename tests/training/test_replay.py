@@ -17,11 +17,12 @@ from depth_anything.data.shards import open_set, write_manifest
 from depth_anything.data.tars import write_shard
 from depth_anything.data.transforms import normalize
 from depth_anything.losses import invariant_losses, silog_loss
-from depth_anything.training.batch_plan import repeat_for_share, required_folders
+from depth_anything.training.batch_plan import repeat_for_share
 from depth_anything.training.data import TrainData
 from depth_anything.training.metric import MIN_DEPTH_M, Metric
 from depth_anything.training.recipes import MetricRecipe
 from depth_anything.training.resume import FlatConfig, config_differences
+from depth_anything.training.stage_networks import required_folders
 
 SIDE, COUNT = 28, 6
 

@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depth_anything.classes import IGNORED, make_class_table
-from depth_anything.data.class_maps import map_labels, read_label_png
 from depth_anything.errors import UserError
 from depth_anything.ingest.frame_files import (
     FilePattern,
-    check_map_size,
     find_frames,
     join_parts,
-    read_frame_file,
-    split_fields,
+    read_class_frame,
 )
 from depth_anything.ingest.source import DatasetInfo, RawSample
 
@@ -85,13 +82,4 @@ def read(raw: Path, line: str) -> RawSample:
     Raises:
         ValueError: Image or class map is missing or damaged, they differ in size, or a number is above 150.
     """
-    _, image_path, classes_path = split_fields(line)
-    image_pattern, classes_pattern = _patterns("all")
-    image = read_frame_file(raw, image_pattern, image_path)
-    data = read_frame_file(raw, classes_pattern, classes_path)
-    try:
-        stored = read_label_png(data)
-    except ValueError as error:
-        raise ValueError(f"its class map: {error}") from error
-    check_map_size(image, stored, classes_pattern.content)
-    return RawSample(image, classes=map_labels(stored, NUMBERS, what=classes_pattern.content))
+    return read_class_frame(raw, _patterns("all"), line, NUMBERS)
