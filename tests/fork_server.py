@@ -320,8 +320,10 @@ def serve() -> None:
     import webdataset  # noqa: F401
 
     from depth_anything import cli  # noqa: F401
-    from depth_anything.training import command, pseudolabel, run, student  # noqa: F401
+    from depth_anything.training import command, initialization, pseudolabel, run, student  # noqa: F401
 
+    for encoder in ("vitt", "vitn"):  # of most commands
+        initialization.image_size_multiple(encoder)
     del sys.path[0]
     for line in sys.stdin:
         reap_ended()
