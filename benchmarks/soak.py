@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -38,16 +38,17 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(arguments: Sequence[str], *, errors: IO[bytes], die: str = "") -> subprocess.Popen[bytes]:
-    """Start a stage in a process group of its own; `die` is "fsync:3" or "replace:5"."""
-    environment = {**os.environ, "SOAK_DIE": die, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), "--child", *arguments],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-    )
+#: Starts a command in a process group of its own, with an environment and a file for its errors; returns what
+#: `subprocess.Popen` does: pid, returncode and wait(timeout).
+Start = Callable[[list[str], dict[str, str], Path], Any]
+
+
+def start_process(command: list[str], environment: dict[str, str], errors: Path) -> subprocess.Popen[bytes]:
+    """Start a command in a new process."""
+    with errors.open("wb") as file:
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=file
+        )
 
 
 def child(arguments: list[str]) -> None:
@@ -72,7 +73,9 @@ def child(arguments: list[str]) -> None:
     hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(main)()
 
 
-def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng: random.Random) -> int:
+def kill_and_finish(
+    arguments: Sequence[str], *, kills: int, seconds: float, rng: random.Random, start: Start
+) -> int:
     """Start a stage until it ends by itself, killing it `kills` times on the way.
 
     Args:
@@ -80,6 +83,7 @@ def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng
         kills: Kills wanted; fewer where the stage ends before.
         seconds: How long an unbroken run takes; random kills fall within it.
         rng: Random numbers for the times of the kills.
+        start: Starts this file with `--child` and the arguments.
 
     Returns:
         How many kills hit a process at work.
@@ -87,20 +91,22 @@ def kill_and_finish(arguments: Sequence[str], *, kills: int, seconds: float, rng
     Raises:
         RuntimeError: If a start that nobody killed fails, with the end of what it said.
     """
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
     hit = 0
     for attempt in range(3 * kills + 1):
         die = ""
         if hit < kills and attempt % 2:
             die = f"{rng.choice(['fsync', 'replace'])}:{rng.randint(1, 8)}"
-        with tempfile.TemporaryFile() as errors:
-            process = start(arguments, errors=errors, die=die)
+        environment = {**os.environ, "SOAK_DIE": die, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        with tempfile.TemporaryDirectory() as folder:
+            errors = Path(folder) / "stderr.txt"
+            process = start(command, environment, errors)
             try:
                 process.wait(timeout=seconds * rng.uniform(0.2, 1.0) if hit < kills and not die else None)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            errors.seek(0)
-            said = errors.read().decode(errors="replace")
+            said = errors.read_text(encoding="utf-8", errors="replace")
         if process.returncode == -signal.SIGKILL:
             hit += 1
         elif process.returncode:
@@ -127,7 +133,9 @@ def arguments_of(stage: str, place: Path, folder: Path) -> list[str]:
     return [*arguments, *SMALL]
 
 
-def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -> dict[str, object]:
+def compare_stage(
+    stage: str, folder: Path, *, kills: int, rng: random.Random, start: Start = start_process
+) -> dict[str, object]:
     """Run a stage unbroken, then killed, from scratch again and again until there were `kills` kills; compare each.
 
     Args:
@@ -135,13 +143,14 @@ def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -
         folder: Folder of all files.
         kills: At least so many in all, and at most five a run.
         rng: Random numbers for the times of the kills.
+        start: Starts the stage.
 
     Returns:
         stage, kills, runs, files compared, equal, leftovers (torn files) and differing (names).
     """
     calm = folder / f"calm-{stage}"
     begin = time.perf_counter()
-    kill_and_finish(arguments_of(stage, calm, folder), kills=0, seconds=0, rng=rng)
+    kill_and_finish(arguments_of(stage, calm, folder), kills=0, seconds=0, rng=rng, start=start)
     seconds = time.perf_counter() - begin
     patterns = [f"outputs/{stage}-*/model.safetensors", "data/scenes-*/*"]
     if stage == "pseudolabel":
@@ -152,7 +161,8 @@ def compare_stage(stage: str, folder: Path, *, kills: int, rng: random.Random) -
     while hits < kills and runs < 4 * kills:
         broken = folder / f"broken-{stage}-{runs}"
         wanted = min(5, kills - hits)
-        hits += kill_and_finish(arguments_of(stage, broken, folder), kills=wanted, seconds=seconds, rng=rng)
+        typed = arguments_of(stage, broken, folder)
+        hits += kill_and_finish(typed, kills=wanted, seconds=seconds, rng=rng, start=start)
         runs += 1
         found = digests(broken, patterns)
         differing += [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]

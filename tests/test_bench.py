@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "bench_train.py"
@@ -170,15 +170,10 @@ def numbers(values: dict[str, Any], count: int) -> None:
     assert min(values["values"]) <= values["median"] <= max(values["values"])
 
 
-def test_the_json_keeps_its_shape(tmp_path: Path) -> None:
+def test_the_json_keeps_its_shape(tmp_path: Path, fork_server: ForkServer) -> None:
     output = tmp_path / "new" / "train.json"
     small = "--device cpu --encoder vitn --image-size 56 --batch 2 --steps 2 --repeats 2 --warmup 1".split()
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *small, "--output", str(output)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = fork_server.run([sys.executable, str(SCRIPT), *small, "--output", str(output)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: no peak is known") == 1
     result = json.loads(output.read_text())

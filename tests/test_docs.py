@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from fork_server import ForkServer
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
@@ -73,12 +73,12 @@ def check_cli(words: list[str]) -> None:
         pytest.fail(f"depth-anything {shlex.join(words)} does not parse")
 
 
-def check_script(script: str, flags: list[str]) -> None:
+def check_script(script: str, flags: list[str], fork_server: ForkServer) -> None:
     """Run a script where there is nothing to read: it reports that, and does not print its usage."""
     typed = [sys.executable, str(ROOT / script), *flags]
     with tempfile.TemporaryDirectory() as empty:
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(typed, cwd=empty, env=offline, capture_output=True, text=True)
+        done = fork_server.run(typed, cwd=Path(empty), env=offline)
     assert done.returncode == 2 and "usage" not in done.stderr, done.stderr
 
 
@@ -99,7 +99,7 @@ def check_pip(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_documents_parses(command: str) -> None:
+def test_a_command_of_the_documents_parses(command: str, fork_server: ForkServer) -> None:
     program, *words = shlex.split(command, comments=True)
     if program == "python":
         script = words.pop(0)
@@ -107,7 +107,7 @@ def test_a_command_of_the_documents_parses(command: str) -> None:
         if script == "train.py":
             check_train(words)
         elif "/" not in script:
-            check_script(script, words)
+            check_script(script, words, fork_server)
     else:
         check = {"make": check_make, "depth-anything": check_cli, "sbatch": check_sbatch, "pip": check_pip}
         check[program](words)

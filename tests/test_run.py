@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -49,10 +48,8 @@ def made(folder):
 LINE = ["--img-path", "photos", "--load-from", "w.safetensors", "--input-size", "28", "--device", "cpu"]
 
 
-def test_the_script_writes_what_theirs_writes(folder):
-    done = subprocess.run(
-        [sys.executable, ROOT / "run.py", *LINE], capture_output=True, text=True, cwd=folder, env=None
-    )
+def test_the_script_writes_what_theirs_writes(folder, fork_server):
+    done = fork_server.run([sys.executable, ROOT / "run.py", *LINE], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "2 images predicted, 0 files skipped" in done.stdout and "larger is nearer" in done.stdout
     assert made("vis_depth") == ["a.json", "a.png", "deep/a.json", "deep/a.png"]

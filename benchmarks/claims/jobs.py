@@ -71,7 +71,9 @@ def start_context(threads: int) -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.claims.worker"])
+    context.set_forkserver_preload(
+        ["benchmarks.claims.worker", "depth_anything.training.run", "torch._dynamo"]
+    )
     return context
 
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,12 @@ def crop_multiple(config: RunConfig) -> int:
         return DepthAnything(config.encoder).patch_size
 
 
+@cache
 def image_size_multiple(encoder: str) -> int:
-    """Return the number of pixels that image sides must be multiples of, without allocating weights."""
+    """Return the number of pixels that image sides must be multiples of, without allocating weights.
+
+    It is remembered: building a network takes a tenth of a second even without weights, and a run asks twice.
+    """
     with torch.device("meta"):
         return DepthAnything(encoder).multiple
 

@@ -2,7 +2,8 @@
 
 import csv
 import json
-import subprocess
+import os
+import socket
 import sys
 
 import numpy as np
@@ -93,8 +94,12 @@ def test_shares_and_one_process_write_the_same_table(tmp_path, scenes, weights, 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def run_two_processes(folder, *words):
-    """Run a command in two processes of torchrun, with batches of two."""
+def run_two_processes(server, folder, *words):
+    """Run a command in two processes with the environment of torchrun, with batches of two.
+
+    Returns:
+        Exit codes, and the output and errors of both.
+    """
     code = (
         "import sys\n"
         "from depth_anything.cli import main\n"
@@ -103,25 +108,35 @@ def run_two_processes(folder, *words):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     (folder / "evaluate_in_pairs.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, str(folder / "evaluate_in_pairs.py"), *map(str, words)], capture_output=True, text=True
-    )
+    command = [sys.executable, folder / "evaluate_in_pairs.py", *words]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group |= {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    files = {"stdout": folder / "stdout.txt", "stderr": folder / "stderr.txt"}
+    processes = [
+        server.start(command, env={**group, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}, **files)
+        for rank in ("0", "1")
+    ]
+    codes = [process.wait(600) for process in processes]
+    return codes, *(path.read_text() for path in files.values())
 
 
-def test_a_file_that_the_second_process_cannot_read_gives_exit_code_1(tmp_path, weights):
+def test_a_file_that_the_second_process_cannot_read_gives_exit_code_1(tmp_path, weights, fork_server):
     make_sintel(tmp_path / "sintel")
     make_diode(tmp_path / "diode")
     (tmp_path / "sintel/training/final/market_5/frame_0001.png").unlink()  # the third of four
     line = ("--weights", weights, "--benchmarks", "sintel", "diode", "--root", tmp_path, "--device", "cpu")
-    done = run_two_processes(tmp_path, "evaluate", *line, "--input-size", 28, "--output", tmp_path / "out")
-    assert done.returncode == 1
-    assert "sintel: 2 images of 4 not evaluated yet (this was share 1 of 2)" in done.stdout
-    assert done.stderr.count("evaluate: sintel: sintel/final/market_5/frame_0001: its image is missing") == 1
+    line = ("evaluate", *line, "--input-size", 28, "--output", tmp_path / "out")
+    codes, output, errors = run_two_processes(fork_server, tmp_path, *line)
+    assert 1 in codes
+    assert "sintel: 2 images of 4 not evaluated yet (this was share 1 of 2)" in output
+    assert errors.count("evaluate: sintel: sintel/final/market_5/frame_0001: its image is missing") == 1
     assert list(json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]) == ["diode"]
 
 
-def test_torchrun_and_one_process_write_the_same_table(tmp_path, scenes, weights, monkeypatch):
+def test_torchrun_and_one_process_write_the_same_table(tmp_path, scenes, weights, monkeypatch, fork_server):
     monkeypatch.setattr(runner, "BATCH_SIZE", 2)
     arguments = ("--weights", weights, "--data", scenes, "--input-size", 28, "--device", "cpu", "--output")
     words = ["evaluate", *map(str, arguments)]
@@ -129,9 +144,9 @@ def test_torchrun_and_one_process_write_the_same_table(tmp_path, scenes, weights
     torch.set_num_threads(1)  # as torchrun's processes have; another number may change the seventh digit
     assert main([*words, str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
-    done = run_two_processes(tmp_path, *words, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report: ") == 1
+    codes, output, errors = run_two_processes(fork_server, tmp_path, *words, tmp_path / "two")
+    assert codes == [0, 0], errors
+    assert output.count("report: ") == 1
     assert [path.name[-10:] for path in sorted((tmp_path / "two/rows").iterdir())] == [
         "1of2.jsonl",
         "2of2.jsonl",

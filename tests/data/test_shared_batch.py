@@ -3,7 +3,6 @@
 import gc
 import itertools
 import pickle
-import subprocess
 import sys
 
 import cv2
@@ -129,10 +128,10 @@ raise SystemExit(3)
 """
 
 
-def test_program_with_running_workers_exits(records):
+def test_program_with_running_workers_exits(records, fork_server):
     """Workers ignore SIGTERM, and Python would wait for them forever."""
     command = [sys.executable, "-c", PROGRAM, records.set.root]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = fork_server.run(command)
     assert (done.returncode, done.stdout) == (3, "read\n"), done.stderr
 
 

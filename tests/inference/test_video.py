@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from fractions import Fraction
@@ -192,7 +191,7 @@ def test_an_interrupted_run_leaves_no_files(tmp_path, mode, error):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_temporary_files_of_a_killed_run_are_removed_by_the_next(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed_by_the_next(tmp_path, fork_server):
     code = f"""
         import os
         from fractions import Fraction
@@ -206,7 +205,7 @@ def test_temporary_files_of_a_killed_run_are_removed_by_the_next(tmp_path):
             film.write(np.full((48, 64, 3), number, np.uint8), number)
         os.kill(os.getpid(), 9)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = fork_server.run([sys.executable, "-c", textwrap.dedent(code)])
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "a.mp4").exists()
     make_video(tmp_path / "in/b.mp4", frames=2)
@@ -281,12 +280,12 @@ def resident_mb():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    source = make_video(tmp_path / "long.mp4", frames=17_982, size=(16, 16), sound=None)
+    source = make_video(tmp_path / "long.mp4", frames=3_601, size=(64, 64), sound=None)
     seen = []
 
     def progress(items, *, what, total):
         for number, item in enumerate(items):
-            if number % 1798 == 0:
+            if number % 360 == 0:
                 seen.append(resident_mb())
             yield item
 
@@ -297,10 +296,10 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         settings=VideoSettings(pred_only=True, batch_size=32),
         progress=progress,
     )
-    assert outcome.frames == {"long.mp4": 17_982}
-    assert facts_of(tmp_path / "out/long.mp4")["frames"] == 17_982
+    assert outcome.frames == {"long.mp4": 3_601}
+    assert facts_of(tmp_path / "out/long.mp4")["frames"] == 3_601
     assert len(seen) == 2 * 11
-    assert max(seen[1:]) - min(seen[1:]) < 100
+    assert max(seen[1:]) - min(seen[1:]) < 40  # the maps of all frames have 59 MB
 
 
 # The command

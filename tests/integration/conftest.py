@@ -39,7 +39,7 @@ def environment(**extra: str) -> dict[str, str]:
 def start(tmp_path: Path, fork_server: ForkServer) -> Start:
     """Return a function that runs train.py, or another script, with small scenes in tmp_path and waits for it.
 
-    The process is forked from one that has imported torch, unless `own_process` is true or it starts ranks.
+    The process is forked from one that has imported torch, unless `own_process` is true.
     """
 
     def run(

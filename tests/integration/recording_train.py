@@ -1,6 +1,6 @@
 """train.py that records every sample it trains on, and sends itself signals.
 
-Not a test; test_exact.py starts it. Environment variables:
+Not a test; test_exact.py and others start it. Environment variables:
 
 - SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
 - STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.

@@ -4,10 +4,11 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from fork_server import ForkServer
 
 from depth_anything import load_model
 from depth_anything.data.shards import open_set, verify_set
@@ -15,10 +16,10 @@ from depth_anything.data.shards import open_set, verify_set
 from .conftest import environment
 
 
-def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
+def test_three_stages_and_a_report(start: Any, tmp_path: Path, fork_server: ForkServer) -> None:
     for stage in ("teacher", "pseudolabel", "student"):
         steps = [] if stage == "pseudolabel" else ["steps=12"]
-        result = start(f"stage={stage}", *steps, own_process=True)
+        result = start(f"stage={stage}", *steps, own_process=stage == "teacher")
         assert result.returncode == 0, result.stderr[-3000:]
         assert "finished" in result.stdout
     images = open_set(str(tmp_path / "data" / "scenes-photographic"))
@@ -43,7 +44,8 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
     assert "| scenes-photographic | 48 |" in card and "| scenes-synthetic | 48 |" in card
     report = tmp_path / "report"
     data, outputs = tmp_path / "data", tmp_path / "outputs"
-    command = [str(Path(sys.executable).with_name("depth-anything")), "evaluate", "--output", str(report)]
+    command = [sys.executable, str(Path(sys.executable).with_name("depth-anything"))]
+    command += ["evaluate", "--output", str(report)]
     command += [
         "--data",
         str(data / "scenes-validation"),
@@ -52,7 +54,7 @@ def test_three_stages_and_a_report(start: Any, tmp_path: Path) -> None:
         "--weights",
     ]
     command += [f"teacher={outputs / 'teacher-vitt-tiny'}", f"student={outputs / 'student-vitn-tiny'}"]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    result = fork_server.run(command, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((report / "results.json").read_text())
     assert "teacher" in result.stdout and os.path.getsize(report / "report.html") > 10_000

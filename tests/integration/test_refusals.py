@@ -2,13 +2,13 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 from depth_anything import DepthAnything, save_model
 
@@ -71,21 +71,17 @@ def test_mistakes_print_one_error_line(
     check_error(start(*arguments, small=draws), *words)
 
 
-def test_a_mistake_prints_one_error_line_in_a_process_of_its_own(start: Any) -> None:
-    check_error(start("stage=teacher", "stepz=3", small=False, own_process=True), "stepz", "steps=3")
-
-
-def test_a_second_process_on_the_same_run_is_rejected(tmp_path: Path, start: Any) -> None:
+def test_a_second_process_on_the_same_run_is_rejected(
+    tmp_path: Path, start: Any, fork_server: ForkServer
+) -> None:
     places = [f"data_dir={tmp_path / 'data'}", f"output_dir={tmp_path / 'outputs'}"]
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *places, "stage=teacher", "steps=100000"]
-    first = subprocess.Popen(
-        command, env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    first = fork_server.start(command, env=environment(), cwd=tmp_path)
     try:
         lock = tmp_path / "outputs" / "teacher-vitt-tiny" / "lock.json"
         deadline = time.monotonic() + 600
         while not lock.is_file() or not lock.read_text():
-            assert time.monotonic() < deadline and first.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         check_error(start("stage=teacher", "steps=100000"), f"process {first.pid}", "name=")
     finally:

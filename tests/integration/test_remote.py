@@ -3,19 +3,19 @@
 If no record is lost, the weights equal those of a run from disk, to the byte; lost records are named.
 """
 
-import json
 import re
 import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from fork_server import ForkServer
 from local_servers import FaultyServer, nginx, s3, s3_environment
 
 from depth_anything.data import codec
@@ -80,29 +80,19 @@ Train = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def train() -> Iterator[Train]:
+def train(fork_server: ForkServer) -> Train:
     """Train a student in a folder, on the sets below a folder or an address."""
-    script = ROOT / "tests" / "integration" / "fork_ranks.py"
-    with subprocess.Popen(
-        [sys.executable, str(script)], env=environment(**QUIET), text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as parent:  # fmt: skip
-        assert parent.stdin is not None and parent.stdout is not None
+    script = ROOT / "tests" / "integration" / "recording_train.py"
 
-        def run(folder: Path, data: str, *arguments: str, **extra: str) -> Run:
-            assert parent.stdin is not None and parent.stdout is not None
-            folder.mkdir(exist_ok=True)
-            given = [*SMALL, f"data_dir={data}", "output_dir=outputs", "stage=student", f"steps={STEPS}"]
-            wanted = {
-                "folder": str(folder),
-                "arguments": [*given, "trainer=cpu", *arguments],
-                "environment": {"SAMPLE_LOG": str(folder), **extra},
-            }
-            print(json.dumps(wanted), file=parent.stdin, flush=True)
-            return Run(int(parent.stdout.readline()), (folder / "stderr.txt").read_text(), folder)
+    def run(folder: Path, data: str, *arguments: str, **extra: str) -> Run:
+        folder.mkdir(exist_ok=True)
+        given = [*SMALL, f"data_dir={data}", "output_dir=outputs", "stage=student", f"steps={STEPS}"]
+        command = [sys.executable, str(script), *given, "trainer=cpu", *arguments]
+        env = environment(**QUIET, SAMPLE_LOG=str(folder), **extra)
+        done = fork_server.run(command, cwd=folder, env=env)
+        return Run(done.returncode, done.stderr, folder)
 
-        yield run
-        parent.stdin.close()
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,24 @@
 """Signals at named places of real runs, of one process and of two: no run hangs, and no unfinished run exits with 0.
 
-fork_ranks.py starts the runs; recording_train.py lists the PLACES.
+recording_train.py lists the PLACES.
 """
 
-import json
 import os
-import select
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 from depth_anything import DepthAnything, save_model
 
 from .conftest import ROOT, SMALL, environment
+
+SCRIPT = ROOT / "tests" / "integration" / "recording_train.py"
 
 BEFORE_FIRST_STEP = [
     "compose", "scenes", "open sets", "build model", "setup", "loader", "read validation", "train start",
@@ -28,9 +28,9 @@ AFTER_LAST_STEP = ["train end", "teardown", "model"]
 
 @dataclass
 class Run:
-    """Exit code of a rank (None: it did not end), its stderr, and the folder of the test."""
+    """Exit code of a rank, its stderr, and the folder of the test."""
 
-    code: int | None
+    code: int
     stderr: str
     folder: Path
 
@@ -44,16 +44,11 @@ Start = Callable[..., list[Run]]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Start:
     """Return a function that runs the ranks of a stage; all runs share the scenes."""
     data = tmp_path_factory.mktemp("data")
-    parents: list[subprocess.Popen[str]] = []
 
     def run(folder: Path, *arguments: str, ranks: int = 1, **extra: str) -> list[Run]:
-        while len(parents) < ranks:
-            command = [sys.executable, str(ROOT / "tests" / "integration" / "fork_ranks.py")]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            parents.append(subprocess.Popen(command, env=environment(), text=True, **pipes))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -61,32 +56,24 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         trainer = ["trainer=cpu"]
         if ranks > 1:
             trainer = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={ranks}"]
-        for rank, parent in enumerate(parents[:ranks]):
-            (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(SCRIPT), *SMALL, *places, *trainer, "workers=1", *arguments]
+        started = []
+        for rank in range(ranks):
+            place = folder / str(rank)
+            place.mkdir(parents=True, exist_ok=True)
             group = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            wanted = {
-                "folder": str(folder / str(rank)),
-                "arguments": [*SMALL, *places, *trainer, "workers=1", *arguments],
-                "environment": {"SAMPLE_LOG": str(folder), **(group if ranks > 1 else {}), **extra},
-            }
-            assert parent.stdin is not None
-            print(json.dumps(wanted), file=parent.stdin, flush=True)
+            env = environment(SAMPLE_LOG=str(folder), **(group if ranks > 1 else {}), **extra)
+            errors = place / "stderr.txt"
+            errors.unlink(missing_ok=True)
+            started.append((fork_server.start(command, cwd=place, env=env, stderr=errors), errors))
         runs = []
-        for rank, parent in enumerate(parents[:ranks]):
-            assert parent.stdout is not None
-            ended = select.select([parent.stdout], [], [], 600)[0]
-            code = int(parent.stdout.readline()) if ended else None
-            runs.append(Run(code, (folder / str(rank) / "stderr.txt").read_text(), folder))
+        for process, errors in started:
+            runs.append(Run(process.wait(600), errors.read_text(), folder))
             assert "Traceback" not in runs[-1].stderr, runs[-1].stderr
         return runs
 
-    yield run
-    for parent in parents:
-        assert parent.stdin is not None and parent.stdout is not None
-        parent.stdin.close()
-        parent.wait()
-        parent.stdout.close()
+    return run
 
 
 @pytest.mark.parametrize(
@@ -122,8 +109,9 @@ def test_a_signal_during_training_saves_the_step(
     (run,) = start(tmp_path, *given, SIGNAL_AT=f"{place}:0:{number}")
     assert run.code == 128 + number and run.steps == [step], run.stderr
     assert f"step {step}" in run.stderr and "start the same command again" in run.stderr
-    (run,) = start(tmp_path, *given)
-    assert run.code == 0 and run.steps[-1] == 8
+    if number == signal.SIGINT:  # the checkpoint does not depend on the number
+        (run,) = start(tmp_path, *given)
+        assert run.code == 0 and run.steps[-1] == 8
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
@@ -208,7 +196,7 @@ def test_an_error_of_rank_0_stops_the_other_rank(start: Start, tmp_path: Path, w
     if why == "locked":
         lock.release()
     for run in runs:
-        assert run.code not in (0, None)
+        assert run.code != 0
         assert str(folder) in run.stderr and "two minutes" not in run.stderr
         assert why == "read-only" or f"process {os.getpid()}" in run.stderr
 
@@ -222,5 +210,6 @@ def test_a_dead_worker_is_named_and_the_step_saved(start: Start, tmp_path: Path,
     assert run.steps == [6] or (way == "killed" and run.steps in ([2], [4]))
     for word in ("worker 1", "memory", "workers=1", "micro_batch=2"):
         assert word in run.stderr
-    (run,) = start(tmp_path, *given)
-    assert run.code == 0
+    if way == "killed":  # the only one that ends outside of Python
+        (run,) = start(tmp_path, *given)
+        assert run.code == 0

@@ -6,7 +6,6 @@ import lzma
 import os
 import pickle
 import re
-import subprocess
 import sys
 import tarfile
 import warnings
@@ -438,7 +437,7 @@ def test_write_errors_name_the_final_path(tmp_path, model, format):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_nothing(tmp_path, fork_server):
     """A limit on the file size interrupts writes like a full disk."""
     code = """
 import resource, signal, sys
@@ -452,9 +451,8 @@ for format in ("safetensors", "official", "transformers"):
     except OSError as error:
         print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = fork_server.run([sys.executable, "-c", code, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert len(said) == 3
     for line in said:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from fork_server import ForkServer
 
 from depth_anything.training.callbacks import GracefulStop, TrainingMetrics, gather_or_raise
 from depth_anything.training.signals import HANDLED_SIGNALS, signal_handler
 
 
-def _rank(rank: int, folder: str, failing: int | None) -> None:
+def _rank(rank: int, folder: str, failing: str) -> None:
     """Call gather_or_raise on one rank of two and write its outcome to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 
     def work() -> int:
-        if rank == failing:
+        if str(rank) == failing:
             raise ValueError(f"record {rank} is damaged")
         return 10 + rank
 
@@ -41,9 +40,9 @@ def _rank(rank: int, folder: str, failing: int | None) -> None:
     [(None, "[10, 11]"), (0, "ValueError: record 0 is damaged"), (1, "ValueError: record 1 is damaged")],
 )
 def test_ranks_gather_results_or_all_raise_the_same_error(
-    tmp_path: Path, failing: int | None, outcome: str
+    tmp_path: Path, failing: int | None, outcome: str, fork_server: ForkServer
 ) -> None:
-    mp.spawn(_rank, args=(str(tmp_path), failing), nprocs=2)
+    fork_server.run_ranks(__file__, "_rank", str(tmp_path), str(failing))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [outcome, outcome]
 
 
@@ -165,16 +164,10 @@ def _two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_stop_at_the_same_step_when_one_gets_a_signal(tmp_path: Path) -> None:
-    ranks = mp.spawn(_two, args=(str(tmp_path),), nprocs=2, join=False)
-    # A bug would make both ranks wait for ever.
-    guard = threading.Timer(240, lambda: [rank.kill() for rank in ranks.processes])
-    guard.start()
-    try:
-        while not ranks.join():
-            pass
-    finally:
-        guard.cancel()
+def test_two_ranks_stop_at_the_same_step_when_one_gets_a_signal(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    fork_server.run_ranks(__file__, "_two", str(tmp_path), timeout=240)  # a bug would make both wait for ever
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first[:6] == second[:6]
     assert first[:6] == [[4, [4], 15], [4, [4], 15], [4, [4], 15], [0, [], 15], [0, [], 15], [20, [], 15]]

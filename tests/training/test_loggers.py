@@ -3,12 +3,12 @@
 import csv
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 from pytorch_lightning.loggers import Logger
 
 from depth_anything.training import loggers
@@ -294,16 +294,13 @@ print("trained", flush=True)
     ],
 )
 def test_wandb_that_dies_or_rejects_the_key_does_not_stop_a_run(
-    tmp_path: Path, environment: dict[str, str], action: str, message: str
+    tmp_path: Path, environment: dict[str, str], action: str, message: str, fork_server: ForkServer
 ) -> None:
     pytest.importorskip("wandb")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, "-c", TRAINING, str(tmp_path), action],
         env={**clean, "WANDB_SILENT": "true", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [wandb_run_id("exp/one"), "trained"]

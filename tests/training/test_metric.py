@@ -1,6 +1,5 @@
 """stage=metric: targets in meters, SILog, starting weights, and commands that need no flag for meters."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fork_server import ForkServer
 from made_configs import make_config
 from PIL import Image
 
@@ -295,7 +295,7 @@ def test_impossible_values_raise_before_data_is_read(typed: str, message: str) -
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def test_every_command_gives_meters_without_a_flag(tmp_path: Path) -> None:
+def test_every_command_gives_meters_without_a_flag(tmp_path: Path, fork_server: ForkServer) -> None:
     """A run's model and its Lightning checkpoint, through load_model, Predictor, evaluate and run.py."""
     made = build_model(config(max_depth=12.5))
     save_model(made, tmp_path / "run" / "model.safetensors")
@@ -316,7 +316,7 @@ def test_every_command_gives_meters_without_a_flag(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     command = [sys.executable, str(ROOT / "run.py"), "--weights", str(tmp_path / "run"), "--img-path"]
     command += [str(tmp_path / "a.png"), "--outdir", str(tmp_path / "out"), "--format", "npy"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fork_server.run(command)
     assert done.returncode == 0, done.stderr
     (saved,) = (tmp_path / "out").rglob("*.npy")
     np.testing.assert_allclose(np.load(saved), meters, rtol=1e-4)

@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from benchmark_files import make_da2k, make_kitti
+from fork_server import ForkServer
 from made_configs import make_config
 
 from depth_anything import DepthAnything, load_model
@@ -101,7 +100,7 @@ class Run:
 
 @pytest.mark.parametrize("max_depth", [None, 5.0])
 def test_metrics_equal_those_of_the_command_line(
-    tmp_path: Path, max_depth: float | None, one_thread: None
+    tmp_path: Path, max_depth: float | None, one_thread: None, fork_server: ForkServer
 ) -> None:
     """To the last digit, and over the range of the set even if the network's max_depth is smaller."""
     rooms = write_rooms(tmp_path / "rooms")
@@ -118,13 +117,7 @@ def test_metrics_equal_those_of_the_command_line(
         str(tmp_path / "report"),
     ]
     command += ["--limit", "20", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "depth_anything", *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # another number may change the last digits
-    )
+    done = fork_server.run([sys.executable, "-m", "depth_anything", *command], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     means = json.loads((tmp_path / "report" / "results.json").read_text())["models"][0]["means"]
     assert numbers == {f"val_{name}": means[name] for name in means}
@@ -140,10 +133,12 @@ def _rank(rank: int, folder: str, rooms: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_get_the_metrics_of_one(tmp_path: Path, one_thread: None) -> None:
+def test_two_processes_get_the_metrics_of_one(
+    tmp_path: Path, one_thread: None, fork_server: ForkServer
+) -> None:
     """Eleven images: a full batch for rank 0, the rest for rank 1; only rank 0 writes the model."""
     rooms = write_rooms(tmp_path / "rooms")
-    mp.spawn(_rank, args=(str(tmp_path), rooms), nprocs=2)
+    fork_server.run_ranks(__file__, "_rank", str(tmp_path), rooms)
     counts, numbers = zip(
         *(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True
     )
@@ -287,7 +282,7 @@ def test_da2k_accuracy_chooses_the_best_model(tmp_path: Path) -> None:
     assert (run.run_dir.pictures / "step-000000004.jpg").is_file()
 
 
-def test_a_run_writes_and_prints_its_best_model(tmp_path: Path) -> None:
+def test_a_run_writes_and_prints_its_best_model(tmp_path: Path, fork_server: ForkServer) -> None:
     """Run train.py: best.json names the step with the best value in metrics.csv."""
     scenes = {name: tmp_path / name for name in ("scenes-synthetic", "scenes-validation")}
     command = [
@@ -301,7 +296,7 @@ def test_a_run_writes_and_prints_its_best_model(tmp_path: Path) -> None:
     ]
     command += [f"data_dir={tmp_path}", f"output_dir={tmp_path}/outputs", "trainer=cpu", "validation.limit=4"]
     command += [f"sources.scenes.{name}.count=8" for name in ("synthetic", "validation")]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True)
+    done = fork_server.run([sys.executable, str(ROOT / "train.py"), *command])
     assert done.returncode == 0, done.stderr
     assert all((path / "manifest.json").is_file() for path in scenes.values())
     run_dir = RunDir(tmp_path / "outputs" / "metric-vitn-tiny")
