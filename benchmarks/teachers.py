@@ -144,8 +144,10 @@ def batch_differences(root: Path, family: str) -> tuple[float, float]:
 
 
 def kill_holder(folder: Path) -> bool:
-    """Kill the process that holds the lease of a shard; returns whether there was one."""
+    """Kill the process that is labeling a shard, which its lease names; returns whether there was one."""
     for lease in folder.glob("*/.*.lease"):
+        if lease.with_name(f"{lease.stem.removeprefix('.')}.json").exists():
+            continue
         with contextlib.suppress(FileNotFoundError):
             os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
             return True
