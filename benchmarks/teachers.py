@@ -18,8 +18,6 @@ of the real ones. teachers.md has the results.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import platform
 import shlex
@@ -28,7 +26,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +36,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also because forks have no threads
+
+import hydra  # noqa: E402, F401  this and _dynamo for the forks
+import torch._dynamo  # noqa: E402, F401
 import transformers  # noqa: E402
-from fork_server import ForkServer  # noqa: E402
+from fork_server import run_job  # noqa: E402
 from made_transformers import FAMILIES, NEAR_FAMILY, SLOW_FAMILIES, make_transformers_folder  # noqa: E402
 
 from depth_anything.data.codec import decode  # noqa: E402
@@ -49,6 +50,8 @@ from depth_anything.data.reader import JoinedRecords  # noqa: E402
 from depth_anything.data.sample import decode_record  # noqa: E402
 from depth_anything.data.shards import open_set  # noqa: E402
 from depth_anything.preprocess import resize_shape  # noqa: E402
+from depth_anything.training import run as _run  # noqa: E402, F401  for the forks
+from depth_anything.training import student as _student  # noqa: E402, F401
 
 SIZE, MULTIPLE = 70, 14
 NEAREST_M = {"depth_anything-metric": 0.02, NEAR_FAMILY: 0.02, "glpn": 0.01, "zoedepth": 0.01}
@@ -62,15 +65,29 @@ STUDENT = [
 ]
 
 
-SERVER = ForkServer()
+def start(words: Sequence[str], *, cwd: Path) -> tuple[int, Path]:
+    """Start a command in a fork, which need not import torch, Lightning and transformers again; its pid and stderr."""
+    files = [str(cwd / name) for name in ("stdout.txt", "stderr.txt")]
+    for file in files:
+        Path(file).unlink(missing_ok=True)
+    process = os.fork()
+    if process == 0:
+        code = 70
+        try:
+            code = run_job(list(words), str(cwd), dict(os.environ), files)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return process, Path(files[1])
 
 
 def run(words: Sequence[str], *, cwd: Path) -> str:
-    """Run a command in a process that has imported torch already; stop at its first failure."""
-    done = SERVER.run([sys.executable, *words], cwd=cwd, env=os.environ)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\n{done.stderr[-2000:]}")
-    return done.stdout
+    """Run a command in a fork; stop at its first failure."""
+    process, errors = start(words, cwd=cwd)
+    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
+        sys.exit(f"{' '.join(words)}\n{errors.read_text()[-2000:]}")
+    return (cwd / "stdout.txt").read_text()
 
 
 def label_command(teacher: str, photos: str, name: str, *typed: str) -> list[str]:
@@ -143,27 +160,23 @@ def batch_differences(root: Path, family: str) -> tuple[float, float]:
     return stored, max(share(1 / two, 1 / one) for two, one in pairs)
 
 
-def kill_holder(folder: Path) -> bool:
-    """Kill the process that is labeling a shard, which its lease names; returns whether there was one."""
-    for lease in folder.glob("*/.*.lease"):
-        if lease.with_name(f"{lease.stem.removeprefix('.')}.json").exists():
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
-            return True
-    return False
+def is_labeling(folder: Path) -> bool:
+    """Return whether a shard has its labels and another is being labeled, which its lease shows."""
+    leased = [lease.with_name(f"{lease.stem.removeprefix('.')}.json") for lease in folder.glob("*/.*.lease")]
+    return bool(list(folder.glob("*/*.json"))) and any(not labels.exists() for labels in leased)
 
 
 def killed_and_resumed(root: Path, family: str) -> tuple[int, bool]:
     """Kill labeling when its first shard is there; return the number of shards then, and whether the end is equal."""
     command = label_command(f"transformers:{family}", "small", f"{family}-killed", "batch_size=2")
     folder = root / f"labels/{family}-killed"
-    with ThreadPoolExecutor(1) as pool:
-        process = pool.submit(SERVER.run, [sys.executable, *command], cwd=root, env=os.environ)
-        while not process.done() and not (list(folder.glob("*/*.json")) and kill_holder(folder)):
-            time.sleep(0.005)
-    if process.result().returncode != -signal.SIGKILL:
-        sys.exit(f"labeling with {family} ended before it was killed")
+    process, _ = start(command, cwd=root)
+    while not is_labeling(folder):
+        if os.waitpid(process, os.WNOHANG)[0]:
+            sys.exit(f"labeling with {family} ended before it was killed")
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     done = len(list(folder.glob("*/[0-9]*.json")))
     run(command, cwd=root)
 
@@ -238,7 +251,6 @@ def main() -> None:
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     root = flags.output.resolve()
     write_sets(flags.photos, root)
     lines = [
@@ -256,7 +268,6 @@ def main() -> None:
         lines += ["", merge(root, flags.families[:2])]
         print(lines[-1], flush=True)
     (root / "teachers.md").write_text("\n".join(lines) + "\n")
-    SERVER.close()
 
 
 if __name__ == "__main__":
