@@ -221,9 +221,9 @@ def merge(root: Path, families: Sequence[str]) -> str:
         ),
         cwd=root,
     )
-    view = ["view", "labels/merged/photos", "--images", "photos", "--output", "merged.png"]
+    view = ["view", "labels/merged/own", "--images", "photos", "--output", "merged.png"]
     run(["-m", "depth_anything", *view], cwd=root)
-    stats = run(["-m", "depth_anything", "stats", "labels/merged/photos"], cwd=root)
+    stats = run(["-m", "depth_anything", "stats", "labels/merged/own"], cwd=root)
     agreement = next((line.strip() for line in stats.splitlines() if "confidence" in line), "")
     losses = train_student(root, "merged", "label_weight=weight")
     return f"{' and '.join(families)} merged: {agreement}; losses of a student with label_weight=weight: {losses}."
