@@ -1,6 +1,8 @@
 """Photographs in shards, and labels of them made in this process, for tests of teachers."""
 
 import io
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,18 @@ def open_data(teacher: Teacher, root: Path, *, labels: str = "labels", **typed: 
 
 
 def label(
-    teacher: Teacher, root: Path, *, stop_after: int | None = None, labels: str = "labels", **typed: Any
+    teacher: Teacher,
+    root: Path,
+    *,
+    stop_after: int | None = None,
+    kill_after: int | None = None,
+    labels: str = "labels",
+    **typed: Any,
 ) -> str:
-    """Label in this process, without Lightning's Trainer; `stop_after` batches raise KeyboardInterrupt."""
+    """Label in this process, without Lightning's Trainer.
+
+    After `stop_after` batches it raises KeyboardInterrupt; after `kill_after` this process sends itself SIGKILL.
+    """
     data = open_data(teacher, root, labels=labels, **typed)
     if not data.finished():
         module = PseudoLabel(teacher.module_argument(), data)  # type: ignore[arg-type]
@@ -90,6 +101,8 @@ def label(
             if number == stop_after:
                 data.release_leases()
                 raise KeyboardInterrupt
+            if number == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
             with torch.no_grad():
                 module.predict_step(batch, number)
         module.on_predict_end()

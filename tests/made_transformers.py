@@ -8,6 +8,8 @@ import transformers
 
 FAMILIES = ("dpt", "zoedepth", "depth_pro", "depth_anything", "depth_anything-metric", "glpn")
 SLOW_FAMILIES = ("dpt-depth",)  # its projection has 256 channels at any size
+NEAR_FAMILY = "depth_anything-near-metric"
+"""Predicts depth around zero, where 1 / depth magnifies every rounding."""
 DINOV2 = {
     "hidden_size": 32,
     "num_hidden_layers": 4,

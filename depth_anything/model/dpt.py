@@ -72,8 +72,8 @@ class DPTHead(nn.Module):
     Source: dpt.py and util/blocks.py of the official repository, without class token and batch norm.
 
     Attributes:
-        gradient_at_zero: Give pixels whose disparity is zero the gradient that would raise them (`RecoverableReLU`). The
-            map does not depend on it.
+        gradient_at_zero: Give pixels whose disparity is zero the gradient that would raise them (`RecoverableReLU`);
+            the map does not depend on it.
     """
 
     gradient_at_zero = False

@@ -258,8 +258,16 @@ class ShardData(pl.LightningDataModule):
         self.codec, self.precision, self.resized = codec, precision, resized
 
     def finished(self) -> bool:
-        """Return whether every image of every set has its label; write the manifests that are still missing."""
-        return all([labels.finish() for labels in self.labels.values()])
+        """Return whether every image of every set has its label; write the manifests that are still missing.
+
+        The leases of a finished set are removed: a process that was killed between a shard's labels and its lease
+        leaves one.
+        """
+        finished = [labels for labels in self.labels.values() if labels.finish()]
+        for labels in finished:
+            for lease in Path(labels.root).glob(".*.lease"):
+                lease.unlink(missing_ok=True)
+        return len(finished) == len(self.labels)
 
     def summary(self) -> str:
         """Return how many labels each set has and how many images were skipped.

@@ -1,7 +1,10 @@
 """Transformers models as teachers: maps of their own pipeline, known quantities, refusal of bad folders."""
 
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -9,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fork_server import ForkServer
 from made_teachers import batch_of, files_of, label, labels_of, largest_difference, write_photographs
-from made_transformers import FAMILIES, make_transformers_folder
+from made_transformers import FAMILIES, NEAR_FAMILY, make_transformers_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +28,8 @@ transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 """Of the range of a map."""
+ONE_AT_A_TIME = 1e-6
+"""The same for batch_size=1, as the pipeline runs a model; a larger batch is multiplied, and rounded, otherwise."""
 # Family → quantity, unit, farthest and nearest depth in meters. The numbers are those of made_transformers.py.
 KINDS = {
     "dpt": ("disparity", "relative", None, None),
@@ -32,6 +38,7 @@ KINDS = {
     "depth_anything": ("disparity", "relative", None, None),
     "depth_anything-metric": ("depth", "m", 20, 0.02),
     "glpn": ("depth", "m", 10, 0.01),
+    NEAR_FAMILY: ("depth", "m", 20, 0.02),
 }
 
 
@@ -47,7 +54,7 @@ def quiet() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
+    for family in (*FAMILIES, NEAR_FAMILY):
         make_transformers_folder(family, root / family)
     return root
 
@@ -79,6 +86,7 @@ def test_labels_equal_the_pipeline(
 ) -> None:
     pictures = write_photographs(tmp_path)
     assert "5 labels of photos" in label(teachers(family), tmp_path)
+    label(teachers(family), tmp_path, labels="single", batch_size=1)
     expected = pipeline_disparity(family, folders / family, pictures)
     maps = labels_of(tmp_path)
     assert {key: values.shape for key, values in maps.items()} == {
@@ -86,6 +94,18 @@ def test_labels_equal_the_pipeline(
     }
     assert all(expected[key].std() > 0.02 * np.abs(expected[key]).mean() for key in pictures)
     assert largest_difference(maps, expected.__getitem__) < TOLERANCE
+    assert largest_difference(labels_of(tmp_path, "single"), expected.__getitem__) < ONE_AT_A_TIME
+
+
+def test_labels_equal_the_pipeline_where_depth_is_near_zero(
+    folders: Path, teachers: Callable[[str], Teacher], tmp_path: Path
+) -> None:
+    """Bicubic resizing makes depth negative; both sides are compared after the stated conversion."""
+    pictures = write_photographs(tmp_path)
+    label(teachers(NEAR_FAMILY), tmp_path, batch_size=1)
+    expected = pipeline_disparity(NEAR_FAMILY, folders / NEAR_FAMILY, pictures)
+    assert max(values.max() for values in expected.values()) == pytest.approx(1 / KINDS[NEAR_FAMILY][3])
+    assert largest_difference(labels_of(tmp_path), expected.__getitem__) < ONE_AT_A_TIME
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +148,34 @@ def test_labeling_that_was_stopped_continues_to_the_same_bytes(folders: Path, tm
     assert [path.name for path in sorted((tmp_path / "labels/photos").glob("*.tar"))] == ["0.tar"]
     label(open_folder(folders / "dpt"), tmp_path)
     assert files_of(tmp_path / "labels/photos") == files_of(tmp_path / "whole/photos")
+
+
+@pytest.fixture(scope="module")
+def killed(
+    folders: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> tuple[Path, dict[str, tuple[int, list[str]]]]:
+    """Labels of each family by a process that died by SIGKILL and another that continued; and what the first left."""
+    root = tmp_path_factory.mktemp("killed")
+    write_photographs(root, counts=(3, 2, 2))
+    tests = Path(__file__).resolve().parents[1]
+    command = [sys.executable, str(tests / "teachers/killed_labeling.py"), str(folders), str(root), *FAMILIES]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    done = fork_server.run(command, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labeling_that_was_killed_continues_to_the_same_bytes(
+    family: str, killed: tuple[Path, dict[str, tuple[int, list[str]]]]
+) -> None:
+    root, left = killed
+    code, files = left[family]
+    assert code == -signal.SIGKILL
+    assert {"0.tar", ".1.lease"} <= set(files) and not {"1.tar", "manifest.json"} & set(files)
+    whole = files_of(root / f"whole-{family}/photos")
+    assert {"0.tar", "1.tar", "2.tar", "manifest.json"} <= set(whole)
+    assert files_of(root / f"{family}/photos") == whole
 
 
 def test_labels_of_another_model_are_refused(folders: Path, tmp_path: Path) -> None:
