@@ -4,7 +4,6 @@ Shapes: B images, H W pixels, h w patches, D width of a token, F features of the
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,37 +45,11 @@ class FusionBlock(nn.Module):
         return F.interpolate(path, size=size, mode="bilinear", align_corners=True)
 
 
-class RecoverableReLU(torch.autograd.Function):
-    """ReLU whose zeros also get a gradient, if it would raise them.
-
-    The gradient of ReLU is zero where its input is negative. A run from random weights may begin with an inverted map:
-    the near half becomes zero before it can turn round, and then stays zero for the whole run.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Return x where it is positive, elsewhere zero."""
-        ctx.save_for_backward(x)
-        return F.relu(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """Keep the gradient where x was positive, and where a descent along it raises x."""
-        (x,) = ctx.saved_tensors
-        return gradient * ((x > 0) | (gradient < 0))
-
-
 class DPTHead(nn.Module):
     """The decoder of Depth Anything V2.
 
     Source: dpt.py and util/blocks.py of the official repository, without class token and batch norm.
-
-    Attributes:
-        gradient_at_zero: Give pixels whose disparity is zero the gradient that would raise them (`RecoverableReLU`);
-            the map does not depend on it.
     """
-
-    gradient_at_zero = False
 
     def __init__(
         self, width: int, *, features: int, out_channels: Sequence[int], max_depth: float | None = None
@@ -141,7 +114,7 @@ class DPTHead(nn.Module):
         path = F.interpolate(path, size=size, mode="bilinear", align_corners=True)
         output = self._output(path).squeeze(1)
         if self.max_depth is None:
-            return RecoverableReLU.apply(output) if self.gradient_at_zero else F.relu(output)
+            return F.relu(output)
         return torch.sigmoid(output) * self.max_depth
 
     def _fuse(self, tokens: Sequence[Tensor], grid: Sequence[int]) -> Tensor:

@@ -10,7 +10,6 @@ from depth_anything.data.transforms import apply_cutmix, normalize
 from depth_anything.losses import invariant_losses, scale_shift_invariant_loss
 from depth_anything.model.accelerate import accelerate
 from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.dpt import DPTHead
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
 from depth_anything.training.optimizer import (
@@ -72,8 +71,6 @@ class DepthModule(pl.LightningModule):
         if frozen is not None:
             self._frozen = (frozen.eval().requires_grad_(False),)
         self.model = model
-        if recipe.gradient_at_zero and isinstance(model.depth_head, DPTHead):
-            model.depth_head.gradient_at_zero = True
         self.recipe = recipe
         self.build_optimizer: OptimizerFactory = adam_factory(recipe)
         self.parts: list[dict[str, Tensor]] = []

@@ -49,7 +49,6 @@ class Recipe:
         gm_scales: Number of strided scales of the gradient-matching loss.
         trim: Share of the largest residuals of each image that the ssi loss ignores.
         gm_trim: The same for gradient matching.
-        gradient_at_zero: Pixels whose predicted disparity is zero also get a gradient, if it would raise them.
         normalization: "global", "hybrid", "local" or "none": how the ssi loss normalizes both maps.
         normalization_levels: Number of divisions of the target's range with "hybrid" and "local": 1, 2, 4 … segments.
         local_weight: Weight of the loss against the labels of crops (student); 0 does not read them.
@@ -80,7 +79,6 @@ class Recipe:
     )
     trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
     gm_trim: float = config_key(FRACTION, default=0.0, stages=DEPTH_STAGES, resume=CHANGE, replay_only=True)
-    gradient_at_zero: bool = config_key(flag(), default=False, stages=("teacher", "student"), resume=CHANGE)
     normalization: str = config_key(
         choice(*NORMALIZATIONS), default="global", stages=("teacher", "student"), resume=CHANGE
     )

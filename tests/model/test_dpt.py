@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from depth_anything.model.dpt import DPTHead, RecoverableReLU
+from depth_anything.model.dpt import DPTHead
 from depth_anything.model.encoder import ENCODERS
 
 
@@ -44,27 +44,3 @@ def test_odd_grids_work():
     head = DPTHead(96, features=32, out_channels=(12, 24, 48, 96))
     for h, w in ((1, 1), (1, 5), (3, 2), (37, 49)):
         assert head([torch.randn(1, h * w, 96)] * 4, (h, w), (14 * h, 14 * w)).shape == (1, 14 * h, 14 * w)
-
-
-def test_zeros_get_the_gradient_that_raises_them():
-    x = torch.tensor([-2.0, -2.0, 0.0, 0.0, 3.0, 3.0], requires_grad=True)
-    slope = torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
-    output = RecoverableReLU.apply(x)
-    assert output.tolist() == F.relu(x).tolist()
-    (output * slope).sum().backward()
-    assert x.grad.tolist() == [-1, 0, -1, 0, -1, 1]
-
-
-def test_an_inverted_map_turns_round_only_with_a_gradient_at_zero():
-    """The near half is negative before the ReLU: the loss of a plain ReLU has no gradient there."""
-    target = torch.tensor([0.0, 1.0]).reshape(1, 1, 2).expand(1, 4, 2)
-    for recoverable in (False, True):
-        head = DPTHead(96, features=32, out_channels=(12, 24, 48, 96))
-        head.gradient_at_zero = recoverable
-        tokens = [torch.randn(1, 2, 96)] * 4
-        with torch.no_grad():
-            head.scratch.output_conv2[2].bias.fill_(-5.0)
-        output = head(tokens, (1, 2), (4, 2))
-        assert output.max() == 0
-        (output - target).abs().mean().backward()
-        assert (head.scratch.output_conv2[2].bias.grad.item() < 0) == recoverable

@@ -22,7 +22,7 @@ def test_positions_equal_the_formula():
         sine_cosine_positions(3, 6)
 
 
-def test_only_positions_and_linear_layers_change_and_seeds_repeat():
+def test_positions_linear_layers_and_the_last_convolution_change_and_seeds_repeat():
     def build(*, scratch):
         torch.manual_seed(3)
         model = DepthAnything("vitn")
@@ -38,7 +38,8 @@ def test_only_positions_and_linear_layers_change_and_seeds_repeat():
         for k in range(4)
         for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
-    assert changed == linear | {"pretrained.pos_embed"}
+    last = {f"depth_head.scratch.output_conv2.2.{name}" for name in ("weight", "bias")}
+    assert changed == linear | last | {"pretrained.pos_embed"}
     weight = one["pretrained.blocks.0.mlp.fc1.weight"]
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (96 + 384)), rel=0.02)
     assert (one["pretrained.pos_embed"][0, 1:] == sine_cosine_positions(10, 96)).all()
@@ -60,3 +61,22 @@ def test_attention_has_the_structure_of_the_paper():
     assert diagonal.mean().item() == pytest.approx(-0.4, abs=0.02)
     assert rest.std().item() == pytest.approx(0.4 / math.sqrt(96), rel=0.05)
     assert abs(rest.mean().item()) < 0.002
+
+
+@pytest.mark.parametrize("encoder", ["vitn", "vitt", "vitn_reg4"])
+def test_the_first_map_is_nearer_at_the_bottom_at_any_seed(encoder):
+    """A map that begins inverted may stay so: the losses do not depend on its scale."""
+    images = torch.nn.functional.interpolate(
+        torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(9)), size=(70, 70), mode="bilinear"
+    )
+    ramp = torch.linspace(-1, 1, 70)[:, None].expand(70, 70).flatten()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = DepthAnything(encoder)
+        init_from_scratch(model)
+        assert model.training
+        with torch.no_grad():
+            maps = model.eval()(images).flatten(1)
+        assert 0.2 < maps.min() and maps.max() < 1.8, seed
+        agreement = torch.corrcoef(torch.cat([ramp[None], maps]))[0, 1:]
+        assert agreement.min() > 0.1 and agreement.mean() > 0.25, seed  # of a random map about 0

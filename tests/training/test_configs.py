@@ -208,11 +208,7 @@ NEW_KEYS = (
     "crop_share",
     "data.crop_share",
     "data.local_weight",
-    *(
-        f"{prefix}recipe.{name}"
-        for name in ("normalization", "local_weight", "gradient_at_zero")
-        for prefix in ("", "module.")
-    ),
+    *(f"{prefix}recipe.{name}" for name in ("normalization", "local_weight") for prefix in ("", "module.")),
     "teacher_",
     "sources.classes",
     "sources.segmentation",
