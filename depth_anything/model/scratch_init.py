@@ -126,9 +126,9 @@ def fit_vertical_ramp(model: DepthAnything) -> None:
 def init_from_scratch(model: DepthAnything | MaskedAutoencoder) -> None:
     """Replace the encoder's random weights: sine-cosine positions, structured attention, other linear layers by Glorot.
 
-    Draws from torch's global generator. Positions that are not a square grid behind one class position (some encoders of
-    timm) stay; attention without a fused `qkv` gets Glorot and Bengio's rule. Of the head, only the last convolution of
-    a DPT head for disparity changes (`fit_vertical_ramp`).
+    Draws from torch's global generator. Positions that are not a square grid behind one class position (some encoders
+    of timm) stay; attention without a fused `qkv` gets Glorot and Bengio's rule. Of the head, only the last convolution
+    of a DPT head for disparity changes (`fit_vertical_ramp`).
     """
     positions = getattr(model.pretrained, "pos_embed", None)
     if positions is not None:
