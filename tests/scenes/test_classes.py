@@ -77,7 +77,7 @@ def test_close_ups_show_objects_on_tables_and_in_shelves():
         if varied_layout(seed).detail != 1:  # that of tabletops and shelves
             shown |= names_in(render_classes(seed, height=12, width=16, layout="varied"))
     things = {"wall", "floor", "table", "cabinet", "object"}
-    assert things <= shown <= {*things, "ceiling"}
+    assert things <= shown <= {*things, "ceiling", "sky"}  # some stand in no room
 
 
 def test_varied_scenes_show_all_classes():
