@@ -36,7 +36,7 @@ REFERENCE_SIDE = 518
 RECORDS_PER_SHARD = 1000
 """Default of `depth-anything shard`."""
 IMAGE_BYTES = 98_000
-"""A photograph resized to 518×686, JPEG of quality 92; mean of the photographs of bench_data.py."""
+"""About that of a photograph resized to 518×686 in JPEG of quality 92."""
 DEPTH_BYTES = 648_000
 """Exact depth of 518×686 in the codec f32, a Hypersim frame (benchmarks/results/codec_epyc2_202611.md)."""
 LABEL_BYTES = 139_000
