@@ -86,15 +86,11 @@ def interval_rows(plans: Sequence[PipelinePlan]) -> list[list[str]]:
                 simulate_goodput(stops, Checkpoints(t, saved.write_s), starts=STARTS, seed=SEED).share
                 for t in (every, 1800.0, best)
             ]
-            rows.append(
-                [
-                    f"{stage.stage} {stage.encoder}",
-                    str(stage.work.gpus),
-                    f"{saved.write_s:.1f} s",
-                    format_duration(every),
-                    *(f"{share:.2%}" for share in shares),
-                ]
-            )
+            name, gpus = f"{stage.stage} {stage.encoder}", str(stage.work.gpus)
+            cells = [name, gpus, f"{saved.write_s:.1f} s", format_duration(every)]
+            row = [*cells, *(f"{share:.2%}" for share in shares)]
+            if row not in rows:  # a larger cluster, of which the stage uses as many GPUs
+                rows.append(row)
     return rows
 
 
