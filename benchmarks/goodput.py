@@ -120,6 +120,8 @@ def demand_rows(plans: Sequence[PipelinePlan]) -> list[list[str]]:
                     ),
                 ]
             )
+        totals = [format_hours(plan.hours), format_hours(plan.gpu_hours)]
+        rows.append(["all", f"{plan.cluster.gpus}", "", *totals, *[""] * 6])
     return rows
 
 
