@@ -38,13 +38,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from depth_anything.data.shards import open_set
 from depth_anything.data.transforms import normalize
+from depth_anything.devices import peak_tflops
 from depth_anything.losses import feature_alignment_loss, invariant_losses
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.encoder import ENCODERS
+from depth_anything.model.flops import count_flops as count_model_flops
 from depth_anything.training.base import DepthModule
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.config import RunConfig
@@ -58,17 +59,6 @@ from depth_anything.training.valid_pixels import ValidPixelCheck
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 NEVER = 10**9
-
-# Dense bf16, TFLOP/s, from the makers' data sheets (their sparse figures are twice these). Names as CUDA tells them;
-# a part of a card (MIG) and a name that is not here have no peak.
-PEAKS = {
-    r"\bA100\b": 312.0,
-    r"\bH100\b.*\bHBM3\b": 989.0,  # SXM; the NVL calls itself H100 NVL
-    r"\bH100 PCIe\b": 756.0,
-    r"\bH200\b": 989.0,
-    r"\bL40S\b": 362.0,
-    r"\bB200\b": 2250.0,
-}
 
 
 @dataclass(frozen=True)
@@ -366,22 +356,9 @@ def count_flops(encoder: str, image_size: int, *, aligned: bool = False) -> dict
         "forward" of the network, and "step": forward, backward and the frozen encoder, nothing recomputed.
     """
     with torch.device("meta"):
-        network, image = DepthAnything(encoder), torch.empty(1, 3, image_size, image_size)
-    with FlopCounterMode(display=False) as counter:
-        output = network(image)
-        forward = counter.get_total_flops()
-        output.sum().backward()
-        if aligned:
-            with torch.no_grad():
-                network.features(image)
-    return {"forward": forward, "step": counter.get_total_flops()}
-
-
-def peak_tflops(name: str) -> float | None:
-    """Look a device's dense bf16 peak up by its name, TFLOP/s; None if it is not in the table."""
-    if "MIG" in name.split():
-        return None
-    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+        network = DepthAnything(encoder)
+    counted = count_model_flops(network, image_size, image_size, frozen_encoder=aligned)
+    return {"forward": counted.forward, "step": counted.step}
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from depth_anything.cli import (
     custom_command,
     evaluate_command,
     export_command,
+    plan_command,
     predict_command,
     shard_commands,
     stats_command,
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     shard_commands.add_view(commands)
     stats_command.add_stats(commands)
     bench_command.add_bench(commands)
+    plan_command.add_plan(commands)
     predict_command.add_predict(commands)
     video_commands.add_video(commands)
     calibrate_command.add_calibrate(commands)

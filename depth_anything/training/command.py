@@ -23,7 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import redact_secrets
 from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
-from depth_anything.training.check_config import KEY_SYNONYMS, find_key, list_keys, unknown_key_message
+from depth_anything.training.check_config import (
+    KEY_SYNONYMS,
+    find_key,
+    list_keys,
+    resolve_config,
+    unknown_key_message,
+)
+from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import STAGES
 from depth_anything.training.redact import install_redaction
 from depth_anything.training.signals import signal_handler
@@ -117,6 +124,25 @@ def run_command(configs: Path) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         signal_handler.raise_if_received()  # a signal may have caused one of Hydra's errors
         sys.exit(f"error: {redact_secrets(explain_hydra_error(error, flags.overrides))}")
+
+
+def compose_config(overrides: Sequence[str], configs: Path) -> RunConfig:
+    """Compose and validate the config that train.py would run, for programs that only read it.
+
+    Args:
+        overrides: As typed after train.py.
+        configs: Folder of the config files.
+
+    Raises:
+        UserError: As train.py would say it.
+    """
+    typed = translate_old_keys(overrides)
+    check_overrides(typed, [configs])
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            return resolve_config(compose("train", typed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain_hydra_error(error, typed)) from error
 
 
 def translate_old_keys(arguments: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ NEEDED = {
     "view": ["set"],
     "stats": ["set"],
     "bench-data": ["set"],
+    "plan": ["size=paper"],
     "demo": [],
 }
 IMPOSSIBLE = ("-5", "0", "nan", "inf", "1e99", "1.5e400", "x", "")
