@@ -221,6 +221,22 @@ def test_train_py_installs_the_handlers_before_slow_imports(tmp_path: Any, numbe
     assert f"signal {number}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_signal_while_python_exits_leaves_no_traceback(tmp_path: Any) -> None:
+    """A library's exit handler, as that which closes the connections of the ranks, may take a while."""
+    (tmp_path / "torch.py").write_text(
+        "import atexit, os, sys\natexit.register(os.kill, os.getpid(), 15)\nsys.exit(3)"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(
+        [sys.executable, os.path.join(root, "train.py"), "stage=teacher"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("scontrol", "message"),
     [(None, "no scontrol"), ("echo denied >&2; exit 1", "denied"), ("exit 3", "3"), ("exit 0", "")],
