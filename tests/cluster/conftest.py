@@ -61,9 +61,9 @@ class Project:
         }
         tasks = 2 if script == "train.sbatch" else 1
         given = (f"--ntasks-per-node={tasks}", "--gpus-per-node=0", "--cpus-per-task=1", *options)
-        return self.slurm.submit(
-            *given, str(ROOT / "slurm" / script), *arguments, project=self.folder, **environment
-        )
+        path = str(ROOT / "slurm" / script)
+        self.jobs.append(self.slurm.submit(*given, path, *arguments, project=self.folder, **environment))
+        return self.jobs[-1]
 
     def train(self, data: Path, *, options: tuple[str, ...] = (), hold: str = "") -> str:
         """Submit the training with two tasks and return the job's id."""
@@ -80,12 +80,15 @@ class Project:
         what = f"job {job} at {place}"
         wait_until(lambda: all(self.pid(job, place, rank) for rank in range(ranks)), what, details=self.logs)
 
-    def wait_until_ended(self, job: str, *, seconds: float = 120) -> str:
+    def wait_until_ended(self, job: str) -> str:
         """Wait until a job has ended, after any restarts, and return its state."""
-        wait_until(
-            lambda: self.slurm.state(job) in ENDED, f"end of job {job}\n{self.logs()}", seconds=seconds
-        )
+        wait_until(lambda: self.slurm.state(job) in ENDED, f"end of job {job}", details=self.logs)
         return self.slurm.state(job)
+
+    def wait_until_restarted(self, job: str, restarts: int = 1) -> None:
+        """Wait until Slurm has queued a job again, as often as it should."""
+        what = f"restart {restarts} of job {job}"
+        wait_until(lambda: int(self.slurm.show(job)["Restarts"]) == restarts, what, details=self.logs)
 
     def logs(self) -> str:
         """Return what all jobs printed."""
