@@ -23,11 +23,11 @@ from depth_anything.training.signals import signal_handler, slurm_job  # noqa: E
 
 signal_handler.install()
 
-LONGEST_S = 240
+LONGEST_S = 300
 
 
 def wait(place: str) -> None:
-    """Wait for a signal or the file; at the latest after four minutes the test has failed and the job goes on."""
+    """Wait for a signal or the file; at the latest after five minutes the test has failed and the job goes on."""
     file = Path(os.environ["HOLD_FOLDER"]) / f"held-{slurm_job()}-{place}-{os.environ['SLURM_PROCID']}"
     file.write_text(str(os.getpid()))
     end = time.monotonic() + LONGEST_S

@@ -72,7 +72,7 @@ def find_program(name: str) -> str | None:
 
 
 def wait_until(
-    condition: Callable[[], object], what: str, *, seconds: float = 150, details: Callable[[], str] = str
+    condition: Callable[[], object], what: str, *, seconds: float = 300, details: Callable[[], str] = str
 ) -> None:
     """Wait until a condition is true.
 
