@@ -11,10 +11,10 @@ REAL ?=
 CLAIMS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format docs bench claim claims soak clean
+.PHONY: help install quickstart test test-cluster check format docs bench claim claims soak clean
 
 help: ## print this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## create .venv and install the project into it, editable
 
@@ -35,6 +35,9 @@ quickstart: install ## train and evaluate on procedural scenes: some five minute
 
 test: install ## run all tests in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-cluster: install ## test the batch scripts on a Slurm that the tests start (as root, with slurm-wlm and munge)
+	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
 check: install ## check format, lint and types
 	$(BIN)/ruff format --check .

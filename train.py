@@ -8,4 +8,7 @@ if __name__ == "__main__":
     signal_handler.install()  # before the imports that take seconds
     from depth_anything.training.command import run_command
 
-    run_command(Path(__file__).resolve().parent / "configs")
+    try:
+        run_command(Path(__file__).resolve().parent / "configs")
+    finally:
+        signal_handler.ignore()  # a handler that raises in one of Python's exit handlers prints a traceback

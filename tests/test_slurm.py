@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from depth_anything.training.lightning import requeue_slurm_job
+from depth_anything.training.signals import SCRIPT_REQUEUES_VARIABLE, how_to_continue
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "slurm"
@@ -21,6 +25,7 @@ exit "${SRUN_STATUS:-0}"
 FAKE_SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != show ]] || printf '%s\\n' node1 node2
+[[ "$1" != requeue ]] || exit "${REQUEUE_STATUS:-0}"
 """
 FAKE_GETENT = """#!/usr/bin/env bash
 [[ "$1 $2" == "hosts $KNOWN" ]]
@@ -65,7 +70,7 @@ class Cluster:
         known = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("SLURM", "SRUN")) and key != "MASTER_ADDR"
+            if not key.startswith(("SLURM", "SRUN", "DEPTH_ANYTHING")) and key != "MASTER_ADDR"
         }
         paths = f"{self.bin}:{Path(sys.executable).parent}:{known['PATH']}"
         return subprocess.run(
@@ -151,7 +156,7 @@ def test_training_runs_the_command_it_was_given(cluster: Cluster) -> None:
         "show",
         "hostnames",
         "node[1-2]",
-    ]  # requeueing is the run's own business
+    ]  # and requeues nothing
 
 
 def test_labelling_runs_the_same_command_in_every_task(cluster: Cluster) -> None:
@@ -206,12 +211,59 @@ def test_another_folder_is_named(cluster: Cluster, script: str) -> None:
     )
 
 
+def requeued(cluster: Cluster) -> list[str]:
+    """Return the jobs that were queued again; before them train.sbatch asks for the names of the nodes."""
+    words = cluster.read("scontrol")
+    return [job for word, job in zip(words, words[1:], strict=False) if word == "requeue"]
+
+
+#: The last task of an array has the array's own id as SLURM_JOB_ID.
+ARRAY_TASK = {"SLURM_JOB_ID": "770", "SLURM_ARRAY_JOB_ID": "770", "SLURM_ARRAY_TASK_ID": "7"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("status", [0, 1, 137, 138])
+@pytest.mark.parametrize("status", [0, 1, 137, 138, 143])
 def test_the_exit_status_is_that_of_the_step(cluster: Cluster, script: str, status: int) -> None:
+    """Only SIGUSR1, 138, queues the job again, whether the run was saved or had not begun."""
     assert cluster.sbatch(script, "stage=x", SRUN_STATUS=str(status)).returncode == status
-    again = ["requeue", "777"] if (script, status) == ("pseudolabel.sbatch", 138) else []
-    assert [word for word in cluster.read("scontrol") if word in ("requeue", "777")] == again
+    assert requeued(cluster) == (["777"] if status == 138 else [])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_task_of_an_array_is_requeued(cluster: Cluster, script: str) -> None:
+    cluster.sbatch(script, "stage=x", SRUN_STATUS="138", **ARRAY_TASK)
+    assert requeued(cluster) == ["770_7"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_job_that_cannot_be_requeued_is_named(cluster: Cluster, script: str) -> None:
+    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", REQUEUE_STATUS="1")
+    assert done.returncode == 138
+    assert "job 777 is not queued again; submit the same command again" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("task", [{}, ARRAY_TASK])
+def test_python_leaves_requeueing_to_the_script(
+    cluster: Cluster,
+    script: str,
+    task: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The environment of the step, as inside a container without scontrol."""
+    cluster.sbatch(script, "stage=x", SRUN_STATUS="138", **task)
+    step = cluster.environment()
+    for key in {*JOB, *ARRAY_TASK, SCRIPT_REQUEUES_VARIABLE}:
+        monkeypatch.delenv(key, raising=False)
+        if key in step:
+            monkeypatch.setenv(key, step[key])
+    monkeypatch.setenv("PATH", str(cluster.records))
+    job = "770_7" if task else "777"
+    assert how_to_continue(signal.SIGUSR1) == f"the batch script queues Slurm's job {job} again"
+    assert "same command" in how_to_continue(signal.SIGTERM)
+    requeue_slurm_job()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

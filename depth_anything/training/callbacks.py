@@ -423,6 +423,7 @@ class GracefulStop(StepCallback):
         return failed, read
 
     def wait_for_all_ranks(self) -> None:
-        """Wait until every rank has called this."""
+        """Wait until every rank has called this, or until one has ended: the step is saved, and no rank is needed."""
         if self._group is not None:
-            dist.barrier(group=self._group)
+            with suppress(RuntimeError):  # gloo: connection closed by peer
+                dist.barrier(group=self._group)

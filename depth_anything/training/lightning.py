@@ -45,9 +45,12 @@ from depth_anything.training.run_dir import RunDir, step_from_name
 from depth_anything.training.signals import (
     MAIN_PID_VARIABLE,
     StoppedBySignal,
+    batch_script_requeues,
+    how_to_continue,
     is_launched_by_lightning,
     signal_handler,
     signal_name,
+    slurm_job,
 )
 from depth_anything.training.valid_pixels import ValidPixelCheck
 from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
@@ -297,7 +300,7 @@ def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData
 def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -> None:
     """End the process if the run ended before its last step, for a signal or for another reason.
 
-    Slurm's warning before the time limit (SIGUSR1, see slurm/train.sbatch) also requeues the job. SIGTERM does not: it
+    Slurm's warning before the time limit (SIGUSR1, see slurm/README.md) also requeues the job. SIGTERM does not: it
     comes from `scancel`, or from a preemption that requeues by itself.
 
     Raises:
@@ -317,7 +320,7 @@ def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -
     if trainer.is_global_zero:
         saved = f"saved at step {step}" if step else "before the first step"
         print(
-            f"stopped by {signal_name(number)} {saved}; start the same command again to continue",
+            f"stopped by {signal_name(number)} {saved}; {how_to_continue(number)}",
             file=sys.stderr,
         )
         if number == signal.SIGUSR1:
@@ -327,13 +330,16 @@ def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -
 
 
 def requeue_slurm_job(*, saved: bool = True) -> None:
-    """Ask Slurm to queue this job again and print if it does not; do nothing without Slurm.
+    """Ask Slurm to queue this job again and print if it does not.
+
+    Do nothing without Slurm, or where the batch script does so after exit code 138, as ours do: a script also reaches
+    Slurm from outside a container, and also requeues a job that got the signal while it was starting.
 
     Args:
         saved: Whether there is a checkpoint; before the first step there is nothing to save.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
+    job = slurm_job()
+    if job is None or batch_script_requeues():
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)

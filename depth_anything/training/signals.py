@@ -23,6 +23,11 @@ SAME_KEYPRESS_S = 0.3
 """`timeout` and srun send SIGINT to a process and to its group: two signals this close count as one Ctrl-C."""
 MAIN_PID_VARIABLE = "DEPTH_ANYTHING_MAIN_PID"
 """Environment variable with the PID of the process that had Lightning launch the other ranks, which inherit it."""
+SCRIPT_REQUEUES_VARIABLE = "DEPTH_ANYTHING_SCRIPT_REQUEUES"
+"""Environment variable with the Slurm job that its batch script queues again after exit code 138 (slurm/README.md).
+
+It holds the job and not just 1, because sbatch hands the environment of a job on to the jobs that it submits.
+"""
 
 
 class StoppedBySignal(SystemExit):
@@ -94,11 +99,11 @@ class SignalHandler:
         """
         if not self._announced:
             self._announced = True
-            job = os.environ.get("SLURM_JOB_ID")
+            job = slurm_job()
             slurm = f"; Slurm's job {job} is not queued again" if job and number == signal.SIGUSR1 else ""
-            _print_on_rank0(
-                f"stopped by {signal_name(number)}{slurm}; start the same command again to continue"
-            )
+            if batch_script_requeues():
+                slurm = ""
+            _print_on_rank0(f"stopped by {signal_name(number)}{slurm}; {how_to_continue(number)}")
         raise StoppedBySignal(number)
 
     @contextmanager
@@ -150,6 +155,29 @@ def signal_name(number: int) -> str:
     'signal 15 (SIGTERM)'
     """
     return f"signal {number} ({signal.Signals(number).name})"
+
+
+def slurm_job() -> str | None:
+    """Return Slurm's job as `scontrol requeue` takes it, ARRAY_TASK for a task of an array; None outside Slurm.
+
+    SLURM_JOB_ID alone is not enough: one task of an array has the id of the whole array, and requeueing that id kills
+    the tasks that run and revives the ones that were cancelled.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def batch_script_requeues() -> bool:
+    """Return whether the batch script of this Slurm job queues it again after SIGUSR1, and this process must not."""
+    job = slurm_job()
+    return job is not None and os.environ.get(SCRIPT_REQUEUES_VARIABLE) == job
+
+
+def how_to_continue(number: int) -> str:
+    """Return what continues a run that a signal stopped, as the end of a message."""
+    if number == signal.SIGUSR1 and batch_script_requeues():
+        return f"the batch script queues Slurm's job {slurm_job()} again"
+    return "start the same command again to continue"
 
 
 def is_launched_by_lightning() -> bool:

@@ -29,7 +29,7 @@ from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
 from depth_anything.training import initialization, lightning, provenance, pseudolabel, run, validation  # noqa: E402
-from depth_anything.training.callbacks import Checkpoints, StepCallback  # noqa: E402
+from depth_anything.training.callbacks import Checkpoints, GracefulStop, StepCallback  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
 from depth_anything.training.validation import ValidationCallback  # noqa: E402
@@ -65,6 +65,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),
     "model": (provenance, "save_model"),
+    "last barrier": (GracefulStop, "wait_for_all_ranks"),
     "label": (pseudolabel.PseudoLabel, "predict_step"),
 }
 

@@ -180,6 +180,14 @@ def test_a_signal_after_the_last_step_does_not_stop_two_ranks(
     assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
 
 
+def test_a_rank_that_is_killed_after_saving_changes_nothing(start: Start, tmp_path: Path) -> None:
+    """srun ends the other ranks as soon as one has ended, and they may still be waiting for it."""
+    at = {"STOP_AT": "10:0", "SIGNAL_AT": f"last barrier:1:{signal.SIGKILL}"}
+    runs = start(tmp_path, "stage=teacher", "steps=12", ranks=2, **at)
+    assert [run.code for run in runs] == [143, -signal.SIGKILL]
+    assert runs[0].steps == [5, 10] and runs[0].stderr.count("start the same command again") == 1
+
+
 @pytest.mark.parametrize("why", ["read-only", "locked"])
 def test_an_error_of_rank_0_stops_the_other_rank(start: Start, tmp_path: Path, why: str) -> None:
     """Rank 1 must not wait two minutes for a rank 0 that cannot write to the run folder."""

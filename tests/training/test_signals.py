@@ -221,6 +221,22 @@ def test_train_py_installs_the_handlers_before_slow_imports(tmp_path: Any, numbe
     assert f"signal {number}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_signal_while_python_exits_leaves_no_traceback(tmp_path: Any) -> None:
+    """A library's exit handler, as that which closes the connections of the ranks, may take a while."""
+    (tmp_path / "torch.py").write_text(
+        "import atexit, os, sys\natexit.register(os.kill, os.getpid(), 15)\nsys.exit(3)"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(
+        [sys.executable, os.path.join(root, "train.py"), "stage=teacher"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("scontrol", "message"),
     [(None, "no scontrol"), ("echo denied >&2; exit 1", "denied"), ("exit 3", "3"), ("exit 0", "")],
@@ -243,18 +259,59 @@ def test_a_failed_requeue_is_printed(
     assert message in printed and "Errno" not in printed
 
 
-@pytest.mark.parametrize(("number", "job", "queued"), [(10, "777", "777"), (10, None, ""), (15, "777", "")])
-def test_sigusr1_before_the_first_step_says_that_slurm_does_not_requeue(
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({"SLURM_JOB_ID": "777"}, "777"),
+        ({"SLURM_JOB_ID": "778", "SLURM_ARRAY_JOB_ID": "770", "SLURM_ARRAY_TASK_ID": "0"}, "770_0"),
+        ({"SLURM_JOB_ID": "770", "SLURM_ARRAY_JOB_ID": "770", "SLURM_ARRAY_TASK_ID": "7"}, "770_7"),
+    ],
+)
+@pytest.mark.parametrize(("script", "requeues"), [(None, True), ("other", True), ("same", False)])
+def test_either_python_or_the_batch_script_requeues(
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    job: str,
+    script: str | None,
+    requeues: bool,
+) -> None:
+    """A job that was submitted from within a job has that one's environment, and perhaps another script."""
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if script is not None:
+        monkeypatch.setenv(signals.SCRIPT_REQUEUES_VARIABLE, job if script == "same" else "1")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    requeue_slurm_job()
+    calls = tmp_path / "calls"
+    assert (calls.read_text() if calls.exists() else "") == (f"requeue {job}\n" if requeues else "")
+
+
+@pytest.mark.parametrize(
+    ("number", "job", "script", "queued"),
+    [
+        (10, "777", "", "Slurm's job 777 is not queued again; start the same command again"),
+        (10, "777", "777", "; the batch script queues Slurm's job 777 again"),
+        (10, None, "777", "; start the same command again"),
+        (15, "777", "777", "; start the same command again"),
+    ],
+)
+def test_sigusr1_before_the_first_step_says_whether_slurm_requeues(
     handler: SignalHandler,
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
     number: int,
     job: str | None,
+    script: str,
     queued: str,
 ) -> None:
     if job is not None:
         monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv(signals.SCRIPT_REQUEUES_VARIABLE, script)
     with pytest.raises(StoppedBySignal):
         signal.raise_signal(number)
     printed = capfd.readouterr().err
-    assert ("not queued again" in printed) == bool(queued) and queued in printed
+    assert queued in printed
+    assert ("queued again" in printed or "queues" in printed) == (number == 10 and job is not None)

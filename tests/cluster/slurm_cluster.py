@@ -1,0 +1,207 @@
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd on loopback, in a folder of their own.
+
+Debian's packages slurm-wlm and munge have all programs; nothing of the system's configuration is read or changed.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+#: Program → Debian package.
+PROGRAMS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "setpriv": "util-linux"}
+NODES = ("node1", "node2")
+#: cred_expire: a requeued job waits one second longer than this, by default 121 s. KillWait: from SIGTERM to SIGKILL.
+#: A node has one core more than it needs, so that jobs that only wait run beside each other.
+CONFIG = """
+ClusterName=test
+SlurmctldHost=localhost
+SlurmctldAddr=127.0.0.1
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=30
+MinJobAge=600
+KillWait=20
+JobRequeue=1
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
+"""
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=4 Boards=1 SocketsPerBoard=1 "
+    "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN"
+)
+
+
+def missing_packages() -> list[str]:
+    """Return the Debian packages whose programs this machine lacks."""
+    return sorted({package for name, package in PROGRAMS.items() if find_program(name) is None})
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of a program; daemons are in sbin, which is not on every user's PATH."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, *, seconds: float = 300, details: Callable[[], str] = str
+) -> None:
+    """Wait until a condition is true.
+
+    Raises:
+        TimeoutError: If it is not true in time; it names `what` was waited for, and has the `details` of that time.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds:.0f} s in vain: {what}\n{details()}")
+        time.sleep(0.2)
+
+
+class SlurmCluster:
+    """The daemons of a cluster, and Slurm's commands on it.
+
+    Attributes:
+        folder: Configuration, state and logs of the daemons.
+        environment: What Slurm's commands need in their environment.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Write the configuration; nothing is started yet."""
+        self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        known = {
+            key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SRUN", "SBATCH"))
+        }
+        self.environment = {**known, "SLURM_CONF": str(folder / "slurm.conf")}
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
+            (folder / name).mkdir(parents=True)
+        ports = _free_ports(1 + len(NODES))
+        nodes = [NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
+        text = CONFIG.format(
+            folder=folder, controller_port=ports[0], nodes="\n".join(nodes), names=",".join(NODES)
+        )
+        (folder / "slurm.conf").write_text(text)
+        (folder / "munge.key").touch(mode=0o600)
+        (folder / "munge.key").write_bytes(secrets.token_bytes(128))
+
+    def start(self) -> None:
+        """Start the daemons and wait until both nodes are idle.
+
+        Raises:
+            TimeoutError: If a node does not come up.
+        """
+        munge = [f"--{name}={self.folder}/munge.{name.removesuffix('-file')}" for name in
+                 ("socket", "key-file", "pid-file", "log-file", "seed-file")]  # fmt: skip
+        self._start("munged", "--foreground", "--force", *munge)
+        wait_until((self.folder / "munge.socket").exists, "munged")
+        self._start("slurmctld", "-D")
+        for node in NODES:
+            self._start("slurmd", "-D", "-N", node)
+        wait_until(
+            lambda: self._command("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "2", "idle nodes"
+        )
+
+    def _start(self, name: str, *arguments: str) -> None:
+        program = find_program(name)
+        assert program is not None
+        with open(self.folder / f"{name}.out", "ab") as output:
+            # The daemon ends with this process, also if it is killed.
+            command = ["setpriv", "--pdeathsig", "TERM", program, *arguments]
+            self._daemons.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                )
+            )
+
+    def stop(self) -> None:
+        """Cancel all jobs and stop the daemons."""
+        self._command("scancel", "--user=root")
+        self._command("scancel", "--user=root", "--signal=KILL", "--full")
+        try:
+            wait_until(
+                lambda: not self._command("squeue", "-h").stdout.strip(), "end of the jobs", seconds=40
+            )
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.send_signal(signal.SIGTERM)
+            for daemon in reversed(self._daemons):
+                try:
+                    daemon.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+
+    def _command(self, *command: str, **options: object) -> "subprocess.CompletedProcess[str]":
+        environment = {**self.environment, **options.pop("environment", {})}  # type: ignore[dict-item]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
+
+    def run(self, *command: str) -> str:
+        """Run one of Slurm's commands and return its output.
+
+        Raises:
+            RuntimeError: If it fails, with what it printed.
+        """
+        done = self._command(*command)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def submit(self, *arguments: str, project: Path, **environment: str) -> str:
+        """Submit a batch script from a project folder and return the job's id.
+
+        Raises:
+            RuntimeError: If sbatch rejects it.
+        """
+        done = self._command("sbatch", "--parsable", *arguments, cwd=project, environment=environment)
+        if done.returncode:
+            raise RuntimeError(f"sbatch {' '.join(arguments)}: {done.stderr}")
+        return done.stdout.strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """Return the fields of `scontrol show job`, as JobState, Reason, Restarts, ExitCode and StartTime."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def state(self, job: str) -> str:
+        """Return the state of a job, as PENDING, RUNNING or COMPLETED."""
+        return self.show(job)["JobState"]
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
