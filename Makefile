@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-quickstart: install ## train and evaluate on procedural scenes: some five minutes on two CPU cores
+quickstart: install ## train and evaluate on procedural scenes: some eight minutes on two CPU cores
 	$(BIN)/python train.py stage=teacher
 	$(BIN)/python train.py stage=pseudolabel
 	$(BIN)/python train.py stage=student
