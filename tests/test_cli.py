@@ -30,6 +30,23 @@ LABELLED = {**WRITING, "--leave-out": None, "--sky": None}
 # Command → what may follow it: option → default, positionals with None. Public: what is here stays or is renamed
 # with a word in CHANGELOG.md.
 SURFACE = {
+    "plan": {
+        "--help": None,
+        "overrides": None,
+        "--gpus": 8,
+        "--device": "h100",
+        "--gpus-per-node": 8,
+        "--mfu": None,
+        "--images-per-core": None,
+        "--price-per-gpu-hour": None,
+        "--records": [],
+        "--node-network": 400.0,
+        "--write-speed": 1.0,
+        "--restart": 10.0,
+        "--time-limit": 24.0,
+        "--gpu-hours-per-failure": None,
+        "--json": False,
+    },
     "export": {
         "--help": None,
         "--weights": None,

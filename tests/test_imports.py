@@ -92,7 +92,7 @@ def test_a_file_imports_lower_layers_and_is_short(path):
     assert top_level_name(path) in {*LAYER, "__init__"}, f"{path} is in no layer"
     assert not forbidden_imports(tree, path)
     lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    most = {"train.py": 12, "depth_anything/training/run.py": 100}.get(path, 500)
+    most = {"train.py": 14, "depth_anything/training/run.py": 100}.get(path, 500)
     assert lines <= most, f"{path} has {lines} lines, more than {most}"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
