@@ -41,8 +41,8 @@ def count_flops(
 
     Args:
         model: On the meta device. With `checkpointing` its blocks are changed, so do not use it again.
-        height: Of the image, pixels, a multiple of the patch.
-        width: Likewise.
+        height: Height of the image in pixels, a multiple of the patch.
+        width: Width of the image in pixels, a multiple of the patch.
         frozen_encoder: A step also encodes the image without a gradient, for feature alignment.
         checkpointing: Also count what recomputing the encoder's blocks costs.
     """

@@ -12,7 +12,7 @@ No GPU was measured. torchtitan's compiled Llama 3 8B reaches 39 % on eight H100
 more of a GPU idle, and the DPT head's convolutions are slower than matrix products.
 """
 OTHER_MFU = 0.25
-"""Likewise of any other encoder."""
+"""The assumed share of any other encoder."""
 
 PAPER_RECORDS = {
     "blendedmvs": 115_000,

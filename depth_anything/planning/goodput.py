@@ -22,7 +22,7 @@ GPU_HOURS_PER_FAILURE = LLAMA3_GPUS * LLAMA3_DAYS * 24 / LLAMA3_FAILURES
 """Hours that one GPU runs without stopping its job, as counted for Llama 3: 50,677, nearly six years."""
 
 RSC_GPU_HOURS_PER_FAILURE = 7.9 * 1024
-"""Likewise on Meta's research clusters: 7.9 hours for jobs on 1,024 GPUs (arXiv 2410.21680, A100), 6 times as often."""
+"""The same on Meta's research clusters: 7.9 hours for jobs on 1,024 GPUs (arXiv 2410.21680, A100), 6 times as often."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class DataFlow:
         read_bytes: Bytes of images and labels that are read.
         label_bytes: Bytes of label shards that are written.
         read_bytes_per_s: Bandwidth of the store.
-        write_bytes_per_s: Likewise for writing labels.
+        write_bytes_per_s: Bandwidth of writing labels.
         requests_per_s: Requests for records; an image and its label are in two tars.
         cores: Cores that load, or decode and encode, as many images as the GPUs take.
     """

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from depth_anything.training import run, signals
 from depth_anything.training.lightning import requeue_slurm_job
 from depth_anything.training.signals import HANDLED_SIGNALS, MAIN_PID_VARIABLE, SignalHandler, StoppedBySignal
 
+ROOT = Path(__file__).resolve().parents[2]
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
@@ -205,34 +207,29 @@ def test_an_error_without_a_signal_is_printed(
         run.main(OmegaConf.create())
 
 
-@pytest.mark.parametrize("number", [2, 10, 15])
-def test_train_py_installs_the_handlers_before_slow_imports(tmp_path: Any, number: int) -> None:
-    """A fake torch module sends the signal when it is imported."""
-    (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {number})\nos._exit(3)")
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run(
-        [sys.executable, os.path.join(root, "train.py"), "stage=teacher"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
-        cwd=tmp_path,
+def run_train_py(folder: Path, torch_module: str) -> "subprocess.CompletedProcess[str]":
+    """Run train.py where `import torch` runs other code."""
+    (folder / "torch.py").write_text(torch_module)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "stage=teacher"],
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("number", [2, 10, 15])
+def test_train_py_installs_the_handlers_before_slow_imports(tmp_path: Path, number: int) -> None:
+    done = run_train_py(tmp_path, f"import os\nos.kill(os.getpid(), {number})\nos._exit(3)")
     assert done.returncode == 128 + number, done.stderr
     assert f"signal {number}" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_signal_while_python_exits_leaves_no_traceback(tmp_path: Any) -> None:
+def test_a_signal_while_python_exits_leaves_no_traceback(tmp_path: Path) -> None:
     """A library's exit handler, as that which closes the connections of the ranks, may take a while."""
-    (tmp_path / "torch.py").write_text(
-        "import atexit, os, sys\natexit.register(os.kill, os.getpid(), 15)\nsys.exit(3)"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run(
-        [sys.executable, os.path.join(root, "train.py"), "stage=teacher"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = run_train_py(
+        tmp_path, "import atexit, os, sys\natexit.register(os.kill, os.getpid(), 15)\nsys.exit(3)"
     )
     assert done.returncode == 3 and done.stderr == ""
 
