@@ -208,7 +208,8 @@ def _list_lines(raw: Path, leave_out: Path | None, *, tolerant: bool = False) ->
     if raw.is_dir():
         return _list_folder(raw, leave_out.resolve() if leave_out else None, tolerant=tolerant)
     if not raw.is_file():
-        raise UserError(f"{raw} does not exist", "type the path of a folder, a list of paths, or a tar")
+        problem = "is not a regular file" if raw.exists() else "does not exist"
+        raise UserError(f"{raw} {problem}", "type the path of a folder, a list of paths, or a tar")
     if tarfile.is_tarfile(raw):
         members = _list_tar(raw)
         return members if archive_io.is_compressed(raw) else sorted(members, key=_sort_key)

@@ -13,6 +13,7 @@ from PIL import Image
 from depth_anything.data.reader import Records
 from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import verify_set
+from depth_anything.errors import UserError
 from depth_anything.ingest import archive_io, record
 from depth_anything.ingest.photographs import iterate_images, list_photographs, write_images
 
@@ -142,6 +143,15 @@ BAD = {
     "notes.txt": b"not an image",
     "noise.png": b"\x89PNG\r\n\x1a\n" + bytes(100),
 }
+
+
+def test_a_source_that_is_missing_or_a_device_is_rejected_as_such(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        list_photographs(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(UserError, match=f"{source} is not a regular file"):
+            list_photographs(source)
 
 
 def test_files_that_are_not_images_are_rejected_named_and_counted(tmp_path):
