@@ -29,12 +29,12 @@ from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.model.integrity import save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
-    Checkpoints,
     GracefulStop,
     TrainingMetrics,
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData

@@ -40,7 +40,7 @@ def hold(place: str) -> None:
     import pytorch_lightning as pl
 
     from depth_anything.training import pseudolabel, run
-    from depth_anything.training.callbacks import Checkpoints
+    from depth_anything.training.checkpoints import Checkpoints
 
     holders: dict[str, tuple[Any, str]] = {
         "start": (run, "resolve_config"),

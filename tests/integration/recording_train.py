@@ -29,7 +29,8 @@ from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
 from depth_anything.training import initialization, lightning, provenance, pseudolabel, run, validation  # noqa: E402
-from depth_anything.training.callbacks import Checkpoints, GracefulStop, StepCallback  # noqa: E402
+from depth_anything.training.callbacks import GracefulStop, StepCallback  # noqa: E402
+from depth_anything.training.checkpoints import Checkpoints  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
 from depth_anything.training.validation import ValidationCallback  # noqa: E402

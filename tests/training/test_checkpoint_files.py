@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from depth_anything.disk import atomic_path
 from depth_anything.model.integrity import find_damage, save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
-from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
 from depth_anything.training.lightning import AtomicCheckpointIO
 from depth_anything.training.run_dir import RunDir, step_from_name

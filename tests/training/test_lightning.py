@@ -21,7 +21,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tiny_training import BatchList, fit, make_batch, make_module, make_trainer
 from torch.utils.data import DataLoader
 
-from depth_anything.training.callbacks import Checkpoints, GracefulStop, TrainingMetrics
+from depth_anything.training.callbacks import GracefulStop, TrainingMetrics
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.lightning import move_timers_first, run_fit
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, build_loggers, logger_nodes
 from depth_anything.training.validation import averaged_weights

@@ -13,7 +13,7 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel
 from depth_anything.model.segmentation_files import load_segmentation
 from depth_anything.model.weights import save_model
-from depth_anything.training.callbacks import Checkpoints
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.recipes import Recipe
 from depth_anything.training.segmentation import Segmentation, decay_groups

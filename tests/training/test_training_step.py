@@ -12,12 +12,12 @@ from tiny_training import SIDE, fit, make_batch, make_module
 
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import (
-    Checkpoints,
     GracefulStop,
     StepCallback,
     TrainingMetrics,
     TrainingProgress,
 )
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.lightning import raise_if_incomplete
 from depth_anything.training.loggers import read_metrics
 
