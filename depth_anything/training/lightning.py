@@ -54,6 +54,7 @@ from depth_anything.training.signals import (
 )
 from depth_anything.training.valid_pixels import ValidPixelCheck
 from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
+from depth_anything.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -154,6 +155,10 @@ def build_callbacks(
         )
     checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
+    watchdogs = []
+    if config.hang_timeout is not None:
+        release, requeue = lambda: run_dir.lock.release(), requeue_slurm_job
+        watchdogs = [Watchdog(config.hang_timeout, run_dir.path, release=release, requeue=requeue)]
     return [
         metrics,
         *checks,
@@ -162,6 +167,7 @@ def build_callbacks(
         checkpoints,
         *([] if has_bar else [TrainingProgress(metrics)]),
         GracefulStop(checkpoints, every=10),
+        *watchdogs,
     ]
 
 

@@ -37,6 +37,7 @@ from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.config import RunConfig
+from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_setup import open_segmentation_task
 from depth_anything.visualize import colorize_by_distance, make_panel
@@ -181,7 +182,7 @@ class ValidationCallback(StepCallback):
         if self.task is None or (step % self.every and step != trainer.max_steps):
             return
         training = module.model.training
-        with averaged_weights(trainer, module):
+        with heartbeat.during("validation"), averaged_weights(trainer, module):
             predictor = _build_predictor(module, input_size=self.input_size)
             metric, means = self._score(trainer.world_size, predictor)
             for logger in trainer.loggers:

@@ -6,6 +6,8 @@ Not a test; test_exact.py and others start it. Environment variables:
 - STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
 - SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank the signal when it first reaches one of the PLACES, and again
   after SECONDS.
+- HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP), "loop" in Python,
+  "sleep" for five seconds and continue.
 - WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
 """
 
@@ -29,6 +31,7 @@ from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
 from depth_anything.training import initialization, lightning, provenance, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training.base import DepthModule  # noqa: E402
 from depth_anything.training.callbacks import GracefulStop, StepCallback  # noqa: E402
 from depth_anything.training.checkpoints import Checkpoints  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
@@ -113,8 +116,28 @@ def fail_worker(way: str, sample: int) -> None:
     StreamDataset.__getitems__ = replaced  # type: ignore[method-assign]
 
 
+def hang_at(step: int, rank: int, way: str) -> None:
+    """Make a rank hang when it computes the losses after a step."""
+    original = DepthModule.training_step
+
+    def replaced(self: DepthModule, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == step and self.trainer.global_rank == rank:
+            if way == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if way == "sleep":
+                time.sleep(5)
+            while way == "loop":
+                pass
+        return original(self, batch, index)
+
+    DepthModule.training_step = replaced  # type: ignore[method-assign]
+
+
 def obey_environment() -> None:
-    """Prepare SIGNAL_AT and WORKER."""
+    """Prepare SIGNAL_AT, HANG_AT and WORKER."""
+    if "HANG_AT" in os.environ:
+        step, rank, way = os.environ["HANG_AT"].split(":")
+        hang_at(int(step), int(rank), way)
     if "WORKER" in os.environ:
         way, sample = os.environ["WORKER"].split(":")
         fail_worker(way, int(sample))
