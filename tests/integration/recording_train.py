@@ -4,10 +4,12 @@ Not a test; test_exact.py and others start it. Environment variables:
 
 - SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
 - STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
-- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank the signal when it first reaches one of the PLACES, and again
-  after SECONDS.
+- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank, or each if RANK is "all", the signal when it first reaches one
+  of the PLACES, and again after SECONDS.
 - HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP), "loop" in Python,
   "sleep" for five seconds and continue.
+- DIE_AT=STEP:RANK kills that rank in the forward pass after that step, at the first start; LOSE_NODE_AT=STEP:RANK also
+  kills its parent, the agent of torchrun, as if the node were lost.
 - WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
 """
 
@@ -36,6 +38,7 @@ from depth_anything.training.callbacks import GracefulStop, StepCallback  # noqa
 from depth_anything.training.checkpoints import Checkpoints  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.signals import SignalHandler, signal_handler  # noqa: E402
 from depth_anything.training.validation import ValidationCallback  # noqa: E402
 
 
@@ -64,19 +67,22 @@ PLACES: dict[str, tuple[Any, str]] = {
     "loader": (TrainData, "train_dataloader"),
     "read validation": (ValidationCallback, "_read_share"),
     "train start": (Checkpoints, "on_train_start"),
+    "forward": (DepthModule, "training_step"),
+    "backward": (DepthModule, "backward"),
     "validation": (validation, "score_lines"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),
     "model": (provenance, "save_model"),
+    "exit": (SignalHandler, "ignore"),
     "last barrier": (GracefulStop, "wait_for_all_ranks"),
     "label": (pseudolabel.PseudoLabel, "predict_step"),
 }
 
 
-def signal_at(place: str, rank: int, number: int, again: float | None = None) -> None:
+def signal_at(place: str, rank: str, number: int, again: float | None = None) -> None:
     """Send this process a signal when it first reaches a place, if it has that rank."""
-    if rank != int(os.environ.get("LOCAL_RANK", "0")):
+    if rank not in (os.environ.get("LOCAL_RANK", "0"), "all"):
         return
     holder, name = PLACES[place]
     original = getattr(holder, name)
@@ -89,7 +95,10 @@ def signal_at(place: str, rank: int, number: int, again: float | None = None) ->
 
     def replaced(*arguments: Any, **options: Any) -> Any:
         setattr(holder, name, original)
-        send()
+        if place == "backward":
+            arguments[1].register_hook(lambda gradient: send())  # runs inside of torch's backward pass
+        else:
+            send()
         if again is not None:
             time.sleep(again)
             send()
@@ -124,6 +133,10 @@ def hang_at(step: int, rank: int, way: str) -> None:
         if self.trainer.global_step == step and self.trainer.global_rank == rank:
             if way == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if way in ("die", "lose node") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                if way == "lose node":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
             if way == "sleep":
                 time.sleep(5)
             while way == "loop":
@@ -134,16 +147,17 @@ def hang_at(step: int, rank: int, way: str) -> None:
 
 
 def obey_environment() -> None:
-    """Prepare SIGNAL_AT, HANG_AT and WORKER."""
-    if "HANG_AT" in os.environ:
-        step, rank, way = os.environ["HANG_AT"].split(":")
-        hang_at(int(step), int(rank), way)
+    """Prepare what the environment variables ask for."""
+    for name, default in {"HANG_AT": "", "DIE_AT": "die", "LOSE_NODE_AT": "lose node"}.items():
+        if name in os.environ:
+            step, rank, *way = os.environ[name].split(":")
+            hang_at(int(step), int(rank), *way or [default])
     if "WORKER" in os.environ:
         way, sample = os.environ["WORKER"].split(":")
         fail_worker(way, int(sample))
     if "SIGNAL_AT" in os.environ:
         place, rank, number, *again = os.environ["SIGNAL_AT"].split(":")
-        signal_at(place, int(rank), int(number), *map(float, again))
+        signal_at(place, rank, int(number), *map(float, again))
 
 
 original_build = lightning.build_callbacks
@@ -151,4 +165,7 @@ lightning.build_callbacks = lambda *arguments: [SampleRecorder(), *original_buil
 
 if __name__ == "__main__":
     obey_environment()
-    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()
+    finally:
+        signal_handler.ignore()  # as train.py

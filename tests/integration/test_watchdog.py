@@ -38,7 +38,8 @@ def test_a_rank_in_an_endless_loop_shows_its_stack(start: Start, tmp_path: Path)
 
 
 def test_a_process_that_hangs_twice_at_the_same_step_is_not_queued_again(
-    start: Start, tmp_path: Path  # noqa: F811
+    start: Start,
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     (first,) = start(tmp_path, *GIVEN, HANG_AT="7:0:loop")
     (second,) = start(tmp_path, *GIVEN, HANG_AT="7:0:loop")

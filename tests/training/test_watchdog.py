@@ -139,7 +139,9 @@ def test_the_state_of_a_stopped_and_of_a_dead_process_is_told() -> None:
         os.kill(process.pid, signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
         assert "SIGSTOP" in process_state(peer)
-        assert "died" in process_state(Peer("here", process.pid, "0"))  # another process has the number by now
+        assert "died" in process_state(
+            Peer("here", process.pid, "0")
+        )  # another process has the number by now
         kill_process(Peer("here", process.pid, "0"))
         assert process.poll() is None
     finally:
@@ -164,9 +166,7 @@ def store_process() -> Any:
     process.communicate()
 
 
-def test_a_store_that_is_stopped_does_not_block(
-    store_process: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_stopped_does_not_block(store_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dist.is_available()
     store = RankStore("127.0.0.1", int(store_process.stdout.readline()), ranks=2)
     store.publish("beat", 1, "text")

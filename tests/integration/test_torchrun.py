@@ -1,0 +1,79 @@
+"""torchrun over two nodes: two agents on loopback train the weights of one group of two ranks, and restarts continue."""
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from fork_server import ForkedCommand, ForkServer
+
+from .conftest import SMALL, environment
+from .test_signal_matrix import model_digest
+from .test_signals import SCRIPT, Start, start  # noqa: F401  start is a fixture
+
+GIVEN = ("stage=teacher", "steps=12", "validation.every=100", "hang_timeout=20")
+
+
+class Agents:
+    """Two torchrun agents with one worker each."""
+
+    def __init__(self, server: ForkServer, folder: Path, data: str, *, restarts: int = 0, **extra: str) -> None:
+        """Start both; the first holds the rendezvous."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.errors = [folder / f"agent-{rank}.txt" for rank in (0, 1)]
+        launch = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        places = [f"data_dir={data}", f"output_dir={folder / 'outputs'}", "workers=1"]
+        trainer = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+        self.processes: list[ForkedCommand] = []
+        for rank, errors in enumerate(self.errors):
+            errors.unlink(missing_ok=True)
+            node = [f"--node-rank={rank}", f"--max-restarts={restarts}", str(SCRIPT)]
+            command = [sys.executable, "-m", "torch.distributed.run", *launch, *node, *SMALL, *places, *trainer]
+            env = environment(SAMPLE_LOG=str(folder), **extra)
+            self.processes.append(
+                server.start([*command, *GIVEN], cwd=folder, env=env, stdout=errors, stderr=errors)
+            )
+
+    def wait(self) -> list[int]:
+        """Return the exit codes."""
+        return [process.wait(300) for process in self.processes]
+
+    def log(self, rank: int) -> str:
+        """Return what an agent and its worker have printed."""
+        return self.errors[rank].read_text()
+
+
+@pytest.fixture(scope="module")
+def data(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:  # noqa: F811
+    """The folder of the scenes, and the digest of the model of one group of two ranks."""
+    folder = tmp_path_factory.mktemp("one-group")
+    runs = start(folder, *GIVEN, f"data_dir={folder / 'data'}", ranks=2)
+    assert [run.code for run in runs] == [0, 0], runs[0].stderr
+    return str(folder / "data"), model_digest(folder)
+
+
+def test_two_nodes_train_the_weights_of_one(
+    fork_server: ForkServer, tmp_path: Path, data: tuple[str, str]
+) -> None:
+    """A worker of the second node dies after step 10: torchrun starts all workers again, and they resume."""
+    agents = Agents(fork_server, tmp_path, data[0], restarts=1, DIE_AT="11:1")
+    assert agents.wait() == [0, 0], agents.log(0) + agents.log(1)
+    assert model_digest(tmp_path) == data[1]
+
+
+def test_a_node_that_is_lost_ends_the_other_and_the_same_command_continues(
+    fork_server: ForkServer, tmp_path: Path, data: tuple[str, str]
+) -> None:
+    agents = Agents(fork_server, tmp_path, data[0], LOSE_NODE_AT="7:1")
+    codes = agents.wait()
+    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
+    assert "Traceback" not in agents.log(0).partition("torch/distributed/elastic")[0], agents.log(0)
+    assert re.search("another rank has ended", agents.log(0)), agents.log(0)
+    again = Agents(fork_server, tmp_path, data[0])
+    assert again.wait() == [0, 0], again.log(0)
+    assert model_digest(tmp_path) == data[1]
