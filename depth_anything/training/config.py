@@ -292,6 +292,7 @@ class RunConfig(ConfigSection):
     overwrite: bool = config_key(flag(), resume=FREE)
     allow_partial: bool = config_key(flag(), resume=FREE)
     dry_run: bool = config_key(flag(), resume=FREE)
+    stage_to: str | None = config_key(OPTIONAL_FOLDER, default=None, resume=FREE)
     hang_timeout: float | None = config_key(
         real(0, above=True, example=300, optional=True), default=None, resume=FREE
     )

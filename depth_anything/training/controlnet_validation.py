@@ -21,9 +21,9 @@ from depth_anything.errors import UserError
 from depth_anything.preprocess import resize_shape
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.config import RunConfig
-from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.controlnet import ControlNetModule
 from depth_anything.training.diffusion import import_diffusers
+from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.validation import averaged_weights
 from depth_anything.visualize import make_panel

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -239,9 +240,17 @@ def set_loggers(
     run_on_all_ranks(set_on_rank)
 
 
-def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """Call `work` on every rank that is running by now; see `gather_or_raise`."""
-    return gather_or_raise(dist.get_world_size() if dist.is_initialized() else 1, work)
+def run_on_all_ranks(work: Callable[[], T], *, patient: bool = False) -> list[T]:
+    """Call `work` on every rank that is running by now; see `gather_or_raise`.
+
+    Args:
+        work: Takes no arguments.
+        patient: Wait for the other ranks for up to a week; else for the timeout of the process group.
+    """
+    if not dist.is_initialized():
+        return gather_or_raise(1, work)
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if patient else None
+    return gather_or_raise(dist.get_world_size(), work, group=group)
 
 
 @contextmanager
@@ -266,6 +275,19 @@ def translate_memory_errors(smaller: str) -> Iterator[None]:
             f"not enough memory ({message or type(error).__name__})",
             f"add {smaller} to the same command to continue",
         ) from error
+
+
+def explain_lost_rank(error: Exception) -> Exception:
+    """Return a UserError for an error that only says that another rank is gone; else the error itself."""
+    message = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, RuntimeError) or not re.search(
+        "[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited", str(error)
+    ):
+        return error
+    return UserError(
+        f"another rank has ended, or its node cannot be reached ({message})",
+        ["read the first error in the logs of all ranks; ", SAME_COMMAND, " to continue"],
+    )
 
 
 def run_fit(

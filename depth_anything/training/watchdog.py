@@ -142,7 +142,10 @@ class Watchdog(pl.Callback):
             try:
                 self.store = RankStore(environment.main_address, environment.main_port, ranks=len(peers))
             except RuntimeError as error:  # torch.distributed.DistError
-                print(f"note: no watchdog over the ranks, their store does not answer ({error})", file=sys.stderr)
+                print(
+                    f"note: no watchdog over the ranks, their store does not answer ({error})",
+                    file=sys.stderr,
+                )
                 return
         self._interval = min(_INTERVAL_S, self.timeout_s / 4)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_signals import Run, Start, start  # noqa: F401  start is a fixture
+from .conftest import Run, StartRanks
 
 BEFORE = ("compose", "open sets", "setup", "read validation", "train start")
 DURING = ("forward", "backward", "validation", "save")
@@ -41,10 +41,10 @@ def model_digest(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
+def unbroken(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the model of a run without signals."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert [run.code for run in start(folder, *GIVEN, ranks=2)] == [0, 0]
+    assert [run.code for run in start_ranks(folder, *GIVEN, ranks=2)] == [0, 0]
     return model_digest(folder)
 
 
@@ -53,14 +53,14 @@ def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> str:  # 
     [*SELECTION, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)],
 )
 def test_a_signal_to_one_rank_or_all(
-    start: Start,  # noqa: F811
+    start_ranks: StartRanks,
     tmp_path: Path,
     unbroken: str,
     place: str,
     receiver: str,
     number: int,
 ) -> None:
-    runs: list[Run] = start(tmp_path, *GIVEN, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
+    runs: list[Run] = start_ranks(tmp_path, *GIVEN, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
     codes, errors = [run.code for run in runs], "".join(run.stderr for run in runs)
     if place in AFTER:
         assert codes == [0, 0], errors
@@ -68,6 +68,6 @@ def test_a_signal_to_one_rank_or_all(
         assert codes == [128 + number] * 2, errors
         assert runs[0].steps[-1:] == ([10] if place in DURING else [])
         assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
-        again = start(tmp_path, *GIVEN, ranks=2)
+        again = start_ranks(tmp_path, *GIVEN, ranks=2)
         assert [run.code for run in again] == [0, 0], again[0].stderr
     assert model_digest(tmp_path) == unbroken

@@ -1,6 +1,5 @@
-"""torchrun over two nodes: two agents on loopback train the weights of one group of two ranks, and restarts continue."""
+"""torchrun on two nodes, here two agents on loopback: the weights are those of one group, and restarts continue."""
 
-import os
 import re
 import signal
 import socket
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 from fork_server import ForkedCommand, ForkServer
 
-from .conftest import SMALL, environment
+from .conftest import RECORDING, SMALL, StartRanks, environment
 from .test_signal_matrix import model_digest
-from .test_signals import SCRIPT, Start, start  # noqa: F401  start is a fixture
 
 GIVEN = ("stage=teacher", "steps=12", "validation.every=100", "hang_timeout=20")
 
@@ -20,7 +18,9 @@ GIVEN = ("stage=teacher", "steps=12", "validation.every=100", "hang_timeout=20")
 class Agents:
     """Two torchrun agents with one worker each."""
 
-    def __init__(self, server: ForkServer, folder: Path, data: str, *, restarts: int = 0, **extra: str) -> None:
+    def __init__(
+        self, server: ForkServer, folder: Path, data: str, *, restarts: int = 0, **extra: str
+    ) -> None:
         """Start both; the first holds the rendezvous."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -32,8 +32,17 @@ class Agents:
         self.processes: list[ForkedCommand] = []
         for rank, errors in enumerate(self.errors):
             errors.unlink(missing_ok=True)
-            node = [f"--node-rank={rank}", f"--max-restarts={restarts}", str(SCRIPT)]
-            command = [sys.executable, "-m", "torch.distributed.run", *launch, *node, *SMALL, *places, *trainer]
+            node = [f"--node-rank={rank}", f"--max-restarts={restarts}", str(RECORDING)]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *launch,
+                *node,
+                *SMALL,
+                *places,
+                *trainer,
+            ]
             env = environment(SAMPLE_LOG=str(folder), **extra)
             self.processes.append(
                 server.start([*command, *GIVEN], cwd=folder, env=env, stdout=errors, stderr=errors)
@@ -49,10 +58,10 @@ class Agents:
 
 
 @pytest.fixture(scope="module")
-def data(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:  # noqa: F811
+def data(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The folder of the scenes, and the digest of the model of one group of two ranks."""
     folder = tmp_path_factory.mktemp("one-group")
-    runs = start(folder, *GIVEN, f"data_dir={folder / 'data'}", ranks=2)
+    runs = start_ranks(folder, *GIVEN, f"data_dir={folder / 'data'}", ranks=2)
     assert [run.code for run in runs] == [0, 0], runs[0].stderr
     return str(folder / "data"), model_digest(folder)
 

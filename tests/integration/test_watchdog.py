@@ -7,15 +7,15 @@ import pytest
 
 from depth_anything.training.watchdog import HANG_EXIT_CODE
 
-from .test_signals import Start, start  # noqa: F401  a fixture
+from .conftest import StartRanks
 
 GIVEN = ("stage=teacher", "steps=12", "hang_timeout=3")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_named_and_killed(start: Start, tmp_path: Path, rank: int) -> None:  # noqa: F811
+def test_a_stopped_rank_is_named_and_killed(start_ranks: StartRanks, tmp_path: Path, rank: int) -> None:
     """The store of the process group is in the process of rank 0."""
-    runs = start(tmp_path, *GIVEN, ranks=2, HANG_AT=f"7:{rank}:stop")
+    runs = start_ranks(tmp_path, *GIVEN, ranks=2, HANG_AT=f"7:{rank}:stop")
     other = 1 - rank
     assert runs[rank].code == -9 and runs[other].code == HANG_EXIT_CODE, runs[other].stderr
     log = runs[other].stderr
@@ -23,12 +23,12 @@ def test_a_stopped_rank_is_named_and_killed(start: Start, tmp_path: Path, rank: 
     assert f"stack of rank {other}" in log and "in run_fit" in log and "again" in log
     hang = next(tmp_path.glob("outputs/*/hang.txt")).read_text()
     assert hang.strip() in log
-    again = start(tmp_path, *GIVEN, ranks=2)
+    again = start_ranks(tmp_path, *GIVEN, ranks=2)
     assert [run.code for run in again] == [0, 0]
 
 
-def test_a_rank_in_an_endless_loop_shows_its_stack(start: Start, tmp_path: Path) -> None:  # noqa: F811
-    runs = start(tmp_path, *GIVEN, ranks=2, HANG_AT="7:1:loop")
+def test_a_rank_in_an_endless_loop_shows_its_stack(start_ranks: StartRanks, tmp_path: Path) -> None:
+    runs = start_ranks(tmp_path, *GIVEN, ranks=2, HANG_AT="7:1:loop")
     assert [run.code for run in runs] == [HANG_EXIT_CODE] * 2
     log = runs[0].stderr
     assert re.search(r"rank 1, process \d+ on \S+, is behind the others: step 7, forward", log), log
@@ -38,17 +38,17 @@ def test_a_rank_in_an_endless_loop_shows_its_stack(start: Start, tmp_path: Path)
 
 
 def test_a_process_that_hangs_twice_at_the_same_step_is_not_queued_again(
-    start: Start,
-    tmp_path: Path,  # noqa: F811
+    start_ranks: StartRanks,
+    tmp_path: Path,
 ) -> None:
-    (first,) = start(tmp_path, *GIVEN, HANG_AT="7:0:loop")
-    (second,) = start(tmp_path, *GIVEN, HANG_AT="7:0:loop")
+    (first,) = start_ranks(tmp_path, *GIVEN, HANG_AT="7:0:loop")
+    (second,) = start_ranks(tmp_path, *GIVEN, HANG_AT="7:0:loop")
     assert [first.code, second.code] == [HANG_EXIT_CODE, 1]
     assert "hung before" in second.stderr
 
 
-def test_a_short_stall_is_no_hang(start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_a_short_stall_is_no_hang(start_ranks: StartRanks, tmp_path: Path) -> None:
     """Rank 0 waits for longer than hang_timeout, and rank 1 continues before the second look."""
-    runs = start(tmp_path, "stage=teacher", "steps=12", "hang_timeout=20", ranks=2, HANG_AT="7:1:sleep")
+    runs = start_ranks(tmp_path, "stage=teacher", "steps=12", "hang_timeout=20", ranks=2, HANG_AT="7:1:sleep")
     assert [run.code for run in runs] == [0, 0]
     assert "hang:" not in runs[0].stderr
