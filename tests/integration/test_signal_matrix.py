@@ -1,6 +1,6 @@
 """Signals in every phase of two ranks: no rank hangs, and a resumed run ends with the weights of an unbroken one.
 
-The suite runs a selection that has every place, number and receiver; `-m slow` runs all combinations.
+The suite runs a chain of signals in one run folder; `-m slow` runs every place, receiver and number by itself.
 """
 
 import hashlib
@@ -16,21 +16,20 @@ BEFORE = ("compose", "open sets", "setup", "read validation", "train start")
 DURING = ("forward", "backward", "validation", "save")
 AFTER = ("train end", "teardown", "model", "exit")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-RECEIVERS = ("0", "1", "all")
-GIVEN = ("stage=teacher", "steps=12", "validation.every=3")
-SELECTION = [
-    ("open sets", "all", signal.SIGUSR1),
-    ("forward", "all", signal.SIGUSR1),
-    ("backward", "1", signal.SIGINT),
-    ("validation", "all", signal.SIGTERM),
-    ("save", "all", signal.SIGINT),
-    ("teardown", "all", signal.SIGTERM),
-    ("exit", "all", signal.SIGUSR1),
+GIVEN = ("stage=teacher", "validation.every=3")
+CHAIN = [
+    ("open sets", "all", signal.SIGUSR1, 0),
+    ("forward", "all", signal.SIGUSR1, 10),
+    ("backward", "1", signal.SIGINT, 20),
+    ("validation", "all", signal.SIGTERM, 30),
+    ("save", "all", signal.SIGINT, 40),
 ]
+"""Place, receiver, number, and the step that is saved: ranks compare their signals every tenth step."""
+ONLY_RANK_0 = ("save", "model")
 ALL = [
     case
-    for case in itertools.product((*BEFORE, *DURING, *AFTER), RECEIVERS, NUMBERS)
-    if case not in SELECTION
+    for case in itertools.product((*BEFORE, *DURING, *AFTER), ("0", "1", "all"), NUMBERS)
+    if not (case[0] in ONLY_RANK_0 and case[1] == "1")
 ]
 
 
@@ -40,34 +39,46 @@ def model_digest(folder: Path) -> str:
     return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
+def check_stopped(runs: list[Run], number: int, step: int) -> None:
+    """Check that both ranks stopped for a signal after the same step."""
+    assert [run.code for run in runs] == [128 + number] * 2, "".join(run.stderr for run in runs)
+    assert runs[0].steps[-1:] == ([step] if step else [])
+    assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
+
+
+def test_a_chain_of_signals_ends_with_the_weights_of_an_unbroken_run(
+    start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    given = (*GIVEN, "steps=42")
+    unbroken = start_ranks(tmp_path / "unbroken", *given, ranks=2, SIGNAL_AT=f"exit:all:{signal.SIGUSR1}")
+    assert [run.code for run in unbroken] == [0, 0]
+    for place, receiver, number, step in CHAIN:
+        runs = start_ranks(tmp_path / "chain", *given, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
+        check_stopped(runs, number, step)
+    runs = start_ranks(tmp_path / "chain", *given, ranks=2, SIGNAL_AT=f"teardown:all:{signal.SIGTERM}")
+    assert [run.code for run in runs] == [0, 0]
+    assert model_digest(tmp_path / "chain") == model_digest(tmp_path / "unbroken")
+
+
 @pytest.fixture(scope="module")
 def unbroken(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the model of a run without signals."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert [run.code for run in start_ranks(folder, *GIVEN, ranks=2)] == [0, 0]
+    assert [run.code for run in start_ranks(folder, *GIVEN, "steps=12", ranks=2)] == [0, 0]
     return model_digest(folder)
 
 
-@pytest.mark.parametrize(
-    ("place", "receiver", "number"),
-    [*SELECTION, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "receiver", "number"), ALL)
 def test_a_signal_to_one_rank_or_all(
-    start_ranks: StartRanks,
-    tmp_path: Path,
-    unbroken: str,
-    place: str,
-    receiver: str,
-    number: int,
+    start_ranks: StartRanks, tmp_path: Path, unbroken: str, place: str, receiver: str, number: int
 ) -> None:
-    runs: list[Run] = start_ranks(tmp_path, *GIVEN, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
-    codes, errors = [run.code for run in runs], "".join(run.stderr for run in runs)
+    given = (*GIVEN, "steps=12")
+    runs = start_ranks(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
     if place in AFTER:
-        assert codes == [0, 0], errors
+        assert [run.code for run in runs] == [0, 0], "".join(run.stderr for run in runs)
     else:
-        assert codes == [128 + number] * 2, errors
-        assert runs[0].steps[-1:] == ([10] if place in DURING else [])
-        assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
-        again = start_ranks(tmp_path, *GIVEN, ranks=2)
+        check_stopped(runs, number, 10 if place in DURING else 0)
+        again = start_ranks(tmp_path, *given, ranks=2)
         assert [run.code for run in again] == [0, 0], again[0].stderr
     assert model_digest(tmp_path) == unbroken
