@@ -140,7 +140,12 @@ class Watchdog(pl.Callback):
             self.peers = peers
             environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
             try:
-                self.store = RankStore(environment.main_address, environment.main_port, ranks=len(peers))
+                self.store = RankStore(
+                    environment.main_address,
+                    environment.main_port,
+                    ranks=len(peers),
+                    run=f"{peers[0].pid}-{peers[0].started}",
+                )
             except RuntimeError as error:  # torch.distributed.DistError
                 print(
                     f"note: no watchdog over the ranks, their store does not answer ({error})",
@@ -320,10 +325,17 @@ class RankStore:
     never return: they run in threads that are left behind.
     """
 
-    def __init__(self, host: str = "", port: int = 0, *, ranks: int = 1) -> None:
-        """Connect; without a host there is one rank and no store."""
+    def __init__(self, host: str = "", port: int = 0, *, ranks: int = 1, run: str = "") -> None:
+        """Connect; without a host there is one rank and no store.
+
+        Args:
+            host: The host of the store.
+            port: Its port.
+            ranks: Number of ranks.
+            run: Equal on all ranks, and another one after a restart, because torchrun's store outlives the ranks.
+        """
         self._host, self._port, self._ranks = host, port, ranks
-        self._prefix = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._prefix = f"watchdog/{run}"
         self._store = self._connect() if host else None
 
     def publish(self, name: str, rank: int, text: str) -> None:
