@@ -53,6 +53,7 @@ from depth_anything.training.signals import (
     signal_name,
     slurm_job,
 )
+from depth_anything.training.staging import stage_data
 from depth_anything.training.valid_pixels import ValidPixelCheck
 from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
 from depth_anything.training.watchdog import Watchdog
@@ -240,17 +241,26 @@ def set_loggers(
     run_on_all_ranks(set_on_rank)
 
 
-def run_on_all_ranks(work: Callable[[], T], *, patient: bool = False) -> list[T]:
-    """Call `work` on every rank that is running by now; see `gather_or_raise`.
+def run_on_all_ranks(work: Callable[[], T], *, group: Any = None) -> list[T]:
+    """Call `work` on every rank that is running by now; see `gather_or_raise`."""
+    return gather_or_raise(dist.get_world_size() if dist.is_initialized() else 1, work, group=group)
 
-    Args:
-        work: Takes no arguments.
-        patient: Wait for the other ranks for up to a week; else for the timeout of the process group.
+
+def stage_on_all_ranks(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of the DataModule, after the sets were copied to `stage_to` if there is one.
+
+    Ranks wait for each other for up to a week: the timeout of the process group may be shorter than a copy.
+
+    Raises:
+        UserError: On all ranks, if one cannot copy.
     """
-    if not dist.is_initialized():
-        return gather_or_raise(1, work)
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if patient else None
-    return gather_or_raise(dist.get_world_size(), work, group=group)
+    arguments = config.data.as_dict()
+    if config.stage_to is None:
+        return arguments
+    ranks = dist.is_initialized()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if ranks else None
+    copies = run_on_all_ranks(lambda: stage_data(config, arguments), group=group)
+    return copies[dist.get_rank() if ranks else 0]
 
 
 @contextmanager

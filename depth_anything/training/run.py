@@ -6,7 +6,6 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from depth_anything.errors import UserError
 from depth_anything.training import batch_plan, initialization, lightning
 from depth_anything.training.check_config import USER_ERRORS, resolve_config
 from depth_anything.training.command import format_failure
@@ -20,7 +19,6 @@ from depth_anything.training.resume import typed_keys
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.signals import signal_handler
 from depth_anything.training.stage_networks import required_folders, stage_networks
-from depth_anything.training.staging import stage_data
 
 
 def main(cfg: DictConfig) -> None:
@@ -68,9 +66,8 @@ def fit(config: RunConfig) -> None:
     folders, scenes = required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
     lightning.run_on_all_ranks(lambda: networks.prepare(folder.path, main=trainer.is_global_zero))
-    staged = lightning.run_on_all_ranks(lambda: stage_data(config, config.data.as_dict()), patient=True)
-    arguments = staged[trainer.global_rank if len(staged) > 1 else 0]
-    data = instantiate(arguments, micro_batch=micro, patch=networks.multiple, _convert_="all")
+    staged = lightning.stage_on_all_ranks(config)
+    data = instantiate(staged, micro_batch=micro, patch=networks.multiple, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network
     lightning.set_loggers(trainer, config, folder, checkpoint, build=instantiate)
     arguments, named = networks.build(data.open().sources)
@@ -88,10 +85,6 @@ def fit(config: RunConfig) -> None:
 
 def predict(config: RunConfig) -> None:
     """Label every image once; any number of processes may do so at the same time."""
-    if config.stage_to is not None:
-        raise UserError(
-            "labeling reads every image once, so copying the images costs more", "leave out stage_to"
-        )
     folder = RunDir(config.run_dir)
     folder.claim(config, exclusive=False)
     write_missing_scenes(config.sources.scenes, list(config.data.sets.values()))

@@ -252,8 +252,7 @@ def stage_data(config: RunConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: As `stage_sets`.
     """
-    if config.stage_to is None:
-        return arguments
+    assert config.stage_to is not None
     extra = [sets for sets in extra_sets(config).values()]
     roots = {name: root for sets in [config.data.sets, *extra] for name, root in sets.items()}
     plan = plan_staging(Path(config.stage_to), roots, arguments.get("labels"))

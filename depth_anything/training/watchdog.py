@@ -238,6 +238,7 @@ class Watchdog(pl.Callback):
         if first is None or second is None:
             unreachable = Diagnosis([0], [], [rank for rank in range(len(self.peers)) if rank], 1)
             self._end(unreachable, [None] * len(self.peers), reachable=False)
+            return
         diagnosis = diagnose(first, second)
         if diagnosis is not None:
             self._end(diagnosis, second)
@@ -251,6 +252,14 @@ class Watchdog(pl.Callback):
 
     def _end(self, diagnosis: Diagnosis, beats: Sequence[Beat | None], *, reachable: bool = True) -> None:
         """Print the report on one rank, and end this process; a single process on a terminal only prints."""
+        if len(self.peers) == 1 and sys.stdin is not None and sys.stdin.isatty():
+            stack = [format_main_stack()]
+            print(
+                format_report(diagnosis, self.peers, beats, [None], stack, seconds=heartbeat.stalled_s),
+                file=sys.stderr,
+            )
+            heartbeat.stalled_s = 0.0  # a person at a debugger may take their time
+            return
         here = [rank for rank in diagnosis.silent if self.peers[rank].host == socket.gethostname()]
         for rank in here:
             self.store.publish("state", rank, process_state(self.peers[rank]))
@@ -264,9 +273,6 @@ class Watchdog(pl.Callback):
         else:
             print(f"rank {self.rank} ends: rank 0 ({self.peers[0]}) does not answer", file=sys.stderr)
             time.sleep(2 * self._interval)
-        if len(self.peers) == 1 and sys.stdin is not None and sys.stdin.isatty():
-            heartbeat.stalled_s = 0.0  # a person at a debugger may take their time
-            return
         for rank in here:  # a launcher that has ended would leave them
             kill_process(self.peers[rank])
         self._exit(code)

@@ -1,7 +1,6 @@
 """Sets are copied to a folder of the machine: verified, once, continued after a kill, and never silently left out."""
 
-import errno
-import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -83,7 +82,9 @@ def test_a_tar_that_is_not_that_of_its_manifest_is_not_copied(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("problem", ["free", "full", "file"])
-def test_too_little_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+def test_too_little_space_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any, problem: str
+) -> None:
     """It is found before anything is copied, or when the disk is full because of others."""
     made = make(tmp_path / "set")
     if problem == "free":
@@ -92,29 +93,10 @@ def test_too_little_space_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
     elif problem == "file":
         (tmp_path / "scratch").write_text("")
     else:
-
-        def write(self: Any, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(
-            staging, "open", lambda path, *options, **more: Full(path, *options), raising=False
-        )
-
-        class Full:
-            def __init__(self, path: Any, *options: Any) -> None:
-                self.file, self.name = open(path, *options), str(path)
-
-            def __enter__(self) -> Any:
-                return self if "w" in self.file.mode or "xb" in self.file.mode else self.file
-
-            def __exit__(self, *error: Any) -> None:
-                self.file.close()
-
-            def seek(self, position: int) -> int:
-                return position
-
-            write = write
-
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     with pytest.raises(UserError) as raised:
         stage(tmp_path / "scratch", tmp_path / "set")
     assert str(tmp_path / "scratch") in str(raised.value) and "stage_to" in str(raised.value)
@@ -186,8 +168,10 @@ def test_a_run_reads_the_copies_and_has_the_same_digests(tmp_path: Path, capsys:
     config = make_config(
         "stage=student",
         f"stage_to={tmp_path / 'scratch'}",
-        f"sources.images={{photos: {images}}}",
-        f"sources.labelled={{extra: {extra}, unused: {unused}}}",
+        f"+sources.images.photos={images}",
+        "~sources.images.scenes-photographic",
+        f"+sources.labelled.extra={extra}",
+        f"+sources.labelled.unused={unused}",
         f"labels={tmp_path / 'labels'}",
         "mix=[extra]",
     )
@@ -201,3 +185,8 @@ def test_a_run_reads_the_copies_and_has_the_same_digests(tmp_path: Path, capsys:
     (tmp_path / "labels" / "photos" / "manifest.json").unlink()
     staged = stage_data(config, arguments)
     assert staged["labels"] == arguments["labels"] and "is not finished" in capsys.readouterr().err
+
+
+def test_labeling_copies_nothing() -> None:
+    with pytest.raises(UserError, match="stage_to"):
+        make_config("stage=pseudolabel", "stage_to=scratch")
