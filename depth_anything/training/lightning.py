@@ -49,6 +49,7 @@ from depth_anything.training.signals import (
     batch_script_requeues,
     how_to_continue,
     is_launched_by_lightning,
+    print_on_rank0,
     signal_handler,
     signal_name,
     slurm_job,
@@ -191,7 +192,18 @@ def join_process_group(trainer: pl.Trainer) -> None:
         if trainer.strategy.launcher is not None:  # the other ranks would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         return
+    _warn_of_shared_store()
     trainer.strategy.setup_environment()
+
+
+def _warn_of_shared_store() -> None:
+    """Print a note if torchrun may restart the ranks, but keeps their old addresses (torch 2.14, dynamic_rendezvous)."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        print_on_rank0(
+            "note: restarts by torchrun may fail, because it keeps the addresses of the processes before; type  "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  before torchrun"
+        )
 
 
 def move_timers_first(trainer: Any) -> None:

@@ -43,7 +43,7 @@ class Agents:
                 *places,
                 *trainer,
             ]
-            env = environment(SAMPLE_LOG=str(folder), **extra)
+            env = environment(SAMPLE_LOG=str(folder), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **extra)
             self.processes.append(
                 server.start([*command, *GIVEN], cwd=folder, env=env, stdout=errors, stderr=errors)
             )
@@ -72,6 +72,7 @@ def test_two_nodes_train_the_weights_of_one(
     """A worker of the second node dies after step 10: torchrun starts all workers again, and they resume."""
     agents = Agents(fork_server, tmp_path, data[0], restarts=1, DIE_AT="11:1")
     assert agents.wait() == [0, 0], agents.log(0) + agents.log(1)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in agents.log(0) + agents.log(1)
     assert model_digest(tmp_path) == data[1]
 
 
