@@ -194,11 +194,11 @@ TORCHRUN = ["-m", "torch.distributed.run"]
 def count_ranks(words: Sequence[str]) -> int:
     """Return how many ranks a command starts, with itself: N of trainer.devices=N, the last one.
 
-    torchrun starts one worker, and another one at each restart.
+    torchrun starts one worker, and up to two others for each restart.
     """
     if list(words[:2]) == TORCHRUN:
         restarts = next((word for word in words if word.startswith("--max-restarts=")), "=0")
-        return 2 + int(restarts.partition("=")[2])
+        return 2 + 2 * int(restarts.partition("=")[2])
     typed = [word.partition("=")[2] for word in words if word.startswith("trainer.devices=")]
     return int(typed[-1]) if typed and typed[-1].isdigit() else 1
 

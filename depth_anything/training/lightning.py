@@ -197,7 +197,7 @@ def join_process_group(trainer: pl.Trainer) -> None:
 
 
 def _warn_of_shared_store() -> None:
-    """Print a note if torchrun may restart the ranks, but keeps their old addresses (torch 2.14, dynamic_rendezvous)."""
+    """Print a note if torchrun may restart the ranks and keeps their old addresses, as torch 2.14 does."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         print_on_rank0(
