@@ -7,13 +7,13 @@ a copy that was interrupted continues with the next tar. One process of a machin
 import shutil
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote, join_address, redact_secrets
@@ -26,6 +26,8 @@ from depth_anything.locks import kernel_lock
 from depth_anything.progress import ProgressLine
 from depth_anything.training.batch_plan import extra_sets
 from depth_anything.training.config import RunConfig
+
+T = TypeVar("T")
 
 _THREADS = 8
 _CHUNK_BYTES = 1 << 22
@@ -132,12 +134,13 @@ class _Stopped(Exception):
 def _copy_shard(staged: StagedSet, shard: ShardInfo, stop: threading.Event) -> None:
     source, target = staged.source.url(shard.name), staged.root / f"{shard.name}.tar"
     with atomic_path(target) as temporary:
-        with open(temporary, "wb", buffering=0) as file:
+        with open(temporary, "wb") as file:
             writer: Any = _Target(file, stop)
             if is_remote(source):
                 remote.copy_whole_shard(source, shard, writer)
             else:
                 retry(source, lambda: _copy_local(source, shard, writer))
+            writer.flush()
         if staged.source.meta.get("kind") == "labels" and not is_remote(source):
             sidecar = Path(source).with_suffix(".json")
             if sidecar.is_file():
@@ -171,8 +174,14 @@ class _Target:
     def write(self, data: bytes) -> int:
         if self._stop.is_set():
             raise _Stopped
+        return self._translated(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._translated(self._file.flush)
+
+    def _translated(self, act: Callable[[], T]) -> T:
         try:
-            return self._file.write(data)
+            return act()
         except OSError as error:
             raise UserError(
                 f"{self._file.name} cannot be written ({short_reason(error)})",
