@@ -19,7 +19,14 @@ from depth_anything.data import remote
 from depth_anything.data.address import index_address, is_remote, join_address, redact_secrets
 from depth_anything.data.retry import PermanentError, RetryableError, retry, short_reason
 from depth_anything.data.shards import open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, build_index_text, parse_index
+from depth_anything.data.tars import (
+    ShardError,
+    ShardInfo,
+    ShardSet,
+    StorageUnavailable,
+    build_index_text,
+    parse_index,
+)
 from depth_anything.disk import atomic_path, atomic_write, remove_stale
 from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.locks import kernel_lock
@@ -74,9 +81,9 @@ def stage_sets(folder: Path, sets: Sequence[StagedSet]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with kernel_lock(folder / ".lock"):
             _stage_sets(folder, sets)
+    except StorageUnavailable:
+        raise
     except OSError as error:
-        if getattr(error, "parts", None):  # StorageUnavailable, which names the source
-            raise
         raise UserError(
             f"shards cannot be copied to {folder} ({short_reason(error)})",
             "type stage_to=ANOTHER_FOLDER, or leave it out to read them where they are",
