@@ -273,14 +273,14 @@ class Watchdog(pl.Callback):
         else:
             print(f"rank {self.rank} ends: rank 0 ({self.peers[0]}) does not answer", file=sys.stderr)
             time.sleep(2 * self._interval)
-        for rank in here:  # a launcher that has ended would leave them
-            kill_process(self.peers[rank])
-        self._exit(code)
+        self._exit(code, kill=here)  # a launcher that has ended would leave them
 
-    def _exit(self, code: int) -> None:
+    def _exit(self, code: int, *, kill: Sequence[int] = ()) -> None:
         if self.rank == 0:
             _within(_ANSWER_S, self._release)
         sys.stderr.flush()
+        for rank in kill:
+            kill_process(self.peers[rank])
         # After another code of a rank that Lightning launched it would kill rank 0, whose code is the run's.
         os._exit(0 if is_launched_by_lightning() else code)
 
