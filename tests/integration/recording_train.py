@@ -6,8 +6,7 @@ Not a test; test_exact.py and others start it. Environment variables:
 - STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
 - SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank, or each if RANK is "all", the signal when it first reaches one
   of the PLACES, and again after SECONDS.
-- HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP), "loop" in Python,
-  "sleep" for five seconds and continue.
+- HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP) or "loop" in Python.
 - DIE_AT=STEP:RANK kills that rank in the forward pass after that step, at the first start; LOSE_NODE_AT=STEP:RANK also
   kills its parent, the agent of torchrun, as if the node were lost.
 - WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
@@ -137,10 +136,8 @@ def hang_at(step: int, rank: int, way: str) -> None:
                 if way == "lose node":
                     os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if way == "sleep":
-                time.sleep(5)
             while way == "loop":
-                pass
+                time.sleep(0.01)
         return original(self, batch, index)
 
     DepthModule.training_step = replaced  # type: ignore[method-assign]

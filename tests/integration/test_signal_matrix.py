@@ -18,11 +18,9 @@ AFTER = ("train end", "teardown", "model", "exit")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GIVEN = ("stage=teacher", "validation.every=3")
 CHAIN = [
-    ("open sets", "all", signal.SIGUSR1, 0),
     ("forward", "all", signal.SIGUSR1, 10),
     ("backward", "1", signal.SIGINT, 20),
     ("validation", "all", signal.SIGTERM, 30),
-    ("save", "all", signal.SIGINT, 40),
 ]
 """Place, receiver, number, and the step that is saved: ranks compare their signals every tenth step."""
 ONLY_RANK_0 = ("save", "model")
@@ -49,7 +47,7 @@ def check_stopped(runs: list[Run], number: int, step: int) -> None:
 def test_a_chain_of_signals_ends_with_the_weights_of_an_unbroken_run(
     start_ranks: StartRanks, tmp_path: Path
 ) -> None:
-    given = (*GIVEN, "steps=42")
+    given = (*GIVEN, "steps=32")
     unbroken = start_ranks(tmp_path / "unbroken", *given, ranks=2, SIGNAL_AT=f"exit:all:{signal.SIGUSR1}")
     assert [run.code for run in unbroken] == [0, 0]
     for place, receiver, number, step in CHAIN:

@@ -11,7 +11,7 @@ from fork_server import ForkedCommand, ForkServer
 from .conftest import RECORDING, SMALL, StartRanks, environment
 from .test_signal_matrix import model_digest
 
-GIVEN = ("stage=teacher", "steps=12", "validation.every=100", "hang_timeout=20")
+GIVEN = ("stage=teacher", "steps=7", "validation.every=100", "hang_timeout=20")
 
 
 class Agents:
@@ -69,22 +69,19 @@ def data(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_two_nodes_train_the_weights_of_one(
     fork_server: ForkServer, tmp_path: Path, data: tuple[str, str]
 ) -> None:
-    """A worker of the second node dies after step 10: torchrun starts all workers again, and they resume."""
-    agents = Agents(fork_server, tmp_path, data[0], restarts=1, DIE_AT="11:1")
+    """A worker of the second node dies after step 6: torchrun starts all workers again, and they resume."""
+    agents = Agents(fork_server, tmp_path, data[0], restarts=1, DIE_AT="6:1")
     assert agents.wait() == [0, 0], agents.log(0) + agents.log(1)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in agents.log(0) + agents.log(1)
     assert model_digest(tmp_path) == data[1]
 
 
-def test_a_node_that_is_lost_ends_the_other_and_the_same_command_continues(
+def test_a_node_that_is_lost_ends_the_other(
     fork_server: ForkServer, tmp_path: Path, data: tuple[str, str]
 ) -> None:
-    agents = Agents(fork_server, tmp_path, data[0], LOSE_NODE_AT="7:1")
+    agents = Agents(fork_server, tmp_path, data[0], LOSE_NODE_AT="2:1")
     codes = agents.wait()
     assert sorted(codes) == [-signal.SIGKILL, 1]
     log = agents.log(codes.index(1))
     assert "another rank has ended" in log, log
     assert "Traceback" not in log.partition("torch/distributed/elastic")[0], log
-    again = Agents(fork_server, tmp_path, data[0])
-    assert again.wait() == [0, 0], again.log(0)
-    assert model_digest(tmp_path) == data[1]
