@@ -237,7 +237,9 @@ class Watchdog(pl.Callback):
         second = self._read_beats()
         if first is None or second is None:
             unreachable = Diagnosis([0], [], [rank for rank in range(len(self.peers)) if rank], 1)
-            self._end(unreachable, [None] * len(self.peers), reachable=False)
+            beats: list[Beat | None] = [None] * len(self.peers)
+            beats[self.rank] = heartbeat.beat(self.timeout_s)
+            self._end(unreachable, beats, reachable=False)
             return
         diagnosis = diagnose(first, second)
         if diagnosis is not None:

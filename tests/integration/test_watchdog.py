@@ -20,6 +20,7 @@ def test_a_stopped_rank_is_named_and_killed(start_ranks: StartRanks, tmp_path: P
     assert runs[rank].code == -9 and runs[other].code == HANG_EXIT_CODE, runs[other].stderr
     log = runs[other].stderr
     assert re.search(rf"rank {rank}, process \d+ on \S+, does not answer \(.*SIGSTOP", log), log
+    assert f"waiting: rank {other} at step 7, backward" in log
     assert f"stack of rank {other}" in log and "in run_fit" in log and "again" in log
     hang = next(tmp_path.glob("outputs/*/hang.txt")).read_text()
     assert hang.strip() in log
