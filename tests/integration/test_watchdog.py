@@ -24,8 +24,6 @@ def test_a_stopped_rank_is_named_and_killed(start_ranks: StartRanks, tmp_path: P
     assert f"stack of rank {other}" in log and "in run_fit" in log and "again" in log
     hang = next(tmp_path.glob("outputs/*/hang.txt")).read_text()
     assert hang.strip() in log
-    if rank:
-        assert [run.code for run in start_ranks(tmp_path, *GIVEN, ranks=2)] == [0, 0]
 
 
 def test_a_rank_in_an_endless_loop_shows_its_stack(start_ranks: StartRanks, tmp_path: Path) -> None:
@@ -36,13 +34,3 @@ def test_a_rank_in_an_endless_loop_shows_its_stack(start_ranks: StartRanks, tmp_
     assert "waiting: rank 0 at step 7, backward" in log
     looping = log[log.index("stack of rank 1") : log.index("stack of rank 0")]
     assert "in replaced" in looping and "hang:" not in runs[1].stderr
-
-
-def test_a_process_that_hangs_twice_at_the_same_step_is_not_queued_again(
-    start_ranks: StartRanks,
-    tmp_path: Path,
-) -> None:
-    (first,) = start_ranks(tmp_path, *GIVEN, HANG_AT="7:0:loop")
-    (second,) = start_ranks(tmp_path, *GIVEN, HANG_AT="7:0:loop")
-    assert [first.code, second.code] == [HANG_EXIT_CODE, 1]
-    assert "hung before" in second.stderr

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from depth_anything.training.watchdog import (
     Diagnosis,
     Peer,
     RankStore,
+    Watchdog,
     diagnose,
     format_report,
     kill_process,
@@ -181,3 +183,26 @@ def test_a_store_that_is_stopped_does_not_block(store_process: Any, monkeypatch:
 def test_the_exit_code_is_above_those_of_signals() -> None:
     """srun returns the largest exit code of its tasks, and a rank that is stopped ends by SIGKILL."""
     assert 128 + max(signal.valid_signals()) < HANG_EXIT_CODE < 256
+
+
+def test_a_run_that_hangs_again_before_it_saves_is_not_queued_again(tmp_path: Path) -> None:
+    guard = Watchdog(300.0, tmp_path)
+    assert [guard._record("first"), guard._record("second")] == [False, True]
+    (tmp_path / "saved.json").write_text('{"step": 10}')
+    assert [guard._record("third"), guard._record("fourth")] == [False, True]
+    assert (tmp_path / "hang.txt").read_text() == "fourth\n"
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_report_queues_the_job_again_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], repeated: bool
+) -> None:
+    """A single process has no store."""
+    queued: list[int] = []
+    guard = Watchdog(300.0, tmp_path, requeue=lambda: queued.append(1))
+    if repeated:
+        guard._record("before")
+    code = guard._report(Diagnosis([], [], [0], 0), [LATER], reachable=False)
+    assert (code, len(queued)) == ((1, 0) if repeated else (HANG_EXIT_CODE, 1))
+    printed = capfd.readouterr().err
+    assert f"exit code {code}" in printed and "test_the_report_queues" in printed  # this stack
