@@ -68,16 +68,28 @@ def find_device(name: str) -> Device:
     )
 
 
-def peak_tflops(cuda_name: str) -> float | None:
-    """Return the dense bf16 peak of a card by the name that CUDA reports, TFLOP/s; None if it is not known.
+# Of the dense bf16 peak, by the same sources: fp16 has the same, tf32 half of it (A100 156, H100 SXM 494.5, H100 PCIe
+# 378, H200 494.5, L40S 183, L4 60, B200 1,125, RTX 4090 82.6, RTX 3090 35.6).
+PRECISION_SHARES = {"bf16": 1.0, "fp16": 1.0, "tf32": 0.5}
+
+
+def peak_tflops(cuda_name: str, precision: str = "bf16") -> float | None:
+    """Return the dense peak of a card by the name that CUDA reports, TFLOP/s; None if it is not known.
+
+    Args:
+        cuda_name: As `torch.cuda.get_device_name`.
+        precision: "bf16", "fp16" or "tf32" of the matrix products; they are added in float32.
 
     Example:
         >>> peak_tflops("NVIDIA A100-SXM4-80GB"), peak_tflops("NVIDIA A100-SXM4-40GB MIG 1g.5gb")
         (312.0, None)
+        >>> peak_tflops("NVIDIA A100-SXM4-80GB", "tf32")
+        156.0
     """
     if "MIG" in cuda_name.split():
         return None
-    return next((d.peak_tflops for d in DEVICES if re.search(d.cuda_name, cuda_name)), None)
+    peak = next((d.peak_tflops for d in DEVICES if re.search(d.cuda_name, cuda_name)), None)
+    return None if peak is None else peak * PRECISION_SHARES[precision]
 
 
 def _plain(name: str) -> str:

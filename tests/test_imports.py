@@ -17,7 +17,7 @@ SCRIPTS = ("train.py", "run.py", "run_video.py", "app.py")
 # A top-level module or package may import itself and lower layers, but not others of its layer.
 LAYERS = (
     {"errors"},
-    {"classes", "devices", "disk", "geometry", "licenses", "preprocess"},
+    {"classes", "devices", "disk", "geometry", "host_memory", "licenses", "preprocess"},
     {"locks"},
     {"model", "data", "losses", "metrics", "visualize"},
     {"progress"},

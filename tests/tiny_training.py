@@ -70,10 +70,18 @@ class BatchList(IterableDataset):
         return iter(self.batches)
 
 
-def make_trainer(folder: Path, *callbacks: pl.Callback, steps: int, accumulate: int = 1) -> pl.Trainer:
-    """Build the Trainer as a run does, on one CPU process, with metrics.csv as its logger."""
+def make_trainer(
+    folder: Path,
+    *callbacks: pl.Callback,
+    steps: int,
+    accumulate: int = 1,
+    precision: str = "32-true",
+    accelerator: str = "cpu",
+) -> pl.Trainer:
+    """Build the Trainer as a run does, on one device, with metrics.csv as its logger."""
     arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder), log_every=1)
-    arguments |= {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": accumulate}
+    arguments |= {"accelerator": accelerator, "devices": 1, "accumulate_grad_batches": accumulate}
+    arguments["precision"] = precision
     trainer = pl.Trainer(**arguments)
     trainer.loggers = [MetricsCSV(folder / "metrics.csv")]
     return trainer

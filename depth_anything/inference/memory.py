@@ -2,9 +2,9 @@
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from depth_anything.errors import UserError
+from depth_anything.host_memory import free_memory
 
 BYTES_PER_PIXEL = 40
 """Upper bound of the memory per image pixel: decoding, resizing, the map at full size and its encoded files."""
@@ -19,9 +19,6 @@ LARGE_IMAGE_PIXELS = 40_000_000
 """Images from this size on are decoded and written one at a time."""
 
 _large_image_lock = threading.Lock()
-
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
 
 
 def check_image_memory(pixels: int) -> None:
@@ -65,12 +62,6 @@ def lock_large_image(pixels: int) -> AbstractContextManager[object]:
     return _large_image_lock if pixels >= LARGE_IMAGE_PIXELS else nullcontext()
 
 
-def free_memory() -> int | None:
-    """Return the bytes that this process may still allocate on its machine and in its container; None if unknown."""
-    known = [value for value in (_free_machine_memory(), _free_container_memory()) if value is not None]
-    return min(known, default=None)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception of NumPy, OpenCV or torch (any device) means that memory ran out."""
     message = str(error).lower()
@@ -78,28 +69,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         type(error).__module__.startswith(("torch", "cv2", "builtins"))
         and any(part in message for part in ("out of memory", "insufficient memory", "can't allocate memory"))
     )
-
-
-def _free_machine_memory() -> int | None:
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
-def _free_container_memory() -> int | None:
-    """What the cgroup's limit leaves (v2, then v1); the page cache counts as free, since the kernel can drop it."""
-    for limit_file, stat_file, key in (
-        ("memory.max", "memory.stat", "anon"),
-        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
-    ):
-        try:
-            limit = int((_CGROUP / limit_file).read_text())
-            stat = dict(line.split() for line in (_CGROUP / stat_file).read_text().splitlines())
-            return max(limit - int(stat[key]), 0)
-        except (OSError, ValueError, KeyError):  # no such file, or no limit ("max")
-            continue
-    return None

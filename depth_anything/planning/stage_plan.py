@@ -12,12 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
-import torch
-
 from depth_anything.errors import UserError
-from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.flops import count_flops, count_forward_flops
-from depth_anything.model.lora import add_adapters
 from depth_anything.planning import assumptions
 from depth_anything.planning.assumptions import Cluster
 from depth_anything.planning.goodput import (
@@ -30,9 +26,9 @@ from depth_anything.planning.goodput import (
 from depth_anything.planning.set_sizes import total_size
 from depth_anything.teachers.open_teacher import teacher_kind
 from depth_anything.training.batch_plan import extra_sets, split_batch
-from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import DEPTH_STAGES
+from depth_anything.training.throughput import build_meta_network
 
 SIMULATED_STARTS = 20_000
 """Starts that a simulation draws; its share of lost time is then right to a hundredth."""
@@ -220,17 +216,6 @@ def plan_stage(
     if cluster.price_per_gpu_hour is None:
         return plan
     return replace(plan, cost=plan.gpu_hours * cluster.price_per_gpu_hour)
-
-
-def build_meta_network(config: RunConfig) -> DepthAnything:
-    """Build the network of a stage as it is trained, on the meta device: frozen parts, adapters, another head."""
-    with torch.device("meta"):
-        model = DepthAnything(config.encoder, max_depth=config.max_depth, head=build_head(config))
-        if config.freeze_encoder:
-            model.pretrained.requires_grad_(False)
-        if config.lora:
-            add_adapters(model, config.lora)
-    return model
 
 
 def _plan_training(

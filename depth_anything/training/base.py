@@ -20,6 +20,7 @@ from depth_anything.training.optimizer import (
 )
 from depth_anything.training.recipes import ControlNetRecipe, Recipe
 from depth_anything.training.resume import apply_recipe
+from depth_anything.training.step_guard import StepGuard, poison_loss
 
 __all__ = ["DepthModule", "Recipe"]
 
@@ -75,6 +76,7 @@ class DepthModule(pl.LightningModule):
         self.build_optimizer: OptimizerFactory = adam_factory(recipe)
         self.parts: list[dict[str, Tensor]] = []
         self.grad_norm: Tensor | None = None
+        self.step_guard = StepGuard()
         self._accelerated = False
 
     def configure_model(self) -> None:
@@ -192,7 +194,7 @@ class DepthModule(pl.LightningModule):
         if "valid" in batch:
             shares["valid_share"] = batch["valid"].mean(dtype=parts["loss"].dtype)
         self.parts.append({**{name: value.detach() for name, value in parts.items()}, **shares})
-        return parts["loss"]
+        return poison_loss(parts["loss"])
 
     def configure_gradient_clipping(
         self,
@@ -200,6 +202,10 @@ class DepthModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradient norm and clip it to `clip_norm`; Lightning's own clipping refuses fused optimizers."""
+        """Measure the gradient norm and clip it to `clip_norm`; skip the step if it is not finite (`StepGuard`).
+
+        Lightning's own clipping refuses fused optimizers.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
+        self.step_guard.apply(optimizer, self.grad_norm, [part["loss"] for part in self.parts])

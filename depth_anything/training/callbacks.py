@@ -5,9 +5,7 @@ accumulation, so the callbacks here, and those in checkpoints.py, validation.py 
 `StepCallback`.
 """
 
-import math
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,19 +16,16 @@ import torch
 import torch.distributed as dist
 
 from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
+from depth_anything.host_memory import free_memory
 from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
 from depth_anything.training.signals import StoppedBySignal, signal_handler
+from depth_anything.training.throughput import Throughput, WallTime, device_peak_flops
 
 if TYPE_CHECKING:
     from depth_anything.training.checkpoints import Checkpoints
 
 T = TypeVar("T")
-
-NON_FINITE_ADVICE = (
-    "lower recipe.encoder_lr and recipe.head_lr (in stage=controlnet recipe.lr), and type name=ANOTHER_NAME: what is "
-    "saved is older"
-)
 
 
 class StepCallback(pl.Callback):
@@ -53,78 +48,159 @@ class StepCallback(pl.Callback):
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Act after optimizer step number `step`, counted from 1."""
 
+    def before_save(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        """Act on all ranks before a checkpoint of `step` is written."""
+
 
 class TrainingMetrics(StepCallback):
-    """Log losses, learning rates, gradient norm, images/s, time waited for data, memory and the share of valid pixels.
+    """Log losses, learning rates, gradient norm, throughput, memory, samples seen and the share of valid pixels.
 
     Losses and shares are the mean over all micro-batches of the logged step on all ranks. `LightningModule.log` would
     log the last micro-batch only, and synchronize at every step; this callback synchronizes once a log line.
+
+    Attributes:
+        latest: The numbers of the last log line.
     """
 
-    def __init__(self, *, every: int, batch_size: int) -> None:
-        """Log every `every` steps of `batch_size` images."""
+    def __init__(
+        self,
+        *,
+        every: int,
+        batch_size: int,
+        run_dir: Path | None = None,
+        flop_per_image: Callable[[], int | None] | None = None,
+    ) -> None:
+        """Log every `every` steps.
+
+        Args:
+            every: In optimizer steps.
+            batch_size: Images of a step, over all devices.
+            run_dir: The run folder, which keeps the wall time of all starts.
+            flop_per_image: Counts the operations of a training step; called where the peak of the device is known.
+        """
         self.every, self.batch_size = every, batch_size
         self.latest: dict[str, float] = {}
+        self._run_dir, self._count_flop = run_dir, flop_per_image
+        self._wall: WallTime | None = None
+        self._restored_s = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, module)
-        self._logged_at = self._batch_ended_at = time.perf_counter()
-        self._wait_s, self._steps = 0.0, 0
-        self._loss_sum: Any = 0.0
+        flop, peak = None, None
+        if trainer.is_global_zero:
+            self._wall = WallTime(self._run_dir / "time.json") if self._run_dir is not None else None
+            peak = device_peak_flops(module.device, str(getattr(trainer, "precision", "")))
+            if peak is not None and self._count_flop is not None:
+                flop = self._count_flop()
+            elif self._count_flop is not None and module.device.type == "cuda":
+                name = torch.cuda.get_device_name(module.device)
+                print(f"note: no peak is known for {name}, so metrics.csv has no mfu", file=sys.stderr)
+        self.throughput = Throughput(
+            batch_size=self.batch_size, devices=trainer.world_size, flop_per_image=flop, peak_flops=peak
+        )
+        if self._wall is not None and self._wall.starts:  # else the seconds belong to another run, of resume=
+            self.throughput.useful_s = self._restored_s
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         """Add the time since the last micro-batch ended, which the step waited for data."""
-        self._wait_s += time.perf_counter() - self._batch_ended_at
+        self.throughput.receive_batch()
         self._rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Log at a step boundary, then start to measure the wait for data."""
+        """Log at a step boundary; what other callbacks do after it is not part of the step."""
         super().on_train_batch_end(trainer, module, outputs, batch, index)
-        self._batch_ended_at = time.perf_counter()
+        self.throughput.end_batch()
 
     def on_step(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
         """Log when due and clear the losses of the step's micro-batches."""
-        self._steps += 1
-        for part in module.parts:  # a NaN or infinite loss makes the sum NaN or infinite for good
-            self._loss_sum = part["loss"] + self._loss_sum
+        self.throughput.count_step()
         if step % self.every == 0 or step == trainer.max_steps:
             self._log(trainer, module, step)
         module.parts.clear()
 
-    def _log(self, trainer: pl.Trainer, module: DepthModule, step: int) -> None:
+    def before_save(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        """Write the wall time, so that the share of lost steps is right after a kill."""
+        if self._wall is not None:
+            self._wall.write(step, now=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the wall time of this start."""
+        if self._wall is not None:
+            self._wall.write(trainer.global_step, now=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds of the steps that led to the current weights; lost steps do not come back with it."""
+        return {"useful_s": self.throughput.total_useful_s()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._restored_s = state_dict["useful_s"]
+
+    def effective_time(self) -> float | None:
+        """Return the share of the wall time of all starts that went into steps that are kept; None if not measured."""
+        if self._wall is None:
+            return None
+        return min(1.0, self.throughput.total_useful_s() / max(self._wall.seconds(), 1e-9))
+
+    def _log(self, trainer: Any, module: DepthModule, step: int) -> None:
         names = list(module.parts[0])
         values = torch.stack([torch.stack([part[name] for name in names]) for part in module.parts]).mean(0)
-        values = torch.cat([values, self._loss_sum.to(values.dtype)[None]])
         if trainer.world_size > 1:
             dist.all_reduce(values)
             values /= trainer.world_size
-        *means, loss_sum = values.double().tolist()
-        numbers = dict(zip(names, means, strict=True))
+        numbers = dict(zip(names, values.double().tolist(), strict=True))
         valid_share = numbers.pop("valid_share", None)
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
-        if not math.isfinite(numbers["loss"]):
-            raise UserError(f"the loss is {numbers['loss']} at step {step}", NON_FINITE_ADVICE)
-        if not math.isfinite(loss_sum):
-            raise UserError(
-                f"the loss was {loss_sum} in one of the last {self._steps} steps up to step {step}",
-                NON_FINITE_ADVICE,
-            )
-        numbers.update(self._rates)
-        elapsed = time.perf_counter() - self._logged_at
-        numbers["images_per_s"] = self._steps * self.batch_size / elapsed
-        numbers["data_wait"] = self._wait_s / elapsed
+        numbers |= {**self._rates, **self.throughput.read(), "samples": step * self.batch_size}
+        if getattr(trainer, "datamodule", None) is not None:
+            numbers["passes"] = numbers["samples"] / trainer.datamodule.open().stream.records
         if module.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        if (free := free_memory()) is not None:
+            numbers["host_memory_free_gib"] = free / 2**30
+        if (effective := self.effective_time()) is not None:
+            numbers["effective_time"] = effective
         if valid_share is not None:
             numbers["valid_share"] = valid_share
         self.latest = numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-        self._logged_at, self._wait_s, self._steps, self._loss_sum = time.perf_counter(), 0.0, 0, 0.0
+        if self._wall is not None:
+            self._wall.write(step)
+
+    def summary(self, steps: int) -> str:
+        """Describe this start after its last of `steps` steps in one line."""
+        numbers = self.throughput.average()
+        parts = [f"{steps * self.batch_size:,} samples"]
+        if "passes" in self.latest:
+            parts[0] += f" ({self.latest['passes']:.3g} passes)"
+        parts.append(f"{numbers['images_per_s']:.1f} images/s")
+        if self.throughput.devices > 1:
+            parts[-1] += f" ({numbers['images_per_s_device']:.1f} per device)"
+        parts += [f"{numbers['step_s']:.3g} s a step", f"data wait {numbers['data_wait']:.0%}"]
+        if "mfu" in numbers:
+            parts.append(f"MFU {numbers['mfu']:.1%}")
+        if (effective := self.effective_time()) is not None:
+            parts.append(f"effective time {effective:.1%}")
+        return f"step {steps:,}: {', '.join(parts)}"
+
+
+class PauseEnd(pl.Callback):
+    """The last callback of a run: from here on a step waits for data, and not for validation or saving."""
+
+    def __init__(self, metrics: TrainingMetrics) -> None:
+        """Tell `metrics`."""
+        self.metrics = metrics
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """End the pause."""
+        self.metrics.throughput.end_pause()
 
 
 class TrainingProgress(StepCallback):
@@ -163,13 +239,16 @@ class TrainingProgress(StepCallback):
         self._bar.update(values=shown)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Close the bar."""
+        """Close the bar and print the throughput of this start."""
         if self._bar is not None:
             self._bar.close()
+            if self.metrics.latest:
+                print(self.metrics.summary(trainer.global_step), file=sys.stderr)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar before the error is printed."""
-        self.on_train_end(trainer, module)
+        if self._bar is not None:
+            self._bar.close()
 
 
 def gather_or_raise(ranks: int, work: Callable[[], T], *, group: Any = None) -> list[T]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from depth_anything.data.loader import WorkerError
@@ -13,8 +12,9 @@ from depth_anything.data.tars import StorageUnavailable
 from depth_anything.disk import atomic_write
 from depth_anything.errors import UserError
 from depth_anything.training.base import DepthModule
-from depth_anything.training.callbacks import NON_FINITE_ADVICE, StepCallback, gather_or_raise
+from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.resume import data_state
+from depth_anything.training.step_guard import require_finite_weights
 
 CHECKPOINT_NAME = "step-{:09d}.ckpt"
 CHECKPOINT_VERSION = 2
@@ -107,16 +107,17 @@ class Checkpoints(StepCallback):
         """Save now, unless this step is saved already. Every rank must call this at the same step.
 
         Raises:
-            UserError: If the gradient is not finite; with several ranks also if the disk is full, on all ranks.
+            UserError: If a weight is not finite; with several ranks also if the disk is full, on all ranks.
             OSError: If the disk is full or cannot be written; older checkpoints are unchanged.
         """
         if step == self._saved_step:
             return
-        norm: Any = trainer.lightning_module.grad_norm
-        if norm is not None and not bool(torch.isfinite(norm)):  # equal on all ranks: gradients are averaged
-            raise UserError(
-                f"the gradient is not finite at step {step}, which is not saved", NON_FINITE_ADVICE
-            )
+        run: Any = trainer
+        module = run.lightning_module
+        for callback in run.callbacks:
+            if isinstance(callback, StepCallback):
+                callback.before_save(trainer, module, step)
+        gather_or_raise(trainer.world_size, lambda: require_finite_weights(module, step))
         gather_or_raise(trainer.world_size, lambda: self._write(trainer, step))
         self._saved_step = step
 

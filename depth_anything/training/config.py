@@ -98,6 +98,14 @@ class LoggingConfig(ConfigSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardsConfig(ConfigSection):
+    """What happens at steps that are not finite, and at losses far above the usual (docs/guards.md)."""
+
+    max_skipped: int = config_key(integer(1, example=3), default=3)
+    spike: str = config_key(choice("warn", "skip", "rewind"), default="warn")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig(ConfigSection):
     """What a run is validated on, and when, in optimizer steps."""
 
@@ -298,6 +306,7 @@ class RunConfig(ConfigSection):
     )
     checkpoint: CheckpointConfig = config_key(section=CheckpointConfig, resume=FREE)
     logging: LoggingConfig = config_key(section=LoggingConfig, resume=FREE)
+    guards: GuardsConfig = config_key(section=GuardsConfig, default=GuardsConfig(), resume=FREE)
     validation: ValidationConfig = config_key(section=ValidationConfig, resume=FREE)
     stage: str = config_key(text("a stage", example="teacher"))
     size: str = config_key(text("a size", example="tiny"), resume=START)

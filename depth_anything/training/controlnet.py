@@ -14,6 +14,7 @@ from depth_anything.training.base import continue_from_checkpoint, schedule_opti
 from depth_anything.training.diffusion import DiffusionBase
 from depth_anything.training.optimizer import OptimizerFactory, adam_factory
 from depth_anything.training.recipes import ControlNetRecipe
+from depth_anything.training.step_guard import StepGuard, poison_loss
 from depth_anything.visualize import conditioning_image
 
 __all__ = ["ControlNetModule", "ControlNetRecipe"]
@@ -83,6 +84,7 @@ class ControlNetModule(pl.LightningModule):
         self.build_optimizer: OptimizerFactory = adam_factory(adam)
         self.parts: list[dict[str, Tensor]] = []
         self.grad_norm: Tensor | None = None
+        self.step_guard = StepGuard()
 
     def configure_model(self) -> None:
         """Recompute activations in the backward pass if the recipe says so; the UNet's decoder is part of it."""
@@ -187,7 +189,7 @@ class ControlNetModule(pl.LightningModule):
         loss = self.image_losses(batch).mean()
         share = batch["valid"].mean(dtype=loss.dtype)
         self.parts.append({"loss": loss.detach(), "valid_share": share})
-        return loss
+        return poison_loss(loss)
 
     def configure_gradient_clipping(
         self,
@@ -195,11 +197,7 @@ class ControlNetModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradient norm and clip it to `clip_norm`.
-
-        In 16-mixed a norm that is not finite is a step that the loss scaler skips, not an error.
-        """
+        """Measure the gradient norm and clip it to `clip_norm`; skip the step if it is not finite (`StepGuard`)."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
-        skipped = str(self.trainer.precision) == "16-mixed" and not bool(torch.isfinite(norm))
-        self.grad_norm = None if skipped else norm
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
+        self.step_guard.apply(optimizer, self.grad_norm, [part["loss"] for part in self.parts])

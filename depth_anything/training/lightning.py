@@ -31,15 +31,20 @@ from depth_anything.model.integrity import save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     GracefulStop,
+    PauseEnd,
     TrainingMetrics,
     TrainingProgress,
     gather_or_raise,
 )
 from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
+from depth_anything.training.config_schema import DEPTH_STAGES
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
+from depth_anything.training.guards import StepGuards
+from depth_anything.training.headroom import Headroom
 from depth_anything.training.loggers import build_loggers, logger_nodes
+from depth_anything.training.prediction_scale import PredictionScale
 from depth_anything.training.pretrain import ReconstructionPictures
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
@@ -55,6 +60,7 @@ from depth_anything.training.signals import (
     slurm_job,
 )
 from depth_anything.training.staging import stage_data
+from depth_anything.training.throughput import count_flop_per_image
 from depth_anything.training.valid_pixels import ValidPixelCheck
 from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
 from depth_anything.training.watchdog import Watchdog
@@ -141,15 +147,29 @@ def build_callbacks(
         added: Callbacks of the config's `callbacks`. They act before validation and checkpoints, so that both see what
             they did at this step, as an average of the weights.
     """
-    metrics = TrainingMetrics(every=config.logging.every, batch_size=config.batch_size)
+    metrics = TrainingMetrics(
+        every=config.logging.every,
+        batch_size=config.batch_size,
+        run_dir=run_dir.path,
+        flop_per_image=partial(count_flop_per_image, config),
+    )
+    guards = StepGuards(
+        run_dir.path,
+        every=config.logging.every,
+        max_skipped=config.guards.max_skipped,
+        spike=config.guards.spike,
+        advice=advise_lower_rates(config),
+    )
     checks: list[pl.Callback] = []
+    if config.stage in DEPTH_STAGES:
+        checks.append(PredictionScale(every=config.logging.every))
     if config.stage == "controlnet":
         validation: pl.Callback = ControlNetValidation(config, run_dir)
         checks = [ValidPixelCheck(every=config.logging.every)]
     elif config.stage == "pretrain":
         validation = ReconstructionPictures(run_dir, every=config.validation.every)
     else:
-        checks = [ValidPixelCheck(every=config.logging.every)]
+        checks.append(ValidPixelCheck(every=config.logging.every))
         validation = ValidationCallback(
             partial(open_validation_task, config),
             run_dir,
@@ -163,15 +183,28 @@ def build_callbacks(
         release, requeue = lambda: run_dir.lock.release(), requeue_slurm_job
         watchdogs = [Watchdog(config.hang_timeout, run_dir.path, release=release, requeue=requeue)]
     return [
+        guards,
         metrics,
+        Headroom(run_dir.checkpoints, keep=config.checkpoint.keep),
         *checks,
         *added,
         validation,
         checkpoints,
         *([] if has_bar else [TrainingProgress(metrics)]),
         GracefulStop(checkpoints, every=10),
+        PauseEnd(metrics),
         *watchdogs,
     ]
+
+
+def advise_lower_rates(config: RunConfig) -> str:
+    """Return what to type to continue a run with half its learning rates."""
+    rates = {"encoder_lr": config.recipe.encoder_lr, "head_lr": config.recipe.head_lr}
+    if config.stage == "controlnet":
+        rates = {"lr": config.recipe.lr}
+    keys = ",".join(f"recipe.{name}" for name in rates)
+    values = " ".join(f"recipe.{name}={rate / 2:g}" for name, rate in rates.items())
+    return f"type 'resume_with=[{keys}]' {values} for lower rates"
 
 
 def join_process_group(trainer: pl.Trainer) -> None:
@@ -332,6 +365,8 @@ def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData
         StoppedBySignal: For a signal.
     """
     join_process_group(trainer)
+    if trainer.is_global_zero:
+        data.check_disk()
     try:
         smaller = f"batch_size={max(1, data.batch_size // 2)}"
         with signal_handler.interruptible(), translate_memory_errors(smaller):
@@ -356,8 +391,12 @@ def raise_if_incomplete(trainer: pl.Trainer, callbacks: Sequence[pl.Callback]) -
     Raises:
         StoppedBySignal: For a signal, on all ranks, after rank 0 has requeued the job: a launcher may end the job at
             the first nonzero exit code.
-        UserError: If something else ended the run, as +trainer.max_time does; its last step is saved.
+        UserError: If something else ended the run, as +trainer.max_time does, or too many skipped steps in a row; its
+            last step is saved.
     """
+    for guards in callbacks:
+        if isinstance(guards, StepGuards) and guards.failure is not None:
+            raise guards.failure
     if trainer.global_step >= trainer.max_steps:
         return
     stop = next(callback for callback in callbacks if isinstance(callback, GracefulStop))

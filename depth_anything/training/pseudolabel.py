@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from depth_anything.data.address import is_remote
 from depth_anything.data.codec import CONFIDENCE_CODEC, encode
 from depth_anything.data.dataset import next_or_failure, return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
@@ -36,6 +37,7 @@ from depth_anything.preprocess import resize_shape
 from depth_anything.progress import ProgressLine
 from depth_anything.teachers.network_teacher import PREPROCESSING_TEXT, NetworkTeacher
 from depth_anything.teachers.teacher import Photographs, Teacher
+from depth_anything.training.headroom import label_need, warn_of
 from depth_anything.training.lease import Lease
 from depth_anything.training.signals import signal_handler
 
@@ -256,6 +258,13 @@ class ShardData(pl.LightningDataModule):
         }
         self.batch_size, self.image_size, self.workers, self.patch = batch_size, image_size, workers, patch
         self.codec, self.precision, self.resized = codec, precision, resized
+
+    def check_disk(self) -> None:
+        """Print a warning if the labels that are missing need more disk than is free."""
+        for labels in self.labels.values():
+            shards = [(shard.name, shard.records) for shard in labels.images.shards]
+            if not is_remote(str(labels.root)):
+                warn_of(label_need(Path(labels.root), shards, image_size=self.image_size))
 
     def finished(self) -> bool:
         """Return whether every image of every set has its label; write the manifests that are still missing.

@@ -330,16 +330,3 @@ def test_an_image_too_large_for_memory_is_refused_before_decoding(tmp_path, pred
     outcome = predict_files(predictor, tmp_path / "in", tmp_path / "out")
     assert outcome.images == len(decoded) == 1
     assert list(outcome.failed) == ["large.png"] and "49 megapixels" in outcome.failed["large.png"]
-
-
-def test_free_memory_is_the_minimum_of_machine_and_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    assert memory.free_memory() is None
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")
-    assert memory.free_memory() == 4 << 20
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 1000000\nfile 2000000\n")
-    assert memory.free_memory() == 4 << 20
-    (tmp_path / "memory.max").write_text("1500000\n")
-    assert memory.free_memory() == 500_000

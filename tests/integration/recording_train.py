@@ -9,7 +9,8 @@ Not a test; test_exact.py and others start it. Environment variables:
 - HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP) or "loop" in Python.
 - DIE_AT=STEP:RANK kills that rank in the forward pass after that step, at the first start; LOSE_NODE_AT=STEP:RANK also
   kills its parent, the agent of torchrun, as if the node were lost.
-- WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
+- WORKER=WAY:SAMPLE makes the loader worker that reads this sample die; "once" of the WAYS kills only the first.
+- SPOIL=SAMPLE:STEP:FACTOR makes the target of this sample NaN, and multiplies the loss of this step.
 """
 
 import hashlib
@@ -112,7 +113,12 @@ def fail_worker(way: str, sample: int) -> None:
 
     def replaced(self: StreamDataset, numbers: Any) -> Any:
         if sample in numbers and get_worker_info() is not None:
-            if way == "killed":
+            if way == "once":
+                try:
+                    (Path(os.environ["SAMPLE_LOG"]) / "killed").mkdir()
+                except FileExistsError:
+                    return original(self, numbers)
+            if way in ("killed", "once"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if way == "numpy":
                 np.empty(1 << 60, np.uint8)
@@ -143,12 +149,32 @@ def hang_at(step: int, rank: int, way: str) -> None:
     DepthModule.training_step = replaced  # type: ignore[method-assign]
 
 
+def spoil(sample: int, step: int, factor: float) -> None:
+    """Make the target of a sample NaN, and multiply the loss of a step."""
+    read, weigh = StreamDataset.__getitems__, DepthModule.weighted_sum
+
+    def read_spoiled(self: StreamDataset, numbers: Any) -> Any:
+        batch = read(self, numbers)
+        if sample in numbers:
+            batch["target"][list(numbers).index(sample), :5] = torch.nan
+        return batch
+
+    def weigh_spoiled(self: DepthModule, parts: Any) -> Any:
+        return weigh(self, parts) * (factor if self.trainer.global_step == step - 1 else 1.0)
+
+    StreamDataset.__getitems__ = read_spoiled  # type: ignore[method-assign]
+    DepthModule.weighted_sum = weigh_spoiled  # type: ignore[method-assign]
+
+
 def obey_environment() -> None:
     """Prepare what the environment variables ask for."""
     for name, default in {"HANG_AT": "", "DIE_AT": "die", "LOSE_NODE_AT": "lose node"}.items():
         if name in os.environ:
             step, rank, *way = os.environ[name].split(":")
             hang_at(int(step), int(rank), *way or [default])
+    if "SPOIL" in os.environ:
+        sample, step, factor = os.environ["SPOIL"].split(":")
+        spoil(int(sample), int(step), float(factor))
     if "WORKER" in os.environ:
         way, sample = os.environ["WORKER"].split(":")
         fail_worker(way, int(sample))

@@ -217,6 +217,7 @@ NEW_KEYS = (
     "data.canonical_focal",
     "hang_timeout",
     "stage_to",
+    "guards.",
     *(f"sources.scenes.{name}.layout" for name in ("synthetic", "photographic", "validation")),
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.
