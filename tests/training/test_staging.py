@@ -1,15 +1,17 @@
 """Sets are copied to a folder of the machine: verified, once, continued after a kill, and never silently left out."""
 
+import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fork_server import ForkedCommand, ForkServer
 from local_servers import FaultyServer
 from made_configs import make_config
 from shard_builders import make
@@ -123,12 +125,8 @@ def test_a_set_of_a_server_is_copied(tmp_path: Path, server: FaultyServer) -> No
     assert verify_set(copy) == [] and open_set(copy).digest == made.digest
 
 
-def test_processes_copy_once_and_a_killed_copy_continues(tmp_path: Path) -> None:
-    """The first process is killed in the middle of a shard; then two start at the same time."""
-    make(tmp_path / "set", shards=4)
-    code = f"""
-import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+COPYING = """
+import os, signal, sys, time
 from pathlib import Path
 from depth_anything.training import staging
 original, copied = staging._copy_local, []
@@ -137,25 +135,43 @@ def copy(source, shard, target):
         target.write(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     copied.append(shard.name)
+    Path(f"copying-{os.getpid()}").touch()
+    while sys.argv[1] == "wait" and not Path("go").exists():
+        time.sleep(0.01)
     original(source, shard, target)
-staging._copy_local = copy
-staging._THREADS = 1
-plan = staging.plan_staging(Path("scratch"), {{"set": "set"}}, None)
+staging._copy_local, staging._THREADS = copy, 1
+plan = staging.plan_staging(Path("scratch"), {"set": "set"}, None)
 staging.stage_sets(Path("scratch"), plan.sets)
 print(",".join(copied))
 """
 
-    def start(way: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-c", code, way], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+
+def test_processes_copy_once_and_a_killed_copy_continues(tmp_path: Path, fork_server: ForkServer) -> None:
+    """The first process is killed in the middle of a shard; of two others, one waits for the other."""
+    make(tmp_path / "set", shards=4)
+
+    def start(way: str) -> ForkedCommand:
+        return fork_server.start(
+            [sys.executable, "-c", COPYING, way], cwd=tmp_path, stdout=tmp_path / f"out-{way}"
         )
 
-    killed = start("kill")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    both = [start("") for _ in range(2)]
-    outputs = sorted(process.communicate()[0].strip() for process in both)
-    assert outputs == ["", "000002,000003"]
+    def is_copying(process: ForkedCommand) -> bool:
+        return (tmp_path / f"copying-{process.pid}").exists()
+
+    def waits_for_lock(process: ForkedCommand) -> bool:
+        return bool(re.search(rf"-> FLOCK .* {process.pid} ", Path("/proc/locks").read_text()))
+
+    assert start("kill").wait(300) == -signal.SIGKILL
+    first = start("wait")
+    while not is_copying(first):
+        time.sleep(0.01)
+    second = start("second")
+    while not waits_for_lock(second) and not is_copying(second):
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    assert [first.wait(300), second.wait(300)] == [0, 0]
+    assert (tmp_path / "out-wait").read_text() == "000002,000003\n"
+    assert (tmp_path / "out-second").read_text() == "\n"
     (copy,) = tmp_path.glob("scratch/set-*")
     assert verify_set(copy) == [] and not list(copy.glob(".tmp*"))
 

@@ -134,7 +134,7 @@ def test_the_report_names_rank_host_process_place_and_stacks() -> None:
     assert text.count("loop") == text.count("wait\n") + text.endswith("wait") == 1
 
 
-def test_the_state_of_a_stopped_and_of_a_dead_process_is_told() -> None:
+def test_the_state_of_a_stopped_and_of_a_dead_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     peer = Peer("here", process.pid, watchdog._read_stat(process.pid)[19])
     try:
@@ -144,8 +144,11 @@ def test_the_state_of_a_stopped_and_of_a_dead_process_is_told() -> None:
         assert "died" in process_state(
             Peer("here", process.pid, "0")
         )  # another process has the number by now
-        kill_process(Peer("here", process.pid, "0"))
-        assert process.poll() is None
+        with monkeypatch.context() as patch:
+            sent: list[int] = []
+            patch.setattr(watchdog.os, "kill", lambda pid, number: sent.append(pid))
+            kill_process(Peer("here", process.pid, "0"))
+            assert not sent
     finally:
         kill_process(peer)
         assert process.wait() == -signal.SIGKILL
