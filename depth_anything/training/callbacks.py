@@ -19,6 +19,7 @@ from depth_anything.errors import SAME_COMMAND, UserError, UserMessage
 from depth_anything.host_memory import free_memory
 from depth_anything.progress import ProgressLine
 from depth_anything.training.base import DepthModule
+from depth_anything.training.data import TrainData
 from depth_anything.training.signals import StoppedBySignal, signal_handler
 from depth_anything.training.throughput import Throughput, WallTime, device_peak_flops
 
@@ -156,8 +157,8 @@ class TrainingMetrics(StepCallback):
         if module.grad_norm is not None:
             numbers["grad_norm"] = float(module.grad_norm)
         numbers |= {**self._rates, **self.throughput.read(), "samples": step * self.batch_size}
-        if getattr(trainer, "datamodule", None) is not None:
-            numbers["passes"] = numbers["samples"] / trainer.datamodule.open().stream.records
+        if isinstance(data := getattr(trainer, "datamodule", None), TrainData):
+            numbers["passes"] = numbers["samples"] / data.open().stream.records
         if module.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
         if (free := free_memory()) is not None:
