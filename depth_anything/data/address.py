@@ -45,6 +45,11 @@ def is_http(address: str) -> bool:
     return address.lower().startswith(("http://", "https://"))
 
 
+def url_scheme(address: str) -> str:
+    """Return the scheme of a URL in lower case, as "s3"."""
+    return address.partition(":")[0].lower()
+
+
 def join_address(root: str, name: str) -> str:
     """Return the address of a file in a folder, under a URL prefix, or behind a command.
 

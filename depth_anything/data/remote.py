@@ -7,7 +7,6 @@ replace a record or stop the run is in `retry.py`.
 
 import functools
 import http.client
-import logging
 import multiprocessing
 import netrc
 import os
@@ -26,7 +25,8 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 import urllib3
 
 from depth_anything.data import cache
-from depth_anything.data.address import is_http, redact_secrets
+from depth_anything.data.address import is_http, redact_secrets, url_scheme
+from depth_anything.data.fsspec_io import classify_read_error, open_filesystem, run_async, supports_fsspec
 from depth_anything.data.retry import PermanentError, RetryableError, retry, short_reason
 from depth_anything.data.tar_index import TarIndex
 from depth_anything.data.tars import ShardError, ShardInfo
@@ -39,7 +39,6 @@ _MAX_REDIRECTS = 5
 _MAX_CONNECTIONS = 32
 _RETRY_STATUSES = frozenset((408, 425, 429))  # and every status from 500 up
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "depth-anything-train"}
-_PIP_EXTRAS = {"s3": "remote", "s3a": "remote", "gs": "remote", "gcs": "remote"}
 
 _pools: dict[str, Any] = {}  # connection pools by proxy, "" for none
 _without_ranges: set[str] = set()  # prefixes whose server ignores Range
@@ -139,7 +138,7 @@ def _read_whole(address: str) -> Iterator[bytes]:
     if is_http(address):
         with closing(_http_get(address, {})) as response:
             yield from _read_chunks(response)
-    elif _supports_fsspec(address):
+    elif supports_fsspec(address):
         yield _fsspec_read(address, 0, None)  # start=None would make some file systems ask for the size first
     else:
         yield from _read_command(address)
@@ -149,7 +148,7 @@ def _read_part(address: str, start: int, count: int, shard_bytes: int) -> bytes 
     """Request a range once; None if the address has no ranges."""
     if is_http(address):
         return _http_read_range(address, start, count, shard_bytes)
-    if _supports_fsspec(address):
+    if supports_fsspec(address):
         return _fsspec_read(address, start, start + count)
     return None
 
@@ -328,72 +327,16 @@ def _classify_error(error: Exception) -> RetryableError:
 # fsspec: s3, gs and others
 
 
-def _scheme(address: str) -> str:
-    return address.partition(":")[0].lower()
-
-
-def _supports_fsspec(address: str) -> bool:
-    scheme = _scheme(address)
-    if scheme == "pipe":
-        return False
-    import fsspec  # slow to import, and local and http shards do not need it
-
-    if scheme not in fsspec.available_protocols():
-        return False
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        extra = _PIP_EXTRAS.get(scheme)
-        if extra is None:
-            return False
-        raise ShardError(
-            f"{address} needs a package that is not installed: type  pip install 'depth-anything-train[{extra}]'"
-        ) from error
-    return True
-
-
 def _fsspec_read(address: str, start: int, end: int | None) -> bytes:
-    import fsspec
-
     timeout = _timeout_s()
     try:
-        system, path = fsspec.core.url_to_fs(address, **_fsspec_options(_scheme(address), timeout))
-        system.retries = 1  # of s3fs; `retry` does it, with a message
+        system, path = open_filesystem(address, timeout=timeout)
         if not system.async_impl:
             return system.cat_file(path, start=start, end=end)
         longest = timeout + (_MAX_FILE_BYTES if end is None else end - start) / _MIN_BYTES_PER_S
-        return fsspec.asyn.sync(system.loop, system._cat_file, path, start=start, end=end, timeout=longest)
+        return run_async(system, system._cat_file, path, start=start, end=end, timeout=longest)
     except Exception as error:  # each file system raises its own types
-        raise _fsspec_error(address, error) from None
-
-
-def _fsspec_options(scheme: str, timeout: float) -> dict[str, Any]:
-    if scheme not in ("s3", "s3a"):
-        for name in ("gcsfs", "gcsfs.retry"):  # they log a traceback for each attempt
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        return {}
-    import fsspec
-
-    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    ours = {"connect_timeout": min(timeout, 10.0), "read_timeout": timeout, "retries": {"max_attempts": 0}}
-    return {"config_kwargs": {**ours, "max_pool_connections": _MAX_CONNECTIONS, **configured}}
-
-
-def _fsspec_error(address: str, error: Exception) -> Exception:
-    answer = getattr(error.__cause__, "response", None)
-    code = answer.get("Error", {}).get("Code", "") if isinstance(answer, dict) else ""
-    reason = f"{code} {short_reason(error)}".strip() if code not in str(error) else short_reason(error)
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if code == "InvalidRange":
-        return PermanentError(f"{address} is truncated: it is shorter than its index says")
-    if isinstance(error, FileNotFoundError) or status in (403, 404, "403", "404"):
-        return PermanentError(f"{address} cannot be read: not found ({reason})")
-    forbidden = ("", "403", "AccessDenied", "Forbidden", "AllAccessDisabled")
-    if isinstance(error, PermissionError) and code in forbidden:
-        return PermanentError(f"{address} cannot be read: access denied ({reason})")
-    return RetryableError(
-        reason, fatal=isinstance(error, PermissionError) or "Credentials" in type(error).__name__
-    )
+        raise classify_read_error(address, error) from None
 
 
 # WebDataset's openers: pipe and others
@@ -408,7 +351,7 @@ def _read_command(address: str) -> Iterator[bytes]:
         source = gopen(address)
     except ValueError:
         raise ShardError(
-            f'{address} cannot be read: the scheme "{_scheme(address)}" is not supported; '
+            f'{address} cannot be read: the scheme "{url_scheme(address)}" is not supported; '
             "use http, https, s3, gs or pipe"
         ) from None
     try:

@@ -46,14 +46,17 @@ class RetryableError(Exception):
         self.reason, self.wait_s, self.silent, self.fatal = reason, wait_s, silent, fatal
 
 
-def retry(address: str, attempt: Callable[[], T], *, failed: OSError | None = None) -> T:
+def retry(
+    address: str, attempt: Callable[[], T], *, failed: OSError | None = None, doing: str = "read"
+) -> T:
     """Call `attempt` until it succeeds.
 
     Args:
         address: Named in messages.
-        attempt: The read. An OSError that it raises is a disk that fails for now, unless its errno is in
+        attempt: The read or write. An OSError that it raises is a disk that fails for now, unless its errno is in
             `PATH_ERRNOS`; then it is raised again.
         failed: Error of a first attempt that the caller has made.
+        doing: "read" or "written", for the message.
 
     Raises:
         StorageUnavailable: DEPTH_ANYTHING_RETRIES are used up, or retrying cannot help.
@@ -74,7 +77,7 @@ def retry(address: str, attempt: Callable[[], T], *, failed: OSError | None = No
         except (RetryableError, OSError) as raised:
             error = _as_retryable(raised)
     tried = f", {failures} times in {monotonic() - start:.0f} s" if failures > 1 else ""
-    raise StorageUnavailable(f"{address} cannot be read for now: {error.reason}{tried}", RESUME_HINT)
+    raise StorageUnavailable(f"{address} cannot be {doing} for now: {error.reason}{tried}", RESUME_HINT)
 
 
 def _as_retryable(error: RetryableError | OSError) -> RetryableError:

@@ -10,7 +10,7 @@ import pytest
 from local_servers import FaultyServer, s3, s3_environment
 from shard_builders import make, records
 
-from depth_anything.data import remote, retry
+from depth_anything.data import fsspec_io, remote, retry
 from depth_anything.data.reader import Records
 from depth_anything.data.shards import open_set
 from depth_anything.data.tars import BadRecord, ShardError, StorageUnavailable
@@ -110,16 +110,16 @@ def s3_error(code):
 
 
 def test_denied_access_is_permanent_and_expired_keys_stop_the_run():
-    refused = remote._fsspec_error("s3://b/a.tar", s3_error("AccessDenied"))
+    refused = fsspec_io.classify_read_error("s3://b/a.tar", s3_error("AccessDenied"))
     assert isinstance(refused, retry.PermanentError) and "AccessDenied" in str(refused)
     for code in ("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"):
-        expired = remote._fsspec_error("s3://b/a.tar", s3_error(code))
+        expired = fsspec_io.classify_read_error("s3://b/a.tar", s3_error(code))
         assert isinstance(expired, retry.RetryableError) and expired.fatal and code in expired.reason
-    slow = remote._fsspec_error("s3://b/a.tar", s3_error("SlowDown"))
+    slow = fsspec_io.classify_read_error("s3://b/a.tar", s3_error("SlowDown"))
     assert isinstance(slow, retry.RetryableError) and not slow.fatal
     missing = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
-    assert remote._fsspec_error("s3://b/a.tar", missing).fatal
-    assert isinstance(remote._fsspec_error("gs://b/a", Refused()), retry.PermanentError)
+    assert fsspec_io.classify_read_error("s3://b/a.tar", missing).fatal
+    assert isinstance(fsspec_io.classify_read_error("gs://b/a", Refused()), retry.PermanentError)
 
 
 class Refused(Exception):
