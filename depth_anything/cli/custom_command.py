@@ -13,7 +13,7 @@ from depth_anything.cli.shard_commands import (
     print_write_result,
     writer_options,
 )
-from depth_anything.data.address import escape_unprintable
+from depth_anything.data.address import escape_unprintable, join_address
 
 if TYPE_CHECKING:
     from depth_anything.ingest.custom import CustomSet
@@ -52,30 +52,36 @@ def _run_custom_segmentation(options: argparse.Namespace) -> None:
     from depth_anything.ingest.custom_segmentation import load_segmentation_declaration
     from depth_anything.ingest.writer import write_source
 
-    output = Path(options.output)
-    custom = replace(load_segmentation_declaration(options.source), leave_out=output.resolve())
+    custom = replace(load_segmentation_declaration(options.source), leave_out=Path(options.output).resolve())
     settings = {**writer_options(options), "name": options.name or custom.name}
-    print_write_result(write_source(custom, custom.folder, output, **settings), options)
+    print_write_result(write_source(custom, custom.folder, options.output, **settings), options)
 
 
 def _run_custom(options: argparse.Namespace) -> None:
+    from depth_anything.data.store import open_store
     from depth_anything.ingest.declaration import load_declaration
     from depth_anything.ingest.file_list import FILE_LIST_INFO
     from depth_anything.ingest.writer import write_source
 
-    output = Path(options.output)
-    custom = replace(load_declaration(options.source), leave_out=output.resolve())
-    started = (output / FILE_LIST_INFO).exists()  # the set was checked when it was started
+    output = open_store(options.output)
+    custom = replace(load_declaration(options.source), leave_out=Path(options.output).resolve())
+    started = output.exists(FILE_LIST_INFO)  # the set was checked when it was started
     if options.check_only or not started:
-        _write_check_report(custom, output)
+        with output.staging() as folder:
+            for file in _write_check_report(custom, folder, shown=options.output):
+                output.publish(file, replace=True)
     if options.check_only:
         return
     settings = {**writer_options(options), "name": options.name or custom.name}
-    print_write_result(write_source(custom, custom.folder, output, sky=options.sky, **settings), options)
+    result = write_source(custom, custom.folder, options.output, sky=options.sky, **settings)
+    print_write_result(result, options)
 
 
-def _write_check_report(custom: "CustomSet", output: Path) -> None:
-    """Check the set, print the result, and write check.png and check.txt to the output folder."""
+def _write_check_report(custom: "CustomSet", output: Path, *, shown: str) -> tuple[Path, Path]:
+    """Check the set, print the result, and write check.png and check.txt to a folder; return their paths.
+
+    `shown` is the folder or address that messages name.
+    """
     from depth_anything.disk import atomic_write
     from depth_anything.inference.overwrite import is_picture_by, save_picture
     from depth_anything.inspect.dataset_check import check_dataset
@@ -96,10 +102,11 @@ def _write_check_report(custom: "CustomSet", output: Path) -> None:
     atomic_write(text_file, "\n".join([*summary, *warnings, *rejected, ""]).encode())
     print("\n".join(map(escape_unprintable, [*summary, *rejected[:MAX_PRINTED_REJECTIONS]])))
     if (more := len(rejected) - MAX_PRINTED_REJECTIONS) > 0:
-        print(f"not taken:  {more} more, see {escape_unprintable(text_file)}")
-    print(f"drawn:      {escape_unprintable(picture_file)}", flush=True)
+        print(f"not taken:  {more} more, see {escape_unprintable(join_address(shown, text_file.name))}")
+    print(f"drawn:      {escape_unprintable(join_address(shown, picture_file.name))}", flush=True)
     for warning in warnings:
         print(escape_unprintable(warning), file=sys.stderr)
+    return picture_file, text_file
 
 
 def _is_check_report(text_file: Path) -> bool:

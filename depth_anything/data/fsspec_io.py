@@ -15,7 +15,9 @@ _MISSING = (404, "404")
 _FORBIDDEN = ("", "403", "AccessDenied", "Forbidden", "AllAccessDisabled")
 _KEYS_HINT = {
     **dict.fromkeys(_S3, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"),
-    **dict.fromkeys(_GCS, "set GOOGLE_APPLICATION_CREDENTIALS=FILE, or type  gcloud auth application-default login"),
+    **dict.fromkeys(
+        _GCS, "set GOOGLE_APPLICATION_CREDENTIALS=FILE, or type  gcloud auth application-default login"
+    ),
 }
 _MAKE_BUCKET = {
     **dict.fromkeys(_S3, "correct the name, or type  aws s3 mb s3://{}"),
@@ -75,7 +77,9 @@ def open_filesystem(address: str, *, timeout: float, **options: Any) -> tuple[An
     return system, path
 
 
-def run_async(system: Any, method: Callable[..., Any], *arguments: Any, timeout: float, **keywords: Any) -> Any:
+def run_async(
+    system: Any, method: Callable[..., Any], *arguments: Any, timeout: float, **keywords: Any
+) -> Any:
     """Run a coroutine method of an asynchronous file system for at most `timeout` seconds."""
     import fsspec
 

@@ -46,9 +46,7 @@ class RetryableError(Exception):
         self.reason, self.wait_s, self.silent, self.fatal = reason, wait_s, silent, fatal
 
 
-def retry(
-    address: str, attempt: Callable[[], T], *, failed: OSError | None = None, doing: str = "read"
-) -> T:
+def retry(address: str, attempt: Callable[[], T], *, failed: OSError | None = None, doing: str = "read") -> T:
     """Call `attempt` until it succeeds.
 
     Args:

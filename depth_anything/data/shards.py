@@ -28,7 +28,8 @@ from depth_anything.data.address import (
 from depth_anything.data.reader import JoinedRecords, ShardReader
 from depth_anything.data.retry import PermanentError, retry
 from depth_anything.data.sample import Frame, decode_labels, decode_record
-from depth_anything.data.tar_index import index_matches, is_project_index
+from depth_anything.data.store import FolderStore, Store, open_store
+from depth_anything.data.tar_index import index_matches, is_project_index, parse_index_header
 from depth_anything.data.tars import (
     PATH_ERRNOS,
     BadRecord,
@@ -39,8 +40,9 @@ from depth_anything.data.tars import (
     build_index_text,
     index_shard,
     parse_index,
+    read_shard_info,
 )
-from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.disk import remove_stale
 from depth_anything.preprocess import resize_shape
 
 _VERSION = 1
@@ -100,9 +102,32 @@ def write_manifest(
     text = json.dumps(head, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
     rows = ",\n".join(json.dumps(vars(shard)) for shard in shard_set.shards)
     text = f'{text.removesuffix("}").rstrip()},\n "shards": [\n{rows}\n]}}\n'
-    remove_stale(Path(root))
-    atomic_write(Path(root, "manifest.json"), text.encode())
+    store = open_store(root)
+    if isinstance(store, FolderStore):
+        remove_stale(store.path)
+    store.write("manifest.json", text.encode())
     return shard_set
+
+
+def read_stored_shard(store: Store, name: str) -> ShardInfo:
+    """Read the info of a shard from its index; in a folder the index is built if there is none.
+
+    Raises:
+        ShardError: Tar or index is missing, damaged, or of another shard.
+    """
+    if isinstance(store, FolderStore):
+        return read_shard_info(store.path / f"{name}.tar")
+    index, size = join_address(store.root, f"{name}.idx"), store.size(f"{name}.tar")
+    try:
+        tar_bytes, digest, records, _ = parse_index_header(store.read(f"{name}.idx").decode())
+    except (FileNotFoundError, ValueError) as error:
+        raise ShardError(f"{index} is missing or damaged", "delete it, and write the shard again") from error
+    if size != tar_bytes:
+        raise ShardError(
+            f"{index} is the index of {tar_bytes} bytes, and its tar has {size or 0}",
+            "delete both, and write the shard again",
+        )
+    return ShardInfo(name, records, tar_bytes, digest)
 
 
 def open_set(root: str | Path, *, name: str | None = None, check: bool = True) -> ShardSet:
@@ -162,6 +187,8 @@ def index_set(
         ShardError: There are no tars, one cannot be indexed, the set is still being written, or an index or manifest of
             another program would be replaced.
     """
+    if is_remote(str(root)):
+        raise ShardError(f"{root} is not a folder: index the tars in a folder, and copy it there")
     root = Path(root)
     tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars:

@@ -1,4 +1,4 @@
-"""Where sets, labels and runs are written: a folder, or a prefix of an object store (s3://, gs:// and others of fsspec).
+"""Where sets, labels and runs are written: a folder, or a prefix of an object store (s3://, gs://).
 
 An object appears under its name complete or not at all: a single request writes it, or the last one of a multipart
 upload. `ObjectStore.write_new` is the only lock: S3 (`If-None-Match: *`) and Google (generation 0) let exactly one of
@@ -112,6 +112,15 @@ class Store(ABC):
             ShardError: There is a file of other content.
         """
 
+    @abstractmethod
+    def fetch(self, name: str, folder: Path) -> None:
+        """Make a file available in a folder of `staging`."""
+
+    @property
+    @abstractmethod
+    def remove_command(self) -> str:
+        """The command that removes everything here, for messages."""
+
     def exists(self, name: str) -> bool:
         """Return whether there is a file of this name."""
         return self.size(name) is not None
@@ -161,6 +170,14 @@ class FolderStore(Store):
 
     def publish(self, path: Path, *, replace: bool = False) -> None:
         """Do nothing: the file is here."""
+
+    def fetch(self, name: str, folder: Path) -> None:
+        """Do nothing: the file is here."""
+
+    @property
+    def remove_command(self) -> str:
+        """The command of a shell."""
+        return f"rm -r {self.root}"
 
 
 class ObjectStore(Store):
@@ -322,6 +339,15 @@ class ObjectStore(Store):
             )
         self.upload(path, path.name)
 
+    def fetch(self, name: str, folder: Path) -> None:
+        """Download a file into a folder."""
+        self.download(name, folder / name)
+
+    @property
+    def remove_command(self) -> str:
+        """The command of the provider's program."""
+        return f"{self._delete_command('')} --recursive"
+
     def _delete_command(self, name: str) -> str:
         program = "gcloud storage rm" if url_scheme(self.root) in ("gs", "gcs") else "aws s3 rm"
         return f"{program} {self.address(name)}"
@@ -355,10 +381,10 @@ class ObjectStore(Store):
         """Return the path of an object within its file system, which is the address without the scheme."""
         return self.address(name).partition("://")[2]
 
-    def _request(self, name: str, method: str, *arguments: Any, doing: str = "written", **options: Any) -> Any:
-        return retry(
-            self.address(name), lambda: self._once(name, method, *arguments, **options), doing=doing
-        )
+    def _request(
+        self, name: str, method: str, *arguments: Any, doing: str = "written", **options: Any
+    ) -> Any:
+        return retry(self.address(name), lambda: self._once(name, method, *arguments, **options), doing=doing)
 
     def _once(self, name: str, method: str, *arguments: Any, bytes: int = 0, **options: Any) -> Any:
         """Send a request once. Raises the errors of `classify_write_error`."""

@@ -17,15 +17,22 @@ from typing import Any
 
 from depth_anything.data.captions import CAPTION_FIELD, encode_captions
 from depth_anything.data.reader import Records
-from depth_anything.data.shards import open_set, write_manifest
-from depth_anything.data.tars import BadRecord, ShardError, ShardInfo, ShardSet, read_shard_info, write_shard
-from depth_anything.disk import remove_stale, write_new
+from depth_anything.data.shards import open_set, read_stored_shard, write_manifest
+from depth_anything.data.store import FolderStore, Store, open_store
+from depth_anything.data.tars import BadRecord, ShardError, ShardInfo, ShardSet, write_shard
+from depth_anything.disk import remove_stale
 from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import unescape_field
 from depth_anything.ingest.photographs import PhotographSource
-from depth_anything.ingest.shard_job import write_json
+from depth_anything.ingest.shard_job import publish_shard, write_json
 from depth_anything.ingest.source import DatasetInfo, RawSample
-from depth_anything.ingest.writer import SETTINGS_FILE, RejectedFiles, check_same_settings
+from depth_anything.ingest.writer import (
+    RejectedFiles,
+    check_same_settings,
+    claim_store,
+    default_set_name,
+    is_shard_complete,
+)
 from depth_anything.licenses import check_license
 from depth_anything.progress import ProgressLine
 
@@ -238,8 +245,8 @@ def write_captioned_set(
     Raises:
         ShardError: `root` holds another set, or no record has a caption.
     """
-    images, texts, root = open_set(source), CaptionSource(Path(captions)), Path(root)
-    name = name or root.resolve().name
+    images, texts, store = open_set(source), CaptionSource(Path(captions)), open_store(root)
+    name = name or default_set_name(store)
     settings: dict[str, Any] = {
         "source": INFO.name,
         "images": images.digest,
@@ -247,43 +254,55 @@ def write_captioned_set(
         "name": name,
     }
     settings |= {"per_shard": max(shard.records for shard in images.shards)}
-    check_same_settings(root, settings)
-    root.mkdir(parents=True, exist_ok=True)
-    write_new(root / SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True).encode())
-    check_same_settings(root, settings)
-    remove_stale(root)
-    with ProgressLine(f"writing {root}", total=images.records) as progress:
-        written = [_copy_shard(images, shard, texts, root, progress) for shard in images.shards]
-    rejected_files = [path for shard in images.shards if (path := _skipped_file(root, shard)).exists()]
-    rejected = RejectedFiles(json.loads(path.read_bytes()) for path in rejected_files)
+    check_same_settings(store, settings)
+    claim_store(store, settings)
+    if isinstance(store, FolderStore):
+        remove_stale(store.path)
+    existing = store.names()
+    with ProgressLine(f"writing {store.root}", total=images.records) as progress:
+        written = [_copy_shard(images, shard, texts, store, existing, progress) for shard in images.shards]
+    existing = store.names()
+    rejected_files = [file for shard in images.shards if (file := _skipped_file(shard)) in existing]
+    rejected = RejectedFiles(json.loads(store.read(file)) for file in rejected_files)
     shards = [info for info in written if info is not None]
     if not shards:
         first = "; ".join(f"{key}: {reason}" for key, reason in rejected.named[:2])
-        raise ShardError(f"no record of {source} has a caption ({first})", f"remove it with  rm -r {root}")
+        raise ShardError(
+            f"no record of {source} has a caption ({first})", f"remove it with  {store.remove_command}"
+        )
     meta = {key: value for key, value in images.meta.items() if key not in ("settings", "listing", "skipped")}
     meta |= {"settings": settings, **rejected.manifest_summary()}
     meta |= {"licence": check_license(licence)} if licence else {}
-    return write_manifest(root, name=name, shards=shards, meta=meta)
+    return write_manifest(store.root, name=name, shards=shards, meta=meta)
 
 
-def _skipped_file(root: Path, shard: ShardInfo) -> Path:
-    return root / f"{shard.name}.skipped.json"
+def _skipped_file(shard: ShardInfo) -> str:
+    return f"{shard.name}.skipped.json"
 
 
 def _copy_shard(
-    images: ShardSet, shard: ShardInfo, captions: CaptionSource, root: Path, progress: ProgressLine
+    images: ShardSet,
+    shard: ShardInfo,
+    captions: CaptionSource,
+    store: Store,
+    existing: set[str],
+    progress: ProgressLine,
 ) -> ShardInfo | None:
     """Write the captioned records of a shard unless that is done; return None if no record has a caption."""
-    path, skipped = root / f"{shard.name}.tar", _skipped_file(root, shard)
-    if path.exists():
+    skipped = _skipped_file(shard)
+    if is_shard_complete(store, shard.name, existing):
         progress.update(shard.records)
-        return read_shard_info(path)
-    if skipped.exists() and len(json.loads(skipped.read_bytes())) == shard.records:
+        return read_stored_shard(store, shard.name)
+    if skipped in existing and len(json.loads(store.read(skipped))) == shard.records:
         progress.update(shard.records)
         return None
-    records = _captioned_records(images, shard, captions, skipped, progress)
-    first = next(records, None)
-    return None if first is None else write_shard(path, chain([first], records))
+    with store.staging() as folder:
+        records = _captioned_records(images, shard, captions, folder / skipped, progress)
+        first, info = next(records, None), None
+        if first is not None:
+            info = write_shard(folder / f"{shard.name}.tar", chain([first], records))
+        publish_shard(store, folder, shard.name)
+    return info
 
 
 def _captioned_records(

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from depth_anything.data.address import is_remote
 from depth_anything.data.shards import open_set
+from depth_anything.data.store import FolderStore
 from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, read_shard_info
 from depth_anything.disk import atomic_path, remove_stale
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList
@@ -42,6 +44,12 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
         ShardError: A folder holds no part, parts have other settings or other raw data, two parts have different
             shards of one name, a part is damaged, or shards are missing.
     """
+    for place in (root, *folders):
+        if is_remote(str(place)):
+            raise ShardError(
+                f"{place} is not a folder, and only folders are merged",
+                "write all parts of the set to one address with --part; the last one finishes it",
+            )
     root, parts = Path(root), [Path(folder) for folder in folders]
     if (root / "manifest.json").exists() and not parts:
         return open_set(root)
@@ -54,7 +62,7 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
                     "name folders of depth-anything shard, as in  depth-anything merge OUT FOLDER FOLDER …",
                 )
     if not (root / SETTINGS_FILE).exists():
-        check_unclaimed(root)
+        check_unclaimed(FolderStore(root))
     for part in [root, *parts]:
         _check_same_set(part, first)
     root.mkdir(parents=True, exist_ok=True)
@@ -72,7 +80,7 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
         print(f"{root}: {copied} shards were copied, the others linked", file=sys.stderr)
     settings = json.loads((root / SETTINGS_FILE).read_bytes())
     file_list = FileList(root, per_shard=settings["per_shard"])
-    missing = list_missing_shards(root, file_list)
+    missing = list_missing_shards(FolderStore(root), file_list)
     if missing:
         names = ", ".join(shard_name(shard) for shard in missing[:_MAX_NAMED_SHARDS])
         more = " …" if len(missing) > _MAX_NAMED_SHARDS else ""
@@ -80,7 +88,7 @@ def merge_parts(root: str | Path, folders: Sequence[str | Path] = ()) -> ShardSe
             f"{root}: {len(missing)} of {file_list.shards} shards are missing ({names}{more})",
             f"name the folders that hold them, or type  depth-anything shard {settings['source']} RAW {root}",
         )
-    merged = finish_set(root, file_list)
+    merged = finish_set(FolderStore(root), file_list)
     assert merged is not None, "no shard is missing"
     return merged
 

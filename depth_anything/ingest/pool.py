@@ -75,7 +75,7 @@ def run_jobs(jobs: Iterator[ShardJob], *, workers: int, tick: Callable[[int], No
             reported = total
     except BrokenProcessPool:
         raise ShardError(
-            f"a worker died while it wrote {first.root}, perhaps because the memory is too small",
+            f"a worker died while it wrote {first.store.root}, perhaps because the memory is too small",
             "type the same command with fewer --workers; it continues where it stopped",
         ) from None
     finally:

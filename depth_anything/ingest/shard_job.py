@@ -12,11 +12,14 @@ from typing import Any
 
 from depth_anything.data.address import escape_unprintable
 from depth_anything.data.retry import retry
+from depth_anything.data.store import Store
 from depth_anything.data.tars import ShardError, write_shard
 from depth_anything.disk import atomic_write
 from depth_anything.ingest.file_list import display_name
 from depth_anything.ingest.record import EncodedRecord, encode_sample
 from depth_anything.ingest.source import RESUME_ADVICE, RawSample, RejectedRecord, is_disk_failure
+
+NOTE_SUFFIXES = (".skipped.json", ".pixels.json")
 
 _MAX_PRINTED_NOTES = 3
 
@@ -32,7 +35,7 @@ class ShardJob:
 
     source: Any
     raw: Path
-    root: Path
+    store: Store
     name: str
     short_side: int | None
     shard: int
@@ -51,13 +54,31 @@ def run_job(job: ShardJob, tick: Callable[[], object]) -> None:
         ShardError: The raw folder is gone; no record is rejected for that.
         StorageUnavailable: The disk of the raw folder keeps failing.
     """
-    records = _encode_records(job, tick)
-    first = next(records, None)
-    if first is not None:
-        write_shard(job.root / f"{shard_name(job.shard)}.tar", chain([first], records))
+    with job.store.staging() as folder:
+        records = _encode_records(job, folder, tick)
+        first = next(records, None)
+        if first is not None:
+            write_shard(folder / f"{shard_name(job.shard)}.tar", chain([first], records))
+        publish_shard(job.store, folder, shard_name(job.shard))
 
 
-def _encode_records(job: ShardJob, tick: Callable[[], object]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def publish_shard(store: Store, folder: Path, stem: str) -> None:
+    """Put a shard that was written in a folder of `staging` into its store: notes, tar, and last its index.
+
+    Raises:
+        ShardError: The store has another tar of this name.
+    """
+    for suffix in NOTE_SUFFIXES:
+        if store.is_remote and (folder / f"{stem}{suffix}").exists():
+            store.publish(folder / f"{stem}{suffix}", replace=True)
+    for suffix in (".tar", ".idx"):
+        if store.is_remote and (folder / f"{stem}{suffix}").exists():
+            store.publish(folder / f"{stem}{suffix}")
+
+
+def _encode_records(
+    job: ShardJob, folder: Path, tick: Callable[[], object]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the records of a shard; write the notes at the end, before the shard becomes visible."""
     rejected: list[tuple[str, str]] = []
     labels: Counter[tuple[str, str | None]] = Counter()
@@ -80,10 +101,10 @@ def _encode_records(job: ShardJob, tick: Callable[[], object]) -> Iterator[tuple
     if len(notes) > _MAX_PRINTED_NOTES:
         print(f"shard {stem}: {len(notes) - _MAX_PRINTED_NOTES} more notes of this kind", file=sys.stderr)
     if rejected:
-        write_json(job.root / f"{stem}.skipped.json", rejected)
+        write_json(folder / f"{stem}.skipped.json", rejected)
     if labels:
         rows = [[quantity, unit, count] for (quantity, unit), count in sorted(labels.items(), key=str)]
-        write_json(job.root / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
+        write_json(folder / f"{stem}.pixels.json", {"labels": rows, "pixels": dict(pixels)})
 
 
 def _encode_line(job: ShardJob, line: str) -> EncodedRecord:
@@ -125,4 +146,9 @@ def _classify_errors(name: str, source: str) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
-    atomic_write(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    atomic_write(path, format_json(content))
+
+
+def format_json(content: Any) -> bytes:
+    """Return the bytes of a JSON file as sets hold them."""
+    return json.dumps(content, ensure_ascii=False, indent=1).encode()

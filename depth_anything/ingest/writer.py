@@ -1,5 +1,8 @@
 """Write a set of shards from any source. Writing can be interrupted, continued, and divided among machines.
 
+A set is written to a folder or into an object store. There each shard is written to a local temporary folder first and
+uploaded: notes, tar and last the index, so that a shard with an index is complete.
+
 Besides the shards, the folder of a set holds settings.json (what determines its bytes), about.json (facts for the
 manifest), the file list (file_list.py), and for each shard NAME.skipped.json if records were rejected and
 NAME.pixels.json if it has labels. When every shard exists, manifest.json is written.
@@ -7,7 +10,6 @@ NAME.pixels.json if it has labels. When every shard exists, manifest.json is wri
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,20 +19,21 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from depth_anything.classes import table_to_list
-from depth_anything.data.address import SET_NAME_RULE, is_set_name
-from depth_anything.data.shards import open_set, write_manifest
-from depth_anything.data.tars import ShardError, ShardSet, read_shard_info
-from depth_anything.disk import remove_stale, write_new
+from depth_anything.data.address import SET_NAME_RULE, file_name, is_set_name, join_address, redact_secrets
+from depth_anything.data.shards import open_set, read_stored_shard, write_manifest
+from depth_anything.data.store import FolderStore, Store, open_store
+from depth_anything.data.tars import ShardError, ShardSet
+from depth_anything.disk import remove_stale
 from depth_anything.errors import UserError
 from depth_anything.ingest.file_list import FILE_LIST, FILE_LIST_INFO, FileList, write_file_list
 from depth_anything.ingest.pool import run_jobs
-from depth_anything.ingest.shard_job import ShardJob, run_job, shard_name, write_json
+from depth_anything.ingest.shard_job import NOTE_SUFFIXES, ShardJob, format_json, run_job, shard_name
 from depth_anything.ingest.source import DatasetInfo, RawSample
 from depth_anything.licenses import check_license
 from depth_anything.progress import ProgressLine
 
 SETTINGS_FILE, ABOUT_FILE = "settings.json", "about.json"
-SIDECAR_SUFFIXES = (".idx", ".skipped.json", ".pixels.json")
+SIDECAR_SUFFIXES = (".idx", *NOTE_SUFFIXES)
 SKY_POLICIES = ("far", "invalid")
 
 _SET_FILES = (ABOUT_FILE, FILE_LIST, FILE_LIST_INFO, "manifest.json")
@@ -81,7 +84,8 @@ def write_source(
     Args:
         source: Reads the raw data.
         raw: Folder or file of the raw data.
-        root: Folder of the set, created if needed. Parts may use the same folder or different ones.
+        root: Folder of the set, created if needed, or an address as s3://bucket/set. Parts may use the same one or
+            different ones.
         name: Name of the set, required with parts. None: the name of the folder.
         per_shard: Lines per shard.
         part: (k, n) writes the k-th of n parts, starting at 1.
@@ -98,12 +102,12 @@ def write_source(
     Raises:
         ValueError: An argument is invalid, the folder holds another set, `raw` holds no record, or all are rejected.
     """
-    raw, root, info = Path(raw), Path(root), source.INFO
+    raw, store, info = Path(raw), open_store(root), source.INFO
     if (
         name is None and part[1] > 1
     ):  # the name is in every key, and the folders of parts may have different names
         raise UserError("parts of a set need the same name, wherever they are written", "add --name")
-    name = name or root.resolve().name
+    name = name or default_set_name(store)
     _validate_arguments(name, per_shard=per_shard, part=part, workers=workers, sky=sky, short_side=short_side)
     leave_out = list(info.leave_out if leave_out is None else leave_out)
     settings = {
@@ -115,33 +119,43 @@ def write_source(
         "name": name,
         "per_shard": per_shard,
     }
-    check_same_settings(root, settings)
+    check_same_settings(store, settings)
     changes = {"licence": check_license(licence)} if licence else {}
     changes |= {"sky_policy": sky} if sky else {}
-    if (root / "manifest.json").exists() and not _has_missing_shards(root):
-        if (root / ABOUT_FILE).exists():
-            _write_about(root, info, changes)
-        return _update_manifest(open_set(root), changes)
-    if not (root / FILE_LIST_INFO).exists():
-        found = _require_first_line(source.find(raw, **options), raw, info)
-        _claim_folder(root, settings)
-        write_file_list(root, found, leave_out=leave_out)
-    _claim_folder(root, settings)
-    _write_about(root, info, changes)
-    file_list = FileList(root, per_shard=per_shard)
-    remove_stale(root)
-    missing = list_missing_shards(root, file_list, among=file_list.part(*part))
-    jobs = (
-        ShardJob(source, raw, root, name, short_side, shard, file_list.numbers(shard), file_list.lines(shard))
-        for shard in missing
-    )
-    total = sum(len(file_list.numbers(shard)) for shard in missing)
-    _run_all(jobs, root, total=total, workers=workers if len(missing) > 1 else 0)
-    return finish_set(root, file_list)
+    if store.exists("manifest.json") and not _has_missing_shards(store):
+        if store.exists(ABOUT_FILE):
+            _write_about(store, info, changes)
+        return _update_manifest(open_set(store.root), changes)
+    with store.staging() as folder:
+        if not store.exists(FILE_LIST_INFO):
+            found = _require_first_line(source.find(raw, **options), raw, info)
+            claim_store(store, settings)
+            write_file_list(folder, found, leave_out=leave_out)
+            for file in (FILE_LIST, FILE_LIST_INFO):
+                store.publish(folder / file)
+        claim_store(store, settings)
+        _write_about(store, info, changes)
+        for file in (FILE_LIST, FILE_LIST_INFO):
+            store.fetch(file, folder)
+        file_list = FileList(folder, per_shard=per_shard)
+        remove_stale(folder)
+        missing = list_missing_shards(store, file_list, among=file_list.part(*part))
+        jobs = (
+            ShardJob(source, raw, store, name, short_side, k, file_list.numbers(k), file_list.lines(k))
+            for k in missing
+        )
+        total = sum(len(file_list.numbers(shard)) for shard in missing)
+        _run_all(jobs, store.root, total=total, workers=workers if len(missing) > 1 else 0)
+        return finish_set(store, file_list)
 
 
-def _run_all(jobs: Iterator[ShardJob], root: Path, *, total: int, workers: int) -> None:
-    with ProgressLine(f"writing {root}", total=total) as progress:
+def default_set_name(store: Store) -> str:
+    """Return the name of a set that is given none: that of its folder, or the last part of its address."""
+    return store.path.resolve().name if isinstance(store, FolderStore) else file_name(store.root)
+
+
+def _run_all(jobs: Iterator[ShardJob], root: str, *, total: int, workers: int) -> None:
+    with ProgressLine(f"writing {redact_secrets(root)}", total=total) as progress:
         if workers:
             run_jobs(jobs, workers=workers, tick=progress.update)
         else:
@@ -149,30 +163,33 @@ def _run_all(jobs: Iterator[ShardJob], root: Path, *, total: int, workers: int) 
                 run_job(job, progress.update)
 
 
-def finish_set(root: Path, file_list: FileList) -> ShardSet | None:
+def finish_set(store: Store, file_list: FileList) -> ShardSet | None:
     """Write the manifest of a set if all its shards exist, else return None.
 
     Raises:
         ShardError: Every record was rejected.
     """
-    if list_missing_shards(root, file_list):
+    if list_missing_shards(store, file_list):
         return None
-    settings, about = (json.loads((root / file).read_bytes()) for file in (SETTINGS_FILE, ABOUT_FILE))
+    settings, about = (json.loads(store.read(file)) for file in (SETTINGS_FILE, ABOUT_FILE))
     names = [shard_name(shard) for shard in range(file_list.shards)]
-    existing = set(os.listdir(root))
-    tars, rejected_files, label_files = (
-        [root / f"{name}{suffix}" for name in names if f"{name}{suffix}" in existing]
-        for suffix in (".tar", ".skipped.json", ".pixels.json")
+    existing = store.names()
+    with_tar, with_rejected, with_labels = (
+        [name for name in names if f"{name}{suffix}" in existing] for suffix in (".tar", *NOTE_SUFFIXES)
     )
     with ThreadPoolExecutor(_READ_THREADS) as pool:  # a network disk has a high latency per file
-        shards = list(pool.map(read_shard_info, tars))
-        rejected = RejectedFiles(pool.map(_read_json, rejected_files))
-        label_summary = _summarize_labels(pool.map(_read_json, label_files))
+        shards = list(pool.map(lambda name: read_stored_shard(store, name), with_tar))
+        rejected = RejectedFiles(
+            pool.map(lambda name: _read_json(store, f"{name}{NOTE_SUFFIXES[0]}"), with_rejected)
+        )
+        label_summary = _summarize_labels(
+            pool.map(lambda name: _read_json(store, f"{name}{NOTE_SUFFIXES[1]}"), with_labels)
+        )
     if not shards:
         why = "; ".join(f"{file}: {reason}" for file, reason in rejected.named[:3])
         raise ShardError(
-            f"{root}: all {file_list.count} records were rejected ({why})",
-            f"correct this, then start again with  rm -r {root}",
+            f"{store.root}: all {file_list.count} records were rejected ({why})",
+            f"correct this, then start again with  {store.remove_command}",
         )
     if label_summary.get("quantity") == "classes":
         about.pop("sky_policy", None)  # of depth
@@ -183,47 +200,53 @@ def finish_set(root: Path, file_list: FileList) -> ShardSet | None:
     meta |= {**label_summary, **rejected.manifest_summary()}
     if file_list.left_out:
         meta["left_out"] = file_list.left_out
-    return write_manifest(root, name=settings["name"], shards=shards, meta=meta)
+    return write_manifest(store.root, name=settings["name"], shards=shards, meta=meta)
 
 
-def list_missing_shards(root: Path, file_list: FileList, *, among: range | None = None) -> list[int]:
+def list_missing_shards(store: Store, file_list: FileList, *, among: range | None = None) -> list[int]:
     """Return the numbers of the shards that are neither written nor fully rejected."""
-    existing = set(os.listdir(root))
+    existing = store.names()
     shards = range(file_list.shards) if among is None else among
     return [
         shard
         for shard in shards
-        if f"{shard_name(shard)}.tar" not in existing
-        and not _is_fully_rejected(root, shard, len(file_list.numbers(shard)), existing)
+        if not is_shard_complete(store, shard_name(shard), existing)
+        and not _is_fully_rejected(store, shard, len(file_list.numbers(shard)), existing)
     ]
 
 
-def _is_fully_rejected(root: Path, shard: int, count: int, existing: set[str]) -> bool:
+def is_shard_complete(store: Store, name: str, existing: set[str]) -> bool:
+    """Return whether a shard is written: in a folder if it has a tar, in an object store if it also has an index."""
+    return f"{name}.tar" in existing and (not store.is_remote or f"{name}.idx" in existing)
+
+
+def _is_fully_rejected(store: Store, shard: int, count: int, existing: set[str]) -> bool:
     notes = f"{shard_name(shard)}.skipped.json"
-    return notes in existing and len(_read_json(root / notes)) == count
+    return notes in existing and len(_read_json(store, notes)) == count
 
 
-def _has_missing_shards(root: Path) -> bool:
+def _has_missing_shards(store: Store) -> bool:
     """Return whether tars were removed from a finished set, perhaps because they were damaged."""
-    existing = set(os.listdir(root))
-    return any(f"{shard.name}.tar" not in existing for shard in open_set(root, check=False).shards)
+    existing = store.names()
+    return not all(
+        is_shard_complete(store, each.name, existing) for each in open_set(store.root, check=False).shards
+    )
 
 
-def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
+def check_same_settings(store: Store, settings: Mapping[str, Any]) -> None:
     """Check that a folder is free, or holds a set with these settings.
 
     Raises:
         ShardError: It holds another set, or files of another program that would be replaced.
     """
-    path = root / SETTINGS_FILE
-    if not path.exists():
-        check_unclaimed(root)
+    if not store.exists(SETTINGS_FILE):
+        check_unclaimed(store)
         return
-    differences = describe_differences(_read_settings(path), json.loads(json.dumps(settings)))
+    differences = describe_differences(_read_settings(store), json.loads(json.dumps(settings)))
     if differences:
         raise ShardError(
-            f"{root} holds a set written with other settings ({differences})",
-            f"name another folder, or remove it with  rm -r {root}",
+            f"{store.root} holds a set written with other settings ({differences})",
+            f"name another folder, or remove it with  {store.remove_command}",
         )
 
 
@@ -236,49 +259,52 @@ def describe_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) 
     )
 
 
-def check_unclaimed(root: Path) -> None:
+def check_unclaimed(store: Store) -> None:
     """Check that a folder without settings.json, which is always written first, holds no files of a set.
 
     Raises:
         ShardError: It does; the file is named.
     """
-    names = sorted(os.listdir(root)) if root.is_dir() else []
-    foreign = [name for name in names if name in _SET_FILES or name.endswith((".tar", *SIDECAR_SUFFIXES))]
-    if not foreign or (root / SETTINGS_FILE).exists():  # another process has claimed the folder meanwhile
+    foreign = [
+        name
+        for name in sorted(store.names())
+        if name in _SET_FILES or name.endswith((".tar", *SIDECAR_SUFFIXES))
+    ]
+    if not foreign or store.exists(SETTINGS_FILE):  # another process has claimed the folder meanwhile
         return
     if any(name == "manifest.json" or name.endswith(".tar") for name in foreign):
-        raise ShardError(f"{root} holds shards that this command did not write", "name another folder")
-    raise _foreign_file_error(root / foreign[0])
+        raise ShardError(f"{store.root} holds shards that this command did not write", "name another folder")
+    raise _foreign_file_error(join_address(store.root, foreign[0]))
 
 
-def _foreign_file_error(path: Path) -> ShardError:
+def _foreign_file_error(path: str) -> ShardError:
     return ShardError(
         f"{path} was not written by this command and would be replaced", "name another folder, or move it"
     )
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(store: Store) -> dict[str, Any]:
     """Read settings.json. Raises ShardError if it belongs to another program."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(store.read(SETTINGS_FILE))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not content.keys() >= {"source", "name", "per_shard"}:
-        raise _foreign_file_error(path)
+        raise _foreign_file_error(join_address(store.root, SETTINGS_FILE))
     return content
 
 
-def _claim_folder(root: Path, settings: Mapping[str, Any]) -> None:
+def claim_store(store: Store, settings: Mapping[str, Any]) -> None:
     """Write settings.json. Raises ShardError if another process has just claimed the folder for another set."""
-    root.mkdir(parents=True, exist_ok=True)
-    if not write_new(root / SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True).encode()):
-        check_same_settings(root, settings)
+    if isinstance(store, FolderStore):
+        store.path.mkdir(parents=True, exist_ok=True)
+    if not store.write_new(SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True).encode()):
+        check_same_settings(store, settings)
 
 
-def _write_about(root: Path, info: DatasetInfo, changes: Mapping[str, str]) -> None:
+def _write_about(store: Store, info: DatasetInfo, changes: Mapping[str, str]) -> None:
     """Write about.json, or apply the user's changes to it."""
-    path = root / ABOUT_FILE
-    about = json.loads(path.read_bytes()) if path.exists() else None
+    about = json.loads(store.read(ABOUT_FILE)) if store.exists(ABOUT_FILE) else None
     new = about or {
         "licence": info.licence or None,
         "source": {"title": info.title, "get": info.get},
@@ -288,7 +314,7 @@ def _write_about(root: Path, info: DatasetInfo, changes: Mapping[str, str]) -> N
     }
     new = {**new, **changes}
     if new != about:
-        write_json(path, new)
+        store.write(ABOUT_FILE, format_json(new))
 
 
 def _update_manifest(shard_set: ShardSet, changes: Mapping[str, str]) -> ShardSet:
@@ -390,8 +416,9 @@ def _option_value(value: Any) -> Any:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(store: Store, name: str) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(store.read(name))
     except ValueError as error:
+        path = join_address(store.root, name)
         raise ShardError(f"{path} is damaged ({error})", "remove it and the tar of the same name") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 import made_source
 import pytest
 
+from depth_anything.data.store import FolderStore
 from depth_anything.data.tars import ShardError
 from depth_anything.ingest.pool import run_jobs
 from depth_anything.ingest.shard_job import ShardJob
@@ -18,7 +19,7 @@ def jobs(tmp_path, *lines):
         yield ShardJob(
             made_source,
             tmp_path / "raw",
-            tmp_path / "set",
+            FolderStore(tmp_path / "set"),
             "toy",
             None,
             shard,
