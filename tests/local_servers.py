@@ -124,7 +124,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
     Attributes:
         fault: Path and number of earlier requests of it, to None or a way to fail: "500" (any status), "reset",
             "close", "cut", "stall", "drip", "slow", "corrupt", "whole" (ranges are ignored), "short" (half of the
-            bytes, as if complete), "to:ADDRESS" (a redirect).
+            bytes, as if complete), "to:ADDRESS" (a redirect), "lost" (a write is done, its answer is not sent).
         seen: Path and Range of every request.
         connections: Number of connections.
     """
@@ -138,6 +138,10 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.fault: Fault = lambda path, times: None
         self.seen: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
+        self.writes: list[tuple[str, str]] = []  # method and path of every request but GET and HEAD
+        self.write_fault: Fault = lambda request, times: (
+            None
+        )  # "METHOD path" and number of earlier such requests
         self.connections = 0
         self.over = threading.Event()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
@@ -197,6 +201,52 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+    def do_HEAD(self) -> None:  # noqa: N802, the library's name
+        self.forward(b"")
+
+    def do_DELETE(self) -> None:  # noqa: N802
+        self.write(b"")
+
+    def do_PUT(self) -> None:  # noqa: N802
+        self.write(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+    do_POST = do_PUT  # noqa: N815
+
+    def write(self, body: bytes) -> None:
+        """Forward a request that changes something, or fail."""
+        request = f"{self.command} {self.path}"
+        with self.server._lock:
+            times = self.server._times.get(request, 0)
+            self.server._times[request] = times + 1
+            self.server.writes.append((self.command, self.path))
+        fault = self.server.write_fault(request, times) or ""
+        if fault.isdecimal():
+            return self.reply(int(fault), {"Retry-After": "0"}, b"")
+        if fault in ("reset", "close"):
+            return self.leave(reset=fault == "reset")
+        self.forward(body, lost=fault == "lost")
+
+    def forward(self, body: bytes, *, lost: bool = False) -> None:
+        """Send the request to the other server as it is, and its answer back."""
+        assert isinstance(self.server.behind, str)
+        parts = urlsplit(self.server.behind)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=120)
+        headers = {**dict(self.headers.items()), "Connection": "close"}
+        connection.request(self.command, self.path, body=body, headers=headers)
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        if lost:
+            return self.leave(reset=True)
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                self.send_header(name, value)
+        if self.command != "HEAD" and response.getheader("Content-Length") is None:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def do_GET(self) -> None:  # noqa: N802, the library's name
         fault = self.server.note(self.path, self.headers.get("Range")) or ""

@@ -61,10 +61,17 @@ def make_teacher(kind: str = "relative") -> DepthAnything:
     return model.eval()
 
 
-def make_data(root: Path, model: DepthAnything, *, labels: str = "labels", **changes: Any) -> ShardData:
+def make_data(
+    root: Path,
+    model: DepthAnything,
+    *,
+    labels: str = "labels",
+    labels_at: str | None = None,
+    **changes: Any,
+) -> ShardData:
     settings: dict[str, Any] = {
         "sets": {"photos": str(root / "photos")},
-        "labels": str(root / labels),
+        "labels": labels_at or str(root / labels),
         "batch_size": 2,
         "image_size": SIZE,
         "workers": 0,

@@ -91,6 +91,8 @@ def _options(scheme: str, timeout: float) -> dict[str, Any]:
         for name in ("gcsfs", "gcsfs.retry"):  # they log a traceback for each attempt
             logging.getLogger(name).setLevel(logging.CRITICAL)
         return {}
+    for name in ("botocore", "aiobotocore"):  # they log where they have found keys
+        logging.getLogger(name).setLevel(logging.WARNING)
     import fsspec
 
     configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})

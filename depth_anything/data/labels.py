@@ -8,160 +8,32 @@ shard is done. It records the teacher and, for each label shard, the hash of its
 joined with other images.
 """
 
-import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from depth_anything import __version__
 from depth_anything.data import codec as map_codec
 from depth_anything.data.address import is_remote
+from depth_anything.data.label_sidecar import (
+    LabelSettings,
+    LabelSidecar,
+    read_label_sidecar,
+    write_label_sidecar,
+)
 from depth_anything.data.reader import ShardReader
 from depth_anything.data.shards import build_set, open_set, write_manifest
+from depth_anything.data.store import FolderStore, is_object_store, open_store
 from depth_anything.data.tars import ShardError, ShardInfo, ShardSet, write_shard
-from depth_anything.disk import atomic_write
 from depth_anything.errors import PSEUDOLABEL_COMMAND
 from depth_anything.licenses import combine_licenses
 
-_LABEL_AGAIN = ("remove it and type ", PSEUDOLABEL_COMMAND)
+_READ_THREADS = 16
 _OTHER_FOLDER = ("type ", PSEUDOLABEL_COMMAND, " labels=FOLDER with another folder, or remove this one")
-
-
-@dataclass(frozen=True)
-class LabelSettings:
-    """How labels were made; equal for all shards of a set.
-
-    Attributes:
-        teacher: "fingerprint" of the weights, and if known "file", "licence", and how the output became disparity:
-            "quantity", "unit", "conversion". Older label sets have no such entries: the output was stored unchanged.
-        preprocessing: Preprocessing of the images.
-        codec: "q12" or "f32".
-    """
-
-    teacher: Mapping[str, Any]
-    preprocessing: str
-    codec: str
-
-    @property
-    def conversion(self) -> tuple[Any, ...]:
-        """What the teacher predicts, its unit, and how that became disparity."""
-        get = self.teacher.get
-        return get("quantity", "disparity"), get("unit", "relative"), get("conversion")
-
-    @property
-    def teacher_name(self) -> str:
-        """The teacher's file, if known, and fingerprint."""
-        fingerprint = str(self.teacher["fingerprint"])[:19]
-        return f"{self.teacher['file']} ({fingerprint})" if "file" in self.teacher else fingerprint
-
-
-@dataclass(frozen=True)
-class LabeledShard:
-    """The image shard that a label shard labels."""
-
-    set: str
-    records: int
-    hash: str
-
-
-@dataclass(frozen=True)
-class LabelSidecar(LabelSettings):
-    """The content of NAME.json; its fields are the keys of the file.
-
-    Attributes:
-        name: Name of the shard.
-        records: Number of labels.
-        bytes: Size of the tar; 0 without labels.
-        hash: "sha256:…" of the tar; "" without labels.
-        image: The image shard.
-        skipped: Key to reason, for each image without a label.
-        values: Smallest and largest value of all labels.
-        version: Version of this program.
-    """
-
-    name: str
-    records: int
-    bytes: int
-    hash: str
-    image: LabeledShard
-    skipped: Mapping[str, str]
-    values: Sequence[float] = (0.0, 0.0)
-    version: str = __version__
-
-
-def write_label_sidecar(
-    root: str | Path,
-    info: ShardInfo,
-    *,
-    image_set: str,
-    image: ShardInfo,
-    teacher: Mapping[str, Any],
-    preprocessing: str,
-    codec: str,
-    values: tuple[float, float],
-    skipped: Mapping[str, str],
-) -> None:
-    """Write NAME.json next to a label shard, which marks it as done.
-
-    Args:
-        root: Folder of the label set.
-        info: The label shard, from `write_shard`; records 0 and hash "" if no image has a label.
-        image_set: Name of the set of images.
-        image: The image shard.
-        teacher, preprocessing, codec: As in `LabelSettings`.
-        values, skipped: As in `LabelSidecar`.
-
-    Raises:
-        ShardError: The number of images is not labels + skipped.
-    """
-    if image.records != info.records + len(skipped):
-        raise ShardError(
-            f"{root}/{image.name}: {image.records} images, but {info.records} labels and {len(skipped)} skipped"
-        )
-    sidecar = LabelSidecar(
-        name=image.name,
-        records=info.records,
-        bytes=info.bytes,
-        hash=info.hash,
-        image=LabeledShard(image_set, image.records, image.hash),
-        teacher=dict(teacher),
-        preprocessing=preprocessing,
-        codec=codec,
-        values=list(values),
-        skipped=dict(skipped),
-    )
-    text = json.dumps(asdict(sidecar), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write(_sidecar_path(root, image.name), text.encode())
-
-
-def read_label_sidecar(root: str | Path, shard: str) -> LabelSidecar | None:
-    """Read NAME.json of a label shard; None if the shard is not done.
-
-    Raises:
-        ShardError: It is damaged, belongs to another shard, or does not match the tar next to it.
-    """
-    path = _sidecar_path(root, shard)
-    try:
-        content = json.loads(path.read_bytes())
-        image = LabeledShard(*(content["image"][key] for key in ("set", "records", "hash")))
-        known = {key: content[key] for key in LabelSidecar.__dataclass_fields__ if key in content}
-        sidecar = LabelSidecar(**{**known, "image": image})
-        sidecar.skipped.items()
-        sidecar.teacher["fingerprint"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged", _LABEL_AGAIN) from error
-    if sidecar.name != shard:
-        raise ShardError(
-            f"{path} belongs to shard {sidecar.name}", ["restore the file names, or ", *_LABEL_AGAIN]
-        )
-    if sidecar.records and _tar_size_and_hash(path) != (sidecar.bytes, sidecar.hash):
-        raise ShardError(f"{path} does not match the tar next to it", _LABEL_AGAIN)
-    return sidecar
 
 
 def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
@@ -175,7 +47,7 @@ def finish_labels(root: str | Path, images: ShardSet) -> ShardSet | None:
     Raises:
         ShardError: Shards have different teachers or label other images, or no image has a label.
     """
-    if Path(root, "manifest.json").is_file():
+    if open_store(root).exists("manifest.json"):
         labels = _open_finished_labels(root, images, check=False)
         if len(_image_hashes(labels)) == len(images.shards):
             _check_image_hashes(root, images, _image_hashes(labels))
@@ -198,7 +70,7 @@ def open_labels(
     """Open the labels of an image set.
 
     Args:
-        root: Folder of the label set, or URL prefix of a finished one.
+        root: Folder of the label set, or URL prefix of a finished one; in an object store also of an unfinished one.
         images: The set that was labeled.
         allow_partial: Accept an unfinished set, with the shards that are done.
         only: With `allow_partial`, use exactly these shards.
@@ -207,12 +79,13 @@ def open_labels(
         ShardError: The set is unfinished or damaged, shards are swapped, have different teachers or label other images.
     """
     root = str(root).rstrip("/")
-    finished = is_remote(root) or Path(root, "manifest.json").is_file()
-    if not finished and not os.path.isdir(root):
+    writable = not is_remote(root) or is_object_store(root)
+    finished = not writable or open_store(root).exists("manifest.json")
+    if not finished and not is_remote(root) and not os.path.isdir(root):
         raise ShardError(
             f"{root} is not a folder", [f"make labels of {images.name} with ", PSEUDOLABEL_COMMAND]
         )
-    if finished and (is_remote(root) or not allow_partial):
+    if finished and (not writable or not allow_partial):
         labels = _open_finished_labels(root, images, name=images.name)
         hashes = _image_hashes(labels)
     else:
@@ -236,7 +109,8 @@ class LabelSetWriter:
     """Writes a label set, together with any number of other processes.
 
     Attributes:
-        root: Folder of the label set.
+        root: Folder or address of the label set.
+        store: Where it is written.
         images: The set to label.
         codec: Codec of the labels.
     """
@@ -253,20 +127,22 @@ class LabelSetWriter:
         """Check that existing labels have the same settings.
 
         Args:
-            root: Folder; created with the first shard.
+            root: Folder, created with the first shard, or address in an object store.
             images: The set to label.
             teacher, preprocessing, codec: As in `LabelSettings`.
 
         Raises:
             ShardError: The folder has labels with other settings or of other images, or it is not a folder.
         """
-        if is_remote(str(root)):
-            raise ShardError(f"labels are written to a folder, and {root} is an address: type labels=FOLDER")
-        self.root, self.images, self.codec = str(root), images, codec
+        self.store, self.images, self.codec = open_store(root), images, codec
+        self.root = self.store.root
         self._settings = LabelSettings(dict(teacher), preprocessing, codec)
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
         self._reader = ShardReader()
+        self._listed: set[str] = set()
+        self._compared = False
+        self.refresh()
         for name in self._infos:
             if self.done(name):  # one is enough: reading all would take minutes
                 break
@@ -278,8 +154,13 @@ class LabelSetWriter:
             ShardError: It has labels with other settings or of other images.
         """
         if shard not in self._done:
+            if self.store.is_remote and f"{shard}.json" not in self._listed:
+                return False
+            if self.store.is_remote and self._compared:  # `finish` reads the others
+                self._done.add(shard)
+                return True
             try:
-                sidecar = read_label_sidecar(self.root, shard)
+                sidecar = read_label_sidecar(self.store, shard)
             except ShardError:
                 return False  # damaged, or its writer died while replacing it: it is written again
             if sidecar is None:
@@ -288,7 +169,13 @@ class LabelSetWriter:
             if sidecar.image.hash != self._infos[shard].hash:
                 raise _other_images_error(self.root, self.images, shard)
             self._done.add(shard)
+            self._compared = True
         return True
+
+    def refresh(self) -> None:
+        """Look which shards are done by now; in a folder `done` does."""
+        if self.store.is_remote:
+            self._listed = self.store.names()
 
     def count_unlabeled_images(self) -> int:
         """Return the number of images in shards that are not done."""
@@ -300,7 +187,7 @@ class LabelSetWriter:
         labels: Mapping[int, bytes | Mapping[str, bytes]],
         failed: Sequence[tuple[int, str]],
     ) -> None:
-        """Write a shard of labels and its NAME.json.
+        """Write a shard of labels and its NAME.json. In an object store a shard that is done by now is left alone.
 
         Args:
             shard: Name of the image shard.
@@ -316,10 +203,14 @@ class LabelSetWriter:
             raise ShardError(
                 f"{self.root}/{shard}: each of the {image.records} images needs one label or one reason"
             )
+        if self.store.is_remote and self.store.exists(f"{shard}.json"):
+            self._done.add(shard)
+            return
         keys = self.keys(shard)
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        Path(self.root, "manifest.json").unlink(missing_ok=True)  # when a shard of a finished set is replaced
-        path = Path(self.root, f"{shard}.tar")
+        if isinstance(self.store, FolderStore):
+            self.store.path.mkdir(parents=True, exist_ok=True)
+        if not self.store.is_remote or "manifest.json" in self._listed:
+            self.store.delete("manifest.json")  # when a shard of a finished set is replaced
         info = ShardInfo(shard, 0, 0, "")
         name = f"disparity.{self.codec}"
         records = {
@@ -327,24 +218,48 @@ class LabelSetWriter:
             for index, label in labels.items()
         }
         if records:
-            info = write_shard(path, ((keys[i], records[i]) for i in sorted(records)))
+            with self.store.staging() as folder:
+                path = folder / f"{shard}.tar"
+                info = write_shard(path, ((keys[i], records[i]) for i in sorted(records)))
+                for file in (path, path.with_suffix(".idx")):
+                    self.store.publish(file, replace=True)  # of a process that died before it was done
         ranges = [map_codec.value_range(files[name]) for files in records.values()] or [(0.0, 0.0)]
-        write_label_sidecar(
-            self.root,
-            info,
-            image_set=self.images.name,
-            image=image,
-            teacher=self._settings.teacher,
-            preprocessing=self._settings.preprocessing,
-            codec=self.codec,
-            values=(min(low for low, _ in ranges), max(high for _, high in ranges)),
-            skipped={keys[index]: reason for index, reason in failed},
-        )
+        facts: dict[str, Any] = {
+            "image_set": self.images.name,
+            "image": image,
+            "teacher": self._settings.teacher,
+            "preprocessing": self._settings.preprocessing,
+            "codec": self.codec,
+            "values": (min(low for low, _ in ranges), max(high for _, high in ranges)),
+            "skipped": {keys[index]: reason for index, reason in failed},
+        }
+        if not write_label_sidecar(self.store, info, **facts, replace=not self.store.is_remote):
+            with suppress(ShardError):  # another process was faster, and has the same labels or its own
+                read_label_sidecar(self.store, shard)
+                self._done.add(shard)
+                return
+            write_label_sidecar(self.store, info, **facts)
         self._done.add(shard)
 
     def finish(self) -> bool:
         """Write the manifest if every shard is done; return whether that is so."""
-        return all(map(self.done, self._infos)) and finish_labels(self.root, self.images) is not None
+        if not all(map(self.done, self._infos)):
+            return False
+        if finish_labels(self.root, self.images) is not None:
+            return True
+        if self.store.is_remote:
+            self._discard_damaged_shards()
+        return False
+
+    def _discard_damaged_shards(self) -> None:
+        """Delete each NAME.json that does not match its tar, so that the shard is labeled again."""
+        for shard in self._infos:
+            try:
+                read_label_sidecar(self.store, shard)
+            except ShardError as error:
+                print(f"{error.what}; it will be labeled again", file=sys.stderr)
+                self.store.delete(f"{shard}.json")
+                self._done.discard(shard)
 
     def keys(self, shard: str) -> list[str]:
         """Return the keys of a shard's images; "record 0", "record 1", … if the shard cannot be read."""
@@ -354,26 +269,13 @@ class LabelSetWriter:
             return [f"record {index}" for index in range(self._infos[shard].records)]
 
 
-def _sidecar_path(root: str | Path, shard: str) -> Path:
-    return Path(root, f"{shard}.json")
-
-
-def _tar_size_and_hash(sidecar: Path) -> tuple[int, str] | None:
-    """Return size and hash of the tar next to a sidecar, the hash from its index."""
-    try:
-        with open(sidecar.with_suffix(".idx"), errors="replace") as file:
-            _, _, digest, *_ = file.readline().split("\t")
-        return sidecar.with_suffix(".tar").stat().st_size, digest
-    except (OSError, ValueError):
-        return None
-
-
 def _open_finished_labels(root: str | Path, images: ShardSet, **options: Any) -> ShardSet:
     """Open a label set by its manifest; if no image has a label, the error gives the reason."""
     try:
         return open_set(root, **options)
     except ShardError:
-        done = {} if is_remote(str(root)) else _read_done_sidecars(root, images)
+        known = not is_remote(str(root)) or is_object_store(str(root))
+        done = _read_done_sidecars(root, images) if known else {}
         if done and not any(sidecar.records for sidecar in done.values()):
             raise _no_labels_error(root, images, done) from None
         raise
@@ -389,13 +291,19 @@ def _no_labels_error(root: str | Path, images: ShardSet, done: Mapping[str, Labe
 
 
 def _read_done_sidecars(root: str | Path, images: ShardSet) -> dict[str, LabelSidecar]:
-    files = set(os.listdir(root)) if os.path.isdir(root) else set()
-    done = {}
-    for shard in images.shards:
-        sidecar = read_label_sidecar(root, shard.name) if f"{shard.name}.json" in files else None
-        if sidecar is not None:
-            done[shard.name] = sidecar
-    return done
+    store = open_store(root)
+    files = store.names()
+    names = [shard.name for shard in images.shards if f"{shard.name}.json" in files]
+
+    def read(name: str) -> LabelSidecar | None:
+        return read_label_sidecar(store, name)
+
+    if store.is_remote:
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            sidecars = list(pool.map(read, names))
+    else:
+        sidecars = list(map(read, names))
+    return {name: found for name, found in zip(names, sidecars, strict=True) if found is not None}
 
 
 def _select_shards(root: str, done: Mapping[str, LabelSidecar], only: Sequence[str] | None) -> Sequence[str]:

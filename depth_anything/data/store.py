@@ -401,6 +401,15 @@ class ObjectStore(Store):
             raise classify_write_error(self.address(name), error) from None
 
 
+def is_object_store(address: str) -> bool:
+    """Return whether an address is a prefix of an object store, where files can be written.
+
+    Raises:
+        ShardError: It is, and needs a package that is not installed.
+    """
+    return is_remote(address) and not is_http(address) and supports_fsspec(address)
+
+
 def open_store(root: str | Path) -> Store:
     """Return the store of a folder or an address.
 
@@ -410,7 +419,7 @@ def open_store(root: str | Path) -> Store:
     text = str(root).removeprefix("file://")
     if not is_remote(text):
         return FolderStore(root if isinstance(root, Path) else text)
-    if is_http(text) or not supports_fsspec(text):
+    if not is_object_store(text):
         raise ShardError(
             f"{redact_secrets(text)} can be read only", "type a folder, or an address as s3://BUCKET/PREFIX"
         )

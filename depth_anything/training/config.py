@@ -45,6 +45,7 @@ from depth_anything.training.value_rules import (
     SEED,
     SET_NAMES,
     SHARE,
+    SHARE_OF_WORK,
     SHARES,
     SKY,
     STRATEGY,
@@ -88,6 +89,15 @@ class CheckpointConfig(ConfigSection):
 
     every: int = config_key(integer(1, example=2000))
     keep: int = config_key(integer(1, example=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MirrorConfig(ConfigSection):
+    """For `output_dir` in an object store: the local folder of the run, and when it is uploaded, in seconds."""
+
+    folder: str | None = config_key(OPTIONAL_FOLDER, default=None)
+    every: float = config_key(real(0, above=True, unit="of seconds", example=15), default=15.0)
+    patience: float = config_key(real(0, unit="of seconds", example=3600), default=3600.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +277,9 @@ class DataConfig(ConfigSection):
     scale_jitter: Any = config_key(SCALE_RANGE, stages=("segmentation",), resume=ECHO, repeats_run=True)
     precision: str = config_key(ANY, stages=("pseudolabel",), resume=ECHO)
     codec: str = config_key(choice("q12", "f32"), stages=("pseudolabel",))
+    share: str | None = config_key(
+        SHARE_OF_WORK, default=None, stages=("pseudolabel",), resume=FREE, repeats_run=True
+    )
     captions: bool = config_key(flag(), default=False, stages=("controlnet",), resume=ECHO)
     flip: bool = config_key(flag(), default=True, stages=("controlnet",), resume=CHANGE)
 
@@ -305,6 +318,7 @@ class RunConfig(ConfigSection):
         real(0, above=True, example=300, optional=True), default=None, resume=FREE
     )
     checkpoint: CheckpointConfig = config_key(section=CheckpointConfig, resume=FREE)
+    mirror: MirrorConfig = config_key(section=MirrorConfig, default=MirrorConfig(), resume=FREE)
     logging: LoggingConfig = config_key(section=LoggingConfig, resume=FREE)
     guards: GuardsConfig = config_key(section=GuardsConfig, default=GuardsConfig(), resume=FREE)
     validation: ValidationConfig = config_key(section=ValidationConfig, resume=FREE)
@@ -361,6 +375,7 @@ class RunConfig(ConfigSection):
         stages=("pseudolabel",),
         resume=FREE,
     )
+    share: str | None = config_key(SHARE_OF_WORK, default=None, stages=("pseudolabel",), resume=FREE)
     start: str | None = config_key(choice("encoder", "all"), stages=("metric",), resume=START)
     freeze_encoder: bool = config_key(flag(), default=False, stages=("metric", "segmentation"))
     head: str = config_key(choice("linear", "dpt", "mask2former", "eomt"), stages=("segmentation",))

@@ -22,6 +22,7 @@ from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.sample import decode_image_and_meta
 from depth_anything.data.shards import open_set
+from depth_anything.data.store import is_object_store
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
 from depth_anything.errors import PSEUDOLABEL_COMMAND, UserError
@@ -152,12 +153,13 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
 
     Args:
         scenes: `sources.scenes` of a config.
-        needed: Folders that the run reads. Other sets, and remote ones, are not written.
+        needed: Folders that the run reads. Other sets, and those of http servers, are not written.
     """
     for scene in scenes.values():
-        if scene.root in needed and not is_remote(scene.root):
+        remote = is_remote(scene.root)
+        if scene.root in needed and (not remote or is_object_store(scene.root)):
             cores = min(len(os.sched_getaffinity(0)), _MAX_SCENE_WORKERS)
-            if scene.layout != "classic" and _is_older_set(Path(scene.root)):
+            if scene.layout != "classic" and not remote and _is_older_set(Path(scene.root)):
                 print(
                     f"note: {scene.root} has the classic layout and is kept; for the {scene.layout} one remove it",
                     file=sys.stderr,

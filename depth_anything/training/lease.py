@@ -4,12 +4,43 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Union
 
 from depth_anything.data.labels import LabelSetWriter
+from depth_anything.data.object_lease import ObjectLease
+from depth_anything.data.store import ObjectStore
 from depth_anything.disk import write_new
 from depth_anything.locks import FileWatch
 
 LEASE_STALE_S = 120.0
+_SUFFIX = ".lease"
+
+
+ShardLease = Union["Lease", ObjectLease]
+
+
+def shard_lease(labels: LabelSetWriter, shard: str, *, pid: int) -> ShardLease:
+    """Return the lease of a label shard; it expires when the process `pid` of this host dies."""
+    name = f".{shard}{_SUFFIX}"
+    if isinstance(labels.store, ObjectStore):
+        return ObjectLease(labels.store, name, stale_s=LEASE_STALE_S, pid=pid)
+    return Lease(Path(labels.root) / name, pid=pid)
+
+
+def release_leases(labels: LabelSetWriter, *, pid: int) -> None:
+    """Release the leases of a label set that a process holds."""
+    for name in _lease_names(labels):
+        shard_lease(labels, name[1 : -len(_SUFFIX)], pid=pid).release()
+
+
+def remove_leases(labels: LabelSetWriter) -> None:
+    """Remove all leases of a label set that is finished; a process that was killed leaves one."""
+    for name in _lease_names(labels):
+        labels.store.delete(name)
+
+
+def _lease_names(labels: LabelSetWriter) -> list[str]:
+    return [name for name in labels.store.names(".") if name.endswith(_SUFFIX)]
 
 
 class Lease:
@@ -21,11 +52,6 @@ class Lease:
         """Name the file; the lease expires when the process `pid` of this host dies."""
         self.path, self.pid = path, pid
 
-    @classmethod
-    def for_shard(cls, labels: LabelSetWriter, shard: str, *, pid: int) -> "Lease":
-        """Return the lease of a label shard."""
-        return cls(Path(labels.root) / f".{shard}.lease", pid=pid)
-
     def acquire(self) -> bool:
         """Take the lease and return True, unless a living process holds it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +62,14 @@ class Lease:
         self.path.unlink(missing_ok=True)
         return write_new(self.path, self._content().encode())
 
-    def renew(self) -> None:
-        """Update the modification time, which shows that the holder is alive."""
+    def renew(self, *, force: bool = False) -> bool:
+        """Update the modification time, which shows that the holder is alive.
+
+        Returns True in any case: a rename publishes a shard as a whole, so a lost lease does no harm.
+        """
         if self._is_mine():
             os.utime(self.path)
+        return True
 
     def release(self) -> None:
         """Remove the file, unless another process has taken the lease over."""

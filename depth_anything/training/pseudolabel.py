@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from depth_anything.data.address import is_remote
+from depth_anything.data.address import join_address
 from depth_anything.data.codec import CONFIDENCE_CODEC, encode
 from depth_anything.data.dataset import next_or_failure, return_batch
 from depth_anything.data.labels import LabelSetWriter, open_labels
@@ -39,11 +39,16 @@ from depth_anything.teachers.network_teacher import PREPROCESSING_TEXT, NetworkT
 from depth_anything.teachers.teacher import Photographs, Teacher
 from depth_anything.training.headroom import label_need, warn_of
 from depth_anything.training.lease import Lease
+from depth_anything.training.lease import release_leases, remove_leases, shard_lease
 from depth_anything.training.signals import signal_handler
+from depth_anything.training.work_share import WorkShare, choose_share
 
 NON_FINITE_REASON = "the network gives no numbers (NaN or infinity)"
 MAX_REPORTED_IMAGES = 20  # images without a label that are printed; NAME.json lists all of them
 MAX_WAITING_BATCHES = 16  # batches' worth of images that may wait for others of their shape
+OBJECT_POLL_S = (
+    3.0  # between two looks at an object store for shards that others are labeling; each costs money
+)
 MAX_WAITING_BYTES = 512 << 20  # the same for photographs that are not resized
 
 
@@ -116,6 +121,7 @@ class ShardBatches(IterableDataset):
         rank: int,
         world: int,
         resized: bool = True,
+        share: WorkShare | None = None,
     ) -> None:
         """Describe the work.
 
@@ -127,8 +133,9 @@ class ShardBatches(IterableDataset):
             rank: This process, of `world`; each begins at a different shard.
             world: Number of processes of this job.
             resized: Yield images at the size of the labels; else as they are stored.
+            share: The shards of this job; None: all of them.
         """
-        self.labels = dict(labels)
+        self.labels, self.share = dict(labels), share or WorkShare()
         self.image_size, self.patch, self.batch_size = image_size, patch, batch_size
         self.rank, self.world, self.pid = rank, world, os.getpid()
         self.resized = resized
@@ -143,24 +150,35 @@ class ShardBatches(IterableDataset):
         worker = get_worker_info()
         count = worker.num_workers if worker else 1
         lane, lanes = self.rank * count + (worker.id if worker else 0), self.world * count
-        work = [(name, shard.name) for name, labels in self.labels.items() for shard in labels.images.shards]
-        order = work[lane::lanes] + [
-            item for other in range(lanes) if other != lane for item in work[other::lanes]
-        ]
+        work = self.share.select(
+            [(name, shard.name) for name, labels in self.labels.items() for shard in labels.images.shards]
+        )
+        order = work[lane::lanes]
+        if self.share.leases:
+            order += [item for other in range(lanes) if other != lane for item in work[other::lanes]]
         yielded: set[tuple[str, str]] = set()  # the main process publishes them later
-        while left := [
-            item for item in order if item not in yielded and not self.labels[item[0]].done(item[1])
-        ]:
+        while left := self._unlabeled(order, yielded):
             before = len(yielded)
             for name, shard in left:
-                lease = Lease.for_shard(self.labels[name], shard, pid=self.pid)
-                if not self.labels[name].done(shard) and lease.acquire():
+                lease = shard_lease(self.labels[name], shard, pid=self.pid)
+                if not self.labels[name].done(shard) and (not self.share.leases or lease.acquire()):
                     yield from self.iter_shard(name, shard)
                     yielded.add((name, shard))
             if len(yielded) == before:  # others hold all shards that are left, and one of them may die
-                time.sleep(0.5)
+                time.sleep(OBJECT_POLL_S if self._is_remote() else 0.5)
                 # Lightning fetches one batch ahead; without this one it would hold the last real batch back.
                 yield ImageBatch("", "", 0, [], torch.empty(0, dtype=torch.uint8))
+
+    def _is_remote(self) -> bool:
+        return any(labels.store.is_remote for labels in self.labels.values())
+
+    def _unlabeled(
+        self, order: Sequence[tuple[str, str]], yielded: set[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        """Return the shards that neither this process nor, as far as it is known now, another one has labeled."""
+        for labels in self.labels.values():
+            labels.refresh()
+        return [item for item in order if item not in yielded and not self.labels[item[0]].done(item[1])]
 
     def iter_shard(self, name: str, shard: str) -> Iterator[ImageBatch]:
         """Yield a shard in batches of one shape, each as soon as it is full, the rest at the end.
@@ -224,12 +242,13 @@ class ShardData(pl.LightningDataModule):
         codec: str,
         preprocessing: str | None = None,
         resized: bool = True,
+        share: str | None = None,
     ) -> None:
         """Open the image sets and their label sets.
 
         Args:
             sets: Image set name to folder or URL prefix.
-            labels: Folder of label sets.
+            labels: Folder or address of label sets.
             batch_size: Images of one shape and shard at once.
             image_size: Short side after resizing, pixels.
             workers: Loader processes a device; each reads a shard of its own.
@@ -239,6 +258,7 @@ class ShardData(pl.LightningDataModule):
             codec: Codec of the labels.
             preprocessing: `Teacher.preprocessing`; None for a network of this project.
             resized: Whether the teacher takes images at the size of the labels.
+            share: "K/N": label only the K-th of N shares of the shards; see `choose_share`.
 
         Raises:
             ValueError: If a set is missing or damaged, or its labels are another teacher's.
@@ -248,7 +268,7 @@ class ShardData(pl.LightningDataModule):
             preprocessing = PREPROCESSING_TEXT.format(size=image_size, patch=patch, precision=precision)
         self.labels = {
             name: LabelSetWriter(
-                os.path.join(labels, name),
+                join_address(labels, name),
                 open_set(root, name=name),
                 teacher=teacher,
                 preprocessing=preprocessing,
@@ -258,6 +278,7 @@ class ShardData(pl.LightningDataModule):
         }
         self.batch_size, self.image_size, self.workers, self.patch = batch_size, image_size, workers, patch
         self.codec, self.precision, self.resized = codec, precision, resized
+        self.share = choose_share(share, [each.store for each in self.labels.values()])
 
     def check_disk(self) -> None:
         """Print a warning if the labels that are missing need more disk than is free."""
@@ -272,19 +293,23 @@ class ShardData(pl.LightningDataModule):
         The leases of a finished set are removed: a process that was killed between a shard's labels and its lease
         leaves one.
         """
+        for labels in self.labels.values():
+            labels.refresh()
         finished = [labels for labels in self.labels.values() if labels.finish()]
         for labels in finished:
-            for lease in Path(labels.root).glob(".*.lease"):
-                lease.unlink(missing_ok=True)
+            remove_leases(labels)
         return len(finished) == len(self.labels)
 
     def summary(self) -> str:
         """Return how many labels each set has and how many images were skipped.
 
         Raises:
-            ValueError: If a set is not finished.
+            ValueError: If a set, or the share of this process, is not finished.
         """
         if not self.finished():
+            work = [(labels, each.name) for labels in self.labels.values() for each in labels.images.shards]
+            if self.share.count > 1 and all(labels.done(name) for labels, name in self.share.select(work)):
+                return f"share {self.share} is labeled; the last share to end finishes the sets"
             raise UserError("not every shard has its labels", ["read the messages above and ", SAME_COMMAND])
         parts = []
         for name, labels in self.labels.items():
@@ -307,6 +332,7 @@ class ShardData(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             resized=self.resized,
+            share=self.share,
         )
         return StreamLoader(
             batches,
@@ -324,8 +350,7 @@ class ShardData(pl.LightningDataModule):
     def release_leases(self) -> None:
         """Release the leases of shards that this process has not finished."""
         for labels in self.labels.values():
-            for path in Path(labels.root).glob(".*.lease"):
-                Lease(path, pid=os.getpid()).release()
+            release_leases(labels, pid=os.getpid())
 
 
 def label_data_arguments(teacher: Teacher, *, image_size: int, precision: str) -> dict[str, Any]:
@@ -371,7 +396,7 @@ class PseudoLabel(pl.LightningModule):
         if not batch.records:
             return 0
         labels = self._data[0].labels[batch.set]
-        lease = Lease.for_shard(labels, batch.shard, pid=os.getpid())
+        lease = shard_lease(labels, batch.shard, pid=os.getpid())
         shard = (batch.set, batch.shard)
         encoded = self._encoded.setdefault(shard, {})
         without_map = self._without_map.setdefault(shard, [])
@@ -386,7 +411,8 @@ class PseudoLabel(pl.LightningModule):
                 elif finite[position]:
                     encoded[index] = self._encode(values, position, labels.codec)
                     encoded[index] |= maps.fields[position] if maps.fields else {}
-            lease.renew()
+            if self._data[0].share.leases:
+                lease.renew()
         else:
             del self._encoded[shard], self._without_map[shard]
             accounted = {index for index, _ in [*batch.failed, *without_map]}.union(encoded)
@@ -398,8 +424,13 @@ class PseudoLabel(pl.LightningModule):
                 }
                 for index, fields in encoded.items()
             }
-            labels.publish(batch.shard, published, [*batch.failed, *without_map, *non_finite])
-            lease.release()
+            if not self._data[0].share.leases:
+                labels.publish(batch.shard, published, [*batch.failed, *without_map, *non_finite])
+            elif lease.renew(force=True):
+                labels.publish(batch.shard, published, [*batch.failed, *without_map, *non_finite])
+                lease.release()
+            else:
+                print(f"{batch.set}/{batch.shard}: another process labels it by now", file=sys.stderr)
         assert self._bar is not None
         self._bar.update(len(batch.indices) + len(batch.failed))
         return len(batch.indices)

@@ -17,6 +17,7 @@ from depth_anything.training.pseudolabel import label_data_arguments
 from depth_anything.training.redact import redact_hydra_files, redact_traceback
 from depth_anything.training.resume import typed_keys
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.run_home import RunHome, open_home
 from depth_anything.training.signals import signal_handler
 from depth_anything.training.stage_networks import required_folders, stage_networks
 
@@ -29,10 +30,11 @@ def main(cfg: DictConfig) -> None:
         config = resolve_config(cfg)
         if config.dry_run:
             print_plan(config, typed=typed_keys(sys.argv[1:]))
-        elif config.stage == "pseudolabel":
-            predict(config)
-        else:
-            fit(config)
+            return
+        with open_home(config) as home:
+            message = predict(home) if config.stage == "pseudolabel" else fit(home)
+        if message:
+            print(home.describe(message))
     except Exception as error:
         signal_handler.raise_if_received()  # the error may be an effect of a signal
         error = lightning.explain_lost_rank(error)
@@ -50,8 +52,9 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], *, max_steps:
         return instantiate(config.trainer.as_dict(), _partial_=True, _convert_="all")(**arguments)
 
 
-def fit(config: RunConfig) -> None:
-    """Train, or continue training, and write model.safetensors into the run folder."""
+def fit(home: RunHome) -> str:
+    """Train, or continue training, and write model.safetensors into the run folder; return what to print on rank 0."""
+    config = home.config
     steps, typed, networks = config.steps, typed_keys(sys.argv[1:]), stage_networks(config)
     folder = RunDir(config.run_dir, typed=typed, result=networks.result)
     added = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
@@ -59,10 +62,9 @@ def fit(config: RunConfig) -> None:
     trainer = build_trainer(config, callbacks, max_steps=steps)
     micro, accumulation = batch_plan.split_batch(config.batch_size, trainer.world_size, config.micro_batch)
     trainer.accumulate_grad_batches = accumulation
-    checkpoint = lightning.start_run(trainer, folder, config)
+    checkpoint = home.local_checkpoint(lightning.start_run(trainer, folder, home.typed))
     if folder.finished(steps):
-        print(f"{folder.path} is finished; its model is {folder.model}{folder.describe_best()}")
-        return
+        return f"{folder.path} is finished; its model is {folder.model}{folder.describe_best()}"
     folders, scenes = required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
     lightning.run_on_all_ranks(lambda: networks.prepare(folder.path, main=trainer.is_global_zero))
@@ -75,18 +77,20 @@ def fit(config: RunConfig) -> None:
     if config.has("optimizer"):
         module.build_optimizer = optimizer_factory(config.optimizer)
     lightning.run_fit(trainer, module, data, checkpoint)
+    home.upload()
     lightning.raise_if_incomplete(trainer, callbacks)
-    if trainer.is_global_zero:
-        networks.save(module, folder)
-        folder.finish(steps)
-        folder.lock.release()
-        print(f"finished: {folder.model}{folder.describe_best()}")
+    if not trainer.is_global_zero:
+        return ""
+    networks.save(module, folder)
+    folder.finish(steps)
+    folder.lock.release()
+    return f"finished: {folder.model}{folder.describe_best()}"
 
 
-def predict(config: RunConfig) -> None:
-    """Label every image once; any number of processes may do so at the same time."""
-    folder = RunDir(config.run_dir)
-    folder.claim(config, exclusive=False)
+def predict(home: RunHome) -> str:
+    """Label every image once; any number of processes may do so at the same time. Return what to print on rank 0."""
+    config = home.config
+    RunDir(config.run_dir).claim(home.typed, exclusive=False)
     write_missing_scenes(config.sources.scenes, list(config.data.sets.values()))
     teacher = initialization.open_run_teacher(config)
     arguments = label_data_arguments(teacher, image_size=config.image_size, precision=config.data.precision)
@@ -95,5 +99,4 @@ def predict(config: RunConfig) -> None:
     if trainer.world_size > 1 or not data.finished():  # several ranks must all enter the loop
         module = instantiate(config.module.as_dict(), teacher.module_argument(), data)
         lightning.run_predict(trainer, module, data)
-    if trainer.is_global_zero:
-        print(data.summary())
+    return data.summary() if trainer.is_global_zero else ""

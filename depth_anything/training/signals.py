@@ -197,8 +197,13 @@ def _may_exit_alone() -> bool:
     return "LOCAL_RANK" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_main_rank() -> bool:
+    """Return whether this process is rank 0, as its launcher's environment says."""
+    ranks = (os.environ.get(key) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 def print_on_rank0(message: str) -> None:
     """Write to stderr on rank 0, past Python's buffers: the interrupted code may be writing to them."""
-    ranks = (os.environ.get(key) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    if next((rank for rank in ranks if rank is not None), "0") == "0":
+    if is_main_rank():
         os.write(2, f"{message}\n".encode())

@@ -195,6 +195,7 @@ KEY_NAMES = ValueRule(_is_key_names, "the names of keys, as [recipe.head_lr,step
 SKY = ValueRule(_is_sky, "far, invalid, null, or {SET: far or invalid}", "invalid")
 REPEAT = ValueRule(_is_repeat, "null or {SET: a whole number above 0}", None)
 TEACHER = ValueRule(_is_teacher, "a file, or several as [A,B]", "FILE")
+SHARE_OF_WORK = text("K/N, the K-th of N equal shares", example="1/4", optional=True)
 SHARES = ValueRule(_is_shares, "null or a number from 0 up for each teacher, as [7,3]", [7, 3])
 DEVICES = ValueRule(_is_devices, "auto, -1 for all, a whole number above 0, or a list of device numbers", 1)
 PRECISION = ValueRule(lambda value: type(value) in (str, int), "a precision of Lightning", "auto")

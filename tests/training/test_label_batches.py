@@ -25,8 +25,8 @@ from depth_anything import load_model
 from depth_anything.data.shards import verify_set
 from depth_anything.progress import ProgressLine
 from depth_anything.training import pseudolabel
+from depth_anything.training.lease import Lease, shard_lease
 from depth_anything.training.pseudolabel import (
-    Lease,
     PseudoLabel,
     ShardBatches,
 )
@@ -81,7 +81,7 @@ def shards_of(batches: ShardBatches) -> Iterator[str]:
         if batch.records and not batch.indices:
             labels = batches.labels["photos"]
             labels.publish(batch.shard, {}, [(i, "a test") for i in range(batch.records)])
-            Lease.for_shard(labels, batch.shard, pid=os.getpid()).release()
+            shard_lease(labels, batch.shard, pid=os.getpid()).release()
             yield batch.shard
 
 
