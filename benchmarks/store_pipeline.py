@@ -140,7 +140,7 @@ class Pipeline:
         from depth_anything.data.store import ObjectStore
 
         place = ObjectStore("s3://bucket")
-        found = {name for name in place.names() if not name.startswith("runs/")}
+        found = {name for name in place.names() if not name.startswith("runs/") and "/.probe-" not in name}
         expected = {path.relative_to(self.disk).as_posix(): path for path in self.disk.rglob("data/*/**/*")}
         expected = {name: path for name, path in expected.items() if path.is_file()}
         if outcome.stage != "pseudolabel":

@@ -218,7 +218,8 @@ class ObjectStore(Store):
     def read(self, name: str, *, first_bytes: int | None = None) -> bytes:
         """Read an object."""
         try:
-            return self._request(name, "cat_file", self._path(name), start=0, end=first_bytes, doing="read")
+            part = {} if first_bytes is None else {"start": 0, "end": first_bytes}
+            return self._request(name, "cat_file", self._path(name), doing="read", **part)
         except ObjectMissingError:
             raise FileNotFoundError(self.address(name)) from None
 
@@ -240,26 +241,31 @@ class ObjectStore(Store):
         self._request(name, "pipe_file", self._path(name), data, bytes=len(data))
 
     def write_new(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one; without conditional writes two processes may both succeed."""
+        """Write an object unless there is one; return whether it has this content now.
+
+        Without conditional writes in the store two processes may both succeed.
+        """
         if not self.conditional:
-            if self.exists(name):
-                return False
-            self.write(name, data)
-            return True
-        return self._create(name, lambda: self._once(name, "pipe_file", self._path(name), data, mode="create"),
-                            lambda: self.read(name) == data)  # fmt: skip
+            if not self.exists(name):
+                self.write(name, data)
+            return self.read(name) == data
+        return self._create(
+            name,
+            lambda: self._once(name, "pipe_file", self._path(name), data, mode="create"),
+            lambda: self.read(name) == data,
+        )
 
     def _create(self, name: str, create: Callable[[], Any], is_ours: Callable[[], bool]) -> bool:
-        """Retry a conditional write. An attempt whose answer was lost may have written what the next one finds."""
-        attempts = 0
+        """Retry a conditional write; return whether the object has our content.
+
+        An object that exists may be ours: the answer to a request was lost, and we or the HTTP client have repeated it.
+        """
 
         def attempt() -> bool:
-            nonlocal attempts
-            attempts += 1
             try:
                 create()
             except ObjectExistsError:
-                return attempts > 1 and is_ours()
+                return is_ours()
             return True
 
         return retry(self.address(name), attempt, doing="written")
@@ -278,14 +284,14 @@ class ObjectStore(Store):
             new: Only if there is no object of this name.
 
         Returns:
-            Whether it was written; False only with `new`.
+            Whether the object has the content of the file now; False only with `new`.
         """
         size = path.stat().st_size
         options: dict[str, Any] = {"mode": "create"} if new and self.conditional else {}
         if url_scheme(self.root) in ("s3", "s3a"):
             options |= {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}
         if new and not options.get("mode") and self.exists(name):
-            return False
+            return self.holds(name, path)
 
         def put() -> None:
             self._once(name, "put_file", str(path), self._path(name), bytes=size, **options)
@@ -330,7 +336,7 @@ class ObjectStore(Store):
 
     def publish(self, path: Path, *, replace: bool = False) -> None:
         """Upload a file, unless the same content is there."""
-        if self.upload(path, path.name, new=True) or self.holds(path.name, path):
+        if self.upload(path, path.name, new=True):
             return
         if not replace:
             raise ShardError(

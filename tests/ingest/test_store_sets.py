@@ -1,7 +1,6 @@
 """Writing sets of shards to an object store."""
 
-import subprocess
-import sys
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,32 +79,24 @@ def test_two_processes_write_one_set_at_the_same_time(raw, whole, s3_prefix):
     assert write(raw, s3_prefix).digest == whole.digest and objects(s3_prefix) == files(whole.root)
 
 
-WRITE = """
-import sys
-sys.path[:0] = [sys.argv[3]]
-import made_source
-from depth_anything.ingest.writer import write_source
-write_source(made_source, sys.argv[1], sys.argv[2], per_shard=4, name="toy")
-"""
-
-
 @pytest.mark.parametrize(("ending", "last"), [("00003.tar", "00002.idx"), ("00004.idx", "00004.tar")])
 def test_a_killed_writer_leaves_no_half_shard_and_is_continued(
     raw, whole, s3_prefix, faulty_s3, ending, last
 ):
     """It is killed while a tar is sent, or between a tar and its index."""
-    command = [sys.executable, "-c", WRITE, str(raw), s3_prefix, str(Path(made_source.__file__).parent)]
-    process = subprocess.Popen(command)
+    process = multiprocessing.get_context("fork").Process(target=write, args=(raw, s3_prefix))
 
     def fault(request, times):
         if request.startswith("PUT") and request.endswith(ending):
             process.kill()
-            process.wait(60)
             return "reset"
         return None
 
     faulty_s3.write_fault = fault
-    assert process.wait(120) == -9
+    process.start()
+    process.join(120)
+    assert process.exitcode == -9
+    process.close()
     names = ObjectStore(s3_prefix).names()
     assert last in names and ending not in names and "manifest.json" not in names
     faulty_s3.write_fault = lambda request, times: None

@@ -218,6 +218,9 @@ NEW_KEYS = (
     "hang_timeout",
     "stage_to",
     "guards.",
+    "mirror.",
+    "share",
+    "data.share",
     *(f"sources.scenes.{name}.layout" for name in ("synthetic", "photographic", "validation")),
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.

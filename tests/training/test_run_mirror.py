@@ -212,7 +212,7 @@ def test_a_second_job_is_refused(mirrors: Any, place: ObjectStore, monkeypatch: 
 def test_the_run_of_a_killed_process_of_this_machine_is_free_at_once(
     mirrors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     mirror = mirrors("a")
     mirror._lease.pid = dead.pid
     mirror.open()
