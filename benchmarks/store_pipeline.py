@@ -108,7 +108,6 @@ class Pipeline:
                     return None
                 killed.set()
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return "reset"
 
         self.server.write_fault = fault

@@ -44,7 +44,9 @@ def add_custom_segmentation(kinds: Any) -> None:
     custom.add_argument(
         "source", metavar="SET.yaml", help="declares folders and classes: docs/segmentation.md"
     )
-    custom.add_argument("output", metavar="OUT", help="folder of the new set")
+    custom.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     add_writer_options(custom)
 
 

@@ -32,7 +32,9 @@ def add_shard(commands: Any) -> Any:
     _add_scenes(kinds)
     images = add_command(kinds, "images", "pack photographs", run=_run_images)
     images.add_argument("source", metavar="SOURCE", help="folder, text file with a path per line, or tar")
-    images.add_argument("output", metavar="OUT", help="folder of the new set")
+    images.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     add_writer_options(images)
 
     _add_captions(kinds)
@@ -53,7 +55,9 @@ def add_shard(commands: Any) -> Any:
 
 def _add_scenes(kinds: Any) -> None:
     scenes = add_command(kinds, "scenes", "render procedural scenes with exact depth", run=_run_scenes)
-    scenes.add_argument("output", metavar="OUT", help="folder of the new set")
+    scenes.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     scenes.add_argument(
         "--look", choices=("synthetic", "photographic"), default="synthetic", help="%(default)s"
     )
@@ -115,7 +119,9 @@ def _add_captions(kinds: Any) -> None:
     captions.add_argument(
         "captions", metavar="CAPTIONS", help="folder with NAME.txt for each image, or a csv or jsonl file"
     )
-    captions.add_argument("output", metavar="OUT", help="folder of the new set")
+    captions.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     add_writer_options(captions)
 
 
@@ -124,7 +130,9 @@ def _add_degraded(kinds: Any) -> None:
         kinds, "degraded", "copy a labeled set with the depth of a poor sensor", run=_run_degraded
     )
     degraded.add_argument("source", metavar="SET", help="folder or URL prefix of a set with depth in meters")
-    degraded.add_argument("output", metavar="OUT", help="folder of the new set")
+    degraded.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     degraded.add_argument("--name", help="name of the set (the folder's)")
     degraded.add_argument(
         "--seed",
@@ -139,7 +147,9 @@ def _add_catalog_set(kinds: Any, name: str, entry: CatalogEntry) -> None:
     """Add the command of a dataset of the catalog."""
     command = add_command(kinds, name, entry.help, run=_run_catalog_set)
     command.add_argument("source", metavar="RAW", help="folder that the set was downloaded or unpacked to")
-    command.add_argument("output", metavar="OUT", help="folder of the new set")
+    command.add_argument(
+        "output", metavar="OUT", help="folder of the new set, or an address as s3://bucket/set"
+    )
     add_writer_options(command, name=name)
     command.add_argument(
         "--leave-out",

@@ -109,8 +109,7 @@ class LabelSetWriter:
     """Writes a label set, together with any number of other processes.
 
     Attributes:
-        root: Folder or address of the label set.
-        store: Where it is written.
+        store: Folder or address of the label set.
         images: The set to label.
         codec: Codec of the labels.
     """
@@ -135,7 +134,6 @@ class LabelSetWriter:
             ShardError: The folder has labels with other settings or of other images, or it is not a folder.
         """
         self.store, self.images, self.codec = open_store(root), images, codec
-        self.root = self.store.root
         self._settings = LabelSettings(dict(teacher), preprocessing, codec)
         self._infos = {shard.name: shard for shard in images.shards}
         self._done: set[str] = set()
@@ -146,6 +144,11 @@ class LabelSetWriter:
         for name in self._infos:
             if self.done(name):  # one is enough: reading all would take minutes
                 break
+
+    @property
+    def root(self) -> str:
+        """Folder or address of the label set."""
+        return self.store.root
 
     def done(self, shard: str) -> bool:
         """Tell whether a shard has its labels.

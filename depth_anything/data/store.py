@@ -279,12 +279,15 @@ class ObjectStore(Store):
         """Upload a finished local file, in parts if it is large, and check size and checksum of the object.
 
         Args:
-            path: The file. It may be deleted meanwhile.
+            path: The file.
             name: Name of the object.
             new: Only if there is no object of this name.
 
         Returns:
             Whether the object has the content of the file now; False only with `new`.
+
+        Raises:
+            FileNotFoundError: There is no such file, or it was deleted meanwhile.
         """
         size = path.stat().st_size
         options: dict[str, Any] = {"mode": "create"} if new and self.conditional else {}
@@ -297,7 +300,10 @@ class ObjectStore(Store):
             self._once(name, "put_file", str(path), self._path(name), bytes=size, **options)
             self._check_upload(name, path)
 
-        return self._create(name, put, lambda: self.holds(name, path))
+        try:
+            return self._create(name, put, lambda: self.holds(name, path))
+        except ObjectMissingError:  # what fsspec says of a local file, too
+            raise FileNotFoundError(str(path)) from None
 
     def holds(self, name: str, path: Path) -> bool:
         """Return whether an object has the content of a local file."""

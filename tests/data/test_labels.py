@@ -20,6 +20,7 @@ from depth_anything.data.labels import (
 )
 from depth_anything.data.reader import JoinedRecords
 from depth_anything.data.shards import open_set, verify_set, write_manifest
+from depth_anything.data.store import FolderStore
 from depth_anything.data.tars import ShardError, ShardInfo, write_shard
 
 TEACHER = {"fingerprint": "sha256:" + "a" * 64, "file": "teacher/model.safetensors"}
@@ -205,7 +206,7 @@ def test_labels_of_another_teacher_are_refused(tmp_path, images, change, message
         label_set(root, images, **change)
     # A process with a second teacher that started before the first one had written a shard fails later.
     late = label_set(tmp_path / "elsewhere", images, **change)
-    late.root = str(root)
+    late.store = FolderStore(root)
     with pytest.raises(ShardError, match=message):
         late.done("b")
     label(late, "a")

@@ -27,7 +27,7 @@ def place(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     return ObjectStore(s3_prefix)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The signals that this process sends to itself."""
     sent: list[int] = []
@@ -190,7 +190,9 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(
 
 
 def test_a_second_job_is_refused(mirrors: Any, place: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    mirrors("a").open()
+    first = mirrors("a")
+    first.open()
+    lose(first)
     with pytest.raises(LockHeldError, match=f"{place.root} is being written by process {os.getpid()} "):
         mirrors("b").open()
     beats = iter(range(100))

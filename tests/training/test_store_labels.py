@@ -26,13 +26,16 @@ from depth_anything.training.work_share import choose_share
 COUNTS = (3, 2, 2, 1)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+TEACHER = make_teacher()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photographs, and labels of them on a disk."""
-    write_images(tmp_path / "photos", counts=COUNTS, broken=(1,))
-    teacher = make_teacher()
-    label(make_data(tmp_path, teacher, labels="local"), teacher)
-    return tmp_path
+    root = tmp_path_factory.mktemp("labels")
+    write_images(root / "photos", counts=COUNTS, broken=(1,))
+    label(make_data(root, TEACHER, labels="local"), TEACHER)
+    return root
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def place(s3_prefix: str) -> ObjectStore:
 
 
 def data_of(root: Path, place: ObjectStore, **changes: Any) -> ShardData:
-    return make_data(root, make_teacher(), labels_at=place.root.rpartition("/")[0], **changes)
+    return make_data(root, TEACHER, labels_at=place.root.rpartition("/")[0], **changes)
 
 
 def objects(place: ObjectStore) -> dict[str, bytes]:
@@ -50,7 +53,7 @@ def objects(place: ObjectStore) -> dict[str, bytes]:
 
 def label_once(data: ShardData) -> None:
     """Label what is free, in this process, as `label` does without its end."""
-    module = PseudoLabel(make_teacher(), data)
+    module = PseudoLabel(TEACHER, data)
     module._bar = ProgressLine("labeling", enabled=False)
     with torch.no_grad():
         for number, batch in enumerate(batches_of(data, share=data.share)):
@@ -60,7 +63,7 @@ def label_once(data: ShardData) -> None:
 
 def test_labels_have_the_bytes_of_a_disk(root: Path, place: ObjectStore, faulty_s3: FaultyServer) -> None:
     data = data_of(root, place)
-    assert f"7 labels of photos in {place.root} (1 skipped)" in label(data, make_teacher())
+    assert f"7 labels of photos in {place.root} (1 skipped)" in label(data, TEACHER)
     assert objects(place) == files_of(root / "local/photos")
     order = [path.rpartition("/")[2] for method, path in faulty_s3.writes if method == "PUT"]
     assert order.index("0.tar") < order.index("0.idx") < order.index("0.json") < order.index("manifest.json")
@@ -90,7 +93,7 @@ def test_a_process_that_dies_while_it_publishes_is_followed_by_another(
     lease.pid = dead_pid()
     place.write(".0.lease", json.dumps({**json.loads(place.read(".0.lease")), "pid": lease.pid}).encode())
     assert not labels.done("0")
-    label(data_of(root, place), make_teacher())
+    label(data_of(root, place), TEACHER)
     assert objects(place) == files_of(root / "local/photos")
 
 
@@ -110,7 +113,7 @@ def test_processes_at_the_same_time_label_each_shard_once(
 
 def test_a_process_that_slept_through_its_lease_does_not_publish(root: Path, place: ObjectStore) -> None:
     data = data_of(root, place)
-    module = PseudoLabel(make_teacher(), data)
+    module = PseudoLabel(TEACHER, data)
     module._bar = ProgressLine("labeling", enabled=False)
     labels = data.labels["photos"]
     assert shard_lease(labels, "0", pid=os.getpid()).acquire()
@@ -122,7 +125,7 @@ def test_a_process_that_slept_through_its_lease_does_not_publish(root: Path, pla
 
 
 def test_a_shard_that_another_process_has_finished_is_left_alone(root: Path, place: ObjectStore) -> None:
-    label(data_of(root, place), make_teacher())
+    label(data_of(root, place), TEACHER)
     before = objects(place)
     labels = data_of(root, place).labels["photos"]
     labels.publish("1", {}, [(index, "other") for index in range(COUNTS[1])])
@@ -132,13 +135,13 @@ def test_a_shard_that_another_process_has_finished_is_left_alone(root: Path, pla
 def test_a_shard_that_does_not_match_its_note_is_labeled_again(
     root: Path, place: ObjectStore, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    label(data_of(root, place), make_teacher())
+    label(data_of(root, place), TEACHER)
     place.delete("manifest.json")
     place.write("2.tar", b"another process's")
     with pytest.raises(UserError, match="not every shard has its labels"):
         data_of(root, place).summary()
     assert "2.json does not match the tar" in capfd.readouterr().err and "2.json" not in place.names()
-    label(data_of(root, place), make_teacher())
+    label(data_of(root, place), TEACHER)
     assert objects(place) == files_of(root / "local/photos")
 
 

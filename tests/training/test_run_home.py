@@ -1,0 +1,71 @@
+"""Where a run works if its addresses are in an object store."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_servers import FaultyServer
+from made_configs import flatten, make_config
+
+from depth_anything.data.store import ObjectStore
+from depth_anything.errors import UserError
+from depth_anything.training.run_home import RunHome, fetch_model, local_run_dir, localize
+
+
+def test_a_run_on_a_disk_stays_where_it_is() -> None:
+    config = make_config("stage=teacher")
+    assert localize(config) is config and RunHome(config, config).describe("outputs/a") == "outputs/a"
+
+
+def test_every_path_of_the_run_folder_is_local_and_the_stored_config_is_as_typed(tmp_path: Path) -> None:
+    typed = ("stage=teacher", "output_dir=s3://bucket/runs", "logger=tensorboard")
+    config = make_config(*typed, mirror__folder=str(tmp_path))
+    local = localize(config)
+    folder = local_run_dir(config)
+    assert folder.is_relative_to(tmp_path) and folder.name == config.name
+    assert local.run_dir == local.data.run_dir == str(folder)
+    values = flatten(local).values
+    logged: Any = values["logger"]
+    assert str(folder) in str(logged) and "s3://bucket" not in str(logged)
+    other = make_config(*typed[:1], "output_dir=s3://other/runs", mirror__folder=str(tmp_path))
+    assert local_run_dir(other) != folder
+    home = RunHome(config, local, ObjectStore(config.run_dir))
+    assert (
+        home.describe(f"finished: {folder}/model.safetensors")
+        == f"finished: {config.run_dir}/model.safetensors"
+    )
+    assert config.run_dir == "s3://bucket/runs/teacher-vitt-tiny"
+
+
+def test_models_in_a_store_are_fetched_once_and_again_when_they_change(
+    s3_prefix: str, faulty_s3: FaultyServer
+) -> None:
+    store = ObjectStore(f"{s3_prefix}/runs/teacher")
+    with pytest.raises(UserError, match="there is no model at s3://"):
+        fetch_model(f"{store.root}/model.safetensors")
+    store.write("model.safetensors", b"first")
+    path = fetch_model(f"{store.root}/model.safetensors")
+    assert path.read_bytes() == b"first" and path.parts[-2:] == ("teacher", "model.safetensors")
+    faulty_s3.seen.clear()
+    assert fetch_model(f"{store.root}/model.safetensors") == path and not faulty_s3.seen
+    store.write("model.safetensors", b"second")
+    assert fetch_model(f"{store.root}/model.safetensors").read_bytes() == b"second"
+
+    config = make_config("stage=pseudolabel", teacher=f"{store.root}/model.safetensors")
+    assert Path(localize(config).teacher).read_bytes() == b"second"
+    config = make_config("stage=pseudolabel", teacher=["own.onnx", f"{store.root}/model.safetensors"])
+    assert localize(config).teachers[0] == "own.onnx" and Path(localize(config).teachers[1]).is_file()
+    config = make_config("stage=metric", init=f"{store.root}/model.safetensors")
+    assert Path(str(localize(config).init)).read_bytes() == b"second"
+    with pytest.raises(UserError, match="resume=FILE"):
+        localize(make_config("stage=metric", resume=f"{store.root}/a.ckpt"))
+
+
+def test_another_node_fetches_the_checkpoint_that_rank_0_has_chosen(s3_prefix: str, tmp_path: Path) -> None:
+    config = make_config("stage=teacher", run_dir=str(tmp_path / "run"))
+    store = ObjectStore(s3_prefix)
+    store.write("checkpoints/step-000000005.ckpt", b"state")
+    home = RunHome(config, config, store)
+    path = tmp_path / "run" / "checkpoints" / "step-000000005.ckpt"
+    assert home.local_checkpoint(path) == path and path.read_bytes() == b"state"
+    assert home.local_checkpoint(path) == path and home.local_checkpoint(None) is None
