@@ -17,7 +17,7 @@ from depth_anything.errors import UserError
 from depth_anything.locks import kernel_lock
 from depth_anything.training.config import RunConfig
 from depth_anything.training.run_dir import is_requeued
-from depth_anything.training.run_mirror import MirrorOptions, RunMirror
+from depth_anything.training.run_mirror import MirrorOptions, RunMirror, checkpoint_files
 from depth_anything.training.signals import is_main_rank
 
 
@@ -44,7 +44,9 @@ class RunHome:
             folder.mkdir(parents=True, exist_ok=True)
             with kernel_lock(folder / ".fetch"):
                 if not checkpoint.exists():
-                    self.store.download(checkpoint.relative_to(folder).as_posix(), checkpoint)
+                    name = checkpoint.relative_to(folder).as_posix()
+                    for file in checkpoint_files(self.store.names(name), name):
+                        self.store.download(file, folder / file)
         return checkpoint
 
     def upload(self) -> None:

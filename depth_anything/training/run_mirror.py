@@ -1,18 +1,19 @@
 """Keep a run in an object store: it works in a local folder, whose files are uploaded behind it.
 
 The order makes the store a folder from which the run can continue at any moment: metrics and other files first, then
-checkpoints that saved.json names as complete, then saved.json, and finished.json after everything else.
+checkpoints up to the one that saved.json names as complete, then saved.json, and finished.json after everything else.
 """
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class RunMirror:
         self._lease = ObjectLease(store, LOCK_FILE, stale_s=LOCK_STALE_S)
         self._uploaded: dict[str, tuple[int, int]] = {}  # name → time and size of the file that was uploaded
         self._remote: dict[str, ObjectInfo] = {}
-        self._stop, self._wake = threading.Event(), threading.Event()
+        self._stop, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._problem = ""
         self._reported = False
@@ -155,14 +156,19 @@ class RunMirror:
         for name in names:
             if not name.startswith(_CHECKPOINTS):
                 self._download(name)
-        for name in sorted((name for name in names if _is_checkpoint(name)), reverse=True):
-            self._download(name)
+        saved = _read_json(self.folder / "saved.json").get("step", -1)
+        for name in sorted({_checkpoint_of(name) for name in names} - {""}, reverse=True):
+            if name not in self._remote and step_from_name(Path(name)) > saved:
+                continue  # a folder of files that are not all there
+            for file in checkpoint_files(self._remote, name):
+                self._download(file)
             problem = find_checkpoint_problem(self.folder / name)
             if not problem:
                 return
             print(f"{self.store.address(name)} {problem}: an older one is used", file=sys.stderr)
-            (self.folder / name).unlink()
-            self._uploaded.pop(name)
+            for file in checkpoint_files(self._remote, name):
+                (self.folder / file).unlink()
+                self._uploaded.pop(file)
 
     def _download(self, name: str) -> None:
         path = self.folder / name
@@ -182,7 +188,7 @@ class RunMirror:
         self._wake.set()
 
     def _run_heartbeat(self) -> None:
-        while not self._stop.wait(LOCK_STALE_S / 4):
+        while not self._closed.wait(LOCK_STALE_S / 4):
             try:
                 held = self._lease.renew(force=True)
             except Exception:  # the store does not answer; the uploads report it
@@ -238,7 +244,9 @@ class RunMirror:
         saved = _parse(marks["saved.json"]).get("step", -1)
         for path in sorted((self.folder / _CHECKPOINTS).glob("step-*.ckpt"), reverse=True):
             if step_from_name(path) <= saved:
-                self._put(f"{_CHECKPOINTS}{path.name}")
+                for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                    if file.is_file():
+                        self._put(file.relative_to(self.folder).as_posix())
         for name, data in marks.items():
             if data is not None:
                 self._put_data(name, data)
@@ -313,13 +321,14 @@ class RunMirror:
                 del self._uploaded[name]
 
     def _delete_old_checkpoints(self) -> None:
-        present = {name for name in (*self._remote, *self._uploaded) if _is_checkpoint(name)}
-        every = self.options.keep_every
-        for name in sorted(present, reverse=True)[self.options.keep :]:
-            if not every or step_from_name(Path(name)) % every:
-                self.store.delete(name)
-                self._remote.pop(name, None)
-                self._uploaded.pop(name, None)
+        files, every = {*self._remote, *self._uploaded}, self.options.keep_every
+        present = sorted({_checkpoint_of(name) for name in files} - {""}, reverse=True)
+        for name in present[self.options.keep :]:
+            for file in checkpoint_files(files, name):
+                if not every or step_from_name(Path(name)) % every:
+                    self.store.delete(file)
+                    self._remote.pop(file, None)
+                    self._uploaded.pop(file, None)
 
     # end
 
@@ -339,6 +348,7 @@ class RunMirror:
         try:
             error = self._upload_rest(self.options.patience if complete else 0.0)
         finally:
+            self._closed.set()
             self._threads[0].join()
             if not self._problem.startswith("another"):
                 self._release()
@@ -380,8 +390,15 @@ def atomic_write_new_folder(path: Path, content: Mapping[str, Any]) -> None:
     atomic_write(path, json.dumps(content).encode())
 
 
-def _is_checkpoint(name: str) -> bool:
-    return name.startswith(f"{_CHECKPOINTS}step-") and name.endswith(".ckpt")
+def _checkpoint_of(name: str) -> str:
+    """Return the checkpoint that a file belongs to, a file or a folder; "" if it is no part of one."""
+    match = re.match(rf"{_CHECKPOINTS}step-\d+\.ckpt(?=/|$)", name)
+    return match[0] if match else ""
+
+
+def checkpoint_files(names: Collection[str], checkpoint: str) -> list[str]:
+    """Return the names of the files of a checkpoint, which is a file or a folder."""
+    return sorted(name for name in names if _checkpoint_of(name) == checkpoint)
 
 
 def _state(path: Path) -> tuple[int, int]:

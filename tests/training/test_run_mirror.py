@@ -47,8 +47,7 @@ def mirrors(place: ObjectStore, tmp_path: Path) -> Iterator[Any]:
 
     yield make
     for mirror in made:
-        mirror._stop.set()
-        mirror._wake.set()
+        lose(mirror)
 
 
 def checkpoint(folder: Path, step: int) -> None:
@@ -68,8 +67,8 @@ def train_to(mirror: RunMirror, step: int) -> None:
 
 def lose(mirror: RunMirror) -> None:
     """End the threads of a mirror as a kill does, without a last upload or release."""
-    mirror._stop.set()
-    mirror._wake.set()
+    for event in (mirror._stop, mirror._wake, mirror._closed):
+        event.set()
     for thread in mirror._threads:
         thread.join()
 
@@ -189,6 +188,29 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(
     assert place.holds(name, second.folder / name)  # replaced by the repeated step
 
 
+def test_a_checkpoint_may_be_a_folder(
+    mirrors: Any, place: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sharded ones are. A folder that saved.json does not name yet may be incomplete, and is passed over."""
+    monkeypatch.setattr(run_mirror, "find_checkpoint_problem", lambda path: "")
+    first = mirrors("a")
+    first.open()
+    for step in (5, 10, 15):
+        train_to(first, step)
+        (first.folder / f"checkpoints/step-{step:09d}.ckpt").unlink()
+        folder = first.folder / f"checkpoints/step-{step:09d}.ckpt/part"
+        folder.mkdir(parents=True)
+        (folder / "0.distcp").write_text(str(step))
+        first.sync()
+    first.close(complete=True)
+    kept = sorted(name for name in place.names() if name.startswith("checkpoints/"))
+    assert kept == [f"checkpoints/step-{step:09d}.ckpt/part/0.distcp" for step in (10, 15)]
+    place.write("checkpoints/step-000000020.ckpt/part/0.distcp", b"20")
+    second = mirrors("b")
+    second.open()
+    assert [path.read_text() for path in second.folder.glob("checkpoints/*/part/*")] == ["15"]
+
+
 def test_a_second_job_is_refused(mirrors: Any, place: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first = mirrors("a")
     first.open()
@@ -231,8 +253,8 @@ def test_a_run_that_is_taken_over_uploads_nothing_more_and_stops(
     monkeypatch.setattr(run_mirror, "LOCK_STALE_S", 0.04)
     mirror = mirrors()
     mirror.open()
-    place.write("lock.json", json.dumps({"host": "far", "pid": 7, "process": "far/b/n/7.1"}).encode())
-    mirror._threads[0].join(60)
+    while mirror._threads[0].is_alive():  # more than once: a renewal may replace it
+        place.write("lock.json", json.dumps({"host": "far", "pid": 7, "process": "far/b/n/7.1"}).encode())
     train_to(mirror, 5)
     with pytest.raises(UserError, match="taken over"):
         mirror.sync()
