@@ -147,6 +147,8 @@ def classify_write_error(address: str, error: Exception) -> Exception:
     if code in ("NoSuchBucket", "InvalidBucketName") or "bucket does not exist" in reason:
         make = _MAKE_BUCKET.get(scheme, "correct the name").format(bucket)
         return PermanentError(f"{address}: there is no bucket {bucket} ({reason})", make)
+    if code == "NoSuchUpload":  # a rule of the bucket has ended it
+        return RetryableError(reason)
     missing = ("NoSuchKey", "404", "InvalidRange")  # no byte of an empty object is in any range
     if isinstance(error, FileNotFoundError) or status in _MISSING or code in missing:
         return ObjectMissingError(address)

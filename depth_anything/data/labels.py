@@ -150,13 +150,19 @@ class LabelSetWriter:
         """Folder or address of the label set."""
         return self.store.root
 
-    def done(self, shard: str) -> bool:
+    def done(self, shard: str, *, ask: bool = False) -> bool:
         """Tell whether a shard has its labels.
+
+        Args:
+            shard: Name of the shard.
+            ask: Ask an object store now; otherwise what it said at the last `refresh` counts. A folder is always asked.
 
         Raises:
             ShardError: It has labels with other settings or of other images.
         """
         if shard not in self._done:
+            if ask and self.store.is_remote and self.store.exists(f"{shard}.json"):
+                self._listed.add(f"{shard}.json")
             if self.store.is_remote and f"{shard}.json" not in self._listed:
                 return False
             if self.store.is_remote and self._compared:  # `finish` reads the others

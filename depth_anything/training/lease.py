@@ -13,6 +13,8 @@ from depth_anything.disk import write_new
 from depth_anything.locks import FileWatch
 
 LEASE_STALE_S = 120.0
+OBJECT_STALE_S = 600.0
+"""In an object store: each renewal is a request, and a lease is taken before the first batch of its shard is due."""
 _SUFFIX = ".lease"
 
 
@@ -23,7 +25,7 @@ def shard_lease(labels: LabelSetWriter, shard: str, *, pid: int) -> ShardLease:
     """Return the lease of a label shard; it expires when the process `pid` of this host dies."""
     name = f".{shard}{_SUFFIX}"
     if isinstance(labels.store, ObjectStore):
-        return ObjectLease(labels.store, name, stale_s=LEASE_STALE_S, pid=pid)
+        return ObjectLease(labels.store, name, stale_s=OBJECT_STALE_S, pid=pid)
     return Lease(Path(labels.root) / name, pid=pid)
 
 

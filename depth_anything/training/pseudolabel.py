@@ -161,7 +161,11 @@ class ShardBatches(IterableDataset):
             before = len(yielded)
             for name, shard in left:
                 lease = shard_lease(self.labels[name], shard, pid=self.pid)
-                if not self.labels[name].done(shard) and (not self.share.leases or lease.acquire()):
+                if self.labels[name].done(shard) or (self.share.leases and not lease.acquire()):
+                    continue
+                if self.labels[name].done(shard, ask=True):  # and its lease is free for that reason
+                    lease.release()
+                else:
                     yield from self.iter_shard(name, shard)
                     yielded.add((name, shard))
             if len(yielded) == before:  # others hold all shards that are left, and one of them may die

@@ -111,6 +111,25 @@ def test_processes_at_the_same_time_label_each_shard_once(
     assert sorted(tars) == ["0.tar", "1.tar", "2.tar", "3.tar"]
 
 
+def test_shards_that_others_finish_meanwhile_are_not_labeled_again(
+    root: Path, place: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leases of finished shards are free, and the listing of this process is older."""
+    monkeypatch.setattr(pseudolabel, "OBJECT_POLL_S", 0.0)
+    module = PseudoLabel(TEACHER, data_of(root, place))
+    module._bar = ProgressLine("labeling", enabled=False)
+    taken = []
+    with torch.no_grad():
+        for number, batch in enumerate(batches_of(module._data[0])):
+            if number == 0:
+                for name, content in files_of(root / "local/photos").items():
+                    if name[0] in "123":
+                        place.write(name, content)
+            module.predict_step(batch, number)
+            taken += [batch.shard] if batch.records else []
+    assert set(taken) == {"0"} and not place.names(".")
+
+
 def test_a_process_that_slept_through_its_lease_does_not_publish(root: Path, place: ObjectStore) -> None:
     data = data_of(root, place)
     module = PseudoLabel(TEACHER, data)
