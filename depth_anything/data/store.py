@@ -5,6 +5,7 @@ upload. `ObjectStore.write_new` is the only lock: S3 (`If-None-Match: *`) and Go
 several writers create an object. Errors that pass are retried as in retry.py.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -293,17 +294,22 @@ class ObjectStore(Store):
         options: dict[str, Any] = {"mode": "create"} if new and self.conditional else {}
         if url_scheme(self.root) in ("s3", "s3a"):
             options |= {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}
-        if new and not options.get("mode") and self.exists(name):
+        if new and self.exists(name):
             return self.holds(name, path)
 
         def put() -> None:
-            self._once(name, "put_file", str(path), self._path(name), bytes=size, **options)
+            try:
+                self._once(name, "put_file", str(path), self._path(name), bytes=size, **options)
+            except ObjectMissingError:
+                if not path.exists():
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+                # gcsfs has not found the upload that it wanted to end, and hides why it wanted that.
+                if new and self.exists(name):
+                    raise ObjectExistsError(name) from None
+                raise RetryableError("the upload has failed") from None
             self._check_upload(name, path)
 
-        try:
-            return self._create(name, put, lambda: self.holds(name, path))
-        except ObjectMissingError:  # what fsspec says of a local file, too
-            raise FileNotFoundError(str(path)) from None
+        return self._create(name, put, lambda: self.holds(name, path))
 
     def holds(self, name: str, path: Path) -> bool:
         """Return whether an object has the content of a local file."""
