@@ -174,17 +174,16 @@ def test_objects_are_written_listed_created_once_and_deleted(google, tmp_path, m
         path.write_bytes(b"x" * size)
         assert place.upload(path, "b.tar") and place.holds("b.tar", path)
         assert place.upload(path, "b.tar", new=True)
-        with (
-            monkeypatch.context() as patched
-        ):  # as if another process wrote it between the question and the upload
-            asked, real = [], ObjectStore.exists
+    with monkeypatch.context() as patched:
+        asked, real = [], ObjectStore.exists
 
-            def exists(self: ObjectStore, name: str) -> bool:
-                asked.append(name)
-                return len(asked) > 1 and real(self, name)
+        def exists(self: ObjectStore, name: str) -> bool:
+            """As if another process wrote it between the question and the upload."""
+            asked.append(name)
+            return len(asked) > 1 and real(self, name)
 
-            patched.setattr(ObjectStore, "exists", exists)
-            assert place.upload(path, "b.tar", new=True) and asked
+        patched.setattr(ObjectStore, "exists", exists)
+        assert place.upload(path, "b.tar", new=True) and asked
     place.download("b.tar", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == path.read_bytes()
     path.write_bytes(b"other")
