@@ -30,6 +30,7 @@ LOCK_FILE, SESSION_FILE = "lock.json", "mirror.json"
 
 _NOT_MIRRORED = (LOCK_FILE, SESSION_FILE, "launch.json")
 _WRITTEN_LAST = ("saved.json", "finished.json", "best.safetensors", "best.json")
+_PROGRESS = ("metrics.csv", "best.safetensors", "best.json")
 _SMALL_BYTES = 32 << 20  # files that may grow while they are uploaded are copied to memory first
 _CHECKPOINTS = "checkpoints/"
 _FIRST_RETRY_S = 5.0
@@ -153,11 +154,17 @@ class RunMirror:
             return
         print(f"fetching the run from {self.store.root} to {self.folder}", file=sys.stderr)
         atomic_write_new_folder(self.folder / SESSION_FILE, {"session": "incomplete"})
+        checkpoints = sorted({_checkpoint_of(name) for name in names} - {""}, reverse=True)
+        if not checkpoints and "finished.json" not in names:
+            print("it has no checkpoint there, and starts again", file=sys.stderr)
+            names = [
+                name for name in names if name not in _PROGRESS
+            ]  # they would show that something is missing
         for name in names:
             if not name.startswith(_CHECKPOINTS):
                 self._download(name)
         saved = _read_json(self.folder / "saved.json").get("step", -1)
-        for name in sorted({_checkpoint_of(name) for name in names} - {""}, reverse=True):
+        for name in checkpoints:
             if name not in self._remote and step_from_name(Path(name)) > saved:
                 continue  # a folder of files that are not all there
             for file in checkpoint_files(self._remote, name):

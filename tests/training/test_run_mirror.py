@@ -154,6 +154,23 @@ def test_another_node_continues_and_the_first_one_notices(mirrors: Any, place: O
     assert "checkpoints/step-000000020.ckpt" in place.names()
 
 
+def test_a_run_that_is_lost_before_its_first_checkpoint_is_uploaded_starts_again(
+    mirrors: Any, place: ObjectStore
+) -> None:
+    """Its metrics alone would look as if a checkpoint had been lost."""
+    first = mirrors("a")
+    first.open()
+    train_to(first, 10)
+    (first.folder / "saved.json").unlink()
+    first.sync()
+    assert place.names() >= {"config.yaml", "metrics.csv"}
+    lose(first)
+    place.delete("lock.json")
+    second = mirrors("b")
+    second.open()
+    assert sorted(path.name for path in second.folder.iterdir()) == ["config.yaml", "mirror.json"]
+
+
 def test_a_fetch_that_was_interrupted_begins_again(mirrors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = mirrors("a")
     first.open()
