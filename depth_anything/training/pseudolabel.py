@@ -47,8 +47,10 @@ NON_FINITE_REASON = "the network gives no numbers (NaN or infinity)"
 MAX_REPORTED_IMAGES = 20  # images without a label that are printed; NAME.json lists all of them
 MAX_WAITING_BATCHES = 16  # batches' worth of images that may wait for others of their shape
 OBJECT_POLL_S = (
-    3.0  # between two looks at an object store for shards that others are labeling; each costs money
-)
+    3.0,
+    60.0,
+)  # shortest and longest wait between two looks at an object store, which cost money
+MAX_ASKED = 100  # shards that are asked for one by one; for more of them an object store is listed
 MAX_WAITING_BYTES = 512 << 20  # the same for photographs that are not resized
 
 
@@ -157,7 +159,8 @@ class ShardBatches(IterableDataset):
         if self.share.leases:
             order += [item for other in range(lanes) if other != lane for item in work[other::lanes]]
         yielded: set[tuple[str, str]] = set()  # the main process publishes them later
-        while left := self._unlabeled(order, yielded):
+        left, (wait_s, longest_s) = order, OBJECT_POLL_S if self._is_remote() else (0.5, 0.5)
+        while left := self._unlabeled(left, yielded):
             before = len(yielded)
             for name, shard in left:
                 lease = shard_lease(self.labels[name], shard, pid=self.pid)
@@ -169,7 +172,8 @@ class ShardBatches(IterableDataset):
                     yield from self.iter_shard(name, shard)
                     yielded.add((name, shard))
             if len(yielded) == before:  # others hold all shards that are left, and one of them may die
-                time.sleep(OBJECT_POLL_S if self._is_remote() else 0.5)
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, longest_s)
                 # Lightning fetches one batch ahead; without this one it would hold the last real batch back.
                 yield ImageBatch("", "", 0, [], torch.empty(0, dtype=torch.uint8))
 
@@ -177,12 +181,13 @@ class ShardBatches(IterableDataset):
         return any(labels.store.is_remote for labels in self.labels.values())
 
     def _unlabeled(
-        self, order: Sequence[tuple[str, str]], yielded: set[tuple[str, str]]
+        self, items: Sequence[tuple[str, str]], yielded: set[tuple[str, str]]
     ) -> list[tuple[str, str]]:
         """Return the shards that neither this process nor, as far as it is known now, another one has labeled."""
-        for labels in self.labels.values():
+        ask = len(items) <= MAX_ASKED
+        for labels in () if ask else self.labels.values():
             labels.refresh()
-        return [item for item in order if item not in yielded and not self.labels[item[0]].done(item[1])]
+        return [(s, k) for s, k in items if (s, k) not in yielded and not self.labels[s].done(k, ask=ask)]
 
     def iter_shard(self, name: str, shard: str) -> Iterator[ImageBatch]:
         """Yield a shard in batches of one shape, each as soon as it is full, the rest at the end.

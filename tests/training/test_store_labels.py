@@ -77,6 +77,18 @@ def test_labels_have_the_bytes_of_a_disk(root: Path, place: ObjectStore, faulty_
         make_data(root, make_teacher("metric80"), labels_at=place.root.rpartition("/")[0])
 
 
+def test_many_shards_are_listed_and_few_are_asked_for(
+    root: Path, place: ObjectStore, faulty_s3: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for most in (100, 3):
+        monkeypatch.setattr(pseudolabel, "MAX_ASKED", most)
+        batches = batches_of(data_of(root, place))
+        faulty_s3.seen.clear()
+        assert len(batches._unlabeled([("photos", name) for name in "0123"], {("photos", "2")})) == 3
+        listed = [path for path, _ in faulty_s3.seen if "list-type" in path]
+        assert len(listed) == (0 if most == 100 else 1)
+
+
 @pytest.mark.parametrize("lost", ["0.tar", "0.idx", "0.json"])
 def test_a_process_that_dies_while_it_publishes_is_followed_by_another(
     root: Path, place: ObjectStore, faulty_s3: FaultyServer, lost: str
@@ -100,7 +112,7 @@ def test_a_process_that_dies_while_it_publishes_is_followed_by_another(
 def test_processes_at_the_same_time_label_each_shard_once(
     root: Path, place: ObjectStore, faulty_s3: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pseudolabel, "OBJECT_POLL_S", 0.01)
+    monkeypatch.setattr(pseudolabel, "OBJECT_POLL_S", (0.01, 0.01))
     workers = [threading.Thread(target=label_once, args=(data_of(root, place),)) for _ in range(3)]
     for worker in workers:
         worker.start()
@@ -115,7 +127,7 @@ def test_shards_that_others_finish_meanwhile_are_not_labeled_again(
     root: Path, place: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leases of finished shards are free, and the listing of this process is older."""
-    monkeypatch.setattr(pseudolabel, "OBJECT_POLL_S", 0.0)
+    monkeypatch.setattr(pseudolabel, "OBJECT_POLL_S", (0.0, 0.0))
     module = PseudoLabel(TEACHER, data_of(root, place))
     module._bar = ProgressLine("labeling", enabled=False)
     taken = []
