@@ -159,7 +159,8 @@ class ShardBatches(IterableDataset):
         if self.share.leases:
             order += [item for other in range(lanes) if other != lane for item in work[other::lanes]]
         yielded: set[tuple[str, str]] = set()  # the main process publishes them later
-        left, (wait_s, longest_s) = order, OBJECT_POLL_S if self._is_remote() else (0.5, 0.5)
+        remote = any(labels.store.is_remote for labels in self.labels.values())
+        left, (wait_s, longest_s) = order, OBJECT_POLL_S if remote else (0.5, 0.5)
         while left := self._unlabeled(left, yielded):
             before = len(yielded)
             for name, shard in left:
@@ -176,9 +177,6 @@ class ShardBatches(IterableDataset):
                 wait_s = min(2 * wait_s, longest_s)
                 # Lightning fetches one batch ahead; without this one it would hold the last real batch back.
                 yield ImageBatch("", "", 0, [], torch.empty(0, dtype=torch.uint8))
-
-    def _is_remote(self) -> bool:
-        return any(labels.store.is_remote for labels in self.labels.values())
 
     def _unlabeled(
         self, items: Sequence[tuple[str, str]], yielded: set[tuple[str, str]]
