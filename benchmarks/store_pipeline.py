@@ -149,7 +149,11 @@ class Pipeline:
             found.add(name)
         outcome.files = len(expected)
         for name in sorted(found | expected.keys()):
-            same = name in expected and place.exists(name) and place.read(name) == expected[name].read_bytes()
+            same = False
+            if name in expected and place.exists(name):
+                # Labels name their teacher's file as it was typed.
+                on_disk = expected[name].read_bytes().replace(f"{self.disk}/".encode(), b"s3://bucket/")
+                same = place.read(name) == on_disk
             if not same:
                 outcome.differing.append(name)
         return outcome

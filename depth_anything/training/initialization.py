@@ -36,6 +36,7 @@ from depth_anything.teachers.open_teacher import (
 from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
+from depth_anything.training.fetch_weights import local_weights
 from depth_anything.training.provenance import short_path
 from depth_anything.training.resume import read_config
 from depth_anything.training.segmentation_setup import build_segmentation_model, check_segmentation_weights
@@ -302,7 +303,7 @@ def load_teacher(config: RunConfig, *, any_encoder: bool = False) -> DepthAnythi
     Raises:
         UserError: If the file that `teacher` names does not exist or cannot be read.
     """
-    path = Path(config.teacher)
+    path = local_weights(config.teacher)
     if not path.exists():
         raise UserError(
             f"there is no teacher at {path}",

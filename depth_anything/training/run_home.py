@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from depth_anything.data.address import file_name, is_remote
-from depth_anything.data.cache import cache_folder
-from depth_anything.data.store import ObjectStore, is_object_store, open_store
-from depth_anything.data.tars import ShardError
+from depth_anything.data.address import is_remote
+from depth_anything.data.store import ObjectStore, open_store
 from depth_anything.errors import UserError
 from depth_anything.locks import kernel_lock
 from depth_anything.training.config import RunConfig
+from depth_anything.training.fetch_weights import fetch_model, is_in_store
 from depth_anything.training.run_dir import is_requeued
 from depth_anything.training.run_mirror import MirrorOptions, RunMirror, checkpoint_files
 from depth_anything.training.signals import is_main_rank
@@ -99,7 +98,7 @@ def _mirror_options(config: RunConfig) -> MirrorOptions:
 
 
 def localize(config: RunConfig) -> RunConfig:
-    """Return a config whose run folder and weights are local; models in an object store are fetched."""
+    """Return a config whose run folder and starting weights are local; weights in an object store are fetched."""
     changes: dict[str, Any] = {}
     if is_remote(config.run_dir):
         changes["run_dir"] = str(local_run_dir(config))
@@ -108,14 +107,10 @@ def localize(config: RunConfig) -> RunConfig:
         for group in ("logger", "callbacks"):  # nodes name the run folder as ${run_dir}
             nodes = getattr(config, group)
             changes[group] = _replace_prefix(nodes, config.run_dir, changes["run_dir"])
-    if config.init is not None and _is_in_store(config.init):
+    if config.init is not None and is_in_store(config.init):
         changes["init"] = str(fetch_model(config.init))
-    if config.resume is not None and _is_in_store(config.resume):
+    if config.resume is not None and is_in_store(config.resume):
         raise UserError(f"resume={config.resume} is an address", "download it, and type resume=FILE")
-    if config.has("teacher"):
-        teachers = [str(fetch_model(each)) if _is_in_store(each) else each for each in config.teachers]
-        if teachers != config.teachers:
-            changes["teacher"] = teachers if isinstance(config.teacher, list) else teachers[0]
     return replace(config, **changes) if changes else config
 
 
@@ -134,28 +129,3 @@ def local_run_dir(config: RunConfig) -> Path:
     root = Path(folder) if folder else Path(tempfile.gettempdir(), f"depth-anything-runs-{os.getuid()}")
     digest = hashlib.sha256(config.run_dir.encode()).hexdigest()[:12]
     return (root / digest / config.name).absolute()
-
-
-def _is_in_store(place: str) -> bool:
-    return "://" in place and is_object_store(place)
-
-
-def fetch_model(address: str) -> Path:
-    """Return a local copy of a model file in an object store, in the cache folder; it is fetched if it has changed.
-
-    Raises:
-        UserError: There is no such file.
-    """
-    prefix, _, name = address.rpartition("/")
-    store = open_store(prefix)
-    assert isinstance(store, ObjectStore)
-    info = store.info(name)
-    if info is None:
-        raise ShardError(f"there is no model at {address}", "type the address of a model.safetensors")
-    digest = hashlib.sha256(f"{address} {info}".encode()).hexdigest()[:16]
-    path = cache_folder() / "models" / digest / file_name(prefix) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with kernel_lock(path.parent / ".fetch"):
-        if not path.exists():
-            store.download(name, path)
-    return path

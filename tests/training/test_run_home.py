@@ -9,7 +9,8 @@ from made_configs import flatten, make_config
 
 from depth_anything.data.store import ObjectStore
 from depth_anything.errors import UserError
-from depth_anything.training.run_home import RunHome, fetch_model, local_run_dir, localize
+from depth_anything.training.fetch_weights import fetch_model, local_weights
+from depth_anything.training.run_home import RunHome, local_run_dir, localize
 
 
 def test_a_run_on_a_disk_stays_where_it_is() -> None:
@@ -51,10 +52,8 @@ def test_models_in_a_store_are_fetched_once_and_again_when_they_change(
     store.write("model.safetensors", b"second")
     assert fetch_model(f"{store.root}/model.safetensors").read_bytes() == b"second"
 
-    config = make_config("stage=pseudolabel", teacher=f"{store.root}/model.safetensors")
-    assert Path(localize(config).teacher).read_bytes() == b"second"
-    config = make_config("stage=pseudolabel", teacher=["own.onnx", f"{store.root}/model.safetensors"])
-    assert localize(config).teachers[0] == "own.onnx" and Path(localize(config).teachers[1]).is_file()
+    assert local_weights(f"{store.root}/model.safetensors").read_bytes() == b"second"
+    assert local_weights("outputs/a/model.safetensors") == Path("outputs/a/model.safetensors")
     config = make_config("stage=metric", init=f"{store.root}/model.safetensors")
     assert Path(str(localize(config).init)).read_bytes() == b"second"
     with pytest.raises(UserError, match="resume=FILE"):
