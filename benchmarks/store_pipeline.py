@@ -140,8 +140,11 @@ class Pipeline:
 
         place = ObjectStore("s3://bucket")
         found = {name for name in place.names() if not name.startswith("runs/") and "/.probe-" not in name}
-        expected = {path.relative_to(self.disk).as_posix(): path for path in self.disk.rglob("data/*/**/*")}
-        expected = {name: path for name, path in expected.items() if path.is_file()}
+        expected = {path.relative_to(self.disk).as_posix(): path for path in self.disk.rglob("data/**/*.*")}
+        sets = {
+            name.rpartition("/")[0] for name in found
+        }  # those of a stage that ran on the disk only are not there
+        expected = {name: path for name, path in expected.items() if name.rpartition("/")[0] in sets}
         if outcome.stage != "pseudolabel":
             (model,) = self.disk.glob(f"runs/{outcome.stage}-*/model.safetensors")
             name = model.relative_to(self.disk).as_posix()

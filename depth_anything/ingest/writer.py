@@ -84,8 +84,7 @@ def write_source(
     Args:
         source: Reads the raw data.
         raw: Folder or file of the raw data.
-        root: Folder of the set, created if needed, or an address as s3://bucket/set. Parts may use the same one or
-            different ones.
+        root: Folder of the set, created if needed, or an address as s3://bucket/set; parts may share it.
         name: Name of the set, required with parts. None: the name of the folder.
         per_shard: Lines per shard.
         part: (k, n) writes the k-th of n parts, starting at 1.
@@ -131,22 +130,28 @@ def write_source(
             found = _require_first_line(source.find(raw, **options), raw, info)
             claim_store(store, settings)
             write_file_list(folder, found, leave_out=leave_out)
-            for file in (FILE_LIST, FILE_LIST_INFO):
-                store.publish(folder / file)
         claim_store(store, settings)
         _write_about(store, info, changes)
-        for file in (FILE_LIST, FILE_LIST_INFO):
-            store.fetch(file, folder)
-        file_list = FileList(folder, per_shard=per_shard)
+        file_list = _share_file_list(store, folder, per_shard=per_shard)
         remove_stale(folder)
         missing = list_missing_shards(store, file_list, among=file_list.part(*part))
         jobs = (
             ShardJob(source, raw, store, name, short_side, k, file_list.numbers(k), file_list.lines(k))
             for k in missing
         )
-        total = sum(len(file_list.numbers(shard)) for shard in missing)
+        total = sum(len(file_list.numbers(k)) for k in missing)
         _run_all(jobs, store.root, total=total, workers=workers if len(missing) > 1 else 0)
         return finish_set(store, file_list)
+
+
+def _share_file_list(store: Store, folder: Path, *, per_shard: int) -> FileList:
+    """Publish the file list that this process has just written to `folder`, or fetch it, and open it."""
+    for file in (FILE_LIST, FILE_LIST_INFO):
+        if store.is_remote and (folder / file).exists():
+            store.publish(folder / file)
+        else:
+            store.fetch(file, folder)
+    return FileList(folder, per_shard=per_shard)
 
 
 def default_set_name(store: Store) -> str:
