@@ -102,9 +102,8 @@ def write_source(
         ValueError: An argument is invalid, the folder holds another set, `raw` holds no record, or all are rejected.
     """
     raw, store, info = Path(raw), open_store(root), source.INFO
-    if (
-        name is None and part[1] > 1
-    ):  # the name is in every key, and the folders of parts may have different names
+    # The name is in every key, and the folders of parts may have different names.
+    if name is None and part[1] > 1:
         raise UserError("parts of a set need the same name, wherever they are written", "add --name")
     name = name or default_set_name(store)
     _validate_arguments(name, per_shard=per_shard, part=part, workers=workers, sky=sky, short_side=short_side)
