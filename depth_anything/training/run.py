@@ -29,12 +29,10 @@ def main(cfg: DictConfig) -> None:
     try:
         config = resolve_config(cfg)
         if config.dry_run:
-            print_plan(config, typed=typed_keys(sys.argv[1:]))
-            return
+            return print_plan(config, typed=typed_keys(sys.argv[1:]))
         with open_home(config) as home:
             message = predict(home) if config.stage == "pseudolabel" else fit(home)
-        if message:
-            print(home.describe(message))
+        home.report(message)
     except Exception as error:
         signal_handler.raise_if_received()  # the error may be an effect of a signal
         error = lightning.explain_lost_rank(error)

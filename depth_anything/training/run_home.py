@@ -53,6 +53,11 @@ class RunHome:
         if self.mirror is not None:
             self.mirror.wake()
 
+    def report(self, message: str) -> None:
+        """Print how the run has ended, unless the message is empty."""
+        if message:
+            print(self.describe(message))
+
     def describe(self, message: str) -> str:
         """Replace the local folder in a message by the address of the run."""
         return message if self.store is None else message.replace(self.config.run_dir, self.store.root)
