@@ -166,8 +166,8 @@ def test_temporary_failures_are_retried(place, faulty_s3, tmp_path, monkeypatch,
     assert len(failed) == 2 and place.holds("00000.tar", path)
     assert "00000.tar: " in capfd.readouterr().err
     faulty_s3.write_fault = lambda request, times: "503"
-    with pytest.raises(StorageUnavailable, match="00000.tar cannot be written for now: .*3 times"):
-        place.publish(path)
+    with pytest.raises(StorageUnavailable, match="00001.tar cannot be written for now: .*3 times"):
+        place.publish(file_of(tmp_path, b"next", "00001.tar"))
 
 
 UPLOAD = """

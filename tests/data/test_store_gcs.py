@@ -161,6 +161,7 @@ def google(clean_remote_state: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
     server.server_close()
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # aiohttp's, about how gcsfs uses it
 def test_objects_are_written_listed_created_once_and_deleted(google, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_PART_BYTES", 1 << 20)
     place = ObjectStore("gs://bucket/set")
