@@ -7,13 +7,12 @@ start again. Batches are formed inside one shard, by shape, in a fixed order: a 
 and a lease only saves work.
 """
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from depth_anything.data.address import is_remote
 from depth_anything.data.address import join_address
 from depth_anything.data.codec import CONFIDENCE_CODEC, encode
 from depth_anything.data.dataset import next_or_failure, return_batch
@@ -36,9 +34,9 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.preprocess import resize_shape
 from depth_anything.progress import ProgressLine
 from depth_anything.teachers.network_teacher import PREPROCESSING_TEXT, NetworkTeacher
-from depth_anything.teachers.teacher import Photographs, Teacher
+from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.headroom import label_need, warn_of
-from depth_anything.training.lease import Lease
+from depth_anything.training.image_batch import ImageBatch
 from depth_anything.training.lease import release_leases, remove_leases, shard_lease
 from depth_anything.training.signals import signal_handler
 from depth_anything.training.work_share import WorkShare, choose_share
@@ -52,62 +50,6 @@ OBJECT_POLL_S = (
 )  # shortest and longest wait between two looks at an object store, which cost money
 MAX_ASKED = 100  # shards that are asked for one by one; for more of them an object store is listed
 MAX_WAITING_BYTES = 512 << 20  # the same for photographs that are not resized
-
-
-@dataclass
-class ImageBatch:
-    """Images of one shape from one shard.
-
-    The last batch of a shard has no images and lists the records that failed to decode. A batch with `records` 0
-    means that this process waits for shards that others are labeling.
-
-    Attributes:
-        set: Name of the image set.
-        shard: Name of the shard.
-        records: Number of records in the shard.
-        indices: Record numbers of the images.
-        image: (B,H,W,3) uint8.
-        failed: Record number and reason of each record that failed.
-        size: Height and width of the labels.
-        keys: Keys of the images.
-        metas: Metadata of the images, as JSON: Lightning visits every item of a mapping.
-    """
-
-    set: str
-    shard: str
-    records: int
-    indices: list[int]
-    image: torch.Tensor
-    failed: list[tuple[int, str]] = field(default_factory=list)
-    size: tuple[int, int] = (0, 0)
-    keys: list[str] = field(default_factory=list)
-    metas: str = "[]"
-
-    def photographs(self) -> Photographs:
-        """Return the images as a teacher takes them."""
-        return Photographs(self.image, self.size, self.keys, json.loads(self.metas))
-
-    def pin_memory(self) -> "ImageBatch":
-        """Copy the pixels to pinned memory, from which the GPU copies them while it computes."""
-        self.image = self.image.pin_memory()
-        return self
-
-    @classmethod
-    def stack(
-        cls, set: str, shard: str, records: int, images: list[tuple[int, Frame]], size: tuple[int, int]
-    ) -> "ImageBatch":
-        """Stack images of one shape; `images` has record numbers and frames, `size` is that of the labels."""
-        frames = [frame for _, frame in images]
-        return cls(
-            set,
-            shard,
-            records,
-            [index for index, _ in images],
-            torch.from_numpy(np.stack([frame.image for frame in frames])),
-            size=size,
-            keys=[frame.key for frame in frames],
-            metas=json.dumps([frame.meta for frame in frames]),
-        )
 
 
 class ShardBatches(IterableDataset):
@@ -291,7 +233,7 @@ class ShardData(pl.LightningDataModule):
         """Print a warning if the labels that are missing need more disk than is free."""
         for labels in self.labels.values():
             shards = [(shard.name, shard.records) for shard in labels.images.shards]
-            if not is_remote(str(labels.root)):
+            if not labels.store.is_remote:
                 warn_of(label_need(Path(labels.root), shards, image_size=self.image_size))
 
     def finished(self) -> bool:
