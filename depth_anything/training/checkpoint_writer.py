@@ -62,7 +62,12 @@ class SingleFileWriter:
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, AtomicCheckpointIO)
         with io.capture() as captured:
-            trainer.save_checkpoint(path)
+            try:
+                trainer.save_checkpoint(path)
+            except Exception:
+                if trainer.world_size > 1:
+                    trainer.strategy.barrier()  # the other ranks wait here at the end of save_checkpoint
+                raise
 
         def write_captured(checkpoint: Mapping[str, Any]) -> None:
             write_checkpoint(checkpoint, path)
@@ -123,7 +128,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     with atomic_path(path, make_folder=True, also=(*WRITE_ERRORS, OSError)) as temporary:
         digest = save_with_digest(checkpoint, temporary)
-        _flush(temporary)
+        flush_to_disk(temporary)
         if not has_digest(temporary, digest):
             raise WriteError(
                 f"{path} was read back with other bytes than were written, and is deleted",
@@ -131,7 +136,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Write a file to the disk and drop it from the system's cache, so that it is read back from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

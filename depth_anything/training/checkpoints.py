@@ -221,6 +221,7 @@ class Checkpoints(StepCallback):
             )
         self.wait(trainer)
         with self._remember_failure():
+            gather_or_raise(trainer.world_size, lambda: self._prepare(trainer, step))
             if all(gather_or_raise(trainer.world_size, lambda: self._write(trainer, step))):
                 self._pending = None
         self._saved_step = step
@@ -244,8 +245,8 @@ class Checkpoints(StepCallback):
         yield
         self._failed = False
 
-    def _write(self, trainer: pl.Trainer, step: int) -> bool:
-        """Begin to write on this rank; return whether that is done."""
+    def _prepare(self, trainer: pl.Trainer, step: int) -> None:
+        """Look for the run folder, and write the rows of metrics.csv, which a resumed run does not write again."""
         # An unmounted disk must not be replaced by a folder of this name.
         if trainer.is_global_zero and not self.folder.parent.is_dir():
             raise UserError(
@@ -253,7 +254,10 @@ class Checkpoints(StepCallback):
                 ["bring it back and ", SAME_COMMAND],
             )
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not write the rows before its checkpoint again
+            logger.save()
+
+    def _write(self, trainer: pl.Trainer, step: int) -> bool:
+        """Begin to write on this rank; return whether that is done."""
         path = self.folder / CHECKPOINT_NAME.format(step)
         self._pending = self.writer.write(trainer, path, on_complete=lambda: self._complete(path, step))
         if not self._pending.done():
