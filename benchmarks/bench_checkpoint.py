@@ -19,7 +19,7 @@ import torch
 
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.integrity import has_digest, save_with_digest
-from depth_anything.training.checkpoint_writer import flush_to_disk, copy_to_cpu, write_checkpoint
+from depth_anything.training.checkpoint_writer import copy_to_cpu, flush_to_disk, write_checkpoint
 
 SIDE, BATCH = 112, 2
 

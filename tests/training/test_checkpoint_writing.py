@@ -338,10 +338,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path, *, leave: int) -> Path:
     """Fill a disk but for some bytes; return the file that does."""
     filler = disk / "filler"
-    with filler.open("wb") as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-            file.flush()
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
     os.truncate(filler, max(filler.stat().st_size - leave, 0))
     return filler
 
@@ -448,36 +447,36 @@ def test_a_keyboard_interrupt_saves_its_step(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [4]
 
 
-def failing_module(*, at: int, place: str) -> DepthModule:
-    """A module that fails at a micro-batch, counted from 0."""
+class HalfStep(torch.optim.SGD):
+    """Fails after the weights have changed, at its fourth step."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self.count += 1
+        if self.count == 4:
+            raise Failure
+        return result
+
+
+def failing_module(*, at: int) -> DepthModule:
+    """A module whose forward pass fails at a micro-batch, counted from 0."""
     module, count = make_module(), iter(range(100))
-    if place == "forward":
-        losses = module.losses
-        module.losses = lambda batch: fail() if next(count) == at else losses(batch)  # type: ignore[method-assign,assignment,return-value,func-returns-value]
-    elif place == "optimizer":
-        configure = module.configure_optimizers
+    losses = module.losses
 
-        def configure_failing() -> Any:
-            given = configure()
-            optimizer = given["optimizer"]
-            step = optimizer.step
+    def losses_or_failure(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if next(count) == at:
+            raise Failure
+        return losses(batch)
 
-            def half_step(closure: Any = None, **_: Any) -> Any:
-                result = step(closure)  # the weights have changed
-                if next(count) == at:
-                    fail()
-                return result
-
-            optimizer.step = half_step
-            return given
-
-        module.configure_optimizers = configure_failing  # type: ignore[method-assign]
+    module.losses = losses_or_failure  # type: ignore[method-assign]
     return module
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_error_in_the_forward_pass_saves_the_step_before(tmp_path: Path, accumulate: int) -> None:
-    module = failing_module(at=5, place="forward")
+    module = failing_module(at=5)
     with pytest.raises(Failure):
         train(tmp_path, saving(tmp_path, every=100), module=module, accumulate=accumulate)
     done = 5 // accumulate
@@ -490,15 +489,16 @@ def test_an_error_in_the_forward_pass_saves_the_step_before(tmp_path: Path, accu
 
 
 def test_a_step_that_failed_in_the_optimizer_is_not_saved(tmp_path: Path) -> None:
-    module = failing_module(at=3, place="optimizer")
+    module = make_module()
+    module.build_optimizer = lambda groups: HalfStep(groups)
     with pytest.raises(Failure):
         train(tmp_path, saving(tmp_path, every=2), module=module)
     assert steps_in(tmp_path) == [2]
 
 
 def test_running_statistics_of_a_failed_forward_pass_are_not_saved(tmp_path: Path) -> None:
-    module = failing_module(at=3, place="forward")
-    module.model.norm = nn.BatchNorm2d(3)
+    module = failing_module(at=3)
+    module.model.norm = nn.BatchNorm2d(3, affine=False)
     with pytest.raises(Failure):
         train(tmp_path, saving(tmp_path, every=2), module=module)
     assert steps_in(tmp_path) == [2]
@@ -521,7 +521,7 @@ def test_an_error_after_a_non_finite_gradient_saves_nothing(
 
 def test_an_error_before_the_first_step_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Failure):
-        train(tmp_path, saving(tmp_path), module=failing_module(at=0, place="forward"))
+        train(tmp_path, saving(tmp_path), module=failing_module(at=0))
     assert not (tmp_path / "checkpoints").exists()
 
 
