@@ -200,13 +200,25 @@ def atomic_folder(
             yield temporary
             for file in temporary.iterdir() if sync else ():
                 _sync(file)
-            if path.exists():
-                _exchange(temporary, path, keep_others=keep_others)
-            else:
-                os.replace(temporary, path)
-            sync_folder(path.parent)
+            publish_folder(temporary, path, keep_others=keep_others)
     finally:
         _remove(temporary)
+
+
+def publish_folder(temporary: Path, path: Path, *, keep_others: bool = False) -> None:
+    """Give a temporary folder its final name; its files must be on the disk already.
+
+    Args:
+        temporary: A folder next to `path`.
+        path: The final path; an existing folder is removed.
+        keep_others: Carry over the files of an existing folder that the new one lacks.
+    """
+    sync_folder(temporary)  # its names
+    if path.exists():
+        _exchange(temporary, path, keep_others=keep_others)
+    else:
+        os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _exchange(temporary: Path, path: Path, *, keep_others: bool) -> None:

@@ -18,6 +18,7 @@ from depth_anything.disk import WriteError, atomic_path
 from depth_anything.errors import SAME_COMMAND
 from depth_anything.model.integrity import has_digest, save_with_digest
 from depth_anything.model.tensor_files import WRITE_ERRORS
+from depth_anything.training.resume import load_checkpoint
 
 
 class CheckpointWriter(Protocol):
@@ -99,6 +100,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_checkpoint(checkpoint, Path(path))
         else:
             self._captured.append(checkpoint)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, also a folder of shards that trainer=fsdp has written."""
+        return load_checkpoint(Path(path))
+
+    @property
+    def capturing(self) -> bool:
+        """Whether `capture` collects checkpoints."""
+        return self._captured is not None
 
     @contextmanager
     def capture(self) -> Iterator[Sequence[dict[str, Any]]]:

@@ -30,12 +30,13 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
-from depth_anything.training.checkpoint_writer import AtomicCheckpointIO, SingleFileWriter
+from depth_anything.training.checkpoint_writer import AtomicCheckpointIO
 from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
-from depth_anything.training.loggers import build_loggers, logger_nodes
+from depth_anything.training.fsdp import StrategyWriter
+from depth_anything.training.loggers import build_loggers, logger_nodes, read_latest
 from depth_anything.training.pretrain import ReconstructionPictures
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
@@ -49,8 +50,10 @@ from depth_anything.training.signals import (
     signal_name,
     slurm_job,
 )
+from depth_anything.training.stage_networks import StageNetworks
 from depth_anything.training.valid_pixels import ValidPixelCheck
-from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
+from depth_anything.training.validation import ValidationCallback, open_validation_task
+from depth_anything.training.whole_network import averaging_callbacks, find_ema, whole_network
 
 T = TypeVar("T")
 
@@ -76,6 +79,8 @@ def trainer_arguments(
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
     # Of stage=controlnet, whose module prepares the batches of the DataModule.
     warnings.filterwarnings("ignore", message=".*on_before_batch_transfer", module="pytorch_lightning")
+    # Of trainer=fsdp: the losses change no output of a network in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -140,7 +145,7 @@ def build_callbacks(
         every=saving.every,
         keep=saving.keep,
         keep_every=saving.keep_every,
-        writer=SingleFileWriter(asynchronous=saving.asynchronous),
+        writer=StrategyWriter(asynchronous=saving.asynchronous),
     )
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return [
@@ -262,6 +267,25 @@ def run_fit(
         # called `on_train_end`, where averaging callbacks replace the weights.
         for callback in averaging_callbacks(trainer):
             callback.on_train_end(trainer, module)
+
+
+def save_networks(
+    trainer: pl.Trainer, module: Any, networks: StageNetworks, folder: RunDir, *, title: str
+) -> None:
+    """Write the trained network on rank 0, and with callbacks=ema its average as a second file. All ranks must call it.
+
+    The card of the network that was validated has the results of the last validation.
+    """
+    average = find_ema(trainer)
+    measured = read_latest(folder.metrics, "val_") if trainer.is_global_zero else {}
+    with whole_network(module):
+        if trainer.is_global_zero:
+            networks.save(module, folder.model, title=title, measured={} if average else measured)
+    if average:
+        title = f"{title}, moving average of the weights"
+        with whole_network(module, average.weights):
+            if trainer.is_global_zero:
+                networks.save(module, folder.average, title=title, measured=measured)
 
 
 def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:

@@ -74,8 +74,8 @@ def fit(config: RunConfig) -> None:
         module.build_optimizer = optimizer_factory(config.optimizer)
     lightning.run_fit(trainer, module, data, checkpoint)
     lightning.raise_if_incomplete(trainer, callbacks)
+    lightning.save_networks(trainer, module, networks, folder, title=config.name)
     if trainer.is_global_zero:
-        networks.save(module, folder)
         folder.finish(steps)
         folder.lock.release()
         print(f"finished: {folder.model}{folder.describe_best()}")
