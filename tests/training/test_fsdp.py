@@ -95,6 +95,7 @@ def train(
     accumulate: int = 1,
     accelerator: str = "cpu",
     asynchronous: bool = False,
+    keep: int = 2,
 ) -> tuple[pl.Trainer, Student]:
     """Train to `steps`, from the step of a checkpoint, and write what came out to `result-RANK.pt`."""
     begin = int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
@@ -102,7 +103,8 @@ def train(
     dtype = next(module.model.parameters()).dtype
     recorder, ema = Recorder(), EMA(0.5)
     writer = StrategyWriter(asynchronous=asynchronous)
-    callbacks = [recorder, ema, Checkpoints(folder / "checkpoints", every=SAVED, writer=writer)]
+    saving = Checkpoints(folder / "checkpoints", every=SAVED, keep=keep, writer=writer)
+    callbacks = [recorder, ema, saving]
     arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder))
     arguments |= {"accelerator": accelerator, "devices": ranks, "strategy": strategy, "precision": precision}
     arguments["accumulate_grad_batches"] = accumulate
@@ -145,7 +147,7 @@ def _two(rank: int, folder: str) -> None:
     check_ranks_connect_without_a_network()
     trainer, module = train(root / "fsdp", ShardedStrategy(), **own)
     check_sharding(module)
-    train(root / "accumulated", ShardedStrategy(), accumulate=2, **own)
+    train(root / "accumulated", ShardedStrategy(), accumulate=2, keep=1, **own)
     train(root / "background", ShardedStrategy(), asynchronous=True, **own)
     copied = step_path(root / "resumed", SAVED)
     if rank == 0:
@@ -274,6 +276,12 @@ def test_losses_norms_and_weights_equal_those_of_a_plain_loop(runs: Path, name: 
     assert max(plain["norms"]) > 0.5 and len(set(plain["losses"])) == STEPS
     for rank in range(ranks):
         assert_same(result_of(runs / name, rank), plain)
+
+
+def test_older_folders_are_removed(runs: Path) -> None:
+    assert [path.name for path in (runs / "accumulated" / "checkpoints").iterdir()] == [
+        f"step-{STEPS:09d}.ckpt"
+    ]
 
 
 @pytest.mark.parametrize(("name", "of"), [("two-to-four", "fsdp"), ("from-file", "ddp")])
