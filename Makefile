@@ -62,8 +62,9 @@ claims: install ## test the papers' claims, three seeds each: about an hour; REA
 claim: install ## test the main claim only: students on pseudo-labels and on synthetic images
 	$(BIN)/python -m benchmarks.claims --only c $(if $(REAL),--real $(REAL)) $(CLAIMS)
 
-soak: install ## kill each stage twenty times and compare with uninterrupted runs
+soak: install ## kill each stage twenty times, signal two ranks in every phase, compare with uninterrupted runs
 	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python -m pytest -m slow tests/integration/test_signal_matrix.py
 
 clean: ## delete what the targets created, except .venv
 	rm -rf outputs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

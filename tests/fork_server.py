@@ -2,7 +2,8 @@
 
 A command such as `python train.py stage=teacher` then starts in a fraction of a second instead of six. The forked
 process has the arguments, folder, environment, output and exit code of a fresh one. Ranks that Lightning starts, of a
-command with trainer.devices=N, are forked too, and run the command line that Lightning gives them.
+command with trainer.devices=N, are forked too, and run the command line that Lightning gives them. So are the workers
+of `python -m torch.distributed.run`, which is torchrun.
 
 This file is both the client (`ForkServer`) and, run as a script, the server: a line of JSON on stdin describes a
 command, and a named pipe of the command gets two lines: its process id when it starts, its exit code when it ends.
@@ -189,22 +190,34 @@ class ForkServer:
 # The server
 
 
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
 def count_ranks(words: Sequence[str]) -> int:
-    """Return how many ranks a command starts: N of trainer.devices=N, the last one."""
+    """Return how many ranks a command starts, with itself: N of trainer.devices=N, the last one.
+
+    torchrun starts one worker, and up to two others for each restart.
+    """
+    if list(words[:2]) == TORCHRUN:
+        restarts = next((word for word in words if word.startswith("--max-restarts=")), "=0")
+        return 2 + 2 * int(restarts.partition("=")[2])
     typed = [word.partition("=")[2] for word in words if word.startswith("trainer.devices=")]
     return int(typed[-1]) if typed and typed[-1].isdigit() else 1
 
 
 class ForkedRank:
-    """Stands in for `subprocess.Popen` in Lightning's launcher: hands the command to a process that waits for one."""
+    """Stands in for `subprocess.Popen` in Lightning and torchrun: hands the command to a process that waits for one."""
 
     waiting: list[tuple[int, int]] = []
     """Process id, and the file descriptor of its pipe."""
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> None:
+    def __init__(
+        self, args: Sequence[str], *, env: Mapping[str, str], cwd: str | None = None, **options: Any
+    ) -> None:
         self.pid, pipe = self.waiting.pop(0)
         self.returncode: int | None = None
-        job = {"words": list(command[1:]), "cwd": cwd or os.getcwd(), "environment": dict(env)}
+        words = [word for word in args[1:] if word != "-u"]
+        job = {"words": words, "cwd": cwd or os.getcwd(), "environment": dict(env)}
         with open(pipe, "w", encoding="utf-8") as file:
             json.dump(job, file)
 
@@ -218,14 +231,28 @@ class ForkedRank:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired([], timeout)
+            time.sleep(0.05)
+        assert self.returncode is not None
+        return self.returncode
 
-def fork_ranks(count: int) -> dict[str, Any] | None:
-    """Fork the further ranks before a command has any state, and let Lightning's launcher use them.
+
+def fork_ranks(count: int, *, sessions: bool = False) -> dict[str, Any] | None:
+    """Fork the further ranks before a command has any state, and let the launcher of Lightning or torchrun use them.
+
+    Args:
+        count: Number of ranks, with this process.
+        sessions: Give each a session of its own, as torchrun does.
 
     Returns:
         The job of a rank in its process, when rank 0 starts it; None in the process of the command.
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     for _ in range(1, count):
         reader, writer = os.pipe()
@@ -233,6 +260,8 @@ def fork_ranks(count: int) -> dict[str, Any] | None:
         if process == 0:
             for descriptor in (writer, *(pipe for _, pipe in ForkedRank.waiting)):
                 os.close(descriptor)
+            if sessions:
+                os.setsid()
             with open(reader, encoding="utf-8") as file:
                 job = file.read()
             if not job:  # rank 0 has ended without starting it
@@ -241,6 +270,7 @@ def fork_ranks(count: int) -> dict[str, Any] | None:
         os.close(reader)
         ForkedRank.waiting.append((process, writer))
     subprocess_script.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
+    subprocess_handler.Popen = ForkedRank  # type: ignore[assignment,misc]
     return None
 
 
@@ -254,7 +284,8 @@ def run_job(files: list[str], job: dict[str, Any]) -> int:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     started = "LOCAL_RANK" in job["environment"]  # as one of several ranks, by the test
-    rank = fork_ranks(1 if started else count_ranks(job["words"]))
+    torchrun = job["words"][:2] == TORCHRUN
+    rank = fork_ranks(1 if started else count_ranks(job["words"]), sessions=torchrun)
     return run_words(**(rank or job))
 
 
@@ -319,6 +350,7 @@ def serve() -> None:
     sys.path[0] = str(ROOT)
     import hydra  # noqa: F401
     import torch._dynamo  # noqa: F401  Lightning would import it after the fork
+    import torch.distributed.run  # noqa: F401
     import webdataset  # noqa: F401
 
     from depth_anything import cli  # noqa: F401

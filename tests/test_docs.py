@@ -23,7 +23,7 @@ from depth_anything.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("docs", "docs/pictures", "benchmarks", "benchmarks/results", "slurm")
+FOLDERS = ("docs", "docs/pictures", "benchmarks", "benchmarks/results", "slurm", "containers")
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))]
 )

@@ -29,7 +29,7 @@ from depth_anything.data import cache
 from depth_anything.data.address import is_http, redact_secrets
 from depth_anything.data.retry import PermanentError, RetryableError, retry, short_reason
 from depth_anything.data.tar_index import TarIndex
-from depth_anything.data.tars import ShardError
+from depth_anything.data.tars import ShardError, ShardInfo
 
 _TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 1000  # a slower server counts as stalled
@@ -86,7 +86,7 @@ def fetch_range(
     with cache.open_shard_copy(
         f"{table.hash} {table.bytes}",
         table.bytes,
-        lambda file: _copy_whole_shard(address, table, file),
+        lambda file: copy_whole_shard(address, table, file),
         fresh=fresh,
     ) as file:
         return os.pread(file.fileno(), count, start)
@@ -109,8 +109,8 @@ def _announce_whole_copies(prefix: str, total_bytes: int | None) -> None:
     )
 
 
-def _copy_whole_shard(address: str, table: TarIndex, file: BinaryIO) -> None:
-    """Copy a shard into a file and check it against its index."""
+def copy_whole_shard(address: str, table: TarIndex | ShardInfo, file: BinaryIO) -> None:
+    """Copy a shard into a file and check it against its index, or against its line of the manifest."""
 
     def attempt() -> None:
         digest, size = sha256(), 0

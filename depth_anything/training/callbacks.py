@@ -172,7 +172,7 @@ class TrainingProgress(StepCallback):
         self.on_train_end(trainer, module)
 
 
-def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
+def gather_or_raise(ranks: int, work: Callable[[], T], *, group: Any = None) -> list[T]:
     """Call `work` on every rank and gather the results; if one rank fails, all ranks raise its error.
 
     A rank that stopped alone would leave the others waiting for it until a timeout. Before the first step a signal
@@ -181,6 +181,7 @@ def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
     Args:
         ranks: Number of processes; 1 calls `work` directly.
         work: Takes no arguments; its result must be picklable.
+        group: The process group that gathers; None for the default one.
 
     Returns:
         The results in the order of ranks.
@@ -203,7 +204,7 @@ def gather_or_raise(ranks: int, work: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure, own = UserError(f"rank {dist.get_rank()} failed: {error!r}"), error
     shares: list[Any] = [None] * ranks
-    dist.all_gather_object(shares, (result, failure, number))
+    dist.all_gather_object(shares, (result, failure, number), group=group)
     if number := max(number for _, _, number in shares):
         signal_handler.stop(number)
     if own is not None:

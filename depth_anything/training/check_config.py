@@ -18,6 +18,7 @@ from depth_anything.training.check_stage import (
     check_controlnet_stage,
     check_metric_stage,
     check_pretrain_stage,
+    check_pseudolabel_stage,
     without_foreign_keys,
 )
 from depth_anything.training.check_trainer import SET_BY_RUN, check_trainer
@@ -122,6 +123,8 @@ def validate_config(config: RunConfig) -> None:
         check_metric_stage(config)
     if config.stage == "pretrain":
         check_pretrain_stage(config)
+    if config.stage == "pseudolabel":
+        check_pseudolabel_stage(config)
     if config.stage == "segmentation":
         from depth_anything.training.segmentation_setup import check_segmentation_config
 

@@ -98,3 +98,15 @@ def without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("module"), Mapping):
         kept["module"] = {**kept["module"], "recipe": known(kept["module"].get("recipe"))}
     return kept
+
+
+def check_pseudolabel_stage(config: RunConfig) -> None:
+    """Check the keys of stage=pseudolabel.
+
+    Raises:
+        UserError: If the sets are to be copied first.
+    """
+    if config.stage_to is not None:
+        raise UserError(
+            "stage=pseudolabel reads every image once, and never copies a set", "leave out stage_to"
+        )

@@ -294,6 +294,10 @@ class RunConfig(ConfigSection):
     overwrite: bool = config_key(flag(), resume=FREE)
     allow_partial: bool = config_key(flag(), resume=FREE)
     dry_run: bool = config_key(flag(), resume=FREE)
+    stage_to: str | None = config_key(OPTIONAL_FOLDER, default=None, resume=FREE)
+    hang_timeout: float | None = config_key(
+        real(0, above=True, example=300, optional=True), default=None, resume=FREE
+    )
     checkpoint: CheckpointConfig = config_key(section=CheckpointConfig, resume=FREE)
     logging: LoggingConfig = config_key(section=LoggingConfig, resume=FREE)
     validation: ValidationConfig = config_key(section=ValidationConfig, resume=FREE)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,13 +47,16 @@ from depth_anything.training.signals import (
     batch_script_requeues,
     how_to_continue,
     is_launched_by_lightning,
+    print_on_rank0,
     signal_handler,
     signal_name,
     slurm_job,
 )
 from depth_anything.training.stage_networks import StageNetworks
+from depth_anything.training.staging import stage_data
 from depth_anything.training.valid_pixels import ValidPixelCheck
 from depth_anything.training.validation import ValidationCallback, open_validation_task
+from depth_anything.training.watchdog import Watchdog
 from depth_anything.training.whole_network import averaging_callbacks, find_ema, whole_network
 
 T = TypeVar("T")
@@ -148,6 +152,10 @@ def build_callbacks(
         writer=StrategyWriter(asynchronous=saving.asynchronous),
     )
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
+    watchdogs = []
+    if config.hang_timeout is not None:
+        release, requeue = lambda: run_dir.lock.release(), requeue_slurm_job
+        watchdogs = [Watchdog(config.hang_timeout, run_dir.path, release=release, requeue=requeue)]
     return [
         metrics,
         *checks,
@@ -156,6 +164,7 @@ def build_callbacks(
         checkpoints,
         *([] if has_bar else [TrainingProgress(metrics)]),
         GracefulStop(checkpoints, every=10),
+        *watchdogs,
     ]
 
 
@@ -177,7 +186,18 @@ def join_process_group(trainer: pl.Trainer) -> None:
         if trainer.strategy.launcher is not None:  # the other ranks would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         return
+    _warn_of_shared_store()
     trainer.strategy.setup_environment()
+
+
+def _warn_of_shared_store() -> None:
+    """Print a note if torchrun may restart the ranks and keeps their old addresses, as torch 2.14 does."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        print_on_rank0(
+            "note: restarts by torchrun may fail, because it keeps the addresses of the processes before; type  "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  before torchrun"
+        )
 
 
 def move_timers_first(trainer: Any) -> None:
@@ -227,9 +247,26 @@ def set_loggers(
     run_on_all_ranks(set_on_rank)
 
 
-def run_on_all_ranks(work: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(work: Callable[[], T], *, group: Any = None) -> list[T]:
     """Call `work` on every rank that is running by now; see `gather_or_raise`."""
-    return gather_or_raise(dist.get_world_size() if dist.is_initialized() else 1, work)
+    return gather_or_raise(dist.get_world_size() if dist.is_initialized() else 1, work, group=group)
+
+
+def stage_on_all_ranks(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of the DataModule, after the sets were copied to `stage_to` if there is one.
+
+    Ranks wait for each other for up to a week: the timeout of the process group may be shorter than a copy.
+
+    Raises:
+        UserError: On all ranks, if one cannot copy.
+    """
+    arguments = config.data.as_dict()
+    if config.stage_to is None:
+        return arguments
+    ranks = dist.is_initialized()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if ranks else None
+    copies = run_on_all_ranks(lambda: stage_data(config, arguments), group=group)
+    return copies[dist.get_rank() if ranks else 0]
 
 
 @contextmanager
@@ -254,6 +291,19 @@ def translate_memory_errors(smaller: str) -> Iterator[None]:
             f"not enough memory ({message or type(error).__name__})",
             f"add {smaller} to the same command to continue",
         ) from error
+
+
+def explain_lost_rank(error: Exception) -> Exception:
+    """Return a UserError for an error that only says that another rank is gone; else the error itself."""
+    message = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, RuntimeError) or not re.search(
+        "[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited", str(error)
+    ):
+        return error
+    return UserError(
+        f"another rank has ended, or its node cannot be reached ({message})",
+        ["read the first error in the logs of all ranks; ", SAME_COMMAND, " to continue"],
+    )
 
 
 def run_fit(

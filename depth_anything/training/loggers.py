@@ -50,7 +50,12 @@ def build_loggers(metrics: Path, added: Sequence[Logger], *, step: int, main: bo
         return [DummyLogger()]
     table = MetricsCSV(metrics)
     table.rewind(step)
-    return [table, *map(SafeLogger, added)]
+    wrapped = [SafeLogger(logger) for logger in added]
+    if any(isinstance(logger, OfflineFallbackWandbLogger) for logger in added):
+        rows = read_metrics(metrics).rows
+        for logger in wrapped:
+            logger.replay(rows)
+    return [table, *wrapped]
 
 
 @dataclass
@@ -287,6 +292,11 @@ class SafeLogger(Logger):
         """Log pictures, (H,W,3) uint8, if the wrapped logger or its experiment (TensorBoard's) accepts any."""
         self._call(lambda logger: _log_image(logger, key, images, step))
 
+    def replay(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Give the rows of metrics.csv to a wrapped logger that cannot continue its files (`replay`)."""
+        if rows and hasattr(self._logger, "replay"):
+            self._call(lambda logger: logger.replay(rows))
+
     def save(self) -> None:
         """Write what the wrapped logger buffers."""
         self._call(lambda logger: logger.save())
@@ -355,6 +365,25 @@ class OfflineFallbackWandbLogger(WandbLogger):
             os.environ.pop("WANDB_API_KEY", None)  # a rejected key would be rejected offline, too
             self._offline = True
             return super().experiment
+
+    def replay(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Log the rows of metrics.csv again if the run is offline.
+
+        wandb continues no offline folder: each start writes a new one with the same id. With the rows, the newest
+        folder holds every step once; the older ones are moved to wandb/earlier, where `wandb sync --sync-all` does not
+        look.
+        """
+        folder = Path(self.experiment.dir).parent  # opens the run
+        if not self._offline:
+            return
+        for row in rows:
+            numbers = {name: float(value) for name, value in row.items() if value and name != "step"}
+            self.log_metrics(numbers, step=int(row["step"]))
+        for older in folder.parent.glob(f"offline-run-*-{self.version}"):
+            if older != folder:
+                earlier = folder.parent / "earlier"
+                earlier.mkdir(exist_ok=True)
+                os.replace(older, earlier / older.name)
 
 
 def wandb_run_id(name: str) -> str:

@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> None:
             fit(config)
     except Exception as error:
         signal_handler.raise_if_received()  # the error may be an effect of a signal
+        error = lightning.explain_lost_rank(error)
         if isinstance(error, USER_ERRORS):
             sys.exit(f"error: {format_failure(error, sys.argv[1:])}")
         sys.exit(redact_traceback(error))  # a bug; Hydra would print the passwords that were typed
@@ -65,7 +66,8 @@ def fit(config: RunConfig) -> None:
     folders, scenes = required_folders(config), config.sources.scenes
     lightning.run_on_all_ranks(lambda: write_missing_scenes(scenes, folders))
     lightning.run_on_all_ranks(lambda: networks.prepare(folder.path, main=trainer.is_global_zero))
-    data = instantiate(config.data.as_dict(), micro_batch=micro, patch=networks.multiple, _convert_="all")
+    staged = lightning.stage_on_all_ranks(config)
+    data = instantiate(staged, micro_batch=micro, patch=networks.multiple, _convert_="all")
     lightning.run_on_all_ranks(lambda: data.setup("fit"))  # report a damaged set before building a network
     lightning.set_loggers(trainer, config, folder, checkpoint, build=instantiate)
     arguments, named = networks.build(data.open().sources)

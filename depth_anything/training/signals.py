@@ -103,7 +103,7 @@ class SignalHandler:
             slurm = f"; Slurm's job {job} is not queued again" if job and number == signal.SIGUSR1 else ""
             if batch_script_requeues():
                 slurm = ""
-            _print_on_rank0(f"stopped by {signal_name(number)}{slurm}; {how_to_continue(number)}")
+            print_on_rank0(f"stopped by {signal_name(number)}{slurm}; {how_to_continue(number)}")
         raise StoppedBySignal(number)
 
     @contextmanager
@@ -129,7 +129,7 @@ class SignalHandler:
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._first_interrupt is not None and now - self._first_interrupt > SAME_KEYPRESS_S:
-                _print_on_rank0(
+                print_on_rank0(
                     "stopped at once by a second Ctrl-C; start the same command again to continue after the last save"
                 )
                 os._exit(128 + number)
@@ -139,7 +139,7 @@ class SignalHandler:
         self.received = number
         self.raise_if_received()
         again = " again" if number == signal.SIGINT else ""
-        _print_on_rank0(
+        print_on_rank0(
             f"{signal_name(number)}: saving, then stopping; Ctrl-C{again} ends the run without saving"
         )
 
@@ -197,7 +197,7 @@ def _may_exit_alone() -> bool:
     return "LOCAL_RANK" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _print_on_rank0(message: str) -> None:
+def print_on_rank0(message: str) -> None:
     """Write to stderr on rank 0, past Python's buffers: the interrupted code may be writing to them."""
     ranks = (os.environ.get(key) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     if next((rank for rank in ranks if rank is not None), "0") == "0":

@@ -35,6 +35,7 @@ from depth_anything.model.weights import write_model
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.config import RunConfig
+from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_setup import open_segmentation_task
 from depth_anything.training.whole_network import averaging_callbacks, evaluation_network, find_ema
@@ -182,7 +183,7 @@ class ValidationCallback(StepCallback):
             return
         training = module.model.training
         self._weights = "average" if find_ema(trainer) or averaging_callbacks(trainer) else "last"
-        with evaluation_network(trainer, module):
+        with heartbeat.during("validation"), evaluation_network(trainer, module):
             predictor = _build_predictor(module, input_size=self.input_size)
             metric, means = self._score(trainer.world_size, predictor)
             for logger in trainer.loggers:

@@ -14,6 +14,7 @@ from depth_anything.data.dataset import StreamDataset
 from depth_anything.data.label_fields import (
     LABEL_WEIGHTS,
     LabelOptions,
+    check_label_fields,
     decode_boxes,
     draw_boxes,
     encode_boxes,
@@ -122,6 +123,16 @@ def test_boxes_depend_on_the_key_and_lie_in_the_image() -> None:
 def test_damaged_boxes_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"crops\.json"):
         decode_boxes({"crops.json": content}, *IMAGE)
+
+
+def test_verify_finds_a_box_without_a_label_and_a_damaged_field() -> None:
+    boxes = {"crops.json": encode_boxes(*IMAGE, boxes_of(1))}
+    label = encode(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), codec="q12")
+    check_label_fields({**boxes, "crop0.disparity.q12": label, "crop1.disparity.q12": label}, IMAGE)
+    with pytest.raises(ValueError, match=r"crop1\.disparity is missing"):
+        check_label_fields({**boxes, "crop0.disparity.q12": label}, IMAGE)
+    with pytest.raises(ValueError, match=r"confidence\.u8"):
+        check_label_fields({"confidence.u8": b"?"}, IMAGE)
 
 
 def test_boxes_survive_and_are_readable_json() -> None:

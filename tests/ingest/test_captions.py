@@ -45,7 +45,7 @@ def photos(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 255, (30, 40, 3), np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    (folder / "a.txt").write_text("  a red\ncar ")
+    (folder / "a.txt").write_text("\ufeff  a red\ncar ", encoding="utf-8")
     (folder / "sub" / "b.txt").write_text("zwei Kätzchen", encoding="utf-8")
     return folder
 

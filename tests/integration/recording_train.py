@@ -4,8 +4,11 @@ Not a test; test_exact.py and others start it. Environment variables:
 
 - SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
 - STOP_AT=STEP:RANK[:NUMBER] sends that rank SIGTERM, or another signal, after that step, as a cluster would.
-- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank the signal when it first reaches one of the PLACES, and again
-  after SECONDS.
+- SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank, or each if RANK is "all", the signal when it first reaches one
+  of the PLACES, and again after SECONDS.
+- HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP) or "loop" in Python.
+- DIE_AT=STEP:RANK kills that rank in the forward pass after that step, at the first start; LOSE_NODE_AT=STEP:RANK also
+  kills its parent, the agent of torchrun, as if the node were lost.
 - WORKER=WAY:SAMPLE makes the loader worker that reads this sample die.
 """
 
@@ -29,10 +32,12 @@ from torch.utils.data import get_worker_info  # noqa: E402
 
 from depth_anything.data.dataset import StreamDataset  # noqa: E402
 from depth_anything.training import initialization, lightning, provenance, pseudolabel, run, validation  # noqa: E402
+from depth_anything.training.base import DepthModule  # noqa: E402
 from depth_anything.training.callbacks import GracefulStop, StepCallback  # noqa: E402
 from depth_anything.training.checkpoints import Checkpoints  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.signals import SignalHandler, signal_handler  # noqa: E402
 from depth_anything.training.validation import ValidationCallback  # noqa: E402
 
 
@@ -61,19 +66,22 @@ PLACES: dict[str, tuple[Any, str]] = {
     "loader": (TrainData, "train_dataloader"),
     "read validation": (ValidationCallback, "_read_share"),
     "train start": (Checkpoints, "on_train_start"),
+    "forward": (DepthModule, "training_step"),
+    "backward": (DepthModule, "backward"),
     "validation": (validation, "score_lines"),
     "save": (AtomicCheckpointIO, "save_checkpoint"),
     "train end": (Checkpoints, "on_train_end"),
     "teardown": (pl.Trainer, "_teardown"),
     "model": (provenance, "save_model"),
+    "exit": (SignalHandler, "ignore"),
     "last barrier": (GracefulStop, "wait_for_all_ranks"),
     "label": (pseudolabel.PseudoLabel, "predict_step"),
 }
 
 
-def signal_at(place: str, rank: int, number: int, again: float | None = None) -> None:
+def signal_at(place: str, rank: str, number: int, again: float | None = None) -> None:
     """Send this process a signal when it first reaches a place, if it has that rank."""
-    if rank != int(os.environ.get("LOCAL_RANK", "0")):
+    if rank not in (os.environ.get("LOCAL_RANK", "0"), "all"):
         return
     holder, name = PLACES[place]
     original = getattr(holder, name)
@@ -86,7 +94,10 @@ def signal_at(place: str, rank: int, number: int, again: float | None = None) ->
 
     def replaced(*arguments: Any, **options: Any) -> Any:
         setattr(holder, name, original)
-        send()
+        if place == "backward":
+            arguments[1].register_hook(lambda gradient: send())  # runs inside of torch's backward pass
+        else:
+            send()
         if again is not None:
             time.sleep(again)
             send()
@@ -113,14 +124,37 @@ def fail_worker(way: str, sample: int) -> None:
     StreamDataset.__getitems__ = replaced  # type: ignore[method-assign]
 
 
+def hang_at(step: int, rank: int, way: str) -> None:
+    """Make a rank hang when it computes the losses after a step."""
+    original = DepthModule.training_step
+
+    def replaced(self: DepthModule, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == step and self.trainer.global_rank == rank:
+            if way == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if way in ("die", "lose node") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                if way == "lose node":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+            while way == "loop":
+                time.sleep(0.01)
+        return original(self, batch, index)
+
+    DepthModule.training_step = replaced  # type: ignore[method-assign]
+
+
 def obey_environment() -> None:
-    """Prepare SIGNAL_AT and WORKER."""
+    """Prepare what the environment variables ask for."""
+    for name, default in {"HANG_AT": "", "DIE_AT": "die", "LOSE_NODE_AT": "lose node"}.items():
+        if name in os.environ:
+            step, rank, *way = os.environ[name].split(":")
+            hang_at(int(step), int(rank), *way or [default])
     if "WORKER" in os.environ:
         way, sample = os.environ["WORKER"].split(":")
         fail_worker(way, int(sample))
     if "SIGNAL_AT" in os.environ:
         place, rank, number, *again = os.environ["SIGNAL_AT"].split(":")
-        signal_at(place, int(rank), int(number), *map(float, again))
+        signal_at(place, rank, int(number), *map(float, again))
 
 
 original_build = lightning.build_callbacks
@@ -128,4 +162,7 @@ lightning.build_callbacks = lambda *arguments: [SampleRecorder(), *original_buil
 
 if __name__ == "__main__":
     obey_environment()
-    hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="train")(run.main)()
+    finally:
+        signal_handler.ignore()  # as train.py

@@ -5,20 +5,13 @@ recording_train.py lists the PLACES.
 
 import os
 import signal
-import socket
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
 
 from depth_anything import DepthAnything, save_model
 
-from .conftest import ROOT, SMALL, environment
-
-SCRIPT = ROOT / "tests" / "integration" / "recording_train.py"
+from .conftest import StartRanks
 
 BEFORE_FIRST_STEP = [
     "compose", "scenes", "open sets", "build model", "setup", "loader", "read validation", "train start",
@@ -26,54 +19,10 @@ BEFORE_FIRST_STEP = [
 AFTER_LAST_STEP = ["train end", "teardown", "model"]
 
 
-@dataclass
-class Run:
-    """Exit code of a rank, its stderr, and the folder of the test."""
-
-    code: int
-    stderr: str
-    folder: Path
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint."""
-        return sorted(int(path.stem[5:]) for path in self.folder.glob("**/step-*.ckpt"))
-
-
-Start = Callable[..., list[Run]]
-
-
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Start:
-    """Return a function that runs the ranks of a stage; all runs share the scenes."""
-    data = tmp_path_factory.mktemp("data")
-
-    def run(folder: Path, *arguments: str, ranks: int = 1, **extra: str) -> list[Run]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        places = [f"data_dir={data}", f"output_dir={folder / 'outputs'}"]
-        trainer = ["trainer=cpu"]
-        if ranks > 1:
-            trainer = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={ranks}"]
-        command = [sys.executable, str(SCRIPT), *SMALL, *places, *trainer, "workers=1", *arguments]
-        started = []
-        for rank in range(ranks):
-            place = folder / str(rank)
-            place.mkdir(parents=True, exist_ok=True)
-            group = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = environment(SAMPLE_LOG=str(folder), **(group if ranks > 1 else {}), **extra)
-            errors = place / "stderr.txt"
-            errors.unlink(missing_ok=True)
-            started.append((fork_server.start(command, cwd=place, env=env, stderr=errors), errors))
-        runs = []
-        for process, errors in started:
-            runs.append(Run(process.wait(600), errors.read_text(), folder))
-            assert "Traceback" not in runs[-1].stderr, runs[-1].stderr
-        return runs
-
-    return run
+def start(start_ranks: StartRanks) -> StartRanks:
+    """Return the function that starts the ranks of a stage."""
+    return start_ranks
 
 
 @pytest.mark.parametrize(
@@ -85,7 +34,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> 
     ],
 )
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
-    start: Start, tmp_path: Path, place: str, number: int
+    start: StartRanks, tmp_path: Path, place: str, number: int
 ) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=6", SIGNAL_AT=f"{place}:0:{number}")
     assert run.code == 128 + number and run.steps == []
@@ -102,7 +51,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     ],
 )
 def test_a_signal_during_training_saves_the_step(
-    start: Start, tmp_path: Path, place: str, number: int, step: int
+    start: StartRanks, tmp_path: Path, place: str, number: int, step: int
 ) -> None:
     """The whole process group gets the signal, as with Ctrl-C, and the workers continue until the step is saved."""
     given = ("stage=teacher", "steps=8", "validation.every=3")
@@ -116,7 +65,7 @@ def test_a_signal_during_training_saves_the_step(
         assert run.code == 0 and run.steps[-1] == 8
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once(start: StartRanks, tmp_path: Path) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=8", SIGNAL_AT=f"save:0:{signal.SIGINT}:0.5")
     assert run.code == 130 and run.steps == []
     (run,) = start(tmp_path, "stage=teacher", "steps=8")
@@ -124,14 +73,18 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", AFTER_LAST_STEP)
-def test_a_signal_after_the_last_step_does_not_stop_the_run(start: Start, tmp_path: Path, place: str) -> None:
+def test_a_signal_after_the_last_step_does_not_stop_the_run(
+    start: StartRanks, tmp_path: Path, place: str
+) -> None:
     (run,) = start(tmp_path, "stage=teacher", "steps=2", SIGNAL_AT=f"{place}:0:{signal.SIGTERM}")
     assert run.code == 0
     assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_labeling_stops_at_once_and_releases_its_leases(start: Start, tmp_path: Path, number: int) -> None:
+def test_labeling_stops_at_once_and_releases_its_leases(
+    start: StartRanks, tmp_path: Path, number: int
+) -> None:
     save_model(DepthAnything("vitt"), tmp_path / "teacher.safetensors")
     teacher = f"teacher={tmp_path / 'teacher.safetensors'}"
     given = ("stage=pseudolabel", teacher, f"labels={tmp_path / 'labels'}")
@@ -142,7 +95,7 @@ def test_labeling_stops_at_once_and_releases_its_leases(start: Start, tmp_path: 
     assert run.code == 0, run.stderr
 
 
-def test_a_job_that_cannot_be_requeued_is_saved(start: Start, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_requeued_is_saved(start: StartRanks, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     at = {"SIGNAL_AT": f"save:0:{signal.SIGUSR1}", "SLURM_JOB_ID": "777", "PATH": str(tmp_path / "bin")}
     (run,) = start(tmp_path, "stage=teacher", "steps=8", **at)
@@ -163,7 +116,7 @@ def test_a_job_that_cannot_be_requeued_is_saved(start: Start, tmp_path: Path) ->
     ],
 )
 def test_two_ranks_stop_together_when_one_gets_a_signal(
-    start: Start, tmp_path: Path, place: str, rank: int, number: int, step: int
+    start: StartRanks, tmp_path: Path, place: str, rank: int, number: int, step: int
 ) -> None:
     given = ("stage=teacher", "steps=12", "validation.every=3")
     runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{rank}:{number}")
@@ -174,7 +127,7 @@ def test_two_ranks_stop_together_when_one_gets_a_signal(
 
 @pytest.mark.parametrize("place", ["train end", "teardown"])
 def test_a_signal_after_the_last_step_does_not_stop_two_ranks(
-    start: Start, tmp_path: Path, place: str
+    start: StartRanks, tmp_path: Path, place: str
 ) -> None:
     given = ("stage=teacher", "steps=2")
     runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:1:{signal.SIGTERM}")
@@ -182,7 +135,7 @@ def test_a_signal_after_the_last_step_does_not_stop_two_ranks(
     assert len(list(tmp_path.glob("outputs/*/model.safetensors"))) == 1
 
 
-def test_a_rank_that_is_killed_after_saving_changes_nothing(start: Start, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_after_saving_changes_nothing(start: StartRanks, tmp_path: Path) -> None:
     """srun ends the other ranks as soon as one has ended, and they may still be waiting for it."""
     at = {"STOP_AT": "10:0", "SIGNAL_AT": f"last barrier:1:{signal.SIGKILL}"}
     runs = start(tmp_path, "stage=teacher", "steps=12", ranks=2, **at)
@@ -191,7 +144,7 @@ def test_a_rank_that_is_killed_after_saving_changes_nothing(start: Start, tmp_pa
 
 
 @pytest.mark.parametrize("why", ["read-only", "locked"])
-def test_an_error_of_rank_0_stops_the_other_rank(start: Start, tmp_path: Path, why: str) -> None:
+def test_an_error_of_rank_0_stops_the_other_rank(start: StartRanks, tmp_path: Path, why: str) -> None:
     """Rank 1 must not wait two minutes for a rank 0 that cannot write to the run folder."""
     folder = tmp_path / "outputs" / "teacher-vitt-tiny"
     if why == "read-only":  # also for root
@@ -212,7 +165,7 @@ def test_an_error_of_rank_0_stops_the_other_rank(start: Start, tmp_path: Path, w
 
 
 @pytest.mark.parametrize("way", ["killed", "numpy", "torch", "python"])
-def test_a_dead_worker_is_named_and_the_step_saved(start: Start, tmp_path: Path, way: str) -> None:
+def test_a_dead_worker_is_named_and_the_step_saved(start: StartRanks, tmp_path: Path, way: str) -> None:
     """Sample 29 is in the batch of step 8, which Lightning fetches before step 7; a kill may lose one more batch."""
     given = ("stage=teacher", "steps=9", "workers=2", "checkpoint.every=100")
     (run,) = start(tmp_path, *given, WORKER=f"{way}:29")

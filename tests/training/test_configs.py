@@ -217,6 +217,8 @@ NEW_KEYS = (
     "sources.scenes.classes",
     "canonical_focal",
     "data.canonical_focal",
+    "hang_timeout",
+    "stage_to",
     *(f"sources.scenes.{name}.layout" for name in ("synthetic", "photographic", "validation")),
 )
 # stage=metric takes from its source what the snapshot lacked: the range, the steps, and which sets are in meters.

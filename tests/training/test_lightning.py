@@ -29,7 +29,13 @@ from tiny_training import (
     weights,
 )
 
-from depth_anything.training.lightning import move_timers_first, run_fit
+from depth_anything.errors import UserError
+from depth_anything.training.lightning import (
+    _warn_of_shared_store,
+    explain_lost_rank,
+    move_timers_first,
+    run_fit,
+)
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, build_loggers, logger_nodes
 from depth_anything.training.whole_network import evaluation_network
 
@@ -160,3 +166,29 @@ def test_ranks_other_than_0_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     first, second = build_loggers(tmp_path / "metrics.csv", [TensorBoardLogger(tmp_path)], step=0, main=True)
     assert isinstance(first, MetricsCSV) and isinstance(second, SafeLogger)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "warned"), [("0", "True", False), ("3", "False", False), ("3", "True", True)]
+)
+def test_torchrun_that_keeps_old_addresses_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any, restarts: str, shared: str, warned: bool
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    _warn_of_shared_store()
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[pair.cc:545] Read error: Connection reset by peer"), True),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("Connection reset by peer"), False),
+    ],
+)
+def test_an_error_of_a_lost_rank_is_told_from_others(error: Exception, lost: bool) -> None:
+    explained = explain_lost_rank(error)
+    assert isinstance(explained, UserError) == lost and (lost or explained is error)

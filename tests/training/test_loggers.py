@@ -306,3 +306,62 @@ def test_wandb_that_dies_or_rejects_the_key_does_not_stop_a_run(
     assert done.stdout.split() == [wandb_run_id("exp/one"), "trained"]
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+CONTINUED = """
+import os, signal, sys
+from pathlib import Path
+from depth_anything.training.loggers import build_loggers, wandb_logger
+run, first, last, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+wandb = wandb_logger(project="p", name="exp/one", folder=str(run))
+loggers = build_loggers(run / "metrics.csv", [wandb], step=first - 1, main=True)
+for step in range(first, last + 1):
+    for logger in loggers:
+        logger.log_metrics({"loss": 1 / step, "run": float(first)}, step=step)
+loggers[0].save()
+if end == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+for logger in loggers:
+    logger.finalize("success")
+wandb.experiment.finish()
+"""
+
+
+def read_wandb_history(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a .wandb file: records of protobuf in blocks, as in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, start, rows, data = path.read_bytes(), 7, [], b""
+    while start + 7 <= len(content):
+        if 32768 - start % 32768 < 7:  # no room for a header at the end of a block
+            start += 32768 - start % 32768
+        size, kind = int.from_bytes(content[start + 4 : start + 6], "little"), content[start + 6]
+        data += content[start + 7 : start + 7 + size]
+        start += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            record = Record.FromString(data)
+            names = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            rows += [{name: float(value) for name, value in names.items()}] if names else []
+            data = b""
+    return rows
+
+
+def test_an_offline_run_of_wandb_holds_every_step_once_after_restarts(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    """Killed after step 4, continued from step 2, ended at 6, continued to 8."""
+    pytest.importorskip("wandb")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    env = {**clean, "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+    for first, last, end in ((1, 4, "kill"), (3, 6, "end"), (7, 8, "end")):
+        words = ["-c", CONTINUED, str(tmp_path), str(first), str(last), end]
+        done = fork_server.run([sys.executable, *words], env=env)
+        assert done.returncode == (-9 if end == "kill" else 0), done.stderr
+    run_id = wandb_run_id("exp/one")
+    (newest,) = tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+    rows = read_wandb_history(newest)
+    assert [(row["trainer/global_step"], row["run"]) for row in rows] == [
+        (step, first) for first, last in ((1, 2), (3, 6), (7, 8)) for step in range(first, last + 1)
+    ]
+    assert [row["loss"] for row in rows] == pytest.approx([1 / step for step in range(1, 9)])
+    assert len(list(tmp_path.glob("wandb/earlier/offline-run-*"))) == 2
