@@ -200,13 +200,25 @@ def atomic_folder(
             yield temporary
             for file in temporary.iterdir() if sync else ():
                 _sync(file)
-            if path.exists():
-                _exchange(temporary, path, keep_others=keep_others)
-            else:
-                os.replace(temporary, path)
-            sync_folder(path.parent)
+            publish_folder(temporary, path, keep_others=keep_others)
     finally:
         _remove(temporary)
+
+
+def publish_folder(temporary: Path, path: Path, *, keep_others: bool = False) -> None:
+    """Give a temporary folder its final name; its files must be on the disk already.
+
+    Args:
+        temporary: A folder next to `path`.
+        path: The final path; an existing folder is removed.
+        keep_others: Carry over the files of an existing folder that the new one lacks.
+    """
+    sync_folder(temporary)  # its names
+    if path.exists():
+        _exchange(temporary, path, keep_others=keep_others)
+    else:
+        os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _exchange(temporary: Path, path: Path, *, keep_others: bool) -> None:
@@ -243,6 +255,20 @@ def atomic_files(path: Path, *, also: tuple[type[Exception], ...] = ()) -> Itera
             sync_folder(path.parent)
     finally:
         _remove(temporary)
+
+
+def remove_atomically(path: Path) -> None:
+    """Remove a file or folder, which is there whole or not at all for those who look at its name.
+
+    A kill leaves a temporary, which `remove_stale` removes.
+
+    Raises:
+        OSError: If it cannot be renamed, as on a read-only disk.
+    """
+    temporary = temporary_path(path)
+    with suppress(FileNotFoundError):
+        os.replace(path, temporary)
+    _remove(temporary)
 
 
 def process_exists(pid: int) -> bool:

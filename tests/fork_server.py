@@ -141,8 +141,10 @@ class ForkServer:
             stdout, stderr = (file.read_text(encoding="utf-8", errors="replace") for file in files)
         return subprocess.CompletedProcess([*map(str, command)], code, stdout, stderr)
 
-    def run_ranks(self, file: str, function: str, *arguments: str, timeout: float = 240) -> None:
-        """Call a function of a Python file as `function(rank, *arguments)` in two processes at a time.
+    def run_ranks(
+        self, file: str, function: str, *arguments: str, timeout: float = 240, count: int = 2
+    ) -> None:
+        """Call a function of a Python file as `function(rank, *arguments)` in `count` processes at a time.
 
         Raises:
             RuntimeError: If one fails, with the errors of both.
@@ -152,7 +154,7 @@ class ForkServer:
         with tempfile.TemporaryDirectory() as folder:
             errors = Path(folder) / "stderr"
             commands = [
-                [sys.executable, "-c", code, file, function, str(rank), *arguments] for rank in (0, 1)
+                [sys.executable, "-c", code, file, function, str(rank), *arguments] for rank in range(count)
             ]
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
             ranks = [self.start(command, env=environment, stderr=errors) for command in commands]

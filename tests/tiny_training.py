@@ -10,11 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from depth_anything.training.base import DepthModule
+from depth_anything.training.callbacks import GracefulStop, TrainingMetrics
+from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.lightning import trainer_arguments
 from depth_anything.training.loggers import MetricsCSV
 from depth_anything.training.recipes import Recipe
 
 SIDE = 8
+STEPS = 6
 
 
 class PixelNetwork(nn.Module):
@@ -100,3 +103,31 @@ def fit(
     loader = DataLoader(BatchList(batches), batch_size=None)
     trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint)
     return trainer
+
+
+class Data(pl.LightningDataModule):
+    """Two micro-batches."""
+
+    micro_batch = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(BatchList([make_batch(0), make_batch(1)]), batch_size=None)
+
+
+def run_callbacks(folder: Path, *added: pl.Callback, every: int = 2) -> list[pl.Callback]:
+    """List the callbacks of a run in its order, without validation and data checks."""
+    checkpoints = Checkpoints(folder / "checkpoints", every=every)
+    return [TrainingMetrics(every=1, batch_size=2), *added, checkpoints, GracefulStop(checkpoints)]
+
+
+def train(folder: Path, *added: pl.Callback, steps: int = STEPS, begin: int = 0) -> Any:
+    """Train to `steps`, from the checkpoint of step `begin`; return the module."""
+    checkpoint = folder / f"checkpoints/step-{begin:09d}.ckpt" if begin else None
+    module = make_module()
+    batches = [make_batch(seed) for seed in range(begin, steps)]
+    fit(folder, module, batches, *run_callbacks(folder, *added), steps=steps, checkpoint=checkpoint)
+    return module
+
+
+def weights(module: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])

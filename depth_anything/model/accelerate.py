@@ -1,12 +1,17 @@
-"""Activation checkpointing and compilation of the encoder's blocks."""
+"""Activation checkpointing, compilation and sharding of a network, applied in this order from outside."""
 
+import copy
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint as recompute
 
 from depth_anything.model.depth_anything import DepthAnything
+from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 
 
 def accelerate(model: DepthAnything, *, checkpoint: bool, compile: bool) -> None:
@@ -27,6 +32,46 @@ def accelerate(model: DepthAnything, *, checkpoint: bool, compile: bool) -> None
             block.forward = MethodType(_forward_recomputed, block)
         if compile:
             block.compile()
+
+
+def shard(
+    model: DepthAnything | MaskedAutoencoder, mesh: DeviceMesh, *, gather_dtype: torch.dtype | None = None
+) -> None:
+    """Distribute the parameters over ranks (FSDP2): each rank keeps its rows of every parameter.
+
+    Call it once, after `accelerate`, on every rank with equal weights. Each block of the encoder and the head is
+    gathered when it runs and freed after; parameters outside of them stay gathered during a step. Gradients
+    are averaged in float32. Names in the state dict do not change; its tensors are DTensors.
+
+    Args:
+        model: Changed in place, and moved to the device of the mesh.
+        mesh: One-dimensional.
+        gather_dtype: In which blocks and head are gathered and computed, as bfloat16 under autocast; None for that of
+            the parameters, which the optimizer updates in their own dtype in any case.
+    """
+    # Autocast keeps residual sums and norms in float32; casting the inputs of blocks would not.
+    policy = MixedPrecisionPolicy(
+        param_dtype=gather_dtype,
+        reduce_dtype=torch.float32 if gather_dtype else None,
+        cast_forward_inputs=False,
+    )
+    for block in model.pretrained.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    if isinstance(model, DepthAnything):
+        fully_shard(model.depth_head, mesh=mesh, mp_policy=policy)
+    # By default the rest is freed after the backward pass, which a frozen network does not have.
+    frozen = not any(p.requires_grad for p in model.parameters())
+    fully_shard(model, mesh=mesh, reshard_after_forward=True if frozen else None)
+    if isinstance(model, DepthAnything):
+        register_fsdp_forward_method(model, "features")  # gathers as `forward` does
+
+
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """Copy a network; its parameters are on the meta device and take no memory. A sharded one cannot be copied."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def _forward_recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -77,6 +77,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content, metadata = _read_torch(path, zipped=head.startswith(b"PK"))
     else:
         raise UserError(f"{path} is {_describe_file(head, path.name)}", SUPPORTED_FORMATS)
+    return select_tensors(content, metadata, path), metadata
+
+
+def select_tensors(content: Mapping[str, Any], metadata: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, with LoRA adapters merged.
+
+    Raises:
+        UserError: If there are none, or adapters that cannot be merged.
+    """
     tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors", SUPPORTED_FORMATS)
@@ -86,7 +95,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path} is a LoRA adapter without its base model: merge it into its base", SUPPORTED_FORMATS
         )
-    return tensors, metadata
+    return tensors
 
 
 def _describe_file(head: bytes, name: str) -> str:

@@ -31,6 +31,7 @@ from depth_anything.model.metadata import (
 from depth_anything.model.official_weights import name_hints, official_license, official_repository
 from depth_anything.model.segmentation import SegmentationModel
 from depth_anything.model.segmentation_files import build_segmentation_metadata
+from depth_anything.model.sharded_files import is_sharded, read_sharded_tensors
 from depth_anything.model.tensor_files import (
     SUPPORTED_FORMATS,
     WRITE_ERRORS,
@@ -64,9 +65,9 @@ def load_model(
     unknown is assumed to be V2 and disparity, with a warning. An argument overrides the file, with a warning.
 
     Args:
-        path: An official .pth (V1, V2 or metric), a .safetensors or Lightning .ckpt of this project, the folder of a
-            finished run, or a transformers folder. Parameter names may have prefixes of wrappers (DDP, compile), and
-            the state dict may be stored under "model" or "state_dict".
+        path: An official .pth (V1, V2 or metric), a .safetensors or .ckpt of this project (a file, or the folder that
+            trainer=fsdp writes), the folder of a finished run, or a transformers folder. Parameter names may have
+            prefixes of wrappers (DDP, compile), and the state dict may be stored under "model" or "state_dict".
         encoder: Name of the encoder; needed for a timm ViT in a file without metadata.
         max_depth: Depth in meters that an output of 1 means; for metric models.
         version: 1 or 2: Depth Anything V1 or V2, which read different encoder blocks.
@@ -316,7 +317,9 @@ def _read_model(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     """Read any checkpoint: its tensors without the prefixes of wrappers, and its metadata."""
     config: ModelFacts = {}
-    if path.is_dir() and not _is_run_folder(path):
+    if is_sharded(path):
+        tensors, metadata = read_sharded_tensors(path)
+    elif path.is_dir() and not _is_run_folder(path):
         tensors, metadata, config = transformers.read_folder(path)
     else:
         tensors, metadata = read_tensors(path / "model.safetensors" if path.is_dir() else path)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from depth_anything.data.transforms import apply_cutmix, normalize
 from depth_anything.losses import invariant_losses, scale_shift_invariant_loss
-from depth_anything.model.accelerate import accelerate
+from depth_anything.model.accelerate import accelerate, copy_without_weights, shard
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import lora_metadata
 from depth_anything.model.metadata import build_metadata
 from depth_anything.training.optimizer import (
     OptimizerFactory,
     adam_factory,
+    clip_gradients,
     learning_rate_factor,
     parameter_groups,
 )
@@ -67,8 +68,9 @@ class DepthModule(pl.LightningModule):
                 the optimizer or of data parallelism.
         """
         super().__init__()
-        # A tuple, so that PyTorch does not register it as a submodule.
+        # Tuples, so that PyTorch does not register them as submodules.
         self._frozen: tuple[DepthAnything, ...] = ()
+        self._plain: tuple[nn.Module, ...] = ()
         if frozen is not None:
             self._frozen = (frozen.eval().requires_grad_(False),)
         self.model = model
@@ -80,10 +82,24 @@ class DepthModule(pl.LightningModule):
         self._accelerated = False
 
     def configure_model(self) -> None:
-        """Apply checkpointing and compilation, in that order, before data parallelism wraps the module."""
-        if not self._accelerated:  # Lightning may call this hook more than once
-            accelerate(self.model, checkpoint=self.recipe.checkpointing, compile=self.recipe.compile)
-            self._accelerated = True
+        """Apply checkpointing, compilation and, with trainer=fsdp, sharding, in that order."""
+        if self._accelerated:  # Lightning may call this hook more than once
+            return
+        self._accelerated = True
+        if self.device_mesh is not None:
+            self._plain = (copy_without_weights(self.model),)
+        accelerate(self.model, checkpoint=self.recipe.checkpointing, compile=self.recipe.compile)
+        if self.device_mesh is not None:
+            # Autocast of a CPU computes no norm of float32 tokens with bfloat16 weights.
+            half = self.trainer.precision == "bf16-mixed" and self.device_mesh.device_type == "cuda"
+            gather_dtype = torch.bfloat16 if half else None
+            for network in (self.model, *self._frozen):
+                shard(network, self.device_mesh["data_parallel"], gather_dtype=gather_dtype)
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """A copy of a sharded network as it was before, without weights."""
+        return self._plain[0]
 
     def on_fit_start(self) -> None:
         """Move the frozen network to the device; Lightning moves registered submodules only."""
@@ -207,5 +223,5 @@ class DepthModule(pl.LightningModule):
         Lightning's own clipping refuses fused optimizers.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm or float("inf"))
+        self.grad_norm = clip_gradients(parameters, self.recipe.clip_norm)
         self.step_guard.apply(optimizer, self.grad_norm, [part["loss"] for part in self.parts])

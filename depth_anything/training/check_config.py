@@ -112,7 +112,7 @@ def validate_config(config: RunConfig) -> None:
     _check_repeated_keys(config)
     if config.encoder is not None:
         _check_encoder(config)
-    check_trainer(config.trainer)
+    check_trainer(config.trainer, stage=config.stage)
     _check_validation(config.validation)
     if config.stage == "controlnet":
         check_controlnet_stage(config)

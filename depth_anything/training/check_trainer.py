@@ -38,7 +38,12 @@ SET_BY_RUN = {
 }
 
 
-def check_trainer(trainer: TrainerConfig) -> None:
+SHARDED_STRATEGY = "depth_anything.training.fsdp.ShardedStrategy"
+SHARDED_STAGES = ("teacher", "student", "metric", "pretrain")
+SHARDED_PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+def check_trainer(trainer: TrainerConfig, *, stage: str) -> None:
     """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not accept.
 
     Raises:
@@ -57,12 +62,19 @@ def check_trainer(trainer: TrainerConfig) -> None:
     check_value("trainer.precision", str(trainer.precision), choice("auto", *precisions))
     check_value("trainer.accelerator", trainer.accelerator, choice("auto", "gpu", *accelerators))
     if isinstance(trainer.strategy, str):
+        if re.match("fsdp|model_parallel", trainer.strategy):  # they do not shard this project's networks
+            raise UserError(f"trainer.strategy={trainer.strategy} is Lightning's own", "type trainer=fsdp")
         strategies = [
             name
             for name in sorted(StrategyRegistry.available_strategies())
             if not re.search("spawn|fork|notebook", name)  # their processes lack our signal handlers
+            and not re.match("fsdp|model_parallel", name)
         ]
         check_value("trainer.strategy", trainer.strategy, choice("auto", *strategies))
+    elif trainer.strategy.get("_target_") == SHARDED_STRATEGY:
+        if stage not in SHARDED_STAGES:
+            raise UserError(f"stage={stage} cannot shard its network", "type trainer=ddp")
+        check_value("trainer.precision", str(trainer.precision), choice(*SHARDED_PRECISIONS))
     if trainer.target == "pytorch_lightning.Trainer":
         for name, value in trainer.as_dict().items():
             if name in hints and name != "precision" and not _matches_hint(value, hints[name]):

@@ -1,7 +1,7 @@
 """The networks of stage=controlnet: the frozen pipeline, the ControlNet with its starting weights, and its card."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from depth_anything.errors import UserError
 from depth_anything.licenses import card_license_fields, combine_licenses
 from depth_anything.model.card import data_table, escape_markdown, markdown_code, seal_card, write_card
 from depth_anything.model.tensor_files import WRITE_ERRORS
-from depth_anything.training import loggers
 from depth_anything.training.config import RunConfig
 from depth_anything.training.controlnet import ControlNetPair
 from depth_anything.training.data import TrainData
@@ -31,7 +30,6 @@ from depth_anything.training.diffusion import (
 )
 from depth_anything.training.plan_text import PlanLine, count_parameters, optimizer_name, schedule_line
 from depth_anything.training.provenance import set_provenance
-from depth_anything.training.run_dir import RunDir
 
 BASE_FOLDER = "base"
 """Folder in the run folder of the tiny random pipeline that base=null trains on."""
@@ -95,10 +93,9 @@ class ControlNetNetworks:
             licenses += [row["licence"], *([row["teacher"]["licence"]] if row["teacher"] else [])]
         return combine_licenses(licenses)
 
-    def save(self, module: Any, folder: RunDir) -> None:
-        """Write the folder controlnet/, which diffusers loads, with its card and depth_anything.json."""
-        measured = loggers.read_latest(folder.metrics, "val_")
-        target = folder.model.parent
+    def save(self, module: Any, path: Path, *, title: str, measured: Mapping[str, str]) -> None:
+        """Write the folder of `path`, which diffusers loads, with its card and depth_anything.json."""
+        target = path.parent
         origin = {
             "stage": self.config.stage,
             "base": {
@@ -115,7 +112,7 @@ class ControlNetNetworks:
             (temporary / "depth_anything.json").write_text(
                 json.dumps(origin, indent=1, sort_keys=True) + "\n"
             )
-        write_card(self._card(measured, folder), target, file=folder.model.name)
+        write_card(self._card(path, title, measured), target, file=path.name)
 
     @property
     def validation_folder(self) -> str | None:
@@ -160,9 +157,9 @@ class ControlNetNetworks:
         """Name the folder of the labels."""
         return f"{redact_secrets(str(self.config.data.labels))}, of the sets without depth"
 
-    def _card(self, measured: dict[str, str], folder: RunDir) -> str:
+    def _card(self, path: Path, title: str, measured: Mapping[str, str]) -> str:
         config, licence = self.config, self.licence
-        base = config.base or str(folder.path / BASE_FOLDER)
+        base = config.base or str(path.parent.parent / BASE_FOLDER)
         front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **card_license_fields(licence)}
         if config.base is not None and not Path(config.base).exists():
             front["base_model"] = config.base
@@ -170,7 +167,7 @@ class ControlNetNetworks:
         rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
         lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
         lines += ["tags: [controlnet, depth-anything, stable-diffusion, diffusers]", "---", ""]
-        lines += [f"# {escape_markdown(config.name)}", ""]
+        lines += [f"# {escape_markdown(title)}", ""]
         lines += [
             "A ControlNet for Stable Diffusion, conditioned on the depth of an image: 8-bit RGB, near is white, far is",
             "black, over the range of each image, as `depth-anything predict --format controlnet` writes it.",
@@ -181,7 +178,7 @@ class ControlNetNetworks:
             "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
             "from diffusers.utils import load_image",
             "",
-            'controlnet = ControlNetModel.from_pretrained("controlnet")',
+            f"controlnet = ControlNetModel.from_pretrained({json.dumps(path.parent.name)})",
             "pipeline = StableDiffusionControlNetPipeline.from_pretrained(",
             f"    {json.dumps(base)}, controlnet=controlnet, safety_checker=None",
             ")",
@@ -202,7 +199,7 @@ class ControlNetNetworks:
         if rows:
             lines += ["", "## Evaluation", "", "On the images of the run's config.yaml, at fixed noise:", ""]
             lines += ["| metric | mean |", "|---|---|", *rows]
-        return seal_card("\n".join(lines) + "\n", folder.model.name)
+        return seal_card("\n".join(lines) + "\n", path.name)
 
 
 def build_controlnet(base: DiffusionBase, config: RunConfig) -> Any:

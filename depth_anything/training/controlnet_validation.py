@@ -25,7 +25,7 @@ from depth_anything.training.controlnet import ControlNetModule
 from depth_anything.training.diffusion import import_diffusers
 from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.run_dir import RunDir
-from depth_anything.training.validation import averaged_weights
+from depth_anything.training.whole_network import evaluation_network
 from depth_anything.visualize import make_panel
 
 NUM_PICTURES = 4
@@ -131,7 +131,7 @@ class ControlNetValidation(StepCallback):
             return
         training = module.model.training
         module.model.eval()
-        with heartbeat.during("validation"), averaged_weights(trainer, module), torch.no_grad():
+        with heartbeat.during("validation"), evaluation_network(trainer, module), torch.no_grad():
             if self.config.sources.validation is not None:
                 loss = self._loss(trainer, module)
                 for logger in trainer.loggers:

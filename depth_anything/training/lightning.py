@@ -18,17 +18,13 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
-from depth_anything.disk import atomic_path
 from depth_anything.errors import SAME_COMMAND, UserError
-from depth_anything.model.integrity import save_with_digest
-from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     GracefulStop,
     PauseEnd,
@@ -36,14 +32,16 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.checkpoint_writer import AtomicCheckpointIO
 from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import DEPTH_STAGES
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
+from depth_anything.training.fsdp import StrategyWriter
 from depth_anything.training.guards import StepGuards
 from depth_anything.training.headroom import Headroom
-from depth_anything.training.loggers import build_loggers, logger_nodes
+from depth_anything.training.loggers import build_loggers, logger_nodes, read_latest
 from depth_anything.training.prediction_scale import PredictionScale
 from depth_anything.training.pretrain import ReconstructionPictures
 from depth_anything.training.pseudolabel import ShardData
@@ -59,28 +57,15 @@ from depth_anything.training.signals import (
     signal_name,
     slurm_job,
 )
+from depth_anything.training.stage_networks import StageNetworks
 from depth_anything.training.staging import stage_data
 from depth_anything.training.throughput import count_flop_per_image
 from depth_anything.training.valid_pixels import ValidPixelCheck
-from depth_anything.training.validation import ValidationCallback, averaging_callbacks, open_validation_task
+from depth_anything.training.validation import ValidationCallback, open_validation_task
 from depth_anything.training.watchdog import Watchdog
+from depth_anything.training.whole_network import averaging_callbacks, find_ema, whole_network
 
 T = TypeVar("T")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file in its own folder and rename it.
-
-    Lightning's TorchCheckpointIO writes to the system's temporary folder and moves the file: between two file systems
-    that is a copy, which a kill leaves incomplete, and nothing is flushed to the disk.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write with a digest, flush to the disk, rename; a kill at any moment leaves older checkpoints unchanged."""
-        with atomic_path(Path(path), make_folder=True, also=WRITE_ERRORS) as temporary:
-            save_with_digest(checkpoint, temporary)
 
 
 def trainer_arguments(
@@ -104,6 +89,8 @@ def trainer_arguments(
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
     # Of stage=controlnet, whose module prepares the batches of the DataModule.
     warnings.filterwarnings("ignore", message=".*on_before_batch_transfer", module="pytorch_lightning")
+    # Of trainer=fsdp: the losses change no output of a network in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -176,7 +163,14 @@ def build_callbacks(
             every=config.validation.every,
             input_size=config.image_size,
         )
-    checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    saving = config.checkpoint
+    checkpoints = Checkpoints(
+        run_dir.checkpoints,
+        every=saving.every,
+        keep=saving.keep,
+        keep_every=saving.keep_every,
+        writer=StrategyWriter(asynchronous=saving.asynchronous),
+    )
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     watchdogs = []
     if config.hang_timeout is not None:
@@ -356,6 +350,25 @@ def run_fit(
         # called `on_train_end`, where averaging callbacks replace the weights.
         for callback in averaging_callbacks(trainer):
             callback.on_train_end(trainer, module)
+
+
+def save_networks(
+    trainer: pl.Trainer, module: Any, networks: StageNetworks, folder: RunDir, *, title: str
+) -> None:
+    """Write the trained network on rank 0, and with callbacks=ema its average as a second file. All ranks must call it.
+
+    The card of the network that was validated has the results of the last validation.
+    """
+    average = find_ema(trainer)
+    measured = read_latest(folder.metrics, "val_") if trainer.is_global_zero else {}
+    with whole_network(module):
+        if trainer.is_global_zero:
+            networks.save(module, folder.model, title=title, measured={} if average else measured)
+    if average:
+        title = f"{title}, moving average of the weights"
+        with whole_network(module, average.weights):
+            if trainer.is_global_zero:
+                networks.save(module, folder.average, title=title, measured=measured)
 
 
 def run_predict(trainer: pl.Trainer, module: pl.LightningModule, data: ShardData) -> None:

@@ -1,10 +1,12 @@
 """The optimizer of the stages that train: its two parameter groups, its schedule, and the class that a config names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
@@ -78,6 +80,23 @@ def _split_by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
         {**group, "params": rest},
         {**group, "name": f"{group['name']}_no_decay", "params": flat, "weight_decay": 0.0},
     ]
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
+    """Scale all gradients so that their norm is at most `limit`, and return their norm before that.
+
+    Of sharded gradients it is the norm over the rows of all ranks, an ordinary tensor that is equal on all of them.
+
+    Args:
+        parameters: Those that have gradients.
+        limit: None: do not scale.
+    """
+    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(total, DTensor):
+        total = total.full_tensor()
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    return total
 
 
 def adam_factory(recipe: Recipe) -> OptimizerFactory:

@@ -24,6 +24,7 @@ from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import StepCallback, gather_or_raise
 from depth_anything.training.recipes import PretrainRecipe
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.whole_network import evaluation_network
 from depth_anything.visualize import make_panel
 
 __all__ = ["Pretrain", "PretrainRecipe", "ReconstructionPictures", "count_visible"]
@@ -133,7 +134,8 @@ class ReconstructionPictures(StepCallback):
                 write_panel(module.reconstruct(self.batch), self.run_dir, step)
                 module.model.train(training)
 
-        gather_or_raise(trainer.world_size, write)  # a full disk stops all ranks
+        with evaluation_network(trainer, module):
+            gather_or_raise(trainer.world_size, write)  # a full disk stops all ranks
 
 
 def write_panel(views: Sequence[np.ndarray], run_dir: RunDir, step: int) -> None:

@@ -55,7 +55,7 @@ def write_result(
 
     Args:
         model: The trained network.
-        path: model.safetensors in the folder of the run.
+        path: model.safetensors or model-ema.safetensors in the folder of the run.
         title: Name of the run.
         measured: Metric name to its value at the last validation.
     """
@@ -65,10 +65,17 @@ def write_result(
         write_card(text, path.parent, file=path.name)
         return
     save_model(model, path)
-    write_run_card(model, path.parent, title=title, measured=measured)
+    write_run_card(model, path.parent, title=title, measured=measured, file=path.name)
 
 
-def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: Mapping[str, str]) -> None:
+def write_run_card(
+    model: DepthAnything,
+    folder: Path,
+    *,
+    title: str,
+    measured: Mapping[str, str],
+    file: str = "model.safetensors",
+) -> None:
     """Write the model card of a run into its folder, unless a user has edited the card that is there.
 
     Args:
@@ -76,6 +83,7 @@ def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: 
         folder: Folder of the run.
         title: Name of the run.
         measured: Metric name to its value at the last validation.
+        file: The model's file.
     """
     rows = [f"| {name} | {float(value):.4g} |" for name, value in measured.items()]
     table = "\n".join(
@@ -89,12 +97,12 @@ def write_run_card(model: DepthAnything, folder: Path, *, title: str, measured: 
     )
     text = build_card(
         model,
-        file="model.safetensors",
+        file=file,
         form="safetensors",
         title=title,
         measured={"Evaluation": table} if rows else {},
     )
-    write_card(text, folder, file="model.safetensors")
+    write_card(text, folder, file=file)
 
 
 def set_provenance(source: Records | JoinedRecords) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from depth_anything.data.address import strip_credentials
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.errors import UserError
+from depth_anything.model.sharded_files import is_sharded, read_sharded, read_sharded_state
 from depth_anything.training.batch_plan import format_override
 from depth_anything.training.check_config import find_default, find_key
 from depth_anything.training.config import RunConfig
@@ -21,7 +22,7 @@ from depth_anything.training.value_rules import format_value
 #: Keys whose value is a mapping that is compared as a whole.
 COMPARED_WHOLE = frozenset(("sky", "repeat"))
 #: Old `_target_` → today's, for configs that an older version wrote.
-RENAMED_TARGETS: dict[str, str] = {}
+RENAMED_TARGETS = {"pytorch_lightning.callbacks.EMAWeightAveraging": "depth_anything.training.ema.EMA"}
 #: Keys of older versions that decide nothing any more; their values live on in the keys that they were copied to.
 REMOVED_KEYS = frozenset(("rates", "tiny"))
 
@@ -281,6 +282,22 @@ def read_config_or_empty(path: Path) -> FlatConfig:
         return FlatConfig({})
 
 
+def load_checkpoint(path: Path, *, tensors: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of a run, a file or a folder of shards, without running code in it.
+
+    Args:
+        path: Its path.
+        tensors: False: the tensors are not used, so those of the shards are left out and others are not read.
+
+    Raises:
+        Exception: torch.load raises many types for files of other formats.
+    """
+    if is_sharded(path):
+        return read_sharded(path) if tensors else read_sharded_state(path)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
+    return checkpoint
+
+
 def data_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the state of the DataModule in a checkpoint: position, seed and the digests of its sets; None without.
 
@@ -297,7 +314,7 @@ def read_checkpoint_facts(path: Path) -> tuple[int, dict[str, Any]]:
         UserError: If the file is no checkpoint of a run.
     """
     try:
-        checkpoint = torch.load(path, weights_only=True, mmap=True)
+        checkpoint = load_checkpoint(path, tensors=False)
         step, metadata = int(checkpoint["global_step"]), checkpoint.get("depth_anything", {})
         if not {"loops", "state_dict"} <= checkpoint.keys():
             raise KeyError("loops")

@@ -77,9 +77,9 @@ def fit(home: RunHome) -> str:
     lightning.run_fit(trainer, module, data, checkpoint)
     home.upload()
     lightning.raise_if_incomplete(trainer, callbacks)
+    lightning.save_networks(trainer, module, networks, folder, title=config.name)
     if not trainer.is_global_zero:
         return ""
-    networks.save(module, folder)
     folder.finish(steps)
     folder.lock.release()
     return f"finished: {folder.model}{folder.describe_best()}"

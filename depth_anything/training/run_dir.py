@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from depth_anything.data.address import redact_nested
@@ -17,12 +16,14 @@ from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
 from depth_anything.model.integrity import find_damage
+from depth_anything.model.sharded_files import find_sharded_damage, is_sharded
 from depth_anything.training.config import RunConfig
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.resume import (
     FlatConfig,
     check_resume_checkpoint,
     check_same_run,
+    load_checkpoint,
     read_checkpoint_facts,
     read_config,
     read_config_or_empty,
@@ -34,7 +35,8 @@ RANK0_TIMEOUT_S = 120.0
 class RunDir:
     """The folder of a run: config.yaml, checkpoints/, metrics.csv, pictures/, and model.safetensors at the end.
 
-    best.safetensors is the best model of its validations, and best.json names its step and metric.
+    model-ema.safetensors is the average of callbacks=ema. best.safetensors is the best model of its validations, and
+    best.json names its step and metric.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.model = self.path / result
+        first, *rest = Path(result).parts
+        averaged = Path(first).with_stem(f"{Path(first).stem}-ema")
+        self.average = self.path.joinpath(averaged, *rest)
         self.best, self.best_json = self.path / "best.safetensors", self.path / "best.json"
         self.saved, self.metrics = self.path / "saved.json", self.path / "metrics.csv"
         self.lock = self._new_lock()
@@ -115,7 +120,12 @@ class RunDir:
         atomic_write(self.path / "finished.json", json.dumps({"steps": steps}).encode())
 
     def read_best(self) -> dict[str, Any]:
-        """Read best.json: "step", "metric" and its "value", "images", "protocol", "judged"; {} if there is none."""
+        """Read best.json; {} if there is none.
+
+        Returns:
+            "step", "metric" and its "value", "images", "protocol", "judged", and the "weights" that were scored, "last"
+            or "average"; files of older versions lack "weights".
+        """
         best = _read_json(self.best_json) if self.best.is_file() else {}
         return best if {"step", "metric", "value", "images", "protocol", "judged"} <= best.keys() else {}
 
@@ -130,6 +140,7 @@ class RunDir:
         if not best:
             return ""
         value = f"{best['metric']} {best['value']:.4g}"
+        value += " with averaged weights" if best.get("weights") == "average" else ""
         return f"; best on {best['images']}: {self.best} (step {best['step']}, {value})"
 
     def claim(self, config: RunConfig, *, exclusive: bool = True) -> None:
@@ -304,12 +315,13 @@ def find_checkpoint_problem(path: Path) -> str:
     Raises:
         OSError: If the file exists and cannot be read now.
     """
-    if not path.is_file():
+    sharded = is_sharded(path)
+    if not sharded and not path.is_file():
         return "is not a checkpoint of a run"
-    if damage := find_damage(path):
+    if damage := find_sharded_damage(path) if sharded else find_damage(path):
         return f"is damaged ({damage})"
     try:
-        keys = torch.load(path, weights_only=True, mmap=True).keys()
+        keys = load_checkpoint(path, tensors=False).keys()
     except Exception:  # torch raises many types for files that are not checkpoints
         return "is not a checkpoint of a run, or is truncated"
     return "" if {"global_step", "loops", "state_dict"} <= keys else "is not a checkpoint of a run"

@@ -1,6 +1,6 @@
 """The networks of each stage that trains: built with their starting weights, described, and saved with provenance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.lora import add_adapters
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.model.segmentation import MASK_HEADS, SegmentationModel
-from depth_anything.training import initialization, loggers, provenance
+from depth_anything.training import initialization, provenance
 from depth_anything.training.batch_plan import extra_sets
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
@@ -28,7 +28,6 @@ from depth_anything.training.plan_text import (
     optimizer_name,
     schedule_line,
 )
-from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_data import SegmentationData, read_classes
 from depth_anything.training.segmentation_setup import (
     open_segmentation_task,
@@ -60,8 +59,15 @@ class StageNetworks(Protocol):
     def build(self, sources: Sequence[Records | JoinedRecords]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Build the networks for data from `sources`; return the arguments of the stage's LightningModule."""
 
-    def save(self, module: Any, folder: RunDir) -> None:
-        """Write the result and its card into the run folder."""
+    def save(self, module: Any, path: Path, *, title: str, measured: Mapping[str, str]) -> None:
+        """Write the network of a module and its card.
+
+        Args:
+            module: The stage's LightningModule.
+            path: `result` in the run folder, or the file of the averaged weights.
+            title: Title of the card.
+            measured: Metric name to its value at the last validation; {} if other weights were validated.
+        """
 
     @property
     def validation_folder(self) -> str | None:
@@ -114,10 +120,9 @@ class DepthNetworks:
         provenance.add_provenance(model, self.config, sources)
         return (model,), {"frozen": initialization.build_frozen_encoder(self.config)}
 
-    def save(self, module: Any, folder: RunDir) -> None:
-        """Write model.safetensors and README.md."""
-        measured = loggers.read_latest(folder.metrics, "val_")
-        provenance.write_result(module.model, folder.model, title=self.config.name, measured=measured)
+    def save(self, module: Any, path: Path, *, title: str, measured: Mapping[str, str]) -> None:
+        """Write a .safetensors file and its card."""
+        provenance.write_result(module.model, path, title=title, measured=measured)
 
     @property
     def validation_folder(self) -> str | None:

@@ -4,14 +4,12 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 from PIL import Image
-from pytorch_lightning.callbacks import WeightAveraging
 
 from depth_anything.classes import paint_classes
 from depth_anything.data.sample import Frame
@@ -40,6 +38,7 @@ from depth_anything.training.config import RunConfig
 from depth_anything.training.heartbeat import heartbeat
 from depth_anything.training.run_dir import RunDir
 from depth_anything.training.segmentation_setup import open_segmentation_task
+from depth_anything.training.whole_network import averaging_callbacks, evaluation_network, find_ema
 from depth_anything.visualize import colorize_by_distance, make_panel
 
 NUM_PICTURES = 4
@@ -142,6 +141,7 @@ class ValidationCallback(StepCallback):
         self.lines: list[str] = []
         self.previews: list[Any] = []
         self.best: dict[str, Any] = {}
+        self._weights = "last"
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Read this rank's share of the images, and best.json of the run so far."""
@@ -182,7 +182,8 @@ class ValidationCallback(StepCallback):
         if self.task is None or (step % self.every and step != trainer.max_steps):
             return
         training = module.model.training
-        with heartbeat.during("validation"), averaged_weights(trainer, module):
+        self._weights = "average" if find_ema(trainer) or averaging_callbacks(trainer) else "last"
+        with heartbeat.during("validation"), evaluation_network(trainer, module):
             predictor = _build_predictor(module, input_size=self.input_size)
             metric, means = self._score(trainer.world_size, predictor)
             for logger in trainer.loggers:
@@ -234,6 +235,7 @@ class ValidationCallback(StepCallback):
             "step": step,
             "metric": metric,
             "value": value,
+            "weights": self._weights,
             "images": self.task.name,
             "protocol": self.task.rules,
             "judged": _task_digest(self.task),
@@ -242,26 +244,6 @@ class ValidationCallback(StepCallback):
             write_model(module.model, temporary)
             self.run_dir.best_json.unlink(missing_ok=True)
         atomic_write(self.run_dir.best_json, json.dumps(self.best).encode())
-
-
-def averaging_callbacks(trainer: Any) -> list[WeightAveraging]:
-    """List Lightning's weight-averaging callbacks of a Trainer."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
-
-
-@contextmanager
-def averaged_weights(trainer: Any, module: pl.LightningModule) -> Iterator[None]:
-    """Put the average of Lightning's WeightAveraging callbacks, if any, in place of the current weights.
-
-    Lightning's own validation loop does so through `on_validation_epoch_start` and `on_validation_epoch_end`.
-    """
-    for callback in averaging_callbacks(trainer):
-        callback.on_validation_epoch_start(trainer, module)
-    try:
-        yield
-    finally:
-        for callback in averaging_callbacks(trainer):
-            callback.on_validation_epoch_end(trainer, module)
 
 
 def _task_digest(task: EvalTask) -> str:

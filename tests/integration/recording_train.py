@@ -3,7 +3,7 @@
 Not a test; test_exact.py and others start it. Environment variables:
 
 - SAMPLE_LOG: folder of the records: step, sample number and hash of the pixels.
-- STOP_AT=STEP:RANK sends that rank SIGTERM after that step, as a cluster would.
+- STOP_AT=STEP:RANK[:NUMBER] sends that rank SIGTERM, or another signal, after that step, as a cluster would.
 - SIGNAL_AT=PLACE:RANK:NUMBER[:SECONDS] sends that rank, or each if RANK is "all", the signal when it first reaches one
   of the PLACES, and again after SECONDS.
 - HANG_AT=STEP:RANK:WAY makes that rank hang in the forward pass after that step: "stop" (SIGSTOP) or "loop" in Python.
@@ -53,9 +53,9 @@ class SampleRecorder(StepCallback):
             file.writelines(lines)
 
     def on_step(self, trainer: Any, module: Any, step: int) -> None:
-        stop, _, rank = os.environ.get("STOP_AT", "0:0").partition(":")
-        if step == int(stop) and trainer.global_rank == int(rank):
-            os.kill(os.getpid(), signal.SIGTERM)
+        stop, rank, *number = map(int, os.environ.get("STOP_AT", "0:0").split(":"))
+        if step == stop and trainer.global_rank == rank:
+            os.kill(os.getpid(), *number or [signal.SIGTERM])
 
 
 PLACES: dict[str, tuple[Any, str]] = {

@@ -1,9 +1,12 @@
 """Callbacks and loggers of Lightning, added on the command line of train.py."""
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from depth_anything import load_model
 from depth_anything.model.weights import fingerprint
@@ -62,3 +65,18 @@ def test_a_callback_class_that_does_not_exist_is_one_error_line(start: Any) -> N
     result = start("stage=teacher", "+callbacks.own._target_=pytorch_lightning.callbacks.NoSuchCallback")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "callbacks.own._target_" in result.stderr and "NoSuchCallback" in result.stderr
+
+
+def test_a_run_writes_both_files_and_says_what_was_validated(start: Any, tmp_path: Path) -> None:
+    result = start(
+        "stage=teacher", "steps=4", "trainer=cpu", "workers=0", "callbacks=ema", "callbacks.ema.decay=0.5"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    folder = next((tmp_path / "outputs").iterdir())
+    last, mean, best = (load_model(folder / f"{name}.safetensors") for name in ("model", "model-ema", "best"))
+    key = "pretrained.blocks.0.attn.qkv.weight"
+    assert torch.equal(mean.state_dict()[key], best.state_dict()[key])
+    assert not torch.equal(mean.state_dict()[key], last.state_dict()[key])
+    assert json.loads((folder / "best.json").read_text())["weights"] == "average"
+    assert "abs_rel" in (folder / "model-ema.safetensors.md").read_text()
+    assert "abs_rel" not in (folder / "README.md").read_text()

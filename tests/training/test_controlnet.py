@@ -61,10 +61,10 @@ def whole(train: Train) -> Path:
     return train(name="whole")
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+def weights_of(folder: Path, name: str = "controlnet") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +140,18 @@ def test_micro_batches_change_rounding_only_and_the_average_is_saved(train: Trai
         "sources.validation=null",
     )
     split = train(*typed, name="split")
-    saved, last = weights_of(split), weights_of(whole)
+    current, last = weights_of(split), weights_of(whole)
+    saved = weights_of(split, "controlnet-ema")
     checkpoint = torch.load(split / "checkpoints" / "step-000000004.ckpt", weights_only=True)
     for name, average in saved.items():
-        assert torch.equal(average, checkpoint["state_dict"][f"model.{name}"])
+        assert torch.equal(average, checkpoint["average"]["weights"][f"model.{name}"])
+        assert torch.equal(current[name], checkpoint["state_dict"][f"model.{name}"])
     assert (split / "pictures" / "step-000000004.jpg").exists()  # of training images
     assert "val_loss" not in read_metrics(split / "metrics.csv").columns
-    current = checkpoint["current_model_state"]
-    assert any(not torch.equal(average, current[f"model.{name}"]) for name, average in saved.items())
+    assert any(not torch.equal(average, current[name]) for name, average in saved.items())
+    assert 'from_pretrained("controlnet-ema")' in (split / "controlnet-ema" / "README.md").read_text()
     for name, expected in last.items():
-        torch.testing.assert_close(current[f"model.{name}"], expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(current[name], expected, atol=2e-3, rtol=0)
 
 
 def test_the_loss_is_that_of_the_example_of_diffusers(module: ControlNetModule) -> None:

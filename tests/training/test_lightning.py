@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
     DeviceStatsMonitor,
@@ -18,12 +17,19 @@ from pytorch_lightning.callbacks import (
     TQDMProgressBar,
 )
 from pytorch_lightning.loggers import TensorBoardLogger
-from tiny_training import BatchList, fit, make_batch, make_module, make_trainer
-from torch.utils.data import DataLoader
+from tiny_training import (
+    STEPS,
+    Data,
+    fit,
+    make_batch,
+    make_module,
+    make_trainer,
+    run_callbacks,
+    train,
+    weights,
+)
 
 from depth_anything.errors import UserError
-from depth_anything.training.callbacks import GracefulStop, TrainingMetrics
-from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.lightning import (
     _warn_of_shared_store,
     explain_lost_rank,
@@ -31,33 +37,13 @@ from depth_anything.training.lightning import (
     run_fit,
 )
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, build_loggers, logger_nodes
-from depth_anything.training.validation import averaged_weights
+from depth_anything.training.whole_network import evaluation_network
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # Lightning's advice to those who shard a model's layers.
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback:UserWarning"),
 ]
-STEPS = 6
-
-
-def run_callbacks(folder: Path, *added: pl.Callback, every: int = 2) -> list[pl.Callback]:
-    """List the callbacks of a run in its order, without validation and data checks."""
-    checkpoints = Checkpoints(folder / "checkpoints", every=every)
-    return [TrainingMetrics(every=1, batch_size=2), *added, checkpoints, GracefulStop(checkpoints)]
-
-
-def train(folder: Path, *added: pl.Callback, steps: int = STEPS, begin: int = 0) -> Any:
-    """Train to `steps`, from the checkpoint of step `begin`; return the module."""
-    checkpoint = folder / f"checkpoints/step-{begin:09d}.ckpt" if begin else None
-    module = make_module()
-    batches = [make_batch(seed) for seed in range(begin, steps)]
-    fit(folder, module, batches, *run_callbacks(folder, *added), steps=steps, checkpoint=checkpoint)
-    return module
-
-
-def weights(module: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -79,15 +65,6 @@ def test_ema_weight_averaging_saves_the_average_and_continues_exactly(tmp_path: 
     assert torch.equal(weights(resumed), weights(unbroken))
 
 
-class Data(pl.LightningDataModule):
-    """Two micro-batches."""
-
-    micro_batch = 2
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(BatchList([make_batch(0), make_batch(1)]), batch_size=None)
-
-
 def test_a_run_killed_after_its_last_checkpoint_ends_with_the_average(tmp_path: Path) -> None:
     unbroken = train(tmp_path, EMAWeightAveraging(decay=0.5))
     checkpoint = tmp_path / f"checkpoints/step-{STEPS:09d}.ckpt"
@@ -97,13 +74,13 @@ def test_a_run_killed_after_its_last_checkpoint_ends_with_the_average(tmp_path: 
     assert torch.equal(weights(module), weights(unbroken))
 
 
-def test_validation_scores_the_averaged_weights(tmp_path: Path) -> None:
+def test_validation_scores_the_evaluation_network(tmp_path: Path) -> None:
     module, averaging = make_module(), EMAWeightAveraging(decay=0.5)
     trainer = fit(tmp_path, module, [make_batch(0), make_batch(1)], averaging, steps=2)
     assert averaging._average_model is not None
     averaging._average_model.module.model.depth_head.bias.data.fill_(7.0)
     current = weights(module)
-    with averaged_weights(trainer, module):
+    with evaluation_network(trainer, module):
         assert module.model.depth_head.bias.item() == 7.0
     assert torch.equal(weights(module), current)
 

@@ -170,6 +170,7 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(tmp_path: Path) -> Non
     best = json.loads(run.run_dir.best_json.read_text())
     assert {name: best[name] for name in best if name != "judged"} == {
         "step": 4, "metric": "abs_rel", "value": values[4], "images": "rooms", "protocol": "da2",
+        "weights": "last",
     }  # fmt: skip
     saved = load_model(run.run_dir.best)
     assert (saved.max_depth, saved.input_size) == (10.0, 42)
