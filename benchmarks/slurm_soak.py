@@ -106,7 +106,7 @@ class Killer:
     @staticmethod
     def _is(process: int, name: str) -> bool:
         with suppress(OSError):
-            return process_name(Path(f"/proc/{process}")).startswith(name)
+            return process_name(process) == name
         return False
 
 

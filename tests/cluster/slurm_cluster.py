@@ -48,7 +48,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=15
+SlurmdTimeout=10
 MinJobAge=600
 KillWait=20
 JobRequeue=1
@@ -87,9 +87,19 @@ def wait_until(
         time.sleep(0.2)
 
 
-def process_name(folder: Path) -> str:
-    """Return the name of the process of a folder of /proc: of a batch shell slurm_script, of a step slurmstepd."""
-    return (folder / "comm").read_text().strip()
+def process_name(process: int) -> str:
+    """Return the name of a process: slurmstepd, slurm_script (the shell of a batch script), srun, python, …
+
+    Raises:
+        OSError: If it is gone.
+    """
+    folder = Path(f"/proc/{process}")
+    script = (folder / "cmdline").read_bytes().split(b"\0")[1:2]
+    return (
+        "slurm_script"
+        if script and script[0].endswith(b"/slurm_script")
+        else (folder / "comm").read_text().strip()
+    )
 
 
 class SlurmCluster:
@@ -156,7 +166,7 @@ class SlurmCluster:
     def kill_batch_shell(self, job: str) -> None:
         """Kill the shell that runs the batch script of a job."""
         for process in self.processes(f"SLURM_JOB_ID={job}"):
-            if process_name(Path(f"/proc/{process}")) == "slurm_script":
+            if process_name(process) == "slurm_script":
                 os.kill(process, signal.SIGKILL)
 
     def processes(self, *entries: str) -> list[int]:
@@ -166,12 +176,18 @@ class SlurmCluster:
             entries: As "SLURM_JOB_ID=7".
         """
         marks = {entry.encode() for entry in (*entries, f"SLURM_CONF={self.folder}/slurm.conf")}
-        found = []
+        steps, others = set(), set()
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if marks <= {*(folder / "environ").read_bytes().split(b"\0")}:
-                    found.append((not process_name(folder).startswith("slurmstepd"), int(folder.name)))
-        return [process for _, process in sorted(found)]
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                if marks <= {*environment} and any(
+                    entry.startswith(b"SLURM_JOB_ID=") for entry in environment
+                ):
+                    others.add(int(folder.name))
+                    parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                    if process_name(parent) == "slurmstepd":  # it does not have the environment of its tasks
+                        steps.add(parent)
+        return [*steps, *(others - steps)]
 
     def _start(self, name: str, program: str, *arguments: str) -> None:
         path = find_program(program)
