@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -66,12 +67,12 @@ class Pipeline:
     def calls(self) -> list[str]:
         """Return the submissions without what all have, and "cancel ID"."""
         lines = (self.records / "calls").read_text().splitlines()
-        return [
-            line.replace("--nodes=1 --ntasks-per-node=1 ", "")
-            .replace("--parsable ", "")
-            .replace("--kill-on-invalid-dep=yes ", "")
-            for line in lines
-        ]
+        for line in lines:
+            assert (
+                line.startswith("cancel ") or "--parsable " in line and "--kill-on-invalid-dep=yes " in line
+            )
+        common = r"--(parsable|kill-on-invalid-dep=yes|nodes=1|ntasks-per-node=1) "
+        return [re.sub(common, "", line) for line in lines]
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def main() -> None:
     code = int(answers.readline())
     os.unlink(pipe)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in FORWARDED_SIGNALS:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(own, -code)
     os._exit(code)
 

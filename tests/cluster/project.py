@@ -127,6 +127,7 @@ class Project:
         """Run slurm/pipeline.sh and return the jobs that it submits: kind of the stage → id."""
         printed = self.run(*command, **self.environment(hold=hold))
         rows = [line.split() for line in printed.splitlines() if line.startswith("submitted ")]
+        self.jobs += [row[-1] for row in rows]
         return {kind: job for _, kind, *_, job in rows}
 
     def run(self, *command: str, **environment: str) -> str:
@@ -177,5 +178,5 @@ class Project:
         return (self.folder / "outputs" / run / "model.safetensors").read_bytes()
 
     def close(self) -> None:
-        """Kill the jobs."""
-        self.slurm.end_jobs()
+        """Kill the jobs of this folder, and wait until they have ended."""
+        self.slurm.end_jobs(*self.jobs)

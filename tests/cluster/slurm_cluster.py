@@ -214,15 +214,17 @@ class SlurmCluster:
                     daemon.kill()
                     daemon.wait()
 
-    def end_jobs(self) -> None:
-        """Kill all jobs and wait until none is left.
+    def end_jobs(self, *jobs: str) -> None:
+        """Kill some jobs, by default all, and wait until none of them is left.
 
         Raises:
             TimeoutError: If one is.
         """
-        self._command("scancel", "--user=root", "--signal=KILL", "--full")  # fails if no job runs
-        self._command("scancel", "--user=root")
-        wait_until(lambda: not self._command("squeue", "-h").stdout.strip(), "end of the jobs", seconds=60)
+        chosen = jobs or ("--user=root",)
+        self._command("scancel", "--signal=KILL", "--full", *chosen)  # fails if none runs
+        self._command("scancel", *chosen)
+        queue = ("squeue", "-h", *([f"--jobs={','.join(jobs)}"] if jobs else []))
+        wait_until(lambda: not self._command(*queue).stdout.strip(), "end of the jobs", seconds=60)
 
     def _command(
         self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None

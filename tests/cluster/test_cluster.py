@@ -3,6 +3,7 @@
 import os
 import signal
 import tarfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +26,34 @@ TRAINING = (
 TWO_TASKS = ("--ntasks-per-node=2",)
 
 
+class Unbroken:
+    """A training without interruption in processes of their own, whose ranks are held while Lightning ends.
+
+    It runs beside the other jobs until its model is asked for.
+    """
+
+    def __init__(self, project: Project, data: Path) -> None:
+        """Submit the job."""
+        self.project = project
+        words = (*TRAINING, f"data_dir={data}")
+        self.job = project.submit("train", *words, options=TWO_TASKS, hold="teardown", own_python=True)
+
+    @cached_property
+    def model(self) -> bytes:
+        """The file of the model. SIGTERM does not disturb a training that has ended."""
+        self.project.wait_until_held(self.job, "teardown")
+        self.project.slurm.run("scancel", "--signal=TERM", self.job)
+        assert self.project.wait_until_ended(self.job) == "COMPLETED", self.project.details()
+        log = self.project.logs()
+        assert log.count("finished: ") == 1 and "Traceback" not in log and "SIGTERM" in log, log
+        return self.project.model(RUN)
+
+
 @pytest.fixture(scope="module")
 def unbroken(
     slurm: SlurmCluster, server: SharedForkServer, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Project:
-    """Train without interruption, in processes of their own, and hold the ranks while Lightning ends."""
-    project = Project(slurm, tmp_path_factory.mktemp("unbroken") / "project", server)
-    job = project.submit(
-        "train", *TRAINING, f"data_dir={data}", options=TWO_TASKS, hold="teardown", own_python=True
-    )
-    project.wait_until_held(job, "teardown")
-    slurm.run("scancel", "--signal=TERM", job)  # everything is trained and saved
-    assert project.wait_until_ended(job) == "COMPLETED", project.details()
-    assert project.logs().count("finished: ") == 1 and "Traceback" not in project.logs(), project.logs()
-    return project
+) -> Unbroken:
+    return Unbroken(Project(slurm, tmp_path_factory.mktemp("unbroken") / "project", server), data)
 
 
 def train(project: Project, data: Path, *, hold: str = "", options: tuple[str, ...] = ()) -> str:
@@ -56,14 +71,14 @@ def approach_time_limit(project: Project, job: str) -> None:
     project.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
 
-def check_result(project: Project, unbroken: Project) -> None:
+def check_result(project: Project, unbroken: Unbroken) -> None:
     """Check that a run ended once, and as the unbroken one."""
     assert project.logs().count("finished: ") == 1, project.logs()
-    assert project.model(RUN) == unbroken.model(RUN)
+    assert project.model(RUN) == unbroken.model
 
 
 def test_a_training_that_is_stopped_on_purpose_ends_with_the_bytes_of_an_unbroken_one(
-    project: Project, unbroken: Project, data: Path
+    project: Project, unbroken: Unbroken, data: Path
 ) -> None:
     """SIGUSR1 while starting, the time limit, scontrol requeue, scancel; the same command continues."""
     slurm, log = project.slurm, project.logs
@@ -102,7 +117,7 @@ def test_a_training_that_is_stopped_on_purpose_ends_with_the_bytes_of_an_unbroke
     assert "Traceback" not in log(), log()
 
 
-def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: Project, data: Path) -> None:
+def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: Unbroken, data: Path) -> None:
     """A job whose process was killed is queued again, as often as cluster.env says; Slurm moves it from a dead node."""
     slurm = project.slurm
     job = train(project, data, hold="5 15 25", options=("--nodelist=node1",))
