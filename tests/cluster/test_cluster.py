@@ -142,6 +142,8 @@ def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: 
     job = train(project, data)
     assert project.wait_until_ended(job) == "COMPLETED", project.logs()
     check_result(project, unbroken)
+    assert "another rank has ended" in project.logs()
+    assert "Traceback" not in project.logs(), project.logs()
 
 
 def test_tasks_of_a_labeling_array_come_and_go(project: Project, data: Path, tmp_path: Path) -> None:
