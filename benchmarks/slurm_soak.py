@@ -153,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     if missing := missing_packages():
         sys.exit(f"error: apt-get install --no-install-recommends {' '.join(missing)}")
-    rng, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    rng = random.Random(options.seed)
     arguments = (*PIPELINE, f"steps={options.steps}")
     with tempfile.TemporaryDirectory() as folder:
         slurm = SlurmCluster(Path(folder) / "slurm")
@@ -168,7 +168,8 @@ def main() -> None:
             whole = digests(unbroken.folder, COMPARED)
             calm = run_round(Project(slurm, Path(folder) / "calm", server), arguments, None)
             print(json.dumps({"unbroken": round(calm.seconds, 1)}), flush=True)
-            while time.monotonic() < end:
+            end = time.monotonic() + 60 * options.minutes
+            while not rounds or time.monotonic() < end:
                 project = Project(slurm, Path(folder) / f"round-{len(rounds)}", server)
                 broken = run_round(project, arguments, Killer(slurm, rng, every_s=options.every))
                 broken.equal = bool(whole) and digests(project.folder, COMPARED) == whole
