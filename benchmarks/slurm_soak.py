@@ -56,7 +56,7 @@ class Round:
     """
 
     seconds: float = 0.0
-    kills: Counter[str] = field(default_factory=Counter)
+    kills: dict[str, int] = field(default_factory=dict)
     jobs: int = 0
     restarts: int = 0
     equal: bool = True
@@ -72,7 +72,7 @@ class Killer:
         self._next = time.monotonic() + rng.uniform(0.5, 1.5) * every_s
         self._down: dict[str, float] = {}
 
-    def act(self, kills: Counter[str]) -> None:
+    def act(self, kills: dict[str, int]) -> None:
         """Boot the nodes whose time has come, and kill if it is time; count the kind of the victim."""
         now = time.monotonic()
         for node in [node for node, up in self._down.items() if now >= up]:
@@ -89,13 +89,13 @@ class Killer:
             kill = self.slurm.kill_slurmd if kind == "slurmd" else self.slurm.kill_node
             kill(node)
             self._down[node] = now + BOOT_S
-            kills[kind] += 1
+            kills[kind] = kills.get(kind, 0) + 1
             return
         found = [process for process in self.slurm.processes() if self._is(process, NAMES[kind])]
         if found:
             with suppress(ProcessLookupError):
                 os.kill(self.rng.choice(found), signal.SIGKILL)
-                kills[kind] += 1
+                kills[kind] = kills.get(kind, 0) + 1
 
     def boot_all(self) -> None:
         """Boot what is down."""
@@ -180,7 +180,7 @@ def main() -> None:
             server.close()
     figures = {
         "rounds": len(rounds),
-        "kills": sum((one.kills for one in rounds), Counter()),
+        "kills": dict(sum((Counter(one.kills) for one in rounds), Counter())),
         "restarts": sum(one.restarts for one in rounds),
         "submitted_again": sum(one.jobs - 4 for one in rounds),
         "effective_time": round(len(rounds) * calm.seconds / sum(one.seconds for one in rounds), 3),
