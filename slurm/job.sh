@@ -68,6 +68,7 @@ run_step() {
   case $status in
     138) requeue ;;                    # 128 + SIGUSR1: the time limit is near
     134 | 135 | 137 | 139) restart ;;  # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: the process did not end by itself
+    200) restart ;;                    # a rank hung (docs/troubleshooting-clusters.md)
   esac
   exit "$status"
 }
@@ -83,10 +84,10 @@ restart() {
   comment=$(squeue --noheader --jobs="$job" --format=%k) || true
   [[ ! "$comment" =~ ^crashes:([0-9]+)$ ]] || ((SECONDS >= 3600)) || crashes=${BASH_REMATCH[1]}
   if ((crashes >= CRASH_RESTARTS)); then
-    echo "error: a process of job $job was killed; it is not queued again (CRASH_RESTARTS=$CRASH_RESTARTS in" \
+    echo "error: job $job crashed (exit code $status); it is not queued again (CRASH_RESTARTS=$CRASH_RESTARTS in" \
       "slurm/cluster.env). Read its last lines above, then submit the same command again" >&2
     return
   fi
-  echo "a process of job $job was killed (exit code $status): restart $((crashes + 1)) of $CRASH_RESTARTS" >&2
+  echo "job $job crashed (exit code $status): restart $((crashes + 1)) of $CRASH_RESTARTS" >&2
   scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))" && requeue
 }

@@ -251,9 +251,9 @@ def test_the_exit_status_is_that_of_the_step(cluster: Cluster, script: str, stat
     assert requeued(cluster) == (["777"] if status == 138 else [])
 
 
-@pytest.mark.parametrize("status", [134, 135, 137, 139])
+@pytest.mark.parametrize("status", [134, 135, 137, 139, 200])
 def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: int) -> None:
-    """SIGABRT, SIGBUS, SIGKILL, SIGSEGV: the comment of the job counts them."""
+    """SIGABRT, SIGBUS, SIGKILL, SIGSEGV, or a hang: the comment of the job counts them."""
     cluster.settings("CRASH_RESTARTS=2")
     done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), **ARRAY_TASK)
     assert done.returncode == status

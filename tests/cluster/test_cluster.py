@@ -124,7 +124,7 @@ def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: 
     project.wait_until_held(job, "5")
     os.kill(project.pid(job, "5", rank=1), signal.SIGKILL)
     project.wait_until_restarted(job, 1)
-    assert f"a process of job {job} was killed (exit code 137): restart 1 of 1" in project.logs()
+    assert f"job {job} crashed (exit code 137): restart 1 of 1" in project.logs()
 
     project.wait_until_held(job, "15")
     node = slurm.show(job)["BatchHost"]
