@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -283,7 +284,8 @@ def run_job(files: list[str], job: dict[str, Any]) -> int:
         os.close(file)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    started = "LOCAL_RANK" in job["environment"]  # as one of several ranks, by the test
+    # As one of several ranks, by others:
+    started = not {"LOCAL_RANK", "SLURM_PROCID"}.isdisjoint(job["environment"])
     torchrun = job["words"][:2] == TORCHRUN
     rank = fork_ranks(1 if started else count_ranks(job["words"]), sessions=torchrun)
     return run_words(**(rank or job))
@@ -319,8 +321,16 @@ def run_words(words: list[str], cwd: str, environment: dict[str, str]) -> int:
     return 0
 
 
-def supervise(pipe: str, files: list[str], job: dict[str, Any]) -> None:
-    """Fork the process of a command, and write its process id and exit code into a named pipe."""
+def supervise(pipe: str, files: list[str], job: dict[str, Any], parent: int | None = None) -> None:
+    """Fork the process of a command, and write its process id and exit code into a named pipe.
+
+    Args:
+        pipe: Path of the pipe.
+        files: Of stdout and stderr.
+        job: Arguments of `run_words`.
+        parent: A process that the command must not outlive (tests/cluster/fork_python.py).
+    """
+    parents = [] if parent is None else [os.pidfd_open(parent)]
     process = os.fork()
     if process == 0:
         code = 70
@@ -333,6 +343,10 @@ def supervise(pipe: str, files: list[str], job: dict[str, Any]) -> None:
             os._exit(code)
     with open(pipe, "w") as file:
         print(process, file=file, flush=True)
+        if parents and select.select([*parents, os.pidfd_open(process)], [], [])[0] == parents:
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(process, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=file, flush=True)
 
 

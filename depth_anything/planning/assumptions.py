@@ -70,7 +70,7 @@ class Cluster:
         node_network_bytes_per_s: Network of a node in one direction, for gradients: 8 × 400 Gbit/s, as a DGX H100.
         write_bytes_per_s: Speed at which one process writes a checkpoint.
         restart_s: From a failure to the first step of the next start.
-        time_limit_s: Of a job, after which it is requeued; 24 hours in slurm/train.sbatch.
+        time_limit_s: Of a job, after which it is requeued; 24 hours in slurm/cluster.env.
         gpu_hours_per_failure: Hours that one GPU runs without stopping its job.
     """
 

@@ -10,6 +10,7 @@ Not a test; the jobs of test_cluster.py run it. Environment variables:
 """
 
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -63,10 +64,8 @@ def hold(place: str) -> None:
 
 
 if __name__ == "__main__":
-    from depth_anything.training.command import run_command
-
     starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     places = os.environ.get("HOLD", "").split()
     if starts < len(places):
         hold(places[starts])
-    run_command(ROOT / "configs")
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

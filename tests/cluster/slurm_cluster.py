@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 #: Program → Debian package.
@@ -47,7 +48,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=30
+SlurmdTimeout=10
 MinJobAge=600
 KillWait=20
 JobRequeue=1
@@ -86,6 +87,21 @@ def wait_until(
         time.sleep(0.2)
 
 
+def process_name(process: int) -> str:
+    """Return the name of a process: slurmstepd, slurm_script (the shell of a batch script), srun, python, …
+
+    Raises:
+        OSError: If it is gone.
+    """
+    folder = Path(f"/proc/{process}")
+    script = (folder / "cmdline").read_bytes().split(b"\0")[1:2]
+    return (
+        "slurm_script"
+        if script and script[0].endswith(b"/slurm_script")
+        else (folder / "comm").read_text().strip()
+    )
+
+
 class SlurmCluster:
     """The daemons of a cluster, and Slurm's commands on it.
 
@@ -97,7 +113,7 @@ class SlurmCluster:
     def __init__(self, folder: Path) -> None:
         """Write the configuration; nothing is started yet."""
         self.folder = folder
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         known = {
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SRUN", "SBATCH"))
         }
@@ -121,70 +137,118 @@ class SlurmCluster:
         """
         munge = [f"--{name}={self.folder}/munge.{name.removesuffix('-file')}" for name in
                  ("socket", "key-file", "pid-file", "log-file", "seed-file")]  # fmt: skip
-        self._start("munged", "--foreground", "--force", *munge)
+        self._start("munged", "munged", "--foreground", "--force", *munge)
         wait_until((self.folder / "munge.socket").exists, "munged")
-        self._start("slurmctld", "-D")
+        self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
-            self._start("slurmd", "-D", "-N", node)
+            self.start_node(node)
         wait_until(
             lambda: self._command("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "2", "idle nodes"
         )
 
-    def _start(self, name: str, *arguments: str) -> None:
-        program = find_program(name)
-        assert program is not None
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node, as when it boots."""
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kill all processes of a node at once, as when its power fails: slurmd, steps and tasks."""
+        self.kill_slurmd(node)
+        for process in self.processes(f"SLURMD_NODENAME={node}"):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def kill_slurmd(self, node: str) -> None:
+        """Kill the slurmd of a node; what it started runs on."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+
+    def kill_batch_shell(self, job: str) -> None:
+        """Kill the shell that runs the batch script of a job."""
+        for process in self.processes(f"SLURM_JOB_ID={job}"):
+            if process_name(process) == "slurm_script":
+                os.kill(process, signal.SIGKILL)
+
+    def processes(self, *entries: str) -> list[int]:
+        """Return the ids of the processes of jobs whose environment began with some entries, slurmstepd first.
+
+        Args:
+            entries: As "SLURM_JOB_ID=7".
+        """
+        marks = {entry.encode() for entry in (*entries, f"SLURM_CONF={self.folder}/slurm.conf")}
+        steps, others = set(), set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                if marks <= {*environment} and any(
+                    entry.startswith(b"SLURM_JOB_ID=") for entry in environment
+                ):
+                    others.add(int(folder.name))
+                    parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                    if process_name(parent) == "slurmstepd":  # it does not have the environment of its tasks
+                        steps.add(parent)
+        return [*steps, *(others - steps)]
+
+    def _start(self, name: str, program: str, *arguments: str) -> None:
+        path = find_program(program)
+        assert path is not None
         with open(self.folder / f"{name}.out", "ab") as output:
             # The daemon ends with this process, also if it is killed.
-            command = ["setpriv", "--pdeathsig", "TERM", program, *arguments]
-            self._daemons.append(
-                subprocess.Popen(
-                    command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
-                )
+            command = ["setpriv", "--pdeathsig", "TERM", path, *arguments]
+            self._daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
 
     def stop(self) -> None:
-        """Cancel all jobs and stop the daemons."""
-        self._command("scancel", "--user=root")
-        self._command("scancel", "--user=root", "--signal=KILL", "--full")
+        """Kill all jobs and stop the daemons."""
         try:
-            wait_until(
-                lambda: not self._command("squeue", "-h").stdout.strip(), "end of the jobs", seconds=40
-            )
+            self.end_jobs()
         finally:
-            for daemon in reversed(self._daemons):
+            daemons = [*reversed(self._daemons.values())]
+            for daemon in daemons:
                 daemon.send_signal(signal.SIGTERM)
-            for daemon in reversed(self._daemons):
+            for daemon in daemons:
                 try:
                     daemon.wait(timeout=20)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
 
-    def _command(self, *command: str, **options: object) -> "subprocess.CompletedProcess[str]":
-        environment = {**self.environment, **options.pop("environment", {})}  # type: ignore[dict-item]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
+    def end_jobs(self, *jobs: str) -> None:
+        """Kill some jobs, by default all, and wait until none of them is left.
 
-    def run(self, *command: str) -> str:
-        """Run one of Slurm's commands and return its output.
+        Raises:
+            TimeoutError: If one is.
+        """
+        chosen = jobs or ("--user=root",)
+        self._command("scancel", "--signal=KILL", "--full", *chosen)  # fails if none runs
+        self._command("scancel", *chosen)
+        queue = ("squeue", "-h", *([f"--jobs={','.join(jobs)}"] if jobs else []))
+        wait_until(lambda: not self._command(*queue).stdout.strip(), "end of the jobs", seconds=60)
+
+    def _command(
+        self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        known = {**self.environment, **(environment or {})}
+        return subprocess.run(command, env=known, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+    def run(
+        self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> str:
+        """Run one of Slurm's commands, or one that calls them, and return its output.
+
+        Args:
+            command: Its words.
+            cwd: Its folder; this process's by default.
+            environment: What it needs besides the cluster's.
 
         Raises:
             RuntimeError: If it fails, with what it printed.
         """
-        done = self._command(*command)
+        done = self._command(*command, cwd=cwd, environment=environment)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done.stdout
-
-    def submit(self, *arguments: str, project: Path, **environment: str) -> str:
-        """Submit a batch script from a project folder and return the job's id.
-
-        Raises:
-            RuntimeError: If sbatch rejects it.
-        """
-        done = self._command("sbatch", "--parsable", *arguments, cwd=project, environment=environment)
-        if done.returncode:
-            raise RuntimeError(f"sbatch {' '.join(arguments)}: {done.stderr}")
-        return done.stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
         """Return the fields of `scontrol show job`, as JobState, Reason, Restarts, ExitCode and StartTime."""

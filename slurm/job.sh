@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# What the batch scripts share; they source it. Reads slurm/cluster.env.
+#
+# After this: $python is an array, the command before the arguments of Python; require_gpus, share and run_step.
+
+stop() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+MODULES='' CONTAINER='' SCRATCH='' GPUS_PER_NODE='' CRASH_RESTARTS=0
+# shellcheck source=slurm/cluster.env
+source slurm/cluster.env
+
+if [[ -n "$MODULES" ]]; then
+  set +u # the functions of some module systems use unset variables
+  for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+    # shellcheck disable=SC1090
+    type module &> /dev/null || [[ ! -r "$file" ]] || source "$file"
+  done
+  # shellcheck disable=SC2086
+  module load $MODULES || stop "module load $MODULES failed on $(hostname); correct MODULES in slurm/cluster.env"
+  set -u
+fi
+
+python=(python)
+if [[ -n "$CONTAINER" ]]; then
+  read -ra python <<< "$CONTAINER python"
+elif [[ -x .venv/bin/python ]]; then
+  python=(.venv/bin/python)
+fi
+
+# The folder on the node's disk is for temporary files, and for what is staged there.
+if [[ -n "$SCRATCH" && -n "${SLURM_JOB_ID:-}" ]]; then
+  DEPTH_ANYTHING_SCRATCH=$(eval "echo \"$SCRATCH\"")
+  export DEPTH_ANYTHING_SCRATCH TMPDIR="$DEPTH_ANYTHING_SCRATCH"
+  mkdir -p "$DEPTH_ANYTHING_SCRATCH" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
+fi
+
+# srun does not take this over from sbatch by itself (since Slurm 22.05).
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+# This script, and not Python, queues the job again: Python may be in a container without scontrol, or be starting. Of
+# an array only this task is meant; its SLURM_JOB_ID can be that of the whole array.
+job=${SLURM_JOB_ID:-}
+[[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+export DEPTH_ANYTHING_SCRIPT_REQUEUES="$job"
+
+# End a job that would train on CPUs by mistake.
+require_gpus() {
+  [[ "$GPUS_PER_NODE" != 0 ]] || return 0
+  local found="${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}${SLURM_GPUS_PER_NODE:-}${CUDA_VISIBLE_DEVICES:-}"
+  [[ -n "$found" || -e /dev/nvidiactl || -e /dev/kfd ]] ||
+    stop "this job has no GPU. Submit with slurm/submit.sh, or give sbatch --gpus-per-node=N; for a cluster" \
+      "without GPUs write GPUS_PER_NODE=0 into slurm/cluster.env"
+}
+
+# Print this task's share of the array, "K/N".
+share() {
+  local first="${SLURM_ARRAY_TASK_MIN:-0}" step="${SLURM_ARRAY_TASK_STEP:-1}"
+  echo "$(((${SLURM_ARRAY_TASK_ID:-0} - first) / step + 1))/${SLURM_ARRAY_TASK_COUNT:-1}"
+}
+
+# Run Python in every task of the job, then queue the job again if it should continue, and end with its exit code.
+run_step() {
+  local status=0
+  srun "${python[@]}" "$@" || status=$?
+  case $status in
+    138) requeue ;;                    # 128 + SIGUSR1: the time limit is near
+    134 | 135 | 137 | 139) restart ;;  # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: the process did not end by itself
+    200) restart ;;                    # a rank hung (docs/troubleshooting-clusters.md)
+  esac
+  exit "$status"
+}
+
+requeue() {
+  scontrol requeue "$job" || echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
+}
+
+# Queue the job again after a crash. The job's comment, which a requeued job keeps, counts the crashes in a row; a start
+# that ran for an hour begins a new count.
+restart() {
+  local crashes=0 comment
+  comment=$(squeue --noheader --jobs="$job" --format=%k) || true
+  [[ ! "$comment" =~ ^crashes:([0-9]+)$ ]] || ((SECONDS >= 3600)) || crashes=${BASH_REMATCH[1]}
+  if ((crashes >= CRASH_RESTARTS)); then
+    echo "error: job $job crashed (exit code $status); it is not queued again (CRASH_RESTARTS=$CRASH_RESTARTS in" \
+      "slurm/cluster.env). Read its last lines above, then submit the same command again" >&2
+    return
+  fi
+  echo "job $job crashed (exit code $status): restart $((crashes + 1)) of $CRASH_RESTARTS" >&2
+  scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))" && requeue
+}
