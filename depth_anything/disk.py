@@ -245,6 +245,20 @@ def atomic_files(path: Path, *, also: tuple[type[Exception], ...] = ()) -> Itera
         _remove(temporary)
 
 
+def remove_atomically(path: Path) -> None:
+    """Remove a file or folder, which is there whole or not at all for those who look at its name.
+
+    A kill leaves a temporary, which `remove_stale` removes.
+
+    Raises:
+        OSError: If it cannot be renamed, as on a read-only disk.
+    """
+    temporary = temporary_path(path)
+    with suppress(FileNotFoundError):
+        os.replace(path, temporary)
+    _remove(temporary)
+
+
 def process_exists(pid: int) -> bool:
     """Return whether a process of this host is running."""
     try:

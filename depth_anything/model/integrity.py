@@ -49,12 +49,15 @@ class _HashingFile:
         self._file.flush()
 
 
-def save_with_digest(content: Mapping[str, Any], path: Path) -> None:
+def save_with_digest(content: Mapping[str, Any], path: Path) -> str:
     """Save an object like `torch.save`, with its digest. The bytes do not depend on the path.
 
     Args:
         content: As for `torch.save`.
         path: The file, written in place; for a file that others read, pass a temporary path.
+
+    Returns:
+        The digest, for `has_digest`.
 
     Raises:
         OSError: If it cannot be written.
@@ -67,6 +70,21 @@ def save_with_digest(content: Mapping[str, Any], path: Path) -> None:
         assert file.read() == bytes(_LENGTH_BYTES), "torch writes a zip comment itself"
         file.seek(-_LENGTH_BYTES, os.SEEK_END)
         file.write(len(comment).to_bytes(_LENGTH_BYTES, "little") + comment)
+    return comment.decode()
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Read a file of `save_with_digest`, and return whether its bytes are those that were written.
+
+    Args:
+        path: The file. Unlike `find_damage` this takes no file for one without a digest.
+        digest: As `save_with_digest` returned it.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return _read_digest(file, path.stat().st_size) == digest
 
 
 def tensor_digest(file: BinaryIO, header: Mapping[str, Any]) -> str:
@@ -130,17 +148,24 @@ def _check_safetensors(file: BinaryIO, size: int) -> str:
 
 
 def _check_zip(file: BinaryIO, size: int) -> str:
+    file.seek(max(0, size - _COMMENT_BYTES))
+    if not _COMMENT.fullmatch(file.read()):
+        return _CHANGED if _has_trailing_bytes(file, size) else _check_crc(file)
+    return "" if _read_digest(file, size) else _CHANGED
+
+
+def _read_digest(file: BinaryIO, size: int) -> str:
+    """Return the digest in the comment of a zip file if it is that of the file's bytes, else ""."""
     file.seek(max(0, size - _COMMENT_BYTES - _LENGTH_BYTES))
     length, comment = file.read(_LENGTH_BYTES), file.read()
-    if not _COMMENT.fullmatch(comment):
-        return _CHANGED if _has_trailing_bytes(file, size) else _check_crc(file)
     if int.from_bytes(length, "little") != _COMMENT_BYTES:
-        return _CHANGED
+        return ""
     digest = hashlib.sha256()
     file.seek(0)
     _hash_file(digest, file, size - _COMMENT_BYTES - _LENGTH_BYTES)
     digest.update(bytes(_LENGTH_BYTES))  # the state before the digest was added
-    return "" if comment.decode() == f"sha256:{digest.hexdigest()}" else _CHANGED
+    written = f"sha256:{digest.hexdigest()}"
+    return written if comment == written.encode() else ""
 
 
 def _has_trailing_bytes(file: BinaryIO, size: int) -> bool:

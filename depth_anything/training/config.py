@@ -89,6 +89,8 @@ class CheckpointConfig(ConfigSection):
 
     every: int = config_key(integer(1, example=2000))
     keep: int = config_key(integer(1, example=2))
+    keep_every: int | None = config_key(integer(1, optional=True, example=20000), default=None)
+    asynchronous: bool = config_key(flag(), default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,17 +18,13 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from depth_anything.data.loader import largest_divisor
-from depth_anything.disk import atomic_path
 from depth_anything.errors import SAME_COMMAND, UserError
-from depth_anything.model.integrity import save_with_digest
-from depth_anything.model.tensor_files import WRITE_ERRORS
 from depth_anything.training.callbacks import (
     GracefulStop,
     PauseEnd,
@@ -36,6 +32,7 @@ from depth_anything.training.callbacks import (
     TrainingProgress,
     gather_or_raise,
 )
+from depth_anything.training.checkpoint_writer import AtomicCheckpointIO, SingleFileWriter
 from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import DEPTH_STAGES
@@ -66,21 +63,6 @@ from depth_anything.training.validation import ValidationCallback, averaging_cal
 from depth_anything.training.watchdog import Watchdog
 
 T = TypeVar("T")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file in its own folder and rename it.
-
-    Lightning's TorchCheckpointIO writes to the system's temporary folder and moves the file: between two file systems
-    that is a copy, which a kill leaves incomplete, and nothing is flushed to the disk.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write with a digest, flush to the disk, rename; a kill at any moment leaves older checkpoints unchanged."""
-        with atomic_path(Path(path), make_folder=True, also=WRITE_ERRORS) as temporary:
-            save_with_digest(checkpoint, temporary)
 
 
 def trainer_arguments(
@@ -176,7 +158,14 @@ def build_callbacks(
             every=config.validation.every,
             input_size=config.image_size,
         )
-    checkpoints = Checkpoints(run_dir.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    saving = config.checkpoint
+    checkpoints = Checkpoints(
+        run_dir.checkpoints,
+        every=saving.every,
+        keep=saving.keep,
+        keep_every=saving.keep_every,
+        writer=SingleFileWriter(asynchronous=saving.asynchronous),
+    )
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     watchdogs = []
     if config.hang_timeout is not None:

@@ -217,9 +217,10 @@ def fake_trainer(folder: RunDir, *, ranks: int = 1, content: Any = None) -> Any:
         lightning_module=torch.nn.Linear(2, 2),
         callbacks=[],
         default_root_dir=str(folder.path),
+        strategy=SimpleNamespace(checkpoint_io=AtomicCheckpointIO()),
     )
     state = content or {"global_step": 1, "loops": {}, "state_dict": {"w": torch.zeros(64, 64)}}
-    fake.save_checkpoint = lambda path: AtomicCheckpointIO().save_checkpoint(state, path)
+    fake.save_checkpoint = lambda path: fake.strategy.checkpoint_io.save_checkpoint(state, path)
     return fake
 
 
@@ -273,7 +274,7 @@ def test_a_checkpoint_is_not_written_in_place(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", record_and_sync)
     state = {"global_step": 5, "loops": {}, "state_dict": {"w": torch.ones(64, 64)}}
     AtomicCheckpointIO().save_checkpoint(state, path)
-    assert is_old == [True, False]  # the file is flushed before it is renamed, the folder after that
+    assert is_old == [True, True, False]  # the file is flushed before it is read back, the folder at the end
     assert torch.load(path)["state_dict"]["w"].mean() == 1
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

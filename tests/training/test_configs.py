@@ -195,6 +195,8 @@ SNAPSHOT = json.loads((Path(__file__).parent / "composed_configs.json").read_tex
 BASES = [command for command in SNAPSHOT if len(command.split()) == 2]
 # Keys that came after the snapshot was taken.
 NEW_KEYS = (
+    "checkpoint.keep_every",
+    "checkpoint.asynchronous",
     "optimizer.",
     "callbacks",
     "model.",
