@@ -85,7 +85,7 @@ def open_home(config: RunConfig) -> Iterator[RunHome]:
         return
     mirror = None
     if is_main_rank():
-        mirror = RunMirror(Path(local.run_dir), store, _mirror_options(config))
+        mirror = RunMirror(Path(local.run_dir), store, mirror_options(config))
         mirror.open(overwrite=config.overwrite and not is_requeued())
     try:
         yield RunHome(config, local, store, mirror)
@@ -97,9 +97,11 @@ def open_home(config: RunConfig) -> Iterator[RunHome]:
         mirror.close(complete=True)
 
 
-def _mirror_options(config: RunConfig) -> MirrorOptions:
+def mirror_options(config: RunConfig) -> MirrorOptions:
+    """Return how a run is uploaded: the store keeps the checkpoints that the run keeps."""
     checkpoint, mirror = config.checkpoint, config.mirror
-    return MirrorOptions(every=mirror.every, patience=mirror.patience, keep=checkpoint.keep)
+    keep, keep_every = checkpoint.keep, checkpoint.keep_every
+    return MirrorOptions(every=mirror.every, patience=mirror.patience, keep=keep, keep_every=keep_every)
 
 
 def localize(config: RunConfig) -> RunConfig:

@@ -1,7 +1,6 @@
 """Where a run works if its addresses are in an object store."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from local_servers import FaultyServer
@@ -10,7 +9,7 @@ from made_configs import flatten, make_config
 from depth_anything.data.store import ObjectStore
 from depth_anything.errors import UserError
 from depth_anything.training.fetch_weights import fetch_model, local_weights
-from depth_anything.training.run_home import RunHome, local_run_dir, localize
+from depth_anything.training.run_home import RunHome, local_run_dir, localize, mirror_options
 
 
 def test_a_run_on_a_disk_stays_where_it_is() -> None:
@@ -25,9 +24,7 @@ def test_every_path_of_the_run_folder_is_local_and_the_stored_config_is_as_typed
     folder = local_run_dir(config)
     assert folder.is_relative_to(tmp_path) and folder.name == config.name
     assert local.run_dir == local.data.run_dir == str(folder)
-    values = flatten(local).values
-    logged: Any = values["logger"]
-    assert str(folder) in str(logged) and "s3://bucket" not in str(logged)
+    assert flatten(local).values["logger.tensorboard.save_dir"] == str(folder)
     other = make_config(*typed[:1], "output_dir=s3://other/runs", mirror__folder=str(tmp_path))
     assert local_run_dir(other) != folder
     home = RunHome(config, local, ObjectStore(config.run_dir))
@@ -36,6 +33,11 @@ def test_every_path_of_the_run_folder_is_local_and_the_stored_config_is_as_typed
         == f"finished: {config.run_dir}/model.safetensors"
     )
     assert config.run_dir == "s3://bucket/runs/teacher-vitt-tiny"
+
+
+def test_the_store_keeps_what_the_run_keeps() -> None:
+    options = mirror_options(make_config("stage=teacher", "checkpoint.keep=3", "checkpoint.keep_every=500"))
+    assert (options.keep, options.keep_every) == (3, 500)
 
 
 def test_models_in_a_store_are_fetched_once_and_again_when_they_change(
