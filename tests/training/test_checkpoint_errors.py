@@ -115,19 +115,20 @@ def test_running_statistics_of_a_failed_forward_pass_are_not_saved(tmp_path: Pat
     assert steps_in(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_an_error_after_a_non_finite_gradient_saves_nothing(
-    tmp_path: Path, norm: float, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_error_saves_no_weights_that_are_not_finite(
+    tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = make_module()
 
-    def fail_with_norm() -> None:
-        module.grad_norm = torch.tensor(norm)
+    def spoil_and_fail() -> None:
+        with torch.no_grad():
+            next(module.parameters())[0] = value
         fail()
 
     with pytest.raises(Failure):
-        train(tmp_path, AtStep(fail_with_norm, 3), saving(tmp_path, every=2), module=module)
-    assert steps_in(tmp_path) == [2] and "saved" not in capsys.readouterr().err
+        train(tmp_path, AtStep(spoil_and_fail, 3), saving(tmp_path, every=2), module=module)
+    assert steps_in(tmp_path) == [2] and "step 3 is not saved" in capsys.readouterr().err
 
 
 def test_an_error_before_the_first_step_saves_nothing(tmp_path: Path) -> None:

@@ -309,7 +309,10 @@ def test_a_full_disk_ends_the_run_and_the_same_command_continues(
 def test_an_error_in_the_background_ends_the_run_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    step_ended = threading.Event()
+
     def fail(path: Path) -> None:
+        assert step_ended.wait(TIMEOUT_S)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint_writer, "flush_to_disk", fail)
@@ -317,6 +320,7 @@ def test_an_error_in_the_background_ends_the_run_at_the_next_step(
 
     def wait() -> None:
         if saves._pending is not None:
+            step_ended.set()
             saves._pending.exception(TIMEOUT_S)
 
     with pytest.raises(OSError, match=r"step-000000002\.ckpt"):
