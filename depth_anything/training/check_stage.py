@@ -7,6 +7,7 @@ from typing import Any
 from depth_anything.errors import UserError
 from depth_anything.training.config import RecipeConfig, RunConfig
 from depth_anything.training.config_schema import keys_of
+from depth_anything.training.value_rules import format_value
 
 
 def check_metric_stage(config: RunConfig) -> None:
@@ -101,12 +102,22 @@ def without_foreign_keys(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_pseudolabel_stage(config: RunConfig) -> None:
-    """Check the keys of stage=pseudolabel.
+    """Check the keys of stage=pseudolabel, also those of several teachers that the teachers of the run do not use.
 
     Raises:
-        UserError: If the sets are to be copied first.
+        UserError: Naming the key, and what to type.
     """
     if config.stage_to is not None:
         raise UserError(
             "stage=pseudolabel reads every image once, and never copies a set", "leave out stage_to"
+        )
+    several, shares = len(config.teachers) > 1, config.teacher_shares
+    if not several and (config.label_confidence or config.teacher_rule == "confidence"):
+        key = "label_confidence=true" if config.label_confidence else "teacher_rule=confidence"
+        raise UserError(f"{key} needs several teachers to compare", "type 'teacher=[A,B]'")
+    if shares is not None and (config.teacher_rule != "random" or len(shares) != len(config.teachers)):
+        raise UserError(
+            f"teacher_shares={format_value(shares)} is for teacher_rule=random and one number for each of the "
+            f"{len(config.teachers)} teachers",
+            "type teacher_shares=null",
         )

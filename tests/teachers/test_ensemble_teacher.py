@@ -28,7 +28,7 @@ from depth_anything.teachers.ensemble_teacher import EnsembleTeacher
 from depth_anything.teachers.folder_teacher import FolderTeacher
 from depth_anything.teachers.network_teacher import NetworkTeacher
 from depth_anything.teachers.teacher import LabelMaps, Photographs, Teacher, TeacherFacts
-from depth_anything.training.check_teachers import check_teachers
+from depth_anything.training.check_config import validate_config
 from depth_anything.training.config import RunConfig
 from depth_anything.training.initialization import open_run_teacher
 from depth_anything.training.provenance import add_provenance
@@ -180,7 +180,7 @@ def test_the_record_joins_the_facts_and_the_fingerprint_depends_on_the_rule() ->
 )
 def test_keys_that_the_teachers_do_not_use_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        check_teachers(make_config("stage=pseudolabel", "encoder=vitn", **changes))
+        validate_config(make_config("stage=pseudolabel", "encoder=vitn", **changes))
 
 
 # --- Labels on disk, made by two networks ------------------------------------------------------------------------
