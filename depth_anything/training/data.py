@@ -22,7 +22,7 @@ from depth_anything.data.loader import build_stream_loader
 from depth_anything.data.reader import JoinedRecords, Records
 from depth_anything.data.sample import decode_image_and_meta
 from depth_anything.data.shards import open_set
-from depth_anything.data.store import is_object_store
+from depth_anything.data.store import is_object_store, open_store
 from depth_anything.data.tars import BadRecord, ShardSet
 from depth_anything.disk import write_new
 from depth_anything.errors import PSEUDOLABEL_COMMAND, UserError
@@ -159,7 +159,7 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
         remote = is_remote(scene.root)
         if scene.root in needed and (not remote or is_object_store(scene.root)):
             cores = min(len(os.sched_getaffinity(0)), _MAX_SCENE_WORKERS)
-            if scene.layout != "classic" and not remote and _is_older_set(Path(scene.root)):
+            if scene.layout != "classic" and _is_older_set(scene.root):
                 print(
                     f"note: {scene.root} has the classic layout and is kept; for the {scene.layout} one remove it",
                     file=sys.stderr,
@@ -169,12 +169,12 @@ def write_missing_scenes(scenes: Mapping[str, SceneSetConfig], needed: Collectio
             write_scenes(scene.root, scene.spec, per_shard=scene.per_shard, workers=cores if parallel else 0)
 
 
-def _is_older_set(root: Path) -> bool:
-    """Return whether a folder holds scenes that were written when they had one layout."""
-    path = root / SETTINGS_FILE
-    if not path.exists():
+def _is_older_set(root: str) -> bool:
+    """Return whether a folder or address holds scenes that were written when they had one layout."""
+    store = open_store(root)
+    if not store.exists(SETTINGS_FILE):
         return False
-    settings = json.loads(path.read_bytes())
+    settings = json.loads(store.read(SETTINGS_FILE))
     return settings.get("source") == "scenes" and "layout" not in settings
 
 

@@ -29,6 +29,8 @@ def test_killed_stages_on_a_store_write_the_same_bytes_as_on_a_disk(
     def start(command: list[str], environment: dict[str, str], errors: Path) -> ForkedCommand:
         return fork_server.start(command, cwd=tmp_path, env=environment, stderr=errors)
 
+    for name in ObjectStore("s3://bucket").names():  # of other tests, which share the server
+        ObjectStore("s3://bucket").delete(name)
     pipeline = benchmark.Pipeline(tmp_path, faulty_s3, steps=6, start=start)
     pipeline.run(
         pipeline.command("teacher", str(tmp_path / "disk"))

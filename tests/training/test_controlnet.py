@@ -21,6 +21,7 @@ from depth_anything.training.controlnet import ControlNetModule, ControlNetPair,
 from depth_anything.training.dry_run import print_plan
 from depth_anything.training.loggers import read_metrics
 from depth_anything.training.recipes import ControlNetRecipe
+from depth_anything.training.run_home import RunHome
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -50,7 +51,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             config = resolve_config(compose("train", [*SMALL, *places, *typed]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="(diffusers|transformers|pytorch_lightning)")
-            run.fit(config)
+            run.fit(RunHome(config, config))
         return Path(config.run_dir)
 
     return start

@@ -31,7 +31,15 @@ def place(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 def kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The signals that this process sends to itself."""
     sent: list[int] = []
-    monkeypatch.setattr(run_mirror.os, "kill", lambda pid, number: sent.append(number))
+    kill = os.kill
+
+    def record(pid: int, number: int) -> None:
+        if pid == os.getpid() and number:
+            sent.append(number)
+        else:
+            kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", record)
     return sent
 
 
@@ -244,7 +252,7 @@ def test_a_second_job_is_refused(mirrors: Any, place: ObjectStore, monkeypatch: 
     monkeypatch.setattr(time, "sleep", elsewhere)
     with pytest.raises(LockHeldError, match="process 7 on far"):
         mirrors("b").open()
-    clock = [0.0]
+    clock = [time.monotonic()]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     mirrors("b").open()  # it is not renewed any more
@@ -291,7 +299,7 @@ def test_an_outage_is_reported_once_and_ends_the_run_only_after_the_patience(
     mirror.open()
     faulty_s3.write_fault = lambda request, times: "503"
     train_to(mirror, 5)
-    while sum("metrics.csv" in path for _, path in faulty_s3.writes) < 4:
+    while sum("config.yaml" in path for _, path in faulty_s3.writes) < 4:
         time.sleep(0.01)
     assert not kills
     faulty_s3.write_fault = lambda request, times: None
