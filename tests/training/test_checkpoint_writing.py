@@ -296,8 +296,14 @@ def test_a_full_disk_ends_the_run_and_the_same_command_continues(
     final = train(small_disk / "whole", saving(small_disk / "whole"))
     folder = small_disk / "run"
     saves = saving(folder, asynchronous=asynchronous, keep=1)
+
+    def fill_after_step_2() -> None:
+        if saves._pending is not None:
+            saves._pending.result(TIMEOUT_S)
+        fill(small_disk, leave=leave)
+
     with pytest.raises(OSError) as raised:
-        train(folder, AtStep(lambda: fill(small_disk, leave=leave), 3), saves)
+        train(folder, AtStep(fill_after_step_2, 3), saves)
     assert raised.value.errno == errno.ENOSPC
     for word in ("step-000000003.ckpt", str(folder), "make space", "start the same command again"):
         assert word in str(raised.value)

@@ -86,7 +86,9 @@ def test_many_shards_are_listed_and_few_are_asked_for(
         faulty_s3.seen.clear()
         assert len(batches._unlabeled([("photos", name) for name in "0123"], {("photos", "2")})) == 3
         listed = [path for path, _ in faulty_s3.seen if "list-type" in path and ".json" not in path]
-        assert len(listed) == (0 if most == 100 else 1)
+        assert (
+            len(listed) == 0 if most == 100 else 1 <= len(listed) <= 2
+        )  # s3fs asks twice if there is nothing
 
 
 @pytest.mark.parametrize("lost", ["0.tar", "0.idx", "0.json"])
