@@ -11,7 +11,7 @@ REAL ?=
 CLAIMS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-cluster check format docs bench claim claims soak clean
+.PHONY: help install quickstart test test-heavy test-cluster check format docs bench claim claims soak clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ quickstart: install ## train and evaluate on procedural scenes: some eight minut
 
 test: install ## run all tests in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-heavy: install ## run the tests that take long: whole runs of several processes, FSDP2, hangs, a whole claim
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m heavy tests
 
 test-cluster: install ## test the batch scripts on a Slurm that the tests start (as root, with slurm-wlm and munge)
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster

@@ -342,6 +342,7 @@ def test_jobs_that_need_a_failed_one_are_not_started(
     assert len(lines) == 4 and lines[-1].startswith("[3 of 6] judge: 0 s; ")
 
 
+@pytest.mark.heavy
 def test_a_whole_claim_runs_and_continues(tmp_path: Path) -> None:
     typed = ["--only", "c", "--sizes", "vitn", "--seeds", "0", "--scenes", "8", "--test-scenes", "2"]
     typed += ["--teacher-steps", "1", "--student-steps", "1", "--jobs", "1", "batch_size=2", "image_size=42"]

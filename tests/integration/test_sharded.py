@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from depth_anything import load_model
 from depth_anything.model.sharded_files import find_sharded_damage, read_sharded
 from depth_anything.model.weights import fingerprint
+
+pytestmark = pytest.mark.heavy
 
 SCRIPT = "tests/integration/recording_train.py"
 # Steps so small that float32 does not let the losses of other numbers of devices drift apart.

@@ -44,6 +44,7 @@ def check_stopped(runs: list[Run], number: int, step: int) -> None:
     assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
 
 
+@pytest.mark.heavy
 def test_a_chain_of_signals_ends_with_the_weights_of_an_unbroken_run(
     start_ranks: StartRanks, tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ from depth_anything.training.watchdog import HANG_EXIT_CODE
 
 from .conftest import StartRanks
 
+pytestmark = pytest.mark.heavy
+
 GIVEN = ("stage=teacher", "steps=12", "hang_timeout=3")
 
 

@@ -31,7 +31,7 @@ from depth_anything.training.recipes import Recipe
 from depth_anything.training.student import Student
 from depth_anything.training.whole_network import evaluation_network, whole_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("one_thread")]
 STEPS, SAVED, IMAGES, SIDE = 6, 3, 4, 28
 EXACT: Any = {"rtol": 0, "atol": 1e-9}  # in float64, where sums in another order do not grow to more
 
