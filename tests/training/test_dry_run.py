@@ -15,6 +15,7 @@ from depth_anything.training.check_config import resolve_config
 from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import count_devices, print_plan
 from depth_anything.training.run_dir import RunDir
+from depth_anything.training.run_home import RunHome
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCENES = SceneSetSpec(look="synthetic", count=2, seed=1, height=70, width=70)
@@ -123,7 +124,8 @@ def test_labels_of_another_teacher_raise(folder: Path, capsys: pytest.CaptureFix
     from depth_anything.training.run import predict
 
     common = ("stage=pseudolabel", "sources=own", "photos=own", "labels=labels", "workers=0", "trainer=cpu")
-    predict(resolved(*common, f"teacher={teachers[0]}"))
+    config = resolved(*common, f"teacher={teachers[0]}")
+    predict(RunHome(config, config))
     capsys.readouterr()
     assert "labels" in plan(capsys, *common, f"teacher={teachers[0]}")
     with pytest.raises(ValueError, match="teacher"):

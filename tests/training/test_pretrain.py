@@ -20,6 +20,7 @@ from depth_anything.data.tars import write_shard
 from depth_anything.data.transforms import normalize
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder, normalize_patches, split_patches
 from depth_anything.model.tensor_files import read_tensors
+from depth_anything.training import run
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import print_plan
@@ -27,12 +28,17 @@ from depth_anything.training.initialization import build_frozen_encoder, build_m
 from depth_anything.training.optimizer import parameter_groups
 from depth_anything.training.pretrain import Pretrain, count_visible
 from depth_anything.training.recipes import PretrainRecipe
-from depth_anything.training.run import fit
+from depth_anything.training.run_home import RunHome
 from depth_anything.training.signals import HANDLED_SIGNALS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["encoder=vitn", "batch_size=4", "image_size=28", "workers=0", "trainer=cpu", "steps=6",
          "recipe.decoder_width=16", "checkpoint.every=3", "logging.every=1", "sources=own"]  # fmt: skip
+
+
+def fit(config: RunConfig) -> None:
+    """Run a stage in a folder on a disk."""
+    run.fit(RunHome(config, config))
 
 
 def resolved(*typed: str) -> RunConfig:
