@@ -36,7 +36,7 @@ find_job() {
     $3 == folder && $4 == name && (!job || $2 != "PD") {job = $1 " " $2} END {print job}'
 }
 
-# Plan. What waits for a stage that is submitted anew would wait in vain, and is replaced.
+# Plan. Slurm cancels jobs that wait for a failed job; those that wait for a stage that is submitted again are replaced.
 kinds=() names=() actions=() old=() words=() labels_change=no students_change=no
 while IFS=$'\t' read -r kind name state arguments; do
   read -r id job_state <<< "$(find_job "$name")" || true

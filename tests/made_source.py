@@ -1,12 +1,14 @@
 """A source for tests of the writer: small images with analytic depth, some of which are rejected."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from depth_anything.ingest.source import DatasetInfo, RawSample
+from depth_anything.ingest.writer import write_source
 
 INFO = DatasetInfo(
     name="toy",
@@ -27,6 +29,11 @@ def fill(raw, count=23):
     names = [f"room/{k:02d}{'-bad' if k in bad else ''}" for k in range(count)]
     (raw / "toy.txt").write_text("\n".join([*names, "dull/0", "dull/1"]))
     return raw
+
+
+def write(raw, root, **options):
+    """Write the records as a set named toy, four per shard."""
+    return write_source(sys.modules[__name__], raw, root, **{"per_shard": 4, "name": "toy", **options})
 
 
 def depth_of(number):

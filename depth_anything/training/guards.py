@@ -17,8 +17,8 @@ from torch import Tensor
 from depth_anything.data.dataset import StreamDataset
 from depth_anything.disk import atomic_write
 from depth_anything.errors import SAME_COMMAND, UserError
-from depth_anything.training.callbacks import StepCallback, gather_or_raise
-from depth_anything.training.prediction_watch import PredictionWatch, bad_images
+from depth_anything.training.callbacks import gather_or_raise
+from depth_anything.training.prediction_watch import PredictionCallback, bad_images
 from depth_anything.training.run_dir import step_from_name
 from depth_anything.training.spikes import LossWindow
 from depth_anything.training.step_guard import mean_over_ranks, use_fused_kernel
@@ -102,7 +102,7 @@ class _Pending:
     flags: Tensor
 
 
-class StepGuards(StepCallback):
+class StepGuards(PredictionCallback):
     """Report skipped steps and loss spikes; stop all ranks after too many skipped steps in a row.
 
     `StepGuard` decides on the device whether a step is skipped. This callback reads the decisions and the losses of
@@ -134,7 +134,6 @@ class StepGuards(StepCallback):
         self._rewinds: list[int] = []  # steps of the checkpoints that the run has returned to
         self._limit: float | None = None
         self._window = LossWindow()
-        self._watch: PredictionWatch | None = None
         self._micro: list[_Pending] = []
         self._steps: list[
             tuple[int, Tensor, Tensor, Tensor]
@@ -158,7 +157,6 @@ class StepGuards(StepCallback):
                     file=sys.stderr,
                 )
         self._set_limit(module, self._limit)
-        self._watch = PredictionWatch(module.model)
         if trainer.is_global_zero:
             for name in ("skipped-steps", "loss-spikes"):
                 _rewind(self.folder / f"{name}.jsonl", trainer.global_step)
@@ -200,16 +198,6 @@ class StepGuards(StepCallback):
     def before_save(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Read the steps since the last log line, so that the checkpoint has them."""
         self._read(trainer, module)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop observing the network."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop observing the network."""
-        self.on_train_end(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and the recent losses, for the checkpoint."""

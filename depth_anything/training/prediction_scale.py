@@ -10,8 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from depth_anything.training.callbacks import StepCallback
-from depth_anything.training.prediction_watch import PredictionWatch
+from depth_anything.training.prediction_watch import PredictionCallback
 from depth_anything.training.step_guard import mean_over_ranks
 
 REFERENCE_LINES = 5
@@ -33,7 +32,7 @@ def summarize_prediction(prediction: Tensor) -> Tensor:
     return torch.stack([values.mean(), values.var(1, correction=0).mean(), (values == 0).float().mean()])
 
 
-class PredictionScale(StepCallback):
+class PredictionScale(PredictionCallback):
     """Log mean, standard deviation and share of zeros of the raw predictions at every log line.
 
     Statistics are means over all images of the logged step; the deviation is that within an image. Each of these is
@@ -44,15 +43,9 @@ class PredictionScale(StepCallback):
     def __init__(self, *, every: int) -> None:
         """Log every `every` steps."""
         self.every = every
-        self._watch: PredictionWatch | None = None
         self._parts: list[Tensor] = []
         self._early: list[tuple[float, float]] = []
         self._reported: set[str] = set()
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Observe the network."""
-        super().on_train_start(trainer, module)
-        self._watch = PredictionWatch(module.model)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
@@ -76,16 +69,6 @@ class PredictionScale(StepCallback):
             logger.log_metrics(numbers, step=step)
         if math.isfinite(deviation):
             self._compare(step, mean, deviation, zeros, report=trainer.is_global_zero)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop observing the network."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop observing the network."""
-        self.on_train_end(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the early statistics and what was reported, for the checkpoint."""

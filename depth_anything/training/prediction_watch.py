@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+
+from depth_anything.training.callbacks import StepCallback
 
 
 class PredictionWatch:
@@ -34,6 +37,27 @@ class PredictionWatch:
 
     def _observe_gradient(self, gradient: Tensor) -> None:
         self.bad_gradient = bad_images(gradient)
+
+
+class PredictionCallback(StepCallback):
+    """A callback that observes the output of the trained network from the start of training to its end."""
+
+    _watch: PredictionWatch | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Observe the network."""
+        super().on_train_start(trainer, module)
+        self._watch = PredictionWatch(module.model)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Stop observing the network."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop observing the network."""
+        self.on_train_end(trainer, module)
 
 
 def bad_images(values: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def wait_until(
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain: {what}\n{details()}")
+            raise TimeoutError(f"timed out after {seconds:.0f} s: {what}\n{details()}")
         time.sleep(0.2)
 
 

@@ -4,9 +4,8 @@ import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import made_source
 import pytest
-from made_source import fill
+from made_source import write
 
 from depth_anything.cli import main
 from depth_anything.data.reader import Records
@@ -14,25 +13,10 @@ from depth_anything.data.shards import open_set, verify_set
 from depth_anything.data.store import ObjectStore
 from depth_anything.data.tars import ShardError
 from depth_anything.ingest.captions import write_captioned_set
-from depth_anything.ingest.writer import write_source
 from depth_anything.scenes.render import write_scenes
 from depth_anything.scenes.scene_set import SceneSetSpec
 
 NAMES_ALSO_LOCAL = ("settings.json", "about.json", "listing.txt", "listing.json", "manifest.json")
-
-
-def write(raw, root, **options):
-    return write_source(made_source, raw, root, **{"per_shard": 4, "name": "toy", **options})
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    return fill(tmp_path_factory.mktemp("raw") / "toy")
-
-
-@pytest.fixture(scope="module")
-def whole(raw, tmp_path_factory):
-    return write(raw, tmp_path_factory.mktemp("whole") / "toy")
 
 
 def objects(root):

@@ -11,7 +11,7 @@ from pathlib import Path
 import made_source
 import numpy as np
 import pytest
-from made_source import Stopped, fill, stop_at
+from made_source import Stopped, fill, stop_at, write
 
 from depth_anything.data import retry
 from depth_anything.data.reader import Records
@@ -19,21 +19,6 @@ from depth_anything.data.sample import decode_record
 from depth_anything.data.shards import open_set, verify_set
 from depth_anything.data.tars import ShardError, StorageUnavailable
 from depth_anything.ingest import catalog
-from depth_anything.ingest.writer import write_source
-
-
-def write(raw, root, **options):
-    return write_source(made_source, raw, root, **{"per_shard": 4, "name": "toy", **options})
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    return fill(tmp_path_factory.mktemp("raw") / "toy")
-
-
-@pytest.fixture(scope="module")
-def whole(raw, tmp_path_factory):
-    return write(raw, tmp_path_factory.mktemp("whole") / "toy")
 
 
 def files(root, *, but=()):

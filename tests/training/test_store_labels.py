@@ -1,4 +1,4 @@
-"""Labels in an object store: the bytes of a disk's, each shard once, whoever dies."""
+"""Labels in an object store: the same bytes as on a disk, each shard once, also when processes are killed."""
 
 import json
 import os
