@@ -13,21 +13,21 @@ import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from local_servers import FaultyServer, s3, s3_environment  # noqa: E402
+
+from benchmarks.soak import Start, start_process  # noqa: E402
 
 STAGES = ("teacher", "pseudolabel", "student")
 SMALL = (
@@ -43,17 +43,6 @@ SMALL = (
     *(f"++sources.scenes.{name}.{key}" for name in ("synthetic", "photographic", "validation")
       for key in ("height=42", "width=56", "per_shard=8")),
 )  # fmt: skip
-
-#: Starts a command with an environment and a file for its errors; returns what `subprocess.Popen` does: pid and wait.
-Start = Callable[[list[str], dict[str, str], Path], Any]
-
-
-def start_process(command: list[str], environment: dict[str, str], errors: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a new process and session."""
-    with errors.open("ab") as file:
-        return subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=file
-        )
 
 
 @dataclass
