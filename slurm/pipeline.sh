@@ -39,7 +39,9 @@ find_job() {
 # Plan. Slurm cancels jobs that wait for a failed job; those that wait for a stage that is submitted again are replaced.
 kinds=() names=() actions=() old=() words=() labels_change=no students_change=no
 while IFS=$'\t' read -r kind name state arguments; do
-  read -r id job_state <<< "$(find_job "$name")" || true
+  # Without the queue, stages that are queued already would be submitted twice.
+  found=$(find_job "$name") || [[ "$dry_run" == yes ]] || stop "squeue does not answer, so nothing is submitted"
+  read -r id job_state <<< "$found" || true
   changed=$labels_change
   [[ "$kind" != evaluation ]] || changed=$students_change
   action=submit

@@ -87,6 +87,14 @@ def test_a_dry_run_submits_nothing(pipeline: Pipeline) -> None:
     assert pipeline.calls() == []
 
 
+def test_nothing_is_submitted_if_the_queue_is_unknown(pipeline: Pipeline) -> None:
+    (Path(pipeline.path.partition(":")[0]) / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    done = pipeline.run()
+    assert done.returncode == 1 and "squeue does not answer" in done.stderr
+    assert not (pipeline.records / "calls").read_text()
+    assert pipeline.run("--dry-run").returncode == 0
+
+
 def test_each_stage_waits_for_what_it_needs(pipeline: Pipeline) -> None:
     done = pipeline.run("size=paper")
     assert done.returncode == 0, done.stderr
