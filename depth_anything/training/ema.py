@@ -73,6 +73,7 @@ class EMA(StepCallback):
             self.updates, self.weights = int(count), weights
         elif saved := checkpoint.get(AVERAGE_KEY):
             self.updates, self.weights = saved["updates"], dict(saved["weights"])
+        self.weights = {name: tensor.to(module.device) for name, tensor in self.weights.items()}
 
 
 def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:

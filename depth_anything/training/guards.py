@@ -22,6 +22,7 @@ from depth_anything.training.prediction_watch import PredictionCallback, bad_ima
 from depth_anything.training.run_dir import step_from_name
 from depth_anything.training.spikes import LossWindow
 from depth_anything.training.step_guard import mean_over_ranks, use_fused_kernel
+from depth_anything.training.whole_network import averaging_callbacks, find_ema
 
 MAX_READ_INTERVAL = 50
 """The host learns of skipped steps at every log line, and at least every 50 steps."""
@@ -148,6 +149,11 @@ class StepGuards(PredictionCallback):
                 f"guards.spike=rewind does not work with {type(trainer.strategy).__name__}",
                 "type guards.spike=skip",
             )
+        if self.spike == "rewind" and averaging_callbacks(trainer):  # their checkpoints hold the average
+            raise UserError(
+                "guards.spike=rewind does not work with Lightning's weight averaging",
+                "type callbacks=ema in its place",
+            )
         loss_scaled = str(trainer.precision) == "16-mixed"
         if not module.step_guard.prepare(trainer.optimizers[0], loss_scaled=loss_scaled):
             if trainer.is_global_zero and not loss_scaled:
@@ -262,7 +268,7 @@ class StepGuards(PredictionCallback):
         return UnusualStep(step, loss, usual, finite, True, begins)
 
     def _return_to_checkpoint(self, trainer: pl.Trainer, step: int) -> None:
-        """Return to the weights and the optimizer's state of the last checkpoint; schedule and position stay.
+        """Return to weights, average and optimizer's state of the last checkpoint; schedule and position stay.
 
         Checkpoints are written after the steps before them were read, so the last one is older than the spike.
         """
@@ -275,6 +281,8 @@ class StepGuards(PredictionCallback):
         checkpoint = torch.load(saved[-1], weights_only=True, map_location="cpu")
         trainer.strategy.load_model_state_dict(checkpoint, strict=True)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
+        if ema := find_ema(trainer):
+            ema.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
         for scheduler in trainer.lr_scheduler_configs:
             rates: Any = scheduler.scheduler.get_last_lr()
             for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from tiny_training import BatchList, make_batch, make_module, make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from depth_anything.errors import UserError
 from depth_anything.training.base import DepthModule
 from depth_anything.training.callbacks import GracefulStop, PauseEnd, StepCallback, TrainingMetrics
 from depth_anything.training.checkpoints import Checkpoints
+from depth_anything.training.ema import EMA
 from depth_anything.training.guards import StepGuards
 from depth_anything.training.headroom import Headroom
 from depth_anything.training.lightning import raise_if_incomplete
@@ -289,6 +291,32 @@ def test_rewinding_leaves_out_the_steps_since_the_last_checkpoint(
     (tmp_path / "a/checkpoints/step-000000024.ckpt").unlink()
     _, again, _ = train(tmp_path / "a", batches, guards=resumed, every=5, begin=20, save_every=4)
     assert torch.equal(weights(again), weights(module))
+
+
+def test_rewinding_takes_the_average_back(tmp_path: Path) -> None:
+    """In the reference, step 17 is skipped: the average takes in the weights of step 16 once more."""
+    batches = numbered([make_batch(seed) for seed in range(24)])
+    skipped = {**make_bad_batch(16, "target"), "sample": batches[16]["sample"]}
+    reference = EMA(0.5)
+    train(tmp_path / "b", [*batches[:16], skipped, *batches[20:]], added=(reference,))
+    batches[17]["factor"] = 1e8
+    guards, ema = StepGuards(tmp_path / "a", every=5, spike="rewind"), EMA(0.5)
+    train(tmp_path / "a", batches, guards=guards, every=5, save_every=4, added=(ema,))
+    assert {name: tensor.tolist() for name, tensor in ema.weights.items()} == {
+        name: tensor.tolist() for name, tensor in reference.weights.items()
+    }
+    assert ema.updates == reference.updates
+
+
+def test_rewinding_refuses_an_average_of_lightning(tmp_path: Path) -> None:
+    """Its checkpoints hold the average in the place of the weights."""
+    guards = StepGuards(tmp_path, every=5, spike="rewind")
+    batches = numbered([make_batch(0)])
+    with (
+        pytest.warns(UserWarning, match="WeightAveraging"),
+        pytest.raises(UserError, match="Lightning's weight averaging"),
+    ):
+        train(tmp_path, batches, guards=guards, added=(EMAWeightAveraging(),))
 
 
 def test_a_spike_that_returns_after_each_rewind_stops_the_run(tmp_path: Path) -> None:
