@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from depth_anything.data.address import is_remote  # noqa: E402
+from depth_anything.data.store import ObjectStore, open_store  # noqa: E402
 from depth_anything.errors import UserError, format_error  # noqa: E402
 from depth_anything.evaluation.benchmarks.benchmark_catalog import BENCHMARKS  # noqa: E402
 from depth_anything.planning.pipeline import split_stages  # noqa: E402
+from depth_anything.training.check_config import USER_ERRORS  # noqa: E402
 from depth_anything.training.command import compose_config  # noqa: E402
 from depth_anything.training.config import RunConfig  # noqa: E402
-from depth_anything.training.run_dir import RunDir  # noqa: E402
+from depth_anything.training.run_dir import is_finished  # noqa: E402
 from depth_anything.training.stage_networks import required_folders  # noqa: E402
 
 KINDS = {"teacher": "teacher", "pseudolabel": "labels", "student": "student"}
@@ -34,20 +36,21 @@ class Stage:
 
     Attributes:
         kind: teacher, labels, student or evaluation.
-        output: Its run folder, the folder of its label sets, or of its report.
+        output: Path or address of its run folder, of the folder of its label sets, or of its report.
         finished: Whether nothing is left to do.
         arguments: Of its batch script.
     """
 
     kind: str
-    output: Path
+    output: str
     finished: bool
     arguments: Sequence[str]
 
     @property
     def job_name(self) -> str:
         """Name of its job, by which a later start of the pipeline finds it."""
-        return f"{self.output.name}@{self.output.parent}"
+        parent, _, name = self.output.rpartition("/")
+        return f"{name}@{parent}"
 
 
 def list_stages(overrides: Sequence[str], evaluate: Sequence[str]) -> Iterator[Stage]:
@@ -60,12 +63,13 @@ def list_stages(overrides: Sequence[str], evaluate: Sequence[str]) -> Iterator[S
 
     Raises:
         UserError: For an override that no pipeline can have, or as train.py would say it.
+        StorageUnavailable: An object store does not answer.
     """
     typed_keys = {one.partition("=")[0].lstrip("+~"): one.partition("=")[2] for one in overrides}
     for key in ("stage", "name", "run_dir"):
         if key in typed_keys:
             raise UserError(f"{key}= would be the same in every stage of the pipeline", f"leave out {key}=")
-    models: dict[str, Path] = {}
+    models: dict[str, str] = {}
     config: RunConfig | None = None
     for arguments in split_stages(overrides):
         config = compose_config(arguments, ROOT / "configs")
@@ -74,12 +78,11 @@ def list_stages(overrides: Sequence[str], evaluate: Sequence[str]) -> Iterator[S
         check_sets(config)
         if config.stage == "pseudolabel":
             assert config.labels is not None
-            output, finished = Path(config.labels), all((Path(config.labels) / name / "manifest.json").is_file()
-                                                        for name in config.data.sets)  # fmt: skip
+            stores = [open_store(f"{config.labels}/{name}") for name in config.data.sets]
+            output, finished = config.labels, all(store.exists("manifest.json") for store in stores)
         else:
-            run = RunDir(config.run_dir)
-            output, finished = run.path, run.finished(config.steps)
-            models[run.path.name] = run.model
+            output, finished = config.run_dir, is_finished(open_store(config.run_dir), config.steps)
+            models[config.name] = config.run_dir
         yield Stage(KINDS[config.stage], output, finished, arguments)
     assert config is not None
     words = list(evaluate) or default_evaluation(config)
@@ -90,10 +93,11 @@ def list_stages(overrides: Sequence[str], evaluate: Sequence[str]) -> Iterator[S
             file=sys.stderr,
         )
         return
-    output = Path(config.output_dir) / f"evaluation-{config.size}"
-    weights = [f"{name}={model.parent}" for name, model in models.items()]
-    words += ["--weights", *weights, "--output", str(output)]
-    yield Stage("evaluation", output, is_newer(output, [*models.values()]), words)
+    parent = "outputs" if is_remote(config.output_dir) else config.output_dir  # its tasks share a folder
+    output = f"{parent}/evaluation-{config.size}"
+    weights = [f"{name}={run_dir}" for name, run_dir in models.items()]
+    words += ["--weights", *weights, "--output", output]
+    yield Stage("evaluation", output, is_newer(Path(output), [*models.values()]), words)
 
 
 def check_sets(config: RunConfig) -> None:
@@ -121,11 +125,20 @@ def default_evaluation(config: RunConfig) -> list[str]:
     return ["--benchmarks", *names, "--root", str(root)] if names else []
 
 
-def is_newer(report: Path, models: Sequence[Path]) -> bool:
-    """Return whether there is a report that is newer than all models."""
+def is_newer(report: Path, run_dirs: Sequence[str]) -> bool:
+    """Return whether there is a report that is newer than the models of all runs."""
     found = [path for path in (report / "results.json", report / "summary.json") if path.is_file()]
-    times = [os.path.getmtime(path) if path.is_file() else float("inf") for path in models]
-    return bool(found) and os.path.getmtime(found[0]) > max(times, default=0)
+    return bool(found) and os.path.getmtime(found[0]) > max(map(model_time, run_dirs), default=0)
+
+
+def model_time(run_dir: str) -> float:
+    """Return when the model of a run was written, in seconds since 1970; infinity if there is none."""
+    store = open_store(run_dir)
+    if isinstance(store, ObjectStore):
+        info = store.info("model.safetensors")
+        return float("inf") if info is None else info.modified
+    model = Path(run_dir, "model.safetensors")
+    return os.path.getmtime(model) if model.is_file() else float("inf")
 
 
 def main() -> None:
@@ -134,7 +147,7 @@ def main() -> None:
     split = words.index("--") if "--" in words else len(words)
     try:
         stages = list(list_stages(words[:split], words[split + 1 :]))
-    except UserError as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {format_error(error)}")
     for stage in stages:
         state = "finished" if stage.finished else "open"

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from local_servers import FaultyServer
 
+from depth_anything.data.store import open_store
 from depth_anything.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +180,44 @@ def test_a_set_that_is_missing_is_named_before_anything_is_submitted(paper: Path
     (paper / "data" / "sa1b" / "manifest.json").unlink()
     with pytest.raises(UserError, match="data/sa1b"):
         list(list_stages.list_stages(["size=paper"], []))
+
+
+def test_a_pipeline_in_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty_s3: FaultyServer
+) -> None:
+    """The report stays in the project's folder, which the tasks of its array share."""
+    monkeypatch.chdir(tmp_path)
+    home = f"s3://bucket/{tmp_path.name}"
+    words = ["steps=10", f"output_dir={home}/runs", f"data_dir={home}/data"]
+    stages = list(list_stages.list_stages(words, []))
+    assert [stage.job_name for stage in stages] == [
+        f"teacher-vitt-tiny@{home}/runs", f"labels-tiny@{home}/data", f"student-vitn-tiny@{home}/runs",
+        "evaluation-tiny@outputs",
+    ]  # fmt: skip
+    assert stages[-1].arguments == [
+        "--data", f"{home}/data/scenes-validation",
+        "--weights", f"teacher-vitt-tiny={home}/runs/teacher-vitt-tiny",
+        f"student-vitn-tiny={home}/runs/student-vitn-tiny", "--output", "outputs/evaluation-tiny",
+    ]  # fmt: skip
+
+    def finished() -> list[str]:
+        return [stage.kind for stage in list_stages.list_stages(words, []) if stage.finished]
+
+    store = open_store(home)
+    assert finished() == []
+    for run in ("teacher-vitt-tiny", "student-vitn-tiny"):
+        store.write(f"runs/{run}/finished.json", json.dumps({"steps": 10}).encode())
+        store.write(f"runs/{run}/model.safetensors", b"made")
+    report = tmp_path / "outputs" / "evaluation-tiny" / "results.json"
+    report.parent.mkdir(parents=True)
+    report.touch()
+    os.utime(report, (1, 1))
+    assert finished() == ["teacher", "student"]  # the report is older than the models
+    os.utime(report, (2**32, 2**32))
+    store.write("data/labels-tiny/scenes-photographic/manifest.json", b"{}")
+    assert finished() == ["teacher", "labels", "student", "evaluation"]
+    store.delete("runs/student-vitn-tiny/model.safetensors")
+    assert finished() == ["teacher", "labels"]
 
 
 @pytest.mark.parametrize("key", ["name", "stage", "run_dir"])

@@ -17,7 +17,8 @@ from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,11 +56,13 @@ class ObjectInfo:
         size: Bytes.
         etag: S3's ETag: the md5 of the content, or the md5 of the md5s of its parts, "-" and their number.
         md5: Google's md5 of the content, hexadecimal.
+        modified: When it was written, by the store's clock, in seconds since 1970; 0 where it does not say it.
     """
 
     size: int
     etag: str = ""
     md5: str = ""
+    modified: float = field(default=0.0, compare=False, repr=False)
 
 
 class Store(ABC):
@@ -471,7 +474,9 @@ def _object_info(row: dict[str, Any]) -> ObjectInfo:
     md5 = ""
     with suppress(Base64Error, ValueError):
         md5 = b64decode(str(row.get("md5Hash") or "")).hex()
-    return ObjectInfo(int(row.get("size") or 0), str(row.get("ETag") or "").strip('"'), md5)
+    modified = row.get("LastModified") or row.get("mtime")  # of s3fs; of gcsfs
+    seconds = modified.timestamp() if isinstance(modified, datetime) else 0.0
+    return ObjectInfo(int(row.get("size") or 0), str(row.get("ETag") or "").strip('"'), md5, seconds)
 
 
 def _md5(path: Path) -> str:

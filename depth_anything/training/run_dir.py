@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from depth_anything.data.address import redact_nested
+from depth_anything.data.store import FolderStore, Store
 from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch
@@ -113,7 +114,7 @@ class RunDir:
 
     def finished(self, steps: int) -> bool:
         """Return whether the run has its model and needs no further step."""
-        return self.model.is_file() and _read_json(self.path / "finished.json").get("steps", -1) >= steps
+        return is_finished(FolderStore(self.path), steps, result=self.model.relative_to(self.path).as_posix())
 
     def finish(self, steps: int) -> None:
         """Record that the model after `steps` steps is complete; from now on the checkpoints may be deleted."""
@@ -292,6 +293,15 @@ class RunDir:
             return int(read_config(self.config)["checkpoint"]["every"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+
+def is_finished(store: Store, steps: int, *, result: str = "model.safetensors") -> bool:
+    """Return whether a run, in a folder or in an object store, has its model and needs no further step."""
+    try:
+        content = json.loads(store.read("finished.json"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("steps", -1) >= steps and store.exists(result)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
