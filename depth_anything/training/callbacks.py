@@ -6,6 +6,7 @@ accumulation, so the callbacks here, and those in checkpoints.py, validation.py 
 """
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -308,18 +309,30 @@ class GracefulStop(StepCallback):
     """
 
     def __init__(
-        self, checkpoints: "Checkpoints", *, every: int = 1, ceiling: float = 0.01, at_least: int = 1000
+        self,
+        checkpoints: "Checkpoints",
+        *,
+        every: int = 1,
+        within_s: float = 10.0,
+        ceiling: float = 0.01,
+        at_least: int = 1000,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Compare the ranks every `every` steps.
+        """Compare the ranks every `every` steps, or more often if the steps are long.
 
         Args:
             checkpoints: Saves before the run stops for a signal.
-            every: Steps between two comparisons; a single process checks its flag at every step.
+            every: Steps between two comparisons, at most; a single process checks its flag at every step.
+            within_s: Seconds between two comparisons, at most, unless a single step takes longer.
             ceiling: Share of the records read that may fail.
             at_least: Number of records read before the ceiling applies.
+            now: Returns the time in seconds.
         """
-        self.checkpoints, self.every, self.ceiling, self.at_least = checkpoints, every, ceiling, at_least
+        self.checkpoints, self.every, self.within_s, self._now = checkpoints, every, within_s, now
+        self.ceiling, self.at_least = ceiling, at_least
         self.agreed_signal = 0
+        self._interval = 1
+        self._compared_step, self._compared_at = 0, 0.0
         self.failed = self.read = 0
         self._last_failures: list[str] = []
         self._group: Any = None
@@ -331,7 +344,8 @@ class GracefulStop(StepCallback):
         signal_handler.defer()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        self._reduce(trainer.world_size)
+        self._reduce(trainer.world_size, trainer.global_step)
+        self._interval = 1  # the first step shows how long one takes
         if self.agreed_signal and trainer.global_step < trainer.max_steps:
             trainer.should_stop = True
 
@@ -360,9 +374,9 @@ class GracefulStop(StepCallback):
         Raises:
             UserError: If more than `ceiling` of the records read have failed.
         """
-        if trainer.world_size > 1 and step % self.every:
+        if trainer.world_size > 1 and step % self._interval:
             return
-        failed, read = self._reduce(trainer.world_size)
+        failed, read = self._reduce(trainer.world_size, step)
         if self.agreed_signal and step < trainer.max_steps:
             self.checkpoints.save(trainer, step)
             trainer.should_stop = True
@@ -373,16 +387,26 @@ class GracefulStop(StepCallback):
                 ["check the set with `depth-anything verify` and ", SAME_COMMAND],
             )
 
-    def _reduce(self, ranks: int) -> tuple[int, int]:
-        """Set `agreed_signal` to the signal that any rank received; return failed and read records of all ranks."""
-        totals = [signal_handler.received, self.failed, self.read]
-        if ranks > 1:
-            shared = torch.tensor([float(n) for n in totals], dtype=torch.float64)
-            dist.all_reduce(shared[1:], group=self._group)
-            dist.all_reduce(shared[:1], op=dist.ReduceOp.MAX, group=self._group)
-            totals = [int(n) for n in shared.tolist()]
-        self.agreed_signal, failed, read = totals
-        return failed, read
+    def _reduce(self, ranks: int, step: int) -> tuple[int, int]:
+        """Set `agreed_signal` to the signal that any rank received; return failed and read records of all ranks.
+
+        All ranks choose the same next comparison, because it follows from the longest step of any of them.
+        """
+        if ranks == 1:
+            self.agreed_signal = signal_handler.received
+            return self.failed, self.read
+        now = self._now()
+        step_s = (now - self._compared_at) / max(step - self._compared_step, 1)
+        self._compared_step, self._compared_at = step, now
+        counts = torch.tensor([self.failed, self.read], dtype=torch.float64)
+        largest = torch.tensor([signal_handler.received, step_s], dtype=torch.float64)
+        dist.all_reduce(counts, group=self._group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        received, longest_s = largest.tolist()
+        self.agreed_signal = int(received)
+        self._interval = min(max(int(self.within_s / max(longest_s, 1e-9)), 1), self.every)
+        failed, read = counts.tolist()
+        return int(failed), int(read)
 
     def wait_for_all_ranks(self) -> None:
         """Wait until every rank has called this, or until one has ended: the step is saved, and no rank is needed."""

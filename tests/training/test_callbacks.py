@@ -174,6 +174,32 @@ def test_two_ranks_stop_at_the_same_step_when_one_gets_a_signal(
     assert first[7][0] == "UserError" and "rank 1" in first[7][1] and "KeyError" in first[7][1]
 
 
+def _slow(rank: int, folder: str) -> None:
+    """On two ranks, of which rank 1 has long steps: at which steps do they compare?"""
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    compared: list[list[int]] = []
+    for step_s in (0.1, 3.0, 60.0):
+        step, steps = 0, []
+        stop = GracefulStop(FakeCheckpoints(), every=10, now=lambda: step * (step_s if rank else 0.01))  # noqa: B023
+        stop.on_train_start(trainer_at(0, ranks=2), None)
+        reduce = stop._reduce
+        stop._reduce = lambda ranks, at: steps.append(at) or reduce(ranks, at)  # type: ignore[assignment] # noqa: B023
+        for step in range(1, 25):
+            stop.on_step(trainer_at(step, ranks=2), None, step)
+        compared.append(steps)
+    signal_handler.reset()
+    Path(folder, f"{rank}.json").write_text(json.dumps(compared))
+    dist.destroy_process_group()
+
+
+def test_ranks_compare_every_ten_steps_or_ten_seconds(tmp_path: Path, fork_server: ForkServer) -> None:
+    fork_server.run_ranks(__file__, "_slow", str(tmp_path), timeout=240)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first == [[1, 10, 20], [1, *range(3, 25, 3)], [*range(1, 25)]]
+
+
 def test_failed_records_are_printed_if_their_file_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
