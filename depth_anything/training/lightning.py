@@ -91,6 +91,8 @@ def trainer_arguments(
     warnings.filterwarnings("ignore", message=".*on_before_batch_transfer", module="pytorch_lightning")
     # Of trainer=fsdp: the losses change no output of a network in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    if slurm_job() is None:  # a login node, where no srun is missing
+        warnings.filterwarnings("ignore", message="The .srun. command is available")
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
