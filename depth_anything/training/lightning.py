@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import Checkpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from depth_anything.data.address import is_remote
 from depth_anything.data.loader import largest_divisor
 from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.training.callbacks import (
@@ -38,7 +39,7 @@ from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import DEPTH_STAGES
 from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
-from depth_anything.training.fsdp import StrategyWriter
+from depth_anything.training.fsdp import ShardedStrategy, StrategyWriter
 from depth_anything.training.guards import StepGuards
 from depth_anything.training.headroom import Headroom
 from depth_anything.training.loggers import build_loggers, logger_nodes, read_latest
@@ -46,6 +47,7 @@ from depth_anything.training.prediction_scale import PredictionScale
 from depth_anything.training.pretrain import ReconstructionPictures
 from depth_anything.training.pseudolabel import ShardData
 from depth_anything.training.run_dir import RunDir, step_from_name
+from depth_anything.training.sharded_writer import require_shared_folder
 from depth_anything.training.signals import (
     MAIN_PID_VARIABLE,
     StoppedBySignal,
@@ -244,13 +246,18 @@ def start_run(trainer: pl.Trainer, run_dir: RunDir, config: RunConfig) -> Path |
     """Claim the run folder on rank 0 and return the checkpoint from which every rank continues.
 
     Raises:
-        UserError: On all ranks, with rank 0's message.
+        UserError: On all ranks, with rank 0's message; or if checkpoints are sharded and the nodes share no folder.
     """
     move_timers_first(trainer)
     join_process_group(trainer)
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # one process, or ranks that Lightning starts on this node
         return run_dir.begin(config, main=trainer.is_global_zero)
-    return run_on_all_ranks(lambda: run_dir.begin(config, main=True) if trainer.is_global_zero else None)[0]
+    begun = run_on_all_ranks(lambda: run_dir.begin(config, main=True) if trainer.is_global_zero else None)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        key = "mirror.folder" if is_remote(config.run_dir) else "output_dir"
+        fix = f"type {key}=FOLDER of a file system that all nodes mount, or trainer=ddp"
+        require_shared_folder(run_dir.checkpoints, fix=fix)
+    return begun[0]
 
 
 def set_loggers(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from depth_anything.disk import WriteError, name_write_errors, publish_folder, temporary_path
-from depth_anything.errors import SAME_COMMAND
+from depth_anything.errors import SAME_COMMAND, UserError
 from depth_anything.model.integrity import find_damage
 from depth_anything.model.sharded_files import (
     STATE_NAME,
@@ -23,6 +23,7 @@ from depth_anything.model.sharded_files import (
     write_state,
 )
 from depth_anything.model.tensor_files import WRITE_ERRORS
+from depth_anything.training.callbacks import gather_or_raise
 from depth_anything.training.checkpoint_writer import AtomicCheckpointIO, copy_to_cpu, flush_to_disk
 
 
@@ -60,6 +61,41 @@ class ShardedWriter:
         write_captured()
         done.set_result(None)
         return done
+
+
+def require_shared_folder(folder: Path, *, fix: str) -> None:
+    """Check that rank 0 sees what the other ranks write into a folder. All ranks must call this.
+
+    On the disk of a single node a checkpoint would lack the shards of the other nodes.
+
+    Args:
+        folder: It is created.
+        fix: What to type if it is not shared.
+
+    Raises:
+        UserError: On all ranks, if a rank writes into another folder of this name.
+    """
+    probe, ranks = temporary_path(folder / "probe"), dist.get_world_size()
+
+    def write() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        return probe.name
+
+    def look() -> None:
+        unseen = [rank for rank, name in enumerate(names) if not (folder / name).exists()]
+        if dist.get_rank() == 0 and unseen:
+            raise UserError(
+                f"rank {unseen[0]} writes into another {folder} than rank 0, but the shards of a checkpoint need one "
+                "folder that all nodes share",
+                fix,
+            )
+
+    try:
+        names = gather_or_raise(ranks, write)
+        gather_or_raise(ranks, look)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_sharded(checkpoint: dict[str, Any], path: Path, group: Any) -> None:
