@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from depth_anything.model.depth_anything import DepthAnything
@@ -64,6 +65,11 @@ def shard(
     fully_shard(model, mesh=mesh, reshard_after_forward=True if frozen else None)
     if isinstance(model, DepthAnything):
         register_fsdp_forward_method(model, "features")  # gathers as `forward` does
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of a sharded tensor that this rank holds, and an ordinary tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_without_weights(model: nn.Module) -> nn.Module:

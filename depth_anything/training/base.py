@@ -54,7 +54,7 @@ def schedule_optimizer(optimizer: torch.optim.Optimizer, recipe: Recipe | Contro
 class DepthModule(pl.LightningModule):
     """A depth network in training: losses, optimizer, gradient clipping and checkpoint metadata.
 
-        The loss is the mean over the images of the global batch, so it depends neither on the number of devices nor on
+    The loss is the mean over the images of the global batch, so it depends neither on the number of devices nor on
     gradient accumulation (docs/contracts.md). A stage overrides `losses`.
     """
 

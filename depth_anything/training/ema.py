@@ -5,8 +5,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from depth_anything.model.accelerate import local_rows
 from depth_anything.training.callbacks import StepCallback
 
 AVERAGE_KEY = "average"
@@ -55,8 +55,10 @@ class EMA(StepCallback):
         if not self.updates:
             self.weights = {name: tensor.detach().float().clone() for name, tensor in current.items()}
         else:
-            own = [_local(self.weights[name]) for name in current]
-            torch._foreach_lerp_(own, [_local(tensor).float() for tensor in current.values()], 1 - self.decay)
+            own = [local_rows(self.weights[name]) for name in current]
+            torch._foreach_lerp_(
+                own, [local_rows(tensor).float() for tensor in current.values()], 1 - self.decay
+            )
         self.updates += 1
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
@@ -84,7 +86,3 @@ def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
             for name in ("running_mean", "running_var"):
                 tensors[f"{prefix}.{name}"] = getattr(part, name)
     return tensors
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from depth_anything.model.accelerate import local_rows
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.model.masked_autoencoder import MaskedAutoencoder
 from depth_anything.training.config import OptimizerConfig
@@ -85,18 +87,31 @@ def _split_by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
 def clip_gradients(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
     """Scale all gradients so that their norm is at most `limit`, and return their norm before that.
 
-    Of sharded gradients it is the norm over the rows of all ranks, an ordinary tensor that is equal on all of them.
-
     Args:
         parameters: Those that have gradients.
         limit: None: do not scale.
     """
-    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(total, DTensor):
-        total = total.full_tensor()
+    total = gradient_norm([p.grad for p in parameters if p.grad is not None])
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return total
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of all gradients together, a scalar that is equal on all ranks and no DTensor.
+
+    With several ranks the squares are added in float64, so that the sum does not depend on how gradients are sharded:
+    DDP and FSDP2 then scale by the same number. In float32 it differs in the last digits; Adam turns that into
+    other steps for weights whose gradient is almost zero. One process adds in float32, as older versions did.
+    """
+    sharded = isinstance(gradients[0], DTensor)
+    if not sharded and not (dist.is_initialized() and dist.get_world_size() > 1):
+        return nn.utils.get_total_norm(gradients)
+    rows = [local_rows(gradient) for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(rows, 2, dtype=torch.float64)).square().sum()
+    if sharded:
+        dist.all_reduce(squares)
+    return squares.sqrt().to(gradients[0].dtype)
 
 
 def adam_factory(recipe: Recipe) -> OptimizerFactory:

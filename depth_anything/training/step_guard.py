@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depth_anything.errors import UserError
+from depth_anything.model.accelerate import local_rows
 
 FUSED_OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
 """Classes whose fused kernels skip the update where `found_inf` is 1 (as for torch.amp.GradScaler)."""
@@ -122,9 +123,8 @@ def require_finite_weights(module: nn.Module, step: int) -> None:
         UserError: Naming the first such parameter.
     """
     named = list(module.named_parameters())
-    # FSDP2's parameters: each rank looks at its own shard.
-    local: list[Tensor] = [getattr(p, "to_local", lambda p=p: p)().detach() for _, p in named]
-    finite = [bool(flag) for flag in torch.stack([values.isfinite().all() for values in local]).tolist()]
+    flags = [local_rows(parameter.detach()).isfinite().all() for _, parameter in named]
+    finite = [bool(flag) for flag in torch.stack(flags).tolist()]  # one wait for the device
     bad = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
     if bad:
         raise UserError(

@@ -12,6 +12,7 @@ from depth_anything.losses import feature_alignment_loss, gradient_matching_loss
 from depth_anything.training.base import DepthModule
 from depth_anything.training.optimizer import (
     adam_factory,
+    gradient_norm,
     learning_rate_factor,
     optimizer_factory,
     parameter_groups,
@@ -200,6 +201,14 @@ def test_clip_norm_limits_the_gradient_norm(clip_norm: float | None) -> None:
     gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
     clipped = float(torch.nn.utils.get_total_norm(gradients))
     assert clipped == pytest.approx(min(norm, clip_norm or norm), rel=1e-4)
+
+
+def test_one_process_computes_the_gradient_norm_of_older_versions() -> None:
+    """In float32, to the last bit, so that a run continues with the bytes of the version that began it."""
+    gradients = [
+        torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (7, 3001, 40_000)
+    ]
+    assert gradient_norm(gradients).equal(torch.nn.utils.get_total_norm(gradients))
 
 
 def test_weight_decay_shrinks_every_parameter_by_its_rate() -> None:

@@ -1,141 +1,49 @@
 """trainer=fsdp on processes of gloo: what DDP and a plain loop compute, checkpoints for any number of ranks, resume."""
 
+import errno
 import os
 import shutil
+import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from fork_server import ForkServer
+from made_configs import make_config
 from pytorch_lightning.strategies import DDPStrategy
-from tiny_training import BatchList
+from saved_runs import TIMEOUT_S, AtStep
+from sharded_runs import (
+    SAVED,
+    STEPS,
+    assert_same_files,
+    connect,
+    make_batch,
+    make_student,
+    step_path,
+    train,
+)
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from depth_anything import load_model
 from depth_anything.disk import WriteError
-from depth_anything.model.depth_anything import DepthAnything
-from depth_anything.model.sharded_files import STATE_NAME, find_sharded_damage, is_sharded
+from depth_anything.errors import UserError
+from depth_anything.model.sharded_files import find_sharded_damage, is_sharded
 from depth_anything.training import sharded_writer
-from depth_anything.training.callbacks import StepCallback
-from depth_anything.training.checkpoints import Checkpoints
-from depth_anything.training.ema import EMA
-from depth_anything.training.fsdp import ShardedStrategy, StrategyWriter
-from depth_anything.training.lightning import join_process_group, trainer_arguments
-from depth_anything.training.recipes import Recipe
+from depth_anything.training.fsdp import ShardedStrategy
+from depth_anything.training.lightning import join_process_group, start_run
+from depth_anything.training.run_dir import RunDir
 from depth_anything.training.student import Student
-from depth_anything.training.whole_network import evaluation_network, whole_network
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("one_thread")]
-STEPS, SAVED, IMAGES, SIDE = 6, 3, 4, 28
+LONG = 10
 EXACT: Any = {"rtol": 0, "atol": 1e-9}  # in float64, where sums in another order do not grow to more
-
-
-def make_student(dtype: torch.dtype = torch.float64, **changes: Any) -> Student:
-    """Build a student with a frozen encoder, with fixed random weights."""
-    torch.manual_seed(0)
-    model, frozen = DepthAnything("vitn").to(dtype), DepthAnything("vitn").to(dtype)
-    numbers: dict[str, Any] = {"encoder_lr": 1e-3, "head_lr": 3e-3, "clip_norm": 0.5, "warmup": 0.3}
-    numbers |= {
-        "alignment_weight": 1.0,
-        "alignment_tolerance": 1.0,
-        "weight_decay": 0.1,
-        "checkpointing": True,
-    }
-    return Student(model, Recipe(steps=STEPS, **(numbers | changes)), frozen=frozen)
-
-
-def make_batch(step: int, rank: int, ranks: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Build a rank's share of the global batch of a step."""
-    generator = torch.Generator().manual_seed(step)
-    size = (IMAGES, SIDE, SIDE)
-    image = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator)
-    target = torch.rand(size, generator=generator).to(dtype)
-    share = slice(rank * IMAGES // ranks, (rank + 1) * IMAGES // ranks)
-    valid = torch.ones(size, dtype=torch.bool)
-    return {"image": image[share], "target": target[share], "valid": valid[share]}
-
-
-class Recorder(StepCallback):
-    """Records the loss of the global batch, the gradient norm and the learning rates of each step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.rates: dict[int, list[float]] = {}
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        self.rates[trainer.global_step] = [group["lr"] for group in trainer.optimizers[0].param_groups]
-
-    def on_step(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        loss = torch.stack([part["loss"].double() for part in module.parts]).mean()
-        if trainer.world_size > 1:
-            dist.all_reduce(loss)
-        self.losses.append(float(loss) / trainer.world_size)
-        assert type(module.grad_norm) is torch.Tensor
-        self.norms.append(float(module.grad_norm))
-        module.parts.clear()
-
-
-def train(
-    folder: Path,
-    strategy: Any,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    steps: int = STEPS,
-    checkpoint: Path | None = None,
-    precision: Any = "32-true",
-    module: Student | None = None,
-    accumulate: int = 1,
-    accelerator: str = "cpu",
-    asynchronous: bool = False,
-    keep: int = 2,
-) -> tuple[pl.Trainer, Student]:
-    """Train to `steps`, from the step of a checkpoint, and write what came out to `result-RANK.pt`."""
-    begin = int(checkpoint.stem.removeprefix("step-")) if checkpoint else 0
-    module = module or make_student()
-    dtype = next(module.model.parameters()).dtype
-    recorder, ema = Recorder(), EMA(0.5)
-    writer = StrategyWriter(asynchronous=asynchronous)
-    saving = Checkpoints(folder / "checkpoints", every=SAVED, keep=keep, writer=writer)
-    callbacks = [recorder, ema, saving]
-    arguments = trainer_arguments(callbacks=callbacks, max_steps=steps, run_dir=str(folder))
-    arguments |= {"accelerator": accelerator, "devices": ranks, "strategy": strategy, "precision": precision}
-    arguments["accumulate_grad_batches"] = accumulate
-    trainer = pl.Trainer(**arguments)
-    batches = [make_batch(step, rank, ranks, dtype) for step in range(begin, steps)]
-    batches = [
-        {key: value.chunk(accumulate)[number] for key, value in batch.items()}
-        for batch in batches
-        for number in range(accumulate)
-    ]
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    trainer.fit(module, DataLoader(BatchList(batches), batch_size=None), ckpt_path=checkpoint)
-    result: dict[str, Any] = {"losses": recorder.losses, "norms": recorder.norms}
-    result["rates"] = list(recorder.rates.values())
-    with whole_network(module):
-        result["weights"] = {name: tensor.cpu().clone() for name, tensor in module.model.state_dict().items()}
-    with evaluation_network(trainer, module):
-        result["average"] = {name: tensor.cpu().clone() for name, tensor in module.model.state_dict().items()}
-    torch.save(result, folder / f"result-{rank}.pt")
-    return trainer, module
-
-
-def connect(rank: int, ranks: int, folder: Path) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), NODE_RANK="0")
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet-{ranks}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-
-
-def step_path(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:09d}.ckpt"
 
 
 def _two(rank: int, folder: str) -> None:
@@ -145,18 +53,39 @@ def _two(rank: int, folder: str) -> None:
     own: dict[str, Any] = {"rank": rank, "ranks": 2}
     train(root / "ddp", DDPStrategy(), **own)
     check_ranks_connect_without_a_network()
+    check_nodes_share_a_folder(root, rank)
     trainer, module = train(root / "fsdp", ShardedStrategy(), **own)
     check_sharding(module)
     train(root / "accumulated", ShardedStrategy(), accumulate=2, keep=1, **own)
-    train(root / "background", ShardedStrategy(), asynchronous=True, **own)
+    train_in_background(root / "background", own)
     copied = step_path(root / "resumed", SAVED)
     if rank == 0:
         shutil.copytree(step_path(root / "fsdp", SAVED), copied)
     dist.barrier()
     train(root / "resumed", ShardedStrategy(), checkpoint=copied, **own)
     train(root / "from-file", ShardedStrategy(), checkpoint=step_path(root / "ddp", SAVED), **own)
+    train_in_float32(root / "float32-2", own)
     check_failing_disk(trainer, root, rank)
     dist.destroy_process_group()
+
+
+def train_in_float32(root: Path, own: dict[str, Any], **rates: float) -> None:
+    for name, strategy in (("ddp", DDPStrategy()), ("fsdp", ShardedStrategy())):
+        module = make_student(torch.float32, steps=LONG, **rates)
+        train(root / name, strategy, module=module, steps=LONG, every=LONG, **own)
+
+
+def train_in_background(folder: Path, own: dict[str, Any]) -> None:
+    """Write the first checkpoint only after the weights have changed."""
+    later, original = threading.Event(), sharded_writer.write_shard
+
+    def wait_and_write(*arguments: Any) -> Any:
+        assert later.wait(TIMEOUT_S) and threading.current_thread() is not threading.main_thread()
+        return original(*arguments)
+
+    sharded_writer.write_shard = wait_and_write
+    train(folder, ShardedStrategy(), AtStep(later.set, SAVED + 1), asynchronous=True, **own)
+    sharded_writer.write_shard = original
 
 
 def check_ranks_connect_without_a_network() -> None:
@@ -164,6 +93,19 @@ def check_ranks_connect_without_a_network() -> None:
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ShardedStrategy(), logger=False)
     join_process_group(trainer)
     assert trainer.world_size == 2 and trainer.global_rank == dist.get_rank()
+
+
+def check_nodes_share_a_folder(root: Path, rank: int) -> None:
+    """A node that works in a folder of its own, as in a local copy of an object store, is told at the start."""
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ShardedStrategy(), logger=False)
+    config = make_config("stage=teacher", "trainer=fsdp")
+    assert start_run(trainer, RunDir(root / "shared"), config) is None
+    for run_dir, key in (("s3://bucket/name", "mirror.folder"), ("outputs/name", "output_dir")):
+        own = root / f"node-{rank}" / key
+        with pytest.raises(UserError, match=rf"(?s)rank 1 .*node-0.*{key}="):
+            start_run(trainer, RunDir(own), replace(config, run_dir=run_dir))
+    dist.barrier()
+    assert not list(root.glob("*/**/.tmp*"))
 
 
 def check_sharding(module: Student) -> None:
@@ -185,18 +127,25 @@ def fsdp_module() -> type:
 
 
 def check_failing_disk(trainer: pl.Trainer, root: Path, rank: int) -> None:
-    """All ranks raise the error of the one that cannot write, and leave nothing behind."""
+    """All ranks raise the error of one that cannot write or reads other bytes back, and leave nothing behind."""
 
     def fail(*arguments: Any) -> Any:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    original = sharded_writer.write_shard
-    sharded_writer.write_shard = fail if rank == 1 else original
-    with pytest.raises(WriteError, match=r"failed\.ckpt"):
-        trainer.save_checkpoint(root / "failed.ckpt")
-    sharded_writer.write_shard = original
-    dist.barrier()
-    assert not list(root.glob("*failed*")) and not list(root.glob(".tmp*"))
+    def flip_a_bit(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+
+    faults = [("write_shard", fail, os.strerror(errno.ENOSPC)), ("flush_to_disk", flip_a_bit, "read back")]
+    for name, faulty, words in faults:
+        original = getattr(sharded_writer, name)
+        setattr(sharded_writer, name, faulty if rank == 1 else original)
+        with pytest.raises(WriteError, match=rf"failed\.ckpt .*{words}"):
+            trainer.save_checkpoint(root / "failed.ckpt")
+        setattr(sharded_writer, name, original)
+        dist.barrier()
+        assert not list(root.glob("*failed*")) and not list(root.glob(".tmp*"))
 
 
 def _four(rank: int, folder: str) -> None:
@@ -205,6 +154,7 @@ def _four(rank: int, folder: str) -> None:
     train(root / "four", ShardedStrategy(), rank=rank, ranks=4)
     checkpoint = step_path(root / "fsdp", SAVED)
     train(root / "two-to-four", ShardedStrategy(), rank=rank, ranks=4, checkpoint=checkpoint)
+    train_in_float32(root / "float32-4", {"rank": rank, "ranks": 4}, encoder_lr=5e-4, head_lr=5e-4)
     dist.destroy_process_group()
 
 
@@ -278,6 +228,20 @@ def test_losses_norms_and_weights_equal_those_of_a_plain_loop(runs: Path, name: 
         assert_same(result_of(runs / name, rank), plain)
 
 
+def test_float32_weights_equal_those_of_ddp_in_every_bit(runs: Path) -> None:
+    """After ten steps at rates of 1e-3 and 3e-3, with gradients that are clipped at each step, on two ranks."""
+    ddp, fsdp = (result_of(runs / "float32-2" / name) for name in ("ddp", "fsdp"))
+    assert len(set(ddp["losses"])) == LONG and min(ddp["norms"]) > 0.5
+    assert fsdp["losses"] == ddp["losses"] and fsdp["norms"] == ddp["norms"]
+    assert all(torch.equal(tensor, ddp["weights"][name]) for name, tensor in fsdp["weights"].items())
+
+
+def test_float32_losses_equal_those_of_ddp_on_four_ranks(runs: Path) -> None:
+    """At the rates of size=tiny. gloo adds four gradients in another order for DDP than for shards, so bits differ."""
+    ddp, fsdp = (result_of(runs / "float32-4" / name) for name in ("ddp", "fsdp"))
+    np.testing.assert_allclose(fsdp["losses"], ddp["losses"], rtol=0, atol=1e-5)
+
+
 def test_older_folders_are_removed(runs: Path) -> None:
     assert [path.name for path in (runs / "accumulated" / "checkpoints").iterdir()] == [
         f"step-{STEPS:09d}.ckpt"
@@ -301,15 +265,6 @@ def test_a_checkpoint_written_in_the_background_is_the_same(runs: Path) -> None:
     """The state of its step, although training went on."""
     for step in (SAVED, STEPS):
         assert_same_files(step_path(runs / "background", step), step_path(runs / "fsdp", step))
-
-
-def assert_same_files(first: Path, second: Path) -> None:
-    """Shards are equal in every byte, and so are position, schedule and states of callbacks."""
-    names = sorted(path.name for path in first.glob("shard-*"))
-    assert len(names) == 2 and names == sorted(path.name for path in second.glob("shard-*"))
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
-    states = [torch.load(folder / STATE_NAME, weights_only=True) for folder in (first, second)]
-    assert repr(states[0]) == repr(states[1])
 
 
 def test_a_sharded_checkpoint_continues_in_one_process_without_shards(runs: Path, tmp_path: Path) -> None:
