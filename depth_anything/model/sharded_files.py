@@ -53,6 +53,8 @@ def rows_of_rank(total: int, rank: int, ranks: int) -> slice:
 
     >>> [rows_of_rank(5, rank, 4) for rank in range(4)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
+    >>> rows_of_rank(4, 1, 2)
+    slice(2, 4, None)
     """
     size = -(-total // ranks)
     return slice(min(rank * size, total), min((rank + 1) * size, total))

@@ -84,6 +84,17 @@ def test_a_killed_run_and_one_that_moves_equal_the_unbroken_one(start: Any, tmp_
     check_results(outputs / "unbroken")
 
 
+def test_ddp_and_fsdp_end_with_the_same_bytes(start: Any, tmp_path: Path) -> None:
+    """At the rates of size=tiny, with clipped gradients."""
+    for name in ("ddp", "fsdp"):
+        words = ["stage=teacher", "steps=3", "validation.limit=2", "workers=0", "trainer.accelerator=cpu"]
+        run = start(*words, f"trainer={name}", "trainer.devices=2", f"name={name}")
+        assert run.returncode == 0, run.stderr[-2000:]
+    ddp, fsdp = (tmp_path / "outputs" / name for name in ("ddp", "fsdp"))
+    assert min(column(ddp, "grad_norm")) > 1 and column(ddp, "loss") == column(fsdp, "loss")
+    assert (ddp / "model.safetensors").read_bytes() == (fsdp / "model.safetensors").read_bytes()
+
+
 def check_results(folder: Path) -> None:
     """The files of a finished run: whole networks, and a checkpoint in shards that holds the same weights."""
     path = folder / "checkpoints" / "step-000000004.ckpt"

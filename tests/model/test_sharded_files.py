@@ -19,6 +19,7 @@ from depth_anything.model.sharded_files import (
     find_sharded_damage,
     is_sharded,
     read_sharded,
+    read_sharded_state,
     rows_of_rank,
     split_tensors,
     write_shard,
@@ -124,20 +125,50 @@ def take_shard_of_another_step(folder: Path) -> None:
     (folder / name).write_bytes((folder.with_name("other.ckpt") / name).read_bytes())
 
 
+def flip_a_byte_of_the_state(folder: Path) -> None:
+    """In a tensor, which torch.load reads without noticing."""
+    content = bytearray((folder / STATE_NAME).read_bytes())
+    content[content.index(make_checkpoint()["buffers"][0].numpy().tobytes())] ^= 1
+    (folder / STATE_NAME).write_bytes(content)
+
+
+def list_no_shards(folder: Path) -> None:
+    write_state(split_tensors(make_checkpoint(), lambda _: None)[0], folder, {})
+
+
 def cut_state(folder: Path) -> None:
     content = (folder / STATE_NAME).read_bytes()
     (folder / STATE_NAME).write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("damage", [remove_shard, flip_a_byte, take_shard_of_another_step, cut_state])
-def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (remove_shard, "lacks shard-00002"),
+        (flip_a_byte, "shard-00001"),
+        (take_shard_of_another_step, "has shard-00002"),
+        (cut_state, STATE_NAME),
+        (flip_a_byte_of_the_state, STATE_NAME),
+        (list_no_shards, "has no shards"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], None], problem: str) -> None:
     folder = tmp_path / "step.ckpt"
     write(make_checkpoint(), folder, 2)
     damage(folder)
-    problem = find_sharded_damage(folder)
-    assert STATE_NAME in problem if damage is cut_state else "shard-0000" in problem
-    with pytest.raises(ValueError, match=r"step\.ckpt"):
-        load_model(folder)
+    assert problem in find_sharded_damage(folder)
+
+
+def test_rows_that_no_shard_has_are_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "step.ckpt"
+    write(make_checkpoint(), folder, 2)
+    state = dict(read_sharded_state(folder))
+    first = sorted(state["shards"])[0]
+    write_state(state, folder, {first: state["shards"][first]})
+    source = ShardedCheckpoint(folder)
+    assert source.read("state_dict/even", slice(0, 4)).shape == (4, 2)
+    with pytest.raises(ValueError, match="rows 4 to 8 of state_dict/even"):
+        source.read("state_dict/even")
 
 
 class Payload:
@@ -156,9 +187,11 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, way: str) -> None:
     write(make_checkpoint(), folder, 2)
     content = {"state_dict": {}, "depth_anything": Payload(executed), "shards": {}}
     with (folder / STATE_NAME).open("wb") as file:
-        torch.save(content, file) if way == "torch" else pickle.dump(content, file)
+        torch.save(content, file) if way == "torch" else pickle.dump(content, file, protocol=2)
     with pytest.raises(ValueError):
         load_model(folder)
+    with pytest.raises(pickle.UnpicklingError):
+        ShardedCheckpoint(folder)
     assert not executed.exists()
 
 
@@ -176,8 +209,11 @@ def test_load_model_reads_a_sharded_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, folder = DepthAnything("vitn", max_depth=20.0), tmp_path / "step-000000003.ckpt"
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    write({"state_dict": weights, "depth_anything": build_metadata(model)}, folder, 3)
+    write({"state_dict": weights, "depth_anything": build_metadata(model)}, folder, 2)
     loaded = load_model(folder)
     assert (loaded.encoder, loaded.max_depth) == ("vitn", 20.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+    flip_a_byte(folder)
+    with pytest.raises(ValueError, match=r"step-000000003\.ckpt is damaged .*shard-00001"):
+        load_model(folder)
