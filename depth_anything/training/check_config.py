@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.errors import UserError
+from depth_anything.training.check_addresses import check_addresses
 from depth_anything.training.check_stage import (
     check_controlnet_stage,
     check_metric_stage,
@@ -110,6 +111,7 @@ def validate_config(config: RunConfig) -> None:
         UserError: Naming the key, and what to type.
     """
     _check_repeated_keys(config)
+    check_addresses(config)
     if config.encoder is not None:
         _check_encoder(config)
     check_trainer(config.trainer, stage=config.stage)

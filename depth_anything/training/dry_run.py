@@ -66,7 +66,7 @@ def _print_labeling(config: RunConfig) -> None:
     """Print the teacher and the sets of stage=pseudolabel."""
     teacher = open_run_teacher(config) if all(map(is_present, config.teachers)) else None
     for spec in config.teachers:
-        print(f"teacher     {spec}{'' if is_present(spec) else NOT_FOUND}")
+        print(f"teacher     {spec}{'' if is_present(spec) or is_remote(spec) else NOT_FOUND}")
     if len(config.teachers) > 1:
         kept = config.label_confidence or config.teacher_rule == "confidence"
         print(f"            rule {config.teacher_rule}{', stored with their agreement' if kept else ''}")
@@ -192,7 +192,9 @@ def _check_run_dir(config: RunConfig, networks: StageNetworks, typed: Collection
         folder.compare(config, note=False)
         if folder.finished(config.steps):
             print(f"run         {folder.path} is finished; the command would do nothing")
-    if config.resume and (config.overwrite or folder.newest_checkpoint() is None):
+    if config.resume and is_remote(config.resume):
+        print(f"resume      {redact_secrets(config.resume)}, which is not opened now")
+    elif config.resume and (config.overwrite or folder.newest_checkpoint() is None):
         for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
     networks.check()
