@@ -11,6 +11,7 @@ from depth_anything.data.shards import open_set
 from depth_anything.teachers.open_teacher import is_present, teacher_kind
 from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
+from depth_anything.training.check_places import check_writable
 from depth_anything.training.config import RunConfig, TrainerConfig
 from depth_anything.training.data import needs_labels
 from depth_anything.training.initialization import open_run_teacher
@@ -35,6 +36,7 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     Raises:
         ValueError: As the run would.
     """
+    check_writable(config)
     networks = stage_networks(config)
     if config.stage == "pseudolabel":
         _print_run(config, networks.describe_network() if _is_one_network(config) else [])
