@@ -235,7 +235,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     if isinstance(model, nn.Module):
         tensors = merge_adapters(model.state_dict())
     else:
-        tensors, _ = _read_model(Path(model))
+        tensors, _ = _read_model(local_path(model))
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.endswith(_MASK_TOKEN):

@@ -13,7 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.errors import UserError
 from depth_anything.training.check_nodes import parse_nodes, takes_argument, target_parameters
-from depth_anything.training.check_places import check_places
 from depth_anything.training.check_stage import (
     check_controlnet_stage,
     check_metric_stage,
@@ -104,6 +103,8 @@ def validate_config(config: RunConfig) -> None:
     Raises:
         UserError: Naming the key, and what to type.
     """
+    from depth_anything.training.check_places import check_places  # imports numpy
+
     _check_repeated_keys(config)
     check_places(config)
     if config.encoder is not None:

@@ -17,12 +17,13 @@ def test_commands_take_the_address_of_a_run(weights, scenes, s3_prefix, tmp_path
     report = tmp_path / "report"
     arguments = ["--data", str(scenes), "--limit", "2", "--weights"]
     assert main(["evaluate", *arguments, run.root, "--output", str(report)]) == 0
-    (facts,) = json.loads((report / "results.json").read_text())["models"]
-    assert facts["name"] == weights.name and facts["weights"] == f"{run.root}/model.safetensors"
+    (model,) = json.loads((report / "results.json").read_text())["models"]
+    facts = model["facts"]
+    assert model["name"] == weights.name and facts["weights"] == f"{run.root}/model.safetensors"
     again = [*arguments, f"a={run.root}/model.safetensors", "--output", str(tmp_path / "again")]
     assert main(["evaluate", *again]) == 0
     (named,) = json.loads((tmp_path / "again" / "results.json").read_text())["models"]
-    assert named["name"] == "a" and named["fingerprint"] == facts["fingerprint"]
+    assert named["name"] == "a" and named["facts"]["fingerprint"] == facts["fingerprint"]
 
     exported = tmp_path / "new.pth"
     arguments = ["--weights", run.root, "--to", "official", "--output", str(exported)]

@@ -274,7 +274,7 @@ def test_a_recipe_built_in_python_is_validated(changes: dict[str, Any]) -> None:
     ("typed", "words"),
     [
         (
-            ("stage=teacher", "output_dir=https://host/x?signature=hidden"),
+            ("stage=teacher", "output_dir='https://host/x?signature=hidden'"),
             ("can be read only", "s3://BUCKET"),
         ),
         (("stage=teacher", "output_dir=FILE"), ("FILE is a file", "output_dir=FOLDER")),
@@ -287,9 +287,10 @@ def test_a_recipe_built_in_python_is_validated(changes: dict[str, Any]) -> None:
             ("FILE is a file", "mirror.folder="),
         ),
         (("stage=pseudolabel", "labels=https://host/x"), ("https://host/x can be read only",)),
+        (("stage=pseudolabel", "share=5/4"), ("share=5/4", "share=3/8")),
         (("stage=pseudolabel", "labels=FILE"), ("FILE is a file", "labels=FOLDER")),
         (
-            ("stage=pseudolabel", "teacher=https://h/m.pth?key=hidden"),
+            ("stage=pseudolabel", "teacher='https://h/m.pth?key=hidden'"),
             ("teacher=https://h/m.pth", "download"),
         ),
         (("stage=pseudolabel", "teacher=s3://b/m.onnx"), ("teacher=s3://b/m.onnx", "download")),

@@ -156,3 +156,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written.*output_dir=FOLDER"):
         print_plan(config)
     assert asked == [tmp_path]
+
+
+def test_models_and_checkpoints_in_a_store_are_named_and_not_opened(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address = "s3://bucket/runs/a/checkpoints/step-000000005.ckpt"
+    printed = plan(capsys, "stage=teacher", f"resume={address}", "init=s3://bucket/m.pth")
+    assert f"resume      {address}, which is not opened now" in printed
+    assert "s3://bucket/m.pth" in printed and "not found" not in printed.split("start ")[1].splitlines()[0]
+    printed = plan(capsys, "stage=pseudolabel", "teacher=s3://bucket/runs/a")
+    assert "teacher     s3://bucket/runs/a\n" in printed

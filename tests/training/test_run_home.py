@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from made_configs import flatten, make_config
 
+from depth_anything.data import local_copy
 from depth_anything.data.store import ObjectStore
+from depth_anything.errors import UserError
+from depth_anything.training.initialization import check_initial_weights
 from depth_anything.training.run_home import RunHome, local_run_dir, localize, mirror_options
 
 
@@ -41,6 +45,11 @@ def test_starting_weights_in_a_store_are_local_to_the_run(s3_prefix: str) -> Non
     store.write("model.safetensors", b"weights")
     config = make_config("stage=metric", init=f"{store.root}/model.safetensors")
     assert Path(str(localize(config).init)).read_bytes() == b"weights"
+    store.write("config.yaml", b"stage: teacher\n")
+    local_copy._copies.clear()
+    student = localize(make_config("stage=student", init=f"{store.root}/model.safetensors"))
+    with pytest.raises(UserError, match="is a teacher, but a student starts from DINOv2"):
+        check_initial_weights(student)
 
 
 def test_another_node_fetches_the_checkpoint_that_rank_0_has_chosen(s3_prefix: str, tmp_path: Path) -> None:
