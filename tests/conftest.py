@@ -9,7 +9,7 @@ import pytest
 from fork_server import ForkServer
 from local_servers import FaultyServer, s3, s3_environment
 
-from depth_anything.data import remote, retry, store
+from depth_anything.data import address, local_copy, remote, retry, store
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,8 @@ def clean_remote_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPTH_ANYTHING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DEPTH_ANYTHING_RETRIES", "2")
     monkeypatch.setenv("DEPTH_ANYTHING_TIMEOUT", "60")
-    for state in (remote._pools, remote._without_ranges, retry._reported, remote._announced):
+    reads = (remote._pools, remote._without_ranges, retry._reported, remote._announced)
+    for state in (*reads, local_copy._copies, address._local_copies):
         state.clear()
     for cached in (remote._netrc_hosts, remote._proxy_url):
         cached.cache_clear()

@@ -42,6 +42,7 @@ SURFACE = {
         "--records": [],
         "--node-network": 400.0,
         "--write-speed": 1.0,
+        "--read-speed": 1.0,
         "--restart": 10.0,
         "--time-limit": 24.0,
         "--gpu-hours-per-failure": None,

@@ -27,7 +27,7 @@ from depth_anything.cli import (
     video_commands,
 )
 from depth_anything.cli.options import FlagError
-from depth_anything.data.address import escape_unprintable, redact_secrets
+from depth_anything.data.address import escape_unprintable, redact_secrets, with_addresses
 from depth_anything.errors import format_error
 
 PROGRAM = "depth-anything"
@@ -74,7 +74,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         sentence = format_error(error, flags=flags)
         print(
             escape_unprintable(
-                redact_secrets(f"{parser.prog}{f' {command}' if command else ''}: {sentence}")
+                redact_secrets(with_addresses(f"{parser.prog}{f' {command}' if command else ''}: {sentence}"))
             ),
             file=sys.stderr,
         )
@@ -83,7 +83,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
 
 def _print_warning(message: Warning | str, *args: Any, flags: Mapping[str, str], **kwargs: Any) -> None:
     """Print a warning for the user of a command, without the line of code."""
-    print(f"{PROGRAM}: {escape_unprintable(format_error(message, flags=flags))}", file=sys.stderr)
+    sentence = with_addresses(format_error(message, flags=flags))
+    print(f"{PROGRAM}: {escape_unprintable(sentence)}", file=sys.stderr)
 
 
 def _command_name(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> str:

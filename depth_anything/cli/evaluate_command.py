@@ -465,13 +465,19 @@ def _parse_share(text: str) -> tuple[int, int]:
 
 
 def parse_named_paths(paths: Sequence[str], *, flag: str = "--weights") -> dict[str, Path]:
-    """Split [NAME=]PATH; a model without a name is named after its file, its run or its folder."""
+    """Split [NAME=]PATH; a model without a name is named after its file, its run or its folder.
+
+    Of weights at an address the paths are those of local copies.
+    """
+    from depth_anything.data.local_copy import local_path
+
+    locate = local_path if flag == "--weights" else Path
     named: dict[str, Path] = {}
     for text in paths:
         name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():  # checkpoints may be called step=100.ckpt
+        if not equals or "://" in name or Path(text).exists():  # checkpoints may be called step=100.ckpt
             path = text
-            file = Path(text).resolve()
+            file = locate(text).resolve()
             if file.name in _RUN_FILES:
                 name = file.parent.name + _RUN_FILES[file.name]
             else:
@@ -481,5 +487,5 @@ def parse_named_paths(paths: Sequence[str], *, flag: str = "--weights") -> dict[
             raise ValueError(
                 f"two models are called {name!r}: name them, as in {flag} a={named[name]} b={path}"
             )
-        named[name] = Path(path)
+        named[name] = locate(path)
     return named

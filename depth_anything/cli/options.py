@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depth_anything.data.address import with_addresses
 from depth_anything.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from depth_anything.inference.segmentation import SegmentationPredictor
     from depth_anything.model.segmentation import SegmentationModel
 
-WEIGHTS_HELP = ".safetensors, .pth, .ckpt, a finished run's folder, or a transformers folder"
+WEIGHTS_HELP = (
+    ".safetensors, .pth, .ckpt, a finished run's or transformers folder, or the s3:// or gs:// address of one"
+)
 
 DEFAULT_ENCODER = "vitl"
 """Default encoder of the official weights, as in the official run.py."""
@@ -258,8 +261,8 @@ def check_output(
 
 
 def list_weight_files(weights: str | Path | None) -> list[Path]:
-    """List the files of a model: the file, or those in the folder of a run or of transformers."""
-    if weights is None:
+    """List the files of a model: the file, or those in the folder of a run or of transformers; none of an address."""
+    if weights is None or "://" in str(weights):
         return []
     path = Path(weights)
     return [path, *path.glob("*.safetensors"), *path.glob("*.json")] if path.is_dir() else [path]
@@ -287,6 +290,7 @@ def load_weights(
     Raises:
         ValueError: If there are no such weights.
     """
+    from depth_anything.data.local_copy import local_path
     from depth_anything.model.weights import fingerprint, load_model
 
     if path is None:
@@ -296,11 +300,11 @@ def load_weights(
             find_official_weights(encoder or DEFAULT_ENCODER, metric=dataset, version=version or 2),
             None,
         )
-    path = _resolve_weight_file(Path(path))
+    path = _resolve_weight_file(local_path(path))
     model = load_model(path, encoder=encoder, max_depth=max_depth, version=version)
     model.input_size = input_size or model.input_size
     facts = {
-        "weights": str(path),
+        "weights": with_addresses(str(path)),
         "fingerprint": fingerprint(model),
         "encoder": model.encoder,
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
@@ -320,13 +324,14 @@ def load_segmentation_weights(path: str | Path) -> "tuple[SegmentationModel, dic
     Raises:
         ValueError: If there are no such weights.
     """
+    from depth_anything.data.local_copy import local_path
     from depth_anything.model.segmentation_files import load_segmentation
     from depth_anything.model.weights import fingerprint
 
-    path = _resolve_weight_file(Path(path))
+    path = _resolve_weight_file(local_path(path))
     model = load_segmentation(path)
     facts = {
-        "weights": str(path),
+        "weights": with_addresses(str(path)),
         "fingerprint": fingerprint(model),
         "encoder": model.encoder,
         "head": model.head,

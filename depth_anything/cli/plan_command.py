@@ -86,6 +86,13 @@ def _add_cluster_flags(plan: argparse.ArgumentParser) -> None:
         help="speed of writing a checkpoint, GB/s (%(default)g)",
     )
     plan.add_argument(
+        "--read-speed",
+        type=float_in_range("--read-speed", most=_LARGE, unit="GB/s"),
+        default=1.0,
+        metavar="N",
+        help="speed of reading a checkpoint back, GB/s (%(default)g)",
+    )
+    plan.add_argument(
         "--restart",
         type=float_in_range("--restart", most=1e6, unit="minutes"),
         default=10.0,
@@ -122,6 +129,7 @@ def _run_plan(options: argparse.Namespace) -> None:
         price_per_gpu_hour=options.price_per_gpu_hour,
         node_network_bytes_per_s=options.node_network * 1e9,
         write_bytes_per_s=options.write_speed * 1e9,
+        read_bytes_per_s=options.read_speed * 1e9,
         restart_s=options.restart * 60,
         time_limit_s=options.time_limit * 3600,
         gpu_hours_per_failure=options.gpu_hours_per_failure or GPU_HOURS_PER_FAILURE,

@@ -113,6 +113,7 @@ def _add_predict_flags(command: argparse.ArgumentParser, *, formats: tuple[str, 
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from depth_anything.data.local_copy import local_path
     from depth_anything.inference.files import PredictSettings, predict_files
     from depth_anything.inference.focal import ASSUMED_SOURCE, DEFAULT_FOV_DEG
     from depth_anything.model.segmentation_files import is_segmentation_file
@@ -126,7 +127,7 @@ def _predict(options: argparse.Namespace) -> int:
     if not any(Path(source).exists() for source in sources):  # checked before a model is read or downloaded
         raise UserError(f"{sources[0]} does not exist", "give an image, or a folder, list or tar of images")
     writer_class = None
-    if options.weights and is_segmentation_file(options.weights):
+    if options.weights and is_segmentation_file(local_path(options.weights)):
         predictor, model_info, writer_class = _load_segmentation(options)
     elif options.multi_scale:
         raise UserError(

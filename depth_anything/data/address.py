@@ -7,7 +7,7 @@ messages must not show it: `redact_secrets` removes it.
 import re
 import unicodedata
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 SET_NAME_RULE = "use A-Z a-z 0-9 _ -"
@@ -22,6 +22,7 @@ _SECRET_PARAMETER = re.compile(
     r"|[\w-]*(?:token|secret|password|passwd|key|auth|credential)s?)=)(?!\*\*\*)[^\s&;\"'<>]+"
 )
 _AUTH_HEADER = re.compile(r"(?i)\b((?:proxy-)?authorization\W{1,4}(?:bearer|basic|token)?\s*)[^\s\"',;)}\]]+")
+_local_copies: dict[str, str] = {}  # path → address
 _FILE_NAME = re.compile(r"[^\s/\\\"'=?&]+\.(?:tar|idx|json)(?![\w.])")
 
 
@@ -89,6 +90,18 @@ def redact_secrets(text: str) -> str:
         head += f"pipe:… {command[names[-1].start() :]}" if names else "pipe:…"
     text = _QUERY.sub(r"\1?***", _USERINFO.sub(r"\1***@", head))
     return _AUTH_HEADER.sub(r"\1***", _SECRET_PARAMETER.sub(r"\1***", text))
+
+
+def remember_copy(path: Path, address: str) -> None:
+    """Remember that a local file or folder is a copy of what an address names, for `with_addresses`."""
+    _local_copies[str(path)] = address
+
+
+def with_addresses(text: str) -> str:
+    """Replace the paths of local copies in a text, as a message or a report, by their addresses."""
+    for path, address in _local_copies.items():
+        text = text.replace(path, address)
+    return text
 
 
 def redact_nested(value: Any) -> Any:

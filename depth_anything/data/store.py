@@ -464,7 +464,7 @@ def _supports_conditions(root: str) -> bool:
     if not supported:
         print(
             f"{redact_secrets(root)}: this store has no conditional writes, so it cannot keep two processes from the "
-            "same work: divide it by index (docs/object-stores.md)",
+            "same work: start one process with share=1/N, one with share=2/N and so on (docs/object-stores.md)",
             file=sys.stderr,
         )
     return supported

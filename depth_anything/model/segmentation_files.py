@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from depth_anything.classes import parse_class_table, table_to_list
+from depth_anything.data.local_copy import errors_with_addresses, local_path
 from depth_anything.errors import Argument, UserError
 from depth_anything.model.metadata import (
     MAX_INPUT_SIZE,
@@ -77,7 +78,7 @@ def load_segmentation(path: str | Path, *, head: SegmentationHeadBuilder | None 
     """Load a segmentation model from a .safetensors or .ckpt of this project, or the folder of a finished run.
 
     Args:
-        path: The file or folder.
+        path: The file or folder, or its address in an object store.
         head: Builder of the head, for a model with a head of its own.
 
     Returns:
@@ -87,6 +88,9 @@ def load_segmentation(path: str | Path, *, head: SegmentationHeadBuilder | None 
         UserError: If the file is no segmentation model, or has a head of its own that is not given.
         ValueError: If the file is missing, damaged, or contains code.
     """
+    if isinstance(path, str) and "://" in path:
+        with errors_with_addresses():
+            return load_segmentation(local_path(path), head=head)
     path = _model_file(Path(path))
     tensors, metadata = read_tensors(path)
     if metadata.get("kind") != SEGMENTATION_KIND:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depth_anything.data.local_copy import errors_with_addresses, local_path
 from depth_anything.disk import atomic_folder, atomic_path
 from depth_anything.errors import Argument, ArgumentWarning, Text, UserError
 from depth_anything.model import transformers
@@ -67,7 +68,8 @@ def load_model(
     Args:
         path: An official .pth (V1, V2 or metric), a .safetensors or .ckpt of this project (a file, or the folder that
             trainer=fsdp writes), the folder of a finished run, or a transformers folder. Parameter names may have
-            prefixes of wrappers (DDP, compile), and the state dict may be stored under "model" or "state_dict".
+            prefixes of wrappers (DDP, compile), and the state dict may be stored under "model" or "state_dict". Also
+            the address of any of these in an object store (s3://, gs://), as a text; it is copied to the cache folder.
         encoder: Name of the encoder; needed for a timm ViT in a file without metadata.
         max_depth: Depth in meters that an output of 1 means; for metric models.
         version: 1 or 2: Depth Anything V1 or V2, which read different encoder blocks.
@@ -80,8 +82,12 @@ def load_model(
         UserError: If an argument is invalid or missing.
         ValueError: If the file is missing, damaged, of another kind or size, or contains code.
     """
-    path = Path(path)
     _check_arguments(version, max_depth)
+    if isinstance(path, str) and "://" in path:
+        with errors_with_addresses():
+            copy = local_path(path)
+            return load_model(copy, encoder=encoder, max_depth=max_depth, version=version, head=head)
+    path = Path(path)
     tensors, metadata = _read_model(path)
     facts: ModelFacts = {**name_hints(path), **metadata}
     name = canonical_encoder_name(encoder or facts.get("encoder") or _detect_encoder(tensors, path))
@@ -229,7 +235,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     if isinstance(model, nn.Module):
         tensors = merge_adapters(model.state_dict())
     else:
-        tensors, _ = _read_model(Path(model))
+        tensors, _ = _read_model(local_path(model))
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.endswith(_MASK_TOKEN):

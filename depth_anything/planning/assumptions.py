@@ -54,6 +54,8 @@ ENCODE_LABEL_MS = 3.7
 FLOAT_BYTES = 4
 """Weights, gradients and Adam's two moments are float32 in bf16-mixed."""
 ADAM_MOMENTS = 2
+COPY_BYTES_PER_S = 20e9
+"""From a GPU to pinned memory of its host, with which an asynchronous checkpoint begins: PCIe 4 × 16, assumed."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Cluster:
         price_per_gpu_hour: In any currency; None for no price.
         node_network_bytes_per_s: Network of a node in one direction, for gradients: 8 × 400 Gbit/s, as a DGX H100.
         write_bytes_per_s: Speed at which one process writes a checkpoint.
+        read_bytes_per_s: Speed at which it reads the checkpoint back.
         restart_s: From a failure to the first step of the next start.
         time_limit_s: Of a job, after which it is requeued; 24 hours in slurm/cluster.env.
         gpu_hours_per_failure: Hours that one GPU runs without stopping its job.
@@ -82,6 +85,7 @@ class Cluster:
     price_per_gpu_hour: float | None = None
     node_network_bytes_per_s: float = 400e9
     write_bytes_per_s: float = 1e9
+    read_bytes_per_s: float = 1e9
     restart_s: float = 600.0
     time_limit_s: float = 24 * 3600.0
     gpu_hours_per_failure: float = GPU_HOURS_PER_FAILURE

@@ -4,7 +4,8 @@
 
     M  mean time between failures of the job: that of one GPU divided by the number of GPUs
     T  useful work between two checkpoints
-    D  time that writing a checkpoint stops the run
+    D  time that a checkpoint stops the run
+    B  time after that until it is complete, while the run goes on: an asynchronous checkpoint
     R  from a failure to the first step of the next start: detection, queue, imports, reading the checkpoint
 
 Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 17, 1974); J. T. Daly, "A
@@ -46,12 +47,14 @@ class Checkpoints:
     """When a job saves.
 
     Attributes:
-        interval_s: T.
+        interval_s: T, at least B.
         write_s: D.
+        behind_s: B.
     """
 
     interval_s: float
     write_s: float
+    behind_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ def simulate_goodput(
     """Simulate a job until it was started so many times, each time after a failure or a time limit.
 
     Failures are a Poisson process: the time to the next is exponential with mean M, whatever the job does. A start
-    first takes R, then T and D alternate. At a failure everything after the last complete checkpoint is lost. As M
-    does not depend on the past, the time between two starts is drawn at once, and whole cycles are counted by division.
+    first takes R, then T and D alternate. At a failure everything after the last complete checkpoint is lost, which is
+    the one before the newest if that is not complete yet. As M does not depend on the past, the time between two starts
+    is drawn at once, and whole cycles are counted by division.
 
     Args:
         interruptions: M, R and the time limit.
@@ -111,6 +115,7 @@ def simulate_goodput(
     draw = random.Random(seed).expovariate
     limit = math.inf if interruptions.time_limit_s is None else interruptions.time_limit_s
     interval, write, restart = checkpoints.interval_s, checkpoints.write_s, interruptions.restart_s
+    behind = checkpoints.behind_s
     useful = lost = writing = restarting = 0.0
     count = 0
     for _ in range(starts):
@@ -119,14 +124,16 @@ def simulate_goodput(
         end = min(end, limit)
         count += failed
         restarting += min(end, restart)
-        cycles, rest = divmod(max(0.0, end - restart), interval + write)
+        running = max(0.0, end - restart)
+        cycles = max(0.0, running - (behind if failed else 0.0)) // (interval + write)
+        rest = running - cycles * (interval + write)
         useful += cycles * interval
         writing += cycles * write
         if failed:
             lost += rest
-        else:  # saves before the limit, instead of when it would have
-            useful += max(0.0, rest - write)
-            writing += min(rest, write)
+        else:  # saves before the limit, instead of when it would have, and waits until that is complete
+            useful += max(0.0, rest - write - behind)
+            writing += min(rest, write + behind)
     return Goodput(useful, lost, writing, restarting, count)
 
 
@@ -134,16 +141,21 @@ def expected_goodput(interruptions: Interruptions, checkpoints: Checkpoints) -> 
     """Return the expected goodput without a time limit, exactly (Daly, equation 20).
 
     A cycle of T and D takes M·exp(R/M)·(exp((T+D)/M) − 1) in the mean, with failures during restarts and checkpoints.
+    B is like a longer restart: n cycles are kept if the job fails later than R + n·(T+D) + B.
     """
     m = interruptions.mtbf_s
     cycle = (checkpoints.interval_s + checkpoints.write_s) / m
-    return checkpoints.interval_s / (m * math.exp(interruptions.restart_s / m) * math.expm1(cycle))
+    late = (interruptions.restart_s + checkpoints.behind_s) / m
+    return checkpoints.interval_s / (m * math.exp(late) * math.expm1(cycle))
 
 
 def first_order_goodput(interruptions: Interruptions, checkpoints: Checkpoints) -> float:
-    """Return the goodput to first order (Young): 1 ÷ (1 + D/T + (T/2 + R)/M), right where T and R are far below M."""
+    """Return the goodput to first order (Young), right where T, B and R are far below M.
+
+    1 ÷ (1 + D/T + (T/2 + B + R)/M)
+    """
     interval, write = checkpoints.interval_s, checkpoints.write_s
-    rework = (interval / 2 + interruptions.restart_s) / interruptions.mtbf_s
+    rework = (interval / 2 + checkpoints.behind_s + interruptions.restart_s) / interruptions.mtbf_s
     return 1 / (1 + write / interval + rework)
 
 

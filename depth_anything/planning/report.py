@@ -109,8 +109,22 @@ def _rows(plan: PipelinePlan) -> list[Row]:
         ("requests/s to the store", lambda s: f"{s.data.requests_per_s:,.0f}", ""),
         ("gradients per node", _gradients, ""),
         ("checkpoint", lambda s: _checkpoint(s, lambda c: format_quantity(c.bytes, "B")), ""),
-        ("  stops the run for", lambda s: _checkpoint(s, lambda c: f"{c.write_s:.1f} s"), ""),
+        ("  written in", lambda s: _checkpoint(s, lambda c: f"{c.write_s:.1f} s"), ""),
+        ("  read back in", lambda s: _checkpoint(s, lambda c: f"{c.read_s:.1f} s"), ""),
+        ("  stops the run for", lambda s: _checkpoint(s, lambda c: f"{c.stop_s:.1f} s"), ""),
+        (
+            "  complete after",
+            lambda s: _checkpoint(s, lambda c: f"{c.behind_s:.1f} s" if c.behind_s else NONE),
+            "",
+        ),
         ("  number", lambda s: _checkpoint(s, lambda c: f"{c.count:,}"), ""),
+        ("  written in all", lambda s: _checkpoint(s, lambda c: format_quantity(c.count * c.bytes, "B")), ""),
+        ("  kept", lambda s: _checkpoint(s, lambda c: f"{c.kept:,}"), ""),
+        (
+            "  disk, with a new one",
+            lambda s: _checkpoint(s, lambda c: format_quantity(c.kept_bytes, "B")),
+            "",
+        ),
         ("  every", lambda s: _checkpoint(s, lambda c: format_duration(c.every_s)), ""),
         ("  best every (Daly)", lambda s: _checkpoint(s, lambda c: format_duration(c.best_every_s)), ""),
     ]
@@ -150,7 +164,8 @@ def describe_assumptions(plan: PipelinePlan) -> list[str]:
         f"{_source(c)}, a restart of {format_duration(c.restart_s)}, a time limit of "
         f"{format_duration(c.time_limit_s)}",
         f"assumed     {format_quantity(c.node_network_bytes_per_s, 'B/s')} per node for gradients, "
-        f"{format_quantity(c.write_bytes_per_s, 'B/s')} to write a checkpoint",
+        f"{format_quantity(c.write_bytes_per_s, 'B/s')} to write a checkpoint, "
+        f"{format_quantity(c.read_bytes_per_s, 'B/s')} to read it back",
     ]
     few = [s for s in plan.stages if s.work.gpus < c.gpus]
     lines += [f"note        {_name(s)} can use {s.work.gpus} of {c.gpus} GPUs: its {_limit(s)}" for s in few]

@@ -8,9 +8,9 @@ With F the FLOP of a sample, P the peak of a GPU, G GPUs, B samples per step and
     cores      images/s ÷ images/s of a core
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil
 
 from depth_anything.errors import UserError
 from depth_anything.model.flops import count_flops, count_forward_flops
@@ -28,6 +28,7 @@ from depth_anything.teachers.open_teacher import teacher_kind
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.config import RunConfig
 from depth_anything.training.config_schema import DEPTH_STAGES
+from depth_anything.training.headroom import CheckpointSchedule
 from depth_anything.training.throughput import build_meta_network
 
 SIMULATED_STARTS = 20_000
@@ -103,15 +104,26 @@ class CheckpointPlan:
 
     Attributes:
         bytes: Size of one: weights, and Adam's two moments of those that are trained, in float32.
-        write_s: Seconds that writing it stops the run.
+        write_s: Seconds to write it.
+        read_s: Seconds to read it back, before an older one is deleted.
+        stop_s: Seconds that it stops the run: to write and read it; of an asynchronous one to copy it to the host, and
+            to wait where the one before is not complete yet.
+        behind_s: Seconds after that until it is complete; 0 unless it is asynchronous.
         count: Number of them.
+        kept: Number of them that are there when the run ends.
+        kept_bytes: The disk that these take, with one more while it is written.
         every_s: Seconds of steps between two, as configured.
         best_every_s: The best such time for these failures, by Daly.
     """
 
     bytes: int
     write_s: float
+    read_s: float
+    stop_s: float
+    behind_s: float
     count: int
+    kept: int
+    kept_bytes: int
     every_s: float
     best_every_s: float
 
@@ -223,16 +235,7 @@ def _plan_training(
 ) -> StagePlan:
     work = _training_work(config, network, cluster)
     mtbf_s = job_mtbf_s(work.gpus, cluster.gpu_hours_per_failure)
-    size = assumptions.FLOAT_BYTES * (network.parameters + assumptions.ADAM_MOMENTS * network.trained)
-    write_s = size / cluster.write_bytes_per_s
-    every_s = config.checkpoint.every * work.step_s
-    checkpoints = CheckpointPlan(
-        bytes=size,
-        write_s=write_s,
-        count=config.steps // config.checkpoint.every,
-        every_s=every_s,
-        best_every_s=daly_interval(write_s, mtbf_s),
-    )
+    checkpoints = _plan_checkpoints(config, network, cluster, work, mtbf_s)
     return StagePlan(
         config.stage,
         config.encoder,
@@ -240,8 +243,49 @@ def _plan_training(
         _training_data(config, cluster, work, typed),
         checkpoints,
         useful_hours=config.steps * work.step_s / 3600,
-        goodput=_goodput(cluster, mtbf_s, Checkpoints(every_s, write_s)),
+        goodput=_goodput(
+            cluster, mtbf_s, Checkpoints(checkpoints.every_s, checkpoints.stop_s, checkpoints.behind_s)
+        ),
     )
+
+
+def _plan_checkpoints(
+    config: RunConfig, network: NetworkCost, cluster: Cluster, work: Work, mtbf_s: float
+) -> CheckpointPlan:
+    """Plan the checkpoints of a run: each is written and read back, at once or behind the steps that follow."""
+    size = assumptions.FLOAT_BYTES * (network.parameters + assumptions.ADAM_MOMENTS * network.trained)
+    every_s, asynchronous = config.checkpoint.every * work.step_s, config.checkpoint.asynchronous
+    saved = save_times(size, cluster, every_s, asynchronous=asynchronous)
+    rare = save_times(size, cluster, math.inf, asynchronous=asynchronous)
+    schedule = CheckpointSchedule.of_run(config)
+    kept = schedule.kept_at_end()
+    return CheckpointPlan(
+        bytes=size,
+        write_s=size / cluster.write_bytes_per_s,
+        read_s=size / cluster.read_bytes_per_s,
+        stop_s=saved.write_s,
+        behind_s=saved.behind_s,
+        count=schedule.count(),
+        kept=kept,
+        kept_bytes=(kept + 1) * size,
+        every_s=every_s,
+        best_every_s=max(rare.behind_s, daly_interval(rare.write_s, mtbf_s)),
+    )
+
+
+def save_times(size: float, cluster: Cluster, every_s: float, *, asynchronous: bool) -> Checkpoints:
+    """Return for how long a checkpoint stops a run, and how much later it is complete.
+
+    Args:
+        size: Its bytes.
+        cluster: Where it is written.
+        every_s: Seconds of steps between two; one that is due before the last is complete waits for it.
+        asynchronous: Only the copy to the host stops the run.
+    """
+    save_s = size / cluster.write_bytes_per_s + size / cluster.read_bytes_per_s
+    if not asynchronous:
+        return Checkpoints(every_s, save_s)
+    return Checkpoints(every_s, size / assumptions.COPY_BYTES_PER_S + max(0.0, save_s - every_s), save_s)
 
 
 def _training_work(config: RunConfig, network: NetworkCost, cluster: Cluster) -> Work:
@@ -250,7 +294,7 @@ def _training_work(config: RunConfig, network: NetworkCost, cluster: Cluster) ->
     split_batch(batch, gpus, config.micro_batch)
     mfu = cluster.mfu or _assumed_mfu(config.encoder) * flop / (flop + network.recomputed)
     compute_s = batch * flop / (gpus * cluster.device.peak_tflops * 1e12 * mfu)
-    nodes = ceil(gpus / cluster.gpus_per_node)
+    nodes = math.ceil(gpus / cluster.gpus_per_node)
     gradient_bytes = 2 * assumptions.FLOAT_BYTES * network.trained * (nodes - 1) / nodes
     step_s = max(compute_s, gradient_bytes / cluster.node_network_bytes_per_s)
     return Work(
@@ -325,7 +369,7 @@ def _plan_labeling(
         requests_per_s=rate,
         cores=rate * _core_s(cluster, assumptions.ENCODE_LABEL_MS * network.label_share),
     )
-    useful_s = ceil(size.shards / gpus) * shard_s  # the last shards leave some GPUs idle
+    useful_s = math.ceil(size.shards / gpus) * shard_s  # the last shards leave some GPUs idle
     goodput = _goodput(cluster, job_mtbf_s(1, cluster.gpu_hours_per_failure), Checkpoints(shard_s, 0.0))
     return StagePlan(config.stage, config.encoder, work, data, None, useful_s / 3600, goodput)
 

@@ -1,10 +1,8 @@
 """Convert a composed config into a `RunConfig`: unknown keys and impossible values are refused before data is read."""
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
-from importlib import import_module
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import SET_NAME_RULE, is_set_name
 from depth_anything.errors import UserError
+from depth_anything.training.check_nodes import parse_nodes, takes_argument, target_parameters
 from depth_anything.training.check_stage import (
     check_controlnet_stage,
     check_metric_stage,
@@ -48,11 +47,6 @@ KEY_SYNONYMS = {
 }
 #: Errors that a user can fix; they are reported in one sentence.
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, InstantiationException)
-#: Arguments that run.py passes to a node itself.
-PASSED_BY_RUN = {
-    "module": ("model", "frozen", "data", "networks"),
-    "data": ("micro_batch", "patch", "teacher"),
-}
 
 
 def resolve_config(cfg: DictConfig) -> RunConfig:
@@ -109,7 +103,10 @@ def validate_config(config: RunConfig) -> None:
     Raises:
         UserError: Naming the key, and what to type.
     """
+    from depth_anything.training.check_places import check_places  # imports numpy
+
     _check_repeated_keys(config)
+    check_places(config)
     if config.encoder is not None:
         _check_encoder(config)
     check_trainer(config.trainer, stage=config.stage)
@@ -235,7 +232,7 @@ def _names_in_section(parent: str, stage: str) -> list[str]:
         return []
     names = [name for name, key in keys_of(known.section).items() if not stage or stage in key.stages]
     if parent == "trainer":
-        arguments = _target_parameters("pytorch_lightning.Trainer", parent)
+        arguments = target_parameters("pytorch_lightning.Trainer", parent)
         names += [name for name in arguments if name not in SET_BY_RUN and name not in names]
     return [name for name in names if name != "_target_"]
 
@@ -257,7 +254,7 @@ def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open
     where, known_keys = prefix.rstrip("."), keys_of(section)
     _check_is_mapping(node, section, where)
     if isinstance(node.get("_target_"), str):
-        _target_parameters(node["_target_"], where)  # name a missing class before its arguments
+        target_parameters(node["_target_"], where)  # name a missing class before its arguments
     fields: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     order = list(known_keys)
@@ -265,7 +262,7 @@ def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open
         node.items(), key=lambda item: order.index(item[0]) if item[0] in known_keys else -1
     ):
         name, known = str(name), known_keys.get(str(name))
-        takes = is_open and _takes_argument(node.get("_target_"), name, where)
+        takes = is_open and takes_argument(node.get("_target_"), name, where)
         if known is None:
             if not takes:
                 raise UserError(unknown_key_message(f"{prefix}{name}", stage, value=format_value(value)))
@@ -292,7 +289,7 @@ def _parse_section(node: Any, section: type, prefix: str, stage: str, *, is_open
 def _parse_value(value: Any, known: ConfigKey, path: str, stage: str) -> Any:
     """Validate the value of a known key and convert it to the type of its field."""
     if known.holds_nodes:
-        return _parse_nodes(value, path)
+        return parse_nodes(value, path)
     if known.section is not None:
         if path == "tiny" and not value:
             return None
@@ -320,69 +317,6 @@ def _parse_value(value: Any, known: ConfigKey, path: str, stage: str) -> Any:
             value = str(value)
     check_value(path, value, known.rule)
     return value
-
-
-def _parse_nodes(value: Any, path: str) -> dict[str, Any]:
-    """Validate the nodes of `callbacks` or `logger`, {NAME: {_target_: CLASS, ARGUMENT: VALUE}}.
-
-    `logger` may also be one node itself, and may hold `project`, which its nodes refer to.
-    """
-    hint = f"type '+{path}.NAME._target_=package.module.Class'"
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path}={format_value(value)} must be {{NAME: node}}", hint)
-    if path == "logger" and "_target_" in value:
-        _check_node(value, path)
-        return dict(value)
-    for name, node in value.items():
-        if isinstance(node, Mapping):
-            _check_node(node, f"{path}.{name}")
-        elif not (path == "logger" and name == "project") and node is not None:
-            raise UserError(f"{path}.{name}={format_value(node)} is no node with a _target_", hint)
-    return {str(name): node for name, node in value.items() if node is not None}
-
-
-def _check_node(node: Mapping[str, Any], path: str) -> None:
-    """Check that the class of a node can be imported and takes the arguments of the node.
-
-    Raises:
-        UserError: Naming the node, and the class or argument that is wrong.
-    """
-    target = node.get("_target_")
-    if not isinstance(target, str):
-        raise UserError(f"{path} has no _target_", f"type +{path}._target_=package.module.Class")
-    names = ", ".join(_target_parameters(target, path))
-    for name in node:
-        if not str(name).startswith("_") and not _takes_argument(target, str(name), path):
-            raise UserError(f"{path}.{name}: {target} has no argument {name}; it has {names}")
-
-
-def _takes_argument(target: Any, name: str, where: str) -> bool:
-    """Return whether the class that a section names takes an argument of this name from the config."""
-    if not isinstance(target, str) or name in PASSED_BY_RUN.get(where, ()):
-        return False
-    if where == "trainer" and name in SET_BY_RUN:
-        return True  # check_trainer names the key to use instead
-    parameters = _target_parameters(target, where)
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _target_parameters(target: str, where: str) -> Mapping[str, inspect.Parameter]:
-    """Import the class that a `_target_` names and return its parameters.
-
-    Raises:
-        UserError: If there is no such class.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{where}._target_={target} cannot be imported ({error})",
-            f"type {where}._target_=package.module.Class",
-        ) from error
-    return inspect.signature(found).parameters
 
 
 def _check_repeated_keys(config: RunConfig) -> None:

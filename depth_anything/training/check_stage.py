@@ -111,6 +111,9 @@ def check_pseudolabel_stage(config: RunConfig) -> None:
         raise UserError(
             "stage=pseudolabel reads every image once, and never copies a set", "leave out stage_to"
         )
+    from depth_anything.training.work_share import choose_share  # imports numpy
+
+    choose_share(config.share, [])
     several, shares = len(config.teachers) > 1, config.teacher_shares
     if not several and (config.label_confidence or config.teacher_rule == "confidence"):
         key = "label_confidence=true" if config.label_confidence else "teacher_rule=confidence"

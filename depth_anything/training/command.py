@@ -21,7 +21,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from depth_anything.data.address import redact_secrets
+from depth_anything.data.address import redact_secrets, with_addresses
 from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
 from depth_anything.training.check_config import (
     KEY_SYNONYMS,
@@ -414,7 +414,7 @@ def format_failure(error: BaseException, typed: Sequence[str]) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     if not isinstance(error, UserMessage):
-        return redact_secrets(" ".join(_error_text(error).split()))
+        return redact_secrets(with_addresses(" ".join(_error_text(error).split())))
     same = shlex.join(["python", "train.py", *typed])
     places = ("sources", "size", "photos", "data_dir", "output_dir", "labels")
     kept = [shlex.quote(override) for override in typed if override.partition("=")[0] in places]
@@ -422,7 +422,7 @@ def format_failure(error: BaseException, typed: Sequence[str]) -> str:
         SAME_COMMAND: f"type  {same}  again",
         PSEUDOLABEL_COMMAND: " ".join([PSEUDOLABEL_COMMAND.text, *kept]),
     }
-    return redact_secrets(format_error(error, commands=commands))
+    return redact_secrets(with_addresses(format_error(error, commands=commands)))
 
 
 def _error_text(error: BaseException, *, lines: int | None = None) -> str:

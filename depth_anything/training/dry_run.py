@@ -11,6 +11,7 @@ from depth_anything.data.shards import open_set
 from depth_anything.teachers.open_teacher import is_present, teacher_kind
 from depth_anything.teachers.teacher import Teacher, TeacherFacts
 from depth_anything.training.batch_plan import extra_sets, split_batch
+from depth_anything.training.check_places import check_writable
 from depth_anything.training.config import RunConfig, TrainerConfig
 from depth_anything.training.data import needs_labels
 from depth_anything.training.initialization import open_run_teacher
@@ -35,6 +36,7 @@ def print_plan(config: RunConfig, *, typed: Collection[str] = ()) -> None:
     Raises:
         ValueError: As the run would.
     """
+    check_writable(config)
     networks = stage_networks(config)
     if config.stage == "pseudolabel":
         _print_run(config, networks.describe_network() if _is_one_network(config) else [])
@@ -66,7 +68,7 @@ def _print_labeling(config: RunConfig) -> None:
     """Print the teacher and the sets of stage=pseudolabel."""
     teacher = open_run_teacher(config) if all(map(is_present, config.teachers)) else None
     for spec in config.teachers:
-        print(f"teacher     {spec}{'' if is_present(spec) else NOT_FOUND}")
+        print(f"teacher     {spec}{'' if is_present(spec) or is_remote(spec) else NOT_FOUND}")
     if len(config.teachers) > 1:
         kept = config.label_confidence or config.teacher_rule == "confidence"
         print(f"            rule {config.teacher_rule}{', stored with their agreement' if kept else ''}")
@@ -192,7 +194,9 @@ def _check_run_dir(config: RunConfig, networks: StageNetworks, typed: Collection
         folder.compare(config, note=False)
         if folder.finished(config.steps):
             print(f"run         {folder.path} is finished; the command would do nothing")
-    if config.resume and (config.overwrite or folder.newest_checkpoint() is None):
+    if config.resume and is_remote(config.resume):
+        print(f"resume      {redact_secrets(config.resume)}, which is not opened now")
+    elif config.resume and (config.overwrite or folder.newest_checkpoint() is None):
         for line in check_resume_checkpoint(Path(config.resume), config, typed=typed):
             print(f"resume      {line}")
     networks.check()

@@ -1,5 +1,6 @@
 """Check how much disk, memory and shared memory a run needs and has, before it runs out."""
 
+import math
 import shutil
 import sys
 import time
@@ -14,6 +15,8 @@ from torch import nn
 from depth_anything.data.loader import PREFETCH_BATCHES
 from depth_anything.host_memory import free_memory, total_memory
 from depth_anything.training.callbacks import StepCallback
+from depth_anything.training.config import RunConfig
+from depth_anything.training.run_dir import step_from_name
 
 SHARED_MEMORY = Path("/dev/shm")
 FLOAT_BYTES, ADAM_MOMENTS = 4, 2
@@ -85,24 +88,93 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return FLOAT_BYTES * (sum(p.numel() for p in parameters) + ADAM_MOMENTS * trained)
 
 
-def disk_need(folder: Path, *, size: int, saved: int, keep: int) -> Need:
-    """Return the disk that the next checkpoints need: a new one is complete before the oldest is deleted.
+@dataclass(frozen=True)
+class CheckpointSchedule:
+    """At which steps a run saves, and which checkpoints it keeps, as `Checkpoints` does.
+
+    Attributes:
+        steps: The last step, which is saved.
+        every: Steps between two.
+        keep: How many of the newest are kept.
+        keep_every: Multiples of it are saved and kept for good; None for none.
+    """
+
+    steps: int
+    every: int
+    keep: int
+    keep_every: int | None = None
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> "CheckpointSchedule":
+        """Return the schedule of a config."""
+        checkpoint = config.checkpoint
+        return cls(config.steps, checkpoint.every, checkpoint.keep, checkpoint.keep_every)
+
+    def count(self) -> int:
+        """Return how many checkpoints the run writes."""
+        number = self.steps // self.every
+        if self.keep_every:
+            number += self.steps // self.keep_every - self.steps // math.lcm(self.every, self.keep_every)
+        return number + (not self._is_due(self.steps))
+
+    def kept_at_end(self) -> int:
+        """Return how many checkpoints are there when the run ends."""
+        return self.kept_for_good(0) + self._newest_only()
+
+    def kept_for_good(self, step: int) -> int:
+        """Return how many of the checkpoints after a step are kept for good."""
+        return self.steps // self.keep_every - step // self.keep_every if self.keep_every else 0
+
+    def still_needed(self, step: int, present: Sequence[int]) -> int:
+        """Return how many more checkpoints than now the disk holds at most until the end.
+
+        Args:
+            step: The step now.
+            present: The steps of the checkpoints that are there.
+        """
+        replaced = sum(not self._is_kept(each) for each in present)
+        return self.kept_for_good(step) + max(self._newest_only() - replaced, 0) + 1
+
+    def _newest_only(self) -> int:
+        """Return how many of the newest checkpoints at the end are not kept for good anyway."""
+        found: list[int] = []
+        step = self.steps
+        while step > 0 and len(found) < self.keep:
+            found.append(step)
+            step = max((step - 1) // period * period for period in (self.every, self.keep_every) if period)
+        return sum(not self._is_kept(each) for each in found)
+
+    def _is_kept(self, step: int) -> bool:
+        return bool(self.keep_every) and step % (self.keep_every or 1) == 0
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every == 0 or self._is_kept(step)
+
+
+def disk_need(
+    folder: Path, *, size: int, schedule: CheckpointSchedule, step: int, present: Sequence[int]
+) -> Need:
+    """Return the disk that the checkpoints still need: a new one is complete before the oldest is deleted.
 
     Args:
         folder: The folder of the checkpoints.
         size: Bytes of one.
-        saved: Number that are there.
-        keep: Number that are kept.
+        schedule: When the run saves, and what it keeps.
+        step: The step now.
+        present: The steps of the checkpoints that are there.
     """
-    count = max(keep - saved, 0) + 1
+    count = schedule.still_needed(step, present)
+    what = f"the next {count} checkpoints in {folder} need"
+    fix = "make space, type checkpoint.keep=1, or another output_dir="
+    if schedule.keep_every:
+        what = f"the {count} checkpoints that the run will still keep in {folder} need"
+        fix = "make space, type a larger checkpoint.keep_every=N, or another output_dir="
     return Need(
         "disk",
         count * size,
         free_disk(folder),
-        f"the next {count} checkpoints in {folder} need"
-        if count > 1
-        else f"the next checkpoint in {folder} needs",
-        "make space, type checkpoint.keep=1, or another output_dir=",
+        what if count > 1 else f"the next checkpoint in {folder} needs",
+        fix,
     )
 
 
@@ -166,15 +238,17 @@ class Headroom(StepCallback):
     Checked before the first step on every node, and every CHECK_INTERVAL_S.
     """
 
-    def __init__(self, checkpoints: Path, *, keep: int, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, checkpoints: Path, schedule: CheckpointSchedule, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
         """Set what is checked.
 
         Args:
             checkpoints: The folder of the checkpoints.
-            keep: Number of them that are kept.
+            schedule: When the run saves, and what it keeps.
             now: Returns the time in seconds.
         """
-        self.folder, self.keep, self._now = checkpoints, keep, now
+        self.folder, self.schedule, self._now = checkpoints, schedule, now
         self._size = 0
         self._checked_at = 0.0
         self._reported: set[str] = set()
@@ -202,9 +276,10 @@ class Headroom(StepCallback):
     def _needs(self, trainer: Any, loading: float) -> list[Need]:
         needs = [memory_need(added=loading)] if trainer.local_rank == 0 else []
         if trainer.is_global_zero:
-            saved = len(list(self.folder.glob("step-*.ckpt")))
+            present = [step_from_name(path) for path in self.folder.glob("step-*.ckpt")]
             folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-            needs.append(disk_need(folder, size=self._size, saved=saved, keep=self.keep))
+            step, size = trainer.global_step, self._size
+            needs.append(disk_need(folder, size=size, schedule=self.schedule, step=step, present=present))
         return needs
 
     def _report(self, needs: list[Need], trainer: Any) -> None:

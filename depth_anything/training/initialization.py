@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from depth_anything.data.address import with_addresses
+from depth_anything.data.local_copy import local_path
 from depth_anything.errors import ArgumentWarning, UserError, format_error
 from depth_anything.licenses import check_license
 from depth_anything.model.depth_anything import DepthAnything, HeadBuilder, head_name
@@ -36,7 +38,6 @@ from depth_anything.teachers.open_teacher import (
 from depth_anything.teachers.teacher import Teacher
 from depth_anything.training.check_config import build_head
 from depth_anything.training.config import RunConfig
-from depth_anything.training.fetch_weights import local_weights
 from depth_anything.training.provenance import short_path
 from depth_anything.training.resume import read_config
 from depth_anything.training.segmentation_setup import build_segmentation_model, check_segmentation_weights
@@ -303,7 +304,7 @@ def load_teacher(config: RunConfig, *, any_encoder: bool = False) -> DepthAnythi
     Raises:
         UserError: If the file that `teacher` names does not exist or cannot be read.
     """
-    path = local_weights(config.teacher)
+    path = local_path(config.teacher)
     if not path.exists():
         raise UserError(
             f"there is no teacher at {path}",
@@ -348,7 +349,8 @@ def _load_model_for_run(path: Path, *, encoder: str | None, head: HeadBuilder | 
     except UserError as error:
         raise UserError(format_error(error, flags=typed)) from error
     for warning in caught:
-        warnings.warn(format_error(warning.message, flags=typed), warning.category, stacklevel=3)
+        text = with_addresses(format_error(warning.message, flags=typed))
+        warnings.warn(text, warning.category, stacklevel=3)
     return model
 
 

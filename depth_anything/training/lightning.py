@@ -41,7 +41,7 @@ from depth_anything.training.controlnet_validation import ControlNetValidation
 from depth_anything.training.data import TrainData
 from depth_anything.training.fsdp import ShardedStrategy, StrategyWriter
 from depth_anything.training.guards import StepGuards
-from depth_anything.training.headroom import Headroom
+from depth_anything.training.headroom import CheckpointSchedule, Headroom
 from depth_anything.training.loggers import build_loggers, logger_nodes, read_latest
 from depth_anything.training.prediction_scale import PredictionScale
 from depth_anything.training.pretrain import ReconstructionPictures
@@ -183,7 +183,7 @@ def build_callbacks(
     return [
         guards,
         metrics,
-        Headroom(run_dir.checkpoints, keep=config.checkpoint.keep),
+        Headroom(run_dir.checkpoints, CheckpointSchedule.of_run(config)),
         *checks,
         *added,
         validation,

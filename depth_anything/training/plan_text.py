@@ -24,6 +24,11 @@ def is_local_set(root: str) -> bool:
     return not is_remote(root) and (Path(root) / "manifest.json").is_file()
 
 
+def is_there(place: str) -> bool:
+    """Return whether a file or folder exists; addresses are not opened."""
+    return is_remote(place) or Path(place).exists()
+
+
 def optimizer_name(config: RunConfig) -> str:
     """Return the class name of the optimizer."""
     return config.optimizer.target.rpartition(".")[2]

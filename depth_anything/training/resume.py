@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depth_anything.data.address import strip_credentials
+from depth_anything.data.address import strip_credentials, with_addresses
 from depth_anything.data.safe_yaml import load_yaml
 from depth_anything.errors import UserError
 from depth_anything.model.sharded_files import is_sharded, read_sharded, read_sharded_state
@@ -251,7 +251,7 @@ def check_resume_checkpoint(path: Path, config: RunConfig, *, typed: Collection[
     if config.steps < step:
         raise UserError(_too_few_steps_message(f"resume={path} is", step, config.steps))
     return [
-        f"step {step} of {path}: {key} {format_value(before)} -> {format_value(after)}"
+        f"step {step} of {with_addresses(str(path))}: {key} {format_value(before)} -> {format_value(after)}"
         for key, (before, after) in changed.items()
         if resume_policy(key) == CHANGE
     ]

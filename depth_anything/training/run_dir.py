@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from depth_anything.data.address import redact_nested
+from depth_anything.data.local_copy import local_path
 from depth_anything.data.store import FolderStore, Store
 from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
@@ -229,7 +230,7 @@ class RunDir:
             return None
         checkpoint, given = self.newest_checkpoint(), config.resume
         if checkpoint is None and given is not None:
-            checkpoint = Path(given)
+            checkpoint = local_path(given)
             if problem := find_checkpoint_problem(checkpoint):
                 raise UserError(
                     f"resume={given} {problem}",

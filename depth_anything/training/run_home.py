@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from depth_anything.data.address import is_remote
+from depth_anything.data.local_copy import is_in_store, local_path
 from depth_anything.data.store import ObjectStore, open_store
-from depth_anything.errors import UserError
 from depth_anything.locks import kernel_lock
 from depth_anything.training.config import RunConfig
-from depth_anything.training.fetch_weights import fetch_model, is_in_store
 from depth_anything.training.run_dir import is_requeued
 from depth_anything.training.run_mirror import MirrorOptions, RunMirror, checkpoint_files
 from depth_anything.training.signals import is_main_rank
@@ -38,8 +37,12 @@ class RunHome:
 
     def local_checkpoint(self, checkpoint: Path | None) -> Path | None:
         """Return the checkpoint that rank 0 has chosen; on another node it is fetched first."""
-        if self.store is not None and checkpoint is not None and not checkpoint.exists():
-            folder = Path(self.config.run_dir)
+        folder = Path(self.config.run_dir)
+        if checkpoint is None or checkpoint.exists():
+            return checkpoint
+        if not checkpoint.is_relative_to(folder) and self.config.resume is not None:
+            return local_path(self.config.resume)
+        if self.store is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with kernel_lock(folder / ".fetch"):
                 if not checkpoint.exists():
@@ -105,7 +108,10 @@ def mirror_options(config: RunConfig) -> MirrorOptions:
 
 
 def localize(config: RunConfig) -> RunConfig:
-    """Return a config whose run folder and starting weights are local; weights in an object store are fetched."""
+    """Return a config whose run folder and starting weights are local; weights in an object store are fetched.
+
+    What `teacher` and `resume` name is fetched when it is needed.
+    """
     changes: dict[str, Any] = {}
     if is_remote(config.run_dir):
         changes["run_dir"] = str(local_run_dir(config))
@@ -115,9 +121,7 @@ def localize(config: RunConfig) -> RunConfig:
             nodes = getattr(config, group)
             changes[group] = _replace_prefix(nodes, config.run_dir, changes["run_dir"])
     if config.init is not None and is_in_store(config.init):
-        changes["init"] = str(fetch_model(config.init))
-    if config.resume is not None and is_in_store(config.resume):
-        raise UserError(f"resume={config.resume} is an address", "download it, and type resume=FILE")
+        changes["init"] = str(local_path(config.init))
     return replace(config, **changes) if changes else config
 
 

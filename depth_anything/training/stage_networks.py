@@ -25,6 +25,7 @@ from depth_anything.training.plan_text import (
     count_parameters,
     describe_invariant_losses,
     is_local_set,
+    is_there,
     optimizer_name,
     schedule_line,
 )
@@ -169,7 +170,7 @@ class DepthNetworks:
             trained = f"{name}: {count_parameters(parameters)} trained"
             lines.append(("group", f"{trained}, {optimizer_name(config)}, rate {rate:g}"))
         copied = {"encoder": ", encoder only", "all": ", encoder and head"}.get(config.start or "", "")
-        found = "" if config.init in (None, "hub", "scratch") or Path(config.init).exists() else NOT_FOUND
+        found = "" if config.init in (None, "hub", "scratch") or is_there(config.init) else NOT_FOUND
         start = f"{config.init or 'random weights'}{copied if config.init else ''}{found}"
         return [*lines, schedule_line(config), ("loss", self._describe_loss()), ("start", start)]
 

@@ -115,6 +115,32 @@ def test_a_finished_object_is_never_replaced_unless_asked(place, tmp_path):
     assert place.read("00000.tar") == b"other"
 
 
+def test_parts_are_compared_without_reading_them_back(place, faulty_s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_PART_BYTES", 5 << 20)
+    path = file_of(tmp_path, os.urandom(11 << 20))
+    faulty_s3.seen.clear()
+    assert place.upload(path, "a") and place.holds("a", path)
+    assert not faulty_s3.seen
+
+
+def test_a_download_that_is_cut_short_is_repeated(place, faulty_s3, tmp_path):
+    data = os.urandom(1000)
+    place.write("a", data)
+    faulty_s3.fault = lambda path, times: "short" if times == 0 else None
+    place.download("a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data and len(faulty_s3.seen) == 2
+
+
+@pytest.mark.parametrize("size", [5, 6 << 20])
+def test_an_object_that_appears_during_an_upload_is_not_replaced(place, tmp_path, monkeypatch, size):
+    """As two processes see it that upload at the same time; in parts the last request has the condition."""
+    monkeypatch.setattr(store, "_PART_BYTES", 5 << 20)
+    assert place.upload(file_of(tmp_path, b"first"), "a", new=True)
+    monkeypatch.setattr(ObjectStore, "exists", lambda self, name: False)
+    assert not place.upload(file_of(tmp_path, bytes(size)), "a", new=True)
+    assert place.read("a") == b"first"
+
+
 def test_a_wrong_checksum_is_uploaded_again(place, faulty_s3, tmp_path, monkeypatch):
     """The store has other bytes than were sent: the upload is repeated, then reported."""
     path, real = file_of(tmp_path, b"0123456789"), store.ObjectStore.info

@@ -38,6 +38,7 @@ from depth_anything.training.callbacks import GracefulStop, StepCallback  # noqa
 from depth_anything.training.checkpoints import Checkpoints  # noqa: E402
 from depth_anything.training.data import TrainData  # noqa: E402
 from depth_anything.training.lightning import AtomicCheckpointIO  # noqa: E402
+from depth_anything.training.metric import Metric  # noqa: E402
 from depth_anything.training.signals import SignalHandler, signal_handler  # noqa: E402
 from depth_anything.training.validation import ValidationCallback  # noqa: E402
 
@@ -151,7 +152,7 @@ def hang_at(step: int, rank: int, way: str) -> None:
 
 def spoil(sample: int, step: int, factor: float) -> None:
     """Make the target of a sample NaN, and multiply the loss of a step."""
-    read, weigh = StreamDataset.__getitems__, DepthModule.weighted_sum
+    read, weigh, compute = StreamDataset.__getitems__, DepthModule.weighted_sum, Metric.losses
 
     def read_spoiled(self: StreamDataset, numbers: Any) -> Any:
         batch = read(self, numbers)
@@ -162,6 +163,11 @@ def spoil(sample: int, step: int, factor: float) -> None:
     def weigh_spoiled(self: DepthModule, parts: Any) -> Any:
         return weigh(self, parts) * (factor if self.trainer.global_step == step - 1 else 1.0)
 
+    def compute_spoiled(self: Metric, batch: dict[str, Any]) -> dict[str, Any]:
+        parts = compute(self, batch)  # without weighted_sum
+        return {**parts, "loss": parts["loss"] * (factor if self.trainer.global_step == step - 1 else 1.0)}
+
+    Metric.losses = compute_spoiled  # type: ignore[method-assign]
     StreamDataset.__getitems__ = read_spoiled  # type: ignore[method-assign]
     DepthModule.weighted_sum = weigh_spoiled  # type: ignore[method-assign]
 

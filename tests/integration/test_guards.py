@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from depth_anything import load_model
+from depth_anything import DepthAnything, load_model, save_model
 from depth_anything.training.loggers import read_metrics
 
 BAD, SPIKE = 29, 13  # sample 29 is in step 8, on rank 1 of two
@@ -53,3 +53,42 @@ def test_bad_samples_and_killed_workers_cost_no_more_than_their_step(start: Any,
     for key, value in models["one"].items():
         assert torch.equal(value, models["killed"][key]), key
         torch.testing.assert_close(value, models["two"][key], rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_of_a_student_and_of_a_metric_model_skip_alike(start: Any, tmp_path: Path) -> None:
+    """A NaN in a pseudo-label or in meters, on rank 1 of two, and a loss times 10⁸."""
+    script, log = "tests/integration/recording_train.py", tmp_path / "log"
+    log.mkdir()
+    for encoder in ("vitt", "vitn"):
+        save_model(DepthAnything(encoder), tmp_path / f"{encoder}.safetensors")
+    labeled = start("stage=pseudolabel", f"teacher={tmp_path / 'vitt.safetensors'}")
+    assert labeled.returncode == 0, labeled.stderr[-3000:]
+    settings = {"SPOIL": f"{BAD}:{SPIKE}:1e8", "SAMPLE_LOG": str(log)}
+    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "workers=0")
+    stages = {
+        "student": ("scenes-photographic", "init=null", "guards.spike=warn"),
+        # Nothing clips its gradient, so such a step would destroy the weights.
+        "metric": ("scenes-synthetic", f"init={tmp_path / 'vitn.safetensors'}", "guards.spike=skip"),
+    }
+    for stage, (images, *typed) in stages.items():
+        run = start(f"stage={stage}", "encoder=vitn", *typed, *COMMON[1:], *ranks, script=script, **settings)
+        assert run.returncode == 0, run.stderr[-3000:]
+        (folder,) = tmp_path.glob(f"outputs/{stage}-*")
+        (skipped,), (spike,) = lines_of(folder, "skipped-steps"), lines_of(folder, "loss-spikes")
+        assert (skipped["step"], skipped["cause"], skipped["rank"]) == (8, "target", 1)
+        (record,) = skipped["records"]
+        assert record.startswith(f"sample {BAD} ({images}/")
+        assert spike["step"] == SPIKE
+        for words in (
+            "step 8 was skipped on all ranks: its loss (nan)",
+            f"on rank 1: {record}",
+            f"step {SPIKE}",
+        ):
+            assert words in run.stderr
+        assert ("such steps are skipped" in run.stderr) == (stage == "metric")
+        weights = load_model(folder / "model.safetensors").state_dict()
+        assert all(value.isfinite().all() for value in weights.values())
+        taken = [(log / f"rank-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+        assert len(taken[0]) == len(taken[1]) == 14 * 2 and not set(taken[0]) & set(taken[1])
+        for rank in (0, 1):
+            (log / f"rank-{rank}.txt").unlink()

@@ -1,6 +1,7 @@
 """The simulation of failures agrees with the closed forms of Young and Daly, and with what was published."""
 
 import math
+import random
 
 import pytest
 
@@ -31,6 +32,34 @@ def test_the_simulation_agrees_with_daly(mtbf: float, restart: float, interval: 
     # 40,000 exponential times have a relative error of half a percent in what they cost.
     assert 1 / simulated - 1 == pytest.approx(1 / exact - 1, rel=0.02)
     assert simulated == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(("mtbf", "restart", "interval", "write"), CASES)
+@pytest.mark.parametrize("behind", [60.0, 700.0])
+def test_a_checkpoint_that_is_complete_later_is_lost_more_often(
+    mtbf: float, restart: float, interval: float, write: float, behind: float
+) -> None:
+    stops, late = Interruptions(mtbf, restart), Checkpoints(interval, write, behind)
+    exact = expected_goodput(stops, late)
+    assert simulate_goodput(stops, late, starts=40_000, seed=1).share == pytest.approx(exact, rel=0.01)
+    assert exact < expected_goodput(stops, Checkpoints(interval, write))
+    # Step by step: the checkpoint of a cycle counts once the job has run on for `behind` seconds.
+    draw, kept, total = random.Random(5), 0, 0.0
+    for _ in range(20_000):
+        end = draw.expovariate(1 / mtbf)
+        total, time = total + end, restart + interval + write
+        while time + behind < end:
+            kept, time = kept + 1, time + interval + write
+    assert kept * interval / total == pytest.approx(exact, rel=0.03)
+    if mtbf > 10 * HOUR:
+        assert first_order_goodput(stops, late) == pytest.approx(exact, rel=2e-4)
+
+
+def test_a_time_limit_waits_for_the_last_checkpoint() -> None:
+    never = Interruptions(1e18, 600.0, time_limit_s=24 * HOUR)
+    found = simulate_goodput(never, Checkpoints(HOUR, 1.0, 30.0), starts=10)
+    assert found.lost_s == 0.0 and found.wall_s == pytest.approx(10 * 24 * HOUR)
+    assert found.writing_s == pytest.approx(10 * (24 * 1 + 30))
 
 
 def test_the_first_order_holds_where_failures_are_rare() -> None:

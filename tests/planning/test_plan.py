@@ -144,7 +144,7 @@ def test_goodput_is_that_of_the_closed_form_where_no_time_limit_matters() -> Non
     stage = planned("stage=teacher", "size=paper", time_limit_s=1e12)
     assert stage.checkpoints is not None
     stops = Interruptions(job_mtbf_s(64), 600.0)
-    exact = expected_goodput(stops, Checkpoints(stage.checkpoints.every_s, stage.checkpoints.write_s))
+    exact = expected_goodput(stops, Checkpoints(stage.checkpoints.every_s, stage.checkpoints.stop_s))
     assert 1 - stage.goodput == pytest.approx(1 - exact, rel=0.03)
 
 
@@ -156,11 +156,44 @@ def test_checkpoints_by_hand() -> None:
         2_656_512,
     )  # parameters of the official ViT-G, and those that are never trained
     assert checkpoints.bytes == 4 * total + 8 * (total - unused)
-    assert checkpoints.write_s == checkpoints.bytes / 1e9
-    assert checkpoints.count == 80
+    assert checkpoints.write_s == checkpoints.read_s == checkpoints.bytes / 1e9
+    assert checkpoints.stop_s == 2 * checkpoints.write_s and checkpoints.behind_s == 0
+    assert (checkpoints.count, checkpoints.kept, checkpoints.kept_bytes) == (80, 2, 3 * checkpoints.bytes)
     assert checkpoints.best_every_s == pytest.approx(
-        math.sqrt(2 * checkpoints.write_s * 50_677 * 3600 / 64), rel=0.01
+        math.sqrt(2 * checkpoints.stop_s * 50_677 * 3600 / 64), rel=0.01
     )
+    read = planned("stage=teacher", "size=paper", read_bytes_per_s=4e9).checkpoints
+    assert read is not None and read.stop_s == pytest.approx(1.25 * checkpoints.write_s)
+
+
+def test_asynchronous_checkpoints_by_hand() -> None:
+    """A copy to the host stops the run; the file is complete later, and the next one waits for it."""
+    typed = ("stage=teacher", "size=paper", "checkpoint.asynchronous=true")
+    plain, rare = planned(*typed[:2]), planned(*typed)
+    assert plain.checkpoints is not None and rare.checkpoints is not None
+    size, cycle = rare.checkpoints.bytes, rare.checkpoints.every_s
+    assert rare.checkpoints.behind_s == plain.checkpoints.stop_s < cycle
+    assert rare.checkpoints.stop_s == size / 20e9 and rare.goodput > plain.goodput
+    often = planned(*typed, "checkpoint.every=200").checkpoints
+    assert often is not None and often.every_s < often.behind_s
+    assert often.stop_s == pytest.approx(size / 20e9 + often.behind_s - often.every_s)
+    assert often.best_every_s >= often.behind_s
+    day = planned(*typed, time_limit_s=1e12)
+    exact = expected_goodput(
+        Interruptions(job_mtbf_s(64), 600.0),
+        Checkpoints(cycle, rare.checkpoints.stop_s, rare.checkpoints.behind_s),
+    )
+    assert 1 - day.goodput == pytest.approx(1 - exact, rel=0.05)
+
+
+def test_checkpoints_that_are_kept_for_good_take_disk() -> None:
+    checkpoints = planned("stage=teacher", "size=paper", "checkpoint.keep_every=20000").checkpoints
+    assert checkpoints is not None
+    assert (checkpoints.count, checkpoints.kept) == (
+        80,
+        9,
+    )  # 8 of 20,000 steps, the last of them, and 158,000
+    assert checkpoints.kept_bytes == 10 * checkpoints.bytes
 
 
 def test_a_checkpoint_has_the_size_of_weights_and_moments() -> None:
@@ -243,7 +276,8 @@ def test_the_command_prints_a_table_of_all_stages(capsys: pytest.CaptureFixture[
     )
     table = capsys.readouterr().out
     assert re.search(r"teacher +pseudolabel +student +all\n +vitt +vitt +vitn\n", table)
-    for row in ("GPU-hours", "CPU cores", "label shards written", "checkpoint", "cost", "goodput"):
+    rows = ("GPU-hours", "CPU cores", "label shards written", "checkpoint", "cost", "goodput")
+    for row in (*rows, "  read back in", "  kept", "  disk, with a new one", "  written in all"):
         assert re.search(rf"(?m)^{row} ", table), row
     assert "2 × A100 (312 TFLOP/s" in table
     assert "assumed     MFU" in table and "assumed     a failure every 50,677 GPU-hours" in table
@@ -319,4 +353,4 @@ def test_the_page_has_the_plans_of_this_code(script: ModuleType, gpus: int) -> N
     for row in (*script.demand_rows([plan]), *script.interval_rows([plan]), *script.index_rows([plan])):
         assert row[0] == "all" or f"| {' | '.join(row)} |\n" in PAGE
     assert stages[0].checkpoints is not None
-    assert stages[0].checkpoints.write_s == pytest.approx(script.VITG_CHECKPOINT_S, rel=0.01)
+    assert stages[0].checkpoints.stop_s == pytest.approx(script.VITG_CHECKPOINT_S, rel=0.01)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from depth_anything.errors import UserError
 from depth_anything.training.check_config import (
     find_key,
     list_keys,
@@ -267,3 +268,75 @@ def test_the_closest_key_is_suggested(path: str, near: str) -> None:
 def test_a_recipe_built_in_python_is_validated(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"recipe.{next(iter(changes))}="):
         Recipe(**{"steps": 10, "encoder_lr": 1e-4, "head_lr": 1e-3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (
+            ("stage=teacher", "output_dir='https://host/x?signature=hidden'"),
+            ("can be read only", "s3://BUCKET"),
+        ),
+        (("stage=teacher", "output_dir=FILE"), ("FILE is a file", "output_dir=FOLDER")),
+        (
+            ("stage=teacher", "stage_to=FILE/a"),
+            ("FILE is a file", "FILE/a cannot be made", "stage_to=FOLDER"),
+        ),
+        (
+            ("stage=teacher", "output_dir=s3://b/x", "mirror.folder=FILE"),
+            ("FILE is a file", "mirror.folder="),
+        ),
+        (("stage=pseudolabel", "labels=https://host/x"), ("https://host/x can be read only",)),
+        (("stage=pseudolabel", "share=5/4"), ("share=5/4", "share=3/8")),
+        (("stage=pseudolabel", "labels=FILE"), ("FILE is a file", "labels=FOLDER")),
+        (
+            ("stage=pseudolabel", "teacher='https://h/m.pth?key=hidden'"),
+            ("teacher=https://h/m.pth", "download"),
+        ),
+        (("stage=pseudolabel", "teacher=s3://b/m.onnx"), ("teacher=s3://b/m.onnx", "download")),
+        (("stage=pseudolabel", "teacher=folder:s3://b/maps"), ("teacher=folder:s3://b/maps", "download")),
+        (("stage=teacher", "init=https://h/m.pth"), ("init=https://h/m.pth", "download")),
+        (("stage=teacher", "resume=foo://h/m.ckpt"), ("resume=foo://h/m.ckpt", "download")),
+        (("stage=teacher", "sources=own", "photos=foo://a"), ("foo://a", "foo:// is unknown")),
+    ],
+)
+def test_places_that_a_run_cannot_use_are_refused_before_it_starts(
+    typed: tuple[str, ...], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError) as error:
+        resolved(*(one.replace("FILE", str(file)) for one in typed))
+    for word in words:
+        assert word.replace("FILE", str(file)) in str(error.value)
+    assert "hidden" not in str(error.value)
+
+
+def test_places_that_a_run_can_use(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for places in (
+        {"output_dir": f"{tmp_path}/link/new"},
+        {"output_dir": "s3://bucket/runs", "init": "gs://bucket/m.pth", "stage_to": str(tmp_path)},
+        {"output_dir": f"file://{tmp_path}", "resume": "file:///nowhere/m.ckpt"},
+    ):
+        resolved("stage=teacher", *(f"{key}={value}" for key, value in places.items()))
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (
+            "+callbacks.x._target_=pytorch_lightning.callbacks.EarlyStopping",
+            ("needs the argument monitor", "callbacks.x.monitor="),
+        ),
+        (
+            "+callbacks.x._target_=builtins.dict",
+            ("callbacks.x._target_=builtins.dict", "package.module.Class"),
+        ),
+    ],
+)
+def test_nodes_that_cannot_be_built_are_refused(typed: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        resolved("stage=teacher", typed)
+    for word in words:
+        assert word in str(error.value)

@@ -9,8 +9,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from depth_anything import DepthAnything, save_model
+from depth_anything.errors import UserError
 from depth_anything.scenes.render import write_scenes
 from depth_anything.scenes.scene_set import SceneSetSpec
+from depth_anything.training import check_places
 from depth_anything.training.check_config import resolve_config
 from depth_anything.training.config import RunConfig
 from depth_anything.training.dry_run import count_devices, print_plan
@@ -139,3 +141,29 @@ def test_a_finished_run_is_reported(folder: Path, capsys: pytest.CaptureFixture[
     run.config.write_text(yaml.safe_dump(config.as_dict()))
     run.finish(config.steps)
     assert "is finished" in plan(capsys, "stage=teacher", "name=done")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write everywhere, so the answer of the system is replaced."""
+    asked: list[Path] = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr(check_places.os, "access", access)
+    config = resolved("stage=teacher", f"output_dir={tmp_path / 'new'}")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written.*output_dir=FOLDER"):
+        print_plan(config)
+    assert asked == [tmp_path]
+
+
+def test_models_and_checkpoints_in_a_store_are_named_and_not_opened(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address = "s3://bucket/runs/a/checkpoints/step-000000005.ckpt"
+    printed = plan(capsys, "stage=teacher", f"resume={address}", "init=s3://bucket/m.pth")
+    assert f"resume      {address}, which is not opened now" in printed
+    assert "s3://bucket/m.pth" in printed and "not found" not in printed.split("start ")[1].splitlines()[0]
+    printed = plan(capsys, "stage=pseudolabel", "teacher=s3://bucket/runs/a")
+    assert "teacher     s3://bucket/runs/a\n" in printed

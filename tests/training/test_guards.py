@@ -18,7 +18,7 @@ from depth_anything.training.callbacks import GracefulStop, PauseEnd, StepCallba
 from depth_anything.training.checkpoints import Checkpoints
 from depth_anything.training.ema import EMA
 from depth_anything.training.guards import StepGuards
-from depth_anything.training.headroom import Headroom
+from depth_anything.training.headroom import CheckpointSchedule, Headroom
 from depth_anything.training.lightning import raise_if_incomplete
 from depth_anything.training.metric import Metric
 from depth_anything.training.optimizer import learning_rate_factor
@@ -382,7 +382,11 @@ def test_only_log_lines_read_from_the_device(tmp_path: Path, monkeypatch: pytest
     batches = numbered([make_batch(seed) for seed in range(15)])
     batches[8]["target"][0, 0, 0] = torch.nan  # skipped without a word until the log line
     count = CountReads(reads)
-    added = (PredictionScale(every=5), Headroom(tmp_path / "checkpoints", keep=2), count)
+    added = (
+        PredictionScale(every=5),
+        Headroom(tmp_path / "checkpoints", CheckpointSchedule(100, 10, 2)),
+        count,
+    )
     guards = FusedOnCPU(tmp_path, every=5, spike="skip")
     with reads:
         train(tmp_path, batches, guards=guards, every=5, added=added, save_every=100)

@@ -1,5 +1,6 @@
 """Disk, memory and shared memory are compared with what a run needs, before the first step and now and then."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from depth_anything.training import headroom
-from depth_anything.training.headroom import Headroom, checkpoint_bytes, disk_need, label_need, warn_of
+from depth_anything.training.checkpoints import Checkpoints
+from depth_anything.training.headroom import (
+    CheckpointSchedule,
+    Headroom,
+    checkpoint_bytes,
+    disk_need,
+    label_need,
+    warn_of,
+)
 
 GIB = 2**30
 
@@ -34,11 +43,62 @@ def test_the_size_of_a_checkpoint_is_estimated(tmp_path: Path) -> None:
     assert checkpoint_bytes(module) == sum(4 * value.numel() for value in tensors)
 
 
+SCHEDULE = CheckpointSchedule(steps=100, every=10, keep=2)
+
+
 @pytest.mark.parametrize(("saved", "count"), [(0, 3), (1, 2), (2, 1), (5, 1)])
 def test_the_next_checkpoints_need_one_more_than_are_kept(tmp_path: Path, saved: int, count: int) -> None:
-    need = disk_need(tmp_path, size=GIB, saved=saved, keep=2)
+    need = disk_need(tmp_path, size=GIB, schedule=SCHEDULE, step=0, present=[*range(10, 10 + saved)])
     assert need.needed == count * GIB and need.free is not None
     assert str(tmp_path) in need.what
+
+
+@pytest.mark.parametrize("steps", [1, 7, 24, 25])
+@pytest.mark.parametrize("keep", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("every", "keep_every"), [(1, None), (3, None), (3, 6), (4, 6), (5, 5), (30, 7), (2, 50)]
+)
+def test_the_disk_of_all_checkpoints_to_come_is_that_of_a_run(
+    tmp_path: Path, steps: int, keep: int, every: int, keep_every: int | None
+) -> None:
+    """The reference deletes files as Checkpoints does, and counts them while a new one is written."""
+    schedule = CheckpointSchedule(steps, every, keep, keep_every)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=every, keep=keep, keep_every=keep_every)
+    checkpoints.folder.mkdir()
+
+    def present() -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in checkpoints.folder.iterdir())
+
+    counts, written = [(0, 0, schedule.still_needed(0, []))], 0
+    for step in range(1, steps + 1):
+        if any(period and step % period == 0 for period in (every, keep_every)) or step == steps:
+            path = checkpoints.folder / f"step-{step:09d}.ckpt"
+            path.touch()
+            written += 1
+            during = len(present())
+            checkpoints._complete(path, step)
+            counts.append((during, len(present()), schedule.still_needed(step, present())))
+    assert (schedule.count(), schedule.kept_at_end()) == (written, len(present()))
+    for number, (_, now, needed) in enumerate(counts[:-1]):
+        most = max(during for during, _, _ in counts[number + 1 :])
+        assert most <= now + needed <= max(most, counts[-1][1]) + 1
+
+
+def test_checkpoints_that_are_kept_for_good_are_announced_before_the_first_step(
+    tmp_path: Path, machine: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = checkpoint_bytes(network())
+    for keep_every, enough in ((10, 11), (None, 3)):
+        for count in (enough, enough - 1):
+            machine["disk"] = count * size
+            schedule = replace(SCHEDULE, keep_every=keep_every)
+            Headroom(tmp_path / "checkpoints", schedule).on_train_start(fake_trainer(), network())  # type: ignore[arg-type]
+            assert bool(capsys.readouterr().err) == (count < enough)
+    machine["disk"] = size
+    schedule = replace(SCHEDULE, keep_every=10)
+    Headroom(tmp_path / "checkpoints", schedule).on_train_start(fake_trainer(), network())  # type: ignore[arg-type]
+    printed = capsys.readouterr().err
+    assert "11 checkpoints" in printed and "checkpoint.keep_every=N" in printed
 
 
 def fake_trainer(workers: int = 2) -> Any:
@@ -89,11 +149,11 @@ def test_what_will_not_suffice_is_reported_before_the_first_step(
     free: float,
     words: tuple[str, ...],
 ) -> None:
-    check = Headroom(tmp_path / "checkpoints", keep=2)
+    check = Headroom(tmp_path / "checkpoints", SCHEDULE)
     check.on_train_start(fake_trainer(), network())  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
     machine[name] = free
-    check = Headroom(tmp_path / "checkpoints", keep=2)
+    check = Headroom(tmp_path / "checkpoints", SCHEDULE)
     check.on_train_start(fake_trainer(), network())  # type: ignore[arg-type]
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
@@ -105,7 +165,7 @@ def test_what_becomes_short_later_is_reported_once(
     tmp_path: Path, machine: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    check = Headroom(tmp_path / "checkpoints", keep=2, now=lambda: now[0])
+    check = Headroom(tmp_path / "checkpoints", SCHEDULE, now=lambda: now[0])
     trainer: Any = fake_trainer()
     check.on_train_start(trainer, network())  # type: ignore[arg-type]
     machine["disk"] = machine["memory"] = 100.0
@@ -116,7 +176,7 @@ def test_what_becomes_short_later_is_reported_once(
         check.on_step(trainer, None, 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "memory" in lines[0] and "checkpoints" in lines[1]
-    other = Headroom(tmp_path / "checkpoints", keep=2)
+    other = Headroom(tmp_path / "checkpoints", SCHEDULE)
     trainer.is_global_zero, trainer.local_rank = False, 1  # another rank of the node reports nothing
     other.on_train_start(trainer, network())  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""

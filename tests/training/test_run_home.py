@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from local_servers import FaultyServer
 from made_configs import flatten, make_config
 
+from depth_anything.data import local_copy
 from depth_anything.data.store import ObjectStore
 from depth_anything.errors import UserError
-from depth_anything.training.fetch_weights import fetch_model, local_weights
+from depth_anything.training.initialization import check_initial_weights
 from depth_anything.training.run_home import RunHome, local_run_dir, localize, mirror_options
 
 
@@ -40,26 +40,16 @@ def test_the_store_keeps_what_the_run_keeps() -> None:
     assert (options.keep, options.keep_every) == (3, 500)
 
 
-def test_models_in_a_store_are_fetched_once_and_again_when_they_change(
-    s3_prefix: str, faulty_s3: FaultyServer
-) -> None:
+def test_starting_weights_in_a_store_are_local_to_the_run(s3_prefix: str) -> None:
     store = ObjectStore(f"{s3_prefix}/runs/teacher")
-    with pytest.raises(UserError, match="there is no model at s3://"):
-        fetch_model(f"{store.root}/model.safetensors")
-    store.write("model.safetensors", b"first")
-    path = fetch_model(f"{store.root}/model.safetensors")
-    assert path.read_bytes() == b"first" and path.parts[-2:] == ("teacher", "model.safetensors")
-    faulty_s3.seen.clear()
-    assert fetch_model(f"{store.root}/model.safetensors") == path and not faulty_s3.seen
-    store.write("model.safetensors", b"second")
-    assert fetch_model(f"{store.root}/model.safetensors").read_bytes() == b"second"
-
-    assert local_weights(f"{store.root}/model.safetensors").read_bytes() == b"second"
-    assert local_weights("outputs/a/model.safetensors") == Path("outputs/a/model.safetensors")
+    store.write("model.safetensors", b"weights")
     config = make_config("stage=metric", init=f"{store.root}/model.safetensors")
-    assert Path(str(localize(config).init)).read_bytes() == b"second"
-    with pytest.raises(UserError, match="resume=FILE"):
-        localize(make_config("stage=metric", resume=f"{store.root}/a.ckpt"))
+    assert Path(str(localize(config).init)).read_bytes() == b"weights"
+    store.write("config.yaml", b"stage: teacher\n")
+    local_copy._copies.clear()
+    student = localize(make_config("stage=student", init=f"{store.root}/model.safetensors"))
+    with pytest.raises(UserError, match="is a teacher, but a student starts from DINOv2"):
+        check_initial_weights(student)
 
 
 def test_another_node_fetches_the_checkpoint_that_rank_0_has_chosen(s3_prefix: str, tmp_path: Path) -> None:
@@ -70,3 +60,16 @@ def test_another_node_fetches_the_checkpoint_that_rank_0_has_chosen(s3_prefix: s
     path = tmp_path / "run" / "checkpoints" / "step-000000005.ckpt"
     assert home.local_checkpoint(path) == path and path.read_bytes() == b"state"
     assert home.local_checkpoint(path) == path and home.local_checkpoint(None) is None
+
+
+def test_another_node_fetches_the_checkpoint_that_resume_names(s3_prefix: str, tmp_path: Path) -> None:
+    store = ObjectStore(f"{s3_prefix}/runs/a")
+    store.write("checkpoints/step-000000005.ckpt", b"state")
+    config = make_config(
+        "stage=teacher",
+        run_dir=str(tmp_path / "run"),
+        resume=f"{store.root}/checkpoints/step-000000005.ckpt",
+    )
+    there = Path("/cache/of/rank-0/checkpoints/step-000000005.ckpt")
+    copy = RunHome(config, config).local_checkpoint(there)
+    assert copy is not None and copy != there and copy.read_bytes() == b"state"
