@@ -66,11 +66,21 @@ run_step() {
   local status=0
   srun "${python[@]}" "$@" || status=$?
   case $status in
-    138) requeue ;;                    # 128 + SIGUSR1: the time limit is near
-    134 | 135 | 137 | 139) restart ;;  # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: the process did not end by itself
-    200) restart ;;                    # a rank hung (docs/troubleshooting-clusters.md)
+    138) is_outdated || requeue ;; # 128 + SIGUSR1: the time limit is near
+    # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: a process did not end by itself. 200: a rank hung
+    # (docs/troubleshooting-clusters.md).
+    134 | 135 | 137 | 139 | 200) is_outdated || restart ;;
   esac
   exit "$status"
+}
+
+# Return whether Slurm has queued the job again already, as when it lost this node: a later start must be left alone.
+is_outdated() {
+  local restarts
+  restarts=$(squeue --noheader --jobs="$job" --Format=RestartCnt) || return 1
+  restarts=${restarts//[^0-9]/}
+  ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})) || return 1
+  echo "job $job was queued again already (restart $restarts); this start of it ends" >&2
 }
 
 requeue() {

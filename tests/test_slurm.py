@@ -28,7 +28,9 @@ printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != requeue ]] || exit "${REQUEUE_STATUS:-0}"
 """
 FAKE_SQUEUE = """#!/usr/bin/env bash
-printf '%s\\n' "${COMMENT:-}"
+[[ " $* " == *" --jobs=$QUEUED "* ]] || exit 1
+[[ "$*" != *--Format=RestartCnt* ]] || { [[ "$RESTARTS" != fails ]] && printf '%-20s\\n' "$RESTARTS"; exit; }
+[[ "$*" != *--format=%k* ]] || printf '%s\\n' "${COMMENT:-}"
 """
 FAKE_SBATCH = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$RECORDS/sbatch"
@@ -100,6 +102,8 @@ class Cluster:
                 "PATH": paths,
                 "RECORDS": str(self.records),
                 "KNOWN": "node1",
+                "RESTARTS": environment.get("SLURM_RESTART_COUNT", "0"),
+                "QUEUED": "770_7" if "SLURM_ARRAY_JOB_ID" in environment else "777",
                 **environment,
             },
             capture_output=True,
@@ -265,6 +269,24 @@ def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: in
     done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2")
     assert done.returncode == status and requeued(cluster) == []
     assert "CRASH_RESTARTS=2 in slurm/cluster.env" in done.stderr
+
+
+@pytest.mark.parametrize("status", [134, 135, 137, 138, 139, 200])
+@pytest.mark.parametrize("task", [{}, ARRAY_TASK])
+def test_an_earlier_start_does_not_queue_a_later_one_again(
+    cluster: Cluster, status: int, task: dict[str, str]
+) -> None:
+    """Slurm has lost the node and started the job elsewhere; its old batch script runs on, and must not requeue."""
+    outdated = {"SLURM_RESTART_COUNT": "1", "RESTARTS": "2", **task}
+    done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), **outdated)
+    assert done.returncode == status and "queued again already (restart 2)" in done.stderr
+    assert [word for word in cluster.read("scontrol") if word in ("requeue", "update")] == []
+    for restarts in ("1", "fails", ""):
+        (cluster.records / "scontrol").unlink()
+        cluster.sbatch(
+            "train.sbatch", "stage=x", SRUN_STATUS=str(status), **outdated | {"RESTARTS": restarts}
+        )
+        assert requeued(cluster) == ["770_7" if task else "777"], restarts
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:3])
