@@ -34,7 +34,10 @@ fi
 if [[ -n "$SCRATCH" && -n "${SLURM_JOB_ID:-}" ]]; then
   DEPTH_ANYTHING_SCRATCH=$(eval "echo \"$SCRATCH\"")
   export DEPTH_ANYTHING_SCRATCH TMPDIR="$DEPTH_ANYTHING_SCRATCH"
-  mkdir -p "$DEPTH_ANYTHING_SCRATCH" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
+  make=(mkdir -p "$DEPTH_ANYTHING_SCRATCH")
+  nodes=${SLURM_JOB_NUM_NODES:-1}
+  ((nodes == 1)) || make=(srun --ntasks="$nodes" --ntasks-per-node=1 "${make[@]}")
+  "${make[@]}" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
 fi
 
 # srun does not take this over from sbatch by itself (since Slurm 22.05).

@@ -18,6 +18,7 @@ SCRIPTS = ("train.sbatch", "pseudolabel.sbatch", "evaluate.sbatch", "shard.sbatc
 
 # Write the arguments down, NUL-terminated as they cannot hold one, and what the step would see of the environment.
 FAKE_SRUN = """#!/usr/bin/env bash
+[[ "$*" != *" mkdir "* ]] || { printf '%s\\0' "$@" > "$RECORDS/mkdir"; exec "${@: -3}"; }
 printf '%s\\0' "$@" > "$RECORDS/srun"
 env -0 > "$RECORDS/env"
 exit "${SRUN_STATUS:-0}"
@@ -310,6 +311,18 @@ def test_modules_and_scratch_of_the_cluster(cluster: Cluster, tmp_path: Path) ->
     step = cluster.environment()
     assert step["DEPTH_ANYTHING_SCRATCH"] == step["TMPDIR"] == f"{tmp_path}/777"
     assert (tmp_path / "777").is_dir()
+    each_node = ["--ntasks=2", "--ntasks-per-node=1", "mkdir", "-p", f"{tmp_path}/777"]
+    assert cluster.read("mkdir") == each_node
+    (cluster.records / "mkdir").unlink()
+    cluster.settings(f"SCRATCH='{tmp_path}/of $SLURM_JOB_USER/$SLURM_ARRAY_TASK_ID'")
+    one = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_USER": "me", **ARRAY_TASK}
+    assert cluster.sbatch("pseudolabel.sbatch", **one).returncode == 0
+    assert cluster.environment()["TMPDIR"] == f"{tmp_path}/of me/7" and (tmp_path / "of me" / "7").is_dir()
+    assert cluster.read("mkdir") == []
+    cluster.settings(f"SCRATCH='{cluster.project}/train.py/$SLURM_JOB_ID'")
+    for nodes in ("1", "2"):
+        done = cluster.sbatch("train.sbatch", SLURM_JOB_NUM_NODES=nodes)
+        assert done.returncode == 1 and "SCRATCH=" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
