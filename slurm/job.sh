@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the batch scripts share; they source it. Reads slurm/cluster.env.
 #
-# After this: $python is an array, the command before the arguments of Python; require_gpus, share and run_step.
+# After this: $python is an array, the command before the arguments of Python; require_gpus, set_share and run_step.
 
 stop() {
   echo "error: $*" >&2
@@ -25,9 +25,12 @@ fi
 
 python=(python)
 if [[ -n "$CONTAINER" ]]; then
-  read -ra python <<< "$CONTAINER python"
+  mapfile -t python < <(xargs printf '%s\n' <<< "$CONTAINER python") # words may be in quotes
 elif [[ -x .venv/bin/python ]]; then
   python=(.venv/bin/python)
+elif ! type python &> /dev/null; then
+  stop "no python on $(hostname): type make install in $PWD, activate an environment before sbatch, or write CONTAINER" \
+    "into slurm/cluster.env"
 fi
 
 # The folder on the node's disk is for temporary files, and for what is staged there.
@@ -39,6 +42,9 @@ if [[ -n "$SCRATCH" && -n "${SLURM_JOB_ID:-}" ]]; then
   ((nodes == 1)) || make=(srun --ntasks="$nodes" --ntasks-per-node=1 "${make[@]}")
   "${make[@]}" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
 fi
+
+# With these names Lightning takes the tasks of a job for processes that have nothing to do with each other.
+[[ "${SLURM_JOB_NAME:-}" != bash && "${SLURM_JOB_NAME:-}" != interactive ]] || export SLURM_JOB_NAME=depth-anything
 
 # srun does not take this over from sbatch by itself (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
@@ -58,10 +64,14 @@ require_gpus() {
       "without GPUs write GPUS_PER_NODE=0 into slurm/cluster.env"
 }
 
-# Print this task's share of the array, "K/N".
-share() {
-  local first="${SLURM_ARRAY_TASK_MIN:-0}" step="${SLURM_ARRAY_TASK_STEP:-1}"
-  echo "$(((${SLURM_ARRAY_TASK_ID:-0} - first) / step + 1))/${SLURM_ARRAY_TASK_COUNT:-1}"
+# Set $share to this task's share of the array, "K/N".
+set_share() {
+  local first="${SLURM_ARRAY_TASK_MIN:-0}" step="${SLURM_ARRAY_TASK_STEP:-1}" count="${SLURM_ARRAY_TASK_COUNT:-1}"
+  local last="${SLURM_ARRAY_TASK_MAX:-$((first + (count - 1) * step))}"
+  (((last - first) / step + 1 == count)) ||
+    stop "--array is a list with gaps; give a range, as --array=0-7 (what is written already is not written again)"
+  # shellcheck disable=SC2034
+  share="$(((${SLURM_ARRAY_TASK_ID:-0} - first) / step + 1))/$count"
 }
 
 # Run Python in every task of the job, then queue the job again if it should continue, and end with its exit code.
@@ -87,7 +97,12 @@ is_outdated() {
 }
 
 requeue() {
-  scontrol requeue "$job" || echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    ! scontrol requeue "$job" || return 0
+    ((attempt == 5)) || sleep 10 # the controller may be busy
+  done
+  echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
 }
 
 # Queue the job again after a crash. The job's comment, which a requeued job keeps, counts the crashes in a row; a start

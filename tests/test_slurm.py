@@ -26,7 +26,7 @@ exit "${SRUN_STATUS:-0}"
 FAKE_SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != show ]] || printf '%s\\n' node1 node2
-[[ "$1" != requeue ]] || exit "${REQUEUE_STATUS:-0}"
+[[ "$1" != requeue || $(grep -czx requeue "$RECORDS/scontrol") -gt ${FAILURES:-0} ]]
 """
 FAKE_SQUEUE = """#!/usr/bin/env bash
 [[ " $* " == *" --jobs=$QUEUED "* ]] || exit 1
@@ -38,6 +38,9 @@ printf '%s\\0' "$@" > "$RECORDS/sbatch"
 """
 FAKE_GETENT = """#!/usr/bin/env bash
 [[ "$1 $2" == "hosts $KNOWN" ]]
+"""
+FAKE_SLEEP = """#!/usr/bin/env bash
+echo "$*" >> "$RECORDS/sleep"
 """
 PASSING_SRUN = """#!/usr/bin/env bash
 exec "$@"
@@ -60,7 +63,7 @@ class Cluster:
     """A project folder and a PATH on which Slurm's commands write down how they were called."""
 
     def __init__(self, folder: Path, srun: str = FAKE_SRUN) -> None:
-        self.records, self.bin, self.project = folder / "records", folder / "bin", folder / "project"
+        self.records, self.bin, self.project = folder / "records", folder / "bin", folder / "my project"
         for made in (self.records, self.bin, self.project):
             made.mkdir()
         (self.project / "train.py").touch()
@@ -70,6 +73,7 @@ class Cluster:
         self.command("srun", srun)
         self.command("scontrol", FAKE_SCONTROL)
         self.command("getent", FAKE_GETENT)
+        self.command("sleep", FAKE_SLEEP)
 
     def settings(self, text: str) -> None:
         """Append lines to cluster.env; the last value of a variable counts."""
@@ -172,7 +176,7 @@ def test_training_runs_the_command_it_was_given(cluster: Cluster) -> None:
         "trainer.devices=4",
     ]
     step = cluster.environment()
-    assert step["MASTER_ADDR"] == "node1"
+    assert step["MASTER_ADDR"] == "node1" and step["MASTER_PORT"] == "15777"
     assert step["SRUN_CPUS_PER_TASK"] == "6" and step["SLURM_KILL_BAD_EXIT"] == "1"
     assert step["PWD"] == str(cluster.project)
     assert cluster.read("scontrol") == [
@@ -212,6 +216,31 @@ def test_python_of_the_project_comes_first(cluster: Cluster, script: str) -> Non
     cluster.settings('CONTAINER="apptainer exec --nv own.sif"')
     cluster.sbatch(script, "stage=teacher")
     assert cluster.read("srun")[:5] == ["apptainer", "exec", "--nv", "own.sif", "python"]
+    cluster.settings("""CONTAINER="apptainer exec -e '$PWD/own.sif'" """)
+    cluster.sbatch(script, "stage=teacher")
+    image = f"{cluster.project}/own.sif"
+    assert cluster.read("srun")[:5] == ["apptainer", "exec", "-e", image, "python"]
+
+
+def test_a_node_without_python_is_named(cluster: Cluster) -> None:
+    """A login shell without .venv and without an environment."""
+    tools = {name: shutil.which(name) for name in ("bash", "hostname", "cat")}
+    for name, path in tools.items():
+        assert path is not None
+        (cluster.records / name).symlink_to(path)
+    words = ("bash", str(SLURM / "train.sbatch"), "stage=x")
+    done = cluster.run(str(tools["bash"]), "-c", f'PATH="$RECORDS" exec {" ".join(words)}')
+    assert done.returncode == 1 and "make install" in done.stderr and "CONTAINER" in done.stderr
+    assert cluster.read("srun") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("bash", "depth-anything"), ("interactive", "depth-anything"), ("own", "own")]
+)
+def test_a_job_name_does_not_separate_the_tasks(cluster: Cluster, name: str, seen: str) -> None:
+    """Lightning takes tasks of a job with these names for separate processes."""
+    cluster.sbatch("train.sbatch", "stage=x", SLURM_JOB_NAME=name)
+    assert cluster.environment()["SLURM_JOB_NAME"] == seen
 
 
 def test_a_first_node_without_an_address_ends_the_job_at_once(cluster: Cluster) -> None:
@@ -224,6 +253,10 @@ def test_an_address_of_the_users_wins(cluster: Cluster) -> None:
     done = cluster.sbatch("train.sbatch", "stage=teacher", KNOWN="another", MASTER_ADDR="10.0.0.7")
     assert done.returncode == 0, done.stderr
     assert cluster.environment()["MASTER_ADDR"] == "10.0.0.7"
+    cluster.sbatch("train.sbatch", SLURM_JOB_ID="19999", SLURM_RESTART_COUNT="1")
+    assert cluster.environment()["MASTER_PORT"] == "17002"
+    cluster.sbatch("train.sbatch", MASTER_PORT="5")
+    assert cluster.environment()["MASTER_PORT"] == "5"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -314,7 +347,9 @@ def test_modules_and_scratch_of_the_cluster(cluster: Cluster, tmp_path: Path) ->
     each_node = ["--ntasks=2", "--ntasks-per-node=1", "mkdir", "-p", f"{tmp_path}/777"]
     assert cluster.read("mkdir") == each_node
     (cluster.records / "mkdir").unlink()
-    cluster.settings(f"SCRATCH='{tmp_path}/of $SLURM_JOB_USER/$SLURM_ARRAY_TASK_ID'")
+    done = cluster.sbatch("train.sbatch", "stage=x")  # without the command `module`
+    assert done.returncode == 1 and "MODULES in slurm/cluster.env" in done.stderr
+    cluster.settings(f"MODULES='' SCRATCH='{tmp_path}/of $SLURM_JOB_USER/$SLURM_ARRAY_TASK_ID'")
     one = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_USER": "me", **ARRAY_TASK}
     assert cluster.sbatch("pseudolabel.sbatch", **one).returncode == 0
     assert cluster.environment()["TMPDIR"] == f"{tmp_path}/of me/7" and (tmp_path / "of me" / "7").is_dir()
@@ -341,6 +376,11 @@ def test_a_task_of_an_array_takes_its_share(
     array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_STEP": "2"}
     cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array)
     assert cluster.read("srun") == ["python", *first, *words, "--part", "3/4", *cores]
+    cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array, SLURM_ARRAY_TASK_MAX="9")
+    assert cluster.read("srun")[-len(cores) - 1 :][:1] == ["3/4"]
+    (cluster.records / "srun").unlink()
+    done = cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array, SLURM_ARRAY_TASK_MAX="15")
+    assert done.returncode == 1 and "--array" in done.stderr and cluster.read("srun") == []
     own = [*words, "--part", "2/9", *(["--workers", "1"] if cores else [])]
     cluster.sbatch(script, *own, SLURM_ARRAY_TASK_ID="7", **array)
     assert cluster.read("srun") == ["python", *first, *own]
@@ -367,9 +407,9 @@ def test_submit_turns_the_settings_into_options(cluster: Cluster) -> None:
     assert submitted(cluster, *typed, "train", "x=1") == [*train, *typed, "slurm/train.sbatch", "x=1"]
 
     cluster.settings("GPU_OPTION=--gres=gpu:h100: ACCOUNT=own PARTITION=gpu CPU_PARTITION=cpu QOS=low")
-    cluster.settings("MEMORY_PER_CPU=8G MORE_OPTIONS='--constraint=a --exclusive'")
+    cluster.settings("""MEMORY_PER_CPU=8G MORE_OPTIONS="--constraint=a|b -e '--exclusive x*'" """)
     own = ["--gres=gpu:h100:1", "--account=own", "--partition=gpu", "--qos=low", *common]
-    own += ["--mem-per-cpu=8G", "--constraint=a", "--exclusive"]
+    own += ["--mem-per-cpu=8G", "--constraint=a|b", "-e", "--exclusive x*"]
     assert submitted(cluster, "pseudolabel")[1:-1] == own
     assert "--partition=cpu" in submitted(cluster, "shard")
 
@@ -388,8 +428,13 @@ def test_one_task_of_an_array_is_requeued(cluster: Cluster, script: str) -> None
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_job_that_cannot_be_requeued_is_named(cluster: Cluster, script: str) -> None:
-    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", REQUEUE_STATUS="1")
-    assert done.returncode == 138
+    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", FAILURES="4")
+    assert done.returncode == 138 and requeued(cluster) == ["777"] * 5
+    assert "not queued again" not in done.stderr  # the controller was busy
+    assert (cluster.records / "sleep").read_text() == "10\n" * 4
+    (cluster.records / "scontrol").unlink()
+    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", FAILURES="5")
+    assert done.returncode == 138 and len(requeued(cluster)) == 5
     assert "job 777 is not queued again; submit the same command again" in done.stderr
 
 

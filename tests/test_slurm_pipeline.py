@@ -1,5 +1,6 @@
 """slurm/pipeline.sh: what list_stages.py lists, and which jobs it submits, with stand-ins for Slurm's commands."""
 
+import getpass
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ class Pipeline:
     """A project folder; what is finished and queued is written into files."""
 
     def __init__(self, folder: Path) -> None:
-        self.project, self.records = folder / "project", folder / "records"
+        self.project, self.records = folder / "my project", folder / "records"
         self.records.mkdir()
         shutil.copytree(ROOT / "slurm", self.project / "slurm")
         (self.project / "train.py").touch()
@@ -47,7 +48,7 @@ class Pipeline:
         self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
 
     def run(
-        self, *words: str, finished: Sequence[str] = (), queue: Sequence[str] = ()
+        self, *words: str, finished: Sequence[str] = (), queue: Sequence[str] = (), cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run the script; `queue` holds "KIND ID STATE"."""
         stages = [
@@ -62,8 +63,13 @@ class Pipeline:
         (self.records / "calls").write_text("")
         known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         environment = {**known, "PATH": self.path, "RECORDS": str(self.records), "SLURM_JOB_ID": "1"}
+        environment["PWD"] = str(cwd or self.project)
         return subprocess.run(
-            ["slurm/pipeline.sh", *words], cwd=self.project, env=environment, capture_output=True, text=True
+            ["slurm/pipeline.sh", *words],
+            cwd=cwd or self.project,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     def calls(self) -> list[str]:
@@ -123,6 +129,22 @@ def test_only_what_is_neither_finished_nor_queued_is_submitted(pipeline: Pipelin
     ]
     pipeline.run(finished=KINDS)
     assert pipeline.calls() == []
+
+
+def test_a_project_behind_a_symbolic_link_is_the_same(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Slurm knows the folder of a job without links."""
+    (tmp_path / "link").symlink_to(pipeline.project)
+    pipeline.run(finished=["teacher", "labels", "student"], queue=("evaluation 9 PD",), cwd=tmp_path / "link")
+    assert pipeline.calls() == []
+
+
+def test_the_queue_is_read_once(pipeline: Pipeline) -> None:
+    """It is slow on large clusters; only the user's own jobs are asked for, since names are used by others too."""
+    squeue = Path(pipeline.path.partition(":")[0]) / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$*" >> "$RECORDS/squeue"\n{FAKES["squeue"]}')
+    pipeline.run(queue=("student 8 R",))
+    (asked,) = (pipeline.records / "squeue").read_text().splitlines()
+    assert f"--user={getpass.getuser()}" in asked
 
 
 def test_what_waits_for_a_failed_job_is_replaced(pipeline: Pipeline) -> None:
@@ -236,6 +258,16 @@ def test_another_teacher_and_another_evaluation(tmp_path: Path, monkeypatch: pyt
         "--data", "own", "--weights", "student-vitn-tiny=out/student-vitn-tiny",
         "student-vitt-tiny=out/student-vitt-tiny", "--output", "out/evaluation-tiny",
     ]  # fmt: skip
+
+
+def test_what_is_for_training_does_not_go_to_the_labels(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is one of the nodes; the machine that submits does not have it."""
+    monkeypatch.delenv("OWN_SCRATCH", raising=False)
+    words = ["size=paper", "stage_to=$OWN_SCRATCH/sets", "trainer=fsdp", "encoder=vits"]
+    teacher, labels, student = list(list_stages.list_stages(words, ["--data", "own"]))[:3]
+    assert teacher.arguments == [*words[:3], "stage=teacher"]
+    assert labels.arguments == ["size=paper", "stage=pseudolabel"]
+    assert student.arguments == [*words[:3], "stage=student", "encoder=vits"]
 
 
 def test_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
