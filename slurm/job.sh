@@ -96,12 +96,21 @@ is_outdated() {
   echo "job $job was queued again already (restart $restarts); this start of it ends" >&2
 }
 
-requeue() {
+# Run a command of Slurm up to five times: the controller may be busy.
+retry() {
   local attempt
   for attempt in 1 2 3 4 5; do
-    ! scontrol requeue "$job" || return 0
-    ((attempt == 5)) || sleep 10 # the controller may be busy
+    ! "$@" || return 0
+    ((attempt == 5)) || sleep 10
   done
+  return 1
+}
+
+requeue() {
+  retry scontrol requeue "$job" || name_unqueued
+}
+
+name_unqueued() {
   echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
 }
 
@@ -117,5 +126,6 @@ restart() {
     return
   fi
   echo "job $job crashed (exit code $status): restart $((crashes + 1)) of $CRASH_RESTARTS" >&2
-  scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))" && requeue
+  # Without the count it could restart for ever.
+  if retry scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))"; then requeue; else name_unqueued; fi
 }

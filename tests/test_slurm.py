@@ -26,7 +26,7 @@ exit "${SRUN_STATUS:-0}"
 FAKE_SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != show ]] || printf '%s\\n' node1 node2
-[[ "$1" != requeue || $(grep -czx requeue "$RECORDS/scontrol") -gt ${FAILURES:-0} ]]
+[[ "$1" == show || $(grep -czx -- "$1" "$RECORDS/scontrol") -gt ${FAILURES:-0} ]]
 """
 FAKE_SQUEUE = """#!/usr/bin/env bash
 [[ " $* " == *" --jobs=$QUEUED "* ]] || exit 1
@@ -303,6 +303,15 @@ def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: in
     done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2")
     assert done.returncode == status and requeued(cluster) == []
     assert "CRASH_RESTARTS=2 in slurm/cluster.env" in done.stderr
+
+
+def test_a_crash_that_cannot_be_counted_restarts_nothing(cluster: Cluster) -> None:
+    done = cluster.sbatch("shard.sbatch", SRUN_STATUS="137", FAILURES="4")
+    assert done.returncode == 137 and requeued(cluster) == ["777"] * 5
+    assert "not queued again" not in done.stderr
+    (cluster.records / "scontrol").unlink()
+    done = cluster.sbatch("shard.sbatch", SRUN_STATUS="137", FAILURES="5")
+    assert done.returncode == 137 and requeued(cluster) == [] and "job 777 is not queued again" in done.stderr
 
 
 @pytest.mark.parametrize("status", [134, 135, 137, 138, 139, 200])

@@ -150,7 +150,7 @@ def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: 
 def test_a_start_on_a_lost_node_makes_way_for_the_next(
     project: Project, unbroken: Unbroken, data: Path
 ) -> None:
-    """A slurmd is dead for longer than SlurmdTimeout, while the processes that it started live on."""
+    """A slurmd is dead, and Slurm gives its node up, while the processes that it started live on."""
     slurm = project.slurm
     job = train(project, data, hold="5", options=("--job-name=bash",))  # a name that Lightning treats apart
     project.wait_until_held(job, "5")
@@ -158,6 +158,8 @@ def test_a_start_on_a_lost_node_makes_way_for_the_next(
     assert unbroken.model  # has ended: it may be on this node
     slurm.kill_slurmd(node)
     try:
+        # What SlurmdTimeout does, at once.
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
         project.wait_until_restarted(job)
         wait_until(
             lambda: f"is written by an earlier start of job {job}, process" in project.logs(),
