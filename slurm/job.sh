@@ -118,7 +118,7 @@ name_unqueued() {
 # that ran for an hour begins a new count.
 restart() {
   local crashes=0 comment
-  comment=$(squeue --noheader --jobs="$job" --format=%k) || true
+  comment=$(squeue --noheader --jobs="$job" --format=%k)
   [[ ! "$comment" =~ ^crashes:([0-9]+)$ ]] || ((SECONDS >= 3600)) || crashes=${BASH_REMATCH[1]}
   if ((crashes >= CRASH_RESTARTS)); then
     echo "error: job $job crashed (exit code $status); it is not queued again (CRASH_RESTARTS=$CRASH_RESTARTS in" \

@@ -20,15 +20,16 @@ set -euo pipefail
   exit 1
 }
 source slurm/job.sh
-for name in "${!SLURM_@}" "${!SBATCH_@}"; do # of the job that runs this script, if any: its jobs do not inherit them
-  [[ "$name" == SLURM_CONF ]] || unset "$name"
-done
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then # the jobs do not inherit the variables of the job that runs this script
+  for name in "${!SLURM_@}"; do
+    [[ "$name" == SLURM_CONF ]] || unset "$name"
+  done
+fi
 
 dry_run=no
 [[ "${1:-}" != --dry-run ]] || { dry_run=yes && shift; }
 [[ " $*" != *" dry_run=true"* ]] || stop "type --dry-run as the first word"
 listed=$("${python[@]}" slurm/list_stages.py "$@")
-((${#listed} > 0)) || exit 1
 
 # Without the queue, stages that are queued already would be submitted twice.
 queue=$(squeue --noheader --user="$(id -un)" --format='%F|%t|%Z|%j') ||

@@ -268,7 +268,8 @@ def test_another_folder_is_named(cluster: Cluster, script: str) -> None:
         f"error: no train.py in {cluster.project}; "
         f"submit from the project's folder: sbatch slurm/{script} stage=teacher\n"
     )
-    assert cluster.run("slurm/submit.sh", "train").returncode == 1
+    done = cluster.run("slurm/submit.sh", "train")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "project's folder" in done.stderr
 
 
 def requeued(cluster: Cluster) -> list[str]:
@@ -303,6 +304,8 @@ def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: in
     done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2")
     assert done.returncode == status and requeued(cluster) == []
     assert "CRASH_RESTARTS=2 in slurm/cluster.env" in done.stderr
+    cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2", SECONDS="3600")
+    assert requeued(cluster) == ["777"] and "Comment=crashes:1" in cluster.read("scontrol")
 
 
 def test_a_crash_that_cannot_be_counted_restarts_nothing(cluster: Cluster) -> None:
@@ -340,13 +343,15 @@ def test_a_job_without_a_gpu_ends_at_once_unless_the_cluster_has_none(cluster: C
     done = cluster.sbatch(script, "stage=x", **without)
     assert done.returncode == 1 and cluster.read("srun") == []
     assert "slurm/submit.sh" in done.stderr and "GPUS_PER_NODE=0" in done.stderr
+    for variable in ("SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE", "CUDA_VISIBLE_DEVICES"):
+        assert cluster.sbatch(script, "stage=x", **without | {variable: "1"}).returncode == 0
     cluster.settings("GPUS_PER_NODE=0")
     assert cluster.sbatch(script, "stage=x", **without).returncode == 0
 
 
 def test_modules_and_scratch_of_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     cluster.settings(f"MODULES='cuda/12.8 apptainer' SCRATCH='{tmp_path}/$SLURM_JOB_ID'")
-    module = """module() { echo "$*" > "$RECORDS/module"; }; export -f module; exec "$@" """
+    module = """module() { : "$NOT_SET"; echo "$*" > "$RECORDS/module"; }; export -f module; exec "$@" """
     done = cluster.run("bash", "-c", module, "-", "bash", str(SLURM / "train.sbatch"), "stage=x")
     assert done.returncode == 0, done.stderr
     assert (cluster.records / "module").read_text() == "load cuda/12.8 apptainer\n"

@@ -25,7 +25,8 @@ FAKES = {
     "scancel": '#!/bin/sh\necho "cancel $*" >> "$RECORDS/calls"\n',
     "sbatch": """#!/usr/bin/env bash
 echo "$*" >> "$RECORDS/calls"
-expr 10 + "$(wc -l < "$RECORDS/calls")"
+env | grep -E "^(SLURM|SBATCH)" > "$RECORDS/environment"
+echo "$((10 + $(wc -l < "$RECORDS/calls")));cluster"
 """,
 }
 KINDS = ("teacher", "labels", "student", "evaluation")
@@ -48,7 +49,12 @@ class Pipeline:
         self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
 
     def run(
-        self, *words: str, finished: Sequence[str] = (), queue: Sequence[str] = (), cwd: Path | None = None
+        self,
+        *words: str,
+        finished: Sequence[str] = (),
+        queue: Sequence[str] = (),
+        cwd: Path | None = None,
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script; `queue` holds "KIND ID STATE"."""
         stages = [
@@ -63,7 +69,7 @@ class Pipeline:
         (self.records / "calls").write_text("")
         known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         environment = {**known, "PATH": self.path, "RECORDS": str(self.records), "SLURM_JOB_ID": "1"}
-        environment["PWD"] = str(cwd or self.project)
+        environment |= {"PWD": str(cwd or self.project), **variables}
         return subprocess.run(
             ["slurm/pipeline.sh", *words],
             cwd=cwd or self.project,
@@ -93,6 +99,23 @@ def test_a_dry_run_submits_nothing(pipeline: Pipeline) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [[kind, "submit"] for kind in KINDS]
     assert pipeline.calls() == []
+
+
+def test_dry_run_is_not_an_override(pipeline: Pipeline) -> None:
+    done = pipeline.run("size=paper", "dry_run=true")
+    assert done.returncode == 1 and "--dry-run" in done.stderr and pipeline.calls() == []
+
+
+def test_jobs_inherit_the_variables_of_the_user_but_not_those_of_the_job(pipeline: Pipeline) -> None:
+    own = {"SLURM_CONF": "/own.conf", "SBATCH_ACCOUNT": "own"}
+    pipeline.run(**own, SLURM_MEM_PER_CPU="4")
+    seen = (pipeline.records / "environment").read_text().splitlines()
+    assert sorted(seen) == ["SBATCH_ACCOUNT=own", "SLURM_CONF=/own.conf"]
+    with (pipeline.project / "slurm" / "cluster.env").open("a") as file:
+        print("SCRATCH='$PWD/scratch/$SLURM_JOB_ID'", file=file)
+    done = pipeline.run(SLURM_JOB_ID="", SLURM_CLUSTERS="north")  # typed outside a job
+    assert done.returncode == 0 and not (pipeline.project / "scratch").exists(), done.stderr
+    assert "SLURM_CLUSTERS=north" in (pipeline.records / "environment").read_text()
 
 
 def test_nothing_is_submitted_if_the_queue_is_unknown(pipeline: Pipeline) -> None:
@@ -153,6 +176,8 @@ def test_what_waits_for_a_failed_job_is_replaced(pipeline: Pipeline) -> None:
     calls = pipeline.calls()
     assert [line for line in calls if line.startswith("cancel")] == ["cancel 7", "cancel 9"]
     assert calls[-1].endswith("--dependency=afterok:11:8 slurm/evaluate.sbatch x=evaluation y")
+    pipeline.run(queue=("labels 7 R", "labels 7 PD"))  # an array of which a task runs
+    assert not [line for line in pipeline.calls() if line.startswith("cancel")]
     pipeline.run(finished=["teacher", "labels"], queue=("evaluation 9 PD",))
     assert pipeline.calls()[1] == "cancel 9"
 
@@ -242,9 +267,9 @@ def test_a_pipeline_in_an_object_store(
     assert finished() == ["teacher", "labels"]
 
 
-@pytest.mark.parametrize("key", ["name", "stage", "run_dir"])
+@pytest.mark.parametrize("key", ["name", "stage", "run_dir", "+name"])
 def test_a_key_that_all_stages_would_share_is_rejected(key: str) -> None:
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=key.lstrip("+")):
         list(list_stages.list_stages([f"{key}=teacher"], []))
 
 
