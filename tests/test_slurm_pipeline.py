@@ -54,6 +54,7 @@ class Pipeline:
         finished: Sequence[str] = (),
         queue: Sequence[str] = (),
         cwd: Path | None = None,
+        more_students: Sequence[str] = (),
         **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script; `queue` holds "KIND ID STATE"."""
@@ -61,6 +62,7 @@ class Pipeline:
             "\t".join([kind, f"{kind}@out", "finished" if kind in finished else "open", f"'x={kind} y'"])
             for kind in KINDS
         ]
+        stages[3:3] = [f"student\t{name}@out\topen\t" for name in more_students]
         (self.records / "stages").write_text("\n".join(stages) + "\n")
         jobs = [row.split() for row in queue]
         lines = [f"{job}|{state}|{self.project}|{kind}@out\n" for kind, job, state in jobs]
@@ -176,6 +178,13 @@ def test_what_waits_for_a_failed_job_is_replaced(pipeline: Pipeline) -> None:
     calls = pipeline.calls()
     assert [line for line in calls if line.startswith("cancel")] == ["cancel 7", "cancel 9"]
     assert calls[-1].endswith("--dependency=afterok:11:8 slurm/evaluate.sbatch x=evaluation y")
+    pipeline.run(
+        finished=["teacher", "labels"], queue=("base 8 PD", "evaluation 9 PD"), more_students=["base"]
+    )
+    assert [line for line in pipeline.calls() if line.startswith("cancel")] == [
+        "cancel 9"
+    ]  # one student was cancelled
+    assert pipeline.calls()[-1].endswith("--dependency=afterok:11:8 slurm/evaluate.sbatch x=evaluation y")
     pipeline.run(queue=("labels 7 R", "labels 7 PD"))  # an array of which a task runs
     assert not [line for line in pipeline.calls() if line.startswith("cancel")]
     pipeline.run(finished=["teacher", "labels"], queue=("evaluation 9 PD",))
