@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,22 +19,44 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from depth_anything.disk import file_system_time, name_write_errors, process_exists
+from depth_anything.disk import atomic_write, file_system_time, name_write_errors, process_exists
 from depth_anything.errors import UserError
 
 HEARTBEAT_INTERVAL_S = 10.0
 LOCK_STALE_S = 60.0
 LOCK_WATCH_S = 2.5 * HEARTBEAT_INTERVAL_S
+TAKEOVER_WAIT_S = 900.0
+"""How long a later start of a job waits for an earlier one, which may be writing a large checkpoint."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+class JobStart(NamedTuple):
+    """A start of a job that a cluster may start again while an earlier start still runs on a node it has lost."""
+
+    job: str = ""
+    number: int = 0
+
+    def follows(self, other: "JobStart") -> bool:
+        """Return whether this is a later start of the same job."""
+        return self.job == other.job != "" and self.number > other.number
+
+
+NO_JOB = JobStart()
+"""Of a process that no cluster starts again."""
+
+
 class LockHolder(NamedTuple):
-    """The content of a lock file: the process, and the time of its clock at the last heartbeat."""
+    """The content of a lock file: the process, its clock's time at the last heartbeat, and the start of its job."""
 
     host: str
     pid: int
     heartbeat: float
+    start: JobStart = NO_JOB
+
+    def is_process_of(self, other: "LockHolder") -> bool:
+        """Return whether both name the same process."""
+        return (self.host, self.pid, self.start) == (other.host, other.pid, other.start)
 
 
 class LockHeldError(UserError):
@@ -46,25 +69,53 @@ class FileLock:
     A POSIX record lock keeps out processes of the same host: the kernel drops it when its process dies, and forked
     workers do not inherit it. A heartbeat in the file keeps out processes of other hosts, because network file
     systems may not carry locks.
+
+    A holder whose job was started again elsewhere gets SIGTERM when the later start asks for the lock. One that was
+    suspended until another process took the lock for dead ends at once: two must not write.
     """
 
-    def __init__(self, path: Path, *, fix: str) -> None:
+    def __init__(self, path: Path, *, fix: str, start: JobStart = NO_JOB) -> None:
         """Name the lock; nothing is created yet.
 
         Args:
             path: The lock file. Its folder is what the lock protects.
             fix: What a user can do while another process holds it, for the error.
+            start: The start of the job of this process.
         """
-        self.path, self._fix = path, fix
+        self.path, self._fix, self._start = path, fix, start
+        self._request = path.with_name(f"{path.stem}-request{path.suffix}")
         self._file: int | None = None
         self._stop = threading.Event()
+        self._asked = False
 
     def acquire(self) -> None:
-        """Take the lock and start the heartbeat.
+        """Take the lock and start the heartbeat; wait while an earlier start of the same job holds it.
 
         Raises:
             LockHeldError: If another process holds it.
         """
+        deadline, waiting = time.monotonic() + TAKEOVER_WAIT_S, False
+        while True:
+            try:
+                self._acquire()
+                break
+            except LockHeldError:
+                holder = self._read_holder()
+                if time.monotonic() > deadline or holder is None or not self._start.follows(holder.start):
+                    raise
+            if not waiting:
+                waiting = True
+                print(
+                    f"{self.path.parent} is written by an earlier start of job {self._start.job}, process "
+                    f"{holder.pid} on {holder.host}: asking it to stop, and waiting for it",
+                    file=sys.stderr,
+                )
+                atomic_write(self._request, json.dumps(self._start).encode())
+            time.sleep(1.0)
+        if self._start.number:
+            self._request.unlink(missing_ok=True)
+
+    def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         free: bool | None = True
@@ -105,9 +156,17 @@ class FileLock:
     def _read(file: int) -> LockHolder | None:
         try:
             holder = dict(json.loads(os.pread(file, 4096, 0)))
-            return LockHolder(str(holder["host"]), int(holder["pid"]), float(holder["heartbeat"]))
+            start = JobStart(str(holder.get("job", "")), int(holder.get("start", 0)))
+            return LockHolder(str(holder["host"]), int(holder["pid"]), float(holder["heartbeat"]), start)
         except (ValueError, KeyError, TypeError):
             return None
+
+    def _read_holder(self) -> LockHolder | None:
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            return self._read(file)
+        finally:
+            os.close(file)
 
     def _is_alive(self, holder: LockHolder) -> bool:
         """Return whether a holder still writes its heartbeat: by the times in the file, else by watching it."""
@@ -130,11 +189,15 @@ class FileLock:
                 return True
         return False
 
+    def _me(self) -> LockHolder:
+        return LockHolder(socket.gethostname(), os.getpid(), time.time(), self._start)
+
     def _beat(self) -> None:
         file = self._file
         if file is not None:
-            holder = LockHolder(socket.gethostname(), os.getpid(), time.time())
-            text = json.dumps(holder._asdict()).encode()
+            host, pid, heartbeat, (job, number) = self._me()
+            content = {"host": host, "pid": pid, "heartbeat": heartbeat, "job": job, "start": number}
+            text = json.dumps(content).encode()
             with name_write_errors(self.path):
                 os.pwrite(file, text, 0)
                 os.ftruncate(file, len(text))
@@ -142,7 +205,36 @@ class FileLock:
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_INTERVAL_S):
             with suppress(OSError):  # the disk may be full or unreachable for a moment
+                self._end_if_lost()
                 self._beat()
+                self._stop_if_asked()
+
+    def _end_if_lost(self) -> None:
+        """End this process if another one has taken the lock, which waits until the heartbeat is stale."""
+        holder = None if self._file is None else self._read(self._file)
+        if holder is not None and not holder.is_process_of(self._me()):
+            print(
+                f"error: process {holder.pid} on {holder.host} writes to {self.path.parent} now, because this one "
+                "showed no sign of life; it ends",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+    def _stop_if_asked(self) -> None:
+        """Send this process SIGTERM, once, if a later start of its job waits for the lock."""
+        if self._asked or not self._start.job:
+            return
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            asking = JobStart(*json.loads(self._request.read_bytes()))
+            if asking.follows(self._start):
+                self._asked = True
+                print(
+                    f"job {self._start.job} was started again elsewhere and waits for {self.path.parent}: stopping",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

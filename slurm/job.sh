@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the batch scripts share; they source it. Reads slurm/cluster.env.
 #
-# After this: $python is an array, the command before the arguments of Python; require_gpus, share and run_step.
+# After this: $python is an array, the command before the arguments of Python; require_gpus, set_share and run_step.
 
 stop() {
   echo "error: $*" >&2
@@ -25,17 +25,26 @@ fi
 
 python=(python)
 if [[ -n "$CONTAINER" ]]; then
-  read -ra python <<< "$CONTAINER python"
+  mapfile -t python < <(xargs printf '%s\n' <<< "$CONTAINER python") # words may be in quotes
 elif [[ -x .venv/bin/python ]]; then
   python=(.venv/bin/python)
+elif ! type python &> /dev/null; then
+  stop "no python on $(hostname): type make install in $PWD, activate an environment before sbatch, or write CONTAINER" \
+    "into slurm/cluster.env"
 fi
 
 # The folder on the node's disk is for temporary files, and for what is staged there.
 if [[ -n "$SCRATCH" && -n "${SLURM_JOB_ID:-}" ]]; then
   DEPTH_ANYTHING_SCRATCH=$(eval "echo \"$SCRATCH\"")
   export DEPTH_ANYTHING_SCRATCH TMPDIR="$DEPTH_ANYTHING_SCRATCH"
-  mkdir -p "$DEPTH_ANYTHING_SCRATCH" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
+  make=(mkdir -p "$DEPTH_ANYTHING_SCRATCH")
+  nodes=${SLURM_JOB_NUM_NODES:-1}
+  ((nodes == 1)) || make=(srun --ntasks="$nodes" --ntasks-per-node=1 "${make[@]}")
+  "${make[@]}" || stop "SCRATCH=$SCRATCH of slurm/cluster.env cannot be made on $(hostname)"
 fi
+
+# With these names Lightning takes the tasks of a job for processes that have nothing to do with each other.
+[[ "${SLURM_JOB_NAME:-}" != bash && "${SLURM_JOB_NAME:-}" != interactive ]] || export SLURM_JOB_NAME=depth-anything
 
 # srun does not take this over from sbatch by itself (since Slurm 22.05).
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
@@ -55,10 +64,14 @@ require_gpus() {
       "without GPUs write GPUS_PER_NODE=0 into slurm/cluster.env"
 }
 
-# Print this task's share of the array, "K/N".
-share() {
-  local first="${SLURM_ARRAY_TASK_MIN:-0}" step="${SLURM_ARRAY_TASK_STEP:-1}"
-  echo "$(((${SLURM_ARRAY_TASK_ID:-0} - first) / step + 1))/${SLURM_ARRAY_TASK_COUNT:-1}"
+# Set $share to this task's share of the array, "K/N".
+set_share() {
+  local first="${SLURM_ARRAY_TASK_MIN:-0}" step="${SLURM_ARRAY_TASK_STEP:-1}" count="${SLURM_ARRAY_TASK_COUNT:-1}"
+  local last="${SLURM_ARRAY_TASK_MAX:-$((first + (count - 1) * step))}"
+  (((last - first) / step + 1 == count)) ||
+    stop "--array is a list with gaps; give a range, as --array=0-7 (what is written already is not written again)"
+  # shellcheck disable=SC2034
+  share="$(((${SLURM_ARRAY_TASK_ID:-0} - first) / step + 1))/$count"
 }
 
 # Run Python in every task of the job, then queue the job again if it should continue, and end with its exit code.
@@ -66,22 +79,46 @@ run_step() {
   local status=0
   srun "${python[@]}" "$@" || status=$?
   case $status in
-    138) requeue ;;                    # 128 + SIGUSR1: the time limit is near
-    134 | 135 | 137 | 139) restart ;;  # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: the process did not end by itself
-    200) restart ;;                    # a rank hung (docs/troubleshooting-clusters.md)
+    138) is_outdated || requeue ;; # 128 + SIGUSR1: the time limit is near
+    # 128 + SIGABRT, SIGBUS, SIGKILL or SIGSEGV: a process did not end by itself. 200: a rank hung
+    # (docs/troubleshooting-clusters.md).
+    134 | 135 | 137 | 139 | 200) is_outdated || restart ;;
   esac
   exit "$status"
 }
 
+# Return whether Slurm has queued the job again already, as when it lost this node: a later start must be left alone.
+is_outdated() {
+  local restarts
+  restarts=$(squeue --noheader --jobs="$job" --Format=RestartCnt) || return 1
+  restarts=${restarts//[^0-9]/}
+  ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})) || return 1
+  echo "job $job was queued again already (restart $restarts); this start of it ends" >&2
+}
+
+# Run a command of Slurm up to five times: the controller may be busy.
+retry() {
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    ! "$@" || return 0
+    ((attempt == 5)) || sleep 10
+  done
+  return 1
+}
+
 requeue() {
-  scontrol requeue "$job" || echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
+  retry scontrol requeue "$job" || name_unqueued
+}
+
+name_unqueued() {
+  echo "error: Slurm's job $job is not queued again; submit the same command again" >&2
 }
 
 # Queue the job again after a crash. The job's comment, which a requeued job keeps, counts the crashes in a row; a start
 # that ran for an hour begins a new count.
 restart() {
   local crashes=0 comment
-  comment=$(squeue --noheader --jobs="$job" --format=%k) || true
+  comment=$(squeue --noheader --jobs="$job" --format=%k)
   [[ ! "$comment" =~ ^crashes:([0-9]+)$ ]] || ((SECONDS >= 3600)) || crashes=${BASH_REMATCH[1]}
   if ((crashes >= CRASH_RESTARTS)); then
     echo "error: job $job crashed (exit code $status); it is not queued again (CRASH_RESTARTS=$CRASH_RESTARTS in" \
@@ -89,5 +126,6 @@ restart() {
     return
   fi
   echo "job $job crashed (exit code $status): restart $((crashes + 1)) of $CRASH_RESTARTS" >&2
-  scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))" && requeue
+  # Without the count it could restart for ever.
+  if retry scontrol update "JobId=$job" "Comment=crashes:$((crashes + 1))"; then requeue; else name_unqueued; fi
 }

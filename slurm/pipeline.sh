@@ -20,28 +20,33 @@ set -euo pipefail
   exit 1
 }
 source slurm/job.sh
-for name in "${!SLURM_@}" "${!SBATCH_@}"; do # of the job that runs this script, if any: its jobs do not inherit them
-  [[ "$name" == SLURM_CONF ]] || unset "$name"
-done
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then # the jobs do not inherit the variables of the job that runs this script
+  for name in "${!SLURM_@}"; do
+    [[ "$name" == SLURM_CONF ]] || unset "$name"
+  done
+fi
 
 dry_run=no
 [[ "${1:-}" != --dry-run ]] || { dry_run=yes && shift; }
 [[ " $*" != *" dry_run=true"* ]] || stop "type --dry-run as the first word"
 listed=$("${python[@]}" slurm/list_stages.py "$@")
-((${#listed} > 0)) || exit 1
 
-# Print the queued job of a name and of this folder, "ID STATE": PD only if no task of it runs.
+# Without the queue, stages that are queued already would be submitted twice.
+queue=$(squeue --noheader --user="$(id -un)" --format='%F|%t|%Z|%j') ||
+  [[ "$dry_run" == yes ]] || stop "squeue does not answer, so nothing is submitted"
+
+# Print the queued job of a name and of this folder, "ID STATE": PD only if no task of it runs. Slurm knows the folder
+# by its path without symbolic links.
 find_job() {
-  squeue --noheader --me --format='%F|%t|%Z|%j' | awk -F '|' -v folder="$PWD" -v name="$1" '
-    $3 == folder && $4 == name && (!job || $2 != "PD") {job = $1 " " $2} END {print job}'
+  FOLDER=$(pwd -P) NAME=$1 awk -F '|' '
+    $3 == ENVIRON["FOLDER"] && $4 == ENVIRON["NAME"] && (!job || $2 != "PD") {job = $1 " " $2} END {print job}
+  ' <<< "$queue"
 }
 
 # Plan. Slurm cancels jobs that wait for a failed job; those that wait for a stage that is submitted again are replaced.
 kinds=() names=() actions=() old=() words=() labels_change=no students_change=no
 while IFS=$'\t' read -r kind name state arguments; do
-  # Without the queue, stages that are queued already would be submitted twice.
-  found=$(find_job "$name") || [[ "$dry_run" == yes ]] || stop "squeue does not answer, so nothing is submitted"
-  read -r id job_state <<< "$found" || true
+  read -r id job_state <<< "$(find_job "$name")"
   changed=$labels_change
   [[ "$kind" != evaluation ]] || changed=$students_change
   action=submit

@@ -47,5 +47,5 @@ esac
 [[ -z "$TIME" ]] || options+=(--time="$TIME")
 [[ -z "$CPUS_PER_TASK" ]] || options+=(--cpus-per-task="$CPUS_PER_TASK")
 [[ -z "$MEMORY_PER_CPU" ]] || options+=(--mem-per-cpu="$MEMORY_PER_CPU")
-read -ra more <<< "$MORE_OPTIONS"
+mapfile -t more < <(xargs -r printf '%s\n' <<< "$MORE_OPTIONS") # words may be in quotes
 exec sbatch "${options[@]}" ${more[@]+"${more[@]}"} ${typed[@]+"${typed[@]}"} "slurm/$script.sbatch" "$@"

@@ -16,7 +16,7 @@ import pytest
 
 from depth_anything import locks
 from depth_anything.disk import file_system_time, process_exists
-from depth_anything.locks import FileLock, FileWatch, LockHeldError, kernel_lock
+from depth_anything.locks import FileLock, FileWatch, JobStart, LockHeldError, kernel_lock
 
 HOLDER = """
 import sys, time
@@ -43,9 +43,9 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
     lock.release()
 
 
-def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0) -> None:
+def elsewhere(path: Path, *, clock: float = 0.0, written: float = 0.0, **start: Any) -> None:
     """Write the heartbeat of another host `written` seconds ago, whose clock is `clock` seconds ahead."""
-    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written}
+    sign = {"host": "elsewhere", "pid": 1, "heartbeat": time.time() + clock - written, **start}
     path.write_text(json.dumps(sign))
     os.utime(path, (time.time() - written, time.time() - written))
 
@@ -149,6 +149,120 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     lock = lock_of(tmp_path)
     lock.acquire()
     lock.release()
+
+
+STARTS = """
+import sys, time
+from pathlib import Path
+from depth_anything import locks
+locks.HEARTBEAT_INTERVAL_S = 0.05
+start = locks.JobStart(sys.argv[2], int(sys.argv[3]))
+lock = locks.FileLock(Path(sys.argv[1]) / "lock.json", fix="type name=ANOTHER_NAME", start=start)
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def start_of_job(folder: Path, job: str, number: int) -> "subprocess.Popen[str]":
+    """Start a process that holds the lock until it is killed, and wait until it does."""
+    command = [sys.executable, "-c", STARTS, str(folder), job, str(number)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+@pytest.fixture
+def short_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = time.sleep
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: sleep(0.02))
+
+
+def test_an_earlier_start_of_the_job_is_asked_to_stop(
+    tmp_path: Path, short_sleep: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm has lost its node and started the job again elsewhere: SIGTERM saves the run, then the lock is free."""
+    holder = start_of_job(tmp_path, "7_1", 1)
+    lock = FileLock(tmp_path / "lock.json", fix="", start=JobStart("7_1", 2))
+    lock.acquire()
+    assert holder.wait() == -signal.SIGTERM
+    _, printed = holder.communicate()
+    assert printed.count("job 7_1 was started again elsewhere") == 1
+    assert f"process {holder.pid} on" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+    content = json.loads((tmp_path / "lock.json").read_text())
+    assert (content["job"], content["start"]) == ("7_1", 2)
+    lock.release()
+
+
+@pytest.mark.parametrize("start", [("7_1", 1), ("7_1", 0), ("8", 2), ("", 2)])
+def test_other_jobs_and_later_starts_are_not_asked(
+    tmp_path: Path, short_sleep: None, start: tuple[str, int]
+) -> None:
+    holder = start_of_job(tmp_path, "7_1", 1)
+    with pytest.raises(LockHeldError):
+        FileLock(tmp_path / "lock.json", fix="", start=JobStart(*start)).acquire()
+    (tmp_path / "lock-request.json").write_text(json.dumps(start))
+    before = (tmp_path / "lock.json").read_text()
+    while (tmp_path / "lock.json").read_text() in ("", before):  # until it has looked at the request
+        pass
+    before = (tmp_path / "lock.json").read_text()
+    while (tmp_path / "lock.json").read_text() in ("", before):
+        pass
+    assert holder.poll() is None
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_start_waits_for_an_earlier_one_only_so_long(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on another host, writes its heartbeat and does not stop."""
+    beat = lambda: elsewhere(tmp_path / "lock.json", job="7", start=0)  # noqa: E731
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        waited.append(seconds)
+        beat()
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+    monkeypatch.setattr(locks, "TAKEOVER_WAIT_S", 30.0)
+    beat()
+    with pytest.raises(LockHeldError, match="process 1 on elsewhere"):
+        FileLock(tmp_path / "lock.json", fix="", start=JobStart("7", 1)).acquire()
+    assert locks.TAKEOVER_WAIT_S <= sum(waited) <= locks.TAKEOVER_WAIT_S + 2
+
+
+def test_a_start_takes_the_lock_of_an_earlier_one_whose_node_is_dead(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last heartbeat is recent; another job is refused at once, a later start waits until it is stale."""
+    written = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        written[0] += seconds
+        elsewhere(tmp_path / "lock.json", written=written[0], job="7", start=0)
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+    sleep(5.0)
+    with pytest.raises(LockHeldError):
+        FileLock(tmp_path / "lock.json", fix="", start=JobStart("8", 1)).acquire()
+    lock = FileLock(tmp_path / "lock.json", fix="", start=JobStart("7", 1))
+    lock.acquire()
+    lock.release()
+    assert written[0] >= locks.LOCK_STALE_S
+
+
+def test_a_holder_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
+    """It was suspended on a file system without locks, and another process took over."""
+    holder = start_of_job(tmp_path, "", 0)
+    elsewhere(tmp_path / "new.json")
+    (tmp_path / "lock.json").write_text((tmp_path / "new.json").read_text())
+    _, printed = holder.communicate()
+    assert holder.returncode == 1 and "process 1 on elsewhere writes to" in printed
+    assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"  # and keeps its lock
 
 
 @pytest.fixture

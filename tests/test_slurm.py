@@ -18,6 +18,7 @@ SCRIPTS = ("train.sbatch", "pseudolabel.sbatch", "evaluate.sbatch", "shard.sbatc
 
 # Write the arguments down, NUL-terminated as they cannot hold one, and what the step would see of the environment.
 FAKE_SRUN = """#!/usr/bin/env bash
+[[ "$*" != *" mkdir "* ]] || { printf '%s\\0' "$@" > "$RECORDS/mkdir"; exec "${@: -3}"; }
 printf '%s\\0' "$@" > "$RECORDS/srun"
 env -0 > "$RECORDS/env"
 exit "${SRUN_STATUS:-0}"
@@ -25,16 +26,21 @@ exit "${SRUN_STATUS:-0}"
 FAKE_SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >> "$RECORDS/scontrol"
 [[ "$1" != show ]] || printf '%s\\n' node1 node2
-[[ "$1" != requeue ]] || exit "${REQUEUE_STATUS:-0}"
+[[ "$1" == show || $(grep -czx -- "$1" "$RECORDS/scontrol") -gt ${FAILURES:-0} ]]
 """
 FAKE_SQUEUE = """#!/usr/bin/env bash
-printf '%s\\n' "${COMMENT:-}"
+[[ " $* " == *" --jobs=$QUEUED "* ]] || exit 1
+[[ "$*" != *--Format=RestartCnt* ]] || { [[ "$RESTARTS" != fails ]] && printf '%-20s\\n' "$RESTARTS"; exit; }
+[[ "$*" != *--format=%k* ]] || printf '%s\\n' "${COMMENT:-}"
 """
 FAKE_SBATCH = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$RECORDS/sbatch"
 """
 FAKE_GETENT = """#!/usr/bin/env bash
 [[ "$1 $2" == "hosts $KNOWN" ]]
+"""
+FAKE_SLEEP = """#!/usr/bin/env bash
+echo "$*" >> "$RECORDS/sleep"
 """
 PASSING_SRUN = """#!/usr/bin/env bash
 exec "$@"
@@ -57,7 +63,7 @@ class Cluster:
     """A project folder and a PATH on which Slurm's commands write down how they were called."""
 
     def __init__(self, folder: Path, srun: str = FAKE_SRUN) -> None:
-        self.records, self.bin, self.project = folder / "records", folder / "bin", folder / "project"
+        self.records, self.bin, self.project = folder / "records", folder / "bin", folder / "my project"
         for made in (self.records, self.bin, self.project):
             made.mkdir()
         (self.project / "train.py").touch()
@@ -67,6 +73,7 @@ class Cluster:
         self.command("srun", srun)
         self.command("scontrol", FAKE_SCONTROL)
         self.command("getent", FAKE_GETENT)
+        self.command("sleep", FAKE_SLEEP)
 
     def settings(self, text: str) -> None:
         """Append lines to cluster.env; the last value of a variable counts."""
@@ -100,6 +107,8 @@ class Cluster:
                 "PATH": paths,
                 "RECORDS": str(self.records),
                 "KNOWN": "node1",
+                "RESTARTS": environment.get("SLURM_RESTART_COUNT", "0"),
+                "QUEUED": "770_7" if "SLURM_ARRAY_JOB_ID" in environment else "777",
                 **environment,
             },
             capture_output=True,
@@ -167,7 +176,7 @@ def test_training_runs_the_command_it_was_given(cluster: Cluster) -> None:
         "trainer.devices=4",
     ]
     step = cluster.environment()
-    assert step["MASTER_ADDR"] == "node1"
+    assert step["MASTER_ADDR"] == "node1" and step["MASTER_PORT"] == "15777"
     assert step["SRUN_CPUS_PER_TASK"] == "6" and step["SLURM_KILL_BAD_EXIT"] == "1"
     assert step["PWD"] == str(cluster.project)
     assert cluster.read("scontrol") == [
@@ -207,6 +216,31 @@ def test_python_of_the_project_comes_first(cluster: Cluster, script: str) -> Non
     cluster.settings('CONTAINER="apptainer exec --nv own.sif"')
     cluster.sbatch(script, "stage=teacher")
     assert cluster.read("srun")[:5] == ["apptainer", "exec", "--nv", "own.sif", "python"]
+    cluster.settings("""CONTAINER="apptainer exec -e '$PWD/own.sif'" """)
+    cluster.sbatch(script, "stage=teacher")
+    image = f"{cluster.project}/own.sif"
+    assert cluster.read("srun")[:5] == ["apptainer", "exec", "-e", image, "python"]
+
+
+def test_a_node_without_python_is_named(cluster: Cluster) -> None:
+    """A login shell without .venv and without an environment."""
+    tools = {name: shutil.which(name) for name in ("bash", "hostname", "cat")}
+    for name, path in tools.items():
+        assert path is not None
+        (cluster.records / name).symlink_to(path)
+    words = ("bash", str(SLURM / "train.sbatch"), "stage=x")
+    done = cluster.run(str(tools["bash"]), "-c", f'PATH="$RECORDS" exec {" ".join(words)}')
+    assert done.returncode == 1 and "make install" in done.stderr and "CONTAINER" in done.stderr
+    assert cluster.read("srun") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("bash", "depth-anything"), ("interactive", "depth-anything"), ("own", "own")]
+)
+def test_a_job_name_does_not_separate_the_tasks(cluster: Cluster, name: str, seen: str) -> None:
+    """Lightning takes tasks of a job with these names for separate processes."""
+    cluster.sbatch("train.sbatch", "stage=x", SLURM_JOB_NAME=name)
+    assert cluster.environment()["SLURM_JOB_NAME"] == seen
 
 
 def test_a_first_node_without_an_address_ends_the_job_at_once(cluster: Cluster) -> None:
@@ -219,6 +253,10 @@ def test_an_address_of_the_users_wins(cluster: Cluster) -> None:
     done = cluster.sbatch("train.sbatch", "stage=teacher", KNOWN="another", MASTER_ADDR="10.0.0.7")
     assert done.returncode == 0, done.stderr
     assert cluster.environment()["MASTER_ADDR"] == "10.0.0.7"
+    cluster.sbatch("train.sbatch", SLURM_JOB_ID="19999", SLURM_RESTART_COUNT="1")
+    assert cluster.environment()["MASTER_PORT"] == "17002"
+    cluster.sbatch("train.sbatch", MASTER_PORT="5")
+    assert cluster.environment()["MASTER_PORT"] == "5"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -230,7 +268,8 @@ def test_another_folder_is_named(cluster: Cluster, script: str) -> None:
         f"error: no train.py in {cluster.project}; "
         f"submit from the project's folder: sbatch slurm/{script} stage=teacher\n"
     )
-    assert cluster.run("slurm/submit.sh", "train").returncode == 1
+    done = cluster.run("slurm/submit.sh", "train")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "project's folder" in done.stderr
 
 
 def requeued(cluster: Cluster) -> list[str]:
@@ -265,6 +304,35 @@ def test_a_killed_process_restarts_the_job_so_often(cluster: Cluster, status: in
     done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2")
     assert done.returncode == status and requeued(cluster) == []
     assert "CRASH_RESTARTS=2 in slurm/cluster.env" in done.stderr
+    cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), COMMENT="crashes:2", SECONDS="3600")
+    assert requeued(cluster) == ["777"] and "Comment=crashes:1" in cluster.read("scontrol")
+
+
+def test_a_crash_that_cannot_be_counted_restarts_nothing(cluster: Cluster) -> None:
+    done = cluster.sbatch("shard.sbatch", SRUN_STATUS="137", FAILURES="4")
+    assert done.returncode == 137 and requeued(cluster) == ["777"] * 5
+    assert "not queued again" not in done.stderr
+    (cluster.records / "scontrol").unlink()
+    done = cluster.sbatch("shard.sbatch", SRUN_STATUS="137", FAILURES="5")
+    assert done.returncode == 137 and requeued(cluster) == [] and "job 777 is not queued again" in done.stderr
+
+
+@pytest.mark.parametrize("status", [134, 135, 137, 138, 139, 200])
+@pytest.mark.parametrize("task", [{}, ARRAY_TASK])
+def test_an_earlier_start_does_not_queue_a_later_one_again(
+    cluster: Cluster, status: int, task: dict[str, str]
+) -> None:
+    """Slurm has lost the node and started the job elsewhere; its old batch script runs on, and must not requeue."""
+    outdated = {"SLURM_RESTART_COUNT": "1", "RESTARTS": "2", **task}
+    done = cluster.sbatch("train.sbatch", "stage=x", SRUN_STATUS=str(status), **outdated)
+    assert done.returncode == status and "queued again already (restart 2)" in done.stderr
+    assert [word for word in cluster.read("scontrol") if word in ("requeue", "update")] == []
+    for restarts in ("1", "fails", ""):
+        (cluster.records / "scontrol").unlink()
+        cluster.sbatch(
+            "train.sbatch", "stage=x", SRUN_STATUS=str(status), **outdated | {"RESTARTS": restarts}
+        )
+        assert requeued(cluster) == ["770_7" if task else "777"], restarts
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:3])
@@ -275,19 +343,35 @@ def test_a_job_without_a_gpu_ends_at_once_unless_the_cluster_has_none(cluster: C
     done = cluster.sbatch(script, "stage=x", **without)
     assert done.returncode == 1 and cluster.read("srun") == []
     assert "slurm/submit.sh" in done.stderr and "GPUS_PER_NODE=0" in done.stderr
+    for variable in ("SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE", "CUDA_VISIBLE_DEVICES"):
+        assert cluster.sbatch(script, "stage=x", **without | {variable: "1"}).returncode == 0
     cluster.settings("GPUS_PER_NODE=0")
     assert cluster.sbatch(script, "stage=x", **without).returncode == 0
 
 
 def test_modules_and_scratch_of_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     cluster.settings(f"MODULES='cuda/12.8 apptainer' SCRATCH='{tmp_path}/$SLURM_JOB_ID'")
-    module = """module() { echo "$*" > "$RECORDS/module"; }; export -f module; exec "$@" """
+    module = """module() { : "$NOT_SET"; echo "$*" > "$RECORDS/module"; }; export -f module; exec "$@" """
     done = cluster.run("bash", "-c", module, "-", "bash", str(SLURM / "train.sbatch"), "stage=x")
     assert done.returncode == 0, done.stderr
     assert (cluster.records / "module").read_text() == "load cuda/12.8 apptainer\n"
     step = cluster.environment()
     assert step["DEPTH_ANYTHING_SCRATCH"] == step["TMPDIR"] == f"{tmp_path}/777"
     assert (tmp_path / "777").is_dir()
+    each_node = ["--ntasks=2", "--ntasks-per-node=1", "mkdir", "-p", f"{tmp_path}/777"]
+    assert cluster.read("mkdir") == each_node
+    (cluster.records / "mkdir").unlink()
+    done = cluster.sbatch("train.sbatch", "stage=x")  # without the command `module`
+    assert done.returncode == 1 and "MODULES in slurm/cluster.env" in done.stderr
+    cluster.settings(f"MODULES='' SCRATCH='{tmp_path}/of $SLURM_JOB_USER/$SLURM_ARRAY_TASK_ID'")
+    one = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_USER": "me", **ARRAY_TASK}
+    assert cluster.sbatch("pseudolabel.sbatch", **one).returncode == 0
+    assert cluster.environment()["TMPDIR"] == f"{tmp_path}/of me/7" and (tmp_path / "of me" / "7").is_dir()
+    assert cluster.read("mkdir") == []
+    cluster.settings(f"SCRATCH='{cluster.project}/train.py/$SLURM_JOB_ID'")
+    for nodes in ("1", "2"):
+        done = cluster.sbatch("train.sbatch", SLURM_JOB_NUM_NODES=nodes)
+        assert done.returncode == 1 and "SCRATCH=" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +390,11 @@ def test_a_task_of_an_array_takes_its_share(
     array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_STEP": "2"}
     cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array)
     assert cluster.read("srun") == ["python", *first, *words, "--part", "3/4", *cores]
+    cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array, SLURM_ARRAY_TASK_MAX="9")
+    assert cluster.read("srun")[-len(cores) - 1 :][:1] == ["3/4"]
+    (cluster.records / "srun").unlink()
+    done = cluster.sbatch(script, *words, SLURM_ARRAY_TASK_ID="7", **array, SLURM_ARRAY_TASK_MAX="15")
+    assert done.returncode == 1 and "--array" in done.stderr and cluster.read("srun") == []
     own = [*words, "--part", "2/9", *(["--workers", "1"] if cores else [])]
     cluster.sbatch(script, *own, SLURM_ARRAY_TASK_ID="7", **array)
     assert cluster.read("srun") == ["python", *first, *own]
@@ -332,9 +421,9 @@ def test_submit_turns_the_settings_into_options(cluster: Cluster) -> None:
     assert submitted(cluster, *typed, "train", "x=1") == [*train, *typed, "slurm/train.sbatch", "x=1"]
 
     cluster.settings("GPU_OPTION=--gres=gpu:h100: ACCOUNT=own PARTITION=gpu CPU_PARTITION=cpu QOS=low")
-    cluster.settings("MEMORY_PER_CPU=8G MORE_OPTIONS='--constraint=a --exclusive'")
+    cluster.settings("""MEMORY_PER_CPU=8G MORE_OPTIONS="--constraint=a|b -e '--exclusive x*'" """)
     own = ["--gres=gpu:h100:1", "--account=own", "--partition=gpu", "--qos=low", *common]
-    own += ["--mem-per-cpu=8G", "--constraint=a", "--exclusive"]
+    own += ["--mem-per-cpu=8G", "--constraint=a|b", "-e", "--exclusive x*"]
     assert submitted(cluster, "pseudolabel")[1:-1] == own
     assert "--partition=cpu" in submitted(cluster, "shard")
 
@@ -353,8 +442,13 @@ def test_one_task_of_an_array_is_requeued(cluster: Cluster, script: str) -> None
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_job_that_cannot_be_requeued_is_named(cluster: Cluster, script: str) -> None:
-    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", REQUEUE_STATUS="1")
-    assert done.returncode == 138
+    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", FAILURES="4")
+    assert done.returncode == 138 and requeued(cluster) == ["777"] * 5
+    assert "not queued again" not in done.stderr  # the controller was busy
+    assert (cluster.records / "sleep").read_text() == "10\n" * 4
+    (cluster.records / "scontrol").unlink()
+    done = cluster.sbatch(script, "stage=x", SRUN_STATUS="138", FAILURES="5")
+    assert done.returncode == 138 and len(requeued(cluster)) == 5
     assert "job 777 is not queued again; submit the same command again" in done.stderr
 
 

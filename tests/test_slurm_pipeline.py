@@ -1,5 +1,6 @@
 """slurm/pipeline.sh: what list_stages.py lists, and which jobs it submits, with stand-ins for Slurm's commands."""
 
+import getpass
 import importlib.util
 import json
 import os
@@ -24,7 +25,8 @@ FAKES = {
     "scancel": '#!/bin/sh\necho "cancel $*" >> "$RECORDS/calls"\n',
     "sbatch": """#!/usr/bin/env bash
 echo "$*" >> "$RECORDS/calls"
-expr 10 + "$(wc -l < "$RECORDS/calls")"
+env | grep -E "^(SLURM|SBATCH)" > "$RECORDS/environment"
+echo "$((10 + $(wc -l < "$RECORDS/calls")));cluster"
 """,
 }
 KINDS = ("teacher", "labels", "student", "evaluation")
@@ -34,7 +36,7 @@ class Pipeline:
     """A project folder; what is finished and queued is written into files."""
 
     def __init__(self, folder: Path) -> None:
-        self.project, self.records = folder / "project", folder / "records"
+        self.project, self.records = folder / "my project", folder / "records"
         self.records.mkdir()
         shutil.copytree(ROOT / "slurm", self.project / "slurm")
         (self.project / "train.py").touch()
@@ -47,13 +49,20 @@ class Pipeline:
         self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
 
     def run(
-        self, *words: str, finished: Sequence[str] = (), queue: Sequence[str] = ()
+        self,
+        *words: str,
+        finished: Sequence[str] = (),
+        queue: Sequence[str] = (),
+        cwd: Path | None = None,
+        more_students: Sequence[str] = (),
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script; `queue` holds "KIND ID STATE"."""
         stages = [
             "\t".join([kind, f"{kind}@out", "finished" if kind in finished else "open", f"'x={kind} y'"])
             for kind in KINDS
         ]
+        stages[3:3] = [f"student\t{name}@out\topen\t" for name in more_students]
         (self.records / "stages").write_text("\n".join(stages) + "\n")
         jobs = [row.split() for row in queue]
         lines = [f"{job}|{state}|{self.project}|{kind}@out\n" for kind, job, state in jobs]
@@ -62,8 +71,13 @@ class Pipeline:
         (self.records / "calls").write_text("")
         known = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         environment = {**known, "PATH": self.path, "RECORDS": str(self.records), "SLURM_JOB_ID": "1"}
+        environment |= {"PWD": str(cwd or self.project), **variables}
         return subprocess.run(
-            ["slurm/pipeline.sh", *words], cwd=self.project, env=environment, capture_output=True, text=True
+            ["slurm/pipeline.sh", *words],
+            cwd=cwd or self.project,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     def calls(self) -> list[str]:
@@ -87,6 +101,23 @@ def test_a_dry_run_submits_nothing(pipeline: Pipeline) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [[kind, "submit"] for kind in KINDS]
     assert pipeline.calls() == []
+
+
+def test_dry_run_is_not_an_override(pipeline: Pipeline) -> None:
+    done = pipeline.run("size=paper", "dry_run=true")
+    assert done.returncode == 1 and "--dry-run" in done.stderr and pipeline.calls() == []
+
+
+def test_jobs_inherit_the_variables_of_the_user_but_not_those_of_the_job(pipeline: Pipeline) -> None:
+    own = {"SLURM_CONF": "/own.conf", "SBATCH_ACCOUNT": "own"}
+    pipeline.run(**own, SLURM_MEM_PER_CPU="4")
+    seen = (pipeline.records / "environment").read_text().splitlines()
+    assert sorted(seen) == ["SBATCH_ACCOUNT=own", "SLURM_CONF=/own.conf"]
+    with (pipeline.project / "slurm" / "cluster.env").open("a") as file:
+        print("SCRATCH='$PWD/scratch/$SLURM_JOB_ID'", file=file)
+    done = pipeline.run(SLURM_JOB_ID="", SLURM_CLUSTERS="north")  # typed outside a job
+    assert done.returncode == 0 and not (pipeline.project / "scratch").exists(), done.stderr
+    assert "SLURM_CLUSTERS=north" in (pipeline.records / "environment").read_text()
 
 
 def test_nothing_is_submitted_if_the_queue_is_unknown(pipeline: Pipeline) -> None:
@@ -125,12 +156,37 @@ def test_only_what_is_neither_finished_nor_queued_is_submitted(pipeline: Pipelin
     assert pipeline.calls() == []
 
 
+def test_a_project_behind_a_symbolic_link_is_the_same(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Slurm knows the folder of a job without links."""
+    (tmp_path / "link").symlink_to(pipeline.project)
+    pipeline.run(finished=["teacher", "labels", "student"], queue=("evaluation 9 PD",), cwd=tmp_path / "link")
+    assert pipeline.calls() == []
+
+
+def test_the_queue_is_read_once(pipeline: Pipeline) -> None:
+    """It is slow on large clusters; only the user's own jobs are asked for, since names are used by others too."""
+    squeue = Path(pipeline.path.partition(":")[0]) / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$*" >> "$RECORDS/squeue"\n{FAKES["squeue"]}')
+    pipeline.run(queue=("student 8 R",))
+    (asked,) = (pipeline.records / "squeue").read_text().splitlines()
+    assert f"--user={getpass.getuser()}" in asked
+
+
 def test_what_waits_for_a_failed_job_is_replaced(pipeline: Pipeline) -> None:
     """Slurm has not yet canceled what waits for the teacher; a student that runs is left alone."""
     pipeline.run(queue=("labels 7 PD", "student 8 R", "evaluation 9 PD"))
     calls = pipeline.calls()
     assert [line for line in calls if line.startswith("cancel")] == ["cancel 7", "cancel 9"]
     assert calls[-1].endswith("--dependency=afterok:11:8 slurm/evaluate.sbatch x=evaluation y")
+    pipeline.run(
+        finished=["teacher", "labels"], queue=("base 8 PD", "evaluation 9 PD"), more_students=["base"]
+    )
+    assert [line for line in pipeline.calls() if line.startswith("cancel")] == [
+        "cancel 9"
+    ]  # one student was cancelled
+    assert pipeline.calls()[-1].endswith("--dependency=afterok:11:8 slurm/evaluate.sbatch x=evaluation y")
+    pipeline.run(queue=("labels 7 R", "labels 7 PD"))  # an array of which a task runs
+    assert not [line for line in pipeline.calls() if line.startswith("cancel")]
     pipeline.run(finished=["teacher", "labels"], queue=("evaluation 9 PD",))
     assert pipeline.calls()[1] == "cancel 9"
 
@@ -220,9 +276,9 @@ def test_a_pipeline_in_an_object_store(
     assert finished() == ["teacher", "labels"]
 
 
-@pytest.mark.parametrize("key", ["name", "stage", "run_dir"])
+@pytest.mark.parametrize("key", ["name", "stage", "run_dir", "+name"])
 def test_a_key_that_all_stages_would_share_is_rejected(key: str) -> None:
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=key.lstrip("+")):
         list(list_stages.list_stages([f"{key}=teacher"], []))
 
 
@@ -236,6 +292,16 @@ def test_another_teacher_and_another_evaluation(tmp_path: Path, monkeypatch: pyt
         "--data", "own", "--weights", "student-vitn-tiny=out/student-vitn-tiny",
         "student-vitt-tiny=out/student-vitt-tiny", "--output", "out/evaluation-tiny",
     ]  # fmt: skip
+
+
+def test_what_is_for_training_does_not_go_to_the_labels(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is one of the nodes; the machine that submits does not have it."""
+    monkeypatch.delenv("OWN_SCRATCH", raising=False)
+    words = ["size=paper", "stage_to=$OWN_SCRATCH/sets", "trainer=fsdp", "encoder=vits"]
+    teacher, labels, student = list(list_stages.list_stages(words, ["--data", "own"]))[:3]
+    assert teacher.arguments == [*words[:3], "stage=teacher"]
+    assert labels.arguments == ["size=paper", "stage=pseudolabel"]
+    assert student.arguments == [*words[:3], "stage=student", "encoder=vits"]
 
 
 def test_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

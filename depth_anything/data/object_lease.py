@@ -17,14 +17,16 @@ from typing import NamedTuple
 
 from depth_anything.data.store import ObjectStore
 from depth_anything.disk import process_exists
+from depth_anything.locks import NO_JOB, JobStart
 
 
 class LeaseHolder(NamedTuple):
-    """Who holds a lease: host and process id, for messages, and the identity of the process."""
+    """Who holds a lease: host and process id, for messages, the identity of the process, and the start of its job."""
 
     host: str
     pid: int
     process: str
+    start: JobStart = NO_JOB
 
 
 _seen: dict[tuple[str, str], tuple[bytes, float]] = {}  # lease → content and when it was first seen
@@ -34,7 +36,15 @@ _renewed: dict[tuple[str, str], float] = {}  # lease → when this process renew
 class ObjectLease:
     """A lease object. Any number of instances may name the same one."""
 
-    def __init__(self, store: ObjectStore, name: str, *, stale_s: float, pid: int | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        name: str,
+        *,
+        stale_s: float,
+        pid: int | None = None,
+        start: JobStart = NO_JOB,
+    ) -> None:
         """Name the object; no request is sent.
 
         Args:
@@ -42,8 +52,9 @@ class ObjectLease:
             name: Its name there.
             stale_s: Seconds without a renewal after which others may take it over. It is renewed four times as often.
             pid: The process of this host that holds it; None: this one.
+            start: The start of the job of that process.
         """
-        self.store, self.name, self.stale_s = store, name, stale_s
+        self.store, self.name, self.stale_s, self.start = store, name, stale_s, start
         self.pid = os.getpid() if pid is None else pid
         self._key = (store.root, name)
 
@@ -54,8 +65,10 @@ class ObjectLease:
         """
         if self.store.write_new(self.name, self._content()):
             return self._take()
-        if not self._is_stale():
-            return False
+        return self._is_stale() and self.take_over()
+
+    def take_over(self) -> bool:
+        """Take the lease from its holder, which notices at its next renewal; False if another process was faster."""
         self.store.delete(self.name)
         return self.store.write_new(self.name, self._content()) and self._take()
 
@@ -115,14 +128,16 @@ class ObjectLease:
         return None
 
     def _content(self) -> bytes:
-        holder = LeaseHolder(socket.gethostname(), self.pid, process_identity(self.pid))
+        holder = LeaseHolder(socket.gethostname(), self.pid, process_identity(self.pid), self.start)
         return json.dumps({**holder._asdict(), "beat": secrets.token_hex(8)}).encode()
 
 
 def _parse_holder(content: bytes) -> LeaseHolder:
     try:
         fields = json.loads(content)
-        return LeaseHolder(str(fields["host"]), int(fields["pid"]), str(fields["process"]))
+        job, number = fields.get("start", NO_JOB)
+        start = JobStart(str(job), int(number))
+        return LeaseHolder(str(fields["host"]), int(fields["pid"]), str(fields["process"]), start)
     except (ValueError, KeyError, TypeError):
         return LeaseHolder("", 0, "")
 

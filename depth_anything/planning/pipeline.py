@@ -93,7 +93,7 @@ def split_stages(overrides: Sequence[str]) -> list[list[str]]:
             students = one.partition("=")[2].strip("[]").split(",")
     common = [one for one in overrides if _key(one) != "encoder"]
     shared = {
-        stage: [one for one in common if _knows(stage, _key(one))]
+        stage: [one for one in common if _knows(stage, _key(one)) and not _is_for_training(stage, one)]
         for stage in ("teacher", "pseudolabel", "student")
     }
     chosen = [[f"encoder={encoder.strip()}"] for encoder in students] or [[]]
@@ -106,6 +106,11 @@ def split_stages(overrides: Sequence[str]) -> list[list[str]]:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+def _is_for_training(stage: str, override: str) -> bool:
+    """Return whether the labels reject an override: they read every image once, with a whole network on each device."""
+    return stage == "pseudolabel" and (_key(override) == "stage_to" or override == "trainer=fsdp")
 
 
 def _knows(stage: str, path: str) -> bool:

@@ -224,7 +224,15 @@ def join_process_group(trainer: pl.Trainer) -> None:
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         return
     _warn_of_shared_store()
-    trainer.strategy.setup_environment()
+    try:
+        trainer.strategy.setup_environment()
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine, at which the ranks would meet, is in use",
+            "export MASTER_PORT=ANOTHER_PORT on all machines, and start the same command again",
+        ) from error
 
 
 def _warn_of_shared_store() -> None:

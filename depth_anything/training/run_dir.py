@@ -16,7 +16,7 @@ from depth_anything.data.local_copy import local_path
 from depth_anything.data.store import FolderStore, Store
 from depth_anything.disk import atomic_write, remove_stale
 from depth_anything.errors import UserError
-from depth_anything.locks import FileLock, FileWatch
+from depth_anything.locks import FileLock, FileWatch, JobStart
 from depth_anything.model.integrity import find_damage
 from depth_anything.model.sharded_files import find_sharded_damage, is_sharded
 from depth_anything.training.config import RunConfig
@@ -30,6 +30,7 @@ from depth_anything.training.resume import (
     read_config,
     read_config_or_empty,
 )
+from depth_anything.training.signals import slurm_job
 
 RANK0_TIMEOUT_S = 120.0
 
@@ -68,7 +69,8 @@ class RunDir:
         self.lock = self._new_lock()
 
     def _new_lock(self) -> FileLock:
-        return FileLock(self.path / "lock.json", fix="wait for it, stop it, or type name=ANOTHER_NAME")
+        fix = "wait for it, stop it, or type name=ANOTHER_NAME"
+        return FileLock(self.path / "lock.json", fix=fix, start=slurm_start())
 
     def begin(self, config: RunConfig, *, main: bool) -> Path | None:
         """Claim the folder on the main rank, and return on every rank the checkpoint from which the run continues.
@@ -351,3 +353,8 @@ def is_requeued() -> bool:
     """Return whether a cluster has started this job again."""
     counts = (os.environ.get(key, "0") for key in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(int(count) > 0 for count in counts)
+
+
+def slurm_start() -> JobStart:
+    """Return the start of this Slurm job; outside Slurm one that no other follows."""
+    return JobStart(slurm_job() or "", int(os.environ.get("SLURM_RESTART_COUNT", "0")))

@@ -23,7 +23,7 @@ from depth_anything.data.store import ObjectInfo, ObjectStore
 from depth_anything.disk import atomic_write
 from depth_anything.errors import SAME_COMMAND, UserError, error_reason
 from depth_anything.locks import LockHeldError
-from depth_anything.training.run_dir import find_checkpoint_problem, step_from_name
+from depth_anything.training.run_dir import find_checkpoint_problem, slurm_start, step_from_name
 
 LOCK_STALE_S = 60.0
 LOCK_FILE, SESSION_FILE = "lock.json", "mirror.json"
@@ -59,7 +59,7 @@ class RunMirror:
     def __init__(self, folder: Path, store: ObjectStore, options: MirrorOptions) -> None:
         """Name both places; nothing is read or written."""
         self.folder, self.store, self.options = folder, store, options
-        self._lease = ObjectLease(store, LOCK_FILE, stale_s=LOCK_STALE_S)
+        self._lease = ObjectLease(store, LOCK_FILE, stale_s=LOCK_STALE_S, start=slurm_start())
         self._uploaded: dict[str, tuple[int, int]] = {}  # name → time and size of the file that was uploaded
         self._remote: dict[str, ObjectInfo] = {}
         self._stop, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -104,6 +104,8 @@ class RunMirror:
             holder, now = self._lease.holder(), self._lease.read()
             changed = now is not None and before is not None and now != before
             if holder is not None and (is_alive_here(holder) or changed or time.monotonic() > deadline):
+                if self._lease.start.follows(holder.start):
+                    return self._take_over(holder)
                 raise self._held_error(holder)
             if not waiting and holder is not None:
                 waiting = True
@@ -113,6 +115,22 @@ class RunMirror:
                     file=sys.stderr,
                 )
             time.sleep(LOCK_STALE_S / 30)
+
+    def _take_over(self, holder: LeaseHolder) -> None:
+        """Take the lock from an earlier start of this job, on a node that Slurm has lost, and wait until it notices.
+
+        It then uploads nothing more, and stops (`_run_heartbeat`).
+        """
+        print(
+            f"{self.store.root} is written by an earlier start of job {holder.start.job}, process {holder.pid} on "
+            f"{holder.host}, which is stopped",
+            file=sys.stderr,
+        )
+        held = False
+        while not held:  # a renewal at the same moment may replace the lock
+            self._lease.take_over()
+            time.sleep(LOCK_STALE_S / 2)
+            held = self._lease.renew(force=True)
 
     def _held_error(self, holder: LeaseHolder) -> LockHeldError:
         return LockHeldError(

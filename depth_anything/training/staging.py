@@ -4,6 +4,8 @@ Each tar is compared with the hash in its manifest while it is copied, and is re
 a copy that was interrupted continues with the next tar. One process of a machine copies, the others wait for it.
 """
 
+import os
+import re
 import shutil
 import sys
 import threading
@@ -256,6 +258,21 @@ def plan_staging(folder: Path, roots: Mapping[str, str], labels: str | None) -> 
     return StagingPlan(staged, folders, str(place), [])
 
 
+def expand_folder(typed: str) -> Path:
+    """Replace variables of this machine's environment in `stage_to`, as $TMPDIR, whose values differ between nodes.
+
+    Raises:
+        UserError: Naming a variable that is not set.
+    """
+    for name in re.findall(r"\$(\w+)", typed):
+        if not os.environ.get(name):
+            raise UserError(
+                f"stage_to={typed}: the variable {name} is not set on this machine",
+                "set it (on Slurm, SCRATCH in slurm/cluster.env sets TMPDIR), or type stage_to=FOLDER",
+            )
+    return Path(os.path.expandvars(typed))
+
+
 def stage_data(config: RunConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     """Copy the sets that a training reads to `stage_to`, and return the arguments of its DataModule with the copies.
 
@@ -269,12 +286,13 @@ def stage_data(config: RunConfig, arguments: dict[str, Any]) -> dict[str, Any]:
         UserError: As `stage_sets`.
     """
     assert config.stage_to is not None
+    folder = expand_folder(config.stage_to)
     extra = [sets for sets in extra_sets(config).values()]
     roots = {name: root for sets in [config.data.sets, *extra] for name, root in sets.items()}
-    plan = plan_staging(Path(config.stage_to), roots, arguments.get("labels"))
+    plan = plan_staging(folder, roots, arguments.get("labels"))
     for root in plan.unfinished:
         print(f"note: {root} is not finished, and the labels are read from where they are", file=sys.stderr)
-    stage_sets(Path(config.stage_to), plan.sets)
+    stage_sets(folder, plan.sets)
     staged = dict(arguments)
     for key in ("sets", "labelled", "images"):
         if staged.get(key):

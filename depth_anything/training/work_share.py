@@ -42,7 +42,7 @@ def choose_share(typed: str | None, stores: Sequence[Store]) -> WorkShare:
         stores: Where labels are written.
 
     Raises:
-        UserError: `typed` is no share.
+        UserError: `typed` is no share, or the array of Slurm is no range.
     """
     leases = all(store.conditional for store in stores if isinstance(store, ObjectStore))
     if typed is None and not leases and "SLURM_ARRAY_TASK_ID" in os.environ:
@@ -50,6 +50,12 @@ def choose_share(typed: str | None, stores: Sequence[Store]) -> WorkShare:
             int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
             for name, default in (("ID", 0), ("MIN", 0), ("STEP", 1), ("COUNT", 1))
         )
+        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+        if (last - first) // step + 1 != count:
+            raise UserError(
+                f"--array of Slurm has {count} tasks from {first} to {last}, which is a list with gaps",
+                "submit a range, as --array=0-7",
+            )
         return WorkShare((task - first) // step + 1, count, leases=False)
     number, _, count_text = (typed or "1/1").partition("/")
     if not (number.isdecimal() and count_text.isdecimal()) or not 1 <= int(number) <= int(count_text):

@@ -17,13 +17,16 @@ from pathlib import Path
 #: Program → Debian package.
 PROGRAMS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "setpriv": "util-linux"}
 NODES = ("node1", "node2")
-#: cred_expire: a requeued job waits one second longer than this, by default 121 s. KillWait: from SIGTERM to SIGKILL.
+#: FirstJobId: the ranks of a job meet at a port that follows from its number, also those of another cluster on this
+#: machine. cred_expire: a requeued job waits one second longer than this, by default 121 s.
+#: KillWait: from SIGTERM to SIGKILL.
 #: A node has one core more than it needs, so that jobs that only wait run beside each other.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldAddr=127.0.0.1
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -123,7 +126,11 @@ class SlurmCluster:
         ports = _free_ports(1 + len(NODES))
         nodes = [NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
         text = CONFIG.format(
-            folder=folder, controller_port=ports[0], nodes="\n".join(nodes), names=",".join(NODES)
+            folder=folder,
+            controller_port=ports[0],
+            first_job=1 + secrets.randbelow(9000),
+            nodes="\n".join(nodes),
+            names=",".join(NODES),
         )
         (folder / "slurm.conf").write_text(text)
         (folder / "munge.key").touch(mode=0o600)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from depth_anything import DepthAnything, save_model
+from depth_anything.disk import process_exists
 from depth_anything.ingest.photographs import write_images
 
 from .project import SCENES, SETTINGS, Project, SharedForkServer
@@ -144,6 +145,36 @@ def test_a_killed_task_and_a_dead_node_cost_minutes(project: Project, unbroken: 
     check_result(project, unbroken)
     assert "another rank has ended" in project.logs()
     assert "Traceback" not in project.logs(), project.logs()
+
+
+def test_a_start_on_a_lost_node_makes_way_for_the_next(
+    project: Project, unbroken: Unbroken, data: Path
+) -> None:
+    """A slurmd is dead, and Slurm gives its node up, while the processes that it started live on."""
+    slurm = project.slurm
+    job = train(project, data, hold="5", options=("--job-name=bash",))  # a name that Lightning treats apart
+    project.wait_until_held(job, "5")
+    node, old = slurm.show(job)["BatchHost"], [project.pid(job, "5", rank) for rank in (0, 1)]
+    assert unbroken.model  # has ended: it may be on this node
+    slurm.kill_slurmd(node)
+    try:
+        # What SlurmdTimeout does, at once.
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        project.wait_until_restarted(job)
+        wait_until(
+            lambda: f"is written by an earlier start of job {job}, process" in project.logs(),
+            "wait",
+            details=project.details,
+        )
+        assert slurm.show(job)["BatchHost"] != node
+        assert all(process_exists(process) for process in old)
+        (project.folder / "go").touch()
+        assert project.wait_until_ended(job) == "COMPLETED", project.logs()
+        assert not any(process_exists(process) for process in old)
+    finally:
+        slurm.start_node(node)
+    assert slurm.show(job)["Restarts"] == "1"
+    check_result(project, unbroken)
 
 
 def test_tasks_of_a_labeling_array_come_and_go(project: Project, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from depth_anything.errors import UserError
 from depth_anything.training.lightning import (
     _warn_of_shared_store,
     explain_lost_rank,
+    join_process_group,
     move_timers_first,
     run_fit,
 )
@@ -192,3 +194,17 @@ def test_torchrun_that_keeps_old_addresses_is_reported(
 def test_an_error_of_a_lost_rank_is_told_from_others(error: Exception, lost: bool) -> None:
     explained = explain_lost_rank(error)
     assert isinstance(explained, UserError) == lost and (lost or explained is error)
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def setup_environment() -> None:
+        raise RuntimeError("The server socket has failed to listen: port: 15777, name: EADDRINUSE")
+
+    monkeypatch.setenv("MASTER_PORT", "15777")
+    trainer: Any = make_trainer(tmp_path, steps=1)
+    monkeypatch.setattr(trainer.strategy, "setup_environment", setup_environment)
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    environment = SimpleNamespace(creates_processes_externally=True)
+    monkeypatch.setattr(trainer._accelerator_connector, "cluster_environment", environment)
+    with pytest.raises(UserError, match="15777.*MASTER_PORT="):
+        join_process_group(trainer)

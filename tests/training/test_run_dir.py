@@ -1,5 +1,6 @@
 """Run folders: the lock, which configs are the same run, and from which checkpoint a run continues."""
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,28 @@ def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path, exclusive: 
     assert alive.exists()
     folder.lock.release()
     assert not [path for path in torn if path.exists()]
+
+
+@pytest.mark.parametrize(
+    ("environment", "start"),
+    [
+        ({}, ("", 0)),
+        ({"SLURM_JOB_ID": "777"}, ("777", 0)),
+        ({"SLURM_JOB_ID": "777", "SLURM_RESTART_COUNT": "3"}, ("777", 3)),
+    ],
+)
+def test_the_lock_names_the_start_of_the_slurm_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], start: tuple[str, int]
+) -> None:
+    for key in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    folder = RunDir(tmp_path)
+    folder.lock.acquire()
+    content = json.loads((tmp_path / "lock.json").read_text())
+    folder.lock.release()
+    assert (content["job"], content["start"]) == start
 
 
 def test_launch_id_differs_between_starts(monkeypatch: pytest.MonkeyPatch) -> None:

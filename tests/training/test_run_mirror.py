@@ -258,6 +258,42 @@ def test_a_second_job_is_refused(mirrors: Any, place: ObjectStore, monkeypatch: 
     mirrors("b").open()  # it is not renewed any more
 
 
+def test_a_later_start_of_the_job_takes_over(
+    mirrors: Any, place: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has lost the node of the earlier start, which lives on and notices when it renews the lock."""
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slept: list[float] = []
+
+    def elsewhere(seconds: float) -> None:
+        """Renew the lock, also once after it was taken."""
+        slept.append(seconds)
+        if len(slept) < 5:
+            holder = {
+                "host": "far",
+                "pid": 7,
+                "process": "far/b/n/7.1",
+                "start": ["7", 1],
+                "beat": len(slept),
+            }
+            place.write("lock.json", json.dumps(holder).encode())
+
+    monkeypatch.setattr(time, "sleep", elsewhere)
+    for restart in ("0", "1"):
+        slept.clear()
+        elsewhere(0)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        with pytest.raises(LockHeldError):
+            mirrors("b").open()
+    slept.clear()
+    elsewhere(0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    mirrors("b").open()
+    assert slept[-1] >= 2 * run_mirror.LOCK_STALE_S / 4 and len(slept) == 5
+    assert json.loads(place.read("lock.json"))["start"] == ["7", 2]
+
+
 def test_the_run_of_a_killed_process_of_this_machine_is_free_at_once(
     mirrors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from depth_anything.data.shards import open_set, verify_set
 from depth_anything.data.tars import ShardError
 from depth_anything.errors import UserError
 from depth_anything.training import staging
-from depth_anything.training.staging import plan_staging, stage_data, stage_sets
+from depth_anything.training.staging import expand_folder, plan_staging, stage_data, stage_sets
 
 from .test_data import write_labels, write_set
 
@@ -201,6 +201,17 @@ def test_a_run_reads_the_copies_and_has_the_same_digests(tmp_path: Path, capsys:
     (tmp_path / "labels" / "photos" / "manifest.json").unlink()
     staged = stage_data(config, arguments)
     assert staged["labels"] == arguments["labels"] and "is not finished" in capsys.readouterr().err
+
+
+def test_stage_to_may_name_variables_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node has its own value, and the machine that submits has none."""
+    config = make_config("stage=teacher", "stage_to=$OWN_SCRATCH/sets")
+    assert config.stage_to == "$OWN_SCRATCH/sets"
+    monkeypatch.setenv("OWN_SCRATCH", "/scratch/a b/7")
+    assert expand_folder(config.stage_to) == Path("/scratch/a b/7/sets")
+    monkeypatch.setenv("OWN_SCRATCH", "")
+    with pytest.raises(UserError, match="OWN_SCRATCH"):
+        stage_data(config, config.data.as_dict())
 
 
 def test_labeling_copies_nothing() -> None:

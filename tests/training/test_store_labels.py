@@ -214,6 +214,11 @@ def test_the_share_is_typed_or_that_of_an_array(
     for variable, value in {"ID": "7", "MIN": "3", "STEP": "2", "COUNT": "4"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{variable}", value)
     assert str(choose_share(None, [place])) == "3/4" and not choose_share(None, [place]).leases
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
+    assert str(choose_share(None, [place])) == "3/4"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "15")  # --array=3,5,7,15
+    with pytest.raises(UserError, match="--array"):
+        choose_share(None, [place])
     assert str(choose_share("2/3", [place])) == "2/3"
     assert choose_share("2/2", []).select("abcde") == ["b", "d"]
     assert str(choose_share(None, [])) == "1/1" and choose_share(None, []).leases
