@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
     DeviceStatsMonitor,
@@ -33,6 +34,7 @@ from depth_anything.errors import UserError
 from depth_anything.training.lightning import (
     _warn_of_shared_store,
     explain_lost_rank,
+    join_process_group,
     move_timers_first,
     run_fit,
 )
@@ -178,6 +180,19 @@ def test_torchrun_that_keeps_old_addresses_is_reported(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     _warn_of_shared_store()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err) == warned
+
+
+def test_several_nodes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 would wait half an hour for the others."""
+    for name in ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False)
+    with pytest.raises(UserError, match=r"trainer\.num_nodes=2.*torchrun"):
+        join_process_group(trainer)
+    monkeypatch.setenv(
+        "MASTER_ADDR", "127.0.0.1"
+    )  # typed by hand on each node, as Lightning's documentation says
+    join_process_group(trainer)
 
 
 @pytest.mark.parametrize(
