@@ -230,7 +230,7 @@ def _plan_training(
     checkpoints = CheckpointPlan(
         bytes=size,
         write_s=write_s,
-        count=ceil(config.steps / config.checkpoint.every),
+        count=config.steps // config.checkpoint.every,
         every_s=every_s,
         best_every_s=daly_interval(write_s, mtbf_s),
     )
