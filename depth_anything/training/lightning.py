@@ -217,18 +217,26 @@ def join_process_group(trainer: pl.Trainer) -> None:
     if trainer.world_size == 1 or is_launched_by_lightning():
         return
     if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
-        if trainer.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK", "GROUP_RANK"} & os.environ.keys():
-            raise UserError(
-                f"trainer.num_nodes={trainer.num_nodes}, but neither srun nor torchrun has started this process, so it "
-                "would wait for the other nodes",
-                "type torchrun on every node (docs/clusters.md), or leave out trainer.num_nodes",
-            )
+        require_launcher(trainer.num_nodes)
         os.environ[MAIN_PID_VARIABLE] = str(os.getpid())
         if trainer.strategy.launcher is not None:  # the other ranks would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         return
     _warn_of_shared_store()
     trainer.strategy.setup_environment()
+
+
+def require_launcher(nodes: int) -> None:
+    """Refuse several nodes where no launcher has started this process: it would wait for the others for half an hour.
+
+    Raises:
+        UserError: If no variable says where the other nodes are.
+    """
+    if nodes > 1 and not {"MASTER_ADDR", "NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+        raise UserError(
+            f"trainer.num_nodes={nodes}, but neither srun nor torchrun has started this process",
+            "start it on every node (docs/clusters.md), or leave out trainer.num_nodes",
+        )
 
 
 def _warn_of_shared_store() -> None:
