@@ -433,6 +433,8 @@ def _error_text(error: BaseException, *, lines: int | None = None) -> str:
     full_key = getattr(error, "full_key", None)
     if missing := re.search(r"Environment variable '(\w+)' not found", str(error)):
         return f"{full_key or 'a key'} needs the environment variable {missing[1]}, which is not set; export it first"
+    if missing := re.search(r"Interpolation key '([A-Z_]+)' not found", str(error)):
+        return f"{full_key}: there is no key {missing[1]}; for the environment variable type ${{oc.env:{missing[1]}}}"
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{full_key}: {text[0]}" if full_key else " ".join(text[:lines])
 

@@ -11,7 +11,7 @@ from typing import Any
 from depth_anything.data.address import is_remote
 from depth_anything.errors import UserError
 
-_SHELL_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_SHELL_VARIABLE = re.compile(r"\$(\w+)")
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,9 @@ def test_several_values_and_missing_environment_variables_are_explained(
         OmegaConf.to_container(OmegaConf.create({"stage_to": "${oc.env:NO_FOLDER}"}), resolve=True)
     explained = explain_hydra_error(caught.value, [])
     assert "stage_to needs the environment variable NO_FOLDER" in explained and "\n" not in explained
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.to_container(OmegaConf.create({"output_dir": "${SCRATCH}/runs"}), resolve=True)
+    assert explain_hydra_error(caught.value, []).endswith("type ${oc.env:SCRATCH}")
 
 
 def test_train_py_reports_a_wrong_key_in_one_line() -> None:
