@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
     DeviceStatsMonitor,
@@ -33,6 +34,7 @@ from depth_anything.errors import UserError
 from depth_anything.training.lightning import (
     _warn_of_shared_store,
     explain_lost_rank,
+    join_process_group,
     move_timers_first,
     require_launcher,
     run_fit,
@@ -185,8 +187,9 @@ def test_several_nodes_without_a_launcher_are_refused(monkeypatch: pytest.Monkey
     for name in ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     require_launcher(1)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False)
     with pytest.raises(UserError, match=r"trainer\.num_nodes=2.*docs/clusters\.md"):
-        require_launcher(2)
+        join_process_group(trainer)
     monkeypatch.setenv(
         "MASTER_ADDR", "127.0.0.1"
     )  # typed by hand on each node, as Lightning's documentation says

@@ -74,6 +74,11 @@ def test_a_typed_key_is_named_before_those_that_follow_from_it(tmp_path: Path) -
         RunDir(tmp_path / "run", typed={"stage"}).claim(other)
 
 
+def test_a_missing_resume_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none.ckpt does not exist"):
+        RunDir(tmp_path / "run").begin(config(resume=str(tmp_path / "none.ckpt")), main=True)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mount that is read-only; root may write into any other folder."""
 
