@@ -64,7 +64,8 @@ def find_device(name: str) -> Device:
     names = ", ".join(device.name for device in DEVICES)
     raise UserError(
         f"no peak is known for the device {name!r}",
-        f"type {known[closest[0]].name if closest else 'one that is known'} (known: {names})",
+        f"type {known[closest[0]].name if closest else 'one that is known'} (known: {names}), or the peak of its data "
+        "sheet as --peak-tflops N",
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from depth_anything.errors import SAME_COMMAND, Text, UserMessage, error_reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _MAX_NAME_BYTES = 255
 _STALE_S = 86_400.0
 _TEMPORARY = re.compile(r"\.tmp\..*\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)\.[0-9a-f]+")
@@ -37,7 +38,13 @@ def write_error(path: Path, error: BaseException) -> WriteError:
             context, or quote its number as "(os error 28)".
     """
     code, reason = _system_error(error)
-    fix: Text = (f"make space in {path.parent} and ", SAME_COMMAND) if code in _FULL else ""
+    fix: Text = ""
+    if code in _FULL:
+        fix = (f"make space in {path.parent} and ", SAME_COMMAND)
+    elif code in _FORBIDDEN:
+        fix = (f"make {path.parent} writable and ", SAME_COMMAND)
+    elif code == errno.ENOENT:
+        fix = (f"bring {path.parent} back and ", SAME_COMMAND)
     named = WriteError(f"{path} cannot be written ({reason})", fix)
     named.errno = code
     return named
@@ -45,12 +52,12 @@ def write_error(path: Path, error: BaseException) -> WriteError:
 
 @contextmanager
 def name_write_errors(path: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Name the file when the disk is full: the system's error for a failed write or fsync names none.
+    """Name the file when the disk is full or read-only: the system's error for a failed write or fsync names none.
 
     Args:
         path: The final path.
-        also: Other exceptions that mean a failed write here. By default only a full disk does, because the code may
-            also read from a disk that fails.
+        also: Other exceptions that mean a failed write here. By default only a full or read-only disk does, because the
+            code may also read from a disk that fails.
 
     Raises:
         WriteError: As `write_error`.
@@ -60,8 +67,8 @@ def name_write_errors(path: Path, also: tuple[type[Exception], ...] = ()) -> Ite
     except WriteError:
         raise
     except OSError as error:
-        full = error.errno in (*_FULL, errno.EFBIG) and error.strerror is not None
-        if not full and not isinstance(error, also):
+        failed = error.errno in (*_FULL, errno.EFBIG, errno.EROFS) and error.strerror is not None
+        if not failed and not isinstance(error, also):
             raise
         raise write_error(path, error) from error
     except also as error:

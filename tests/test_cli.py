@@ -35,6 +35,7 @@ SURFACE = {
         "overrides": None,
         "--gpus": 8,
         "--device": "h100",
+        "--peak-tflops": None,
         "--gpus-per-node": 8,
         "--mfu": None,
         "--images-per-core": None,

@@ -13,6 +13,7 @@ import pytest
 
 from depth_anything.data.tars import write_shard
 from depth_anything.disk import (
+    WriteError,
     atomic_files,
     atomic_folder,
     atomic_path,
@@ -68,6 +69,21 @@ def test_an_existing_file_stays_if_the_disk_is_full(
     assert f"make space in {tmp_path} and start the same command again" in str(raised.value)
     assert raised.value.errno == errno.ENOSPC and path.read_bytes() == b"older"
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("code", "also", "fix"),
+    [
+        (errno.EROFS, (), "make {} writable and start the same command again"),
+        (errno.EACCES, (OSError,), "make {} writable and start the same command again"),
+        (errno.ENOENT, (OSError,), "bring {} back and start the same command again"),
+    ],
+)
+def test_an_error_says_what_to_do(tmp_path: Path, code: int, also: tuple[type[OSError]], fix: str) -> None:
+    with pytest.raises(WriteError) as raised, name_write_errors(tmp_path / "a.tar", also):
+        raise OSError(code, os.strerror(code))
+    assert raised.value.errno == code and raised.value.fix == fix.format(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path / 'a.tar'} cannot be written ({os.strerror(code)})")
 
 
 def test_read_errors_are_not_changed(tmp_path: Path) -> None:

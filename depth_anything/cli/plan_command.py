@@ -34,6 +34,12 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument("--device", default="h100", metavar="NAME", help="kind of GPU, as a100 (%(default)s)")
     plan.add_argument(
+        "--peak-tflops",
+        type=float_in_range("--peak-tflops", most=1e6, unit="TFLOP/s"),
+        metavar="N",
+        help="dense bf16 peak of a GPU from its data sheet, TFLOP/s, for a --device that is not known",
+    )
+    plan.add_argument(
         "--gpus-per-node",
         type=int_in_range("--gpus-per-node", least=1, most=1024),
         default=8,
@@ -115,13 +121,17 @@ def _add_cluster_flags(plan: argparse.ArgumentParser) -> None:
 
 
 def _run_plan(options: argparse.Namespace) -> None:
-    from depth_anything.devices import find_device
+    from depth_anything.devices import Device, find_device
     from depth_anything.planning.assumptions import GPU_HOURS_PER_FAILURE, Cluster
     from depth_anything.planning.pipeline import plan_pipeline
     from depth_anything.planning.report import format_plan, parse_records, plan_as_dict
 
+    if options.peak_tflops is None:
+        device = find_device(options.device)
+    else:
+        device = Device(options.device, options.device, options.peak_tflops, cuda_name="")
     cluster = Cluster(
-        device=find_device(options.device),
+        device=device,
         gpus=options.gpus,
         gpus_per_node=options.gpus_per_node,
         mfu=options.mfu,

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from depth_anything.errors import UserError
 from depth_anything.planning.assumptions import Cluster
 from depth_anything.planning.stage_plan import StagePlan, count_network, plan_stage
+from depth_anything.training.batch_plan import extra_sets
 from depth_anything.training.check_config import find_key
 from depth_anything.training.command import CONFIG_GROUPS, compose_config
 
@@ -64,6 +66,17 @@ def plan_pipeline(
         UserError: As `python train.py` would, or if a stage cannot be planned.
     """
     composed = [compose_config(typed, configs) for typed in split_stages(overrides)]
+    read = {
+        name
+        for config in composed
+        for sets in (config.data.sets, *extra_sets(config).values())
+        for name in sets
+    }
+    if unknown := [name for name in records or {} if name not in read]:
+        raise UserError(
+            f"no stage reads a set named {unknown[0]}",
+            f"type --records with the name of one that is read ({', '.join(sorted(read))})",
+        )
     stages = [(config, count_network(config)) for config in composed]
     return [
         PipelinePlan(

@@ -24,6 +24,7 @@ from depth_anything.planning.goodput import (
     simulate_goodput,
 )
 from depth_anything.planning.set_sizes import total_size
+from depth_anything.progress import format_duration
 from depth_anything.teachers.open_teacher import teacher_kind
 from depth_anything.training.batch_plan import extra_sets, split_batch
 from depth_anything.training.config import RunConfig
@@ -394,7 +395,15 @@ def _count_labeling(config: RunConfig) -> NetworkCost:
 
 def _goodput(cluster: Cluster, mtbf_s: float, checkpoints: Checkpoints) -> float:
     stops = Interruptions(mtbf_s, cluster.restart_s, cluster.time_limit_s)
-    return simulate_goodput(stops, checkpoints, starts=SIMULATED_STARTS).share
+    share = simulate_goodput(stops, checkpoints, starts=SIMULATED_STARTS).share
+    if not share:
+        raise UserError(
+            f"no step would be kept: the job fails every {format_duration(mtbf_s)} and ends after "
+            f"{format_duration(cluster.time_limit_s)}, a restart takes {format_duration(cluster.restart_s)}, and the "
+            f"next checkpoint {format_duration(checkpoints.interval_s + checkpoints.write_s)}",
+            "type a lower --restart or checkpoint.every=, or a higher --time-limit or --gpu-hours-per-failure",
+        )
+    return share
 
 
 def _assumed_mfu(encoder: str) -> float:

@@ -1,5 +1,6 @@
 """Validate the arguments of Lightning's Trainer in a config. Lightning is imported late, as it takes seconds."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -96,6 +97,7 @@ def _try_trainer_argument(name: str, value: Any) -> None:
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides what it says of the machine
     try:
         Trainer(accelerator="cpu", devices=1, **quiet, **{name: value})
     except (MisconfigurationException, ImportError, ValueError, TypeError) as error:

@@ -218,7 +218,8 @@ class Checkpoints(StepCallback):
         for callback in run.callbacks:
             if isinstance(callback, StepCallback):
                 callback.before_save(trainer, module, step)
-        gather_or_raise(trainer.world_size, lambda: require_finite_weights(module, step))
+        with self._remember_failure():
+            gather_or_raise(trainer.world_size, lambda: require_finite_weights(module, step))
         self.wait(trainer)
         with self._remember_failure():
             gather_or_raise(trainer.world_size, lambda: self._prepare(trainer, step))

@@ -389,6 +389,9 @@ def explain_hydra_error(error: BaseException, typed: Sequence[str]) -> str:
     """
     message = str(error)
     values = {one.partition("=")[0].lstrip("+~"): one.partition("=")[2] for one in typed if "=" in one}
+    if several := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        key, _, value = several[1].partition("=")
+        return f"{several[1]} has several values; type one, as {key}={value.split(',')[0]}"
     existing = re.search(r"already at '([^']+)'", message)
     if existing:
         key = existing[1]
@@ -428,6 +431,10 @@ def format_failure(error: BaseException, typed: Sequence[str]) -> str:
 def _error_text(error: BaseException, *, lines: int | None = None) -> str:
     """Return so many lines of an error in one; of OmegaConf's errors the key and the first line."""
     full_key = getattr(error, "full_key", None)
+    if missing := re.search(r"Environment variable '(\w+)' not found", str(error)):
+        return f"{full_key or 'a key'} needs the environment variable {missing[1]}, which is not set; export it first"
+    if missing := re.search(r"Interpolation key '([A-Z_]+)' not found", str(error)):
+        return f"{full_key}: there is no key {missing[1]}; for the environment variable type ${{oc.env:{missing[1]}}}"
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{full_key}: {text[0]}" if full_key else " ".join(text[:lines])
 

@@ -34,6 +34,7 @@ from depth_anything.training.value_rules import (
     FOV,
     KEY_NAMES,
     LEARNING_RATE,
+    LOCAL_FOLDER,
     LOSS_WEIGHT,
     OPEN_FRACTION,
     OPTIONAL_FILE,
@@ -97,7 +98,7 @@ class CheckpointConfig(ConfigSection):
 class MirrorConfig(ConfigSection):
     """For `output_dir` in an object store: the local folder of the run, and when it is uploaded, in seconds."""
 
-    folder: str | None = config_key(OPTIONAL_FOLDER, default=None)
+    folder: str | None = config_key(LOCAL_FOLDER, default=None)
     every: float = config_key(real(0, above=True, unit="of seconds", example=15), default=15.0)
     patience: float = config_key(real(0, unit="of seconds", example=3600), default=3600.0)
 
@@ -315,7 +316,7 @@ class RunConfig(ConfigSection):
     overwrite: bool = config_key(flag(), resume=FREE)
     allow_partial: bool = config_key(flag(), resume=FREE)
     dry_run: bool = config_key(flag(), resume=FREE)
-    stage_to: str | None = config_key(OPTIONAL_FOLDER, default=None, resume=FREE)
+    stage_to: str | None = config_key(LOCAL_FOLDER, default=None, resume=FREE)
     hang_timeout: float | None = config_key(
         real(0, above=True, example=300, optional=True), default=None, resume=FREE
     )

@@ -219,6 +219,7 @@ def join_process_group(trainer: pl.Trainer) -> None:
     if trainer.world_size == 1 or is_launched_by_lightning():
         return
     if not trainer._accelerator_connector.cluster_environment.creates_processes_externally:
+        require_launcher(trainer.num_nodes)
         os.environ[MAIN_PID_VARIABLE] = str(os.getpid())
         if trainer.strategy.launcher is not None:  # the other ranks would wait for a rank 0 that has failed
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
@@ -233,6 +234,19 @@ def join_process_group(trainer: pl.Trainer) -> None:
             f"port {os.environ.get('MASTER_PORT')} of this machine, at which the ranks would meet, is in use",
             "export MASTER_PORT=ANOTHER_PORT on all machines, and start the same command again",
         ) from error
+
+
+def require_launcher(nodes: int) -> None:
+    """Refuse several nodes where no launcher has started this process: it would wait for the others for half an hour.
+
+    Raises:
+        UserError: If no variable says where the other nodes are.
+    """
+    if nodes > 1 and not {"MASTER_ADDR", "NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+        raise UserError(
+            f"trainer.num_nodes={nodes}, but neither srun nor torchrun has started this process",
+            "start it on every node (docs/clusters.md), or leave out trainer.num_nodes",
+        )
 
 
 def _warn_of_shared_store() -> None:

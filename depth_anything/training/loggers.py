@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import DummyLogger, rank_zero_experiment
@@ -402,10 +403,11 @@ def wandb_logger(*, project: str, name: str, folder: str) -> WandbLogger:
     """Open a Weights & Biases run whose id follows from the run's name, so that a requeued job continues it.
 
     Without a key (WANDB_API_KEY or ~/.netrc) or a network it writes offline into the run folder; `wandb sync`
-    uploads it later.
+    uploads it later. WANDB_BASE_URL names a server of your own.
     """
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     try:
-        has_login = netrc.netrc().authenticators("api.wandb.ai") is not None
+        has_login = netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         has_login = False
     offline = not (has_login or os.environ.get("WANDB_API_KEY")) or os.environ.get("WANDB_MODE") == "offline"

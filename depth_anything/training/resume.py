@@ -178,6 +178,9 @@ def check_same_run(
             train.
     """
     changed = config_differences(old, new, typed=typed)
+    changed = {
+        key: changed[key] for key in sorted(changed, key=lambda key: key not in typed)
+    }  # what others follow from
     named = keys_to_change(new)
     intended = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in named)]
     for key in changed:

@@ -14,7 +14,7 @@ import yaml
 from depth_anything.data.address import redact_nested
 from depth_anything.data.local_copy import local_path
 from depth_anything.data.store import FolderStore, Store
-from depth_anything.disk import atomic_write, remove_stale
+from depth_anything.disk import atomic_write, name_write_errors, remove_stale
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch, JobStart
 from depth_anything.model.integrity import find_damage
@@ -90,7 +90,8 @@ class RunDir:
         """
         decision = self.path / "launch.json"
         if main:
-            decision.unlink(missing_ok=True)
+            with name_write_errors(self.path, (OSError,)):
+                decision.unlink(missing_ok=True)
             self.claim(config)
             checkpoint = self._choose_checkpoint(config)
             if checkpoint is not None and checkpoint.parent != self.checkpoints:
@@ -160,9 +161,11 @@ class RunDir:
             UserError: If another process writes to the folder; if the saved config is another run's; or if the run
                 was trained before, none of its checkpoints can be used, and `resume` names no other.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with name_write_errors(self.path, (OSError,)):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if exclusive:
+                self.lock.acquire()
         if exclusive:
-            self.lock.acquire()
             if config.overwrite and self.config.is_file() and not is_requeued():
                 self._rename_existing()
                 self.lock = self._new_lock()
@@ -330,7 +333,7 @@ def find_checkpoint_problem(path: Path) -> str:
     """
     sharded = is_sharded(path)
     if not sharded and not path.is_file():
-        return "is not a checkpoint of a run"
+        return "is not a checkpoint of a run" if path.exists() else "does not exist"
     if damage := find_sharded_damage(path) if sharded else find_damage(path):
         return f"is damaged ({damage})"
     try:

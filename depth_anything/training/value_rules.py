@@ -2,12 +2,16 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from depth_anything.data.address import is_remote
 from depth_anything.errors import UserError
+
+_SHELL_VARIABLE = re.compile(r"\$(\w+)")
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,14 @@ def _is_run_name(value: Any) -> bool:
     return named and bool(parts) and parts[0] != "/" and ".." not in parts
 
 
+def _is_folder(value: Any) -> bool:
+    return text("a folder", example="FOLDER").accepts(value) and not _SHELL_VARIABLE.match(str(value))
+
+
+def _is_local_folder(value: Any) -> bool:
+    return value is None or (_is_folder(value) and not is_remote(str(value)))
+
+
 def _is_sky(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and policy in ("far", "invalid") for name, policy in value.items())
@@ -170,8 +182,9 @@ def _is_devices(value: Any) -> bool:
 
 
 ANY = ValueRule(lambda value: True, "any value", None)
-FOLDER = text("a folder", example="FOLDER")
-OPTIONAL_FOLDER = text("a folder", example="FOLDER", optional=True)
+FOLDER = ValueRule(_is_folder, "a folder", "FOLDER")
+OPTIONAL_FOLDER = ValueRule(lambda value: value is None or _is_folder(value), "a folder, or null", "FOLDER")
+LOCAL_FOLDER = ValueRule(_is_local_folder, "a folder of this machine, or null", "FOLDER")
 OPTIONAL_FILE = text("a file", example="FILE", optional=True)
 RUN_NAME = ValueRule(
     _is_run_name,
@@ -239,6 +252,11 @@ def check_value(name: str, value: Any, rule: ValueRule) -> None:
         closest = difflib.get_close_matches(str(value), rule.options, 1, 0.5) or list(rule.options[:1])
         others = ", ".join(option for option in rule.options if option != closest[0])
         raise UserError(f"{name}={format_value(value)} is unknown", f"type {name}={closest[0]} (or {others})")
+    if rule.example == FOLDER.example and (variable := _SHELL_VARIABLE.match(str(value))):
+        example = f"${{oc.env:{variable[1]}}}{str(value)[variable.end() :]}"
+        raise UserError(
+            f"{name}={value} has a variable that the shell did not replace", f"type '{name}={example}'"
+        )
     example = rule.example
     if isinstance(value, float) and value.is_integer() and rule.accepts(int(value)):
         example = int(value)  # steps=1e3

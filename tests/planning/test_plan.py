@@ -304,13 +304,28 @@ def test_the_command_prints_the_same_plan_as_json(capsys: pytest.CaptureFixture[
         (["stage=pseudolabel", "size=paper", "teacher=transformers:x"], "teacher=transformers:x"),
         (["stage=student", "size=paper", "micro_batch=5", "--gpus", "8"], "micro_batch=5"),
         (["size=paper", "--records", "own=few"], "--records own=20000"),
+        (["stage=student", "size=paper", "--records", "sa1=5"], "no stage reads a set named sa1"),
+        (["stage=student", "size=paper", "encoder=vits,vitb"], "type one, as encoder=vits"),
         (["size=paper", "--mfu", "40"], "--mfu must be"),
+        (["stage=student", "--time-limit", "0.01"], "no step would be kept"),
+        (["stage=pseudolabel", "--gpu-hours-per-failure", "1e-6"], "--gpu-hours-per-failure"),
     ],
 )
 def test_mistakes_are_one_sentence(typed: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *typed]) == 2
     errors = capsys.readouterr().err
     assert said in errors and errors.count("\n") == 1 and "Traceback" not in errors
+
+
+def test_another_gpu_is_planned_by_the_peak_of_its_data_sheet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "stage=student", "--device", "mi300x", "--peak-tflops", "1307", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["cluster"]["device"], plan["cluster"]["peak_tflops"]) == ("mi300x", 1307.0)
+    (stage,) = plan["stages"]
+    work = stage["work"]
+    assert work["step_s"] == pytest.approx(
+        work["samples"] / work["steps"] * work["flop_per_sample"] / (work["gpus"] * 1307e12 * work["mfu"])
+    )
 
 
 def test_a_plan_says_what_limits_it() -> None:

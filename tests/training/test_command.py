@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.tars import StorageUnavailable
 from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError
@@ -149,6 +151,23 @@ def test_hydra_errors_are_shortened_to_one_line() -> None:
     )
     assert "append" not in explain_hydra_error(error, ["stage=teacher", "x.foo=1"])
     assert explain_hydra_error(ValueError("one\ntwo"), []) == "one"
+
+
+def test_several_values_and_missing_environment_variables_are_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep = ValueError(
+        "Ambiguous value for argument 'encoder=vits,vitb'\n1. To use it as a list, use key=[a,b]"
+    )
+    assert explain_hydra_error(sweep, []).endswith("type one, as encoder=vits")
+    monkeypatch.delenv("NO_FOLDER", raising=False)
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.to_container(OmegaConf.create({"stage_to": "${oc.env:NO_FOLDER}"}), resolve=True)
+    explained = explain_hydra_error(caught.value, [])
+    assert "stage_to needs the environment variable NO_FOLDER" in explained and "\n" not in explained
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.to_container(OmegaConf.create({"output_dir": "${SCRATCH}/runs"}), resolve=True)
+    assert explain_hydra_error(caught.value, []).endswith("type ${oc.env:SCRATCH}")
 
 
 def test_train_py_reports_a_wrong_key_in_one_line() -> None:

@@ -241,7 +241,9 @@ def test_other_limits_of_skipped_steps(tmp_path: Path) -> None:
         train(tmp_path / "b", batches, guards=StepGuards(tmp_path / "b", every=4, max_skipped=2))
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Broken(FaultyModule):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if batch_idx == 4:
@@ -254,6 +256,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"depth_head\.weight|step 6"):
         trainer.fit(Broken(module.model, module.recipe), train_dataloaders=loader)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000003.ckpt"]
+    assert "not saved" not in capsys.readouterr().err  # the error that is raised says so
 
 
 @pytest.mark.parametrize("factor", [10.0, 1e8])

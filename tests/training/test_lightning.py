@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
     DeviceStatsMonitor,
@@ -36,6 +37,7 @@ from depth_anything.training.lightning import (
     explain_lost_rank,
     join_process_group,
     move_timers_first,
+    require_launcher,
     run_fit,
 )
 from depth_anything.training.loggers import MetricsCSV, SafeLogger, build_loggers, logger_nodes
@@ -180,6 +182,19 @@ def test_torchrun_that_keeps_old_addresses_is_reported(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     _warn_of_shared_store()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err) == warned
+
+
+def test_several_nodes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    require_launcher(1)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=False)
+    with pytest.raises(UserError, match=r"trainer\.num_nodes=2.*docs/clusters\.md"):
+        join_process_group(trainer)
+    monkeypatch.setenv(
+        "MASTER_ADDR", "127.0.0.1"
+    )  # typed by hand on each node, as Lightning's documentation says
+    require_launcher(2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fork_server import ForkServer
 from pytorch_lightning.loggers import Logger
 
 from depth_anything.training import loggers
-from depth_anything.training.loggers import MetricsCSV, SafeLogger, wandb_run_id
+from depth_anything.training.loggers import MetricsCSV, SafeLogger, wandb_logger, wandb_run_id
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -262,6 +262,20 @@ def test_names_that_differ_only_in_rejected_characters_get_different_ids() -> No
 @pytest.mark.parametrize("name", ["teacher-vitt-tiny", "a_b.c", "a b", "x" * 100])
 def test_a_valid_name_is_its_own_id(name: str) -> None:
     assert wandb_run_id(name) == name
+
+
+@pytest.mark.parametrize(("server", "offline"), [(None, True), ("https://wandb.lab:8080", False)])
+def test_the_key_of_a_server_of_your_own_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str | None, offline: bool
+) -> None:
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    if server is not None:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    (tmp_path / "keys").write_text("machine wandb.lab login user password key\n")
+    assert wandb_logger(project="p", name="n", folder=str(tmp_path))._offline == offline
 
 
 TRAINING = """

@@ -1,5 +1,6 @@
 """Run folders: the lock, which configs are the same run, and from which checkpoint a run continues."""
 
+import errno
 import json
 import os
 import subprocess
@@ -62,6 +63,36 @@ def test_more_steps_are_allowed_only_with_a_constant_schedule() -> None:
     assert config_differences(flatten(config(**constant)), flatten(config(**constant, steps=20))) == {}
     fewer = config_differences(flatten(config(**constant)), flatten(config(**constant, steps=5)))
     assert list(fewer) == ["steps"]
+
+
+def test_a_typed_key_is_named_before_those_that_follow_from_it(tmp_path: Path) -> None:
+    first = RunDir(tmp_path / "run")
+    first.claim(config())
+    first.lock.release()
+    checkpoint(first.checkpoints / "step-000000005.ckpt")
+    other = make_config("stage=student", "trainer=cpu", steps=10)
+    with pytest.raises(ValueError, match=r"was started with stage=teacher, now stage=student \(and "):
+        RunDir(tmp_path / "run", typed={"stage"}).claim(other)
+
+
+def test_a_missing_resume_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none.ckpt does not exist"):
+        RunDir(tmp_path / "run").begin(config(resume=str(tmp_path / "none.ckpt")), main=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that is read-only; root may write into any other folder."""
+
+    def read_only(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
+
+    fix = f"make {tmp_path} writable and start the same command again"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=fix):
+        patch.setattr(Path, "mkdir", read_only)
+        RunDir(tmp_path / "new").begin(config(), main=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=fix):
+        patch.setattr(Path, "unlink", read_only)
+        RunDir(tmp_path / "old").begin(config(), main=True)
 
 
 def test_overwrite_renames_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
