@@ -145,6 +145,11 @@ def _is_local_folder(value: Any) -> bool:
     return value is None or (_is_folder(value) and not is_remote(str(value)))
 
 
+def _is_node_folder(value: Any) -> bool:
+    named = text("a folder", example="FOLDER", optional=True).accepts(value)
+    return named and not is_remote(str(value))
+
+
 def _is_sky(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and policy in ("far", "invalid") for name, policy in value.items())
@@ -185,6 +190,8 @@ ANY = ValueRule(lambda value: True, "any value", None)
 FOLDER = ValueRule(_is_folder, "a folder", "FOLDER")
 OPTIONAL_FOLDER = ValueRule(lambda value: value is None or _is_folder(value), "a folder, or null", "FOLDER")
 LOCAL_FOLDER = ValueRule(_is_local_folder, "a folder of this machine, or null", "FOLDER")
+#: It may begin with a variable, as $TMPDIR, that each machine replaces for itself.
+NODE_FOLDER = ValueRule(_is_node_folder, "a folder of this machine, or null", "FOLDER")
 OPTIONAL_FILE = text("a file", example="FILE", optional=True)
 RUN_NAME = ValueRule(
     _is_run_name,
