@@ -130,16 +130,16 @@ def test_an_average_of_lightning_continues(tmp_path: Path) -> None:
     torch.testing.assert_close(average(ema), plain_loop(), atol=1e-6, rtol=0)
 
 
-class StopAfter3(StepCallback):
-    """Ends the training early."""
+class StopEarly(StepCallback):
+    """Ends a training of more than three steps after the third."""
 
     def on_step(self, trainer: Any, module: Any, step: int) -> None:
-        trainer.should_stop = step == 3
+        trainer.should_stop = step == 3 < trainer.max_steps
 
 
 @pytest.mark.parametrize("steps", [3, 100], ids=["at the end", "early"])
 def test_the_last_step_is_saved_before_lightning_replaces_the_weights(tmp_path: Path, steps: int) -> None:
-    callbacks = run_callbacks(tmp_path, StopAfter3(), EMAWeightAveraging(decay=DECAY), every=100)
+    callbacks = run_callbacks(tmp_path, StopEarly(), EMAWeightAveraging(decay=DECAY), every=100)
     fit(tmp_path, make_module(), [make_batch(seed) for seed in range(5)], *callbacks, steps=steps)
     saved = torch.load(tmp_path / "checkpoints" / "step-000000003.ckpt", weights_only=True)
     for name, tensor in train(tmp_path / "plain", steps=3).state_dict().items():
