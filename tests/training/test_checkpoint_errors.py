@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fork_server import ForkServer
-from saved_runs import BATCHES, AtStep, resume, saving, steps_in, train
+from saved_runs import BATCHES, TIMEOUT_S, AtStep, resume, saving, steps_in, train
 from tiny_training import fit, make_module
 from torch import nn
 
@@ -113,6 +114,22 @@ def test_running_statistics_of_a_failed_forward_pass_are_not_saved(tmp_path: Pat
     with pytest.raises(Failure):
         train(tmp_path, saving(tmp_path, every=2), module=module)
     assert steps_in(tmp_path) == [2]
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, flush = threading.Event(), checkpoint_writer.flush_to_disk
+
+    def wait_and_flush(path: Path) -> None:
+        assert opened.wait(TIMEOUT_S)
+        flush(path)
+
+    monkeypatch.setattr(checkpoint_writer, "flush_to_disk", wait_and_flush)
+    later = AtStep(lambda: threading.Timer(0.2, opened.set).start(), 4)
+    with pytest.raises(Failure):
+        train(tmp_path, later, saving(tmp_path, every=4, asynchronous=True), module=failing_module(at=4))
+    assert steps_in(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

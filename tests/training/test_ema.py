@@ -22,6 +22,7 @@ from torch import nn
 
 from depth_anything.model.depth_anything import DepthAnything
 from depth_anything.training.base import DepthModule
+from depth_anything.training.callbacks import StepCallback
 from depth_anything.training.ema import EMA, averaged_tensors
 from depth_anything.training.lightning import move_timers_first, save_networks
 from depth_anything.training.run_dir import RunDir
@@ -127,6 +128,22 @@ def test_an_average_of_lightning_continues(tmp_path: Path) -> None:
     module = train(tmp_path, ema, begin=4)
     assert torch.equal(weights(module), weights(train(tmp_path / "plain")))
     torch.testing.assert_close(average(ema), plain_loop(), atol=1e-6, rtol=0)
+
+
+class StopEarly(StepCallback):
+    """Ends a training of more than three steps after the third."""
+
+    def on_step(self, trainer: Any, module: Any, step: int) -> None:
+        trainer.should_stop = step == 3 < trainer.max_steps
+
+
+@pytest.mark.parametrize("steps", [3, 100], ids=["at the end", "early"])
+def test_the_last_step_is_saved_before_lightning_replaces_the_weights(tmp_path: Path, steps: int) -> None:
+    callbacks = run_callbacks(tmp_path, StopEarly(), EMAWeightAveraging(decay=DECAY), every=100)
+    fit(tmp_path, make_module(), [make_batch(seed) for seed in range(5)], *callbacks, steps=steps)
+    saved = torch.load(tmp_path / "checkpoints" / "step-000000003.ckpt", weights_only=True)
+    for name, tensor in train(tmp_path / "plain", steps=3).state_dict().items():
+        assert torch.equal(saved["current_model_state"][name], tensor), name
 
 
 def test_a_run_that_began_without_an_average_gets_one(tmp_path: Path) -> None:
