@@ -194,6 +194,40 @@ def test_a_fetch_that_was_interrupted_begins_again(mirrors: Any, monkeypatch: py
     assert (third.folder / "checkpoints/step-000000010.ckpt").exists()
 
 
+def test_a_start_that_ends_between_its_two_marks_keeps_what_is_not_uploaded(
+    mirrors: Any, place: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = mirrors()
+    first.open()
+    train_to(first, 10)
+    first.close(complete=True)
+    train_to(first, 15)
+    write = ObjectStore.write
+
+    def interrupt(store: ObjectStore, name: str, data: bytes) -> None:
+        if name == "mirror.json":
+            raise KeyboardInterrupt
+        write(store, name, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mirrors().open()
+    again = mirrors()
+    again.open()
+    assert (again.folder / "checkpoints/step-000000015.ckpt").exists()
+
+
+def test_checkpoints_that_the_run_keeps_for_good_stay_in_the_store(mirrors: Any, place: ObjectStore) -> None:
+    mirror = mirrors(keep_every=10)
+    mirror.open()
+    for step in (5, 10, 15, 20, 25):
+        train_to(mirror, step)
+        mirror.sync()
+    kept = sorted(int(name[17:-5]) for name in place.names("checkpoints/"))
+    assert kept == [10, 20, 25]
+
+
 def test_a_damaged_checkpoint_in_the_store_is_passed_over(
     mirrors: Any, place: ObjectStore, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +392,18 @@ def test_an_outage_is_reported_once_and_ends_the_run_only_after_the_patience(
     after.open()
     after.close(complete=True)  # the same command uploads the rest
     assert "checkpoints/step-000000010.ckpt" in place.names()
+
+
+def test_a_complete_run_waits_until_the_store_answers_again(
+    mirrors: Any, place: ObjectStore, faulty_s3: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_mirror, "_FIRST_RETRY_S", 0.01)
+    mirror = mirrors(patience=1000.0)
+    mirror.open()
+    train_to(mirror, 5)
+    faulty_s3.write_fault = lambda request, times: "503" if "config.yaml" in request and times < 5 else None
+    mirror.close(complete=True)
+    assert {"config.yaml", "checkpoints/step-000000005.ckpt"} <= place.names()
 
 
 def test_nothing_is_replaced(mirrors: Any, place: ObjectStore) -> None:
