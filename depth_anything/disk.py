@@ -50,6 +50,18 @@ def write_error(path: Path, error: BaseException) -> WriteError:
     return named
 
 
+def explain_write_error(error: BaseException) -> BaseException:
+    """Return a WriteError for a system's error that only writing can raise, on a full or read-only disk.
+
+    Returns:
+        The error itself for others, and where it names no file.
+    """
+    written = isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
+    if not written or isinstance(error, UserMessage) or not error.filename:
+        return error
+    return write_error(Path(os.fsdecode(error.filename)), error)
+
+
 @contextmanager
 def name_write_errors(path: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Name the file when the disk is full or read-only: the system's error for a failed write or fsync names none.
