@@ -56,8 +56,9 @@ def explain_write_error(error: BaseException) -> BaseException:
     Returns:
         The error itself for others, and where it names no file.
     """
-    written = isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
-    if not written or isinstance(error, UserMessage) or not error.filename:
+    if not isinstance(error, OSError) or isinstance(error, UserMessage):
+        return error
+    if error.errno not in (*_FULL, errno.EROFS) or not error.filename:
         return error
     return write_error(Path(os.fsdecode(error.filename)), error)
 
