@@ -36,6 +36,7 @@ from depth_anything.training.value_rules import (
     LEARNING_RATE,
     LOCAL_FOLDER,
     LOSS_WEIGHT,
+    NODE_FOLDER,
     OPEN_FRACTION,
     OPTIONAL_FILE,
     OPTIONAL_FOLDER,
@@ -316,7 +317,7 @@ class RunConfig(ConfigSection):
     overwrite: bool = config_key(flag(), resume=FREE)
     allow_partial: bool = config_key(flag(), resume=FREE)
     dry_run: bool = config_key(flag(), resume=FREE)
-    stage_to: str | None = config_key(LOCAL_FOLDER, default=None, resume=FREE)
+    stage_to: str | None = config_key(NODE_FOLDER, default=None, resume=FREE)
     hang_timeout: float | None = config_key(
         real(0, above=True, example=300, optional=True), default=None, resume=FREE
     )

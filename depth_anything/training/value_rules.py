@@ -145,6 +145,10 @@ def _is_local_folder(value: Any) -> bool:
     return value is None or (_is_folder(value) and not is_remote(str(value)))
 
 
+def _is_node_folder(value: Any) -> bool:
+    return text("a folder", example="FOLDER", optional=True).accepts(value) and not is_remote(str(value))
+
+
 def _is_sky(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and policy in ("far", "invalid") for name, policy in value.items())
@@ -185,6 +189,8 @@ ANY = ValueRule(lambda value: True, "any value", None)
 FOLDER = ValueRule(_is_folder, "a folder", "FOLDER")
 OPTIONAL_FOLDER = ValueRule(lambda value: value is None or _is_folder(value), "a folder, or null", "FOLDER")
 LOCAL_FOLDER = ValueRule(_is_local_folder, "a folder of this machine, or null", "FOLDER")
+# May name variables, which each node replaces by its own.
+NODE_FOLDER = ValueRule(_is_node_folder, "a folder of this machine, or null", "FOLDER")
 OPTIONAL_FILE = text("a file", example="FILE", optional=True)
 RUN_NAME = ValueRule(
     _is_run_name,

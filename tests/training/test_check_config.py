@@ -159,7 +159,7 @@ def test_counts_must_be_whole_numbers(key: str, value: str) -> None:
         ("resume_with={steps:5}", "resume_with"),
         ("stage_to=s3://bucket/x", "stage_to=s3://bucket/x must be a folder of this machine"),
         ("mirror.folder=gs://bucket/x", "mirror.folder=gs://bucket/x must be a folder of this machine"),
-        ("stage_to=$TMPDIR", r"type 'stage_to=\$\{oc\.env:TMPDIR\}'"),
+        ("mirror.folder=$TMPDIR", r"type 'mirror.folder=\$\{oc\.env:TMPDIR\}'"),
         ("output_dir=$SCRATCH/runs", r"type 'output_dir=\$\{oc\.env:SCRATCH\}/runs'"),
     ],
 )
