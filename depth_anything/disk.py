@@ -50,6 +50,19 @@ def write_error(path: Path, error: BaseException) -> WriteError:
     return named
 
 
+def explain_write_error(error: BaseException) -> BaseException:
+    """Return a WriteError for a system's error that only writing can raise, on a full or read-only disk.
+
+    Returns:
+        The error itself for others, and where it names no file.
+    """
+    if not isinstance(error, OSError) or isinstance(error, UserMessage):
+        return error
+    if error.errno not in (*_FULL, errno.EROFS) or not error.filename:
+        return error
+    return write_error(Path(os.fsdecode(error.filename)), error)
+
+
 @contextmanager
 def name_write_errors(path: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Name the file when the disk is full or read-only: the system's error for a failed write or fsync names none.

@@ -1,6 +1,7 @@
 """The command line: its pinned flags, its messages and its exit codes."""
 
 import argparse
+import errno
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ from shard_builders import make
 from typing_commands import complaint
 
 from depth_anything import __version__
-from depth_anything.cli import build_parser, main, shard_commands
+from depth_anything.cli import build_parser, main, run, shard_commands
 
 # What any command that writes a set of raw data takes.
 WRITING = {
@@ -314,3 +315,13 @@ def test_a_closed_pipe_is_not_an_error(tmp_path):
     verify.stdout.close()
     assert verify.stderr.read() == "" and verify.wait() == 141
     verify.stderr.close()
+
+
+def test_a_read_only_disk_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    def write(options: argparse.Namespace) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "sets/own")
+
+    parser = argparse.ArgumentParser(prog="x")
+    parser.set_defaults(run=write)
+    assert run(parser, []) == 2
+    assert "make sets writable and start the same command again" in capsys.readouterr().err

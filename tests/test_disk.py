@@ -18,6 +18,7 @@ from depth_anything.disk import (
     atomic_folder,
     atomic_path,
     atomic_write,
+    explain_write_error,
     name_write_errors,
     remove_stale,
     temporary_path,
@@ -84,6 +85,19 @@ def test_an_error_says_what_to_do(tmp_path: Path, code: int, also: tuple[type[OS
         raise OSError(code, os.strerror(code))
     assert raised.value.errno == code and raised.value.fix == fix.format(tmp_path)
     assert str(raised.value).startswith(f"{tmp_path / 'a.tar'} cannot be written ({os.strerror(code)})")
+
+
+def test_only_errors_of_writing_are_explained() -> None:
+    raised = OSError(errno.EROFS, os.strerror(errno.EROFS), "sets/own")
+    assert str(explain_write_error(raised)).startswith(
+        "sets/own cannot be written (Read-only file system); make sets"
+    )
+    for other in (
+        OSError(errno.EACCES, os.strerror(errno.EACCES), "sets/own"),  # may come from reading
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        ValueError("x"),
+    ):
+        assert explain_write_error(other) is other
 
 
 def test_read_errors_are_not_changed(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from depth_anything.cli import (
 )
 from depth_anything.cli.options import FlagError
 from depth_anything.data.address import escape_unprintable, redact_secrets, with_addresses
+from depth_anything.disk import explain_write_error
 from depth_anything.errors import format_error
 
 PROGRAM = "depth-anything"
@@ -71,7 +72,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     except (ValueError, OSError) as error:
         if getattr(options, "traceback", False):
             raise
-        sentence = format_error(error, flags=flags)
+        sentence = format_error(explain_write_error(error), flags=flags)
         print(
             escape_unprintable(
                 redact_secrets(with_addresses(f"{parser.prog}{f' {command}' if command else ''}: {sentence}"))

@@ -66,6 +66,7 @@ def plan_pipeline(
         UserError: As `python train.py` would, or if a stage cannot be planned.
     """
     composed = [compose_config(typed, configs) for typed in split_stages(overrides)]
+    stages = [(config, count_network(config)) for config in composed]
     read = {
         name
         for config in composed
@@ -77,7 +78,6 @@ def plan_pipeline(
             f"no stage reads a set named {unknown[0]}",
             f"type --records with the name of one that is read ({', '.join(sorted(read))})",
         )
-    stages = [(config, count_network(config)) for config in composed]
     return [
         PipelinePlan(
             tuple(overrides),

@@ -109,7 +109,7 @@ def validate_config(config: RunConfig) -> None:
     check_places(config)
     if config.encoder is not None:
         _check_encoder(config)
-    check_trainer(config.trainer, stage=config.stage)
+    check_trainer(config.trainer, stage=config.stage, spike=config.guards.spike)
     _check_validation(config.validation)
     if config.stage == "controlnet":
         check_controlnet_stage(config)

@@ -44,7 +44,7 @@ SHARDED_STAGES = ("teacher", "student", "metric", "pretrain")
 SHARDED_PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
-def check_trainer(trainer: TrainerConfig, *, stage: str) -> None:
+def check_trainer(trainer: TrainerConfig, *, stage: str, spike: str = "warn") -> None:
     """Refuse arguments of the Trainer that the run sets itself, and values that Lightning does not accept.
 
     Raises:
@@ -76,6 +76,8 @@ def check_trainer(trainer: TrainerConfig, *, stage: str) -> None:
         if stage not in SHARDED_STAGES:
             raise UserError(f"stage={stage} cannot shard its network", "type trainer=ddp")
         check_value("trainer.precision", str(trainer.precision), choice(*SHARDED_PRECISIONS))
+        if spike == "rewind":
+            raise UserError("guards.spike=rewind does not work with trainer=fsdp", "type guards.spike=skip")
     if trainer.target == "pytorch_lightning.Trainer":
         for name, value in trainer.as_dict().items():
             if name in hints and name != "precision" and not _matches_hint(value, hints[name]):

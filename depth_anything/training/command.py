@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from depth_anything.data.address import redact_secrets, with_addresses
+from depth_anything.disk import explain_write_error
 from depth_anything.errors import PSEUDOLABEL_COMMAND, SAME_COMMAND, UserError, UserMessage, format_error
 from depth_anything.training.check_config import (
     KEY_SYNONYMS,
@@ -416,6 +417,7 @@ def format_failure(error: BaseException, typed: Sequence[str]) -> str:
     """
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    error = explain_write_error(error)
     if not isinstance(error, UserMessage):
         return redact_secrets(with_addresses(" ".join(_error_text(error).split())))
     same = shlex.join(["python", "train.py", *typed])

@@ -140,6 +140,7 @@ def test_counts_must_be_whole_numbers(key: str, value: str) -> None:
         ("trainer.strategy=ddp_spawn", "type trainer.strategy=ddp"),
         ("trainer.strategy=fsdp_cpu_offload", "type trainer=fsdp"),
         ("trainer=fsdp trainer.precision=16-mixed", "trainer.precision=16-mixed"),
+        ("trainer=fsdp guards.spike=rewind", "type guards.spike=skip"),
         ("+trainer.profiler=foo", "trainer.profiler=foo.*simple"),
         ("+trainer.deterministic=maybe", "trainer.deterministic=maybe"),
         ("+trainer.max_time=soon", "trainer.max_time=soon"),

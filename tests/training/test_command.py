@@ -1,5 +1,6 @@
 """The command line of train.py: overrides are parsed, checked and explained before torch is imported."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,14 @@ def test_train_py_reports_a_wrong_key_in_one_line() -> None:
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "steps=5" in done.stderr
+
+
+def test_a_read_only_disk_names_the_command_to_type_again() -> None:
+    error = OSError(errno.EROFS, "Read-only file system", "runs/x")
+    assert format_failure(error, ["stage=teacher"]) == (
+        "runs/x cannot be written (Read-only file system); make runs writable and "
+        "type  python train.py stage=teacher  again"
+    )
 
 
 def test_commands_in_errors_repeat_typed_overrides() -> None:
