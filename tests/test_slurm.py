@@ -426,6 +426,8 @@ def test_submit_turns_the_settings_into_options(cluster: Cluster) -> None:
     own += ["--mem-per-cpu=8G", "--constraint=a|b", "-e", "--exclusive x*"]
     assert submitted(cluster, "pseudolabel")[1:-1] == own
     assert "--partition=cpu" in submitted(cluster, "shard")
+    cluster.settings("CPU_PARTITION=")
+    assert "--partition=gpu" in submitted(cluster, "shard")
 
 
 def test_submit_without_gpus(cluster: Cluster) -> None:
