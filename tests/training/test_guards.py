@@ -209,6 +209,14 @@ def test_a_run_with_a_skipped_step_resumes_exactly(tmp_path: Path, broken_at: in
     assert lines[0] == lines[1] and lines[0].count("\n") == 1
 
 
+def test_a_checkpoint_between_two_log_lines_has_the_steps_before_it(tmp_path: Path) -> None:
+    batches = numbered([make_batch(seed) for seed in range(5)])
+    batches[1]["target"][0, 0, 0] = torch.nan
+    train(tmp_path / "a", batches, every=100)
+    saved = torch.load(tmp_path / "a" / "checkpoints/step-000000003.ckpt")
+    assert saved["callbacks"]["StepGuards"]["skipped"] == 1
+
+
 def test_three_skipped_steps_in_a_row_stop_the_run_which_then_continues_after_them(tmp_path: Path) -> None:
     """The run stops across a restart, with finite weights; the same command continues with the next samples."""
     batches = numbered([make_batch(seed) for seed in range(12)])
@@ -338,6 +346,13 @@ def test_a_spike_before_many_steps_is_reported_and_noise_is_not(tmp_path: Path) 
     early = LossWindow()
     assert not early.add(1.0) and not early.add(2.0) and early.add(1e8)
     assert not early.add(1.5)
+
+
+def test_spikes_in_a_row_do_not_become_usual_before_they_have_settled() -> None:
+    window = LossWindow(settled=50)
+    for loss in [1.0, 1.1] * 10:
+        assert not window.add(loss)
+    assert all(window.add(100.0) for _ in range(49)) and window.usual() == pytest.approx(1.05)
 
 
 def test_a_new_level_of_the_loss_is_accepted_after_a_while() -> None:
