@@ -260,9 +260,9 @@ def check_value(name: str, value: Any, rule: ValueRule) -> None:
         others = ", ".join(option for option in rule.options if option != closest[0])
         raise UserError(f"{name}={format_value(value)} is unknown", f"type {name}={closest[0]} (or {others})")
     if rule.example == FOLDER.example and (variable := _SHELL_VARIABLE.match(str(value))):
-        example = f"${{oc.env:{variable[1]}}}{str(value)[variable.end() :]}"
+        replaced = f"${{oc.env:{variable[1]}}}{str(value)[variable.end() :]}"
         raise UserError(
-            f"{name}={value} has a variable that the shell did not replace", f"type '{name}={example}'"
+            f"{name}={value} has a variable that the shell did not replace", f"type '{name}={replaced}'"
         )
     example = rule.example
     if isinstance(value, float) and value.is_integer() and rule.accepts(int(value)):
