@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from depth_anything.data.address import is_http, is_remote, join_address, redact_secrets, url_scheme
+from depth_anything.data.address import is_remote, join_address, redact_secrets, url_scheme
 from depth_anything.data.cache import positive_setting
 from depth_anything.data.fsspec_io import (
     ConditionUnsupportedError,
@@ -39,6 +39,7 @@ from depth_anything.disk import atomic_path, atomic_write, write_new
 
 T = TypeVar("T")
 
+_SCHEMES = ("s3", "s3a", "gs", "gcs")
 _TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 1000
 _PART_BYTES = 50 << 20  # of a multipart upload; S3 takes 10,000 parts, so objects of up to 500 GB
@@ -423,12 +424,12 @@ class ObjectStore(Store):
 
 
 def is_object_store(address: str) -> bool:
-    """Return whether an address is a prefix of an object store, where files can be written.
+    """Return whether an address is one of S3 or Google, where files are written; at ftp:// one may see half a file.
 
     Raises:
         ShardError: It is, and needs a package that is not installed.
     """
-    return is_remote(address) and not is_http(address) and supports_fsspec(address)
+    return is_remote(address) and url_scheme(address) in _SCHEMES and supports_fsspec(address)
 
 
 def open_store(root: str | Path) -> Store:

@@ -292,6 +292,7 @@ def test_a_recipe_built_in_python_is_validated(changes: dict[str, Any]) -> None:
             ("FILE is a file", "mirror.folder="),
         ),
         (("stage=pseudolabel", "labels=https://host/x"), ("https://host/x can be read only",)),
+        (("stage=teacher", "output_dir=ftp://host/x"), ("ftp://host/x/", "can be read only")),
         (("stage=pseudolabel", "share=5/4"), ("share=5/4", "share=3/8")),
         (("stage=pseudolabel", "labels=FILE"), ("FILE is a file", "labels=FOLDER")),
         (
