@@ -5,6 +5,7 @@ can tell the temporaries of dead processes from those of running ones.
 """
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from depth_anything.errors import SAME_COMMAND, Text, UserMessage, error_reason
 
@@ -306,6 +308,23 @@ def file_system_time(folder: Path) -> float:
     """Return the modification time, in seconds, that the file system of `folder` gives to a file written now."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=_CLOCK) as file:
         return os.fstat(file.fileno()).st_mtime
+
+
+def parse_json_object(data: bytes | None) -> dict[str, Any]:
+    """Parse a JSON object; {} for None and for what is none, as a file that a power failure has damaged."""
+    try:
+        content = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a small JSON file that a run wrote; {} if it is missing, or damaged."""
+    try:
+        return parse_json_object(path.read_bytes())
+    except FileNotFoundError:
+        return {}
 
 
 def _host() -> str:

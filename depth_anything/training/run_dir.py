@@ -14,7 +14,13 @@ import yaml
 from depth_anything.data.address import redact_nested
 from depth_anything.data.local_copy import local_path
 from depth_anything.data.store import FolderStore, Store
-from depth_anything.disk import atomic_write, name_write_errors, remove_stale
+from depth_anything.disk import (
+    atomic_write,
+    name_write_errors,
+    parse_json_object,
+    read_json_object,
+    remove_stale,
+)
 from depth_anything.errors import UserError
 from depth_anything.locks import FileLock, FileWatch, JobStart
 from depth_anything.model.integrity import find_damage
@@ -106,7 +112,7 @@ class RunDir:
     def _wait_for_rank0(self, decision: Path) -> None:
         """Wait until rank 0 has decided; it reads large checkpoints for minutes, and writes its heartbeat meanwhile."""
         watch, since = FileWatch(), time.monotonic()
-        while _read_json(decision).get("launch") != launch_id(main=False):
+        while read_json_object(decision).get("launch") != launch_id(main=False):
             with suppress(FileNotFoundError):
                 if watch.seconds_unchanged(self.lock.path) == 0.0:
                     since = time.monotonic()
@@ -131,7 +137,7 @@ class RunDir:
             "step", "metric" and its "value", "images", "protocol", "judged", and the "weights" that were scored, "last"
             or "average"; files of older versions lack "weights".
         """
-        best = _read_json(self.best_json) if self.best.is_file() else {}
+        best = read_json_object(self.best_json) if self.best.is_file() else {}
         return best if {"step", "metric", "value", "images", "protocol", "judged"} <= best.keys() else {}
 
     def delete_best(self) -> None:
@@ -263,7 +269,7 @@ class RunDir:
         if self.newest_checkpoint() is not None:
             return
         evidence, last = "", self._last_logged_step()
-        saved = _read_json(self.saved).get("step")
+        saved = read_json_object(self.saved).get("step")
         if saved is not None:
             evidence = f"{self.saved.name} says that step {saved} was saved"
         if not evidence and last > self._checkpoint_interval():
@@ -304,19 +310,10 @@ class RunDir:
 def is_finished(store: Store, steps: int, *, result: str = "model.safetensors") -> bool:
     """Return whether a run, in a folder or in an object store, has its model and needs no further step."""
     try:
-        content = json.loads(store.read("finished.json"))
-    except (FileNotFoundError, ValueError):
+        finished = parse_json_object(store.read("finished.json"))
+    except FileNotFoundError:
         return False
-    return isinstance(content, dict) and content.get("steps", -1) >= steps and store.exists(result)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the run; {} if it is missing, or damaged by a power failure."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return bool(finished.get("steps", -1) >= steps) and store.exists(result)
 
 
 def step_from_name(checkpoint: Path | None) -> int:

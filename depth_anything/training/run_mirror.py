@@ -20,7 +20,7 @@ from typing import Any
 
 from depth_anything.data.object_lease import LeaseHolder, ObjectLease, is_alive_here
 from depth_anything.data.store import ObjectInfo, ObjectStore
-from depth_anything.disk import atomic_write
+from depth_anything.disk import atomic_write, parse_json_object, read_json_object
 from depth_anything.errors import SAME_COMMAND, UserError, error_reason
 from depth_anything.locks import LockHeldError
 from depth_anything.training.run_dir import find_checkpoint_problem, slurm_start, step_from_name
@@ -140,7 +140,7 @@ class RunMirror:
 
     def _update_folder(self) -> None:
         """Fetch the run unless the local folder continues what the store has."""
-        ours = _read_json(self.folder / SESSION_FILE)
+        ours = read_json_object(self.folder / SESSION_FILE)
         session = self._remote_session()
         local = (self.folder / "config.yaml").exists() or (self.folder / "checkpoints").is_dir()
         if session is None and not ours:
@@ -181,7 +181,7 @@ class RunMirror:
         for name in names:
             if not name.startswith(_CHECKPOINTS):
                 self._download(name)
-        saved = _read_json(self.folder / "saved.json").get("step", -1)
+        saved = read_json_object(self.folder / "saved.json").get("step", -1)
         for name in checkpoints:
             if name not in self._remote and step_from_name(Path(name)) > saved:
                 continue  # a folder of files that are not all there
@@ -266,7 +266,7 @@ class RunMirror:
             if name not in _WRITTEN_LAST:
                 self._put(name)
         self._put_best()
-        saved = _parse(marks["saved.json"]).get("step", -1)
+        saved = parse_json_object(marks["saved.json"]).get("step", -1)
         for path in sorted((self.folder / _CHECKPOINTS).glob("step-*.ckpt"), reverse=True):
             if step_from_name(path) <= saved:
                 for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -436,15 +436,3 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _parse(data: bytes | None) -> dict[str, Any]:
-    try:
-        content = json.loads(data or b"{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(_read(path))

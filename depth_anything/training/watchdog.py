@@ -25,7 +25,7 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from depth_anything.disk import atomic_write
+from depth_anything.disk import atomic_write, read_json_object
 from depth_anything.training.heartbeat import Beat, format_main_stack, heartbeat
 from depth_anything.training.signals import is_launched_by_lightning
 
@@ -318,8 +318,8 @@ class Watchdog(pl.Callback):
 
     def _record(self, text: str) -> bool:
         """Write the report into the run folder; return whether the run hung before and has saved no step since."""
-        saved, file = _read_json(self.run_dir / "saved.json").get("step", 0), self.run_dir / "hang.json"
-        before = _read_json(file).get("saved")
+        saved, file = read_json_object(self.run_dir / "saved.json").get("step", 0), self.run_dir / "hang.json"
+        before = read_json_object(file).get("saved")
         with suppress(OSError):
             atomic_write(file, json.dumps({"saved": saved}).encode())
             atomic_write(self.run_dir / "hang.txt", f"{text}\n".encode())
@@ -471,11 +471,3 @@ def _within(seconds: float, work: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(seconds)
     return results[0] if results else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
