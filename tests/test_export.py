@@ -151,6 +151,7 @@ def overflowing(**settings):
     return model
 
 
+@pytest.mark.heavy
 def test_half_precision_of_a_metric_model(tmp_path):
     model = overflowing(max_depth=80.0)
     checks = export_model(model, tmp_path / "half.onnx", to="onnx", precision="fp16")

@@ -85,6 +85,7 @@ print(json.dumps(held))
 """
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow(tmp_path):
     """Over 30,000 samples neither the worker nor the main process needs more memory."""
     image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)

@@ -278,6 +278,7 @@ def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_length(tmp_path):
     source = make_video(tmp_path / "long.mp4", frames=3_601, size=(64, 64), sound=None)

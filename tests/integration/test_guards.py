@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from depth_anything import DepthAnything, load_model, save_model
@@ -55,6 +56,7 @@ def test_bad_samples_and_killed_workers_cost_no_more_than_their_step(start: Any,
         torch.testing.assert_close(value, models["two"][key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_two_ranks_of_a_student_and_of_a_metric_model_skip_alike(start: Any, tmp_path: Path) -> None:
     """A NaN in a pseudo-label or in meters, on rank 1 of two, and a loss times 10⁸."""
     script, log = "tests/integration/recording_train.py", tmp_path / "log"

@@ -23,6 +23,7 @@ def benchmark() -> Any:
     return module
 
 
+@pytest.mark.heavy
 def test_killed_stages_on_a_store_write_the_same_bytes_as_on_a_disk(
     tmp_path: Path, benchmark: Any, faulty_s3: FaultyServer, fork_server: ForkServer
 ) -> None:

@@ -23,6 +23,7 @@ def command(tmp_path: Path, faulty_s3: FaultyServer) -> list[str]:
     return ["stage=teacher", *SMALL, *places, f"steps={STEPS}", "checkpoint.every=100"]
 
 
+@pytest.mark.heavy
 def test_a_preempted_run_is_in_the_store_and_continues_on_another_machine(
     command: list[str], s3_prefix: str, faulty_s3: FaultyServer, tmp_path: Path, fork_server: ForkServer
 ) -> None:

@@ -66,6 +66,7 @@ def data(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> t
     return str(folder / "data"), model_digest(folder)
 
 
+@pytest.mark.heavy
 def test_two_nodes_train_the_weights_of_one(
     fork_server: ForkServer, tmp_path: Path, data: tuple[str, str]
 ) -> None:
