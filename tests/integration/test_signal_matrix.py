@@ -18,11 +18,11 @@ AFTER = ("train end", "teardown", "model", "exit")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GIVEN = ("stage=teacher", "validation.every=3")
 CHAIN = [
-    ("forward", "all", signal.SIGUSR1, 10),
-    ("backward", "1", signal.SIGINT, 20),
-    ("validation", "all", signal.SIGTERM, 30),
+    ("forward", "all", signal.SIGUSR1),
+    ("backward", "1", signal.SIGINT),
+    ("validation", "all", signal.SIGTERM),
 ]
-"""Place, receiver, number, and the step that is saved: ranks compare their signals every tenth step."""
+"""Place, receiver, and number."""
 ONLY_RANK_0 = ("save", "model")
 ALL = [
     case
@@ -37,11 +37,16 @@ def model_digest(folder: Path) -> str:
     return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
-def check_stopped(runs: list[Run], number: int, step: int) -> None:
-    """Check that both ranks stopped for a signal after the same step."""
+def check_stopped(runs: list[Run], number: int, *, begin: int = 0, during: bool = True) -> int:
+    """Check that both ranks stopped for a signal, within ten steps if it came during one; return the step."""
     assert [run.code for run in runs] == [128 + number] * 2, "".join(run.stderr for run in runs)
-    assert runs[0].steps[-1:] == ([step] if step else [])
     assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
+    if not during:
+        assert runs[0].steps == []
+        return begin
+    step = runs[0].steps[-1]
+    assert begin < step <= begin + 10  # they compare every tenth step, or more often if the machine is slow
+    return step
 
 
 @pytest.mark.heavy
@@ -51,9 +56,10 @@ def test_a_chain_of_signals_ends_with_the_weights_of_an_unbroken_run(
     given = (*GIVEN, "steps=32")
     unbroken = start_ranks(tmp_path / "unbroken", *given, ranks=2, SIGNAL_AT=f"exit:all:{signal.SIGUSR1}")
     assert [run.code for run in unbroken] == [0, 0]
-    for place, receiver, number, step in CHAIN:
+    step = 0
+    for place, receiver, number in CHAIN:
         runs = start_ranks(tmp_path / "chain", *given, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
-        check_stopped(runs, number, step)
+        step = check_stopped(runs, number, begin=step)
     runs = start_ranks(tmp_path / "chain", *given, ranks=2, SIGNAL_AT=f"teardown:all:{signal.SIGTERM}")
     assert [run.code for run in runs] == [0, 0]
     assert model_digest(tmp_path / "chain") == model_digest(tmp_path / "unbroken")
@@ -63,7 +69,7 @@ def test_a_chain_of_signals_ends_with_the_weights_of_an_unbroken_run(
 def unbroken(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the model of a run without signals."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert [run.code for run in start_ranks(folder, *GIVEN, "steps=12", ranks=2)] == [0, 0]
+    assert [run.code for run in start_ranks(folder, *GIVEN, "steps=32", ranks=2)] == [0, 0]
     return model_digest(folder)
 
 
@@ -72,12 +78,12 @@ def unbroken(start_ranks: StartRanks, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_signal_to_one_rank_or_all(
     start_ranks: StartRanks, tmp_path: Path, unbroken: str, place: str, receiver: str, number: int
 ) -> None:
-    given = (*GIVEN, "steps=12")
+    given = (*GIVEN, "steps=32")
     runs = start_ranks(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{receiver}:{number}")
     if place in AFTER:
         assert [run.code for run in runs] == [0, 0], "".join(run.stderr for run in runs)
     else:
-        check_stopped(runs, number, 10 if place in DURING else 0)
+        check_stopped(runs, number, during=place in DURING)
         again = start_ranks(tmp_path, *given, ranks=2)
         assert [run.code for run in again] == [0, 0], again[0].stderr
     assert model_digest(tmp_path) == unbroken

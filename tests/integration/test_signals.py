@@ -104,24 +104,27 @@ def test_a_job_that_cannot_be_requeued_is_saved(start: StartRanks, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("place", "rank", "number", "step"),
+    ("place", "rank", "number", "during"),
     [
-        ("compose", 1, signal.SIGTERM, 0),
-        ("open sets", 0, signal.SIGINT, 0),
-        ("setup", 1, signal.SIGTERM, 0),
-        ("read validation", 1, signal.SIGINT, 0),
-        ("train start", 0, signal.SIGTERM, 0),
-        ("validation", 1, signal.SIGTERM, 10),
-        ("save", 0, signal.SIGINT, 10),
+        ("compose", 1, signal.SIGTERM, False),
+        ("open sets", 0, signal.SIGINT, False),
+        ("setup", 1, signal.SIGTERM, False),
+        ("read validation", 1, signal.SIGINT, False),
+        ("train start", 0, signal.SIGTERM, False),
+        ("validation", 1, signal.SIGTERM, True),
+        ("save", 0, signal.SIGINT, True),
     ],
 )
 def test_two_ranks_stop_together_when_one_gets_a_signal(
-    start: StartRanks, tmp_path: Path, place: str, rank: int, number: int, step: int
+    start: StartRanks, tmp_path: Path, place: str, rank: int, number: int, during: bool
 ) -> None:
-    given = ("stage=teacher", "steps=12", "validation.every=3")
+    given = ("stage=teacher", "steps=32", "validation.every=3")
     runs = start(tmp_path, *given, ranks=2, SIGNAL_AT=f"{place}:{rank}:{number}")
     assert [run.code for run in runs] == [128 + number, 128 + number], [run.stderr for run in runs]
-    assert runs[0].steps[-1:] == ([step] if step else [])
+    assert bool(runs[0].steps) == during
+    assert (
+        not during or runs[0].steps[-1] <= 15
+    )  # the signal comes by step 5; they compare every tenth, at least
     assert f"signal {number}" in runs[0].stderr and "start the same command again" in runs[0].stderr
 
 
@@ -138,9 +141,9 @@ def test_a_signal_after_the_last_step_does_not_stop_two_ranks(
 def test_a_rank_that_is_killed_after_saving_changes_nothing(start: StartRanks, tmp_path: Path) -> None:
     """srun ends the other ranks as soon as one has ended, and they may still be waiting for it."""
     at = {"STOP_AT": "10:0", "SIGNAL_AT": f"last barrier:1:{signal.SIGKILL}"}
-    runs = start(tmp_path, "stage=teacher", "steps=12", ranks=2, **at)
+    runs = start(tmp_path, "stage=teacher", "steps=32", ranks=2, **at)
     assert [run.code for run in runs] == [143, -signal.SIGKILL]
-    assert runs[0].steps == [5, 10] and runs[0].stderr.count("start the same command again") == 1
+    assert 10 <= runs[0].steps[-1] <= 20 and runs[0].stderr.count("start the same command again") == 1
 
 
 @pytest.mark.parametrize("why", ["read-only", "locked"])
