@@ -37,7 +37,7 @@ def test_order_over_processes_workers_and_stops(start: Any, tmp_path: Path) -> N
     everything: dict[int, dict[int, str]] = {}
     sittings = [
         (["trainer=cpu", "workers=2"], "5:0", 143),
-        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "workers=0"], "10:1", 143),
+        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "workers=0"], "6:1", 143),
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4", "workers=1"], "0:0", 0),
     ]
     for arguments, stop, code in sittings:
