@@ -222,7 +222,7 @@ def tables(plans: Sequence[PipelinePlan]) -> dict[str, str]:
                 "GPUs",
                 "saving takes",
                 "2,000 steps take",
-                "goodput so",
+                "goodput, 2,000 steps",
                 "asynchronous",
                 "at 30 minutes",
                 "at the best interval",

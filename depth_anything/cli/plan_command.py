@@ -77,41 +77,15 @@ def add_plan(commands: Any) -> None:
 
 def _add_cluster_flags(plan: argparse.ArgumentParser) -> None:
     """Add the flags of the network, the store and failures, which have the defaults of `Cluster`."""
-    plan.add_argument(
-        "--node-network",
-        type=float_in_range("--node-network", most=_LARGE, unit="GB/s"),
-        default=400.0,
-        metavar="N",
-        help="network of a node in one direction, GB/s (%(default)g)",
-    )
-    plan.add_argument(
-        "--write-speed",
-        type=float_in_range("--write-speed", most=_LARGE, unit="GB/s"),
-        default=1.0,
-        metavar="N",
-        help="speed of writing a checkpoint, GB/s (%(default)g)",
-    )
-    plan.add_argument(
-        "--read-speed",
-        type=float_in_range("--read-speed", most=_LARGE, unit="GB/s"),
-        default=1.0,
-        metavar="N",
-        help="speed of reading a checkpoint back, GB/s (%(default)g)",
-    )
-    plan.add_argument(
-        "--restart",
-        type=float_in_range("--restart", most=1e6, unit="minutes"),
-        default=10.0,
-        metavar="N",
-        help="from a failure to the next step, minutes (%(default)g)",
-    )
-    plan.add_argument(
-        "--time-limit",
-        type=float_in_range("--time-limit", most=1e6, unit="hours"),
-        default=24.0,
-        metavar="N",
-        help="of a job, which is then requeued, hours (%(default)g)",
-    )
+    for flag, unit, most, default, text in (
+        ("--node-network", "GB/s", _LARGE, 400.0, "network of a node in one direction"),
+        ("--write-speed", "GB/s", _LARGE, 1.0, "speed of writing a checkpoint"),
+        ("--read-speed", "GB/s", _LARGE, 1.0, "speed of reading a checkpoint back"),
+        ("--restart", "minutes", 1e6, 10.0, "from a failure to the next step"),
+        ("--time-limit", "hours", 1e6, 24.0, "of a job, which is then requeued"),
+    ):
+        kind = float_in_range(flag, most=most, unit=unit)
+        plan.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text}, {unit} (%(default)g)")
     plan.add_argument(
         "--gpu-hours-per-failure",
         type=float_in_range("--gpu-hours-per-failure", most=_LARGE, unit="hours"),

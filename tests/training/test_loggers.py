@@ -268,7 +268,6 @@ def test_a_valid_name_is_its_own_id(name: str) -> None:
 def test_the_key_of_a_server_of_your_own_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str | None, offline: bool
 ) -> None:
-    pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     if server is not None:
@@ -310,7 +309,6 @@ print("trained", flush=True)
 def test_wandb_that_dies_or_rejects_the_key_does_not_stop_a_run(
     tmp_path: Path, environment: dict[str, str], action: str, message: str, fork_server: ForkServer
 ) -> None:
-    pytest.importorskip("wandb")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     done = fork_server.run(
         [sys.executable, "-c", TRAINING, str(tmp_path), action],
@@ -364,7 +362,6 @@ def test_an_offline_run_of_wandb_holds_every_step_once_after_restarts(
     tmp_path: Path, fork_server: ForkServer
 ) -> None:
     """Killed after step 4, continued from step 2, ended at 6, continued to 8."""
-    pytest.importorskip("wandb")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     env = {**clean, "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
     for first, last, end in ((1, 4, "kill"), (3, 6, "end"), (7, 8, "end")):

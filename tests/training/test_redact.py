@@ -163,7 +163,6 @@ def test_an_internal_error_does_not_make_hydra_print_the_command_line(
 def test_weights_and_biases_does_not_get_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     for typed, hidden in ((f"photos={ADDRESS}", True), ("photos=data/own", False)):
         monkeypatch.setattr(sys, "argv", ["train.py", typed])
         logger = wandb_logger(project="p", name="n", folder=str(tmp_path))
