@@ -222,7 +222,7 @@ def tables(plans: Sequence[PipelinePlan]) -> dict[str, str]:
                 "GPUs",
                 "saving takes",
                 "2,000 steps take",
-                "goodput, 2,000 steps",
+                "every 2,000",
                 "asynchronous",
                 "at 30 minutes",
                 "at the best interval",
